@@ -1,0 +1,145 @@
+"""Bounded maps: what a message may be at most, whatever the data were.
+
+Edge cases, each with a test of the same words:
+
+| input row | output row |
+|---|---|
+| NaN or infinity anywhere | zero |
+| zero | zero |
+| subnormal | finite, within the bound |
+| huge (its squares overflow) | finite, within the bound, the right direction |
+| beside other rows | what it would be alone |
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedpriv.errors import UserError
+
+__all__ = ["Bounded", "Clip", "SmoothedNormalization", "finite_rows"]
+
+# Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
+_SHRINK = 1.0 - 2.0**-21
+_HUGE = 2.0**96
+
+
+class Bounded(Protocol):
+    """A map of R^d into a ball, applied to the last axis.
+
+    Formal guarantee: for every input, `||self(u)||_2 <= l2_bound`, and on finite inputs the map is Lipschitz with
+    constant `lipschitz` (up to the rounding of the number format).
+    """
+
+    @property
+    def l2_bound(self) -> float:
+        """Largest l2 norm of an output."""
+        ...
+
+    @property
+    def lipschitz(self) -> float:
+        """Lipschitz constant in the l2 norm."""
+        ...
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Bounds each row of `[..., params]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """clip_C(u) = min(1, C / ||u||_2) u, the projection onto the ball of radius C.
+
+    Args:
+        clip_norm: C, positive.
+    """
+
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        require_positive("method.clip_norm", self.clip_norm)
+
+    @property
+    def l2_bound(self) -> float:
+        """C."""
+        return self.clip_norm
+
+    @property
+    def lipschitz(self) -> float:
+        """A projection onto a convex set moves no two points apart."""
+        return 1.0
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """See `Bounded.__call__`."""
+        radius = self.clip_norm * _SHRINK
+        return _scale_rows(vectors, lambda norm, ratio: torch.minimum(radius / norm, ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothedNormalization:
+    """N_alpha(u) = u / (alpha + ||u||_2): length below one, direction kept, no threshold to tune.
+
+    Source: arXiv 2502.13482, section 3. It is the gradient of ||u|| - alpha log(1 + ||u|| / alpha).
+
+    Args:
+        alpha: Smoothing, positive.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        require_positive("method.alpha", self.alpha)
+
+    @property
+    def l2_bound(self) -> float:
+        """||u|| / (alpha + ||u||) < 1."""
+        return 1.0
+
+    @property
+    def lipschitz(self) -> float:
+        """1 / alpha, reached at zero."""
+        return 1.0 / self.alpha
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """See `Bounded.__call__`."""
+        return _scale_rows(
+            vectors, lambda norm, ratio: torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)
+        )
+
+
+def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Multiplies each row u by a scale of its norm; a row that is not finite becomes zero.
+
+    `scale_of(norm, ratio)` sees the float64 norm of u / ratio, the ratio chosen by row so that nothing overflows,
+    and returns the scale that turns u / ratio into the output.
+    """
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
+    if not bool((norm < _HUGE).all()):
+        return _scale_huge_rows(vectors, scale_of)
+    scale = scale_of(norm.clamp(min=1e-300), torch.ones_like(norm))
+    return vectors * scale.to(vectors.dtype)
+
+
+def _scale_huge_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    finite = finite_rows(vectors)
+    safe = torch.where(finite, vectors, 0.0).double()
+    largest = safe.abs().amax(dim=-1, keepdim=True)
+    ratio = torch.where(largest < _HUGE, 1.0, largest)
+    rows = safe / ratio
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-300)
+    return (rows * scale_of(norm, ratio)).to(vectors.dtype)
+
+
+def finite_rows(vectors: Tensor) -> Tensor:
+    """Which rows of `[..., params]` hold no NaN and no infinity, as bool `[..., 1]`."""
+    return torch.isfinite(vectors).all(dim=-1, keepdim=True)
+
+
+def require_positive(key: str, value: float) -> None:
+    """Raises UserError unless `value` is a positive finite number."""
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(key, "a positive number", value, "Give a number above zero")

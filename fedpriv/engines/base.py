@@ -1,0 +1,93 @@
+"""What an engine is: whoever runs the clients of a round."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedpriv.learning.federation import Federation
+from fedpriv.learning.local_work import LocalWork, batches_of, make_signal
+from fedpriv.learning.tasks import Task
+from fedpriv.rounds import Broadcast, ClientRules, Total
+from fedpriv.streams import SeededStreams
+
+__all__ = ["Engine", "Population", "one_thread", "sum_in_order"]
+
+
+class Engine(Protocol):
+    """Runs the clients of a round and returns the sum of their messages, always in client order."""
+
+    @property
+    def name(self) -> str:
+        """As in `--engine`."""
+        ...
+
+    def sum_messages(self, broadcast: Broadcast) -> Total:
+        """Runs the cohort's clients on the broadcast model and keeps their new states."""
+        ...
+
+    def save(self) -> dict[str, Tensor]:
+        """The states of all clients that ever took part: `clients` int64 `[seen]` and a `[seen, ...]` per field."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `save` gave, also that of another engine."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """All clients: their rules, their data and how they work on it.
+
+    Args:
+        rules: The clients' half of the agreement.
+        task: Gives gradients.
+        federation: Who holds which examples.
+        work: How a signal is made.
+        streams: Where the choice of local batches comes from.
+    """
+
+    rules: ClientRules
+    task: Task
+    federation: Federation
+    work: LocalWork
+    streams: SeededStreams
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """All training inputs, on the task's device."""
+        return self.federation.dataset.train_inputs.to(self.task.device)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """All training labels, on the task's device."""
+        return self.federation.dataset.train_labels.to(self.task.device)
+
+    def signal(self, client: int, model: Tensor, round: int) -> Tensor:  # noqa: A002
+        """The signal `[params]` of one client in one round."""
+        rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
+        batches = batches_of(self.work, self.streams, len(rows), round, client)
+        return make_signal(self.task, model, self.inputs[rows], self.labels[rows], self.work.client_lr, batches)
+
+
+def sum_in_order(messages: Iterable[Tensor], size: int) -> Tensor:
+    """The sum `[params]` of messages in the order given, accumulated in float64 and rounded once to float32."""
+    total = torch.zeros(size, dtype=torch.float64)
+    for message in messages:
+        total = total.to(message.device).add_(message)
+    return total.float().cpu()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread, because the number of threads decides how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,105 @@
+"""From a config to the things it names: data, model, the two halves of the agreement, an engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
+from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.config import Config
+from fedpriv.learning.federation import Federation, federate
+from fedpriv.learning.tasks import Task
+from fedpriv.privacy import PrivacyPlan, Sampling
+from fedpriv.rounds import ServerRules, agree
+from fedpriv.streams import Purpose, SeededStreams
+
+__all__ = ["IN_PROCESS_ENGINES", "Experiment", "assemble", "make_engine", "make_federation", "sampling_of"]
+
+IN_PROCESS_ENGINES: dict[str, type] = {"loop": LoopEngine, "vectorized": VectorizedEngine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, made from its config.
+
+    Args:
+        config: The experiment.
+        population: The clients.
+        server: The server's half of the agreement.
+        plan: What is promised; None for a non-private run.
+        initial_model: x before the first round, `[params]`.
+    """
+
+    config: Config
+    population: Population
+    server: ServerRules
+    plan: PrivacyPlan | None
+    initial_model: Tensor
+
+    def evaluate(self, model: Tensor) -> tuple[float, float]:
+        """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
+        dataset = self.population.federation.dataset
+        return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
+
+
+def make_federation(config: Config, data_root: Path | None = None) -> Federation:
+    """Loads the data and spreads them over the clients, as the config and its seed say."""
+    dataset = config.data.dataset.load(data_root)
+    rng = SeededStreams(config.seed).source(Purpose.PARTITION).rng
+    return federate(dataset, config.data.partition, config.data.clients, rng)
+
+
+def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
+    """The sampling of the config's population; reads the data only if the config leaves their number to them."""
+    clients = config.data.clients
+    if clients is None:
+        clients = make_federation(config, data_root).population
+    return config.cohort.of(clients)
+
+
+def assemble(config: Config, *, device: str = "cpu", data_root: Path | None = None) -> Experiment:
+    """Makes everything that a run of `config` needs.
+
+    Args:
+        config: The experiment.
+        device: Where gradients are computed, such as `cpu` or `cuda`.
+        data_root: Where data sets lie; None for the environment's choice.
+
+    Raises:
+        UserError: If the data, the device or the combination of method and privacy is not to be had.
+    """
+    check_device(device)
+    federation = make_federation(config, data_root)
+    sampling = config.cohort.of(federation.population)
+    plan = config.plan(sampling)
+    streams = SeededStreams(config.seed)
+    server, client = agree(config.method, sampling, plan, streams)
+    seed = int(streams.source(Purpose.MODEL).rng.integers(2**31))
+    dataset = federation.dataset
+    module = config.model.build(tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
+    task = Task(module, device)
+    population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
+    return Experiment(
+        config=config, population=population, server=server, plan=plan, initial_model=task.initial_model()
+    )
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if torch cannot use `device`."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError("--device", "a device of this machine", f"{device!r} ({reason})", "Use --device cpu") from None
+
+
+def make_engine(name: str, experiment: Experiment) -> Engine:
+    """The engine called `name`; `auto` takes batches for dense models and on a GPU, and else the loop."""
+    if name == "auto":
+        dense = getattr(experiment.config.model, "dense", False)
+        name = "vectorized" if dense or experiment.population.task.device.type != "cpu" else "loop"
+    if name not in IN_PROCESS_ENGINES:
+        raise UserError("--engine", "an engine", repr(name), nearest(name, ["auto", *IN_PROCESS_ENGINES, "flower"]))
+    return IN_PROCESS_ENGINES[name](experiment.population)

@@ -1,0 +1,274 @@
+"""One experiment, one TOML file: read strictly, resolved completely, identified by a digest."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.tables import choose, field_names, read_table, refuse_unknown, write_table
+from fedpriv.learning.datasets import DATASETS
+from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
+from fedpriv.learning.models import MODELS
+from fedpriv.learning.partitions import PARTITIONS
+from fedpriv.methods import METHODS, Method
+from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
+
+__all__ = ["Config", "load_config", "parse_config", "read_config_file"]
+
+# Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
+_UNKNOWN_POPULATION = 2**40
+
+TABLES = ("data", "model", "local", "cohort", "method", "privacy", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChoice:
+    """Which data, and how they are spread over how many clients (None: as many as there naturally are)."""
+
+    dataset: Any
+    partition: Any
+    clients: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortChoice:
+    """How a round's clients are chosen; becomes a `Sampling` once the population is known."""
+
+    sampling: str
+    options: dict[str, Any]
+
+    def of(self, population: int) -> Sampling:
+        """The sampling of `population` clients."""
+        return read_table(SAMPLINGS[self.sampling], self.options, "cohort", population=population)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyChoice:
+    """What is promised: see `fedpriv.privacy.make_plan`."""
+
+    trust: str = "central"
+    adjacency: str | None = None
+    delta: float = 1e-5
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    unit: str = "client"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long, and how often the test data are looked at.
+
+    Args:
+        rounds: Number of rounds; 0 writes the initial model.
+        evaluate_every: Rounds from one evaluation to the next; the first and the last model are always evaluated.
+    """
+
+    rounds: int
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise UserError("training.rounds", "a whole number from 0", self.rounds, "Give the number of rounds")
+        if self.evaluate_every < 1:
+            raise UserError("training.evaluate_every", "at least 1", self.evaluate_every, "1 evaluates every round")
+
+    def evaluates(self, round: int) -> bool:  # noqa: A002
+        """Whether the model after `round` is evaluated."""
+        return round in (0, self.rounds) or round % self.evaluate_every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """An experiment, resolved: every default spelled out, nothing about how fast or where it runs."""
+
+    name: str
+    seed: int
+    data: DataChoice
+    model: Any
+    local: LocalWork
+    cohort: CohortChoice
+    method: Method
+    privacy: PrivacyChoice | None
+    training: Training
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """The experiment as TOML tables; reading them gives this config again."""
+        clients = {} if self.data.clients is None else {"clients": self.data.clients}
+        data = {"name": _name_of(DATASETS, self.data.dataset), **write_table(self.data.dataset), **clients}
+        data |= {"partition": _name_of(PARTITIONS, self.data.partition), **write_table(self.data.partition)}
+        privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "data": data,
+            "model": {"name": _name_of(MODELS, self.model), **write_table(self.model)},
+            "local": {"work": _name_of(LOCAL_WORKS, self.local), **write_table(self.local)},
+            "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
+            "method": {"name": self.method_name, **write_table(self.method)},
+            **privacy,
+            "training": write_table(self.training),
+        }
+
+    @property
+    def method_name(self) -> str:
+        """The method's name in the table of methods."""
+        return _name_of(METHODS, self.method)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved tables: equal digests are the same experiment."""
+        canonical = json.dumps(self.tables, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The resolved experiment as a TOML file."""
+        return tomli_w.dumps(self.tables)
+
+    def plan(self, sampling: Sampling) -> PrivacyPlan | None:
+        """The privacy plan with these cohorts, or None for a non-private run."""
+        if self.privacy is None:
+            return None
+        return make_plan(
+            sampling=sampling,
+            rounds=self.training.rounds,
+            l2_bound=self.method.bounded.l2_bound,
+            **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice)},
+        )
+
+
+def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
+    """Reads an experiment's TOML file.
+
+    Args:
+        path: The file.
+        settings: Changes as `table.key=value`, the value in TOML or a bare word; an empty value removes the key.
+
+    Raises:
+        UserError: On anything that is not a valid experiment.
+    """
+    return parse_config(apply_settings(read_config_file(Path(path)), settings))
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(str(path), "a TOML file", str(error), "Mend the file") from None
+
+
+def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tables` with each `table.key=value` put in."""
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    for setting in settings:
+        address, equals, value = setting.partition("=")
+        parts = address.strip().split(".")
+        if not equals or len(parts) > 2 or not all(parts):
+            raise UserError(f"-s {setting}", "table.key=value", repr(setting), "For example -s training.rounds=20")
+        _put(changed, parts, value.strip())
+    return changed
+
+
+def _put(tables: dict[str, Any], parts: list[str], value: str) -> None:
+    place = tables
+    if len(parts) == 2:
+        place = tables.setdefault(parts[0], {})
+        if not isinstance(place, dict):
+            raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
+    if value:
+        place[parts[-1]] = _toml_value(value)
+    else:
+        place.pop(parts[-1], None)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_config(tables: dict[str, Any]) -> Config:
+    """The experiment that TOML tables describe; see `load_config` for errors."""
+    refuse_unknown(tables, ["name", "seed", *TABLES], "")
+    for table in TABLES:
+        if not isinstance(tables.get(table, {}), dict):
+            raise UserError(table, "a table", repr(tables[table]), f"Write [{table}] and its keys below")
+    top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
+    data = _read_data(_need(tables, "data"))
+    return Config(
+        name=top.name,
+        seed=top.seed,
+        data=data,
+        model=_read_named(MODELS, _need(tables, "model"), "model", "name"),
+        local=_read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work"),
+        cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
+        method=_read_named(METHODS, _need(tables, "method"), "method", "name"),
+        privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
+        training=read_table(Training, _need(tables, "training"), "training"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Top:
+    name: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError("seed", "a whole number from 0", self.seed, "Give a seed such as 7")
+        if not self.name or any(c in self.name for c in "/\\\0\n"):
+            raise UserError("name", "a short name that can be a folder's", repr(self.name), "Change the name")
+
+
+def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
+    if table not in tables:
+        raise UserError(f"[{table}]", "this table", "nothing", f"Add [{table}] to the config")
+    return tables[table]
+
+
+def _read_named(kinds: dict[str, type], table: dict[str, Any], where: str, key: str) -> Any:
+    if key not in table:
+        raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "nothing", f"Add {key} to [{where}]")
+    kind = choose(kinds, f"{where}.{key}", table[key])
+    return read_table(kind, {k: v for k, v in table.items() if k != key}, where)
+
+
+def _read_data(table: dict[str, Any]) -> DataChoice:
+    options = dict(table)
+    dataset_kind = choose(DATASETS, "data.name", options.pop("name", "nothing"))
+    partition_kind = choose(PARTITIONS, "data.partition", options.pop("partition", "iid"))
+    clients = options.pop("clients", None)
+    if clients is not None and (not isinstance(clients, int) or isinstance(clients, bool) or clients < 1):
+        raise UserError("data.clients", "a whole number of at least 1", repr(clients), "Give the number of clients")
+    for_dataset, for_partition = field_names(dataset_kind), field_names(partition_kind)
+    refuse_unknown(options, ["name", "clients", "partition", *for_dataset, *for_partition], "data")
+    return DataChoice(
+        dataset=read_table(dataset_kind, {k: v for k, v in options.items() if k in for_dataset}, "data"),
+        partition=read_table(partition_kind, {k: v for k, v in options.items() if k in for_partition}, "data"),
+        clients=clients,
+    )
+
+
+def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
+    options = dict(table)
+    name = options.pop("sampling", "everyone")
+    kind = choose(SAMPLINGS, "cohort.sampling", name)
+    refuse_unknown(options, ["sampling", *field_names(kind, ("population",))], "cohort")
+    sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)
+    return CohortChoice(sampling=name, options=write_table(sampling, ("population",)))
+
+
+def _name_of(table: dict[str, type], instance: object) -> str:
+    return next(name for name, kind in table.items() if type(instance) is kind)

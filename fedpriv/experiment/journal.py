@@ -1,0 +1,200 @@
+"""What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.experiment.assemble import Experiment
+from fedpriv.experiment.plots import plot_curves
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.methods import ServerState
+from fedpriv.privacy import privacy_statement
+from fedpriv.rounds import Total, signal_to_noise
+
+__all__ = ["Journal", "Watcher"]
+
+# Sees every recorded round as it happens: the released row and the diagnostics row.
+Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+def _ignore(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    """Watches nothing."""
+
+
+@dataclass
+class Journal:
+    """Writes a run's records.
+
+    Args:
+        experiment: What is run.
+        directory: Where to.
+        engine: Who runs it, for the summary.
+        watch: Called with every round's rows.
+        checkpoint_seconds: Shortest time between two checkpoints.
+        checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
+    """
+
+    experiment: Experiment
+    directory: RunDirectory
+    engine: str
+    watch: Watcher = _ignore
+    checkpoint_seconds: float = 10.0
+    checkpoint_every: int | None = None
+    _taken: Counter[int] = field(default_factory=Counter)
+    _saved_at: float = field(default_factory=time.monotonic)
+    _round_began: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """Writes what is known before the first round."""
+        experiment, plan = self.experiment, self.experiment.plan
+        statement = privacy_statement(plan, method=experiment.config.method_name, randomness="seeded")
+        private = {"private": False, "epsilon": None, "delta": None, "statement": statement}
+        self.directory.write_json(
+            "privacy.json", private if plan is None else {**plan.as_dict(), "statement": statement}
+        )
+        self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
+        self.directory.write_model("initial.safetensors", experiment.initial_model)
+        self._round_began = time.monotonic()
+
+    def initial(self, model: Tensor) -> None:
+        """Records the model before the first round."""
+        self._record({"round": 0, **self._promise(0), **self._evaluation(model, 0)}, {"round": 0})
+
+    def replayed(self, last_round: int) -> None:
+        """Takes up again after `last_round`: forgets later rows, and recounts who took part."""
+        for name in ("rounds.jsonl", "diagnostics.jsonl"):
+            self.directory.keep_rows(name, last_round)
+        if self._keeps_ledger:
+            for past in range(1, last_round + 1):
+                self._count(past)
+        self._round_began = time.monotonic()
+
+    def after_round(
+        self,
+        round: int,  # noqa: A002
+        state: ServerState,
+        total: Total,
+        client_states: Callable[[], dict[str, Tensor]] | None,
+    ) -> None:
+        """Records a round, and writes a checkpoint if one is due and clients' states can be had."""
+        seconds = time.monotonic() - self._round_began
+        if self._keeps_ledger:
+            self._count(round)
+        evaluation = self._evaluation(state.model, round)
+        released = {"round": round, **self._promise(round), **evaluation}
+        self._record(released, self._diagnose(round, state, total, seconds))
+        if client_states is not None and self._checkpoint_due(round):
+            self.directory.checkpoint.write(self.experiment.config.digest, round, state._asdict(), client_states())
+            self._saved_at = time.monotonic()
+        self._round_began = time.monotonic()
+
+    def finish(self, state: ServerState) -> dict[str, Any]:
+        """Writes the final model, the picture and, last of all, the summary; returns the summary."""
+        self.directory.write_model("model.safetensors", state.model)
+        rounds = self.directory.rows("rounds.jsonl")
+        plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
+        summary = self._summary(rounds[-1], self.directory.rows("diagnostics.jsonl"))
+        self.directory.write_json("summary.json", summary)
+        self.directory.checkpoint.path.unlink(missing_ok=True)
+        return summary
+
+    @property
+    def _keeps_ledger(self) -> bool:
+        return self.experiment.plan is not None and self.experiment.plan.trust == "local"
+
+    def _count(self, round: int) -> None:  # noqa: A002
+        from fedpriv.rounds import begin_round
+
+        state = self.experiment.config.method.init_server(torch.zeros(1))
+        self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
+
+    def _checkpoint_due(self, round: int) -> bool:  # noqa: A002
+        if round == self.experiment.config.training.rounds:
+            return False
+        if self.checkpoint_every is not None:
+            return round % self.checkpoint_every == 0
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+
+    def _promise(self, round: int) -> dict[str, Any]:  # noqa: A002
+        plan = self.experiment.plan
+        return {"epsilon": None if plan is None else plan.epsilon_after(round)}
+
+    def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:  # noqa: A002
+        if not self.experiment.config.training.evaluates(round):
+            return {"test_accuracy": None, "test_loss": None}
+        loss, accuracy = self.experiment.evaluate(model)
+        return {"test_accuracy": accuracy, "test_loss": loss}
+
+    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
+        population = self.experiment.population
+        return {
+            "round": round,
+            "cohort_size": total.messages,
+            "non_finite": total.non_finite,
+            "signal_norm": total.signal_norm,
+            "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
+            "signal_to_noise": signal_to_noise(
+                total, self.experiment.server.noise_stddev, population.rules.noise_stddev
+            ),
+            "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
+            "seconds": seconds,
+            "clients_per_second": total.messages / max(seconds, 1e-9),
+        }
+
+    def _record(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        self.directory.append("rounds.jsonl", released)
+        if len(diagnostics) > 1:
+            self.directory.append("diagnostics.jsonl", diagnostics)
+        self.watch(released, diagnostics)
+
+    def _title(self) -> str:
+        config, plan = self.experiment.config, self.experiment.plan
+        promise = "not private" if plan is None else f"{plan.trust} trust, ({plan.epsilon:.3g}, {plan.delta:g})-DP"
+        return f"{config.name}: {config.method_name}, {promise}"
+
+    def _summary(self, last: dict[str, Any], diagnostics: list[dict[str, Any]]) -> dict[str, Any]:
+        config, plan = self.experiment.config, self.experiment.plan
+        seconds = sum(row["seconds"] for row in diagnostics)
+        messages = sum(row["cohort_size"] for row in diagnostics)
+        promise = _no_promise() if plan is None else {**plan.as_dict(), "private": plan.noise_multiplier > 0}
+        keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
+        return {
+            "name": config.name,
+            "method": config.method_name,
+            "engine": self.engine,
+            "digest": config.digest,
+            "seed": config.seed,
+            "rounds": config.training.rounds,
+            "population": self.experiment.population.federation.population,
+            "parameters": self.experiment.population.task.layout.size,
+            "test_accuracy": last["test_accuracy"],
+            "test_loss": last["test_loss"],
+            **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
+            **({"ledger": self._ledger()} if self._keeps_ledger else {}),
+            "non_finite": sum(row["non_finite"] for row in diagnostics),
+            "seconds": seconds,
+            "clients_per_second": messages / seconds if seconds else 0.0,
+        }
+
+    def _ledger(self) -> dict[str, Any]:
+        """What single clients really spent, by how often each took part."""
+        plan = self.experiment.plan
+        counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
+        for client, times in self._taken.items():
+            counts[client] = times
+        figures = {"most": counts.max(), "median": np.median(counts), "least": counts.min()}
+        return {
+            who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}
+            for who, times in figures.items()
+        }
+
+
+def _no_promise() -> dict[str, Any]:
+    keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
+    return {**dict.fromkeys(keys), "private": False, "noise_stddev": 0.0, "adversary": "none: not private"}

@@ -1,0 +1,44 @@
+"""Pictures of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["plot_curves"]
+
+PANELS = (
+    ("test_accuracy", "test accuracy", "#0072B2"),
+    ("test_loss", "test loss (nats)", "#D55E00"),
+    ("epsilon", "epsilon spent", "#009E73"),
+)
+
+
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Writes accuracy, loss and epsilon over rounds as one PNG.
+
+    Args:
+        rows: The released rows of a run, by round.
+        path: Where to.
+        title: What stands above.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axes, (key, label, colour) in zip(figure.subplots(1, 3), PANELS, strict=True):
+        points = [(row["round"], row[key]) for row in rows if row[key] is not None]
+        axes.set(xlabel="round", title=label)
+        axes.grid(alpha=0.3)
+        if not points:
+            axes.text(
+                0.5, 0.5, "not private" if key == "epsilon" else "not finite", ha="center", transform=axes.transAxes
+            )
+            continue
+        marker = "o" if len(points) < 30 else None
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
+        if key == "test_accuracy":
+            axes.set_ylim(0, 1)
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(-4, -14), ha="right")
+    figure.savefig(path, dpi=120)

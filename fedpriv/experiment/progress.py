@@ -1,0 +1,54 @@
+"""A progress bar for a run: round, loss, accuracy, epsilon spent, clients a second, time left."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["RoundProgress"]
+
+
+class RoundProgress:
+    """Shows the rounds of a run on stderr as they are recorded; call it with every round's two rows.
+
+    Args:
+        rounds: How many there will be.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self._progress = Progress(
+            TextColumn("round"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("", total=rounds)
+        self._latest: dict[str, Any] = {}
+
+    def __enter__(self) -> "RoundProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        """Shows one recorded round."""
+        self._latest |= {key: value for key, value in {**diagnostics, **released}.items() if value is not None}
+        self._progress.update(self._task, completed=released["round"], description=self._description())
+
+    def _description(self) -> str:
+        figures = (
+            ("loss", "test_loss", ".3f"),
+            ("accuracy", "test_accuracy", ".3f"),
+            ("epsilon", "epsilon", ".2f"),
+            ("clients/s", "clients_per_second", ".0f"),
+        )
+        return "  ".join(f"{word} {self._latest[key]:{form}}" for word, key, form in figures if key in self._latest)

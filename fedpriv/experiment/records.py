@@ -1,0 +1,187 @@
+"""The run directory: what a run writes, atomically, and how it is read back."""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from fedpriv.errors import UserError
+
+__all__ = ["FILES", "Checkpoint", "RunDirectory", "jsonable", "write_atomically"]
+
+# What a finished run leaves in its directory.
+FILES = (
+    "config.toml",
+    "summary.json",
+    "rounds.jsonl",
+    "diagnostics.jsonl",
+    "privacy.json",
+    "privacy.txt",
+    "model.safetensors",
+    "initial.safetensors",
+    "curves.png",
+)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file that appears whole or not at all, also if the machine stops in between."""
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def jsonable(value: Any) -> Any:
+    """The value with every number that JSON cannot hold (infinite, not a number) as null."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Checkpoint:
+    """One file with everything that a run needs to go on: the server's state, the clients' states, the round.
+
+    Tensors are named `server.FIELD` and `client.FIELD`; the round and the digest are in the file's metadata.
+    """
+
+    VERSION = "1"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, digest: str, round: int, server: dict[str, Tensor], client: dict[str, Tensor]) -> None:  # noqa: A002
+        """Replaces the checkpoint by the state after `round`."""
+        tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
+        metadata = {"version": self.VERSION, "digest": digest, "round": str(round)}
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.path, safetensors_bytes(contiguous, metadata))
+
+    def read(self, digest: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Round, server tensors and client tensors; None if there is no checkpoint yet.
+
+        Raises:
+            UserError: If the file is damaged, or is another experiment's.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(str(self.path), "a whole checkpoint", str(error), "Start again in a new --out") from None
+        if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
+            raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
+        parts = {side: _part(tensors, side) for side in ("server.", "client.")}
+        return int(metadata["round"]), parts["server."], parts["client."]
+
+
+def _part(tensors: dict[str, Tensor], side: str) -> dict[str, Tensor]:
+    return {name.removeprefix(side): tensor for name, tensor in tensors.items() if name.startswith(side)}
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: The directory; made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = Checkpoint(path / "checkpoint.safetensors")
+
+    def file(self, name: str) -> Path:
+        """The path of one of the run's files."""
+        return self.path / name
+
+    def claim(self, toml: str, digest: str, *, resume: bool) -> None:
+        """Makes the directory this experiment's, or refuses.
+
+        Raises:
+            UserError: If it holds another experiment, or this one and `resume` is not set.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(str(self.path), "a folder to write to", error.strerror, "Choose another --out") from None
+        config, stamp = self.file("config.toml"), self.file("digest.txt")
+        if config.exists():
+            found = stamp.read_text().strip() if stamp.exists() else "unknown"
+            if found != digest:
+                raise UserError(str(self.path), "an empty folder", "another experiment", "Choose another --out")
+            if not resume:
+                raise UserError(
+                    str(self.path),
+                    "an empty folder",
+                    "this experiment, begun or done",
+                    "Add --resume to go on with it, or choose another --out",
+                )
+            return
+        foreign = [name for name in FILES if self.file(name).exists()]
+        if foreign and not stamp.exists():
+            raise UserError(str(self.path), "a folder without them", ", ".join(foreign), "Choose another --out")
+        write_atomically(stamp, digest + "\n")
+        write_atomically(config, toml)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the directory while this one writes.
+
+        Raises:
+            UserError: If another run is writing there now.
+        """
+        with self.file(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    str(self.path), "a folder to itself", "another run at work in it", "Wait, or choose another --out"
+                ) from None
+            yield
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file."""
+        write_atomically(self.file(name), json.dumps(jsonable(value), indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON file; None if it is not there."""
+        path = self.file(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_model(self, name: str, model: Tensor) -> None:
+        """Writes one tensor `model`, `[params]` float32."""
+        write_atomically(self.file(name), safetensors_bytes({"model": model.detach().cpu().to(torch.float32)}))
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Adds one row to a JSON-lines file."""
+        with self.file(name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(row)) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The whole rows of a JSON-lines file; a torn last line is left out."""
+        path = self.file(name)
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def keep_rows(self, name: str, last_round: int) -> list[dict[str, Any]]:
+        """Drops the rows of rounds after `last_round`, and returns the others."""
+        kept = [row for row in self.rows(name) if row["round"] <= last_round]
+        write_atomically(self.file(name), "".join(json.dumps(row) + "\n" for row in kept))
+        return kept

@@ -1,0 +1,83 @@
+"""Running an experiment in process: the loop over rounds, checkpoint and resumption."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedpriv.engines import Engine
+from fedpriv.experiment.assemble import Experiment, assemble, make_engine
+from fedpriv.experiment.config import Config
+from fedpriv.experiment.journal import Journal, Watcher
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.methods import ServerState
+from fedpriv.rounds import begin_round, finish_round
+
+__all__ = ["run_experiment"]
+
+
+def run_experiment(
+    config: Config,
+    out: Path,
+    *,
+    engine: str = "auto",
+    device: str = "cpu",
+    data_root: Path | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+    checkpoint_every: int | None = None,
+) -> dict[str, Any]:
+    """Runs an experiment and returns its summary.
+
+    Args:
+        config: The experiment.
+        out: The run directory.
+        engine: `auto`, `loop` or `vectorized`.
+        device: Where gradients are computed.
+        data_root: Where data sets lie; None for the environment's choice.
+        resume: Whether `out` may hold a part of this experiment, which is then gone on with.
+        watch: Called after every round with what was recorded.
+        checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
+
+    Raises:
+        UserError: On anything that the user can mend; nothing of an earlier run is lost.
+    """
+    experiment = assemble(config, device=device, data_root=data_root)
+    runner = make_engine(engine, experiment)
+    directory = RunDirectory(out)
+    directory.claim(config.to_toml(), config.digest, resume=resume)
+    with directory.locked():
+        done = directory.read_json("summary.json")
+        if done is not None:
+            return done
+        options = {} if watch is None else {"watch": watch}
+        journal = Journal(experiment, directory, runner.name, checkpoint_every=checkpoint_every, **options)
+        return _run(experiment, runner, journal, directory)
+
+
+def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
+    journal.begin()
+    start, state = _take_up(experiment, engine, directory)
+    journal.replayed(start)
+    if start == 0 and not directory.rows("rounds.jsonl"):
+        journal.initial(state.model)
+    for number in range(start + 1, experiment.config.training.rounds + 1):
+        total = engine.sum_messages(begin_round(experiment.server, state, number))
+        state = finish_round(experiment.server, state, number, total.sum)
+        journal.after_round(number, state, total, engine.save)
+    return journal.finish(state)
+
+
+def _take_up(experiment: Experiment, engine: Engine, directory: RunDirectory) -> tuple[int, ServerState]:
+    """The last round that is safe, and the state after it; clients' states go back to the engine."""
+    fresh = experiment.config.method.init_server(experiment.initial_model)
+    saved = directory.checkpoint.read(experiment.config.digest)
+    if saved is None:
+        return 0, fresh
+    last, server, client = saved
+    engine.restore(client)
+    return last, _state_like(fresh, server)
+
+
+def _state_like(fresh: ServerState, tensors: dict[str, Tensor]) -> ServerState:
+    return type(fresh)(**tensors)

@@ -1,0 +1,93 @@
+"""Strict reading of one TOML table into one frozen dataclass, with errors that name the key."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedpriv.errors import UserError, nearest
+
+__all__ = ["choose", "field_names", "read_table", "write_table"]
+
+T = TypeVar("T")
+
+
+def choose(table: dict[str, type], key: str, name: object) -> type:
+    """The entry of `table` called `name`; an error names `key` and the nearest known name."""
+    if not isinstance(name, str) or name not in table:
+        raise UserError(key, "a known name", repr(name), nearest(str(name), table))
+    return table[name]
+
+
+def field_names(kind: type, given: tuple[str, ...] = ()) -> list[str]:
+    """The fields that a table may set: all but those that the program gives itself."""
+    return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in given]
+
+
+def read_table(kind: type[T], table: Mapping[str, Any], where: str, also: tuple[str, ...] = (), **given: object) -> T:
+    """An instance of the dataclass `kind`, made of a TOML table.
+
+    Args:
+        kind: The dataclass.
+        table: Key by key what the file says.
+        where: The table's name, for errors.
+        also: Keys that the table may hold for somebody else.
+        given: Fields that the program fills in itself.
+
+    Raises:
+        UserError: On an unknown key, a missing key or a value of another type.
+    """
+    known = field_names(kind, tuple(given))
+    refuse_unknown(table, [*known, *also], where)
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        key = f"{where}.{field.name}" if where else field.name
+        if field.name in given or not field.init:
+            continue
+        if field.name in table:
+            values[field.name] = _typed(hints[field.name], table[field.name], key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(key, _describe(hints[field.name]), "nothing", f"Add {field.name} to [{where}]")
+    return kind(**values, **given)
+
+
+def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
+    """Raises UserError, with the nearest known key, if the table holds a key that is not known."""
+    for key in table:
+        if key not in known:
+            raise UserError(f"{where}.{key}" if where else key, "a known key", "an unknown one", nearest(key, known))
+
+
+def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The TOML table that `read_table` would make `instance` from, with every default spelled out."""
+    names = field_names(type(instance), given)
+    values = {name: getattr(instance, name) for name in names}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+
+
+def _typed(hint: Any, value: Any, key: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError):
+        raise UserError(key, _describe(hint), repr(value), "Change the value") from None
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+
+
+def _describe(hint: Any) -> str:
+    if hint in _WORDS:
+        return _WORDS[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(json.dumps(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(a) for a in arguments if a is not type(None))
+    if origin in (tuple, list):
+        return f"a list, each {_describe(arguments[0])}"
+    return str(hint)

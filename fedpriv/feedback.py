@@ -1,0 +1,34 @@
+"""The error-feedback step: send what is bounded, remember what was sent.
+
+With memory v and signal u the client sends Delta = B(u - v) and keeps v + beta Delta; the server adds beta/n of
+every message. Then, without noise, the server's memory is the mean of the clients' memories after every round.
+"""
+
+from torch import Tensor
+
+from fedpriv.bounding import Bounded
+
+__all__ = ["bounded_residual", "decayed", "remember"]
+
+
+def bounded_residual(bounded: Bounded, memory: Tensor, signal: Tensor) -> Tensor:
+    """B(signal - memory) on the last axis; `[..., params]`, every row within `bounded.l2_bound`."""
+    return bounded(signal - memory)
+
+
+def remember(memory: Tensor, message: Tensor, beta: float) -> Tensor:
+    """Memory + beta message, on the client's side as on the server's; `[..., params]`."""
+    return memory + beta * message
+
+
+def decayed(memory: Tensor, damping: float, rounds: Tensor | int) -> Tensor:
+    """(1 - damping)^rounds memory: what is left of a memory that nothing was added to for `rounds` rounds.
+
+    Args:
+        memory: `[..., params]`.
+        damping: lambda in [0, 1); 0 leaves the memory as it is, to the bit.
+        rounds: How many rounds; a number, or `[..., 1]` by client.
+    """
+    if damping == 0.0:
+        return memory
+    return memory * (1.0 - damping) ** rounds

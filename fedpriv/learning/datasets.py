@@ -1,0 +1,359 @@
+"""Data sets in memory: one frozen dataclass each, which loads what is on the disk.
+
+Images are standardised with published constants of each data set, never with statistics of the loaded
+examples, so that loading releases nothing about any client. Splits into training and test examples are fixed:
+they depend neither on the experiment's seed nor on its population.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.errors import UserError
+from fedpriv.learning.checks import positive_int
+from fedpriv.learning.dataset_files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
+
+__all__ = [
+    "DATASETS",
+    "Cifar10",
+    "Dataset",
+    "DatasetSource",
+    "Digits",
+    "FashionMnist",
+    "Libsvm",
+    "Mnist",
+    "MnistByWriter",
+    "every_fifth_of_each_label",
+]
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+WRITER_FILE = "qmnist-train-labels-idx2-int"
+CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Training and test examples for classification.
+
+    Args:
+        name: What reports call it.
+        train_inputs: float32 `[examples, *input_shape]`.
+        train_labels: int64 `[examples]`, 0 to `classes - 1`.
+        test_inputs: float32 `[test_examples, *input_shape]`.
+        test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
+        classes: Number of labels, at least 2.
+        groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None without any.
+
+    Raises:
+        UserError: If shapes, types or ranges are others.
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    classes: int
+    groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self._check_examples("train", self.train_inputs, self.train_labels)
+        self._check_examples("test", self.test_inputs, self.test_labels)
+        if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
+            raise self._wrong("equal shapes of training and test inputs", list(self.test_inputs.shape[1:]))
+        if self.groups is not None:
+            self._check_groups(self.groups)
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self.train_labels)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train_inputs.shape[1:])
+
+    def _check_examples(self, split: str, inputs: Tensor, labels: Tensor) -> None:
+        if inputs.dtype != torch.float32 or labels.dtype != torch.int64:
+            raise self._wrong(f"float32 {split} inputs and int64 labels", (inputs.dtype, labels.dtype))
+        if labels.shape != inputs.shape[:1] or len(labels) == 0:
+            raise self._wrong(f"one label for each {split} example", (list(inputs.shape), list(labels.shape)))
+        low, high = int(labels.min()), int(labels.max())
+        if self.classes < 2 or low < 0 or high >= self.classes:
+            raise self._wrong(
+                f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes"
+            )
+
+    def _check_groups(self, groups: np.ndarray) -> None:
+        if groups.dtype != np.int64 or groups.shape != (self.examples,):
+            raise self._wrong("one int64 natural client for each example", (groups.dtype, groups.shape))
+        if groups.min() < 0 or not np.bincount(groups).all():
+            raise self._wrong("natural clients numbered from 0 without gaps", "others")
+
+    def _wrong(self, expected: str, got: object) -> UserError:
+        return UserError(f"dataset {self.name}", expected, got, "Correct the arrays that it is made of")
+
+
+class DatasetSource(Protocol):
+    """Settings that say where a data set comes from; filled from the table `[data]`."""
+
+    natural: ClassVar[bool]
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, `[1, 8, 8]` in [0, 1]; needs no file. Test: a fixed fifth.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
+    """
+
+    natural: ClassVar[bool] = False
+
+    def load(self, data_root: Path | None) -> Dataset:  # noqa: ARG002
+        """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        inputs = (pixels / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+        return _split("digits", inputs, np.asarray(labels, dtype=np.int64), 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist:
+    """MNIST: 60,000 + 10,000 handwritten digits `[1, 28, 28]`, standardised.
+
+    Mean 0.1307, deviation 0.3081. Source: LeCun, Bottou, Bengio and Haffner, Gradient-based learning applied
+    to document recognition, 1998.
+    """
+
+    natural: ClassVar[bool] = False
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, or are damaged.
+        """
+        return _idx_images("mnist", data_root or default_data_root(), "MNIST", 0.1307, 0.3081)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist:
+    """Fashion-MNIST: 60,000 + 10,000 articles of clothing `[1, 28, 28]`, standardised.
+
+    Mean 0.2860, deviation 0.3530. Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747.
+    """
+
+    natural: ClassVar[bool] = False
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, or are damaged.
+        """
+        return _idx_images("fashion-mnist", data_root or default_data_root(), "FashionMNIST", 0.2860, 0.3530)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistByWriter:
+    """MNIST with the writer of each training image as its natural client: 539 writers of 19 to 131 images.
+
+    Source: Yadav and Bottou, Cold Case: the Lost MNIST Digits, NeurIPS 2019 (QMNIST, label column 2).
+    """
+
+    natural: ClassVar[bool] = True
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, are damaged, or describe other images.
+        """
+        root = data_root or default_data_root()
+        [path] = locate(root, "QMNIST/raw", [WRITER_FILE], "QMNIST")
+        images = _idx_images("mnist-by-writer", root, "MNIST", 0.1307, 0.3081)
+        facts = read_idx(path)
+        if facts.shape != (images.examples, 8) or (facts[:, 0] != images.train_labels.numpy()).any():
+            expected = f"{images.examples} rows of 8 facts, each with the label of its MNIST image"
+            raise UserError(str(path), expected, f"others, of shape {facts.shape}", "Replace the file")
+        groups = np.unique(facts[:, 2], return_inverse=True)[1].astype(np.int64)
+        return Dataset(**{**vars(images), "groups": groups})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10:
+    """CIFAR-10: 50,000 + 10,000 colour images `[3, 32, 32]`, standardised channel by channel.
+
+    Means 0.4914, 0.4822, 0.4465; deviations 0.2470, 0.2435, 0.2616. Source: Krizhevsky, Learning
+    Multiple Layers of Features from Tiny Images, 2009.
+    """
+
+    natural: ClassVar[bool] = False
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, are damaged, or hold more than arrays.
+        """
+        root = data_root or default_data_root()
+        paths = locate(root, "cifar-10-batches-py", CIFAR10_FILES, "CIFAR10")
+        images, labels = zip(*map(read_cifar_batch, paths), strict=True)
+        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        return _dataset(
+            "cifar10",
+            (_standardised(np.concatenate(images[:-1]), mean, std), np.concatenate(labels[:-1])),
+            (_standardised(images[-1], mean, std), labels[-1]),
+            10,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Libsvm:
+    """A classification problem in LIBSVM's sparse text format, made dense; sorted labels become 0, 1, ...
+
+    Args:
+        file: The training examples; a path from the data root.
+        test_file: The test examples; without it, a fixed fifth of `file` is held out.
+        features: Number of features; None means the largest index found.
+
+    Raises:
+        UserError: If a value is of another type.
+    """
+
+    natural: ClassVar[bool] = False
+    file: str = ""
+    test_file: str | None = None
+    features: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not self.file:
+            raise UserError(
+                "data.file", "a path from the data root", repr(self.file), "Name a LIBSVM text file"
+            )
+        if self.features is not None:
+            positive_int("data.features", self.features)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads the file or files; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If a file is missing or damaged, labels are no whole numbers, or features too few.
+        """
+        root = data_root or default_data_root()
+        parts = [read_libsvm(root / file) for file in (self.file, self.test_file) if file]
+        inputs = _dense([matrix for matrix, _ in parts], self.features)
+        labels, classes = _numbered([labels for _, labels in parts], self.file)
+        name = Path(self.file).name
+        if len(parts) == 1:
+            return _split(name, inputs[0], labels[0], classes)
+        return _dataset(name, (inputs[0], labels[0]), (inputs[1], labels[1]), classes)
+
+
+DATASETS: dict[str, type[DatasetSource]] = {
+    "digits": Digits,
+    "mnist": Mnist,
+    "fashion-mnist": FashionMnist,
+    "mnist-by-writer": MnistByWriter,
+    "cifar10": Cifar10,
+    "libsvm": Libsvm,
+}
+
+
+def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:
+    """Which examples to test on: the fifth, tenth, ... of each label; bool `[examples]`.
+
+    Args:
+        labels: int64 `[examples]`.
+    """
+    order = np.argsort(labels, kind="stable")
+    in_order = labels[order]
+    place = np.arange(len(labels)) - np.searchsorted(in_order, in_order)
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[order] = place % 5 == 4
+    return chosen
+
+
+def _dataset(
+    name: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int
+) -> Dataset:
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test)]
+    fields = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+    return Dataset(name=name, classes=classes, **dict(zip(fields, tensors, strict=True)))
+
+
+def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> Dataset:
+    test = every_fifth_of_each_label(labels)
+    if not test.any():
+        remedy = "Give a data.test_file, or more examples"
+        raise UserError(
+            f"dataset {name}", "five examples of a label, one of them to test", len(labels), remedy
+        )
+    return _dataset(name, (inputs[~test], labels[~test]), (inputs[test], labels[test]), classes)
+
+
+def _idx_images(name: str, data_root: Path, folder: str, mean: float, std: float) -> Dataset:
+    paths = locate(data_root, f"{folder}/raw", IDX_FILES, source=folder)
+    train, test = _idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3])
+    standardised = [(_standardised(images, (mean,), (std,)), labels) for images, labels in (train, test)]
+    return _dataset(name, standardised[0], standardised[1], 10)
+
+
+def _idx_examples(image_file: Path, label_file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[examples, 1, height, width]` and labels int64 `[examples]`."""
+    images, labels = read_idx(image_file), read_idx(label_file)
+    if images.dtype != np.uint8 or images.ndim != 3 or len(images) == 0:
+        raise UserError(str(image_file), "images of bytes", f"shape {images.shape}", "Replace the file")
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
+        expected = f"{len(images)} labels of 0 to 9, one for each image of {image_file.name}"
+        raise UserError(str(label_file), expected, f"others, of shape {labels.shape}", "Replace both files")
+    return images[:, None], labels.astype(np.int64)
+
+
+def _standardised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """float32 (pixel / 255 - mean) / std, `[examples, channels, height, width]`, channel by channel."""
+    pixels = images.astype(np.float32)
+    pixels /= 255
+    pixels -= np.array(mean, dtype=np.float32)[:, None, None]
+    pixels /= np.array(std, dtype=np.float32)[:, None, None]
+    return pixels
+
+
+def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
+    """float32 `[examples, features]` of each; indices count from one unless some file uses index 0."""
+    first = 0 if any((matrix.indices == 0).any() for matrix in matrices) else 1
+    found = max(matrix.shape[1] for matrix in matrices) - first
+    if features is not None and features < found:
+        raise UserError(
+            "data.features", f"at least {found}, the largest index", features, "Correct data.features"
+        )
+    width = max(features or found, 1) + first
+    for matrix in matrices:
+        matrix.resize(matrix.shape[0], width)
+    return [matrix.toarray()[:, first:] for matrix in matrices]
+
+
+def _numbered(labels: list[np.ndarray], file: str) -> tuple[list[np.ndarray], int]:
+    """The int64 rank of each label among all values, and the number of values."""
+    values = np.unique(np.concatenate(labels))
+    if len(values) < 2 or (values != np.round(values)).any():
+        got = f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
+        raise UserError(
+            f"data.file {file}", "two or more labels that are whole numbers", got, "Choose another file"
+        )
+    return [np.searchsorted(values, part).astype(np.int64) for part in labels], len(values)

@@ -1,0 +1,242 @@
+"""Partitions: which client holds which training examples, as rules on labels and natural clients.
+
+Every rule gives each row one owner and every client at least one row. Cost follows the number of examples
+plus the number of clients.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedpriv.errors import UserError
+from fedpriv.learning.checks import positive_int, positive_real
+from fedpriv.learning.datasets import DATASETS
+
+__all__ = [
+    "PARTITIONS",
+    "Dirichlet",
+    "Iid",
+    "LabelShards",
+    "Natural",
+    "Partition",
+    "mean_total_variation",
+]
+
+
+class Partition(Protocol):
+    """Decides which client holds which examples; filled from the table `[data]`."""
+
+    def split(
+        self, labels: np.ndarray, groups: np.ndarray | None, clients: int | None, rng: np.random.Generator
+    ) -> list[np.ndarray]:
+        """The rows of each client: ascending int64, disjoint, none empty.
+
+        Args:
+            labels: int64 `[examples]`.
+            groups: int64 `[examples]`, natural client of each example; None where there is none.
+            clients: Number of clients; None is for natural clients only, and means all of them.
+            rng: All randomness; equal states give equal splits.
+
+        Raises:
+            UserError: If there are fewer examples, shards or natural clients than are needed.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iid:
+    """Examples dealt out at random: sizes differ by at most one, labels are alike."""
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,  # noqa: ARG002
+        clients: int | None,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """See `Partition.split`."""
+        number = _enough_examples(len(labels), clients)
+        return _rows_by_owner(rng.permutation(len(labels)) % number, number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dirichlet:
+    """Skewed labels and sizes: each label is divided by its own Dirichlet draw over the clients.
+
+    For each label, shares ~ Dirichlet(concentration, ..., concentration) over clients; its examples,
+    shuffled, are cut in these shares. Small concentrations leave each label with few clients. Clients that
+    got nothing are then given one example each, always of the client that has most. Source: Yurochkin et al.,
+    Bayesian Nonparametric Federated Learning of Neural Networks, ICML 2019, section 4. (Hsu et al.,
+    arXiv:1909.06335, draw labels for each client instead, with equal sizes.)
+
+    Args:
+        concentration: 1e-6 to 1e9; from about 100, labels are alike.
+
+    Raises:
+        UserError: If `concentration` is out of range.
+    """
+
+    concentration: float = 0.5
+
+    def __post_init__(self) -> None:
+        positive_real("data.concentration", self.concentration)
+        if not 1e-6 <= self.concentration <= 1e9:
+            expected, remedy = "1e-6 to 1e9", "Usual values are 0.1 to 100"
+            raise UserError("data.concentration", expected, self.concentration, remedy)
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,  # noqa: ARG002
+        clients: int | None,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """See `Partition.split`."""
+        number = _enough_examples(len(labels), clients)
+        shuffled = rng.permutation(len(labels))
+        owner = np.empty(len(labels), dtype=np.int64)
+        for label in np.unique(labels):
+            rows = shuffled[labels[shuffled] == label]
+            shares = rng.dirichlet(np.full(number, self.concentration))
+            owner[rows] = rng.permutation(number)[_cut(shares, len(rows))]
+        owner[shuffled] = _without_empty_clients(owner[shuffled], number)
+        return _rows_by_owner(owner, number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelShards:
+    """Few labels each: examples sorted by label are cut into equal shards, dealt out at random.
+
+    A shard that spans the border of two labels has both, so the clients' numbers of labels sum to at most
+    `clients * shards_per_client + classes - 1`. Source: McMahan et al., Communication-Efficient Learning of
+    Deep Networks from Decentralized Data, AISTATS 2017, section 3.
+
+    Args:
+        shards_per_client: Shards for each client, at least 1.
+
+    Raises:
+        UserError: If `shards_per_client` is less.
+    """
+
+    shards_per_client: int = 2
+
+    def __post_init__(self) -> None:
+        positive_int("data.shards_per_client", self.shards_per_client)
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,  # noqa: ARG002
+        clients: int | None,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """See `Partition.split`."""
+        examples, number = len(labels), _enough_examples(len(labels), clients)
+        shards = number * self.shards_per_client
+        if shards > examples:
+            expected = f"at most {examples // number} for {examples} examples and {number} clients"
+            raise UserError(
+                "data.shards_per_client", expected, self.shards_per_client, "Lower it, or data.clients"
+            )
+        shuffled = rng.permutation(examples)
+        sorted_rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        owner = np.empty(examples, dtype=np.int64)
+        owner[sorted_rows] = (rng.permutation(shards) % number)[np.arange(examples) * shards // examples]
+        return _rows_by_owner(owner, number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural:
+    """The clients that the data has by nature: client i holds the examples of group i.
+
+    With fewer clients than groups, the first groups are taken and the examples of the others are left out.
+    """
+
+    def split(
+        self,
+        labels: np.ndarray,  # noqa: ARG002
+        groups: np.ndarray | None,
+        clients: int | None,
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> list[np.ndarray]:
+        """See `Partition.split`; uses no randomness."""
+        if groups is None:
+            having = ", ".join(name for name, source in DATASETS.items() if source.natural)
+            expected = f"a dataset with natural clients ({having}) for 'natural'"
+            raise UserError(
+                "data.partition", expected, "one without", "Choose such a dataset, or another partition"
+            )
+        found = int(groups.max()) + 1
+        number = found if clients is None else _positive(clients)
+        if number > found:
+            remedy = "Lower data.clients, or leave it out to take all"
+            raise UserError("data.clients", f"at most {found}, the natural clients", clients, remedy)
+        return _rows_by_owner(groups, found)[:number]
+
+
+PARTITIONS: dict[str, type[Partition]] = {
+    "iid": Iid,
+    "dirichlet": Dirichlet,
+    "shards": LabelShards,
+    "natural": Natural,
+}
+
+
+def mean_total_variation(counts: np.ndarray) -> float:
+    """How much labels differ between clients: the mean total variation distance to all clients' labels.
+
+    0 if every client has all labels in the same shares; towards 1 if each holds alone one rare label.
+
+    Args:
+        counts: `[clients, classes]`, examples of each label; clients without examples are left out.
+    """
+    held = counts[counts.sum(axis=1) > 0].astype(np.float64)
+    shares = held / held.sum(axis=1, keepdims=True)
+    return float(np.abs(shares - held.sum(axis=0) / held.sum()).sum(axis=1).mean() / 2)
+
+
+def _positive(clients: int) -> int:
+    positive_int("data.clients", clients)
+    return clients
+
+
+def _enough_examples(examples: int, clients: int | None) -> int:
+    """The number of clients, once it is sure that each can have an example."""
+    if clients is None:
+        remedy = "Set data.clients; only data.partition = 'natural' can do without"
+        raise UserError("data.clients", "a number of clients", "none", remedy)
+    if _positive(clients) > examples:
+        remedy = "Lower data.clients: every client needs an example"
+        raise UserError(
+            "data.clients", f"at most {examples}, the number of training examples", clients, remedy
+        )
+    return clients
+
+
+def _rows_by_owner(owner: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Ascending rows of each client, from the owner int64 `[examples]` of each row."""
+    ends = np.cumsum(np.bincount(owner, minlength=clients))
+    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
+
+
+def _cut(shares: np.ndarray, examples: int) -> np.ndarray:
+    """Ascending owners int64 `[examples]`, in numbers like `shares` `[clients]`, within one example each."""
+    ends = np.cumsum(shares)
+    middles = (np.arange(examples) + 0.5) / examples
+    return np.minimum(np.searchsorted(ends, middles * ends[-1]), len(shares) - 1)
+
+
+def _without_empty_clients(owner: np.ndarray, clients: int) -> np.ndarray:
+    """`owner` with one example moved to each client that has none, always from a client that then has most.
+
+    Taking from the largest again and again takes the examples of the highest rank within their clients.
+    """
+    sizes = np.bincount(owner, minlength=clients)
+    empty = np.flatnonzero(sizes == 0)
+    order = np.argsort(owner, kind="stable")
+    rank = np.empty(len(owner), dtype=np.int64)
+    rank[order] = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    mended = owner.copy()
+    mended[np.argsort(-rank, kind="stable")[: len(empty)]] = empty
+    return mended

@@ -1,0 +1,122 @@
+"""alpha-NormEC: smoothed normalization with error feedback, and noise that the memory does not see.
+
+Shulgin, Khirirat, Richtarik 2025, "Smoothed Normalization for Efficient Distributed Private Optimization",
+arXiv 2502.13482. Every round, every client:
+
+    Delta_i = N_alpha(grad f_i(x) - v_i)       v_i <- v_i + beta Delta_i       sends m_i = Delta_i + z_i
+    server:  v <- v + (beta / n) sum_i m_i     x <- x - gamma v / ||v||
+
+| the paper's letter | here | who keeps it |
+|---|---|---|
+| v_i | `ClientMemory.memory` | client i |
+| v | `ServerMemory.memory` | server |
+| x | `ServerMemory.model` | server |
+| alpha, beta | `alpha`, `beta` | both |
+| gamma | `server_lr` | server |
+| server normalization (SN) | `server_normalization` | server |
+
+Ours, not the paper's, both off by default:
+
+* `memory = "sent"`: v_i <- v_i + beta m_i, the noised message. Both memories then agree, noise included, and the
+  feedback corrects earlier noise. Needs noise at the client.
+* `damping = lambda`: memories shrink by (1 - lambda) each round on both sides, which bounds the accumulated noise by
+  beta sigma / sqrt(2 lambda) at the cost of a fixed point that is 1 / (1 + alpha lambda / beta) as long.
+
+With partial participation the server's factor on the sum is beta / n (n the population), so that v stays the mean of
+the v_i; a client that skipped rounds first shrinks its memory as often as the server did.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedpriv.bounding import SmoothedNormalization, require_positive
+from fedpriv.errors import UserError
+from fedpriv.feedback import bounded_residual, decayed, remember
+from fedpriv.methods.base import direction, noised, require_fraction
+
+__all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
+
+
+class ClientMemory(NamedTuple):
+    """v_i `[..., params]`, and the round after which it was so `[..., 1]` (0: never)."""
+
+    memory: Tensor
+    updated: Tensor
+
+
+class ServerMemory(NamedTuple):
+    """x and v, both `[params]`."""
+
+    model: Tensor
+    memory: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaNormEC:
+    """alpha-NormEC as published, with two cures for the noise that it accumulates.
+
+    Args:
+        alpha: Smoothing of the normalization; the message is half as long as allowed at ||residual|| = alpha.
+        beta: Feedback step. beta <= alpha contracts every residual.
+        server_lr: gamma; with server normalization the length of each step.
+        server_normalization: Whether the server steps along v / ||v|| (the theorems' form) or along v.
+        memory: What a client adds to its memory: its `noiseless` message, or what it `sent`.
+        damping: lambda, how much of both memories is forgotten each round.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+    server_lr: float = 0.1
+    server_normalization: bool = True
+    memory: Literal["noiseless", "sent"] = "noiseless"
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("alpha", "beta", "server_lr"):
+            require_positive(f"method.{key}", getattr(self, key))
+        require_fraction("method.damping", self.damping)
+        if self.memory not in ("noiseless", "sent"):
+            raise UserError("method.memory", '"noiseless" or "sent"', repr(self.memory), "Choose one of the two")
+
+    @property
+    def bounded(self) -> SmoothedNormalization:
+        """N_alpha."""
+        return SmoothedNormalization(alpha=self.alpha)
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """Sent memory remembers the noise, so the client must be the one who draws it."""
+        return self.memory == "sent"
+
+    def init_client(self, size: int) -> ClientMemory:
+        """v_i = 0: a start at true gradients would release their mean without noise."""
+        return ClientMemory(torch.zeros(size), torch.zeros(1))
+
+    def init_server(self, model: Tensor) -> ServerMemory:
+        """V = 0."""
+        return ServerMemory(model, torch.zeros_like(model))
+
+    def client_rule(
+        self,
+        state: ClientMemory,
+        signal: Tensor,
+        noise: Tensor | None,
+        round: int,  # noqa: A002
+    ) -> tuple[Tensor, ClientMemory]:
+        """See `Method.client_rule`."""
+        memory = decayed(state.memory, self.damping, round - 1 - state.updated)
+        message = bounded_residual(self.bounded, memory, signal)
+        sent = noised(message, noise)
+        learned = sent if self.memory == "sent" else message
+        memory = remember(decayed(memory, self.damping, 1), learned, self.beta)
+        return sent, ClientMemory(memory, torch.full_like(state.updated, round))
+
+    def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
+        """See `Method.server_rule`."""
+        memory = decayed(state.memory, self.damping, 1)
+        memory = remember(memory, mean_message, self.beta * sampling_prob)
+        step = direction(memory) if self.server_normalization else memory
+        return ServerMemory(state.model - self.server_lr * step, memory)

@@ -1,0 +1,92 @@
+"""What a method is: a client rule and a server rule that act on the last axis, and pure."""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedpriv.bounding import Bounded
+from fedpriv.errors import UserError
+
+__all__ = ["ClientState", "Method", "ServerState", "direction", "noised", "require_fraction"]
+
+
+# A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it without knowing the method.
+ClientState = Any
+
+# A NamedTuple of vectors `[params]` whose field `model` is the model x.
+ServerState = Any
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyperparameters with the two rules of a paper.
+
+    Rules are pure: no randomness, no input or output, no change of an argument. They act on the last axis, so
+    `[params]` is one client and `[clients, params]` a cohort.
+
+    Formal guarantee that every method gives and the contract tests check: with `noise=None` the message's l2 norm
+    is at most `bounded.l2_bound` for every state and signal, and with noise the message is that plus the noise.
+    """
+
+    @property
+    def bounded(self) -> Bounded:
+        """The map that bounds what is sent."""
+        ...
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """Whether a private run is only right with noise at the client (trust local)."""
+        ...
+
+    def init_client(self, size: int) -> ClientState:
+        """The state of a client that never took part; independent of its data. `size` is d."""
+        ...
+
+    def init_server(self, model: Tensor) -> ServerState:
+        """The server's state before the first round, from the model `[params]`."""
+        ...
+
+    def client_rule(
+        self,
+        state: ClientState,
+        signal: Tensor,
+        noise: Tensor | None,
+        round: int,  # noqa: A002
+    ) -> tuple[Tensor, ClientState]:
+        """The message and the new state.
+
+        Args:
+            state: What the client kept, fields `[..., any]`.
+            signal: What it would send without privacy, a gradient or pseudo-gradient, `[..., params]`.
+            noise: What it adds to the bounded message, `[..., params]`; None where the client adds none.
+            round: The current round, from 1.
+        """
+        ...
+
+    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
+        """The server's next state.
+
+        Args:
+            state: Its state.
+            mean_message: Sum of the messages, noise included, over the expected cohort size; `[params]`.
+            sampling_prob: Expected cohort size over population.
+        """
+        ...
+
+
+def noised(message: Tensor, noise: Tensor | None) -> Tensor:
+    """The message that is sent: Delta + z; `[..., params]`."""
+    return message if noise is None else message + noise
+
+
+def direction(vector: Tensor) -> Tensor:
+    """V / ||v||_2 of `[params]`; zero where v is zero."""
+    norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return vector * torch.where(norm > 0, 1.0 / norm, 0.0).to(vector.dtype)
+
+
+def require_fraction(key: str, value: float) -> None:
+    """Raises UserError unless 0 <= value < 1."""
+    if not (math.isfinite(value) and 0.0 <= value < 1.0):
+        raise UserError(key, "a number from 0 up to but not including 1", value, "0 switches it off")

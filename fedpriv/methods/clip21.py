@@ -1,0 +1,95 @@
+"""Clip21: error feedback for clipping.
+
+Khirirat, Gorbunov, Horvath, Islamov, Karray, Richtarik 2023, "Clip21: Error Feedback for Gradient Clipping",
+arXiv 2305.18929. Every round, every client:
+
+    c_i = clip_tau(grad f_i(x) - v_i)      v_i <- v_i + c_i      sends c_i + z_i
+    server:  v <- v + (1 / n) sum_i (c_i + z_i)      x <- x - gamma v
+
+Known law: after O(1 / tau) rounds the residuals are shorter than tau and clipping stops, so that without noise the
+method is gradient descent from then on.
+
+| the paper's letter | here | who keeps it |
+|---|---|---|
+| v_i | `ClientMemory.memory` | client i |
+| v | `ServerMemory.memory` | server |
+| x | `ServerMemory.model` | server |
+| tau | `clip_norm` | client |
+| gamma | `server_lr` | server |
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedpriv.bounding import Clip, require_positive
+from fedpriv.feedback import bounded_residual, remember
+from fedpriv.methods.base import noised
+
+__all__ = ["ClientMemory", "Clip21", "ServerMemory"]
+
+
+class ClientMemory(NamedTuple):
+    """v_i `[..., params]`."""
+
+    memory: Tensor
+
+
+class ServerMemory(NamedTuple):
+    """x and v, both `[params]`."""
+
+    model: Tensor
+    memory: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip21:
+    """Clipped residuals with a noiseless memory.
+
+    Args:
+        clip_norm: tau, the longest message.
+        server_lr: gamma.
+    """
+
+    clip_norm: float = 1.0
+    server_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive("method.clip_norm", self.clip_norm)
+        require_positive("method.server_lr", self.server_lr)
+
+    @property
+    def bounded(self) -> Clip:
+        """clip_tau."""
+        return Clip(clip_norm=self.clip_norm)
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """No."""
+        return False
+
+    def init_client(self, size: int) -> ClientMemory:
+        """v_i = 0."""
+        return ClientMemory(torch.zeros(size))
+
+    def init_server(self, model: Tensor) -> ServerMemory:
+        """V = 0."""
+        return ServerMemory(model, torch.zeros_like(model))
+
+    def client_rule(
+        self,
+        state: ClientMemory,
+        signal: Tensor,
+        noise: Tensor | None,
+        round: int,  # noqa: A002, ARG002
+    ) -> tuple[Tensor, ClientMemory]:
+        """See `Method.client_rule`."""
+        message = bounded_residual(self.bounded, state.memory, signal)
+        return noised(message, noise), ClientMemory(remember(state.memory, message, 1.0))
+
+    def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
+        """See `Method.server_rule`."""
+        memory = remember(state.memory, mean_message, sampling_prob)
+        return ServerMemory(state.model - self.server_lr * memory, memory)

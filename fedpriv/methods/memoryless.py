@@ -1,0 +1,64 @@
+"""The two rules that all methods without memory share: m_i = B(u_i) + z_i, x <- x - gamma mean_i m_i."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from fedpriv.bounding import Bounded
+from fedpriv.methods.base import noised
+
+__all__ = ["Memoryless", "ModelOnly", "NoMemory"]
+
+
+class NoMemory(NamedTuple):
+    """The client state of a method without memory."""
+
+
+class ModelOnly(NamedTuple):
+    """The server state of a method without memory: x, `[params]`."""
+
+    model: Tensor
+
+
+class _Hyperparameters(Protocol):
+    @property
+    def bounded(self) -> Bounded: ...
+
+    @property
+    def server_lr(self) -> float: ...
+
+
+class Memoryless:
+    """Rules for a frozen dataclass that has `bounded` and `server_lr`."""
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """No."""
+        return False
+
+    def init_client(self, size: int) -> NoMemory:  # noqa: ARG002
+        """Nothing."""
+        return NoMemory()
+
+    def init_server(self, model: Tensor) -> ModelOnly:
+        """The model alone."""
+        return ModelOnly(model)
+
+    def client_rule(
+        self: _Hyperparameters,
+        state: NoMemory,
+        signal: Tensor,
+        noise: Tensor | None,
+        round: int,  # noqa: A002, ARG002
+    ) -> tuple[Tensor, NoMemory]:
+        """See `Method.client_rule`."""
+        return noised(self.bounded(signal), noise), state
+
+    def server_rule(
+        self: _Hyperparameters,
+        state: ModelOnly,
+        mean_message: Tensor,
+        sampling_prob: float,  # noqa: ARG002
+    ) -> ModelOnly:
+        """See `Method.server_rule`."""
+        return ModelOnly(state.model - self.server_lr * mean_message)

@@ -1,0 +1,325 @@
+"""What a release costs: the only place that makes DpEvents and asks dp-accounting about them.
+
+Every figure here is an upper bound on epsilon. Where two valid bounds are known, the smaller is reported together with
+the name of the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity, the sensitivity being
+B for add-or-remove and 2 B for replace, when one message is bounded by B.
+
+dp-accounting counts noise in other units, and not in the same ones everywhere:
+
+| event, neighbouring relation                    | its noise multiplier is | in ours, add-or-remove | replace |
+|---|---|---|---|
+| Gaussian, ADD_OR_REMOVE_ONE                     | std / sensitivity       | 1                      | 1       |
+| PoissonSampled(Gaussian), ADD_OR_REMOVE_ONE     | std / B                 | 1                      |         |
+| PoissonSampled(Gaussian), REPLACE_ONE (PLD)     | std / B                 |                        | 2       |
+| SampledWithoutReplacement(Gaussian), REPLACE_ONE (RDP) | std / (2 B)      | 1/2                    | 1       |
+
+Sources: dp-accounting's privacy loss distributions (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022, "Connect the
+Dots"); Renyi accounting of sampling without replacement (Wang, Balle, Kasiviswanathan 2019, Theorem 27).
+"""
+
+import importlib.metadata
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import dp_accounting as dpa
+import numpy as np
+from dp_accounting.pld import privacy_loss_distribution, privacy_loss_mechanism
+
+from fedpriv.errors import UserError
+from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling
+
+__all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "round_event"]
+
+Relation = dpa.NeighboringRelation
+
+VERSION = importlib.metadata.version("dp-accounting")
+PLD = f"PLD (dp-accounting {VERSION})"
+RDP = f"RDP (dp-accounting {VERSION})"
+NO_NOISE = "none, there is no noise"
+
+ORDERS = np.array(
+    [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5]
+    + [*range(2, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128, 256, 512, 1024, 2048, 4096]
+)
+"""Renyi orders. The cost of an order grows with its square up to 256, so they thin out."""
+
+LARGEST_SHIFT = 1e6
+"""Of sensitivity / std over all rounds. Beyond it epsilon exceeds 10^11: reported as infinite."""
+
+WEAKEST_RENYI_LOSS = 1e6
+"""Noise multiplier above which differences of Renyi moments drown in rounding; other bounds are tiny there."""
+
+ROUNDING = 1e-15
+"""Mass that one convolution's rounding can misplace; the accountant's delta is lowered by this a round."""
+
+
+class Bound(NamedTuple):
+    """An upper bound on epsilon, who proved it, and whether it is owed to the sampling of clients."""
+
+    epsilon: float
+    accountant: str
+    amplified: bool
+
+
+def epsilon_spent(
+    *,
+    trust: str,
+    adjacency: str,
+    sampling: Sampling,
+    noise_multiplier: float,
+    rounds: int,
+    delta: float,
+    horizon: int | None = None,
+) -> float:
+    """Returns an epsilon for which the first `rounds` rounds are (epsilon, `delta`)-differentially private.
+
+    Args:
+        trust: central: only noised sums (or what follows from them) are seen. local: every message is seen, and whose
+            it is; a client is then charged for all `rounds` rounds, whatever the sampling.
+        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
+        sampling: Who takes part; the object that also draws the cohorts.
+        noise_multiplier: Noise std / l2_sensitivity, at least 0.
+        rounds: Number of rounds charged, at least 0.
+        delta: In (0, 1).
+        horizon: Number of rounds for which the accountant's grid is laid out (default: `rounds`). Asked about many
+            `rounds` at one horizon, the answers share one grid and never fall.
+
+    Returns:
+        At least 0; `math.inf` if rounds happened and nothing is guaranteed.
+
+    Formal guarantees:
+        An upper bound, adaptive composition included. For everyone, and for every local plan, it is within 1 % of
+        the exact epsilon of the Gaussian mechanism (Balle & Wang 2018, Theorem 8). Fixed-size sampling under
+        add-or-remove has a public n, so that a removed client is one whose message became zero. That is a special
+        replacement (hence the bound for replace, at sensitivity 2 B), and given the cohorts it moves each sum by at
+        most B (hence the bound without amplification, at sensitivity B). The smaller is returned.
+    """
+    return least_bound(
+        trust=trust,
+        adjacency=adjacency,
+        sampling=sampling,
+        noise_multiplier=noise_multiplier,
+        rounds=rounds,
+        delta=delta,
+        horizon=horizon,
+    ).epsilon
+
+
+@lru_cache(maxsize=2**15)
+def least_bound(
+    *,
+    trust: str,
+    adjacency: str,
+    sampling: Sampling,
+    noise_multiplier: float,
+    rounds: int,
+    delta: float,
+    horizon: int | None = None,
+) -> Bound:
+    """The smallest proven bound, with its accountant. Arguments and guarantees are those of `epsilon_spent`."""
+    if rounds == 0:
+        return Bound(0.0, PLD, False)
+    if noise_multiplier == 0.0:
+        return Bound(math.inf, NO_NOISE, False)
+    whole = Bound(_unsampled_epsilon(noise_multiplier, rounds, delta), PLD, False)
+    event, relation = round_event(
+        trust=trust, adjacency=adjacency, sampling=sampling, noise_multiplier=noise_multiplier
+    )
+    if math.isinf(whole.epsilon):
+        return whole
+    return min(whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds), key=_epsilon)
+
+
+def round_event(
+    *, trust: str, adjacency: str, sampling: Sampling, noise_multiplier: float
+) -> tuple[dpa.DpEvent, Relation]:
+    """One round as dp-accounting sees it, in the units of the table above: its event and neighbouring relation.
+
+    Args:
+        trust: As for `epsilon_spent`. Local: no sampling event, for the server sees who took part.
+        adjacency: As for `epsilon_spent`.
+        sampling: Gives the event its probability (Poisson) or its sizes (fixed size).
+        noise_multiplier: Noise std / l2_sensitivity, above 0.
+    """
+    replace = adjacency == "replace"
+    if trust == "local" or isinstance(sampling, Everyone):
+        return dpa.GaussianDpEvent(noise_multiplier), Relation.ADD_OR_REMOVE_ONE
+    if isinstance(sampling, Poisson):
+        noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
+        relation = Relation.REPLACE_ONE if replace else Relation.ADD_OR_REMOVE_ONE
+        return dpa.PoissonSampledDpEvent(sampling.sampling_prob, noise), relation
+    noise = dpa.GaussianDpEvent(noise_multiplier if replace else 0.5 * noise_multiplier)
+    return _subset_event(sampling, noise), Relation.REPLACE_ONE
+
+
+def calibrate(
+    *, trust: str, adjacency: str, sampling: Sampling, rounds: int, delta: float, epsilon: float
+) -> float:
+    """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 1 % of epsilon.
+
+    Args:
+        trust: As for `epsilon_spent`.
+        adjacency: As for `epsilon_spent`.
+        sampling: As for `epsilon_spent`.
+        rounds: Number of rounds; 0 is calibrated as 1.
+        delta: In (0, 1).
+        epsilon: Target, finite and above 0.
+
+    Raises:
+        UserError: If delta is no smaller than the chance that a given client ever takes part. Sending some clients'
+            data in the clear would then be (0, delta)-private, and no noise would be asked for.
+
+    Formal guarantees:
+        The result has been evaluated by `epsilon_spent` itself and found at most `epsilon`: a search that ends early
+        ends with too much noise, never with too little.
+    """
+    rounds = max(rounds, 1)
+    _check_delta_means_something(trust, sampling, rounds, delta)
+
+    def within(noise_multiplier: float) -> float:
+        """Target over spent: at least 1 is private enough."""
+        spent = epsilon_spent(
+            trust=trust,
+            adjacency=adjacency,
+            sampling=sampling,
+            noise_multiplier=noise_multiplier,
+            rounds=rounds,
+            delta=delta,
+        )
+        return epsilon / spent if spent > 0.0 else math.inf
+
+    enough = _certainly_enough(rounds, delta, epsilon)
+    factor = 1.5
+    while within(enough / factor) >= 1.0:
+        enough, factor = enough / factor, factor**2
+    return _bisect(within, enough / factor, enough)
+
+
+def _bisect(within, too_little: float, enough: float) -> float:
+    """Narrows the bracket until 0.5 % of epsilon, or 1e-6 of the noise, is left between its ends."""
+    while within(enough) > 1.005 and enough > too_little * (1.0 + 1e-6):
+        middle = math.sqrt(too_little * enough)
+        if within(middle) >= 1.0:
+            enough = middle
+        else:
+            too_little = middle
+    return enough
+
+
+def _certainly_enough(rounds: int, delta: float, epsilon: float) -> float:
+    """A safe noise multiplier: shift mu costs at most mu^2 / 2 + mu sqrt(2 log(1 / delta)) (Bun & Steinke 2016)."""
+    tail = math.sqrt(2.0 * math.log(1.0 / delta))
+    shift = 2.0 * epsilon / (tail + math.sqrt(tail**2 + 2.0 * epsilon))
+    return 1.01 * math.sqrt(rounds) / shift
+
+
+def _check_delta_means_something(trust: str, sampling: Sampling, rounds: int, delta: float) -> None:
+    chance = rounds * sampling.sampling_prob if trust == "central" else 1.0
+    if delta >= chance:
+        expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
+        raise UserError("privacy.delta", expected, delta, "Lower privacy.delta; well below 1 / clients is usual")
+
+
+def _subset_event(sampling: FixedSize, noise: dpa.DpEvent) -> dpa.DpEvent:
+    return dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
+
+
+def _epsilon(bound: Bound) -> float:
+    return bound.epsilon
+
+
+def _sampled_bounds(
+    event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int
+) -> list[Bound]:
+    """The bounds that credit sampling: none if the event does not sample."""
+    if isinstance(event, dpa.PoissonSampledDpEvent) and event.sampling_probability < 1.0:
+        losses = _poisson_losses(event, relation, horizon, delta)
+        return [Bound(_composed_epsilon(losses, rounds, delta), PLD, True)]
+    if isinstance(event, dpa.SampledWithoutReplacementDpEvent) and event.sample_size < event.source_dataset_size:
+        return [Bound(_subset_epsilon(event, rounds, delta), RDP, True)]
+    return []
+
+
+def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+    """The Gaussian mechanism `rounds` times. Sensitivity is in the multiplier: ADD_OR_REMOVE_ONE, never REPLACE_ONE."""
+    shift = math.sqrt(rounds) / noise_multiplier
+    if shift > LARGEST_SHIFT:
+        return math.inf
+    accountant = dpa.pld.PLDAccountant(Relation.ADD_OR_REMOVE_ONE, value_discretization_interval=shift / 250.0)
+    event = dpa.SelfComposedDpEvent(dpa.GaussianDpEvent(noise_multiplier), rounds)
+    return float(accountant.compose(event).get_epsilon(delta))
+
+
+@lru_cache(maxsize=16)
+def _poisson_losses(
+    event: dpa.PoissonSampledDpEvent, relation: Relation, horizon: int, delta: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """One round's privacy losses, on a grid laid out for the epsilon of `horizon` rounds.
+
+    That epsilon is found by approaching it from above: each grid gives a bound, the bound gives the next, finer grid.
+    """
+    ratio = event.event.noise_multiplier / (2.0 if relation is Relation.REPLACE_ONE else 1.0)
+    guess = _unsampled_epsilon(ratio, horizon, delta)
+    while True:
+        losses = _losses(event, relation, guess, horizon, delta)
+        epsilon = _composed_epsilon(losses, horizon, delta)
+        if epsilon == 0.0 or epsilon > guess / 2.0:
+            return losses
+        guess = epsilon
+
+
+def _losses(
+    event: dpa.PoissonSampledDpEvent, relation: Relation, epsilon: float, horizon: int, delta: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """One round's privacy losses, on a grid fine enough to tell `epsilon` after `horizon` rounds within 0.5 %.
+
+    Each round's rounding adds a variance of at most a sixth of the squared interval, hence interval ~ 1 / sqrt(rounds).
+    """
+    noise, prob = event.event.noise_multiplier, event.sampling_probability
+    cut = math.log(delta) - math.log(1e6 * horizon)
+    fine = 0.03 * min(epsilon, math.sqrt(epsilon)) / math.sqrt(horizon)
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise,
+        sampling_prob=prob,
+        neighboring_relation=relation,
+        log_mass_truncation_bound=cut,
+        value_discretization_interval=max(fine, _loss_range(noise, prob, relation, cut) / 60_000),
+    )
+
+
+def _loss_range(noise: float, prob: float, relation: Relation, cut: float) -> float:
+    """Distance between the largest and the smallest privacy loss of one round that is not cut off."""
+    replace = relation is Relation.REPLACE_ONE
+    kind = privacy_loss_mechanism.AdjacencyType
+    bounds = privacy_loss_mechanism.GaussianPrivacyLoss(
+        noise,
+        sampling_prob=prob,
+        log_mass_truncation_bound=cut,
+        adjacency_type=kind.REPLACE if replace else kind.REMOVE,
+    ).connect_dots_bounds()
+    return float(bounds.epsilon_upper - bounds.epsilon_lower)
+
+
+def _composed_epsilon(
+    losses: privacy_loss_distribution.PrivacyLossDistribution, rounds: int, delta: float
+) -> float:
+    """Epsilon of `rounds` independent losses; infinite where delta is too small to be told from rounding."""
+    resolved = delta - ROUNDING * rounds
+    if resolved <= 0.0:
+        return math.inf
+    return float(losses.self_compose(rounds, 1e-6 * delta).get_epsilon_for_delta(resolved))
+
+
+def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, delta: float) -> float:
+    epsilon, _ = dpa.rdp.compute_epsilon(ORDERS.tolist(), (rounds * _renyi_losses(event)).tolist(), delta)
+    return float(epsilon)
+
+
+@lru_cache(maxsize=64)
+def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent) -> np.ndarray:
+    """Renyi divergence of one round at each of `ORDERS`; it adds up over rounds."""
+    if event.event.noise_multiplier > WEAKEST_RENYI_LOSS:
+        return np.full(len(ORDERS), math.inf)
+    accountant = dpa.rdp.RdpAccountant(ORDERS.tolist(), Relation.REPLACE_ONE)
+    return accountant.compose(event)._rdp

@@ -1,0 +1,174 @@
+"""One round as three pure functions, with the network between them.
+
+    server:  broadcast = begin_round(rules, state, k)
+    client:  message, state_i = client_round(rules, client, state_i, signal, k)
+    server:  state = finish_round(rules, state, k, total)
+
+Whoever owns the network (a loop, a batch, Ray, Flower) calls the same three. The sum of the messages is all that
+the server needs, which makes it the boundary of secure aggregation.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.errors import UserError
+from fedpriv.methods import ClientState, Method, ServerState
+from fedpriv.noise import client_noise, server_noise
+from fedpriv.privacy import PrivacyPlan, Sampling
+from fedpriv.streams import Purpose, Streams
+
+__all__ = [
+    "Broadcast",
+    "ClientRules",
+    "ServerRules",
+    "Total",
+    "agree",
+    "begin_round",
+    "client_round",
+    "finish_round",
+    "signal_to_noise",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRules:
+    """What a client needs to know of the agreement.
+
+    Args:
+        method: Whose client rule it follows.
+        noise_stddev: Standard deviation per coordinate of the noise that it adds to its message; 0 for none.
+        streams: Where its noise comes from.
+    """
+
+    method: Method
+    noise_stddev: float
+    streams: Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerRules:
+    """What the server needs to know of the agreement.
+
+    Args:
+        method: Whose server rule it follows.
+        sampling: Who takes part in a round.
+        noise_stddev: Standard deviation per coordinate of the noise that it adds to the sum; 0 for none.
+        streams: Where cohorts and its noise come from.
+    """
+
+    method: Method
+    sampling: Sampling
+    noise_stddev: float
+    streams: Streams
+
+
+class Broadcast(NamedTuple):
+    """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids)."""
+
+    round: int
+    model: Tensor
+    cohort: np.ndarray
+
+
+class Total(NamedTuple):
+    """What comes back: the sum of the messages `[params]` on the CPU, and figures that are not private.
+
+    `messages` counts the senders, `non_finite` those whose signal was not finite and whose message was the bounded
+    map of nothing; `signal_norm` is the mean l2 norm of the finite signals (NaN if there is none).
+    """
+
+    sum: Tensor
+    messages: int
+    non_finite: int
+    signal_norm: float
+
+
+def agree(
+    method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams
+) -> tuple[ServerRules, ClientRules]:
+    """The two halves of one agreement: the plan's noise goes to exactly one of them, by trust.
+
+    Raises:
+        UserError: If the method needs noise at the client and the plan puts it at the server, or if plan and
+            method disagree about the bound.
+    """
+    server_stddev = client_stddev = 0.0
+    if plan is not None:
+        if plan.l2_bound != method.bounded.l2_bound or plan.sampling != sampling:
+            raise ValueError(f"the plan is for another method or cohort: {plan}, {method}, {sampling}")
+        if plan.trust == "local":
+            client_stddev = plan.noise_stddev
+        elif method.needs_client_noise:
+            raise UserError(
+                "method.memory",
+                'privacy.trust = "local" with sent memory',
+                f'privacy.trust = "{plan.trust}"',
+                "Sent memory remembers each client's own noise; choose trust local or noiseless memory",
+            )
+        else:
+            server_stddev = plan.noise_stddev
+    return (
+        ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
+        ClientRules(method=method, noise_stddev=client_stddev, streams=streams),
+    )
+
+
+def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:  # noqa: A002
+    """What the server sends in `round`."""
+    cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
+    return Broadcast(round, state.model, cohort)
+
+
+def client_round(
+    rules: ClientRules,
+    client: int,
+    state: ClientState,
+    signal: Tensor,
+    round: int,  # noqa: A002
+) -> tuple[Tensor, ClientState]:
+    """One client's message `[params]` and its new state.
+
+    Args:
+        rules: The client's half of the agreement.
+        client: Its id, which addresses its noise.
+        state: What it kept from earlier rounds.
+        signal: What it would send without privacy, `[params]`.
+        round: The current round, from 1.
+    """
+    noise = None
+    if rules.noise_stddev > 0.0:
+        noise = client_noise(rules.streams, rules.noise_stddev, signal.shape[-1], round, client).to(signal.device)
+    return rules.method.client_rule(state, signal, noise, round)
+
+
+def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002
+    """The server's next state from the sum of the messages `[params]`.
+
+    The sum is divided by the expected cohort size: the actual one is a secret under add-or-remove adjacency.
+    """
+    size = total.shape[-1]
+    noisy = total
+    if rules.noise_stddev > 0.0:
+        noisy = total + server_noise(rules.streams, rules.noise_stddev, size, round)
+    mean = noisy / rules.sampling.expected_size
+    return rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+
+
+def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:
+    """Norm of the sum of the bounded messages over the expected norm of the noise on it; None without noise.
+
+    Where clients add the noise, the sum holds it already, and its expected square is taken off: an estimate that
+    uses nothing but what was released.
+    """
+    size = total.sum.shape[-1]
+    squared = float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)) ** 2
+    if server_stddev > 0.0:
+        return (squared / (server_stddev**2 * size)) ** 0.5
+    if client_stddev > 0.0 and total.messages:
+        expected = client_stddev**2 * size * total.messages
+        return (max(squared - expected, 0.0) / expected) ** 0.5
+    return None
