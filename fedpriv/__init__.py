@@ -1,3 +1,26 @@
 """Differentially private federated learning: simulate fast, deploy the same code, know the true epsilon."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.results import load_results
+    from fedpriv.experiment.run import run_experiment
+
 __version__ = "0.1.0"
+
+__all__ = ["load_config", "load_results", "run_experiment"]
+
+_HOMES = {
+    "load_config": "fedpriv.experiment.config",
+    "load_results": "fedpriv.experiment.results",
+    "run_experiment": "fedpriv.experiment.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public function when it is first asked for, so that `import fedpriv` stays cheap."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedpriv' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

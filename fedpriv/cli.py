@@ -118,7 +118,7 @@ def data(
     directory.mkdir(parents=True, exist_ok=True)
     table = who_holds_what(federation)
     table.to_csv(directory / "clients.csv", index=False)
-    plot_who_holds_what(federation, directory / "clients.png")
+    plot_who_holds_what(federation, directory / "clients.png", partition=experiment.tables["data"]["partition"])
     print(table.to_string(index=False, max_rows=24))
     print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}")
 

@@ -1,4 +1,4 @@
-"""The one shape of error for what a user can cause: *where: expected what, got what. What to do.*"""
+"""The one shape of error for what a user can cause: where, expected what, got what, what to do."""
 
 import difflib
 from collections.abc import Iterable

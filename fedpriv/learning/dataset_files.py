@@ -58,9 +58,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
-        raise _damaged(
-            path, "an idx file of bytes or 32-bit integers", f"the first bytes {content[:4].hex()!r}"
-        )
+        raise _damaged(path, "an idx file of bytes or 32-bit integers", f"the first bytes {content[:4].hex()!r}")
     dtype, start = IDX_TYPES[content[2]], 4 + 4 * content[3]
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     if len(content) != start + math.prod(shape) * dtype.itemsize:
@@ -84,9 +82,7 @@ def read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         images = images.reshape(-1, 3, 32, 32)
     except Exception as error:
         raise _damaged(path, "a CIFAR-10 batch", f"{type(error).__name__}: {error}") from None
-    sound = (
-        images.dtype == np.uint8 and labels.dtype.kind in "iu" and labels.shape == images.shape[:1] != (0,)
-    )
+    sound = images.dtype == np.uint8 and labels.dtype.kind in "iu" and labels.shape == images.shape[:1] != (0,)
     if not sound or labels.min() < 0 or labels.max() > 9:
         raise _damaged(path, "one label of 0 to 9 for each image of bytes", "something else")
     return images, labels.astype(np.int64)
@@ -137,9 +133,7 @@ def _download_failure(source: str, data_root: Path) -> str | None:
 
 def _missing(data_root: Path, place: Path, missing: list[str], reason: str | None) -> UserError:
     files = ", ".join(missing)
-    got = (
-        f"{len(missing)} missing, and the download failed ({reason})" if reason else f"{len(missing)} missing"
-    )
+    got = f"{len(missing)} missing, and the download failed ({reason})" if reason else f"{len(missing)} missing"
     remedy = f"Put them there; the data root is {data_root}, and --data-root or {DATA_ROOT_VARIABLE} sets it"
     return UserError("data.name", f"the files {files} (plain or .gz) in {place}", got, remedy)
 

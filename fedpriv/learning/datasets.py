@@ -90,9 +90,7 @@ class Dataset:
             raise self._wrong(f"one label for each {split} example", (list(inputs.shape), list(labels.shape)))
         low, high = int(labels.min()), int(labels.max())
         if self.classes < 2 or low < 0 or high >= self.classes:
-            raise self._wrong(
-                f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes"
-            )
+            raise self._wrong(f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes")
 
     def _check_groups(self, groups: np.ndarray) -> None:
         if groups.dtype != np.int64 or groups.shape != (self.examples,):
@@ -243,9 +241,7 @@ class Libsvm:
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not self.file:
-            raise UserError(
-                "data.file", "a path from the data root", repr(self.file), "Name a LIBSVM text file"
-            )
+            raise UserError("data.file", "a path from the data root", repr(self.file), "Name a LIBSVM text file")
         if self.features is not None:
             positive_int("data.features", self.features)
 
@@ -301,9 +297,7 @@ def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> D
     test = every_fifth_of_each_label(labels)
     if not test.any():
         remedy = "Give a data.test_file, or more examples"
-        raise UserError(
-            f"dataset {name}", "five examples of a label, one of them to test", len(labels), remedy
-        )
+        raise UserError(f"dataset {name}", "five examples of a label, one of them to test", len(labels), remedy)
     return _dataset(name, (inputs[~test], labels[~test]), (inputs[test], labels[test]), classes)
 
 
@@ -339,9 +333,7 @@ def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
     first = 0 if any((matrix.indices == 0).any() for matrix in matrices) else 1
     found = max(matrix.shape[1] for matrix in matrices) - first
     if features is not None and features < found:
-        raise UserError(
-            "data.features", f"at least {found}, the largest index", features, "Correct data.features"
-        )
+        raise UserError("data.features", f"at least {found}, the largest index", features, "Correct data.features")
     width = max(features or found, 1) + first
     for matrix in matrices:
         matrix.resize(matrix.shape[0], width)
@@ -353,7 +345,5 @@ def _numbered(labels: list[np.ndarray], file: str) -> tuple[list[np.ndarray], in
     values = np.unique(np.concatenate(labels))
     if len(values) < 2 or (values != np.round(values)).any():
         got = f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
-        raise UserError(
-            f"data.file {file}", "two or more labels that are whole numbers", got, "Choose another file"
-        )
+        raise UserError(f"data.file {file}", "two or more labels that are whole numbers", got, "Choose another file")
     return [np.searchsorted(values, part).astype(np.int64) for part in labels], len(values)

@@ -52,11 +52,7 @@ class Federation:
             raise _wrong("offsets from 0 to the number of rows")
         if (self.sizes < 1).any():
             raise _wrong("at least one example for each client")
-        if (
-            self.rows.min() < 0
-            or np.bincount(self.rows).max() > 1
-            or self.rows.max() >= self.dataset.examples
-        ):
+        if self.rows.min() < 0 or np.bincount(self.rows).max() > 1 or self.rows.max() >= self.dataset.examples:
             raise _wrong("rows of the training examples, each at most once")
 
     @property
@@ -87,9 +83,7 @@ class Federation:
         return np.bincount(cells, minlength=self.population * classes).reshape(-1, classes)
 
 
-def federate(
-    dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator
-) -> Federation:
+def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Federation:
     """The data set divided by `partition`.
 
     Args:
@@ -149,15 +143,13 @@ def _title(federation: Federation, counts: np.ndarray, partition: str) -> str:
 
 
 def _draw_bars(figure: Any, counts: np.ndarray) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes = figure.add_subplot()
     clients, bottom = np.arange(len(counts)), np.zeros(len(counts))
     for label, held in enumerate(counts.T):
         axes.bar(clients, held, 0.85, bottom, color=PALETTE[label], label=str(label))
         bottom += held
     axes.set(xlabel="client", ylabel="training examples", xlim=(-0.6, len(counts) - 0.4))
-    axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(_whole_ticks(12))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
@@ -177,8 +169,14 @@ def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
     right.hist(sizes, bins=_whole_bins(sizes), color=PALETTE[0])
     right.set(xlabel="training examples of a client", ylabel="number of clients")
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.xaxis.set_major_locator(_whole_ticks(4))
     right.spines[["top", "right"]].set_visible(False)
+
+
+def _whole_ticks(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def _whole_bins(sizes: np.ndarray) -> np.ndarray:

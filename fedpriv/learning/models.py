@@ -68,9 +68,7 @@ class Mlp:
 
     def __post_init__(self) -> None:
         if not isinstance(self.hidden, Sequence) or isinstance(self.hidden, str):
-            raise UserError(
-                "model.hidden", "a list of widths", repr(self.hidden), "Write it as [64] or [128, 64]"
-            )
+            raise UserError("model.hidden", "a list of widths", repr(self.hidden), "Write it as [64] or [128, 64]")
         for width in self.hidden:
             positive_int("model.hidden", width)
         object.__setattr__(self, "hidden", tuple(self.hidden))

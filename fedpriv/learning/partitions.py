@@ -136,9 +136,7 @@ class LabelShards:
         shards = number * self.shards_per_client
         if shards > examples:
             expected = f"at most {examples // number} for {examples} examples and {number} clients"
-            raise UserError(
-                "data.shards_per_client", expected, self.shards_per_client, "Lower it, or data.clients"
-            )
+            raise UserError("data.shards_per_client", expected, self.shards_per_client, "Lower it, or data.clients")
         shuffled = rng.permutation(examples)
         sorted_rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
         owner = np.empty(examples, dtype=np.int64)
@@ -164,9 +162,7 @@ class Natural:
         if groups is None:
             having = ", ".join(name for name, source in DATASETS.items() if source.natural)
             expected = f"a dataset with natural clients ({having}) for 'natural'"
-            raise UserError(
-                "data.partition", expected, "one without", "Choose such a dataset, or another partition"
-            )
+            raise UserError("data.partition", expected, "one without", "Choose such a dataset, or another partition")
         found = int(groups.max()) + 1
         number = found if clients is None else _positive(clients)
         if number > found:
@@ -208,9 +204,7 @@ def _enough_examples(examples: int, clients: int | None) -> int:
         raise UserError("data.clients", "a number of clients", "none", remedy)
     if _positive(clients) > examples:
         remedy = "Lower data.clients: every client needs an example"
-        raise UserError(
-            "data.clients", f"at most {examples}, the number of training examples", clients, remedy
-        )
+        raise UserError("data.clients", f"at most {examples}, the number of training examples", clients, remedy)
     return clients
 
 

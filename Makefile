@@ -1,0 +1,37 @@
+# make demo: set up, and train a private model on real data. make test: set up, and pass every check and test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test lint unit mutants setup clean
+.DEFAULT_GOAL := demo
+
+demo: setup
+	$(BIN)/fedpriv run sim_configs/quickstart.toml --out runs/quickstart --resume
+
+test: lint unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+
+setup: $(STAMP)
+
+# torch goes first and alone: a later step then finds it there and does not fetch another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,128 @@
+"""What several tests share: an example of every method, adversarial numbers, exact norms, two-sided statistics."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+
+FALSE_ALARM = 1e-9
+"""Probability with which one statistical test fails although the law holds."""
+
+thorough = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+brief = settings(thorough, max_examples=40)
+
+EXAMPLES: dict[str, Method] = {
+    "alpha-normec": AlphaNormEC(alpha=1.0, beta=0.5, server_lr=0.1),
+    "alpha-normec without server normalization": AlphaNormEC(
+        alpha=0.5, beta=0.5, server_lr=0.2, server_normalization=False
+    ),
+    "alpha-normec with a small alpha": AlphaNormEC(alpha=0.01, beta=0.01, server_lr=0.1, server_normalization=False),
+    "alpha-normec damped": AlphaNormEC(
+        alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, damping=0.1
+    ),
+    "alpha-normec damped and normalized": AlphaNormEC(alpha=0.1, beta=0.05, server_lr=0.1, damping=0.02),
+    "alpha-normec sent": AlphaNormEC(
+        alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, memory="sent"
+    ),
+    "alpha-normec sent, damped and normalized": AlphaNormEC(
+        alpha=1.0, beta=0.5, server_lr=0.1, memory="sent", damping=0.2
+    ),
+    "normalized-sgd": NormalizedSGD(alpha=0.5, server_lr=0.5),
+    "clip21": Clip21(clip_norm=0.5, server_lr=0.2),
+    "clip21 with a tight clip": Clip21(clip_norm=0.01, server_lr=0.5),
+    "dp-fedavg": DPFedAvg(clip_norm=0.5, server_lr=0.5),
+}
+"""Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
+
+WITH_MEMORY = {name: method for name, method in EXAMPLES.items() if "memory" in method.init_client(1)._fields}
+
+SINGLE = [0.0, -0.0, 1.0, 1e-45, -1e-45, 1.2e-38, 1e-20, 2.0**95.9, 1e29, 3e38, 3.4028234663852886e38]
+DOUBLE = [*SINGLE, 5e-324, 1e-170, 1e160, 1e300, 1.7976931348623157e308]
+NON_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+def numbers(dtype: torch.dtype, *, finite: bool = False) -> st.SearchStrategy[float]:
+    """Numbers that break norms: zeros, subnormals, the largest, and NaN and infinities unless `finite`."""
+    width, corners = (32, SINGLE) if dtype == torch.float32 else (64, DOUBLE)
+    corners = [torch.tensor(corner, dtype=dtype).item() for corner in corners]
+    anything = st.floats(width=width, allow_nan=not finite, allow_infinity=not finite)
+    ordinary = st.floats(-100.0, 100.0, width=width)
+    return st.one_of(st.sampled_from([*corners, *([] if finite else NON_FINITE)]), ordinary, anything)
+
+
+@st.composite
+def rows(
+    draw: st.DrawFn, *, dtype: torch.dtype | None = None, finite: bool = False, least: int = 1, size: int | None = None
+) -> Tensor:
+    """A few rows `[rows, params]` of adversarial numbers, float32 or float64."""
+    chosen = dtype or draw(st.sampled_from([torch.float32, torch.float64]))
+    width = draw(st.integers(0, 5)) if size is None else size
+    height = draw(st.integers(least, 4))
+    number = numbers(chosen, finite=finite)
+    cells = draw(st.lists(number, min_size=height * width, max_size=height * width))
+    return torch.tensor(cells, dtype=chosen).reshape(height, width)
+
+
+def within(vector: Tensor, bound: float) -> bool:
+    """Whether ||vector||_2 <= bound, in exact arithmetic; no if a coordinate is not finite."""
+    return bool(torch.isfinite(vector).all()) and squared_norm(vector) <= Fraction(bound) ** 2
+
+
+def squared_norm(vector: Tensor) -> Fraction:
+    """The exact square of a finite vector's l2 norm."""
+    return sum((Fraction(float(coordinate)) ** 2 for coordinate in vector.reshape(-1).tolist()), Fraction(0))
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal to the bit, NaN and the sign of zero included."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return first.detach().numpy().tobytes() == second.detach().numpy().tobytes()
+
+
+def stacked(states: list[Any]) -> Any:
+    """One state `[clients, ...]` from the states of single clients."""
+    return type(states[0])(*(torch.stack(fields) for fields in zip(*states, strict=True)))
+
+
+def row_of(state: Any, row: int) -> Any:
+    """One client's state from a state `[clients, ...]`."""
+    return type(state)(*(field[row] for field in state))
+
+
+def fresh_clients(method: Method, clients: int, size: int, dtype: torch.dtype = torch.float64) -> Any:
+    """The states `[clients, ...]` of clients that never took part."""
+    state = stacked([method.init_client(size) for _ in range(clients)]) if clients else method.init_client(size)
+    return type(state)(*(field.to(dtype) for field in state))
+
+
+def damping_of(method: Method) -> float:
+    """How much of its memory the method forgets each round."""
+    return float(getattr(method, "damping", 0.0))
+
+
+def memories_after(method: Method, state: Any, round: int) -> Tensor:  # noqa: A002
+    """The clients' memories `[clients, params]` as they count after `round`, skipped rounds included."""
+    if "updated" not in state._fields:
+        return state.memory
+    return state.memory * (1.0 - damping_of(method)) ** (round - state.updated)
+
+
+def accepts_variance(samples: np.ndarray, variance: float) -> bool:
+    """Two-sided chi-square test that independent centred normal samples have `variance`, at `FALSE_ALARM`."""
+    samples = np.asarray(samples, dtype=np.float64).ravel()
+    below = stats.chi2.cdf((samples**2).sum() / variance, len(samples))
+    return bool(FALSE_ALARM / 2 < below < 1.0 - FALSE_ALARM / 2)
+
+
+def accepts_law(samples: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Kolmogorov-Smirnov test that independent samples follow `cdf`, at `FALSE_ALARM`."""
+    return bool(stats.kstest(np.asarray(samples, dtype=np.float64).ravel(), cdf).pvalue > FALSE_ALARM)

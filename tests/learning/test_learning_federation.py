@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+
+from fedpriv.errors import UserError
+from fedpriv.learning.datasets import Dataset, Digits
+from fedpriv.learning.federation import Federation, federate, plot_who_holds_what, who_holds_what
+from fedpriv.learning.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return Digits().load(None)
+
+
+def tiny(classes: int = 3, examples: int = 12, groups: np.ndarray | None = None) -> Dataset:
+    labels = torch.arange(examples) % classes
+    return Dataset(
+        name="tiny",
+        train_inputs=torch.zeros(examples, 2),
+        train_labels=labels,
+        test_inputs=torch.zeros(1, 2),
+        test_labels=labels[:1],
+        classes=classes,
+        groups=groups,
+    )
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"natural"}))
+def test_a_federation_holds_what_its_partition_split(digits, name):
+    rule = PARTITIONS[name]()
+    federation = federate(digits, rule, 20, rng())
+    parts = rule.split(digits.train_labels.numpy(), None, 20, rng())
+    assert federation.population == 20
+    assert federation.sizes.tolist() == [len(part) for part in parts]
+    assert federation.sizes.dtype == federation.offsets.dtype == federation.rows.dtype == np.int64
+    assert all(np.array_equal(federation.rows_of(i), part) for i, part in enumerate(parts))
+
+
+def test_label_counts_are_those_of_each_client(digits):
+    federation = federate(digits, Dirichlet(concentration=0.1), 30, rng())
+    labels = digits.train_labels.numpy()
+    expected = [np.bincount(labels[federation.rows_of(i)], minlength=10) for i in range(30)]
+    assert np.array_equal(federation.label_counts(), expected)
+
+
+def test_natural_clients_may_be_fewer_than_all():
+    data = tiny(groups=np.arange(12) % 4)
+    assert federate(data, Natural(), None, rng()).population == 4
+    assert federate(data, Natural(), 3, rng()).rows.tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10]
+
+
+@pytest.mark.parametrize("client", [-1, 3])
+def test_there_is_no_client_outside_the_population(client):
+    with pytest.raises(IndexError, match=f"client {client} of a population of 3"):
+        federate(tiny(), Iid(), 3, rng()).rows_of(client)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "rows"),
+    [
+        ([0], []),
+        ([1, 2], [0, 1]),
+        ([0, 1], [0, 1]),
+        ([0, 1, 1], [0]),
+        ([0, 2], [3, 3]),
+        ([0, 1], [12]),
+        ([0, 1], [-1]),
+    ],
+)
+def test_a_federation_that_contradicts_itself_is_refused(offsets, rows):
+    with pytest.raises(UserError, match=r"^federation: "):
+        Federation(dataset=tiny(), offsets=np.array(offsets), rows=np.array(rows, dtype=np.int64))
+
+
+def test_the_table_has_a_row_for_each_client_and_a_column_for_each_label():
+    table = who_holds_what(federate(tiny(), Iid(), 4, rng()))
+    assert list(table.columns) == ["client", "examples", "label_0", "label_1", "label_2"]
+    assert table["client"].tolist() == [0, 1, 2, 3]
+    assert (table.filter(like="label_").sum(axis=1) == table["examples"]).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "clients"), [(3, 1), (10, 12), (10, 150), (12, 5)], ids=["one", "bars", "many", "labels"]
+)
+def test_every_federation_can_be_drawn(tmp_path, classes, clients):
+    federation = federate(tiny(classes, 240), LabelShards(shards_per_client=1), clients, rng())
+    plot_who_holds_what(federation, tmp_path / "who.png", partition="shards")
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from fedpriv.errors import UserError
+from fedpriv.learning.models import MODELS, Cnn, Mlp
+
+IMAGES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 5, 9)]
+CASES = [(name, shape) for name in MODELS for shape in [*IMAGES, (123,)] if len(shape) == 3 or MODELS[name].dense]
+
+
+def build(name: str, shape: tuple[int, ...] = (1, 8, 8), classes: int = 10, seed: int = 0) -> nn.Module:
+    return MODELS[name]().build(shape, classes, seed)
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_logits_have_one_column_for_each_class(name, shape):
+    assert build(name, shape, classes=7)(torch.randn(3, *shape)).shape == (3, 7)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_no_model_has_buffers(name, shape):
+    assert list(build(name, shape).buffers()) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_seed_gives_the_same_parameters_to_the_bit_whatever_the_global_state(name):
+    torch.manual_seed(1)
+    one = build(name, seed=3).state_dict()
+    torch.manual_seed(2)
+    two = build(name, seed=3).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"softmax"}))
+def test_another_seed_gives_another_start(name):
+    one = nn.utils.parameters_to_vector(build(name, seed=3).parameters())
+    two = nn.utils.parameters_to_vector(build(name, seed=4).parameters())
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_building_leaves_the_global_generator_as_it_was(name):
+    before = torch.get_rng_state()
+    build(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_softmax_starts_at_zero():
+    assert all((parameter == 0).all() for parameter in build("softmax").parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("softmax", (1, 28, 28), 7_850),
+        ("mlp", (1, 28, 28), 784 * 64 + 64 + 640 + 10),
+        ("cnn", (3, 32, 32), 61_794),
+        ("resnet20", (3, 32, 32), 269_722),
+    ],
+)
+def test_parameters_are_as_many_as_documented(name, shape, expected):
+    assert size(build(name, shape)) == expected
+
+
+def test_mlp_widths_may_be_a_list_and_are_kept_as_a_tuple():
+    settings = Mlp(hidden=[5, 4])  # pyright: ignore[reportArgumentType]
+    assert settings == Mlp(hidden=(5, 4))
+    assert size(settings.build((3,), 2, 0)) == (3 * 5 + 5) + (5 * 4 + 4) + (4 * 2 + 2)
+
+
+def test_mlp_without_hidden_layers_is_a_linear_model():
+    assert size(Mlp(hidden=()).build((3,), 2, 0)) == 3 * 2 + 2
+
+
+def test_cnn_width_scales_its_layers():
+    assert size(Cnn(width=4).build((1, 8, 8), 10, 0)) < size(Cnn(width=16).build((1, 8, 8), 10, 0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_a_batch_of_one_is_a_row_of_the_batched_gradients(name):
+    module = build(name, (1, 8, 8), seed=1)
+    parameters = {key: value.detach() for key, value in module.named_parameters()}
+    inputs, labels = torch.randn(3, 1, 1, 8, 8), torch.tensor([[0], [4], [9]])
+
+    def loss(p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(functional_call(module, p, (x,)), y)
+
+    rows = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, inputs, labels)
+    alone = grad(loss)(parameters, inputs[1], labels[1])
+    assert all(torch.allclose(rows[key][1], alone[key], atol=1e-5) for key in alone)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not MODELS[name].dense])
+@pytest.mark.parametrize("shape", [(123,), (8, 8), (1, 3, 8)])
+def test_inputs_that_are_no_images_are_refused_by_convolutions(name, shape):
+    with pytest.raises(UserError, match=r"^model\.name: .*Choose 'softmax' or 'mlp'"):
+        build(name, shape)
+
+
+@pytest.mark.parametrize("hidden", [(0,), (64, -1), (1.5,), "64", 64, (True,)])
+def test_hidden_widths_without_meaning_are_refused(hidden):
+    with pytest.raises(UserError, match=r"^model\.hidden: "):
+        Mlp(hidden=hidden)
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.0, True])
+def test_a_width_without_meaning_is_refused(width):
+    with pytest.raises(UserError, match=r"^model\.width: "):
+        Cnn(width=width)
