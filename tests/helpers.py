@@ -1,5 +1,6 @@
 """What several tests share: an example of every method, adversarial numbers, exact norms, two-sided statistics."""
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -126,3 +127,27 @@ def accepts_variance(samples: np.ndarray, variance: float) -> bool:
 def accepts_law(samples: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray]) -> bool:
     """Kolmogorov-Smirnov test that independent samples follow `cdf`, at `FALSE_ALARM`."""
     return bool(stats.kstest(np.asarray(samples, dtype=np.float64).ravel(), cdf).pvalue > FALSE_ALARM)
+
+
+def descend(
+    method: Method, gradients: Callable[[Tensor], Tensor], start: Tensor, rounds: int, lr_decay: float = 1.0
+) -> tuple[list[Any], list[Tensor]]:
+    """Server states and clients' messages of rounds with everyone, full gradients and no noise.
+
+    Args:
+        method: What is run.
+        gradients: The clients' gradients `[clients, params]` at a model `[params]`.
+        start: The first model.
+        rounds: How many.
+        lr_decay: Factor on the server's step from round to round.
+    """
+    server = method.init_server(start)
+    clients = fresh_clients(method, len(gradients(start)), len(start), start.dtype)
+    states, sent = [server], []
+    for k in range(1, rounds + 1):
+        messages, clients = method.client_rule(clients, gradients(server.model), None, k)
+        scaled = method if lr_decay == 1.0 else dataclasses.replace(method, server_lr=method.server_lr * lr_decay**k)  # type: ignore[type-var,attr-defined]
+        server = scaled.server_rule(server, messages.sum(dim=0) / len(messages), 1.0)
+        states.append(server)
+        sent.append(messages)
+    return states, sent

@@ -1,6 +1,6 @@
 """From a config to the things it names: data, model, the two halves of the agreement, an engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,14 @@ class Experiment:
         """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
+
+    def with_method(self, config: Config) -> "Experiment":
+        """The same data, model and cohorts under the method and the privacy of another config."""
+        sampling = self.server.sampling
+        plan = config.plan(sampling)
+        server, client = agree(config.method, sampling, plan, self.population.streams)
+        population = replace(self.population, rules=client)
+        return replace(self, config=config, population=population, server=server, plan=plan)
 
 
 def make_federation(config: Config, data_root: Path | None = None) -> Federation:

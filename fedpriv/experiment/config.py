@@ -23,7 +23,7 @@ from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
 __all__ = ["Config", "load_config", "parse_config", "read_config_file"]
 
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
-_UNKNOWN_POPULATION = 2**40
+_UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "privacy", "training")
 

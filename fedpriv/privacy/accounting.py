@@ -19,6 +19,7 @@ Dots"); Renyi accounting of sampling without replacement (Wang, Balle, Kasiviswa
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling
 __all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "round_event"]
 
 Relation = dpa.NeighboringRelation
+Losses = privacy_loss_distribution.PrivacyLossDistribution
 
 VERSION = importlib.metadata.version("dp-accounting")
 PLD = f"PLD (dp-accounting {VERSION})"
@@ -47,11 +49,18 @@ ORDERS = np.array(
 LARGEST_SHIFT = 1e6
 """Of sensitivity / std over all rounds. Beyond it epsilon exceeds 10^11: reported as infinite."""
 
-WEAKEST_RENYI_LOSS = 1e6
+WEAKEST_NOISE_FOR_RENYI = 1e6
 """Noise multiplier above which differences of Renyi moments drown in rounding; other bounds are tiny there."""
 
 ROUNDING = 1e-15
 """Mass that one convolution's rounding can misplace; the accountant's delta is lowered by this a round."""
+
+
+LARGEST_EXPONENT = 690.0
+"""Of exp, with room for the small probabilities that it is multiplied by."""
+
+MOST_LOSSES = 60_000
+"""Most points of one round's grid; bounds time and memory where the loss has an extreme tail."""
 
 
 class Bound(NamedTuple):
@@ -128,7 +137,7 @@ def least_bound(
     )
     if math.isinf(whole.epsilon):
         return whole
-    return min(whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds), key=_epsilon)
+    return min([whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds)], key=lambda bound: bound.epsilon)
 
 
 def round_event(
@@ -193,18 +202,30 @@ def calibrate(
     factor = 1.5
     while within(enough / factor) >= 1.0:
         enough, factor = enough / factor, factor**2
-    return _bisect(within, enough / factor, enough)
+    return _narrow(within, enough / factor, enough)
 
 
-def _bisect(within, too_little: float, enough: float) -> float:
-    """Narrows the bracket until 0.5 % of epsilon, or 1e-6 of the noise, is left between its ends."""
-    while within(enough) > 1.005 and enough > too_little * (1.0 + 1e-6):
-        middle = math.sqrt(too_little * enough)
-        if within(middle) >= 1.0:
-            enough = middle
+def _narrow(within: Callable[[float], float], too_little: float, enough: float) -> float:
+    """Narrows the bracket until 0.5 % of epsilon, or 1e-6 of the noise, is left; returns its safe end.
+
+    Interpolation (log noise against log epsilon, nearly a line) and bisection take turns.
+    """
+    low, high, interpolate = within(too_little), within(enough), True
+    while high > 1.005 and enough > too_little * (1.0 + 1e-6):
+        share = _share_left(low, high) if interpolate else 0.5
+        middle = too_little**share * enough ** (1.0 - share)
+        ratio, interpolate = within(middle), not interpolate
+        if ratio >= 1.0:
+            enough, high = middle, ratio
         else:
-            too_little = middle
+            too_little, low = middle, ratio
     return enough
+
+
+def _share_left(low: float, high: float) -> float:
+    """How far from the safe end to look, in shares of the bracket: where the line reaches 1.0025."""
+    down, up = (math.log(min(max(ratio, 1e-3), 1e3) / 1.0025) for ratio in (low, high))
+    return min(max(up / (up - down), 0.02), 0.98)
 
 
 def _certainly_enough(rounds: int, delta: float, epsilon: float) -> float:
@@ -225,90 +246,122 @@ def _subset_event(sampling: FixedSize, noise: dpa.DpEvent) -> dpa.DpEvent:
     return dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
 
 
-def _epsilon(bound: Bound) -> float:
-    return bound.epsilon
-
-
 def _sampled_bounds(
     event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int
 ) -> list[Bound]:
     """The bounds that credit sampling: none if the event does not sample."""
     if isinstance(event, dpa.PoissonSampledDpEvent) and event.sampling_probability < 1.0:
-        losses = _poisson_losses(event, relation, horizon, delta)
-        return [Bound(_composed_epsilon(losses, rounds, delta), PLD, True)]
+        return [Bound(_poisson_epsilon(event, relation, rounds, delta, horizon), PLD, True)]
     if isinstance(event, dpa.SampledWithoutReplacementDpEvent) and event.sample_size < event.source_dataset_size:
         return [Bound(_subset_epsilon(event, rounds, delta), RDP, True)]
     return []
 
 
 def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
-    """The Gaussian mechanism `rounds` times. Sensitivity is in the multiplier: ADD_OR_REMOVE_ONE, never REPLACE_ONE."""
+    """The Gaussian mechanism `rounds` times, that is once with sqrt(rounds) times the sensitivity.
+
+    The sensitivity is in the multiplier, so the relation is ADD_OR_REMOVE_ONE; REPLACE_ONE would double it again.
+    """
     shift = math.sqrt(rounds) / noise_multiplier
     if shift > LARGEST_SHIFT:
         return math.inf
-    accountant = dpa.pld.PLDAccountant(Relation.ADD_OR_REMOVE_ONE, value_discretization_interval=shift / 250.0)
-    event = dpa.SelfComposedDpEvent(dpa.GaussianDpEvent(noise_multiplier), rounds)
-    return float(accountant.compose(event).get_epsilon(delta))
+    losses = privacy_loss_distribution.from_gaussian_mechanism(
+        1.0 / shift,
+        neighboring_relation=Relation.ADD_OR_REMOVE_ONE,
+        log_mass_truncation_bound=_negligible(delta, 1),
+        value_discretization_interval=shift * (20.0 + shift) / 5000.0,
+    )
+    return _epsilon_at(losses, delta)
+
+
+def _poisson_epsilon(
+    event: dpa.PoissonSampledDpEvent, relation: Relation, rounds: int, delta: float, horizon: int
+) -> float:
+    losses, epsilon = _poisson_losses(event, relation, horizon, delta)
+    return epsilon if rounds == horizon else _composed_epsilon(losses, rounds, delta)
 
 
 @lru_cache(maxsize=16)
 def _poisson_losses(
     event: dpa.PoissonSampledDpEvent, relation: Relation, horizon: int, delta: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-    """One round's privacy losses, on a grid laid out for the epsilon of `horizon` rounds.
+) -> tuple[Losses, float]:
+    """One round's privacy losses, on a grid laid out for the epsilon of `horizon` rounds, and that epsilon.
 
-    That epsilon is found by approaching it from above: each grid gives a bound, the bound gives the next, finer grid.
+    Epsilon is approached from above: each grid gives a bound, and each bound the next, finer grid.
     """
     ratio = event.event.noise_multiplier / (2.0 if relation is Relation.REPLACE_ONE else 1.0)
     guess = _unsampled_epsilon(ratio, horizon, delta)
     while True:
-        losses = _losses(event, relation, guess, horizon, delta)
+        losses = _losses_of_one_round(event, relation, guess, horizon, delta)
         epsilon = _composed_epsilon(losses, horizon, delta)
         if epsilon == 0.0 or epsilon > guess / 2.0:
-            return losses
+            return losses, epsilon
         guess = epsilon
 
 
-def _losses(
+def _losses_of_one_round(
     event: dpa.PoissonSampledDpEvent, relation: Relation, epsilon: float, horizon: int, delta: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-    """One round's privacy losses, on a grid fine enough to tell `epsilon` after `horizon` rounds within 0.5 %.
+) -> Losses:
+    """One round's privacy losses, on a grid that tells an `epsilon` of `horizon` rounds within about 0.3 %.
 
-    Each round's rounding adds a variance of at most a sixth of the squared interval, hence interval ~ 1 / sqrt(rounds).
+    Rounding to the grid adds to each round a variance of about a sixth of the squared interval: hence the root.
     """
-    noise, prob = event.event.noise_multiplier, event.sampling_probability
-    cut = math.log(delta) - math.log(1e6 * horizon)
-    fine = 0.03 * min(epsilon, math.sqrt(epsilon)) / math.sqrt(horizon)
+    noise, prob, cut = event.event.noise_multiplier, event.sampling_probability, _negligible(delta, horizon)
+    fine = min(0.05 * epsilon, 0.1 * math.sqrt(epsilon)) / math.sqrt(horizon)
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise,
         sampling_prob=prob,
         neighboring_relation=relation,
         log_mass_truncation_bound=cut,
-        value_discretization_interval=max(fine, _loss_range(noise, prob, relation, cut) / 60_000),
+        value_discretization_interval=max(fine, _loss_range(noise, prob, relation, cut) / MOST_LOSSES),
     )
 
 
 def _loss_range(noise: float, prob: float, relation: Relation, cut: float) -> float:
     """Distance between the largest and the smallest privacy loss of one round that is not cut off."""
-    replace = relation is Relation.REPLACE_ONE
     kind = privacy_loss_mechanism.AdjacencyType
     bounds = privacy_loss_mechanism.GaussianPrivacyLoss(
         noise,
         sampling_prob=prob,
         log_mass_truncation_bound=cut,
-        adjacency_type=kind.REPLACE if replace else kind.REMOVE,
+        adjacency_type=kind.REPLACE if relation is Relation.REPLACE_ONE else kind.REMOVE,
     ).connect_dots_bounds()
     return float(bounds.epsilon_upper - bounds.epsilon_lower)
 
 
-def _composed_epsilon(
-    losses: privacy_loss_distribution.PrivacyLossDistribution, rounds: int, delta: float
-) -> float:
+def _negligible(delta: float, rounds: int) -> float:
+    """Log of the mass that a round may count as an infinite loss: a millionth of delta over all rounds."""
+    return math.log(delta) - math.log(1e6 * rounds)
+
+
+def _composed_epsilon(losses: Losses, rounds: int, delta: float) -> float:
     """Epsilon of `rounds` independent losses; infinite where delta is too small to be told from rounding."""
     resolved = delta - ROUNDING * rounds
     if resolved <= 0.0:
         return math.inf
-    return float(losses.self_compose(rounds, 1e-6 * delta).get_epsilon_for_delta(resolved))
+    return _epsilon_at(losses.self_compose(rounds, 1e-6 * delta), resolved)
+
+
+def _epsilon_at(losses: Losses, delta: float) -> float:
+    """The epsilon of privacy losses at `delta`; by search where exp(epsilon) would overflow."""
+    with np.errstate(over="ignore"):
+        epsilon = float(losses.get_epsilon_for_delta(delta))
+    if epsilon < LARGEST_EXPONENT or losses.get_delta_for_epsilon(LARGEST_EXPONENT) <= delta:
+        return epsilon
+    return _search_epsilon(losses, delta)
+
+
+def _search_epsilon(losses: Losses, delta: float) -> float:
+    """The same as `_epsilon_at` without exponentials of epsilon: bisection from above, to 1e-12."""
+    low, high = LARGEST_EXPONENT, 2.0 * LARGEST_EXPONENT
+    while losses.get_delta_for_epsilon(high) > delta:
+        if math.isinf(high):
+            return math.inf
+        low, high = high, 2.0 * high
+    while high - low > 1e-12 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if losses.get_delta_for_epsilon(middle) <= delta else (middle, high)
+    return high
 
 
 def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, delta: float) -> float:
@@ -319,7 +372,7 @@ def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, de
 @lru_cache(maxsize=64)
 def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent) -> np.ndarray:
     """Renyi divergence of one round at each of `ORDERS`; it adds up over rounds."""
-    if event.event.noise_multiplier > WEAKEST_RENYI_LOSS:
+    if event.event.noise_multiplier > WEAKEST_NOISE_FOR_RENYI:
         return np.full(len(ORDERS), math.inf)
     accountant = dpa.rdp.RdpAccountant(ORDERS.tolist(), Relation.REPLACE_ONE)
     return accountant.compose(event)._rdp

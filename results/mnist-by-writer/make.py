@@ -51,3 +51,38 @@ PRIVACY: dict[str, dict[str, Any] | None] = {
     "local, epsilon 8": {"trust": "local", "adjacency": "replace", "epsilon": 8.0, "delta": 1e-5},
     "local, epsilon 2": {"trust": "local", "adjacency": "replace", "epsilon": 2.0, "delta": 1e-5},
 }
+
+
+@lru_cache(maxsize=4)
+def _experiment(problem: str, seed: int, data_root: Path | None) -> Experiment:
+    """Data, model and cohorts of a problem; the method and the privacy plan are put in by each trial."""
+    method = {"name": "dp-fedavg"}
+    return assemble(parse_config(_tables(problem, None, method, seed)), data_root=data_root)
+
+
+def _tables(problem: str, privacy: dict[str, Any] | None, method: dict[str, Any], seed: int) -> dict[str, Any]:
+    tables = {"name": problem, "seed": seed, "data": {"name": "mnist-by-writer", "partition": "natural"}}
+    tables |= {**PROBLEMS[problem], "method": method}
+    return tables if privacy is None else {**tables, "privacy": privacy}
+
+
+def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, data_root: Path | None) -> dict[str, Any]:
+    """Trains one model; returns its validation and test accuracy, and the last round's signal-to-noise ratio."""
+    torch.set_num_threads(1)
+    data = _experiment(problem, seed, data_root)
+    config = parse_config(_tables(problem, PRIVACY[setting], method, seed))
+    experiment = data.with_method(config)
+    engine = make_engine("auto", experiment)
+    state = experiment.config.method.init_server(experiment.initial_model)
+    ratio = None
+    for number in range(1, config.training.rounds + 1):
+        total = engine.sum_messages(begin_round(experiment.server, state, number))
+        state = finish_round(experiment.server, state, number, total.sum)
+        ratio = signal_to_noise(total, experiment.server.noise_stddev, experiment.population.rules.noise_stddev)
+    dataset, task = experiment.population.federation.dataset, experiment.population.task
+    judged = {
+        part: task.evaluate(state.model, dataset.test_inputs[rows], dataset.test_labels[rows])
+        for part, rows in (("validation", slice(1, None, 2)), ("test", slice(0, None, 2)))
+    }
+    figures = {f"{part}_{what}": value for part, pair in judged.items() for what, value in zip(("loss", "accuracy"), pair)}
+    return {**figures, "signal_to_noise": ratio, "epsilon": experiment.plan and experiment.plan.epsilon}

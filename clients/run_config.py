@@ -1,0 +1,65 @@
+"""The run config of `flwr run`: which experiment, with which settings, on which data, written where.
+
+Flower's run config is a flat table of scalars; its keys and their defaults stand in `[tool.flwr.app.config]`.
+"""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.config import Config, load_config
+
+__all__ = ["RunConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run's settings.
+
+    Args:
+        config: The experiment's TOML file; a relative path starts at the app, where `sim_configs` lies.
+        settings: Changes to it, `"training.rounds=5 method.alpha=0.1"`.
+        data_root: Where data sets lie; empty for the environment's choice.
+        device: Where gradients are computed.
+        out: The run directory, an absolute path; empty for a new one in the home directory.
+    """
+
+    config: str
+    settings: str = ""
+    data_root: str = ""
+    device: str = "cpu"
+    out: str = ""
+
+    @classmethod
+    def of(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any] | None = None) -> "RunConfig":
+        """From a Flower context; a node may have its own `data-root` and `device`."""
+        both = {**run_config, **{k: v for k, v in (node_config or {}).items() if k in ("data-root", "device")}}
+        keys = {key: key.replace("_", "-") for key in cls.__dataclass_fields__}
+        return cls(**{key: str(both[name]) for key, name in keys.items() if name in both})
+
+    def load(self) -> Config:
+        """The experiment."""
+        return load_config(Path(__file__).parents[1] / self.config, shlex.split(self.settings))
+
+    def assemble(self, config: Config) -> Experiment:
+        """Everything that a run of the experiment needs."""
+        return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
+
+    def run_directory(self, name: str) -> Path:
+        """Where the server writes.
+
+        Args:
+            name: What a new directory is called.
+
+        Raises:
+            UserError: If the path is relative: Flower's processes do not work in the user's folder.
+        """
+        if not self.out:
+            return Path.home() / "fedpriv-runs" / name
+        if not Path(self.out).is_absolute():
+            raise UserError("run config out", "an absolute path", repr(self.out), "Write out=\"$PWD/runs/NAME\"")
+        return Path(self.out)

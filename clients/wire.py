@@ -1,0 +1,191 @@
+"""What travels between a strategy and its clients.
+
+| message | holds | the answer holds |
+|---|---|---|
+| introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
+| training | `arrays`: the model; `config`: the app's own; `fedpriv`: an `Order` | `arrays`: the message that is summed |
+
+Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.tables import choose, read_table, write_table
+from fedpriv.methods import METHODS, Method
+from fedpriv.rounds import ClientRules
+from fedpriv.streams import SeededStreams, SystemStreams
+from fedpriv.vectors import Layout, refuse_buffers
+
+__all__ = ["ARRAYS", "CONFIG", "DIAGNOSTICS", "FEDPRIV", "Introduction", "ModelArrays", "Order", "introduction"]
+
+ARRAYS = "arrays"
+CONFIG = "config"
+DIAGNOSTICS = "diagnostics"
+FEDPRIV = "fedpriv"
+
+_ASK = "ask"
+_WHO = "who are you"
+_METHOD = "method."
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class ModelArrays:
+    """How a model lies in an `ArrayRecord`, and back.
+
+    Args:
+        layout: Names and shapes.
+        dtypes: Number format of each array, which the clients get back.
+    """
+
+    layout: Layout
+    dtypes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, record: ArrayRecord) -> "ModelArrays":
+        """The layout of a model.
+
+        Raises:
+            UserError: If an array is not of floating point numbers or is a buffer of BatchNorm.
+        """
+        refuse_buffers(name for name in record if name.rsplit(".", 1)[-1] in _BUFFERS)
+        for name, array in record.items():
+            if not array.dtype.startswith("float"):
+                raise UserError(
+                    f"array {name}",
+                    "floating point numbers",
+                    array.dtype,
+                    "Send parameters only: counters and masks cannot be bounded or noised",
+                )
+        entries = tuple((name, tuple(array.shape)) for name, array in record.items())
+        return cls(Layout(entries), tuple(array.dtype for array in record.values()))
+
+    def vector(self, record: ArrayRecord) -> Tensor:
+        """The float32 vector `[params]` of arrays in this layout; a `UserError` if they are in another."""
+        tensors = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
+        return self.layout.flatten(tensors)
+
+    def model(self, vector: Tensor) -> ArrayRecord:
+        """A model `[params]` as arrays, each in its own number format."""
+        return self._record(vector, self.dtypes)
+
+    def message(self, vector: Tensor) -> ArrayRecord:
+        """A message `[params]` as float32 arrays: another rounding could lengthen it beyond its bound."""
+        return self._record(vector, ("float32",) * len(self.dtypes))
+
+    def _record(self, vector: Tensor, dtypes: tuple[str, ...]) -> ArrayRecord:
+        tensors = self.layout.unflatten(vector.detach().cpu())
+        pairs = zip(tensors.items(), dtypes, strict=True)
+        return ArrayRecord({name: Array(tensor.numpy().astype(dtype)) for (name, tensor), dtype in pairs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What one client is told about its part in one round.
+
+    Args:
+        method: Whose client rule it follows.
+        round: The current round, from 1.
+        client: Its id.
+        last_round: The last round whose message of this client was summed; 0: none.
+        noise_stddev: Standard deviation per coordinate of the noise that it adds; 0 for none.
+        seed: Where its noise comes from in a simulation; None: from its own operating system.
+        private: Whether anything but the message may leave the client.
+        diagnostics: Whether it reports the norm of its signal, which is not protected. Simulation only.
+    """
+
+    method: Method
+    round: int
+    client: int
+    last_round: int = 0
+    noise_stddev: float = 0.0
+    seed: int | None = None
+    private: bool = True
+    diagnostics: bool = False
+
+    @property
+    def rules(self) -> ClientRules:
+        """The client's half of the agreement."""
+        streams = SystemStreams() if self.seed is None else SeededStreams(self.seed)
+        return ClientRules(method=self.method, noise_stddev=self.noise_stddev, streams=streams)
+
+    def to_record(self) -> ConfigRecord:
+        """As the record `fedpriv`; the seed is in it only if there is one."""
+        name = next(name for name, kind in METHODS.items() if type(self.method) is kind)
+        table: dict[str, Any] = {"method": name}
+        table |= {_METHOD + key: value for key, value in write_table(self.method).items()}
+        table |= {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
+        return ConfigRecord(table)
+
+    @classmethod
+    def of(cls, content: RecordDict) -> "Order":
+        """The order in a message.
+
+        Raises:
+            UserError: If the message holds none, or one that this version does not understand.
+        """
+        record = content.config_records.get(FEDPRIV)
+        if record is None or "method" not in record:
+            raise UserError(
+                "message",
+                f"a record {FEDPRIV!r}",
+                f"the records {', '.join(content) or 'none'}",
+                "Use a strategy of fedpriv's `strategies` in the ServerApp",
+            )
+        hyperparameters = {k.removeprefix(_METHOD): v for k, v in record.items() if k.startswith(_METHOD)}
+        method = read_table(choose(METHODS, "method", record["method"]), hyperparameters, "method")
+        plain = {key: record[key] for key in _PLAIN if key in record}
+        return read_table(cls, plain, FEDPRIV, method=method)
+
+
+_PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "diagnostics")
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a node says of itself: the client id that its operator gave it; None if none was given."""
+
+    client: int | None
+
+    def to_content(self) -> RecordDict:
+        """As the content of an answer."""
+        return RecordDict({FEDPRIV: ConfigRecord({} if self.client is None else {"client": self.client})})
+
+    @classmethod
+    def of_node(cls, node_config: Mapping[str, Any]) -> "Introduction":
+        """From a node's configuration (`partition-id`).
+
+        Raises:
+            UserError: If the id is not a whole number.
+        """
+        client = node_config.get("partition-id")
+        try:
+            return cls(None if client is None else int(client))
+        except ValueError:
+            raise UserError(
+                "--node-config partition-id", "a whole number", repr(client), "Start the node with a number from 0"
+            ) from None
+
+    @classmethod
+    def of_answer(cls, content: RecordDict) -> "Introduction | None":
+        """From the content of an answer; None if whoever answered does not know the question."""
+        record = content.config_records.get(FEDPRIV)
+        return None if record is None or _ASK in record else cls(record.get("client"))  # type: ignore[arg-type]
+
+
+def introduction() -> RecordDict:
+    """The content of the question who a node is."""
+    return RecordDict({FEDPRIV: ConfigRecord({_ASK: _WHO})})
+
+
+def asks_who(content: RecordDict) -> bool:
+    """Whether a message is that question."""
+    record = content.config_records.get(FEDPRIV)
+    return record is not None and _ASK in record

@@ -1,0 +1,221 @@
+"""A Flower strategy that runs any of fedpriv's methods.
+
+Each round is `begin_round`, Flower's network, `finish_round`; nothing here knows which method it is. The model and the
+server's memory stay in the strategy: the arrays that Flower passes around are copies.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import Tensor
+
+from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order
+from fedpriv.engines import sum_in_order
+from fedpriv.methods import ServerState
+from fedpriv.privacy import PrivacyPlan, privacy_statement
+from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
+from fedpriv.streams import SeededStreams
+from strategies.nodes import answers_by_client, find_clients
+
+__all__ = ["Agreement", "MethodStrategy"]
+
+_log = logging.getLogger("flwr")
+
+
+class Agreement(NamedTuple):
+    """What both sides hold to: the server's rules, the clients' rules, and what is promised (None: nothing)."""
+
+    server: ServerRules
+    client: ClientRules
+    plan: PrivacyPlan | None
+
+
+class MethodStrategy(Strategy):
+    """Runs a method under an agreement; every client of a cohort answers, or the run ends with an error.
+
+    Attributes (known from `start` on):
+        agreement: The two halves of the rules, and the plan.
+        statement: The privacy statement, which is also logged.
+        state: The server's state: `state.model` `[params]` and what the method remembers.
+        total: The sum of the last round's messages, and figures about them.
+
+    Args:
+        agree: Makes the agreement from the population's size and the number of rounds.
+        num_clients: How many clients there are; None for as many nodes as have joined at the start.
+        evaluate: Whether all clients evaluate the model after every round, and their metrics are averaged by
+            `num-examples`. Off by default: what clients report about their data is *not* protected.
+        join_timeout: Seconds to wait for all clients at the start.
+        diagnostics: Whether clients report the norms of their signals, which are not protected; None for in
+            simulations only (where randomness is seeded).
+    """
+
+    def __init__(
+        self,
+        agree: Callable[[int, int], Agreement],
+        *,
+        num_clients: int | None = None,
+        evaluate: bool = False,
+        join_timeout: float = 120.0,
+        diagnostics: bool | None = None,
+    ) -> None:
+        self._agree = agree
+        self._num_clients = num_clients
+        self._evaluate = evaluate
+        self._join_timeout = join_timeout
+        self._diagnostics = diagnostics
+        self._timeout = math.inf
+        self._nodes: list[int] = []
+        self._asked: dict[int, Message] = {}
+        self._last_round: dict[int, int] = {}
+
+    @property
+    def plan(self) -> PrivacyPlan | None:
+        """What is promised."""
+        return self.agreement.plan
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Runs all rounds; see `flwr.serverapp.strategy.Strategy.start`.
+
+        Raises:
+            UserError: If the model cannot be trained privately, if clients are missing, or if one fails.
+        """
+        self.prepare(grid, initial_arrays, num_rounds, timeout)
+        return super().start(
+            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+        )
+
+    def prepare(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int, timeout: float) -> None:
+        """What comes before the first round: waits for all clients, makes the agreement and the server's state."""
+        self._arrays = ModelArrays.of(initial_arrays)
+        model = self._arrays.vector(initial_arrays)
+        self._timeout = timeout
+        self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
+        self.agreement = self._agree(len(self._nodes), num_rounds)
+        self.state: ServerState = self.agreement.server.method.init_server(model)
+        self.total = Total(model.new_zeros(0), 0, 0, math.nan)
+        self._last_round = {}
+        self.statement = privacy_statement(
+            self.plan, method=type(self.agreement.server.method).__name__, randomness=self._randomness
+        )
+
+    def summary(self) -> None:
+        """Logs who takes part and what is promised to them."""
+        server = self.agreement.server
+        _log.info("\t├──> Method: %s", server.method)
+        _log.info("\t├──> Cohorts: %s", server.sampling)
+        _log.info("\t└──> Privacy:")
+        for line in self.statement.splitlines():
+            _log.info("\t\t%s", line)
+        if self._randomness == "seeded":
+            _log.warning("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
+        if self._evaluate and self.plan is not None:
+            _log.warning("Clients report metrics of their data, which the privacy statement does not cover.")
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """One message to each client of the round's cohort, in the order of their ids."""
+        broadcast = begin_round(self.agreement.server, self.state, server_round)
+        config["server-round"] = server_round
+        shared = {ARRAYS: self._arrays.model(broadcast.model), CONFIG: config}
+        self._asked = {
+            client: Message(
+                RecordDict({**shared, FEDPRIV: self._order(client, server_round).to_record()}),
+                self._nodes[client],
+                MessageType.TRAIN,
+                group_id=str(server_round),
+            )
+            for client in broadcast.cohort.tolist()
+        }
+        return list(self._asked.values())
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord | None]:
+        """Sums the messages in the order of client ids and lets the method's server rule act on the sum."""
+        answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
+        messages = (self._arrays.vector(content.array_records[ARRAYS]) for content in answers)
+        self.total = _total(sum_in_order(messages, self._arrays.layout.size), answers)
+        self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
+        self._last_round |= dict.fromkeys(self._asked, server_round)
+        if self.total.non_finite:
+            _log.warning("%d updates were not finite and count as nothing", self.total.non_finite)
+        return self._arrays.model(self.state.model), _average([_metrics_of_app(content) for content in answers])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+    ) -> Iterable[Message]:
+        """One message to every client if federated evaluation is on, else none."""
+        if not self._evaluate:
+            return []
+        config["server-round"] = server_round
+        content = RecordDict({ARRAYS: arrays, CONFIG: config})
+        self._asked = {
+            client: Message(content, node, MessageType.EVALUATE, group_id=str(server_round))
+            for client, node in enumerate(self._nodes)
+        }
+        return list(self._asked.values())
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The clients' metrics, averaged by `num-examples`."""
+        if not self._evaluate:
+            return None
+        answers = self._answers(replies, f"evaluation after round {server_round}")
+        return _average([answer.content for answer in answers])
+
+    def _answers(self, replies: Iterable[Message], what: str) -> list[Message]:
+        who = [f"client {client}" for client in self._asked]
+        return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
+
+    def _order(self, client: int, server_round: int) -> Order:
+        rules = self.agreement.client
+        seeded = isinstance(rules.streams, SeededStreams) and rules.noise_stddev > 0.0
+        return Order(
+            method=rules.method,
+            round=server_round,
+            client=client,
+            last_round=self._last_round.get(client, 0),
+            noise_stddev=rules.noise_stddev,
+            seed=rules.streams.seed if seeded else None,
+            private=self.plan is not None,
+            diagnostics=self._randomness == "seeded" if self._diagnostics is None else self._diagnostics,
+        )
+
+    @property
+    def _randomness(self) -> str:
+        return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
+
+
+def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
+    """The sum with the figures that clients reported about their signals, if they were asked to."""
+    norms = [float(c.metric_records[DIAGNOSTICS]["signal-norm"]) for c in answers if DIAGNOSTICS in c.metric_records]
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    mean = sum(finite) / len(finite) if finite else math.nan
+    return Total(summed, len(answers), len(norms) - len(finite), mean)
+
+
+def _metrics_of_app(content: RecordDict) -> RecordDict:
+    return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})
+
+
+def _average(contents: list[RecordDict], weight: str = "num-examples") -> MetricRecord | None:
+    """The average of the clients' metrics by number of examples; None if a client sent none or no number."""
+    records = [next(iter(content.metric_records.values()), None) for content in contents]
+    if not records or any(record is None or not record.get(weight) for record in records):
+        return None
+    return aggregate_metricrecords(contents, weight)

@@ -1,0 +1,113 @@
+"""The strategies by name, for an app that exists already.
+
+    strategy = AlphaNormEC(alpha=1.0, beta=0.1, server_lr=0.5, num_clients=100, privacy=Privacy(epsilon=8.0))
+    strategy.start(grid, arrays, num_rounds=50)
+
+with `ClientApp(mods=[private_mod])` on the other side. A method's hyperparameters are keyword arguments; they are
+described where the method is, in `fedpriv.methods`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.tables import read_table
+from fedpriv.methods import METHODS, Method
+from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
+from fedpriv.rounds import agree
+from fedpriv.streams import SeededStreams, SystemStreams
+from strategies.method_strategy import Agreement, MethodStrategy
+
+__all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "NamedStrategy", "NormalizedSGD", "Privacy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """What is promised to each client; exactly one of `epsilon` and `noise_multiplier` is given.
+
+    Args:
+        epsilon: Target; the noise is calibrated to it.
+        noise_multiplier: Noise std over l2_sensitivity; epsilon follows from it.
+        delta: Chance of failure, in (0, 1).
+        trust: Who adds noise: `central`, the server; `local`, every client.
+        adjacency: `add-or-remove` or `replace`; None for the default of the trust.
+    """
+
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    delta: float = 1e-5
+    trust: str = "central"
+    adjacency: str | None = None
+
+    def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
+        """The plan for `rounds` rounds of `method`."""
+        return make_plan(**asdict(self), sampling=sampling, rounds=rounds, l2_bound=method.bounded.l2_bound)
+
+
+class NamedStrategy(MethodStrategy):
+    """A method by name, its agreement made when the run starts.
+
+    Args:
+        privacy: What is promised; None for a run without privacy, which says so in its log.
+        cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
+        num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
+        seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
+            must be where real people take part.
+        evaluate: See `MethodStrategy`.
+        join_timeout: See `MethodStrategy`.
+        hyperparameters: The method's.
+
+    Raises:
+        UserError: If a hyperparameter is unknown or has a value out of range.
+    """
+
+    method_name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        privacy: Privacy | None = None,
+        cohort: Sampling | None = None,
+        num_clients: int | None = None,
+        seed: int | None = None,
+        evaluate: bool = False,
+        join_timeout: float = 120.0,
+        **hyperparameters: Any,
+    ) -> None:
+        if cohort is not None and num_clients not in (None, cohort.population):
+            raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Give one")
+        self.method: Method = read_table(METHODS[self.method_name], hyperparameters, type(self).__name__)
+        self.privacy = privacy
+        self.cohort = cohort
+        self.streams = SystemStreams() if seed is None else SeededStreams(seed)
+        expected = num_clients if cohort is None else cohort.population
+        super().__init__(self._make, num_clients=expected, evaluate=evaluate, join_timeout=join_timeout)
+
+    def _make(self, population: int, rounds: int) -> Agreement:
+        sampling = self.cohort or Everyone(population)
+        plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
+        return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
+
+
+class AlphaNormEC(NamedStrategy):
+    """Smoothed normalization with error feedback: `fedpriv.methods.AlphaNormEC`."""
+
+    method_name = "alpha-normec"
+
+
+class NormalizedSGD(NamedStrategy):
+    """Smoothed normalization without memory: `fedpriv.methods.NormalizedSGD`."""
+
+    method_name = "normalized-sgd"
+
+
+class Clip21(NamedStrategy):
+    """Clipping with error feedback: `fedpriv.methods.Clip21`."""
+
+    method_name = "clip21"
+
+
+class DPFedAvg(NamedStrategy):
+    """Clipped updates, averaged: `fedpriv.methods.DPFedAvg`."""
+
+    method_name = "dp-fedavg"

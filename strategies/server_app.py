@@ -1,0 +1,82 @@
+"""The ServerApp that runs fedpriv's experiments: `serverapp = "strategies.server_app:app"`.
+
+It fills the same run directory, with the same numbers, as the engines in process do.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from clients.run_config import RunConfig
+from clients.wire import ARRAYS
+from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import Experiment
+from fedpriv.experiment.journal import Journal
+from fedpriv.experiment.records import RunDirectory
+from strategies.method_strategy import Agreement, MethodStrategy
+
+__all__ = ["app"]
+
+_log = logging.getLogger("flwr")
+_JOIN_SECONDS = 60.0
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the experiment that the run config names.
+
+    Run config (see `RunConfig`), and two keys of whoever starts this run for a user: `claimed`, that the run directory
+    is this run's already, and `failure-report`, a file for the one line that a failed run ends with.
+    """
+    try:
+        _run(grid, context)
+    except UserError as error:
+        report = context.run_config.get("failure-report")
+        if report:
+            Path(str(report)).write_text(str(error), encoding="utf-8")
+        raise
+
+
+def _run(grid: Grid, context: Context) -> None:
+    run = RunConfig.of(context.run_config)
+    config = run.load()
+    experiment = run.assemble(config)
+    directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
+    directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
+    with directory.locked():
+        journal = Journal(experiment, directory, "flower")
+        journal.begin()
+        strategy = make_strategy(experiment)
+        strategy.start(
+            grid,
+            ArrayRecord({ARRAYS: experiment.initial_model}),
+            num_rounds=config.training.rounds,
+            train_config=ConfigRecord({"experiment": config.digest}),
+            evaluate_fn=_recorder(journal, strategy),
+        )
+        journal.finish(strategy.state)
+    _log.info("The run is in %s", directory.path)
+
+
+def make_strategy(experiment: Experiment) -> MethodStrategy:
+    """The strategy under the experiment's own agreement."""
+    agreement = Agreement(experiment.server, experiment.population.rules, experiment.plan)
+    population = experiment.population.federation.population
+    return MethodStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS)
+
+
+def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+    """What Flower calls with the first model and after every round: writes the records."""
+
+    def record(server_round: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
+        if server_round == 0:
+            journal.initial(strategy.state.model)
+        else:
+            journal.after_round(server_round, strategy.state, strategy.total, None)
+
+    return record

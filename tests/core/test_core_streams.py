@@ -1,0 +1,211 @@
+"""Randomness: an address decides, the laws are right and would be noticed if they were a little wrong."""
+
+import itertools
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams
+
+SAMPLES = 400_000
+"""Enough to tell a scale of 1.05 from 1 by more than twice what the false-alarm rate asks for."""
+
+KINDS: dict[str, Streams] = {"seeded": SeededStreams(11), "system": SystemStreams()}
+every_kind = pytest.mark.parametrize("streams", KINDS.values(), ids=KINDS.keys())
+LIMIT = float(stats.norm.isf(FALSE_ALARM / 2))
+"""Standard deviations that a two-sided test allows."""
+
+addresses = st.tuples(
+    st.integers(0, 2**40), st.sampled_from(Purpose), st.integers(0, 10_000), st.integers(0, 10**12)
+)
+
+
+def draws(source: Source) -> tuple[bytes, ...]:
+    """What a source gives, of each kind."""
+    return source.normal(5).tobytes(), source.uniform(5).tobytes(), source.subset(10**6, 3).tobytes()
+
+
+def mean_is_right(samples: np.ndarray) -> bool:
+    return abs(float(samples.mean(dtype=np.float64))) * len(samples) ** 0.5 < LIMIT
+
+
+def kurtosis_is_right(samples: np.ndarray) -> bool:
+    excess = float(stats.kurtosis(samples.astype(np.float64)))
+    return abs(excess) < LIMIT * (24.0 / len(samples)) ** 0.5 * 1.05
+
+
+def correlated(first: np.ndarray, second: np.ndarray) -> bool:
+    return abs(float(np.corrcoef(first, second)[0, 1])) * len(first) ** 0.5 > LIMIT
+
+
+@brief
+@given(address=addresses)
+def test_the_same_address_gives_the_same_numbers(address: tuple[int, Purpose, int, int]) -> None:
+    seed, purpose, round, client = address  # noqa: A001
+    first, again = SeededStreams(seed), SeededStreams(seed)
+    assert draws(first.source(purpose, round, client)) == draws(again.source(purpose, round, client))
+    assert draws(first.source(purpose, np.int64(round), np.int64(client))) == draws(  # type: ignore[arg-type]
+        again.source(purpose, round, client)
+    )
+
+
+@brief
+@given(one=addresses, other=addresses)
+def test_different_addresses_give_different_numbers(
+    one: tuple[int, Purpose, int, int], other: tuple[int, Purpose, int, int]
+) -> None:
+    equal = one == other
+    assert equal == (draws(SeededStreams(one[0]).source(*one[1:])) == draws(SeededStreams(other[0]).source(*other[1:])))
+
+
+def test_every_part_of_the_address_counts() -> None:
+    values = (0, 1, 2, 255, 2**16, 2**31, 2**32)
+    found = [
+        SeededStreams(seed).source(purpose, round, client).normal(4).tobytes()
+        for seed, purpose, round, client in itertools.product((0, 1, 2**32), Purpose, (0, 1, 2, 3, 1000), values)  # noqa: A001
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_rounds_and_clients_are_not_interchangeable() -> None:
+    streams = SeededStreams(0)
+    assert draws(streams.source(Purpose.CLIENT_NOISE, 2, 3)) != draws(streams.source(Purpose.CLIENT_NOISE, 3, 2))
+
+
+def test_different_addresses_are_uncorrelated() -> None:
+    reference = SeededStreams(5).source(Purpose.CLIENT_NOISE, 1, 1).normal(SAMPLES)
+    for seed, purpose, round, client in (  # noqa: A001
+        (6, Purpose.CLIENT_NOISE, 1, 1),
+        (5, Purpose.SERVER_NOISE, 1, 1),
+        (5, Purpose.CLIENT_NOISE, 2, 1),
+        (5, Purpose.CLIENT_NOISE, 1, 2),
+    ):
+        assert not correlated(reference, SeededStreams(seed).source(purpose, round, client).normal(SAMPLES))
+
+
+def test_the_order_of_asking_does_not_matter() -> None:
+    streams = SeededStreams(3)
+    places = list(itertools.product(Purpose, (1, 2), (0, 7)))
+    forward = {place: draws(streams.source(*place)) for place in places}
+    backward = {place: draws(streams.source(*place)) for place in reversed(places)}
+    assert forward == backward
+
+
+def test_one_source_does_not_repeat_itself() -> None:
+    for streams in KINDS.values():
+        source = streams.source(Purpose.COHORT, 1)
+        assert draws(source) != draws(source)
+
+
+def test_system_streams_never_give_the_same_numbers_twice() -> None:
+    streams = SystemStreams()
+    found = [draws(streams.source(Purpose.SERVER_NOISE, 1, 1))[:2] for _ in range(200)]
+    assert len(set(found)) == len(found)
+
+
+def test_purposes_keep_the_numbers_that_seeded_results_rest_on() -> None:
+    assert [purpose.name for purpose in sorted(Purpose)][:7] == [
+        "MODEL",
+        "PARTITION",
+        "COHORT",
+        "SERVER_NOISE",
+        "CLIENT_NOISE",
+        "LOCAL_WORK",
+        "DATA",
+    ]
+    assert [int(purpose) for purpose in Purpose] == list(range(len(Purpose)))
+
+
+@every_kind
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 8, 1001])
+def test_a_source_gives_as_many_numbers_as_asked(streams: Streams, size: int) -> None:
+    source = streams.source(Purpose.SERVER_NOISE, 1)
+    normal, uniform, subset = source.normal(size), source.uniform(size), source.subset(2000, size)
+    assert (normal.dtype, uniform.dtype, subset.dtype) == (np.float32, np.float64, np.int64)
+    assert normal.shape == uniform.shape == subset.shape == (size,)
+
+
+@every_kind
+def test_normal_numbers_are_standard_normal(streams: Streams) -> None:
+    samples = streams.source(Purpose.SERVER_NOISE, 1).normal(SAMPLES)
+    assert mean_is_right(samples)
+    assert accepts_variance(samples, 1.0)
+    assert kurtosis_is_right(samples)
+    assert accepts_law(samples, stats.norm.cdf)
+
+
+def test_the_statistics_reject_laws_that_are_a_little_wrong() -> None:
+    samples = SeededStreams(2).source(Purpose.DATA).normal(SAMPLES).astype(np.float64)
+    for scale in (0.95, 1.05):
+        assert not accepts_variance(samples * scale, 1.0)
+        assert not accepts_law(samples * scale, stats.norm.cdf)
+    assert not mean_is_right(samples + 0.02)
+    assert not accepts_law(samples + 0.02, stats.norm.cdf)
+    heavy = np.random.default_rng(1).standard_t(12, SAMPLES) * (10 / 12) ** 0.5
+    assert not kurtosis_is_right(heavy)
+    assert not accepts_law(np.random.default_rng(1).uniform(-(3**0.5), 3**0.5, SAMPLES), stats.norm.cdf)
+
+
+@every_kind
+def test_normal_numbers_are_independent_of_each_other(streams: Streams) -> None:
+    samples = streams.source(Purpose.SERVER_NOISE, 2).normal(SAMPLES).astype(np.float64)
+    half = SAMPLES // 2
+    for lag in (1, 2, half):
+        assert not correlated(samples[:-lag], samples[lag:])
+        assert not correlated(samples[:-lag] ** 2, samples[lag:] ** 2)
+    assert len(np.unique(samples)) > 0.9 * SAMPLES
+
+
+def test_normal_numbers_have_tails() -> None:
+    for streams in KINDS.values():
+        samples = np.abs(streams.source(Purpose.SERVER_NOISE, 3).normal(SAMPLES))
+        # 25 are expected beyond 4 deviations; none, or more than 80, happen with probability below 1e-10.
+        assert 1 <= int((samples > 4.0).sum()) <= 80
+        assert float(samples.max()) < 9.0
+
+
+@every_kind
+def test_uniform_numbers_are_uniform_from_zero_up_to_but_not_including_one(streams: Streams) -> None:
+    samples = streams.source(Purpose.COHORT, 1).uniform(SAMPLES)
+    assert samples.min() >= 0.0
+    assert samples.max() < 1.0
+    assert accepts_law(samples, stats.uniform.cdf)
+    assert not accepts_law(samples**1.05, stats.uniform.cdf)
+    # The low bits are random as well: 2**40 u modulo 1 is uniform.
+    assert accepts_law((samples * 2.0**40) % 1.0, stats.uniform.cdf)
+    assert not correlated(samples[:-1], samples[1:])
+
+
+@every_kind
+@pytest.mark.parametrize(("population", "size"), [(1, 0), (1, 1), (7, 7), (1000, 999), (10**6, 1000), (10**12, 50)])
+def test_a_subset_is_ascending_and_of_distinct_members(streams: Streams, population: int, size: int) -> None:
+    found = streams.source(Purpose.COHORT, 1).subset(population, size)
+    assert len(found) == size
+    assert (np.diff(found) > 0).all()
+    assert all(0 <= member < population for member in found.tolist())
+
+
+@every_kind
+@pytest.mark.parametrize(("population", "size"), [(5, 2), (6, 3), (7, 1)])
+def test_every_subset_is_equally_likely(streams: Streams, population: int, size: int) -> None:
+    source = streams.source(Purpose.COHORT, 4)
+    subsets = {subset: 0 for subset in itertools.combinations(range(population), size)}
+    for _ in range(8000):
+        subsets[tuple(source.subset(population, size).tolist())] += 1
+    assert stats.chisquare(list(subsets.values())).pvalue > FALSE_ALARM
+
+
+@every_kind
+def test_a_small_subset_of_a_huge_population_costs_what_the_subset_costs(streams: Streams) -> None:
+    source = streams.source(Purpose.COHORT, 1)
+    start = time.perf_counter()
+    members = source.subset(10**12, 1000)
+    assert time.perf_counter() - start < 0.5
+    assert sys.getsizeof(members) < 100_000
+    assert accepts_law(members / 1e12, stats.uniform.cdf)

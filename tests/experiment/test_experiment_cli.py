@@ -1,0 +1,91 @@
+"""The command line: exit codes, one line on stderr, JSON that others build on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedpriv.cli import main
+
+QUICKSTART = str(Path(__file__).parents[2] / "sim_configs" / "quickstart.toml")
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "absent.toml"), "absent.toml"),
+        (("run", QUICKSTART, "-s", "method.bta=1"), "beta"),
+        (("run", QUICKSTART, "--engine", "lop"), "loop"),
+        (("run", QUICKSTART, "--device", "warp"), "--device"),
+        (("run", QUICKSTART, "--device", "cuda:99"), "--device cpu"),
+        (("run", QUICKSTART, "--engin", "loop"), "--engin"),
+        (("run", QUICKSTART, "--checkpoint-every", "0"), "--checkpoint-every"),
+        (("run", QUICKSTART, "-s", "method.memory=sent"), "local"),
+        (("run",), "CONFIG"),
+        (("rum", QUICKSTART), "rum"),
+        (("privacy", QUICKSTART, "-s", "privacy.unit=example"), "privacy.unit"),
+        (("data", QUICKSTART, "-s", "data.clients=100000"), "data.clients"),
+    ],
+)
+def test_a_mistake_is_exit_2_and_one_line(arguments: tuple[str, ...], says: str, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip() and not line.lstrip().startswith("round")]
+    assert len(lines) == 1, captured.err
+    assert says in lines[0]
+    assert "Traceback" not in captured.err
+    assert not any(tmp_path.rglob("summary.json"))
+
+
+def test_the_plan_as_json_has_what_others_build_on(capsys):
+    assert call("privacy", QUICKSTART, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    wanted = "epsilon delta noise_multiplier noise_stddev l2_sensitivity trust adjacency accountant"
+    assert set(wanted.split()) <= set(plan)
+    assert 7.9 < plan["epsilon"] <= 8.0
+    assert plan["noise_stddev"] == pytest.approx(plan["noise_multiplier"] * plan["l2_sensitivity"])
+
+
+def test_the_statement_names_the_adversary_and_the_number(capsys):
+    assert call("privacy", QUICKSTART) == 0
+    text = capsys.readouterr().out
+    for words in ("add-or-remove", "server", "PLD", "1e-05"):
+        assert words in text
+
+
+def test_a_plan_without_privacy_says_so(capsys):
+    assert call("privacy", QUICKSTART, "--json", "-s", "privacy=") == 0
+    assert json.loads(capsys.readouterr().out)["private"] is False
+
+
+def test_the_list_names_everything_a_config_can(capsys):
+    assert call("list", "--json") == 0
+    names = json.loads(capsys.readouterr().out)
+    assert {"alpha-normec", "normalized-sgd", "clip21", "dp-fedavg"} <= set(names["methods"])
+    assert {"digits", "mnist", "fashion-mnist", "cifar10", "mnist-by-writer", "libsvm"} <= set(names["data"])
+    assert {"softmax", "mlp", "cnn", "resnet20"} <= set(names["models"])
+    assert {"loop", "vectorized", "flower"} <= set(names["engines"])
+    assert call("list") == 0
+
+
+def test_who_holds_what_is_a_table_and_a_picture(tmp_path: Path, capsys):
+    assert call("data", QUICKSTART, "--out", str(tmp_path)) == 0
+    assert "clients.png" in capsys.readouterr().out
+    assert (tmp_path / "clients.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "clients.csv").read_text().splitlines()) == 101
+
+
+def test_a_run_prints_accuracy_epsilon_with_its_adversary_and_the_picture(tmp_path: Path, capsys):
+    assert call("run", QUICKSTART, "--out", str(tmp_path), "-s", "training.rounds=2") == 0
+    out = capsys.readouterr().out
+    for word in ("accuracy", "epsilon", "adversary", "curves.png"):
+        assert word in out

@@ -1,0 +1,120 @@
+"""Strict TOML: what is wrong is said in one line that names the key and the nearest known one."""
+
+from pathlib import Path
+
+import pytest
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import load_config, parse_config
+
+QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
+
+
+def test_a_resolved_config_reads_back_as_itself(tmp_path: Path):
+    config = load_config(QUICKSTART)
+    again = tmp_path / "again.toml"
+    again.write_text(config.to_toml())
+    assert load_config(again) == config
+    assert load_config(again).digest == config.digest
+
+
+def test_defaults_are_spelled_out_and_do_not_change_the_digest():
+    config = load_config(QUICKSTART)
+    assert config.tables["method"]["memory"] == "noiseless"
+    assert load_config(QUICKSTART, ["method.memory=noiseless"]).digest == config.digest
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["seed=8", "training.rounds=41", "method.beta=0.11", "privacy.epsilon=7.9", "data.clients=99", "cohort.sampling=poisson"],
+)
+def test_every_change_of_the_experiment_changes_the_digest(setting: str):
+    settings = [setting, "cohort.probability=0.5"] if "poisson" in setting else [setting]
+    assert load_config(QUICKSTART, settings).digest != load_config(QUICKSTART).digest
+
+
+MISTAKES = [
+    ("method.bta=1", "method.bta", "beta"),
+    ("method.name=alpha-normek", "method.name", "alpha-normec"),
+    ("data.name=digit", "data.name", "digits"),
+    ("data.partition=dirichlett", "data.partition", "dirichlet"),
+    ("data.concentraton=1", "data.concentraton", "concentration"),
+    ("data.clients=0", "data.clients", "at least 1"),
+    ("data.clients=2.5", "data.clients", "whole number"),
+    ("data.concentration=-1", "data.concentration", "-1"),
+    ("model.name=softmx", "model.name", "softmax"),
+    ("local.work=full-gradients", "local.work", "full-gradient"),
+    ("local.work=minibatch-gradient", "local.batch_size", "Add batch_size"),
+    ("cohort.sampling=poison", "cohort.sampling", "poisson"),
+    ("cohort.size=3", "cohort.size", "unknown"),
+    ("cohort.sampling=fixed", "cohort.size", "Add size"),
+    ("privacy.epsilom=3", "privacy.epsilom", "epsilon"),
+    ("privacy.trust=centrall", "privacy.trust", "central"),
+    ("privacy.epsilon=nan", "privacy.epsilon", "nan"),
+    ("privacy.epsilon=inf", "privacy.epsilon", "inf"),
+    ("privacy.epsilon=-1", "privacy.epsilon", "-1"),
+    ("privacy.delta=0", "privacy.delta", "0"),
+    ("privacy.delta=1.5", "privacy.delta", "1.5"),
+    ("privacy.noise_multiplier=1", "privacy", "noise_multiplier"),
+    ("privacy.unit=example", "privacy.unit", "client"),
+    ("privacy.trust=aggregator", "privacy.trust", "central"),
+    ("training.rounds=-1", "training.rounds", "-1"),
+    ("training.rounds=many", "training.rounds", "many"),
+    ("training.evaluate_every=0", "training.evaluate_every", "0"),
+    ("trainning.rounds=1", "trainning", "training"),
+    ("method.alpha=0", "method.alpha", "0"),
+    ("method.beta=true", "method.beta", "True"),
+    ("method.damping=1.0", "method.damping", "1.0"),
+    ("method.memory=sentt", "method.memory", "sent"),
+    ("seed=-1", "seed", "-1"),
+    ("seed=x", "seed", "whole number"),
+    ("name=a/b", "name", "a/b"),
+    ("training=3", "training", "table"),
+    ("training.=3", "-s training.=3", "table.key=value"),
+    ("rounds", "-s rounds", "table.key=value"),
+]
+
+
+@pytest.mark.parametrize(("setting", "where", "says"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key(setting: str, where: str, says: str):
+    with pytest.raises(UserError) as caught:
+        config = load_config(QUICKSTART, [setting])
+        config.plan(config.cohort.of(config.data.clients or 1))
+    line = str(caught.value)
+    assert where in line
+    assert says in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("table", ["data", "model", "method", "training"])
+def test_a_missing_table_is_named(table: str):
+    tables = {key: value for key, value in load_config(QUICKSTART).tables.items() if key != table}
+    with pytest.raises(UserError, match=rf"\[{table}\]"):
+        parse_config(tables)
+
+
+def test_an_empty_value_removes_a_key_and_a_table():
+    config = load_config(QUICKSTART, ["privacy.epsilon=", "privacy.noise_multiplier=1.5"])
+    plan = config.plan(config.cohort.of(100))
+    assert plan is not None
+    assert plan.noise_multiplier == 1.5
+    assert load_config(QUICKSTART, ["privacy="]).privacy is None
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path):
+    for name, content in (("broken.toml", b"a = ["), ("bytes.toml", b"\xff\xfe")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            load_config(path)
+    with pytest.raises(UserError, match=r"absent\.toml"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(UserError):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path: Path):
+    config = load_config(path)
+    if config.data.clients is not None:
+        config.plan(config.cohort.of(config.data.clients))

@@ -1,0 +1,230 @@
+"""Runs: the directory they fill, resumption to the bit, engines that agree, refusals that lose nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fedpriv
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.records import FILES
+from fedpriv.experiment.run import run_experiment
+
+QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
+SMALL = ["data.clients=12", "training.rounds=12"]
+POISSON_LOCAL = [*SMALL, "cohort.sampling=poisson", "cohort.probability=0.4", "privacy.trust=local", "privacy.adjacency="]
+VARIANTS = {
+    "everyone, central": SMALL,
+    "poisson, local, sent": [*POISSON_LOCAL, "method.memory=sent"],
+    "poisson, local, minibatch": [*POISSON_LOCAL, "local.work=minibatch-gradient", "local.batch_size=4"],
+    "fixed, not private": [*SMALL, "cohort.sampling=fixed", "cohort.size=5", "privacy="],
+}
+
+
+def small(*settings: str) -> Config:
+    return load_config(QUICKSTART, [*SMALL, *settings])
+
+
+def final_model(directory: Path) -> torch.Tensor:
+    return load_file(directory / "model.safetensors")["model"]
+
+
+class StoppedError(Exception):
+    """Stands for a kill between two rounds."""
+
+
+def stop_after(last: int):
+    def watch(released: dict, diagnostics: dict) -> None:  # noqa: ARG001
+        if released["round"] == last:
+            raise StoppedError
+
+    return watch
+
+
+def test_a_run_fills_its_directory_and_says_what_was_asked_for(tmp_path: Path):
+    summary = run_experiment(small(), tmp_path / "run")
+    assert all((tmp_path / "run" / name).exists() for name in FILES)
+    wanted = "method engine digest rounds test_accuracy test_loss epsilon delta noise_multiplier noise_stddev seconds"
+    assert set(wanted.split()) | {"clients_per_second"} <= set(summary)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert summary["epsilon"] <= 8.0
+    assert list(load_file(tmp_path / "run" / "model.safetensors")) == ["model"]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_released_rows_hold_nothing_that_a_client_reported_and_epsilon_only_grows(tmp_path: Path):
+    run_experiment(small(), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(13))
+    assert all(set(row) == {"round", "epsilon", "test_accuracy", "test_loss"} for row in rows)
+    spent = [row["epsilon"] for row in rows]
+    assert spent[0] == 0.0
+    assert all(a < b for a, b in zip(spent, spent[1:], strict=False))
+    assert 7.9 < spent[-1] <= 8.0
+
+
+def test_no_rounds_leave_the_initial_model(tmp_path: Path):
+    summary = run_experiment(small("training.rounds=0"), tmp_path)
+    assert torch.equal(final_model(tmp_path), load_file(tmp_path / "initial.safetensors")["model"])
+    assert summary["epsilon"] == 0.0
+    assert summary["clients_per_second"] == 0.0
+
+
+def test_a_run_without_privacy_says_so_everywhere(tmp_path: Path):
+    summary = run_experiment(small("privacy="), tmp_path)
+    assert summary["private"] is False
+    assert summary["epsilon"] is None
+    assert json.loads((tmp_path / "privacy.json").read_text())["private"] is False
+    assert "not private" in (tmp_path / "privacy.txt").read_text().lower()
+
+
+def test_a_run_without_noise_is_not_called_private(tmp_path: Path):
+    summary = run_experiment(small("privacy.epsilon=", "privacy.noise_multiplier=0.0"), tmp_path)
+    assert summary["private"] is False
+    assert summary["epsilon"] is None
+
+
+def test_noise_zero_and_everyone_is_the_run_without_privacy_to_the_bit(tmp_path: Path):
+    run_experiment(small("privacy.epsilon=", "privacy.noise_multiplier=0.0"), tmp_path / "zero")
+    run_experiment(small("privacy="), tmp_path / "none")
+    assert torch.equal(final_model(tmp_path / "zero"), final_model(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("engine", ["loop", "vectorized"])
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: str):
+    config = load_config(QUICKSTART, settings)
+    run_experiment(config, tmp_path / "whole", engine=engine)
+    part = tmp_path / "part"
+    for last in (2, 7, 7, 11):
+        with pytest.raises(StoppedError):
+            run_experiment(
+                config, part, engine=engine, resume=True, watch=stop_after(last), checkpoint_every=3
+            )
+    run_experiment(config, part, engine=engine, resume=True)
+    assert torch.equal(final_model(part), final_model(tmp_path / "whole"))
+    assert (part / "rounds.jsonl").read_bytes() == (tmp_path / "whole" / "rounds.jsonl").read_bytes()
+    ledgers = [json.loads((d / "summary.json").read_text()).get("ledger") for d in (part, tmp_path / "whole")]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path):
+    settings = [*VARIANTS["poisson, local, sent"], "training.rounds=300", "data.clients=30"]
+    config = load_config(QUICKSTART, settings)
+    run_experiment(config, tmp_path / "whole")
+    part = tmp_path / "part"
+    command = [sys.executable, "-m", "fedpriv.cli", "run", str(QUICKSTART), "--out", str(part), "--resume"]
+    command += ["--checkpoint-every", "1", *(word for s in settings for word in ("-s", s))]
+    for rounds_more in (3, 30, 47):
+        kill_after_rows(command, part / "rounds.jsonl", rounds_more)
+    assert not (part / "summary.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert torch.equal(final_model(part), final_model(tmp_path / "whole"))
+    assert (part / "rounds.jsonl").read_bytes() == (tmp_path / "whole" / "rounds.jsonl").read_bytes()
+
+
+def kill_after_rows(command: list[str], file: Path, more: int) -> None:
+    def rows() -> int:
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    begun, process = rows(), subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while rows() < begun + more and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_checkpoint_of_one_engine_serves_the_other(tmp_path: Path):
+    config = load_config(QUICKSTART, VARIANTS["poisson, local, sent"])
+    with pytest.raises(StoppedError):
+        run_experiment(config, tmp_path / "a", engine="loop", watch=stop_after(6), checkpoint_every=5)
+    run_experiment(config, tmp_path / "a", engine="vectorized", resume=True)
+    run_experiment(config, tmp_path / "b", engine="loop")
+    assert torch.allclose(final_model(tmp_path / "a"), final_model(tmp_path / "b"), atol=1e-5)
+
+
+def test_a_directory_of_another_experiment_is_refused_and_untouched(tmp_path: Path):
+    run_experiment(small(), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="another experiment"):
+        run_experiment(small("seed=8"), tmp_path, resume=True)
+    with pytest.raises(UserError, match="--resume"):
+        run_experiment(small(), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_somebody_elses_files_are_not_overwritten(tmp_path: Path):
+    (tmp_path / "config.toml").write_text("mine")
+    with pytest.raises(UserError):
+        run_experiment(small(), tmp_path)
+    assert (tmp_path / "config.toml").read_text() == "mine"
+
+
+def test_a_finished_run_resumed_returns_its_summary_and_changes_nothing(tmp_path: Path):
+    summary = run_experiment(small(), tmp_path)
+    before = (tmp_path / "rounds.jsonl").stat().st_mtime_ns
+    assert run_experiment(small(), tmp_path, resume=True) == summary
+    assert (tmp_path / "rounds.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path):
+    with pytest.raises(StoppedError):
+        run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors"):
+        run_experiment(small(), tmp_path, resume=True)
+
+
+def test_the_same_experiment_twice_gives_the_same_bits(tmp_path: Path):
+    for name in ("a", "b"):
+        run_experiment(small(), tmp_path / name)
+    assert torch.equal(final_model(tmp_path / "a"), final_model(tmp_path / "b"))
+
+
+def test_the_ledger_counts_what_each_client_took_part_in(tmp_path: Path):
+    summary = run_experiment(load_config(QUICKSTART, POISSON_LOCAL), tmp_path)
+    ledger = summary["ledger"]
+    rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
+    assert 0 < ledger["least"]["participations"] <= ledger["median"]["participations"] < ledger["most"]["participations"]
+    assert ledger["most"]["epsilon"] <= summary["epsilon"]
+    assert sum(row["cohort_size"] for row in rows) <= 12 * ledger["most"]["participations"]
+
+
+def test_signal_to_noise_falls_with_the_noise(tmp_path: Path):
+    ratios = []
+    for multiplier in (1.0, 10.0):
+        directory = tmp_path / str(multiplier)
+        run_experiment(small("privacy.epsilon=", f"privacy.noise_multiplier={multiplier}"), directory)
+        rows = [json.loads(line) for line in (directory / "diagnostics.jsonl").read_text().splitlines()]
+        ratios.append(rows[0]["signal_to_noise"])
+    assert math.isclose(ratios[0], 10.0 * ratios[1], rel_tol=1e-3)
+
+
+def test_results_read_back_as_one_tidy_table(tmp_path: Path):
+    run_experiment(small(), tmp_path / "a")
+    run_experiment(small("privacy="), tmp_path / "b")
+    table = fedpriv.load_results(tmp_path)
+    assert set(table["run"]) == {"a", "b"}
+    assert len(table) == 26
+    assert {"method.alpha", "training.rounds", "test_accuracy", "epsilon", "signal_to_noise"} <= set(table.columns)
+    with pytest.raises(UserError):
+        fedpriv.load_results(tmp_path / "nothing")
+
+
+def test_the_quickstart_learns_digits_under_its_promise(tmp_path: Path):
+    summary = run_experiment(load_config(QUICKSTART), tmp_path)
+    assert summary["test_accuracy"] >= 0.80
+    assert summary["epsilon"] <= 8.0
+    assert summary["delta"] == 1e-5

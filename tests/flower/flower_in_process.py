@@ -1,0 +1,124 @@
+"""A Grid that plays Flower nodes in this process. The only place that touches what Flower does not publish.
+
+`TaskIdentity` must be set before a `Message` can be made outside of a run, and `Run.create_empty` is the only way to
+have a `Run`. `test_flower_moved_nothing_that_the_grid_needs` fails when Flower moves either.
+"""
+
+import copy
+import pickle
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+DEAD_NODE_ID = 1
+
+
+@contextmanager
+def inside_a_run() -> Iterator[None]:
+    """Makes `Message` usable, as in a ServerApp's process."""
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 0
+    try:
+        yield
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+
+
+class NodeError(Exception):
+    """Stands for a node that is no more: Flower answers in its place."""
+
+
+class InProcessGrid(Grid):
+    """Plays `population` nodes with random ids that join one after the other and answer in random order.
+
+    Args:
+        app: What every node runs.
+        population: How many nodes.
+        run_config: As in pyproject.toml.
+        partition_ids: What each node's operator called it; None for nodes that were called nothing.
+        hook: Called with partition id and message before the app; returns False for a node that never answers,
+            raises `NodeError` for a dead one.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        population: int,
+        run_config: dict[str, Any] | None = None,
+        partition_ids: bool = True,
+        hook: Callable[[int, Message], bool] = lambda *_: True,
+    ) -> None:
+        self.app = app
+        self.hook = hook
+        self.contexts: dict[int, Context] = {}
+        self.order: list[int] = []
+        self.seen: list[Message] = []
+        self.answers: list[Message] = []
+        self._random = random.Random(5)
+        self._joined = 0
+        self._sent = 0
+        for partition in range(population):
+            node = self._random.getrandbits(60)
+            config = {"partition-id": partition, "num-partitions": population} if partition_ids else {}
+            self.contexts[node] = Context(
+                run_id=RUN_ID, node_id=node, node_config=config, state=RecordDict(), run_config=run_config or {}
+            )
+            self.order.append(node)
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        return Run.create_empty(RUN_ID)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        self._joined = min(self._joined + 2, len(self.order))
+        return self._random.sample(self.order[: self._joined], self._joined)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:  # noqa: ARG002
+        asked = list(messages)
+        for message in asked:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
+        self.seen += asked
+        answers = [answer for message in asked if (answer := self._play(message)) is not None]
+        self._random.shuffle(answers)
+        self.answers += answers
+        return answers
+
+    def _play(self, message: Message) -> Message | None:
+        """What a node answers; message and state are copied as they are on the way to a Ray actor and back."""
+        node = message.metadata.dst_node_id
+        partition = self.order.index(node)
+        try:
+            if not self.hook(partition, message):
+                return None
+            sent, context = pickle.loads(pickle.dumps((message, self.contexts[node])))
+            answer = self.app(sent, context)
+            self.contexts[node] = pickle.loads(pickle.dumps(context))
+        except NodeError as error:
+            dead = Message(Error(code=1, reason=str(error)), reply_to=message)
+            dead.metadata.__dict__["_src_node_id"] = DEAD_NODE_ID
+            return dead
+        except Exception as error:
+            text = f"ray::ClientAppActor.run()\n  File x\nException ClientAppException occurred. Message: {error}"
+            return Message(Error(code=2, reason=f"<class 'ClientAppException'>:<'{text}'>"), reply_to=message)
+        return copy.copy(answer)

@@ -1,0 +1,140 @@
+"""Seeded faults, each of which some test must kill.
+
+    python tests/mutants.py [WORDS ...]      all faults, or those whose name holds one of the words
+
+Each fault is a change of one place in the product. The program copies the working tree to a temporary folder, puts
+one fault in, runs the tests named beside it there, and reports a fault that no test notices. Exit code 1 if any
+survives. `tests/core/test_core_mutants.py` checks with every test run that the places still exist.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """One fault: its name, the file, the text there now, the faulty text, and the tests that must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+CORE, ENGINES, EXPERIMENT = "tests/core", "tests/engines", "tests/experiment/test_experiment_run.py"
+PRIVACY, FLOWER, CONFIG = "tests/privacy", "tests/flower", "tests/experiment/test_experiment_config.py"
+ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/noise.py"
+BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
+
+MUTANTS = [
+    Mutant(
+        "no noise at the server",
+        ROUNDS,
+        "noisy = total + server_noise(rules.streams, rules.noise_stddev, size, round)",
+        "noisy = total",
+        CORE,
+    ),
+    Mutant("no noise at the client", ROUNDS, "if rules.noise_stddev > 0.0:\n        noise =", "if False:\n        noise =", CORE),
+    Mutant("noise of the wrong size", NOISE, "normal(size)) * stddev", "normal(size)) * stddev**0.5", CORE),
+    Mutant(
+        "the same noise each round", NOISE, "streams.source(purpose, round, client)", "streams.source(purpose, 0, client)", CORE
+    ),
+    Mutant(
+        "the same noise for every client", NOISE, "streams.source(purpose, round, client)", "streams.source(purpose, round, 0)", CORE
+    ),
+    Mutant("clipping ignored", BOUNDING, "torch.minimum(radius / norm, ratio)", "ratio", CORE),
+    Mutant("the bound is exceeded by rounding", BOUNDING, "_SHRINK = 1.0 - 2.0**-21", "_SHRINK = 1.0 + 2.0**-21", CORE),
+    Mutant("plain normalization", BOUNDING, "1.0 / (self.alpha / ratio + norm)", "1.0 / norm", CORE),
+    Mutant("NaN let through", BOUNDING, "torch.where(finite, vectors, 0.0).double()", "vectors.double()", CORE),
+    Mutant("NaN slips past the check for huge rows", BOUNDING, "if not bool((norm < _HUGE).all()):", "if bool((norm >= _HUGE).any()):", CORE),
+    Mutant("the same cohort each round", ROUNDS, "rules.streams.source(Purpose.COHORT, round)", "rules.streams.source(Purpose.COHORT, 1)", CORE),
+    Mutant(
+        "divided by the actual cohort",
+        "fedpriv/experiment/run.py",
+        "finish_round(experiment.server, state, number, total.sum)",
+        "finish_round(experiment.server, state, number, total.sum * experiment.server.sampling.expected_size / max(total.messages, 1))",
+        "tests/experiment",
+    ),
+    Mutant("divided by the population", ROUNDS, "noisy / rules.sampling.expected_size", "noisy / rules.sampling.population", CORE),
+    Mutant("noise on both sides", ROUNDS, "client_stddev = plan.noise_stddev\n", "client_stddev = server_stddev = plan.noise_stddev\n", CORE),
+    Mutant("noise on the wrong side", ROUNDS, 'if plan.trust == "local":', 'if plan.trust != "local":', CORE),
+    Mutant("sent memory where the server adds the noise", ROUNDS, "elif method.needs_client_noise:", "elif False:", CORE),
+    Mutant("noiseless memory sees the noise", NORMEC, 'learned = sent if self.memory == "sent" else message', "learned = sent", CORE),
+    Mutant("sent memory forgets the noise", NORMEC, 'learned = sent if self.memory == "sent" else message', "learned = message", CORE),
+    Mutant("Clip21's memory sees the noise", "fedpriv/methods/clip21.py", "remember(state.memory, message, 1.0)", "remember(state.memory, noised(message, noise), 1.0)", CORE),
+    Mutant("server factor beta over the cohort", NORMEC, "self.beta * sampling_prob", "self.beta", CORE),
+    Mutant("Clip21's server factor over the cohort", "fedpriv/methods/clip21.py", "remember(state.memory, mean_message, sampling_prob)", "remember(state.memory, mean_message, 1.0)", CORE),
+    Mutant("only clients forget", NORMEC, "memory = decayed(state.memory, self.damping, 1)\n        memory = remember(memory, mean_message", "memory = state.memory\n        memory = remember(memory, mean_message", CORE),
+    Mutant("skipped rounds are not forgotten", NORMEC, "round - 1 - state.updated", "0", CORE),
+    Mutant("forgets one round too many", NORMEC, "round - 1 - state.updated", "round - state.updated", CORE),
+    Mutant("a memory that does not start at zero", NORMEC, "ClientMemory(torch.zeros(size), torch.zeros(1))", "ClientMemory(torch.ones(size), torch.zeros(1))", CORE),
+    Mutant("steps uphill", NORMEC, "state.model - self.server_lr * step", "state.model + self.server_lr * step", CORE),
+    Mutant("server normalization always", NORMEC, "direction(memory) if self.server_normalization else memory", "direction(memory)", CORE),
+    Mutant("replace counted as add-or-remove", PLAN, "REPLACE_FACTOR = 2.0", "REPLACE_FACTOR = 1.0", PRIVACY),
+    Mutant("amplification claimed in the local model", ACCOUNTING, 'if trust == "local" or isinstance(sampling, Everyone):', "if isinstance(sampling, Everyone):", PRIVACY),
+    Mutant("composition forgotten", ACCOUNTING, "shift = math.sqrt(rounds) / noise_multiplier", "shift = 1.0 / noise_multiplier", PRIVACY),
+    Mutant("Poisson replace in the wrong units", ACCOUNTING, "2.0 * noise_multiplier if replace else noise_multiplier", "4.0 * noise_multiplier if replace else noise_multiplier", PRIVACY),
+    Mutant("fixed-size replace in the wrong units", ACCOUNTING, "noise_multiplier if replace else 0.5 * noise_multiplier", "2.0 * noise_multiplier if replace else noise_multiplier", PRIVACY),
+    Mutant("cohorts twice as large as accounted", "fedpriv/privacy/sampling.py", "/ math.log1p(-self.sampling_prob)", "/ math.log1p(-min(2 * self.sampling_prob, 0.999))", PRIVACY),
+    Mutant("buffers leave un-noised", "fedpriv/vectors.py", "refuse_buffers(name for name, _ in module.named_buffers())", "", CORE),
+    Mutant("padding leaks into the gradient", "fedpriv/engines/vectorized.py", "weights[i, : len(r)] = 1.0 / max(len(r), 1)", "weights[i] = 1.0 / longest", ENGINES),
+    Mutant("every round the same minibatch", "fedpriv/learning/local_work.py", "streams.source(Purpose.LOCAL_WORK, round, client)", "streams.source(Purpose.LOCAL_WORK, 1, client)", "tests/core tests/engines"),
+    Mutant("pseudo-gradient with the wrong sign", "fedpriv/learning/local_work.py", "return model - local\n", "return local - model\n", "tests/core tests/engines"),
+    Mutant("memories lost between rounds", "fedpriv/engines/vectorized.py", "self._store.put(clients, states)", "pass", ENGINES),
+    Mutant("memories lost at a restart", "fedpriv/experiment/run.py", "engine.restore(client)", "pass", EXPERIMENT),
+    Mutant("rounds recorded twice after a restart", "fedpriv/experiment/journal.py", "self.directory.keep_rows(name, last_round)", "pass", EXPERIMENT),
+    Mutant("a torn checkpoint", "fedpriv/experiment/journal.py", "state._asdict(), client_states()", "fresh_state._asdict(), client_states()", EXPERIMENT),
+    Mutant("another experiment's folder is taken", "fedpriv/experiment/records.py", "if found != digest:", "if False:", EXPERIMENT),
+    Mutant("unknown keys are ignored", "fedpriv/experiment/tables.py", "        if key not in known:", "        if False:", CONFIG),
+    Mutant("the digest forgets privacy", "fedpriv/experiment/config.py", "            **privacy,\n", "", CONFIG),
+    Mutant("a run without noise is called private", "fedpriv/experiment/journal.py", '"private": plan.noise_multiplier > 0', '"private": True', EXPERIMENT),
+]
+
+
+def killed(mutant: Mutant) -> bool:
+    """Whether the tests named beside a fault notice it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree)
+        file = tree / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if mutant.old not in text:
+            raise SystemExit(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Mend the list of mutants.")
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(command, cwd=tree, env=environment, capture_output=True, check=False).returncode == 1
+
+
+def copy_tree(target: Path) -> None:
+    """Copies the files that git knows or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def main(words: list[str]) -> int:
+    """Runs the faults whose names hold one of `words`; returns the exit code."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    alive = []
+    for mutant in chosen:
+        dead = killed(mutant)
+        print(f"{'killed' if dead else 'ALIVE '}  {mutant.name}", flush=True)
+        alive += [] if dead else [mutant.name]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} faults killed")
+    return 1 if alive or not chosen else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

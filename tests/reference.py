@@ -1,0 +1,143 @@
+"""The methods once more, written from the papers in plain numpy and float64: what the product is compared with.
+
+Nothing of the product is imported here. Everything is a loop over clients, and a client that is not in the cohort
+still shrinks its damped memory in every round, as the definition says.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Gradients = Callable[[Array], Array]
+"""From a model `[params]` to the clients' gradients `[clients, params]`."""
+
+
+def normalize(vector: Array, alpha: float) -> Array:
+    """N_alpha."""
+    return vector / (alpha + np.sqrt(np.sum(vector * vector)))
+
+
+def clip(vector: Array, radius: float) -> Array:
+    """clip_radius."""
+    norm = np.sqrt(np.sum(vector * vector))
+    return vector if norm <= radius else vector * (radius / norm)
+
+
+class Rounds:
+    """Who takes part in each round with what noise; `[rounds]` of client lists and of `[clients, params]`."""
+
+    def __init__(
+        self, count: int, clients: int, prob: float = 1.0, cohorts: Sequence[Array] = (), noise: Sequence[Array] = ()
+    ) -> None:
+        self.count = count
+        self.clients = clients
+        self.prob = prob
+        self._cohorts = cohorts
+        self._noise = noise
+
+    def cohort(self, k: int) -> list[int]:
+        return [int(i) for i in self._cohorts[k]] if len(self._cohorts) else list(range(self.clients))
+
+    def noise(self, k: int, client: int) -> Array | float:
+        return self._noise[k][client] if len(self._noise) else 0.0
+
+
+def alpha_normec(
+    gradients: Gradients,
+    start: Array,
+    rounds: Rounds,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    server_normalization: bool,
+    sent: bool = False,
+    damping: float = 0.0,
+) -> list[Array]:
+    """The models x^0, x^1, ... of alpha-NormEC, its damped and its sent form."""
+    n = rounds.clients
+    x, server, own = start.copy(), np.zeros_like(start), [np.zeros_like(start) for _ in range(n)]
+    models = [x]
+    for k in range(rounds.count):
+        slopes, total, learned = gradients(x), np.zeros_like(start), [np.zeros_like(start) for _ in range(n)]
+        for i in rounds.cohort(k):
+            delta = normalize(slopes[i] - own[i], alpha)
+            message = delta + rounds.noise(k, i)
+            total += message
+            learned[i] = message if sent else delta
+        own = [(1.0 - damping) * v + beta * d for v, d in zip(own, learned, strict=True)]
+        server = (1.0 - damping) * server + (beta / n) * total
+        step = server / np.sqrt(np.sum(server**2)) if server_normalization else server
+        x = x - gamma * step
+        models.append(x)
+    return models
+
+
+def clip21(gradients: Gradients, start: Array, rounds: Rounds, *, tau: float, gamma: float) -> list[Array]:
+    """The models x^0, x^1, ... of Clip21."""
+    n = rounds.clients
+    x, server, own = start.copy(), np.zeros_like(start), [np.zeros_like(start) for _ in range(n)]
+    models = [x]
+    for k in range(rounds.count):
+        slopes, total = gradients(x), np.zeros_like(start)
+        for i in rounds.cohort(k):
+            c = clip(slopes[i] - own[i], tau)
+            own[i] = own[i] + c
+            total += c + rounds.noise(k, i)
+        server = server + total / n
+        x = x - gamma * server
+        models.append(x)
+    return models
+
+
+def memoryless(
+    gradients: Gradients, start: Array, rounds: Rounds, *, bounded: Callable[[Array], Array], gamma: float
+) -> list[Array]:
+    """The models of x <- x - gamma mean_i (B(g_i) + z_i), the mean over the expected cohort."""
+    x = start.copy()
+    models = [x]
+    for k in range(rounds.count):
+        slopes, total = gradients(x), np.zeros_like(start)
+        for i in rounds.cohort(k):
+            total += bounded(slopes[i]) + rounds.noise(k, i)
+        x = x - gamma * total / (rounds.prob * rounds.clients)
+        models.append(x)
+    return models
+
+
+class SoftmaxRegression:
+    """Clients' mean cross entropies of logits W a + b; the model is W row by row, then b.
+
+    d loss / d W = (p - onehot(y)) a^T and d loss / d b = p - onehot(y), averaged over a client's examples.
+    """
+
+    def __init__(self, inputs: Sequence[Array], labels: Sequence[Array], classes: int) -> None:
+        self.inputs = [np.asarray(a, dtype=np.float64).reshape(len(a), -1) for a in inputs]
+        self.labels = [np.asarray(y) for y in labels]
+        self.classes = classes
+        self.features = self.inputs[0].shape[1]
+        self.size = classes * (self.features + 1)
+
+    def gradient(self, x: Array, client: int) -> Array:
+        """The gradient `[params]` of one client's mean loss."""
+        a, y = self.inputs[client], self.labels[client]
+        split = self.classes * self.features
+        logits = a @ x[:split].reshape(self.classes, self.features).T + x[split:]
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        errors = scores / scores.sum(axis=1, keepdims=True)
+        errors[np.arange(len(y)), y] -= 1.0
+        return np.concatenate([(errors.T @ a).ravel(), errors.sum(axis=0)]) / len(y)
+
+    def loss(self, x: Array, client: int) -> float:
+        """One client's mean loss in nats."""
+        a, y = self.inputs[client], self.labels[client]
+        split = self.classes * self.features
+        logits = a @ x[:split].reshape(self.classes, self.features).T + x[split:]
+        largest = logits.max(axis=1, keepdims=True)
+        log_scores = logits - largest - np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
+        return float(-log_scores[np.arange(len(y)), y].mean())
+
+    def gradients(self, x: Array) -> Array:
+        """All clients' gradients `[clients, params]`."""
+        return np.stack([self.gradient(x, client) for client in range(len(self.inputs))])
