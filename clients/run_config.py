@@ -61,5 +61,5 @@ class RunConfig:
         if not self.out:
             return Path.home() / "fedpriv-runs" / name
         if not Path(self.out).is_absolute():
-            raise UserError("run config out", "an absolute path", repr(self.out), "Write out=\"$PWD/runs/NAME\"")
+            raise UserError("run config out", "an absolute path", repr(self.out), 'Write out="$PWD/runs/NAME"')
         return Path(self.out)

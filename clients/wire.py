@@ -3,7 +3,7 @@
 | message | holds | the answer holds |
 |---|---|---|
 | introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
-| training | `arrays`: the model; `config`: the app's own; `fedpriv`: an `Order` | `arrays`: the message that is summed |
+| training | `arrays`: the model; `config`: the app's own; `fedpriv`: an `Order` | `arrays`: what is summed |
 
 Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
 """

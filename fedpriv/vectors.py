@@ -64,7 +64,7 @@ class Layout:
         """Views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
         parts = vector.split([prod(shape) for _, shape in self.entries], dim=-1)
         lead = vector.shape[:-1]
-        return {name: part.reshape(*lead, *shape) for (name, shape), part in zip(self.entries, parts, strict=True)}
+        return {name: part.reshape((*lead, *shape)) for (name, shape), part in zip(self.entries, parts, strict=True)}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}{list(shape)}" for name, shape in self.entries)

@@ -10,6 +10,7 @@ installed package, and no file of the user's can get into it.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,8 +41,13 @@ CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"
 
 _POLL_SECONDS = 0.1
 _START_SECONDS = 120.0
-_STOP_SECONDS = 5.0
+_END_SECONDS = 5.0
+_STOP_SECONDS = 1.0
+_KILL_SECONDS = 10.0
 _GPU_SHARE = 0.25
+
+# Ray puts sockets some 70 characters below its folder, and a socket's path has at most 107.
+_LONGEST_FOR_SOCKETS = 36
 
 
 def run_with_flower(
@@ -73,12 +79,12 @@ def run_with_flower(
     done = _claim(directory, config, resume)
     if done is not None:
         return done
-    with _terminating_as_exit(), tempfile.TemporaryDirectory(prefix="fedpriv-flower-") as home:
+    with _on_signal(_exit, signal.SIGTERM), tempfile.TemporaryDirectory(prefix="fedpriv-flower-") as home:
         run_config = {
             "config": str(directory.file("config.toml")),
             "settings": "",
             "data-root": str(data_root.resolve()) if data_root else "",
-            "device": device,
+            "device": device.partition(":")[0],  # Ray gives each actor its GPU, as the only one it sees
             "out": str(out),
             "claimed": True,
             "failure-report": str(Path(home) / "failure.txt"),
@@ -135,6 +141,7 @@ class FlowerRun:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_ADDRESS": "local",
+            "RAY_TMPDIR": str(self.home) if len(str(self.home)) <= _LONGEST_FOR_SOCKETS else "/tmp",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
@@ -161,11 +168,23 @@ class FlowerRun:
             (self.home / "config.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
             yield self._start(["run", str(self.home / "app"), "--stream", "--federation-config", self._resources()])
         finally:
-            self._stop()
+            with _on_signal(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
+                self._stop()
+
+    def end(self) -> None:
+        """Lets a run that has written everything end by itself, for a while."""
+        until = time.monotonic() + _END_SECONDS
+        while self.alive() and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
 
     def alive(self) -> bool:
         """Whether all processes that were started here are still at work."""
         return all(process.poll() is None for process in self._processes)
+
+    def first_error(self) -> str:
+        """The exception that the log shows first, which is the cause of those below it; empty if it shows none."""
+        found = re.search(r"^[\w.]+(Error|Exception): .+", self.log.read_text(errors="replace"), re.MULTILINE)
+        return found.group() if found else ""
 
     def status_details(self) -> str:
         """What Flower says about the last run; empty if it says nothing."""
@@ -216,15 +235,12 @@ class FlowerRun:
         """Ends every process of this run: politely, and then for certain."""
         for process in self._processes:
             process.terminate()
-        until = time.monotonic() + _STOP_SECONDS
-        while (left := self._left()) and time.monotonic() < until:
+        began = time.monotonic()
+        while (left := self._left()) and time.monotonic() - began < _KILL_SECONDS:
+            if time.monotonic() - began > _STOP_SECONDS:
+                for pid in left:
+                    _kill(pid)
             time.sleep(_POLL_SECONDS)
-        while left := self._left():
-            for pid in left:
-                _kill(pid)
-            time.sleep(_POLL_SECONDS)
-        for process in self._processes:
-            process.wait()
 
     def _left(self) -> list[int]:
         """The processes that are still there. Where /proc is missing, only those that were started here."""
@@ -244,21 +260,22 @@ def _follow(run: FlowerRun, directory: RunDirectory, watch: Watcher | None) -> N
         while run.alive() and not directory.file("summary.json").exists():
             rounds.show()
             time.sleep(_POLL_SECONDS)
-        rounds.show()
         if not directory.file("summary.json").exists():
             raise _failure(run)
+        rounds.show()
+        run.end()
 
 
 def _failure(run: FlowerRun) -> UserError:
     """Why there is no summary."""
     report = run.home / "failure.txt"
     if report.exists():
-        return _Told(report.read_text(encoding="utf-8"))
-    reason = run.status_details() or "it ended without a reason"
-    return UserError("Flower's run", "one that completes", reason, f"See {run.log}")
+        return _ServerAppError(report.read_text(encoding="utf-8"))
+    reason = run.first_error() or run.status_details() or "it ended without a reason"
+    return UserError("Flower's run", "one that completes", reason.rstrip("."), f"See {run.log}")
 
 
-class _Told(UserError):
+class _ServerAppError(UserError):
     """A line that the ServerApp has written already."""
 
     def __init__(self, line: str) -> None:
@@ -290,20 +307,22 @@ class _Rounds:
 
 
 @contextmanager
-def _terminating_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into an exit that clears up, where signals can be handled (the main thread)."""
+def _on_signal(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+    """Handles signals for a while, where that can be done (the main thread)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def leave(number: int, frame: object) -> None:  # noqa: ARG001
-        raise SystemExit(128 + number)
-
-    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def _exit(number: int, frame: object) -> None:  # noqa: ARG001
+    """Leaves by an exception, so that whatever was started is cleared away on the way out."""
+    raise SystemExit(128 + number)
 
 
 def _free_port() -> int:

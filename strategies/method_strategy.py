@@ -7,7 +7,7 @@ server's memory stay in the strategy: the arrays that Flower passes around are c
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -95,9 +95,7 @@ class MethodStrategy(Strategy):
             UserError: If the model cannot be trained privately, if clients are missing, or if one fails.
         """
         self.prepare(grid, initial_arrays, num_rounds, timeout)
-        return super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def prepare(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int, timeout: float) -> None:
         """What comes before the first round: waits for all clients, makes the agreement and the server's state."""
@@ -127,7 +125,11 @@ class MethodStrategy(Strategy):
             _log.warning("Clients report metrics of their data, which the privacy statement does not cover.")
 
     def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,  # noqa: ARG002
+        config: ConfigRecord,
+        grid: Grid,  # noqa: ARG002
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
         broadcast = begin_round(self.agreement.server, self.state, server_round)
@@ -144,9 +146,7 @@ class MethodStrategy(Strategy):
         }
         return list(self._asked.values())
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sums the messages in the order of client ids and lets the method's server rule act on the sum."""
         answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
         messages = (self._arrays.vector(content.array_records[ARRAYS]) for content in answers)
@@ -158,7 +158,11 @@ class MethodStrategy(Strategy):
         return self._arrays.model(self.state.model), _average([_metrics_of_app(content) for content in answers])
 
     def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid  # noqa: ARG002
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: Grid,  # noqa: ARG002
     ) -> Iterable[Message]:
         """One message to every client if federated evaluation is on, else none."""
         if not self._evaluate:
@@ -183,15 +187,14 @@ class MethodStrategy(Strategy):
         return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
 
     def _order(self, client: int, server_round: int) -> Order:
-        rules = self.agreement.client
-        seeded = isinstance(rules.streams, SeededStreams) and rules.noise_stddev > 0.0
+        rules, streams = self.agreement.client, self.agreement.client.streams
         return Order(
             method=rules.method,
             round=server_round,
             client=client,
             last_round=self._last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
-            seed=rules.streams.seed if seeded else None,
+            seed=streams.seed if isinstance(streams, SeededStreams) and rules.noise_stddev > 0.0 else None,
             private=self.plan is not None,
             diagnostics=self._randomness == "seeded" if self._diagnostics is None else self._diagnostics,
         )
@@ -203,7 +206,8 @@ class MethodStrategy(Strategy):
 
 def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
     """The sum with the figures that clients reported about their signals, if they were asked to."""
-    norms = [float(c.metric_records[DIAGNOSTICS]["signal-norm"]) for c in answers if DIAGNOSTICS in c.metric_records]
+    reports = [content.metric_records[DIAGNOSTICS] for content in answers if DIAGNOSTICS in content.metric_records]
+    norms = [cast(float, report["signal-norm"]) for report in reports]
     finite = [norm for norm in norms if math.isfinite(norm)]
     mean = sum(finite) / len(finite) if finite else math.nan
     return Total(summed, len(answers), len(norms) - len(finite), mean)

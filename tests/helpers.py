@@ -26,13 +26,9 @@ EXAMPLES: dict[str, Method] = {
         alpha=0.5, beta=0.5, server_lr=0.2, server_normalization=False
     ),
     "alpha-normec with a small alpha": AlphaNormEC(alpha=0.01, beta=0.01, server_lr=0.1, server_normalization=False),
-    "alpha-normec damped": AlphaNormEC(
-        alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, damping=0.1
-    ),
+    "alpha-normec damped": AlphaNormEC(alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, damping=0.1),
     "alpha-normec damped and normalized": AlphaNormEC(alpha=0.1, beta=0.05, server_lr=0.1, damping=0.02),
-    "alpha-normec sent": AlphaNormEC(
-        alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, memory="sent"
-    ),
+    "alpha-normec sent": AlphaNormEC(alpha=1.0, beta=0.3, server_lr=0.5, server_normalization=False, memory="sent"),
     "alpha-normec sent, damped and normalized": AlphaNormEC(
         alpha=1.0, beta=0.5, server_lr=0.1, memory="sent", damping=0.2
     ),

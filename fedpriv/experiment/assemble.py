@@ -67,19 +67,22 @@ def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
     return config.cohort.of(clients)
 
 
-def assemble(config: Config, *, device: str = "cpu", data_root: Path | None = None) -> Experiment:
+def assemble(
+    config: Config, *, device: str = "cpu", data_root: Path | None = None, federation: Federation | None = None
+) -> Experiment:
     """Makes everything that a run of `config` needs.
 
     Args:
         config: The experiment.
         device: Where gradients are computed, such as `cpu` or `cuda`.
         data_root: Where data sets lie; None for the environment's choice.
+        federation: Who holds which data, where the caller has that already; else made as the config says.
 
     Raises:
         UserError: If the data, the device or the combination of method and privacy is not to be had.
     """
     check_device(device)
-    federation = make_federation(config, data_root)
+    federation = federation or make_federation(config, data_root)
     sampling = config.cohort.of(federation.population)
     plan = config.plan(sampling)
     streams = SeededStreams(config.seed)

@@ -15,7 +15,7 @@ from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
 from fedpriv.privacy import privacy_statement
-from fedpriv.rounds import Total, signal_to_noise
+from fedpriv.rounds import Total, begin_round, signal_to_noise
 
 __all__ = ["Journal", "Watcher"]
 
@@ -54,10 +54,8 @@ class Journal:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(plan, method=experiment.config.method_name, randomness="seeded")
-        private = {"private": False, "epsilon": None, "delta": None, "statement": statement}
-        self.directory.write_json(
-            "privacy.json", private if plan is None else {**plan.as_dict(), "statement": statement}
-        )
+        promise = _no_promise() if plan is None else plan.as_dict()
+        self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
         self.directory.write_model("initial.safetensors", experiment.initial_model)
         self._round_began = time.monotonic()
@@ -109,8 +107,6 @@ class Journal:
         return self.experiment.plan is not None and self.experiment.plan.trust == "local"
 
     def _count(self, round: int) -> None:  # noqa: A002
-        from fedpriv.rounds import begin_round
-
         state = self.experiment.config.method.init_server(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
@@ -162,7 +158,7 @@ class Journal:
         config, plan = self.experiment.config, self.experiment.plan
         seconds = sum(row["seconds"] for row in diagnostics)
         messages = sum(row["cohort_size"] for row in diagnostics)
-        promise = _no_promise() if plan is None else {**plan.as_dict(), "private": plan.noise_multiplier > 0}
+        promise = _no_promise() if plan is None else plan.as_dict()
         keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
         return {
             "name": config.name,

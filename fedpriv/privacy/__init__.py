@@ -1,3 +1,16 @@
-from fedpriv.privacy.plan import *
-from fedpriv.privacy.plan import PrivacyPlan, make_plan, privacy_statement
-from fedpriv.privacy.sampling import *
+"""What is promised, to whom, and why it holds."""
+
+from fedpriv.privacy.plan import PrivacyPlan, make_plan
+from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
+from fedpriv.privacy.statement import privacy_statement
+
+__all__ = [
+    "SAMPLINGS",
+    "Everyone",
+    "FixedSize",
+    "Poisson",
+    "PrivacyPlan",
+    "Sampling",
+    "make_plan",
+    "privacy_statement",
+]

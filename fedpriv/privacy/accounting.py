@@ -1,8 +1,8 @@
 """What a release costs: the only place that makes DpEvents and asks dp-accounting about them.
 
-Every figure here is an upper bound on epsilon. Where two valid bounds are known, the smaller is reported together with
-the name of the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity, the sensitivity being
-B for add-or-remove and 2 B for replace, when one message is bounded by B.
+Every figure here is an upper bound on epsilon. Where two valid bounds are known, the smaller is reported together
+with the name of the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity, the
+sensitivity being B for add-or-remove and 2 B for replace, when one message is bounded by B.
 
 dp-accounting counts noise in other units, and not in the same ones everywhere:
 
@@ -40,17 +40,22 @@ PLD = f"PLD (dp-accounting {VERSION})"
 RDP = f"RDP (dp-accounting {VERSION})"
 NO_NOISE = "none, there is no noise"
 
-ORDERS = np.array(
-    [1.25, 1.5, 1.75, 2.25, 2.5, 2.75, 3.5, 4.5]
-    + [*range(2, 17), 18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128, 256, 512, 1024, 2048, 4096]
+ORDERS: tuple[tuple[float, ...], ...] = (
+    (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, *range(5, 17)),
+    (18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64),
+    (80, 96, 128),
+    (256, 512, 1024, 2048, 4096),
 )
-"""Renyi orders. The cost of an order grows with its square up to 256, so they thin out."""
+"""Renyi orders in groups of growing cost; a group is looked at only if the one before it improved the bound."""
 
-LARGEST_SHIFT = 1e6
-"""Of sensitivity / std over all rounds. Beyond it epsilon exceeds 10^11: reported as infinite."""
+LARGEST_SHIFT = 1e3
+"""Of sensitivity / std, the largest that is accounted for. Beyond it epsilon exceeds 500 000 and counts as infinite."""
 
-WEAKEST_NOISE_FOR_RENYI = 1e6
-"""Noise multiplier above which differences of Renyi moments drown in rounding; other bounds are tiny there."""
+MOST_NOISE = 1e6
+"""Noise multipliers above are accounted for as this one, lest the squares of losses drown in rounding."""
+
+LARGEST_TARGET = 1e5
+"""Largest epsilon to calibrate for."""
 
 ROUNDING = 1e-15
 """Mass that one convolution's rounding can misplace; the accountant's delta is lowered by this a round."""
@@ -58,6 +63,9 @@ ROUNDING = 1e-15
 
 LARGEST_EXPONENT = 690.0
 """Of exp, with room for the small probabilities that it is multiplied by."""
+
+FINEST = 1e-8
+"""Least interval between losses; differences of probabilities over less would be mostly rounding."""
 
 MOST_LOSSES = 60_000
 """Most points of one round's grid; bounds time and memory where the loss has an extreme tail."""
@@ -131,13 +139,14 @@ def least_bound(
         return Bound(0.0, PLD, False)
     if noise_multiplier == 0.0:
         return Bound(math.inf, NO_NOISE, False)
+    noise_multiplier = min(noise_multiplier, MOST_NOISE)
     whole = Bound(_unsampled_epsilon(noise_multiplier, rounds, delta), PLD, False)
     event, relation = round_event(
         trust=trust, adjacency=adjacency, sampling=sampling, noise_multiplier=noise_multiplier
     )
-    if math.isinf(whole.epsilon):
-        return whole
-    return min([whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds)], key=lambda bound: bound.epsilon)
+    return min(
+        [whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds)], key=lambda bound: bound.epsilon
+    )
 
 
 def round_event(
@@ -162,9 +171,7 @@ def round_event(
     return _subset_event(sampling, noise), Relation.REPLACE_ONE
 
 
-def calibrate(
-    *, trust: str, adjacency: str, sampling: Sampling, rounds: int, delta: float, epsilon: float
-) -> float:
+def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> float:
     """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 1 % of epsilon.
 
     Args:
@@ -176,15 +183,16 @@ def calibrate(
         epsilon: Target, finite and above 0.
 
     Raises:
-        UserError: If delta is no smaller than the chance that a given client ever takes part. Sending some clients'
-            data in the clear would then be (0, delta)-private, and no noise would be asked for.
+        UserError: If epsilon is above `LARGEST_TARGET`; or if delta is no smaller than the chance that a given client
+            ever takes part. Sending some clients' data in the clear would then be (0, delta)-private, and no noise
+            would be asked for.
 
     Formal guarantees:
         The result has been evaluated by `epsilon_spent` itself and found at most `epsilon`: a search that ends early
         ends with too much noise, never with too little.
     """
     rounds = max(rounds, 1)
-    _check_delta_means_something(trust, sampling, rounds, delta)
+    _check_target(trust, sampling, rounds, delta, epsilon)
 
     def within(noise_multiplier: float) -> float:
         """Target over spent: at least 1 is private enough."""
@@ -235,20 +243,21 @@ def _certainly_enough(rounds: int, delta: float, epsilon: float) -> float:
     return 1.01 * math.sqrt(rounds) / shift
 
 
-def _check_delta_means_something(trust: str, sampling: Sampling, rounds: int, delta: float) -> None:
-    chance = rounds * sampling.sampling_prob if trust == "central" else 1.0
+def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
+    chance = min(1.0, rounds * sampling.sampling_prob) if trust == "central" else 1.0
     if delta >= chance:
         expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
         raise UserError("privacy.delta", expected, delta, "Lower privacy.delta; well below 1 / clients is usual")
+    if not 0.0 < epsilon <= LARGEST_TARGET:
+        expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
+        raise UserError("privacy.epsilon", expected, epsilon, "Below 10 is usual; above it little is promised")
 
 
 def _subset_event(sampling: FixedSize, noise: dpa.DpEvent) -> dpa.DpEvent:
     return dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
 
 
-def _sampled_bounds(
-    event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int
-) -> list[Bound]:
+def _sampled_bounds(event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int) -> list[Bound]:
     """The bounds that credit sampling: none if the event does not sample."""
     if isinstance(event, dpa.PoissonSampledDpEvent) and event.sampling_probability < 1.0:
         return [Bound(_poisson_epsilon(event, relation, rounds, delta, horizon), PLD, True)]
@@ -269,7 +278,7 @@ def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> fl
         1.0 / shift,
         neighboring_relation=Relation.ADD_OR_REMOVE_ONE,
         log_mass_truncation_bound=_negligible(delta, 1),
-        value_discretization_interval=shift * (20.0 + shift) / 5000.0,
+        value_discretization_interval=max(shift * (20.0 + shift) / 5000.0, FINEST),
     )
     return _epsilon_at(losses, delta)
 
@@ -277,6 +286,8 @@ def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> fl
 def _poisson_epsilon(
     event: dpa.PoissonSampledDpEvent, relation: Relation, rounds: int, delta: float, horizon: int
 ) -> float:
+    if _noise(event) * LARGEST_SHIFT < 1.0:
+        return math.inf
     losses, epsilon = _poisson_losses(event, relation, horizon, delta)
     return epsilon if rounds == horizon else _composed_epsilon(losses, rounds, delta)
 
@@ -289,8 +300,8 @@ def _poisson_losses(
 
     Epsilon is approached from above: each grid gives a bound, and each bound the next, finer grid.
     """
-    ratio = event.event.noise_multiplier / (2.0 if relation is Relation.REPLACE_ONE else 1.0)
-    guess = _unsampled_epsilon(ratio, horizon, delta)
+    ratio = _noise(event) / (2.0 if relation is Relation.REPLACE_ONE else 1.0)
+    guess = min(_unsampled_epsilon(ratio, horizon, delta), 1e6)
     while True:
         losses = _losses_of_one_round(event, relation, guess, horizon, delta)
         epsilon = _composed_epsilon(losses, horizon, delta)
@@ -302,18 +313,18 @@ def _poisson_losses(
 def _losses_of_one_round(
     event: dpa.PoissonSampledDpEvent, relation: Relation, epsilon: float, horizon: int, delta: float
 ) -> Losses:
-    """One round's privacy losses, on a grid that tells an `epsilon` of `horizon` rounds within about 0.3 %.
+    """One round's privacy losses, on a grid that tells an `epsilon` of `horizon` rounds within about 0.6 %.
 
     Rounding to the grid adds to each round a variance of about a sixth of the squared interval: hence the root.
     """
-    noise, prob, cut = event.event.noise_multiplier, event.sampling_probability, _negligible(delta, horizon)
-    fine = min(0.05 * epsilon, 0.1 * math.sqrt(epsilon)) / math.sqrt(horizon)
+    noise, prob, cut = _noise(event), event.sampling_probability, _negligible(delta, horizon)
+    fine = min(0.04 * epsilon, 0.08 * math.sqrt(epsilon)) / math.sqrt(horizon)
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise,
         sampling_prob=prob,
         neighboring_relation=relation,
         log_mass_truncation_bound=cut,
-        value_discretization_interval=max(fine, _loss_range(noise, prob, relation, cut) / MOST_LOSSES),
+        value_discretization_interval=max(fine, FINEST, _loss_range(noise, prob, relation, cut) / MOST_LOSSES),
     )
 
 
@@ -326,7 +337,14 @@ def _loss_range(noise: float, prob: float, relation: Relation, cut: float) -> fl
         log_mass_truncation_bound=cut,
         adjacency_type=kind.REPLACE if relation is Relation.REPLACE_ONE else kind.REMOVE,
     ).connect_dots_bounds()
+    assert bounds.epsilon_upper is not None
+    assert bounds.epsilon_lower is not None
     return float(bounds.epsilon_upper - bounds.epsilon_lower)
+
+
+def _noise(event: dpa.PoissonSampledDpEvent | dpa.SampledWithoutReplacementDpEvent) -> float:
+    assert isinstance(event.event, dpa.GaussianDpEvent)
+    return event.event.noise_multiplier
 
 
 def _negligible(delta: float, rounds: int) -> float:
@@ -365,14 +383,18 @@ def _search_epsilon(losses: Losses, delta: float) -> float:
 
 
 def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, delta: float) -> float:
-    epsilon, _ = dpa.rdp.compute_epsilon(ORDERS.tolist(), (rounds * _renyi_losses(event)).tolist(), delta)
-    return float(epsilon)
+    """Smallest epsilon over the Renyi orders, which falls and then rises with the order."""
+    best = math.inf
+    for orders in ORDERS:
+        losses = (rounds * _renyi_losses(event, orders)).tolist()
+        epsilon = float(dpa.rdp.compute_epsilon(orders, losses, delta)[0])
+        if epsilon >= best:
+            break
+        best = epsilon
+    return best
 
 
 @lru_cache(maxsize=64)
-def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent) -> np.ndarray:
-    """Renyi divergence of one round at each of `ORDERS`; it adds up over rounds."""
-    if event.event.noise_multiplier > WEAKEST_NOISE_FOR_RENYI:
-        return np.full(len(ORDERS), math.inf)
-    accountant = dpa.rdp.RdpAccountant(ORDERS.tolist(), Relation.REPLACE_ONE)
-    return accountant.compose(event)._rdp
+def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent, orders: tuple[float, ...]) -> np.ndarray:
+    """Renyi divergence of one round at each order; it adds up over rounds."""
+    return dpa.rdp.RdpAccountant(orders, Relation.REPLACE_ONE).compose(event)._rdp

@@ -1,24 +1,233 @@
+"""The privacy plan: one frozen object that turns what is promised into noise, and noise into what is reported.
+
+No other code multiplies a bound, a noise multiplier and an epsilon.
+"""
+
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from fedpriv.errors import UserError, nearest
+from fedpriv.privacy.accounting import Bound, calibrate, least_bound
 from fedpriv.privacy.sampling import Sampling
-from fedpriv.privacy.accounting import calibrate, epsilon_spent, least_bound
-from fedpriv.errors import UserError
+
+__all__ = ["ADVERSARIES", "PrivacyPlan", "make_plan"]
+
+# Replacing a message moves a sum by up to the diameter of the ball that holds it.
+REPLACE_FACTOR = 2.0
+
+ADVERSARIES = {
+    "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
+    "local": "the server itself, or anyone who sees every message and knows whose it is",
+}
+
+_DEFAULT_ADJACENCY = {"central": "add-or-remove", "local": "replace"}
+_ADJACENCIES = ("add-or-remove", "replace")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    trust: str; adjacency: str; sampling: Sampling; rounds: int; delta: float; l2_bound: float; noise_multiplier: float; unit: str = "client"
+    """What is promised, to whom, and the noise that keeps the promise.
+
+    Args:
+        trust: central: the server adds the noise to the sum and only models are released. local: each client adds
+            noise to its message, and the server sees every message.
+        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
+        sampling: Who takes part; draws the cohorts and is accounted.
+        rounds: Number of rounds, from 0.
+        delta: In (0, 1).
+        l2_bound: Bound B on the l2 norm of one message.
+        noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 promises nothing.
+        unit: Whose data may change; only `client` for now.
+
+    Formal guarantee: with noise of `noise_stddev` in each coordinate, on the sum where trust is central and on every
+    message where it is local, and messages of norm at most `l2_bound`, what the adversary sees over all rounds is
+    (`epsilon`, `delta`)-differentially private under `adjacency`, whatever state clients and server keep.
+    """
+
+    trust: str
+    adjacency: str
+    sampling: Sampling
+    rounds: int
+    delta: float
+    l2_bound: float
+    noise_multiplier: float
+    unit: str = "client"
+
+    def __post_init__(self) -> None:
+        _check_names(self.trust, self.adjacency, self.unit)
+        _check_numbers(self.rounds, self.delta, self.l2_bound)
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
+            expected = "a number from 0"
+            raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
+
     @property
-    def l2_sensitivity(self): return self.l2_bound * (2.0 if self.adjacency == "replace" else 1.0)
+    def l2_sensitivity(self) -> float:
+        """Most that one client can move a sum of messages: B for add-or-remove, 2 B for replace."""
+        return self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)
+
     @property
-    def noise_stddev(self): return self.noise_multiplier * self.l2_sensitivity
+    def noise_stddev(self) -> float:
+        """Standard deviation per coordinate, on the sum (trust central) or on each message (trust local)."""
+        return self.noise_multiplier * self.l2_sensitivity
+
     @property
-    def accountant(self): return "PLD"
+    def epsilon(self) -> float:
+        """Spent after all rounds; infinite without noise."""
+        return self.epsilon_after(self.rounds)
+
     @property
-    def epsilon(self): return self.epsilon_after(self.rounds)
-    def epsilon_after(self, k): return epsilon_spent(trust=self.trust, adjacency=self.adjacency, sampling=self.sampling, noise_multiplier=self.noise_multiplier, rounds=k, delta=self.delta, horizon=max(self.rounds,1))
-    def epsilon_of_participations(self, k): return self.epsilon_after(k)
-    def as_dict(self): return dict(private=True, epsilon=self.epsilon, delta=self.delta, noise_multiplier=self.noise_multiplier, noise_stddev=self.noise_stddev, l2_sensitivity=self.l2_sensitivity, trust=self.trust, adjacency=self.adjacency, accountant="PLD", adversary="x")
-def make_plan(*, trust, adjacency=None, sampling, rounds, delta, l2_bound, epsilon=None, noise_multiplier=None, unit="client"):
-    adjacency = adjacency or ("replace" if trust == "local" else "add-or-remove")
-    if noise_multiplier is None: noise_multiplier = calibrate(trust=trust, adjacency=adjacency, sampling=sampling, rounds=rounds, delta=delta, epsilon=epsilon)
-    return PrivacyPlan(trust=trust, adjacency=adjacency, sampling=sampling, rounds=rounds, delta=delta, l2_bound=l2_bound, noise_multiplier=noise_multiplier)
-def privacy_statement(plan, *, method, randomness): return "tmp"
+    def accountant(self) -> str:
+        """Who proved `epsilon`."""
+        return self._bound(self.rounds).accountant
+
+    @property
+    def amplification(self) -> bool:
+        """Whether `epsilon` is owed to the sampling of clients."""
+        return self._bound(self.rounds).amplified
+
+    @property
+    def adversary(self) -> str:
+        """Against whom; one clause."""
+        return ADVERSARIES[self.trust]
+
+    @property
+    def private(self) -> bool:
+        """Whether anything is promised at all."""
+        return self.noise_multiplier > 0.0
+
+    def epsilon_after(self, rounds: int) -> float:
+        """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them."""
+        return self._bound(rounds).epsilon
+
+    def epsilon_of_participations(self, count: int) -> float:
+        """Spent by a client that sent `count` messages, where trust is local.
+
+        Raises:
+            ValueError: Where trust is central: who takes part is then part of what protects.
+        """
+        if self.trust != "local":
+            raise ValueError("only where trust is local is a client charged for its own participations")
+        return self._bound(count).epsilon
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan and what follows from it, ready for JSON; an infinite epsilon is None."""
+        sampling = self.sampling
+        size = {"size": sampling.size} if hasattr(sampling, "size") else {}
+        return {
+            "private": self.private,
+            "epsilon": self.epsilon if math.isfinite(self.epsilon) else None,
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "noise_stddev": self.noise_stddev,
+            "l2_bound": self.l2_bound,
+            "l2_sensitivity": self.l2_sensitivity,
+            "unit": self.unit,
+            "trust": self.trust,
+            "adversary": self.adversary,
+            "adjacency": self.adjacency,
+            "sampling": {
+                "name": sampling.name,
+                "population": sampling.population,
+                "sampling_prob": sampling.sampling_prob,
+                "expected_size": sampling.expected_size,
+                **size,
+            },
+            "rounds": self.rounds,
+            "accountant": self.accountant,
+            "amplification": self.amplification,
+        }
+
+    def _bound(self, rounds: int) -> Bound:
+        return least_bound(
+            trust=self.trust,
+            adjacency=self.adjacency,
+            sampling=self.sampling,
+            noise_multiplier=self.noise_multiplier,
+            rounds=rounds,
+            delta=self.delta,
+            horizon=max(self.rounds, rounds),
+        )
+
+
+def make_plan(
+    *,
+    trust: str,
+    adjacency: str | None = None,
+    sampling: Sampling,
+    rounds: int,
+    delta: float,
+    l2_bound: float,
+    epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    unit: str = "client",
+) -> PrivacyPlan:
+    """A plan from a target epsilon or from a noise multiplier.
+
+    Args:
+        trust: See `PrivacyPlan`.
+        adjacency: See `PrivacyPlan`; None is `replace` where trust is local and `add-or-remove` where it is central.
+        sampling: See `PrivacyPlan`.
+        rounds: See `PrivacyPlan`.
+        delta: See `PrivacyPlan`.
+        l2_bound: See `PrivacyPlan`.
+        epsilon: Target after all rounds, finite and above 0; met within 1 % and never exceeded.
+        noise_multiplier: See `PrivacyPlan`; exactly one of it and `epsilon`.
+        unit: See `PrivacyPlan`.
+
+    Raises:
+        UserError: On anything that is not a valid plan, or is not offered yet.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        got = "neither" if epsilon is None else "both"
+        remedy = "The one follows from the other: set what you must promise, or what you can afford"
+        raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
+    adjacency = adjacency or _DEFAULT_ADJACENCY.get(trust, _ADJACENCIES[0])
+    _check_names(trust, adjacency, unit)
+    _check_numbers(rounds, delta, l2_bound)
+    if noise_multiplier is None:
+        target = _check_epsilon(epsilon)
+        noise_multiplier = calibrate(
+            trust=trust, adjacency=adjacency, sampling=sampling, rounds=rounds, delta=delta, epsilon=target
+        )
+    return PrivacyPlan(
+        trust=trust,
+        adjacency=adjacency,
+        sampling=sampling,
+        rounds=rounds,
+        delta=delta,
+        l2_bound=l2_bound,
+        noise_multiplier=noise_multiplier,
+        unit=unit,
+    )
+
+
+def _check_names(trust: str, adjacency: str, unit: str) -> None:
+    if unit == "example":
+        remedy = 'Not offered yet: use unit = "client", which protects all examples of a client together'
+        raise UserError("privacy.unit", '"client"', '"example"', remedy)
+    if trust == "aggregator":
+        remedy = 'Secure aggregation is not offered yet: use "local", or "central" with a server that you trust'
+        raise UserError("privacy.trust", '"central" or "local"', '"aggregator"', remedy)
+    for key, value, known in (
+        ("privacy.unit", unit, ("client",)),
+        ("privacy.trust", trust, tuple(ADVERSARIES)),
+        ("privacy.adjacency", adjacency, _ADJACENCIES),
+    ):
+        if value not in known:
+            raise UserError(key, "a known name", repr(value), nearest(str(value), known))
+
+
+def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
+    if rounds < 0:
+        raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
+    if not 0.0 < delta < 1.0:
+        raise UserError("privacy.delta", "a number between 0 and 1", delta, "Well below 1 / clients is usual")
+    if not (math.isfinite(l2_bound) and l2_bound > 0.0):
+        raise ValueError(f"a method's bound is positive and finite, not {l2_bound}")
+
+
+def _check_epsilon(epsilon: float | None) -> float:
+    if epsilon is None or not (math.isfinite(epsilon) and epsilon > 0.0):
+        raise UserError("privacy.epsilon", "a finite number above 0", epsilon, "Remove [privacy] for a run without")
+    return float(epsilon)

@@ -13,10 +13,10 @@ import itertools
 import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,18 +39,55 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "cnn": {
         "model": {"name": "cnn", "width": 4},
         "local": {"work": "minibatch-gradient", "batch_size": 32},
-        "cohort": {"sampling": "poisson", "probability": 0.25},
-        "training": {"rounds": 60, "evaluate_every": 60},
+        "cohort": {"sampling": "poisson", "probability": 0.1},
+        "training": {"rounds": 40, "evaluate_every": 40},
     },
 }
 
+CENTRAL = {"trust": "central", "adjacency": "add-or-remove", "delta": 1e-5}
+LOCAL = {"trust": "local", "adjacency": "replace", "delta": 1e-5}
 PRIVACY: dict[str, dict[str, Any] | None] = {
     "non-private": None,
-    "central, epsilon 8": {"trust": "central", "adjacency": "add-or-remove", "epsilon": 8.0, "delta": 1e-5},
-    "central, epsilon 2": {"trust": "central", "adjacency": "add-or-remove", "epsilon": 2.0, "delta": 1e-5},
-    "local, epsilon 8": {"trust": "local", "adjacency": "replace", "epsilon": 8.0, "delta": 1e-5},
-    "local, epsilon 2": {"trust": "local", "adjacency": "replace", "epsilon": 2.0, "delta": 1e-5},
+    "central, epsilon 8": {**CENTRAL, "epsilon": 8.0},
+    "central, epsilon 2": {**CENTRAL, "epsilon": 2.0},
+    "local, epsilon 8": {**LOCAL, "epsilon": 8.0},
+    "local, epsilon 2": {**LOCAL, "epsilon": 2.0},
 }
+CELLS = [(problem, setting) for problem in PROBLEMS for setting in PRIVACY if problem == "softmax" or setting[0] != "l"]
+
+
+def _points(steps: tuple[float, ...], **axes: Any) -> list[dict[str, Any]]:
+    """All combinations of axes and of how far one bounded message moves the model; step = server_lr x bound."""
+    grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [{**p, "server_lr": s / p.get("clip_norm", 1.0)} for p in grid for s in steps]
+
+
+def _feedback(steps: tuple[float, ...], pairs: tuple[tuple[float, float], ...], **fixed: Any) -> list[dict[str, Any]]:
+    grid = [{"alpha": a, "beta": b, **fixed} for a, b in pairs]
+    return [{"name": "alpha-normec", **point, "server_lr": step} for point in grid for step in steps]
+
+
+def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
+    """Every method with the hyperparameters that are tried for it."""
+    small, local, free = problem == "cnn", setting.startswith("local"), setting == "non-private"
+    steps = (0.003, 0.01, 0.03) if local else (0.1, 0.3, 1.0) if small or free else (0.03, 0.1, 0.3)
+    lengths = tuple(step / 2 for step in steps)
+    few = small or local
+    clips = (1.0,) if few else (0.3, 1.0)
+    pairs = ((1.0, 0.1),) if local else ((1.0, 0.1), (1.0, 1.0)) if small else ((0.1, 0.1), (1.0, 0.1), (1.0, 1.0))
+    clipped, smoothed = _points(steps, clip_norm=clips), _points(steps, alpha=(1.0,) if few else (0.1, 1.0))
+    damped = ((1.0, 1.0),) if few else ((1.0, 0.3), (1.0, 1.0))
+    methods = {
+        "DP-FedAvg": [{"name": "dp-fedavg", **p} for p in clipped],
+        "normalized SGD": [{"name": "normalized-sgd", **p} for p in smoothed],
+        "Clip21": [{"name": "clip21", **p, "server_lr": p["server_lr"] * p["clip_norm"]} for p in clipped],
+        "alpha-NormEC": _feedback(steps, pairs, server_normalization=False),
+        "alpha-NormEC, SN": _feedback(lengths, ((1.0, 0.1),) if few else ((1.0, 0.1), (1.0, 1.0))),
+        "alpha-NormEC, damped": _feedback(steps, damped, server_normalization=False, damping=0.1),
+    }
+    if local:
+        methods["alpha-NormEC, sent"] = _feedback(steps, pairs, server_normalization=False, memory="sent")
+    return methods
 
 
 @lru_cache(maxsize=4)
@@ -84,5 +121,157 @@ def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, dat
         part: task.evaluate(state.model, dataset.test_inputs[rows], dataset.test_labels[rows])
         for part, rows in (("validation", slice(1, None, 2)), ("test", slice(0, None, 2)))
     }
-    figures = {f"{part}_{what}": value for part, pair in judged.items() for what, value in zip(("loss", "accuracy"), pair)}
+    figures = {
+        f"{part}_{what}": value for part, pair in judged.items() for what, value in zip(("loss", "accuracy"), pair, strict=True)
+    }
     return {**figures, "signal_to_noise": ratio, "epsilon": experiment.plan and experiment.plan.epsilon}
+
+
+class Trials:
+    """The trials done so far, on disk as they finish."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._done = {} if not path.exists() else {self._key(row): row for row in self._rows()}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return pd.read_csv(self._path, dtype={"point": str}).to_dict("records")
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (row["problem"], row["setting"], row["method"], row["point"], int(row["seed"]))
+
+    def get(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished trial, or None."""
+        return self._done.get(self._key(row))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a finished trial."""
+        self._done[self._key(row)] = row
+        pd.DataFrame([row]).to_csv(
+            self._path, mode="a", header=not self._path.exists(), index=False, float_format="%.6g"
+        )
+
+
+def run_all(rows: list[dict[str, Any]], trials: Trials, pool: ProcessPoolExecutor, data_root: Path | None) -> None:
+    """Runs the trials that are not done yet, side by side."""
+    waiting = {
+        pool.submit(run_trial, r["problem"], r["setting"], json.loads(r["point"]), r["seed"], data_root): r
+        for r in rows
+        if trials.get(r) is None
+    }
+    for number, future in enumerate(as_completed(waiting), start=1):
+        row = {**waiting[future], **future.result()}
+        trials.add(row)
+        print(
+            f"{number}/{len(waiting)}  {row['problem']}, {row['setting']}, {row['method']}  {row['point']}", flush=True
+        )
+        print(f"      validation accuracy {row['validation_accuracy']:.4f}", flush=True)
+
+
+def trial_rows(cells: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """One row per grid point, with seed 0."""
+    return [
+        {"problem": p, "setting": s, "method": name, "point": json.dumps(point, sort_keys=True), "seed": 0}
+        for p, s in cells
+        for name, points in grid_of(p, s).items()
+        for point in points
+    ]
+
+
+def winners(rows: list[dict[str, Any]], trials: Trials) -> list[dict[str, Any]]:
+    """The best point of each problem, setting and method, by validation accuracy, for each reported seed."""
+    frame = pd.DataFrame([trials.get(row) for row in rows])
+    best = frame.loc[frame.groupby(["problem", "setting", "method"], sort=False)["validation_accuracy"].idxmax()]
+    keys = ["problem", "setting", "method", "point"]
+    return [{**row, "seed": seed} for row in best[keys].to_dict("records") for seed in SEEDS]
+
+
+def summarise(rows: list[dict[str, Any]], trials: Trials) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of test accuracy and loss, and the chosen point."""
+    frame = pd.DataFrame([trials.get(row) for row in rows])
+    groups = frame.groupby(["problem", "setting", "method", "point"], sort=False)
+    table = groups.agg(
+        accuracy=("test_accuracy", "mean"),
+        spread=("test_accuracy", "std"),
+        loss=("test_loss", "mean"),
+        signal_to_noise=("signal_to_noise", "mean"),
+        epsilon=("epsilon", "mean"),
+    )
+    return table.reset_index()
+
+
+COLOURS = {
+    "DP-FedAvg": "#000000",
+    "normalized SGD": "#E69F00",
+    "Clip21": "#009E73",
+    "alpha-NormEC": "#0072B2",
+    "alpha-NormEC, SN": "#56B4E9",
+    "alpha-NormEC, damped": "#D55E00",
+    "alpha-NormEC, sent": "#CC79A7",
+}
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Accuracy by setting and method, one panel a problem."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    problems = list(dict.fromkeys(table["problem"]))
+    widths = [table[table["problem"] == p]["setting"].nunique() for p in problems]
+    panels = figure.subplots(1, len(problems), width_ratios=widths, squeeze=False)[0]
+    for axes, problem in zip(panels, problems, strict=True):
+        part = table[table["problem"] == problem]
+        settings = list(dict.fromkeys(part["setting"]))
+        for index, (method, colour) in enumerate(COLOURS.items()):
+            rows = part[part["method"] == method].set_index("setting")
+            at = [settings.index(setting) + (index - 3) * 0.12 for setting in rows.index]
+            axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
+        axes.set(title=problem, ylabel="test accuracy")
+        axes.set_xticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
+        axes.grid(axis="y", alpha=0.3)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and deviation of 3 seeds"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table, one row a method, one column a setting."""
+    parts = []
+    for problem, part in table.groupby("problem", sort=False):
+        cells = part.assign(cell=[f"{a:.3f} ± {s:.3f}" for a, s in zip(part["accuracy"], part["spread"], strict=True)])
+        wide = cells.pivot(index="method", columns="setting", values="cell")
+        wide = wide.reindex(index=list(dict.fromkeys(part["method"])), columns=list(dict.fromkeys(part["setting"])))
+        lines = ["| method | " + " | ".join(wide.columns) + " |", "|---" * (len(wide.columns) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(row.fillna("-")) + " |" for name, row in wide.iterrows()]
+        parts.append(f"**{problem}**\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Runs what is missing and makes table.csv, table.md and figure.png."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", help="softmax or cnn")
+    arguments = parser.parse_args()
+    cells = [cell for cell in CELLS if arguments.only in (None, cell[0])]
+    trials = Trials(HERE / "trials.csv")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        rows = trial_rows(cells)
+        run_all(rows, trials, pool, arguments.data_root)
+        finals = winners(rows, trials)
+        run_all(finals, trials, pool, arguments.data_root)
+    table = summarise(finals, trials)
+    table.to_csv(HERE / "table.csv", index=False, float_format="%.4f")
+    (HERE / "table.md").write_text(markdown(table))
+    draw(table, HERE / "figure.png")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

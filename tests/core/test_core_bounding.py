@@ -32,7 +32,8 @@ every_map = pytest.mark.parametrize("bounded", MAPS.values(), ids=MAPS.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 sizes = st.floats(1e-6, 1e6)
 any_map = st.one_of(
-    st.builds(lambda size: Clip(clip_norm=size), sizes), st.builds(lambda size: SmoothedNormalization(alpha=size), sizes)
+    st.builds(lambda size: Clip(clip_norm=size), sizes),
+    st.builds(lambda size: SmoothedNormalization(alpha=size), sizes),
 )
 
 
@@ -196,9 +197,7 @@ def test_formulas_hold_in_float32_up_to_rounding(bounded: Bounded) -> None:
 
 
 @thorough
-@given(
-    clip_norm=st.floats(1e-6, 1e6), row=st.lists(numbers(torch.float32, finite=True), min_size=1, max_size=5)
-)
+@given(clip_norm=st.floats(1e-6, 1e6), row=st.lists(numbers(torch.float32, finite=True), min_size=1, max_size=5))
 def test_clip_is_the_identity_to_the_bit_inside_the_ball(clip_norm: float, row: list[float]) -> None:
     vector = torch.tensor(row, dtype=torch.float32)
     assume(squared_norm(vector) <= Fraction(clip_norm * (1.0 - MARGIN)) ** 2)

@@ -172,7 +172,12 @@ def test_rules_leave_their_arguments_alone(method: Method, dtype: torch.dtype) -
 
 
 @brief
-@given(method=examples, signal=rows(size=SIZE), noise=rows(size=SIZE, dtype=torch.float64, finite=True), k=st.integers(1, 9))
+@given(
+    method=examples,
+    signal=rows(size=SIZE),
+    noise=rows(size=SIZE, dtype=torch.float64, finite=True),
+    k=st.integers(1, 9),
+)
 def test_a_batch_of_clients_is_each_alone_to_the_bit(method: Method, signal: Tensor, noise: Tensor, k: int) -> None:
     clients = min(len(signal), len(noise))
     signal, noise = signal[:clients], noise[:clients].to(signal.dtype).nan_to_num(0.0, 1.0, -1.0)
@@ -247,7 +252,9 @@ def test_a_signal_that_is_not_finite_is_the_zero_message_and_is_not_remembered(
     assert torch.equal(method.client_rule(state, signal, noise, 6)[0][1], noise[1])
     if "memory" in state._fields:
         kept = memories_after(method, state, 6)[1]
-        assert torch.allclose(memories_after(method, after, 6)[1], kept, rtol=1e-6 if damping_of(method) else 0.0, atol=0.0)
+        assert torch.allclose(
+            memories_after(method, after, 6)[1], kept, rtol=1e-6 if damping_of(method) else 0.0, atol=0.0
+        )
 
 
 @every_memory
@@ -360,7 +367,9 @@ def test_the_bounded_map_of_a_method_is_its_papers(method: Method) -> None:
 
 @every_method
 @pytest.mark.parametrize("wrong", [0.0, -1.0, *NON_FINITE])
-def test_hyperparameters_that_must_be_positive_are_checked_when_the_method_is_made(method: Method, wrong: float) -> None:
+def test_hyperparameters_that_must_be_positive_are_checked_when_the_method_is_made(
+    method: Method, wrong: float
+) -> None:
     for field in dataclasses.fields(method):  # type: ignore[arg-type]
         if field.name in ("alpha", "beta", "server_lr", "clip_norm"):
             with pytest.raises(UserError, match=rf"^method\.{field.name}: expected a positive number, got"):

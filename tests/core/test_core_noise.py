@@ -49,9 +49,7 @@ def test_noise_of_another_scale_would_be_noticed(draw: Callable[[Streams, float]
 
 @every_side
 @pytest.mark.parametrize("kind", ["seeded", "system"])
-def test_without_standard_deviation_noise_is_exactly_zero(
-    draw: Callable[[Streams, float], Tensor], kind: str
-) -> None:
+def test_without_standard_deviation_noise_is_exactly_zero(draw: Callable[[Streams, float], Tensor], kind: str) -> None:
     assert torch.equal(draw(KINDS[kind], 0.0), torch.zeros(SIZE))
 
 

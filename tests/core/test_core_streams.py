@@ -21,9 +21,7 @@ every_kind = pytest.mark.parametrize("streams", KINDS.values(), ids=KINDS.keys()
 LIMIT = float(stats.norm.isf(FALSE_ALARM / 2))
 """Standard deviations that a two-sided test allows."""
 
-addresses = st.tuples(
-    st.integers(0, 2**40), st.sampled_from(Purpose), st.integers(0, 10_000), st.integers(0, 10**12)
-)
+addresses = st.tuples(st.integers(0, 2**40), st.sampled_from(Purpose), st.integers(0, 10_000), st.integers(0, 10**12))
 
 
 def draws(source: Source) -> tuple[bytes, ...]:
@@ -195,7 +193,7 @@ def test_a_subset_is_ascending_and_of_distinct_members(streams: Streams, populat
 @pytest.mark.parametrize(("population", "size"), [(5, 2), (6, 3), (7, 1)])
 def test_every_subset_is_equally_likely(streams: Streams, population: int, size: int) -> None:
     source = streams.source(Purpose.COHORT, 4)
-    subsets = {subset: 0 for subset in itertools.combinations(range(population), size)}
+    subsets = dict.fromkeys(itertools.combinations(range(population), size), 0)
     for _ in range(8000):
         subsets[tuple(source.subset(population, size).tolist())] += 1
     assert stats.chisquare(list(subsets.values())).pvalue > FALSE_ALARM

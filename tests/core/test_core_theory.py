@@ -67,7 +67,7 @@ class TestStalls:
         self, alpha: float, first: float, step: float
     ) -> None:
         method = NormalizedSGD(alpha=alpha, server_lr=step * alpha)
-        found = float(last_model(method, int(2000 / min(step, 1.0) / alpha**0.5), first))
+        found = float(last_model(method, int((40 / alpha + 700) / min(step, 1.0)), first))
         assert found == pytest.approx(normalized_stall(alpha), abs=1e-8)
         assert abs(found - OPTIMUM) > 0.05
 
@@ -78,7 +78,7 @@ class TestStalls:
         self, clip_norm: float, first: float, step: float
     ) -> None:
         method = DPFedAvg(clip_norm=clip_norm, server_lr=step)
-        found = float(last_model(method, int(400 / step / min(clip_norm, 1.0)), first))
+        found = float(last_model(method, int((60 / clip_norm + 100) / step), first))
         assert found == pytest.approx(clip_norm / 2.0, abs=2e-6)
         assert abs(found - OPTIMUM) > 0.2
 
@@ -105,12 +105,12 @@ class TestStalls:
         models = [state.model for state in descend(stepped, pulls, start(OPTIMUM), 3000)[0][-100:]]
         assert min(mean_gradient(model) for model in models) > 0.1
 
-    @pytest.mark.parametrize("alpha", [0.1, 1.0])
+    @pytest.mark.parametrize("alpha", [0.3, 1.0])
     @pytest.mark.parametrize("first", [-3.0, 5.0])
-    @pytest.mark.parametrize("ratio", [0.2, 1.0])
+    @pytest.mark.parametrize("ratio", [0.3, 1.0])
     def test_alpha_normec_finds_the_optimum(self, alpha: float, first: float, ratio: float) -> None:
         method = AlphaNormEC(alpha=alpha, beta=ratio * alpha, server_lr=0.1 * ratio * alpha, server_normalization=False)
-        assert mean_gradient(last_model(method, int(4000 / (ratio * alpha)), first)) < 1e-4
+        assert mean_gradient(last_model(method, int(400 / (ratio * alpha)), first)) < 1e-4
 
     @pytest.mark.parametrize("alpha", [0.1, 1.0])
     def test_alpha_normec_with_normalized_and_descending_steps_finds_the_optimum(self, alpha: float) -> None:
@@ -160,7 +160,9 @@ class TestRates:
         assert torch.allclose(signal - after.memory, factor * signal, rtol=1e-9, atol=1e-6 * ratio * alpha)
         assert norm <= 1e-9 or float((signal - after.memory).norm()) < norm
 
-    @pytest.mark.parametrize(("ratio", "contracts"), [(0.5, True), (1.0, True), (1.9, True), (2.1, False), (4.0, False)])
+    @pytest.mark.parametrize(
+        ("ratio", "contracts"), [(0.5, True), (1.0, True), (1.9, True), (2.1, False), (4.0, False)]
+    )
     def test_small_residuals_shrink_by_one_minus_beta_over_alpha_in_each_round(
         self, ratio: float, contracts: bool
     ) -> None:
@@ -196,10 +198,11 @@ class TestRates:
         active = {}
         for tau in (0.2, 0.1, 0.05):
             method = Clip21(clip_norm=tau, server_lr=0.1 * tau)
-            states, sent = descend(method, pulls, start(), int(600 / tau))
+            states, sent = descend(method, pulls, start(), int(200 / tau))
             lengths = torch.stack([messages.norm(dim=-1).max() for messages in sent])
             clipped = torch.nonzero(lengths >= tau * (1.0 - 1e-6))
             active[tau] = int(clipped.max()) + 1
+            assert active[tau] < 100 / tau
             for before, after in zip(states[active[tau] + 1 : -1], states[active[tau] + 2 :], strict=True):
                 gradient = before.model - OPTIMUM
                 assert torch.allclose(after.memory, gradient, rtol=1e-9, atol=1e-12)
@@ -228,7 +231,9 @@ def random_pair(v: Tensor, w: Tensor, distance: float, k: int, generator: torch.
     return signal, signal + distance * way / way.norm()
 
 
-def alternating_pair(v: Tensor, w: Tensor, distance: float, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def alternating_pair(
+    v: Tensor, w: Tensor, distance: float, k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Keeps both residuals small and pushes to alternating sides: the worst case in the linear regime."""
     push = torch.zeros_like(v)
     push[0] = distance * (-1.0) ** k

@@ -52,7 +52,9 @@ def test_unflatten_gives_views_without_copying(lead: tuple[int, ...]) -> None:
     assert tensors["weight"].reshape(-1, 6)[-1].tolist() == [0, 1, 2, 3, 4, 5]
     assert tensors["scale"].reshape(-1)[-1].item() == 6
     assert tensors["bias"].reshape(-1, 4)[-1].tolist() == [7, 8, 9, 10]
-    assert all(tensor.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr() for tensor in tensors.values())
+    assert all(
+        tensor.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr() for tensor in tensors.values()
+    )
 
 
 def test_a_modules_layout_has_its_parameters_in_their_order() -> None:

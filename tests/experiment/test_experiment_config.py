@@ -26,7 +26,14 @@ def test_defaults_are_spelled_out_and_do_not_change_the_digest():
 
 @pytest.mark.parametrize(
     "setting",
-    ["seed=8", "training.rounds=41", "method.beta=0.11", "privacy.epsilon=7.9", "data.clients=99", "cohort.sampling=poisson"],
+    [
+        "seed=8",
+        "training.rounds=41",
+        "method.beta=0.11",
+        "privacy.epsilon=7.9",
+        "data.clients=99",
+        "cohort.sampling=poisson",
+    ],
 )
 def test_every_change_of_the_experiment_changes_the_digest(setting: str):
     settings = [setting, "cohort.probability=0.5"] if "poisson" in setting else [setting]

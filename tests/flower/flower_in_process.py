@@ -67,7 +67,7 @@ class InProcessGrid(Grid):
         self._sent = 0
         for partition in range(population):
             node = self._random.getrandbits(60)
-            config = {"partition-id": partition, "num-partitions": population} if partition_ids else {}
+            config: dict[str, Any] = {"partition-id": partition, "num-partitions": population} if partition_ids else {}
             self.contexts[node] = Context(
                 run_id=RUN_ID, node_id=node, node_config=config, state=RecordDict(), run_config=run_config or {}
             )

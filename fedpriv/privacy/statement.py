@@ -1,0 +1,120 @@
+"""The privacy statement: what a run promises, in words that a lawyer could read."""
+
+import math
+import textwrap
+
+from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.sampling import FixedSize, Poisson
+
+__all__ = ["privacy_statement"]
+
+_NOT_PRIVATE = """\
+This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
+
+_NO_NOISE = """\
+This run has NO privacy guarantee. Its plan names a noise multiplier of 0: messages are bounded, but nothing hides them."""
+
+_WHO = {
+    "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and releases "
+    "nothing but what it makes of the noised sums. Against the server itself nothing is promised.",
+    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server sees who "
+    "took part, so no amplification by sampling is claimed. Epsilon is that of a client that takes part in every "
+    "round, the worst case; a client that takes part less often has spent less.",
+}
+
+_NEIGHBOURS = {
+    "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is there in the "
+    "one and zero in the other.",
+    "replace": "Neighbours (replace): two populations that differ in all the data of one client, whose message is any "
+    "bounded message in the one and any other in the other.",
+}
+
+_NOT_COVERED = (
+    "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
+    "messages that were not finite (diagnostics.jsonl is for simulations only)",
+    "the choice of hyperparameters, of the model or of the number of rounds, if it looked at the clients' data",
+    "statistics that a model keeps of its inputs, such as those of BatchNorm: models with buffers are refused",
+    "the time that a client takes, and whether it answers at all",
+    "the noise is drawn in floating point, which is not exactly Gaussian (Mironov 2012, On Significance of the Least "
+    "Significant Bits for Differential Privacy)",
+)
+
+_SEEDED = (
+    "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
+    "with real people the randomness must come from the operating system"
+)
+
+
+def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str) -> str:
+    """The statement of a run.
+
+    Args:
+        plan: What is promised; None for a run that promises nothing.
+        method: The method's name, as in `[method]`.
+        randomness: `seeded` or `system`: where noise and cohorts come from.
+
+    Returns:
+        Paragraphs of plain text; no epsilon stands in it without its adversary.
+    """
+    if plan is None:
+        return f"Privacy statement for {method}\n\n{_NOT_PRIVATE}\n"
+    if not plan.private:
+        return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE)}\n"
+    not_covered = [*_NOT_COVERED, _SEEDED] if randomness == "seeded" else list(_NOT_COVERED)
+    paragraphs = [
+        f"Privacy statement for {method}",
+        _fill(_promise(plan)),
+        _fill(_WHO[plan.trust].format(adversary=plan.adversary)),
+        _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
+        _fill(_NEIGHBOURS[plan.adjacency]),
+        _fill(_cohorts(plan)),
+        _fill(_mechanism(plan)),
+        f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
+        "Not covered:\n" + "\n".join(_fill(f"* {item};", hang=2) for item in not_covered).rstrip(";") + ".",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _promise(plan: PrivacyPlan) -> str:
+    epsilon = f"{_rounded_up(plan.epsilon)}" if math.isfinite(plan.epsilon) else "infinite"
+    against = "the adversary below"
+    return (
+        f"Promise: against {against}, the run is (epsilon, delta)-differentially private with epsilon = {epsilon} at "
+        f"delta = {plan.delta:g}, for each client."
+    )
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Four digits, never below the figure itself."""
+    if epsilon == 0.0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
+    return f"{math.ceil(epsilon / unit - 1e-9) * unit:.4g}"
+
+
+def _cohorts(plan: PrivacyPlan) -> str:
+    sampling = plan.sampling
+    if isinstance(sampling, Poisson):
+        how = f"each client takes part in each round independently with probability {sampling.sampling_prob:g}"
+    elif isinstance(sampling, FixedSize):
+        how = f"each round takes a uniformly random set of {sampling.size} clients"
+    else:
+        how = "every client takes part in every round"
+    credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
+    if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.adjacency == "add-or-remove":
+        credit += " The number of clients is public; a removed client is one whose message is zero."
+    return f"Cohorts: of {sampling.population} clients, {how}. {credit}"
+
+
+def _mechanism(plan: PrivacyPlan) -> str:
+    what = "the sum of a round's messages" if plan.trust == "central" else "every message"
+    return (
+        f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
+        f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is added to "
+        f"{what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. Sums are divided by the "
+        f"expected cohort size, {plan.sampling.expected_size:g}, never by the actual one."
+    )
+
+
+def _fill(text: str, hang: int = 0) -> str:
+    return textwrap.fill(" ".join(text.split()), width=100, subsequent_indent=" " * hang)

@@ -1,0 +1,108 @@
+"""Flower's strategy and ClientApp give what the loop gives, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from flower_in_process import InProcessGrid, inside_a_run
+from flwr.app import ArrayRecord, ConfigRecord
+
+from clients.client_app import app
+from clients.wire import ARRAYS
+from fedpriv.engines import LoopEngine
+from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.config import parse_config
+from fedpriv.methods import METHODS, ServerState
+from fedpriv.rounds import Total, begin_round, finish_round
+from strategies.server_app import make_strategy
+
+ROUNDS = 3
+METHOD_TABLES = [{"name": name} for name in METHODS] + [
+    {"name": "alpha-normec", "damping": 0.2, "alpha": 0.1},
+    {"name": "alpha-normec", "memory": "sent"},
+    {"name": "alpha-normec", "memory": "sent", "damping": 0.2, "server_normalization": False},
+]
+COHORTS = [{"sampling": "everyone"}, {"sampling": "poisson", "probability": 0.4}]
+PROMISES = [{"trust": "central", "epsilon": 8.0}, {"trust": "local", "epsilon": 50.0}, None]
+
+
+def make_experiment(method: dict, cohort: dict, privacy: dict | None, local: dict | None = None) -> Experiment:
+    tables = {
+        "name": "small",
+        "seed": 11,
+        "data": {"name": "digits", "clients": 7, "partition": "dirichlet", "concentration": 0.5},
+        "model": {"name": "softmax"},
+        "local": local or {"work": "full-gradient"},
+        "cohort": cohort,
+        "method": method,
+        "training": {"rounds": ROUNDS},
+    }
+    return assemble(parse_config(tables if privacy is None else {**tables, "privacy": privacy}))
+
+
+def run_loop(experiment: Experiment) -> tuple[ServerState, Total]:
+    engine = LoopEngine(experiment.population)
+    state, total = experiment.config.method.init_server(experiment.initial_model), None
+    for k in range(1, ROUNDS + 1):
+        total = engine.sum_messages(begin_round(experiment.server, state, k))
+        state = finish_round(experiment.server, state, k, total.sum)
+    assert total is not None
+    return state, total
+
+
+def run_flower(experiment: Experiment, folder: Path) -> tuple[ServerState, Total]:
+    path = folder / f"{experiment.config.digest}.toml"
+    path.write_text(experiment.config.to_toml(), encoding="utf-8")
+    strategy = make_strategy(experiment)
+    with inside_a_run():
+        strategy.start(
+            InProcessGrid(app, experiment.population.federation.population, {"config": str(path)}),
+            ArrayRecord({ARRAYS: experiment.initial_model}),
+            num_rounds=ROUNDS,
+            train_config=ConfigRecord({"experiment": experiment.config.digest}),
+        )
+    return strategy.state, strategy.total
+
+
+def assert_same(experiment: Experiment, folder: Path) -> None:
+    state, total = run_loop(experiment)
+    flower_state, flower_total = run_flower(experiment, folder)
+    for ours, theirs in zip(state, flower_state, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(total.sum, flower_total.sum)
+    assert total[1:] == flower_total[1:] or total.messages == 0
+    assert not torch.equal(state.model, experiment.initial_model)
+
+
+@pytest.mark.parametrize("privacy", PROMISES, ids=lambda p: p["trust"] if p else "none")
+@pytest.mark.parametrize("cohort", COHORTS, ids=lambda c: c["sampling"])
+@pytest.mark.parametrize("method", METHOD_TABLES, ids=lambda m: "-".join(str(v) for v in m.values()))
+def test_flower_gives_the_loops_model_to_the_bit(method, cohort, privacy, tmp_path):
+    if method.get("memory") == "sent" and privacy and privacy["trust"] == "central":
+        pytest.skip("sent memory needs noise at the client")
+    assert_same(make_experiment(method, cohort, privacy), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        {"work": "minibatch-gradient", "batch_size": 8},
+        {"work": "local-steps", "steps": 3, "client_lr": 0.1, "batch_size": 8},
+    ],
+    ids=lambda table: table["work"],
+)
+def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
+    assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[1], local), tmp_path)
+
+
+def test_a_client_of_another_experiment_is_told_apart(tmp_path):
+    experiment = make_experiment({"name": "clip21"}, COHORTS[0], None)
+    other = make_experiment({"name": "clip21", "clip_norm": 2.0}, COHORTS[0], None)
+    (tmp_path / "other.toml").write_text(other.config.to_toml())
+    strategy = make_strategy(experiment)
+    with inside_a_run(), pytest.raises(ValueError, match=r"round 1: .* client 0: .* Give clients and server the same"):
+        strategy.start(
+            InProcessGrid(app, 7, {"config": str(tmp_path / "other.toml")}),
+            ArrayRecord({ARRAYS: experiment.initial_model}),
+            train_config=ConfigRecord({"experiment": experiment.config.digest}),
+        )

@@ -1,0 +1,190 @@
+"""`fedpriv run --engine flower` with real processes: SuperLink, run, Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from clients.run_config import RunConfig
+from fedpriv.cli import main
+from fedpriv.experiment.config import Config, parse_config
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.run import run_experiment
+from strategies import launch
+from strategies.launch import run_with_flower
+
+ROOT = Path(__file__).parents[2]
+TABLES = {
+    "name": "six",
+    "seed": 7,
+    "data": {"name": "digits", "clients": 6, "partition": "dirichlet", "concentration": 0.5},
+    "model": {"name": "softmax"},
+    "cohort": {"sampling": "poisson", "probability": 0.7},
+    "method": {"name": "alpha-normec", "memory": "sent", "damping": 0.1},
+    "privacy": {"trust": "local", "epsilon": 50.0},
+    "training": {"rounds": 3},
+}
+
+
+@pytest.fixture
+def config() -> Config:
+    return parse_config(TABLES)
+
+
+@pytest.fixture
+def toml(config, tmp_path) -> Path:
+    path = tmp_path / "six.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """Where a run puts its temporary files, which marks its processes."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    return folder
+
+
+def processes_of(home: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"FLWR_HOME={home}/".encode() in path.read_bytes():
+                found.append((path.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def fedpriv(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fedpriv.cli", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, toml, tmp_path, home):
+    run_experiment(config, tmp_path / "loop", engine="loop")
+    process = fedpriv("run", toml, "--engine", "flower", "--out", "flower", cwd=tmp_path)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "engine flower" in output
+    assert processes_of(home) == []
+    assert list(home.iterdir()) == []
+    loop, flower = RunDirectory(tmp_path / "loop"), RunDirectory(tmp_path / "flower")
+    for name in ("model.safetensors", "initial.safetensors", "config.toml", "privacy.json", "rounds.jsonl"):
+        assert loop.file(name).read_bytes() == flower.file(name).read_bytes(), name
+    timeless = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in run.rows("diagnostics.jsonl")]
+        for run in (loop, flower)
+    ]
+    assert timeless[0] == timeless[1]
+    assert "ROUND 3/3" in flower.file("flower.log").read_text()
+    assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
+
+
+FAILING = """
+from clients.client_app import app as sound
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    if context.node_config["partition-id"] == 4 and "arrays" in message.content:
+        raise OSError("the disk of this client is full")
+    return sound(message, context)
+"""
+
+
+def test_a_failing_client_ends_the_run_with_its_reason_in_one_line(toml, tmp_path, home, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "CLIENT_MODULE", FAILING)
+    arguments = ["run", str(toml), "--engine", "flower", "--out", str(tmp_path / "out"), "-s", "cohort.sampling="]
+    with pytest.raises(SystemExit) as leaving:
+        main([*arguments, "-s", "cohort.probability="])
+    assert leaving.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedpriv:")]
+    assert "round 1: expected an answer from each of 6 clients, got client 4: the disk of this client is full" in line
+    assert processes_of(home) == []
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_run_that_is_stopped_takes_its_processes_with_it(toml, tmp_path, home):
+    process = fedpriv("run", toml, "--engine", "flower", "--out", "out", cwd=tmp_path)
+    until = time.monotonic() + 120
+    while len(processes_of(home)) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(processes_of(home)) >= 3
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert processes_of(home) == []
+    assert list(home.iterdir()) == []
+
+
+def test_a_part_of_a_run_is_not_gone_on_with(config, tmp_path):
+    RunDirectory(tmp_path).claim(config.to_toml(), config.digest, resume=False)
+    with pytest.raises(ValueError, match="this experiment, begun or done"):
+        run_with_flower(config, tmp_path)
+    with pytest.raises(ValueError, match="Clients' memories live only as long as their Flower run"):
+        run_with_flower(config, tmp_path, resume=True)
+
+
+def test_the_directory_of_another_experiment_is_refused(config, tmp_path):
+    other = parse_config({**TABLES, "seed": 8})
+    RunDirectory(tmp_path).claim(other.to_toml(), other.digest, resume=False)
+    with pytest.raises(ValueError, match="another experiment"):
+        run_with_flower(config, tmp_path, resume=True)
+
+
+def test_rounds_are_shown_once_and_only_when_all_of_them_is_there(tmp_path):
+    directory, seen = RunDirectory(tmp_path), []
+    rounds = launch._Rounds(directory, lambda released, diagnostics: seen.append((released, diagnostics)))
+    rounds.show()
+    directory.append("rounds.jsonl", {"round": 0})
+    directory.append("rounds.jsonl", {"round": 1})
+    rounds.show()
+    assert seen == [({"round": 0}, {"round": 0})]
+    directory.append("diagnostics.jsonl", {"round": 1, "messages": 3})
+    rounds.show()
+    rounds.show()
+    assert seen[1:] == [({"round": 1}, {"round": 1, "messages": 3})]
+
+
+def test_flower_finds_its_app_in_pyproject():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        flower = tomllib.load(file)["tool"]["flwr"]["app"]
+    for component in flower["components"].values():
+        module, name = component.split(":")
+        assert hasattr(import_module(module), name)
+    assert RunConfig.of(flower["config"]).load().name == "quickstart"
+    for pattern in flower["fab-include"]:
+        assert list(ROOT.glob(pattern)), pattern
+
+
+def test_the_run_config_is_read_with_a_nodes_own_data_and_device(tmp_path):
+    run = RunConfig.of({"config": "a.toml", "out": "", "other": 3}, {"data-root": "/data", "partition-id": 2})
+    assert run == RunConfig(config="a.toml", data_root="/data")
+    assert run.run_directory("name") == Path.home() / "fedpriv-runs" / "name"
+    assert RunConfig(config="", out=str(tmp_path)).run_directory("name") == tmp_path
+    with pytest.raises(ValueError, match="run config out: expected an absolute path"):
+        RunConfig(config="", out="runs/x").run_directory("name")
+
+
+def test_settings_change_the_experiment_of_the_run_config(toml):
+    run = RunConfig(config=str(toml), settings='training.rounds=9 name="two words"')
+    assert run.load().training.rounds == 9
+    assert json.dumps(run.load().name) == '"two words"'

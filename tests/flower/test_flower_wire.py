@@ -1,0 +1,91 @@
+"""What travels arrives as it was sent; and Flower still has what the tests' grid needs of it."""
+
+import pickle
+
+import pytest
+import torch
+from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.state import keep_state, load_state
+from clients.wire import FEDPRIV, Introduction, ModelArrays, Order, asks_who, introduction
+from fedpriv.methods import METHODS, AlphaNormEC
+from fedpriv.streams import SeededStreams, SystemStreams
+
+SPECIAL = torch.tensor([0.0, -0.0, 1e-45, 3.4e38, float("inf"), float("nan"), 0.1])
+
+
+def sent(content: RecordDict) -> RecordDict:
+    return pickle.loads(pickle.dumps(content))
+
+
+def new_context() -> Context:
+    return Context(run_id=RUN_ID, node_id=5, node_config={}, state=RecordDict(), run_config={})
+
+
+@pytest.mark.parametrize("method", [kind() for kind in METHODS.values()], ids=list(METHODS))
+@pytest.mark.parametrize("seed", [None, 5])
+def test_an_order_arrives_as_it_was_sent(method, seed):
+    order = Order(method=method, round=3, client=2, last_round=1, noise_stddev=0.1 + 0.2, seed=seed, private=False)
+    record = order.to_record()
+    assert Order.of(sent(RecordDict({FEDPRIV: record}))) == order
+    assert order.rules.streams == (SystemStreams() if seed is None else SeededStreams(5))
+    assert ("seed" in record) == (seed is not None)
+
+
+def test_an_order_of_another_version_is_refused():
+    record = Order(method=AlphaNormEC(), round=1, client=0).to_record()
+    record["method.momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"method.momentum: expected a known key"):
+        Order.of(RecordDict({FEDPRIV: record}))
+
+
+def test_a_model_arrives_to_the_bit_in_its_own_number_formats():
+    record = ArrayRecord({"a": Array(SPECIAL.numpy()), "b": Array(torch.tensor(2.5).double().numpy())})
+    arrays = ModelArrays.of(record)
+    vector = arrays.vector(sent(RecordDict({"m": record})).array_records["m"])
+    assert vector.view(torch.int32).tolist() == torch.cat([SPECIAL, torch.tensor([2.5])]).view(torch.int32).tolist()
+    assert [array.dtype for array in arrays.model(vector).values()] == ["float32", "float64"]
+    assert [array.dtype for array in arrays.message(vector).values()] == ["float32", "float32"]
+    assert arrays.model(vector)["b"].numpy().shape == ()
+
+
+def test_a_clients_state_is_kept_to_the_bit():
+    order, context = Order(method=AlphaNormEC(), round=4, client=1), new_context()
+    state = order.method.init_client(7)._replace(memory=SPECIAL)
+    keep_state(context, order, state)
+    context = pickle.loads(pickle.dumps(context))
+    later = Order(method=AlphaNormEC(), round=6, client=1, last_round=4)
+    loaded = load_state(context, later, 7)
+    assert loaded.memory.view(torch.int32).tolist() == SPECIAL.view(torch.int32).tolist()
+    assert torch.equal(loaded.updated, state.updated)
+
+
+def test_a_first_round_starts_with_a_fresh_state():
+    assert torch.equal(
+        load_state(new_context(), Order(method=AlphaNormEC(), round=9, client=1), 3).memory, torch.zeros(3)
+    )
+
+
+def test_nodes_introduce_themselves():
+    assert asks_who(introduction())
+    for config, client in (({"partition-id": 3}, 3), ({"partition-id": "3"}, 3), ({}, None)):
+        assert Introduction.of_answer(sent(Introduction.of_node(config).to_content())) == Introduction(client)
+    assert Introduction.of_answer(introduction()) is None
+    assert Introduction.of_answer(RecordDict({"config": ConfigRecord()})) is None
+    with pytest.raises(ValueError, match="partition-id: expected a whole number, got 'x'"):
+        Introduction.of_node({"partition-id": "x"})
+
+
+def test_flower_moved_nothing_that_the_grid_needs():
+    echo = ClientApp()
+    echo.train()(lambda message, context: Message(message.content, reply_to=message))  # noqa: ARG005
+    grid = InProcessGrid(echo, 1)
+    with inside_a_run():
+        message = Message(introduction(), grid.order[0], "train")
+        (answer,) = grid.send_and_receive([message])
+    assert answer.metadata.reply_to_message_id == message.metadata.message_id
+    assert grid.run.run_id == RUN_ID
+    with pytest.raises(RuntimeError, match="not set"):
+        Message(introduction(), 1, "train")
