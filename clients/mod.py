@@ -10,7 +10,8 @@ Of everything else in the answer nothing leaves the client in a private run: los
 are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) In a
 run without privacy the app's metrics are passed on.
 
-Put it last in the list of mods, nearest to the app, and nothing that looks at the local model after it.
+Put it first in the list of mods: it is then the last to touch what is sent. Mods behind it see the local model, and
+what they change is bounded with the rest.
 """
 
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict

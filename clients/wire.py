@@ -23,7 +23,18 @@ from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout, refuse_buffers
 
-__all__ = ["ARRAYS", "CONFIG", "DIAGNOSTICS", "FEDPRIV", "Introduction", "ModelArrays", "Order", "introduction"]
+__all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "DIAGNOSTICS",
+    "FEDPRIV",
+    "Introduction",
+    "ModelArrays",
+    "Order",
+    "asks_who",
+    "introduction",
+    "method_name",
+]
 
 ARRAYS = "arrays"
 CONFIG = "config"
@@ -118,8 +129,7 @@ class Order:
 
     def to_record(self) -> ConfigRecord:
         """As the record `fedpriv`; the seed is in it only if there is one."""
-        name = next(name for name, kind in METHODS.items() if type(self.method) is kind)
-        table: dict[str, Any] = {"method": name}
+        table: dict[str, Any] = {"method": method_name(self.method)}
         table |= {_METHOD + key: value for key, value in write_table(self.method).items()}
         table |= {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
         return ConfigRecord(table)
@@ -146,6 +156,11 @@ class Order:
 
 
 _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "diagnostics")
+
+
+def method_name(method: Method) -> str:
+    """The method's name in the table of methods."""
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):
-        print("fedpriv: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("fedpriv: stopped. Runs in process go on from the last checkpoint with --resume.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         where = error.filename or "file system"

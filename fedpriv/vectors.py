@@ -27,10 +27,9 @@ class Layout:
     entries: tuple[tuple[str, tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> "Layout":
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
         """The layout of named tensors, in their order."""
-        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        return cls(tuple((name, tuple(tensor.shape)) for name, tensor in pairs))
+        return cls(tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
 
     @classmethod
     def of_module(cls, module: nn.Module) -> "Layout":
@@ -40,7 +39,7 @@ class Layout:
             UserError: If the module has buffers (BatchNorm's statistics would be released without noise).
         """
         refuse_buffers(name for name, _ in module.named_buffers())
-        return cls.of(module.named_parameters())
+        return cls.of(dict(module.named_parameters()))
 
     @property
     def size(self) -> int:

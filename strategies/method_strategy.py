@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
-from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order
+from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order, method_name
 from fedpriv.engines import sum_in_order
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, privacy_statement
@@ -108,7 +108,7 @@ class MethodStrategy(Strategy):
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
         self._last_round = {}
         self.statement = privacy_statement(
-            self.plan, method=type(self.agreement.server.method).__name__, randomness=self._randomness
+            self.plan, method=method_name(self.agreement.server.method), randomness=self._randomness
         )
 
     def summary(self) -> None:

@@ -49,10 +49,10 @@ NON_FINITE = [float("nan"), float("inf"), -float("inf")]
 def numbers(dtype: torch.dtype, *, finite: bool = False) -> st.SearchStrategy[float]:
     """Numbers that break norms: zeros, subnormals, the largest, and NaN and infinities unless `finite`."""
     width, corners = (32, SINGLE) if dtype == torch.float32 else (64, DOUBLE)
-    corners = [torch.tensor(corner, dtype=dtype).item() for corner in corners]
+    special = [float(torch.tensor(corner, dtype=dtype)) for corner in corners] + ([] if finite else NON_FINITE)
     anything = st.floats(width=width, allow_nan=not finite, allow_infinity=not finite)
     ordinary = st.floats(-100.0, 100.0, width=width)
-    return st.one_of(st.sampled_from([*corners, *([] if finite else NON_FINITE)]), ordinary, anything)
+    return st.one_of(st.sampled_from(special), ordinary, anything)
 
 
 @st.composite

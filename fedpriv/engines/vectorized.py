@@ -8,14 +8,16 @@ from torch import Tensor
 
 from fedpriv.engines.base import Population
 from fedpriv.learning.local_work import batches_of
+from fedpriv.learning.tasks import PIECE_FLOATS
 from fedpriv.methods import ClientState, Method
 from fedpriv.noise import client_noise
 from fedpriv.rounds import Broadcast, Total
 
 __all__ = ["StateStore", "VectorizedEngine"]
 
-# Floats in the largest tensors of one chunk: 64 MiB each.
-_CHUNK_FLOATS = 2**24
+# Floats of inputs, or of messages, in one chunk: 16 MiB each.
+_CHUNK_FLOATS = PIECE_FLOATS
+# Floats of padded inputs that are kept from round to round: 1 GiB.
 _CACHE_FLOATS = 2**28
 
 

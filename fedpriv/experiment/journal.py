@@ -23,10 +23,6 @@ __all__ = ["Journal", "Watcher"]
 Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
-def _ignore(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-    """Watches nothing."""
-
-
 @dataclass
 class Journal:
     """Writes a run's records.
@@ -35,7 +31,7 @@ class Journal:
         experiment: What is run.
         directory: Where to.
         engine: Who runs it, for the summary.
-        watch: Called with every round's rows.
+        watch: Called with every round's rows, if given.
         checkpoint_seconds: Shortest time between two checkpoints.
         checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
     """
@@ -43,7 +39,7 @@ class Journal:
     experiment: Experiment
     directory: RunDirectory
     engine: str
-    watch: Watcher = _ignore
+    watch: Watcher | None = None
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
     _taken: Counter[int] = field(default_factory=Counter)
@@ -147,7 +143,8 @@ class Journal:
         self.directory.append("rounds.jsonl", released)
         if len(diagnostics) > 1:
             self.directory.append("diagnostics.jsonl", diagnostics)
-        self.watch(released, diagnostics)
+        if self.watch is not None:
+            self.watch(released, diagnostics)
 
     def _title(self) -> str:
         config, plan = self.experiment.config, self.experiment.plan

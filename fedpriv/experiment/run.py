@@ -50,8 +50,7 @@ def run_experiment(
         done = directory.read_json("summary.json")
         if done is not None:
             return done
-        options = {} if watch is None else {"watch": watch}
-        journal = Journal(experiment, directory, runner.name, checkpoint_every=checkpoint_every, **options)
+        journal = Journal(experiment, directory, runner.name, watch=watch, checkpoint_every=checkpoint_every)
         return _run(experiment, runner, journal, directory)
 
 

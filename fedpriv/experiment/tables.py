@@ -45,7 +45,7 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, also: tuple[
     refuse_unknown(table, [*known, *also], where)
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
         key = f"{where}.{field.name}" if where else field.name
         if field.name in given or not field.init:
             continue

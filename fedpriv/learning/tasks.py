@@ -1,6 +1,8 @@
 """What is learned: a module seen as a function of one flat vector, and its loss on labelled examples."""
 
 from collections.abc import Iterator
+from functools import reduce
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,11 @@ from torch.func import functional_call, grad, vmap
 
 from fedpriv.vectors import Layout
 
-__all__ = ["Task"]
+__all__ = ["PIECE_FLOATS", "Task"]
+
+# Floats of inputs that go through the module at once. Activations are many times larger: full gradients of thousands of
+# images must be summed piece by piece. The pieces are part of how gradients are rounded, the same in every engine.
+PIECE_FLOATS = 2**22
 
 
 class Task:
@@ -44,8 +50,9 @@ class Task:
             return torch.zeros_like(model)
         weights = torch.full((len(labels),), 1.0 / len(labels), device=model.device)
         leaf = model.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(leaf, inputs, labels, weights), leaf)
-        return gradient
+        pieces = _pieces(_width(inputs, 1), inputs, labels, weights)
+        gradients = (torch.autograd.grad(self.loss(leaf, x, y, w), leaf)[0] for x, y, w in pieces)
+        return reduce(torch.add, gradients)
 
     def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Gradients `[clients, params]` of many clients' weighted losses at once.
@@ -57,13 +64,15 @@ class Task:
             weights: `[clients, examples]`; zero for padding.
         """
         by_client = 0 if models.dim() == 2 else None
-        return vmap(grad(self.loss), in_dims=(by_client, 0, 0, 0))(models, inputs, labels, weights)
+        batched = vmap(grad(self.loss), in_dims=(by_client, 0, 0, 0))
+        pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
+        return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
 
-    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor, batch: int = 2000) -> tuple[float, float]:
+    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
         """Mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labelled examples."""
         model, loss, right = model.to(self.device), 0.0, 0
         with torch.no_grad():
-            for x, y in _batches(inputs, labels, batch):
+            for x, y in _pieces(_width(inputs, 1), inputs, labels):
                 logits = self.logits(model, x.to(self.device))
                 y = y.to(self.device)
                 loss += float(F.cross_entropy(logits, y, reduction="sum").double())
@@ -71,6 +80,12 @@ class Task:
         return loss / len(labels), right / len(labels)
 
 
-def _batches(inputs: Tensor, labels: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(labels), batch):
-        yield inputs[start : start + batch], labels[start : start + batch]
+def _width(inputs: Tensor, lead: int) -> int:
+    """Floats of one example, behind `lead` leading axes."""
+    return max(prod(inputs.shape[lead:]), 1)
+
+
+def _pieces(width: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors along `dim`, each of at most `PIECE_FLOATS` / `width` examples; at least one slice."""
+    size = max(PIECE_FLOATS // width, 1)
+    return zip(*(tensor.split(size, dim) for tensor in tensors), strict=True)

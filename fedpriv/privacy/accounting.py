@@ -60,7 +60,6 @@ LARGEST_TARGET = 1e5
 ROUNDING = 1e-15
 """Mass that one convolution's rounding can misplace; the accountant's delta is lowered by this a round."""
 
-
 LARGEST_EXPONENT = 690.0
 """Of exp, with room for the small probabilities that it is multiplied by."""
 
@@ -68,7 +67,8 @@ FINEST = 1e-8
 """Least interval between losses; differences of probabilities over less would be mostly rounding."""
 
 MOST_LOSSES = 60_000
-"""Most points of one round's grid; bounds time and memory where the loss has an extreme tail."""
+"""Most points of one round's grid; bounds time and memory where the loss has an extreme tail. A twentieth of it where
+epsilon exceeds 10 000 and precision serves nobody."""
 
 
 class Bound(NamedTuple):
@@ -141,6 +141,8 @@ def least_bound(
         return Bound(math.inf, NO_NOISE, False)
     noise_multiplier = min(noise_multiplier, MOST_NOISE)
     whole = Bound(_unsampled_epsilon(noise_multiplier, rounds, delta), PLD, False)
+    if whole.epsilon == 0.0:
+        return whole
     event, relation = round_event(
         trust=trust, adjacency=adjacency, sampling=sampling, noise_multiplier=noise_multiplier
     )
@@ -183,9 +185,9 @@ def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, de
         epsilon: Target, finite and above 0.
 
     Raises:
-        UserError: If epsilon is above `LARGEST_TARGET`; or if delta is no smaller than the chance that a given client
-            ever takes part. Sending some clients' data in the clear would then be (0, delta)-private, and no noise
-            would be asked for.
+        UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than the
+            chance that a given client ever takes part. Sending some clients' data in the clear would then be
+            (0, delta)-private, and no noise would be asked for.
 
     Formal guarantees:
         The result has been evaluated by `epsilon_spent` itself and found at most `epsilon`: a search that ends early
@@ -207,6 +209,9 @@ def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, de
         return epsilon / spent if spent > 0.0 else math.inf
 
     enough = _certainly_enough(rounds, delta, epsilon)
+    if within(enough) < 1.0:
+        remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
+        raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
     factor = 1.5
     while within(enough / factor) >= 1.0:
         enough, factor = enough / factor, factor**2
@@ -258,7 +263,9 @@ def _subset_event(sampling: FixedSize, noise: dpa.DpEvent) -> dpa.DpEvent:
 
 
 def _sampled_bounds(event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int) -> list[Bound]:
-    """The bounds that credit sampling: none if the event does not sample."""
+    """The bounds that credit sampling: none if the event does not sample, or has next to no noise."""
+    if isinstance(event, dpa.GaussianDpEvent) or _noise(event) * LARGEST_SHIFT < 1.0:
+        return []
     if isinstance(event, dpa.PoissonSampledDpEvent) and event.sampling_probability < 1.0:
         return [Bound(_poisson_epsilon(event, relation, rounds, delta, horizon), PLD, True)]
     if isinstance(event, dpa.SampledWithoutReplacementDpEvent) and event.sample_size < event.source_dataset_size:
@@ -286,8 +293,6 @@ def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> fl
 def _poisson_epsilon(
     event: dpa.PoissonSampledDpEvent, relation: Relation, rounds: int, delta: float, horizon: int
 ) -> float:
-    if _noise(event) * LARGEST_SHIFT < 1.0:
-        return math.inf
     losses, epsilon = _poisson_losses(event, relation, horizon, delta)
     return epsilon if rounds == horizon else _composed_epsilon(losses, rounds, delta)
 
@@ -319,12 +324,13 @@ def _losses_of_one_round(
     """
     noise, prob, cut = _noise(event), event.sampling_probability, _negligible(delta, horizon)
     fine = min(0.04 * epsilon, 0.08 * math.sqrt(epsilon)) / math.sqrt(horizon)
+    most = MOST_LOSSES if epsilon < 1e4 else MOST_LOSSES / 20
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise,
         sampling_prob=prob,
         neighboring_relation=relation,
         log_mass_truncation_bound=cut,
-        value_discretization_interval=max(fine, FINEST, _loss_range(noise, prob, relation, cut) / MOST_LOSSES),
+        value_discretization_interval=max(fine, FINEST, _loss_range(noise, prob, relation, cut) / most),
     )
 
 
@@ -342,14 +348,16 @@ def _loss_range(noise: float, prob: float, relation: Relation, cut: float) -> fl
     return float(bounds.epsilon_upper - bounds.epsilon_lower)
 
 
-def _noise(event: dpa.PoissonSampledDpEvent | dpa.SampledWithoutReplacementDpEvent) -> float:
+def _noise(event: dpa.DpEvent) -> float:
+    """The Gaussian inside a sampling event, in that event's units."""
+    assert isinstance(event, dpa.PoissonSampledDpEvent | dpa.SampledWithoutReplacementDpEvent)
     assert isinstance(event.event, dpa.GaussianDpEvent)
     return event.event.noise_multiplier
 
 
 def _negligible(delta: float, rounds: int) -> float:
     """Log of the mass that a round may count as an infinite loss: a millionth of delta over all rounds."""
-    return math.log(delta) - math.log(1e6 * rounds)
+    return max(math.log(delta) - math.log(1e6 * rounds), -LARGEST_EXPONENT)
 
 
 def _composed_epsilon(losses: Losses, rounds: int, delta: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.privacy.accounting import Bound, calibrate, least_bound
-from fedpriv.privacy.sampling import Sampling
+from fedpriv.privacy.sampling import FixedSize, Sampling
 
 __all__ = ["ADVERSARIES", "PrivacyPlan", "make_plan"]
 
@@ -113,7 +113,7 @@ class PrivacyPlan:
     def as_dict(self) -> dict[str, Any]:
         """The plan and what follows from it, ready for JSON; an infinite epsilon is None."""
         sampling = self.sampling
-        size = {"size": sampling.size} if hasattr(sampling, "size") else {}
+        size = {"size": sampling.size} if isinstance(sampling, FixedSize) else {}
         return {
             "private": self.private,
             "epsilon": self.epsilon if math.isfinite(self.epsilon) else None,

@@ -105,7 +105,8 @@ class Poisson:
         """
         size = min(BLOCK, int(self.expected_size + 4.0 * math.sqrt(self.expected_size)) + 4)
         fine = source.uniform(size) + source.uniform(size) * 2.0**-53
-        passed_over = np.log1p(-np.minimum(fine, 1.0 - 2.0**-53)) / math.log1p(-self.sampling_prob)
+        with np.errstate(over="ignore"):
+            passed_over = np.log1p(-np.minimum(fine, 1.0 - 2.0**-53)) / math.log1p(-self.sampling_prob)
         return np.minimum(passed_over, float(self.population)).astype(np.int64) + 1
 
 

@@ -12,19 +12,20 @@ _NOT_PRIVATE = """\
 This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
 
 _NO_NOISE = """\
-This run has NO privacy guarantee. Its plan names a noise multiplier of 0: messages are bounded, but nothing hides them."""
+This run has NO privacy guarantee. Its plan names a noise multiplier of 0: messages are bounded, but nothing hides \
+them."""
 
 _WHO = {
-    "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and releases "
-    "nothing but what it makes of the noised sums. Against the server itself nothing is promised.",
-    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server sees who "
-    "took part, so no amplification by sampling is claimed. Epsilon is that of a client that takes part in every "
-    "round, the worst case; a client that takes part less often has spent less.",
+    "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and "
+    "releases nothing but what it makes of the noised sums. Against the server itself nothing is promised.",
+    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server "
+    "sees who took part, so no amplification by sampling is claimed. Epsilon is that of a client that takes part in "
+    "every round, the worst case; a client that takes part less often has spent less.",
 }
 
 _NEIGHBOURS = {
-    "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is there in the "
-    "one and zero in the other.",
+    "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is there in "
+    "the one and zero in the other.",
     "replace": "Neighbours (replace): two populations that differ in all the data of one client, whose message is any "
     "bounded message in the one and any other in the other.",
 }
@@ -110,9 +111,9 @@ def _mechanism(plan: PrivacyPlan) -> str:
     what = "the sum of a round's messages" if plan.trust == "central" else "every message"
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
-        f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is added to "
-        f"{what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. Sums are divided by the "
-        f"expected cohort size, {plan.sampling.expected_size:g}, never by the actual one."
+        f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
+        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. Sums are "
+        f"divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the actual one."
     )
 
 

@@ -127,7 +127,7 @@ def test_rules_in_float64_are_the_references_to_ten_digits(method: Method, cohor
     problem, rng, count = blobs(), np.random.default_rng(5), 50
     prob = 1.0 if cohort == "everyone" else 0.4
     cohorts = [np.arange(5) if k == 0 or prob == 1.0 else np.flatnonzero(rng.random(5) < prob) for k in range(count)]
-    noise = rng.normal(size=(count, 5, problem.size)) * 0.05 if noisy else ()
+    noise = list(rng.normal(size=(count, 5, problem.size)) * 0.05) if noisy else []
     rounds = Rounds(count, 5, prob, cohorts, noise)
     start = rng.normal(size=problem.size)
     models = wanted(method, problem, start, rounds)

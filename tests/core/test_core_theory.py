@@ -12,15 +12,15 @@ vanish. A method without memory stops where the mean *message* vanishes, 2 B(x) 
   between 0 and p is  x = (p + 3 alpha - sqrt((p + 3 alpha)^2 - 4 alpha p)) / 2.
 * B = clip_C: x = C/2 where C <= 2p/3 (then client 1 is clipped and the others are not), and else x = x*.
 
-The left side minus the right ascends strictly in x (for clipping, where it is zero), so there is no other such point and
-no step size has another fixed point. As alpha or C go to zero the stall goes to 0, the median of the clients' optima.
+The left side minus the right ascends strictly in x (for clipping, where it is zero), so there is no other such point
+and no step size has another fixed point. As alpha or C go to zero the stall goes to 0, the median of the clients'
+optima.
 (Two clients would not do for N_alpha: it is odd and one-to-one, so B(g_1) + B(g_2) = 0 means g_1 + g_2 = 0.)
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -129,10 +129,11 @@ class TestStalls:
         assert mean_gradient(last_model(method, int(800 / min(tau, 1.0)), first)) < 1e-4
 
     def test_memories_end_at_the_clients_own_gradients_which_do_not_vanish(self) -> None:
-        for method in (
+        methods: list[Method] = [
             AlphaNormEC(alpha=1.0, beta=1.0, server_lr=0.1, server_normalization=False),
             Clip21(clip_norm=0.5, server_lr=0.1),
-        ):
+        ]
+        for method in methods:
             server, clients = method.init_server(start()), fresh_clients(method, 3, 1)
             for k in range(1, 3000):
                 messages, clients = method.client_rule(clients, pulls(server.model), None, k)
@@ -225,15 +226,13 @@ Adversary = Callable[[Tensor, Tensor, float, int, torch.Generator], tuple[Tensor
 """From both memories, the largest distance, the round and randomness to the signals of two neighbouring clients."""
 
 
-def random_pair(v: Tensor, w: Tensor, distance: float, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_pair(v: Tensor, _: Tensor, distance: float, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     signal = torch.randn(v.shape, dtype=v.dtype, generator=generator) * 10.0 ** ((k * 7) % 5 - 2)
     way = torch.randn(v.shape, dtype=v.dtype, generator=generator)
     return signal, signal + distance * way / way.norm()
 
 
-def alternating_pair(
-    v: Tensor, w: Tensor, distance: float, k: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def alternating_pair(v: Tensor, w: Tensor, distance: float, k: int, _: torch.Generator) -> tuple[Tensor, Tensor]:
     """Keeps both residuals small and pushes to alternating sides: the worst case in the linear regime."""
     push = torch.zeros_like(v)
     push[0] = distance * (-1.0) ** k
@@ -294,7 +293,7 @@ class TestRecordLevelPrivacy:
 
     @every_theorem
     def test_an_adversary_comes_near_the_theorem(self, method: Method, a: float, beta: float) -> None:
-        """Signals that alternate: the memories' distance settles at beta D / (2a - beta), each s_k at 2D / (2a - beta)."""
+        """Signals that alternate: the memories settle beta D / (2a - beta) apart, each s_k at 2D / (2a - beta)."""
         found = sensitivities(method, alternating_pair, 1e-5, 1500, 0)
         bound = 2.0 * 1e-5 * 1500**0.5 / (2.0 * a - beta)
         assert 0.98 * bound <= float((found**2).sum().sqrt()) <= bound * (1.0 + 1e-6)
@@ -373,17 +372,18 @@ class TestNoise:
         method = AlphaNormEC(alpha=alpha, beta=ratio * alpha, memory="sent")
         state, rng = fresh_clients(method, clients, size), np.random.default_rng(2)
         signal = torch.full((clients, size), 1e-4, dtype=torch.float64)
-        for k in range(1, int(12 / ratio) + 2):
+        rounds = int(12 / ratio) + 1
+        for k in range(1, rounds + 1):
             _, state = method.client_rule(state, signal, sigma * torch.from_numpy(rng.normal(size=(clients, size))), k)
         noise = (state.memory - signal).numpy()
         variance = sigma**2 * alpha * method.beta / (2.0 - ratio)
         assert accepts_only(noise, variance)
         assert float(noise.std()) == pytest.approx(sigma * math.sqrt(alpha * method.beta / 2.0), rel=0.6 * ratio + 0.02)
-        walk = sigma * method.beta * math.sqrt(k)
+        walk = sigma * method.beta * math.sqrt(rounds)
         assert float(noise.std()) < walk
 
     def test_published_memories_of_clients_carry_no_noise(self) -> None:
-        method: Any = AlphaNormEC(alpha=1.0, beta=0.5)
+        method = AlphaNormEC(alpha=1.0, beta=0.5)
         state, signal = fresh_clients(method, 2, 50), torch.full((2, 50), 0.1, dtype=torch.float64)
         for k in range(1, 400):
             _, state = method.client_rule(state, signal, noise_of(k, 2, 50), k)

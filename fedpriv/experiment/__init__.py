@@ -1,0 +1,1 @@
+"""An experiment: its config, its run, its records."""

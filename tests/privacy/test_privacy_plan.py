@@ -1,0 +1,244 @@
+"""The plan turns one promise into noise and into what is reported; the statement says it to people."""
+
+import itertools
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+from helpers import brief
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedpriv.privacy as privacy
+from fedpriv.errors import UserError
+from fedpriv.privacy import Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan, privacy_statement
+
+CLIENTS = 500
+SAMPLINGS: dict[str, Sampling] = {
+    "everyone": Everyone(CLIENTS),
+    "poisson": Poisson(CLIENTS, 0.1),
+    "fixed": FixedSize(CLIENTS, 50),
+}
+COMBINATIONS = list(itertools.product(("central", "local"), ("add-or-remove", "replace"), SAMPLINGS))
+every_combination = pytest.mark.parametrize(("trust", "adjacency", "name"), COMBINATIONS)
+
+
+def plan(**change: Any) -> PrivacyPlan:
+    given_: dict[str, Any] = {
+        "trust": "central",
+        "sampling": SAMPLINGS["poisson"],
+        "rounds": 40,
+        "delta": 1e-5,
+        "l2_bound": 1.0,
+        "noise_multiplier": 1.2,
+    }
+    return make_plan(**{**given_, **change})
+
+
+def words(text: str) -> str:
+    """A text in lower case with its line breaks undone."""
+    return " ".join(text.lower().split())
+
+
+@pytest.mark.parametrize(("adjacency", "factor"), [("add-or-remove", 1.0), ("replace", 2.0)])
+@pytest.mark.parametrize("trust", ["central", "local"])
+def test_noise_is_its_multiplier_times_the_sensitivity(trust: str, adjacency: str, factor: float) -> None:
+    made = plan(trust=trust, adjacency=adjacency, l2_bound=3.0, noise_multiplier=1.5)
+    assert made.l2_sensitivity == factor * 3.0
+    assert made.noise_stddev == 1.5 * factor * 3.0
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_target_under_replace_costs_at_least_twice_the_noise_of_add_or_remove_without_sampling(name: str) -> None:
+    """Against the calibrated noise itself, so that a plan that counts replace as add-or-remove is caught."""
+    removed, replaced = (
+        plan(trust="local", sampling=SAMPLINGS[name], adjacency=kind, epsilon=4.0, noise_multiplier=None)
+        for kind in ("add-or-remove", "replace")
+    )
+    assert replaced.noise_stddev == pytest.approx(2.0 * removed.noise_stddev)
+    assert replaced.noise_stddev == pytest.approx(2.0 * removed.l2_bound * removed.noise_multiplier)
+
+
+@every_combination
+def test_the_plan_of_a_target_spends_it_within_1_percent_and_never_more(trust: str, adjacency: str, name: str) -> None:
+    made = plan(
+        trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name], epsilon=3.0, noise_multiplier=None, rounds=20
+    )
+    assert 0.99 * 3.0 <= made.epsilon <= 3.0
+    assert made.epsilon == made.epsilon_after(20)
+
+
+@brief
+@given(bound=st.floats(1e-6, 1e6), combination=st.sampled_from(COMBINATIONS))
+def test_epsilon_depends_on_the_bound_only_through_the_noise_over_it(
+    bound: float, combination: tuple[str, str, str]
+) -> None:
+    trust, adjacency, name = combination
+    change = {"trust": trust, "adjacency": adjacency, "sampling": SAMPLINGS[name]}
+    scaled, one = plan(l2_bound=bound, **change), plan(l2_bound=1.0, **change)
+    assert scaled.epsilon == one.epsilon
+    assert scaled.noise_stddev == pytest.approx(bound * one.noise_stddev, rel=1e-12)
+
+
+@every_combination
+def test_epsilon_starts_at_zero_and_never_falls_from_round_to_round(trust: str, adjacency: str, name: str) -> None:
+    made = plan(trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name])
+    after = [made.epsilon_after(rounds) for rounds in range(made.rounds + 1)]
+    assert after[0] == 0.0
+    assert all(earlier <= later for earlier, later in itertools.pairwise(after))
+    assert after[-1] == made.epsilon > after[1] > 0.0
+
+
+def test_epsilon_is_cheap_enough_to_ask_for_after_every_round() -> None:
+    made = plan(sampling=Poisson(10**5, 0.01), rounds=1000, epsilon=2.0, noise_multiplier=None)
+    made.epsilon_after(1000)
+    start = time.perf_counter()
+    for rounds in (1, 10, 100, 300, 999):
+        made.epsilon_after(rounds)
+    assert time.perf_counter() - start < 5 * 0.5
+
+
+def test_a_plan_of_no_rounds_spends_nothing_and_has_the_noise_of_one() -> None:
+    none, one = (plan(rounds=rounds, epsilon=2.0, noise_multiplier=None) for rounds in (0, 1))
+    assert none.epsilon == 0.0
+    assert none.noise_multiplier == one.noise_multiplier
+
+
+def test_a_local_client_is_charged_for_its_own_participations() -> None:
+    made = plan(trust="local", sampling=SAMPLINGS["fixed"])
+    assert made.epsilon_of_participations(made.rounds) == made.epsilon
+    assert 0.0 == made.epsilon_of_participations(0) < made.epsilon_of_participations(3) < made.epsilon
+    with pytest.raises(ValueError, match="local"):
+        plan(trust="central").epsilon_of_participations(3)
+
+
+def test_the_default_adjacency_follows_trust() -> None:
+    assert plan(trust="central").adjacency == "add-or-remove"
+    assert plan(trust="local").adjacency == "replace"
+
+
+@pytest.mark.parametrize("name", ["poisson", "fixed"])
+def test_amplification_is_claimed_where_the_server_is_trusted_and_nowhere_else(name: str) -> None:
+    assert plan(trust="central", sampling=SAMPLINGS[name]).amplification
+    local = plan(trust="local", sampling=SAMPLINGS[name])
+    assert not local.amplification
+    assert local.epsilon == plan(trust="local", sampling=Everyone(CLIENTS)).epsilon
+    assert not plan(trust="central", sampling=Everyone(CLIENTS)).amplification
+
+
+def test_the_accountant_is_named_with_its_version() -> None:
+    assert plan().accountant.startswith("PLD (dp-accounting 0.")
+    assert plan(sampling=SAMPLINGS["fixed"]).accountant.startswith("RDP (dp-accounting 0.")
+
+
+@every_combination
+@pytest.mark.parametrize("noise", [0.0, 1.2])
+def test_the_dictionary_is_json_without_infinities(trust: str, adjacency: str, name: str, noise: float) -> None:
+    made = plan(trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name], noise_multiplier=noise)
+    read = json.loads(json.dumps(made.as_dict(), allow_nan=False))
+    assert read["epsilon"] == (made.epsilon if noise else None)
+    assert read["private"] == (noise > 0.0)
+    assert read["noise_stddev"] == made.noise_stddev
+    assert read["sampling"]["name"] == name
+    assert read["sampling"].get("size") == (50 if name == "fixed" else None)
+    assert (read["trust"], read["adjacency"], read["unit"]) == (trust, adjacency, "client")
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("privacy.unit", {"unit": "example"}),
+        ("privacy.unit", {"unit": "cleint"}),
+        ("privacy.trust", {"trust": "aggregator"}),
+        ("privacy.trust", {"trust": "centrall"}),
+        ("privacy.adjacency", {"adjacency": "replce"}),
+        ("privacy.delta", {"delta": 0.0}),
+        ("privacy.delta", {"delta": 1.0}),
+        ("privacy.delta", {"delta": math.nan}),
+        ("privacy.noise_multiplier", {"noise_multiplier": -1.0}),
+        ("privacy.noise_multiplier", {"noise_multiplier": math.nan}),
+        ("privacy.noise_multiplier", {"noise_multiplier": math.inf}),
+        ("privacy.epsilon", {"noise_multiplier": None, "epsilon": 0.0}),
+        ("privacy.epsilon", {"noise_multiplier": None, "epsilon": -1.0}),
+        ("privacy.epsilon", {"noise_multiplier": None, "epsilon": math.nan}),
+        ("privacy.epsilon", {"noise_multiplier": None, "epsilon": math.inf}),
+    ],
+)
+def test_a_refused_plan_names_its_key_in_one_line(key: str, change: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as refusal:
+        plan(**change)
+    assert refusal.value.where == key
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan, math.inf])
+def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
+    with pytest.raises(ValueError, match="bound"):
+        plan(l2_bound=bound)
+
+
+@pytest.mark.parametrize("change", [{"epsilon": 1.0}, {"noise_multiplier": None}])
+def test_exactly_one_of_epsilon_and_noise_is_wanted(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"exactly one of .*epsilon and .*noise_multiplier"):
+        plan(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "near"),
+    [({"trust": "centrall"}, "central"), ({"adjacency": "replce"}, "replace"), ({"unit": "cleint"}, "client")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(change: dict[str, Any], near: str) -> None:
+    with pytest.raises(UserError, match=f"Did you mean '{near}'"):
+        plan(**change)
+
+
+@pytest.mark.parametrize("change", [{"unit": "example"}, {"trust": "aggregator"}])
+def test_what_is_not_offered_yet_says_so(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"not offered yet.* use"):
+        plan(**change)
+
+
+@every_combination
+def test_a_statement_never_gives_a_number_without_its_adversary(trust: str, adjacency: str, name: str) -> None:
+    made = plan(trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name])
+    text = words(privacy_statement(made, method="a method", randomness="system"))
+    assert "epsilon" in text
+    assert words(made.adversary) in text
+    assert all(part in text for part in (adjacency, "client", f"{made.delta:g}", words(made.accountant)))
+    assert all(part in text for part in (str(made.rounds), f"{made.noise_stddev:.6g}", f"{made.l2_bound:g}"))
+    assert ("amplification" in text) == (trust == "local")
+
+
+def test_a_statement_never_understates_epsilon() -> None:
+    for noise in (0.7, 0.9, 1.1, 1.3, 1.9, 2.7):
+        made = plan(noise_multiplier=noise, sampling=SAMPLINGS["everyone"])
+        text = privacy_statement(made, method="a method", randomness="system")
+        stated = float(words(text).split("epsilon = ")[1].split()[0])
+        assert made.epsilon * (1.0 - 1e-9) <= stated <= 1.001 * made.epsilon
+
+
+def test_a_statement_lists_what_is_not_covered() -> None:
+    text = words(privacy_statement(plan(), method="a method", randomness="seeded"))
+    for item in ("loss", "norm", "hyperparameter", "batchnorm", "time", "mironov 2012", "simulation", "seed"):
+        assert item in text
+    assert "this is a simulation" not in words(privacy_statement(plan(), method="a method", randomness="system"))
+
+
+def test_a_run_without_noise_is_said_to_promise_nothing() -> None:
+    bare = privacy_statement(None, method="a method", randomness="seeded")
+    quiet = privacy_statement(plan(noise_multiplier=0.0), method="a method", randomness="seeded")
+    assert "not private" in words(bare)
+    assert "no privacy guarantee" in words(quiet)
+    assert "epsilon" not in words(bare) + words(quiet)
+
+
+def test_a_local_statement_says_what_the_server_sees_and_who_is_charged() -> None:
+    text = words(privacy_statement(plan(trust="local"), method="a method", randomness="system"))
+    for part in ("server", "every message", "no amplification", "every round", "worst case"):
+        assert part in text
+
+
+def test_the_package_offers_what_it_names() -> None:
+    assert all(hasattr(privacy, name) for name in privacy.__all__)
