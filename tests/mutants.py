@@ -85,7 +85,8 @@ MUTANTS = [
         "divided by the actual cohort",
         "fedpriv/experiment/run.py",
         "finish_round(experiment.server, state, number, total.sum)",
-        "finish_round(experiment.server, state, number, total.sum * experiment.server.sampling.expected_size / max(total.messages, 1))",
+        "finish_round(experiment.server, state, number, "
+        "total.sum * experiment.server.sampling.expected_size / max(total.messages, 1))",
         "tests/experiment",
     ),
     Mutant(
@@ -263,7 +264,7 @@ MUTANTS = [
     Mutant(
         "a run without noise is called private",
         PLAN,
-        "return self.noise_multiplier > 0.0",
+        "return self.noise_multiplier > 0.0 and math.isfinite(self.epsilon)",
         "return True",
         EXPERIMENT,
     ),

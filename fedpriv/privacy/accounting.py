@@ -405,4 +405,4 @@ def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, de
 @lru_cache(maxsize=64)
 def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent, orders: tuple[float, ...]) -> np.ndarray:
     """Renyi divergence of one round at each order; it adds up over rounds."""
-    return dpa.rdp.RdpAccountant(orders, Relation.REPLACE_ONE).compose(event)._rdp
+    return dpa.rdp.RdpAccountant(orders, Relation.REPLACE_ONE).compose(event).rdp

@@ -5,6 +5,7 @@ No other code multiplies a bound, a noise multiplier and an epsilon.
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from fedpriv.errors import UserError, nearest
@@ -57,7 +58,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
+        if not (_is_number(self.noise_multiplier) and self.noise_multiplier >= 0.0):
             expected = "a number from 0"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
 
@@ -93,11 +94,12 @@ class PrivacyPlan:
 
     @property
     def private(self) -> bool:
-        """Whether anything is promised at all."""
-        return self.noise_multiplier > 0.0
+        """Whether anything is promised at all: there is noise, and enough of it for a finite epsilon."""
+        return self.noise_multiplier > 0.0 and math.isfinite(self.epsilon)
 
     def epsilon_after(self, rounds: int) -> float:
         """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them."""
+        _check_numbers(rounds, self.delta, self.l2_bound)
         return self._bound(rounds).epsilon
 
     def epsilon_of_participations(self, count: int) -> float:
@@ -218,16 +220,20 @@ def _check_names(trust: str, adjacency: str, unit: str) -> None:
             raise UserError(key, "a known name", repr(value), nearest(str(value), known))
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if rounds < 0:
+    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < 0:
         raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
-    if not 0.0 < delta < 1.0:
+    if not (_is_number(delta) and 0.0 < delta < 1.0):
         raise UserError("privacy.delta", "a number between 0 and 1", delta, "Well below 1 / clients is usual")
-    if not (math.isfinite(l2_bound) and l2_bound > 0.0):
+    if not (_is_number(l2_bound) and l2_bound > 0.0):
         raise ValueError(f"a method's bound is positive and finite, not {l2_bound}")
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if epsilon is None or not (math.isfinite(epsilon) and epsilon > 0.0):
+    if not (epsilon is not None and _is_number(epsilon) and epsilon > 0.0):
         raise UserError("privacy.epsilon", "a finite number above 0", epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

@@ -12,8 +12,8 @@ _NOT_PRIVATE = """\
 This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
 
 _NO_NOISE = """\
-This run has NO privacy guarantee. Its plan names a noise multiplier of 0: messages are bounded, but nothing hides \
-them."""
+This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next to \
+nothing hides them."""
 
 _WHO = {
     "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and "
@@ -60,7 +60,7 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str)
     if plan is None:
         return f"Privacy statement for {method}\n\n{_NOT_PRIVATE}\n"
     if not plan.private:
-        return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE)}\n"
+        return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE.format(multiplier=plan.noise_multiplier))}\n"
     not_covered = [*_NOT_COVERED, _SEEDED] if randomness == "seeded" else list(_NOT_COVERED)
     paragraphs = [
         f"Privacy statement for {method}",
@@ -77,11 +77,16 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str)
 
 
 def _promise(plan: PrivacyPlan) -> str:
-    epsilon = f"{_rounded_up(plan.epsilon)}" if math.isfinite(plan.epsilon) else "infinite"
-    against = "the adversary below"
+    epsilon, against = _rounded_up(plan.epsilon), "the adversary below"
+    weak = ""
+    if plan.delta >= 1.0 / plan.sampling.population:
+        weak = (
+            f" WARNING: delta is at least 1 / clients ({1.0 / plan.sampling.population:.2g}): such a delta would also "
+            "allow one client's data to be released outright."
+        )
     return (
         f"Promise: against {against}, the run is (epsilon, delta)-differentially private with epsilon = {epsilon} at "
-        f"delta = {plan.delta:g}, for each client."
+        f"delta = {plan.delta:g}, for each client.{weak}"
     )
 
 

@@ -69,18 +69,20 @@ def _feedback(steps: tuple[float, ...], pairs: tuple[tuple[float, float], ...], 
 
 def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     """Every method with the hyperparameters that are tried for it."""
-    small, local, free = problem == "cnn", setting.startswith("local"), setting == "non-private"
-    steps = (0.003, 0.01, 0.03) if local else (0.1, 0.3, 1.0) if small or free else (0.03, 0.1, 0.3)
+    small, local = problem == "cnn", setting.startswith("local")
+    noisy = setting.endswith("epsilon 2") and not small
+    steps = (0.003, 0.01, 0.03) if local else (0.03, 0.1, 0.3) if noisy else (0.1, 0.3, 1.0)
     lengths = tuple(step / 2 for step in steps)
     few = small or local
     clips = (1.0,) if few else (0.3, 1.0)
     pairs = ((1.0, 0.1),) if local else ((1.0, 0.1), (1.0, 1.0)) if small else ((0.1, 0.1), (1.0, 0.1), (1.0, 1.0))
+    residuals = _points(steps, clip_norm=(0.1,) if few else (0.1, 0.3))
     clipped, smoothed = _points(steps, clip_norm=clips), _points(steps, alpha=(1.0,) if few else (0.1, 1.0))
     damped = ((1.0, 1.0),) if few else ((1.0, 0.3), (1.0, 1.0))
     methods = {
         "DP-FedAvg": [{"name": "dp-fedavg", **p} for p in clipped],
         "normalized SGD": [{"name": "normalized-sgd", **p} for p in smoothed],
-        "Clip21": [{"name": "clip21", **p, "server_lr": p["server_lr"] * p["clip_norm"]} for p in clipped],
+        "Clip21": [{"name": "clip21", **p, "server_lr": p["server_lr"] * p["clip_norm"]} for p in residuals],
         "alpha-NormEC": _feedback(steps, pairs, server_normalization=False),
         "alpha-NormEC, SN": _feedback(lengths, ((1.0, 0.1),) if few else ((1.0, 0.1), (1.0, 1.0))),
         "alpha-NormEC, damped": _feedback(steps, damped, server_normalization=False, damping=0.1),
@@ -122,7 +124,9 @@ def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, dat
         for part, rows in (("validation", slice(1, None, 2)), ("test", slice(0, None, 2)))
     }
     figures = {
-        f"{part}_{what}": value for part, pair in judged.items() for what, value in zip(("loss", "accuracy"), pair, strict=True)
+        f"{part}_{what}": value
+        for part, pair in judged.items()
+        for what, value in zip(("loss", "accuracy"), pair, strict=True)
     }
     return {**figures, "signal_to_noise": ratio, "epsilon": experiment.plan and experiment.plan.epsilon}
 

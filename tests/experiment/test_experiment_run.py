@@ -1,5 +1,6 @@
 """Runs: the directory they fill, resumption to the bit, engines that agree, refusals that lose nothing."""
 
+import itertools
 import json
 import math
 import os
@@ -75,7 +76,7 @@ def test_released_rows_hold_nothing_that_a_client_reported_and_epsilon_only_grow
     assert all(set(row) == {"round", "epsilon", "test_accuracy", "test_loss"} for row in rows)
     spent = [row["epsilon"] for row in rows]
     assert spent[0] == 0.0
-    assert all(a < b for a, b in zip(spent, spent[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(spent))
     assert 7.9 < spent[-1] <= 8.0
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import dp_accounting as dpa
 import numpy as np
@@ -46,15 +46,11 @@ def exact_delta(epsilon: float, shift: float) -> float:
 
 def root(function: Callable[[float], float], most: float) -> float:
     """Where a falling function crosses zero."""
-    found = optimize.brentq(function, 0.0, most, xtol=1e-12)
-    assert isinstance(found, float)
-    return found
+    return cast(float, optimize.brentq(function, 0.0, most, xtol=1e-12))
 
 
 def exact_epsilon(shift: float, delta: float = DELTA) -> float:
-    return optimize.brentq(
-        lambda epsilon: exact_delta(epsilon, shift) - delta, 0.0, shift**2 + 40.0 * shift, xtol=1e-12
-    )
+    return root(lambda epsilon: exact_delta(epsilon, shift) - delta, shift**2 + 40.0 * shift)
 
 
 def mixture_epsilon(prob: float, noise: float, shifts: tuple[float, float], delta: float = DELTA) -> float:
