@@ -6,11 +6,14 @@ No other code multiplies a bound, a noise multiplier and an epsilon.
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy.accounting import Bound, calibrate, least_bound
 from fedpriv.privacy.sampling import FixedSize, Sampling
+
+# dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+if TYPE_CHECKING:
+    from fedpriv.privacy.accounting import Bound
 
 __all__ = ["ADVERSARIES", "PrivacyPlan", "make_plan"]
 
@@ -140,7 +143,9 @@ class PrivacyPlan:
             "amplification": self.amplification,
         }
 
-    def _bound(self, rounds: int) -> Bound:
+    def _bound(self, rounds: int) -> "Bound":
+        from fedpriv.privacy.accounting import least_bound
+
         return least_bound(
             trust=self.trust,
             adjacency=self.adjacency,
@@ -188,6 +193,8 @@ def make_plan(
     _check_names(trust, adjacency, unit)
     _check_numbers(rounds, delta, l2_bound)
     if noise_multiplier is None:
+        from fedpriv.privacy.accounting import calibrate
+
         target = _check_epsilon(epsilon)
         noise_multiplier = calibrate(
             trust=trust, adjacency=adjacency, sampling=sampling, rounds=rounds, delta=delta, epsilon=target

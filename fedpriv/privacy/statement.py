@@ -12,8 +12,8 @@ _NOT_PRIVATE = """\
 This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
 
 _NO_NOISE = """\
-This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next to \
-nothing hides them."""
+This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next \
+to nothing hides them."""
 
 _WHO = {
     "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and "

@@ -82,11 +82,15 @@ MISTAKES = [
 ]
 
 
+def plan_of(setting: str) -> None:
+    config = load_config(QUICKSTART, [setting])
+    config.plan(config.cohort.of(config.data.clients or 1))
+
+
 @pytest.mark.parametrize(("setting", "where", "says"), MISTAKES)
 def test_a_mistake_is_one_line_that_names_the_key(setting: str, where: str, says: str):
     with pytest.raises(UserError) as caught:
-        config = load_config(QUICKSTART, [setting])
-        config.plan(config.cohort.of(config.data.clients or 1))
+        plan_of(setting)
     line = str(caught.value)
     assert where in line
     assert says in line

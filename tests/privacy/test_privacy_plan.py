@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import fedpriv.privacy as privacy
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan, privacy_statement
+from fedpriv.privacy.accounting import _poisson_losses
 
 CLIENTS = 500
 SAMPLINGS: dict[str, Sampling] = {
