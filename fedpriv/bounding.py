@@ -26,6 +26,8 @@ __all__ = ["Bounded", "Clip", "SmoothedNormalization", "finite_rows"]
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
 _SHRINK = 1.0 - 2.0**-21
 _HUGE = 2.0**96
+# Below this a float32 scale may be subnormal, and then it is too coarse to keep the bound.
+_TINY = 2.0**-96
 
 
 class Bounded(Protocol):
@@ -55,13 +57,15 @@ class Clip:
     """clip_C(u) = min(1, C / ||u||_2) u, the projection onto the ball of radius C.
 
     Args:
-        clip_norm: C, positive.
+        clip_norm: C, from 1e-20 to 1e20, where float32 can hold the product of bound and direction.
     """
 
     clip_norm: float
 
     def __post_init__(self) -> None:
         require_positive("method.clip_norm", self.clip_norm)
+        if not 1e-20 <= self.clip_norm <= 1e20:
+            raise UserError("method.clip_norm", "a number from 1e-20 to 1e20", self.clip_norm, "Rescale the signal")
 
     @property
     def l2_bound(self) -> float:
@@ -118,13 +122,13 @@ def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -
     and returns the scale that turns u / ratio into the output.
     """
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
-    if not bool((norm < _HUGE).all()):
-        return _scale_huge_rows(vectors, scale_of)
     scale = scale_of(norm.clamp(min=1e-300), torch.ones_like(norm))
-    return vectors * scale.to(vectors.dtype)
+    ordinary = (norm < _HUGE) & (scale >= _TINY)
+    scaled = vectors * scale.to(vectors.dtype)
+    return scaled if bool(ordinary.all()) else torch.where(ordinary, scaled, _scale_in_float64(vectors, scale_of))
 
 
-def _scale_huge_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     finite = finite_rows(vectors)
     safe = torch.where(finite, vectors, 0.0).double()
     largest = safe.abs().amax(dim=-1, keepdim=True)

@@ -23,7 +23,9 @@ from fedpriv.learning.local_work import LOCAL_WORKS
 from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.methods import METHODS
-from fedpriv.privacy import SAMPLINGS, privacy_statement
+from fedpriv.privacy import SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.rounds import agree
+from fedpriv.streams import SeededStreams
 
 __all__ = ["app", "main"]
 
@@ -95,7 +97,9 @@ def privacy(
 ) -> None:
     """Show what an experiment promises: noise, epsilon, statement. Trains nothing."""
     experiment = load_config(config, settings or ())
-    plan = experiment.plan(sampling_of(experiment, data_root))
+    sampling = sampling_of(experiment, data_root)
+    plan = experiment.plan(sampling)
+    agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
         absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
@@ -174,7 +178,7 @@ def _first_line(kind: type) -> str:
 def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     accuracy, loss = summary["test_accuracy"], summary["test_loss"]
     if summary["private"]:
-        promise = f"{summary['epsilon']:.4g} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
+        promise = f"{rounded_up(summary['epsilon'])} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
         promise += f"\nadversary   {summary['adversary']}"
     else:
         promise = "none: this run is not private"
@@ -193,6 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        raise SystemExit(2) from None
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):

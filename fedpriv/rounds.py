@@ -75,7 +75,10 @@ class Broadcast(NamedTuple):
 
 
 class Total(NamedTuple):
-    """What comes back: the sum of the messages `[params]` on the CPU, and figures that are not private.
+    """What comes back: the sum of the messages `[params]`, float64 on the CPU, and figures that are not private.
+
+    The sum is not rounded before the noise is on it: rounding a sum of many messages to float32 can move it by more
+    when one client comes or goes than that client's bound.
 
     `messages` counts the senders, `non_finite` those whose signal was not finite and whose message was the bounded
     map of nothing; `signal_norm` is the mean l2 norm of the finite signals (NaN if there is none).
@@ -146,15 +149,16 @@ def client_round(
 
 
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002
-    """The server's next state from the sum of the messages `[params]`.
+    """The server's next state from the sum of the messages, float64 `[params]`.
 
-    The sum is divided by the expected cohort size: the actual one is a secret under add-or-remove adjacency.
+    Noise is added in float64 and the result is rounded once; from there on all is post-processing. The sum is divided
+    by the expected cohort size: the actual one is a secret under add-or-remove adjacency.
     """
     size = total.shape[-1]
-    noisy = total
+    noisy = total.double()
     if rules.noise_stddev > 0.0:
-        noisy = total + server_noise(rules.streams, rules.noise_stddev, size, round)
-    mean = noisy / rules.sampling.expected_size
+        noisy = noisy + server_noise(rules.streams, rules.noise_stddev, size, round)
+    mean = (noisy / rules.sampling.expected_size).to(state.model.dtype)
     return rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
 
 

@@ -73,7 +73,7 @@ def run_with_flower(
     Raises:
         UserError: On anything that the user can mend, failing clients included; no process is left behind.
     """
-    out = out.resolve()
+    out = Path(out).resolve()
     population = assemble(config, device=device, data_root=data_root).population.federation.population
     directory = RunDirectory(out)
     done = _claim(directory, config, resume)
@@ -97,9 +97,9 @@ def run_with_flower(
 
 def _claim(directory: RunDirectory, config: Config, resume: bool) -> dict[str, Any] | None:
     """Makes the directory this run's; returns the summary of a run that is finished."""
-    begun = directory.file("config.toml").exists()
-    directory.claim(config.to_toml(), config.digest, resume=resume)
-    summary = directory.read_json("summary.json")
+    with directory.locked():
+        begun = directory.file("config.toml").exists()
+        summary = directory.claim(config.to_toml(), config.digest, resume=resume)
     if begun and summary is None:
         raise UserError(
             str(directory.path),

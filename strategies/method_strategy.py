@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order, method_name
 from fedpriv.engines import sum_in_order
+from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, privacy_statement
 from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
@@ -51,8 +53,6 @@ class MethodStrategy(Strategy):
         evaluate: Whether all clients evaluate the model after every round, and their metrics are averaged by
             `num-examples`. Off by default: what clients report about their data is *not* protected.
         join_timeout: Seconds to wait for all clients at the start.
-        diagnostics: Whether clients report the norms of their signals, which are not protected; None for in
-            simulations only (where randomness is seeded).
     """
 
     def __init__(
@@ -62,13 +62,11 @@ class MethodStrategy(Strategy):
         num_clients: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
-        diagnostics: bool | None = None,
     ) -> None:
         self._agree = agree
         self._num_clients = num_clients
         self._evaluate = evaluate
         self._join_timeout = join_timeout
-        self._diagnostics = diagnostics
         self._timeout = math.inf
         self._nodes: list[int] = []
         self._asked: dict[int, Message] = {}
@@ -99,6 +97,13 @@ class MethodStrategy(Strategy):
 
     def prepare(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int, timeout: float) -> None:
         """What comes before the first round: waits for all clients, makes the agreement and the server's state."""
+        if hasattr(self, "agreement"):
+            raise UserError(
+                "strategy.start",
+                "one start of a strategy",
+                "a second",
+                "Make a new strategy for a new run; what two runs spend on the same clients' data adds up",
+            )
         self._arrays = ModelArrays.of(initial_arrays)
         model = self._arrays.vector(initial_arrays)
         self._timeout = timeout
@@ -149,7 +154,7 @@ class MethodStrategy(Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sums the messages in the order of client ids and lets the method's server rule act on the sum."""
         answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
-        messages = (self._arrays.vector(content.array_records[ARRAYS]) for content in answers)
+        messages = [self._message(client, content) for client, content in zip(self._asked, answers, strict=True)]
         self.total = _total(sum_in_order(messages, self._arrays.layout.size), answers)
         self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         self._last_round |= dict.fromkeys(self._asked, server_round)
@@ -182,6 +187,20 @@ class MethodStrategy(Strategy):
         answers = self._answers(replies, f"evaluation after round {server_round}")
         return _average([answer.content for answer in answers])
 
+    def _message(self, client: int, content: RecordDict) -> Tensor:
+        """A client's message; the server that must keep the promise (trust central) checks that it is bounded."""
+        message, plan = self._arrays.vector(content.array_records[ARRAYS]), self.plan
+        if plan is not None and plan.trust == "central":
+            norm = float(torch.linalg.vector_norm(message, dtype=torch.float64))
+            if not norm <= plan.l2_bound:
+                raise UserError(
+                    f"message of client {client}",
+                    f"l2 norm of at most {plan.l2_bound:g}",
+                    norm,
+                    "Nothing may change a message after private_mod: put it first in the list of mods",
+                )
+        return message
+
     def _answers(self, replies: Iterable[Message], what: str) -> list[Message]:
         who = [f"client {client}" for client in self._asked]
         return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
@@ -196,7 +215,7 @@ class MethodStrategy(Strategy):
             noise_stddev=rules.noise_stddev,
             seed=streams.seed if isinstance(streams, SeededStreams) and rules.noise_stddev > 0.0 else None,
             private=self.plan is not None,
-            diagnostics=self._randomness == "seeded" if self._diagnostics is None else self._diagnostics,
+            diagnostics=self._randomness == "seeded",
         )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import read_table
-from fedpriv.methods import METHODS, Method
+from fedpriv.methods import METHODS, Method, has_memory
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams, SystemStreams
@@ -41,7 +41,13 @@ class Privacy:
 
     def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
         """The plan for `rounds` rounds of `method`."""
-        return make_plan(**asdict(self), sampling=sampling, rounds=rounds, l2_bound=method.bounded.l2_bound)
+        return make_plan(
+            **asdict(self),
+            sampling=sampling,
+            rounds=rounds,
+            l2_bound=method.bounded.l2_bound,
+            client_memory=has_memory(method),
+        )
 
 
 class NamedStrategy(MethodStrategy):

@@ -47,8 +47,8 @@ def _run(grid: Grid, context: Context) -> None:
     config = run.load()
     experiment = run.assemble(config)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
-    directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
     with directory.locked():
+        directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
         journal = Journal(experiment, directory, "flower")
         journal.begin()
         strategy = make_strategy(experiment)

@@ -17,7 +17,7 @@ from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
 FALSE_ALARM = 1e-9
 """Probability with which one statistical test fails although the law holds."""
 
-thorough = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+thorough = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 brief = settings(thorough, max_examples=40)
 
 EXAMPLES: dict[str, Method] = {

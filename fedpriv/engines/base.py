@@ -75,11 +75,11 @@ class Population:
 
 
 def sum_in_order(messages: Iterable[Tensor], size: int) -> Tensor:
-    """The sum `[params]` of messages in the order given, accumulated in float64 and rounded once to float32."""
+    """The sum `[params]` of messages in the order given, float64 on the CPU."""
     total = torch.zeros(size, dtype=torch.float64)
     for message in messages:
         total = total.to(message.device).add_(message)
-    return total.float().cpu()
+    return total.cpu()
 
 
 @contextmanager

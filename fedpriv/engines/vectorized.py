@@ -63,6 +63,7 @@ class StateStore:
         """See `Engine.restore`."""
         clients = tensors["clients"].tolist()
         self._slots = {client: row for row, client in enumerate(clients)}
+        self._fields = [field.new_zeros((0, *field.shape)) for field in self._fresh]
         if clients:
             self._fields = [tensors[name].to(self._device).clone() for name in self._kind._fields]
 
@@ -108,7 +109,7 @@ class VectorizedEngine:
         found = torch.cat(norms)
         finite = found[torch.isfinite(found)]
         mean = float(finite.mean()) if len(finite) else math.nan
-        return Total(total.float().cpu(), len(found), len(found) - len(finite), mean)
+        return Total(total.cpu(), len(found), len(found) - len(finite), mean)
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""
@@ -179,4 +180,6 @@ class VectorizedEngine:
             index[i, len(r) :] = r[0] if len(r) else 0
             weights[i, : len(r)] = 1.0 / max(len(r), 1)
         at = torch.from_numpy(index).to(self._population.task.device)
-        return self._population.inputs[at], self._population.labels[at], torch.from_numpy(weights).to(at.device)
+        inputs = self._population.inputs[at]
+        inputs[[i for i, r in enumerate(rows) if not len(r)]] = 0.0
+        return inputs, self._population.labels[at], torch.from_numpy(weights).to(at.device)

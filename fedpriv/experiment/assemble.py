@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.errors import UserError, nearest
@@ -89,7 +89,7 @@ def assemble(
     server, client = agree(config.method, sampling, plan, streams)
     seed = int(streams.source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
-    module = config.model.build(tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
+    module = _build(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
     task = Task(module, device)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
@@ -97,10 +97,18 @@ def assemble(
     )
 
 
+def _build(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+    try:
+        return config.model.build(input_shape, classes, seed)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError("[model]", "a model that fits in memory", reason, "Make the model smaller") from None
+
+
 def check_device(device: str) -> None:
     """Raises UserError if torch cannot use `device`."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError("--device", "a device of this machine", f"{device!r} ({reason})", "Use --device cpu") from None

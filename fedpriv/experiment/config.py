@@ -17,7 +17,7 @@ from fedpriv.learning.datasets import DATASETS
 from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
-from fedpriv.methods import METHODS, Method
+from fedpriv.methods import METHODS, Method, has_memory
 from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file"]
@@ -140,6 +140,7 @@ class Config:
             sampling=sampling,
             rounds=self.training.rounds,
             l2_bound=self.method.bounded.l2_bound,
+            client_memory=has_memory(self.method),
             **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice)},
         )
 
@@ -164,7 +165,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(str(path), "a TOML file", str(error), "Mend the file") from None
 
 
@@ -197,6 +198,8 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError) as error:
+        raise UserError("-s", "a TOML value", str(error), "Give a shorter value") from None
 
 
 def parse_config(tables: dict[str, Any]) -> Config:
@@ -228,7 +231,7 @@ class _Top:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise UserError("seed", "a whole number from 0", self.seed, "Give a seed such as 7")
-        if not self.name or any(c in self.name for c in "/\\\0\n"):
+        if self.name in ("", ".", "..") or any(c in self.name for c in "/\\\0\n"):
             raise UserError("name", "a short name that can be a folder's", repr(self.name), "Change the name")
 
 

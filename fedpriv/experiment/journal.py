@@ -1,5 +1,6 @@
 """What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
-from fedpriv.privacy import privacy_statement
+from fedpriv.privacy import privacy_statement, rounded_up
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 
 __all__ = ["Journal", "Watcher"]
@@ -84,7 +85,9 @@ class Journal:
         released = {"round": round, **self._promise(round), **evaluation}
         self._record(released, self._diagnose(round, state, total, seconds))
         if client_states is not None and self._checkpoint_due(round):
-            self.directory.checkpoint.write(self.experiment.config.digest, round, state._asdict(), client_states())
+            self.directory.sync("rounds.jsonl", "diagnostics.jsonl")
+            digest, server = self.experiment.config.digest, state._asdict()
+            self.directory.checkpoint.write(digest, self.promise, round, server, client_states())
             self._saved_at = time.monotonic()
         self._round_began = time.monotonic()
 
@@ -97,6 +100,12 @@ class Journal:
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
+
+    @property
+    def promise(self) -> str:
+        """What all rounds of a run must have in common beside its config: the noise, and who accounts for it."""
+        plan = self.experiment.plan
+        return "none" if plan is None else f"noise {plan.noise_stddev!r}, {plan.accountant}"
 
     @property
     def _keeps_ledger(self) -> bool:
@@ -148,7 +157,9 @@ class Journal:
 
     def _title(self) -> str:
         config, plan = self.experiment.config, self.experiment.plan
-        promise = "not private" if plan is None else f"{plan.trust} trust, ({plan.epsilon:.3g}, {plan.delta:g})-DP"
+        promise = "not private"
+        if plan is not None and plan.private:
+            promise = f"{plan.trust} trust, ({rounded_up(plan.epsilon)}, {plan.delta:g})-DP"
         return f"{config.name}: {config.method_name}, {promise}"
 
     def _summary(self, last: dict[str, Any], diagnostics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,7 +181,7 @@ class Journal:
             "test_loss": last["test_loss"],
             **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
             **({"ledger": self._ledger()} if self._keeps_ledger else {}),
-            "non_finite": sum(row["non_finite"] for row in diagnostics),
+            "diagnostics": {"messages": messages, "non_finite": sum(row["non_finite"] for row in diagnostics)},
             "seconds": seconds,
             "clients_per_second": messages / seconds if seconds else 0.0,
         }
@@ -181,7 +192,7 @@ class Journal:
         counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
         for client, times in self._taken.items():
             counts[client] = times
-        figures = {"most": counts.max(), "median": np.median(counts), "least": counts.min()}
+        figures = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
         return {
             who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}
             for who, times in figures.items()

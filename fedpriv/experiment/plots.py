@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, (key, label, colour) in zip(figure.subplots(1, 3), PANELS, strict=True):
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
@@ -41,4 +42,6 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         if key == "test_accuracy":
             axes.set_ylim(0, 1)
             axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(-4, -14), ha="right")
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=120)

@@ -63,18 +63,26 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, digest: str, round: int, server: dict[str, Tensor], client: dict[str, Tensor]) -> None:  # noqa: A002
-        """Replaces the checkpoint by the state after `round`."""
+    def write(
+        self,
+        digest: str,
+        promise: str,
+        round: int,  # noqa: A002
+        server: dict[str, Tensor],
+        client: dict[str, Tensor],
+    ) -> None:
+        """Replaces the checkpoint by the state after `round`; `promise` is what must not change until the end."""
         tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
-        metadata = {"version": self.VERSION, "digest": digest, "round": str(round)}
+        metadata = {"version": self.VERSION, "digest": digest, "promise": promise, "round": str(round)}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.path, safetensors_bytes(contiguous, metadata))
 
-    def read(self, digest: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
+    def read(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
         """Round, server tensors and client tensors; None if there is no checkpoint yet.
 
         Raises:
-            UserError: If the file is damaged, or is another experiment's.
+            UserError: If the file is damaged, is another experiment's, or was written under another promise: then
+                another version of the program or its accountant would go on with other noise.
         """
         if not self.path.exists():
             return None
@@ -86,12 +94,22 @@ class Checkpoint:
             raise UserError(str(self.path), "a whole checkpoint", str(error), "Start again in a new --out") from None
         if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
+        if metadata.get("promise") != promise:
+            remedy = "Go on with the versions that began the run, or start again in a new --out"
+            raise UserError(str(self.path), f"rounds under the promise {promise}", str(metadata.get("promise")), remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
 
 
 def _part(tensors: dict[str, Tensor], side: str) -> dict[str, Tensor]:
     return {name.removeprefix(side): tensor for name, tensor in tensors.items() if name.startswith(side)}
+
+
+def _read_json(path: Path, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(str(path), "JSON", str(error), "Mend the file, or start again in a new --out") from None
 
 
 class RunDirectory:
@@ -109,19 +127,17 @@ class RunDirectory:
         """The path of one of the run's files."""
         return self.path / name
 
-    def claim(self, toml: str, digest: str, *, resume: bool) -> None:
-        """Makes the directory this experiment's, or refuses.
+    def claim(self, toml: str, digest: str, *, resume: bool) -> dict[str, Any] | None:
+        """Makes the directory this experiment's, or refuses; returns the summary of a run that is finished.
+
+        Call it while the directory is locked, or two runs may claim it at once.
 
         Raises:
             UserError: If it holds another experiment, or this one and `resume` is not set.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(str(self.path), "a folder to write to", error.strerror, "Choose another --out") from None
         config, stamp = self.file("config.toml"), self.file("digest.txt")
         if config.exists():
-            found = stamp.read_text().strip() if stamp.exists() else "unknown"
+            found = stamp.read_text(errors="replace").strip() if stamp.exists() else "unknown"
             if found != digest:
                 raise UserError(str(self.path), "an empty folder", "another experiment", "Choose another --out")
             if not resume:
@@ -131,20 +147,32 @@ class RunDirectory:
                     "this experiment, begun or done",
                     "Add --resume to go on with it, or choose another --out",
                 )
-            return
-        foreign = [name for name in FILES if self.file(name).exists()]
-        if foreign and not stamp.exists():
+            return self._finished(digest)
+        foreign = [name for name in (*FILES, self.checkpoint.path.name) if self.file(name).exists()]
+        if foreign:
             raise UserError(str(self.path), "a folder without them", ", ".join(foreign), "Choose another --out")
         write_atomically(stamp, digest + "\n")
         write_atomically(config, toml)
+        return None
+
+    def _finished(self, digest: str) -> dict[str, Any] | None:
+        summary = self.read_json("summary.json")
+        if summary is not None and (not isinstance(summary, dict) or summary.get("digest") != digest):
+            where = str(self.file("summary.json"))
+            raise UserError(where, "this experiment's summary", "another's", "Choose another --out")
+        return summary
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the directory while this one writes.
+        """Makes the directory, and keeps other runs out of it meanwhile.
 
         Raises:
-            UserError: If another run is writing there now.
+            UserError: If it cannot be written to, or another run is writing there now.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(str(self.path), "a folder to write to", error.strerror, "Choose another --out") from None
         with self.file(".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,9 +187,9 @@ class RunDirectory:
         write_atomically(self.file(name), json.dumps(jsonable(value), indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Reads a JSON file; None if it is not there."""
+        """Reads a JSON file; None if it is not there, a `UserError` if it is damaged."""
         path = self.file(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        return _read_json(path, path.read_bytes()) if path.exists() else None
 
     def write_model(self, name: str, model: Tensor) -> None:
         """Writes one tensor `model`, `[params]` float32."""
@@ -173,12 +201,20 @@ class RunDirectory:
             file.write(json.dumps(jsonable(row)) + "\n")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The whole rows of a JSON-lines file; a torn last line is left out."""
+        """The whole rows of a JSON-lines file; a torn last line is left out, a damaged one is a `UserError`."""
         path = self.file(name)
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        rows = [_read_json(path, line) for line in path.read_bytes().split(b"\n")[:-1]]
+        if not all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows):
+            raise UserError(str(path), "rows with a round", "others", "Start again in a new --out")
+        return rows
+
+    def sync(self, *names: str) -> None:
+        """Makes sure that files are on the disk, and not only on their way."""
+        for name in names:
+            with self.file(name).open("rb") as file:
+                os.fsync(file.fileno())
 
     def keep_rows(self, name: str, last_round: int) -> list[dict[str, Any]]:
         """Drops the rows of rounds after `last_round`, and returns the others."""

@@ -18,7 +18,7 @@ __all__ = ["run_experiment"]
 
 def run_experiment(
     config: Config,
-    out: Path,
+    out: Path | str,
     *,
     engine: str = "auto",
     device: str = "cpu",
@@ -44,10 +44,9 @@ def run_experiment(
     """
     experiment = assemble(config, device=device, data_root=data_root)
     runner = make_engine(engine, experiment)
-    directory = RunDirectory(out)
-    directory.claim(config.to_toml(), config.digest, resume=resume)
+    directory = RunDirectory(Path(out))
     with directory.locked():
-        done = directory.read_json("summary.json")
+        done = directory.claim(config.to_toml(), config.digest, resume=resume)
         if done is not None:
             return done
         journal = Journal(experiment, directory, runner.name, watch=watch, checkpoint_every=checkpoint_every)
@@ -55,8 +54,8 @@ def run_experiment(
 
 
 def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
+    start, state = _take_up(experiment, engine, directory, journal.promise)
     journal.begin()
-    start, state = _take_up(experiment, engine, directory)
     journal.replayed(start)
     if start == 0 and not directory.rows("rounds.jsonl"):
         journal.initial(state.model)
@@ -67,10 +66,10 @@ def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: Ru
     return journal.finish(state)
 
 
-def _take_up(experiment: Experiment, engine: Engine, directory: RunDirectory) -> tuple[int, ServerState]:
+def _take_up(experiment: Experiment, engine: Engine, directory: RunDirectory, promise: str) -> tuple[int, ServerState]:
     """The last round that is safe, and the state after it; clients' states go back to the engine."""
     fresh = experiment.config.method.init_server(experiment.initial_model)
-    saved = directory.checkpoint.read(experiment.config.digest)
+    saved = directory.checkpoint.read(experiment.config.digest, promise)
     if saved is None:
         return 0, fresh
     last, server, client = saved

@@ -28,21 +28,20 @@ def field_names(kind: type, given: tuple[str, ...] = ()) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in given]
 
 
-def read_table(kind: type[T], table: Mapping[str, Any], where: str, also: tuple[str, ...] = (), **given: object) -> T:
+def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: object) -> T:
     """An instance of the dataclass `kind`, made of a TOML table.
 
     Args:
         kind: The dataclass.
         table: Key by key what the file says.
         where: The table's name, for errors.
-        also: Keys that the table may hold for somebody else.
         given: Fields that the program fills in itself.
 
     Raises:
         UserError: On an unknown key, a missing key or a value of another type.
     """
     known = field_names(kind, tuple(given))
-    refuse_unknown(table, [*known, *also], where)
+    refuse_unknown(table, known, where)
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
@@ -52,7 +51,8 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, also: tuple[
         if field.name in table:
             values[field.name] = _typed(hints[field.name], table[field.name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(key, _describe(hints[field.name]), "nothing", f"Add {field.name} to [{where}]")
+            place = f"to [{where}]" if where else "at the top of the file"
+            raise UserError(key, _describe(hints[field.name]), "nothing", f"Add {field.name} {place}")
     return kind(**values, **given)
 
 

@@ -1,6 +1,7 @@
 """A federation: a data set and who of the population holds which of its training examples."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ class Federation:
         """Number of clients."""
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def sizes(self) -> np.ndarray:
         """Number of examples of each client, int64 `[clients]`."""
         return np.diff(self.offsets)

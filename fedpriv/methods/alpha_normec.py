@@ -20,7 +20,8 @@ Ours, not the paper's, both off by default:
 * `memory = "sent"`: v_i <- v_i + beta m_i, the noised message. Both memories then agree, noise included, and the
   feedback corrects earlier noise. Needs noise at the client.
 * `damping = lambda`: memories shrink by (1 - lambda) each round on both sides, which bounds the accumulated noise by
-  beta sigma / sqrt(2 lambda) at the cost of a fixed point that is 1 / (1 + alpha lambda / beta) as long.
+  a standard deviation of beta s / sqrt(lambda (2 - lambda)), s that of the noise on the mean message, at the cost of a
+  fixed point that is 1 / (1 + alpha lambda / beta) as long (where residuals are short).
 
 With partial participation the server's factor on the sum is beta / n (n the population), so that v stays the mean of
 the v_i; a client that skipped rounds first shrinks its memory as often as the server did.

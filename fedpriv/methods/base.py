@@ -9,7 +9,7 @@ from torch import Tensor
 from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
 
-__all__ = ["ClientState", "Method", "ServerState", "direction", "noised", "require_fraction"]
+__all__ = ["ClientState", "Method", "ServerState", "direction", "has_memory", "noised", "require_fraction"]
 
 
 # A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it without knowing the method.
@@ -75,6 +75,11 @@ class Method(Protocol):
         ...
 
 
+def has_memory(method: Method) -> bool:
+    """Whether clients keep anything from round to round."""
+    return bool(method.init_client(0)._fields)
+
+
 def noised(message: Tensor, noise: Tensor | None) -> Tensor:
     """The message that is sent: Delta + z; `[..., params]`."""
     return message if noise is None else message + noise
@@ -82,8 +87,9 @@ def noised(message: Tensor, noise: Tensor | None) -> Tensor:
 
 def direction(vector: Tensor) -> Tensor:
     """V / ||v||_2 of `[params]`; zero where v is zero."""
-    norm = torch.linalg.vector_norm(vector, dtype=torch.float64)
-    return vector * torch.where(norm > 0, 1.0 / norm, 0.0).to(vector.dtype)
+    exact = vector.double()
+    norm = torch.linalg.vector_norm(exact)
+    return (exact / norm).to(vector.dtype) if float(norm) > 0.0 else torch.zeros_like(vector)
 
 
 def require_fraction(key: str, value: float) -> None:

@@ -2,7 +2,7 @@
 
 from fedpriv.privacy.plan import PrivacyPlan, make_plan
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
-from fedpriv.privacy.statement import privacy_statement
+from fedpriv.privacy.statement import privacy_statement, rounded_up
 
 __all__ = [
     "SAMPLINGS",
@@ -13,4 +13,5 @@ __all__ = [
     "Sampling",
     "make_plan",
     "privacy_statement",
+    "rounded_up",
 ]

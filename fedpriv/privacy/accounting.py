@@ -88,6 +88,7 @@ def epsilon_spent(
     rounds: int,
     delta: float,
     horizon: int | None = None,
+    client_memory: bool = False,
 ) -> float:
     """Returns an epsilon for which the first `rounds` rounds are (epsilon, `delta`)-differentially private.
 
@@ -101,6 +102,9 @@ def epsilon_spent(
         delta: In (0, 1).
         horizon: Number of rounds for which the accountant's grid is laid out (default: `rounds`). Asked about many
             `rounds` at one horizon, the answers share one grid and never fall.
+        client_memory: Whether clients remember earlier rounds. No amplification is then claimed for fixed-size
+            cohorts: who took part decides who else did, the others' memories keep it, and their later messages show
+            it. (Poisson cohorts are safe: there the others' participation says nothing about a client's own.)
 
     Returns:
         At least 0; `math.inf` if rounds happened and nothing is guaranteed.
@@ -120,6 +124,7 @@ def epsilon_spent(
         rounds=rounds,
         delta=delta,
         horizon=horizon,
+        client_memory=client_memory,
     ).epsilon
 
 
@@ -133,6 +138,7 @@ def least_bound(
     rounds: int,
     delta: float,
     horizon: int | None = None,
+    client_memory: bool = False,
 ) -> Bound:
     """The smallest proven bound, with its accountant. Arguments and guarantees are those of `epsilon_spent`."""
     if rounds == 0:
@@ -141,7 +147,7 @@ def least_bound(
         return Bound(math.inf, NO_NOISE, False)
     noise_multiplier = min(noise_multiplier, MOST_NOISE)
     whole = Bound(_unsampled_epsilon(noise_multiplier, rounds, delta), PLD, False)
-    if whole.epsilon == 0.0:
+    if whole.epsilon == 0.0 or (client_memory and isinstance(sampling, FixedSize)):
         return whole
     event, relation = round_event(
         trust=trust, adjacency=adjacency, sampling=sampling, noise_multiplier=noise_multiplier
@@ -173,7 +179,16 @@ def round_event(
     return _subset_event(sampling, noise), Relation.REPLACE_ONE
 
 
-def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> float:
+def calibrate(
+    *,
+    trust: str,
+    adjacency: str,
+    sampling: Sampling,
+    rounds: int,
+    delta: float,
+    epsilon: float,
+    client_memory: bool = False,
+) -> float:
     """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 1 % of epsilon.
 
     Args:
@@ -183,6 +198,7 @@ def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, de
         rounds: Number of rounds; 0 is calibrated as 1.
         delta: In (0, 1).
         epsilon: Target, finite and above 0.
+        client_memory: As for `epsilon_spent`.
 
     Raises:
         UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than the
@@ -205,6 +221,7 @@ def calibrate(*, trust: str, adjacency: str, sampling: Sampling, rounds: int, de
             noise_multiplier=noise_multiplier,
             rounds=rounds,
             delta=delta,
+            client_memory=client_memory,
         )
         return epsilon / spent if spent > 0.0 else math.inf
 

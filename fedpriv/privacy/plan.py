@@ -20,6 +20,9 @@ __all__ = ["ADVERSARIES", "PrivacyPlan", "make_plan"]
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
 
+# Far more than any promise needs, and far from where float32 ends.
+MOST_NOISE = 1e12
+
 ADVERSARIES = {
     "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
     "local": "the server itself, or anyone who sees every message and knows whose it is",
@@ -42,6 +45,7 @@ class PrivacyPlan:
         delta: In (0, 1).
         l2_bound: Bound B on the l2 norm of one message.
         noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 promises nothing.
+        client_memory: Whether clients keep a state from round to round; see `accounting.epsilon_spent`.
         unit: Whose data may change; only `client` for now.
 
     Formal guarantee: with noise of `noise_stddev` in each coordinate, on the sum where trust is central and on every
@@ -56,13 +60,14 @@ class PrivacyPlan:
     delta: float
     l2_bound: float
     noise_multiplier: float
+    client_memory: bool = True
     unit: str = "client"
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        if not (_is_number(self.noise_multiplier) and self.noise_multiplier >= 0.0):
-            expected = "a number from 0"
+        if not (_is_number(self.noise_multiplier) and 0.0 <= self.noise_multiplier <= MOST_NOISE):
+            expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
 
     @property
@@ -141,6 +146,7 @@ class PrivacyPlan:
             "rounds": self.rounds,
             "accountant": self.accountant,
             "amplification": self.amplification,
+            "client_memory": self.client_memory,
         }
 
     def _bound(self, rounds: int) -> "Bound":
@@ -154,6 +160,7 @@ class PrivacyPlan:
             rounds=rounds,
             delta=self.delta,
             horizon=max(self.rounds, rounds),
+            client_memory=self.client_memory,
         )
 
 
@@ -167,6 +174,7 @@ def make_plan(
     l2_bound: float,
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
+    client_memory: bool = True,
     unit: str = "client",
 ) -> PrivacyPlan:
     """A plan from a target epsilon or from a noise multiplier.
@@ -180,6 +188,7 @@ def make_plan(
         l2_bound: See `PrivacyPlan`.
         epsilon: Target after all rounds, finite and above 0; met within 1 % and never exceeded.
         noise_multiplier: See `PrivacyPlan`; exactly one of it and `epsilon`.
+        client_memory: See `PrivacyPlan`; True is always safe.
         unit: See `PrivacyPlan`.
 
     Raises:
@@ -197,7 +206,13 @@ def make_plan(
 
         target = _check_epsilon(epsilon)
         noise_multiplier = calibrate(
-            trust=trust, adjacency=adjacency, sampling=sampling, rounds=rounds, delta=delta, epsilon=target
+            trust=trust,
+            adjacency=adjacency,
+            sampling=sampling,
+            rounds=rounds,
+            delta=delta,
+            epsilon=target,
+            client_memory=client_memory,
         )
     return PrivacyPlan(
         trust=trust,
@@ -207,6 +222,7 @@ def make_plan(
         delta=delta,
         l2_bound=l2_bound,
         noise_multiplier=noise_multiplier,
+        client_memory=client_memory,
         unit=unit,
     )
 
@@ -234,8 +250,8 @@ def _is_number(value: object) -> bool:
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
     if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < 0:
         raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
-    if not (_is_number(delta) and 0.0 < delta < 1.0):
-        raise UserError("privacy.delta", "a number between 0 and 1", delta, "Well below 1 / clients is usual")
+    if not (_is_number(delta) and 1e-100 <= delta < 1.0):
+        raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
     if not (_is_number(l2_bound) and l2_bound > 0.0):
         raise ValueError(f"a method's bound is positive and finite, not {l2_bound}")
 

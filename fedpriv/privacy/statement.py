@@ -6,7 +6,7 @@ import textwrap
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.sampling import FixedSize, Poisson
 
-__all__ = ["privacy_statement"]
+__all__ = ["privacy_statement", "rounded_up"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
@@ -32,7 +32,9 @@ _NEIGHBOURS = {
 
 _NOT_COVERED = (
     "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
-    "messages that were not finite (diagnostics.jsonl is for simulations only)",
+    "messages that were not finite, and how many clients took part or how fast they were: diagnostics.jsonl, and "
+    "diagnostics and speed in summary.json, are for simulations only",
+    "other runs on the same clients' data: what two runs spend adds up",
     "the choice of hyperparameters, of the model or of the number of rounds, if it looked at the clients' data",
     "statistics that a model keeps of its inputs, such as those of BatchNorm: models with buffers are refused",
     "the time that a client takes, and whether it answers at all",
@@ -77,7 +79,7 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str)
 
 
 def _promise(plan: PrivacyPlan) -> str:
-    epsilon, against = _rounded_up(plan.epsilon), "the adversary below"
+    epsilon, against = rounded_up(plan.epsilon), "the adversary below"
     weak = ""
     if plan.delta >= 1.0 / plan.sampling.population:
         weak = (
@@ -90,7 +92,7 @@ def _promise(plan: PrivacyPlan) -> str:
     )
 
 
-def _rounded_up(epsilon: float) -> str:
+def rounded_up(epsilon: float) -> str:
     """Four digits, never below the figure itself."""
     if epsilon == 0.0:
         return "0"
@@ -107,6 +109,8 @@ def _cohorts(plan: PrivacyPlan) -> str:
     else:
         how = "every client takes part in every round"
     credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
+    if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.client_memory:
+        credit += " No amplification by sampling is claimed, because clients remember earlier rounds."
     if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.adjacency == "add-or-remove":
         credit += " The number of clients is public; a removed client is one whose message is zero."
     return f"Cohorts: of {sampling.population} clients, {how}. {credit}"

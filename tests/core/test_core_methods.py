@@ -347,13 +347,14 @@ def test_skipping_rounds_is_forgetting_once_for_each(method: Method, skipped: in
 
 
 @every_memory
-def test_feedback_is_towards_the_signal(method: Method) -> None:
-    """Each message points from the memory to the signal, and the memory comes nearer by it."""
-    state, signal = fresh_clients(method, CLIENTS, SIZE), normal(3, CLIENTS, SIZE)
+def test_feedback_is_from_the_memory_towards_the_signal(method: Method) -> None:
+    """Each message points from the memory to the signal, and what does not forget comes nearer by it."""
+    state, signal = reached(method, 2), normal(3, CLIENTS, SIZE)
     residual = signal - state.memory
-    message, after = method.client_rule(state, signal, None, 1)
+    message, after = method.client_rule(state, signal, None, 6)
     assert torch.allclose(message / message.norm(dim=-1, keepdim=True), residual / residual.norm(dim=-1, keepdim=True))
-    assert ((signal - after.memory).norm(dim=-1) < residual.norm(dim=-1)).all()
+    if damping_of(method) == 0.0:
+        assert ((signal - after.memory).norm(dim=-1) < residual.norm(dim=-1)).all()
 
 
 @every_method

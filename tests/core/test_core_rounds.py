@@ -197,6 +197,14 @@ class TestFinish:
         assert min(sizes) < 4
         assert max(sizes) > 8
 
+    def test_a_sum_is_not_rounded_before_the_noise_is_on_it(self) -> None:
+        """One message beside a hundred million still counts by what it is, up to the one rounding at the end."""
+        rules = ServerRules(method=DPFedAvg(server_lr=1.0), sampling=Everyone(10**8), noise_stddev=0.3, streams=STREAMS)
+        state = rules.method.init_server(torch.zeros(1000, dtype=torch.float64))
+        total = torch.full((1000,), 1e8, dtype=torch.float64)
+        moved = (finish_round(rules, state, 1, total).model - finish_round(rules, state, 1, total + 1.0).model) * 1e8
+        assert torch.allclose(moved, torch.ones(1000, dtype=torch.float64), rtol=1e-6)
+
     @every_method
     def test_the_servers_noise_has_the_agreed_deviation_on_the_sum(self, method: Method) -> None:
         if method.needs_client_noise:

@@ -1,5 +1,6 @@
 """Runs: the directory they fill, resumption to the bit, engines that agree, refusals that lose nothing."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,15 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fedpriv
 from fedpriv.errors import UserError
+from fedpriv.experiment import records
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.records import FILES
+from fedpriv.experiment.records import FILES, RunDirectory, write_atomically
 from fedpriv.experiment.run import run_experiment
+from fedpriv.privacy import accounting
+from fedpriv.streams import Purpose, SeededStreams
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
 SMALL = ["data.clients=12", "training.rounds=12"]
@@ -201,12 +206,13 @@ def test_the_same_experiment_twice_gives_the_same_bits(tmp_path: Path):
 def test_the_ledger_counts_what_each_client_took_part_in(tmp_path: Path):
     summary = run_experiment(load_config(QUICKSTART, POISSON_LOCAL), tmp_path)
     ledger = summary["ledger"]
-    rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
-    assert (
-        0 < ledger["least"]["participations"] <= ledger["median"]["participations"] < ledger["most"]["participations"]
-    )
-    assert ledger["most"]["epsilon"] <= summary["epsilon"]
-    assert sum(row["cohort_size"] for row in rows) <= 12 * ledger["most"]["participations"]
+    config = load_config(QUICKSTART, POISSON_LOCAL)
+    streams = SeededStreams(config.seed)
+    cohorts = [config.cohort.of(12).cohort(streams.source(Purpose.COHORT, k)) for k in range(1, 13)]
+    counts = np.bincount(np.concatenate(cohorts), minlength=12)
+    found = [ledger[who]["participations"] for who in ("most", "median", "least")]
+    assert found == [counts.max(), math.ceil(np.median(counts)), counts.min()]
+    assert ledger["least"]["epsilon"] < ledger["most"]["epsilon"] < summary["epsilon"]
 
 
 def test_signal_to_noise_falls_with_the_noise(tmp_path: Path):
@@ -235,3 +241,91 @@ def test_the_quickstart_learns_digits_under_its_promise(tmp_path: Path):
     assert summary["test_accuracy"] >= 0.80
     assert summary["epsilon"] <= 8.0
     assert summary["delta"] == 1e-5
+
+
+def test_a_method_with_memory_is_not_credited_with_cohorts_of_a_fixed_size():
+    fixed = ["cohort.sampling=fixed", "cohort.size=3"]
+    without = ["method.name=dp-fedavg", *(f"method.{k}=" for k in ["alpha", "beta", "damping", "server_normalization"])]
+    plans = {}
+    for name, more in (("memory", []), ("none", without)):
+        config = small(*fixed, *more)
+        plans[name] = config.plan(config.cohort.of(12))
+    assert plans["memory"].client_memory
+    assert not plans["none"].client_memory
+
+
+def test_rounds_are_not_gone_on_with_under_another_noise(tmp_path: Path, monkeypatch):
+    """Stands for a newer version whose accountant calibrates otherwise."""
+    with pytest.raises(StoppedError):
+        run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
+    before = (tmp_path / "privacy.json").read_bytes()
+    calibrate = accounting.calibrate
+    monkeypatch.setattr(accounting, "calibrate", lambda **kw: 0.1 * calibrate(**kw))
+    with pytest.raises(UserError, match="promise"):
+        run_experiment(small(), tmp_path, resume=True)
+    assert (tmp_path / "privacy.json").read_bytes() == before
+
+
+def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
+    run_experiment(small(), tmp_path)
+    (tmp_path / "config.toml").unlink()
+    with pytest.raises(UserError, match="a folder without them"):
+        run_experiment(small("seed=8"), tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "digest.txt").write_text(small("seed=8").digest)
+    with pytest.raises(UserError, match="another's"):
+        run_experiment(small("seed=8"), tmp_path, resume=True)
+
+
+def test_two_runs_cannot_have_one_directory_at_once(tmp_path: Path):
+    with RunDirectory(tmp_path).locked(), pytest.raises(UserError, match="another run"):
+        run_experiment(small(), tmp_path)
+
+
+@pytest.mark.parametrize("file", ["summary.json", "rounds.jsonl", "digest.txt"])
+def test_a_damaged_file_is_one_clear_line(tmp_path: Path, file: str):
+    if file == "summary.json":
+        run_experiment(small(), tmp_path)
+    else:
+        with pytest.raises(StoppedError):
+            run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
+    (tmp_path / file).write_bytes(b"\xff{torn\n")
+    with pytest.raises(UserError) as caught:
+        run_experiment(small(), tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+class KilledError(BaseException):
+    """Stands for a kill in the middle of a write."""
+
+
+@pytest.mark.parametrize("after", range(1, 10))
+def test_killed_at_any_write_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, monkeypatch, after: int):
+    """The first writes are those of claiming and beginning, the last those of finishing."""
+    config = small("training.rounds=4")
+    writes = itertools.count(1)
+
+    def write_or_die(path: Path, content: bytes | str) -> None:
+        if next(writes) == after:
+            path.with_name(path.name + ".part").write_bytes(b"torn")
+            raise KilledError
+        write_atomically(path, content)
+
+    monkeypatch.setattr(records, "write_atomically", write_or_die)
+    with pytest.raises(KilledError):
+        run_experiment(config, tmp_path / "part", engine="loop", checkpoint_every=2)
+    monkeypatch.undo()
+    run_experiment(config, tmp_path / "part", engine="loop", resume=True)
+    run_experiment(config, tmp_path / "whole", engine="loop")
+    for name in ("model.safetensors", "rounds.jsonl", "privacy.json", "initial.safetensors"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["cost $x_$ y", "\u5b9e\u9a8c", "a: b, c"])
+def test_any_name_can_be_drawn(tmp_path: Path, name: str):
+    config = dataclasses.replace(small("training.rounds=1"), name=name)
+    assert run_experiment(config, tmp_path)["name"] == name
+
+
+def test_the_directory_may_be_given_as_text(tmp_path: Path):
+    assert run_experiment(small("training.rounds=1"), str(tmp_path / "text"))["rounds"] == 1

@@ -33,6 +33,7 @@ def plan(**change: Any) -> PrivacyPlan:
         "delta": 1e-5,
         "l2_bound": 1.0,
         "noise_multiplier": 1.2,
+        "client_memory": False,
     }
     return make_plan(**{**given_, **change})
 
@@ -269,3 +270,25 @@ def test_a_delta_of_one_client_in_the_population_is_warned_about():
 def test_rounds_that_are_no_count_are_refused(rounds):
     with pytest.raises(UserError, match=r"training\.rounds"):
         make_plan(trust="central", sampling=Everyone(10), rounds=rounds, delta=1e-5, l2_bound=1.0, noise_multiplier=1)
+
+
+def test_clients_that_remember_get_no_amplification_from_cohorts_of_a_fixed_size() -> None:
+    made = plan(sampling=SAMPLINGS["fixed"], client_memory=True)
+    assert not made.amplification
+    assert made.epsilon == plan(sampling=Everyone(CLIENTS)).epsilon > plan(sampling=SAMPLINGS["fixed"]).epsilon
+    assert plan(sampling=SAMPLINGS["poisson"], client_memory=True).amplification
+    assert "clients remember" in words(privacy_statement(made, method="clip21", randomness="system"))
+
+
+def test_the_safe_assumption_about_memory_is_the_default() -> None:
+    made = make_plan(
+        trust="central", sampling=SAMPLINGS["fixed"], rounds=40, delta=1e-5, l2_bound=1.0, noise_multiplier=1.2
+    )
+    assert made.client_memory
+
+
+def test_a_noise_that_no_number_format_holds_is_refused() -> None:
+    with pytest.raises(UserError, match=r"privacy\.noise_multiplier"):
+        plan(noise_multiplier=1e300)
+    with pytest.raises(UserError, match=r"privacy\.delta"):
+        plan(delta=1e-320)
