@@ -14,6 +14,7 @@ from torch import nn
 from clients import private_mod
 from clients.wire import ARRAYS, FEDPRIV, asks_who
 from fedpriv.engines import sum_in_order
+from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.privacy import Everyone, Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
@@ -327,3 +328,52 @@ def test_sent_memory_needs_noise_at_the_clients():
 def test_streams_follow_the_seed():
     assert AlphaNormEC(seed=4).streams == SeededStreams(4)
     assert AlphaNormEC().streams == SystemStreams()
+
+
+def test_a_strategy_starts_once_because_two_runs_cost_twice():
+    strategy = DPFedAvg(privacy=Privacy(epsilon=8.0), num_clients=CLIENTS, seed=1)
+    start(strategy, InProcessGrid(app, CLIENTS), rounds=1)
+    before = strategy.state.model.clone()
+    with pytest.raises(UserError, match="a second"):
+        start(strategy, InProcessGrid(app, CLIENTS), rounds=1)
+    assert torch.equal(strategy.state.model, before)
+
+
+def swelling(factor):
+    """An app whose outermost mod changes what the private mod had bounded."""
+
+    def swell(message, context, call_next):
+        answer = call_next(message, context)
+        if ARRAYS in answer.content.array_records:
+            record = answer.content.array_records[ARRAYS]
+            tensors = {name: torch.from_numpy(array.numpy()) * factor for name, array in record.items()}
+            answer.content.array_records[ARRAYS] = ArrayRecord(tensors)
+        return answer
+
+    changed = ClientApp(mods=[swell, private_mod])
+    changed.train()(train)
+    return changed
+
+
+@pytest.mark.parametrize("factor", [1000.0, math.nan, math.inf])
+def test_a_message_beyond_its_bound_is_refused_where_the_server_must_keep_the_promise(factor):
+    strategy = DPFedAvg(clip_norm=0.1, privacy=Privacy(epsilon=8.0), num_clients=CLIENTS)
+    with pytest.raises(UserError, match=r"message of client 0: expected l2 norm of at most 0\.1"):
+        start(strategy, InProcessGrid(swelling(factor), CLIENTS), rounds=1)
+
+
+def test_a_half_precision_model_still_gets_messages_within_their_bound():
+    """Rounding a message to float16 would lengthen some of these beyond the bound."""
+    arrays = ArrayRecord({name: tensor.half() for name, tensor in initial_net().state_dict().items()})
+
+    @(half := ClientApp(mods=[private_mod])).train()
+    def _(message, context):
+        partition = int(context.node_config["partition-id"])
+        generator = torch.Generator().manual_seed(partition)
+        tensors = message.content[ARRAYS].to_torch_state_dict()
+        moved = {n: t + torch.randn(t.shape, generator=generator).half() for n, t in tensors.items()}
+        return Message(RecordDict({ARRAYS: ArrayRecord(moved)}), reply_to=message)
+
+    strategy = DPFedAvg(clip_norm=0.1, privacy=Privacy(epsilon=8.0), num_clients=CLIENTS)
+    result = start(strategy, InProcessGrid(half, CLIENTS), rounds=3, arrays=arrays)
+    assert {array.dtype for array in result.arrays.values()} == {"float16"}
