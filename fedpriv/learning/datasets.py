@@ -1,8 +1,9 @@
 """Data sets in memory: one frozen dataclass each, which loads what is on the disk.
 
 Images are standardised with published constants of each data set, never with statistics of the loaded
-examples, so that loading releases nothing about any client. Splits into training and test examples are fixed:
-they depend neither on the experiment's seed nor on its population.
+examples, so that loading releases nothing about any client. (Of a LIBSVM file the number of features and the labels are
+read off the data and count as public; `features` states the first of them.) Splits into training and test examples are
+fixed: they depend neither on the experiment's seed nor on its population.
 """
 
 from dataclasses import dataclass

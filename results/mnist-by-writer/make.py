@@ -70,13 +70,17 @@ def _feedback(steps: tuple[float, ...], pairs: tuple[tuple[float, float], ...], 
 def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     """Every method with the hyperparameters that are tried for it."""
     small, local = problem == "cnn", setting.startswith("local")
-    noisy = setting.endswith("epsilon 2") and not small
-    steps = (0.003, 0.01, 0.03) if local else (0.03, 0.1, 0.3) if noisy else (0.1, 0.3, 1.0)
+    if local:
+        steps = (0.003, 0.01, 0.03)
+    elif small:
+        steps = (0.3, 1.0, 3.0)
+    else:
+        steps = (0.03, 0.1, 0.3) if setting.endswith("epsilon 2") else (0.1, 0.3, 1.0)
     lengths = tuple(step / 2 for step in steps)
     few = small or local
     clips = (1.0,) if few else (0.3, 1.0)
     pairs = ((1.0, 0.1),) if local else ((1.0, 0.1), (1.0, 1.0)) if small else ((0.1, 0.1), (1.0, 0.1), (1.0, 1.0))
-    residuals = _points(steps, clip_norm=(0.1,) if few else (0.1, 0.3))
+    residuals = _points(steps, clip_norm=(0.1,) if local else (0.3, 1.0) if small else (0.1, 0.3))
     clipped, smoothed = _points(steps, clip_norm=clips), _points(steps, alpha=(1.0,) if few else (0.1, 1.0))
     damped = ((1.0, 1.0),) if few else ((1.0, 0.3), (1.0, 1.0))
     methods = {
