@@ -4,7 +4,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["RoundProgress"]
 
@@ -19,12 +19,11 @@ class RoundProgress:
     def __init__(self, rounds: int) -> None:
         self._progress = Progress(
             TextColumn("round"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task("", total=rounds)
@@ -46,9 +45,9 @@ class RoundProgress:
 
     def _description(self) -> str:
         figures = (
-            ("loss", "test_loss", ".3f"),
-            ("accuracy", "test_accuracy", ".3f"),
-            ("epsilon", "epsilon", ".2f"),
-            ("clients/s", "clients_per_second", ".0f"),
+            ("loss {:.3f}", "test_loss"),
+            ("accuracy {:.3f}", "test_accuracy"),
+            ("eps {:.2f}", "epsilon"),
+            ("{:.0f} clients/s", "clients_per_second"),
         )
-        return "  ".join(f"{word} {self._latest[key]:{form}}" for word, key, form in figures if key in self._latest)
+        return " ".join(form.format(self._latest[key]) for form, key in figures if key in self._latest)
