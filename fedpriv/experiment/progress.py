@@ -18,8 +18,7 @@ class RoundProgress:
 
     def __init__(self, rounds: int) -> None:
         self._progress = Progress(
-            TextColumn("round"),
-            BarColumn(bar_width=8),
+            BarColumn(bar_width=5),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TextColumn("left"),
@@ -30,7 +29,6 @@ class RoundProgress:
         self._latest: dict[str, Any] = {}
 
     def __enter__(self) -> "RoundProgress":
-        self._progress.start()
         return self
 
     def __exit__(
@@ -39,7 +37,8 @@ class RoundProgress:
         self._progress.stop()
 
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-        """Shows one recorded round."""
+        """Shows one recorded round; nothing is shown before the first, so that an early error is the only line."""
+        self._progress.start()
         self._latest |= {key: value for key, value in {**diagnostics, **released}.items() if value is not None}
         self._progress.update(self._task, completed=released["round"], description=self._description())
 
