@@ -4,8 +4,8 @@
 
 For each model, privacy setting and method, every point of the grid below is trained with seed 0 and judged on the
 odd-numbered test images; the best point is trained again with seeds 1, 2 and 3 and judged on the even-numbered ones.
-Trials are kept in trials.csv as they finish, so an interrupted run goes on where it was. The choice of the best point
-looks at labelled data that are not private here; on private data it would have to be paid for.
+Trials are kept in runs/ as they finish, so an interrupted run goes on where it was; trials.csv here is their last copy.
+The choice of the best point looks at labelled data that are not private here; on private data it would have to be paid.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -221,22 +222,16 @@ COLOURS = {
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Accuracy by setting and method, one panel a problem."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    """Accuracy by setting and method: one panel a problem, and one for local trust, which lies far below."""
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    problems = list(dict.fromkeys(table["problem"]))
-    widths = [table[table["problem"] == p]["setting"].nunique() for p in problems]
-    panels = figure.subplots(1, len(problems), width_ratios=widths, squeeze=False)[0]
-    for axes, problem in zip(panels, problems, strict=True):
-        part = table[table["problem"] == problem]
-        settings = list(dict.fromkeys(part["setting"]))
-        for index, (method, colour) in enumerate(COLOURS.items()):
-            rows = part[part["method"] == method].set_index("setting")
-            at = [settings.index(setting) + (index - 3) * 0.12 for setting in rows.index]
-            axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
-        axes.set(title=problem, ylabel="test accuracy")
-        axes.set_xticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
-        axes.grid(axis="y", alpha=0.3)
+    panel = table["problem"] + table["setting"].str.startswith("local").map({True: ", local trust", False: ""})
+    names = ["softmax", "softmax, local trust", "cnn"]
+    names = [name for name in names if name in set(panel)]
+    widths = [table[panel == name]["setting"].nunique() for name in names]
+    panels = figure.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        _draw_panel(axes, table[panel == name], name)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -245,6 +240,18 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and deviation of 3 seeds"
     )
     figure.savefig(path, dpi=120)
+
+
+def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
+    settings = list(dict.fromkeys(part["setting"]))
+    for index, (method, colour) in enumerate(COLOURS.items()):
+        rows = part[part["method"] == method].set_index("setting")
+        if len(rows):
+            at = [settings.index(setting) + (index - 3) * 0.12 for setting in rows.index]
+            axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
+    axes.set(title=title, ylabel="test accuracy")
+    axes.set_xticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
+    axes.grid(axis="y", alpha=0.3)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -268,12 +275,17 @@ def main() -> None:
     parser.add_argument("--only", help="softmax or cnn")
     arguments = parser.parse_args()
     cells = [cell for cell in CELLS if arguments.only in (None, cell[0])]
-    trials = Trials(HERE / "trials.csv")
+    kept = HERE.parents[1] / "runs" / "mnist-by-writer-trials.csv"
+    kept.parent.mkdir(exist_ok=True)
+    trials = Trials(kept)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         rows = trial_rows(cells)
         run_all(rows, trials, pool, arguments.data_root)
         finals = winners(rows, trials)
         run_all(finals, trials, pool, arguments.data_root)
+    pd.DataFrame([trials.get(row) for row in (*rows, *finals)]).to_csv(
+        HERE / "trials.csv", index=False, float_format="%.5g"
+    )
     table = summarise(finals, trials)
     table.to_csv(HERE / "table.csv", index=False, float_format="%.4f")
     (HERE / "table.md").write_text(markdown(table))
