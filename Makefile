@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+DEMO := sim_configs/quickstart.toml
 
 .PHONY: demo test lint unit mutants setup clean
 .DEFAULT_GOAL := demo
 
 demo: setup
-	$(BIN)/fedpriv run sim_configs/quickstart.toml --out runs/quickstart --resume
+	$(BIN)/fedpriv run $(DEMO) --out runs/quickstart-$(firstword $(shell cksum < $(DEMO))) --resume
 
 test: lint unit
 

@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpriv.experiment.config import load_config
-    from fedpriv.experiment.results import load_results
+    from fedpriv.experiment.results import load_model, load_results
     from fedpriv.experiment.run import run_experiment
 
 __version__ = "0.1.0"
 
-__all__ = ["load_config", "load_results", "run_experiment"]
+__all__ = ["load_config", "load_model", "load_results", "run_experiment"]
 
 _HOMES = {
     "load_config": "fedpriv.experiment.config",
+    "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
     "run_experiment": "fedpriv.experiment.run",
 }
@@ -24,3 +25,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fedpriv' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted([*globals(), *_HOMES])

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedpriv import __version__
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import IN_PROCESS_ENGINES, make_federation, sampling_of
 from fedpriv.experiment.config import load_config
@@ -31,11 +32,25 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Differentially private federated learning.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context,
+    show: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+) -> None:
+    """Differentially private federated learning."""
+    if show:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's TOML file.", show_default=False)]
 Settings = Annotated[
@@ -197,9 +212,6 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        raise SystemExit(2) from None
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):

@@ -27,6 +27,7 @@ __all__ = [
     "ServerRules",
     "Total",
     "agree",
+    "apply_client_rule",
     "begin_round",
     "client_round",
     "finish_round",
@@ -145,7 +146,24 @@ def client_round(
     noise = None
     if rules.noise_stddev > 0.0:
         noise = client_noise(rules.streams, rules.noise_stddev, signal.shape[-1], round, client).to(signal.device)
-    return rules.method.client_rule(state, signal, noise, round)
+    return apply_client_rule(rules.method, state, signal, noise, round)
+
+
+def apply_client_rule(
+    method: Method,
+    state: ClientState,
+    signal: Tensor,
+    noise: Tensor | None,
+    round: int,  # noqa: A002
+) -> tuple[Tensor, ClientState]:
+    """The method's client rule, for one client or for a cohort; refuses a message that is not shaped like the signal.
+
+    A message of another shape would be spread over the parameters when it is summed, and its bound with it.
+    """
+    message, state = method.client_rule(state, signal, noise, round)
+    if message.shape != signal.shape:
+        raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
+    return message, state
 
 
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.tables import read_table
+from fedpriv.experiment.tables import field_names, read_table, refuse_unknown
 from fedpriv.methods import METHODS, Method, has_memory
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
@@ -50,6 +50,9 @@ class Privacy:
         )
 
 
+_OWN = ("privacy", "cohort", "num_clients", "seed", "evaluate", "join_timeout")
+
+
 class NamedStrategy(MethodStrategy):
     """A method by name, its agreement made when the run starts.
 
@@ -82,7 +85,9 @@ class NamedStrategy(MethodStrategy):
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Give one")
-        self.method: Method = read_table(METHODS[self.method_name], hyperparameters, type(self).__name__)
+        kind, name = METHODS[self.method_name], type(self).__name__
+        refuse_unknown(hyperparameters, [*field_names(kind), *_OWN], name)
+        self.method: Method = read_table(kind, hyperparameters, name)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)

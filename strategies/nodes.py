@@ -39,7 +39,9 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
     asked = [Message(introduction(), node, MessageType.TRAIN) for node in nodes]
     answers = list(grid.send_and_receive(asked, timeout=timeout))
     who = [f"node {node}" for node in nodes]
-    introduced = answers_by_client(asked, answers, who, "introduction", timeout)
+    introduced = answers_by_client(
+        asked, answers, who, "introduction (is there a ClientApp(mods=[private_mod])?)", timeout
+    )
     ids = [_introduced(answer, name).client for answer, name in zip(introduced, who, strict=True)]
     return _numbered(nodes, ids)
 

@@ -11,7 +11,7 @@ from fedpriv.learning.local_work import batches_of
 from fedpriv.learning.tasks import PIECE_FLOATS
 from fedpriv.methods import ClientState, Method
 from fedpriv.noise import client_noise
-from fedpriv.rounds import Broadcast, Total
+from fedpriv.rounds import Broadcast, Total, apply_client_rule
 
 __all__ = ["StateStore", "VectorizedEngine"]
 
@@ -125,7 +125,7 @@ class VectorizedEngine:
         if rules.noise_stddev > 0.0:
             drawn = [client_noise(rules.streams, rules.noise_stddev, self._size, round, c) for c in clients]
             noise = torch.stack(drawn).to(signals.device)
-        messages, states = rules.method.client_rule(self._store.take(clients), signals, noise, round)
+        messages, states = apply_client_rule(rules.method, self._store.take(clients), signals, noise, round)
         self._store.put(clients, states)
         return messages
 

@@ -245,7 +245,14 @@ def _read_named(kinds: dict[str, type], table: dict[str, Any], where: str, key: 
     if key not in table:
         raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "nothing", f"Add {key} to [{where}]")
     kind = choose(kinds, f"{where}.{key}", table[key])
-    return read_table(kind, {k: v for k, v in table.items() if k != key}, where)
+    options = {k: v for k, v in table.items() if k != key}
+    refuse_unknown(options, field_names(kind), where, _left_over(where, key, table[key]))
+    return read_table(kind, options, where)
+
+
+def _left_over(where: str, key: str, name: object) -> str:
+    clear = f"-s {where}= -s {where}.{key}={name}"
+    return f". If it is left over from another {where} in the file, clear the table first: {clear}"
 
 
 def _read_data(table: dict[str, Any]) -> DataChoice:
@@ -268,7 +275,7 @@ def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
     kind = choose(SAMPLINGS, "cohort.sampling", name)
-    refuse_unknown(options, ["sampling", *field_names(kind, ("population",))], "cohort")
+    refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)
     return CohortChoice(sampling=name, options=write_table(sampling, ("population",)))
 

@@ -17,6 +17,7 @@ from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
 from fedpriv.privacy import privacy_statement, rounded_up
 from fedpriv.rounds import Total, begin_round, signal_to_noise
+from fedpriv.vectors import Layout
 
 __all__ = ["Journal", "Watcher"]
 
@@ -54,7 +55,7 @@ class Journal:
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
-        self.directory.write_model("initial.safetensors", experiment.initial_model)
+        self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
         self._round_began = time.monotonic()
 
     def initial(self, model: Tensor) -> None:
@@ -93,7 +94,7 @@ class Journal:
 
     def finish(self, state: ServerState) -> dict[str, Any]:
         """Writes the final model, the picture and, last of all, the summary; returns the summary."""
-        self.directory.write_model("model.safetensors", state.model)
+        self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
         plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
         summary = self._summary(rounds[-1], self.directory.rows("diagnostics.jsonl"))
@@ -106,6 +107,10 @@ class Journal:
         """What all rounds of a run must have in common beside its config: the noise, and who accounts for it."""
         plan = self.experiment.plan
         return "none" if plan is None else f"noise {plan.noise_stddev!r}, {plan.accountant}"
+
+    @property
+    def _layout(self) -> Layout:
+        return self.experiment.population.task.layout
 
     @property
     def _keeps_ledger(self) -> bool:

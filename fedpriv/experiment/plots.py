@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["plot_curves"]
 
@@ -32,16 +33,16 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not points:
-            axes.text(
-                0.5, 0.5, "not private" if key == "epsilon" else "not finite", ha="center", transform=axes.transAxes
-            )
+            what = "not private" if key == "epsilon" else "not finite"
+            axes.text(0.5, 0.5, what, ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
             continue
         marker = "o" if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
         if key == "test_accuracy":
-            axes.set_ylim(0, 1)
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(-4, -14), ha="right")
+            axes.set(ylim=(0, 1), title=f"{label}: {points[-1][1]:.3f} at the end")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=120)

@@ -34,7 +34,8 @@ class RoundProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
         """Shows one recorded round; nothing is shown before the first, so that an early error is the only line."""

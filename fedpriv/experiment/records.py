@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.vectors import Layout
 
-__all__ = ["FILES", "Checkpoint", "RunDirectory", "jsonable", "write_atomically"]
+__all__ = ["FILES", "Checkpoint", "RunDirectory", "flat_tables", "jsonable", "write_atomically"]
 
 # What a finished run leaves in its directory.
 FILES = (
@@ -105,6 +107,27 @@ def _part(tensors: dict[str, Tensor], side: str) -> dict[str, Tensor]:
     return {name.removeprefix(side): tensor for name, tensor in tensors.items() if name.startswith(side)}
 
 
+def _difference(config: Path, toml: str) -> str:
+    """The first key in which a run's config differs from another, with both values."""
+    try:
+        theirs = flat_tables(tomllib.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return "its config.toml cannot be read"
+    ours = flat_tables(tomllib.loads(toml))
+    for key in (*ours, *theirs):
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    return "made by another version"
+
+
+def flat_tables(tables: dict[str, Any]) -> dict[str, Any]:
+    """TOML tables with `table.key` as keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def _read_json(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -139,11 +162,12 @@ class RunDirectory:
         if config.exists():
             found = stamp.read_text(errors="replace").strip() if stamp.exists() else "unknown"
             if found != digest:
-                raise UserError(str(self.path), "an empty folder", "another experiment", "Choose another --out")
+                what = f"another experiment ({_difference(config, toml)})"
+                raise UserError(str(self.path), "a folder without a run", what, "Choose another --out, or remove it")
             if not resume:
                 raise UserError(
                     str(self.path),
-                    "an empty folder",
+                    "a folder without a run",
                     "this experiment, begun or done",
                     "Add --resume to go on with it, or choose another --out",
                 )
@@ -191,9 +215,11 @@ class RunDirectory:
         path = self.file(name)
         return _read_json(path, path.read_bytes()) if path.exists() else None
 
-    def write_model(self, name: str, model: Tensor) -> None:
-        """Writes one tensor `model`, `[params]` float32."""
-        write_atomically(self.file(name), safetensors_bytes({"model": model.detach().cpu().to(torch.float32)}))
+    def write_model(self, name: str, model: Tensor, layout: Layout) -> None:
+        """Writes one tensor `model`, `[params]` float32; names and shapes of its parts are in the file's metadata."""
+        metadata = {"layout": json.dumps(layout.entries)}
+        tensors = {"model": model.detach().cpu().to(torch.float32).contiguous()}
+        write_atomically(self.file(name), safetensors_bytes(tensors, metadata))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds one row to a JSON-lines file."""

@@ -1,15 +1,18 @@
 """Reading runs back, as tidy tables."""
 
+import json
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.vectors import Layout
 
-__all__ = ["load_results"]
+__all__ = ["load_model", "load_results"]
 
 
 def load_results(path: Path | str) -> pd.DataFrame:
@@ -32,27 +35,36 @@ def load_results(path: Path | str) -> pd.DataFrame:
     return pd.concat([_one_run(folder, root) for folder in directories], ignore_index=True)
 
 
+def load_model(path: Path | str) -> dict[str, Tensor]:
+    """The final model of a run as named tensors, ready for `module.load_state_dict`.
+
+    Args:
+        path: A run directory.
+
+    Raises:
+        UserError: If there is no finished run.
+    """
+    file = Path(path) / "model.safetensors"
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            entries = json.loads(content.metadata()["layout"])
+            vector = content.get_tensor("model")
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(str(file), "the model of a finished run", repr(error), "Finish it with --resume") from None
+    return Layout(tuple((name, tuple(shape)) for name, shape in entries)).unflatten(vector)
+
+
 def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     directory = RunDirectory(folder)
     released = pd.DataFrame(directory.rows("rounds.jsonl"))
     diagnostics = pd.DataFrame(directory.rows("diagnostics.jsonl"), columns=_columns(directory))
     table = released.merge(diagnostics, on="round", how="left")
+    config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
     summary = directory.read_json("summary.json") or {}
-    constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **_flat_config(folder)}
+    constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config}
     return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)
 
 
 def _columns(directory: RunDirectory) -> list[str]:
     rows = directory.rows("diagnostics.jsonl")
     return list(rows[0]) if rows else ["round"]
-
-
-def _flat_config(folder: Path) -> dict[str, Any]:
-    tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
-        else:
-            flat[key] = value
-    return flat

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedpriv.engines import Engine
 from fedpriv.experiment.assemble import Experiment, assemble, make_engine
-from fedpriv.experiment.config import Config
+from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.journal import Journal, Watcher
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
@@ -17,7 +17,7 @@ __all__ = ["run_experiment"]
 
 
 def run_experiment(
-    config: Config,
+    config: Config | Path | str,
     out: Path | str,
     *,
     engine: str = "auto",
@@ -30,7 +30,7 @@ def run_experiment(
     """Runs an experiment and returns its summary.
 
     Args:
-        config: The experiment.
+        config: The experiment, or the path of its TOML file.
         out: The run directory.
         engine: `auto`, `loop` or `vectorized`.
         device: Where gradients are computed.
@@ -42,6 +42,7 @@ def run_experiment(
     Raises:
         UserError: On anything that the user can mend; nothing of an earlier run is lost.
     """
+    config = config if isinstance(config, Config) else load_config(config)
     experiment = assemble(config, device=device, data_root=data_root)
     runner = make_engine(engine, experiment)
     directory = RunDirectory(Path(out))

@@ -56,11 +56,13 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: obj
     return kind(**values, **given)
 
 
-def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Raises UserError, with the nearest known key, if the table holds a key that is not known."""
+def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint: str = "") -> None:
+    """Raises UserError, with the nearest known key and a hint, if the table holds a key that is not known."""
     for key in table:
         if key not in known:
-            raise UserError(f"{where}.{key}" if where else key, "a known key", "an unknown one", nearest(key, known))
+            raise UserError(
+                f"{where}.{key}" if where else key, "a known key", "an unknown one", nearest(key, known) + hint
+            )
 
 
 def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.methods.memoryless import NoMemory
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, make_plan
 from fedpriv.rounds import (
     Broadcast,
@@ -20,6 +21,7 @@ from fedpriv.rounds import (
     ServerRules,
     Total,
     agree,
+    apply_client_rule,
     begin_round,
     client_round,
     finish_round,
@@ -306,3 +308,13 @@ def test_the_false_alarm_rate_is_small() -> None:
 
 def test_a_broadcast_is_three_things() -> None:
     assert Broadcast._fields == ("round", "model", "cohort")
+
+
+def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_parameters() -> None:
+    class Shrunk(DPFedAvg):
+        def client_rule(self, state, signal, noise, round):  # noqa: A002
+            message, state = super().client_rule(state, signal, noise, round)
+            return message[..., :1], state
+
+    with pytest.raises(ValueError, match="a message of shape"):
+        apply_client_rule(Shrunk(), NoMemory(), torch.ones(5), None, 1)

@@ -329,3 +329,20 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str):
 
 def test_the_directory_may_be_given_as_text(tmp_path: Path):
     assert run_experiment(small("training.rounds=1"), str(tmp_path / "text"))["rounds"] == 1
+
+
+def test_the_model_of_a_run_goes_back_into_a_module(tmp_path: Path):
+    config = small("training.rounds=2", "model.name=mlp")
+    run_experiment(config, tmp_path)
+    module = config.model.build((1, 8, 8), 10, seed=0)
+    module.load_state_dict(fedpriv.load_model(tmp_path))
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+    assert torch.equal(flat, final_model(tmp_path))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        fedpriv.load_model(tmp_path / "nothing")
+
+
+def test_a_refusal_says_in_what_the_experiments_differ(tmp_path: Path):
+    run_experiment(small("training.rounds=2"), tmp_path)
+    with pytest.raises(UserError, match=r"training\.rounds is 2 there and 3 here"):
+        run_experiment(small("training.rounds=3"), tmp_path, resume=True)
