@@ -17,12 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 import fedpriv
+from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment import records
+from fedpriv.experiment.assemble import assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.records import FILES, RunDirectory, write_atomically
 from fedpriv.experiment.run import run_experiment
 from fedpriv.privacy import accounting
+from fedpriv.rounds import begin_round, finish_round
 from fedpriv.streams import Purpose, SeededStreams
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
@@ -346,3 +349,17 @@ def test_a_refusal_says_in_what_the_experiments_differ(tmp_path: Path):
     run_experiment(small("training.rounds=2"), tmp_path)
     with pytest.raises(UserError, match=r"training\.rounds is 2 there and 3 here"):
         run_experiment(small("training.rounds=3"), tmp_path, resume=True)
+
+
+def test_a_run_divides_by_the_expected_cohort_and_does_nothing_beside_the_three_functions_of_a_round(tmp_path: Path):
+    config = small("cohort.sampling=poisson", "cohort.probability=0.4", "method.server_normalization=false")
+    run_experiment(config, tmp_path, engine="loop")
+    experiment = assemble(config)
+    engine, state = LoopEngine(experiment.population), config.method.init_server(experiment.initial_model)
+    sizes = set()
+    for number in range(1, config.training.rounds + 1):
+        total = engine.sum_messages(begin_round(experiment.server, state, number))
+        state = finish_round(experiment.server, state, number, total.sum)
+        sizes.add(total.messages)
+    assert len(sizes) > 1
+    assert torch.equal(final_model(tmp_path), state.model)
