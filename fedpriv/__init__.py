@@ -1,4 +1,4 @@
-"""Differentially private federated learning: simulate fast, deploy the same code, know the true epsilon."""
+"""Differentially private federated learning: one method file for every engine and for Flower, and a true epsilon."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
