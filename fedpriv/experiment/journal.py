@@ -104,9 +104,9 @@ class Journal:
 
     @property
     def promise(self) -> str:
-        """What all rounds of a run must have in common beside its config: the noise, and who accounts for it."""
-        plan = self.experiment.plan
-        return "none" if plan is None else f"noise {plan.noise_stddev!r}, {plan.accountant}"
+        """What all rounds of a run must have in common beside its config: data, noise, and who accounts for it."""
+        plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
+        return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}"
 
     @property
     def _layout(self) -> Layout:
@@ -179,6 +179,7 @@ class Journal:
             "engine": self.engine,
             "digest": config.digest,
             "seed": config.seed,
+            "data_fingerprint": self.experiment.population.federation.fingerprint,
             "rounds": config.training.rounds,
             "population": self.experiment.population.federation.population,
             "parameters": self.experiment.population.task.layout.size,

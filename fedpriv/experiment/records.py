@@ -84,7 +84,7 @@ class Checkpoint:
 
         Raises:
             UserError: If the file is damaged, is another experiment's, or was written under another promise: then
-                another version of the program or its accountant would go on with other noise.
+                other data, or another version with other noise, would be mixed into the run.
         """
         if not self.path.exists():
             return None
@@ -97,8 +97,10 @@ class Checkpoint:
         if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
         if metadata.get("promise") != promise:
-            remedy = "Go on with the versions that began the run, or start again in a new --out"
-            raise UserError(str(self.path), f"rounds under the promise {promise}", str(metadata.get("promise")), remedy)
+            remedy = "Go on with the versions and data that began the run, or start again in a new --out"
+            raise UserError(
+                str(self.path), f"the same promise and data ({promise})", str(metadata.get("promise")), remedy
+            )
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
 

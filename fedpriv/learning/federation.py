@@ -1,7 +1,8 @@
 """A federation: a data set and who of the population holds which of its training examples."""
 
+import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,16 @@ class Federation:
     def sizes(self) -> np.ndarray:
         """Number of examples of each client, int64 `[clients]`."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells other data, or another spread of them, apart: a checksum of who holds what, of all labels, and of a
+        thousand evenly spaced inputs. It finds mistakes, not forgeries.
+        """
+        step = max(len(self.dataset.train_labels) // 1000, 1)
+        tensors = (self.dataset.train_labels, self.dataset.test_labels, self.dataset.train_inputs[::step])
+        arrays = (self.offsets, self.rows, *(tensor.numpy() for tensor in tensors))
+        return f"{reduce(lambda sum_, array: zlib.crc32(np.ascontiguousarray(array).tobytes(), sum_), arrays, 0):08x}"
 
     def rows_of(self, client: int) -> np.ndarray:
         """The training rows that `client` holds, int64 `[size]`, ascending.

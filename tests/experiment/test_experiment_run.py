@@ -24,6 +24,7 @@ from fedpriv.experiment.assemble import assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.records import FILES, RunDirectory, write_atomically
 from fedpriv.experiment.run import run_experiment
+from fedpriv.learning.datasets import Dataset, Digits
 from fedpriv.privacy import accounting
 from fedpriv.rounds import begin_round, finish_round
 from fedpriv.streams import Purpose, SeededStreams
@@ -363,3 +364,17 @@ def test_a_run_divides_by_the_expected_cohort_and_does_nothing_beside_the_three_
         sizes.add(total.messages)
     assert len(sizes) > 1
     assert torch.equal(final_model(tmp_path), state.model)
+
+
+def test_rounds_are_not_gone_on_with_on_other_data(tmp_path: Path, monkeypatch):
+    with pytest.raises(StoppedError):
+        run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
+    load = Digits.load
+
+    def changed(self: Digits, data_root: Path | None) -> Dataset:
+        dataset = load(self, data_root)
+        return dataclasses.replace(dataset, train_inputs=dataset.train_inputs + 1.0)
+
+    monkeypatch.setattr(Digits, "load", changed)
+    with pytest.raises(UserError, match="data"):
+        run_experiment(small(), tmp_path, resume=True)
