@@ -63,9 +63,7 @@ class Clip:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        require_positive("method.clip_norm", self.clip_norm)
-        if not 1e-20 <= self.clip_norm <= 1e20:
-            raise UserError("method.clip_norm", "a number from 1e-20 to 1e20", self.clip_norm, "Rescale the signal")
+        _require_representable("method.clip_norm", self.clip_norm)
 
     @property
     def l2_bound(self) -> float:
@@ -90,13 +88,13 @@ class SmoothedNormalization:
     Source: arXiv 2502.13482, section 3. It is the gradient of ||u|| - alpha log(1 + ||u|| / alpha).
 
     Args:
-        alpha: Smoothing, positive.
+        alpha: Smoothing, from 1e-20 to 1e20, where float32 can hold 1 / alpha.
     """
 
     alpha: float
 
     def __post_init__(self) -> None:
-        require_positive("method.alpha", self.alpha)
+        _require_representable("method.alpha", self.alpha)
 
     @property
     def l2_bound(self) -> float:
@@ -141,6 +139,13 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
 def finite_rows(vectors: Tensor) -> Tensor:
     """Which rows of `[..., params]` hold no NaN and no infinity, as bool `[..., 1]`."""
     return torch.isfinite(vectors).all(dim=-1, keepdim=True)
+
+
+def _require_representable(key: str, value: float) -> None:
+    """Raises UserError for a number so small or large that float32 cannot hold what is multiplied with it."""
+    require_positive(key, value)
+    if not 1e-20 <= value <= 1e20:
+        raise UserError(key, "a number from 1e-20 to 1e20", value, "Rescale the signal")
 
 
 def require_positive(key: str, value: float) -> None:

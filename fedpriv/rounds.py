@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.methods import ClientState, Method, ServerState
+from fedpriv.methods import ClientState, Method, ServerState, has_memory
 from fedpriv.noise import client_noise, server_noise
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
@@ -104,6 +104,8 @@ def agree(
     if plan is not None:
         if plan.l2_bound != method.bounded.l2_bound or plan.sampling != sampling:
             raise ValueError(f"the plan is for another method or cohort: {plan}, {method}, {sampling}")
+        if has_memory(method) and not plan.client_memory:
+            raise ValueError(f"the plan is for clients without memory, and {method} has one: {plan}")
         if plan.trust == "local":
             client_stddev = plan.noise_stddev
         elif method.needs_client_noise:

@@ -79,6 +79,7 @@ class AlphaNormEC:
         for key in ("alpha", "beta", "server_lr"):
             require_positive(f"method.{key}", getattr(self, key))
         require_fraction("method.damping", self.damping)
+        SmoothedNormalization(alpha=self.alpha)
         if self.memory not in ("noiseless", "sent"):
             raise UserError("method.memory", '"noiseless" or "sent"', repr(self.memory), "Choose one of the two")
 

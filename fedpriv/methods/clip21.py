@@ -57,7 +57,7 @@ class Clip21:
     server_lr: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive("method.clip_norm", self.clip_norm)
+        Clip(clip_norm=self.clip_norm)
         require_positive("method.server_lr", self.server_lr)
 
     @property

@@ -32,7 +32,7 @@ class DPFedAvg(Memoryless):
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive("method.clip_norm", self.clip_norm)
+        Clip(clip_norm=self.clip_norm)
         require_positive("method.server_lr", self.server_lr)
 
     @property

@@ -31,7 +31,7 @@ class NormalizedSGD(Memoryless):
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive("method.alpha", self.alpha)
+        SmoothedNormalization(alpha=self.alpha)
         require_positive("method.server_lr", self.server_lr)
 
     @property

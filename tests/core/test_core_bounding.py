@@ -283,3 +283,13 @@ def test_a_size_that_is_not_positive_and_finite_is_refused(kind: type, key: str,
 def test_a_clip_norm_that_float32_cannot_serve_is_refused(wrong: float) -> None:
     with pytest.raises(UserError, match=r"^method\.clip_norm: expected a number from 1e-20 to 1e20, got "):
         Clip(clip_norm=wrong)
+
+
+@pytest.mark.parametrize("value", [1e-40, 1e-21, 1e21])
+def test_a_parameter_that_float32_cannot_hold_is_refused_because_zero_would_become_nan(value: float) -> None:
+    for make in (lambda: SmoothedNormalization(alpha=value), lambda: Clip(clip_norm=value)):
+        with pytest.raises(ValueError, match="1e-20 to 1e20"):
+            make()
+    for edge in (1e-20, 1e20):
+        for bounded in (SmoothedNormalization(alpha=edge), Clip(clip_norm=edge)):
+            assert torch.equal(bounded(torch.zeros(3)), torch.zeros(3))

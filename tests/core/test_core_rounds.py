@@ -318,3 +318,20 @@ def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_para
 
     with pytest.raises(ValueError, match="a message of shape"):
         apply_client_rule(Shrunk(), NoMemory(), torch.ones(5), None, 1)
+
+
+def test_a_plan_for_clients_without_memory_is_refused_for_a_method_that_has_one() -> None:
+    """Fixed-size cohorts are amplified only without memory: such a plan would promise too small an epsilon."""
+    sampling = FixedSize(100, 5)
+    plan = make_plan(
+        trust="central",
+        sampling=sampling,
+        rounds=10,
+        delta=1e-5,
+        l2_bound=1.0,
+        noise_multiplier=2.0,
+        client_memory=False,
+    )
+    with pytest.raises(ValueError, match="without memory"):
+        agree(AlphaNormEC(), sampling, plan, SeededStreams(1))
+    agree(NormalizedSGD(), sampling, plan, SeededStreams(1))
