@@ -39,6 +39,20 @@ BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "
 
 MUTANTS = [
     Mutant(
+        "a plan without memory serves a method with memory",
+        ROUNDS,
+        "if has_memory(method) and not plan.client_memory:",
+        "if False:",
+        CORE,
+    ),
+    Mutant(
+        "parameters that turn zero into NaN",
+        BOUNDING,
+        "if not 1e-20 <= value <= 1e20:",
+        "if False:",
+        CORE,
+    ),
+    Mutant(
         "the sum is rounded before the noise",
         ROUNDS,
         "noisy = total.double()",
