@@ -8,6 +8,7 @@ Whoever owns the network (a loop, a batch, Ray, Flower) calls the same three. Th
 the server needs, which makes it the boundary of secure aggregation.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from fedpriv.methods import ClientState, Method, ServerState, has_memory
 from fedpriv.noise import client_noise, server_noise
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
+from fedpriv.sums import ExactSum
 
 __all__ = [
     "Broadcast",
@@ -49,6 +51,11 @@ class ClientRules:
     noise_stddev: float
     streams: Streams
 
+    @property
+    def message_limit(self) -> float:
+        """No coordinate of a message is larger: the bound, and sixteen standard deviations of noise."""
+        return self.method.bounded.l2_bound + 16.0 * self.noise_stddev
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerRules:
@@ -68,11 +75,22 @@ class ServerRules:
 
 
 class Broadcast(NamedTuple):
-    """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids)."""
+    """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids).
+
+    `capacity` is how many messages the round's sum must hold, the same in every round of a run: it decides the grid
+    on which they are added (`fedpriv.sums`), and the actual number is a secret. Sums of parts of a cohort, with the
+    capacity of the whole, add up to the sum of the whole, to the bit. None stands for the length of `cohort`.
+    """
 
     round: int
     model: Tensor
     cohort: np.ndarray
+    capacity: int | None = None
+
+    def empty_sum(self, rules: "ClientRules", device: torch.device | str = "cpu") -> ExactSum:
+        """Where the round's messages are added, whoever sends them in whatever order."""
+        capacity = len(self.cohort) if self.capacity is None else self.capacity
+        return ExactSum(self.model.shape[-1], rules.message_limit, capacity, device)
 
 
 class Total(NamedTuple):
@@ -126,7 +144,13 @@ def agree(
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:  # noqa: A002
     """What the server sends in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
-    return Broadcast(round, state.model, cohort)
+    return Broadcast(round, state.model, cohort, _capacity(rules.sampling))
+
+
+def _capacity(sampling: Sampling) -> int:
+    """More messages than ever come: sixteen standard deviations above the expected number."""
+    expected = sampling.expected_size
+    return math.ceil(expected + 16.0 * math.sqrt(expected) + 16.0)
 
 
 def client_round(

@@ -17,7 +17,6 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order, method_name
-from fedpriv.engines import sum_in_order
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, privacy_statement
@@ -137,7 +136,7 @@ class MethodStrategy(Strategy):
         grid: Grid,  # noqa: ARG002
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
-        broadcast = begin_round(self.agreement.server, self.state, server_round)
+        broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
         shared = {ARRAYS: self._arrays.model(broadcast.model), CONFIG: config}
         self._asked = {
@@ -152,10 +151,13 @@ class MethodStrategy(Strategy):
         return list(self._asked.values())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
-        """Sums the messages in the order of client ids and lets the method's server rule act on the sum."""
+        """Sums the messages and lets the method's server rule act on the sum."""
         answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
         messages = [self._message(client, content) for client, content in zip(self._asked, answers, strict=True)]
-        self.total = _total(sum_in_order(messages, self._arrays.layout.size), answers)
+        summed = self._broadcast.empty_sum(self.agreement.client)
+        for message in messages:
+            summed.add(message)
+        self.total = _total(summed.value, answers)
         self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         self._last_round |= dict.fromkeys(self._asked, server_round)
         if self.total.non_finite:

@@ -1,7 +1,7 @@
 """Who runs the clients of a round: the loop (reference) and the vectorized engine."""
 
-from fedpriv.engines.base import Engine, Population, one_thread, sum_in_order
+from fedpriv.engines.base import Engine, Population, one_thread
 from fedpriv.engines.loop import LoopEngine
 from fedpriv.engines.vectorized import VectorizedEngine
 
-__all__ = ["Engine", "LoopEngine", "Population", "VectorizedEngine", "one_thread", "sum_in_order"]
+__all__ = ["Engine", "LoopEngine", "Population", "VectorizedEngine", "one_thread"]

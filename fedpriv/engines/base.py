@@ -1,6 +1,6 @@
 """What an engine is: whoever runs the clients of a round."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +15,11 @@ from fedpriv.learning.tasks import Task
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
 
-__all__ = ["Engine", "Population", "one_thread", "sum_in_order"]
+__all__ = ["Engine", "Population", "one_thread"]
 
 
 class Engine(Protocol):
-    """Runs the clients of a round and returns the sum of their messages, always in client order."""
+    """Runs the clients of a round and returns the sum of their messages, on the round's grid (`fedpriv.sums`)."""
 
     @property
     def name(self) -> str:
@@ -72,14 +72,6 @@ class Population:
         rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
         batches = batches_of(self.work, self.streams, len(rows), round, client)
         return make_signal(self.task, model, self.inputs[rows], self.labels[rows], self.work.client_lr, batches)
-
-
-def sum_in_order(messages: Iterable[Tensor], size: int) -> Tensor:
-    """The sum `[params]` of messages in the order given, float64 on the CPU."""
-    total = torch.zeros(size, dtype=torch.float64)
-    for message in messages:
-        total = total.to(message.device).add_(message)
-    return total.cpu()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedpriv.engines.base import Population, one_thread, sum_in_order
+from fedpriv.engines.base import Population, one_thread
 from fedpriv.methods import ClientState
 from fedpriv.rounds import Broadcast, Total, client_round
 
@@ -27,11 +27,13 @@ class LoopEngine:
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
         self._norms = []
+        total = broadcast.empty_sum(self._population.rules, self._population.task.device)
         with one_thread():
-            total = sum_in_order(self._messages(broadcast), self._size)
+            for message in self._messages(broadcast):
+                total.add(message)
         finite = [norm for norm in self._norms if math.isfinite(norm)]
         mean = sum(finite) / len(finite) if finite else math.nan
-        return Total(total, len(self._norms), len(self._norms) - len(finite), mean)
+        return Total(total.value, len(self._norms), len(self._norms) - len(finite), mean)
 
     def _messages(self, broadcast: Broadcast) -> Iterator[Tensor]:
         model = broadcast.model.to(self._population.task.device)

@@ -100,16 +100,16 @@ class VectorizedEngine:
         """See `Engine.sum_messages`."""
         device = self._population.task.device
         model = broadcast.model.to(device)
-        total = torch.zeros(self._size, dtype=torch.float64, device=device)
+        total = broadcast.empty_sum(self._population.rules, device)
         norms = [torch.zeros(0, dtype=torch.float64, device=device)]
         for clients in self._chunks(broadcast.cohort):
             signals = self._signals(model, clients, broadcast.round)
             norms.append(torch.linalg.vector_norm(signals, dim=-1, dtype=torch.float64))
-            total += self._client_rules(clients, signals, broadcast.round).sum(dim=0, dtype=torch.float64)
+            total.add(self._client_rules(clients, signals, broadcast.round))
         found = torch.cat(norms)
         finite = found[torch.isfinite(found)]
         mean = float(finite.mean()) if len(finite) else math.nan
-        return Total(total.cpu(), len(found), len(found) - len(finite), mean)
+        return Total(total.value, len(found), len(found) - len(finite), mean)
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""

@@ -14,7 +14,7 @@ from helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip
-from fedpriv.engines import LoopEngine, Population, VectorizedEngine, one_thread, sum_in_order
+from fedpriv.engines import LoopEngine, Population, VectorizedEngine, one_thread
 from fedpriv.learning.local_work import FullGradient, LocalSteps, LocalWork, MinibatchGradient
 from fedpriv.learning.models import Cnn, Mlp, Softmax
 from fedpriv.learning.tasks import Task
@@ -228,16 +228,6 @@ def test_states_exist_only_for_clients_that_were_seen(make: MakeEngine) -> None:
         state, _, _ = advance(engine, made.server, state, k, k)
         assert engine.save()["clients"].tolist() == sorted(seen)
     assert 0 < len(seen) < CLIENTS
-
-
-@pytest.mark.parametrize("order", [[3, 1, 2], [1, 2, 3]])
-def test_one_more_message_moves_a_sum_by_that_message_however_many_there_are(order: list[int]) -> None:
-    """Sums are float64: rounded to float32 they could move by more than a message's bound, before the noise."""
-    messages = [torch.tensor([value]) for value in (1e8, 1.0, -1e8)]
-    assert sum_in_order((messages[i - 1] for i in order), 1).item() == 1.0
-    few, many = torch.tensor([1.0]), [torch.tensor([1e8])]
-    assert float(sum_in_order([*many, few], 1) - sum_in_order(many, 1)) == 1.0
-    assert same(sum_in_order([], 3), torch.zeros(3, dtype=torch.float64))
 
 
 @every_engine

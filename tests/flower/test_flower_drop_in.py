@@ -13,7 +13,6 @@ from torch import nn
 
 from clients import private_mod
 from clients.wire import ARRAYS, FEDPRIV, asks_who
-from fedpriv.engines import sum_in_order
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.privacy import Everyone, Poisson
@@ -41,14 +40,15 @@ def reference(strategy, rounds=ROUNDS):
     state = method.init_server(layout.flatten(net.state_dict()))
     memories = {i: method.init_client(layout.size) for i in range(CLIENTS)}
     for k in range(1, rounds + 1):
-        messages = []
-        for i in begin_round(server, state, k).cohort.tolist():
+        broadcast = begin_round(server, state, k)
+        summed = broadcast.empty_sum(client)
+        for i in broadcast.cohort.tolist():
             net.load_state_dict(layout.unflatten(state.model))
             train_locally(net, i, 0.1)
             signal = state.model - layout.flatten(net.state_dict())
             message, memories[i] = client_round(client, i, memories[i], signal, k)
-            messages.append(message)
-        state = finish_round(server, state, k, sum_in_order(messages, layout.size))
+            summed.add(message)
+        state = finish_round(server, state, k, summed.value)
     return state
 
 
