@@ -1,0 +1,226 @@
+"""The work that every contender does, and how each of them is asked for it and answers.
+
+Imported by every adapter, also in the environments of the rivals: it needs torch and nothing of fedpriv but its models.
+A contender is a script that takes `--workload cnn62k --workers 1 --rounds 5 --seed 0` and prints one line of JSON:
+`{"seconds": [...]}`, or with `--check` `{"probe": [...]}`, what one round without noise did to the model.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from fedpriv.learning.models import Cnn, Mlp, ModelSource, Softmax
+
+CLASSES = 10
+CLIP_NORM = 0.1
+SERVER_LR = 1.0
+NOISE_MULTIPLIER = 0.01
+CONSTANT = 0.01
+"""Every coordinate of the update of a client that computes nothing; long enough to be clipped."""
+
+SHORTEST_SECONDS = 1.0
+MOST_ROUNDS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One round's work: a full-batch gradient of each client of the cohort, clip, sum, noise, step.
+
+    Args:
+        name: As in `--workload`.
+        source: The model.
+        input_shape: Shape of one input.
+        examples: Of each client.
+        rounds: Measured at least, after `warmup`; short rounds are repeated until they fill a second.
+        computes: Whether a client computes its gradient; else its update is constant and only the framework works.
+        local: Whether each client adds the noise to its message, instead of the server to the sum.
+        clients: Size of the population.
+        cohort: Clients in a round.
+        noise_multiplier: Standard deviation of the noise over the clip norm, on the sum or on each message.
+    """
+
+    name: str
+    source: ModelSource
+    input_shape: tuple[int, ...] = (3, 32, 32)
+    examples: int = 50
+    rounds: int = 5
+    warmup: int = 2
+    computes: bool = True
+    local: bool = False
+    clients: int = 100
+    cohort: int = 50
+    noise_multiplier: float = NOISE_MULTIPLIER
+
+    def checked(self) -> "Workload":
+        """The same with a cohort of everyone and without noise: after one round, all must hold the same model."""
+        return replace(self, clients=self.cohort, noise_multiplier=0.0, warmup=0, rounds=1)
+
+    def module(self) -> nn.Module:
+        """The model at its start."""
+        return self.source.build(self.input_shape, CLASSES, 0)
+
+    def data(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Synthetic inputs `[clients, examples, *input_shape]` and labels `[clients, examples]`."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(self.clients, self.examples, *self.input_shape, generator=generator)
+        return inputs, torch.randint(CLASSES, (self.clients, self.examples), generator=generator)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.module().parameters())
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise in each coordinate."""
+        return self.noise_multiplier * CLIP_NORM
+
+
+_CNN62K, _CNN1M, _MLP, _SOFTMAX = Cnn(width=8), Cnn(width=32), Mlp(hidden=(64,)), Softmax()
+_DIGITS = {"input_shape": (1, 8, 8), "examples": 15, "rounds": 20}
+_NOOP = {"examples": 1, "computes": False, "rounds": 10}
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(name="cnn62k", source=_CNN62K),
+        Workload(name="cnn1m", source=_CNN1M, rounds=3),
+        Workload(name="mlp", source=_MLP, **_DIGITS),
+        Workload(name="softmax", source=_SOFTMAX, **_DIGITS),
+        Workload(name="noop62k", source=_CNN62K, **_NOOP),
+        Workload(name="noop1m", source=_CNN1M, **_NOOP),
+        Workload(name="cnn62k-local", source=_CNN62K, local=True),
+        Workload(name="cnn1m-local", source=_CNN1M, local=True, rounds=3),
+        Workload(name="mlp-local", source=_MLP, local=True, **_DIGITS),
+        Workload(name="noop1m-local", source=_CNN1M, local=True, **_NOOP),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the command line asks of a contender."""
+
+    workload: Workload
+    workers: int
+    rounds: int | None
+    seed: int
+    check: bool
+
+
+def parse_job(add: Callable[[argparse.ArgumentParser], None] | None = None) -> tuple[Job, argparse.Namespace]:
+    """The job of the command line, and all its arguments; `add` declares a contender's own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workload", choices=list(WORKLOADS), required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, help="measured rounds; default: the workload's, for a second at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", action="store_true", help="one round of everyone without noise, not timed")
+    if add:
+        add(parser)
+    found = parser.parse_args()
+    workload = WORKLOADS[found.workload]
+    workload = workload.checked() if found.check else workload
+    rounds = 1 if found.check else found.rounds
+    return Job(workload=workload, workers=found.workers, rounds=rounds, seed=found.seed, check=found.check), found
+
+
+class Clock:
+    """Counts rounds for whoever owns the loop: call `tick` once before the first round and once after each.
+
+    Args:
+        job: Says how many rounds are measured; the warm-up rounds before them are left out.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._times: list[float] = []
+
+    @property
+    def planned(self) -> int:
+        """Rounds to run where the number must be known beforehand."""
+        return self._job.workload.warmup + (self._job.rounds or self._job.workload.rounds)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each measured round."""
+        times = self._times[self._job.workload.warmup :]
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    def tick(self) -> None:
+        """Marks the end of a round, or the begin of the first."""
+        self._times.append(time.perf_counter())
+
+    def done(self) -> bool:
+        """Whether enough was measured."""
+        measured = self.seconds
+        if self._job.rounds is not None:
+            return len(measured) >= self._job.rounds
+        if len(measured) < self._job.workload.rounds:
+            return False
+        return sum(measured) >= SHORTEST_SECONDS or len(measured) >= MOST_ROUNDS
+
+
+def run_rounds(job: Job, one_round: Callable[[], None], model: Callable[[], Tensor]) -> None:
+    """Runs and reports a contender that gives us one round at a time.
+
+    Args:
+        job: What was asked.
+        one_round: Runs the next round.
+        model: The model now, `[params]`.
+    """
+    start, clock = model().clone(), Clock(job)
+    clock.tick()
+    while not clock.done():
+        one_round()
+        clock.tick()
+    report(job, clock.seconds, model() - start)
+
+
+def report(job: Job, seconds: Sequence[float], step: Tensor) -> None:
+    """Prints the answer, and makes it the last line even if something prints on leaving."""
+    answer = {"probe": probe(step)} if job.check else {"seconds": list(seconds), "workload": asdict_of(job.workload)}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def asdict_of(workload: Workload) -> dict[str, object]:
+    """What a reader of the raw output wants to know."""
+    fields = asdict(workload)
+    return {key: fields[key] for key in ("name", "clients", "cohort", "examples")}
+
+
+def probe(step: Tensor) -> list[float]:
+    """The norm of a model's step `[params]` and four random projections of it, which tell another step apart."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(4, len(step), generator=generator, dtype=torch.float64)
+    exact = step.detach().double().cpu()
+    return [float(torch.linalg.vector_norm(exact)), *(directions @ exact).tolist()]
+
+
+def flat(module: nn.Module) -> Tensor:
+    """A copy of a module's parameters as one vector `[params]`."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+
+
+def one_thread() -> None:
+    """One thread for every process: processes, not threads, are what workers are here."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def median(values: Sequence[float]) -> float:
+    """The median."""
+    return statistics.median(values)
