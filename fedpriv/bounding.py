@@ -51,6 +51,10 @@ class Bounded(Protocol):
         """Bounds each row of `[..., params]`."""
         ...
 
+    def bound_(self, vectors: Tensor) -> None:
+        """The same in place."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -77,8 +81,14 @@ class Clip:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """See `Bounded.__call__`."""
-        radius = self.clip_norm * _SHRINK
-        return _scale_rows(vectors, lambda norm, ratio: torch.minimum(radius / norm, ratio))
+        return _scale_rows(vectors, self._scale)
+
+    def bound_(self, vectors: Tensor) -> None:
+        """See `Bounded.bound_`."""
+        _scale_rows(vectors, self._scale, out=vectors)
+
+    def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
+        return torch.minimum(self.clip_norm * _SHRINK / norm, ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +118,18 @@ class SmoothedNormalization:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """See `Bounded.__call__`."""
-        return _scale_rows(
-            vectors, lambda norm, ratio: torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)
-        )
+        return _scale_rows(vectors, self._scale)
+
+    def bound_(self, vectors: Tensor) -> None:
+        """See `Bounded.bound_`."""
+        _scale_rows(vectors, self._scale, out=vectors)
+
+    def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
+        return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)
 
 
-def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Multiplies each row u by a scale of its norm; a row that is not finite becomes zero.
+def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor], out: Tensor | None = None) -> Tensor:
+    """Multiplies each row u by a scale of its norm; a row that is not finite becomes zero. `out` may be `vectors`.
 
     `scale_of(norm, ratio)` sees the float64 norm of u / ratio, the ratio chosen by row so that nothing overflows,
     and returns the scale that turns u / ratio into the output.
@@ -122,8 +137,10 @@ def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
     scale = scale_of(norm.clamp(min=1e-300), torch.ones_like(norm))
     ordinary = (norm < _HUGE) & (scale >= _TINY)
-    scaled = vectors * scale.to(vectors.dtype)
-    return scaled if bool(ordinary.all()) else torch.where(ordinary, scaled, _scale_in_float64(vectors, scale_of))
+    if bool(ordinary.all()):
+        return torch.mul(vectors, scale.to(vectors.dtype), out=out)
+    rare = torch.where(ordinary, vectors * scale.to(vectors.dtype), _scale_in_float64(vectors, scale_of))
+    return rare if out is None else out.copy_(rare)
 
 
 def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

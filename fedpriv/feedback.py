@@ -4,11 +4,31 @@ With memory v and signal u the client sends Delta = B(u - v) and keeps v + beta 
 every message. Then, without noise, the server's memory is the mean of the clients' memories after every round.
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from fedpriv.bounding import Bounded
 
-__all__ = ["bounded_residual", "decayed", "remember"]
+__all__ = ["Feedback", "bounded_residual", "decayed", "remember"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """A client rule of this form, as figures, for engines that move memories in place; see `Method.feedback`.
+
+    Args:
+        bounded: B.
+        beta: How much of a message is remembered; None for a rule without memory, Delta = B(u).
+        damping: lambda, how much of the memory is forgotten each round.
+        sent: Whether the message is remembered with its noise.
+    """
+
+    bounded: Bounded
+    beta: float | None
+    damping: float = 0.0
+    sent: bool = False
 
 
 def bounded_residual(bounded: Bounded, memory: Tensor, signal: Tensor) -> Tensor:
@@ -18,7 +38,7 @@ def bounded_residual(bounded: Bounded, memory: Tensor, signal: Tensor) -> Tensor
 
 def remember(memory: Tensor, message: Tensor, beta: float) -> Tensor:
     """Memory + beta message, on the client's side as on the server's; `[..., params]`."""
-    return memory + beta * message
+    return torch.add(memory, message, alpha=beta)
 
 
 def decayed(memory: Tensor, damping: float, rounds: Tensor | int) -> Tensor:

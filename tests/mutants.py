@@ -35,6 +35,7 @@ PRIVACY, FLOWER, CONFIG = (
     "tests/experiment/test_experiment_config.py",
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/noise.py"
+STEP = "fedpriv/engines/step.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MUTANTS = [
@@ -158,7 +159,7 @@ MUTANTS = [
         "streams.source(purpose, round, 0)",
         CORE,
     ),
-    Mutant("clipping ignored", BOUNDING, "torch.minimum(radius / norm, ratio)", "ratio", CORE),
+    Mutant("clipping ignored", BOUNDING, "torch.minimum(self.clip_norm * _SHRINK / norm, ratio)", "ratio", CORE),
     Mutant("the bound is exceeded by rounding", BOUNDING, "_SHRINK = 1.0 - 2.0**-21", "_SHRINK = 1.0 + 2.0**-21", CORE),
     Mutant("plain normalization", BOUNDING, "1.0 / (self.alpha / ratio + norm)", "1.0 / norm", CORE),
     Mutant("NaN let through", BOUNDING, "torch.where(finite, vectors, 0.0).double()", "vectors.double()", CORE),
@@ -321,9 +322,39 @@ MUTANTS = [
     ),
     Mutant(
         "memories lost between rounds",
-        "fedpriv/engines/vectorized.py",
-        "self._store.put(clients, states)",
-        "pass",
+        "fedpriv/engines/states.py",
+        "                field.copy_(value)",
+        "                pass",
+        ENGINES,
+    ),
+    Mutant("memories never move", STEP, "memory.add_(signals, alpha=rule.beta)", "pass", ENGINES),
+    Mutant(
+        "the memory keeps the noise that it should not",
+        STEP,
+        "if noise is not None and rule.sent:",
+        "if noise is not None:",
+        ENGINES,
+    ),
+    Mutant(
+        "a changed client rule is passed over",
+        "fedpriv/methods/base.py",
+        'if "client_rule" in vars(kind):',
+        "if False:",
+        ENGINES,
+    ),
+    Mutant(
+        "a state comes back from the disk as another client's",
+        "fedpriv/engines/states.py",
+        "self.away[client] * self._row_bytes",
+        "0 * self._row_bytes",
+        ENGINES,
+    ),
+    Mutant("sums depend on order", "fedpriv/sums.py", ".add_(self._shift).sub_(self._shift)", "", CORE),
+    Mutant(
+        "gradients of padding",
+        "fedpriv/learning/dense.py",
+        "return slope.mul_(weights.unsqueeze(-1))",
+        "return slope.mul_(weights.amax(dim=-1, keepdim=True).unsqueeze(-1))",
         ENGINES,
     ),
     Mutant("memories lost at a restart", "fedpriv/experiment/run.py", "engine.restore(client)", "pass", EXPERIMENT),

@@ -2,6 +2,7 @@
 
 from fedpriv.engines.base import Engine, Population, one_thread
 from fedpriv.engines.loop import LoopEngine
+from fedpriv.engines.states import StateStore
 from fedpriv.engines.vectorized import VectorizedEngine
 
-__all__ = ["Engine", "LoopEngine", "Population", "VectorizedEngine", "one_thread"]
+__all__ = ["Engine", "LoopEngine", "Population", "StateStore", "VectorizedEngine", "one_thread"]

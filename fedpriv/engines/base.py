@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.engines.states import StateStore
 from fedpriv.learning.federation import Federation
 from fedpriv.learning.local_work import LocalWork, batches_of, make_signal
 from fedpriv.learning.tasks import Task
@@ -67,11 +70,35 @@ class Population:
         """All training labels, on the task's device."""
         return self.federation.dataset.train_labels.to(self.task.device)
 
+    @cached_property
+    def _in_client_order(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs and labels with each client's examples side by side; None where clients may share examples."""
+        if not isinstance(self.federation, Federation):
+            return None
+        rows = self.federation.rows
+        if np.array_equal(rows, np.arange(len(self.labels))):
+            return self.inputs, self.labels
+        at = torch.from_numpy(rows).to(self.task.device)
+        return self.inputs[at], self.labels[at]
+
+    def examples(self, client: int) -> tuple[Tensor, Tensor]:
+        """Inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
+        if self._in_client_order is None:
+            rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
+            return self.inputs[rows], self.labels[rows]
+        inputs, labels = self._in_client_order
+        start, end = self.federation.offsets[client : client + 2].tolist()
+        return inputs[start:end], labels[start:end]
+
     def signal(self, client: int, model: Tensor, round: int) -> Tensor:  # noqa: A002
-        """The signal `[params]` of one client in one round."""
-        rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
-        batches = batches_of(self.work, self.streams, len(rows), round, client)
-        return make_signal(self.task, model, self.inputs[rows], self.labels[rows], self.work.client_lr, batches)
+        """The signal `[params]` of one client in one round, a tensor of its own."""
+        inputs, labels = self.examples(client)
+        batches = batches_of(self.work, self.streams, len(labels), round, client)
+        return make_signal(self.task, model, inputs, labels, self.work.client_lr, batches)
+
+    def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
+        """An empty store for these clients' states; see `StateStore`."""
+        return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)
 
 
 @contextmanager

@@ -100,6 +100,10 @@ LOCAL_WORKS: dict[str, type] = {
 }
 
 
+# Where a client uses all its examples, nothing is drawn, and making a generator costs more than asking for none.
+_UNUSED = np.random.default_rng(0)
+
+
 def batches_of(
     work: LocalWork,
     streams: SeededStreams,
@@ -108,6 +112,9 @@ def batches_of(
     client: int,
 ) -> list[np.ndarray | None]:
     """The examples of each of the client's steps in this round: the same in every engine."""
+    batch_size = getattr(work, "batch_size", None)
+    if batch_size is None or batch_size >= examples:
+        return work.batches(examples, _UNUSED)
     return work.batches(examples, streams.source(Purpose.LOCAL_WORK, round, client).rng)
 
 

@@ -1,7 +1,7 @@
 """All methods, one paper a file; adding one is its file and one line here."""
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
-from fedpriv.methods.base import ClientState, Method, ServerState, has_memory
+from fedpriv.methods.base import ClientState, Method, ServerState, feedback_of, has_memory
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.normalized_sgd import NormalizedSGD
@@ -15,6 +15,7 @@ __all__ = [
     "Method",
     "NormalizedSGD",
     "ServerState",
+    "feedback_of",
     "has_memory",
 ]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedpriv.bounding import SmoothedNormalization, require_positive
 from fedpriv.errors import UserError
-from fedpriv.feedback import bounded_residual, decayed, remember
+from fedpriv.feedback import Feedback, bounded_residual, decayed, remember
 from fedpriv.methods.base import direction, noised, require_fraction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
@@ -92,6 +92,11 @@ class AlphaNormEC:
     def needs_client_noise(self) -> bool:
         """Sent memory remembers the noise, so the client must be the one who draws it."""
         return self.memory == "sent"
+
+    @property
+    def feedback(self) -> Feedback:
+        """The client rule as figures."""
+        return Feedback(bounded=self.bounded, beta=self.beta, damping=self.damping, sent=self.memory == "sent")
 
     def init_client(self, size: int) -> ClientMemory:
         """v_i = 0: a start at true gradients would release their mean without noise."""

@@ -1,15 +1,25 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
+from fedpriv.feedback import Feedback
 
-__all__ = ["ClientState", "Method", "ServerState", "direction", "has_memory", "noised", "require_fraction"]
+__all__ = [
+    "ClientState",
+    "Method",
+    "ServerState",
+    "direction",
+    "feedback_of",
+    "has_memory",
+    "noised",
+    "require_fraction",
+]
 
 
 # A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it without knowing the method.
@@ -73,6 +83,19 @@ class Method(Protocol):
             sampling_prob: Expected cohort size over population.
         """
         ...
+
+
+def feedback_of(method: Method) -> Feedback | None:
+    """The method's client rule as figures, if it is of that form and says so in a property `feedback`.
+
+    A class that changes `client_rule` and inherits `feedback` does not say so.
+    """
+    for kind in type(method).__mro__:
+        if "feedback" in vars(kind):
+            return cast(Feedback, method.feedback)  # pyright: ignore[reportAttributeAccessIssue]
+        if "client_rule" in vars(kind):
+            return None
+    return None
 
 
 def has_memory(method: Method) -> bool:

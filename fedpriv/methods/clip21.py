@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Clip, require_positive
-from fedpriv.feedback import bounded_residual, remember
+from fedpriv.feedback import Feedback, bounded_residual, remember
 from fedpriv.methods.base import noised
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
@@ -69,6 +69,11 @@ class Clip21:
     def needs_client_noise(self) -> bool:
         """No."""
         return False
+
+    @property
+    def feedback(self) -> Feedback:
+        """The client rule as figures."""
+        return Feedback(bounded=self.bounded, beta=1.0)
 
     def init_client(self, size: int) -> ClientMemory:
         """v_i = 0."""

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fedpriv.bounding import Bounded
+from fedpriv.feedback import Feedback
 from fedpriv.methods.base import noised
 
 __all__ = ["Memoryless", "ModelOnly", "NoMemory"]
@@ -35,6 +36,11 @@ class Memoryless:
     def needs_client_noise(self) -> bool:
         """No."""
         return False
+
+    @property
+    def feedback(self: _Hyperparameters) -> Feedback:
+        """The client rule as figures."""
+        return Feedback(bounded=self.bounded, beta=None)
 
     def init_client(self, size: int) -> NoMemory:  # noqa: ARG002
         """Nothing."""

@@ -1,0 +1,246 @@
+"""Client states: made when a client is first seen, in memory up to a bound, and beyond it on the disk."""
+
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedpriv.errors import UserError
+from fedpriv.methods import ClientState, Method
+
+__all__ = ["StateStore"]
+
+# Most floats of one piece of memory: states grow by pieces, and none is ever copied to grow.
+_SLAB_FLOATS = 2**24
+
+
+class StateStore:
+    """The states of the clients that took part; grows with the clients seen, not with the population.
+
+    States lie in pieces of memory, one row for each client. Once `memory` bytes are used, the client whose state was
+    not needed for longest makes room: its row goes to a file without a name (a crash leaves nothing behind).
+
+    Args:
+        method: Whose client states these are.
+        size: Number of parameters.
+        device: Where they live.
+        memory: Most bytes of states in memory; None for no bound.
+        folder: Where the file goes; None for the system's temporary folder.
+
+    Raises:
+        UserError: If `memory` does not hold one state.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        size: int,
+        device: torch.device | str = "cpu",
+        memory: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._fresh = [field.to(device) for field in method.init_client(size)]
+        self._kind = type(method.init_client(0))
+        self._device = torch.device(device)
+        self._row_bytes = sum(field.numel() * field.element_size() for field in self._fresh)
+        self._capacity = None if memory is None or not self._row_bytes else memory // self._row_bytes
+        if self._capacity == 0:
+            expected = f"at least {self._row_bytes:,} bytes, one client's state"
+            raise UserError("--state-memory", expected, f"{memory:,} bytes", "Give more, or take a smaller model")
+        widest = max((field.numel() for field in self._fresh), default=1)
+        self._slab_rows = max(_SLAB_FLOATS // max(widest, 1), 1)
+        self._folder = folder
+        self._clear()
+
+    def _clear(self) -> None:
+        self._slabs: list[list[Tensor]] = []
+        self._places: list[tuple[int, int]] = []  # of each row: its piece, and where in it
+        self._slots: dict[int, int] = {}  # client -> row in memory, least recently used first
+        self._free: list[int] = []
+        self._file: _SpillFile | None = None
+
+    @property
+    def capacity(self) -> int | None:
+        """Most clients whose states are in memory at once; None for no bound."""
+        return self._capacity
+
+    def __len__(self) -> int:
+        return len(self._slots) + (len(self._file.away) if self._file else 0)
+
+    @contextmanager
+    def borrowed(self, clients: Sequence[int]) -> Iterator[ClientState]:
+        """The states of `clients`, fields `[clients, ...]`, to be changed in place; new clients start fresh.
+
+        Raises:
+            UserError: If the disk is full, or more clients are asked for than memory may hold.
+        """
+        if not self._fresh:
+            self._slots.update(dict.fromkeys(clients, 0))
+            yield self._kind()
+            return
+        rows = [self._slot(client, clients) for client in clients]
+        slab, first = self._places[rows[0]]
+        if [self._places[row] for row in rows] == [(slab, first + i) for i in range(len(rows))]:
+            yield self._kind(*(field[first : first + len(rows)] for field in self._slabs[slab]))
+            return
+        views = [self._row(row) for row in rows]
+        copies = self._kind(*(torch.stack(parts) for parts in zip(*views, strict=True)))
+        yield copies
+        for view, *new in zip(views, *copies, strict=True):
+            for field, value in zip(view, new, strict=True):
+                field.copy_(value)
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Engine.save`. States beyond the bound come as a map of a file, not in memory."""
+        clients = sorted([*self._slots, *(self._file.away if self._file else ())])
+        if not clients or not self._fresh:
+            return {"clients": torch.tensor(clients, dtype=torch.int64)}
+        if self._file is None:
+            rows = [self._row(self._slots[client]) for client in clients]
+            fields = [torch.stack(parts).cpu() for parts in zip(*rows, strict=True)]
+        else:
+            fields = self._save_to_file(clients)
+        named = dict(zip(self._kind._fields, fields, strict=True))
+        return {"clients": torch.tensor(clients, dtype=torch.int64), **named}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine.restore`."""
+        self._clear()
+        fields = [tensors[name] for name in self._kind._fields] if len(tensors["clients"]) else []
+        for row, client in enumerate(tensors["clients"].tolist()):
+            with self.borrowed([client]) as state:
+                for target, source in zip(state, fields, strict=True):
+                    target.copy_(source[row : row + 1])
+
+    def _row(self, slot: int) -> list[Tensor]:
+        slab, row = self._places[slot]
+        return [field[row] for field in self._slabs[slab]]
+
+    def _slot(self, client: int, needed: Sequence[int]) -> int:
+        """The row of `client`, who is now the most recently used; `needed` must stay in memory meanwhile."""
+        slot = self._slots.pop(client, None)
+        if slot is None:
+            slot = self._room(needed)
+            if self._file is None or not self._file.take_back(client, self._row(slot)):
+                for field, fresh in zip(self._row(slot), self._fresh, strict=True):
+                    field.copy_(fresh)
+        self._slots[client] = slot
+        return slot
+
+    def _room(self, needed: Sequence[int]) -> int:
+        """A row that nobody uses."""
+        if not self._free:
+            if self._capacity is None or len(self._places) < self._capacity:
+                self._grow(len(needed))
+            else:
+                self._free.append(self._evict(set(needed)))
+        return self._free.pop()
+
+    def _grow(self, needed: int) -> None:
+        """Doubles the rows, up to a piece's length, and takes no more than the bound."""
+        have = len(self._places)
+        rows = max(min(have, self._slab_rows), needed)
+        if self._capacity is not None:
+            rows = min(rows, self._capacity - have)
+        self._places += [(len(self._slabs), row) for row in range(rows)]
+        self._slabs.append([field.new_zeros((rows, *field.shape)) for field in self._fresh])
+        self._free += range(have + rows - 1, have - 1, -1)
+
+    def _evict(self, needed: set[int]) -> int:
+        """Puts the client that was not needed for longest on the disk, and gives its row."""
+        for client in self._slots:
+            if client not in needed:
+                break
+        else:
+            raise UserError(
+                "--state-memory",
+                f"room for {len(needed)} clients at once",
+                f"room for {self._capacity}",
+                "Give more memory",
+            )
+        if self._file is None:
+            self._file = _SpillFile(self._row_bytes, self._folder)
+        self._file.put_away(client, self._row(self._slots[client]))
+        return self._slots.pop(client)
+
+    def _save_to_file(self, clients: list[int]) -> list[Tensor]:
+        """Each field of all clients as a map of a nameless file, written client by client."""
+        assert self._file is not None
+        saved = []
+        for index, fresh in enumerate(self._fresh):
+            width = fresh.numel() * fresh.element_size()
+            target = _SpillFile(width, self._folder)
+            scratch = [field.clone() for field in self._fresh]
+            for client in clients:
+                if client in self._slots:
+                    row = self._row(self._slots[client])
+                else:
+                    self._file.read(client, scratch)
+                    row = scratch
+                target.put_away(client, [row[index]])
+            saved.append(target.as_tensor(fresh.dtype, (len(clients), *fresh.shape)))
+        return saved
+
+
+class _SpillFile:
+    """Rows of equal length in a file without a name."""
+
+    def __init__(self, row_bytes: int, folder: Path | None) -> None:
+        self._row_bytes = row_bytes
+        self._where = str(folder or tempfile.gettempdir())
+        self.away: dict[int, int] = {}
+        self._places: dict[int, int] = {}
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._file, name = tempfile.mkstemp(dir=folder, prefix="fedpriv-states-")
+            Path(name).unlink()
+        except OSError as error:
+            raise self._trouble(error) from None
+        weakref.finalize(self, os.close, self._file)
+
+    def put_away(self, client: int, row: list[Tensor]) -> None:
+        """Writes a client's row."""
+        place = self._places.setdefault(client, len(self._places))
+        data = memoryview(b"".join(field.cpu().numpy().tobytes() for field in row))
+        at = place * self._row_bytes
+        try:
+            while data:
+                written = os.pwrite(self._file, data, at)
+                data, at = data[written:], at + written
+        except OSError as error:
+            raise self._trouble(error) from None
+        self.away[client] = place
+
+    def take_back(self, client: int, row: list[Tensor]) -> bool:
+        """Reads a client's row, which is then no longer away; False if it never was."""
+        if client not in self.away:
+            return False
+        self.read(client, row)
+        del self.away[client]
+        return True
+
+    def read(self, client: int, row: list[Tensor]) -> None:
+        """Reads a client's row into tensors."""
+        data = bytearray(os.pread(self._file, self._row_bytes, self.away[client] * self._row_bytes))
+        start = 0
+        for field in row:
+            count = field.numel()
+            field.copy_(torch.frombuffer(data, dtype=field.dtype, count=count, offset=start).reshape(field.shape))
+            start += count * field.element_size()
+
+    def as_tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The whole file as a tensor that the system reads page by page."""
+        return torch.frombuffer(mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY), dtype=dtype).reshape(shape)
+
+    def _trouble(self, error: OSError) -> UserError:
+        reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        remedy = "Free some, or choose another --state-folder; a run goes on with --resume"
+        return UserError(self._where, "room for the states of clients that do not fit in memory", reason, remedy)
