@@ -1,4 +1,4 @@
-"""The command line: fedpriv run | privacy | data | list."""
+"""The command line: fedpriv run | flower | privacy | data | list."""
 
 import dataclasses
 import json
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from fedpriv import __version__
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import IN_PROCESS_ENGINES, make_federation, sampling_of
+from fedpriv.experiment.assemble import make_federation, sampling_of
 from fedpriv.experiment.config import load_config
+from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import jsonable
 from fedpriv.experiment.run import run_experiment
@@ -61,17 +62,39 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets lie; else FEDPRIV_DATA, else ./data.", show_default=False)
 ]
 
-_FLOWER = {"flower": "Flower's simulation: the same rules as messages between a ServerApp and ClientApps."}
-
 
 @app.command()
 def run(
     config: ConfigFile,
     out: Annotated[Path | None, typer.Option(help="The run directory; else runs/NAME.", show_default=False)] = None,
-    engine: Annotated[str, typer.Option(help="auto, loop, vectorized or flower.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto (measures), loop, vectorized, ray or flower.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     data_root: DataRoot = None,
     settings: Settings = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers; else one a core, or a GPU.", show_default=False)
+    ] = None,
+    compute: Annotated[str, typer.Option(help="In a Ray worker: auto, loop or vectorized.")] = "auto",
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="Each Ray worker's share of a GPU, such as 0.25.", show_default=False)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
+    ] = None,
+    state_memory: Annotated[
+        str | None,
+        typer.Option(help="Most memory of client states, such as 8GB; more goes to the disk.", show_default=False),
+    ] = None,
+    state_folder: Annotated[
+        Path | None, typer.Option(help="Where those states go; else the temporary folder.", show_default=False)
+    ] = None,
+    client_noise: Annotated[
+        str, typer.Option(help="With trust local: fused (one draw a round, the same law) or faithful.")
+    ] = "fused",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Images with channels innermost: faster convolutions on CPUs.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster and coarser gradients.")] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
@@ -82,9 +105,22 @@ def run(
     directory = out or Path("runs") / experiment.name
     if checkpoint_every is not None and checkpoint_every < 1:
         raise UserError("--checkpoint-every", "at least 1", checkpoint_every, "Give a number of rounds")
+    execution = Execution(
+        engine=engine,
+        compute=compute,
+        client_noise=client_noise,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        ray_address=ray_address,
+        state_memory=None if state_memory is None else bytes_of(state_memory),
+        state_folder=state_folder,
+    )
     with RoundProgress(experiment.training.rounds) as progress:
         if engine == "flower":
             from strategies.launch import run_with_flower
+
+            if channels_last or precision != "float32":
+                raise UserError("--engine flower", "float32 gradients as they are", "another option", "Leave it out")
 
             summary = run_with_flower(
                 experiment, directory, device=device, data_root=data_root, resume=resume, watch=progress
@@ -99,8 +135,33 @@ def run(
                 resume=resume,
                 watch=progress,
                 checkpoint_every=checkpoint_every,
+                execution=execution,
+                channels_last=channels_last,
+                precision=precision,
             )
     _print_summary(summary, directory)
+
+
+@app.command()
+def flower(
+    app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="The Flower app's folder.", show_default=False)],
+    clients: Annotated[int, typer.Option(help="How many clients: partition ids 0 to N - 1.", show_default=False)],
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-c", "--run-config", metavar="key=value", help="Change a key of the app's config, as flwr run does."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that run clients; above 1, Ray's.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(help="Each worker's share of a GPU, such as 0.25.")] = 0.0,
+    ray_address: Annotated[
+        str, typer.Option(help="A Ray cluster's HOST:PORT or auto; else a Ray of the run's own.", show_default=False)
+    ] = "",
+) -> None:
+    """Run a Flower app as it is, without Flower's servers. What it writes under relative names lands where you are."""
+    from strategies.run_app import Workers, run_app
+
+    print(run_app(app_dir, clients, run_config or (), Workers(workers, gpus_per_worker, ray_address)))
 
 
 @app.command()
@@ -152,8 +213,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
         "models": _describe(MODELS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
-        "engines": {n: {"about": _first_line(k), "keys": {}} for n, k in IN_PROCESS_ENGINES.items()}
-        | {n: {"about": about, "keys": {}} for n, about in _FLOWER.items()},
+        "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
     }
     if as_json:
         print(json.dumps(kinds, indent=2))
@@ -200,10 +260,21 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     print(
         f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
         f"epsilon     {promise}\n"
-        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {summary['engine']}\n"
+        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
+
+
+def _engine_line(summary: dict[str, Any]) -> str:
+    """Which engine ran, and what it was measured against if it was chosen by measuring."""
+    ran, line = summary["execution"], summary["engine"]
+    if ran.get("workers", 1) > 1:
+        line += f" with {ran['workers']} workers, {ran['compute']} inside"
+    if ran.get("seconds_per_client"):
+        each = ", ".join(f"{name} {1e3 * seconds:.2g}" for name, seconds in ran["seconds_per_client"].items())
+        line += f" (measured, ms a client: {each})"
+    return line
 
 
 def main(arguments: list[str] | None = None) -> None:

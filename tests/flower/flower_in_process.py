@@ -1,35 +1,26 @@
-"""A Grid that plays Flower nodes in this process. The only place that touches what Flower does not publish.
-
-`TaskIdentity` must be set before a `Message` can be made outside of a run, and `Run.create_empty` is the only way to
-have a `Run`. `test_flower_moved_nothing_that_the_grid_needs` fails when Flower moves either.
-"""
+"""A Grid of nodes as they are in deployment: random ids, late joiners, answers in any order, dead nodes."""
 
 import copy
 import pickle
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+from strategies import flower_internals
+from strategies.flower_internals import Run, empty_run, number_message
 
 RUN_ID = 1
 DEAD_NODE_ID = 1
 
 
-@contextmanager
-def inside_a_run() -> Iterator[None]:
+def inside_a_run() -> AbstractContextManager[None]:
     """Makes `Message` usable, as in a ServerApp's process."""
-    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, 0
-    try:
-        yield
-    finally:
-        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+    return flower_internals.inside_a_run(RUN_ID, node_id=0)
 
 
 class NodeError(Exception):
@@ -78,7 +69,7 @@ class InProcessGrid(Grid):
 
     @property
     def run(self) -> Run:
-        return Run.create_empty(RUN_ID)
+        return empty_run(RUN_ID)
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
@@ -97,7 +88,7 @@ class InProcessGrid(Grid):
         asked = list(messages)
         for message in asked:
             self._sent += 1
-            message.metadata.__dict__["_message_id"] = f"message-{self._sent}"
+            number_message(message, f"message-{self._sent}")
         self.seen += asked
         answers = [answer for message in asked if (answer := self._play(message)) is not None]
         self._random.shuffle(answers)
