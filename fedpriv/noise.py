@@ -1,11 +1,13 @@
 """Gaussian noise for sums and for single messages."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fedpriv.streams import Purpose, Streams
 
-__all__ = ["client_noise", "server_noise"]
+__all__ = ["client_noise", "client_noise_sum", "server_noise"]
 
 
 def server_noise(streams: Streams, stddev: float, size: int, round: int) -> Tensor:  # noqa: A002
@@ -31,6 +33,21 @@ def client_noise(streams: Streams, stddev: float, size: int, round: int, client:
         client: Who sends; every client has noise of its own.
     """
     return _normal(streams, Purpose.CLIENT_NOISE, stddev, size, round, client)
+
+
+def client_noise_sum(streams: Streams, stddev: float, size: int, round: int, clients: int) -> Tensor:  # noqa: A002
+    """One draw with the law of the sum of so many clients' noises; float32 `[size]` on the CPU.
+
+    For simulations in which nothing but the sum of a round's messages is used.
+
+    Args:
+        streams: Where the randomness comes from.
+        stddev: Standard deviation of each coordinate of one client's noise.
+        size: Number of parameters.
+        round: The round, from 1.
+        clients: How many send.
+    """
+    return _normal(streams, Purpose.CLIENT_NOISE_SUM, stddev * math.sqrt(clients), size, round, 0)
 
 
 def _normal(streams: Streams, purpose: Purpose, stddev: float, size: int, round: int, client: int) -> Tensor:  # noqa: A002

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CLIENT_NOISE = 4
     LOCAL_WORK = 5
     DATA = 6
+    CLIENT_NOISE_SUM = 7
 
 
 class Source(Protocol):

@@ -49,7 +49,7 @@ def _run(grid: Grid, context: Context) -> None:
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
     with directory.locked():
         directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
-        journal = Journal(experiment, directory, "flower")
+        journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
         journal.begin()
         strategy = make_strategy(experiment)
         strategy.start(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines.states import StateStore
-from fedpriv.learning.federation import Federation
+from fedpriv.learning.federation import Federation, Holders
 from fedpriv.learning.local_work import LocalWork, batches_of, make_signal
 from fedpriv.learning.tasks import Task
 from fedpriv.rounds import Broadcast, ClientRules, Total
@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Takes back what `save` gave, also that of another engine."""
         ...
 
+    def close(self) -> None:
+        """Ends what the engine started outside this process; it is not used afterwards."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
@@ -56,7 +60,7 @@ class Population:
 
     rules: ClientRules
     task: Task
-    federation: Federation
+    federation: Holders
     work: LocalWork
     streams: SeededStreams
 
@@ -83,7 +87,7 @@ class Population:
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
         """Inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
-        if self._in_client_order is None:
+        if self._in_client_order is None or not isinstance(self.federation, Federation):
             rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
             return self.inputs[rows], self.labels[rows]
         inputs, labels = self._in_client_order
@@ -95,6 +99,10 @@ class Population:
         inputs, labels = self.examples(client)
         batches = batches_of(self.work, self.streams, len(labels), round, client)
         return make_signal(self.task, model, inputs, labels, self.work.client_lr, batches)
+
+    def on(self, device: torch.device) -> "Population":
+        """The same clients, computed elsewhere."""
+        return self if device == self.task.device else replace(self, task=self.task.on(device))
 
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
         """An empty store for these clients' states; see `StateStore`."""

@@ -43,3 +43,6 @@ class LoopEngine:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`."""
         self._states.restore(tensors)
+
+    def close(self) -> None:
+        """Nothing was started."""

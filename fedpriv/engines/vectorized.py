@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.engines.base import Population
+from fedpriv.engines.base import Population, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.engines.step import ClientStep
 from fedpriv.learning.local_work import batches_of
@@ -44,14 +44,19 @@ class VectorizedEngine:
         """See `Engine.sum_messages`."""
         model = broadcast.model.to(self._population.task.device)
         step = ClientStep(self._population.rules, broadcast, model.device)
-        for clients in self._chunks(broadcast.cohort):
-            signals = self._signals(model, clients, broadcast.round)
-            rows = self._rows_at_once(len(clients))
-            for start in range(0, len(clients), rows):
-                few = clients[start : start + rows]
-                with self._states.borrowed(few) as state:
-                    step.take(few, signals[start : start + rows], state)
+        with one_thread():  # more cores serve better as workers of their own
+            for clients in self._chunks(broadcast.cohort):
+                signals = self._signals(model, clients, broadcast.round)
+                rows = self._rows_at_once(len(clients))
+                for start in range(0, len(clients), rows):
+                    few = clients[start : start + rows]
+                    with self._states.borrowed(few) as state:
+                        step.take(few, signals[start : start + rows], state)
         return step.total()
+
+    def first_chunk(self, cohort: np.ndarray) -> list[int]:
+        """The clients of a cohort that would be run first, together."""
+        return self._chunks(cohort)[0]
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""
@@ -60,6 +65,9 @@ class VectorizedEngine:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`."""
         self._states.restore(tensors)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _rows_at_once(self, clients: int) -> int:
         on_cpu = self._population.task.device.type == "cpu"

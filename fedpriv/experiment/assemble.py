@@ -6,18 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
-from fedpriv.errors import UserError, nearest
+from fedpriv.engines import Population
+from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
-from fedpriv.learning.federation import Federation, federate
+from fedpriv.learning.federation import Holders, spread
 from fedpriv.learning.tasks import Task
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
 
-__all__ = ["IN_PROCESS_ENGINES", "Experiment", "assemble", "make_engine", "make_federation", "sampling_of"]
-
-IN_PROCESS_ENGINES: dict[str, type] = {"loop": LoopEngine, "vectorized": VectorizedEngine}
+__all__ = ["Experiment", "assemble", "make_federation", "sampling_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +50,11 @@ class Experiment:
         return replace(self, config=config, population=population, server=server, plan=plan)
 
 
-def make_federation(config: Config, data_root: Path | None = None) -> Federation:
+def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     """Loads the data and spreads them over the clients, as the config and its seed say."""
     dataset = config.data.dataset.load(data_root)
     rng = SeededStreams(config.seed).source(Purpose.PARTITION).rng
-    return federate(dataset, config.data.partition, config.data.clients, rng)
+    return spread(dataset, config.data.partition, config.data.clients, rng)
 
 
 def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
@@ -68,7 +66,13 @@ def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
 
 
 def assemble(
-    config: Config, *, device: str = "cpu", data_root: Path | None = None, federation: Federation | None = None
+    config: Config,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    federation: Holders | None = None,
+    channels_last: bool = False,
+    precision: str = "float32",
 ) -> Experiment:
     """Makes everything that a run of `config` needs.
 
@@ -77,6 +81,8 @@ def assemble(
         device: Where gradients are computed, such as `cpu` or `cuda`.
         data_root: Where data sets lie; None for the environment's choice.
         federation: Who holds which data, where the caller has that already; else made as the config says.
+        channels_last: See `Task`.
+        precision: See `Task`.
 
     Raises:
         UserError: If the data, the device or the combination of method and privacy is not to be had.
@@ -90,7 +96,7 @@ def assemble(
     seed = int(streams.source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
     module = _build(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
-    task = Task(module, device)
+    task = Task(module, device, channels_last=channels_last, precision=precision)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
         config=config, population=population, server=server, plan=plan, initial_model=task.initial_model()
@@ -112,13 +118,3 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError("--device", "a device of this machine", f"{device!r} ({reason})", "Use --device cpu") from None
-
-
-def make_engine(name: str, experiment: Experiment) -> Engine:
-    """The engine called `name`; `auto` takes batches for dense models and on a GPU, and else the loop."""
-    if name == "auto":
-        dense = getattr(experiment.config.model, "dense", False)
-        name = "vectorized" if dense or experiment.population.task.device.type != "cpu" else "loop"
-    if name not in IN_PROCESS_ENGINES:
-        raise UserError("--engine", "an engine", repr(name), nearest(name, ["auto", *IN_PROCESS_ENGINES, "flower"]))
-    return IN_PROCESS_ENGINES[name](experiment.population)

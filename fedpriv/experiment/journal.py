@@ -32,7 +32,7 @@ class Journal:
     Args:
         experiment: What is run.
         directory: Where to.
-        engine: Who runs it, for the summary.
+        ran: How it is run, for the summary: at least the `engine`.
         watch: Called with every round's rows, if given.
         checkpoint_seconds: Shortest time between two checkpoints.
         checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
@@ -40,7 +40,7 @@ class Journal:
 
     experiment: Experiment
     directory: RunDirectory
-    engine: str
+    ran: dict[str, Any]
     watch: Watcher | None = None
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
@@ -106,7 +106,8 @@ class Journal:
     def promise(self) -> str:
         """What all rounds of a run must have in common beside its config: data, noise, and who accounts for it."""
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
-        return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}"
+        drawn = ", one draw a round for all clients" if self.ran.get("client_noise") == "fused" else ""
+        return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
 
     @property
     def _layout(self) -> Layout:
@@ -176,7 +177,8 @@ class Journal:
         return {
             "name": config.name,
             "method": config.method_name,
-            "engine": self.engine,
+            "engine": self.ran["engine"],
+            "execution": self.ran,
             "digest": config.digest,
             "seed": config.seed,
             "data_fingerprint": self.experiment.population.federation.fingerprint,

@@ -23,6 +23,7 @@ __all__ = ["FILES", "Checkpoint", "RunDirectory", "flat_tables", "jsonable", "wr
 # What a finished run leaves in its directory.
 FILES = (
     "config.toml",
+    "engine.json",
     "summary.json",
     "rounds.jsonl",
     "diagnostics.jsonl",

@@ -1,19 +1,24 @@
 """Running an experiment in process: the loop over rounds, checkpoint and resumption."""
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedpriv.engines import Engine
-from fedpriv.experiment.assemble import Experiment, assemble, make_engine
+from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.engines import Execution, start_engine
 from fedpriv.experiment.journal import Journal, Watcher
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round
 
-__all__ = ["run_experiment"]
+__all__ = ["ENGINE_FILE", "run_experiment"]
+
+ENGINE_FILE = "engine.json"
 
 
 def run_experiment(
@@ -26,32 +31,42 @@ def run_experiment(
     resume: bool = False,
     watch: Watcher | None = None,
     checkpoint_every: int | None = None,
+    execution: Execution | None = None,
+    channels_last: bool = False,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Runs an experiment and returns its summary.
 
     Args:
         config: The experiment, or the path of its TOML file.
         out: The run directory.
-        engine: `auto`, `loop` or `vectorized`.
+        engine: `auto`, `loop`, `vectorized` or `ray`; `auto` measures and chooses.
         device: Where gradients are computed.
         data_root: Where data sets lie; None for the environment's choice.
         resume: Whether `out` may hold a part of this experiment, which is then gone on with.
         watch: Called after every round with what was recorded.
         checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
+        execution: Workers, memory and noise; its engine is `engine`.
+        channels_last: See `Task`.
+        precision: See `Task`.
 
     Raises:
         UserError: On anything that the user can mend; nothing of an earlier run is lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    experiment = assemble(config, device=device, data_root=data_root)
-    runner = make_engine(engine, experiment)
+    execution = replace(execution or Execution(), engine=engine)
+    experiment = assemble(config, device=device, data_root=data_root, channels_last=channels_last, precision=precision)
     directory = RunDirectory(Path(out))
     with directory.locked():
         done = directory.claim(config.to_toml(), config.digest, resume=resume)
         if done is not None:
             return done
-        journal = Journal(experiment, directory, runner.name, watch=watch, checkpoint_every=checkpoint_every)
-        return _run(experiment, runner, journal, directory)
+        runner, ran = start_engine(experiment, execution, directory.read_json(ENGINE_FILE))
+        with closing(runner):
+            ran = {**ran.as_dict(), "device": device, "channels_last": channels_last, "precision": precision}
+            directory.write_json(ENGINE_FILE, ran)
+            journal = Journal(experiment, directory, ran, watch=watch, checkpoint_every=checkpoint_every)
+            return _run(experiment, runner, journal, directory)
 
 
 def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpriv.errors import UserError
+from fedpriv.learning.checks import positive_int
 from fedpriv.learning.datasets import Dataset
-from fedpriv.learning.partitions import Partition, mean_total_variation
+from fedpriv.learning.partitions import Partition, Resampled, mean_total_variation
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Federation", "federate", "plot_who_holds_what", "who_holds_what"]
+__all__ = [
+    "Federation",
+    "Holders",
+    "ResampledFederation",
+    "federate",
+    "plot_who_holds_what",
+    "spread",
+    "who_holds_what",
+]
 
 PALETTE = (
     "#332288",
@@ -72,10 +81,7 @@ class Federation:
         """Tells other data, or another spread of them, apart: a checksum of who holds what, of all labels, and of a
         thousand evenly spaced inputs. It finds mistakes, not forgeries.
         """
-        step = max(len(self.dataset.train_labels) // 1000, 1)
-        tensors = (self.dataset.train_labels, self.dataset.test_labels, self.dataset.train_inputs[::step])
-        arrays = (self.offsets, self.rows, *(tensor.numpy() for tensor in tensors))
-        return f"{reduce(lambda sum_, array: zlib.crc32(np.ascontiguousarray(array).tobytes(), sum_), arrays, 0):08x}"
+        return _fingerprint(self.dataset, self.offsets, self.rows)
 
     def rows_of(self, client: int) -> np.ndarray:
         """The training rows that `client` holds, int64 `[size]`, ascending.
@@ -83,8 +89,7 @@ class Federation:
         Raises:
             IndexError: If there is no such client.
         """
-        if not 0 <= client < self.population:
-            raise IndexError(f"client {client} of a population of {self.population}")
+        _check_client(client, self.population)
         return self.rows[self.offsets[client] : self.offsets[client + 1]]
 
     def label_counts(self) -> np.ndarray:
@@ -93,6 +98,75 @@ class Federation:
         holder = np.repeat(np.arange(self.population), self.sizes)
         cells = holder * classes + self.dataset.train_labels.numpy()[self.rows]
         return np.bincount(cells, minlength=self.population * classes).reshape(-1, classes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResampledFederation:
+    """Clients that draw their examples with replacement; takes no memory by client.
+
+    Args:
+        dataset: The examples.
+        population: Number of clients.
+        partition: How many each draws.
+        seed: Of all draws.
+    """
+
+    dataset: Dataset
+    population: int
+    partition: Resampled
+    seed: int
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each client, int64 `[clients]`, one number seen from everywhere."""
+        return np.broadcast_to(np.int64(self.partition.examples), (self.population,))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Federation.fingerprint`."""
+        return _fingerprint(self.dataset, np.array([self.population, self.partition.examples, self.seed]))
+
+    def rows_of(self, client: int) -> np.ndarray:
+        """The training rows of `client`, int64 `[size]`, ascending, with repetitions.
+
+        Raises:
+            IndexError: If there is no such client.
+        """
+        _check_client(client, self.population)
+        return self.partition.rows_of(client, self.dataset.examples, self.seed)
+
+    def label_counts(self) -> np.ndarray:
+        """How many examples of each label each client holds, int64 `[clients, classes]`."""
+        labels, classes = self.dataset.train_labels.numpy(), self.dataset.classes
+        counts = (np.bincount(labels[self.rows_of(c)], minlength=classes) for c in range(self.population))
+        return np.fromiter(counts, dtype=(np.int64, classes), count=self.population)
+
+
+def _check_client(client: int, population: int) -> None:
+    if not 0 <= client < population:
+        raise IndexError(f"client {client} of a population of {population}")
+
+
+def _fingerprint(dataset: Dataset, *who_holds_what: np.ndarray) -> str:
+    step = max(len(dataset.train_labels) // 1000, 1)
+    tensors = (dataset.train_labels, dataset.test_labels, dataset.train_inputs[::step])
+    arrays = (*who_holds_what, *(tensor.numpy() for tensor in tensors))
+    return f"{reduce(lambda sum_, array: zlib.crc32(np.ascontiguousarray(array).tobytes(), sum_), arrays, 0):08x}"
+
+
+Holders = Federation | ResampledFederation
+"""Who of a population holds which examples of a data set."""
+
+
+def spread(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Holders:
+    """The data set among clients, by whatever rule; see `federate`, which divides it."""
+    if not isinstance(partition, Resampled):
+        return federate(dataset, partition, clients, rng)
+    if clients is None:
+        raise UserError("data.clients", "a whole number", "nothing", "Say how many clients there are")
+    positive_int("data.clients", clients)
+    seed = int(rng.integers(2**63))
+    return ResampledFederation(dataset=dataset, population=clients, partition=partition, seed=seed)
 
 
 def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Federation:
@@ -113,7 +187,7 @@ def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: n
     return Federation(dataset=dataset, offsets=offsets, rows=np.concatenate(parts))
 
 
-def who_holds_what(federation: Federation) -> "pd.DataFrame":
+def who_holds_what(federation: Holders) -> "pd.DataFrame":
     """A row for each client: `client`, `examples`, and how many of each label: `label_0`, `label_1`, ..."""
     import pandas as pd
 
@@ -122,7 +196,7 @@ def who_holds_what(federation: Federation) -> "pd.DataFrame":
     return pd.DataFrame(table | {f"label_{label}": counts[:, label] for label in range(counts.shape[1])})
 
 
-def plot_who_holds_what(federation: Federation, path: Path, *, partition: str = "") -> None:
+def plot_who_holds_what(federation: Holders, path: Path, *, partition: str = "") -> None:
     """Writes a picture of who holds which labels to `path`; its suffix decides the format.
 
     Up to 100 clients and 10 labels are stacked bars; more are a heat map of clients, sorted by main label,
@@ -148,7 +222,7 @@ def _wrong(expected: str) -> UserError:
     return UserError("federation", expected, "others", "Make it with federate(...)")
 
 
-def _title(federation: Federation, counts: np.ndarray, partition: str) -> str:
+def _title(federation: Holders, counts: np.ndarray, partition: str) -> str:
     what = " · ".join(part for part in (federation.dataset.name, partition) if part)
     clients = f"{federation.population:,} client{'s' if federation.population > 1 else ''}"
     return f"{what} · {clients} · mean total variation of labels {mean_total_variation(counts):.2f}"

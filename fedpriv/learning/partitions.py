@@ -20,6 +20,7 @@ __all__ = [
     "LabelShards",
     "Natural",
     "Partition",
+    "Resampled",
     "mean_total_variation",
 ]
 
@@ -171,11 +172,48 @@ class Natural:
         return _rows_by_owner(groups, found)[:number]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """Any number of clients, each with examples drawn anew with replacement: for populations larger than the data.
+
+    Nothing is stored by client: what one holds follows from its number whenever it is asked for. Clients share
+    examples, so that this simulates the cost and the privacy of a large population, not its diversity.
+
+    Args:
+        examples: Draws of each client; at least 1.
+
+    Raises:
+        UserError: If `examples` is not a positive whole number.
+    """
+
+    examples: int = 15
+
+    def __post_init__(self) -> None:
+        positive_int("data.examples", self.examples)
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,  # noqa: ARG002
+        clients: int | None,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """The rows of each client, ascending, with repetitions; see `rows_of`, which needs no list."""
+        seed = int(rng.integers(2**63))
+        return [self.rows_of(client, len(labels), seed) for client in range(_given(clients))]
+
+    def rows_of(self, client: int, examples: int, seed: int) -> np.ndarray:
+        """The rows of one client, ascending int64, of a data set of `examples`."""
+        sequence = np.random.SeedSequence(seed, spawn_key=(client,))
+        return np.sort(np.random.Generator(np.random.Philox(sequence)).integers(examples, size=self.examples))
+
+
 PARTITIONS: dict[str, type[Partition]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "shards": LabelShards,
     "natural": Natural,
+    "resampled": Resampled,
 }
 
 
@@ -190,6 +228,12 @@ def mean_total_variation(counts: np.ndarray) -> float:
     held = counts[counts.sum(axis=1) > 0].astype(np.float64)
     shares = held / held.sum(axis=1, keepdims=True)
     return float(np.abs(shares - held.sum(axis=0) / held.sum()).sum(axis=1).mean() / 2)
+
+
+def _given(clients: int | None) -> int:
+    if clients is None:
+        raise UserError("data.clients", "a whole number", "nothing", "Say how many clients there are")
+    return _positive(clients)
 
 
 def _positive(clients: int) -> int:

@@ -1,19 +1,22 @@
 """What is learned: a module seen as a function of one flat vector, and its loss on labelled examples."""
 
+import copy
 from collections.abc import Iterator
 from functools import reduce
 from math import prod
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedpriv.errors import UserError, nearest
 from fedpriv.learning.dense import DenseLayers
 from fedpriv.vectors import Layout
 
-__all__ = ["PIECE_FLOATS", "Task"]
+__all__ = ["PIECE_FLOATS", "PRECISIONS", "Task"]
+
+PRECISIONS = ["float32", "bfloat16"]
 
 # Floats of inputs that go through the module at once. Activations are many times larger: full gradients of thousands of
 # images must be summed piece by piece. The pieces are part of how gradients are rounded, the same in every engine.
@@ -37,8 +40,10 @@ class Task:
         device: torch.device | str = "cpu",
         *,
         channels_last: bool = False,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: str = "float32",
     ) -> None:
+        if precision not in PRECISIONS:
+            raise UserError("--precision", " or ".join(PRECISIONS), repr(precision), nearest(precision, PRECISIONS))
         self.layout = Layout.of_module(module)
         self.device = torch.device(device)
         self._module = module.to(self.device)
@@ -52,6 +57,15 @@ class Task:
     def initial_model(self) -> Tensor:
         """The module's own parameters as a vector `[params]` on the CPU."""
         return self._initial.clone()
+
+    def on(self, device: torch.device) -> "Task":
+        """The same task computed elsewhere."""
+        if device == self.device:
+            return self
+        module = copy.deepcopy(self._module)
+        for parameter, own in zip(module.parameters(), self.layout.unflatten(self._initial).values(), strict=True):
+            parameter.data = own.clone()
+        return Task(module, device, channels_last=self._channels_last, precision=self._precision)
 
     def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
         """Logits `[examples, classes]` of the model `[params]` on inputs."""

@@ -4,8 +4,8 @@ import torch
 
 from fedpriv.errors import UserError
 from fedpriv.learning.datasets import Dataset, Digits
-from fedpriv.learning.federation import Federation, federate, plot_who_holds_what, who_holds_what
-from fedpriv.learning.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural
+from fedpriv.learning.federation import Federation, federate, plot_who_holds_what, spread, who_holds_what
+from fedpriv.learning.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural, Resampled
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"natural"}))
+@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"natural", "resampled"}))
 def test_a_federation_holds_what_its_partition_split(digits, name):
     rule = PARTITIONS[name]()
     federation = federate(digits, rule, 20, rng())
@@ -91,3 +91,37 @@ def test_every_federation_can_be_drawn(tmp_path, classes, clients):
     federation = federate(tiny(classes, 240), LabelShards(shards_per_client=1), clients, rng())
     plot_who_holds_what(federation, tmp_path / "who.png", partition="shards")
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resampled_clients_hold_what_their_number_says(digits):
+    """Any number of clients on few examples; the same rows each time they are asked for, and as a list."""
+    rule = Resampled(examples=15)
+    many = spread(digits, rule, 1_000_000, rng())
+    assert (many.population, many.sizes.shape, many.sizes.strides) == (1_000_000, (1_000_000,), (0,))
+    assert int(many.sizes[999_999]) == 15
+    few = spread(digits, rule, 40, rng())
+    listed = rule.split(digits.train_labels.numpy(), None, 40, rng())
+    for client, rows in enumerate(listed):
+        assert np.array_equal(few.rows_of(client), rows)
+        assert np.array_equal(many.rows_of(client), rows)
+        assert len(rows) == 15
+        assert (np.diff(rows) >= 0).all()
+    drawn = np.concatenate([many.rows_of(client) for client in range(4000)])
+    counts = np.bincount(drawn, minlength=digits.examples)
+    expected = 60_000 / digits.examples
+    assert abs(((counts - expected) ** 2).sum() / expected - digits.examples) < 6 * (2 * digits.examples) ** 0.5
+    assert few.label_counts().sum(axis=1).tolist() == [15] * 40
+
+
+def test_resampled_clients_need_a_number_and_are_told_apart(digits):
+    with pytest.raises(UserError, match=r"data\.clients: expected a whole number, got nothing"):
+        spread(digits, Resampled(), None, rng())
+    with pytest.raises(UserError, match=r"data\.examples"):
+        Resampled(examples=0)
+    prints = {
+        spread(digits, Resampled(examples=k), n, np.random.default_rng(seed)).fingerprint
+        for k, n, seed in ((15, 30, 0), (16, 30, 0), (15, 31, 0), (15, 30, 1), (15, 30, 0))
+    }
+    assert len(prints) == 4
+    with pytest.raises(IndexError, match="client 30 of a population of 30"):
+        spread(digits, Resampled(), 30, rng()).rows_of(30)

@@ -1,0 +1,66 @@
+"""Clients' noise as one draw for the whole round, where nothing but its sum is used."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedpriv.engines.base import Engine, Population
+from fedpriv.noise import client_noise_sum
+from fedpriv.rounds import Broadcast, ClientRules, Total
+
+__all__ = ["FusedNoise", "can_fuse", "without_noise"]
+
+
+def can_fuse(rules: ClientRules) -> bool:
+    """Whether clients add noise that no memory keeps: then only the sum of all noises is ever seen."""
+    return rules.noise_stddev > 0.0 and not rules.method.needs_client_noise
+
+
+def without_noise(population: Population) -> Population:
+    """The same clients, who add no noise: what the engine inside a `FusedNoise` runs."""
+    return replace(population, rules=replace(population.rules, noise_stddev=0.0))
+
+
+class FusedNoise:
+    """An engine of clients without noise, and one draw a round with the law of the sum of theirs.
+
+    The models have the same law as with a draw for each client, and other values: n independent normal noises of
+    deviation s add up to one of deviation s sqrt(n). A simulation of n clients then pays for one draw and not for n.
+
+    Args:
+        inner: Runs the clients of `without_noise`.
+        rules: Their rules with the noise.
+
+    Raises:
+        ValueError: If clients remember their noise.
+    """
+
+    def __init__(self, inner: Engine, rules: ClientRules) -> None:
+        if not can_fuse(rules):
+            raise ValueError(f"the noise of {rules.method} cannot be drawn at once")
+        self._inner = inner
+        self._rules = rules
+
+    @property
+    def name(self) -> str:
+        """The inner engine's."""
+        return self._inner.name
+
+    def sum_messages(self, broadcast: Broadcast) -> Total:
+        """See `Engine.sum_messages`."""
+        total = self._inner.sum_messages(broadcast)
+        streams, stddev, size = self._rules.streams, self._rules.noise_stddev, total.sum.shape[-1]
+        noise = client_noise_sum(streams, stddev, size, broadcast.round, total.messages)
+        return total._replace(sum=total.sum + noise)
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Engine.save`."""
+        return self._inner.save()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine.restore`."""
+        self._inner.restore(tensors)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._inner.close()
