@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from page import fill, table
 from workloads import WORKLOADS, Workload, median
 
 sys.path.insert(0, str(Path(__file__).parent / "rivals"))
@@ -30,6 +32,7 @@ from setup import RIVALS, interpreter, is_installed
 HERE = Path(__file__).parent
 CENTRAL = ("cnn62k", "cnn1m", "mlp", "softmax", "noop62k", "noop1m")
 LOCAL = ("cnn62k-local", "cnn1m-local", "mlp-local", "noop1m-local")
+CNN = ("cnn62k", "cnn1m")
 QUICK = ("cnn62k", "mlp", "noop62k")
 PAIRS = 3
 TIMEOUT = 900.0
@@ -59,11 +62,12 @@ class Contender:
 
 
 def ours(
-    name: str, engine: str, *, workers: Sequence[int] = (1,), workloads: Sequence[str], **options: Any
+    name: str, engine: str, workloads: tuple[str, ...], workers: tuple[int, ...] = (1,), **options: Any
 ) -> Contender:
     """One of the engines of fedpriv, with options."""
     command = (sys.executable, str(HERE / "ours.py"), "--engine", engine, "--options", json.dumps(options))
-    return Contender(name=name, command=command, workers=tuple(workers), workloads=tuple(workloads))
+    same_step = options.get("precision", "float32") == "float32"
+    return Contender(name=name, command=command, workers=workers, workloads=workloads, same_step=same_step)
 
 
 def rival(name: str, workers: Sequence[int]) -> Contender:
@@ -77,12 +81,17 @@ IDEAL = Contender(name="ideal", command=(sys.executable, str(HERE / "ideal.py"))
 
 # An engine or an option of fedpriv is one line. Workers of an engine in one process are torch's threads.
 OURS = (
-    ours("fedpriv loop", "loop", workloads=CENTRAL),
-    ours("fedpriv vectorized", "vectorized", workers=(1, 2), workloads=CENTRAL),
-    ours("fedpriv loop, faithful noise", "loop", workloads=LOCAL, noise="faithful"),
-    ours("fedpriv loop, no noise", "loop", workloads=LOCAL, noise="none"),
-    ours("fedpriv vectorized, faithful noise", "vectorized", workloads=LOCAL, noise="faithful"),
-    ours("fedpriv vectorized, no noise", "vectorized", workloads=LOCAL, noise="none"),
+    ours("fedpriv loop", "loop", CENTRAL),
+    ours("fedpriv loop, channels last", "loop", CNN, channels_last=True),
+    ours("fedpriv loop, bfloat16", "loop", CNN, channels_last=True, precision="bfloat16"),
+    ours("fedpriv vectorized", "vectorized", CENTRAL, (1, 2)),
+    ours("fedpriv ray", "ray", CENTRAL, (1, 2)),
+    ours("fedpriv ray, channels last", "ray", CNN, (2,), channels_last=True),
+    *(
+        ours(f"fedpriv {engine}, {noise} noise".replace("none noise", "no noise"), engine, LOCAL, noise=noise)
+        for engine in ("loop", "vectorized")
+        for noise in ("faithful", "fused", "none")
+    ),
 )
 FLOWER = Contender(name="flower", command=(sys.executable, str(HERE / "rivals" / "run_flower.py")))
 OTHERS = (rival("pfl", (1, 2)), rival("blazefl", (1, 2)), rival("fluke", (1,)), rival("flsim", (1,)), FLOWER)
@@ -113,10 +122,16 @@ def answer_of(contender: Contender, workload: str, workers: int, *more: str) -> 
         process.communicate()
         raise Absent(f"no answer within {TIMEOUT:.0f} s") from None
     answers = [line for line in printed.splitlines() if line.startswith("{")]
-    if process.returncode or not answers:
-        lines = [line for line in complained.splitlines() if line.strip()] or ["it ended without an answer"]
-        raise Absent(lines[-1].removeprefix("absent: ")[:200])
+    if not answers:
+        raise Absent(reason_in(complained))
     return json.loads(answers[-1])
+
+
+def reason_in(complained: str) -> str:
+    """The line that says why a process failed."""
+    lines = [line.strip() for line in complained.splitlines() if line.strip(" =-~")]
+    errors = [line for line in lines if re.match(r"(absent: |[\w.]*(Error|Exception)\b)", line)]
+    return (errors or lines or ["it ended without an answer"])[-1].removeprefix("absent: ")[:200]
 
 
 @dataclass
@@ -240,7 +255,7 @@ def _error_of(contender: Contender, row: Row, expected: Sequence[float]) -> str:
         row.absent = str(absence)
         return ""
     error = max(abs(a - b) for a, b in zip(found, expected, strict=True)) / expected[0]
-    if error > TOLERANCE:
+    if error > TOLERANCE and contender.same_step:
         row.absent = f"it does other work: its step is off by {error:.1e}"
     return f"{error:.1e}"
 
@@ -275,6 +290,28 @@ def _cell(row: Row | None) -> str:
         return f"absent: {row.absent}" if row else ""
     cells = row.cells
     return f"{cells['x_ideal']} ({cells['least']} to {cells['most']})"
+
+
+def summary(rows: Sequence[Row], command: str) -> str:
+    """The medians side by side, for the page: a table for each number of workers, then why cells are empty."""
+    parts = [f"Made by `{command}` on {machine()}. Ranges and milliseconds: `speed.md`, `speed.csv`.\n"]
+    for workers, group in ((1, CENTRAL), (2, CENTRAL), (1, LOCAL), (2, LOCAL)):
+        found = [row for row in rows if row.workers == workers and row.workload in group]
+        names = [name for name in group if any(row.workload == name and row.ratios for row in found)]
+        if names:
+            parts.append(f"{'One worker' if workers == 1 else 'Two workers'}, x ideal (one process):\n")
+            parts.append(table(("contender", *names), list(_summary_rows(found, names))))
+    absent = {f"{row.contender}, {row.workers}": row.absent for row in rows if row.absent and not row.ratios}
+    parts.append("Absent: " + "; ".join(f"{who}: {why}" for who, why in absent.items()) + "." if absent else "")
+    return "\n".join(parts)
+
+
+def _summary_rows(rows: Sequence[Row], names: Sequence[str]) -> Iterator[list[str]]:
+    for contender in dict.fromkeys(row.contender for row in rows):
+        mine = {row.workload: row for row in rows if row.contender == contender}
+        cells = [f"{median(mine[name].ratios):.2f}" if name in mine and mine[name].ratios else "" for name in names]
+        if any(cells):
+            yield [contender, *cells]
 
 
 def describe(work: Workload) -> str:
@@ -338,6 +375,8 @@ def main() -> None:
         write_csv(found.out / "speed.csv", COLUMNS, [row.cells for row in rows])
         command = " ".join(["python results/benchmarks/make.py", *sys.argv[1:]])
         (found.out / "speed.md").write_text(markdown(rows, command), encoding="utf-8")
+        if found.out == HERE:
+            fill("speed", summary(rows, command))
 
 
 if __name__ == "__main__":

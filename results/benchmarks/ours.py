@@ -2,8 +2,9 @@
 
     python results/benchmarks/ours.py --workload cnn62k --engine vectorized --options '{"chunk": 10}'
 
-`--options` goes to the engine's constructor, but for `noise`, which says how clients add theirs under local trust:
-`faithful` (each its own draw), `none`, or what an engine offers besides.
+`--options` go to the constructors of the task (`precision`, `channels_last`) and of the engine (`chunk`, ...), but for
+`noise`, which says how clients add theirs under local trust: `faithful` (each its own draw, the default), `fused` (one
+draw for the sum of all) or `none`. Needs torch and numpy alone, but for the engines that need more.
 """
 
 import argparse
@@ -15,22 +16,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from workloads import CLASSES, CLIP_NORM, CONSTANT, SERVER_LR, Job, Workload, one_thread, parse_job, run_rounds
 
-from fedpriv.engines import Engine, Population
-from fedpriv.experiment.assemble import IN_PROCESS_ENGINES
+from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.learning.datasets import Dataset
 from fedpriv.learning.federation import Federation
 from fedpriv.learning.local_work import FullGradient
 from fedpriv.learning.tasks import Task
-from fedpriv.methods import DPFedAvg
+from fedpriv.methods import DPFedAvg, has_memory
 from fedpriv.privacy import FixedSize, make_plan
 from fedpriv.rounds import ServerRules, agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
 
-ENGINES: dict[str, Callable[..., Engine]] = {**IN_PROCESS_ENGINES}
-"""Name to a function of a population and options. An engine that is not in the table of fedpriv gets a line here."""
+TASK_OPTIONS = ("precision", "channels_last")
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Makes the engine inside a worker of the Ray engine."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __call__(self, population: Population, device: torch.device) -> Engine:
+        """See `RayEngine`."""
+        return ENGINES[self.name](population.on(device), **self.options)
+
+
+def ray_engine(population: Population, *, workers: int, local: str = "loop", unit: Any = "client") -> Engine:
+    """Ray's processes on this machine; `local` is the engine inside them."""
+    from fedpriv.engines.ray import RayEngine
+
+    return RayEngine(population, LocalEngine(local, {}), workers=workers, unit=unit)
+
+
+# Name to a function of a population and options. One more engine is one line.
+ENGINES: dict[str, Callable[..., Engine]] = {"loop": LoopEngine, "vectorized": VectorizedEngine, "ray": ray_engine}
 
 
 class ConstantTask(Task):
@@ -76,37 +98,79 @@ class Ours:
         total = self.engine.sum_messages(begin_round(self.server, self.state, self.number))
         self.state = finish_round(self.server, self.state, self.number, total.sum)
 
+    def close(self) -> None:
+        """Ends what the engine started."""
+        getattr(self.engine, "close", lambda: None)()
+
 
 def make_ours(job: Job, engine: str, options: dict[str, Any]) -> Ours:
     """The workload on the engine called `engine`."""
-    workload, options = job.workload, dict(options)
-    noise_multiplier = 0.0 if options.get("noise") == "none" else workload.noise_multiplier
-    if options.get("noise") in ("none", "faithful"):
-        del options["noise"]
-    method = DPFedAvg(clip_norm=CLIP_NORM, server_lr=SERVER_LR)
-    sampling = FixedSize(population=workload.clients, size=workload.cohort)
-    plan = make_plan(
+    workload = job.workload
+    return build(
+        kind=Task if workload.computes else ConstantTask,
+        module=workload.module(),
+        federation=federation_of(workload, job.seed),
+        method=DPFedAvg(clip_norm=CLIP_NORM, server_lr=SERVER_LR),
+        cohort=workload.cohort,
+        noise_multiplier=workload.noise_multiplier,
         trust="local" if workload.local else "central",
+        seed=job.seed,
+        engine=engine,
+        workers=job.workers,
+        options=options,
+    )
+
+
+def build(
+    *,
+    kind: type[Task] = Task,
+    module: nn.Module,
+    device: str = "cpu",
+    federation: Any,
+    method: Any,
+    cohort: int,
+    noise_multiplier: float,
+    trust: str = "central",
+    seed: int = 0,
+    engine: str,
+    workers: int = 1,
+    options: dict[str, Any],
+) -> Ours:
+    """A server and an engine from their parts; `options` as on the command line."""
+    for_task = {key: value for key, value in options.items() if key in TASK_OPTIONS}
+    for_engine = {key: value for key, value in options.items() if key not in (*TASK_OPTIONS, "noise")}
+    noise = options.get("noise", "faithful")
+    sampling = FixedSize(population=federation.population, size=cohort)
+    plan = make_plan(
+        trust=trust,
         adjacency="add-or-remove",
         sampling=sampling,
         rounds=1,
         delta=1e-5,
         l2_bound=method.bounded.l2_bound,
-        noise_multiplier=noise_multiplier,
-        client_memory=False,
+        noise_multiplier=0.0 if noise == "none" else noise_multiplier,
+        client_memory=has_memory(method),
     )
-    streams = SeededStreams(job.seed)
+    streams = SeededStreams(seed)
     server, client = agree(method, sampling, plan, streams)
-    task = (Task if workload.computes else ConstantTask)(workload.module())
-    people = Population(
-        rules=client, task=task, federation=federation_of(workload, job.seed), work=FullGradient(), streams=streams
-    )
-    make = ENGINES[engine]
+    task = kind(module, device, **for_task)
+    people = Population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
+    made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)
+    return Ours(server, made, method.init_server(task.initial_model()))
+
+
+def make_engine(people: Population, name: str, workers: int, options: dict[str, Any], *, fused: bool) -> Engine:
+    """The engine; workers of an engine in one process are torch's threads."""
+    make = ENGINES[name]
     if "workers" in inspect.signature(make).parameters:
-        options["workers"] = job.workers
+        options = {**options, "workers": workers}
     else:
-        torch.set_num_threads(job.workers)
-    return Ours(server, make(people, **options), method.init_server(task.initial_model()))
+        torch.set_num_threads(workers)
+    if not fused:
+        return make(people, **options)
+    from fedpriv.engines.fused_noise import FusedNoise, without_noise
+
+    return FusedNoise(make(without_noise(people), **options), people.rules)
 
 
 def main() -> None:
@@ -120,6 +184,7 @@ def main() -> None:
     one_thread()
     ours = make_ours(job, found.engine, found.options)
     run_rounds(job, ours.round, lambda: ours.state.model)
+    ours.close()
 
 
 if __name__ == "__main__":

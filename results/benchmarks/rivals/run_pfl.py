@@ -112,6 +112,7 @@ def run(job: Job) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         report(job, clock.seconds, flat(module) - start)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -1,0 +1,25 @@
+"""Writes tables into the README, between the marks `<!-- NAME -->` and `<!-- /NAME -->`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+PAGE = Path(__file__).parent / "README.md"
+
+
+def fill(name: str, text: str, page: Path = PAGE) -> None:
+    """Replaces what stands between the marks of `name`.
+
+    Raises:
+        ValueError: If the page has no such marks.
+    """
+    before, mark, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->\n")
+    if not mark or not end:
+        raise ValueError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->")
+    page.write_text(f"{before}{mark}\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
