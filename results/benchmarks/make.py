@@ -299,9 +299,10 @@ def summary(rows: Sequence[Row], command: str) -> str:
         found = [row for row in rows if row.workers == workers and row.workload in group]
         names = [name for name in group if any(row.workload == name and row.ratios for row in found)]
         if names:
-            parts.append(f"{'One worker' if workers == 1 else 'Two workers'}, x ideal (one process):\n")
+            where = ", noise at every client" if group is LOCAL else ""
+            parts.append(f"{'One worker' if workers == 1 else 'Two workers'}{where}; times ideal on one process:\n")
             parts.append(table(("contender", *names), list(_summary_rows(found, names))))
-    absent = {f"{row.contender}, {row.workers}": row.absent for row in rows if row.absent and not row.ratios}
+    absent = {f"{row.contender} ({row.workers})": row.absent for row in rows if row.absent and not row.ratios}
     parts.append("Absent: " + "; ".join(f"{who}: {why}" for who, why in absent.items()) + "." if absent else "")
     return "\n".join(parts)
 

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,8 @@ from torch import nn
 from workloads import median
 
 from fedpriv.learning.datasets import Dataset
+from fedpriv.learning.federation import ResampledFederation
+from fedpriv.learning.partitions import Resampled
 from fedpriv.methods import AlphaNormEC, DPFedAvg
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ TRIAD_BYTES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """An engine of fedpriv with a number of workers: a curve. Of an engine in one process, workers are threads."""
+    """A curve: an engine with a number of workers, which are threads in one process, and processes of Ray."""
 
     engine: str
     workers: int
@@ -52,7 +53,7 @@ class Line:
 
 
 # The engines to draw. One more is one line.
-LINES = (Line(engine="loop", workers=1), Line(engine="vectorized", workers=1), Line(engine="vectorized", workers=2))
+LINES = (Line(engine="loop", workers=1), Line(engine="vectorized", workers=1), Line(engine="ray", workers=2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,34 +98,13 @@ class Vector(nn.Module):
         self.x = nn.Parameter(torch.zeros(size))
 
 
-# Stands for a federation of fedpriv whose clients draw their rows from the data set with replacement and store nothing.
-@dataclass(frozen=True, kw_only=True)
-class Bootstrap:
-    """Any number of clients that share one small data set."""
-
-    dataset: Dataset
-    population: int
-    examples: int
-    seed: int
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """Of all clients, without memory for each."""
-        return np.broadcast_to(np.int64(self.examples), (self.population,))
-
-    def rows_of(self, client: int) -> np.ndarray:
-        """The client's rows."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, client]))
-        return np.sort(rng.integers(self.dataset.examples, size=self.examples))
-
-
-def federation_of(population: int) -> Any:
-    """A population over a hundred tiny examples."""
+def federation_of(population: int) -> ResampledFederation:
+    """Any number of clients over a hundred tiny examples; nothing is stored by client."""
     inputs, labels = torch.zeros(100, 1), torch.arange(100) % 2
     dataset = Dataset(
         name="none", train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels, classes=2
     )
-    return Bootstrap(dataset=dataset, population=population, examples=1, seed=0)
+    return ResampledFederation(dataset=dataset, population=population, partition=Resampled(examples=1), seed=0)
 
 
 def measure(point: Point) -> dict[str, Any]:
@@ -237,7 +217,12 @@ def markdown(frame: pd.DataFrame) -> str:
             continue
         last = known.iloc[-1]
         time_there, exponent = f"{1e3 * last['seconds'] / last['cohort']:.3g}", f"{slope(part, sweep, 'seconds'):.2f}"
-        ends = [time_there, exponent, f"{last['peak_bytes'] / 1e6:,.0f}", f"{last['passes']:.1f}"]
+        ends = [
+            time_there,
+            exponent,
+            f"{last['peak_bytes'] / 1e6:,.0f}",
+            f"{last['passes']:.1f}" if sweep == "parameters" else "",
+        ]
         lines.append([sweep, method, f"{engine}, {workers}", f"{int(last[sweep]):,}", *ends])
     rates = frame.drop_duplicates("workers")[["workers", "bandwidth"]].to_numpy().tolist()
     triads = ", ".join(f"{rate / 1e9:.1f} GB/s on {int(n)} thread{'s' if n > 1 else ''}" for n, rate in rates)
@@ -284,12 +269,12 @@ class End(NamedTuple):
 
 
 def _curves(axes: Any, frame: pd.DataFrame, x: str, y: str, unit: float) -> list[End]:
-    ends = []
+    ends, lines = [], list(dict.fromkeys(zip(frame["engine"], frame["workers"], strict=True)))
     for (method, engine, workers), part in frame.groupby(["method", "engine", "workers"], sort=False):
         part = part.dropna(subset=[y]).sort_values(x)
         if part.empty:
             continue
-        style = STYLES[_index(engine, workers) % len(STYLES)]
+        style = STYLES[lines.index((engine, workers)) % len(STYLES)]
         axes.plot(part[x], unit * part[y], color=COLOURS[method], linestyle=style, marker="o", markersize=3)
         ends.append(End(unit * float(part[y].iloc[-1]), f"{method}, {engine}, {workers}", COLOURS[method]))
     axes.set(xscale="log", yscale="log")
@@ -323,10 +308,6 @@ def _label(axes: Any, ends: Sequence[End]) -> None:
             va="center",
             annotation_clip=False,
         )
-
-
-def _index(engine: str, workers: int) -> int:
-    return next((i for i, line in enumerate(LINES) if (line.engine, line.workers) == (engine, workers)), 0)
 
 
 def main() -> None:
