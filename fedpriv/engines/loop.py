@@ -22,7 +22,7 @@ class LoopEngine:
 
     def __init__(self, population: Population, states: StateStore | None = None) -> None:
         self._population = population
-        self._states = states or population.state_store()
+        self._states = population.state_store() if states is None else states
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""

@@ -35,7 +35,7 @@ class VectorizedEngine:
     def __init__(self, population: Population, chunk: int | None = None, states: StateStore | None = None) -> None:
         self._population = population
         self._size = population.task.layout.size
-        self._states = states or population.state_store()
+        self._states = population.state_store() if states is None else states
         self._chunk = chunk
         self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._cached_floats = 0
