@@ -104,6 +104,18 @@ class Population:
         """The same clients, computed elsewhere."""
         return self if device == self.task.device else replace(self, task=self.task.on(device))
 
+    def in_client_order(self) -> "Population":
+        """The same clients, with the data set itself in their order, so that processes can share it as it is."""
+        federation = self.federation
+        if not isinstance(federation, Federation) or self._in_client_order is None:
+            return self
+        inputs, labels = self._in_client_order
+        if inputs is self.inputs:
+            return self
+        dataset = replace(federation.dataset, train_inputs=inputs.cpu(), train_labels=labels.cpu(), groups=None)
+        rows = np.arange(len(federation.rows))
+        return replace(self, federation=Federation(dataset=dataset, offsets=federation.offsets, rows=rows))
+
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
         """An empty store for these clients' states; see `StateStore`."""
         return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)

@@ -229,7 +229,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     unit = "client" if compute == "loop" else min(max(int(expected / _CLASS_CLIENTS), 1), _MOST_CLASSES)
     memory = None if execution.state_memory is None else execution.state_memory // workers
     return RayEngine(
-        population.on(torch.device("cpu")),
+        population.on(torch.device("cpu")).in_client_order(),
         _Local(compute, memory, execution.state_folder),
         workers=workers,
         gpus_per_worker=gpus,

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,37 @@ FILES = (
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file that appears whole or not at all, also if the machine stops in between."""
-    data = content.encode() if isinstance(content, str) else content
+    write_pieces_atomically(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """The same for a content that comes in pieces, of which only one is in memory at a time."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: its library makes the whole file in memory, which states may not fit.
+
+    Source: the format's description, version 0.x: header length (8 bytes), JSON header, tensors one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        kind, shape = _SAFETENSORS_TYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield tensors[name].numpy().reshape(-1).data.cast("B") if tensors[name].numel() else b""
 
 
 def jsonable(value: Any) -> Any:
@@ -53,6 +77,9 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
 
 
 class Checkpoint:
@@ -78,7 +105,7 @@ class Checkpoint:
         tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
         metadata = {"version": self.VERSION, "digest": digest, "promise": promise, "round": str(round)}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.path, safetensors_bytes(contiguous, metadata))
+        write_pieces_atomically(self.path, safetensors_pieces(contiguous, metadata))
 
     def read(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
         """Round, server tensors and client tensors; None if there is no checkpoint yet.

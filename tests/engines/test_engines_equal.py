@@ -487,3 +487,19 @@ def test_a_population_keeps_its_examples_where_gradients_are_computed() -> None:
     population: Population = setting(KeepSignal()).population
     assert population.inputs.device == population.task.device
     assert len(population.inputs) == len(population.labels) == population.federation.dataset.examples
+
+
+def test_data_in_the_clients_order_are_the_same_data() -> None:
+    """Signals to the bit, for clients whose rows were scattered and for steps on batches."""
+    for work in (FullGradient(), MinibatchGradient(batch_size=7)):
+        people = setting(EXAMPLES["dp-fedavg"], work=work).population
+        ordered = people.in_client_order()
+        assert not np.array_equal(people.federation.rows_of(1), ordered.federation.rows_of(1))
+        assert ordered.in_client_order() is ordered
+        model = torch.randn(people.task.layout.size, generator=torch.Generator().manual_seed(2))
+        for client in range(CLIENTS):
+            inputs, labels = people.examples(client)
+            rows = people.federation.rows_of(client)
+            assert same(inputs, people.inputs[rows])
+            assert same(labels, people.labels[rows])
+            assert same(people.signal(client, model, 3), ordered.signal(client, model, 3))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import EXAMPLES, same
+from safetensors import safe_open
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
@@ -16,6 +17,7 @@ from fedpriv.experiment import engines
 from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.engines import Execution, bytes_of, choose_compute, start_engine
+from fedpriv.experiment.records import safetensors_pieces, write_pieces_atomically
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
 from fedpriv.methods import AlphaNormEC, DPFedAvg
@@ -276,3 +278,20 @@ def test_a_task_elsewhere_is_the_same_task_with_parameters_of_its_own() -> None:
 def test_methods_with_bounds_of_their_own_limit_the_grid() -> None:
     rules = ClientRules(method=DPFedAvg(clip_norm=3.0), noise_stddev=0.5, streams=SeededStreams(0))
     assert rules.message_limit == 11.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_checkpoint_in_pieces_is_what_the_library_reads(count: int, tmp_path: Path) -> None:
+    """Tensors of several types, empty ones too, and the metadata; the library writes the same header order or not."""
+    tensors = {
+        "a": torch.randn(count, 3),
+        "b": torch.arange(count),
+        "c": torch.randn(2, 2, dtype=torch.float64),
+        "client.long name": torch.zeros(0, 4),
+    }
+    path = tmp_path / "x.safetensors"
+    write_pieces_atomically(path, safetensors_pieces(tensors, {"round": "3", "quote": 'a "b" ü'}))
+    with safe_open(str(path), framework="pt") as file:
+        assert file.metadata() == {"round": "3", "quote": 'a "b" ü'}
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
