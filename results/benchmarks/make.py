@@ -229,7 +229,7 @@ def rows_of(workload: str, contenders: Sequence[Contender]) -> list[tuple[Conten
                 continue
             row = Row(workload, workers, contender.name, absent=contender.reason)
             if workers not in contender.workers:
-                row.absent = "one process only"
+                row.absent = "one process only" if contender.workers == (1,) else f"not measured with {workers}"
             found.append((contender, row))
     return found
 
