@@ -1,7 +1,8 @@
 """BlazeFL: its federated averaging, one client after the other or on its pool of processes; 2.0.3, code unpatched.
 
 It asks for Python 3.12 and is installed on 3.11 against that; nothing that is used here needs more. It has no privacy:
-clip, sum, noise and step are written into its server handler. Its data loader is one whole batch, without copying.
+clip, sum, noise and step are written into its server handler. Its data loader is one whole batch, without copying. It
+forks its processes anew each round; what torch imports late is imported here first, or each would spend seconds on it.
 """
 
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import common
 import torch
+import torch._dynamo
 from blazefl.contrib.fedavg import (
     FedAvgBaseClientTrainer,
     FedAvgBaseServerHandler,
