@@ -55,6 +55,10 @@ class Bounded(Protocol):
         """The same in place."""
         ...
 
+    def scale(self, norm: float) -> float | None:
+        """What a row of this norm is multiplied with; None for a norm that is no ordinary number."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -86,6 +90,11 @@ class Clip:
     def bound_(self, vectors: Tensor) -> None:
         """See `Bounded.bound_`."""
         _scale_rows(vectors, self._scale, out=vectors)
+
+    def scale(self, norm: float) -> float | None:
+        """See `Bounded.scale`."""
+        scale = min(self.clip_norm * _SHRINK / max(norm, 1e-300), 1.0)
+        return scale if norm < _HUGE and scale >= _TINY else None
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
         return torch.minimum(self.clip_norm * _SHRINK / norm, ratio)
@@ -123,6 +132,12 @@ class SmoothedNormalization:
     def bound_(self, vectors: Tensor) -> None:
         """See `Bounded.bound_`."""
         _scale_rows(vectors, self._scale, out=vectors)
+
+    def scale(self, norm: float) -> float | None:
+        """See `Bounded.scale`."""
+        length = max(norm, 1e-300)
+        scale = min(1.0 / (self.alpha + length), _SHRINK / length)
+        return scale if norm < _HUGE and scale >= _TINY else None
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
         return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)

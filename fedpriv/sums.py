@@ -44,7 +44,7 @@ class ExactSum:
     def __init__(self, size: int, limit: float, messages: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
         # Adding and taking off 1.5 * 2^52 steps rounds to whole steps.
-        self._shift = 1.5 * 2.0**52 * grid_step(limit, messages)
+        self.shift = 1.5 * 2.0**52 * grid_step(limit, messages)
         self._block = max(_BLOCK_FLOATS // max(size, 1), 1)
         self._rounded = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -56,8 +56,13 @@ class ExactSum:
         for block in rows:
             if self._rounded.shape != block.shape:
                 self._rounded = torch.empty_like(block, dtype=torch.float64)
-            rounded = self._rounded.copy_(block).add_(self._shift).sub_(self._shift)
+            rounded = self._rounded.copy_(block).add_(self.shift).sub_(self.shift)
             self._sum += rounded[0] if len(block) == 1 else rounded.sum(dim=0)
+
+    @property
+    def running(self) -> Tensor:
+        """The sum so far, for those who add `(message + shift) - shift` to it themselves; float64 `[params]`."""
+        return self._sum
 
     @property
     def value(self) -> Tensor:

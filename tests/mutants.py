@@ -349,7 +349,7 @@ MUTANTS = [
         "0 * self._row_bytes",
         ENGINES,
     ),
-    Mutant("sums depend on order", "fedpriv/sums.py", ".add_(self._shift).sub_(self._shift)", "", CORE),
+    Mutant("sums depend on order", "fedpriv/sums.py", ".add_(self.shift).sub_(self.shift)", "", CORE),
     Mutant(
         "gradients of padding",
         "fedpriv/learning/dense.py",

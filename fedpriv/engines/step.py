@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.feedback import Feedback
 from fedpriv.methods import ClientState, feedback_of
 from fedpriv.noise import client_noise
@@ -28,18 +29,23 @@ class ClientStep:
         rules: The clients' half of the agreement.
         broadcast: The round.
         device: Where signals and states lie.
+        native: Whether a client on its own may be done in C: equal but for the rounding of a norm in float64.
     """
 
     rules: ClientRules
     broadcast: Broadcast
     device: torch.device
+    native: bool = False
     _sum: ExactSum = field(init=False)
     _feedback: Feedback | None = field(init=False)
-    _norms: list[Tensor] = field(default_factory=list)
+    _in_c: FeedbackInC | None = field(init=False)
+    _norms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._sum = self.broadcast.empty_sum(self.rules, self.device)
         self._feedback = feedback_of(self.rules.method)
+        wanted = self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu"
+        self._in_c = feedback_in_c() if wanted and self._feedback is not None else None
 
     def take(self, clients: Sequence[int], signals: Tensor, state: ClientState) -> None:
         """Adds the messages of `clients` to the sum and moves their states, in place.
@@ -49,7 +55,9 @@ class ClientStep:
             signals: `[clients, params]`; used up.
             state: Fields `[clients, ...]`.
         """
-        self._norms.append(_norms(signals))
+        if self._in_c is not None and len(clients) == 1 and self._take_in_c(signals[0], state):
+            return
+        self._norms += _norms(signals)
         noise = self._noise(clients, signals)
         if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
             signals, noise = signals[0], None if noise is None else noise[0]
@@ -60,12 +68,39 @@ class ClientStep:
             messages = _feed_back_(self._feedback, signals, state, noise, self.broadcast.round)
         self._sum.add(messages)
 
+    def _take_in_c(self, signal: Tensor, state: ClientState) -> bool:
+        """One client's step; False, and nothing done, for what is rare and left to torch."""
+        rule, native = self._feedback, self._in_c
+        assert rule is not None
+        assert native is not None
+        if signal.dtype != torch.float32 or not signal.is_contiguous():
+            return False
+        own = native.squared_residual(signal, None, 1.0) ** 0.5
+        memory, kept, norm = None, 1.0, own
+        if rule.beta is not None:
+            memory = state.memory[0]
+            if rule.damping > 0.0:
+                kept = float((1.0 - rule.damping) ** (self.broadcast.round - 1 - state.updated))
+            norm = native.squared_residual(signal, memory, kept) ** 0.5
+        scale = rule.bounded.scale(norm)
+        if scale is None:
+            return False
+        total, shift = self._sum.running, self._sum.shift
+        if memory is None or rule.beta is None:
+            native.add_bounded(signal, total, scale, shift)
+        else:
+            forget = 1.0 - rule.damping
+            native.feed_back(signal, memory, total, kept=kept, forget=forget, scale=scale, beta=rule.beta, shift=shift)
+            if "updated" in state._fields:
+                state.updated.fill_(self.broadcast.round)
+        self._norms.append(own)
+        return True
+
     def total(self) -> Total:
         """What the round's clients sent together."""
-        norms = torch.cat(self._norms) if self._norms else torch.zeros(0, dtype=torch.float64)
-        finite = norms[torch.isfinite(norms)]
-        mean = float(finite.mean()) if len(finite) else math.nan
-        return Total(self._sum.value, len(norms), len(norms) - len(finite), mean)
+        finite = [norm for norm in self._norms if math.isfinite(norm)]
+        mean = math.fsum(finite) / len(finite) if finite else math.nan
+        return Total(self._sum.value, len(self._norms), len(self._norms) - len(finite), mean)
 
     def _noise(self, clients: Sequence[int], signals: Tensor) -> Tensor | None:
         if self.rules.noise_stddev == 0.0:
@@ -108,9 +143,9 @@ def _feed_back_(
     return signals
 
 
-def _norms(signals: Tensor) -> Tensor:
-    """Norms of rows, float64 `[clients]` on the CPU: diagnostics, so float32 does unless it overflows."""
+def _norms(signals: Tensor) -> list[float]:
+    """Norms of rows: diagnostics, so float32 does unless it overflows."""
     norms = torch.linalg.vector_norm(signals, dim=-1)
     if not bool(torch.isfinite(norms).all()):
         norms = torch.linalg.vector_norm(signals, dim=-1, dtype=torch.float64)
-    return norms.double().cpu()
+    return norms.tolist()

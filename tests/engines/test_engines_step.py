@@ -1,6 +1,8 @@
 """The client step in place is the method's client rule, operation by operation."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from helpers import EXAMPLES, same
 from torch import Tensor
 
-from fedpriv.bounding import Clip
+from fedpriv.bounding import Clip, SmoothedNormalization
+from fedpriv.engines.native import feedback_in_c
 from fedpriv.engines.step import ClientStep
 from fedpriv.methods import DPFedAvg, feedback_of
 from fedpriv.rounds import Broadcast, ClientRules, client_round
@@ -86,3 +89,81 @@ def test_a_subclass_that_changes_only_figures_still_runs_in_place() -> None:
     form = feedback_of(Half())
     assert form is not None
     assert form.bounded.l2_bound == 0.5
+
+
+native = pytest.mark.skipif(feedback_in_c() is None, reason="no C compiler")
+
+
+@native
+@pytest.mark.parametrize("kind", ["ordinary", "awkward"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str) -> None:
+    """Rounds with gaps: messages, memories and counts. To the bit here; in general up to a norm's last bit."""
+    method = EXAMPLES[name]
+    rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
+    rng, clients = np.random.default_rng(8), 6
+    kind_of_state = type(method.init_client(0))
+    states = [kind_of_state(*(torch.stack([f] * clients) for f in method.init_client(SIZE))) for _ in range(2)]
+    for number in (1, 2, 4, 7):
+        signals = signals_of(kind, rng, clients)
+        broadcast = Broadcast(number, torch.zeros(SIZE), np.arange(clients))
+        steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, False)]
+        for step, state in zip(steps, states, strict=True):
+            for client in range(clients):
+                part = type(state)(*(field[client : client + 1] for field in state))
+                step.take([client], signals[client : client + 1].clone(), part)
+        one, other = (step.total() for step in steps)
+        assert (one.messages, one.non_finite) == (other.messages, other.non_finite)
+        assert one.signal_norm == pytest.approx(other.signal_norm, rel=1e-5)
+        assert same(one.sum, other.sum)
+        assert all(same(mine, theirs) for mine, theirs in zip(*states, strict=True))
+
+
+@native
+def test_c_is_used_for_clients_alone_without_noise_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(ClientStep, "_take_in_c", lambda *given: used.append(len(given)) or False)
+    broadcast = Broadcast(1, torch.zeros(SIZE), np.arange(2))
+    cases = [(0.0, True, 1, 1), (0.3, True, 1, 0), (0.0, False, 1, 0), (0.0, True, 2, 0)]
+    for noise, wanted, clients, expected in cases:
+        rules = ClientRules(method=DPFedAvg(), noise_stddev=noise, streams=SeededStreams(4))
+        used.clear()
+        step = ClientStep(rules, broadcast, torch.device("cpu"), native=wanted)
+        step.take(list(range(clients)), torch.ones(clients, SIZE), DPFedAvg().init_client(SIZE))
+        assert len(used) == expected
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for variable, value in (("FEDPRIV_NATIVE", "0"), ("CC", str(tmp_path / "none"))):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            feedback_in_c.cache_clear()
+            assert feedback_in_c() is None
+    feedback_in_c.cache_clear()
+    assert list((tmp_path / "fedpriv").iterdir()) == []
+
+
+@native
+def test_the_compiled_file_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    feedback_in_c.cache_clear()
+    assert feedback_in_c() is not None
+    (made,) = (tmp_path / "fedpriv").iterdir()
+    before = made.stat().st_mtime_ns
+    feedback_in_c.cache_clear()
+    assert feedback_in_c() is not None
+    assert made.stat().st_mtime_ns == before
+    feedback_in_c.cache_clear()
+
+
+@pytest.mark.parametrize("bounded", [Clip(clip_norm=0.7), SmoothedNormalization(alpha=0.3)])
+@pytest.mark.parametrize("norm", [0.0, 1e-300, 1e-30, 0.3, 0.7, 1.0, 1e20, 1e29, 1e40, math.inf, math.nan])
+def test_the_scale_of_a_norm_is_the_scale_of_rows(bounded: Clip | SmoothedNormalization, norm: float) -> None:
+    scale = bounded.scale(norm)
+    if not norm < 1e28 * 8:
+        assert scale is None
+    elif scale is not None and norm > 1e-30:
+        row = torch.zeros(3)
+        row[1] = norm
+        assert float(bounded(row)[1]) == float(torch.tensor(norm) * torch.tensor(scale, dtype=torch.float32))

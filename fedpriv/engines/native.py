@@ -1,0 +1,121 @@
+"""The client step in C, compiled once on the user's machine where there is a C compiler; else torch does it.
+
+The step reads a signal and a memory and writes the memory and the sum. At full speed that is limited by the machine's
+memory, and every further pass of a tensor library costs as much again; the file `feedback.c` makes two.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+__all__ = ["FeedbackInC", "feedback_in_c"]
+
+_SOURCE = Path(__file__).with_name("feedback.c")
+# No flag may change a rounding: no contraction, no reordering.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_COMPILE_SECONDS = 60.0
+
+
+class FeedbackInC:
+    """The functions of `feedback.c` on float32 tensors that lie whole in the CPU's memory.
+
+    Args:
+        library: The compiled file.
+    """
+
+    def __init__(self, library: Path) -> None:
+        loaded = ctypes.CDLL(str(library))
+        pointer, size, single, double = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_double
+        self._squared_residual = loaded.squared_residual
+        self._squared_residual.restype = double
+        self._squared_residual.argtypes = [pointer, pointer, size, single]
+        self._feed_back = loaded.feed_back
+        self._feed_back.restype = None
+        self._feed_back.argtypes = [pointer, pointer, pointer, size, single, single, single, single, double]
+        self._add_bounded = loaded.add_bounded
+        self._add_bounded.restype = None
+        self._add_bounded.argtypes = [pointer, pointer, size, single, double]
+
+    def squared_residual(self, signal: Tensor, memory: Tensor | None, kept: float) -> float:
+        """||signal - kept memory||^2 of `[params]`, float64; without memory ||signal||^2."""
+        return self._squared_residual(
+            signal.data_ptr(), None if memory is None else memory.data_ptr(), signal.numel(), kept
+        )
+
+    def feed_back(
+        self,
+        signal: Tensor,
+        memory: Tensor,
+        total: Tensor,
+        *,
+        kept: float,
+        forget: float,
+        scale: float,
+        beta: float,
+        shift: float,
+    ) -> None:
+        """Adds scale (signal - kept memory) to `total` (float64), and moves `memory`, all `[params]`, in place."""
+        self._feed_back(
+            signal.data_ptr(),
+            memory.data_ptr(),
+            total.data_ptr(),
+            signal.numel(),
+            kept,
+            forget,
+            scale,
+            beta,
+            shift,
+        )
+
+    def add_bounded(self, signal: Tensor, total: Tensor, scale: float, shift: float) -> None:
+        """Adds scale signal to `total` (float64), both `[params]`."""
+        self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), scale, shift)
+
+
+@cache
+def feedback_in_c() -> FeedbackInC | None:
+    """The compiled step; None without a compiler, or where FEDPRIV_NATIVE is 0."""
+    if os.environ.get("FEDPRIV_NATIVE", "1") == "0" or sys.platform == "win32":
+        return None
+    try:
+        return FeedbackInC(_library())
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
+
+
+def _library() -> Path:
+    """The compiled file, kept in the user's cache under a name that says what it was made of."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    source = _SOURCE.read_bytes()
+    made_of = (source, " ".join((compiler, *_FLAGS)).encode(), platform.machine().encode(), _cpu().encode())
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpriv"
+    path = folder / f"feedback-{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(place) / "feedback.so"
+            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+            made.replace(path)
+    return path
+
+
+def _cpu() -> str:
+    """What the compiler's `native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
