@@ -1,11 +1,12 @@
 # make demo: set up, and train a private model on real data. make test: set up, and pass every check and test.
+# make bench: speed, beside a bare PyTorch loop and beside other frameworks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
 
-.PHONY: demo test lint unit mutants setup clean
+.PHONY: demo test lint unit bench mutants setup clean
 .DEFAULT_GOAL := demo
 
 demo: setup
@@ -21,6 +22,9 @@ lint: setup
 
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+bench: setup
+	$(BIN)/python results/benchmarks/make.py
 
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,23 +24,29 @@ class Snapshots:
     """The last snapshot of all states, and the rounds that came after it.
 
     Args:
-        every: Rounds after which a new snapshot is due.
+        every: Rounds after which a new snapshot is due, at the earliest.
         folder: Where states are kept; None for memory.
+        share: Most seconds that a snapshot may cost for each second of the rounds before it.
     """
 
-    def __init__(self, every: int, folder: Path | None) -> None:
+    def __init__(self, every: int, folder: Path | None, share: float) -> None:
         self.rounds: list[Broadcast] = []
         self._every = every
         self._folder = folder
+        self._share = share
+        self._cost = 0.0
+        self._since = time.monotonic()
         self._states: dict[str, Tensor] = merged([])
         self._files: list[Path] = []
         self._number = 0
 
     @property
     def due(self) -> bool:
-        """Whether replaying would take long, or the rounds since the snapshot take much memory."""
-        size = sum(past.model.nbytes + past.cohort.nbytes for past in self.rounds)
-        return len(self.rounds) >= self._every or size >= _LOG_BYTES
+        """Whether there were many rounds since the last snapshot, for what one costs, or they take much memory."""
+        if sum(past.model.nbytes + past.cohort.nbytes for past in self.rounds) >= _LOG_BYTES:
+            return True
+        worth_it = self._cost <= self._share * (time.monotonic() - self._since)
+        return len(self.rounds) >= self._every and worth_it
 
     def log(self, broadcast: Broadcast) -> None:
         """Takes note of a round that all workers have finished."""
@@ -51,6 +58,7 @@ class Snapshots:
         Raises:
             UserError: If the disk is full.
         """
+        began = time.monotonic()
         if self._folder is None:
             self._states = merged(parts)
         else:
@@ -59,6 +67,8 @@ class Snapshots:
             self._drop()
             self._files = files
         self.rounds = []
+        self._since = time.monotonic()
+        self._cost = self._since - began
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
         """The states that were kept last."""

@@ -1,7 +1,7 @@
 """What is learned: a module seen as a function of one flat vector, and its loss on labelled examples."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from math import prod
 
@@ -31,7 +31,7 @@ class Task:
         device: Where gradients are computed.
         channels_last: Whether images go through the module with their channels innermost, which convolutions on CPUs
             like better; gradients are equal up to rounding.
-        precision: `float32`, or `bfloat16` for products in that format: gradients within some per cent.
+        precision: `float32`, or `bfloat16` for products in that format: gradients off by up to a tenth of their length.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class Task:
 
     def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
         """Logits `[examples, classes]` of the model `[params]` on inputs."""
-        return functional_call(self._module, self.layout.unflatten(model), (inputs,))
+        parameters = self.layout.unflatten(model)
+        return self._in_precision(lambda: functional_call(self._module, parameters, (inputs,)))
 
     def loss(self, model: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the examples' cross entropies (nats); `weights` `[examples]`, 1/m each for the mean."""
@@ -95,10 +96,14 @@ class Task:
         """Logits of the loaded model."""
         if self._channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return self._in_precision(lambda: self._module(inputs))
+
+    def _in_precision(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The logits of `forward`, float32, with its products in the task's precision."""
         if self._precision == "float32":
-            return self._module(inputs)
+            return forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return self._module(inputs).float()
+            return forward().float()
 
     def _load(self, model: Tensor) -> None:
         """Makes the module's parameters views of `model`, so that nothing is copied."""

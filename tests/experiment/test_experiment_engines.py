@@ -241,9 +241,9 @@ CNN = {
 }
 
 
-@pytest.mark.parametrize(("options", "tolerance"), [({"channels_last": True}, 1e-5), ({"precision": "bfloat16"}, 5e-2)])
+@pytest.mark.parametrize(("options", "tolerance"), [({"channels_last": True}, 1e-5), ({"precision": "bfloat16"}, 0.1)])
 def test_performance_options_keep_gradients_within_their_tolerance(options: dict[str, Any], tolerance: float) -> None:
-    """Of the gradient's length, on a model that has moved: channels last 1e-5, bfloat16 5 per cent."""
+    """Of the gradient's length, on a model that has moved: channels last 1e-5, bfloat16 a tenth; alone and in batches."""
     plain, fast = assemble(config_of(**CNN)), assemble(config_of(**CNN), **options)
     model = plain.initial_model + 0.05 * torch.randn(
         len(plain.initial_model), generator=torch.Generator().manual_seed(1)
@@ -253,6 +253,12 @@ def test_performance_options_keep_gradients_within_their_tolerance(options: dict
         error = float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted))
         assert error < tolerance
         assert error > 0.0 or "precision" not in options
+        inputs, labels = plain.population.examples(client)
+        weights = torch.full((1, len(labels)), 1.0 / len(labels))
+        batch = fast.population.task.gradients(model, inputs.unsqueeze(0), labels.unsqueeze(0), weights)[0]
+        error = float(torch.linalg.vector_norm(batch - wanted) / torch.linalg.vector_norm(wanted))
+        assert error < tolerance
+        assert error > 1e-3 or "precision" not in options
 
 
 def test_another_precision_is_one_line() -> None:
