@@ -55,8 +55,9 @@ class Bounded(Protocol):
         """The same in place."""
         ...
 
-    def scale(self, norm: float) -> float | None:
-        """What a row of this norm is multiplied with; None for a norm that is no ordinary number."""
+    @property
+    def figures(self) -> tuple[float, float, float, float]:
+        """(p, q, r, t): a row of ordinary norm n is multiplied with min(p / (q + n), r, t / n)."""
         ...
 
 
@@ -91,10 +92,10 @@ class Clip:
         """See `Bounded.bound_`."""
         _scale_rows(vectors, self._scale, out=vectors)
 
-    def scale(self, norm: float) -> float | None:
-        """See `Bounded.scale`."""
-        scale = min(self.clip_norm * _SHRINK / max(norm, 1e-300), 1.0)
-        return scale if norm < _HUGE and scale >= _TINY else None
+    @property
+    def figures(self) -> tuple[float, float, float, float]:
+        """See `Bounded.figures`."""
+        return self.clip_norm * _SHRINK, 0.0, 1.0, math.inf
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
         return torch.minimum(self.clip_norm * _SHRINK / norm, ratio)
@@ -133,11 +134,10 @@ class SmoothedNormalization:
         """See `Bounded.bound_`."""
         _scale_rows(vectors, self._scale, out=vectors)
 
-    def scale(self, norm: float) -> float | None:
-        """See `Bounded.scale`."""
-        length = max(norm, 1e-300)
-        scale = min(1.0 / (self.alpha + length), _SHRINK / length)
-        return scale if norm < _HUGE and scale >= _TINY else None
+    @property
+    def figures(self) -> tuple[float, float, float, float]:
+        """See `Bounded.figures`."""
+        return 1.0, self.alpha, math.inf, _SHRINK
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
         return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)

@@ -35,50 +35,49 @@ class FeedbackInC:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         pointer, size, single, double = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_double
-        self._squared_residual = loaded.squared_residual
-        self._squared_residual.restype = double
-        self._squared_residual.argtypes = [pointer, pointer, size, single]
+        self._own = ctypes.c_double()
+        self._where = ctypes.byref(self._own)
         self._feed_back = loaded.feed_back
-        self._feed_back.restype = None
-        self._feed_back.argtypes = [pointer, pointer, pointer, size, single, single, single, single, double]
+        self._feed_back.argtypes = [pointer, pointer, pointer, size, single, single, single, pointer, double, pointer]
         self._add_bounded = loaded.add_bounded
-        self._add_bounded.restype = None
-        self._add_bounded.argtypes = [pointer, pointer, size, single, double]
-
-    def squared_residual(self, signal: Tensor, memory: Tensor | None, kept: float) -> float:
-        """||signal - kept memory||^2 of `[params]`, float64; without memory ||signal||^2."""
-        return self._squared_residual(
-            signal.data_ptr(), None if memory is None else memory.data_ptr(), signal.numel(), kept
-        )
+        self._add_bounded.argtypes = [pointer, pointer, size, pointer, double, pointer]
 
     def feed_back(
         self,
         signal: Tensor,
         memory: Tensor,
         total: Tensor,
-        *,
         kept: float,
         forget: float,
-        scale: float,
         beta: float,
+        figures: ctypes.Array[ctypes.c_double],
         shift: float,
-    ) -> None:
-        """Adds scale (signal - kept memory) to `total` (float64), and moves `memory`, all `[params]`, in place."""
-        self._feed_back(
+    ) -> float | None:
+        """Adds the message B(signal - kept memory) to `total` (float64) and moves `memory`, all `[params]`, in place.
+
+        Returns:
+            The signal's norm; None, and nothing is done, if the residual's is no ordinary number.
+        """
+        done = self._feed_back(
             signal.data_ptr(),
             memory.data_ptr(),
             total.data_ptr(),
             signal.numel(),
             kept,
             forget,
-            scale,
             beta,
+            figures,
             shift,
+            self._where,
         )
+        return self._own.value if done else None
 
-    def add_bounded(self, signal: Tensor, total: Tensor, scale: float, shift: float) -> None:
-        """Adds scale signal to `total` (float64), both `[params]`."""
-        self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), scale, shift)
+    def add_bounded(
+        self, signal: Tensor, total: Tensor, figures: ctypes.Array[ctypes.c_double], shift: float
+    ) -> float | None:
+        """Adds B(signal) to `total` (float64), both `[params]`; returns as `feed_back` does."""
+        done = self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), figures, shift, self._where)
+        return self._own.value if done else None
 
 
 @cache

@@ -4,6 +4,7 @@ A method's `client_rule` is the definition. Where it has the form of `fedpriv.fe
 run here on the memory that is there already: residual, norm, message, memory and sum, with nothing allocated.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class ClientStep:
         self._feedback = feedback_of(self.rules.method)
         wanted = self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu"
         self._in_c = feedback_in_c() if wanted and self._feedback is not None else None
+        figures = (1.0, 0.0, 1.0, 1.0) if self._feedback is None else self._feedback.bounded.figures
+        self._figures = (ctypes.c_double * 4)(*figures)
 
     def take(self, clients: Sequence[int], signals: Tensor, state: ClientState) -> None:
         """Adds the messages of `clients` to the sum and moves their states, in place.
@@ -75,26 +78,20 @@ class ClientStep:
         assert native is not None
         if signal.dtype != torch.float32 or not signal.is_contiguous():
             return False
-        own = native.squared_residual(signal, None, 1.0) ** 0.5
-        memory, kept, norm = None, 1.0, own
-        if rule.beta is not None:
-            memory = state.memory[0]
+        total, shift = self._sum.running, self._sum.shift
+        if rule.beta is None:
+            own = native.add_bounded(signal, total, self._figures, shift)
+        else:
+            kept = 1.0
             if rule.damping > 0.0:
                 kept = float((1.0 - rule.damping) ** (self.broadcast.round - 1 - state.updated))
-            norm = native.squared_residual(signal, memory, kept) ** 0.5
-        scale = rule.bounded.scale(norm)
-        if scale is None:
-            return False
-        total, shift = self._sum.running, self._sum.shift
-        if memory is None or rule.beta is None:
-            native.add_bounded(signal, total, scale, shift)
-        else:
-            forget = 1.0 - rule.damping
-            native.feed_back(signal, memory, total, kept=kept, forget=forget, scale=scale, beta=rule.beta, shift=shift)
-            if "updated" in state._fields:
+            memory, forget = state.memory[0], 1.0 - rule.damping
+            own = native.feed_back(signal, memory, total, kept, forget, rule.beta, self._figures, shift)
+            if own is not None and "updated" in state._fields:
                 state.updated.fill_(self.broadcast.round)
-        self._norms.append(own)
-        return True
+        if own is not None:
+            self._norms.append(own)
+        return own is not None
 
     def total(self) -> Total:
         """What the round's clients sent together."""
