@@ -74,7 +74,9 @@ class RayEngine:
         unit: `"client"`, or the number of classes.
         address: HOST:PORT of a running Ray; None starts one on this machine. A Ray that this process is tied to
             already is used as it is in either case, and is not ended by `close`.
-        snapshot_every: Rounds after which the clients' states are gathered, to go back to if a worker dies.
+        snapshot_every: Rounds after which the clients' states are gathered, to go back to if a worker dies; more if
+            gathering takes long.
+        snapshot_share: Most seconds to spend on that for each second of rounds.
         snapshot_folder: Where these are kept, in files; None for this process's memory.
 
     Raises:
@@ -94,13 +96,14 @@ class RayEngine:
         unit: Unit = "client",
         address: str | None = None,
         snapshot_every: int = 20,
+        snapshot_share: float = 0.1,
         snapshot_folder: Path | None = None,
     ) -> None:
         self._population = population
         self._needs = _needs(workers, cpus_per_worker, gpus_per_worker)
         self._memory = has_memory(population.rules.method)
         self._owners = Owners(range(workers), unit, client_costs(population), stay=self._memory)
-        self._snapshots = Snapshots(snapshot_every, snapshot_folder)
+        self._snapshots = Snapshots(snapshot_every, snapshot_folder, snapshot_share)
         self._seen: set[int] = set()
         self._hosts: dict[int, Any] = {}
         self._dead: set[int] = set()
@@ -405,16 +408,15 @@ def _given_up(doing: str, lost: _LostError) -> UserError:
 
 
 def _to_ship(population: Population) -> Population:
-    """The population as workers need it: without test data, and each client's examples side by side, so that a
-    client's tensors are views of shared memory.
+    """The population as workers need it: each client's examples side by side, so that its tensors are views of shared
+    memory, and of the test data no more than an example.
     """
-    held = population.federation
-    if type(held) is not Federation:
-        return replace(population)
-    data, rows = held.dataset, torch.from_numpy(held.rows)
-    parts = {"train_inputs": data.train_inputs[rows], "train_labels": data.train_labels[rows]}
-    dataset = replace(data, **parts, test_inputs=data.test_inputs[:1], test_labels=data.test_labels[:1], groups=None)
-    return replace(population, federation=replace(held, dataset=dataset, rows=np.arange(len(held.rows))))
+    population = replace(population.in_client_order())
+    if not isinstance(population.federation, Federation):
+        return population
+    data = population.federation.dataset
+    dataset = replace(data, test_inputs=data.test_inputs[:1], test_labels=data.test_labels[:1], groups=None)
+    return replace(population, federation=replace(population.federation, dataset=dataset))
 
 
 def _needs(workers: int, cpus: float, gpus: float | Sequence[float]) -> list[Need]:
