@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 
-__all__ = ["Bounded", "Clip", "SmoothedNormalization", "finite_rows"]
+__all__ = ["Bounded", "Clip", "SmoothedNormalization", "finite_rows", "row_norms"]
 
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
 _SHRINK = 1.0 - 2.0**-21
@@ -51,8 +51,8 @@ class Bounded(Protocol):
         """Bounds each row of `[..., params]`."""
         ...
 
-    def bound_(self, vectors: Tensor) -> None:
-        """The same in place."""
+    def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
+        """The same in place; `norms` are the rows' l2 norms, float64 `[..., 1]`, where they are known."""
         ...
 
     @property
@@ -88,9 +88,9 @@ class Clip:
         """See `Bounded.__call__`."""
         return _scale_rows(vectors, self._scale)
 
-    def bound_(self, vectors: Tensor) -> None:
+    def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
         """See `Bounded.bound_`."""
-        _scale_rows(vectors, self._scale, out=vectors)
+        _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
     def figures(self) -> tuple[float, float, float, float]:
@@ -130,9 +130,9 @@ class SmoothedNormalization:
         """See `Bounded.__call__`."""
         return _scale_rows(vectors, self._scale)
 
-    def bound_(self, vectors: Tensor) -> None:
+    def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
         """See `Bounded.bound_`."""
-        _scale_rows(vectors, self._scale, out=vectors)
+        _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
     def figures(self) -> tuple[float, float, float, float]:
@@ -143,13 +143,19 @@ class SmoothedNormalization:
         return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)
 
 
-def _scale_rows(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tensor], out: Tensor | None = None) -> Tensor:
+def _scale_rows(
+    vectors: Tensor,
+    scale_of: Callable[[Tensor, Tensor], Tensor],
+    norm: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Multiplies each row u by a scale of its norm; a row that is not finite becomes zero. `out` may be `vectors`.
 
     `scale_of(norm, ratio)` sees the float64 norm of u / ratio, the ratio chosen by row so that nothing overflows,
     and returns the scale that turns u / ratio into the output.
     """
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
+    if norm is None:
+        norm = row_norms(vectors)
     scale = scale_of(norm.clamp(min=1e-300), torch.ones_like(norm))
     ordinary = (norm < _HUGE) & (scale >= _TINY)
     if bool(ordinary.all()):
@@ -166,6 +172,11 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
     rows = safe / ratio
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-300)
     return (rows * scale_of(norm, ratio)).to(vectors.dtype)
+
+
+def row_norms(vectors: Tensor) -> Tensor:
+    """The l2 norms of rows, float64 `[..., 1]`."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def finite_rows(vectors: Tensor) -> Tensor:

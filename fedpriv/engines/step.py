@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedpriv.bounding import row_norms
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.feedback import Feedback
 from fedpriv.methods import ClientState, feedback_of
@@ -60,15 +61,16 @@ class ClientStep:
         """
         if self._in_c is not None and len(clients) == 1 and self._take_in_c(signals[0], state):
             return
-        self._norms += _norms(signals)
+        norms = row_norms(signals)
+        self._norms += norms.flatten().tolist()
         noise = self._noise(clients, signals)
         if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
-            signals, noise = signals[0], None if noise is None else noise[0]
+            signals, noise, norms = signals[0], None if noise is None else noise[0], norms[0]
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
             messages = self._by_rule(signals, state, noise)
         else:
-            messages = _feed_back_(self._feedback, signals, state, noise, self.broadcast.round)
+            messages = _feed_back_(self._feedback, signals, norms, state, noise, self.broadcast.round)
         self._sum.add(messages)
 
     def _take_in_c(self, signal: Tensor, state: ClientState) -> bool:
@@ -116,13 +118,14 @@ class ClientStep:
 def _feed_back_(
     rule: Feedback,
     signals: Tensor,
+    norms: Tensor,
     state: ClientState,
     noise: Tensor | None,
     round: int,  # noqa: A002
 ) -> Tensor:
     """The messages, in place of the signals; memories are moved in place. Operation by operation `client_rule`."""
     if rule.beta is None:
-        rule.bounded.bound_(signals)
+        rule.bounded.bound_(signals, norms)
         return signals if noise is None else signals.add_(noise)
     memory = state.memory
     if rule.damping > 0.0:
@@ -138,11 +141,3 @@ def _feed_back_(
     if "updated" in state._fields:
         state.updated.fill_(round)
     return signals
-
-
-def _norms(signals: Tensor) -> list[float]:
-    """Norms of rows: diagnostics, so float32 does unless it overflows."""
-    norms = torch.linalg.vector_norm(signals, dim=-1)
-    if not bool(torch.isfinite(norms).all()):
-        norms = torch.linalg.vector_norm(signals, dim=-1, dtype=torch.float64)
-    return norms.tolist()

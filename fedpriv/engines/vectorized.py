@@ -19,7 +19,7 @@ _CHUNK_FLOATS = PIECE_FLOATS
 _RULE_FLOATS = 2**17
 # From this many parameters on, a client's step in C is faster than torch's for several.
 _ALONE_FLOATS = 2**14
-# Floats of padded inputs that are kept from round to round: 1 GiB.
+# Floats of padded inputs that are kept from one round to the next: 1 GiB.
 _CACHE_FLOATS = 2**28
 
 
@@ -50,6 +50,7 @@ class VectorizedEngine:
         self._states = population.state_store() if states is None else states
         self._chunk = chunk
         self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._next_cache: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._cached_floats = 0
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
@@ -62,6 +63,7 @@ class VectorizedEngine:
                     self._batch(step, model, clients, broadcast.round)
                 else:
                     self._one_by_one(step, model, clients, broadcast.round)
+        self._cache, self._next_cache, self._cached_floats = self._next_cache, {}, 0
         return step.total()
 
     def _batch(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:  # noqa: A002
@@ -133,14 +135,11 @@ class VectorizedEngine:
         if any(batch is not None for batch in batches):
             return self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])
         key = tuple(clients)
-        if key not in self._cache:
-            padded = self._gather(rows)
-            self._cached_floats += padded[0].numel()
-            if self._cached_floats > _CACHE_FLOATS:
-                self._cache.clear()
-                self._cached_floats = padded[0].numel()
-            self._cache[key] = padded
-        return self._cache[key]
+        padded = self._cache.get(key) or self._gather(rows)
+        self._cached_floats += padded[0].numel()
+        if self._cached_floats <= _CACHE_FLOATS:
+            self._next_cache[key] = padded
+        return padded
 
     def _gather(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         longest = max(len(r) for r in rows)

@@ -16,7 +16,7 @@ from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.assemble import Experiment
-from fedpriv.rounds import Broadcast, begin_round
+from fedpriv.rounds import Broadcast, ServerRules, begin_round
 
 __all__ = ["ENGINES", "Execution", "Ran", "bytes_of", "choose_compute", "make_engine", "start_engine"]
 
@@ -150,7 +150,7 @@ def make_engine(name: str, experiment: Experiment) -> Engine:
     """The engine called `name`, in this process, with a draw of noise for each client; `auto` measures."""
     execution = Execution(engine=name, client_noise="faithful")
     if name == "auto":
-        execution = replace(execution, engine=choose_compute(experiment)[0])
+        execution = replace(execution, engine=_chosen(experiment)[0])
     return start_engine(experiment, execution)[0]
 
 
@@ -171,7 +171,7 @@ def start_engine(experiment: Experiment, execution: Execution, recorded: Any = N
     if compute == "auto":
         compute = recorded.get("compute", "auto")
     if compute not in _COMPUTES:
-        compute, seconds = choose_compute(experiment)
+        compute, seconds = _chosen(experiment)
     engine, workers = _engine_and_workers(experiment, execution, recorded, seconds.get(compute))
     fused = execution.client_noise == "fused" and can_fuse(experiment.population.rules)
     population = without_noise(experiment.population) if fused else experiment.population
@@ -238,14 +238,18 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     )
 
 
-def choose_compute(experiment: Experiment) -> tuple[str, dict[str, float]]:
+def choose_compute(population: Population, server: ServerRules, initial_model: Tensor) -> tuple[str, dict[str, float]]:
     """The faster of loop and batches on a first chunk of clients, and the seconds per client of each.
 
     Both run a part of the first round on engines that are then thrown away: no state and no result is touched.
+
+    Args:
+        population: The clients.
+        server: Says who takes part.
+        initial_model: What they work on, `[params]`.
     """
-    population = without_noise(experiment.population)
-    state = experiment.config.method.init_server(experiment.initial_model)
-    broadcast = begin_round(experiment.server, state, 1)
+    population = without_noise(population)
+    broadcast = begin_round(server, server.method.init_server(initial_model), 1)
     clients = broadcast.cohort if len(broadcast.cohort) else np.zeros(1, dtype=np.int64)
     loop, vectorized = LoopEngine(population), VectorizedEngine(population)
     chunk = np.sort(vectorized.first_chunk(clients))
@@ -255,6 +259,10 @@ def choose_compute(experiment: Experiment) -> tuple[str, dict[str, float]]:
         "vectorized": _seconds_per_client(vectorized, broadcast.model, chunk if len(few) > 1 else chunk[:2]),
     }
     return "vectorized" if seconds["vectorized"] < _WORTH_BATCHES * seconds["loop"] else "loop", seconds
+
+
+def _chosen(experiment: Experiment) -> tuple[str, dict[str, float]]:
+    return choose_compute(experiment.population, experiment.server, experiment.initial_model)
 
 
 def _few(loop: Engine, model: Tensor, chunk: np.ndarray) -> np.ndarray:

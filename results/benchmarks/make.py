@@ -79,14 +79,15 @@ def rival(name: str, workers: Sequence[int]) -> Contender:
 
 IDEAL = Contender(name="ideal", command=(sys.executable, str(HERE / "ideal.py")), workloads=CENTRAL + LOCAL)
 
-# An engine or an option of fedpriv is one line. Workers of an engine in one process are torch's threads.
+# An engine or an option of fedpriv is one line.
 OURS = (
     ours("fedpriv loop", "loop", CENTRAL),
-    ours("fedpriv loop, channels last", "loop", CNN, channels_last=True),
-    ours("fedpriv loop, bfloat16", "loop", CNN, channels_last=True, precision="bfloat16"),
-    ours("fedpriv vectorized", "vectorized", CENTRAL, (1, 2)),
-    ours("fedpriv ray", "ray", CENTRAL, (1, 2)),
-    ours("fedpriv ray, channels last", "ray", CNN, (2,), channels_last=True),
+    ours("fedpriv vectorized", "vectorized", CENTRAL),
+    ours("fedpriv auto", "auto", CENTRAL),
+    ours("fedpriv auto, channels last", "auto", CNN, channels_last=True),
+    ours("fedpriv auto, bfloat16", "auto", CNN, channels_last=True, precision="bfloat16"),
+    ours("fedpriv ray", "ray", (*CNN, "noop62k"), (1, 2), local="vectorized"),
+    ours("fedpriv ray, channels last", "ray", CNN, (2,), local="vectorized", channels_last=True),
     *(
         ours(f"fedpriv {engine}, {noise} noise".replace("none noise", "no noise"), engine, LOCAL, noise=noise)
         for engine in ("loop", "vectorized")

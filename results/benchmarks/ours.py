@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from workloads import CLASSES, CLIP_NORM, CONSTANT, SERVER_LR, Job, Workload, one_thread, parse_job, run_rounds
 
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
+from fedpriv.experiment.engines import choose_compute
 from fedpriv.learning.datasets import Dataset
 from fedpriv.learning.federation import Federation
 from fedpriv.learning.local_work import FullGradient
@@ -51,8 +52,26 @@ def ray_engine(population: Population, *, workers: int, local: str = "loop", uni
     return RayEngine(population, LocalEngine(local, {}), workers=workers, unit=unit)
 
 
+def auto_engine(population: Population) -> Engine:
+    """What `--engine auto` takes on one core: the faster on a first chunk."""
+    clients = population.federation.population
+    server = ServerRules(
+        method=population.rules.method,
+        sampling=FixedSize(clients, clients // 2),
+        noise_stddev=0.0,
+        streams=SeededStreams(0),
+    )
+    name, _ = choose_compute(population, server, population.task.initial_model())
+    return ENGINES[name](population)
+
+
 # Name to a function of a population and options. One more engine is one line.
-ENGINES: dict[str, Callable[..., Engine]] = {"loop": LoopEngine, "vectorized": VectorizedEngine, "ray": ray_engine}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "loop": LoopEngine,
+    "vectorized": VectorizedEngine,
+    "auto": auto_engine,
+    "ray": ray_engine,
+}
 
 
 class ConstantTask(Task):

@@ -85,7 +85,8 @@ def test_auto_takes_what_was_measured_to_be_faster(
     figures = {LoopEngine: loop, VectorizedEngine: vectorized}
     monkeypatch.setattr(engines, "_seconds_per_client", lambda engine, *_: figures[type(engine)])
     experiment = experiment_of()
-    assert choose_compute(experiment) == (chosen, {"loop": loop, "vectorized": vectorized})
+    found = choose_compute(experiment.population, experiment.server, experiment.initial_model)
+    assert found == (chosen, {"loop": loop, "vectorized": vectorized})
     runner, ran = start_engine(experiment, Execution(client_noise="faithful"))
     assert runner.name == ran.engine == chosen
 
@@ -109,7 +110,7 @@ def test_a_resumed_run_keeps_the_engine_that_began_it(tmp_path: Path, monkeypatc
 
     with pytest.raises(StopHere):
         run_experiment(config_of(), tmp_path, engine="vectorized", watch=stop, checkpoint_every=1)
-    monkeypatch.setattr(engines, "choose_compute", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(engines, "choose_compute", lambda *_: pytest.fail("measured again"))
     assert run_experiment(config_of(), tmp_path, resume=True)["engine"] == "vectorized"
 
 
@@ -243,7 +244,7 @@ CNN = {
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"channels_last": True}, 1e-5), ({"precision": "bfloat16"}, 0.1)])
 def test_performance_options_keep_gradients_within_their_tolerance(options: dict[str, Any], tolerance: float) -> None:
-    """Of the gradient's length, on a model that has moved: channels last 1e-5, bfloat16 a tenth; alone and in batches."""
+    """Of the gradient's length, on a model that has moved: channels last 1e-5, bfloat16 a tenth; alone, in batches."""
     plain, fast = assemble(config_of(**CNN)), assemble(config_of(**CNN), **options)
     model = plain.initial_model + 0.05 * torch.randn(
         len(plain.initial_model), generator=torch.Generator().manual_seed(1)
