@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 
-__all__ = ["Bounded", "Clip", "SmoothedNormalization", "finite_rows", "row_norms"]
+__all__ = ["IN_PLACE", "Bounded", "Clip", "InPlace", "SmoothedNormalization", "finite_rows", "row_norms"]
 
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
 _SHRINK = 1.0 - 2.0**-21
@@ -51,8 +51,12 @@ class Bounded(Protocol):
         """Bounds each row of `[..., params]`."""
         ...
 
+
+class InPlace(Bounded, Protocol):
+    """A bounded map whose work engines may do in place, or in C; exactly the classes in `IN_PLACE`."""
+
     def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
-        """The same in place; `norms` are the rows' l2 norms, float64 `[..., 1]`, where they are known."""
+        """Bounds rows in place; `norms` are their l2 norms, float64 `[..., 1]`, where they are known."""
         ...
 
     @property
@@ -89,12 +93,12 @@ class Clip:
         return _scale_rows(vectors, self._scale)
 
     def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
-        """See `Bounded.bound_`."""
+        """See `InPlace.bound_`."""
         _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
     def figures(self) -> tuple[float, float, float, float]:
-        """See `Bounded.figures`."""
+        """See `InPlace.figures`."""
         return self.clip_norm * _SHRINK, 0.0, 1.0, math.inf
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
@@ -131,16 +135,20 @@ class SmoothedNormalization:
         return _scale_rows(vectors, self._scale)
 
     def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
-        """See `Bounded.bound_`."""
+        """See `InPlace.bound_`."""
         _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
     def figures(self) -> tuple[float, float, float, float]:
-        """See `Bounded.figures`."""
+        """See `InPlace.figures`."""
         return 1.0, self.alpha, math.inf, _SHRINK
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
         return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)
+
+
+IN_PLACE = (Clip, SmoothedNormalization)
+"""The maps that are known to be the same in place. A class derived of them is not: it may bound otherwise."""
 
 
 def _scale_rows(

@@ -89,12 +89,17 @@ def run(
         Path | None, typer.Option(help="Where those states go; else the temporary folder.", show_default=False)
     ] = None,
     client_noise: Annotated[
-        str, typer.Option(help="With trust local: fused (one draw a round, the same law) or faithful.")
-    ] = "fused",
+        str | None,
+        typer.Option(
+            help="With trust local: fused (one draw a round, the same law) or faithful.", show_default="fused"
+        ),
+    ] = None,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Images with channels innermost: faster convolutions on CPUs.")
-    ] = False,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16: faster and coarser gradients.")] = "float32",
+        bool | None, typer.Option("--channels-last", help="Channels innermost: faster convolutions on CPUs.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, or bfloat16: faster, coarser gradients.", show_default="float32")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
@@ -114,13 +119,12 @@ def run(
         ray_address=ray_address,
         state_memory=None if state_memory is None else bytes_of(state_memory),
         state_folder=state_folder,
+        channels_last=channels_last,
+        precision=precision,
     )
     with RoundProgress(experiment.training.rounds) as progress:
         if engine == "flower":
             from strategies.launch import run_with_flower
-
-            if channels_last or precision != "float32":
-                raise UserError("--engine flower", "float32 gradients as they are", "another option", "Leave it out")
 
             summary = run_with_flower(
                 experiment, directory, device=device, data_root=data_root, resume=resume, watch=progress
@@ -136,8 +140,6 @@ def run(
                 watch=progress,
                 checkpoint_every=checkpoint_every,
                 execution=execution,
-                channels_last=channels_last,
-                precision=precision,
             )
     _print_summary(summary, directory)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Bounded
+from fedpriv.bounding import Bounded, InPlace
 
 __all__ = ["Feedback", "bounded_residual", "decayed", "remember"]
 
@@ -25,7 +25,7 @@ class Feedback:
         sent: Whether the message is remembered with its noise.
     """
 
-    bounded: Bounded
+    bounded: InPlace
     beta: float | None
     damping: float = 0.0
     sent: bool = False

@@ -21,7 +21,7 @@ from fedpriv.methods import ClientState, Method, ServerState, has_memory
 from fedpriv.noise import client_noise, server_noise
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
-from fedpriv.sums import ExactSum
+from fedpriv.sums import ExactSum, grid_step
 
 __all__ = [
     "Broadcast",
@@ -74,6 +74,10 @@ class ServerRules:
     streams: Streams
 
 
+# Rounding to the grid may lengthen a message by this share of its bound, which the bounded maps leave free.
+_LONGER = 2.0**-22
+
+
 class Broadcast(NamedTuple):
     """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids).
 
@@ -89,8 +93,13 @@ class Broadcast(NamedTuple):
 
     def empty_sum(self, rules: "ClientRules", device: torch.device | str = "cpu") -> ExactSum:
         """Where the round's messages are added, whoever sends them in whatever order."""
-        capacity = len(self.cohort) if self.capacity is None else self.capacity
-        return ExactSum(self.model.shape[-1], rules.message_limit, capacity, device)
+        capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
+        step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
+        if rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
+            expected = f"fewer than {capacity:,} clients a round with {size:,} parameters"
+            remedy = "Take a smaller cohort or model: rounding could lengthen a message beyond its bound"
+            raise UserError("cohort", expected, f"{capacity:,}", remedy)
+        return ExactSum(size, rules.message_limit, capacity, device)
 
 
 class Total(NamedTuple):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedpriv.engines.base import Engine, Population
+from fedpriv.methods import feedback_of, has_memory
 from fedpriv.noise import client_noise_sum
 from fedpriv.rounds import Broadcast, ClientRules, Total
 
@@ -12,8 +13,14 @@ __all__ = ["FusedNoise", "can_fuse", "without_noise"]
 
 
 def can_fuse(rules: ClientRules) -> bool:
-    """Whether clients add noise that no memory keeps: then only the sum of all noises is ever seen."""
-    return rules.noise_stddev > 0.0 and not rules.method.needs_client_noise
+    """Whether clients add noise that no memory keeps: then only the sum of all noises is ever seen.
+
+    A method with a memory and a rule of its own form is not trusted to keep it free of noise.
+    """
+    if rules.noise_stddev == 0.0 or rules.method.needs_client_noise:
+        return False
+    rule = feedback_of(rules.method)
+    return not has_memory(rules.method) if rule is None else not rule.sent
 
 
 def without_noise(population: Population) -> Population:

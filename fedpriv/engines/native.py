@@ -35,8 +35,6 @@ class FeedbackInC:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         pointer, size, single, double = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_double
-        self._own = ctypes.c_double()
-        self._where = ctypes.byref(self._own)
         self._feed_back = loaded.feed_back
         self._feed_back.argtypes = [pointer, pointer, pointer, size, single, single, single, pointer, double, pointer]
         self._add_bounded = loaded.add_bounded
@@ -58,6 +56,7 @@ class FeedbackInC:
         Returns:
             The signal's norm; None, and nothing is done, if the residual's is no ordinary number.
         """
+        own = ctypes.c_double()
         done = self._feed_back(
             signal.data_ptr(),
             memory.data_ptr(),
@@ -68,16 +67,17 @@ class FeedbackInC:
             beta,
             figures,
             shift,
-            self._where,
+            ctypes.byref(own),
         )
-        return self._own.value if done else None
+        return own.value if done else None
 
     def add_bounded(
         self, signal: Tensor, total: Tensor, figures: ctypes.Array[ctypes.c_double], shift: float
     ) -> float | None:
         """Adds B(signal) to `total` (float64), both `[params]`; returns as `feed_back` does."""
-        done = self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), figures, shift, self._where)
-        return self._own.value if done else None
+        own = ctypes.c_double()
+        done = self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), figures, shift, ctypes.byref(own))
+        return own.value if done else None
 
 
 @cache
@@ -87,7 +87,7 @@ def feedback_in_c() -> FeedbackInC | None:
         return None
     try:
         return FeedbackInC(_library())
-    except (OSError, subprocess.SubprocessError, AttributeError):
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError):  # RuntimeError: no home folder
         return None
 
 

@@ -85,6 +85,7 @@ class StateStore:
             self._slots.update(dict.fromkeys(clients, 0))
             yield self._kind()
             return
+        self._refuse_more_than_fit(clients)
         rows = [self._slot(client, clients) for client in clients]
         slab, first = self._places[rows[0]]
         if [self._places[row] for row in rows] == [(slab, first + i) for i in range(len(rows))]:
@@ -118,6 +119,11 @@ class StateStore:
             with self.borrowed([client]) as state:
                 for target, source in zip(state, fields, strict=True):
                     target.copy_(source[row : row + 1])
+
+    def _refuse_more_than_fit(self, clients: Sequence[int]) -> None:
+        if self._capacity is not None and len(clients) > self._capacity:
+            expected, got = f"room for {len(clients)} clients at once", f"room for {self._capacity}"
+            raise UserError("--state-memory", expected, got, "Give more memory")
 
     def _row(self, slot: int) -> list[Tensor]:
         slab, row = self._places[slot]
@@ -155,16 +161,7 @@ class StateStore:
 
     def _evict(self, needed: set[int]) -> int:
         """Puts the client that was not needed for longest on the disk, and gives its row."""
-        for client in self._slots:
-            if client not in needed:
-                break
-        else:
-            raise UserError(
-                "--state-memory",
-                f"room for {len(needed)} clients at once",
-                f"room for {self._capacity}",
-                "Give more memory",
-            )
+        client = next(client for client in self._slots if client not in needed)
         if self._file is None:
             self._file = _SpillFile(self._row_bytes, self._folder)
         self._file.put_away(client, self._row(self._slots[client]))
@@ -209,7 +206,7 @@ class _SpillFile:
     def put_away(self, client: int, row: list[Tensor]) -> None:
         """Writes a client's row."""
         place = self._places.setdefault(client, len(self._places))
-        data = memoryview(b"".join(field.cpu().numpy().tobytes() for field in row))
+        data = memoryview(b"".join(field.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for field in row))
         at = place * self._row_bytes
         try:
             while data:

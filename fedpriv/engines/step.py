@@ -68,17 +68,17 @@ class ClientStep:
             signals, noise, norms = signals[0], None if noise is None else noise[0], norms[0]
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
-            messages = self._by_rule(signals, state, noise)
+            self._by_rule(signals, state, noise)
         else:
-            messages = _feed_back_(self._feedback, signals, norms, state, noise, self.broadcast.round)
-        self._sum.add(messages)
+            self._sum.add(_feed_back_(self._feedback, signals, norms, state, noise, self.broadcast.round))
 
     def _take_in_c(self, signal: Tensor, state: ClientState) -> bool:
         """One client's step; False, and nothing done, for what is rare and left to torch."""
         rule, native = self._feedback, self._in_c
         assert rule is not None
         assert native is not None
-        if signal.dtype != torch.float32 or not signal.is_contiguous():
+        vectors = [signal] if rule.beta is None else [signal, state.memory[0]]
+        if not all(v.dtype == torch.float32 and v.is_contiguous() and v.shape == signal.shape for v in vectors):
             return False
         total, shift = self._sum.running, self._sum.shift
         if rule.beta is None:
@@ -87,8 +87,8 @@ class ClientStep:
             kept = 1.0
             if rule.damping > 0.0:
                 kept = float((1.0 - rule.damping) ** (self.broadcast.round - 1 - state.updated))
-            memory, forget = state.memory[0], 1.0 - rule.damping
-            own = native.feed_back(signal, memory, total, kept, forget, rule.beta, self._figures, shift)
+            forget = 1.0 - rule.damping
+            own = native.feed_back(signal, vectors[1], total, kept, forget, rule.beta, self._figures, shift)
             if own is not None and "updated" in state._fields:
                 state.updated.fill_(self.broadcast.round)
         if own is not None:
@@ -108,11 +108,12 @@ class ClientStep:
         drawn = [client_noise(streams, stddev, size, self.broadcast.round, client) for client in clients]
         return torch.stack(drawn).to(signals.device)
 
-    def _by_rule(self, signals: Tensor, state: ClientState, noise: Tensor | None) -> Tensor:
+    def _by_rule(self, signals: Tensor, state: ClientState, noise: Tensor | None) -> None:
+        """Any rule. Its message and its new state may be made of the old state's own tensors."""
         messages, new = apply_client_rule(self.rules.method, state, signals, noise, self.broadcast.round)
-        for target, source in zip(state, new, strict=True):
+        self._sum.add(messages)
+        for target, source in zip(state, [part.clone() for part in new], strict=True):
             target.copy_(source)
-        return messages
 
 
 def _feed_back_(

@@ -16,9 +16,23 @@ from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.assemble import Experiment
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.learning.tasks import PRECISIONS
 from fedpriv.rounds import Broadcast, ServerRules, begin_round
 
-__all__ = ["ENGINES", "Execution", "Ran", "bytes_of", "choose_compute", "make_engine", "start_engine"]
+__all__ = [
+    "ENGINES",
+    "ENGINE_FILE",
+    "Execution",
+    "Ran",
+    "bytes_of",
+    "choose_compute",
+    "make_engine",
+    "read_record",
+    "start_engine",
+]
+
+ENGINE_FILE = "engine.json"
 
 ENGINES: dict[str, str] = {
     "loop": "One client after the other, on one thread; every other engine is tested against it.",
@@ -44,50 +58,107 @@ _CLASS_CLIENTS = 64
 class Execution:
     """What a user may say about how clients are run. None of it changes a result beyond what is stated.
 
+    What is None, or `auto`, is as it was when the run began that is gone on with, and else chosen.
+
     Args:
-        engine: `auto`, `loop`, `vectorized` or `ray`.
+        engine: `auto`, `loop`, `vectorized` or `ray`. Workers, or an address, make `auto` mean `ray`.
         compute: What a Ray worker runs inside: `auto`, `loop` or `vectorized`.
         client_noise: `fused`, one draw a round with the law of the sum of all clients' noises, where only the sum is
-            used; or `faithful`, a draw for each client, as on devices.
+            used; or `faithful`, a draw for each client, as on devices. None begins runs with `fused`.
         workers: Ray workers; None for one on each core, or GPU.
         gpus_per_worker: Share of a GPU of each Ray worker; None for none on `--device cpu` and else one.
         ray_address: HOST:PORT of a running Ray; None starts one.
         state_memory: Most bytes of client states in memory, of all workers together; None for no bound.
         state_folder: Where states beyond that go; None for the system's temporary folder.
+        channels_last: See `Task`; None is False.
+        precision: See `Task`; None is `float32`.
     """
 
     engine: str = "auto"
     compute: str = "auto"
-    client_noise: str = "fused"
+    client_noise: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
     ray_address: str | None = None
     state_memory: int | None = None
     state_folder: Path | None = None
+    channels_last: bool | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
-        engines = ["auto", *ENGINES]
-        if self.engine not in engines:
-            raise UserError("--engine", "an engine", repr(self.engine), nearest(self.engine, engines))
-        if self.compute not in ("auto", *_COMPUTES):
-            remedy = nearest(self.compute, ["auto", *_COMPUTES])
-            raise UserError("--compute", "auto, loop or vectorized", repr(self.compute), remedy)
-        if self.client_noise not in ("fused", "faithful"):
-            remedy = nearest(self.client_noise, ["fused", "faithful"])
-            raise UserError("--client-noise", "fused or faithful", repr(self.client_noise), remedy)
+        _choose("--engine", self.engine, ["auto", *ENGINES])
+        _choose("--compute", self.compute, ["auto", *_COMPUTES])
+        _choose("--client-noise", self.client_noise or "fused", ["fused", "faithful"])
+        _choose("--precision", self.precision or "float32", PRECISIONS)
         if self.workers is not None and self.workers < 1:
             raise UserError("--workers", "at least 1", self.workers, "Give the number of workers")
-        if self.engine in ("loop", "vectorized", "flower"):
-            self._refuse_what_only_ray_has()
         if self.gpus_per_worker is not None and not 0.0 <= self.gpus_per_worker <= 64.0:
             raise UserError("--gpus-per-worker", "a number from 0", self.gpus_per_worker, "0.25 puts four on a GPU")
+        if self.engine in ("loop", "vectorized", "flower"):
+            self._refuse("ray", "workers", "gpus_per_worker", "ray_address")
+        if self.engine == "flower":
+            in_process = ("client_noise", "state_memory", "state_folder", "channels_last", "precision")
+            self._refuse("one in process", *in_process)
 
-    def _refuse_what_only_ray_has(self) -> None:
-        for option in ("workers", "gpus_per_worker", "ray_address"):
-            value = getattr(self, option)
-            if value is not None:
+    def _refuse(self, engine: str, *options: str) -> None:
+        for option in options:
+            if getattr(self, option) is not None:
                 where = "--" + option.replace("_", "-")
-                raise UserError(where, "--engine ray", f"--engine {self.engine}", f"Say --engine ray, or drop {where}")
+                raise UserError(where, f"--engine {engine}", f"--engine {self.engine}", f"Drop {where}")
+
+    def completed(self, recorded: dict[str, Any] | None, *, begun: bool) -> "Execution":
+        """With what a run that is gone on with was begun with, and the defaults.
+
+        Args:
+            recorded: What `engine.json` says, see `read_record`; None without it.
+            begun: Whether there is something to go on with. A run without a record drew noise for each client.
+        """
+        if self.engine == "flower":
+            remedy = "Use fedpriv run --engine flower, or strategies.launch"
+            raise UserError("--engine", "an engine in process", "'flower'", remedy)
+        before = recorded or ({"client_noise": "faithful"} if begun else {})
+        changes: dict[str, Any] = {
+            "client_noise": self.client_noise or before.get("client_noise", "fused"),
+            "precision": self.precision or before.get("precision", "float32"),
+            "channels_last": before.get("channels_last", False) if self.channels_last is None else self.channels_last,
+        }
+        if self.engine == "auto" and (self.ray_address is not None or (self.workers or 1) > 1):
+            changes["engine"] = "ray"
+        elif self.engine == "auto":
+            changes["engine"] = before.get("engine", "auto")
+        if changes.get("engine", self.engine) == "ray" and before.get("engine") == "ray":
+            changes["workers"] = self.workers or before["workers"]
+        if self.compute == "auto":
+            changes["compute"] = before.get("compute", "auto")
+        return replace(self, **changes)
+
+
+def _choose(where: str, given: str, known: list[str]) -> None:
+    if given not in known:
+        raise UserError(where, " or ".join(known), repr(given), nearest(given, known))
+
+
+def read_record(directory: RunDirectory) -> dict[str, Any] | None:
+    """What `engine.json` of a run says; None if there is none.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    found = directory.read_json(ENGINE_FILE)
+    if found is None:
+        return None
+    kinds = {
+        "engine": str,
+        "compute": str,
+        "workers": int,
+        "client_noise": str,
+        "precision": str,
+        "channels_last": bool,
+    }
+    if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in kinds.items()):
+        where = str(directory.file(ENGINE_FILE))
+        raise UserError(where, "what a run was begun with", "something else", "Start again in a new --out")
+    return {key: found[key] for key in kinds}
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -100,9 +171,9 @@ def bytes_of(text: str) -> int:
     Raises:
         UserError: If it is none.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,15})?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
-        raise UserError("--state-memory", "a size such as 8GB", repr(text), "Write a number and KB, MB, GB or TB")
+        raise UserError("--state-memory", "a size such as 8GB", repr(text[:40]), "Write a number and KB, MB, GB or TB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -154,26 +225,18 @@ def make_engine(name: str, experiment: Experiment) -> Engine:
     return start_engine(experiment, execution)[0]
 
 
-def start_engine(experiment: Experiment, execution: Execution, recorded: Any = None) -> tuple[Engine, Ran]:
+def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, Ran]:
     """The engine that an execution asks for, and what that came to.
 
-    Args:
-        experiment: What is to be run.
-        execution: How.
-        recorded: What `Ran.as_dict` gave when a run began that is now gone on with: it decides what is left open.
-
     Raises:
-        UserError: If there is no such engine, or the machine has no room for it.
+        UserError: If there is no such engine here, or the machine has no room for it.
     """
-    recorded = recorded if isinstance(recorded, dict) else {}
     seconds: dict[str, float] = {}
     compute = execution.engine if execution.engine in _COMPUTES else execution.compute
-    if compute == "auto":
-        compute = recorded.get("compute", "auto")
     if compute not in _COMPUTES:
         compute, seconds = _chosen(experiment)
-    engine, workers = _engine_and_workers(experiment, execution, recorded, seconds.get(compute))
-    fused = execution.client_noise == "fused" and can_fuse(experiment.population.rules)
+    engine, workers = _engine_and_workers(experiment, execution, seconds.get(compute))
+    fused = execution.client_noise != "faithful" and can_fuse(experiment.population.rules)
     population = without_noise(experiment.population) if fused else experiment.population
     if engine == "ray":
         runner = _ray(experiment, population, execution, compute, workers)
@@ -186,19 +249,17 @@ def start_engine(experiment: Experiment, execution: Execution, recorded: Any = N
 
 
 def _engine_and_workers(
-    experiment: Experiment, execution: Execution, recorded: dict[str, Any], seconds_per_client: float | None
+    experiment: Experiment, execution: Execution, seconds_per_client: float | None
 ) -> tuple[str, int]:
-    """`ray` and its workers, or a compute's name and 1."""
+    """`ray` and its workers, or `here` and 1."""
     if execution.engine in _COMPUTES:
-        return execution.engine, 1
-    asked = execution.workers or _room_for_workers(experiment, execution)
-    if execution.engine == "ray":
-        return "ray", execution.workers or recorded.get("workers") or asked
-    if recorded:
-        return ("ray", int(recorded["workers"])) if recorded.get("engine") == "ray" else ("here", 1)
-    if execution.workers is None and not _workers_pay(experiment, asked, seconds_per_client):
         return "here", 1
-    return ("ray", asked) if asked > 1 else ("here", 1)
+    room = execution.workers or _room_for_workers(experiment, execution)
+    if execution.engine == "ray":
+        return "ray", room
+    if execution.workers is None and _workers_pay(experiment, room, seconds_per_client):
+        return "ray", room
+    return "here", 1
 
 
 def _room_for_workers(experiment: Experiment, execution: Execution) -> int:

@@ -106,7 +106,9 @@ class Journal:
     def promise(self) -> str:
         """What all rounds of a run must have in common beside its config: data, noise, and who accounts for it."""
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
-        drawn = ", one draw a round for all clients" if self.ran.get("client_noise") == "fused" else ""
+        if self.ran.get("precision", "float32") != "float32":
+            data += f", {self.ran['precision']}"
+        drawn = ", one draw of clients' noise a round" if self.ran.get("client_noise") == "fused" else ""
         return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
 
     @property

@@ -67,7 +67,8 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield tensors[name].numpy().reshape(-1).data.cast("B") if tensors[name].numel() else b""
+        flat = tensors[name].reshape(-1)
+        yield flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 
 def jsonable(value: Any) -> Any:
@@ -79,7 +80,18 @@ def jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Checkpoint:
@@ -125,7 +137,7 @@ class Checkpoint:
         if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
         if metadata.get("promise") != promise:
-            remedy = "Go on with the versions and data that began the run, or start again in a new --out"
+            remedy = "Go on with the versions, data and options that began the run, or start again in a new --out"
             raise UserError(
                 str(self.path), f"the same promise and data ({promise})", str(metadata.get("promise")), remedy
             )

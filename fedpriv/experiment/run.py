@@ -10,15 +10,13 @@ from torch import Tensor
 from fedpriv.engines import Engine
 from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.engines import Execution, start_engine
+from fedpriv.experiment.engines import ENGINE_FILE, Execution, read_record, start_engine
 from fedpriv.experiment.journal import Journal, Watcher
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round
 
-__all__ = ["ENGINE_FILE", "run_experiment"]
-
-ENGINE_FILE = "engine.json"
+__all__ = ["run_experiment"]
 
 
 def run_experiment(
@@ -32,8 +30,6 @@ def run_experiment(
     watch: Watcher | None = None,
     checkpoint_every: int | None = None,
     execution: Execution | None = None,
-    channels_last: bool = False,
-    precision: str = "float32",
 ) -> dict[str, Any]:
     """Runs an experiment and returns its summary.
 
@@ -46,31 +42,32 @@ def run_experiment(
         resume: Whether `out` may hold a part of this experiment, which is then gone on with.
         watch: Called after every round with what was recorded.
         checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
-        execution: Workers, memory and noise; its engine is `engine`.
-        channels_last: See `Task`.
-        precision: See `Task`.
+        execution: Workers, memory, noise and precision; its engine is `engine`.
 
     Raises:
         UserError: On anything that the user can mend; nothing of an earlier run is lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    execution = replace(execution or Execution(), engine=engine)
-    experiment = assemble(config, device=device, data_root=data_root, channels_last=channels_last, precision=precision)
     directory = RunDirectory(Path(out))
+    execution = replace(execution or Execution(), engine=engine).completed(
+        read_record(directory) if resume else None, begun=resume and directory.checkpoint.path.exists()
+    )
+    options = {"channels_last": bool(execution.channels_last), "precision": str(execution.precision)}
+    experiment = assemble(config, device=device, data_root=data_root, **options)
     with directory.locked():
         done = directory.claim(config.to_toml(), config.digest, resume=resume)
         if done is not None:
             return done
-        runner, ran = start_engine(experiment, execution, directory.read_json(ENGINE_FILE))
+        runner, ran = start_engine(experiment, execution)
         with closing(runner):
-            ran = {**ran.as_dict(), "device": device, "channels_last": channels_last, "precision": precision}
-            directory.write_json(ENGINE_FILE, ran)
-            journal = Journal(experiment, directory, ran, watch=watch, checkpoint_every=checkpoint_every)
+            record = {**ran.as_dict(), "device": device, **options}
+            journal = Journal(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
             return _run(experiment, runner, journal, directory)
 
 
 def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
     start, state = _take_up(experiment, engine, directory, journal.promise)
+    directory.write_json(ENGINE_FILE, journal.ran)
     journal.begin()
     journal.replayed(start)
     if start == 0 and not directory.rows("rounds.jsonl"):

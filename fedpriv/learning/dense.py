@@ -55,7 +55,7 @@ class DenseLayers:
             linear = _affine(outputs[-1], weight, bias)
             outputs.append(linear if i == len(layers) - 1 else linear.relu_())
         slope = _slope_of_loss(outputs.pop(), labels, weights)
-        found = inputs.new_empty((clients, self._size))
+        found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(
             reversed(list(self._layers(found))), reversed(layers), reversed(outputs), strict=True
         ):
@@ -66,7 +66,8 @@ class DenseLayers:
         return found
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """Number of parameters."""
         return sum(prod(shape) + shape[0] for shape in self.shapes)
 
     def _layers(self, vectors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -47,12 +47,13 @@ class Task:
         self.layout = Layout.of_module(module)
         self.device = torch.device(device)
         self._module = module.to(self.device)
-        self._parameters = list(self._module.parameters())
+        self._parameters = [parameter.requires_grad_() for parameter in self._module.parameters()]
         self._initial = self.layout.flatten(dict(self._module.named_parameters())).detach().cpu().clone()
         self._loaded: Tensor | None = None
         self._channels_last = channels_last
         self._precision = precision
-        self.dense = DenseLayers.of_module(module) if precision == "float32" else None
+        dense = DenseLayers.of_module(module) if precision == "float32" else None
+        self.dense = dense if dense is not None and dense.size == self.layout.size else None
 
     def initial_model(self) -> Tensor:
         """The module's own parameters as a vector `[params]` on the CPU."""
@@ -90,7 +91,8 @@ class Task:
         loss = F.cross_entropy(self._forward(inputs), labels)
         if len(labels) < examples:
             loss = loss * (len(labels) / examples)
-        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, self._parameters)])
+        parts = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def _forward(self, inputs: Tensor) -> Tensor:
         """Logits of the loaded model."""

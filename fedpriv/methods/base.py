@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Bounded
+from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback
 
@@ -88,11 +88,13 @@ class Method(Protocol):
 def feedback_of(method: Method) -> Feedback | None:
     """The method's client rule as figures, if it is of that form and says so in a property `feedback`.
 
-    A class that changes `client_rule` and inherits `feedback` does not say so.
+    A class that changes `client_rule` and inherits `feedback` does not say so; nor does one whose bounded map is not
+    exactly one of those that are known to be the same in place.
     """
     for kind in type(method).__mro__:
         if "feedback" in vars(kind):
-            return cast(Feedback, method.feedback)  # pyright: ignore[reportAttributeAccessIssue]
+            found = cast(Feedback, method.feedback)  # pyright: ignore[reportAttributeAccessIssue]
+            return found if type(found.bounded) in IN_PLACE else None
         if "client_rule" in vars(kind):
             return None
     return None

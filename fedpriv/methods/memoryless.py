@@ -1,10 +1,9 @@
 """The two rules that all methods without memory share: m_i = B(u_i) + z_i, x <- x - gamma mean_i m_i."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedpriv.bounding import Bounded
 from fedpriv.feedback import Feedback
 from fedpriv.methods.base import noised
 
@@ -23,7 +22,7 @@ class ModelOnly(NamedTuple):
 
 class _Hyperparameters(Protocol):
     @property
-    def bounded(self) -> Bounded: ...
+    def bounded(self) -> Any: ...
 
     @property
     def server_lr(self) -> float: ...

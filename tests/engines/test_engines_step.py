@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
 from fedpriv.engines.native import feedback_in_c
+from fedpriv.engines.states import StateStore
 from fedpriv.engines.step import ClientStep
-from fedpriv.methods import DPFedAvg, feedback_of
+from fedpriv.errors import UserError
+from fedpriv.methods import Clip21, DPFedAvg, feedback_of
 from fedpriv.rounds import Broadcast, ClientRules, client_round
 from fedpriv.streams import SeededStreams
 
@@ -87,6 +90,7 @@ def test_a_subclass_that_changes_only_figures_still_runs_in_place() -> None:
 
     form = feedback_of(Half())
     assert form is not None
+    assert type(form.bounded) is Clip
     assert form.bounded.l2_bound == 0.5
 
 
@@ -165,3 +169,88 @@ def test_the_figures_of_a_map_are_the_map(bounded: Clip | SmoothedNormalization,
     norm = float(row[1])
     scale = torch.tensor(min(p / (q + norm), r, t / norm), dtype=torch.float32)
     assert float(bounded(row)[1]) == float(row[1] * scale)
+
+
+class Two(NamedTuple):
+    """Two vectors, the second of which is made of the first's own tensor."""
+
+    memory: Tensor
+    previous: Tensor
+
+
+class Shifts(DPFedAvg):
+    """Sends what it kept, and keeps what it should have sent: states and messages made of one another's tensors."""
+
+    def init_client(self, size: int) -> Any:
+        return Two(torch.zeros(size), torch.zeros(size))
+
+    def client_rule(self, state: Any, signal, noise, round) -> Any:  # noqa: A002, ARG002
+        return state.previous, Two(self.bounded(signal), state.memory)
+
+
+def test_a_rule_whose_tensors_are_one_anothers_is_followed() -> None:
+    """Three rounds, against the rule itself: what is sent in round k is the message of round k - 2."""
+    method = Shifts(clip_norm=5.0)
+    rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
+    store = StateStore(method, SIZE)
+    state = method.init_client(SIZE)
+    for number in (1, 2, 3, 4):
+        signal = torch.full((SIZE,), 0.1 * number)
+        wanted, state = client_round(rules, 0, state, signal, number)
+        step = ClientStep(rules, Broadcast(number, torch.zeros(SIZE), np.arange(1)), torch.device("cpu"), native=True)
+        with store.borrowed([0]) as kept:
+            step.take([0], signal.clone().unsqueeze(0), kept)
+        assert torch.allclose(step.total().sum, wanted.double())
+        with store.borrowed([0]) as kept:
+            assert all(same(mine[0], theirs) for mine, theirs in zip(kept, state, strict=True))
+
+
+class HalfClip(Clip):
+    """Bounds by half as much, in a way that only calling it shows."""
+
+    @property
+    def l2_bound(self) -> float:
+        return self.clip_norm / 2
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return super().__call__(vectors) / 2
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_map_derived_of_ours_is_asked_itself_for_its_bound(native: bool) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Half(DPFedAvg):
+        @property
+        def bounded(self) -> HalfClip:
+            return HalfClip(clip_norm=1.0)
+
+    assert feedback_of(Half()) is None
+    rules = ClientRules(method=Half(), noise_stddev=0.0, streams=SeededStreams(4))
+    step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(1)), torch.device("cpu"), native=native)
+    step.take([0], torch.ones(1, SIZE), Half().init_client(SIZE))
+    assert float(torch.linalg.vector_norm(step.total().sum)) <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_memories_of_another_type_are_not_given_to_c(dtype: torch.dtype) -> None:
+    class Other(Clip21):
+        def init_client(self, size: int):
+            return type(super().init_client(1))(torch.zeros(size, dtype=dtype))
+
+    rules = ClientRules(method=Other(), noise_stddev=0.0, streams=SeededStreams(4))
+    found = []
+    for native in (True, False):
+        step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(2)), torch.device("cpu"), native=native)
+        store = StateStore(Other(), SIZE)
+        for client in (0, 1):
+            with store.borrowed([client]) as state:
+                step.take([client], torch.full((1, SIZE), 0.1), state)
+        found.append((step.total().sum, store.save()["memory"].double()))
+    assert all(same(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_cohort_so_large_that_rounding_would_lengthen_messages_is_refused() -> None:
+    rules = ClientRules(method=DPFedAvg(), noise_stddev=0.0, streams=SeededStreams(4))
+    Broadcast(1, torch.zeros(10**6), np.arange(1), capacity=10**5).empty_sum(rules)
+    with pytest.raises(UserError, match=r"cohort: expected fewer than 10,000,000 clients a round with 1,000,000"):
+        Broadcast(1, torch.zeros(10**6), np.arange(1), capacity=10**7).empty_sum(rules)

@@ -20,7 +20,7 @@ from fedpriv.experiment.engines import Execution, bytes_of, choose_compute, star
 from fedpriv.experiment.records import safetensors_pieces, write_pieces_atomically
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
-from fedpriv.methods import AlphaNormEC, DPFedAvg
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.rounds import ClientRules, begin_round, client_round
 from fedpriv.streams import SeededStreams
 
@@ -214,7 +214,7 @@ def test_a_run_is_not_gone_on_with_under_other_noise(tmp_path: Path) -> None:
 
     with pytest.raises(StopHere):
         run_experiment(config_of(), tmp_path, engine="loop", watch=stop, checkpoint_every=1)
-    with pytest.raises(UserError, match="one draw a round"):
+    with pytest.raises(UserError, match="one draw of clients' noise a round"):
         run_experiment(config_of(), tmp_path, resume=True, execution=Execution(client_noise="faithful"))
     assert run_experiment(config_of(), tmp_path, resume=True)["rounds"] == 6
 
@@ -229,7 +229,8 @@ def test_a_bound_on_state_memory_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_how_a_run_was_run_is_beside_it_and_in_its_summary(tmp_path: Path) -> None:
-    summary = run_experiment(config_of(), tmp_path, engine="loop", channels_last=True)
+    fast = Execution(channels_last=True)
+    summary = run_experiment(config_of(), tmp_path, engine="loop", execution=fast)
     recorded = json.loads((tmp_path / "engine.json").read_text())
     assert recorded == summary["execution"]
     assert (recorded["engine"], recorded["channels_last"], recorded["precision"]) == ("loop", True, "float32")
@@ -295,6 +296,9 @@ def test_a_checkpoint_in_pieces_is_what_the_library_reads(count: int, tmp_path: 
         "b": torch.arange(count),
         "c": torch.randn(2, 2, dtype=torch.float64),
         "client.long name": torch.zeros(0, 4),
+        "half": torch.randn(count, 2).bfloat16(),
+        "bits": torch.ones(3, dtype=torch.bool),
+        "turned": torch.randn(3, 2).T.contiguous(),
     }
     path = tmp_path / "x.safetensors"
     write_pieces_atomically(path, safetensors_pieces(tensors, {"round": "3", "quote": 'a "b" ü'}))
@@ -302,3 +306,80 @@ def test_a_checkpoint_in_pieces_is_what_the_library_reads(count: int, tmp_path: 
         assert file.metadata() == {"round": "3", "quote": 'a "b" ü'}
         assert set(file.keys()) == set(tensors)
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+BEGAN = {
+    "engine": "ray",
+    "compute": "loop",
+    "workers": 8,
+    "client_noise": "faithful",
+    "precision": "bfloat16",
+    "channels_last": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "recorded", "begun", "found"),
+    [
+        ({}, None, False, {"engine": "auto", "client_noise": "fused", "precision": "float32", "channels_last": False}),
+        ({}, None, True, {"engine": "auto", "client_noise": "faithful"}),
+        ({}, BEGAN, True, BEGAN),
+        ({"workers": 2}, BEGAN, True, {**BEGAN, "workers": 2}),
+        ({"workers": 4}, {**BEGAN, "engine": "loop", "workers": 1}, True, {"engine": "ray", "workers": 4}),
+        ({"ray_address": "h:1"}, None, False, {"engine": "ray", "workers": None}),
+        ({"workers": 1}, None, False, {"engine": "auto", "workers": 1}),
+        ({"engine": "loop", "client_noise": "fused"}, BEGAN, True, {"engine": "loop", "client_noise": "fused"}),
+        ({"precision": "float32"}, BEGAN, True, {"precision": "float32", "channels_last": True}),
+    ],
+)
+def test_what_was_not_said_is_as_it_was(
+    said: dict[str, Any], recorded: dict[str, Any] | None, begun: bool, found: dict[str, Any]
+) -> None:
+    completed = Execution(**said).completed(recorded, begun=begun)
+    assert {key: getattr(completed, key) for key in found} == found
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"engine": "ray"}', '{"compute": []}', "no json", '"x"'])
+def test_a_damaged_record_is_one_line(content: str, tmp_path: Path) -> None:
+    with pytest.raises(StopHere):
+        run_experiment(config_of(), tmp_path, engine="loop", watch=stop_after_three, checkpoint_every=1)
+    (tmp_path / "engine.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"engine\.json"):
+        run_experiment(config_of(), tmp_path, resume=True)
+
+
+def stop_after_three(released: dict[str, Any], _: dict[str, Any]) -> None:
+    if released["round"] == 3:
+        raise StopHere
+
+
+def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None:
+    """Faithful noise and bfloat16 go on without a word; float32 in the middle is refused, and nothing is rewritten."""
+    begun = Execution(client_noise="faithful", precision="bfloat16")
+    with pytest.raises(StopHere):
+        run_experiment(
+            config_of(), tmp_path, engine="loop", execution=begun, watch=stop_after_three, checkpoint_every=1
+        )
+    before = (tmp_path / "engine.json").read_bytes()
+    with pytest.raises(UserError, match="options that began the run"):
+        run_experiment(config_of(), tmp_path, resume=True, execution=Execution(precision="float32"))
+    assert (tmp_path / "engine.json").read_bytes() == before
+    ran = run_experiment(config_of(), tmp_path, resume=True)["execution"]
+    assert (ran["client_noise"], ran["precision"]) == ("faithful", "bfloat16")
+
+
+def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--engine: expected an engine in process"):
+        run_experiment(config_of(), tmp_path, engine="flower")
+    with pytest.raises(UserError, match="--state-memory: expected --engine one in process"):
+        Execution(engine="flower", state_memory=5)
+
+
+def test_a_rule_of_its_own_form_with_a_memory_is_not_trusted_to_forget_noise() -> None:
+    class Remembers(Clip21):
+        def client_rule(self, state, signal, noise, round):  # noqa: A002
+            sent, _ = super().client_rule(state, signal, noise, round)
+            return sent, type(state)(sent)
+
+    assert not can_fuse(ClientRules(method=Remembers(), noise_stddev=1.0, streams=SeededStreams(0)))
+    assert can_fuse(ClientRules(method=Clip21(), noise_stddev=1.0, streams=SeededStreams(0)))
