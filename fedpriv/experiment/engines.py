@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,7 +69,8 @@ class Execution:
         workers: Ray workers; None for one on each core, or GPU.
         gpus_per_worker: Share of a GPU of each Ray worker; None for none on `--device cpu` and else one.
         ray_address: HOST:PORT of a running Ray; None starts one.
-        state_memory: Most bytes of client states in memory, of all workers together; None for no bound.
+        state_memory: Most bytes of client states in memory, of all workers together; None for no bound. A checkpoint of
+            a run on Ray gathers all states in this process.
         state_folder: Where states beyond that go; None for the system's temporary folder.
         channels_last: See `Task`; None is False.
         precision: See `Task`; None is `float32`.
@@ -296,6 +298,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
         gpus_per_worker=gpus,
         unit=unit,
         address=execution.ray_address,
+        snapshot_folder=None if memory is None else execution.state_folder or Path(tempfile.gettempdir()),
     )
 
 
