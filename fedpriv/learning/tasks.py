@@ -30,7 +30,7 @@ class Task:
         module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no buffers.
         device: Where gradients are computed.
         channels_last: Whether images go through the module with their channels innermost, which convolutions on CPUs
-            like better; gradients are equal up to rounding.
+            like better; gradients are equal up to rounding (which now and then turns a pooling window the other way).
         precision: `float32`, or `bfloat16` for products in that format: gradients off by up to a tenth of their length.
     """
 
