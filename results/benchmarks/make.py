@@ -37,8 +37,8 @@ QUICK = ("cnn62k", "mlp", "noop62k")
 PAIRS = 3
 TIMEOUT = 900.0
 TOLERANCE = 5e-3
-"""Largest relative error of a step: rounding can turn pooling windows of a network the other way, which was seen to move
-a step by 4e-3; a float32 norm of a million equal numbers is off by 4e-4."""
+"""Largest relative error of a step: rounding can turn pooling windows of a network the other way, which was seen to
+move a step by 4e-3; a float32 norm of a million equal numbers is off by 4e-4."""
 
 
 @dataclass(frozen=True, kw_only=True)
