@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.ray import RayEngine
-from fedpriv.engines.ray_cluster import connect, quiet
+from fedpriv.engines.ray_cluster import Connection, connect, quiet
 from fedpriv.engines.ray_host import merged, pack, unpack
 from fedpriv.engines.ray_owners import Owners
 from fedpriv.engines.ray_snapshots import Snapshots
@@ -46,24 +46,32 @@ STORE_BYTES = 2**27
 STEPS = LocalSteps(steps=3, client_lr=0.1, batch_size=20)
 
 
+_SHARED: list[Connection] = []
+
+
+def end_ray() -> None:
+    while _SHARED:
+        _SHARED.pop().close()
+    with quiet():
+        ray.shutdown()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left() -> Iterator[None]:
     yield
-    with quiet():
-        ray.shutdown()
+    end_ray()
 
 
 @pytest.fixture
 def some_ray() -> None:
     """One Ray for all tests that do not need their own: an engine uses it as it is."""
     if not ray.is_initialized():
-        connect(None, STORE_BYTES)
+        _SHARED.append(connect(None, STORE_BYTES))
 
 
 @pytest.fixture
 def no_ray() -> None:
-    with quiet():
-        ray.shutdown()
+    end_ray()
 
 
 def loop(population: Population, _: torch.device) -> Engine:
