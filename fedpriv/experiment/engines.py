@@ -50,9 +50,10 @@ _RAY_ROUND_SECONDS = 0.01
 _WORTH_BATCHES = 0.95
 # Measuring stops once it has taken this long.
 _MEASURE_SECONDS = 0.25
-# Classes of clients in a worker: batches of a cohort are cut in so many at most, whatever the number of workers.
-_MOST_CLASSES = 32
+# Classes of clients, each a batch on one of Ray's workers: about so many clients each. Their number does not depend
+# on the number of workers.
 _CLASS_CLIENTS = 64
+_FEWEST_CLASSES, _MOST_CLASSES = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +290,8 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     if gpus is None:
         gpus = 1.0 if population.task.device.type == "cuda" else 0.0
     expected = experiment.server.sampling.expected_size
-    unit = "client" if compute == "loop" else min(max(int(expected / _CLASS_CLIENTS), 1), _MOST_CLASSES)
+    batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
+    unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
     memory = None if execution.state_memory is None else execution.state_memory // workers
     return RayEngine(
         population.on(torch.device("cpu")).in_client_order(),

@@ -142,7 +142,8 @@ def test_legacy_apps_run_too(tmp_path):
     app = write_app(tmp_path / "app", client=LEGACY_CLIENT, server=LEGACY_SERVER)
     made = run_app(app, CLIENTS, [f"out='{tmp_path / 'out.npz'}'"])
     assert made.failed == 0
-    assert found(tmp_path / "out.npz")["arr_0"].tolist() == [4.0] * 4
+    # Flower adds legacy replies up as threads end, in any order.
+    assert found(tmp_path / "out.npz")["arr_0"].tolist() == pytest.approx([4.0] * 4, rel=1e-12)
 
 
 def test_the_next_app_does_not_find_the_modules_of_the_last(plain, tmp_path):
