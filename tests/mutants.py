@@ -36,6 +36,8 @@ PRIVACY, FLOWER, CONFIG = (
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/noise.py"
 STEP = "fedpriv/engines/step.py"
+ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
+RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MUTANTS = [
@@ -348,6 +350,62 @@ MUTANTS = [
         "self.away[client] * self._row_bytes",
         "0 * self._row_bytes",
         ENGINES,
+    ),
+    Mutant(
+        "clients' noise fused into too much",
+        NOISE,
+        "stddev * math.sqrt(clients), size",
+        "stddev * clients, size",
+        ENGINES_TESTED,
+    ),
+    Mutant(
+        "clients' noise fused into one client's",
+        NOISE,
+        "stddev * math.sqrt(clients), size",
+        "stddev, size",
+        ENGINES_TESTED,
+    ),
+    Mutant(
+        "noise is fused though a memory keeps it",
+        "fedpriv/engines/fused_noise.py",
+        "return not has_memory(rules.method) if rule is None else not rule.sent",
+        "return True",
+        ENGINES_TESTED,
+    ),
+    Mutant(
+        "a run goes on under other noise",
+        "fedpriv/experiment/journal.py",
+        'if self.ran.get("client_noise") == "fused" else ""',
+        'if False else ""',
+        ENGINES_TESTED,
+    ),
+    Mutant(
+        "a derived bound is taken for its parent's",
+        "fedpriv/methods/base.py",
+        "return found if type(found.bounded) in IN_PLACE else None",
+        "return found",
+        ENGINES,
+    ),
+    Mutant(
+        "rounds since a snapshot are not repeated",
+        "fedpriv/engines/ray.py",
+        "for past in self._snapshots.rounds:",
+        "for past in []:",
+        RAY,
+    ),
+    Mutant(
+        "clients of an app share arrays with the server",
+        "strategies/virtual_clients.py",
+        "self._queue.extend(map(copy_message, messages))",
+        "self._queue.extend(messages)",
+        GRID,
+    ),
+    Mutant(
+        "a client's state is lost between messages",
+        "strategies/virtual_clients.py",
+        "self._contexts[client] = copy_context(context)",
+        "pass",
+        GRID,
     ),
     Mutant("sums depend on order", "fedpriv/sums.py", ".add_(self.shift).sub_(self.shift)", "", CORE),
     Mutant(

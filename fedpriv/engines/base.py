@@ -1,9 +1,10 @@
 """What an engine is: whoever runs the clients of a round."""
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,10 @@ from fedpriv.learning.tasks import Task
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
 
-__all__ = ["Engine", "Population", "one_thread"]
+__all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
+
+# The names M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 class Engine(Protocol):
@@ -119,6 +123,19 @@ class Population:
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
         """An empty store for these clients' states; see `StateStore`."""
         return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Asks the C library to keep what is freed for the next client, up to 2 GiB, where it would give it to the system.
+
+    Activations come and go with every client. Memory that goes back and comes again is cleared page by page: some per
+    cent of a round. Only glibc is known to do so, and to listen.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fedpriv.engines.base import Population, one_thread
+from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.engines.step import ClientStep
 from fedpriv.rounds import Broadcast, Total
@@ -21,6 +21,7 @@ class LoopEngine:
     name = "loop"
 
     def __init__(self, population: Population, states: StateStore | None = None) -> None:
+        keep_freed_memory()
         self._population = population
         self._states = population.state_store() if states is None else states
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.engines.base import Population, one_thread
+from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.engines.step import ClientStep
 from fedpriv.learning.local_work import batches_of
@@ -43,6 +43,7 @@ class VectorizedEngine:
         states: StateStore | None = None,
         batched: bool | None = None,
     ) -> None:
+        keep_freed_memory()
         self._population = population
         on_cpu = population.task.device.type == "cpu"
         self._batched = (population.task.dense is not None or not on_cpu) if batched is None else batched
