@@ -230,7 +230,7 @@ def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
     reports = [content.metric_records[DIAGNOSTICS] for content in answers if DIAGNOSTICS in content.metric_records]
     norms = [cast(float, report["signal-norm"]) for report in reports]
     finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = sum(finite) / len(finite) if finite else math.nan
+    mean = math.fsum(finite) / len(finite) if finite else math.nan
     return Total(summed, len(answers), len(norms) - len(finite), mean)
 
 
