@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpriv.errors import UserError
-from fedpriv.learning.checks import positive_int
 from fedpriv.learning.datasets import Dataset
-from fedpriv.learning.partitions import Partition, Resampled, mean_total_variation
+from fedpriv.learning.partitions import Partition, Resampled, given_clients, mean_total_variation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,11 +161,8 @@ def spread(dataset: Dataset, partition: Partition, clients: int | None, rng: np.
     """The data set among clients, by whatever rule; see `federate`, which divides it."""
     if not isinstance(partition, Resampled):
         return federate(dataset, partition, clients, rng)
-    if clients is None:
-        raise UserError("data.clients", "a whole number", "nothing", "Say how many clients there are")
-    positive_int("data.clients", clients)
-    seed = int(rng.integers(2**63))
-    return ResampledFederation(dataset=dataset, population=clients, partition=partition, seed=seed)
+    population, seed = given_clients(clients), int(rng.integers(2**63))
+    return ResampledFederation(dataset=dataset, population=population, partition=partition, seed=seed)
 
 
 def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Federation:

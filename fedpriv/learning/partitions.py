@@ -21,6 +21,7 @@ __all__ = [
     "Natural",
     "Partition",
     "Resampled",
+    "given_clients",
     "mean_total_variation",
 ]
 
@@ -200,7 +201,7 @@ class Resampled:
     ) -> list[np.ndarray]:
         """The rows of each client, ascending, with repetitions; see `rows_of`, which needs no list."""
         seed = int(rng.integers(2**63))
-        return [self.rows_of(client, len(labels), seed) for client in range(_given(clients))]
+        return [self.rows_of(client, len(labels), seed) for client in range(given_clients(clients))]
 
     def rows_of(self, client: int, examples: int, seed: int) -> np.ndarray:
         """The rows of one client, ascending int64, of a data set of `examples`."""
@@ -230,7 +231,8 @@ def mean_total_variation(counts: np.ndarray) -> float:
     return float(np.abs(shares - held.sum(axis=0) / held.sum()).sum(axis=1).mean() / 2)
 
 
-def _given(clients: int | None) -> int:
+def given_clients(clients: int | None) -> int:
+    """The number of clients of a rule that needs one; a `UserError` where there is none, or no positive one."""
     if clients is None:
         raise UserError("data.clients", "a whole number", "nothing", "Say how many clients there are")
     return _positive(clients)
