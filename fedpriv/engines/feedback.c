@@ -1,7 +1,8 @@
 /* One client's step in two passes over its vectors: norms, then message, memory and sum.
  *
  * Every element is computed by the operations, and the roundings, of fedpriv/engines/step.py. Only norms are added in
- * another order, in float64.
+ * another order, in float64; the signal's own, which is only reported, in short runs of float32. The second pass waits
+ * for arithmetic and the first for memory, so the second one also fetches what the first will read for the next client.
  */
 #include <math.h>
 #include <stddef.h>
@@ -11,11 +12,33 @@
 #else
 #define MULTIPLY_ADD(a, b, c) ((c) + (a) * (b))
 #endif
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch(address, 1, 2)
+#else
+#define FETCH(address) ((void)0)
+#endif
 
 #define LANES 32
+#define RUN 4      /* squares that are added in float32 */
+#define LINE 16    /* floats fetched at once */
+#define AHEAD 2048 /* floats from what is read to what is fetched */
 /* Beyond these, float32 products lose the bound; see fedpriv/bounding.py. */
 #define HUGE_NORM 0x1p96
 #define TINY_SCALE 0x1p-96
+/* Mean squares outside of these may have over- or underflowed in float32. */
+#define LEAST_SQUARE 0x1p-90
+#define MOST_SQUARE 0x1p120
+
+/* What all clients of a round share; fedpriv/engines/native.py has the same fields. */
+struct round_figures {
+    double *sum;
+    size_t size;
+    double map[4]; /* figures of fedpriv/bounding.py */
+    double shift;
+    float forget; /* 1 - damping */
+    float beta;
+    float number; /* of the round */
+};
 
 static double total(const double *lanes) {
     double sum = 0.0;
@@ -40,22 +63,32 @@ static void norms_of(const float *restrict signal, const float *restrict memory,
                      double *residual) {
     double first[LANES] = {0.0}, second[LANES] = {0.0};
     size_t i = 0;
-    for (; i + LANES <= size; i += LANES)
-        for (size_t k = 0; k < LANES; k++) {
-            double u = (double)signal[i + k], r = (double)(signal[i + k] - kept * memory[i + k]);
-            first[k] += u * u;
-            second[k] += r * r;
-        }
+    for (; i + RUN * LANES <= size; i += RUN * LANES) {
+        float run[LANES] = {0.0f};
+        for (size_t j = 0; j < RUN * LANES; j += LINE)
+            FETCH(memory + i + j + AHEAD); /* past the end is allowed */
+        for (size_t j = 0; j < RUN; j++)
+            for (size_t k = 0; k < LANES; k++) {
+                float u = signal[i + j * LANES + k];
+                double r = (double)(u - kept * memory[i + j * LANES + k]);
+                run[k] += u * u;
+                second[k] += r * r;
+            }
+        for (size_t k = 0; k < LANES; k++)
+            first[k] += (double)run[k];
+    }
     for (; i < size; i++) {
         double u = (double)signal[i], r = (double)(signal[i] - kept * memory[i]);
         first[0] += u * u;
         second[0] += r * r;
     }
-    *own = sqrt(total(first));
+    double square = total(first);
+    int in_range = square >= LEAST_SQUARE * (double)size && square <= MOST_SQUARE;
+    *own = in_range ? sqrt(square) : norm_of(signal, size);
     *residual = sqrt(total(second));
 }
 
-/* The scale of a bounded map (four figures of fedpriv/bounding.py) for a norm; 0 if it is not an ordinary number. */
+/* The scale of a bounded map for a norm; 0 if it is not an ordinary number. */
 static float scale_for(double norm, const double *map) {
     double length = norm > 1e-300 ? norm : 1e-300;
     double scale = map[0] / (map[1] + length);
@@ -66,32 +99,51 @@ static float scale_for(double norm, const double *map) {
     return norm < HUGE_NORM && scale >= TINY_SCALE ? (float)scale : 0.0f;
 }
 
-/* sum += message = scale * signal, rounded to the grid of `shift`. Returns whether anything was done. */
-int add_bounded(const float *restrict signal, double *restrict sum, size_t size, const double *map, double shift,
-                double *own) {
-    *own = norm_of(signal, size);
-    float scale = scale_for(*own, map);
+/* sum += message = scale * signal, rounded to the grid of `shift`. The signal's norm; -1, and nothing is done, if it is
+ * no ordinary number. */
+double add_bounded(const struct round_figures *round, const float *restrict signal) {
+    double *restrict sum = round->sum;
+    const double shift = round->shift, own = norm_of(signal, round->size);
+    const float scale = scale_for(own, round->map);
     if (scale == 0.0f)
-        return 0;
-    for (size_t i = 0; i < size; i++)
+        return -1.0;
+    for (size_t i = 0; i < round->size; i++)
         sum[i] += ((double)(scale * signal[i]) + shift) - shift;
-    return 1;
+    return own;
 }
 
 /* message = scale * (signal - kept * memory); memory <- forget * kept * memory + beta * message; sum += message, rounded
- * to the grid. `kept` and `forget` are 1 without damping. Returns whether anything was done. */
-int feed_back(const float *restrict signal, float *restrict memory, double *restrict sum, size_t size, float kept,
-              float forget, float beta, const double *map, double shift, double *own) {
-    double residual;
-    norms_of(signal, memory, size, kept, own, &residual);
-    float scale = scale_for(residual, map);
+ * to the grid. `kept` is what damping left since the round `updated`; both it and `forget` are 1 without damping. `next`
+ * is the following client's memory, to be fetched, or this one's. Returns as add_bounded does. */
+double feed_back(const struct round_figures *round, const float *restrict signal, float *restrict memory,
+                 float *updated, const float *next) {
+    double own, residual;
+    double *restrict sum = round->sum;
+    const size_t size = round->size;
+    const double shift = round->shift;
+    const float forget = round->forget, beta = round->beta;
+    const float kept = forget < 1.0f && updated ? powf(forget, round->number - 1.0f - *updated) : 1.0f;
+    norms_of(signal, memory, size, kept, &own, &residual);
+    const float scale = scale_for(residual, round->map);
     if (scale == 0.0f)
-        return 0;
-    for (size_t i = 0; i < size; i++) {
+        return -1.0;
+    size_t i = 0;
+    for (; i + LINE <= size; i += LINE) {
+        FETCH(next + i);
+        for (size_t k = 0; k < LINE; k++) {
+            float old = kept * memory[i + k];
+            float message = scale * (signal[i + k] - old);
+            memory[i + k] = MULTIPLY_ADD(beta, message, forget * old);
+            sum[i + k] += ((double)message + shift) - shift;
+        }
+    }
+    for (; i < size; i++) {
         float old = kept * memory[i];
         float message = scale * (signal[i] - old);
         memory[i] = MULTIPLY_ADD(beta, message, forget * old);
         sum[i] += ((double)message + shift) - shift;
     }
-    return 1;
+    if (updated)
+        *updated = round->number;
+    return own;
 }

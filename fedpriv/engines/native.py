@@ -17,6 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedpriv.feedback import Feedback
+
 __all__ = ["FeedbackInC", "feedback_in_c"]
 
 _SOURCE = Path(__file__).with_name("feedback.c")
@@ -25,68 +27,86 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-
 _COMPILE_SECONDS = 60.0
 
 
+class _Figures(ctypes.Structure):
+    """`struct round_figures` of `feedback.c`."""
+
+    _fields_ = (
+        ("sum", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("map", ctypes.c_double * 4),
+        ("shift", ctypes.c_double),
+        ("forget", ctypes.c_float),
+        ("beta", ctypes.c_float),
+        ("round", ctypes.c_float),
+    )
+
+
 class FeedbackInC:
-    """The functions of `feedback.c` on float32 tensors that lie whole in the CPU's memory.
+    """The functions of `feedback.c`, for the clients of one round; vectors are given by address, float32 `[params]`.
 
     Args:
         library: The compiled file.
+        total: The sum of the round's messages, float64 `[params]`, which must live as long as this.
+        rule: What clients do.
+        shift: See `ExactSum.shift`.
+        round: The round's number.
     """
 
-    def __init__(self, library: Path) -> None:
-        loaded = ctypes.CDLL(str(library))
-        pointer, size, single, double = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_float, ctypes.c_double
-        self._feed_back = loaded.feed_back
-        self._feed_back.argtypes = [pointer, pointer, pointer, size, single, single, single, pointer, double, pointer]
-        self._add_bounded = loaded.add_bounded
-        self._add_bounded.argtypes = [pointer, pointer, size, pointer, double, pointer]
-
-    def feed_back(
+    def __init__(
         self,
-        signal: Tensor,
-        memory: Tensor,
+        library: ctypes.CDLL,
         total: Tensor,
-        kept: float,
-        forget: float,
-        beta: float,
-        figures: ctypes.Array[ctypes.c_double],
+        rule: Feedback,
         shift: float,
-    ) -> float | None:
-        """Adds the message B(signal - kept memory) to `total` (float64) and moves `memory`, all `[params]`, in place.
+        round: int,  # noqa: A002
+    ) -> None:
+        self._figures = _Figures(
+            total.data_ptr(),
+            total.numel(),
+            (ctypes.c_double * 4)(*rule.bounded.figures),
+            shift,
+            1.0 - rule.damping,
+            rule.beta or 0.0,
+            round,
+        )
+        self._round = ctypes.addressof(self._figures)
+        self._feed_back, self._add_bounded = library.feed_back, library.add_bounded
+
+    def feed_back(self, signal: int, memory: int, updated: int, following: int) -> float:
+        """Adds the message B(signal - kept memory) to the sum and moves `memory` in place.
+
+        Args:
+            signal: Address of the signal.
+            memory: Address of the client's memory.
+            updated: Address of the round after which the memory was so, which becomes this one; 0 for none.
+            following: Address of the next client's memory, which is fetched meanwhile; or this one's.
 
         Returns:
-            The signal's norm; None, and nothing is done, if the residual's is no ordinary number.
+            The signal's norm; -1, and nothing is done, if the residual's is no ordinary number.
         """
-        own = ctypes.c_double()
-        done = self._feed_back(
-            signal.data_ptr(),
-            memory.data_ptr(),
-            total.data_ptr(),
-            signal.numel(),
-            kept,
-            forget,
-            beta,
-            figures,
-            shift,
-            ctypes.byref(own),
-        )
-        return own.value if done else None
+        return self._feed_back(self._round, signal, memory, updated, following)
 
-    def add_bounded(
-        self, signal: Tensor, total: Tensor, figures: ctypes.Array[ctypes.c_double], shift: float
-    ) -> float | None:
-        """Adds B(signal) to `total` (float64), both `[params]`; returns as `feed_back` does."""
-        own = ctypes.c_double()
-        done = self._add_bounded(signal.data_ptr(), total.data_ptr(), signal.numel(), figures, shift, ctypes.byref(own))
-        return own.value if done else None
+    def add_bounded(self, signal: int) -> float:
+        """Adds B(signal) to the sum; returns as `feed_back` does."""
+        return self._add_bounded(self._round, signal)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    address = ctypes.c_void_p
+    library.feed_back.argtypes = [address] * 5
+    library.add_bounded.argtypes = [address, address]
+    library.feed_back.restype = library.add_bounded.restype = ctypes.c_double
+    return library
 
 
 @cache
-def feedback_in_c() -> FeedbackInC | None:
+def feedback_in_c() -> ctypes.CDLL | None:
     """The compiled step; None without a compiler, or where FEDPRIV_NATIVE is 0."""
     if os.environ.get("FEDPRIV_NATIVE", "1") == "0" or sys.platform == "win32":
         return None
     try:
-        return FeedbackInC(_library())
+        return _load(_library())
     except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError):  # RuntimeError: no home folder
         return None
 

@@ -4,7 +4,6 @@ A method's `client_rule` is the definition. Where it has the form of `fedpriv.fe
 run here on the memory that is there already: residual, norm, message, memory and sum, with nothing allocated.
 """
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fedpriv.bounding import row_norms
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
+from fedpriv.engines.states import StateStore
 from fedpriv.feedback import Feedback
 from fedpriv.methods import ClientState, feedback_of
 from fedpriv.noise import client_noise
@@ -41,15 +41,20 @@ class ClientStep:
     _sum: ExactSum = field(init=False)
     _feedback: Feedback | None = field(init=False)
     _in_c: FeedbackInC | None = field(init=False)
+    _without_memory: bool = field(init=False)
     _norms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._sum = self.broadcast.empty_sum(self.rules, self.device)
         self._feedback = feedback_of(self.rules.method)
-        wanted = self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu"
-        self._in_c = feedback_in_c() if wanted and self._feedback is not None else None
-        figures = (1.0, 0.0, 1.0, 1.0) if self._feedback is None else self._feedback.bounded.figures
-        self._figures = (ctypes.c_double * 4)(*figures)
+        self._without_memory = self._feedback is not None and self._feedback.beta is None
+        self._in_c = None
+        if self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu" and self._feedback is not None:
+            library = feedback_in_c()
+            if library is not None and self._memories_suit_c():
+                self._in_c = FeedbackInC(
+                    library, self._sum.running, self._feedback, self._sum.shift, self.broadcast.round
+                )
 
     def take(self, clients: Sequence[int], signals: Tensor, state: ClientState) -> None:
         """Adds the messages of `clients` to the sum and moves their states, in place.
@@ -59,8 +64,6 @@ class ClientStep:
             signals: `[clients, params]`; used up.
             state: Fields `[clients, ...]`.
         """
-        if self._in_c is not None and len(clients) == 1 and self._take_in_c(signals[0], state):
-            return
         norms = row_norms(signals)
         self._norms += norms.flatten().tolist()
         noise = self._noise(clients, signals)
@@ -72,28 +75,40 @@ class ClientStep:
         else:
             self._sum.add(_feed_back_(self._feedback, signals, norms, state, noise, self.broadcast.round))
 
-    def _take_in_c(self, signal: Tensor, state: ClientState) -> bool:
-        """One client's step; False, and nothing done, for what is rare and left to torch."""
-        rule, native = self._feedback, self._in_c
-        assert rule is not None
-        assert native is not None
-        vectors = [signal] if rule.beta is None else [signal, state.memory[0]]
-        if not all(v.dtype == torch.float32 and v.is_contiguous() and v.shape == signal.shape for v in vectors):
-            return False
-        total, shift = self._sum.running, self._sum.shift
-        if rule.beta is None:
-            own = native.add_bounded(signal, total, self._figures, shift)
-        else:
-            kept = 1.0
-            if rule.damping > 0.0:
-                kept = float((1.0 - rule.damping) ** (self.broadcast.round - 1 - state.updated))
-            forget = 1.0 - rule.damping
-            own = native.feed_back(signal, vectors[1], total, kept, forget, rule.beta, self._figures, shift)
-            if own is not None and "updated" in state._fields:
-                state.updated.fill_(self.broadcast.round)
-        if own is not None:
-            self._norms.append(own)
-        return own is not None
+    def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
+        """Does as `take` for one client, in C where that is possible.
+
+        Args:
+            client: Who sends.
+            signal: `[params]`; used up.
+            states: Where its state is, or will be.
+            following: Whose turn is next, if anyone's; its memory is fetched meanwhile.
+        """
+        if self._in_c is not None and signal.dtype == torch.float32 and signal.is_contiguous():
+            norm = self._take_in_c(self._in_c, client, signal.data_ptr(), states, following)
+            if norm >= 0.0:
+                self._norms.append(norm)
+                return
+        with states.borrowed((client,)) as state:
+            self.take((client,), signal.unsqueeze(0), state)
+
+    def _take_in_c(
+        self, in_c: FeedbackInC, client: int, signal: int, states: StateStore, following: int | None
+    ) -> float:
+        """One client's step, its signal's norm; negative, and nothing done, for what is rare and left to torch."""
+        if self._without_memory:
+            states.count(client)
+            return in_c.add_bounded(signal)
+        memory, *updated = states.addresses(client)
+        ahead = memory if following is None else states.address_of(following) or memory
+        return in_c.feed_back(signal, memory, updated[0] if updated else 0, ahead)
+
+    def _memories_suit_c(self) -> bool:
+        """Whether a client's state is one float32 vector, and the round of its last change where it has that."""
+        state = self.rules.method.init_client(1)
+        kinds = [(name, field.dtype, field.numel()) for name, field in zip(state._fields, state, strict=True)]
+        memory, updated = ("memory", torch.float32, 1), ("updated", torch.float32, 1)
+        return kinds in ([], [memory], [memory, updated])
 
     def total(self) -> Total:
         """What the round's clients sent together."""

@@ -70,16 +70,18 @@ class VectorizedEngine:
     def _batch(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:  # noqa: A002
         signals = self._signals(model, clients, round)
         rows = self._rows_at_once(len(clients))
+        if rows == 1:
+            for signal, client, following in zip(signals, clients, [*clients[1:], None], strict=True):
+                step.take_alone(client, signal, self._states, following)
+            return
         for start in range(0, len(clients), rows):
             few = clients[start : start + rows]
             with self._states.borrowed(few) as state:
                 step.take(few, signals[start : start + rows], state)
 
     def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:  # noqa: A002
-        for client in clients:
-            signal = self._population.signal(client, model, round)
-            with self._states.borrowed([client]) as state:
-                step.take([client], signal.unsqueeze(0), state)
+        for client, following in zip(clients, [*clients[1:], None], strict=True):
+            step.take_alone(client, self._population.signal(client, model, round), self._states, following)
 
     def first_chunk(self, cohort: np.ndarray) -> list[int]:
         """The clients of a cohort that would be run first, together."""

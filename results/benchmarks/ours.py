@@ -143,6 +143,7 @@ def make_ours(job: Job, engine: str, options: dict[str, Any]) -> Ours:
 def build(
     *,
     kind: type[Task] = Task,
+    kind_of_population: type[Population] = Population,
     module: nn.Module,
     device: str = "cpu",
     federation: Any,
@@ -173,7 +174,7 @@ def build(
     streams = SeededStreams(seed)
     server, client = agree(method, sampling, plan, streams)
     task = kind(module, device, **for_task)
-    people = Population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
+    people = kind_of_population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
     made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)
     return Ours(server, made, method.init_server(task.initial_model()))
 

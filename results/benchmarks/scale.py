@@ -171,10 +171,10 @@ def available_bytes() -> int:
     return 1024 * int(next(line for line in text.splitlines() if line.startswith("MemAvailable")).split()[1])
 
 
-def in_fresh_process(*arguments: str) -> Any:
-    """What this script prints with `arguments`; None if it dies."""
+def in_fresh_process(*arguments: str, script: str = __file__) -> Any:
+    """What a script prints with `arguments`; None if it dies."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(answers[-1]) if done.returncode == 0 and answers else None
 

@@ -22,8 +22,8 @@ from fedpriv.streams import SeededStreams
 SIZE = 300
 
 
-def signals_of(kind: str, rng: np.random.Generator, clients: int) -> Tensor:
-    signals = torch.tensor(rng.standard_normal((clients, SIZE)), dtype=torch.float32)
+def signals_of(kind: str, rng: np.random.Generator, clients: int, size: int = SIZE) -> Tensor:
+    signals = torch.tensor(rng.standard_normal((clients, size)), dtype=torch.float32)
     if kind == "awkward":
         signals[0, 3], signals[1, 5] = torch.nan, torch.inf
         signals[2] = 0.0
@@ -98,42 +98,43 @@ native = pytest.mark.skipif(feedback_in_c() is None, reason="no C compiler")
 
 
 @native
+@pytest.mark.parametrize(("memory", "size"), [(None, 300), (None, 1030), (3 * 5000, 1030)])
 @pytest.mark.parametrize("kind", ["ordinary", "awkward"])
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str) -> None:
+def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | None, size: int) -> None:
     """Rounds with gaps: messages, memories and counts. To the bit here; in general up to a norm's last bit."""
-    method = EXAMPLES[name]
+    method, clients = EXAMPLES[name], 6
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
-    rng, clients = np.random.default_rng(8), 6
-    kind_of_state = type(method.init_client(0))
-    states = [kind_of_state(*(torch.stack([f] * clients) for f in method.init_client(SIZE))) for _ in range(2)]
+    rng = np.random.default_rng(8)
+    stores = [StateStore(method, size, memory=memory) for _ in range(2)]
     for number in (1, 2, 4, 7):
-        signals = signals_of(kind, rng, clients)
-        broadcast = Broadcast(number, torch.zeros(SIZE), np.arange(clients))
+        signals = signals_of(kind, rng, clients, size)
+        broadcast = Broadcast(number, torch.zeros(size), np.arange(clients))
         steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, False)]
-        for step, state in zip(steps, states, strict=True):
-            for client in range(clients):
-                part = type(state)(*(field[client : client + 1] for field in state))
-                step.take([client], signals[client : client + 1].clone(), part)
+        for step, store in zip(steps, stores, strict=True):
+            for client, following in zip(range(clients), [*range(1, clients), None], strict=True):
+                step.take_alone(client, signals[client].clone(), store, following)
         one, other = (step.total() for step in steps)
         assert (one.messages, one.non_finite) == (other.messages, other.non_finite)
         assert one.signal_norm == pytest.approx(other.signal_norm, rel=1e-5)
         assert same(one.sum, other.sum)
-        assert all(same(mine, theirs) for mine, theirs in zip(*states, strict=True))
+        mine, theirs = (store.save() for store in stores)
+        assert mine.keys() == theirs.keys()
+        assert all(same(mine[field], theirs[field]) for field in mine)
 
 
 @native
 def test_c_is_used_for_clients_alone_without_noise_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
-    monkeypatch.setattr(ClientStep, "_take_in_c", lambda *given: used.append(len(given)) or False)
+    monkeypatch.setattr(ClientStep, "_take_in_c", lambda *given: used.append(len(given)) or -1.0)
     broadcast = Broadcast(1, torch.zeros(SIZE), np.arange(2))
-    cases = [(0.0, True, 1, 1), (0.3, True, 1, 0), (0.0, False, 1, 0), (0.0, True, 2, 0)]
-    for noise, wanted, clients, expected in cases:
+    for noise, wanted, expected in [(0.0, True, 1), (0.3, True, 0), (0.0, False, 0)]:
         rules = ClientRules(method=DPFedAvg(), noise_stddev=noise, streams=SeededStreams(4))
         used.clear()
         step = ClientStep(rules, broadcast, torch.device("cpu"), native=wanted)
-        step.take(list(range(clients)), torch.ones(clients, SIZE), DPFedAvg().init_client(SIZE))
+        step.take_alone(0, torch.ones(SIZE), StateStore(DPFedAvg(), SIZE))
         assert len(used) == expected
+        assert step.total().messages == 1
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -198,8 +199,7 @@ def test_a_rule_whose_tensors_are_one_anothers_is_followed() -> None:
         signal = torch.full((SIZE,), 0.1 * number)
         wanted, state = client_round(rules, 0, state, signal, number)
         step = ClientStep(rules, Broadcast(number, torch.zeros(SIZE), np.arange(1)), torch.device("cpu"), native=True)
-        with store.borrowed([0]) as kept:
-            step.take([0], signal.clone().unsqueeze(0), kept)
+        step.take_alone(0, signal.clone(), store)
         assert torch.allclose(step.total().sum, wanted.double())
         with store.borrowed([0]) as kept:
             assert all(same(mine[0], theirs) for mine, theirs in zip(kept, state, strict=True))
@@ -227,7 +227,7 @@ def test_a_map_derived_of_ours_is_asked_itself_for_its_bound(native: bool) -> No
     assert feedback_of(Half()) is None
     rules = ClientRules(method=Half(), noise_stddev=0.0, streams=SeededStreams(4))
     step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(1)), torch.device("cpu"), native=native)
-    step.take([0], torch.ones(1, SIZE), Half().init_client(SIZE))
+    step.take_alone(0, torch.ones(SIZE), StateStore(Half(), SIZE))
     assert float(torch.linalg.vector_norm(step.total().sum)) <= 0.5
 
 
@@ -243,8 +243,7 @@ def test_memories_of_another_type_are_not_given_to_c(dtype: torch.dtype) -> None
         step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(2)), torch.device("cpu"), native=native)
         store = StateStore(Other(), SIZE)
         for client in (0, 1):
-            with store.borrowed([client]) as state:
-                step.take([client], torch.full((1, SIZE), 0.1), state)
+            step.take_alone(client, torch.full((SIZE,), 0.1), store)
         found.append((step.total().sum, store.save()["memory"].double()))
     assert all(same(one, other) for one, other in zip(*found, strict=True))
 
