@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpriv.engines import Population
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import Experiment, assemble
-from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.assemble import Experiment, assemble, assemble_clients
+from fedpriv.experiment.config import Config, load_config, parse_config, read_config_text
 
 __all__ = ["RunConfig"]
 
@@ -22,13 +23,15 @@ class RunConfig:
 
     Args:
         config: The experiment's TOML file; a relative path starts at the app, where `sim_configs` lies.
+        config_toml: The file's content, which goes before `config`: other machines do not have the file.
         settings: Changes to it, `"training.rounds=5 method.alpha=0.1"`.
         data_root: Where data sets lie; empty for the environment's choice.
         device: Where gradients are computed.
         out: The run directory, an absolute path; empty for a new one in the home directory.
     """
 
-    config: str
+    config: str = ""
+    config_toml: str = ""
     settings: str = ""
     data_root: str = ""
     device: str = "cpu"
@@ -43,11 +46,17 @@ class RunConfig:
 
     def load(self) -> Config:
         """The experiment."""
+        if self.config_toml:
+            return parse_config(read_config_text(self.config_toml, "the run's config"))
         return load_config(Path(__file__).parents[1] / self.config, shlex.split(self.settings))
 
     def assemble(self, config: Config) -> Experiment:
         """Everything that a run of the experiment needs."""
         return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
+
+    def assemble_clients(self, config: Config) -> Population:
+        """What a client needs of it."""
+        return assemble_clients(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
 
     def run_directory(self, name: str) -> Path:
         """Where the server writes.

@@ -4,6 +4,7 @@
 |---|---|---|
 | introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
 | training | `arrays`: the model; `config`: the app's own; `fedpriv`: an `Order` | `arrays`: what is summed |
+| training of a deployment | the same, and `terms`: the `Terms` | the same, or `fedpriv`: a refusal |
 
 Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
 """
@@ -28,12 +29,16 @@ __all__ = [
     "CONFIG",
     "DIAGNOSTICS",
     "FEDPRIV",
+    "TERMS",
     "Introduction",
     "ModelArrays",
     "Order",
+    "Terms",
     "asks_who",
     "introduction",
     "method_name",
+    "refusal_record",
+    "refused",
 ]
 
 ARRAYS = "arrays"
@@ -41,7 +46,10 @@ CONFIG = "config"
 DIAGNOSTICS = "diagnostics"
 FEDPRIV = "fedpriv"
 
+TERMS = "terms"
+
 _ASK = "ask"
+_REFUSED = "refused"
 _WHO = "who are you"
 _METHOD = "method."
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -153,6 +161,67 @@ class Order:
         method = read_table(choose(METHODS, "method", record["method"]), hyperparameters, "method")
         plain = {key: record[key] for key in _PLAIN if key in record}
         return read_table(cls, plain, FEDPRIV, method=method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a deployment tells a client besides its order: where both stand, and what is promised to it.
+
+    A turn is one broadcast with its answers, numbered from 1 and never repeated; a round of the method is a turn that
+    counted. Messages are told apart by turns, noise is drawn by turns, and every turn is paid for.
+
+    Args:
+        run: The run's own name, which no other run has; the client's memory is kept under it.
+        turn: The current turn.
+        last_turn: The last turn whose message of this client counted; 0: none, and the client starts afresh.
+        epoch: How often all memories were started anew.
+        trust: See `PrivacyPlan`; "none" promises nothing.
+        adjacency: See `PrivacyPlan`.
+        delta: See `PrivacyPlan`.
+        noise_multiplier: See `PrivacyPlan`.
+        rounds: How many turns there will be.
+        sampling: The cohorts' name.
+        population: Number of clients.
+        probability: Chance that a client is asked in a turn.
+        cohort_size: Clients asked, where that is fixed; else 0.
+        digest: The experiment.
+    """
+
+    run: str
+    turn: int
+    last_turn: int
+    epoch: int
+    trust: str
+    adjacency: str
+    delta: float
+    noise_multiplier: float
+    rounds: int
+    sampling: str
+    population: int
+    probability: float
+    cohort_size: int
+    digest: str
+
+    def to_record(self) -> ConfigRecord:
+        """As the record `terms`."""
+        return ConfigRecord(write_table(self))
+
+    @classmethod
+    def of(cls, content: RecordDict) -> "Terms | None":
+        """The terms in a message; None in one of a simulation."""
+        record = content.config_records.get(TERMS)
+        return None if record is None else read_table(cls, dict(record), TERMS)
+
+
+def refusal_record(kind: str, reason: str) -> RecordDict:
+    """The content of an answer that says no: what for, and one line for people."""
+    return RecordDict({FEDPRIV: ConfigRecord({_REFUSED: kind, "reason": reason})})
+
+
+def refused(content: RecordDict) -> tuple[str, str] | None:
+    """Kind and reason if an answer says no."""
+    record = content.config_records.get(FEDPRIV)
+    return None if record is None or _REFUSED not in record else (str(record[_REFUSED]), str(record["reason"]))
 
 
 _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "diagnostics")

@@ -1,4 +1,4 @@
-"""The command line: fedpriv run | flower | privacy | data | list."""
+"""The command line: fedpriv run | flower | deploy | privacy | data | list."""
 
 import dataclasses
 import json
@@ -100,6 +100,13 @@ def run(
     precision: Annotated[
         str | None, typer.Option(help="float32, or bfloat16: faster, coarser gradients.", show_default="float32")
     ] = None,
+    deploy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONNECTION", help="Run on real devices: a deployment's folder admin, or a Flower connection."
+        ),
+    ] = None,
+    test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
@@ -123,7 +130,20 @@ def run(
         precision=precision,
     )
     with RoundProgress(experiment.training.rounds) as progress:
-        if engine == "flower":
+        if deploy is not None:
+            from strategies.deploy_run import run_deployed
+
+            summary = run_deployed(
+                experiment,
+                directory,
+                deploy,
+                device=device,
+                data_root=data_root,
+                resume=resume,
+                seeded=test_seeded,
+                watch=progress,
+            )
+        elif engine == "flower":
             from strategies.launch import run_with_flower
 
             summary = run_with_flower(
@@ -141,7 +161,10 @@ def run(
                 checkpoint_every=checkpoint_every,
                 execution=execution,
             )
-    _print_summary(summary, directory)
+    if summary is None:
+        print(f"done        the run directory is on the server: {directory.resolve()}")
+    else:
+        _print_summary(summary, directory)
 
 
 @app.command()
@@ -164,6 +187,90 @@ def flower(
     from strategies.run_app import Workers, run_app
 
     print(run_app(app_dir, clients, run_config or (), Workers(workers, gpus_per_worker, ray_address)))
+
+
+deploy = typer.Typer(help="Set up, check and run a server and nodes on machines of their own.", no_args_is_help=True)
+app.add_typer(deploy, name="deploy")
+
+DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.", show_default=False)]
+Days = Annotated[int, typer.Option(help="How long the server's certificate is valid.")]
+
+
+@deploy.command()
+def init(
+    folder: DeployDir,
+    nodes: Annotated[int, typer.Option(help="How many nodes: one a client.", show_default=False)],
+    host: Annotated[str, typer.Option(help="What nodes call the server: a name or an address.", show_default=False)],
+    port: Annotated[int, typer.Option(help="The server's port.")] = 9092,
+    days: Days = 365,
+    trust: Annotated[str, typer.Option(help="In the nodes' policies: local or central.")] = "local",
+    epsilon: Annotated[float, typer.Option(help="In the nodes' policies: most that may be spent.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="In the nodes' policies: the delta of that.")] = 1e-5,
+) -> None:
+    """Make the folders of a deployment: keys, certificates, policies, scripts, and a README on what goes where."""
+    from strategies.deploy_init import init_deployment, make_deployment
+
+    deployment = make_deployment(host=host, port=port, nodes=nodes, trust=trust, epsilon=epsilon, delta=delta)
+    init_deployment(folder, deployment, days)
+    print(f"made        server, admin, ca and {nodes} nodes in {folder}\nnext        {folder / 'README.md'}")
+
+
+@deploy.command()
+def add(
+    folder: DeployDir, nodes: Annotated[int, typer.Option(help="How many nodes to add.", show_default=False)]
+) -> None:
+    """Make the folders of further nodes."""
+    from strategies.deploy_init import add_nodes
+
+    added = add_nodes(folder, nodes)
+    print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+
+
+@deploy.command()
+def renew(
+    folder: DeployDir,
+    days: Days = 365,
+    host: Annotated[str | None, typer.Option(help="Another name of the server.", show_default=False)] = None,
+) -> None:
+    """Make a new key and certificate for the server."""
+    from strategies.deploy_init import renew_certificate
+
+    renew_certificate(folder, days, host)
+    print(f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server, restart it")
+
+
+@deploy.command()
+def check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A deployment, or its server, admin or node-I.", show_default=False)
+    ],
+    connect: Annotated[bool, typer.Option("--connect/--no-connect", help="Whether to call the server.")] = True,
+) -> None:
+    """Check a folder of a deployment: files, keys, certificates, versions, policy, and the way to the server."""
+    from strategies.deploy_check import check_folder, print_findings
+
+    if not print_findings(check_folder(folder, connect)):
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def node(
+    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
+) -> None:
+    """Run a node. It runs its own installed fedpriv, within its own policy, and no code that a server sends."""
+    from clients.node import run_node
+
+    raise typer.Exit(run_node(bundle))
+
+
+@deploy.command()
+def server(
+    folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="The server's folder.", show_default=False)],
+) -> None:
+    """Run the server of a deployment."""
+    from strategies.deploy_server import run_server
+
+    raise typer.Exit(run_server(folder))
 
 
 @app.command()

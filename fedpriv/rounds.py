@@ -31,6 +31,7 @@ __all__ = [
     "agree",
     "apply_client_rule",
     "begin_round",
+    "capacity_of",
     "client_round",
     "finish_round",
     "signal_to_noise",
@@ -153,10 +154,10 @@ def agree(
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:  # noqa: A002
     """What the server sends in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
-    return Broadcast(round, state.model, cohort, _capacity(rules.sampling))
+    return Broadcast(round, state.model, cohort, capacity_of(rules.sampling))
 
 
-def _capacity(sampling: Sampling) -> int:
+def capacity_of(sampling: Sampling) -> int:
     """More messages than ever come: sixteen standard deviations above the expected number."""
     expected = sampling.expected_size
     return math.ceil(expected + 16.0 * math.sqrt(expected) + 16.0)

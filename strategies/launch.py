@@ -27,17 +27,16 @@ from typing import Any
 
 import tomli_w
 
+from clients.deploy_app import CLIENT_MODULE, SERVER_MODULE
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.journal import Watcher
 from fedpriv.experiment.records import RunDirectory
 
-__all__ = ["run_with_flower"]
+__all__ = ["RecordedRounds", "failure_in", "run_with_flower"]
 
 LOG = "flower.log"
-SERVER_MODULE = "from strategies.server_app import app\n\n__all__ = ['app']\n"
-CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"
 
 _POLL_SECONDS = 0.1
 _START_SECONDS = 120.0
@@ -181,11 +180,6 @@ class FlowerRun:
         """Whether all processes that were started here are still at work."""
         return all(process.poll() is None for process in self._processes)
 
-    def first_error(self) -> str:
-        """The exception that the log shows first, which is the cause of those below it; empty if it shows none."""
-        found = re.search(r"^[\w.]+(Error|Exception): .+", self.log.read_text(errors="replace"), re.MULTILINE)
-        return found.group() if found else ""
-
     def status_details(self) -> str:
         """What Flower says about the last run; empty if it says nothing."""
         command = [*_FLWR, "ls", "--format", "json"]
@@ -255,24 +249,35 @@ _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 def _follow(run: FlowerRun, directory: RunDirectory, watch: Watcher | None) -> None:
     """Runs to the end, and calls `watch` as rounds are recorded."""
-    rounds = _Rounds(directory, watch)
+    rounds = RecordedRounds(directory, watch)
     with run.running():
         while run.alive() and not directory.file("summary.json").exists():
             rounds.show()
             time.sleep(_POLL_SECONDS)
         if not directory.file("summary.json").exists():
-            raise _failure(run)
+            raise failure_in(run.home / "failure.txt", run.log, run.status_details())
         rounds.show()
         run.end()
 
 
-def _failure(run: FlowerRun) -> UserError:
-    """Why there is no summary."""
-    report = run.home / "failure.txt"
+def failure_in(report: Path, log: Path, details: str) -> UserError:
+    """Why a run ended without a summary.
+
+    Args:
+        report: The file for the ServerApp's own line.
+        log: Flower's log.
+        details: What Flower says about the run.
+    """
     if report.exists():
         return _ServerAppError(report.read_text(encoding="utf-8"))
-    reason = run.first_error() or run.status_details() or "it ended without a reason"
-    return UserError("Flower's run", "one that completes", reason.rstrip("."), f"See {run.log}")
+    reason = first_error(log) or details or "it ended without a reason"
+    return UserError("Flower's run", "one that completes", reason.rstrip("."), f"See {log}")
+
+
+def first_error(log: Path) -> str:
+    """The exception that a log shows first, which is the cause of those below it; empty if it shows none."""
+    found = re.search(r"^[\w.]+(Error|Exception): .+", log.read_text(errors="replace"), re.MULTILINE)
+    return found.group() if found else ""
 
 
 class _ServerAppError(UserError):
@@ -283,7 +288,7 @@ class _ServerAppError(UserError):
         self.where = line.split(":", 1)[0]
 
 
-class _Rounds:
+class RecordedRounds:
     """Hands recorded rounds to a watcher, each once."""
 
     def __init__(self, directory: RunDirectory, watch: Watcher | None) -> None:

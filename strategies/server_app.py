@@ -4,18 +4,23 @@ It fills the same run directory, with the same numbers, as the engines in proces
 """
 
 import logging
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from clients.client_app import TEST_SEEDED
 from clients.run_config import RunConfig
-from clients.wire import ARRAYS
+from clients.wire import ARRAYS, ModelArrays
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.journal import Journal
 from fedpriv.experiment.records import RunDirectory
+from fedpriv.streams import SystemStreams
+from strategies.deployment import run_turns, take_up
 from strategies.method_strategy import Agreement, MethodStrategy
 
 __all__ = ["app"]
@@ -30,14 +35,16 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the experiment that the run config names.
 
-    Run config (see `RunConfig`), and two keys of whoever starts this run for a user: `claimed`, that the run directory
-    is this run's already, and `failure-report`, a file for the one line that a failed run ends with.
+    Run config (see `RunConfig`), and keys of whoever starts this run for a user: `claimed`, that the run directory is
+    this run's already; `failure-report`, a file for the one line that a failed run ends with; `deployed`, that clients
+    are devices with memories of their own; `resume`, that the run directory may hold a part of this run; and
+    `test-seeded`, for tests alone.
     """
     try:
-        _run(grid, context)
+        (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
     except UserError as error:
         report = context.run_config.get("failure-report")
-        if report:
+        if report and Path(str(report)).parent.is_dir():
             Path(str(report)).write_text(str(error), encoding="utf-8")
         raise
 
@@ -61,6 +68,35 @@ def _run(grid: Grid, context: Context) -> None:
         )
         journal.finish(strategy.state)
     _log.info("The run is in %s", directory.path)
+
+
+def _run_deployed(grid: Grid, context: Context) -> None:
+    run = RunConfig.of(context.run_config)
+    config = run.load()
+    resume = bool(context.run_config.get("resume", False))
+    seeded = bool(context.run_config.get("test-seeded", False)) and os.environ.get(TEST_SEEDED) == "1"
+    experiment = run.assemble(config)
+    if not seeded:
+        experiment = _with_secret_streams(experiment)
+    directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
+    with directory.locked():
+        if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
+            return
+        ran = {"engine": "deployment", "client_noise": "faithful"}
+        journal = Journal(experiment, directory, ran, randomness="seeded" if seeded else "system")
+        coordinator = take_up(experiment, directory, journal)
+        _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
+        arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
+        run_turns(grid, experiment, coordinator, arrays, journal, directory)
+    _log.info("The run is in %s", directory.path)
+
+
+def _with_secret_streams(experiment: Experiment) -> Experiment:
+    """Cohorts and noise from the operating system; what needs no secrecy (batches) stays as the seed says."""
+    streams = SystemStreams()
+    rules = replace(experiment.population.rules, streams=streams)
+    population = replace(experiment.population, rules=rules)
+    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
 def make_strategy(experiment: Experiment) -> MethodStrategy:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,18 @@ from fedpriv.experiment.config import Config
 from fedpriv.learning.federation import Holders, spread
 from fedpriv.learning.tasks import Task
 from fedpriv.privacy import PrivacyPlan, Sampling
-from fedpriv.rounds import ServerRules, agree
+from fedpriv.rounds import ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
 
-__all__ = ["Experiment", "assemble", "make_federation", "sampling_of"]
+__all__ = [
+    "Experiment",
+    "assemble",
+    "assemble_clients",
+    "build_module",
+    "check_device",
+    "make_federation",
+    "sampling_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +102,37 @@ def assemble(
     plan = config.plan(sampling)
     streams = SeededStreams(config.seed)
     server, client = agree(config.method, sampling, plan, streams)
-    seed = int(streams.source(Purpose.MODEL).rng.integers(2**31))
-    dataset = federation.dataset
-    module = _build(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
-    task = Task(module, device, channels_last=channels_last, precision=precision)
+    task = _task(config, federation, device, channels_last=channels_last, precision=precision)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
         config=config, population=population, server=server, plan=plan, initial_model=task.initial_model()
     )
 
 
-def _build(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+def assemble_clients(config: Config, *, device: str = "cpu", data_root: Path | None = None) -> Population:
+    """The clients alone, who follow what they are told: no noise is calibrated, and none is added.
+
+    Args:
+        config: The experiment.
+        device: See `assemble`.
+        data_root: See `assemble`.
+    """
+    check_device(device)
+    federation, streams = make_federation(config, data_root), SeededStreams(config.seed)
+    rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
+    task = _task(config, federation, device)
+    return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
+
+
+def _task(config: Config, federation: Holders, device: str, **options: Any) -> Task:
+    seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
+    dataset = federation.dataset
+    module = build_module(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
+    return Task(module, device, **options)
+
+
+def build_module(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+    """The config's model for inputs of a shape; a `UserError` if there is no room for it."""
     try:
         return config.model.build(input_shape, classes, seed)
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:

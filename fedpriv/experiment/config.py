@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.tables import choose, field_names, read_table, refuse_unknown, write_table
 from fedpriv.learning.datasets import DATASETS
 from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
@@ -20,12 +21,12 @@ from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.methods import METHODS, Method, has_memory
 from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
 
-__all__ = ["Config", "load_config", "parse_config", "read_config_file"]
+__all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
 
-TABLES = ("data", "model", "local", "cohort", "method", "privacy", "training")
+TABLES = ("data", "model", "local", "cohort", "method", "privacy", "training", "deployment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,7 @@ class Config:
     method: Method
     privacy: PrivacyChoice | None
     training: Training
+    deployment: DeploymentChoice | None = None
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ class Config:
         data = {"name": _name_of(DATASETS, self.data.dataset), **write_table(self.data.dataset), **clients}
         data |= {"partition": _name_of(PARTITIONS, self.data.partition), **write_table(self.data.partition)}
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
+        deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         return {
             "name": self.name,
             "seed": self.seed,
@@ -115,6 +118,7 @@ class Config:
             "method": {"name": self.method_name, **write_table(self.method)},
             **privacy,
             "training": write_table(self.training),
+            **deployment,
         }
 
     @property
@@ -161,12 +165,20 @@ def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
 def read_config_file(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_config_text(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(str(path), "a TOML file", str(error), "Mend the file") from None
+
+
+def read_config_text(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text; `where` it is from, for errors."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(where, "a TOML file", str(error), "Mend the file") from None
 
 
 def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +232,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
         method=_read_named(METHODS, _need(tables, "method"), "method", "name"),
         privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
         training=read_table(Training, _need(tables, "training"), "training"),
+        deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class Journal:
     watch: Watcher | None = None
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
+    randomness: str = "seeded"
     _taken: Counter[int] = field(default_factory=Counter)
     _saved_at: float = field(default_factory=time.monotonic)
     _round_began: float = field(default_factory=time.monotonic)
@@ -51,24 +52,30 @@ class Journal:
     def begin(self) -> None:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
-        statement = privacy_statement(plan, method=experiment.config.method_name, randomness="seeded")
+        statement = privacy_statement(plan, method=experiment.config.method_name, randomness=self.randomness)
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
         self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
         self._round_began = time.monotonic()
 
-    def initial(self, model: Tensor) -> None:
-        """Records the model before the first round."""
-        self._record({"round": 0, **self._promise(0), **self._evaluation(model, 0)}, {"round": 0})
+    def initial(self, model: Tensor, round: int = 0) -> None:  # noqa: A002
+        """Records the model before the first round, or after one that a crash left without a row."""
+        self._record({"round": round, **self._promise(round), **self._evaluation(model, round)}, {"round": round})
 
-    def replayed(self, last_round: int) -> None:
-        """Takes up again after `last_round`: forgets later rows, and recounts who took part."""
+    def replayed(self, last_round: int, taken: Mapping[int, int] | None = None) -> None:
+        """Takes up again after `last_round`: forgets later rows, and recounts who took part.
+
+        Args:
+            last_round: The last round that is safe.
+            taken: How often each client took part; None where the cohorts can be drawn again.
+        """
         for name in ("rounds.jsonl", "diagnostics.jsonl"):
             self.directory.keep_rows(name, last_round)
         if self._keeps_ledger:
-            for past in range(1, last_round + 1):
+            for past in range(1, last_round + 1) if taken is None else ():
                 self._count(past)
+            self._taken.update(taken or {})
         self._round_began = time.monotonic()
 
     def after_round(
@@ -77,10 +84,13 @@ class Journal:
         state: ServerState,
         total: Total,
         client_states: Callable[[], dict[str, Tensor]] | None,
+        taken: Mapping[int, int] | None = None,
     ) -> None:
         """Records a round, and writes a checkpoint if one is due and clients' states can be had."""
         seconds = time.monotonic() - self._round_began
-        if self._keeps_ledger:
+        if taken is not None:
+            self._taken = Counter(taken)
+        elif self._keeps_ledger:
             self._count(round)
         evaluation = self._evaluation(state.model, round)
         released = {"round": round, **self._promise(round), **evaluation}

@@ -98,6 +98,11 @@ class AlphaNormEC:
         """The client rule as figures."""
         return Feedback(bounded=self.bounded, beta=self.beta, damping=self.damping, sent=self.memory == "sent")
 
+    @property
+    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+        """With damping the lost memory fades from the server's by (1 - lambda) a round; without, it stays for ever."""
+        return "start-afresh" if self.damping > 0.0 else "re-base"
+
     def init_client(self, size: int) -> ClientMemory:
         """v_i = 0: a start at true gradients would release their mean without noise."""
         return ClientMemory(torch.zeros(size), torch.zeros(1))

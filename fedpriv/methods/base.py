@@ -1,7 +1,7 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
 import math
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ class Method(Protocol):
     @property
     def needs_client_noise(self) -> bool:
         """Whether a private run is only right with noise at the client (trust local)."""
+        ...
+
+    @property
+    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+        """What a deployment does when a client has lost its state.
+
+        start-afresh: the client alone begins anew; right where what the server holds of the lost state fades, or where
+        there is none. re-base: all clients and the server's memory begin anew, and the model stays; right where it
+        would stay for ever.
+        """
         ...
 
     def init_client(self, size: int) -> ClientState:

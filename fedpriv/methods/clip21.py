@@ -19,7 +19,7 @@ method is gradient descent from then on.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Clip21:
     def feedback(self) -> Feedback:
         """The client rule as figures."""
         return Feedback(bounded=self.bounded, beta=1.0)
+
+    @property
+    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+        """The server's memory would hold the lost one for ever."""
+        return "re-base"
 
     def init_client(self, size: int) -> ClientMemory:
         """v_i = 0."""

@@ -1,6 +1,6 @@
 """The two rules that all methods without memory share: m_i = B(u_i) + z_i, x <- x - gamma mean_i m_i."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,6 +40,11 @@ class Memoryless:
     def feedback(self: _Hyperparameters) -> Feedback:
         """The client rule as figures."""
         return Feedback(bounded=self.bounded, beta=None)
+
+    @property
+    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+        """Nothing is lost."""
+        return "start-afresh"
 
     def init_client(self, size: int) -> NoMemory:  # noqa: ARG002
         """Nothing."""

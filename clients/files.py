@@ -1,0 +1,105 @@
+"""Private files that survive a crash: whole or not there, and on the disk before anything else happens."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedpriv.errors import UserError
+
+__all__ = ["append_durably", "make_private_folder", "only_one", "replace_durably"]
+
+
+def make_private_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing; only their owner can enter them."""
+    with _explained(path):
+        for folder in reversed([path, *path.parents]):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True, mode=0o700)
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Replaces a file by another content, or leaves it as it was.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    part = path.with_name(path.name + ".part")
+    with _explained(path):
+        try:
+            _write_new(part, content)
+            part.replace(path)
+            _sync_folder(path.parent)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def append_durably(path: Path, line: bytes) -> None:
+    """Adds a line to a file; if that fails half way, what was added is taken off again.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    with _explained(path):
+        new = not path.exists()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            before = os.fstat(file).st_size
+            try:
+                _write_all(file, line)
+                os.fsync(file)
+            except OSError:
+                os.ftruncate(file, before)
+                raise
+        finally:
+            os.close(file)
+        if new:
+            _sync_folder(path.parent)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Holds a lock file meanwhile; another process waits for it."""
+    with _explained(path):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        _write_all(file, content)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _write_all(file: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        remedy = "Free some space, or mend the folder; nothing was sent and nothing is lost"
+        raise UserError(str(path), "room for the client's records", reason, remedy) from None

@@ -1,0 +1,201 @@
+"""What has left a client, written down before it leaves, and what that has cost.
+
+One JSON line a release, each with the hash of the line before: lines cannot be dropped or changed unnoticed. A last
+line that a crash tore is no release: a message is sent only once its line is whole and on the disk.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clients.files import append_durably, make_private_folder
+from fedpriv.errors import UserError
+from fedpriv.privacy import Everyone, PrivacyPlan, plan_of_terms
+
+__all__ = ["Entry", "Ledger", "spent", "surely_within"]
+
+LEDGER_FILE = "ledger.jsonl"
+_FIRST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One release.
+
+    Args:
+        run: The run's name.
+        client: Under which id.
+        turn: In which turn.
+        request: SHA-256 of what was asked.
+        method: Whose client rule was followed.
+        l2_bound: Bound of the message.
+        noise_stddev: Standard deviation per coordinate of the noise that this client drew; 0: none.
+        trust: See `Terms`, also for those below; with the run's promise.
+        adjacency: See `PrivacyPlan`.
+        delta: See `PrivacyPlan`.
+        noise_multiplier: See `PrivacyPlan`.
+        rounds: See `PrivacyPlan`.
+        sampling: The cohorts' name.
+        population: Number of clients.
+        probability: Chance to be asked.
+        cohort_size: Clients asked, where that is fixed; else 0.
+    """
+
+    run: str
+    client: int
+    turn: int
+    request: str
+    method: str
+    l2_bound: float
+    noise_stddev: float
+    trust: str
+    adjacency: str
+    delta: float
+    noise_multiplier: float
+    rounds: int
+    sampling: str
+    population: int
+    probability: float
+    cohort_size: int
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """What the run promised."""
+        return plan_of_terms(
+            trust=self.trust,
+            adjacency=self.adjacency,
+            sampling=self.sampling,
+            population=self.population,
+            probability=self.probability,
+            cohort_size=self.cohort_size,
+            rounds=self.rounds,
+            delta=self.delta,
+            l2_bound=self.l2_bound,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+
+class Ledger:
+    """The releases of one client's data, over all runs.
+
+    Args:
+        folder: Where the file is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEDGER_FILE
+        self._last = _FIRST
+
+    def entries(self) -> list[Entry]:
+        """All releases, the first first.
+
+        Raises:
+            UserError: If a line is missing or was changed: then what was spent is not known.
+        """
+        self._last = _FIRST
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole, _, torn = content.rpartition(b"\n")
+        if torn:
+            self._take_off_torn_line(len(content) - len(torn))
+        return [self._read(number, line) for number, line in enumerate(whole.split(b"\n") if whole else [], 1)]
+
+    def append(self, entry: Entry) -> None:
+        """Writes a release down, after `entries` was read; it is on the disk when this returns.
+
+        Raises:
+            UserError: If the disk is full; then nothing may be sent.
+        """
+        make_private_folder(self.path.parent)
+        line = json.dumps({**asdict(entry), "time": time.time(), "before": self._last}).encode()
+        append_durably(self.path, line + b"\n")
+        self._last = hashlib.sha256(line).hexdigest()
+
+    def _read(self, number: int, line: bytes) -> Entry:
+        try:
+            row = json.loads(line)
+            before, _ = row.pop("before"), row.pop("time")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise self._damaged(number) from None
+        if before != self._last:
+            raise self._damaged(number)
+        self._last = hashlib.sha256(line).hexdigest()
+        try:
+            return Entry(**row)
+        except TypeError:
+            raise self._damaged(number) from None
+
+    def _take_off_torn_line(self, length: int) -> None:
+        with self.path.open("r+b") as file:
+            file.truncate(length)
+
+    def _damaged(self, number: int) -> UserError:
+        remedy = "Put back a copy. Without it nobody knows what was spent, and nothing more is sent"
+        return UserError(f"{self.path}, line {number}", "the line as it was written", "another", remedy)
+
+
+def surely_within(entries: Sequence[Entry], epsilon: float, delta: float) -> bool:
+    """Whether a bound that needs no accountant shows that releases cost at most `epsilon` at `delta`.
+
+    Zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP with
+    rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. An accountant takes seconds to load, and
+    its figure, which is lower, matters only near the limit.
+    """
+    if any(entry.trust != "local" for entry in entries):
+        return False
+    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries))
+    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
+
+
+def spent(entries: Sequence[Entry], delta: float) -> float:
+    """Epsilon at `delta` of all releases together; infinite where nothing was promised.
+
+    Against the server, if all trust was local: then this client's own noise is all that counts. Runs with central trust
+    cost their whole promise from the first message on, since that promise is about all of their rounds together. Both
+    kinds, and several central runs, add up by basic composition.
+    """
+    if not entries:
+        return 0.0
+    if any(entry.trust == "none" for entry in entries):
+        return math.inf
+    local = [entry for entry in entries if entry.trust == "local"]
+    central = {(entry.run, entry.plan) for entry in entries if entry.trust == "central"}
+    left = delta - math.fsum(plan.delta for _, plan in central)
+    if left < 0.0 or (local and left <= 0.0):
+        return math.inf
+    by_others = math.fsum(plan.epsilon for _, plan in central)
+    return by_others + (_spent_locally(local, left) if local else 0.0)
+
+
+def _spent_locally(entries: Sequence[Entry], delta: float) -> float:
+    """Releases with Gaussian noise compose to one: mu^2 is the sum of (sensitivity / stddev)^2."""
+    worst, ratios = _worst_adjacency(entries), _ratios(entries)
+    same = len(set(ratios)) == 1
+    mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
+    rounds = len(ratios) if same else 1
+    plan = PrivacyPlan(
+        trust="local",
+        adjacency=worst,
+        sampling=Everyone(1),
+        rounds=rounds,
+        delta=delta,
+        l2_bound=1.0,
+        noise_multiplier=1.0 / mu,
+    )
+    return plan.epsilon_of_participations(rounds)
+
+
+def _ratios(entries: Sequence[Entry]) -> list[float]:
+    """Sensitivity over standard deviation of each release.
+
+    If any was promised under replacement, all are counted under it, which costs more.
+    """
+    moved = 2.0 if _worst_adjacency(entries) == "replace" else 1.0
+    return [moved * entry.l2_bound / entry.noise_stddev for entry in entries]
+
+
+def _worst_adjacency(entries: Sequence[Entry]) -> str:
+    return "replace" if any(entry.adjacency == "replace" for entry in entries) else "add-or-remove"

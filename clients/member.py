@@ -1,0 +1,199 @@
+"""A client of a deployment: guards itself, remembers durably, and never noises a message twice.
+
+What happens to an order, and what is on the disk when it is interrupted there:
+
+1. It is checked against the client's policy, and its turn against the client's record: nothing has changed.
+2. The message is made: nothing has changed, and the same order may be followed anew.
+3. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low, and this
+   turn is not answered any more.
+4. The message and the memory after it are written down: from now on the same request gets the same message.
+5. The message is sent.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clients.files import make_private_folder, only_one
+from clients.ledger import Entry, Ledger, spent, surely_within
+from clients.memory import MemoryFile, Record
+from clients.policy import POLICY_FILE, Policy, load_policy
+from clients.refusals import Refusal
+from clients.wire import Order, Terms, method_name
+from fedpriv.engines import one_thread
+from fedpriv.errors import UserError
+from fedpriv.methods import ClientState, has_memory
+from fedpriv.noise import client_noise
+from fedpriv.rounds import apply_client_rule
+from fedpriv.streams import Streams, SystemStreams
+
+__all__ = ["Member"]
+
+STATE_FOLDER = "state"
+
+
+@dataclass(frozen=True)
+class Member:
+    """The client whose home is a folder with its policy; its memories and its ledger are in `state` below it.
+
+    Args:
+        policy: What it agrees to.
+        folder: Where its records are.
+        streams: Where its noise comes from; anything but the operating system is for tests.
+    """
+
+    policy: Policy
+    folder: Path
+    streams: Streams = field(default_factory=SystemStreams)
+
+    @classmethod
+    def at(cls, home: Path, streams: Streams | None = None) -> "Member":
+        """The client at home in a folder; a `UserError` if its policy cannot be read."""
+        return cls(load_policy(home / POLICY_FILE), home / STATE_FOLDER, streams or SystemStreams())
+
+    def answer(self, order: Order, terms: Terms, model: Tensor, make_signal: Callable[[], Tensor]) -> Tensor:
+        """The message `[params]` for an order, on the disk before it is returned.
+
+        Args:
+            order: What is asked.
+            terms: Where the server stands, and what it promises.
+            model: x, `[params]`.
+            make_signal: Gives what the client would send without privacy, `[params]`; called only if a message is made.
+
+        Raises:
+            Refusal: If the order is not followed; nothing is sent and no memory moves.
+        """
+        try:
+            return self._answer(order, terms, model, make_signal)
+        except Refusal:
+            raise
+        except UserError as error:
+            raise Refusal.because("trouble", str(error)) from None
+        except OSError as error:
+            line = f"{error.filename or self.folder}: {error.strerror or error}"
+            raise Refusal.because("trouble", line) from None
+
+    def _answer(self, order: Order, terms: Terms, model: Tensor, make_signal: Callable[[], Tensor]) -> Tensor:
+        self._check(order, terms, model)
+        request = _digest(order, terms, model)
+        memory, ledger = MemoryFile(self.folder, terms.run, order.client), Ledger(self.folder)
+        make_private_folder(memory.path.parent)
+        with only_one(self.folder / "lock"):
+            record = _in_epoch(memory.read(), terms)
+            if terms.turn <= record.latest_turn:
+                return _given_before(record, terms, request)
+            settled = _settled(order, terms, record)
+            state = _state(order, settled, len(model))
+            past, entry = ledger.entries(), _entry(order, terms, request)
+            _refuse_released(past, entry)
+            self._afford(past, entry)
+            with one_thread():
+                message, after = self._make(order, terms, state, make_signal().float().reshape(-1))
+            ledger.append(entry)
+            memory.write(settled.answered(terms.turn, after._asdict(), request, message))
+        return message
+
+    def _check(self, order: Order, terms: Terms, model: Tensor) -> None:
+        if terms.turn < 1 or not 0 <= terms.last_turn < terms.turn or terms.turn > terms.rounds or order.round < 1:
+            got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
+            raise Refusal("model", "turn", "one after the other", got, "Ask the server's operator")
+        self.policy.check(order, terms, model.numel())
+        if not bool(torch.isfinite(model).all()):
+            raise Refusal(
+                "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a sound model"
+            )
+
+    def _afford(self, past: list[Entry], entry: Entry) -> None:
+        limits = self.policy.limits
+        if self.policy.accepts.trust == "none" and all(e.trust == "none" for e in [*past, entry]):
+            return
+        releases = [*(e for e in past if e.trust != "none"), entry]
+        if surely_within(releases, limits.epsilon, limits.delta):
+            return
+        epsilon = spent(releases, limits.delta)
+        if not epsilon <= limits.epsilon:
+            expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
+            remedy = f"The budget of this client is used up; its operator decides in {POLICY_FILE}"
+            raise Refusal("budget", "epsilon after another message", expected, f"{epsilon:.4g}", remedy)
+
+    def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
+        noise = None
+        if order.noise_stddev > 0.0:
+            noise = client_noise(self.streams, order.noise_stddev, len(signal), terms.turn, order.client)
+        message, after = apply_client_rule(order.method, state, signal.cpu(), noise, order.round)
+        return message.contiguous(), after
+
+
+def _in_epoch(record: Record | None, terms: Terms) -> Record:
+    """The record, or a fresh one if all memories were started anew since."""
+    record = record or Record(epoch=terms.epoch)
+    if terms.epoch < record.epoch:
+        raise Refusal("stale", "epoch", f"at least {record.epoch}", terms.epoch, "An order from before a new start")
+    if terms.epoch == record.epoch:
+        return record
+    # What was answered before stays known, so that no old order is answered again.
+    return Record(epoch=terms.epoch, committed_turn=record.latest_turn)
+
+
+def _given_before(record: Record, terms: Terms, request: str) -> Tensor:
+    """The message that answered the same request."""
+    if terms.turn == record.pending_turn and request == record.request and record.reply is not None:
+        return record.reply
+    expected = f"a turn after {record.latest_turn}, or what was asked in it"
+    raise Refusal("stale", "turn", expected, terms.turn, "Each turn is answered once")
+
+
+def _refuse_released(past: list[Entry], entry: Entry) -> None:
+    """Raises Refusal if a message of this turn was written down, and may have been sent, that is not there any more."""
+    if any(e.run == entry.run and e.client == entry.client and e.turn >= entry.turn for e in past):
+        expected = f"a turn after {entry.turn}, which is in the ledger"
+        raise Refusal("stale", "turn", expected, entry.turn, "Its message is lost, and no turn is noised twice")
+
+
+def _settled(order: Order, terms: Terms, record: Record) -> Record:
+    """The record once it is known which turn counted last."""
+    settled = record.settled(terms.last_turn)
+    if settled is None and not has_memory(order.method):
+        return Record(epoch=record.epoch, committed_turn=terms.last_turn)
+    if settled is None:
+        where, expected = f"memory of client {order.client}", f"its state after turn {terms.last_turn}"
+        got = f"that after turn {record.latest_turn}" if record.latest_turn else "none"
+        raise Refusal("lost", where, expected, got, "The server goes by its rule for lost memories")
+    return settled
+
+
+def _state(order: Order, record: Record, size: int) -> ClientState:
+    """The state that the order goes on from."""
+    fresh = order.method.init_client(size)
+    if record.committed_turn == 0 or not fresh._fields:
+        return fresh
+    shapes = {name: tuple(field.shape) for name, field in fresh._asdict().items()}
+    kept = {name: tuple(field.shape) for name, field in record.committed.items()}
+    if kept != shapes:
+        raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
+    return type(fresh)(**record.committed)
+
+
+def _digest(order: Order, terms: Terms, model: Tensor) -> str:
+    """Of everything that an answer depends on but the client's own data and memory."""
+    asked = {**asdict(replace(order, last_round=0)), "name": method_name(order.method), **asdict(terms)}
+    hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())
+    hashed.update(model.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _entry(order: Order, terms: Terms, request: str) -> Entry:
+    shared = {k: v for k, v in asdict(terms).items() if k in Entry.__dataclass_fields__}
+    return Entry(
+        **shared,
+        client=order.client,
+        request=request,
+        method=method_name(order.method),
+        l2_bound=order.method.bounded.l2_bound,
+        noise_stddev=order.noise_stddev,
+    )

@@ -1,0 +1,136 @@
+"""A client's memory on its own disk, in two phases.
+
+Error feedback needs the server's memory to be the mean of the clients'. A client that has answered does not know
+whether its answer counted, so it keeps both memories: the committed one, from before, and the pending one, from after,
+with the message that it sent. The server's next order says which of its turns counted last, and that settles it:
+
+| the order says | then |
+|---|---|
+| the pending turn counted | the pending memory is committed |
+| the committed turn counted last | the pending memory is dropped |
+| no turn counted yet, 0 | the client starts afresh |
+| anything else | the memories have parted: the client says so |
+
+One file a run and client: a line with version and checksum, then safetensors.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from clients.files import replace_durably
+from fedpriv.errors import UserError
+
+__all__ = ["Fields", "MemoryFile", "Record"]
+
+# The fields of a client state by name.
+Fields = dict[str, Tensor]
+
+_VERSION = "fedpriv-memory 1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a client remembers of a run.
+
+    Args:
+        epoch: How often all memories were started anew when this one was written.
+        committed_turn: The last turn that is known to have counted; 0: none.
+        committed: The state after it; empty for a fresh one.
+        pending_turn: The last turn that was answered; 0: none, or known to have counted.
+        pending: The state after it.
+        request: SHA-256 of what was asked in that turn.
+        reply: The message that was sent, `[params]`; None: none.
+    """
+
+    epoch: int = 0
+    committed_turn: int = 0
+    committed: Fields = field(default_factory=dict)
+    pending_turn: int = 0
+    pending: Fields = field(default_factory=dict)
+    request: str = ""
+    reply: Tensor | None = None
+
+    @property
+    def latest_turn(self) -> int:
+        """The last turn that was answered."""
+        return max(self.committed_turn, self.pending_turn)
+
+    def settled(self, last_turn: int) -> "Record | None":
+        """The record once it is known which turn counted last; None if the memories have parted."""
+        if last_turn == 0:
+            return Record(epoch=self.epoch)
+        if self.pending_turn and last_turn == self.pending_turn:
+            return Record(epoch=self.epoch, committed_turn=self.pending_turn, committed=self.pending)
+        if last_turn == self.committed_turn:
+            return Record(epoch=self.epoch, committed_turn=self.committed_turn, committed=self.committed)
+        return None
+
+    def answered(self, turn: int, state: Fields, request: str, reply: Tensor) -> "Record":
+        """The record with an answer that is about to be sent."""
+        return replace(self, pending_turn=turn, pending=state, request=request, reply=reply)
+
+
+class MemoryFile:
+    """The record of one run and client, in a folder of its own.
+
+    Args:
+        folder: Where all of the client's runs are kept.
+        run: The run's name.
+        client: The client's id.
+    """
+
+    def __init__(self, folder: Path, run: str, client: int) -> None:
+        if not run.isalnum():
+            raise UserError("run", "a name of letters and digits", repr(run), "Ask the server's operator")
+        self.path = folder / f"{run}-{client}" / "memory"
+
+    def read(self) -> Record | None:
+        """The record; None if there is none.
+
+        Raises:
+            UserError: If the file is damaged or of another version. A damaged memory is never used.
+        """
+        if not self.path.exists():
+            return None
+        line, _, body = self.path.read_bytes().partition(b"\n")
+        if line.decode(errors="replace") != f"{_VERSION} {hashlib.sha256(body).hexdigest()}":
+            raise self._damaged("checksum or version differ")
+        try:
+            tensors = load_safetensors(body)
+            facts = json.loads(tensors.pop("facts").numpy().tobytes())
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise self._damaged(str(error)) from None
+        parts = {side: _part(tensors, side) for side in ("committed.", "pending.")}
+        return Record(**facts, committed=parts["committed."], pending=parts["pending."], reply=tensors.get("reply"))
+
+    def write(self, record: Record) -> None:
+        """Replaces the record; it is on the disk when this returns.
+
+        Raises:
+            UserError: If the disk is full; the former record is still there.
+        """
+        facts = {name: getattr(record, name) for name in ("epoch", "committed_turn", "pending_turn", "request")}
+        tensors = {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
+        tensors |= {f"committed.{name}": value for name, value in record.committed.items()}
+        tensors |= {f"pending.{name}": value for name, value in record.pending.items()}
+        if record.reply is not None:
+            tensors["reply"] = record.reply
+        # Copies: safetensors refuses tensors that share memory.
+        body = save_safetensors({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
+        replace_durably(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
+
+    def _damaged(self, reason: str) -> UserError:
+        remedy = "Put back a copy, or remove the file: the server then goes by its rule for lost memories"
+        return UserError(str(self.path), "a whole memory file", reason, remedy)
+
+
+def _part(tensors: Fields, side: str) -> Fields:
+    return {name.removeprefix(side): value for name, value in tensors.items() if name.startswith(side)}

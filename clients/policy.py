@@ -1,0 +1,173 @@
+"""What a client agrees to: its own file, `fedpriv-client.toml`, which no server can change."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from clients.refusals import Refusal
+from clients.wire import Order, Terms, method_name
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, read_config_file
+from fedpriv.experiment.tables import read_table, refuse_unknown
+from fedpriv.methods import METHODS
+from fedpriv.privacy import PrivacyPlan, plan_of_terms
+
+__all__ = ["POLICY_FILE", "Accepts", "Limits", "OwnData", "Policy", "load_policy"]
+
+POLICY_FILE = "fedpriv-client.toml"
+
+# What the server says it adds must be what the promise needs, up to the last digits of a float64.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepts:
+    """Which orders are followed.
+
+    Args:
+        trust: local: only messages leave that this client has noised itself. central: bare messages, too, to a server
+            that is trusted to add the noise. none: also runs that promise nothing.
+        methods: Names of methods; empty: all.
+        models: Names of models; empty: all.
+        data: Names of data sets; empty: all.
+        max_parameters: Largest model.
+    """
+
+    trust: Literal["local", "central", "none"] = "local"
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    max_parameters: int = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far the client goes.
+
+    Args:
+        epsilon: Most that may be spent on its data, over all runs together, against the adversary of `trust`.
+        delta: The delta of that.
+        min_noise_multiplier: Least noise over l2 sensitivity of a single release.
+        max_l2_bound: Largest bound of a message.
+    """
+
+    epsilon: float
+    delta: float
+    min_noise_multiplier: float = 0.0
+    max_l2_bound: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0.0):
+            raise UserError("limits.epsilon", "a finite number above 0", self.epsilon, "Give the budget")
+        if not 0.0 < self.delta < 1.0:
+            raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
+        if not (math.isfinite(self.min_noise_multiplier) and self.min_noise_multiplier >= 0.0):
+            raise UserError("limits.min_noise_multiplier", "a number from 0", self.min_noise_multiplier, "Mend it")
+        if not self.max_l2_bound > 0.0:
+            raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Mend it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What the client trains on.
+
+    Args:
+        own: A file with its own examples; empty: its part of the experiment's data set, by its id.
+    """
+
+    own: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A client's policy; see its parts."""
+
+    accepts: Accepts = field(default_factory=Accepts)
+    limits: Limits
+    data: OwnData = field(default_factory=OwnData)
+
+    def check_experiment(self, config: Config) -> None:
+        """Raises Refusal unless the experiment's model and data are accepted."""
+        _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
+        _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
+
+    def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
+        """The plan that the terms promise; None if they promise nothing.
+
+        Raises:
+            Refusal: If the order asks for more than the policy allows, or for less noise than the terms promise.
+        """
+        if order.seed is not None:
+            raise _no("seed", "noise from this client's own operating system", "a seed in the order")
+        if order.diagnostics:
+            raise _no("diagnostics", "orders for messages alone", "one for norms of bare signals")
+        _among("accepts.methods", method_name(order.method), self.accepts.methods)
+        if not 1 <= parameters <= self.accepts.max_parameters:
+            raise _no("accepts.max_parameters", f"at most {self.accepts.max_parameters:,}", f"{parameters:,}")
+        bound = order.method.bounded.l2_bound
+        if not bound <= self.limits.max_l2_bound:
+            raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
+        accepted = ("local", "central", "none")[: 1 + ("local", "central", "none").index(self.accepts.trust)]
+        if terms.trust not in accepted:
+            raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
+        if terms.trust == "none":
+            return None
+        plan = _plan(order, terms)
+        if not plan.noise_multiplier >= self.limits.min_noise_multiplier:
+            floor = f"at least {self.limits.min_noise_multiplier:g}"
+            raise _no("limits.min_noise_multiplier", floor, f"{plan.noise_multiplier:g}")
+        needed = plan.noise_stddev if plan.trust == "local" else 0.0
+        if abs(order.noise_stddev - needed) > _TOLERANCE * needed:
+            raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
+        return plan
+
+
+def load_policy(path: Path) -> Policy:
+    """Reads a policy.
+
+    Raises:
+        UserError: If the file is not a valid policy: then no order is followed.
+    """
+    tables = read_config_file(path)
+    refuse_unknown(tables, ["accepts", "limits", "data"], "")
+    kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
+    for name in kinds:
+        if not isinstance(tables.get(name, {}), dict):
+            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}] and its keys below")
+    if "limits" not in tables:
+        raise UserError(str(path), "a table [limits] with epsilon and delta", "none", "Say what may be spent at most")
+    policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
+    for name in policy.accepts.methods:
+        if name not in METHODS:
+            raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Mend {path}")
+    return policy
+
+
+def _plan(order: Order, terms: Terms) -> PrivacyPlan:
+    try:
+        return plan_of_terms(
+            trust=terms.trust,
+            adjacency=terms.adjacency,
+            sampling=terms.sampling,
+            population=terms.population,
+            probability=terms.probability,
+            cohort_size=terms.cohort_size,
+            rounds=terms.rounds,
+            delta=terms.delta,
+            l2_bound=order.method.bounded.l2_bound,
+            noise_multiplier=terms.noise_multiplier,
+        )
+    except UserError as error:
+        raise Refusal(
+            "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"
+        ) from None
+
+
+def _among(where: str, name: str, accepted: tuple[str, ...]) -> None:
+    if accepted and name not in accepted:
+        raise _no(where, " or ".join(accepted), repr(name))
+
+
+def _no(where: str, expected: str, got: object) -> Refusal:
+    return Refusal("policy", where, expected, got, f"Ask this client's operator, who decides in {POLICY_FILE}")

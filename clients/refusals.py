@@ -1,0 +1,37 @@
+"""How a client says no: a kind that programs read, and a line that people read."""
+
+from fedpriv.errors import UserError
+
+__all__ = ["KINDS", "Refusal"]
+
+KINDS = {
+    "policy": "the order is not what this client agreed to",
+    "budget": "its privacy budget does not allow another message",
+    "model": "the model or the order cannot be right",
+    "stale": "an answer to this turn, or a later one, was given already",
+    "lost": "its memory is lost, or is not that of the turn that counted last",
+    "trouble": "its records cannot be read or written",
+}
+
+
+class Refusal(UserError):  # noqa: N818
+    """An order that a client does not follow; nothing was sent, and nothing of the client changed.
+
+    Args:
+        kind: One of `KINDS`.
+        where: See `UserError`.
+        expected: See `UserError`.
+        got: See `UserError`.
+        remedy: See `UserError`.
+    """
+
+    def __init__(self, kind: str, where: str, expected: str, got: object, remedy: str) -> None:
+        super().__init__(where, expected, got, remedy)
+        self.kind = kind
+
+    @classmethod
+    def because(cls, kind: str, line: str) -> "Refusal":
+        """A refusal whose line is written already."""
+        refusal = cls(kind, line.split(":", 1)[0], "", "", "")
+        refusal.args = (line,)
+        return refusal

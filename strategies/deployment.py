@@ -1,0 +1,239 @@
+"""A deployment over Flower's network: who is there, who answers in time, and what the run directory learns of it."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, Introduction, ModelArrays, introduction, refused
+from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import Experiment
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.experiment.journal import Journal
+from fedpriv.experiment.records import RunDirectory
+from strategies.coordinator import Coordinator, Outcome
+from strategies.flower_internals import SERVER_NODE, reason_in_short
+
+__all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
+
+PARTICIPATION = "participation.jsonl"
+
+_log = logging.getLogger("flwr")
+_POLL_SECONDS = 0.2
+_RETRY_SECONDS = 5.0
+
+
+@dataclass
+class Network:
+    """The nodes of a Flower run, by client id.
+
+    A node is asked once who it is. One that comes back after a restart has another node id and is asked again. Two
+    nodes with the same client id are one too many: the one that came first stays.
+
+    Args:
+        grid: Reaches the nodes.
+        population: How many clients there may be.
+    """
+
+    grid: Grid
+    population: int
+    nodes: dict[int, int] = field(default_factory=dict)
+    _asked: set[int] = field(default_factory=set)
+    _introductions: dict[str, int] = field(default_factory=dict)
+
+    def meet(self) -> None:
+        """Asks nodes that are new who they are, and takes note of those who said it, and of those who left."""
+        online = set(self.grid.get_node_ids())
+        self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        self._asked &= online
+        new = sorted(online - self._asked)
+        if new:
+            messages = [Message(introduction(), node, MessageType.TRAIN) for node in new]
+            ids = self.grid.push_messages(messages)
+            self._introductions |= dict(zip(ids, new, strict=True))
+            self._asked |= set(new)
+        if self._introductions:
+            for answer in self.grid.pull_messages(list(self._introductions)):
+                self._introduce(self._introductions.pop(answer.metadata.reply_to_message_id, 0), answer)
+
+    def wait_for(self, clients: int, seconds: float) -> None:
+        """Waits until so many clients are there.
+
+        Raises:
+            UserError: If they are not after so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            self.meet()
+            if len(self.nodes) >= clients:
+                return
+            if time.monotonic() > end:
+                remedy = "Start more nodes, or lower deployment.min_participants"
+                expected = f"at least {clients} of {self.population} clients within {seconds:g} s"
+                raise UserError("SuperNodes", expected, len(self.nodes), remedy)
+            time.sleep(_POLL_SECONDS)
+
+    def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message]:
+        """Sends each client its content, and gives the answers that came in time, by client.
+
+        A client that joins, or comes back, before the deadline is sent its content then, and one that is silent is
+        asked again at half time: it answers the same request with the same bytes. An order lives no longer than its
+        turn, so that no client works, and pays, for a turn that is over.
+        """
+        end = time.monotonic() + seconds
+        again = max(seconds / 2.0, _RETRY_SECONDS)
+        waiting: dict[str, int] = {}
+        answers: dict[int, Message] = {}
+        send_at = dict.fromkeys(contents, 0.0)
+        while len(answers) < len(contents) and (left := end - time.monotonic()) > 0.0:
+            self.meet()
+            now = time.monotonic()
+            due = [c for c in contents if c not in answers and c in self.nodes and send_at[c] <= now]
+            if due:
+                ids = self.grid.push_messages([_message(contents[c], self.nodes[c], left, group) for c in due])
+                waiting |= dict(zip(ids, due, strict=True))
+                send_at |= dict.fromkeys(due, now + again)
+            for answer in self.grid.pull_messages(list(waiting)) if waiting else ():
+                client = waiting.pop(answer.metadata.reply_to_message_id)
+                if answer.has_error() and answer.metadata.src_node_id == SERVER_NODE:
+                    send_at[client] = min(send_at[client], now + _RETRY_SECONDS)  # its node is gone, and may come back
+                else:
+                    answers.setdefault(client, answer)
+            time.sleep(_POLL_SECONDS)
+        return answers
+
+    def _introduce(self, node: int, answer: Message) -> None:
+        if answer.has_error():
+            _log.warning("node %d: %s", node, reason_in_short(answer.error))
+            return
+        found = Introduction.of_answer(answer.content)
+        if found is None or found.client is None or not 0 <= found.client < self.population:
+            given = None if found is None else found.client
+            _log.warning("node %d: partition-id %s, expected 0 to %d: not used", node, given, self.population - 1)
+        elif self.nodes.get(found.client, node) != node:
+            _log.warning("node %d: client %d is there already: not used", node, found.client)
+        else:
+            self.nodes[found.client] = node
+
+
+def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -> Coordinator:
+    """The run as it was saved last, or at its beginning; the records agree with it.
+
+    A turn is saved before its row is written, so that nothing of it is published that a crash could undo; a row that is
+    missing for that reason is written now.
+    """
+    config = experiment.config
+    coordinator = Coordinator(
+        server=experiment.server,
+        client=experiment.population.rules,
+        plan=experiment.plan,
+        choice=config.deployment or DeploymentChoice(),
+        turns=config.training.rounds,
+        digest=config.digest,
+        state=config.method.init_server(experiment.initial_model),
+    )
+    saved = directory.checkpoint.read(config.digest, journal.promise)
+    if saved is not None:
+        _, server, tensors = saved
+        coordinator.restore(type(coordinator.state)(**server), tensors)
+    journal.begin()
+    directory.keep_rows(PARTICIPATION, coordinator.turn)
+    journal.replayed(coordinator.turn, coordinator.asked_times)
+    if len(directory.rows("rounds.jsonl")) <= coordinator.turn:
+        journal.initial(coordinator.state.model, coordinator.turn)
+    return coordinator
+
+
+def run_turns(
+    grid: Grid,
+    experiment: Experiment,
+    coordinator: Coordinator,
+    arrays: ModelArrays,
+    journal: Journal,
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Runs the turns that are left, and returns the summary.
+
+    Raises:
+        UserError: If clients are missing at the start, or a turn stops the run; it goes on with --resume.
+    """
+    choice = experiment.config.deployment or DeploymentChoice()
+    network = Network(grid, experiment.population.federation.population)
+    network.wait_for(choice.min_participants, choice.join_timeout)
+
+    def save() -> None:
+        directory.checkpoint.write(
+            coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
+        )
+
+    while not coordinator.done:
+        broadcast = coordinator.begin()
+        save()
+        shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
+        contents = {}
+        for client in coordinator.asked():
+            order, terms = coordinator.order(client)
+            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
+        answers = network.exchange(contents, choice.deadline, str(broadcast.round))
+        replies, refusals, failed = _read(answers.items(), arrays)
+        outcome = coordinator.finish(replies, refusals)
+        save()
+        directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _tell(outcome, failed)
+        journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
+    return journal.finish(coordinator.state)
+
+
+def _message(content: RecordDict, node: int, seconds: float, group: str) -> Message:
+    return Message(content, node, MessageType.TRAIN, ttl=max(seconds, 1.0), group_id=group)
+
+
+def _read(
+    answers: Iterable[tuple[int, Message]], arrays: ModelArrays
+) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
+    """Messages, refusals and failures, by client."""
+    replies: dict[int, Tensor] = {}
+    refusals: dict[int, tuple[str, str]] = {}
+    failed: dict[int, str] = {}
+    for client, answer in answers:
+        if answer.has_error():
+            failed[client] = reason_in_short(answer.error)
+        elif (no := refused(answer.content)) is not None:
+            refusals[client] = no
+        else:
+            try:
+                replies[client] = arrays.vector(answer.content.array_records[ARRAYS])
+            except (UserError, KeyError, ValueError, TypeError) as error:
+                failed[client] = f"an answer that cannot be read ({error})"
+    return replies, refusals, failed
+
+
+def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, Any]:
+    silent = [client for client in outcome.silent if client not in failed]
+    return {
+        "round": outcome.turn,
+        "happened": outcome.happened,
+        "asked": outcome.asked,
+        "counted": outcome.counted,
+        "late": [client for client in silent if client in online],
+        "gone": [client for client in silent if client not in online],
+        "refused": {str(client): {"kind": kind, "reason": why} for client, (kind, why) in outcome.refused.items()},
+        "invalid": {str(client): why for client, why in outcome.invalid.items()},
+        "failed": {str(client): why for client, why in failed.items()},
+    }
+
+
+def _tell(outcome: Outcome, failed: dict[int, str]) -> None:
+    if outcome.happened != "applied":
+        _log.warning("turn %d: %s; nothing of it is used", outcome.turn, outcome.happened)
+    for client, (kind, why) in outcome.refused.items():
+        _log.warning("turn %d: client %d refuses (%s): %s", outcome.turn, client, kind, why)
+    for client, why in {**outcome.invalid, **failed}.items():
+        _log.warning("turn %d: client %d: %s", outcome.turn, client, why)
+    if outcome.silent:
+        _log.warning("turn %d: no answer in time from clients %s", outcome.turn, outcome.silent[:20])

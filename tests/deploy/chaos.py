@@ -1,0 +1,360 @@
+"""A deployment in one process over a network and disks that lose, repeat, delay, tear and fill up, by a seed.
+
+Only the network and the disks are simulated: server and clients are `Coordinator` and `Member`, and clients' files are
+real files. What must hold is checked after every turn by a bookkeeper who sees everything.
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clients.files
+from clients.ledger import Ledger, spent
+from clients.member import Member
+from clients.memory import MemoryFile
+from clients.policy import Accepts, Limits, Policy
+from clients.refusals import Refusal
+from clients.wire import Order, Terms
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.feedback import decayed
+from fedpriv.methods import has_memory
+from fedpriv.privacy import Poisson, make_plan
+from fedpriv.rounds import agree
+from fedpriv.streams import Purpose, Streams
+from strategies.coordinator import Coordinator
+
+SIZE = 6
+CLIENTS = 4
+
+
+class CrashError(Exception):
+    """The client's machine stops."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances, each of one event."""
+
+    lost_request: float = 0.1
+    lost_reply: float = 0.1
+    twice: float = 0.15
+    late_request: float = 0.1
+    late_reply: float = 0.1
+    client_crash: float = 0.1
+    disk_full: float = 0.05
+    disk_lost: float = 0.01
+    server_crash: float = 0.1
+
+
+@dataclass
+class Disk:
+    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way."""
+
+    rng: np.random.Generator
+    crash_at: int = -1
+    full_at: int = -1
+    writes: int = 0
+
+    def plan(self, faults: Faults) -> None:
+        self.writes, self.crash_at, self.full_at = 0, -1, -1
+        if self.rng.random() < faults.client_crash:
+            self.crash_at = int(self.rng.integers(0, 4))
+        elif self.rng.random() < faults.disk_full:
+            self.full_at = int(self.rng.integers(0, 2))
+
+    def write(self, file: int, content: Any) -> int:
+        """os.write, which tears."""
+        number, self.writes = self.writes, self.writes + 1
+        if number in (self.full_at, self.crash_at):
+            half = bytes(content)[: len(content) // 2]
+            if half and self.rng.random() < 0.5:
+                REAL_WRITE(file, half)
+            if number == self.full_at:
+                raise OSError(28, "No space left on device")
+            raise CrashError
+        return REAL_WRITE(file, content)
+
+
+REAL_WRITE = os.write
+
+
+@contextmanager
+def simulated_disk(disk: Disk) -> Iterator[None]:
+    """Client files go through `disk`; fsync does nothing, since no machine stops here for real."""
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def write(self, file: int, content: Any) -> int:
+            return disk.write(file, content)
+
+        def fsync(self, file: int) -> None:
+            pass
+
+    before, clients.files.os = clients.files.os, Os()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        clients.files.os = before
+
+
+@dataclass
+class Draws(Streams):
+    """Fresh noise at every draw, as in a deployment; remembers which draw was made for which turn and client."""
+
+    rng: np.random.Generator
+    made: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Any:  # noqa: A002
+        outer = self
+
+        class Source:
+            def normal(self, size: int) -> np.ndarray:
+                drawn = outer.rng.standard_normal(size).astype(np.float32)
+                if purpose == Purpose.CLIENT_NOISE:
+                    outer.made[round, client].append(drawn)
+                if purpose == Purpose.SERVER_NOISE:
+                    outer.made[round, -1].append(drawn)
+                return drawn
+
+            def uniform(self, size: int) -> np.ndarray:
+                return outer.rng.random(size)
+
+            def subset(self, population: int, size: int) -> np.ndarray:
+                return np.sort(outer.rng.choice(population, size, replace=False))
+
+        return Source()
+
+
+@dataclass
+class World:
+    """A server, its clients, and what is on its way between them.
+
+    Args:
+        folder: Where the clients' homes are.
+        method: The method.
+        trust: `none`, `central` or `local`.
+        seed: Decides everything.
+        turns: How many.
+        choice: The deployment's rules.
+        faults: What goes wrong, how often.
+        budget: The clients' epsilon.
+    """
+
+    folder: Path
+    method: Any
+    trust: str
+    seed: int
+    turns: int = 60
+    choice: DeploymentChoice = field(default_factory=DeploymentChoice)
+    faults: Faults = field(default_factory=Faults)
+    budget: float = 1e9
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        self.draws = Draws(np.random.default_rng(self.seed + 10**6))
+        sampling = Poisson(CLIENTS, 0.8)
+        plan = None
+        if self.trust != "none":
+            plan = make_plan(
+                trust=self.trust,
+                sampling=sampling,
+                rounds=self.turns,
+                delta=1e-5,
+                l2_bound=self.method.bounded.l2_bound,
+                noise_multiplier=1.0,
+                client_memory=has_memory(self.method),
+            )
+        self.server_rules, self.client_rules = agree(self.method, sampling, plan, self.draws)
+        self.plan = plan
+        self.server = self._new_server()
+        self.noise_only = self.method.init_server(torch.zeros(SIZE))
+        limits = Limits(epsilon=self.budget, delta=1e-5)
+        self.policy = Policy(accepts=Accepts(trust=cast(Any, self.trust)), limits=limits)
+        self.members = [self._new_member(i) for i in range(CLIENTS)]
+        self.disk = Disk(np.random.default_rng(self.seed + 2 * 10**6))
+        self.saved: Any = None
+        self.delayed: list[tuple[int, Order, Terms, Tensor]] = []
+        self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
+        self.outcomes: list[Any] = []
+        self.lost: set[int] = set()
+
+    def run(self) -> None:
+        """All turns; checks after each."""
+        with simulated_disk(self.disk):
+            while not self.server.done:
+                self.step()
+                self.check()
+
+    def step(self) -> None:
+        """One turn."""
+        rng, faults = self.rng, self.faults
+        broadcast = self.server.begin()
+        self._save()
+        self._perhaps_crash_server()
+        broadcast = self.server.begin()
+        if rng.random() < faults.disk_lost:
+            self._lose_disk(int(rng.integers(CLIENTS)))
+        events: list[tuple[int, Order, Terms, Tensor]] = [*self.delayed]
+        self.delayed = []
+        for client in self.server.asked():
+            event = (client, *self.server.order(client), broadcast.model)
+            if rng.random() < faults.lost_request:
+                continue
+            if rng.random() < faults.late_request:
+                self.delayed.append(event)
+                continue
+            events += [event] * (2 if rng.random() < faults.twice else 1)
+        rng.shuffle(events)  # type: ignore[arg-type]
+        replies, refusals = self._deliver(events, broadcast.round)
+        if rng.random() < faults.server_crash:  # what was heard is forgotten; the same turn is asked for again
+            self._restart_server()
+            broadcast = self.server.begin()
+            again = [(c, *self.server.order(c), broadcast.model) for c in self.server.asked() if rng.random() < 0.8]
+            replies, refusals = self._deliver(again, broadcast.round)
+        outcome = self.server.finish(replies, refusals)
+        if rng.random() < faults.server_crash:  # before anything of the turn was saved or published
+            self._restart_server()
+            return
+        self._follow_noise(outcome)
+        self.outcomes.append(outcome)
+        self._save()
+        self._perhaps_crash_server()
+
+    def _deliver(
+        self, events: list[tuple[int, Order, Terms, Tensor]], turn: int
+    ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]]]:
+        replies: dict[int, Tensor] = {}
+        refusals: dict[int, tuple[str, str]] = {}
+        for client, order, terms, model in events:
+            answer = self._answer(client, order, terms, model)
+            if answer is None or self.rng.random() < self.faults.lost_reply:
+                continue
+            if terms.turn != turn or self.rng.random() < self.faults.late_reply:
+                continue  # the server listens to the open turn only
+            if isinstance(answer, Refusal):
+                refusals.setdefault(client, (answer.kind, str(answer)))
+            else:
+                replies[client] = answer
+        return replies, refusals
+
+    def _answer(self, client: int, order: Order, terms: Terms, model: Tensor) -> Tensor | Refusal | None:
+        self.disk.plan(self.faults)
+        try:
+            message = self.members[client].answer(order, terms, model, lambda: self.signal(client, terms.turn, model))
+        except CrashError:
+            self.members[client] = self._new_member(client)
+            return None
+        except Refusal as refusal:
+            return refusal
+        finally:
+            self.disk.crash_at = self.disk.full_at = -1
+        self.sent[client, terms.turn].add(message.numpy().tobytes())
+        if self.rng.random() < self.faults.client_crash:
+            self.members[client] = self._new_member(client)
+        return message
+
+    def signal(self, client: int, turn: int, model: Tensor) -> Tensor:
+        """Another one at every call: whoever calls twice for one message is found out."""
+        self.calls = getattr(self, "calls", 0) + 1
+        rng = np.random.default_rng((self.seed, client, turn, self.calls))
+        return model + torch.tensor(rng.standard_normal(SIZE) + client, dtype=torch.float32)
+
+    def check(self) -> None:
+        """What must hold after every turn."""
+        for (client, turn), messages in self.sent.items():
+            assert len(messages) == 1, f"client {client} answered turn {turn} with {len(messages)} messages"
+        for client in range(CLIENTS):
+            entries = Ledger(self.members[client].folder).entries()
+            listed = {entry.turn for entry in entries}
+            assert len(listed) == len(entries), "a turn was noised twice"
+            assert {turn for who, turn in self.sent if who == client} <= listed
+            assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
+            if self.trust != "none":
+                assert spent(entries, 1e-5) <= self.budget
+        if has_memory(self.method) and self.exact:
+            assert torch.allclose(self.server.state.memory, self.expected_memory(), atol=1e-5)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the server's memory must be the clients': where none was lost since all began anew."""
+        return not self.lost
+
+    def expected_memory(self) -> Tensor:
+        """The mean of the clients' committed memories, plus the noise that the server's holds."""
+        total = torch.zeros(SIZE)
+        for client in range(CLIENTS):
+            record = MemoryFile(self.members[client].folder, self.server.run, client).read()
+            last = self.server.last_turn.get(client, 0)
+            if record is None or last == 0 or record.epoch != self.server.epoch:
+                assert last == 0
+                continue
+            settled = record.settled(last)
+            assert settled is not None
+            memory = settled.committed["memory"]
+            if "updated" in settled.committed:
+                memory = decayed(memory, self.method.damping, self.server.applied - settled.committed["updated"])
+            total += memory
+        return total / CLIENTS + self.noise_only.memory
+
+    def _follow_noise(self, outcome: Any) -> None:
+        """What the noise alone would have done to the server's memory."""
+        if not has_memory(self.method):
+            return
+        if outcome.happened == "re-based":
+            self.lost.clear()
+            self.noise_only = self.method.init_server(torch.zeros(SIZE))
+        if outcome.happened != "applied":
+            return
+        noise = torch.zeros(SIZE)
+        if self.trust == "central":
+            noise += self.server_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, -1][-1])
+        if self.trust == "local" and not self.method.needs_client_noise:
+            for client in outcome.counted:
+                noise += self.client_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, client][-1])
+        size, prob = self.server_rules.sampling.expected_size, self.server_rules.sampling.sampling_prob
+        self.noise_only = self.method.server_rule(self.noise_only, noise / size, prob)
+
+    def _new_server(self) -> Coordinator:
+        return Coordinator(
+            server=self.server_rules,
+            client=self.client_rules,
+            plan=self.plan,
+            choice=self.choice,
+            turns=self.turns,
+            digest="d",
+            state=self.method.init_server(torch.zeros(SIZE)),
+        )
+
+    def _new_member(self, client: int) -> Member:
+        return Member(self.policy, self.folder / str(client) / "state", self.draws)
+
+    def _save(self) -> None:
+        state = type(self.server.state)(*(part.clone() for part in self.server.state))
+        self.saved = state, {name: tensor.clone() for name, tensor in self.server.save().items()}
+
+    def _perhaps_crash_server(self) -> None:
+        if self.rng.random() < self.faults.server_crash:
+            self._restart_server()
+
+    def _restart_server(self) -> None:
+        self.server = self._new_server()
+        self.server.restore(*self.saved)
+
+    def _lose_disk(self, client: int) -> None:
+        """The memory is gone; the ledger was backed up."""
+        folder = self.members[client].folder / f"{self.server.run}-{client}"
+        if folder.exists():
+            shutil.rmtree(folder)
+            if self.server.last_turn.get(client, 0):
+                self.lost.add(client)

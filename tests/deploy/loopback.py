@@ -1,0 +1,121 @@
+"""A deployment of real processes on this machine: one SuperLink and some SuperNodes, with TLS and node keys."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from strategies.deploy_init import Deployment, init_deployment
+
+FEDPRIV = [sys.executable, "-m", "fedpriv.cli"]
+
+
+@dataclass
+class Loopback:
+    """Starts, kills and ends the processes.
+
+    Args:
+        folder: Of the deployment.
+        nodes: How many.
+        seeded: Whether tests may decide noise by a seed.
+    """
+
+    folder: Path
+    nodes: int
+    seeded: bool = True
+    port: int = field(default_factory=lambda: free_port())
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def make(self) -> None:
+        """Makes the folders."""
+        init_deployment(self.folder, Deployment(host="127.0.0.1", port=self.port, nodes=self.nodes, epsilon=1e4))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        seeded = {"FEDPRIV_TEST_SEEDED": "1"} if self.seeded else {}
+        return {**os.environ, **seeded, "PATH": path, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+
+    def start(self, name: str) -> None:
+        """Starts `server` or `node-I`."""
+        command = "server" if name == "server" else "node"
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [*FEDPRIV, "deploy", command, str(self.folder / name)],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if name == "server":
+            wait_until(self._listens, 60.0, self.log(name))
+
+    def start_all(self) -> None:
+        """The server, the registration of all keys, the nodes."""
+        self.start("server")
+        self.register()
+        for i in range(self.nodes):
+            self.start(f"node-{i}")
+
+    def register(self) -> None:
+        """Tells the server the nodes' keys."""
+        subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=120)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to a process and to all that it started."""
+        mark = f"FLWR_HOME={self.folder / name}".encode()
+        process = self._processes.pop(name)
+        process.kill()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if any(part.startswith(mark) for part in path.read_bytes().split(b"\0")):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+            except OSError:
+                continue
+        process.wait(timeout=30.0)
+
+    def close(self) -> None:
+        """Ends everything."""
+        for name in list(self._processes):
+            self.kill(name)
+
+    def log(self, name: str) -> str:
+        """What a process has printed."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def run(self, config: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+        """Begins `fedpriv run --deploy`, with noise by the seed."""
+        return subprocess.Popen(
+            [*FEDPRIV, "run", str(config), "--deploy", str(self.folder / "admin"), "--out", str(out), *more],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(0.5)
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, what: str = "") -> None:
+    """Waits until something holds; fails if it does not in time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what[-2000:]}"
+        time.sleep(0.1)

@@ -1,0 +1,31 @@
+"""Error feedback over a network and disks that fail: sixty turns and more, for thousands of seeds."""
+
+import os
+from pathlib import Path
+
+import pytest
+from chaos import World
+
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
+
+METHODS = {
+    "alpha-normec": AlphaNormEC(alpha=1.0, beta=0.2, server_lr=0.1),
+    "damped": AlphaNormEC(alpha=1.0, beta=0.2, server_lr=0.1, damping=0.1),
+    "clip21": Clip21(clip_norm=1.0, server_lr=0.1),
+    "dp-fedavg": DPFedAvg(clip_norm=1.0, server_lr=0.1),
+}
+SENT = AlphaNormEC(alpha=1.0, beta=0.2, server_lr=0.1, memory="sent")
+# More seeds than in continuous integration: FEDPRIV_CHAOS=100 pytest tests/deploy/test_deploy_chaos.py
+MANY = int(os.environ.get("FEDPRIV_CHAOS", "1"))
+
+
+@pytest.mark.parametrize("trust", ["none", "central", "local"])
+@pytest.mark.parametrize("name", METHODS)
+def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: str, tmp_path: Path) -> None:
+    for seed in range(8 * MANY):
+        World(tmp_path / str(seed), METHODS[name], trust, seed).run()
+
+
+def test_sent_memories_agree(tmp_path: Path) -> None:
+    for seed in range(8 * MANY):
+        World(tmp_path / str(seed), SENT, "local", seed).run()

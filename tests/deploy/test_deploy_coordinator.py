@@ -1,0 +1,274 @@
+"""The server's half: what counts, what is right when few answer, and what a crash leaves behind."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clients.wire import Order, Terms
+from fedpriv.errors import UserError
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory
+from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
+from fedpriv.rounds import agree
+from fedpriv.streams import SystemStreams
+from strategies.coordinator import Coordinator
+
+SIZE, CLIENTS = 4, 5
+UNDAMPED, DAMPED = AlphaNormEC(alpha=1.0, beta=0.5), AlphaNormEC(alpha=1.0, beta=0.5, damping=0.2)
+
+
+def coordinator(method: Any = UNDAMPED, trust: str | None = None, size: int = SIZE, **rules: Any) -> Coordinator:
+    sampling, plan = Everyone(CLIENTS), None
+    if trust is not None:
+        plan = make_plan(
+            trust=trust,
+            sampling=sampling,
+            rounds=20,
+            delta=1e-5,
+            l2_bound=method.bounded.l2_bound,
+            noise_multiplier=1.5,
+            client_memory=has_memory(method),
+        )
+    server, client = agree(method, sampling, plan, SystemStreams())
+    return Coordinator(
+        server=server,
+        client=client,
+        plan=plan,
+        choice=DeploymentChoice(**rules),
+        turns=20,
+        digest="d",
+        state=method.init_server(torch.zeros(size)),
+    )
+
+
+def messages(*clients: int, size: int = SIZE) -> dict[int, Tensor]:
+    return {client: torch.full((size,), 0.001 * (client + 1)) for client in clients}
+
+
+def lost(*clients: int) -> dict[int, tuple[str, str]]:
+    return dict.fromkeys(clients, ("lost", "its memory"))
+
+
+@pytest.mark.parametrize("answering", [0, 1, CLIENTS])
+def test_central_noise_is_the_plan_s_however_few_answer(answering: int) -> None:
+    """The standard deviation on the sum, seen through a memoryless server that sums into its model."""
+    server = coordinator(DPFedAvg(clip_norm=1.0, server_lr=1.0), "central", size=20_000)
+    server.begin()
+    outcome = server.finish(messages(*range(answering), size=20_000), {})
+    assert outcome.happened == ("applied" if answering else "too few")
+    if not answering:
+        assert torch.count_nonzero(server.state.model) == 0
+        return
+    sum_seen = -server.state.model.double() * CLIENTS - outcome.total.sum
+    expected = server.plan.noise_stddev  # type: ignore[union-attr]
+    assert float(sum_seen.std()) == pytest.approx(expected, rel=0.03)
+    assert expected == pytest.approx(1.5 * 1.0)
+
+
+def test_where_trust_is_local_the_server_adds_nothing_and_each_message_has_its_own() -> None:
+    server = coordinator(DPFedAvg(clip_norm=1.0, server_lr=1.0), "local")
+    server.begin()
+    order, terms = server.order(0)
+    assert order.noise_stddev == pytest.approx(1.5 * 2.0)
+    assert order.seed is None
+    assert (terms.trust, terms.rounds, terms.population) == ("local", 20, CLIENTS)
+    outcome = server.finish(messages(1, 2), {})
+    assert torch.allclose(-server.state.model.double() * CLIENTS, outcome.total.sum)
+
+
+def test_the_sum_is_divided_by_the_expected_size() -> None:
+    server = coordinator(DPFedAvg(clip_norm=1.0, server_lr=1.0))
+    server.begin()
+    server.finish(messages(0), {})
+    assert torch.allclose(server.state.model, torch.full((SIZE,), -0.001 / CLIENTS))
+
+
+def test_below_the_minimum_nothing_is_used_and_the_turn_is_spent() -> None:
+    server = coordinator(min_participants=3)
+    server.begin()
+    outcome = server.finish(messages(0, 1), {})
+    assert (outcome.happened, outcome.counted, outcome.silent) == ("too few", [], [2, 3, 4])
+    assert (server.turn, server.applied, server.last_turn) == (1, 0, {})
+    server.begin()
+    order, terms = server.order(0)
+    assert (order.round, terms.turn, terms.last_turn) == (1, 2, 0)
+
+
+def test_below_the_minimum_a_run_can_stop() -> None:
+    server = coordinator(min_participants=3, too_few="stop")
+    server.begin()
+    with pytest.raises(UserError, match=r"turn 1: expected at least 3 valid messages, got 2"):
+        server.finish(messages(0, 1), {})
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (torch.full((SIZE,), torch.nan), "NaN or infinity"),
+        (torch.full((SIZE,), torch.inf), "NaN or infinity"),
+        (torch.zeros(SIZE + 1), r"shape \[5\], expected \[4\]"),
+        (torch.zeros(2, SIZE), "shape"),
+        (torch.full((SIZE,), 0.9), "l2 norm 1.8, expected at most 1"),
+        (torch.full((SIZE,), 40.0), "a coordinate above 1"),
+    ],
+)
+def test_a_message_that_cannot_be_is_left_out(message: Tensor, why: str) -> None:
+    server = coordinator()
+    server.begin()
+    outcome = server.finish({**messages(0), 1: message}, {})
+    assert outcome.counted == [0]
+    assert list(outcome.invalid) == [1]
+    assert re.search(why, outcome.invalid[1])
+    assert server.last_turn == {0: 1}
+
+
+def test_a_loud_message_under_local_trust_is_left_out() -> None:
+    server = coordinator(trust="local")
+    server.begin()
+    loud = torch.full((SIZE,), 17.0 * server.client.noise_stddev)
+    assert server.finish({**messages(0), 1: loud}, {}).counted == [0]
+
+
+def test_who_was_not_asked_is_not_heard() -> None:
+    server = coordinator()
+    server.left_out = {3}
+    server.begin()
+    assert server.asked() == [0, 1, 2, 4]
+    assert server.finish(messages(0, 3), {}).counted == [0]
+
+
+@pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0)])
+def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
+    server = coordinator(method)
+    for _ in range(3):
+        server.begin()
+        server.finish(messages(*range(CLIENTS)), {})
+    model = server.state.model.clone()
+    assert torch.count_nonzero(server.state.memory)
+    server.begin()
+    outcome = server.finish(messages(0, 1, 2, 3), lost(4))
+    assert (outcome.happened, outcome.counted, server.epoch, server.last_turn) == ("re-based", [], 1, {})
+    assert torch.equal(server.state.model, model)
+    assert not torch.count_nonzero(server.state.memory)
+    server.begin()
+    assert [server.order(i)[1].epoch for i in range(CLIENTS)] == [1] * CLIENTS
+
+
+def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
+    server = coordinator(DAMPED)
+    server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
+    outcome = server.finish(messages(0, 1, 2, 3), lost(4))
+    assert (outcome.happened, server.epoch, server.last_turn[4], server.last_turn[0]) == ("applied", 0, 0, 2)
+
+
+def test_what_the_server_holds_of_a_lost_memory_fades() -> None:
+    """Server's memory minus the mean of the clients': what was lost, times (1 - lambda) a round."""
+    server = coordinator(DAMPED)
+    states = {i: DAMPED.init_client(SIZE) for i in range(CLIENTS)}
+    gone = torch.zeros(SIZE)
+    for number in range(1, 31):
+        server.begin()
+        if number == 11:
+            gone = states[4].memory.clone()
+            states[4] = DAMPED.init_client(SIZE)
+        replies = {}
+        for i in states:
+            replies[i], states[i] = DAMPED.client_rule(states[i], torch.ones(SIZE) * (i + 1), None, number)
+        server.finish(replies, {})
+        if server.turn == 20:
+            break
+    mean = torch.stack([state.memory for state in states.values()]).mean(dim=0)
+    assert torch.allclose(server.state.memory - mean, gone / CLIENTS * 0.8**10, atol=1e-6)
+
+
+def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
+    server = coordinator(lost_memory="leave-out")
+    server.begin()
+    assert server.finish(messages(0, 1), lost(4)).happened == "applied"
+    server.begin()
+    assert server.asked() == [0, 1, 2, 3]
+    server = coordinator(lost_memory="stop")
+    server.begin()
+    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got none"):
+        server.finish(messages(0, 1), lost(4))
+
+
+def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> None:
+    """Cohorts come from the operating system, so only what was saved can bring them back."""
+    method = DPFedAvg(clip_norm=1.0)
+    sampling = FixedSize(10**6, 3)
+    server_rules, client_rules = agree(method, sampling, None, SystemStreams())
+
+    def fresh() -> Coordinator:
+        return Coordinator(
+            server=server_rules,
+            client=client_rules,
+            plan=None,
+            choice=DeploymentChoice(),
+            turns=5,
+            digest="d",
+            state=method.init_server(torch.zeros(SIZE)),
+        )
+
+    one, other = fresh(), fresh()
+    first = one.begin()
+    one.finish(messages(*first.cohort.tolist()), {})
+    before = one.begin()
+    orders: list[tuple[Order, Terms]] = [one.order(int(i)) for i in before.cohort]
+    other.restore(one.state, one.save())
+    after = other.begin()
+    assert np.array_equal(before.cohort, after.cohort)
+    assert torch.equal(before.model, after.model)
+    assert before.capacity == after.capacity
+    assert [other.order(int(i)) for i in after.cohort] == orders
+    assert other.asked_times == one.asked_times
+
+
+def test_what_the_server_claims_counts_everyone_who_was_asked() -> None:
+    server = coordinator(trust="local")
+    for _ in range(3):
+        server.begin()
+        server.begin()
+        server.finish(messages(0), {})
+    assert server.asked_times == dict.fromkeys(range(CLIENTS), 3)
+
+
+def test_terms_carry_what_the_promise_rests_on() -> None:
+    method = DPFedAvg(clip_norm=1.0)
+    for sampling, told in ((Poisson(50, 0.1), (0.1, 0)), (FixedSize(50, 5), (0.1, 5)), (Everyone(50), (1.0, 0))):
+        plan = make_plan(
+            trust="central",
+            sampling=sampling,
+            rounds=9,
+            delta=1e-5,
+            l2_bound=1.0,
+            noise_multiplier=1.0,
+            client_memory=False,
+        )
+        server, client = agree(method, sampling, plan, SystemStreams())
+        made = Coordinator(
+            server=server,
+            client=client,
+            plan=plan,
+            choice=DeploymentChoice(),
+            turns=9,
+            digest="d",
+            state=method.init_server(torch.zeros(SIZE)),
+        )
+        made.begin()
+        _, terms = made.order(0)
+        assert (terms.probability, terms.cohort_size) == pytest.approx(told)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"deadline": 0.0}, {"deadline": float("nan")}, {"min_participants": 0}, {"join_timeout": -1.0}]
+)
+def test_choices_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"deployment.{next(iter(wrong))}"):
+        DeploymentChoice(**wrong)

@@ -1,0 +1,97 @@
+"""Real processes: a deployment gives the loop's model to the bit, also if its node and its server are killed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import Loopback, wait_until
+
+from fedpriv.experiment.config import load_config
+from fedpriv.experiment.engines import Execution
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.run import run_experiment
+
+pytestmark = pytest.mark.xdist_group("loopback")
+
+CONFIG = """
+name = "devices"
+seed = 7
+[data]
+name = "digits"
+partition = "dirichlet"
+concentration = 0.5
+clients = 4
+[model]
+name = "softmax"
+[local]
+work = "minibatch-gradient"
+batch_size = 32
+[cohort]
+sampling = "everyone"
+[method]
+name = "alpha-normec"
+alpha = 1.0
+beta = 0.2
+server_lr = 1.0
+damping = 0.1
+[privacy]
+trust = "local"
+noise_multiplier = 0.5
+[training]
+rounds = {rounds}
+[deployment]
+deadline = 90
+min_participants = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    made = Loopback(tmp_path_factory.mktemp("deployment") / "d", nodes=4)
+    made.make()
+    made.start_all()
+    yield made
+    made.close()
+
+
+def _config(folder: Path, rounds: int) -> Path:
+    path = folder / "devices.toml"
+    path.write_text(CONFIG.format(rounds=rounds))
+    return path
+
+
+def _by_loop(config: Path, out: Path) -> bytes:
+    run_experiment(load_config(config), out, engine="loop", execution=Execution(client_noise="faithful"))
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopback, tmp_path: Path) -> None:
+    config = _config(tmp_path, rounds=2)
+    run = deployment.run(config, tmp_path / "devices", "--test-seeded")
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
+
+
+def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, tmp_path: Path) -> None:
+    config, out = _config(tmp_path, rounds=4), tmp_path / "devices"
+    directory = RunDirectory(out)
+
+    def finished(rounds: int) -> bool:
+        return len(directory.rows("rounds.jsonl")) > rounds
+
+    run = deployment.run(config, out, "--test-seeded")
+    wait_until(lambda: finished(1), 120.0, deployment.log("server"))
+    deployment.kill("node-3")
+    deployment.start("node-3")
+    wait_until(lambda: finished(2), 240.0, deployment.log("server"))
+    deployment.kill("server")
+    printed, _ = run.communicate(timeout=240)
+    assert not directory.file("summary.json").exists(), printed
+    deployment.start("server")
+    again = deployment.run(config, out, "--test-seeded", "--resume")
+    printed, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, printed
+    assert (out / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
+    asked = [row["asked"] for row in directory.rows("participation.jsonl")]
+    assert asked == [[0, 1, 2, 3]] * 4

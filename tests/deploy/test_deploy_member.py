@@ -1,0 +1,370 @@
+"""A client that guards itself: what it refuses, what it remembers, what it writes down."""
+
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clients.files
+from clients.ledger import Ledger, spent, surely_within
+from clients.member import Member
+from clients.memory import MemoryFile
+from clients.policy import Accepts, Limits, Policy, load_policy
+from clients.refusals import KINDS, Refusal
+from clients.wire import Order, Terms, refusal_record, refused
+from fedpriv.errors import UserError
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
+from fedpriv.privacy import Everyone, make_plan
+from fedpriv.streams import SystemStreams
+
+SIZE = 5
+METHOD = AlphaNormEC(alpha=1.0, beta=0.5)
+STDDEV = 2.0  # multiplier 1 times the sensitivity 2 under replacement
+
+
+def policy(**changes: Any) -> Policy:
+    accepts = {k: v for k, v in changes.items() if k in Accepts.__dataclass_fields__}
+    limits = {"epsilon": 1000.0, "delta": 1e-5} | {k: v for k, v in changes.items() if k not in accepts}
+    return Policy(accepts=Accepts(**accepts), limits=Limits(**limits))
+
+
+def order(**changes: Any) -> Order:
+    return Order(**{"method": METHOD, "round": 1, "client": 0, "noise_stddev": STDDEV} | changes)
+
+
+def terms(**changes: Any) -> Terms:
+    told = {"run": "r1", "turn": 1, "last_turn": 0, "epoch": 0, "trust": "local", "adjacency": "replace"}
+    told |= {"delta": 1e-5, "noise_multiplier": 1.0, "rounds": 9, "sampling": "everyone", "population": 4}
+    return Terms(**told | {"probability": 1.0, "cohort_size": 0, "digest": "d"} | changes)
+
+
+def ask(member: Member, o: Order, t: Terms, model: Tensor | None = None, signal: Tensor | None = None) -> Tensor:
+    given = torch.ones(SIZE) if signal is None else signal
+    return member.answer(o, t, torch.zeros(SIZE) if model is None else model, lambda: given)
+
+
+def turn(number: int, last: int) -> tuple[Order, Terms]:
+    return order(round=number), terms(turn=number, last_turn=last)
+
+
+@pytest.fixture
+def member(tmp_path: Path) -> Member:
+    return Member(policy(), tmp_path / "home" / "state")
+
+
+def test_noise_comes_from_the_operating_system_unless_a_test_says_otherwise(member: Member) -> None:
+    assert type(member.streams) is SystemStreams
+    with pytest.raises(Refusal, match=r"seed: expected noise from this client's own operating system"):
+        ask(member, order(seed=3), terms())
+
+
+STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+    ("less noise than promised", {}, {"noise_stddev": 1.0}, {}, "noise: expected a standard deviation of 2"),
+    ("no noise at all", {}, {"noise_stddev": 0.0}, {}, "noise: expected a standard deviation of 2"),
+    ("noise below the floor", {"min_noise_multiplier": 1.5}, {}, {}, r"limits.min_noise_multiplier: expected at least"),
+    (
+        "a huge bound",
+        {"max_l2_bound": 10.0},
+        {"method": DPFedAvg(clip_norm=1e6)},
+        {},
+        "limits.max_l2_bound: expected at most",
+    ),
+    ("a bare message", {}, {"noise_stddev": 0.0}, {"trust": "central"}, "accepts.trust: expected local, got 'central'"),
+    ("nothing promised", {"trust": "central"}, {"noise_stddev": 0.0}, {"trust": "none"}, "accepts.trust"),
+    ("another method", {"methods": ("clip21",)}, {}, {}, "accepts.methods: expected clip21"),
+    ("another model's size", {"max_parameters": 4}, {}, {}, "accepts.max_parameters: expected at most 4, got 5"),
+    ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected orders for messages alone"),
+    ("no multiplier that can be", {}, {}, {"noise_multiplier": float("nan")}, "terms: expected a promise"),
+    ("an unknown trust", {"trust": "none"}, {}, {"trust": "nobody"}, "accepts.trust"),
+    ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected a promise"),
+    ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected one after the other"),
+    ("more turns than promised", {}, {}, {"turn": 10}, "turn: expected one after the other"),
+]
+
+
+@pytest.mark.parametrize(("limits", "asked", "told", "line"), [s[1:] for s in STRANGERS], ids=[s[0] for s in STRANGERS])
+def test_what_was_not_agreed_is_refused_and_nothing_changes(
+    limits: dict[str, Any], asked: dict[str, Any], told: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    guarded = Member(policy(**limits), tmp_path / "state")
+    with pytest.raises(Refusal, match=line) as caught:
+        ask(guarded, order(**asked), terms(**told))
+    assert caught.value.kind in KINDS
+    assert not (tmp_path / "state").exists()
+    assert refused(refusal_record(caught.value.kind, str(caught.value))) == (caught.value.kind, str(caught.value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite_is_refused(member: Member, value: float) -> None:
+    with pytest.raises(Refusal, match=r"model: expected finite numbers"):
+        ask(member, order(), terms(), torch.full((SIZE,), value))
+
+
+def test_a_run_does_not_change_its_model_s_size(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    with pytest.raises(Refusal, match=r"model: expected one whose memory has the shapes"):
+        ask(member, *turn(2, 1), torch.zeros(9), torch.ones(9))
+
+
+def test_the_same_request_gets_the_same_bytes_and_another_one_none(member: Member) -> None:
+    first = ask(member, *turn(1, 0))
+    again = ask(Member(member.policy, member.folder), *turn(1, 0), signal=torch.full((SIZE,), 7.0))
+    assert torch.equal(first, again)
+    assert len(Ledger(member.folder).entries()) == 1
+    with pytest.raises(Refusal, match=r"turn: expected a turn after 1, or what was asked in it"):
+        ask(member, *turn(1, 0), torch.ones(SIZE))
+
+
+def test_memory_moves_only_when_the_server_says_that_the_message_counted(member: Member) -> None:
+    record = MemoryFile(member.folder, "r1", 0)
+    ask(member, *turn(1, 0))
+    ask(member, *turn(2, 1))  # counted
+    ask(member, *turn(3, 1))  # the second did not
+    kept = record.read()
+    assert kept is not None
+    assert (kept.committed_turn, kept.pending_turn) == (1, 3)
+    wanted, _ = METHOD.client_rule(METHOD.init_client(SIZE), torch.ones(SIZE), None, 1)
+    assert torch.allclose(kept.committed["memory"], 0.5 * wanted)
+
+
+def test_a_late_order_is_not_answered_again(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    ask(member, *turn(2, 1))
+    with pytest.raises(Refusal, match="turn: expected a turn after 2") as caught:
+        ask(member, *turn(1, 0))
+    assert caught.value.kind == "stale"
+
+
+def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    ask(member, *turn(2, 1))
+    MemoryFile(member.folder, "r1", 0).path.unlink()
+    with pytest.raises(Refusal, match="expected its state after turn 2, got none") as caught:
+        ask(member, *turn(3, 2))
+    assert caught.value.kind == "lost"
+    ask(member, *turn(4, 0))
+    kept = MemoryFile(member.folder, "r1", 0).read()
+    assert kept is not None
+    assert kept.committed_turn == 0
+
+
+def test_a_message_whose_copy_is_lost_is_not_noised_again(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    MemoryFile(member.folder, "r1", 0).path.unlink()
+    with pytest.raises(Refusal, match="no turn is noised twice") as caught:
+        ask(member, *turn(1, 0))
+    assert caught.value.kind == "stale"
+
+
+def test_a_method_without_memory_loses_nothing(tmp_path: Path) -> None:
+    plain = Member(policy(), tmp_path / "state")
+    asked = order(method=DPFedAvg(clip_norm=1.0))
+    ask(plain, asked, terms())
+    MemoryFile(plain.folder, "r1", 0).path.unlink()
+    ask(plain, asked, terms(turn=2, last_turn=1))
+
+
+def test_a_new_epoch_starts_afresh_and_the_old_one_is_over(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    ask(member, order(), terms(turn=2, epoch=1))
+    with pytest.raises(Refusal, match="epoch: expected at least 1"):
+        ask(member, order(), terms(turn=3, last_turn=1))
+
+
+def test_records_are_private(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    files = [path for path in member.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"ledger.jsonl", "lock", "memory"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    folders = [member.folder, *(path for path in member.folder.rglob("*") if path.is_dir())]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
+
+
+def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        clients.files.os, "fsync", lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f))
+    )
+    ask(member, *turn(1, 0))
+    names = [Path(path).name for path in synced]
+    assert names == ["ledger.jsonl", "state", "memory.part", "r1-0"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "version", "empty"])
+def test_a_damaged_memory_is_never_used(member: Member, damage: str) -> None:
+    ask(member, *turn(1, 0))
+    path = MemoryFile(member.folder, "r1", 0).path
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+    damaged = {"flipped": bytes(content), "short": bytes(content[:-9]), "empty": b""}
+    path.write_bytes(damaged.get(damage, content.replace(b"fedpriv-memory 1", b"fedpriv-memory 2")))
+    with pytest.raises(Refusal, match="expected a whole memory file") as caught:
+        ask(member, *turn(2, 1))
+    assert caught.value.kind == "trouble"
+    assert len(Ledger(member.folder).entries()) == 1
+
+
+@pytest.mark.parametrize("full_at", [0, 1])
+def test_a_full_disk_is_said_and_no_memory_is_lost(
+    member: Member, full_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(member, *turn(1, 0))
+    before = MemoryFile(member.folder, "r1", 0).path.read_bytes()
+    real, calls = os.write, []
+
+    def write(file: int, content: bytes) -> int:
+        calls.append(1)
+        if len(calls) == full_at + 1:
+            raise OSError(28, "No space left on device")
+        return real(file, content)
+
+    monkeypatch.setattr(clients.files.os, "write", write)
+    with pytest.raises(Refusal, match="no space left") as caught:
+        ask(member, *turn(2, 1))
+    assert caught.value.kind == "trouble"
+    assert MemoryFile(member.folder, "r1", 0).path.read_bytes() == before
+    monkeypatch.undo()
+    ask(member, *turn(3, 1))
+
+
+@pytest.mark.parametrize("damage", ["a line is missing", "a figure is changed", "not JSON"])
+def test_a_ledger_that_was_changed_stops_everything(member: Member, damage: str) -> None:
+    for number in (1, 2, 3):
+        ask(member, *turn(number, number - 1))
+    path = Ledger(member.folder).path
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "a line is missing":
+        lines = [lines[0], lines[2]]
+    elif damage == "a figure is changed":
+        lines[1] = lines[1].replace(b'"noise_stddev": 2.0', b'"noise_stddev": 9.0')
+    else:
+        lines[0] = b"none\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
+        ask(member, *turn(4, 3))
+    assert caught.value.kind == "trouble"
+
+
+def test_a_torn_last_line_was_never_sent(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    path = Ledger(member.folder).path
+    with path.open("ab") as file:
+        file.write(b'{"run": "r1", "tu')
+    ask(member, *turn(2, 1))
+    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+
+
+def test_the_ledger_says_what_the_server_may_claim(member: Member) -> None:
+    plan = make_plan(trust="local", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
+    for number in range(1, 5):
+        ask(member, *turn(number, number - 1))
+        entries = Ledger(member.folder).entries()
+        assert spent(entries, 1e-5) == pytest.approx(plan.epsilon_of_participations(number), rel=1e-9)
+
+
+def test_the_budget_holds_over_runs_and_ends_with_a_refusal(tmp_path: Path) -> None:
+    plan = make_plan(trust="local", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
+    budget = plan.epsilon_of_participations(3) * 1.001
+    frugal = Member(policy(epsilon=budget), tmp_path / "state")
+    ask(frugal, order(), terms(run="one"))
+    ask(frugal, order(), terms(run="two"))
+    ask(frugal, order(), terms(run="three"))
+    with pytest.raises(Refusal, match=r"epsilon after another message: expected at most") as caught:
+        ask(frugal, order(), terms(run="four"))
+    assert caught.value.kind == "budget"
+    assert len(Ledger(frugal.folder).entries()) == 3
+    ask(frugal, order(), terms(run="one"))  # the same request, the same bytes: nothing new is spent
+
+
+@pytest.mark.parametrize("multiplier", [0.3, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("releases", [1, 4])
+def test_the_quick_bound_is_never_below_the_accountant_s(member: Member, multiplier: float, releases: int) -> None:
+    for number in range(1, releases + 1):
+        o, t = turn(number, number - 1)
+        ask(member, replace(o, noise_stddev=2.0 * multiplier), replace(t, noise_multiplier=multiplier))
+    entries = Ledger(member.folder).entries()
+    exact = spent(entries, 1e-5)
+    assert not surely_within(entries, exact * 0.999, 1e-5)
+    assert surely_within(entries, 3.0 * exact, 1e-5)
+
+
+def test_different_noises_compose_like_one_gaussian(member: Member) -> None:
+    ask(member, order(), terms())
+    ask(member, order(noise_stddev=4.0), terms(run="r2", noise_multiplier=2.0))
+    together = make_plan(
+        trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=1.25**-0.5
+    )
+    assert spent(Ledger(member.folder).entries(), 1e-5) == pytest.approx(together.epsilon, rel=1e-9)
+
+
+def test_neighbours_of_two_kinds_are_counted_under_the_stronger(member: Member) -> None:
+    """A release promised under add-or-remove costs as much as under replacement once both are there."""
+    ask(member, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+    ask(member, order(), terms(run="r2"))
+    together = make_plan(
+        trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=5.0**-0.5
+    )
+    assert spent(Ledger(member.folder).entries(), 1e-5) == pytest.approx(together.epsilon, rel=1e-9)
+
+
+def test_central_runs_cost_their_whole_promise_at_once(tmp_path: Path) -> None:
+    trusting = Member(policy(trust="central", delta=2.5e-5), tmp_path / "state")
+    bare = order(noise_stddev=0.0)
+    told = terms(trust="central", adjacency="add-or-remove")
+    ask(trusting, bare, told)
+    plan = make_plan(trust="central", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
+    assert spent(Ledger(trusting.folder).entries(), 2.5e-5) == pytest.approx(plan.epsilon)
+    ask(trusting, bare, replace(told, run="r2"))
+    assert spent(Ledger(trusting.folder).entries(), 2.5e-5) == pytest.approx(2 * plan.epsilon)
+    with pytest.raises(Refusal, match="got inf"):  # a third delta of 1e-5 is more than 2.5e-5
+        ask(trusting, bare, replace(told, run="r3"))
+
+
+def test_a_server_that_lowers_the_noise_in_mid_run_pays_for_both_promises(tmp_path: Path) -> None:
+    trusting = Member(policy(trust="central", delta=1e-4, epsilon=1e4), tmp_path / "state")
+    bare = order(noise_stddev=0.0)
+    told = terms(trust="central", adjacency="add-or-remove")
+    ask(trusting, bare, told)
+    one = spent(Ledger(trusting.folder).entries(), 1e-4)
+    ask(trusting, order(noise_stddev=0.0, round=2), replace(told, turn=2, last_turn=1, noise_multiplier=0.5))
+    assert spent(Ledger(trusting.folder).entries(), 1e-4) > 2 * one
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", r"a table \[limits\]"),
+        ("[limits]\nepsilon = 1\n", "limits.delta"),
+        ("[limits]\nepsilon = 0.0\ndelta = 1e-5", "limits.epsilon"),
+        ("[limits]\nepsilon = inf\ndelta = 1e-5", "limits.epsilon"),
+        ("[limits]\nepsilon = 1.0\ndelta = 1e-5\nepsilom = 2", "epsilom: expected a known key"),
+        ('[accepts]\ntrust = "all"\n[limits]\nepsilon = 1.0\ndelta = 1e-5', "accepts.trust"),
+        ('[accepts]\nmethods = ["sgd"]\n[limits]\nepsilon = 1.0\ndelta = 1e-5', "accepts.methods"),
+        ("limits = 3", "limits: expected a table"),
+        ("[limits", "expected a TOML file"),
+    ],
+)
+def test_a_policy_that_is_not_right_lets_nothing_leave(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "fedpriv-client.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=line):
+        load_policy(path)
+    with pytest.raises(UserError, match=line):
+        Member.at(tmp_path)
+
+
+def test_clip21_keeps_its_memory_too(tmp_path: Path) -> None:
+    kept = Member(policy(), tmp_path / "state")
+    asked = order(method=Clip21(clip_norm=1.0))
+    ask(kept, asked, terms())
+    ask(kept, replace(asked, round=2), terms(turn=2, last_turn=1))
+    record = MemoryFile(kept.folder, "r1", 0).read()
+    assert record is not None
+    assert float(record.committed["memory"].norm()) == pytest.approx(1.0, rel=1e-5)
