@@ -152,7 +152,7 @@ def test_the_directory_of_another_experiment_is_refused(config, tmp_path):
 
 def test_rounds_are_shown_once_and_only_when_all_of_them_is_there(tmp_path):
     directory, seen = RunDirectory(tmp_path), []
-    rounds = launch._Rounds(directory, lambda released, diagnostics: seen.append((released, diagnostics)))
+    rounds = launch.RecordedRounds(directory, lambda released, diagnostics: seen.append((released, diagnostics)))
     rounds.show()
     directory.append("rounds.jsonl", {"round": 0})
     directory.append("rounds.jsonl", {"round": 1})

@@ -1,0 +1,24 @@
+import shutil
+
+import pytest
+from deploy_names import HOST
+
+from strategies.deploy_init import Deployment, init_deployment
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A deployment of two nodes, as it was made."""
+    folder = tmp_path_factory.mktemp("made") / "deployment"
+    init_deployment(folder, Deployment(host=HOST, nodes=2))
+    return folder
+
+
+@pytest.fixture
+def deployment(made, tmp_path):
+    """A copy of it, to do anything with."""
+    folder = tmp_path / "deployment"
+    shutil.copytree(made, folder)
+    config = folder / "admin" / "config.toml"
+    config.write_text(config.read_text().replace(str(made), str(folder)))
+    return folder
