@@ -14,9 +14,9 @@ from pathlib import Path
 
 from clients.files import append_durably, make_private_folder
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, PrivacyPlan, plan_of_terms
+from fedpriv.privacy import ADVERSARIES, Everyone, PrivacyPlan, plan_of_terms
 
-__all__ = ["Entry", "Ledger", "spent", "surely_within"]
+__all__ = ["Entry", "Ledger", "account_of", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
 _FIRST = "0" * 64
@@ -168,6 +168,29 @@ def spent(entries: Sequence[Entry], delta: float) -> float:
         return math.inf
     by_others = math.fsum(plan.epsilon for _, plan in central)
     return by_others + (_spent_locally(local, left) if local else 0.0)
+
+
+def account_of(folder: Path, epsilon: float, delta: float) -> str:
+    """What a ledger says, for people: a line a run, and the sum.
+
+    Args:
+        folder: Where the ledger is.
+        epsilon: The budget.
+        delta: Its delta.
+    """
+    entries = Ledger(folder).entries()
+    lines = []
+    for run in dict.fromkeys(entry.run for entry in entries):
+        part = [entry for entry in entries if entry.run == run]
+        last = part[-1]
+        promise = "nothing promised" if last.trust == "none" else f"epsilon {spent(part, delta):.4g} on its own"
+        noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
+        what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
+        lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {promise}")
+    promised = [entry for entry in entries if entry.trust != "none"]
+    adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in promised) else "local"]
+    total = f"spent       epsilon {spent(promised, delta):.4g} of {epsilon:g} at delta = {delta:g}, all runs together"
+    return "\n".join([*lines, total, f"adversary   {adversary}"])
 
 
 def _spent_locally(entries: Sequence[Entry], delta: float) -> float:

@@ -264,6 +264,18 @@ def node(
 
 
 @deploy.command()
+def ledger(
+    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
+) -> None:
+    """Show what has left a node, run by run, and what its data have been spent."""
+    from clients.ledger import account_of
+    from clients.member import Member
+
+    member = Member.at(bundle)
+    print(account_of(member.folder, member.policy.limits.epsilon, member.policy.limits.delta))
+
+
+@deploy.command()
 def server(
     folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="The server's folder.", show_default=False)],
 ) -> None:

@@ -182,9 +182,7 @@ class Coordinator:
         elif len(valid) < self.choice.min_participants:
             happened = "too few"
             if self.choice.too_few == "stop":
-                expected = f"at least {self.choice.min_participants} valid messages"
-                remedy = "Mend the clients and go on with --resume, or change [deployment]"
-                raise UserError(f"turn {broadcast.round}", expected, len(valid), remedy)
+                raise self._too_few(valid, refusals)
         if lost and self.lost_memory == "start-afresh":
             self.last_turn |= dict.fromkeys(lost, 0)
         if lost and self.lost_memory == "leave-out":
@@ -233,6 +231,13 @@ class Coordinator:
         if self._open is None:
             raise RuntimeError("no turn is open: call begin")
         return self._open
+
+    def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
+        expected = f"at least {self.choice.min_participants} valid messages"
+        reasons = [f"client {i} refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())]
+        got = f"{len(valid)}" + (f" ({'; '.join(reasons[:2])})" if reasons else "")
+        remedy = "Mend the clients and go on with --resume, or change [deployment]"
+        return UserError(f"turn {self._broadcast.round}", expected, got, remedy)
 
     def _start_anew(self) -> None:
         """Fresh memories on both sides; the model stays."""

@@ -1,10 +1,11 @@
 """What is promised, to whom, and why it holds."""
 
-from fedpriv.privacy.plan import PrivacyPlan, make_plan, plan_of_terms
+from fedpriv.privacy.plan import ADVERSARIES, PrivacyPlan, make_plan, plan_of_terms
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
 __all__ = [
+    "ADVERSARIES",
     "SAMPLINGS",
     "Everyone",
     "FixedSize",
