@@ -1,0 +1,350 @@
+"""Server and client apps together, message by message: bits, counting, resumption, strangers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deploy_in_process import DeploymentGrid, run_server
+from flower_in_process import NodeError
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from clients.wire import ARRAYS, FEDPRIV, TERMS
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import load_config
+from fedpriv.experiment.engines import Execution
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.run import run_experiment
+from fedpriv.learning.datasets import Digits
+from strategies import deployment
+
+CONFIG = """
+name = "devices"
+seed = 3
+[data]
+name = "digits"
+partition = "dirichlet"
+concentration = 0.5
+clients = {clients}
+[model]
+name = "softmax"
+[local]
+work = "{work}"
+{batch}
+[cohort]
+{cohort}
+[method]
+{method}
+{privacy}
+[training]
+rounds = {rounds}
+[deployment]
+deadline = {deadline}
+{rules}
+"""
+METHODS = {
+    "alpha-normec": 'name = "alpha-normec"\nalpha = 1.0\nbeta = 0.2',
+    "damped": 'name = "alpha-normec"\nalpha = 1.0\nbeta = 0.2\ndamping = 0.1',
+    "clip21": 'name = "clip21"\nclip_norm = 0.5',
+    "dp-fedavg": 'name = "dp-fedavg"\nclip_norm = 0.5',
+}
+
+
+def config(method: str = "damped", trust: str = "local", **changes: Any) -> str:
+    privacy = "" if trust == "none" else f'[privacy]\ntrust = "{trust}"\nnoise_multiplier = 0.5'
+    given = {"clients": 4, "work": "minibatch-gradient", "batch": "batch_size = 20", "cohort": 'sampling = "everyone"'}
+    given |= {"method": METHODS[method], "privacy": privacy, "rounds": 4, "deadline": 20.0, "rules": ""}
+    return CONFIG.format(**given | changes)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(deployment, "_RETRY_SECONDS", 0.01)
+
+
+@pytest.fixture
+def seeded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("FEDPRIV_TEST_SEEDED", "1")
+    return {"test_seeded": True}
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return RunDirectory(out).rows("participation.jsonl")
+
+
+def bits_of_loop(toml: str, folder: Path) -> bytes:
+    path = folder / "loop.toml"
+    path.write_text(toml)
+    run_experiment(load_config(path), folder / "loop", engine="loop", execution=Execution(client_noise="faithful"))
+    return (folder / "loop" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("cohort", ['sampling = "everyone"', 'sampling = "poisson"\nprobability = 0.6'])
+@pytest.mark.parametrize("trust", ["none", "central", "local"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deployment_is_the_loop_to_the_bit(
+    method: str, trust: str, cohort: str, seeded: dict[str, Any], tmp_path: Path
+) -> None:
+    toml = config(method, trust, cohort=cohort, rounds=6)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust=trust, epsilon=1e6)
+    run_server(grid, toml, tmp_path / "out", **seeded)
+    happened = [row["happened"] for row in rows(tmp_path / "out")]
+    if "too few" in happened:
+        pytest.fail("an empty cohort spends a turn: choose another seed")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+
+
+def test_without_the_switch_noise_is_secret_and_the_statement_says_so(tmp_path: Path) -> None:
+    models = []
+    for number in (1, 2):
+        grid = DeploymentGrid(tmp_path / f"nodes{number}", 4, {}, trust="local")
+        out = tmp_path / f"out{number}"
+        run_server(grid, config(rounds=1), out, test_seeded=True)
+        models.append((out / "model.safetensors").read_bytes())
+        assert "come from a seed" not in (out / "privacy.txt").read_text()
+        orders = [m.content.config_records[FEDPRIV] for m in grid.seen if TERMS in m.content.config_records]
+        assert len(orders) == 4
+        assert not any("seed" in order for order in orders)
+    assert models[0] != models[1]
+
+
+def test_refusals_failures_and_silence_are_counted_by_client(tmp_path: Path) -> None:
+    """Client 0 has no budget, 1 is dead, 2 raises, 3 never answers, 4 and 5 are well."""
+
+    def hook(partition: int, message: Message) -> bool:
+        if TERMS not in message.content.config_records:
+            return True
+        if partition == 1:
+            raise NodeError("gone")
+        if partition == 2:
+            raise RuntimeError("out of memory")
+        return partition != 3
+
+    grid = DeploymentGrid(tmp_path / "nodes", 6, {}, trust="local", hook=hook)
+    policy = tmp_path / "nodes" / "node-0" / "fedpriv-client.toml"
+    policy.write_text(policy.read_text().replace("epsilon = 1000000.0", "epsilon = 0.1"))
+    run_server(grid, config(rounds=2, clients=6, deadline=1.0, rules="min_participants = 2"), tmp_path / "out")
+    for row in rows(tmp_path / "out"):
+        assert (row["happened"], row["asked"], row["counted"]) == ("applied", [0, 1, 2, 3, 4, 5], [4, 5])
+        assert row["refused"]["0"]["kind"] == "budget"
+        assert "out of memory" in row["failed"]["2"]
+        assert (row["late"], row["gone"]) == ([1, 3], [])
+    summary = RunDirectory(tmp_path / "out").read_json("summary.json")
+    assert summary["ledger"]["most"]["participations"] == 2
+    assert summary["diagnostics"]["messages"] == 4
+
+
+def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str, Any], tmp_path: Path) -> None:
+    """Client 2 is away in turn 3; what the others sent is not noised again, and the end is the loop's."""
+    away = [True]
+    toml = config(rules='min_participants = 4\ntoo_few = "stop"', deadline=1.0)
+
+    def hook(partition: int, message: Message) -> bool:
+        terms = message.content.config_records.get(TERMS)
+        return not (partition == 2 and terms is not None and terms["turn"] == 3 and away[0])
+
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    with pytest.raises(UserError, match="turn 3: expected at least 4 valid messages, got 3"):
+        run_server(grid, toml, tmp_path / "out", **seeded)
+    away[0] = False
+    with pytest.raises(UserError, match="Add --resume"):
+        run_server(grid, toml, tmp_path / "out", **seeded)
+    run_server(grid, toml, tmp_path / "out", resume=True, **seeded)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+    assert [row["round"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4]
+    assert [row["round"] for row in RunDirectory(tmp_path / "out").rows("rounds.jsonl")] == [0, 1, 2, 3, 4]
+    for node in range(4):
+        lines = (tmp_path / "nodes" / f"node-{node}" / "state" / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_seed_in_an_order_is_refused_where_no_test_allows_it(
+    seeded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hook(partition: int, message: Message) -> bool:  # noqa: ARG001
+        monkeypatch.delenv("FEDPRIV_TEST_SEEDED", raising=False)
+        return True
+
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    run_server(grid, config(rounds=1), tmp_path / "out", **seeded)
+    (row,) = rows(tmp_path / "out")
+    assert {refusal["kind"] for refusal in row["refused"].values()} == {"policy"}
+    assert "operating system" in row["refused"]["0"]["reason"]
+    assert row["happened"] == "too few"
+
+
+def _other_client(content: RecordDict) -> None:
+    content.config_records[FEDPRIV]["client"] = 1
+
+
+def _nan_model(content: RecordDict) -> None:
+    (name,) = content.array_records[ARRAYS]
+    values = content.array_records[ARRAYS][name].numpy().copy()
+    values[0] = np.nan
+    content.array_records[ARRAYS][name] = Array(values)
+
+
+def _larger_model(content: RecordDict) -> None:
+    (name,) = content.array_records[ARRAYS]
+    content.array_records[ARRAYS][name] = Array(np.zeros(651, dtype=np.float32))
+
+
+def _integers(content: RecordDict) -> None:
+    (name,) = content.array_records[ARRAYS]
+    content.array_records[ARRAYS][name] = Array(np.zeros(650, dtype=np.int64))
+
+
+def _digest(content: RecordDict) -> None:
+    content.config_records[TERMS]["digest"] = "f" * 64
+
+
+def _run_name(content: RecordDict) -> None:
+    content.config_records[TERMS]["run"] = "../../elsewhere"
+
+
+def _huge_turn(content: RecordDict) -> None:
+    content.config_records[TERMS]["turn"] = 10**18
+
+
+def _text_for_number(content: RecordDict) -> None:
+    content.config_records[TERMS]["noise_multiplier"] = "much"
+
+
+def _no_terms(content: RecordDict) -> None:
+    del content[TERMS]
+
+
+def _no_model(content: RecordDict) -> None:
+    del content[ARRAYS]
+
+
+TAMPERED = {
+    "another client's order": (_other_client, "expected one for client 0"),
+    "NaN in the model": (_nan_model, "finite numbers"),
+    "another model's size": (_larger_model, "expected 650 parameters"),
+    "a model of whole numbers": (_integers, "expected floating point numbers"),
+    "another experiment": (_digest, "the one of the terms"),
+    "a run that is a path": (_run_name, "a name of letters and digits"),
+    "a turn beyond the plan": (_huge_turn, "one after the other"),
+    "a text for a number": (_text_for_number, "terms.noise_multiplier"),
+    "no terms": (_no_terms, "expected terms"),
+    "no model": (_no_model, "arrays"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_an_order_that_was_tampered_with_is_refused(name: str, tmp_path: Path) -> None:
+    change, line = TAMPERED[name]
+
+    def hook(partition: int, message: Message) -> bool:
+        if partition == 0 and TERMS in message.content.config_records:
+            change(message.content)
+        return True
+
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    run_server(grid, config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    said = str(row["refused"].get("0", {}).get("reason", "")) + row["failed"].get("0", "")
+    assert line in said
+    assert "Traceback" not in said
+    assert 0 not in row["counted"]
+    ledger = tmp_path / "nodes" / "node-0" / "state" / "ledger.jsonl"
+    assert not ledger.exists()
+
+
+def _answer_nan(content: RecordDict) -> RecordDict:
+    (name,) = content.array_records[ARRAYS]
+    return RecordDict({ARRAYS: ArrayRecord({name: Array(np.full(650, np.nan, dtype=np.float32))})})
+
+
+def _answer_longer(content: RecordDict) -> RecordDict:
+    (name,) = content.array_records[ARRAYS]
+    return RecordDict({ARRAYS: ArrayRecord({name: Array(np.zeros(10**6, dtype=np.float32))})})
+
+
+def _answer_other_name(content: RecordDict) -> RecordDict:  # noqa: ARG001
+    return RecordDict({ARRAYS: ArrayRecord({"x": Array(np.zeros(650, dtype=np.float32))})})
+
+
+def _answer_text(content: RecordDict) -> RecordDict:
+    (name,) = content.array_records[ARRAYS]
+    return RecordDict({ARRAYS: ArrayRecord({name: Array("object", (650,), "numpy.ndarray", b"\x80\x04not numpy")})})
+
+
+def _answer_nothing(content: RecordDict) -> RecordDict:  # noqa: ARG001
+    return RecordDict({"m": MetricRecord({"loss": 1.0})})
+
+
+def _answer_strange_refusal(content: RecordDict) -> RecordDict:  # noqa: ARG001
+    return RecordDict({FEDPRIV: ConfigRecord({"refused": "x" * 10, "reason": "y\n" * 10})})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_answer_nan, _answer_longer, _answer_other_name, _answer_text, _answer_nothing, _answer_strange_refusal],
+)
+def test_an_answer_that_cannot_be_is_left_out_and_the_run_goes_on(change: Any, tmp_path: Path) -> None:
+    class Tampered(DeploymentGrid):
+        def _play(self, message: Message) -> Message | None:
+            answer = super()._play(message)
+            if answer is not None and self.order.index(message.metadata.dst_node_id) == 1 and TERMS in message.content:
+                return Message(change(answer.content), reply_to=message)
+            return answer
+
+    grid = Tampered(tmp_path / "nodes", 4, {}, trust="local")
+    run_server(grid, config(rounds=2), tmp_path / "out")
+    for row in rows(tmp_path / "out"):
+        assert row["counted"] == [0, 2, 3]
+        assert "1" in {**row["refused"], **row["invalid"], **row["failed"]}
+
+
+def test_a_node_without_a_home_does_not_take_part_in_deployments(tmp_path: Path) -> None:
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local")
+    for context in grid.contexts.values():
+        del context.node_config["fedpriv-home"]
+    run_server(grid, config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert "a home of its own" in row["failed"]["0"]
+
+
+def test_clients_train_on_files_of_their_own(tmp_path: Path) -> None:
+    digits = Digits().load(None)
+    for i in range(4):
+        part = slice(i, None, 4)
+        arrays = {"inputs": digits.train_inputs[part].numpy(), "labels": digits.train_labels[part].numpy()}
+        (tmp_path / "nodes" / f"node-{i}").mkdir(parents=True)
+        np.savez(tmp_path / "nodes" / f"node-{i}" / f"mine-{i}.npz", classes=10, **arrays)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none", own="mine")
+    toml = config("dp-fedavg", "none", work="full-gradient", batch="", rounds=8)
+    run_server(grid, toml, tmp_path / "out")
+    summary = RunDirectory(tmp_path / "out").read_json("summary.json")
+    assert summary["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("wrong", ["no file", "labels", "shape"])
+def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> None:
+    home = tmp_path / "nodes" / "node-0"
+    home.mkdir(parents=True)
+    inputs, labels = np.zeros((5, 1, 8, 8), dtype=np.float32), np.zeros(5, dtype=np.int64)
+    if wrong == "labels":
+        labels[0] = 10
+    if wrong == "shape":
+        inputs = inputs[:, :, :4]
+    if wrong != "no file":
+        np.savez(home / "mine-0.npz", inputs=inputs, labels=labels, classes=10)
+    grid = DeploymentGrid(tmp_path / "nodes", 1, {}, trust="none", own="mine")
+    run_server(grid, config("dp-fedavg", "none", clients=1, work="full-gradient", batch="", rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    expected = "parameters" if wrong == "shape" else "mine-0.npz"
+    assert expected in row["refused"]["0"]["reason"]
+
+
+def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:
+    grid = DeploymentGrid(tmp_path / "nodes", 5, {}, trust="local")
+    grid.contexts[grid.order[4]].node_config["partition-id"] = 0
+    run_server(grid, config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert row["counted"] == [0, 1, 2, 3]
+    assert sum(TERMS in m.content for m in grid.seen) == 4
