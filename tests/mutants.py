@@ -40,6 +40,9 @@ ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
+MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
+
 MUTANTS = [
     Mutant(
         "a plan without memory serves a method with memory",
@@ -451,6 +454,153 @@ MUTANTS = [
         "return self.noise_multiplier > 0.0 and math.isfinite(self.epsilon)",
         "return True",
         EXPERIMENT,
+    ),
+    Mutant(
+        "deployment: a repeated request is noised afresh",
+        "clients/member.py",
+        "return _given_before(record, terms, request)",
+        "pass",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: a turn whose message is lost is noised again",
+        "clients/member.py",
+        "            _refuse_released(past, entry)\n",
+        "",
+        CHAOS,
+    ),
+    Mutant(
+        "deployment: a release is not written to the ledger",
+        "clients/member.py",
+        "            ledger.append(entry)\n            memory.write(settled",
+        "            memory.write(settled",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: a pending memory is committed whatever counted",
+        "clients/memory.py",
+        "if self.pending_turn and last_turn == self.pending_turn:",
+        "if self.pending_turn:",
+        CHAOS,
+    ),
+    Mutant(
+        "deployment: a pending memory is never committed",
+        "clients/memory.py",
+        "if self.pending_turn and last_turn == self.pending_turn:",
+        "if False:",
+        CHAOS,
+    ),
+    Mutant(
+        "deployment: a damaged memory is used",
+        "clients/memory.py",
+        'if line.decode(errors="replace") != f"{_VERSION} {hashlib.sha256(body).hexdigest()}":',
+        "if False:",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: records are not on the disk when the message leaves",
+        "clients/files.py",
+        "                _write_all(file, line)\n                os.fsync(file)",
+        "                _write_all(file, line)",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: the budget is not looked at",
+        "clients/member.py",
+        "if not epsilon <= limits.epsilon:",
+        "if False:",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: the quick bound is too low",
+        "clients/ledger.py",
+        "return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon",
+        "return rho <= epsilon",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: replacement is counted as removal",
+        "clients/ledger.py",
+        'moved = 2.0 if _worst_adjacency(entries) == "replace" else 1.0',
+        "moved = 1.0",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: a client follows a seed",
+        "clients/policy.py",
+        "if order.seed is not None:",
+        "if False:",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: less noise than promised is accepted",
+        "clients/policy.py",
+        "if abs(order.noise_stddev - needed) > _TOLERANCE * needed:",
+        "if False:",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: the floor on noise is not looked at",
+        "clients/policy.py",
+        "if not plan.noise_multiplier >= self.limits.min_noise_multiplier:",
+        "if False:",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: an open turn is drawn again after a restart",
+        "strategies/coordinator.py",
+        'if facts["open"] is not None:',
+        "if False:",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: who did not answer is counted",
+        "strategies/coordinator.py",
+        "self.last_turn |= dict.fromkeys(counted, broadcast.round)",
+        "self.last_turn |= dict.fromkeys(asked, broadcast.round)",
+        CHAOS,
+    ),
+    Mutant(
+        "deployment: too few are enough",
+        "strategies/coordinator.py",
+        "elif len(valid) < self.choice.min_participants:",
+        "elif False:",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: a message beyond its bound is summed",
+        "strategies/coordinator.py",
+        "if self.client.noise_stddev == 0.0 and norm > bound:",
+        "if False:",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: lost memories are not started anew",
+        "strategies/coordinator.py",
+        "            self._start_anew()\n",
+        "            pass\n",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: noise and cohorts come from the seed",
+        "strategies/server_app.py",
+        "    if not seeded:\n",
+        "    if False:\n",
+        APPS,
+    ),
+    Mutant(
+        "deployment: a turn is not saved before it is sent",
+        "strategies/deployment.py",
+        "        broadcast = coordinator.begin()\n        save()\n",
+        "        broadcast = coordinator.begin()\n",
+        APPS,
+    ),
+    Mutant(
+        "deployment: a node runs any bundle",
+        "clients/supernode_internals.py",
+        "    if digest not in accepted:",
+        "    if False:",
+        "tests/deploy/test_deploy_node.py",
     ),
 ]
 

@@ -146,10 +146,21 @@ class Row:
     ratios: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     absent: str = ""
+    command: str = ""
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_earlier_run(cls, cells: dict[str, Any]) -> "Row":
+        """A line of `speed.csv`, as it was."""
+        ratios = [float(cells["x_ideal"])] if cells["x_ideal"] else []
+        named = {"workload": cells["workload"], "workers": int(cells["workers"]), "contender": cells["contender"]}
+        return cls(**named, ratios=ratios, absent=cells["absent"], command=cells.get("command") or "", kept=cells)
 
     @property
     def cells(self) -> dict[str, Any]:
         """As in `speed.csv`."""
+        if self.kept:
+            return self.kept
         cells: dict[str, Any] = {"workload": self.workload, "workers": self.workers, "contender": self.contender}
         if self.ratios:
             per_client = 1e3 * median(self.seconds) / WORKLOADS[self.workload].cohort
@@ -159,10 +170,21 @@ class Row:
                 "pairs": len(self.ratios),
                 "ms_per_client": f"{per_client:.4g}",
             }
-        return cells | {"absent": self.absent}
+        return cells | {"absent": self.absent, "command": self.command}
 
 
-COLUMNS = ("workload", "workers", "contender", "x_ideal", "least", "most", "pairs", "ms_per_client", "absent")
+COLUMNS = (
+    "workload",
+    "workers",
+    "contender",
+    "x_ideal",
+    "least",
+    "most",
+    "pairs",
+    "ms_per_client",
+    "absent",
+    "command",
+)
 
 
 @dataclass
@@ -270,9 +292,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]
         writer.writerows(rows)
 
 
-def markdown(rows: Sequence[Row], command: str) -> str:
+def made_by(rows: Sequence[Row]) -> str:
+    """Which commands made the rows, and where."""
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(row.command for row in rows) if command)
+    return f"Made by {commands} on {machine()}."
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """The tables as a page: a table for each workload."""
-    lines = [f"Made by `{command}` on {machine()}.", ""]
+    lines = [made_by(rows), ""]
     lines += ["Seconds per round over those of the bare loop on one process: median (least to most) of the pairs.", ""]
     for name in dict.fromkeys(row.workload for row in rows):
         lines += [f"**{describe(WORKLOADS[name])}**", "", "| contender | 1 worker | 2 workers | ms/client |"]
@@ -294,9 +322,9 @@ def _cell(row: Row | None) -> str:
     return f"{cells['x_ideal']} ({cells['least']} to {cells['most']})"
 
 
-def summary(rows: Sequence[Row], command: str) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """The medians side by side, for the page: a table for each number of workers, then why cells are empty."""
-    parts = [f"Made by `{command}` on {machine()}. Ranges and milliseconds: `speed.md`, `speed.csv`.\n"]
+    parts = [f"{made_by(rows)} Ranges and milliseconds: `speed.md`, `speed.csv`.\n"]
     for workers, group in ((1, CENTRAL), (2, CENTRAL), (1, LOCAL), (2, LOCAL)):
         found = [row for row in rows if row.workers == workers and row.workload in group]
         names = [name for name in group if any(row.workload == name and row.ratios for row in found)]
@@ -355,6 +383,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without-rivals", action="store_true", help="the bare loop and fedpriv")
     parser.add_argument("--pairs", type=int, help=f"default {PAIRS}")
     parser.add_argument("--minutes", type=float, default=120.0, help="start no process after that; default 120")
+    parser.add_argument("--add", action="store_true", help="keep the figures of other workloads from an earlier run")
     parser.add_argument("--check", action="store_true", help="verify that all take the same step; no timing")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the tables")
     return parser.parse_args()
@@ -370,16 +399,34 @@ def main() -> None:
         write_csv(found.out / "check.csv", ("workload", "workers", "contender", "error", "absent"), table)
         return
     until, rows = time.monotonic() + 60.0 * found.minutes, []
+    command = " ".join(["python results/benchmarks/make.py", *sys.argv[1:]])
+    earlier = read_rows(found.out / "speed.csv") if found.add else []
     for name in names:
         print(describe(WORKLOADS[name]), flush=True)
         chain = Chain(WORKLOADS[name], rows_of(name, contenders), found.pairs or (1 if found.quick else PAIRS), until)
         chain.measure()
         rows += [chain.drift(), *(row for _, row in chain.rows)]
-        write_csv(found.out / "speed.csv", COLUMNS, [row.cells for row in rows])
-        command = " ".join(["python results/benchmarks/make.py", *sys.argv[1:]])
-        (found.out / "speed.md").write_text(markdown(rows, command), encoding="utf-8")
-        if found.out == HERE:
-            fill("speed", summary(rows, command))
+        for row in rows:
+            row.command = command
+        write(found.out, [*(row for row in earlier if row.workload not in {new.workload for new in rows}), *rows])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of an earlier run; none if there was none."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Row.of_earlier_run(cells) for cells in csv.DictReader(file)]
+
+
+def write(out: Path, rows: list[Row]) -> None:
+    """Writes the tables and, beside this script, the page; workloads in their order."""
+    order = [*CENTRAL, *LOCAL]
+    rows = sorted(rows, key=lambda row: order.index(row.workload))
+    write_csv(out / "speed.csv", COLUMNS, [row.cells for row in rows])
+    (out / "speed.md").write_text(markdown(rows), encoding="utf-8")
+    if out == HERE:
+        fill("speed", summary(rows))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,37 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
         assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
 
 
+class ServerDied(BaseException):  # noqa: N818
+    """The ServerApp's process ends."""
+
+
+def test_a_server_that_dies_in_a_turn_asks_the_same_clients_for_the_same(tmp_path: Path) -> None:
+    """Cohorts come from the operating system; the second answers are the first ones' bytes."""
+    asked: list[dict[int, str]] = [{}, {}]
+    living = [False]
+
+    def hook(partition: int, message: Message) -> bool:
+        terms = message.content.config_records.get(TERMS)
+        if terms is not None and terms["turn"] == 3:
+            (name,) = message.content.array_records[ARRAYS]
+            asked[living[0]][partition] = message.content.array_records[ARRAYS][name].data.hex()
+            if not living[0] and len(asked[0]) == 3:
+                raise ServerDied
+        return True
+
+    toml = config(clients=40, cohort='sampling = "fixed"\nsize = 4', batch="batch_size = 5")
+    grid = DeploymentGrid(tmp_path / "nodes", 40, {}, trust="local", hook=hook)
+    with pytest.raises(ServerDied):
+        run_server(grid, toml, tmp_path / "out")
+    living[0] = True
+    run_server(grid, toml, tmp_path / "out", resume=True)
+    assert asked[0].items() <= asked[1].items()
+    assert len(asked[1]) == 4
+    for partition in asked[0]:
+        ledger = tmp_path / "nodes" / f"node-{partition}" / "state" / "ledger.jsonl"
+        assert [json.loads(line)["turn"] for line in ledger.read_text().splitlines()].count(3) == 1
+
+
 def test_a_seed_in_an_order_is_refused_where_no_test_allows_it(
     seeded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
