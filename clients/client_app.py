@@ -1,12 +1,13 @@
 """The ClientApp that runs fedpriv's experiments: `clientapp = "clients.client_app:app"`."""
 
+import logging
 import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.answers import refusal, send_message
@@ -24,6 +25,8 @@ __all__ = ["TEST_SEEDED", "app"]
 TEST_SEEDED = "FEDPRIV_TEST_SEEDED"
 """The environment variable that lets a seed decide the noise of a deployment: for tests, never for people."""
 
+_log = logging.getLogger("flwr")
+
 app = ClientApp()
 
 
@@ -39,17 +42,19 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _train(message: Message, context: Context) -> Message:
-    order, terms = Order.of(message.content), Terms.of(message.content)
     home = context.node_config.get("fedpriv-home")
-    if terms is not None and not home:
+    if home:
+        try:
+            return _deployed(message, context, Path(str(home)))
+        except Exception:  # what it says may speak of data, and Flower would send it to the server
+            _log.exception("the order could not be followed")
+            return Message(refusal_record("trouble", Refusal.because("trouble", "").told), reply_to=message)
+    order, terms = Order.of(message.content), Terms.of(message.content)
+    if terms is not None:
         remedy = "Start nodes of a deployment with: fedpriv deploy node BUNDLE"
         raise UserError("node", "one with a home of its own, and a policy in it", "one without", remedy)
-    if terms is None and home:
-        raise UserError("order", "terms, as deployments have them", "none", "Run it with fedpriv run --deploy")
     received = message.content.array_records[ARRAYS]
     model = ModelArrays.of(received)
-    if terms is not None:
-        return _deployed(message, context, Path(str(home)), order, terms)
     population = _population_of(message, context)
     with one_thread():
         x = model.vector(received).to(population.task.device)
@@ -57,22 +62,46 @@ def _train(message: Message, context: Context) -> Message:
     return Message(send_message(order, signal, model, context), reply_to=message)
 
 
-def _deployed(message: Message, context: Context, home: Path, order: Order, terms: Terms) -> Message:
+def _deployed(message: Message, context: Context, home: Path) -> Message:
     """The answer of a device that guards itself; a refusal is an answer, too."""
     try:
+        order, terms = _order_of(message)
         if order.client != _own_id(context):
             raise Refusal("model", "order", f"one for client {_own_id(context)}", order.client, "It is another's")
         order, streams = _streams(order)
         member = Member.at(home, streams)
-        received = message.content.array_records[ARRAYS]
-        model = ModelArrays.of(received)
-        run = RunConfig.of(context.run_config, context.node_config)
+        received, model = _model_of(message)
+        run = RunConfig.of_device(context.run_config, context.node_config)
         vector = model.vector(received)
         answer = member.answer(order, terms, vector, lambda: own_signal(member, run, order, terms, vector))
+    except Refusal as refusal:
+        no = refusal
     except UserError as error:
-        kind = error.kind if isinstance(error, Refusal) else "trouble"
-        return Message(refusal_record(kind, str(error)), reply_to=message)
-    return Message(RecordDict({ARRAYS: model.message(answer)}), reply_to=message)
+        no = Refusal.because("trouble", str(error))
+    else:
+        return Message(RecordDict({ARRAYS: model.message(answer)}), reply_to=message)
+    _log.warning("refused (%s): %s", no.kind, no)
+    return Message(refusal_record(no.kind, no.told), reply_to=message)
+
+
+def _order_of(message: Message) -> tuple[Order, Terms]:
+    try:
+        order, terms = Order.of(message.content), Terms.of(message.content)
+    except UserError as error:
+        raise Refusal.because("model", str(error)) from None
+    if terms is None:
+        raise Refusal("model", "order", "terms, as deployments have them", "none", "Run it with fedpriv run --deploy")
+    return order, terms
+
+
+def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
+    try:
+        received = message.content.array_records[ARRAYS]
+        return received, ModelArrays.of(received)
+    except KeyError:
+        raise Refusal("model", "order", f"the model, a record {ARRAYS!r}", "none", "Start the run again") from None
+    except UserError as error:
+        raise Refusal.because("model", str(error)) from None
 
 
 def _own_id(context: Context) -> int | None:

@@ -18,6 +18,7 @@ def make_private_folder(path: Path) -> None:
         for folder in reversed([path, *path.parents]):
             if not folder.exists():
                 folder.mkdir(exist_ok=True, mode=0o700)
+                _sync_folder(folder.parent)
 
 
 def replace_durably(path: Path, content: bytes) -> None:
@@ -37,27 +38,25 @@ def replace_durably(path: Path, content: bytes) -> None:
             raise
 
 
-def append_durably(path: Path, line: bytes) -> None:
-    """Adds a line to a file; if that fails half way, what was added is taken off again.
+def append_durably(path: Path, line: bytes, length: int) -> None:
+    """Adds a line to a file of `length` bytes; what a crash left beyond them is taken off, as is what fails half way.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
     """
     with _explained(path):
-        new = not path.exists()
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            before = os.fstat(file).st_size
+            os.ftruncate(file, length)
             try:
                 _write_all(file, line)
                 os.fsync(file)
+                _sync_folder(path.parent)
             except OSError:
-                os.ftruncate(file, before)
+                os.ftruncate(file, length)
                 raise
         finally:
             os.close(file)
-        if new:
-            _sync_folder(path.parent)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What has left a client, written down before it leaves, and what that has cost.
 
-One JSON line a release, each with the hash of the line before: lines cannot be dropped or changed unnoticed. A last
-line that a crash tore is no release: a message is sent only once its line is whole and on the disk.
+One JSON line a release, each with the hash of the line before; beside it the number of lines and the hash of the last,
+which each memory holds, too: lines cannot be lost or changed unnoticed while any of these files is there. A last line
+that a crash tore is no release: a message is sent only once its line is whole and on the disk.
 """
 
 import hashlib
@@ -12,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clients.files import append_durably, make_private_folder
+from clients.files import append_durably, make_private_folder, only_one, replace_durably
 from fedpriv.errors import UserError
-from fedpriv.privacy import ADVERSARIES, Everyone, PrivacyPlan, plan_of_terms
+from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, plan_of_terms
 
 __all__ = ["Entry", "Ledger", "account_of", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
+HEAD_FILE = "ledger.head"
+LOCK_FILE = "lock"
 _FIRST = "0" * 64
 
 
@@ -80,28 +83,48 @@ class Entry:
 
 
 class Ledger:
-    """The releases of one client's data, over all runs.
+    """The releases of one client's data, over all runs. Whoever writes holds the lock of the folder.
 
     Args:
-        folder: Where the file is.
+        folder: Where the files are.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER_FILE
-        self._last = _FIRST
+        self._head = folder / HEAD_FILE
+        self._hashes = [_FIRST]
+        self._length = 0
+
+    @property
+    def lines(self) -> int:
+        """How many releases there are, once they were read."""
+        return len(self._hashes) - 1
+
+    @property
+    def last_hash(self) -> str:
+        """SHA-256 of the last line."""
+        return self._hashes[-1]
 
     def entries(self) -> list[Entry]:
-        """All releases, the first first.
+        """All releases, the first first. Nothing is changed.
 
         Raises:
             UserError: If a line is missing or was changed: then what was spent is not known.
         """
-        self._last = _FIRST
+        self._hashes, self._length = [_FIRST], 0
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole, _, torn = content.rpartition(b"\n")
-        if torn:
-            self._take_off_torn_line(len(content) - len(torn))
-        return [self._read(number, line) for number, line in enumerate(whole.split(b"\n") if whole else [], 1)]
+        whole = content[: content.rfind(b"\n") + 1]  # what a crash left of a line was never sent
+        self._length = len(whole)
+        found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        if self._head.exists():
+            lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
+            self.refuse_without(int(lines) if lines.isdecimal() else -1, digest)
+        return found
+
+    def refuse_without(self, lines: int, digest: str) -> None:
+        """Raises UserError unless the ledger has so many lines or more, and that one has this hash."""
+        if lines and not (0 < lines <= self.lines and self._hashes[lines] == digest):
+            raise self._damaged(max(lines, 0))
 
     def append(self, entry: Entry) -> None:
         """Writes a release down, after `entries` was read; it is on the disk when this returns.
@@ -110,34 +133,30 @@ class Ledger:
             UserError: If the disk is full; then nothing may be sent.
         """
         make_private_folder(self.path.parent)
-        line = json.dumps({**asdict(entry), "time": time.time(), "before": self._last}).encode()
-        append_durably(self.path, line + b"\n")
-        self._last = hashlib.sha256(line).hexdigest()
+        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
+        append_durably(self.path, line + b"\n", self._length)
+        self._length += len(line) + 1
+        self._hashes.append(hashlib.sha256(line).hexdigest())
+        replace_durably(self._head, f"{self.lines} {self.last_hash}\n".encode())
 
     def _read(self, number: int, line: bytes) -> Entry:
         try:
             row = json.loads(line)
             before, _ = row.pop("before"), row.pop("time")
+            entry = Entry(**row)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise self._damaged(number) from None
-        if before != self._last:
+        if before != self.last_hash:
             raise self._damaged(number)
-        self._last = hashlib.sha256(line).hexdigest()
-        try:
-            return Entry(**row)
-        except TypeError:
-            raise self._damaged(number) from None
-
-    def _take_off_torn_line(self, length: int) -> None:
-        with self.path.open("r+b") as file:
-            file.truncate(length)
+        self._hashes.append(hashlib.sha256(line).hexdigest())
+        return entry
 
     def _damaged(self, number: int) -> UserError:
-        remedy = "Put back a copy. Without it nobody knows what was spent, and nothing more is sent"
-        return UserError(f"{self.path}, line {number}", "the line as it was written", "another", remedy)
+        remedy = "Put back the newest copy. Without it nobody knows what was spent, and nothing more is sent"
+        return UserError(f"{self.path}, line {number}", "the line as it was written", "another, or none", remedy)
 
 
-def surely_within(entries: Sequence[Entry], epsilon: float, delta: float) -> bool:
+def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
     """Whether a bound that needs no accountant shows that releases cost at most `epsilon` at `delta`.
 
     Zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP with
@@ -146,62 +165,77 @@ def surely_within(entries: Sequence[Entry], epsilon: float, delta: float) -> boo
     """
     if any(entry.trust != "local" for entry in entries):
         return False
-    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries))
+    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries, adjacency))
     return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
 
 
-def spent(entries: Sequence[Entry], delta: float) -> float:
+def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
     """Epsilon at `delta` of all releases together; infinite where nothing was promised.
 
     Against the server, if all trust was local: then this client's own noise is all that counts. Runs with central trust
     cost their whole promise from the first message on, since that promise is about all of their rounds together. Both
     kinds, and several central runs, add up by basic composition.
+
+    Args:
+        entries: The releases.
+        delta: For all together.
+        adjacency: Under which neighbours the client's own noise is counted. Central runs are counted under those that
+            they promise; if that is add-or-remove for any, so is the sum.
     """
     if not entries:
         return 0.0
     if any(entry.trust == "none" for entry in entries):
         return math.inf
     local = [entry for entry in entries if entry.trust == "local"]
-    central = {(entry.run, entry.plan) for entry in entries if entry.trust == "central"}
-    left = delta - math.fsum(plan.delta for _, plan in central)
+    central = {(entry.run, entry.client, entry.plan) for entry in entries if entry.trust == "central"}
+    left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
-    by_others = math.fsum(plan.epsilon for _, plan in central)
-    return by_others + (_spent_locally(local, left) if local else 0.0)
+    by_others = math.fsum(plan.epsilon for *_, plan in central)
+    return by_others + (_spent_locally(local, left, adjacency) if local else 0.0)
 
 
-def account_of(folder: Path, epsilon: float, delta: float) -> str:
+def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> str:
     """What a ledger says, for people: a line a run, and the sum.
 
     Args:
         folder: Where the ledger is.
         epsilon: The budget.
         delta: Its delta.
+        adjacency: See `spent`.
     """
-    entries = Ledger(folder).entries()
+    if folder.exists():
+        with only_one(folder / LOCK_FILE):
+            entries = Ledger(folder).entries()
+    else:
+        entries = []
     lines = []
     for run in dict.fromkeys(entry.run for entry in entries):
         part = [entry for entry in entries if entry.run == run]
         last = part[-1]
-        promise = "nothing promised" if last.trust == "none" else f"epsilon {spent(part, delta):.4g} on its own"
+        alone = (
+            "nothing promised" if last.trust == "none" else f"epsilon {spent(part, delta, adjacency):.4g} on its own"
+        )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
-        lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {promise}")
+        lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     promised = [entry for entry in entries if entry.trust != "none"]
     adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in promised) else "local"]
-    total = f"spent       epsilon {spent(promised, delta):.4g} of {epsilon:g} at delta = {delta:g}, all runs together"
-    return "\n".join([*lines, total, f"adversary   {adversary}"])
+    total = (
+        f"epsilon {spent(promised, delta, adjacency):.4g} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
+    )
+    return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 
-def _spent_locally(entries: Sequence[Entry], delta: float) -> float:
+def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
     """Releases with Gaussian noise compose to one: mu^2 is the sum of (sensitivity / stddev)^2."""
-    worst, ratios = _worst_adjacency(entries), _ratios(entries)
+    ratios = _ratios(entries, adjacency)
     same = len(set(ratios)) == 1
     mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
     rounds = len(ratios) if same else 1
     plan = PrivacyPlan(
         trust="local",
-        adjacency=worst,
+        adjacency=adjacency,
         sampling=Everyone(1),
         rounds=rounds,
         delta=delta,
@@ -211,14 +245,7 @@ def _spent_locally(entries: Sequence[Entry], delta: float) -> float:
     return plan.epsilon_of_participations(rounds)
 
 
-def _ratios(entries: Sequence[Entry]) -> list[float]:
-    """Sensitivity over standard deviation of each release.
-
-    If any was promised under replacement, all are counted under it, which costs more.
-    """
-    moved = 2.0 if _worst_adjacency(entries) == "replace" else 1.0
+def _ratios(entries: Sequence[Entry], adjacency: str) -> list[float]:
+    """Sensitivity over standard deviation of each release."""
+    moved = REPLACE_FACTOR if adjacency == "replace" else 1.0
     return [moved * entry.l2_bound / entry.noise_stddev for entry in entries]
-
-
-def _worst_adjacency(entries: Sequence[Entry]) -> str:
-    return "replace" if any(entry.adjacency == "replace" for entry in entries) else "add-or-remove"

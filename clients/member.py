@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clients.files import make_private_folder, only_one
-from clients.ledger import Entry, Ledger, spent, surely_within
+from clients.ledger import LOCK_FILE, Entry, Ledger, spent, surely_within
 from clients.memory import MemoryFile, Record
 from clients.policy import POLICY_FILE, Policy, load_policy
 from clients.refusals import Refusal
@@ -77,25 +77,29 @@ class Member:
         except OSError as error:
             line = f"{error.filename or self.folder}: {error.strerror or error}"
             raise Refusal.because("trouble", line) from None
+        except Exception as error:
+            raise Refusal.because("trouble", f"{type(error).__name__}: {error}") from error
 
     def _answer(self, order: Order, terms: Terms, model: Tensor, make_signal: Callable[[], Tensor]) -> Tensor:
         self._check(order, terms, model)
         request = _digest(order, terms, model)
         memory, ledger = MemoryFile(self.folder, terms.run, order.client), Ledger(self.folder)
-        make_private_folder(memory.path.parent)
-        with only_one(self.folder / "lock"):
+        make_private_folder(self.folder)
+        with only_one(self.folder / LOCK_FILE):
             record = _in_epoch(memory.read(), terms)
             if terms.turn <= record.latest_turn:
                 return _given_before(record, terms, request)
             settled = _settled(order, terms, record)
             state = _state(order, settled, len(model))
             past, entry = ledger.entries(), _entry(order, terms, request)
+            ledger.refuse_without(record.ledger_lines, record.ledger_hash)
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
                 message, after = self._make(order, terms, state, make_signal().float().reshape(-1))
             ledger.append(entry)
-            memory.write(settled.answered(terms.turn, after._asdict(), request, message))
+            written = ledger.lines, ledger.last_hash
+            memory.write(settled.answered(terms.turn, after._asdict(), request, message, *written))
         return message
 
     def _check(self, order: Order, terms: Terms, model: Tensor) -> None:
@@ -113,9 +117,9 @@ class Member:
         if self.policy.accepts.trust == "none" and all(e.trust == "none" for e in [*past, entry]):
             return
         releases = [*(e for e in past if e.trust != "none"), entry]
-        if surely_within(releases, limits.epsilon, limits.delta):
+        if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
             return
-        epsilon = spent(releases, limits.delta)
+        epsilon = spent(releases, limits.delta, limits.adjacency)
         if not epsilon <= limits.epsilon:
             expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
             remedy = f"The budget of this client is used up; its operator decides in {POLICY_FILE}"

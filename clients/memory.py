@@ -16,6 +16,7 @@ One file a run and client: a line with version and checksum, then safetensors.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from clients.files import replace_durably
+from clients.files import make_private_folder, replace_durably
+from clients.refusals import Refusal
 from fedpriv.errors import UserError
 
 __all__ = ["Fields", "MemoryFile", "Record"]
@@ -34,6 +36,7 @@ __all__ = ["Fields", "MemoryFile", "Record"]
 Fields = dict[str, Tensor]
 
 _VERSION = "fedpriv-memory 1"
+_FACTS = ("epoch", "committed_turn", "pending_turn", "request", "ledger_lines", "ledger_hash")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Record:
         pending: The state after it.
         request: SHA-256 of what was asked in that turn.
         reply: The message that was sent, `[params]`; None: none.
+        ledger_lines: How many lines the ledger had when this was written.
+        ledger_hash: SHA-256 of the last of them.
     """
 
     epoch: int = 0
@@ -57,6 +62,8 @@ class Record:
     pending: Fields = field(default_factory=dict)
     request: str = ""
     reply: Tensor | None = None
+    ledger_lines: int = 0
+    ledger_hash: str = ""
 
     @property
     def latest_turn(self) -> int:
@@ -73,9 +80,12 @@ class Record:
             return Record(epoch=self.epoch, committed_turn=self.committed_turn, committed=self.committed)
         return None
 
-    def answered(self, turn: int, state: Fields, request: str, reply: Tensor) -> "Record":
-        """The record with an answer that is about to be sent."""
-        return replace(self, pending_turn=turn, pending=state, request=request, reply=reply)
+    def answered(
+        self, turn: int, state: Fields, request: str, reply: Tensor, ledger_lines: int, ledger_hash: str
+    ) -> "Record":
+        """The record with an answer that is about to be sent, and is in the ledger."""
+        sent = {"pending_turn": turn, "pending": state, "request": request, "reply": reply}
+        return replace(self, **sent, ledger_lines=ledger_lines, ledger_hash=ledger_hash)
 
 
 class MemoryFile:
@@ -88,8 +98,8 @@ class MemoryFile:
     """
 
     def __init__(self, folder: Path, run: str, client: int) -> None:
-        if not run.isalnum():
-            raise UserError("run", "a name of letters and digits", repr(run), "Ask the server's operator")
+        if not re.fullmatch("[0-9a-z]{1,64}", run):
+            raise Refusal("model", "run", "a name of at most 64 small letters and digits", repr(run)[:80], "It is none")
         self.path = folder / f"{run}-{client}" / "memory"
 
     def read(self) -> Record | None:
@@ -117,18 +127,19 @@ class MemoryFile:
         Raises:
             UserError: If the disk is full; the former record is still there.
         """
-        facts = {name: getattr(record, name) for name in ("epoch", "committed_turn", "pending_turn", "request")}
+        facts = {name: getattr(record, name) for name in _FACTS}
         tensors = {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
         tensors |= {f"committed.{name}": value for name, value in record.committed.items()}
         tensors |= {f"pending.{name}": value for name, value in record.pending.items()}
         if record.reply is not None:
             tensors["reply"] = record.reply
+        make_private_folder(self.path.parent)
         # Copies: safetensors refuses tensors that share memory.
         body = save_safetensors({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
         replace_durably(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
 
     def _damaged(self, reason: str) -> UserError:
-        remedy = "Put back a copy, or remove the file: the server then goes by its rule for lost memories"
+        remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
         return UserError(str(self.path), "a whole memory file", reason, remedy)
 
 

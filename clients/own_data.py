@@ -79,5 +79,5 @@ def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, te
 
 def _refuse_other_size(task: Task, model: Tensor) -> None:
     if task.layout.size != len(model):
-        expected = f"{task.layout.size:,} parameters, as the experiment's model has on this client's data"
+        expected = "as many parameters as the experiment's model has on this client's data"
         raise Refusal("model", "model", expected, f"{len(model):,}", "Give server and clients data of the same shape")

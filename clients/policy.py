@@ -1,7 +1,7 @@
 """What a client agrees to: its own file, `fedpriv-client.toml`, which no server can change."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.tables import read_table, refuse_unknown
 from fedpriv.methods import METHODS
-from fedpriv.privacy import PrivacyPlan, plan_of_terms
+from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan, plan_of_terms
 
 __all__ = ["POLICY_FILE", "Accepts", "Limits", "OwnData", "Policy", "load_policy"]
 
@@ -19,6 +19,11 @@ POLICY_FILE = "fedpriv-client.toml"
 
 # What the server says it adds must be what the promise needs, up to the last digits of a float64.
 _TOLERANCE = 1e-9
+
+_MOST = 1e18
+
+# Less noise than that over the sensitivity is none, whatever a policy says.
+_LEAST_NOISE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +55,16 @@ class Limits:
         delta: The delta of that.
         min_noise_multiplier: Least noise over l2 sensitivity of a single release.
         max_l2_bound: Largest bound of a message.
+        max_rounds: Longest run.
+        adjacency: Under which neighbours this client's own noise is counted, and its floor is meant; see `PrivacyPlan`.
     """
 
     epsilon: float
     delta: float
     min_noise_multiplier: float = 0.0
     max_l2_bound: float = math.inf
+    max_rounds: int = 100_000
+    adjacency: Literal["replace", "add-or-remove"] = "replace"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0.0):
@@ -88,9 +97,12 @@ class Policy:
     data: OwnData = field(default_factory=OwnData)
 
     def check_experiment(self, config: Config) -> None:
-        """Raises Refusal unless the experiment's model and data are accepted."""
+        """Raises Refusal unless the experiment's model and data are accepted, and its files below the data's folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
+        for value in config.tables["data"].values():
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                raise _no("data", "files below this client's folder of data", repr(value))
 
     def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
         """The plan that the terms promise; None if they promise nothing.
@@ -98,6 +110,9 @@ class Policy:
         Raises:
             Refusal: If the order asks for more than the policy allows, or for less noise than the terms promise.
         """
+        _refuse_odd_numbers(order, terms)
+        if not terms.rounds <= self.limits.max_rounds:
+            raise _no("limits.max_rounds", f"at most {self.limits.max_rounds:,}", f"{terms.rounds:,}")
         if order.seed is not None:
             raise _no("seed", "noise from this client's own operating system", "a seed in the order")
         if order.diagnostics:
@@ -114,11 +129,15 @@ class Policy:
         if terms.trust == "none":
             return None
         plan = _plan(order, terms)
-        if not plan.noise_multiplier >= self.limits.min_noise_multiplier:
-            floor = f"at least {self.limits.min_noise_multiplier:g}"
-            raise _no("limits.min_noise_multiplier", floor, f"{plan.noise_multiplier:g}")
+        multiplier = plan.noise_multiplier
+        if plan.trust == "local":
+            multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
+        least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
+        if not multiplier >= least:
+            floor = f"at least {least:g}"
+            raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
         needed = plan.noise_stddev if plan.trust == "local" else 0.0
-        if abs(order.noise_stddev - needed) > _TOLERANCE * needed:
+        if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
             raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
         return plan
 
@@ -162,6 +181,14 @@ def _plan(order: Order, terms: Terms) -> PrivacyPlan:
         raise Refusal(
             "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"
         ) from None
+
+
+def _refuse_odd_numbers(order: Order, terms: Terms) -> None:
+    """Raises Refusal for what no server that is well would send."""
+    asked = {"bound": order.method.bounded.l2_bound, "round": order.round, "client": order.client}
+    for name, value in {**asdict(terms), **asked, "noise_stddev": order.noise_stddev}.items():
+        if isinstance(value, int | float) and not 0 <= value < _MOST:
+            raise _no(name, "a number from 0, and finite", value)
 
 
 def _among(where: str, name: str, accepted: tuple[str, ...]) -> None:

@@ -14,6 +14,10 @@ KINDS = {
 }
 
 
+# Refusals whose whole line may leave: it speaks of the order and of limits, never of data, files or past runs.
+_OPEN = ("policy", "model", "stale", "lost")
+
+
 class Refusal(UserError):  # noqa: N818
     """An order that a client does not follow; nothing was sent, and nothing of the client changed.
 
@@ -28,6 +32,11 @@ class Refusal(UserError):  # noqa: N818
     def __init__(self, kind: str, where: str, expected: str, got: object, remedy: str) -> None:
         super().__init__(where, expected, got, remedy)
         self.kind = kind
+
+    @property
+    def told(self) -> str:
+        """The line for the server: nothing in it that the order, the model or the policy does not say already."""
+        return str(self) if self.kind in _OPEN else f"{KINDS[self.kind]}; its operator's log says more"
 
     @classmethod
     def because(cls, kind: str, line: str) -> "Refusal":

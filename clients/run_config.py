@@ -44,6 +44,12 @@ class RunConfig:
         keys = {key: key.replace("_", "-") for key in cls.__dataclass_fields__}
         return cls(**{key: str(both[name]) for key, name in keys.items() if name in both})
 
+    @classmethod
+    def of_device(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> "RunConfig":
+        """From the context of a device that guards itself: the experiment's text, and nothing else, is the server's."""
+        own = {key.replace("-", "_"): str(node_config[key]) for key in ("data-root", "device") if key in node_config}
+        return cls(config_toml=str(run_config.get("config-toml", "")), **own)
+
     def load(self) -> Config:
         """The experiment."""
         if self.config_toml:

@@ -9,10 +9,13 @@
 Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
 """
 
+import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
@@ -37,6 +40,7 @@ __all__ = [
     "asks_who",
     "introduction",
     "method_name",
+    "printable",
     "refusal_record",
     "refused",
 ]
@@ -47,6 +51,9 @@ DIAGNOSTICS = "diagnostics"
 FEDPRIV = "fedpriv"
 
 TERMS = "terms"
+
+# Of an array in NumPy's own format, with the number of its dimensions far beyond any model's.
+_LARGEST_HEADER = 1024
 
 _ASK = "ask"
 _REFUSED = "refused"
@@ -91,6 +98,29 @@ class ModelArrays:
         tensors = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
         return self.layout.flatten(tensors)
 
+    def strict_vector(self, record: ArrayRecord) -> Tensor:
+        """The same of a message from somebody who need not be believed: nothing is made of it that it may not be.
+
+        Raises:
+            UserError: If names, shapes, number formats or lengths are not those of a message in this layout.
+        """
+        if list(record) != [name for name, _ in self.layout.entries]:
+            raise _no_message(f"{len(record)} arrays of other names")
+        for (name, shape), array in zip(self.layout.entries, record.values(), strict=True):
+            data = bytes(array.data)
+            if (array.dtype, tuple(array.shape), array.stype) != ("float32", tuple(shape), "numpy.ndarray"):
+                raise _no_message(f"{name} of shape {list(array.shape)[:9]}, {str(array.dtype)[:20]}")
+            if len(data) > 4 * math.prod(shape) + _LARGEST_HEADER:
+                raise _no_message(f"{len(data):,} bytes for {name}")
+            file = io.BytesIO(data)
+            try:
+                read = np.lib.format.read_magic(file) == (1, 0) and np.lib.format.read_array_header_1_0(file)
+            except Exception:
+                read = False
+            if not read or (read[0], read[2]) != (tuple(shape), np.dtype("<f4")):
+                raise _no_message(f"{name} that is not what it says")
+        return self.vector(record)
+
     def model(self, vector: Tensor) -> ArrayRecord:
         """A model `[params]` as arrays, each in its own number format."""
         return self._record(vector, self.dtypes)
@@ -103,6 +133,10 @@ class ModelArrays:
         tensors = self.layout.unflatten(vector.detach().cpu())
         pairs = zip(tensors.items(), dtypes, strict=True)
         return ArrayRecord({name: Array(tensor.numpy().astype(dtype)) for (name, tensor), dtype in pairs})
+
+
+def _no_message(got: str) -> UserError:
+    return UserError("message", "arrays as in the model, of float32", got, "Its client does not run this version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +255,15 @@ def refusal_record(kind: str, reason: str) -> RecordDict:
 def refused(content: RecordDict) -> tuple[str, str] | None:
     """Kind and reason if an answer says no."""
     record = content.config_records.get(FEDPRIV)
-    return None if record is None or _REFUSED not in record else (str(record[_REFUSED]), str(record["reason"]))
+    if record is None or _REFUSED not in record:
+        return None
+    return printable(record[_REFUSED]), printable(record.get("reason", "no reason given"))
+
+
+def printable(text: object, longest: int = 300) -> str:
+    """One short line of something that somebody else wrote."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * longest]).split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
 _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "diagnostics")
@@ -261,7 +303,10 @@ class Introduction:
     def of_answer(cls, content: RecordDict) -> "Introduction | None":
         """From the content of an answer; None if whoever answered does not know the question."""
         record = content.config_records.get(FEDPRIV)
-        return None if record is None or _ASK in record else cls(record.get("client"))  # type: ignore[arg-type]
+        if record is None or _ASK in record:
+            return None
+        client = record.get("client")
+        return cls(client if type(client) is int else None)
 
 
 def introduction() -> RecordDict:

@@ -272,7 +272,8 @@ def ledger(
     from clients.member import Member
 
     member = Member.at(bundle)
-    print(account_of(member.folder, member.policy.limits.epsilon, member.policy.limits.delta))
+    limits = member.policy.limits
+    print(account_of(member.folder, limits.epsilon, limits.delta, limits.adjacency))
 
 
 @deploy.command()

@@ -85,6 +85,7 @@ class Coordinator:
         last_turn: By client, the last turn in which its message counted.
         left_out: Who is asked no more.
         asked_times: By client, how often it was asked: at most so often did it send a message.
+        losses: By client, how often it said that its memory was lost.
     """
 
     server: ServerRules
@@ -101,7 +102,16 @@ class Coordinator:
     last_turn: dict[int, int] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)
     asked_times: Counter[int] = field(default_factory=Counter)
+    losses: Counter[int] = field(default_factory=Counter)
     _open: Broadcast | None = None
+
+    def __post_init__(self) -> None:
+        if self._secret_cohorts and self.choice.min_participants > 1:
+            remedy = (
+                "Set it to 1, or choose another sampling: a round that fails for want of answers shows who was away"
+            )
+            expected = "1 where epsilon relies on nobody knowing who takes part"
+            raise UserError("deployment.min_participants", expected, self.choice.min_participants, remedy)
 
     @property
     def done(self) -> bool:
@@ -172,21 +182,16 @@ class Coordinator:
         broadcast, asked = self._broadcast, self.asked()
         invalid = {i: why for i in asked if i in replies and (why := self._fault(replies[i]))}
         valid = [i for i in asked if i in replies and i not in invalid]
-        lost = [i for i in asked if i in refusals and refusals[i][0] == "lost"]
+        lost = [i for i in asked if i in refusals and refusals[i][0] == "lost" and self.last_turn.get(i, 0) > 0]
         happened = "applied"
         if lost and self.lost_memory == "stop":
             raise _stopped(lost)
-        if lost and self.lost_memory == "re-base":
+        if len(valid) < self._needed and self.choice.too_few == "stop":
+            raise self._too_few(valid, refusals)
+        if self._memories_are_lost(lost):
             happened = "re-based"
-            self._start_anew()
-        elif len(valid) < self.choice.min_participants:
+        elif len(valid) < self._needed:
             happened = "too few"
-            if self.choice.too_few == "stop":
-                raise self._too_few(valid, refusals)
-        if lost and self.lost_memory == "start-afresh":
-            self.last_turn |= dict.fromkeys(lost, 0)
-        if lost and self.lost_memory == "leave-out":
-            self.left_out |= set(lost)
         counted = valid if happened == "applied" else []
         total = self._sum(broadcast, replies, counted)
         if happened == "applied":
@@ -210,6 +215,7 @@ class Coordinator:
         facts: dict[str, Any] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
         facts |= {"last_turn": {str(k): v for k, v in self.last_turn.items()}, "left_out": sorted(self.left_out)}
         facts |= {"asked_times": {str(k): v for k, v in self.asked_times.items()}}
+        facts |= {"losses": {str(k): v for k, v in self.losses.items()}}
         facts |= {"open": None if self._open is None else self._open.cohort.tolist()}
         return {"coordinator": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
@@ -221,6 +227,7 @@ class Coordinator:
         self.last_turn = {int(k): v for k, v in facts["last_turn"].items()}
         self.left_out = set(facts["left_out"])
         self.asked_times = Counter({int(k): v for k, v in facts["asked_times"].items()})
+        self.losses = Counter({int(k): v for k, v in facts["losses"].items()})
         self._open = None
         if facts["open"] is not None:
             cohort = np.array(facts["open"], dtype=np.int64)
@@ -231,6 +238,39 @@ class Coordinator:
         if self._open is None:
             raise RuntimeError("no turn is open: call begin")
         return self._open
+
+    @property
+    def _secret_cohorts(self) -> bool:
+        return self.plan is not None and self.plan.private and self.plan.amplification
+
+    @property
+    def _needed(self) -> int:
+        """Without how many messages nothing of a turn is used.
+
+        Where cohorts are secret every turn counts, also an empty one: the noise is right anyway, and whether a turn
+        counted must not show who was in it.
+        """
+        return 0 if self._secret_cohorts else self.choice.min_participants
+
+    def _memories_are_lost(self, lost: list[int]) -> bool:
+        """Follows the rule for lost memories; whether all begin anew.
+
+        A client whose word one has to take could make all begin anew for ever. So a second loss of the same client, and
+        any once a tenth of the turns went that way, leaves it out.
+        """
+        self.losses.update(lost)
+        if self.lost_memory == "start-afresh":
+            self.last_turn |= dict.fromkeys(lost, 0)
+            return False
+        believed = [i for i in lost if self.losses[i] == 1 and self.epoch < max(1, self.turns // 10)]
+        if self.lost_memory == "leave-out" or not believed:
+            self.left_out |= set(lost)
+            if len(self.left_out) >= self.server.sampling.population:
+                raise _stopped(sorted(self.left_out))
+            return False
+        self.left_out |= set(lost) - set(believed)
+        self._start_anew()
+        return True
 
     def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
         expected = f"at least {self.choice.min_participants} valid messages"
@@ -254,7 +294,9 @@ class Coordinator:
         if float(message.abs().max()) > self.client.message_limit:
             return f"a coordinate above {self.client.message_limit:g}"
         bound, norm = self.server.method.bounded.l2_bound, float(torch.linalg.vector_norm(message.double()))
-        if self.client.noise_stddev == 0.0 and norm > bound:
+        # An honest norm is beyond that with probability below e^-72: it is 1-Lipschitz in the noise.
+        bound += self.client.noise_stddev * (math.sqrt(len(message)) + 12.0)
+        if norm > bound:
             return f"l2 norm {norm:g}, expected at most {bound:g}"
         return ""
 

@@ -1,8 +1,9 @@
 """A deployment over Flower's network: who is there, who answers in time, and what the run directory learns of it."""
 
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,17 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, Introduction, ModelArrays, introduction, refused
+from clients.wire import (
+    ARRAYS,
+    CONFIG,
+    FEDPRIV,
+    TERMS,
+    Introduction,
+    ModelArrays,
+    introduction,
+    printable,
+    refused,
+)
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
@@ -26,6 +37,7 @@ PARTICIPATION = "participation.jsonl"
 _log = logging.getLogger("flwr")
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
+_INTRODUCTION_SECONDS = 30.0
 
 
 @dataclass
@@ -43,23 +55,28 @@ class Network:
     grid: Grid
     population: int
     nodes: dict[int, int] = field(default_factory=dict)
-    _asked: set[int] = field(default_factory=set)
+    _asked_at: dict[int, float] = field(default_factory=dict)
     _introductions: dict[str, int] = field(default_factory=dict)
 
     def meet(self) -> None:
-        """Asks nodes that are new who they are, and takes note of those who said it, and of those who left."""
-        online = set(self.grid.get_node_ids())
+        """Asks nodes that are new who they are, and takes note of those who said it, and of those who left.
+
+        A node that does not say it is asked again: the question may be lost with a process that was killed.
+        """
+        online, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
-        self._asked &= online
-        new = sorted(online - self._asked)
-        if new:
-            messages = [Message(introduction(), node, MessageType.TRAIN) for node in new]
-            ids = self.grid.push_messages(messages)
-            self._introductions |= dict(zip(ids, new, strict=True))
-            self._asked |= set(new)
-        if self._introductions:
-            for answer in self.grid.pull_messages(list(self._introductions)):
-                self._introduce(self._introductions.pop(answer.metadata.reply_to_message_id, 0), answer)
+        self._asked_at = {node: at for node, at in self._asked_at.items() if node in online}
+        known = set(self.nodes.values())
+        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _INTRODUCTION_SECONDS)
+        sent = self._push({node: Message(introduction(), node, MessageType.TRAIN) for node in new})
+        self._introductions |= sent
+        self._asked_at |= dict.fromkeys(new, now)
+        for message_id, answer in self._pull(self._introductions):
+            node = self._introductions.pop(message_id)
+            if isinstance(answer, str):
+                _log.warning("node %d: %s", node, answer)
+            else:
+                self._introduce(node, answer)
 
     def wait_for(self, clients: int, seconds: float) -> None:
         """Waits until so many clients are there.
@@ -78,38 +95,82 @@ class Network:
                 raise UserError("SuperNodes", expected, len(self.nodes), remedy)
             time.sleep(_POLL_SECONDS)
 
-    def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message]:
+    def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message | str]:
         """Sends each client its content, and gives the answers that came in time, by client.
 
         A client that joins, or comes back, before the deadline is sent its content then, and one that is silent is
         asked again at half time: it answers the same request with the same bytes. An order lives no longer than its
         turn, so that no client works, and pays, for a turn that is over.
+
+        Args:
+            contents: By client.
+            seconds: Until the deadline.
+            group: The turn, for Flower's log.
+
+        Returns:
+            Answers; a text for one that cannot be read.
         """
         end = time.monotonic() + seconds
         again = max(seconds / 2.0, _RETRY_SECONDS)
         waiting: dict[str, int] = {}
-        answers: dict[int, Message] = {}
+        asked: dict[str, int] = {}
+        answers: dict[int, Message | str] = {}
         send_at = dict.fromkeys(contents, 0.0)
         while len(answers) < len(contents) and (left := end - time.monotonic()) > 0.0:
             self.meet()
             now = time.monotonic()
             due = [c for c in contents if c not in answers and c in self.nodes and send_at[c] <= now]
-            if due:
-                ids = self.grid.push_messages([_message(contents[c], self.nodes[c], left, group) for c in due])
-                waiting |= dict(zip(ids, due, strict=True))
-                send_at |= dict.fromkeys(due, now + again)
-            for answer in self.grid.pull_messages(list(waiting)) if waiting else ():
-                client = waiting.pop(answer.metadata.reply_to_message_id)
-                if answer.has_error() and answer.metadata.src_node_id == SERVER_NODE:
+            sent = self._push({c: _message(contents[c], self.nodes[c], left, group) for c in due})
+            waiting |= sent
+            asked |= {message_id: self.nodes[client] for message_id, client in sent.items()}
+            reached = set(sent.values())
+            send_at |= {client: now + (again if client in reached else _RETRY_SECONDS) for client in due}
+            for message_id, answer in self._pull(waiting):
+                client = waiting.pop(message_id)
+                by = asked[message_id] if isinstance(answer, str) else answer.metadata.src_node_id
+                if not isinstance(answer, str) and answer.has_error() and by == SERVER_NODE:
                     send_at[client] = min(send_at[client], now + _RETRY_SECONDS)  # its node is gone, and may come back
-                else:
+                elif by == asked[message_id]:
                     answers.setdefault(client, answer)
+                else:
+                    _log.warning("node %d answers what another was asked: not used", by)
+            waiting = {message_id: client for message_id, client in waiting.items() if client not in answers}
             time.sleep(_POLL_SECONDS)
         return answers
 
+    def _push(self, messages: dict[int, Message]) -> dict[str, int]:
+        """Sends messages; the keys of those that Flower took, by the ids that it gave them."""
+        if not messages:
+            return {}
+        ids = list(self.grid.push_messages(list(messages.values())))
+        if not ids:
+            remedy = "It does not take messages so large: choose a smaller model"
+            raise UserError("SuperLink", f"{len(messages)} messages taken", "none", remedy)
+        return {message_id: key for message_id, key in zip(ids, messages, strict=False) if message_id}
+
+    def _pull(self, waiting: Mapping[str, int]) -> list[tuple[str, Message | str]]:
+        """What came in answer to messages, by their ids; a text where it cannot be read. Nodes write what comes, ids
+        included: nothing of it is believed.
+        """
+        if not waiting:
+            return []
+        try:
+            found = list(self.grid.pull_messages(list(waiting)))
+        except Exception:
+            return [pair for message_id in waiting for pair in self._pull_one(message_id)]
+        by_id = {answer.metadata.reply_to_message_id: answer for answer in found}
+        return [(message_id, answer) for message_id, answer in by_id.items() if message_id in waiting]
+
+    def _pull_one(self, message_id: str) -> list[tuple[str, Message | str]]:
+        try:
+            found = list(self.grid.pull_messages([message_id]))
+        except Exception as error:
+            return [(message_id, f"an answer that cannot be read ({type(error).__name__})")]
+        return [(message_id, answer) for answer in found if answer.metadata.reply_to_message_id == message_id]
+
     def _introduce(self, node: int, answer: Message) -> None:
         if answer.has_error():
-            _log.warning("node %d: %s", node, reason_in_short(answer.error))
+            _log.warning("node %d: %s", node, printable(reason_in_short(answer.error)))
             return
         found = Introduction.of_answer(answer.content)
         if found is None or found.client is None or not 0 <= found.client < self.population:
@@ -141,6 +202,10 @@ def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -
     if saved is not None:
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
+    elif any(row["round"] > 0 for name in (PARTICIPATION, "rounds.jsonl") for row in directory.rows(name)):
+        expected, got = "the checkpoint of the rounds that are recorded", "none"
+        remedy = "Put it back: clients have paid for these rounds, and a new run needs a new --out"
+        raise UserError(str(directory.checkpoint.path), expected, got, remedy)
     journal.begin()
     directory.keep_rows(PARTICIPATION, coordinator.turn)
     journal.replayed(coordinator.turn, coordinator.asked_times)
@@ -194,22 +259,26 @@ def _message(content: RecordDict, node: int, seconds: float, group: str) -> Mess
 
 
 def _read(
-    answers: Iterable[tuple[int, Message]], arrays: ModelArrays
+    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays
 ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
-    """Messages, refusals and failures, by client."""
+    """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
     replies: dict[int, Tensor] = {}
     refusals: dict[int, tuple[str, str]] = {}
     failed: dict[int, str] = {}
     for client, answer in answers:
-        if answer.has_error():
-            failed[client] = reason_in_short(answer.error)
-        elif (no := refused(answer.content)) is not None:
-            refusals[client] = no
-        else:
-            try:
-                replies[client] = arrays.vector(answer.content.array_records[ARRAYS])
-            except (UserError, KeyError, ValueError, TypeError) as error:
-                failed[client] = f"an answer that cannot be read ({error})"
+        try:
+            if isinstance(answer, str):
+                failed[client] = answer
+            elif answer.has_error():
+                failed[client] = printable(reason_in_short(answer.error))
+            elif (no := refused(answer.content)) is not None:
+                refusals[client] = no
+            else:
+                replies[client] = arrays.strict_vector(answer.content.array_records[ARRAYS])
+        except UserError as error:
+            failed[client] = printable(error)
+        except Exception as error:
+            failed[client] = f"an answer that cannot be read ({type(error).__name__})"
     return replies, refusals, failed
 
 

@@ -83,7 +83,7 @@ def _run_deployed(grid: Grid, context: Context) -> None:
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
         ran = {"engine": "deployment", "client_noise": "faithful"}
-        journal = Journal(experiment, directory, ran, randomness="seeded" if seeded else "system")
+        journal = Journal(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
         coordinator = take_up(experiment, directory, journal)
         _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))

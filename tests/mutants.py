@@ -472,8 +472,8 @@ MUTANTS = [
     Mutant(
         "deployment: a release is not written to the ledger",
         "clients/member.py",
-        "            ledger.append(entry)\n            memory.write(settled",
-        "            memory.write(settled",
+        "            ledger.append(entry)\n",
+        "",
         MEMBER,
     ),
     Mutant(
@@ -521,7 +521,7 @@ MUTANTS = [
     Mutant(
         "deployment: replacement is counted as removal",
         "clients/ledger.py",
-        'moved = 2.0 if _worst_adjacency(entries) == "replace" else 1.0',
+        'moved = REPLACE_FACTOR if adjacency == "replace" else 1.0',
         "moved = 1.0",
         MEMBER,
     ),
@@ -535,15 +535,15 @@ MUTANTS = [
     Mutant(
         "deployment: less noise than promised is accepted",
         "clients/policy.py",
-        "if abs(order.noise_stddev - needed) > _TOLERANCE * needed:",
+        "if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:",
         "if False:",
         MEMBER,
     ),
     Mutant(
         "deployment: the floor on noise is not looked at",
         "clients/policy.py",
-        "if not plan.noise_multiplier >= self.limits.min_noise_multiplier:",
-        "if False:",
+        "        if not multiplier >= least:\n",
+        "        if False:\n",
         MEMBER,
     ),
     Mutant(
@@ -563,22 +563,22 @@ MUTANTS = [
     Mutant(
         "deployment: too few are enough",
         "strategies/coordinator.py",
-        "elif len(valid) < self.choice.min_participants:",
+        "elif len(valid) < self._needed:",
         "elif False:",
         COORDINATOR,
     ),
     Mutant(
         "deployment: a message beyond its bound is summed",
         "strategies/coordinator.py",
-        "if self.client.noise_stddev == 0.0 and norm > bound:",
-        "if False:",
+        "        if norm > bound:\n",
+        "        if False:\n",
         COORDINATOR,
     ),
     Mutant(
         "deployment: lost memories are not started anew",
         "strategies/coordinator.py",
-        "            self._start_anew()\n",
-        "            pass\n",
+        "        self._start_anew()\n        return True",
+        "        return True",
         COORDINATOR,
     ),
     Mutant(

@@ -128,8 +128,9 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the resolved tables: equal digests are the same experiment."""
-        canonical = json.dumps(self.tables, sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment."""
+        tables = {name: table for name, table in self.tables.items() if name != "deployment"}
+        canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_toml(self) -> str:

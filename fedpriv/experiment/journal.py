@@ -36,6 +36,8 @@ class Journal:
         watch: Called with every round's rows, if given.
         checkpoint_seconds: Shortest time between two checkpoints.
         checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
+        randomness: Where noise and cohorts come from: `seeded` or `system`.
+        deployed: Whether real devices take part; of a private run, nothing of a sum without its noise is then written.
     """
 
     experiment: Experiment
@@ -45,6 +47,7 @@ class Journal:
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
     randomness: str = "seeded"
+    deployed: bool = False
     _taken: Counter[int] = field(default_factory=Counter)
     _saved_at: float = field(default_factory=time.monotonic)
     _round_began: float = field(default_factory=time.monotonic)
@@ -52,7 +55,9 @@ class Journal:
     def begin(self) -> None:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
-        statement = privacy_statement(plan, method=experiment.config.method_name, randomness=self.randomness)
+        statement = privacy_statement(
+            plan, method=experiment.config.method_name, randomness=self.randomness, deployed=self.deployed
+        )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
@@ -152,6 +157,10 @@ class Journal:
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
         population = self.experiment.population
+        if self.deployed and self.experiment.plan is not None:  # nothing of a sum without its noise
+            rate = total.messages / max(seconds, 1e-9)
+            plain = {"round": round, "cohort_size": total.messages, "non_finite": 0, "seconds": seconds}
+            return {**plain, "clients_per_second": rate}
         return {
             "round": round,
             "cohort_size": total.messages,

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedpriv.errors import UserError
 from fedpriv.vectors import Layout
 
-__all__ = ["FILES", "Checkpoint", "RunDirectory", "flat_tables", "jsonable", "write_atomically"]
+__all__ = ["FILES", "Checkpoint", "RunDirectory", "flat_tables", "jsonable", "sync_folder", "write_atomically"]
 
 # What a finished run leaves in its directory.
 FILES = (
@@ -49,6 +49,16 @@ def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview]) ->
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts on the disk which files a folder holds."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:

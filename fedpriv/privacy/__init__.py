@@ -1,11 +1,12 @@
 """What is promised, to whom, and why it holds."""
 
-from fedpriv.privacy.plan import ADVERSARIES, PrivacyPlan, make_plan, plan_of_terms
+from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan, plan_of_terms
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
 __all__ = [
     "ADVERSARIES",
+    "REPLACE_FACTOR",
     "SAMPLINGS",
     "Everyone",
     "FixedSize",

@@ -15,7 +15,7 @@ from fedpriv.privacy.sampling import SAMPLINGS, FixedSize, Sampling
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
-__all__ = ["ADVERSARIES", "PrivacyPlan", "make_plan", "plan_of_terms"]
+__all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan", "plan_of_terms"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0

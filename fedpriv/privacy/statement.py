@@ -48,13 +48,31 @@ _SEEDED = (
 )
 
 
-def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str) -> str:
+_DEPLOYED = (
+    "who is asked in a round, and who answers: the server knows it, whoever watches the network or the clients may, "
+    "and participation.jsonl names them",
+)
+
+_SECRET = (
+    "Noise and cohorts come from the operating systems of those who draw them, and are kept nowhere. A client that "
+    "does not answer is one whose message is zero; the noise that hides a client does not depend on how many answer, "
+    "and a round of which nothing was used is counted like any other."
+)
+
+_SECRET_COHORTS = (
+    " Here epsilon relies on nobody knowing who took part: keep participation.jsonl, logs and the network's traffic "
+    "from the adversary."
+)
+
+
+def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str, deployed: bool = False) -> str:
     """The statement of a run.
 
     Args:
         plan: What is promised; None for a run that promises nothing.
         method: The method's name, as in `[method]`.
         randomness: `seeded` or `system`: where noise and cohorts come from.
+        deployed: Whether real devices take part.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -64,6 +82,8 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str)
     if not plan.private:
         return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE.format(multiplier=plan.noise_multiplier))}\n"
     not_covered = [*_NOT_COVERED, _SEEDED] if randomness == "seeded" else list(_NOT_COVERED)
+    not_covered = [*not_covered, *(_DEPLOYED if deployed else ())]
+    secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
@@ -72,6 +92,7 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str)
         _fill(_NEIGHBOURS[plan.adjacency]),
         _fill(_cohorts(plan)),
         _fill(_mechanism(plan)),
+        *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
         "Not covered:\n" + "\n".join(_fill(f"* {item};", hang=2) for item in not_covered).rstrip(";") + ".",
     ]

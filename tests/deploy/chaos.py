@@ -67,9 +67,9 @@ class Disk:
     def plan(self, faults: Faults) -> None:
         self.writes, self.crash_at, self.full_at = 0, -1, -1
         if self.rng.random() < faults.client_crash:
-            self.crash_at = int(self.rng.integers(0, 4))
+            self.crash_at = int(self.rng.integers(0, 5))
         elif self.rng.random() < faults.disk_full:
-            self.full_at = int(self.rng.integers(0, 2))
+            self.full_at = int(self.rng.integers(0, 3))
 
     def write(self, file: int, content: Any) -> int:
         """os.write, which tears."""
@@ -281,7 +281,7 @@ class World:
             assert {turn for who, turn in self.sent if who == client} <= listed
             assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
             if self.trust != "none":
-                assert spent(entries, 1e-5) <= self.budget
+                assert spent(entries, 1e-5, "replace") <= self.budget
         if has_memory(self.method) and self.exact:
             assert torch.allclose(self.server.state.memory, self.expected_memory(), atol=1e-5)
 

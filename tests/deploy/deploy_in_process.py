@@ -1,15 +1,11 @@
 """The real server and client apps of a deployment, with Flower's messages, in one process and without its network."""
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
-
-sys.path.append(str(Path(__file__).parents[1] / "flower"))
-
 from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
+from flwr.app import Context, Message, RecordDict
 
 from clients.client_app import app
 from strategies.flower_internals import number_message

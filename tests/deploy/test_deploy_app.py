@@ -1,6 +1,7 @@
 """Server and client apps together, message by message: bits, counting, resumption, strangers."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from clients.wire import ARRAYS, FEDPRIV, TERMS
 from fedpriv.errors import UserError
-from fedpriv.experiment.config import load_config
+from fedpriv.experiment.config import load_config, parse_config
 from fedpriv.experiment.engines import Execution
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
@@ -160,7 +161,7 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
         assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
 
 
-class ServerDied(BaseException):  # noqa: N818
+class ServerDied(BaseException):
     """The ServerApp's process ends."""
 
 
@@ -254,10 +255,10 @@ def _no_model(content: RecordDict) -> None:
 TAMPERED = {
     "another client's order": (_other_client, "expected one for client 0"),
     "NaN in the model": (_nan_model, "finite numbers"),
-    "another model's size": (_larger_model, "expected 650 parameters"),
+    "another model's size": (_larger_model, "as many parameters"),
     "a model of whole numbers": (_integers, "expected floating point numbers"),
     "another experiment": (_digest, "the one of the terms"),
-    "a run that is a path": (_run_name, "a name of letters and digits"),
+    "a run that is a path": (_run_name, "a name of at most 64"),
     "a turn beyond the plan": (_huge_turn, "one after the other"),
     "a text for a number": (_text_for_number, "terms.noise_multiplier"),
     "no terms": (_no_terms, "expected terms"),
@@ -308,13 +309,40 @@ def _answer_nothing(content: RecordDict) -> RecordDict:  # noqa: ARG001
     return RecordDict({"m": MetricRecord({"loss": 1.0})})
 
 
+def _raw(data: bytes, shape: tuple[int, ...] = (650,), dtype: str = "float32") -> Any:
+    def change(content: RecordDict) -> RecordDict:
+        (name,) = content.array_records[ARRAYS]
+        return RecordDict({ARRAYS: ArrayRecord({name: Array(dtype, shape, "numpy.ndarray", data)})})
+
+    return change
+
+
+def _npy(shape: str, dtype: str = "<f4") -> bytes:
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def _complex(content: RecordDict) -> RecordDict:
+    (name,) = content.array_records[ARRAYS]
+    return RecordDict({ARRAYS: ArrayRecord({name: Array(np.zeros(650, dtype=np.complex64))})})
+
+
+def _bare_refusal(content: RecordDict) -> RecordDict:  # noqa: ARG001
+    return RecordDict({FEDPRIV: ConfigRecord({"refused": "policy"})})
+
+
 def _answer_strange_refusal(content: RecordDict) -> RecordDict:  # noqa: ARG001
     return RecordDict({FEDPRIV: ConfigRecord({"refused": "x" * 10, "reason": "y\n" * 10})})
 
 
 @pytest.mark.parametrize(
     "change",
-    [_answer_nan, _answer_longer, _answer_other_name, _answer_text, _answer_nothing, _answer_strange_refusal],
+    [
+        *(_answer_nan, _answer_longer, _answer_other_name, _answer_text, _answer_nothing, _answer_strange_refusal),
+        *(_complex, _bare_refusal, _raw(b""), _raw(b"PK\x03\x04"), _raw(_npy("(650,)") + b"\0" * 4000)),
+        *(_raw(_npy("(10000000000000,)")), _raw(_npy(f"({10**30},)")), _raw(_npy("(("))),
+        *(_raw(_npy("(650,)", "O")), _raw(_npy("(650,)"), (10**13,)), _raw(_npy("(650,)"), dtype="object")),
+    ],
 )
 def test_an_answer_that_cannot_be_is_left_out_and_the_run_goes_on(change: Any, tmp_path: Path) -> None:
     class Tampered(DeploymentGrid):
@@ -329,6 +357,112 @@ def test_an_answer_that_cannot_be_is_left_out_and_the_run_goes_on(change: Any, t
     for row in rows(tmp_path / "out"):
         assert row["counted"] == [0, 2, 3]
         assert "1" in {**row["refused"], **row["invalid"], **row["failed"]}
+
+
+@pytest.mark.parametrize("claimed", ["1", 0.5, True, -1, 4, 10**30, b"1"])
+def test_a_node_that_gives_a_strange_number_is_not_used(claimed: Any, tmp_path: Path) -> None:
+    class Strange(DeploymentGrid):
+        def _play(self, message: Message) -> Message | None:
+            answer = super()._play(message)
+            if answer is not None and self.order.index(message.metadata.dst_node_id) == 4:
+                content = RecordDict({FEDPRIV: ConfigRecord({"client": 0})})
+                content.config_records[FEDPRIV].__dict__["_data"]["client"] = claimed
+                return Message(content, reply_to=message)
+            return answer
+
+    grid = Strange(tmp_path / "nodes", 5, {}, trust="local")
+    run_server(grid, config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert row["counted"] == [0, 1, 2, 3]
+
+
+def test_answers_to_what_was_not_asked_or_by_others_are_not_used(tmp_path: Path) -> None:
+    """Client 1 answers in client 0's name, client 2 answers a message that never was."""
+    ids: dict[int, str] = {}
+
+    class Forging(DeploymentGrid):
+        def _play(self, message: Message) -> Message | None:
+            answer = super()._play(message)
+            partition = self.order.index(message.metadata.dst_node_id)
+            if answer is None or TERMS not in message.content:
+                return answer
+            ids[partition] = message.metadata.message_id
+            if partition == 1:
+                answer.metadata.__dict__["_reply_to_message_id"] = ids.get(0, "none")
+            if partition == 2:
+                answer.metadata.__dict__["_reply_to_message_id"] = "never"
+            return answer
+
+    grid = Forging(tmp_path / "nodes", 4, {}, trust="local")
+    run_server(grid, config(rounds=1, deadline=1.0), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert row["counted"] in ([0, 3], [3])
+    assert 1 not in row["counted"]
+    assert 2 not in row["counted"]
+
+
+def test_a_question_who_a_node_is_that_was_lost_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_INTRODUCTION_SECONDS", 0.1)
+    asked: list[int] = []
+
+    def hook(partition: int, message: Message) -> bool:  # noqa: ARG001
+        asked.append(partition)
+        return asked.count(partition) > 1
+
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    run_server(grid, config(rounds=1, rules="min_participants = 4"), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert row["counted"] == [0, 1, 2, 3]
+
+
+def test_a_run_whose_checkpoint_is_lost_does_not_begin_again(tmp_path: Path) -> None:
+    toml = config(rules='min_participants = 4\ntoo_few = "stop"', deadline=0.5)
+
+    def hook(partition: int, message: Message) -> bool:
+        terms = message.content.config_records.get(TERMS)
+        return not (partition == 2 and terms is not None and terms["turn"] == 2)
+
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    with pytest.raises(UserError, match="turn 2"):
+        run_server(grid, toml, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    with pytest.raises(UserError, match="expected the checkpoint of the rounds that are recorded, got none"):
+        run_server(grid, toml, tmp_path / "out", resume=True)
+
+
+def test_what_is_said_about_devices_stands_in_the_statement(tmp_path: Path) -> None:
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="central")
+    run_server(grid, config(trust="central", rounds=1), tmp_path / "out")
+    statement = " ".join((tmp_path / "out" / "privacy.txt").read_text().split())
+    assert "Noise and cohorts come from the operating systems" in statement
+    assert "participation.jsonl names them" in statement
+    (row,) = [row for row in RunDirectory(tmp_path / "out").rows("diagnostics.jsonl") if row["round"]]
+    assert not {"sum_norm", "signal_to_noise", "signal_norm"} & row.keys()
+
+
+def test_a_file_elsewhere_on_the_client_is_not_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.csv"
+    secret.write_text("Alice_Smith;HIV+\n")
+    toml = config(rounds=1).replace('name = "digits"', f'name = "libsvm"\nfile = "{secret}"\nfeatures = 3')
+
+    digest = parse_config(tomllib.loads(toml)).digest
+
+    class Lying(DeploymentGrid):
+        """The server sends another config to the devices than it uses."""
+
+        def _play(self, message: Message) -> Message | None:
+            for context in self.contexts.values():
+                context.run_config = {**context.run_config, "config-toml": toml, "data-root": str(tmp_path)}
+            if TERMS in message.content:
+                message.content.config_records[TERMS]["digest"] = digest
+            return super()._play(message)
+
+    grid = Lying(tmp_path / "nodes", 4, {}, trust="local")
+    run_server(grid, config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert set(row["refused"]) == {"0", "1", "2", "3"}
+    assert "Alice" not in str(row)
+    assert "files below this client's folder" in row["refused"]["0"]["reason"]
 
 
 def test_a_node_without_a_home_does_not_take_part_in_deployments(tmp_path: Path) -> None:
@@ -346,7 +480,8 @@ def test_clients_train_on_files_of_their_own(tmp_path: Path) -> None:
         part = slice(i, None, 4)
         arrays = {"inputs": digits.train_inputs[part].numpy(), "labels": digits.train_labels[part].numpy()}
         (tmp_path / "nodes" / f"node-{i}").mkdir(parents=True)
-        np.savez(tmp_path / "nodes" / f"node-{i}" / f"mine-{i}.npz", classes=10, **arrays)
+        path = tmp_path / "nodes" / f"node-{i}" / f"mine-{i}.npz"
+        np.savez(path, classes=10, inputs=arrays["inputs"], labels=arrays["labels"])
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none", own="mine")
     toml = config("dp-fedavg", "none", work="full-gradient", batch="", rounds=8)
     run_server(grid, toml, tmp_path / "out")
@@ -368,8 +503,9 @@ def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> No
     grid = DeploymentGrid(tmp_path / "nodes", 1, {}, trust="none", own="mine")
     run_server(grid, config("dp-fedavg", "none", clients=1, work="full-gradient", batch="", rounds=1), tmp_path / "out")
     (row,) = rows(tmp_path / "out")
-    expected = "parameters" if wrong == "shape" else "mine-0.npz"
+    expected = "as many parameters" if wrong == "shape" else "its operator's log says more"
     assert expected in row["refused"]["0"]["reason"]
+    assert str(tmp_path) not in str(row)
 
 
 def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:

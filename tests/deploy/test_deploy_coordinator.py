@@ -129,8 +129,10 @@ def test_a_message_that_cannot_be_is_left_out(message: Tensor, why: str) -> None
 def test_a_loud_message_under_local_trust_is_left_out() -> None:
     server = coordinator(trust="local")
     server.begin()
-    loud = torch.full((SIZE,), 17.0 * server.client.noise_stddev)
-    assert server.finish({**messages(0), 1: loud}, {}).counted == [0]
+    stddev = server.client.noise_stddev
+    loud = torch.full((SIZE,), 17.0 * stddev)
+    long = torch.full((SIZE,), 1.01 * (1.0 + stddev * (SIZE**0.5 + 12.0)) / SIZE**0.5)
+    assert server.finish({**messages(0), 1: loud, 2: long}, {}).counted == [0]
 
 
 def test_who_was_not_asked_is_not_heard() -> None:
@@ -190,13 +192,80 @@ def test_what_the_server_holds_of_a_lost_memory_fades() -> None:
 def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
     server = coordinator(lost_memory="leave-out")
     server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
     assert server.finish(messages(0, 1), lost(4)).happened == "applied"
     server.begin()
     assert server.asked() == [0, 1, 2, 3]
     server = coordinator(lost_memory="stop")
     server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
     with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got none"):
         server.finish(messages(0, 1), lost(4))
+
+
+def test_nobody_makes_all_begin_anew_for_ever() -> None:
+    """A client that has nothing to lose is not believed, one that lost it twice is asked no more."""
+    server = coordinator()
+    server.turns = 100
+    for _ in range(12):
+        server.begin()
+        server.finish(messages(0, 1, 2, 3), lost(4))
+    assert (server.applied, server.epoch) == (12, 0)
+    for number in range(1, 30):
+        server.begin()
+        lies = number % 2 == 0
+        server.finish(messages(*((0, 1, 2, 3) if lies else range(CLIENTS))), lost(4) if lies else {})
+    assert server.epoch == 1
+    assert 4 in server.left_out
+    assert server.applied >= 12 + 27
+
+
+def test_memories_begin_anew_in_a_tenth_of_the_turns_at_most() -> None:
+    server = coordinator()
+    server.turns = 20
+    for client in range(4):
+        server.begin()
+        server.finish(messages(*range(CLIENTS)), {})
+        server.begin()
+        server.finish(messages(*(i for i in range(CLIENTS) if i != client)), lost(client))
+    assert server.epoch == 2
+    assert server.left_out == {2, 3}
+
+
+def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
+    """Whether it counted must not show who was in it: not with a minimum, and not when nobody answered."""
+    method, sampling = DPFedAvg(clip_norm=1.0), Poisson(1000, 0.01)
+    plan = make_plan(
+        trust="central",
+        sampling=sampling,
+        rounds=9,
+        delta=1e-5,
+        l2_bound=1.0,
+        noise_multiplier=1.0,
+        client_memory=False,
+    )
+    assert plan.amplification
+    server, client = agree(method, sampling, plan, SystemStreams())
+
+    def made(least: int) -> Coordinator:
+        return Coordinator(
+            server=server,
+            client=client,
+            plan=plan,
+            choice=DeploymentChoice(min_participants=least),
+            turns=9,
+            digest="d",
+            state=method.init_server(torch.zeros(SIZE)),
+        )
+
+    with pytest.raises(UserError, match=r"deployment.min_participants: expected 1 where epsilon relies on nobody"):
+        made(2)
+    one = made(1)
+    one.begin()
+    assert one.finish({}, {}).happened == "applied"
+    assert torch.count_nonzero(one.state.model) == SIZE
 
 
 def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> None:

@@ -4,14 +4,14 @@ import os
 import stat
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 import clients.files
-from clients.ledger import Ledger, spent, surely_within
+from clients.ledger import Ledger, account_of, spent, surely_within
 from clients.member import Member
 from clients.memory import MemoryFile
 from clients.policy import Accepts, Limits, Policy, load_policy
@@ -30,7 +30,7 @@ STDDEV = 2.0  # multiplier 1 times the sensitivity 2 under replacement
 def policy(**changes: Any) -> Policy:
     accepts = {k: v for k, v in changes.items() if k in Accepts.__dataclass_fields__}
     limits = {"epsilon": 1000.0, "delta": 1e-5} | {k: v for k, v in changes.items() if k not in accepts}
-    return Policy(accepts=Accepts(**accepts), limits=Limits(**limits))
+    return Policy(accepts=Accepts(**accepts), limits=Limits(**cast(dict[str, Any], limits)))
 
 
 def order(**changes: Any) -> Order:
@@ -65,7 +65,7 @@ def test_noise_comes_from_the_operating_system_unless_a_test_says_otherwise(memb
 
 STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ("less noise than promised", {}, {"noise_stddev": 1.0}, {}, "noise: expected a standard deviation of 2"),
-    ("no noise at all", {}, {"noise_stddev": 0.0}, {}, "noise: expected a standard deviation of 2"),
+    ("no noise at all", {}, {"noise_stddev": 0.0}, {}, "limits.min_noise_multiplier"),
     ("noise below the floor", {"min_noise_multiplier": 1.5}, {}, {}, r"limits.min_noise_multiplier: expected at least"),
     (
         "a huge bound",
@@ -79,7 +79,7 @@ STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]]
     ("another method", {"methods": ("clip21",)}, {}, {}, "accepts.methods: expected clip21"),
     ("another model's size", {"max_parameters": 4}, {}, {}, "accepts.max_parameters: expected at most 4, got 5"),
     ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected orders for messages alone"),
-    ("no multiplier that can be", {}, {}, {"noise_multiplier": float("nan")}, "terms: expected a promise"),
+    ("no multiplier that can be", {}, {}, {"noise_multiplier": float("nan")}, "noise_multiplier: expected a number"),
     ("an unknown trust", {"trust": "none"}, {}, {"trust": "nobody"}, "accepts.trust"),
     ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected a promise"),
     ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected one after the other"),
@@ -96,7 +96,7 @@ def test_what_was_not_agreed_is_refused_and_nothing_changes(
         ask(guarded, order(**asked), terms(**told))
     assert caught.value.kind in KINDS
     assert not (tmp_path / "state").exists()
-    assert refused(refusal_record(caught.value.kind, str(caught.value))) == (caught.value.kind, str(caught.value))
+    assert refused(refusal_record(caught.value.kind, caught.value.told)) == (caught.value.kind, str(caught.value))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -179,7 +179,7 @@ def test_a_new_epoch_starts_afresh_and_the_old_one_is_over(member: Member) -> No
 def test_records_are_private(member: Member) -> None:
     ask(member, *turn(1, 0))
     files = [path for path in member.folder.rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"ledger.jsonl", "lock", "memory"}
+    assert {path.name for path in files} == {"ledger.head", "ledger.jsonl", "lock", "memory"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     folders = [member.folder, *(path for path in member.folder.rglob("*") if path.is_dir())]
     assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
@@ -193,7 +193,9 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
     )
     ask(member, *turn(1, 0))
     names = [Path(path).name for path in synced]
-    assert names == ["ledger.jsonl", "state", "memory.part", "r1-0"]
+    assert names[names.index("ledger.jsonl") :] == [
+        *("ledger.jsonl", "state", "ledger.head.part", "state", "state", "memory.part", "r1-0"),
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "version", "empty"])
@@ -211,7 +213,7 @@ def test_a_damaged_memory_is_never_used(member: Member, damage: str) -> None:
     assert len(Ledger(member.folder).entries()) == 1
 
 
-@pytest.mark.parametrize("full_at", [0, 1])
+@pytest.mark.parametrize("full_at", [0, 1, 2])
 def test_a_full_disk_is_said_and_no_memory_is_lost(
     member: Member, full_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +268,7 @@ def test_the_ledger_says_what_the_server_may_claim(member: Member) -> None:
     for number in range(1, 5):
         ask(member, *turn(number, number - 1))
         entries = Ledger(member.folder).entries()
-        assert spent(entries, 1e-5) == pytest.approx(plan.epsilon_of_participations(number), rel=1e-9)
+        assert spent(entries, 1e-5, "replace") == pytest.approx(plan.epsilon_of_participations(number), rel=1e-9)
 
 
 def test_the_budget_holds_over_runs_and_ends_with_a_refusal(tmp_path: Path) -> None:
@@ -290,9 +292,9 @@ def test_the_quick_bound_is_never_below_the_accountant_s(member: Member, multipl
         o, t = turn(number, number - 1)
         ask(member, replace(o, noise_stddev=2.0 * multiplier), replace(t, noise_multiplier=multiplier))
     entries = Ledger(member.folder).entries()
-    exact = spent(entries, 1e-5)
-    assert not surely_within(entries, exact * 0.999, 1e-5)
-    assert surely_within(entries, 3.0 * exact, 1e-5)
+    exact = spent(entries, 1e-5, "replace")
+    assert not surely_within(entries, exact * 0.999, 1e-5, "replace")
+    assert surely_within(entries, 3.0 * exact, 1e-5, "replace")
 
 
 def test_different_noises_compose_like_one_gaussian(member: Member) -> None:
@@ -301,17 +303,103 @@ def test_different_noises_compose_like_one_gaussian(member: Member) -> None:
     together = make_plan(
         trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=1.25**-0.5
     )
-    assert spent(Ledger(member.folder).entries(), 1e-5) == pytest.approx(together.epsilon, rel=1e-9)
+    assert spent(Ledger(member.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
 
 
-def test_neighbours_of_two_kinds_are_counted_under_the_stronger(member: Member) -> None:
-    """A release promised under add-or-remove costs as much as under replacement once both are there."""
+def test_the_policy_and_not_the_server_says_what_neighbours_are(member: Member) -> None:
+    """A release promised under add-or-remove costs what it costs under replacement, and has to meet the same floor."""
     ask(member, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
     ask(member, order(), terms(run="r2"))
     together = make_plan(
         trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=5.0**-0.5
     )
-    assert spent(Ledger(member.folder).entries(), 1e-5) == pytest.approx(together.epsilon, rel=1e-9)
+    assert spent(Ledger(member.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
+
+
+def test_a_floor_is_meant_under_the_policy_s_neighbours(tmp_path: Path) -> None:
+    strict = Member(policy(min_noise_multiplier=1.0), tmp_path / "state")
+    with pytest.raises(Refusal, match=r"limits.min_noise_multiplier: expected at least 1, got 0\.5"):
+        ask(strict, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+    lenient = Member(policy(min_noise_multiplier=1.0, adjacency="add-or-remove"), tmp_path / "other")
+    ask(lenient, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+
+
+ODD = {
+    "noise that is no number": ({"noise_stddev": float("nan")}, {}),
+    "endless noise": ({"noise_stddev": float("inf")}, {}),
+    "negative noise": ({"noise_stddev": -2.0}, {}),
+    "a negative client": ({"client": -1}, {}),
+    "a negative epoch": ({}, {"epoch": -1}),
+    "a probability that is no number": ({}, {"probability": float("nan")}),
+    "no noise promised": ({"noise_stddev": 0.0}, {"noise_multiplier": 0.0}),
+    "hardly any noise promised": ({"noise_stddev": 2e-200}, {"noise_multiplier": 1e-200}),
+    "rounds without end": ({}, {"rounds": 10**7}),
+    "a delta that is no number": ({}, {"delta": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("trust", ["local", "central"])
+def test_odd_numbers_get_nothing_and_take_no_time(name: str, trust: str, tmp_path: Path) -> None:
+    asked, told = ODD[name]
+    bare = {"noise_stddev": 0.0} if trust == "central" and "noise_stddev" not in asked else {}
+    guarded = Member(policy(trust="central", epsilon=1e3), tmp_path / "state")
+    with pytest.raises(Refusal) as caught:
+        ask(guarded, order(**{**bare, **asked}), terms(**{"trust": trust, **told}))
+    assert caught.value.kind in ("policy", "budget", "model")
+    assert not Ledger(guarded.folder).entries()
+
+
+def test_what_a_refusal_tells_holds_nothing_of_files_or_past_runs() -> None:
+    for kind in ("trouble", "budget"):
+        told = Refusal.because(kind, "/home/alice/hiv.csv: expected numbers, got 'Alice_Smith'").told
+        assert "alice" not in told.lower()
+        assert KINDS[kind] in told
+
+
+def test_whatever_goes_wrong_is_a_refusal(member: Member) -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory at row 17 of hiv.csv")
+
+    with pytest.raises(Refusal, match="RuntimeError") as caught:
+        member.answer(*turn(1, 0), torch.zeros(SIZE), fails)
+    assert caught.value.kind == "trouble"
+    assert "hiv" not in caught.value.told
+
+
+@pytest.mark.parametrize(
+    "damage", ["removed", "shortened", "last line changed", "last newline lost", "all but memory gone"]
+)
+def test_a_ledger_that_got_shorter_stops_everything(member: Member, damage: str) -> None:
+    for number in (1, 2, 3):
+        ask(member, *turn(number, number - 1))
+    path = Ledger(member.folder).path
+    content = path.read_bytes()
+    if damage == "shortened":
+        path.write_bytes(b"".join(content.splitlines(keepends=True)[:2]))
+    elif damage == "last line changed":
+        path.write_bytes(content[:-400] + content[-400:].replace(b"2.0", b"9.0"))
+    elif damage == "last newline lost":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    if damage == "all but memory gone":
+        path.with_name("ledger.head").unlink()
+    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
+        ask(member, *turn(4, 3))
+    assert caught.value.kind == "trouble"
+
+
+def test_reading_the_ledger_changes_nothing(member: Member) -> None:
+    """Also in the middle of an append."""
+    ask(member, *turn(1, 0))
+    path = Ledger(member.folder).path
+    with path.open("ab") as file:
+        file.write(b'{"run": "r1"')
+    before = path.read_bytes()
+    Ledger(member.folder).entries()
+    assert "1 messages" in account_of(member.folder, 8.0, 1e-5, "replace")
+    assert path.read_bytes() == before
 
 
 def test_central_runs_cost_their_whole_promise_at_once(tmp_path: Path) -> None:
@@ -320,9 +408,9 @@ def test_central_runs_cost_their_whole_promise_at_once(tmp_path: Path) -> None:
     told = terms(trust="central", adjacency="add-or-remove")
     ask(trusting, bare, told)
     plan = make_plan(trust="central", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
-    assert spent(Ledger(trusting.folder).entries(), 2.5e-5) == pytest.approx(plan.epsilon)
+    assert spent(Ledger(trusting.folder).entries(), 2.5e-5, "replace") == pytest.approx(plan.epsilon)
     ask(trusting, bare, replace(told, run="r2"))
-    assert spent(Ledger(trusting.folder).entries(), 2.5e-5) == pytest.approx(2 * plan.epsilon)
+    assert spent(Ledger(trusting.folder).entries(), 2.5e-5, "replace") == pytest.approx(2 * plan.epsilon)
     with pytest.raises(Refusal, match="got inf"):  # a third delta of 1e-5 is more than 2.5e-5
         ask(trusting, bare, replace(told, run="r3"))
 
@@ -332,9 +420,9 @@ def test_a_server_that_lowers_the_noise_in_mid_run_pays_for_both_promises(tmp_pa
     bare = order(noise_stddev=0.0)
     told = terms(trust="central", adjacency="add-or-remove")
     ask(trusting, bare, told)
-    one = spent(Ledger(trusting.folder).entries(), 1e-4)
+    one = spent(Ledger(trusting.folder).entries(), 1e-4, "replace")
     ask(trusting, order(noise_stddev=0.0, round=2), replace(told, turn=2, last_turn=1, noise_multiplier=0.5))
-    assert spent(Ledger(trusting.folder).entries(), 1e-4) > 2 * one
+    assert spent(Ledger(trusting.folder).entries(), 1e-4, "replace") > 2 * one
 
 
 @pytest.mark.parametrize(
