@@ -1,4 +1,4 @@
-"""The command line: fedpriv run | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv run | sweep | compare | flower | deploy | privacy | data | list."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from fedpriv import __version__
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import make_federation, sampling_of
 from fedpriv.experiment.config import load_config
-from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
+from fedpriv.experiment.engines import ENGINES, Execution, bytes_of, cores
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import jsonable
 from fedpriv.experiment.run import run_experiment
@@ -165,6 +165,76 @@ def run(
         print(f"done        the run directory is on the server: {directory.resolve()}")
     else:
         _print_summary(summary, directory)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's TOML file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; else runs/NAME.", show_default=False)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trials at a time; else one on each core.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="In each trial: auto, loop or vectorized.")] = "vectorized",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25.")] = 0.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
+    ] = None,
+    data_root: DataRoot = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try failed trials again.")] = False,
+) -> None:
+    """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
+    from fedpriv.experiment.sweep_live import SweepTable
+    from fedpriv.experiment.sweep_run import run_sweep
+    from fedpriv.experiment.sweeps import load_sweep
+
+    plan = load_sweep(file)
+    folder = out or Path("runs") / plan.name
+    with SweepTable() as table:
+        trials = run_sweep(
+            plan,
+            folder,
+            jobs=jobs or cores(),
+            engine=engine,
+            device=device,
+            data_root=data_root,
+            resume=resume or retry,
+            retry=retry,
+            gpus_per_trial=gpus_per_trial,
+            ray_address=ray_address,
+            watch=table,
+        )
+    failed = trials[trials["status"] == "failed"]
+    for row in failed.head(5).to_dict("records"):
+        print(f"failed      {row['trial'] or 'no experiment'}: {row['reason']}")
+    print(
+        f"trials      {len(trials)}: {(trials['status'] == 'done').sum()} done, {len(failed)} failed\n"
+        f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
+    )
+    if len(failed) == len(trials):
+        raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run directories.", show_default=False)],
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> None:
+    """Show finished runs side by side: what differs in their configs, and what came out."""
+    from fedpriv.experiment.results import compare_runs
+
+    table = compare_runs(runs)
+    if as_csv:
+        print(table.to_csv(), end="")
+        return
+    console = Console()
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", *table.columns):
+        shown.add_column(name, overflow="fold")
+    for name, row in table.iterrows():
+        shown.add_row(str(name), *("" if value is None else str(value) for value in row))
+    console.print(shown)
 
 
 @app.command()

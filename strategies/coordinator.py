@@ -186,12 +186,12 @@ class Coordinator:
         happened = "applied"
         if lost and self.lost_memory == "stop":
             raise _stopped(lost)
-        if len(valid) < self._needed and self.choice.too_few == "stop":
-            raise self._too_few(valid, refusals)
         if self._memories_are_lost(lost):
             happened = "re-based"
         elif len(valid) < self._needed:
             happened = "too few"
+            if self.choice.too_few == "stop":
+                raise self._too_few(valid, refusals)
         counted = valid if happened == "applied" else []
         total = self._sum(broadcast, replies, counted)
         if happened == "applied":

@@ -33,7 +33,8 @@ delta = $delta
 min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
 max_l2_bound = 100.0        # longest message
 max_rounds = 100000         # longest run
-adjacency = "replace"       # neighbours under which this client's own noise is counted; or "add-or-remove", half as strict
+# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
+adjacency = "replace"
 
 [data]
 own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set

@@ -31,6 +31,7 @@ from clients.deploy_app import CLIENT_MODULE, SERVER_MODULE
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import assemble
 from fedpriv.experiment.config import Config
+from fedpriv.experiment.engines import cores
 from fedpriv.experiment.journal import Watcher
 from fedpriv.experiment.records import RunDirectory
 
@@ -219,7 +220,7 @@ class FlowerRun:
     def _resources(self) -> str:
         """One CPU for each client at work, and no more actors than there are clients."""
         gpus = _GPU_SHARE if self.device.startswith("cuda") else 0.0
-        cpus = min(self.population, _cpus())
+        cpus = min(self.population, cores())
         return (
             f"num-supernodes={self.population} client-resources-num-cpus=1 "
             f"client-resources-num-gpus={gpus} init-args-num-cpus={cpus}"
@@ -342,10 +343,6 @@ def _answers(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes_with(mark: bytes) -> list[int]:

@@ -28,6 +28,7 @@ __all__ = [
     "Ran",
     "bytes_of",
     "choose_compute",
+    "cores",
     "make_engine",
     "read_record",
     "start_engine",
@@ -134,6 +135,11 @@ class Execution:
         if self.compute == "auto":
             changes["compute"] = before.get("compute", "auto")
         return replace(self, **changes)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose(where: str, given: str, known: list[str]) -> None:
@@ -270,7 +276,7 @@ def _room_for_workers(experiment: Experiment, execution: Execution) -> int:
     if execution.gpus_per_worker or experiment.population.task.device.type == "cuda":
         room = max(int(torch.cuda.device_count() / (execution.gpus_per_worker or 1.0)), 1)
     else:
-        room = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        room = cores()
     return max(min(room, round(experiment.server.sampling.expected_size)), 1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.records import RunDirectory, flat_tables
 from fedpriv.vectors import Layout
 
-__all__ = ["load_model", "load_results"]
+__all__ = ["compare_runs", "load_model", "load_results"]
 
 
 def load_results(path: Path | str) -> pd.DataFrame:
@@ -52,6 +53,40 @@ def load_model(path: Path | str) -> dict[str, Tensor]:
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(str(file), "the model of a finished run", repr(error), "Finish it with --resume") from None
     return Layout(tuple((name, tuple(shape)) for name, shape in entries)).unflatten(vector)
+
+
+def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
+    """Finished runs side by side.
+
+    Args:
+        paths: Run directories.
+
+    Returns:
+        A column a run; rows are the keys of the configs that differ, then figures of the summaries.
+
+    Raises:
+        UserError: If one is not a finished run.
+    """
+    columns: dict[str, dict[str, object]] = {}
+    configs = {}
+    for path in paths:
+        directory = RunDirectory(Path(path))
+        summary = directory.read_json("summary.json")
+        if summary is None:
+            raise UserError(str(path), "a finished run", "none", "Finish it with fedpriv run ... --resume")
+        configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
+        columns[str(path)] = {key: _shown(summary.get(key)) for key in _COMPARED}
+    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
+    differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
+    together = {run: {**{key: configs[run].get(key) for key in differing}, **columns[run]} for run in columns}
+    return pd.DataFrame(together, dtype=object)
+
+
+_COMPARED = ("method", "test_accuracy", "test_loss", "epsilon", "delta", "trust", "rounds", "engine", "seconds")
+
+
+def _shown(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _one_run(folder: Path, root: Path) -> pd.DataFrame:

@@ -205,6 +205,17 @@ def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
         server.finish(messages(0, 1), lost(4))
 
 
+def test_a_lost_memory_does_not_stop_a_run_for_ever() -> None:
+    """Everyone must answer, and one cannot: all begin anew, and then it can."""
+    server = coordinator(min_participants=CLIENTS, too_few="stop")
+    server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
+    assert server.finish(messages(0, 1, 2, 3), lost(4)).happened == "re-based"
+    server.begin()
+    assert server.finish(messages(*range(CLIENTS)), {}).happened == "applied"
+
+
 def test_nobody_makes_all_begin_anew_for_ever() -> None:
     """A client that has nothing to lose is not believed, one that lost it twice is asked no more."""
     server = coordinator()

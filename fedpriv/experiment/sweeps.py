@@ -1,0 +1,209 @@
+"""A sweep: one experiment and the axes along which it is changed, read strictly from one TOML file."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, parse_config, read_config_file
+from fedpriv.experiment.tables import read_table, refuse_unknown
+
+__all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
+
+# More trials than anybody means to run.
+MOST_TRIALS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Values that one place of the config takes, or several places together.
+
+    Args:
+        key: `table.key`, a whole `table`, or a list of such for values that go together.
+        values: One for each trial along the axis; lists of as many as there are keys.
+        first: Where a range begins (`from` in the file).
+        to: Where it ends.
+        count: How many values it has.
+        scale: How they lie between: `linear` or `log`.
+        when: The axis is there only where these keys have one of these values; elsewhere it changes nothing.
+    """
+
+    key: str | tuple[str, ...]
+    values: tuple[Any, ...] = ()
+    first: float | None = None
+    to: float | None = None
+    count: int | None = None
+    scale: Literal["linear", "log"] = "linear"
+    when: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranged = (self.first, self.to, self.count)
+        if bool(self.values) == any(part is not None for part in ranged) or (not self.values and None in ranged):
+            raise UserError(
+                f"axis {self.name}", "values, or from, to and count", "another choice", "Give one of the two"
+            )
+        if not self.values:
+            self._check_range()
+        elif len(self.keys) > 1 and not all(isinstance(v, list) and len(v) == len(self.keys) for v in self.values):
+            raise UserError(
+                f"axis {self.name}", f"lists of {len(self.keys)} values", "others", "One value for each key"
+            )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The places."""
+        return (self.key,) if isinstance(self.key, str) else tuple(self.key)
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return "+".join(self.keys)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """What each trial along the axis changes."""
+        values = self.values or self._range()
+        rows = values if len(self.keys) > 1 else [[value] for value in values]
+        return [dict(zip(self.keys, row, strict=True)) for row in rows]
+
+    def holds(self, tables: Mapping[str, Any]) -> bool:
+        """Whether the axis is there."""
+        return all(_get(tables, key) in accepted for key, accepted in self.when.items())
+
+    def _check_range(self) -> None:
+        assert self.first is not None
+        assert self.to is not None
+        assert self.count is not None
+        if len(self.keys) > 1 or self.count < 1:
+            raise UserError(f"axis {self.name}", "one key and a count from 1", "others", "Give values for several keys")
+        if not (math.isfinite(self.first) and math.isfinite(self.to)):
+            raise UserError(f"axis {self.name}", "finite ends", f"{self.first} and {self.to}", "Mend the range")
+        if self.scale == "log" and not (self.first > 0.0 and self.to > 0.0):
+            raise UserError(f"axis {self.name}", "ends above 0 on a log scale", f"{self.first}, {self.to}", "Mend it")
+
+    def _range(self) -> list[float]:
+        assert self.first is not None
+        assert self.to is not None
+        assert self.count is not None
+        log = self.scale == "log"
+        a, b = (math.log(self.first), math.log(self.to)) if log else (self.first, self.to)
+        points = [a + (b - a) * i / max(self.count - 1, 1) for i in range(self.count)]
+        # Twelve digits: 0.1 and not 0.10000000000000002.
+        return [float(f"{math.exp(x) if log else x:.12g}") for x in points]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One experiment of a sweep.
+
+    Args:
+        changes: What it changes, by `table.key`.
+        tables: The experiment's tables.
+    """
+
+    changes: dict[str, Any]
+    tables: dict[str, Any]
+
+    @cached_property
+    def config(self) -> Config:
+        """The experiment; a `UserError` if the changes do not make one."""
+        return parse_config(self.tables)
+
+    @property
+    def name(self) -> str:
+        """Its folder: equal experiments have equal names."""
+        return self.config.digest[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is run.
+
+    Args:
+        name: What the sweep is called.
+        base: The tables that all trials change.
+        axes: How, the outermost first.
+    """
+
+    name: str
+    base: dict[str, Any]
+    axes: tuple[Axis, ...]
+
+    def trials(self) -> list[Trial]:
+        """All trials, the last axis fastest.
+
+        Raises:
+            UserError: If there are too many.
+        """
+        found = list(itertools.islice(self._along({}, self.base, self.axes), MOST_TRIALS + 1))
+        if len(found) > MOST_TRIALS:
+            raise UserError("axes", f"at most {MOST_TRIALS:,} trials", "more", "Give fewer values")
+        return found
+
+    def _along(self, changes: dict[str, Any], tables: dict[str, Any], axes: Sequence[Axis]) -> Iterator[Trial]:
+        if not axes:
+            yield Trial(changes, tables)
+        elif not axes[0].holds(tables):
+            yield from self._along(changes, tables, axes[1:])
+        else:
+            for change in axes[0].changes():
+                yield from self._along({**changes, **change}, _changed(tables, change), axes[1:])
+
+
+def load_sweep(path: Path | str) -> Sweep:
+    """Reads a sweep's TOML file.
+
+    Keys: `name`; `base`, the config's file, seen from this one; `[set]`, changes for all trials; `[[axis]]`, see
+    `Axis`.
+
+    Raises:
+        UserError: On anything that is not a sweep.
+    """
+    path = Path(path)
+    tables = read_config_file(path)
+    refuse_unknown(tables, ["name", "base", "set", "axis"], "")
+    for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
+        if not isinstance(tables.get(key), kind):
+            raise UserError(key, f"a text such as {example}", repr(tables.get(key, "nothing")), f"Add {key} to {path}")
+    for key, kind, words in (("set", dict, "a table"), ("axis", list, "tables [[axis]]")):
+        if not isinstance(tables.get(key, kind()), kind):
+            raise UserError(key, words, repr(tables[key]), f"Mend {path}")
+    base = _changed(read_config_file(path.parent / tables["base"]), tables.get("set", {}))
+    axes = tuple(_read_axis(number, table) for number, table in enumerate(tables.get("axis", []), 1))
+    return Sweep(name=tables["name"], base=base, axes=axes)
+
+
+def _read_axis(number: int, table: Any) -> Axis:
+    if not isinstance(table, dict):
+        raise UserError(f"axis {number}", "a table", repr(table), "Write [[axis]] and its keys below")
+    options = dict(table)
+    if "from" in options:
+        options["first"] = options.pop("from")
+    if isinstance(options.get("first"), int):
+        options["first"] = float(options["first"])
+    if isinstance(options.get("to"), int):
+        options["to"] = float(options["to"])
+    return read_table(Axis, options, f"axis {number}")
+
+
+def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `tables` with each `table.key`, or each whole table, put in."""
+    made = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    for address, value in changes.items():
+        table, dot, key = address.partition(".")
+        if not dot:
+            made[table] = dict(value) if isinstance(value, dict) else value
+        elif isinstance(made.setdefault(table, {}), dict):
+            made[table][key] = value
+        else:
+            raise UserError(address, "a table", f"the key {table}", f"Use {table}")
+    return made
+
+
+def _get(tables: Mapping[str, Any], address: str) -> Any:
+    table, dot, key = address.partition(".")
+    found = tables.get(table)
+    return (found.get(key) if isinstance(found, dict) else None) if dot else found

@@ -1,0 +1,229 @@
+"""Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fedpriv import load_results
+from fedpriv.cli import main
+from fedpriv.errors import UserError
+from fedpriv.experiment.results import compare_runs
+from fedpriv.experiment.sweep_live import SweepTable
+from fedpriv.experiment.sweep_run import SweepState, run_sweep
+from fedpriv.experiment.sweeps import Axis, load_sweep
+
+BASE = """
+name = "base"
+seed = 1
+[data]
+name = "digits"
+clients = 6
+[model]
+name = "softmax"
+[method]
+name = "dp-fedavg"
+clip_norm = 1.0
+server_lr = 0.5
+[training]
+rounds = 3
+"""
+uses_ray = pytest.mark.xdist_group("ray")
+
+
+def sweep_file(folder: Path, text: str, base: str = BASE) -> Path:
+    (folder / "base.toml").write_text(base)
+    path = folder / "sweep.toml"
+    path.write_text(f'name = "s"\nbase = "base.toml"\n{text}')
+    return path
+
+
+def changes(folder: Path, text: str) -> list[dict[str, Any]]:
+    return [trial.changes for trial in load_sweep(sweep_file(folder, text)).trials()]
+
+
+def test_axes_multiply_and_the_last_is_fastest(tmp_path: Path) -> None:
+    text = '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.2]\n'
+    found = [(c["seed"], c["method.server_lr"]) for c in changes(tmp_path, text)]
+    assert found == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+
+
+def test_ranges_are_linear_or_logarithmic() -> None:
+    assert Axis(key="a.b", first=0.0, to=1.0, count=5).changes() == [{"a.b": x} for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    log = Axis(key="a.b", first=0.01, to=10.0, count=4, scale="log")
+    assert log.changes() == [{"a.b": x} for x in (0.01, 0.1, 1.0, 10.0)]
+
+
+def test_paired_values_go_together(tmp_path: Path) -> None:
+    text = '[[axis]]\nkey = ["seed", "method.server_lr"]\nvalues = [[1, 0.1], [2, 0.2]]\n'
+    assert changes(tmp_path, text) == [{"seed": 1, "method.server_lr": 0.1}, {"seed": 2, "method.server_lr": 0.2}]
+
+
+def test_an_axis_may_be_there_for_some_methods_only(tmp_path: Path) -> None:
+    text = """
+[[axis]]
+key = "method"
+values = [{name = "dp-fedavg"}, {name = "alpha-normec"}]
+[[axis]]
+key = "method.beta"
+values = [0.1, 0.2]
+when = {"method.name" = ["alpha-normec"]}
+"""
+    found = changes(tmp_path, text)
+    assert [c.get("method.beta") for c in found] == [None, 0.1, 0.2]
+    names = [trial.config.method_name for trial in load_sweep(sweep_file(tmp_path, text)).trials()]
+    assert names == ["dp-fedavg", "alpha-normec", "alpha-normec"]
+
+
+def test_set_changes_all_trials(tmp_path: Path) -> None:
+    text = '[set]\n"training.rounds" = 9\n[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
+    trials = load_sweep(sweep_file(tmp_path, text)).trials()
+    assert [trial.config.training.rounds for trial in trials] == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[[axis]]\nvalues = [1]\n", r"axis 1.key: expected"),
+        ('[[axis]]\nkey = "seed"\n', "axis seed: expected values, or from, to and count"),
+        ('[[axis]]\nkey = "seed"\nvalues = [1]\ncount = 2\n', "axis seed: expected values, or from, to and count"),
+        ('[[axis]]\nkey = "seed"\nfrom = 1\nto = 2\n', "axis seed: expected values, or from, to and count"),
+        ('[[axis]]\nkey = "a.b"\nfrom = 0\nto = 2\ncount = 3\nscale = "log"\n', "ends above 0 on a log scale"),
+        ('[[axis]]\nkey = "a.b"\nfrom = 1\nto = inf\ncount = 3\n', "finite ends"),
+        ('[[axis]]\nkey = "a.b"\nfrom = 1\nto = 2\ncount = 0\n', "a count from 1"),
+        ('[[axis]]\nkey = ["seed", "a.b"]\nvalues = [1, 2]\n', "lists of 2 values"),
+        ('[[axis]]\nkey = "seed"\nvalue = [1]\n', "axis 1.value: expected a known key"),
+        ('[[axis]]\nkey = "seed.x"\nvalues = [1]\n', "seed.x: expected a table"),
+        ("axis = 3\n", r"axis: expected tables \[\[axis\]\]"),
+        ('[[axes]]\nkey = "seed"\n', "axes: expected a known key"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_one_line(
+    text: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, text)
+    with pytest.raises(UserError, match=line):
+        load_sweep(path).trials()
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", str(path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+GRID = """
+[[axis]]
+key = "method.server_lr"
+values = [0.1, 0.5]
+[[axis]]
+key = "seed"
+values = [1, 2, 1]
+[[axis]]
+key = "cohort"
+values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
+"""
+
+
+@uses_ray
+def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path) -> None:
+    """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
+    states: list[tuple[int, int]] = []
+    plan = load_sweep(sweep_file(tmp_path, GRID))
+    table = run_sweep(plan, tmp_path / "out", jobs=2, watch=lambda s: states.append((s.done, s.failed)))
+    assert list(table["status"]).count("done") == 4
+    failed = table[table["status"] == "failed"]
+    assert failed["reason"].str.contains("cohort.size").all()
+    assert states[-1][0] == 4
+    assert len(list((tmp_path / "out" / "trials").iterdir())) == 4
+    frame = load_results(tmp_path / "out")
+    assert frame["run"].nunique() == 4
+    assert set(frame["method.server_lr"]) == {0.1, 0.5}
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "trials.csv")[["trial"]].fillna(""), table[["trial"]])
+    summaries = sorted((tmp_path / "out" / "trials").rglob("summary.json"))
+    before = [path.stat().st_mtime_ns for path in summaries]
+    with pytest.raises(UserError, match="Add --resume"):
+        run_sweep(plan, tmp_path / "out")
+    run_sweep(plan, tmp_path / "out", resume=True)
+    assert [path.stat().st_mtime_ns for path in summaries] == before
+
+
+SLOW = """
+[set]
+"training.rounds" = 150
+[[axis]]
+key = "seed"
+values = [1, 2, 3, 4, 5, 6]
+"""
+
+
+@uses_ray
+def test_a_sweep_that_is_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, SLOW)
+    whole = run_sweep(load_sweep(path), tmp_path / "whole", jobs=2)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fedpriv.cli", "sweep", str(path), "--out", str(out), "--jobs", "2", "--resume"]
+    for wanted in (1, 3):
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        end = time.monotonic() + 120.0
+        while len(list(out.glob("trials/*/summary.json"))) < wanted and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/summary.json")}
+    assert 3 <= len(done) < 6
+    again = run_sweep(load_sweep(path), out, jobs=2, resume=True)
+    columns = [name for name in whole.columns if name != "seconds"]
+    pd.testing.assert_frame_equal(again[columns], whole[columns])
+    assert all(file.stat().st_mtime_ns == at for file, at in done.items())
+
+
+@uses_ray
+def test_a_trial_that_fails_while_it_runs_is_tried_again_only_when_asked(tmp_path: Path) -> None:
+    base = BASE.replace('name = "digits"', 'name = "libsvm"\nfile = "a.svm"')
+    path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n', base)
+    table = run_sweep(load_sweep(path), tmp_path / "out", data_root=tmp_path)
+    assert list(table["status"]) == ["failed", "failed"]
+    assert table["reason"].str.contains("a.svm").all()
+    rows = [f"{i % 2} 1:{i % 7}.5 2:{i % 3}.0\n" for i in range(60)]
+    (tmp_path / "a.svm").write_text("".join(rows))
+    table = run_sweep(load_sweep(path), tmp_path / "out", data_root=tmp_path, resume=True)
+    assert list(table["status"]) == ["failed", "failed"]
+    table = run_sweep(load_sweep(path), tmp_path / "out", data_root=tmp_path, resume=True, retry=True)
+    assert list(table["status"]) == ["done", "done"], table["reason"].tolist()
+
+
+@uses_ray
+def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sweep_file(tmp_path, '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.5]\n')
+    run_sweep(load_sweep(path), tmp_path / "out")
+    runs = sorted((tmp_path / "out" / "trials").iterdir())
+    table = compare_runs(runs)
+    assert next(iter(table.index)) == "method.server_lr"
+    assert set(table.loc["method.server_lr"]) == {0.1, 0.5}
+    assert "seed" not in table.index
+    main_code = None
+    try:
+        main(["compare", *map(str, runs), "--csv"])
+    except SystemExit as ended:
+        main_code = ended.code
+    assert main_code in (None, 0)
+    assert "test_accuracy" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected a finished run"):
+        compare_runs([tmp_path])
+
+
+def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with SweepTable() as table:
+        state = SweepState(total=10, jobs=2, done=3, failed=1, before=0, began=time.monotonic() - 40.0)
+        state.running["abc"] = "seed=1 beta=0.1"
+        table(state)
+    shown = capsys.readouterr().err
+    assert "4 of 10 trials: 3 done, 1 failed, 1 min 00 s left" in shown
+    assert "beta=0.1" in shown
