@@ -206,8 +206,8 @@ def sweep(
             watch=table,
         )
     failed = trials[trials["status"] == "failed"]
-    for row in failed.head(5).to_dict("records"):
-        print(f"failed      {row['trial'] or 'no experiment'}: {row['reason']}")
+    for name, reason in list(zip(failed["trial"], failed["reason"], strict=True))[:5]:
+        print(f"failed      {name or 'no experiment'}: {reason}")
     print(
         f"trials      {len(trials)}: {(trials['status'] == 'done').sum()} done, {len(failed)} failed\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
@@ -233,7 +233,7 @@ def compare(
     for name in ("", *table.columns):
         shown.add_column(name, overflow="fold")
     for name, row in table.iterrows():
-        shown.add_row(str(name), *("" if value is None else str(value) for value in row))
+        shown.add_row(str(name), *("" if value is None or value != value else str(value) for value in row))
     console.print(shown)
 
 

@@ -1,6 +1,7 @@
 """Starting a Ray of one's own, or joining one that is there; and what fits on it."""
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -43,6 +44,7 @@ class Connection(NamedTuple):
         if self.ours:
             with quiet():
                 ray.shutdown()
+                gc.collect()  # its files, while nobody complains of them
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

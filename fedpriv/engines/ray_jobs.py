@@ -46,21 +46,20 @@ def side_by_side(
     waiting = deque(jobs)
     connection = connect(address, _STORE_BYTES)
     try:
+        most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        if cpus > most:
+            raise UserError("--cpus-per-trial", f"at most {most:g}", f"{cpus:g}", "Ask for less")
         with quiet():
-            most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-            if cpus > most:
-                raise UserError("--cpus-per-trial", f"at most {most:g}", f"{cpus:g}", "Ask for less")
             work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
-            running: dict[Any, str] = {}
-            while waiting or running:
+        running: dict[Any, str] = {}
+        while waiting or running:
+            with quiet():
                 while waiting and len(running) < at_once:
                     name, function, arguments = waiting.popleft()
                     running[work.remote(function, arguments)] = name
                 ended, _ = ray.wait(list(running), num_returns=1, timeout=_WAIT_SECONDS)
-                if not ended:
-                    yield None
-                for reference in ended:
-                    yield running.pop(reference), _result(reference)
+                found = [(running.pop(reference), _result(reference)) for reference in ended]
+            yield from found or [None]
     finally:
         connection.close()
 

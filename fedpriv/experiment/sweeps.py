@@ -65,8 +65,8 @@ class Axis:
 
     def changes(self) -> list[dict[str, Any]]:
         """What each trial along the axis changes."""
-        values = self.values or self._range()
-        rows = values if len(self.keys) > 1 else [[value] for value in values]
+        values: Sequence[Any] = self.values or self._range()
+        rows: list[Any] = list(values) if len(self.keys) > 1 else [[value] for value in values]
         return [dict(zip(self.keys, row, strict=True)) for row in rows]
 
     def holds(self, tables: Mapping[str, Any]) -> bool:

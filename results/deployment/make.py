@@ -109,6 +109,23 @@ def measure(rounds: int, pairs: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def one_message(app: str) -> float:
+    """CPU seconds of a client's process for one message."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE / "one_message.py"), app, folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def processes(pairs: int) -> pd.DataFrame:
+    """Both apps' processes in turns."""
+    rows = [
+        {"pair": i, "app": app, "cpu_seconds": one_message(app)} for i in range(pairs) for app in ("plain", "fedpriv")
+    ]
+    return pd.DataFrame(rows)
+
+
 def size_of(content: RecordDict) -> int:
     """Bytes of what Flower sends for a content: it and all objects in it."""
     return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
@@ -157,6 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--processes", action="store_true", help="bytes, and one client's process for one message, alone"
+    )
     parser.add_argument("--bytes", action="store_true", help="the table of bytes alone")
     found = parser.parse_args()
     page = HERE / "README.md"
@@ -166,6 +186,17 @@ def main() -> None:
     head = ("parameters", "the bare model", "order, down", "answer, up")
     fill("bytes", table(head, lines), page)
     if found.bytes:
+        return
+    cpu = processes(10)
+    cpu.to_csv(HERE / "processes.csv", index=False, float_format="%.4g")
+    by_pair = cpu.pivot(index="pair", columns="app", values="cpu_seconds")
+    ratio = (by_pair["fedpriv"] / by_pair["plain"]).describe()
+    middles = ", ".join(f"{app} {by_pair[app].median():.2f} s" for app in ("plain", "fedpriv"))
+    over = f"{ratio['50%']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"
+    text = f"{middles}; fedpriv over plain: {over}, {len(by_pair)} pairs.\n"
+    fill("processes", text, page)
+    print(text)
+    if found.processes:
         return
     rounds = measure(found.rounds, found.pairs)
     rounds.to_csv(HERE / "rounds.csv", index=False, float_format="%.4g")
