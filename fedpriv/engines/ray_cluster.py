@@ -44,7 +44,7 @@ class Connection(NamedTuple):
         if self.ours:
             with quiet():
                 ray.shutdown()
-                gc.collect()  # its files, while nobody complains of them
+                gc.collect()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -75,6 +75,7 @@ def connect(address: str | None, store_bytes: int) -> Connection:
                 object_store_memory=store_bytes,
                 _temp_dir=folder,
             )
+            gc.collect()  # files that it opened and let go of, while nobody complains of them
     except BaseException:
         Connection(ours=True, folder=folder).close()
         raise
@@ -114,6 +115,7 @@ def _join(address: str) -> None:
         with quiet(), _environment(RAY_USAGE_STATS_ENABLED="0"):
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                gc.collect()
                 return
             except (RuntimeError, ConnectionError, ValueError) as error:
                 reason = " ".join(str(error).split())[:300].rstrip(".")

@@ -36,6 +36,7 @@ server_lr = 0.5
 [training]
 rounds = 3
 """
+SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
 pytestmark = pytest.mark.xdist_group("ray")
 
 
@@ -89,6 +90,12 @@ when = {"method.name" = ["alpha-normec"]}
     assert [c.get("method.beta") for c in found] == [None, 0.1, 0.2]
     names = [trial.config.method_name for trial in load_sweep(sweep_file(tmp_path, text)).trials()]
     assert names == ["dp-fedavg", "alpha-normec", "alpha-normec"]
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
+    trials = load_sweep(path).trials()
+    assert len({trial.name for trial in trials}) == len(trials) > 1
 
 
 def test_set_changes_all_trials(tmp_path: Path) -> None:
