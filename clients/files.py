@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.records import sync_folder
 
 __all__ = ["append_durably", "make_private_folder", "only_one", "replace_durably"]
 
@@ -18,7 +19,7 @@ def make_private_folder(path: Path) -> None:
         for folder in reversed([path, *path.parents]):
             if not folder.exists():
                 folder.mkdir(exist_ok=True, mode=0o700)
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
 
 
 def replace_durably(path: Path, content: bytes) -> None:
@@ -32,7 +33,7 @@ def replace_durably(path: Path, content: bytes) -> None:
         try:
             _write_new(part, content)
             part.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError:
             part.unlink(missing_ok=True)
             raise
@@ -51,7 +52,7 @@ def append_durably(path: Path, line: bytes, length: int) -> None:
             try:
                 _write_all(file, line)
                 os.fsync(file)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
             except OSError:
                 os.ftruncate(file, length)
                 raise
@@ -84,14 +85,6 @@ def _write_all(file: int, content: bytes) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(file, rest) :]
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager

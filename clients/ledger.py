@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clients.files import append_durably, make_private_folder, only_one, replace_durably
+from clients.promise import Promise
 from fedpriv.errors import UserError
-from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, plan_of_terms
+from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan
 
 __all__ = ["Entry", "Ledger", "account_of", "spent", "surely_within"]
 
@@ -26,8 +27,8 @@ _FIRST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One release.
+class Entry(Promise):
+    """One release, and the promise that it was made under.
 
     Args:
         run: The run's name.
@@ -37,15 +38,6 @@ class Entry:
         method: Whose client rule was followed.
         l2_bound: Bound of the message.
         noise_stddev: Standard deviation per coordinate of the noise that this client drew; 0: none.
-        trust: See `Terms`, also for those below; with the run's promise.
-        adjacency: See `PrivacyPlan`.
-        delta: See `PrivacyPlan`.
-        noise_multiplier: See `PrivacyPlan`.
-        rounds: See `PrivacyPlan`.
-        sampling: The cohorts' name.
-        population: Number of clients.
-        probability: Chance to be asked.
-        cohort_size: Clients asked, where that is fixed; else 0.
     """
 
     run: str
@@ -55,31 +47,6 @@ class Entry:
     method: str
     l2_bound: float
     noise_stddev: float
-    trust: str
-    adjacency: str
-    delta: float
-    noise_multiplier: float
-    rounds: int
-    sampling: str
-    population: int
-    probability: float
-    cohort_size: int
-
-    @property
-    def plan(self) -> PrivacyPlan:
-        """What the run promised."""
-        return plan_of_terms(
-            trust=self.trust,
-            adjacency=self.adjacency,
-            sampling=self.sampling,
-            population=self.population,
-            probability=self.probability,
-            cohort_size=self.cohort_size,
-            rounds=self.rounds,
-            delta=self.delta,
-            l2_bound=self.l2_bound,
-            noise_multiplier=self.noise_multiplier,
-        )
 
 
 class Ledger:
@@ -187,7 +154,7 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
     if any(entry.trust == "none" for entry in entries):
         return math.inf
     local = [entry for entry in entries if entry.trust == "local"]
-    central = {(entry.run, entry.client, entry.plan) for entry in entries if entry.trust == "central"}
+    central = {(entry.run, entry.client, entry.plan(entry.l2_bound)) for entry in entries if entry.trust == "central"}
     left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
@@ -219,11 +186,8 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
-    promised = [entry for entry in entries if entry.trust != "none"]
-    adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in promised) else "local"]
-    total = (
-        f"epsilon {spent(promised, delta, adjacency):.4g} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
-    )
+    adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in entries) else "local"]
+    total = f"epsilon {spent(entries, delta, adjacency):.4g} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 

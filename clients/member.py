@@ -114,9 +114,10 @@ class Member:
 
     def _afford(self, past: list[Entry], entry: Entry) -> None:
         limits = self.policy.limits
-        if self.policy.accepts.trust == "none" and all(e.trust == "none" for e in [*past, entry]):
+        if entry.trust == "none":  # which the policy accepts
             return
-        releases = [*(e for e in past if e.trust != "none"), entry]
+        # What was once sent without a promise cannot be made up for, unless the client's operator accepts that still.
+        releases = [*(e for e in past if e.trust != "none" or self.policy.accepts.trust != "none"), entry]
         if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
             return
         epsilon = spent(releases, limits.delta, limits.adjacency)
@@ -141,7 +142,8 @@ def _in_epoch(record: Record | None, terms: Terms) -> Record:
     if terms.epoch == record.epoch:
         return record
     # What was answered before stays known, so that no old order is answered again.
-    return Record(epoch=terms.epoch, committed_turn=record.latest_turn)
+    ledger = {"ledger_lines": record.ledger_lines, "ledger_hash": record.ledger_hash}
+    return Record(epoch=terms.epoch, committed_turn=record.latest_turn, **ledger)
 
 
 def _given_before(record: Record, terms: Terms, request: str) -> Tensor:

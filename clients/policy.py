@@ -11,7 +11,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.tables import read_table, refuse_unknown
 from fedpriv.methods import METHODS
-from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan, plan_of_terms
+from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
 
 __all__ = ["POLICY_FILE", "Accepts", "Limits", "OwnData", "Policy", "load_policy"]
 
@@ -165,18 +165,7 @@ def load_policy(path: Path) -> Policy:
 
 def _plan(order: Order, terms: Terms) -> PrivacyPlan:
     try:
-        return plan_of_terms(
-            trust=terms.trust,
-            adjacency=terms.adjacency,
-            sampling=terms.sampling,
-            population=terms.population,
-            probability=terms.probability,
-            cohort_size=terms.cohort_size,
-            rounds=terms.rounds,
-            delta=terms.delta,
-            l2_bound=order.method.bounded.l2_bound,
-            noise_multiplier=terms.noise_multiplier,
-        )
+        return terms.plan(order.method.bounded.l2_bound)
     except UserError as error:
         raise Refusal(
             "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"

@@ -20,6 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from clients.promise import Promise
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import choose, read_table, write_table
 from fedpriv.methods import METHODS, Method
@@ -198,8 +199,8 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What a deployment tells a client besides its order: where both stand, and what is promised to it.
+class Terms(Promise):
+    """What a deployment tells a client besides its order: where both stand, and the promise.
 
     A turn is one broadcast with its answers, numbered from 1 and never repeated; a round of the method is a turn that
     counted. Messages are told apart by turns, noise is drawn by turns, and every turn is paid for.
@@ -209,15 +210,6 @@ class Terms:
         turn: The current turn.
         last_turn: The last turn whose message of this client counted; 0: none, and the client starts afresh.
         epoch: How often all memories were started anew.
-        trust: See `PrivacyPlan`; "none" promises nothing.
-        adjacency: See `PrivacyPlan`.
-        delta: See `PrivacyPlan`.
-        noise_multiplier: See `PrivacyPlan`.
-        rounds: How many turns there will be.
-        sampling: The cohorts' name.
-        population: Number of clients.
-        probability: Chance that a client is asked in a turn.
-        cohort_size: Clients asked, where that is fixed; else 0.
         digest: The experiment.
     """
 
@@ -225,15 +217,6 @@ class Terms:
     turn: int
     last_turn: int
     epoch: int
-    trust: str
-    adjacency: str
-    delta: float
-    noise_multiplier: float
-    rounds: int
-    sampling: str
-    population: int
-    probability: float
-    cohort_size: int
     digest: str
 
     def to_record(self) -> ConfigRecord:

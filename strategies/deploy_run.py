@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,9 @@ class _FlowerRun:
 
     def stop(self) -> None:
         """Ends the run at the server, too."""
-        if self.alive() and (row := self.row()):
-            self._flwr(["stop", str(row["run-id"]), self.connection.name])
+        with suppress(UserError):  # a server that is gone has nothing to stop, and must not hide why this ends
+            if self.alive() and (row := self.row()):
+                self._flwr(["stop", str(row["run-id"]), self.connection.name])
         if self._process is not None:
             self._process.terminate()
             self._process.wait(timeout=10.0)

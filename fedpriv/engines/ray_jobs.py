@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from fedpriv.engines.ray_cluster import connect, quiet
+from fedpriv.engines.ray_cluster import Need, connect, quiet, room
 from fedpriv.errors import UserError
 
 __all__ = ["JobDied", "side_by_side"]
@@ -46,9 +46,9 @@ def side_by_side(
     waiting = deque(jobs)
     connection = connect(address, _STORE_BYTES)
     try:
-        most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-        if cpus > most:
-            raise UserError("--cpus-per-trial", f"at most {most:g}", f"{cpus:g}", "Ask for less")
+        if not room([Need(cpus, gpus)]):
+            where, need = ("--gpus-per-trial", f"{gpus:g} GPU") if gpus else ("Ray", f"{cpus:g} CPU")
+            raise UserError(where, f"a machine with {need}", "none", "Ask for less, or join a Ray that has it")
         with quiet():
             work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
         running: dict[Any, str] = {}

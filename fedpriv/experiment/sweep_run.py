@@ -114,10 +114,12 @@ def run_sweep(
             left += [] if status else [(name, trial)]
         state.before = state.done + state.failed
         options = {"engine": engine, "device": device, "data_root": data_root}
+        written = state.before
         for _ in _finish(left, out, state, options, gpus_per_trial, ray_address):
             if watch is not None:
                 watch(state)
-            if state.done + state.failed:
+            if state.done + state.failed > written:
+                written = state.done + state.failed
                 _write_table(out, trials, refused)
         return _write_table(out, trials, refused)
 

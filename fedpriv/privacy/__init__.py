@@ -1,6 +1,6 @@
 """What is promised, to whom, and why it holds."""
 
-from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan, plan_of_terms
+from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
@@ -14,7 +14,6 @@ __all__ = [
     "PrivacyPlan",
     "Sampling",
     "make_plan",
-    "plan_of_terms",
     "privacy_statement",
     "rounded_up",
 ]

@@ -9,13 +9,13 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy.sampling import SAMPLINGS, FixedSize, Sampling
+from fedpriv.privacy.sampling import FixedSize, Sampling
 
 # dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
-__all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan", "plan_of_terms"]
+__all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
@@ -224,54 +224,6 @@ def make_plan(
         noise_multiplier=noise_multiplier,
         client_memory=client_memory,
         unit=unit,
-    )
-
-
-def plan_of_terms(
-    *,
-    trust: str,
-    adjacency: str,
-    sampling: str,
-    population: int,
-    probability: float,
-    cohort_size: int,
-    rounds: int,
-    delta: float,
-    l2_bound: float,
-    noise_multiplier: float,
-) -> PrivacyPlan:
-    """The plan that a server's terms describe, for a client that wants to know what they are worth.
-
-    Args:
-        trust: See `PrivacyPlan`, also for those below.
-        adjacency: See `PrivacyPlan`.
-        sampling: A name in `SAMPLINGS`.
-        population: Number of clients.
-        probability: Chance that a client is asked, for Poisson cohorts.
-        cohort_size: How many are asked, for fixed cohorts.
-        rounds: See `PrivacyPlan`.
-        delta: See `PrivacyPlan`.
-        l2_bound: See `PrivacyPlan`.
-        noise_multiplier: See `PrivacyPlan`.
-
-    Raises:
-        UserError: If they describe none.
-    """
-    options: dict[str, dict[str, Any]] = {
-        "everyone": {},
-        "poisson": {"probability": probability},
-        "fixed": {"size": cohort_size},
-    }
-    if sampling not in options:
-        raise UserError("sampling", "a known name", repr(sampling), nearest(sampling, options))
-    return PrivacyPlan(
-        trust=trust,
-        adjacency=adjacency,
-        sampling=SAMPLINGS[sampling](population, **options[sampling]),
-        rounds=rounds,
-        delta=delta,
-        l2_bound=l2_bound,
-        noise_multiplier=noise_multiplier,
     )
 
 

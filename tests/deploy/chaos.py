@@ -101,11 +101,12 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
         def fsync(self, file: int) -> None:
             pass
 
-    before, clients.files.os = clients.files.os, Os()  # type: ignore[assignment]
+    before, synced = clients.files.os, clients.files.sync_folder
+    clients.files.os, clients.files.sync_folder = Os(), lambda _: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        clients.files.os = before
+        clients.files.os, clients.files.sync_folder = before, synced
 
 
 @dataclass

@@ -390,6 +390,25 @@ def test_a_ledger_that_got_shorter_stops_everything(member: Member, damage: str)
     assert caught.value.kind == "trouble"
 
 
+def test_what_was_sent_without_a_promise_is_not_forgotten(tmp_path: Path) -> None:
+    """A policy that becomes strict after a run that promised nothing has no budget left to give."""
+    lenient = Member(policy(trust="none"), tmp_path / "state")
+    ask(lenient, order(noise_stddev=0.0), terms(trust="none", noise_multiplier=0.0))
+    assert "epsilon inf" in account_of(lenient.folder, 8.0, 1e-5, "replace")
+    ask(lenient, order(), terms(run="r2"))
+    with pytest.raises(Refusal, match="got inf") as caught:
+        ask(Member(policy(), lenient.folder), order(), terms(run="r3"))
+    assert caught.value.kind == "budget"
+
+
+def test_a_new_epoch_does_not_hide_that_the_ledger_is_gone(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    for name in ("ledger.jsonl", "ledger.head"):
+        (member.folder / name).unlink()
+    with pytest.raises(Refusal, match="expected the line as it was written"):
+        ask(member, order(), terms(turn=2, epoch=1))
+
+
 def test_reading_the_ledger_changes_nothing(member: Member) -> None:
     """Also in the middle of an append."""
     ask(member, *turn(1, 0))

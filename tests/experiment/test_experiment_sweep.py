@@ -232,6 +232,12 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
         compare_runs([tmp_path])
 
 
+def test_a_gpu_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
+    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
+        run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0)
+
+
 def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with SweepTable() as table:
         state = SweepState(total=10, jobs=2, done=3, failed=1, before=0, began=time.monotonic() - 40.0)
