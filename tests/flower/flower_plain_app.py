@@ -13,8 +13,11 @@ from torch import nn
 
 
 def new_net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    # its own generator: Flower imports the client's module, which seeds PyTorch, in another thread of the same process
+    net, generator = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)), torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return net
 
 
 def load_data(partition):
