@@ -6,6 +6,7 @@ read off the data and count as public; `features` states the first of them.) Spl
 fixed: they depend neither on the experiment's seed nor on its population.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -38,6 +39,8 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 WRITER_FILE = "qmnist-train-labels-idx2-int"
+# Inputs and labels of a split.
+Examples = tuple[np.ndarray, np.ndarray]
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
@@ -132,14 +135,37 @@ class Digits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mnist:
+class _ImageSource:
+    """What data sets of images have in common: a part of them can be taken, for studies at a smaller size.
+
+    Args:
+        train_examples: Take the first so many training examples; None for all.
+        test_examples: Likewise.
+
+    Raises:
+        UserError: If a number is not positive; on loading, if there are not so many.
+    """
+
+    natural: ClassVar[bool] = False
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train_examples", "test_examples"):
+            if getattr(self, key) is not None:
+                positive_int(f"data.{key}", getattr(self, key))
+
+    def _taken(self, train: Examples, test: Examples) -> tuple[Examples, Examples]:
+        return _first("train", train, self.train_examples), _first("test", test, self.test_examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist(_ImageSource):
     """MNIST: 60,000 + 10,000 handwritten digits `[1, 28, 28]`, standardised.
 
     Mean 0.1307, deviation 0.3081. Source: LeCun, Bottou, Bengio and Haffner, Gradient-based learning applied
     to document recognition, 1998.
     """
-
-    natural: ClassVar[bool] = False
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
@@ -147,17 +173,15 @@ class Mnist:
         Raises:
             UserError: If files are missing and cannot be downloaded, or are damaged.
         """
-        return _idx_images("mnist", data_root or default_data_root(), "MNIST", 0.1307, 0.3081)
+        return _idx_images("mnist", data_root or default_data_root(), "MNIST", 0.1307, 0.3081, self._taken)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionMnist:
+class FashionMnist(_ImageSource):
     """Fashion-MNIST: 60,000 + 10,000 articles of clothing `[1, 28, 28]`, standardised.
 
     Mean 0.2860, deviation 0.3530. Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747.
     """
-
-    natural: ClassVar[bool] = False
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
@@ -165,7 +189,8 @@ class FashionMnist:
         Raises:
             UserError: If files are missing and cannot be downloaded, or are damaged.
         """
-        return _idx_images("fashion-mnist", data_root or default_data_root(), "FashionMNIST", 0.2860, 0.3530)
+        root = data_root or default_data_root()
+        return _idx_images("fashion-mnist", root, "FashionMNIST", 0.2860, 0.3530, self._taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +220,12 @@ class MnistByWriter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cifar10:
+class Cifar10(_ImageSource):
     """CIFAR-10: 50,000 + 10,000 colour images `[3, 32, 32]`, standardised channel by channel.
 
     Means 0.4914, 0.4822, 0.4465; deviations 0.2470, 0.2435, 0.2616. Source: Krizhevsky, Learning
     Multiple Layers of Features from Tiny Images, 2009.
     """
-
-    natural: ClassVar[bool] = False
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
@@ -214,12 +237,9 @@ class Cifar10:
         paths = locate(root, "cifar-10-batches-py", CIFAR10_FILES, "CIFAR10")
         images, labels = zip(*map(read_cifar_batch, paths), strict=True)
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-        return _dataset(
-            "cifar10",
-            (_standardised(np.concatenate(images[:-1]), mean, std), np.concatenate(labels[:-1])),
-            (_standardised(images[-1], mean, std), labels[-1]),
-            10,
-        )
+        parts = self._taken((np.concatenate(images[:-1]), np.concatenate(labels[:-1])), (images[-1], labels[-1]))
+        train, test = ((_standardised(pixels, mean, std), labels) for pixels, labels in parts)
+        return _dataset("cifar10", train, test, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,10 +322,29 @@ def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> D
     return _dataset(name, (inputs[~test], labels[~test]), (inputs[test], labels[test]), classes)
 
 
-def _idx_images(name: str, data_root: Path, folder: str, mean: float, std: float) -> Dataset:
+def _all(train: Examples, test: Examples) -> tuple[Examples, Examples]:
+    return train, test
+
+
+def _first(split: str, examples: Examples, number: int | None) -> Examples:
+    inputs, labels = examples
+    if number is not None and number > len(labels):
+        remedy = f"Lower data.{split}_examples, or leave it out to take all"
+        raise UserError(f"data.{split}_examples", f"at most {len(labels):,}", f"{number:,}", remedy)
+    return inputs[:number], labels[:number]
+
+
+def _idx_images(
+    name: str,
+    data_root: Path,
+    folder: str,
+    mean: float,
+    std: float,
+    taken: Callable[[Examples, Examples], tuple[Examples, Examples]] = _all,
+) -> Dataset:
     paths = locate(data_root, f"{folder}/raw", IDX_FILES, source=folder)
-    train, test = _idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3])
-    standardised = [(_standardised(images, (mean,), (std,)), labels) for images, labels in (train, test)]
+    parts = taken(_idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3]))
+    standardised = [(_standardised(images, (mean,), (std,)), labels) for images, labels in parts]
     return _dataset(name, standardised[0], standardised[1], 10)
 
 

@@ -153,6 +153,18 @@ def test_idx_images_are_standardised_by_published_constants(tmp_path, source, fo
     assert data.groups is None
 
 
+def test_a_part_of_the_images_is_the_first_of_them(tmp_path):
+    write_mnist(tmp_path)
+    whole, part = Mnist().load(tmp_path), Mnist(train_examples=7, test_examples=3).load(tmp_path)
+    assert torch.equal(part.train_inputs, whole.train_inputs[:7])
+    assert torch.equal(part.train_labels, whole.train_labels[:7])
+    assert torch.equal(part.test_inputs, whole.test_inputs[:3])
+    with pytest.raises(UserError, match="data.train_examples: expected at most 12, got 13"):
+        Mnist(train_examples=13).load(tmp_path)
+    with pytest.raises(UserError, match="data.test_examples: expected a whole number of at least 1"):
+        Cifar10(test_examples=0)
+
+
 def test_missing_files_are_named_with_their_place_and_the_ways_to_set_it(tmp_path):
     (write_mnist(tmp_path) / IDX_FILES[2]).unlink()
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,194 @@
+"""When does error feedback pay under privacy? A map over population, heterogeneity and epsilon, on MNIST.
+
+    python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
+
+Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or two
+shards a client) and a client-level epsilon against whoever sees the models (none, 8, 2; delta 1e-5). In every cell three
+families of methods are tuned with as many settings each (16): without memory (clipping and smoothed normalization), the
+published feedback (alpha-NormEC and Clip21), and damped feedback (ours). The best of each, by validation images, is then
+trained with three other seeds and judged on test images. Where clients add the noise (trust local) sent memory joins.
+
+Trials are run directories of two sweeps (tuning, then judging) that go on where they were. Writes tuned.csv, judged.csv,
+map.csv and map.png here and fills the page's tables.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedpriv.experiment.results import load_model
+from fedpriv.experiment.sweep_run import run_sweep
+from fedpriv.experiment.sweeps import Axis, Sweep
+from fedpriv.learning.datasets import Mnist
+
+HERE = Path(__file__).parent
+POPULATIONS = (10, 100, 1000, 10_000)
+SPREADS: dict[str, dict[str, Any]] = {"alike": {"partition": "iid"}, "two shards": {"partition": "shards"}}
+PRIVACY: dict[str, dict[str, Any]] = {
+    "none": {"trust": "central", "noise_multiplier": 0.0},
+    "central, 8": {"trust": "central", "epsilon": 8.0, "delta": 1e-5},
+    "central, 2": {"trust": "central", "epsilon": 2.0, "delta": 1e-5},
+}
+LOCAL: dict[str, dict[str, Any]] = {"local, 8": {"trust": "local", "epsilon": 8.0, "delta": 1e-5}}
+LOCAL_POPULATIONS = (1000, 10_000)
+SEEDS = (1, 2, 3)
+STEPS = (0.03, 0.1, 0.3, 1.0)
+BASE: dict[str, Any] = {
+    "name": "when-feedback-pays",
+    "seed": 0,
+    "data": {"name": "mnist", "train_examples": 20_000},
+    "model": {"name": "softmax"},
+    "local": {"work": "full-gradient"},
+    "cohort": {"sampling": "everyone"},
+    "training": {"rounds": 60, "evaluate_every": 60},
+}
+
+
+def families(trust: str) -> dict[str, list[dict[str, Any]]]:
+    """Sixteen settings of each family. A step is how far one round of bounded messages can move the model."""
+    clipped = [{"name": "dp-fedavg", "clip_norm": c, "server_lr": s / c} for c in (0.3, 1.0) for s in STEPS]
+    smoothed = [{"name": "normalized-sgd", "alpha": a, "server_lr": s} for a in (0.1, 1.0) for s in STEPS]
+    plain: dict[str, Any] = {"name": "alpha-normec", "server_normalization": False}
+    pairs = ((0.1, 0.1), (1.0, 0.1), (1.0, 1.0))
+    published = [{**plain, "alpha": a, "beta": b, "server_lr": s} for a, b in pairs for s in STEPS]
+    clip21 = [{"name": "clip21", "clip_norm": 0.3, "server_lr": s} for s in STEPS]
+    cured = [
+        {**plain, "alpha": a, "beta": b, "damping": d, "server_lr": s}
+        for a, b, d in ((1.0, 1.0, 0.1), (1.0, 0.3, 0.1), (0.1, 0.1, 0.1), (1.0, 1.0, 0.3))
+        for s in STEPS
+    ]
+    found = {"without memory": clipped + smoothed, "published feedback": published + clip21, "damped feedback": cured}
+    if trust == "local":
+        sent = [
+            {**plain, "alpha": a, "beta": b, "memory": "sent", "server_lr": s}
+            for a, b in ((0.1, 0.01), (0.1, 0.1), (1.0, 0.1), (1.0, 1.0))
+            for s in STEPS
+        ]
+        found["sent feedback"] = sent
+    return found
+
+
+def cells() -> list[tuple[int, str, str]]:
+    """Population, spread and privacy of every cell."""
+    central = [(n, spread, name) for name in PRIVACY for spread in SPREADS for n in POPULATIONS]
+    return central + [(n, spread, name) for name in LOCAL for spread in SPREADS for n in LOCAL_POPULATIONS]
+
+
+def changes(cell: tuple[int, str, str], method: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What a trial changes in BASE."""
+    population, spread, privacy = cell
+    data = {**BASE["data"], "clients": population, **SPREADS[spread]}
+    return {"data": data, "privacy": {**PRIVACY, **LOCAL}[privacy], "method": method, "seed": seed}
+
+
+def run(name: str, trials: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Path]:
+    """Runs trials, or what is left of them; each one's run directory, by its changes as JSON."""
+    keys = tuple(trials[0])
+    axis = Axis(key=keys, values=tuple([trial[key] for key in keys] for trial in trials))
+    sweep = Sweep(name=name, base=BASE, axes=(axis,))
+    out = options.runs / name
+    run_sweep(sweep, out, jobs=options.jobs, data_root=options.data_root, resume=True, retry=True, watch=print_state)
+    return {json.dumps(trial.changes, sort_keys=True): out / "trials" / trial.name for trial in sweep.trials()}
+
+
+def print_state(state: Any) -> None:
+    """One line whenever another ten trials have ended."""
+    ended = state.done + state.failed
+    if ended % 10 == 0 and ended != getattr(print_state, "last", None):
+        print_state.last = ended  # pyright: ignore[reportFunctionMemberAccess]
+        print(f"{ended} of {state.total}, {state.failed} failed", flush=True)
+
+
+class Judge:
+    """Accuracy on the odd (validation) and on the even-numbered (test) images of MNIST's test set."""
+
+    def __init__(self, data_root: Path | None) -> None:
+        dataset = Mnist(train_examples=1).load(data_root)
+        self.inputs, self.labels = dataset.test_inputs.flatten(1), dataset.test_labels
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """Of the model of a run."""
+        weight, bias = load_model(folder).values()
+        right = ((self.inputs @ weight.T + bias).argmax(dim=1) == self.labels).double()
+        summary = json.loads((folder / "summary.json").read_text())
+        return {"validation": right[1::2].mean().item(), "test": right[::2].mean().item(), "seconds": summary["seconds"]}
+
+
+def table(trials: list[dict[str, Any]], found: dict[str, Path], judge: Judge, labels: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row a trial."""
+    rows = []
+    for trial, label in zip(trials, labels, strict=True):
+        folder = found[json.dumps(trial, sort_keys=True)]
+        method = json.dumps(trial["method"], sort_keys=True)
+        rows.append({**label, "method": method, "seed": trial["seed"], **judge(folder)})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Tunes, judges, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/when-feedback-pays"))
+    options = parser.parse_args()
+    judge = Judge(options.data_root)
+    trials, labels = [], []
+    for cell in cells():
+        for family, methods in families(cell[2].split(",")[0]).items():
+            trials += [changes(cell, method, 0) for method in methods]
+            labels += [dict(zip(("population", "spread", "privacy"), cell, strict=True)) | {"family": family}] * len(methods)
+    tuned = table(trials, run("tuning", trials, options), judge, labels)
+    tuned.to_csv(HERE / "tuned.csv", index=False, float_format="%.4g")
+    best = tuned.loc[tuned.groupby(["population", "spread", "privacy", "family"], sort=False)["validation"].idxmax()]
+    trials, labels = [], []
+    for row in best.to_dict("records"):
+        cell = (row["population"], row["spread"], row["privacy"])
+        trials += [changes(cell, json.loads(row["method"]), seed) for seed in SEEDS]
+        labels += [{key: row[key] for key in ("population", "spread", "privacy", "family")}] * len(SEEDS)
+    judged = table(trials, run("judging", trials, options), judge, labels)
+    judged.to_csv(HERE / "judged.csv", index=False, float_format="%.4g")
+    drawn = map_of(judged)
+    drawn.to_csv(HERE / "map.csv", index=False, float_format="%.4g")
+    draw(drawn)
+
+
+KEYS = ["privacy", "spread", "population"]
+
+
+def map_of(judged: pd.DataFrame) -> pd.DataFrame:
+    """A row a cell: mean test accuracy of each family over seeds, and what feedback gains, best and damped alone."""
+    means = judged.groupby([*KEYS, "family"], sort=False)["test"].agg(["mean", "std"]).unstack()
+    found = means["mean"].copy()
+    with_memory = [name for name in found if name.endswith("feedback")]
+    without = found["without memory"]
+    found["gain, published"] = found["published feedback"] - without
+    found["gain, best"] = found[with_memory].max(axis=1) - without
+    found["best feedback"] = found[with_memory].idxmax(axis=1)
+    found["largest std"] = means["std"].max(axis=1)
+    return found.reset_index()
+
+
+def draw(drawn: pd.DataFrame) -> None:
+    """Gain of the published feedback (left) and of the best one (right) over population."""
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = {"none": "#117733", "central, 8": "#332288", "central, 2": "#CC6677", "local, 8": "#999933"}
+    for panel, column in zip(panels, ("gain, published", "gain, best"), strict=True):
+        panel.axhline(0.0, color="black", linewidth=0.8)
+        for (privacy, spread), part in drawn.groupby(["privacy", "spread"], sort=False):
+            style = "-" if spread == "two shards" else "--"
+            panel.plot(part["population"], part[column], style, color=colours[str(privacy)], marker="o", label=f"{privacy}, {spread}")
+        panel.set(xscale="log", xlabel="clients", title=column.replace("gain, ", "").replace("best", "best, cures included") + " feedback")
+    panels[0].set_ylabel("test accuracy gained over no memory")
+    panels[1].legend(fontsize=7, title="epsilon, labels", title_fontsize=7)
+    figure.savefig(HERE / "map.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
