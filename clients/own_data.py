@@ -74,7 +74,7 @@ def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, te
     batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, order.client)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
-    return make_signal(task, at, *given, config.local.client_lr, batches).cpu()
+    return make_signal(task, at, *given, config.local, batches).cpu()
 
 
 def _refuse_other_size(task: Task, model: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from clients.promise import Promise
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import choose, read_table, write_table
-from fedpriv.methods import METHODS, Method
+from fedpriv.methods import METHODS, Method, client_part
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout, refuse_buffers
@@ -253,8 +253,8 @@ _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "d
 
 
 def method_name(method: Method) -> str:
-    """The method's name in the table of methods."""
-    return next(name for name, kind in METHODS.items() if type(method) is kind)
+    """The method's name in the table of methods, whatever optimiser its server has."""
+    return next(name for name, kind in METHODS.items() if type(client_part(method)) is kind)
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,20 @@ from rich.table import Table
 
 from fedpriv import __version__
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import make_federation, sampling_of
-from fedpriv.experiment.config import load_config
+from fedpriv.experiment.assemble import assemble_clients, sampling_of
+from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of, cores
+from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import jsonable
 from fedpriv.experiment.run import run_experiment
 from fedpriv.learning.datasets import DATASETS
-from fedpriv.learning.federation import plot_who_holds_what, who_holds_what
+from fedpriv.learning.federation import Holders, plot_who_holds_what, who_holds_what
 from fedpriv.learning.local_work import LOCAL_WORKS
 from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
-from fedpriv.methods import METHODS
+from fedpriv.learning.shifts import SHIFTS
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import SAMPLINGS, privacy_statement, rounded_up
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
@@ -378,21 +380,37 @@ def privacy(
 
 @app.command()
 def data(
-    config: ConfigFile,
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG ...", help="TOML files.", show_default=False)],
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Where to; else runs/NAME-data.", show_default=False)] = None,
     data_root: DataRoot = None,
+    all_gradients: Annotated[
+        bool, typer.Option("--all-gradients", help="Compare gradients whatever it costs, of up to 200 clients.")
+    ] = False,
 ) -> None:
-    """Show who holds what: a table and a picture of every client's examples by label."""
-    experiment = load_config(config, settings or ())
-    federation = make_federation(experiment, data_root)
-    directory = out or Path("runs") / f"{experiment.name}-data"
+    """Show who holds what, as a table and a picture, and how much clients differ; of several, the latter alone."""
+    columns = {}
+    for path in configs:
+        experiment = load_config(path, settings or ())
+        population = assemble_clients(experiment, data_root=data_root)
+        columns[str(path)] = figures_of(measure_heterogeneity(experiment, population, bounded=not all_gradients))
+        if len(configs) == 1:
+            _show_clients(experiment, population.federation, out or Path("runs") / f"{experiment.name}-data")
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", *columns):
+        shown.add_column(name, overflow="fold")
+    for key in dict.fromkeys(key for figures in columns.values() for key in figures):
+        shown.add_row(key, *("" if key not in figures else f"{figures[key]:.6g}" for figures in columns.values()))
+    Console().print(shown)
+
+
+def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     table = who_holds_what(federation)
     table.to_csv(directory / "clients.csv", index=False)
     plot_who_holds_what(federation, directory / "clients.png", partition=experiment.tables["data"]["partition"])
     print(table.to_string(index=False, max_rows=24))
-    print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}")
+    print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}\n")
 
 
 @app.command(name="list")
@@ -400,8 +418,10 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
     """List methods, data, models, engines and what else a config can name."""
     kinds = {
         "methods": _describe(METHODS),
+        "server": _describe(SERVER_OPTIMIZERS),
         "data": _describe(DATASETS),
         "partitions": _describe(PARTITIONS),
+        "shifts": _describe(SHIFTS),
         "models": _describe(MODELS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
@@ -449,6 +469,8 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
         promise += f"\nadversary   {summary['adversary']}"
     else:
         promise = "none: this run is not private"
+    if summary.get("validation_accuracy") is not None:
+        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by")
     print(
         f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
         f"epsilon     {promise}\n"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.methods import ClientState, Method, ServerState, has_memory
+from fedpriv.methods import ClientState, Method, ServerState, client_part, has_memory
 from fedpriv.noise import client_noise, server_noise
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
@@ -147,7 +147,7 @@ def agree(
             server_stddev = plan.noise_stddev
     return (
         ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
-        ClientRules(method=method, noise_stddev=client_stddev, streams=streams),
+        ClientRules(method=client_part(method), noise_stddev=client_stddev, streams=streams),
     )
 
 

@@ -1,13 +1,14 @@
 """Flower's server side: strategies that run fedpriv's methods, and the ServerApp of its experiments."""
 
 from strategies.method_strategy import Agreement, MethodStrategy
-from strategies.named import AlphaNormEC, Clip21, DPFedAvg, NormalizedSGD, Privacy
+from strategies.named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 __all__ = [
     "Agreement",
     "AlphaNormEC",
     "Clip21",
     "DPFedAvg",
+    "FedAlphaNormEC",
     "MethodStrategy",
     "NormalizedSGD",
     "Privacy",

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import field_names, read_table, refuse_unknown
-from fedpriv.methods import METHODS, Method, has_memory
+from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams, SystemStreams
 from strategies.method_strategy import Agreement, MethodStrategy
 
-__all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "NamedStrategy", "NormalizedSGD", "Privacy"]
+__all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "FedAlphaNormEC", "NamedStrategy", "NormalizedSGD", "Privacy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Privacy:
         )
 
 
-_OWN = ("privacy", "cohort", "num_clients", "seed", "evaluate", "join_timeout")
+_OWN = ("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout")
 
 
 class NamedStrategy(MethodStrategy):
@@ -58,6 +58,7 @@ class NamedStrategy(MethodStrategy):
 
     Args:
         privacy: What is promised; None for a run without privacy, which says so in its log.
+        server_optimizer: Makes the server's direction of the method's, such as `Adam()` of `fedpriv.methods.server`.
         cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
         num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
@@ -76,6 +77,7 @@ class NamedStrategy(MethodStrategy):
         self,
         *,
         privacy: Privacy | None = None,
+        server_optimizer: ServerOptimizer | None = None,
         cohort: Sampling | None = None,
         num_clients: int | None = None,
         seed: int | None = None,
@@ -87,7 +89,7 @@ class NamedStrategy(MethodStrategy):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Give one")
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_unknown(hyperparameters, [*field_names(kind), *_OWN], name)
-        self.method: Method = read_table(kind, hyperparameters, name)
+        self.method: Method = optimized(read_table(kind, hyperparameters, name), server_optimizer)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
@@ -104,6 +106,16 @@ class AlphaNormEC(NamedStrategy):
     """Smoothed normalization with error feedback: `fedpriv.methods.AlphaNormEC`."""
 
     method_name = "alpha-normec"
+
+
+class FedAlphaNormEC(NamedStrategy):
+    """alpha-NormEC for apps that train in local steps: `fedpriv.methods.FedAlphaNormEC`.
+
+    The mod cannot know the app's learning rate eta, and takes x - x_local without dividing by it. Give alpha times eta
+    and beta times eta for the paper's alpha and beta: with server normalization, the default, that is the same.
+    """
+
+    method_name = "fed-alpha-normec"
 
 
 class NormalizedSGD(NamedStrategy):

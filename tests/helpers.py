@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, client_part, optimized
+from fedpriv.methods.server import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
 FALSE_ALARM = 1e-9
 """Probability with which one statistical test fails although the law holds."""
@@ -32,12 +33,29 @@ EXAMPLES: dict[str, Method] = {
     "alpha-normec sent, damped and normalized": AlphaNormEC(
         alpha=1.0, beta=0.5, server_lr=0.1, memory="sent", damping=0.2
     ),
+    "fed-alpha-normec": FedAlphaNormEC(alpha=0.5, beta=0.2, server_lr=0.1),
     "normalized-sgd": NormalizedSGD(alpha=0.5, server_lr=0.5),
     "clip21": Clip21(clip_norm=0.5, server_lr=0.2),
     "clip21 with a tight clip": Clip21(clip_norm=0.01, server_lr=0.5),
     "dp-fedavg": DPFedAvg(clip_norm=0.5, server_lr=0.5),
+    "dp-fedavg with server adam": optimized(DPFedAvg(clip_norm=0.5, server_lr=0.02), Adam(tau=0.01)),
+    "clip21 with server momentum": optimized(Clip21(clip_norm=0.5, server_lr=0.05), Momentum(momentum=0.8)),
+    "alpha-normec damped with server yogi": optimized(
+        AlphaNormEC(alpha=1.0, beta=0.3, server_lr=0.02, server_normalization=False, damping=0.1), Yogi(tau=0.01)
+    ),
+    "alpha-normec sent with server adagrad": optimized(
+        AlphaNormEC(alpha=1.0, beta=0.3, server_lr=0.05, server_normalization=False, memory="sent"),
+        Adagrad(beta1=0.5, tau=0.1),
+    ),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
+
+LINEAR = {
+    name: method
+    for name, method in EXAMPLES.items()
+    if not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum)
+}
+"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not."""
 
 WITH_MEMORY = {name: method for name, method in EXAMPLES.items() if "memory" in method.init_client(1)._fields}
 
@@ -103,7 +121,7 @@ def fresh_clients(method: Method, clients: int, size: int, dtype: torch.dtype = 
 
 def damping_of(method: Method) -> float:
     """How much of its memory the method forgets each round."""
-    return float(getattr(method, "damping", 0.0))
+    return float(getattr(client_part(method), "damping", 0.0))
 
 
 def memories_after(method: Method, state: Any, round: int) -> Tensor:  # noqa: A002

@@ -321,8 +321,8 @@ MUTANTS = [
     Mutant(
         "pseudo-gradient with the wrong sign",
         "fedpriv/learning/local_work.py",
-        "return model - local\n",
-        "return local - model\n",
+        "return self._start - self.model\n",
+        "return self.model - self._start\n",
         "tests/core tests/engines",
     ),
     Mutant(

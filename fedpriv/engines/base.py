@@ -102,7 +102,7 @@ class Population:
         """The signal `[params]` of one client in one round, a tensor of its own."""
         inputs, labels = self.examples(client)
         batches = batches_of(self.work, self.streams, len(labels), round, client)
-        return make_signal(self.task, model, inputs, labels, self.work.client_lr, batches)
+        return make_signal(self.task, model, inputs, labels, self.work, batches)
 
     def on(self, device: torch.device) -> "Population":
         """The same clients, computed elsewhere."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.engines.step import ClientStep
-from fedpriv.learning.local_work import batches_of
+from fedpriv.learning.local_work import Batches, Walk, batches_of
 from fedpriv.learning.tasks import PIECE_FLOATS
 from fedpriv.rounds import Broadcast, Total
 
@@ -123,17 +123,28 @@ class VectorizedEngine:
         people = self._population
         rows = [people.federation.rows_of(client) for client in clients]
         plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]
-        local = model
-        for batches in zip(*plans, strict=True):
-            gradients = people.task.gradients(local, *self._padded(clients, rows, batches))
-            if people.work.client_lr is None:
-                return gradients
-            local = local - people.work.client_lr * gradients
-        return model - local
+        if people.work.client_lr is None:
+            return people.task.gradients(model, *self._padded(clients, rows, [plan[0] for plan in plans]))
+        walk, steps = Walk(people.work, model), [len(plan) for plan in plans]
+        for number in range(max(steps)):
+            walk.step(self._gradients(walk.model, clients, rows, plans, number))
+        return walk.signal(model.new_tensor(steps).unsqueeze(1))
 
-    def _padded(
-        self, clients: list[int], rows: list[np.ndarray], batches: tuple[np.ndarray | None, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradients(
+        self, local: Tensor, clients: list[int], rows: list[np.ndarray], plans: list[Batches], number: int
+    ) -> Tensor:
+        """Gradients `[clients, params]` of the step `number`; zero for clients that take fewer steps."""
+        task, at_work = self._population.task, [i for i, plan in enumerate(plans) if number < len(plan)]
+        if len(at_work) == len(plans):
+            return task.gradients(local, *self._padded(clients, rows, [plan[number] for plan in plans]))
+        padded = self._padded(
+            [clients[i] for i in at_work], [rows[i] for i in at_work], [plans[i][number] for i in at_work]
+        )
+        gradients = torch.zeros_like(local)
+        gradients[at_work] = task.gradients(local[at_work], *padded)
+        return gradients
+
+    def _padded(self, clients: list[int], rows: list[np.ndarray], batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs `[clients, examples, ...]`, labels and weights of one step; whole clients are kept for next time."""
         if any(batch is not None for batch in batches):
             return self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])

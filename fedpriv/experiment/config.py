@@ -18,7 +18,8 @@ from fedpriv.learning.datasets import DATASETS
 from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
-from fedpriv.methods import METHODS, Method, has_memory
+from fedpriv.learning.shifts import SHIFTS
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
 from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
@@ -26,16 +27,21 @@ __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_co
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
 
-TABLES = ("data", "model", "local", "cohort", "method", "privacy", "training", "deployment")
+TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training", "deployment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoice:
-    """Which data, and how they are spread over how many clients (None: as many as there naturally are)."""
+    """Which data, and how they are spread over how many clients (None: as many as there naturally are).
+
+    `shift` is what each client's inputs undergo, and `validation` the share of examples that is held out before; None: no.
+    """
 
     dataset: Any
     partition: Any
     clients: int | None
+    shift: Any = None
+    validation: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +112,16 @@ class Config:
         clients = {} if self.data.clients is None else {"clients": self.data.clients}
         data = {"name": _name_of(DATASETS, self.data.dataset), **write_table(self.data.dataset), **clients}
         data |= {"partition": _name_of(PARTITIONS, self.data.partition), **write_table(self.data.partition)}
+        if self.data.shift is not None:
+            data |= {"shift": _name_of(SHIFTS, self.data.shift), **write_table(self.data.shift)}
+        if self.data.validation is not None:
+            data["validation"] = self.data.validation
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
+        server = {}
+        if isinstance(self.method, ServerOptimized):
+            optimizer = self.method.optimizer
+            server = {"server": {"optimizer": _name_of(SERVER_OPTIMIZERS, optimizer), **write_table(optimizer)}}
         return {
             "name": self.name,
             "seed": self.seed,
@@ -115,7 +129,8 @@ class Config:
             "model": {"name": _name_of(MODELS, self.model), **write_table(self.model)},
             "local": {"work": _name_of(LOCAL_WORKS, self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(self.method)},
+            "method": {"name": self.method_name, **write_table(client_part(self.method))},
+            **server,
             **privacy,
             "training": write_table(self.training),
             **deployment,
@@ -124,7 +139,7 @@ class Config:
     @property
     def method_name(self) -> str:
         """The method's name in the table of methods."""
-        return _name_of(METHODS, self.method)
+        return _name_of(METHODS, client_part(self.method))
 
     @property
     def digest(self) -> str:
@@ -136,6 +151,18 @@ class Config:
     def to_toml(self) -> str:
         """The resolved experiment as a TOML file."""
         return tomli_w.dumps(self.tables)
+
+    def check_deployable(self) -> None:
+        """Refuses what is made of data that only a simulation has in one place.
+
+        Raises:
+            UserError: If clients' inputs are to be shifted, or their examples held out.
+        """
+        remedy = "Take the key away: a device's data are what they are, and the server's own are its test data"
+        if self.data.validation is not None:
+            raise UserError("data.validation", "none in a deployment", self.data.validation, remedy)
+        if self.data.shift is not None:
+            raise UserError("data.shift", "none in a deployment", repr(_name_of(SHIFTS, self.data.shift)), remedy)
 
     def plan(self, sampling: Sampling) -> PrivacyPlan | None:
         """The privacy plan with these cohorts, or None for a non-private run."""
@@ -223,14 +250,15 @@ def parse_config(tables: dict[str, Any]) -> Config:
             raise UserError(table, "a table", repr(tables[table]), f"Write [{table}] and its keys below")
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
     data = _read_data(_need(tables, "data"))
+    local = _read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work")
     return Config(
         name=top.name,
         seed=top.seed,
         data=data,
         model=_read_named(MODELS, _need(tables, "model"), "model", "name"),
-        local=_read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work"),
+        local=local,
         cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_named(METHODS, _need(tables, "method"), "method", "name"),
+        method=_read_method(tables, local),
         privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
         training=read_table(Training, _need(tables, "training"), "training"),
         deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
@@ -264,6 +292,17 @@ def _read_named(kinds: dict[str, type], table: dict[str, Any], where: str, key: 
     return read_table(kind, options, where)
 
 
+def _read_method(tables: dict[str, Any], local: LocalWork) -> Method:
+    method = _read_named(METHODS, _need(tables, "method"), "method", "name")
+    if getattr(method, "needs_gradient_scale", False) and getattr(local, "signal", None) == "move":
+        name = tables["method"]["name"]
+        expected = f'"gradient-sum" or "gradient-mean" with {name}, which divides by client_lr'
+        raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")
+    if "server" not in tables:
+        return method
+    return optimized(method, _read_named(SERVER_OPTIMIZERS, tables["server"], "server", "optimizer"))
+
+
 def _left_over(where: str, key: str, name: object) -> str:
     clear = f"-s {where}= -s {where}.{key}={name}"
     return f". If it is left over from another {where} in the file, clear the table first: {clear}"
@@ -276,12 +315,22 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
     clients = options.pop("clients", None)
     if clients is not None and (not isinstance(clients, int) or isinstance(clients, bool) or clients < 1):
         raise UserError("data.clients", "a whole number of at least 1", repr(clients), "Give the number of clients")
+    shift_kind = choose(SHIFTS, "data.shift", options.pop("shift")) if "shift" in options else None
+    validation = options.pop("validation", None)
+    if validation is not None and (isinstance(validation, bool) or not isinstance(validation, int | float)):
+        raise UserError("data.validation", "a number", repr(validation), "Give a share such as 0.1")
+    if validation is not None and not 0 < validation < 1:
+        raise UserError("data.validation", "above 0 and below 1", validation, "Give a share such as 0.1")
     for_dataset, for_partition = field_names(dataset_kind), field_names(partition_kind)
-    refuse_unknown(options, ["name", "clients", "partition", *for_dataset, *for_partition], "data")
+    for_shift = [] if shift_kind is None else field_names(shift_kind)
+    known = ["name", "clients", "partition", "shift", "validation", *for_dataset, *for_partition, *for_shift]
+    refuse_unknown(options, known, "data")
     return DataChoice(
         dataset=read_table(dataset_kind, {k: v for k, v in options.items() if k in for_dataset}, "data"),
         partition=read_table(partition_kind, {k: v for k, v in options.items() if k in for_partition}, "data"),
         clients=clients,
+        shift=shift_kind and read_table(shift_kind, {k: v for k, v in options.items() if k in for_shift}, "data"),
+        validation=validation,
     )
 
 

@@ -66,9 +66,16 @@ def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint:
 
 
 def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The TOML table that `read_table` would make `instance` from, with every default spelled out."""
+    """The TOML table that `read_table` would make `instance` from, with every default spelled out.
+
+    But for the default of a field with `metadata={"absent_by_default": True}`: one that came after experiments were
+    run without it, which keep their digest so.
+    """
     names = field_names(type(instance), given)
     values = {name: getattr(instance, name) for name in names}
+    for field in dataclasses.fields(instance):  # pyright: ignore[reportArgumentType]
+        if field.metadata.get("absent_by_default") and values.get(field.name) == field.default:
+            values.pop(field.name, None)
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
 

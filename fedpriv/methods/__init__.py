@@ -1,26 +1,35 @@
 """All methods, one paper a file; adding one is its file and one line here."""
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
-from fedpriv.methods.base import ClientState, Method, ServerState, feedback_of, has_memory
+from fedpriv.methods.base import ClientState, Method, ServerState, client_part, feedback_of, has_memory
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
+from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
+from fedpriv.methods.server import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
     "METHODS",
+    "SERVER_OPTIMIZERS",
     "AlphaNormEC",
     "ClientState",
     "Clip21",
     "DPFedAvg",
+    "FedAlphaNormEC",
     "Method",
     "NormalizedSGD",
+    "ServerOptimized",
+    "ServerOptimizer",
     "ServerState",
+    "client_part",
     "feedback_of",
     "has_memory",
+    "optimized",
 ]
 
 METHODS: dict[str, type] = {
     "alpha-normec": AlphaNormEC,
+    "fed-alpha-normec": FedAlphaNormEC,
     "normalized-sgd": NormalizedSGD,
     "clip21": Clip21,
     "dp-fedavg": DPFedAvg,

@@ -14,6 +14,7 @@ __all__ = [
     "ClientState",
     "Method",
     "ServerState",
+    "client_part",
     "direction",
     "feedback_of",
     "has_memory",
@@ -25,7 +26,7 @@ __all__ = [
 # A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it without knowing the method.
 ClientState = Any
 
-# A NamedTuple of vectors `[params]` whose field `model` is the model x.
+# A NamedTuple of vectors `[params]`, or figures `[1]`, whose field `model` is the model x.
 ServerState = Any
 
 
@@ -95,12 +96,18 @@ class Method(Protocol):
         ...
 
 
+def client_part(method: Method) -> Method:
+    """What clients run of a method: the method itself, or the one within that a server optimiser is put around."""
+    return getattr(method, "client_part", method)
+
+
 def feedback_of(method: Method) -> Feedback | None:
     """The method's client rule as figures, if it is of that form and says so in a property `feedback`.
 
     A class that changes `client_rule` and inherits `feedback` does not say so; nor does one whose bounded map is not
     exactly one of those that are known to be the same in place.
     """
+    method = client_part(method)
     for kind in type(method).__mro__:
         if "feedback" in vars(kind):
             found = cast(Feedback, method.feedback)  # pyright: ignore[reportAttributeAccessIssue]

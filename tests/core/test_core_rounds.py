@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from federations import advance, client_rules, models_of, setting
-from helpers import EXAMPLES, FALSE_ALARM, accepts_variance, fresh_clients, same
+from helpers import EXAMPLES, FALSE_ALARM, LINEAR, accepts_variance, fresh_clients, same
 from torch import Tensor
 
 from fedpriv.engines import LoopEngine
@@ -207,7 +207,7 @@ class TestFinish:
         moved = (finish_round(rules, state, 1, total).model - finish_round(rules, state, 1, total + 1.0).model) * 1e8
         assert torch.allclose(moved, torch.ones(1000, dtype=torch.float64), rtol=1e-6)
 
-    @every_method
+    @pytest.mark.parametrize("method", LINEAR.values(), ids=LINEAR.keys())
     def test_the_servers_noise_has_the_agreed_deviation_on_the_sum(self, method: Method) -> None:
         if method.needs_client_noise:
             return

@@ -1,0 +1,51 @@
+"""Fed-alpha-NormEC: alpha-NormEC on the way that a client walks in local steps, with some of the clients a round.
+
+Shulgin, Malinovsky, Khirirat, Richtarik 2025, "First Provable Guarantees for Practical Private FL: Beyond Restrictive
+Assumptions", arXiv 2512.21521. Every round, every client i of the cohort S:
+
+    d_i = (x - T_i(x)) / eta        Delta_i = N_alpha(d_i - v_i)      v_i <- v_i + beta Delta_i
+    sends m_i = Delta_i + z_i
+    server:  v <- v + (beta / n) sum_{i in S} m_i     x <- x - gamma v / ||v||
+
+T_i is gradient descent (`[local] work = "local-steps"`) or passes of incremental gradient (`"local-epochs"`). With one
+step on all examples it is alpha-NormEC.
+
+| the paper's letter | here | who keeps it |
+|---|---|---|
+| v_i | `ClientMemory.memory` | client i |
+| v | `ServerMemory.memory` | server |
+| x | `ServerMemory.model` | server |
+| alpha, beta | `alpha`, `beta` | both |
+| T_i and its step size | the table `[local]` | client |
+| eta | `client_lr` of `[local]`; times the number of steps with `signal = "gradient-mean"` | client |
+| gamma | `server_lr` | server |
+
+The division by eta is what sets it apart from alpha-NormEC on bare moves x - T_i(x), which are eta times as long: since
+N_alpha(eta u) = N_{alpha / eta}(u), those are this method with alpha / eta and beta / eta.
+
+Derived, not read in the paper: the server's factor is beta / n with n the population, not the cohort, so that v stays
+the mean of all v_i.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedpriv.methods.alpha_normec import AlphaNormEC
+
+__all__ = ["FedAlphaNormEC"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAlphaNormEC(AlphaNormEC):
+    """alpha-NormEC with local steps, whose length is taken out of the signal, and partial participation.
+
+    Args:
+        alpha: Smoothing of the normalization; the message is half as long as allowed at ||residual|| = alpha.
+        beta: Feedback step. beta <= alpha contracts every residual.
+        server_lr: gamma; with server normalization the length of each step.
+        server_normalization: Whether the server steps along v / ||v|| or along v.
+        memory: See `AlphaNormEC`; ours.
+        damping: See `AlphaNormEC`; ours.
+    """
+
+    needs_gradient_scale: ClassVar[bool] = True

@@ -1,0 +1,294 @@
+"""Server optimisers: momentum and adaptive steps along the direction that any method gives.
+
+Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan 2021, "Adaptive Federated Optimization", arXiv
+2003.00295 (FedAdam, FedYogi, FedAdagrad); Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data
+Distribution for Federated Visual Classification", arXiv 1909.06335 (FedAvgM). A method's own server rule steps from x
+to x - gamma d. The optimiser makes another direction of d, coordinate by coordinate, and the server steps along that:
+
+    momentum    b <- mu b + d                                           x <- x - gamma b
+    adam        m <- b1 m + (1 - b1) d     s <- b2 s + (1 - b2) d^2     x <- x - gamma m' / (sqrt(s') + tau)
+    yogi        m as above                 s <- s - (1 - b2) d^2 sign(s - d^2)     x <- x - gamma m / (sqrt(s) + tau)
+    adagrad     m as above                 s <- s + d^2                            the same
+
+with m' = m / (1 - b1^t) and s' = s / (1 - b2^t) after t rounds, as Kingma and Ba have it; FedAdam has m' = m, s' = s.
+
+| the papers' letter | here | who keeps it |
+|---|---|---|
+| x | `model` | server |
+| gamma (eta) | `server_lr` of the method | server |
+| d (minus Delta) | what the method's server rule moves by, over `server_lr` | nobody |
+| b, m | `optimizer_mean` | server |
+| s (v) | `optimizer_square` | server |
+| t | `optimizer_rounds` | server |
+| mu (beta), b1, b2, tau | `momentum`, `beta1`, `beta2`, `tau` | server |
+
+All of it acts on what the server releases anyway: privacy, messages and clients' memories are those of the method
+without it. What is squared holds the noise on the mean message: where that is larger than the message, every
+coordinate's step is near gamma m / (its standard deviation), whatever the data. Ours: s starts at zero, as in
+`torch.optim`, not at tau^2.
+"""
+
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedpriv.bounding import Bounded, require_positive
+from fedpriv.errors import UserError
+from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
+
+__all__ = [
+    "SERVER_OPTIMIZERS",
+    "Adagrad",
+    "Adam",
+    "Momentum",
+    "ServerOptimized",
+    "ServerOptimizer",
+    "Yogi",
+    "optimized",
+]
+
+
+class ServerOptimizer(Protocol):
+    """A frozen dataclass of hyperparameters with one rule, pure and coordinate by coordinate."""
+
+    def init(self, model: Tensor) -> Any:
+        """What it remembers before the first round: a NamedTuple of zeros, `[params]` or `[1]`, named `optimizer_...`.
+
+        Names must not be those of a method's state.
+        """
+        ...
+
+    def step(self, state: Any, direction: Tensor) -> tuple[Tensor, Any]:
+        """The new direction `[params]` from a method's, and the new state, both float64."""
+        ...
+
+
+class Velocity(NamedTuple):
+    """b, `[params]`."""
+
+    optimizer_mean: Tensor
+
+
+class Moments(NamedTuple):
+    """m and s, `[params]`."""
+
+    optimizer_mean: Tensor
+    optimizer_square: Tensor
+
+
+class CountedMoments(NamedTuple):
+    """m and s, `[params]`, and t, `[1]`."""
+
+    optimizer_mean: Tensor
+    optimizer_square: Tensor
+    optimizer_rounds: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum:
+    """Heavy-ball momentum (FedAvgM), as `torch.optim.SGD` has it.
+
+    Args:
+        momentum: mu; 0 is the method as it is.
+    """
+
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_fraction("server.momentum", self.momentum)
+
+    def init(self, model: Tensor) -> Velocity:
+        """B = 0."""
+        return Velocity(torch.zeros_like(model))
+
+    def step(self, state: Velocity, direction: Tensor) -> tuple[Tensor, Velocity]:
+        """See `ServerOptimizer.step`."""
+        mean = self.momentum * state.optimizer_mean + direction
+        return mean, Velocity(mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam (FedAdam): steps over the root of the mean square of past directions.
+
+    Args:
+        beta1: b1.
+        beta2: b2.
+        tau: Added to the root; directions that are shorter make shorter steps.
+        bias_correction: Whether means over few rounds count as whole ones, as in `torch.optim.Adam`; FedAdam does not.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def init(self, model: Tensor) -> CountedMoments:
+        """All zero."""
+        return CountedMoments(torch.zeros_like(model), torch.zeros_like(model), model.new_zeros(1))
+
+    def step(self, state: CountedMoments, direction: Tensor) -> tuple[Tensor, CountedMoments]:
+        """See `ServerOptimizer.step`."""
+        mean = _average(self.beta1, state.optimizer_mean, direction)
+        square, rounds = _average(self.beta2, state.optimizer_square, direction**2), state.optimizer_rounds + 1.0
+        seen = (1.0 - self.beta1**rounds, 1.0 - self.beta2**rounds) if self.bias_correction else (1.0, 1.0)
+        step = mean / seen[0] / ((square / seen[1]).sqrt() + self.tau)
+        return step, CountedMoments(mean, square, rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yogi:
+    """Yogi (FedYogi): Adam whose mean square moves by no more than the new square.
+
+    Args:
+        beta1: b1.
+        beta2: b2.
+        tau: Added to the root.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def init(self, model: Tensor) -> Moments:
+        """All zero."""
+        return Moments(torch.zeros_like(model), torch.zeros_like(model))
+
+    def step(self, state: Moments, direction: Tensor) -> tuple[Tensor, Moments]:
+        """See `ServerOptimizer.step`."""
+        mean, new = _average(self.beta1, state.optimizer_mean, direction), direction**2
+        square = state.optimizer_square - (1.0 - self.beta2) * new * torch.sign(state.optimizer_square - new)
+        return mean / (square.sqrt() + self.tau), Moments(mean, square)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adagrad:
+    """Adagrad (FedAdagrad): steps over the root of the sum of all past squares.
+
+    Args:
+        beta1: b1; 0 as in `torch.optim.Adagrad`.
+        tau: Added to the root.
+    """
+
+    beta1: float = 0.0
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def init(self, model: Tensor) -> Moments:
+        """All zero."""
+        return Moments(torch.zeros_like(model), torch.zeros_like(model))
+
+    def step(self, state: Moments, direction: Tensor) -> tuple[Tensor, Moments]:
+        """See `ServerOptimizer.step`."""
+        mean, square = _average(self.beta1, state.optimizer_mean, direction), state.optimizer_square + direction**2
+        return mean / (square.sqrt() + self.tau), Moments(mean, square)
+
+
+SERVER_OPTIMIZERS: dict[str, type] = {"momentum": Momentum, "adam": Adam, "yogi": Yogi, "adagrad": Adagrad}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimized:
+    """A method whose server steps along what an optimiser makes of the method's direction; clients do not notice.
+
+    Its server state is the method's own, with its model elsewhere, and behind it what the optimiser remembers.
+
+    Args:
+        method: Has a `server_lr`, the size of the step.
+        optimizer: Makes the direction.
+    """
+
+    method: Method
+    optimizer: ServerOptimizer
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(self.method, "server_lr", None), float):
+            remedy = "Remove [server], or choose another method"
+            raise UserError("server.optimizer", "a method with a server_lr", type(self.method).__name__, remedy)
+
+    @property
+    def client_part(self) -> Method:
+        """The method."""
+        return client_part(self.method)
+
+    @property
+    def bounded(self) -> Bounded:
+        """The method's."""
+        return self.method.bounded
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """As the method."""
+        return self.method.needs_client_noise
+
+    @property
+    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+        """As the method. The optimiser's memory is of what was released, and begins anew with the server's."""
+        return self.method.lost_memory
+
+    def init_client(self, size: int) -> ClientState:
+        """The method's."""
+        return self.method.init_client(size)
+
+    def init_server(self, model: Tensor) -> ServerState:
+        """The method's, and the optimiser's zeros."""
+        return _joined(self.method.init_server(model), self.optimizer.init(model))
+
+    def client_rule(
+        self,
+        state: ClientState,
+        signal: Tensor,
+        noise: Tensor | None,
+        round: int,  # noqa: A002
+    ) -> tuple[Tensor, ClientState]:
+        """The method's."""
+        return self.method.client_rule(state, signal, noise, round)
+
+    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
+        """See `Method.server_rule`. The method's step is taken in float64, so that the difference is its direction."""
+        kind, learned = type(self.method.init_server(state.model[:0])), type(self.optimizer.init(state.model[:0]))
+        own = kind(*(getattr(state, name) for name in kind._fields))
+        past = learned(*(getattr(state, name).double() for name in learned._fields))
+        exact, lr = state.model.double(), self.method.server_lr  # pyright: ignore[reportAttributeAccessIssue]
+        moved = self.method.server_rule(own._replace(model=exact), mean_message, sampling_prob)
+        direction, past = self.optimizer.step(past, (exact - moved.model) / lr)
+        model = state.model - (lr * direction).to(state.model.dtype)
+        return type(state)(
+            **{**moved._asdict(), "model": model}, **{k: v.to(model.dtype) for k, v in past._asdict().items()}
+        )
+
+
+def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
+    """The method with an optimiser at its server; the method itself for None."""
+    return method if optimizer is None else ServerOptimized(method=method, optimizer=optimizer)
+
+
+def _joined(own: Any, learned: Any) -> Any:
+    return _kind(own._fields + learned._fields)(*own, *learned)
+
+
+@cache
+def _kind(fields: tuple[str, ...]) -> type:
+    return namedtuple("OptimizedState", fields)
+
+
+def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
+    return beta * past + (1.0 - beta) * new
+
+
+def _check(optimizer: Adam | Yogi | Adagrad) -> None:
+    for key in ("beta1", "beta2"):
+        require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
+    require_positive("server.tau", optimizer.tau)
