@@ -26,6 +26,10 @@ class Purpose(IntEnum):
     LOCAL_WORK = 5
     DATA = 6
     CLIENT_NOISE_SUM = 7
+    SHIFT = 8
+    DEVICE = 9
+    DROPOUT = 10
+    ASKING = 11
 
 
 class Source(Protocol):

@@ -1,7 +1,7 @@
 """What is promised, to whom, and why it holds."""
 
 from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan
-from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
+from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Poisson",
     "PrivacyPlan",
     "Sampling",
+    "Scheduled",
     "make_plan",
     "privacy_statement",
     "rounded_up",

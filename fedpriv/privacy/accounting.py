@@ -28,7 +28,7 @@ import numpy as np
 from dp_accounting.pld import privacy_loss_distribution, privacy_loss_mechanism
 
 from fedpriv.errors import UserError
-from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling
+from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
 
 __all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "round_event"]
 
@@ -146,7 +146,14 @@ def least_bound(
     if noise_multiplier == 0.0:
         return Bound(math.inf, NO_NOISE, False)
     noise_multiplier = min(noise_multiplier, MOST_NOISE)
-    whole = Bound(_unsampled_epsilon(noise_multiplier, rounds, delta), PLD, False)
+    releases = _releases(trust, sampling, rounds)
+    if releases == 0.0:
+        return Bound(0.0, PLD, False)
+    whole = Bound(_unsampled_epsilon(noise_multiplier, releases, delta), PLD, False)
+    if isinstance(sampling, Scheduled):
+        if adjacency != "replace":
+            raise ValueError("a client that is gone would change everybody's timeline: only replace can be accounted")
+        return whole
     if whole.epsilon == 0.0 or (client_memory and isinstance(sampling, FixedSize)):
         return whole
     event, relation = round_event(
@@ -169,7 +176,7 @@ def round_event(
         noise_multiplier: Noise std / l2_sensitivity, above 0.
     """
     replace = adjacency == "replace"
-    if trust == "local" or isinstance(sampling, Everyone):
+    if trust == "local" or isinstance(sampling, Everyone | Scheduled):
         return dpa.GaussianDpEvent(noise_multiplier), Relation.ADD_OR_REMOVE_ONE
     if isinstance(sampling, Poisson):
         noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
@@ -210,6 +217,8 @@ def calibrate(
         ends with too much noise, never with too little.
     """
     rounds = max(rounds, 1)
+    if _releases(trust, sampling, rounds) == 0.0:
+        raise ValueError("no client ever sends anything that counts: there is nothing to calibrate for")
     _check_target(trust, sampling, rounds, delta, epsilon)
 
     def within(noise_multiplier: float) -> float:
@@ -225,7 +234,7 @@ def calibrate(
         )
         return epsilon / spent if spent > 0.0 else math.inf
 
-    enough = _certainly_enough(rounds, delta, epsilon)
+    enough = _certainly_enough(_releases(trust, sampling, rounds), delta, epsilon)
     if within(enough) < 1.0:
         remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
         raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
@@ -258,7 +267,7 @@ def _share_left(low: float, high: float) -> float:
     return min(max(up / (up - down), 0.02), 0.98)
 
 
-def _certainly_enough(rounds: int, delta: float, epsilon: float) -> float:
+def _certainly_enough(rounds: float, delta: float, epsilon: float) -> float:
     """A safe noise multiplier: shift mu costs at most mu^2 / 2 + mu sqrt(2 log(1 / delta)) (Bun & Steinke 2016)."""
     tail = math.sqrt(2.0 * math.log(1.0 / delta))
     shift = 2.0 * epsilon / (tail + math.sqrt(tail**2 + 2.0 * epsilon))
@@ -266,7 +275,8 @@ def _certainly_enough(rounds: int, delta: float, epsilon: float) -> float:
 
 
 def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
-    chance = min(1.0, rounds * sampling.sampling_prob) if trust == "central" else 1.0
+    hidden = trust == "central" and not isinstance(sampling, Scheduled)
+    chance = min(1.0, rounds * sampling.sampling_prob) if hidden else 1.0
     if delta >= chance:
         expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
         raise UserError("privacy.delta", expected, delta, "Lower privacy.delta; well below 1 / clients is usual")
@@ -290,7 +300,14 @@ def _sampled_bounds(event: dpa.DpEvent, relation: Relation, rounds: int, delta: 
     return []
 
 
-def _unsampled_epsilon(noise_multiplier: float, rounds: int, delta: float) -> float:
+def _releases(trust: str, sampling: Sampling, rounds: int) -> float:
+    """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
+    if isinstance(sampling, Scheduled):
+        return sampling.charge(rounds, each_message=trust == "local")
+    return float(rounds)
+
+
+def _unsampled_epsilon(noise_multiplier: float, rounds: float, delta: float) -> float:
     """The Gaussian mechanism `rounds` times, that is once with sqrt(rounds) times the sensitivity.
 
     The sensitivity is in the multiplier, so the relation is ADD_OR_REMOVE_ONE; REPLACE_ONE would double it again.

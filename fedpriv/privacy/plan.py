@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy.sampling import FixedSize, Sampling
+from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
 # dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
+        _check_neighbours(self.sampling, self.adjacency)
         if not (_is_number(self.noise_multiplier) and 0.0 <= self.noise_multiplier <= MOST_NOISE):
             expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
@@ -106,7 +107,10 @@ class PrivacyPlan:
         return self.noise_multiplier > 0.0 and math.isfinite(self.epsilon)
 
     def epsilon_after(self, rounds: int) -> float:
-        """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them."""
+        """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them.
+
+        Where a timeline says who counts, by whoever has spent most until then.
+        """
         _check_numbers(rounds, self.delta, self.l2_bound)
         return self._bound(rounds).epsilon
 
@@ -118,12 +122,15 @@ class PrivacyPlan:
         """
         if self.trust != "local":
             raise ValueError("only where trust is local is a client charged for its own participations")
-        return self._bound(count).epsilon
+        return self._bound(count, Everyone(self.sampling.population)).epsilon
 
     def as_dict(self) -> dict[str, Any]:
         """The plan and what follows from it, ready for JSON; an infinite epsilon is None."""
         sampling = self.sampling
         size = {"size": sampling.size} if isinstance(sampling, FixedSize) else {}
+        if isinstance(sampling, Scheduled):
+            size = {"scheme": sampling.scheme, "most_squared_weights": sampling.squares[-1]}
+            size |= {"most_messages_sent": sampling.sent[-1]}
         return {
             "private": self.private,
             "epsilon": self.epsilon if math.isfinite(self.epsilon) else None,
@@ -149,13 +156,13 @@ class PrivacyPlan:
             "client_memory": self.client_memory,
         }
 
-    def _bound(self, rounds: int) -> "Bound":
+    def _bound(self, rounds: int, sampling: Sampling | None = None) -> "Bound":
         from fedpriv.privacy.accounting import least_bound
 
         return least_bound(
             trust=self.trust,
             adjacency=self.adjacency,
-            sampling=self.sampling,
+            sampling=sampling or self.sampling,
             noise_multiplier=self.noise_multiplier,
             rounds=rounds,
             delta=self.delta,
@@ -181,7 +188,8 @@ def make_plan(
 
     Args:
         trust: See `PrivacyPlan`.
-        adjacency: See `PrivacyPlan`; None is `replace` where trust is local and `add-or-remove` where it is central.
+        adjacency: See `PrivacyPlan`; None is `replace` where trust is local or a timeline says who counts
+            (`Scheduled`), and else `add-or-remove`.
         sampling: See `PrivacyPlan`.
         rounds: See `PrivacyPlan`.
         delta: See `PrivacyPlan`.
@@ -198,8 +206,10 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "The one follows from the other: set what you must promise, or what you can afford"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
-    adjacency = adjacency or _DEFAULT_ADJACENCY.get(trust, _ADJACENCIES[0])
+    default = "replace" if isinstance(sampling, Scheduled) else _DEFAULT_ADJACENCY.get(trust, _ADJACENCIES[0])
+    adjacency = adjacency or default
     _check_names(trust, adjacency, unit)
+    _check_neighbours(sampling, adjacency)
     _check_numbers(rounds, delta, l2_bound)
     if noise_multiplier is None:
         from fedpriv.privacy.accounting import calibrate
@@ -241,6 +251,13 @@ def _check_names(trust: str, adjacency: str, unit: str) -> None:
     ):
         if value not in known:
             raise UserError(key, "a known name", repr(value), nearest(str(value), known))
+
+
+def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
+    if isinstance(sampling, Scheduled) and adjacency != "replace":
+        got = f'"{adjacency}" with {sampling.scheme}'
+        remedy = "A client that is not there would leave its place to others and shift the steps in which they count"
+        raise UserError("privacy.adjacency", '"replace"', got, remedy)
 
 
 def _is_number(value: object) -> bool:

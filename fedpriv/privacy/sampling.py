@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from fedpriv.errors import UserError
 from fedpriv.streams import Source
 
-__all__ = ["SAMPLINGS", "Everyone", "FixedSize", "Poisson", "Sampling"]
+__all__ = ["SAMPLINGS", "Everyone", "FixedSize", "Poisson", "Sampling", "Scheduled"]
 
 LARGEST_POPULATION = 10**12
 """More clients than people, and still far from where a running sum of gaps between client ids could overflow."""
@@ -148,7 +149,72 @@ class FixedSize:
         return source.subset(self.population, self.size)
 
 
-Sampling = Everyone | Poisson | FixedSize
+@dataclass(frozen=True)
+class Scheduled:
+    """Who counts in which step, and how much, is settled before the run by a public timeline.
+
+    Made of a timeline (`fedpriv.devices`), never of a config: asynchronous servers, and rounds that end with the first
+    answers. There whether a client counts depends on the others, so nothing is owed to chance: participation is taken
+    as known, and a client pays for what it did.
+
+    Args:
+        population: Number of clients n, at least 1.
+        expected_size: The public number by which a step's weighted sum is divided.
+        scheme: How the timeline came about: `over-selection`, `fedbuff` or `fedfix`.
+        squares: After each step, the largest sum that the squared weights of one client's messages have come to.
+        sent: After each step, most messages that one client has sent, those included that the server did not use.
+
+    Formal guarantees:
+        Under `replace`, and with a timeline that depends on no client's data (it is made of devices, numbers of
+        examples and a seed, all public), a client whose message enters step k with weight w_k moves that step's sum by
+        at most 2 B w_k, whatever was released before. What the sums of all steps release is then no more than one
+        Gaussian mechanism of sensitivity 2 B sqrt(sum_k w_k^2) (adaptive composition; in the privacy loss exact).
+        A removed client would make room for others in the buffer and shift their steps: add-or-remove is not offered.
+    """
+
+    population: int
+    expected_size: float
+    scheme: str
+    squares: tuple[float, ...]
+    sent: tuple[int, ...]
+    name: ClassVar[str] = "scheduled"
+
+    def __post_init__(self) -> None:
+        _check_population(self.population)
+        if not 0.0 < self.expected_size <= self.population or not self.squares or len(self.squares) != len(self.sent):
+            raise ValueError(f"not a timeline of at least one step: {self}")
+        if any(not 0.0 <= charge < math.inf for charge in (*self.squares, *self.sent)):
+            raise ValueError("charges are finite and not negative")
+        if any(later < earlier for of in (self.squares, self.sent) for earlier, later in pairwise(of)):
+            raise ValueError("what a client has spent never falls")
+
+    @property
+    def sampling_prob(self) -> float:
+        """Expected messages over clients; no probability that hides anybody."""
+        return self.expected_size / self.population
+
+    def charge(self, steps: int, *, each_message: bool) -> float:
+        """How many Gaussian releases of a message of weight 1 the first steps cost whoever pays most.
+
+        Args:
+            steps: From 0 to as many as there are.
+            each_message: Whether the adversary sees every message by itself (local trust): weights come after that, and
+                a message that was sent in vain was seen too. Else only weighted sums with their noise are seen.
+        """
+        if not 0 <= steps <= len(self.squares):
+            raise ValueError(f"a timeline of {len(self.squares)} steps does not tell what {steps} cost")
+        return float((self.sent if each_message else self.squares)[steps - 1]) if steps else 0.0
+
+    def cohort(self, source: Source) -> np.ndarray:  # noqa: ARG002
+        """Nobody is drawn.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("the timeline says who counts; nobody is drawn")
+
+
+Sampling = Everyone | Poisson | FixedSize | Scheduled
 
 SAMPLINGS: dict[str, type[Everyone] | type[Poisson] | type[FixedSize]] = {
     "everyone": Everyone,

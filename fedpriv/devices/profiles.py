@@ -1,0 +1,300 @@
+"""What devices can do: speed, bandwidth, hours, reliability; drawn from stated laws, or read from a file."""
+
+import csv
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from fedpriv.errors import UserError, nearest
+from fedpriv.streams import Purpose, SeededStreams
+
+__all__ = ["DEVICES", "Devices", "Fleet", "LogNormal", "Profile", "Same", "Trace", "Uniform"]
+
+# Beyond these a clock in float64 seconds would no longer tell one participation from the next.
+_SLOWEST, _FASTEST = 1e-6, 1e15
+# A client that answers less often keeps a buffer waiting for ever.
+_MOST_DROPOUT = 0.99
+
+
+class Profile(NamedTuple):
+    """One device. All of it is public: it says when a client counts, and nothing of what it sends.
+
+    `speed` is in examples of gradient work a second; `download` and `upload` in bytes a second; `available` the share
+    of the day in which it takes up work, one stretch that begins at `phase` (share of the day); `dropout` the
+    probability that it is asked and never answers.
+    """
+
+    speed: float
+    download: float
+    upload: float
+    available: float = 1.0
+    phase: float = 0.0
+    dropout: float = 0.0
+
+
+class Devices(Protocol):
+    """A frozen dataclass that gives each client its device."""
+
+    @property
+    def day(self) -> float:
+        """Seconds after which availability repeats."""
+        ...
+
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
+        """The device of one client, by its own generator."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same:
+    """All devices are alike, but for the hour at which they become available.
+
+    Args:
+        speed: Examples of gradient work a second.
+        download: Bytes a second from the server.
+        upload: Bytes a second to the server.
+        available: Share of the day in which a client takes up work; it begins at an hour drawn uniformly.
+        dropout: Probability that a client that is asked never answers.
+        day: Seconds of a day.
+    """
+
+    speed: float
+    download: float
+    upload: float
+    available: float = 1.0
+    dropout: float = 0.0
+    day: float = 86400.0
+
+    def __post_init__(self) -> None:
+        _check(self.speed, self.download, self.upload)
+        _check_habits(self.available, self.dropout, self.day)
+
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+        """See `Devices.profile`."""
+        return Profile(self.speed, self.download, self.upload, self.available, float(rng.random()), self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """Speed and bandwidths are log-normal and independent: median times exp(spread * N(0, 1)).
+
+    Args:
+        speed: Median, examples of gradient work a second.
+        download: Median, bytes a second from the server.
+        upload: Median, bytes a second to the server.
+        speed_spread: Standard deviation of the logarithm; at 1, one device in six is 2.7 times slower than the median.
+        download_spread: The same of `download`.
+        upload_spread: The same of `upload`.
+        available: See `Same`.
+        dropout: See `Same`.
+        day: See `Same`.
+    """
+
+    speed: float
+    download: float
+    upload: float
+    speed_spread: float = 1.0
+    download_spread: float = 1.0
+    upload_spread: float = 1.0
+    available: float = 1.0
+    dropout: float = 0.0
+    day: float = 86400.0
+
+    def __post_init__(self) -> None:
+        _check(self.speed, self.download, self.upload)
+        _check_habits(self.available, self.dropout, self.day)
+        for key in ("speed_spread", "download_spread", "upload_spread"):
+            if not 0.0 <= getattr(self, key) <= 5.0:
+                remedy = "1 spreads devices over a factor of ten, 2 over a hundred"
+                raise UserError(f"devices.{key}", "a number from 0 to 5", getattr(self, key), remedy)
+
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+        """See `Devices.profile`."""
+        medians = np.array([self.speed, self.download, self.upload])
+        spreads = np.array([self.speed_spread, self.download_spread, self.upload_spread])
+        speed, download, upload = np.clip(medians * np.exp(spreads * rng.standard_normal(3)), _SLOWEST, _FASTEST)
+        phase = float(rng.random())
+        return Profile(float(speed), float(download), float(upload), self.available, phase, self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Speed and bandwidths are uniform between two ends, and independent.
+
+    Args:
+        speed: Least and most, examples of gradient work a second.
+        download: Least and most, bytes a second from the server.
+        upload: Least and most, bytes a second to the server.
+        available: See `Same`.
+        dropout: See `Same`.
+        day: See `Same`.
+    """
+
+    speed: tuple[float, float]
+    download: tuple[float, float]
+    upload: tuple[float, float]
+    available: float = 1.0
+    dropout: float = 0.0
+    day: float = 86400.0
+
+    def __post_init__(self) -> None:
+        for key in ("speed", "download", "upload"):
+            low, high = getattr(self, key)
+            if not low <= high:
+                raise UserError(f"devices.{key}", "[least, most]", [low, high], "Put the smaller number first")
+        _check(self.speed[0], self.download[0], self.upload[0])
+        _check(self.speed[1], self.download[1], self.upload[1])
+        _check_habits(self.available, self.dropout, self.day)
+
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+        """See `Devices.profile`."""
+        low, high = zip(self.speed, self.download, self.upload, strict=True)
+        speed, download, upload = rng.uniform(low, high)
+        phase = float(rng.random())
+        return Profile(float(speed), float(download), float(upload), self.available, phase, self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Devices that were measured: a CSV file, a row each.
+
+    Columns `speed`, `download`, `upload` (as in `Same`), and, where the file has them, `available`, `phase`, `dropout`
+    (shares from 0 to 1; without them 1, 0 and 0). Client i has row i, from 0; where there are more clients than rows,
+    each client's row is drawn with replacement.
+
+    Args:
+        file: The file; a relative path starts where the program runs.
+        day: See `Same`.
+
+    Raises:
+        UserError: If the file cannot be read, or a row of it is no device.
+    """
+
+    file: str
+    day: float = 86400.0
+
+    def __post_init__(self) -> None:
+        _check_habits(1.0, 0.0, self.day)
+        _ = self.rows  # read now, so that a mistake is found before anything runs
+
+    @cached_property
+    def rows(self) -> tuple[Profile, ...]:
+        """All devices of the file."""
+        try:
+            with Path(self.file).open(newline="", encoding="utf-8") as file:
+                table = csv.DictReader(file, strict=True)
+                names = table.fieldnames or []
+                known = list(Profile._fields)
+                for name in names:
+                    if name not in known or names.count(name) > 1:
+                        raise UserError(self.file, "known columns, each once", repr(name), nearest(name, known))
+                for name in known[:3]:
+                    if name not in names:
+                        raise UserError(self.file, f"a column {name}", ", ".join(names) or "nothing", "Add it")
+                rows = tuple(_device(f"{self.file}: row {number}", row) for number, row in enumerate(table))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            remedy = "A relative path starts where the program runs"
+            raise UserError("devices.file", "a CSV file", f"{self.file!r} ({reason})", remedy) from None
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(self.file, "a CSV file", str(error), "Mend the file") from None
+        if not rows:
+            raise UserError(self.file, "a row for each device", "none", "Add one")
+        return rows
+
+    @property
+    def fingerprint(self) -> str:
+        """A checksum of what the file says."""
+        return f"{zlib.crc32(repr(self.rows).encode()):08x}"
+
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
+        """See `Devices.profile`."""
+        row = client if population <= len(self.rows) else int(rng.integers(len(self.rows)))
+        return self.rows[row]
+
+
+DEVICES: dict[str, type] = {
+    "same": Same,
+    "log-normal": LogNormal,
+    "uniform": Uniform,
+    "trace": Trace,
+}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Every client's device, drawn when first asked about: costs follow the clients that take part.
+
+    Args:
+        devices: What they are drawn from.
+        population: Number of clients.
+        streams: By address, so that a client's device depends on the seed and its id alone.
+    """
+
+    devices: Devices
+    population: int
+    streams: SeededStreams
+    _known: dict[int, Profile] = field(default_factory=dict, repr=False)
+
+    def profile(self, client: int) -> Profile:
+        """The device of one client.
+
+        Raises:
+            IndexError: If there is no such client.
+        """
+        if client not in self._known:
+            if not 0 <= client < self.population:
+                raise IndexError(f"client {client} of a population of {self.population}")
+            rng = self.streams.source(Purpose.DEVICE, 0, client).rng
+            self._known[client] = self.devices.profile(client, self.population, rng)
+        return self._known[client]
+
+    def begins(self, client: int, asked: float) -> float:
+        """When a client that is asked at a time (seconds) takes up work: at once, or when its hours begin."""
+        device, day = self.profile(client), self.devices.day
+        if device.available >= 1.0:
+            return asked
+        into = (asked / day - device.phase) % 1.0
+        return asked if into < device.available else asked + (1.0 - into) * day
+
+
+def _device(where: str, row: Mapping[str | None, str | None]) -> Profile:
+    values: dict[str, float] = {}
+    for name, text in row.items():
+        if name is None or text is None:
+            raise UserError(where, "one value for each column", "more or fewer", "Mend the row")
+        try:
+            values[name] = float(text)
+        except ValueError:
+            raise UserError(f"{where}, {name}", "a number", repr(text), "Mend the row") from None
+    device = Profile(**values)
+    _check(device.speed, device.download, device.upload, f"{where}, ")
+    _check_habits(device.available, device.dropout, 1.0, f"{where}, ")
+    if not 0.0 <= device.phase <= 1.0:
+        raise UserError(f"{where}, phase", "a share of the day from 0 to 1", device.phase, "0.5 is noon")
+    return device
+
+
+def _check(speed: float, download: float, upload: float, where: str = "devices.") -> None:
+    for key, value in (("speed", speed), ("download", download), ("upload", upload)):
+        if not _SLOWEST <= value <= _FASTEST:
+            unit = "examples" if key == "speed" else "bytes"
+            expected = f"{unit} a second, from {_SLOWEST:g} to {_FASTEST:g}"
+            raise UserError(f"{where}{key}", expected, value, "Give a number above 0")
+
+
+def _check_habits(available: float, dropout: float, day: float, where: str = "devices.") -> None:
+    if not 0.0 < available <= 1.0:
+        remedy = "1 is the whole day; leave out clients that are never there"
+        raise UserError(f"{where}available", "a share of the day above 0, at most 1", available, remedy)
+    if not 0.0 <= dropout <= _MOST_DROPOUT:
+        remedy = "Leave out clients that never answer"
+        raise UserError(f"{where}dropout", f"a probability from 0 to {_MOST_DROPOUT}", dropout, remedy)
+    if not (1e-3 <= day <= 1e9 and math.isfinite(day)):
+        raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", day, "A day has 86400")
