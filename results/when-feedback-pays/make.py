@@ -2,15 +2,15 @@
 
     python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
 
-Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or two
-shards a client) and a client-level epsilon against whoever sees the models (none, 8, 2; delta 1e-5). In every cell three
-families of methods are tuned with as many settings each (16): without memory (clipping and smoothed normalization), the
-published feedback (alpha-NormEC and Clip21), and damped feedback (ours). The best of each, by validation images, is then
-trained with three other seeds and judged on test images. In one cell, of 1,000 clients, the clients add
-the noise (trust local), and sent memory joins.
+Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or
+two shards a client) and a client-level epsilon against whoever sees the models (none, 8, 2; delta 1e-5). In every cell
+three families of methods are tuned with as many settings each (16): without memory (clipping and smoothed
+normalization), the published feedback (alpha-NormEC and Clip21), and damped feedback (ours). The best of each, by
+validation images, is then trained with three other seeds and judged on test images. In one cell, of 1,000 clients, the
+clients add the noise (trust local), and sent memory joins.
 
-Trials are run directories of two sweeps (tuning, then judging) that go on where they were. Writes tuned.csv, judged.csv,
-map.csv and map.png here and fills the page's tables.
+Trials are run directories of two sweeps (tuning, then judging) that go on where they were. Writes tuned.csv,
+judged.csv, map.csv and map.png here, and the page's table.
 """
 
 import argparse
@@ -116,10 +116,16 @@ class Judge:
         weight, bias = load_model(folder).values()
         right = ((self.inputs @ weight.T + bias).argmax(dim=1) == self.labels).double()
         summary = json.loads((folder / "summary.json").read_text())
-        return {"validation": right[1::2].mean().item(), "test": right[::2].mean().item(), "seconds": summary["seconds"]}
+        return {
+            "validation": right[1::2].mean().item(),
+            "test": right[::2].mean().item(),
+            "seconds": summary["seconds"],
+        }
 
 
-def table(trials: list[dict[str, Any]], found: dict[str, Path], judge: Judge, labels: list[dict[str, Any]]) -> pd.DataFrame:
+def table(
+    trials: list[dict[str, Any]], found: dict[str, Path], judge: Judge, labels: list[dict[str, Any]]
+) -> pd.DataFrame:
     """A row a trial."""
     rows = []
     for trial, label in zip(trials, labels, strict=True):
@@ -141,7 +147,8 @@ def main() -> None:
     for cell in cells():
         for family, methods in families(cell[2].split(",")[0]).items():
             trials += [changes(cell, method, 0) for method in methods]
-            labels += [dict(zip(("population", "spread", "privacy"), cell, strict=True)) | {"family": family}] * len(methods)
+            label = dict(zip(("population", "spread", "privacy"), cell, strict=True))
+            labels += [{**label, "family": family}] * len(methods)
     tuned = table(trials, run("tuning", trials, options), judge, labels)
     tuned.to_csv(HERE / "tuned.csv", index=False, float_format="%.4g")
     best = tuned.loc[tuned.groupby(["population", "spread", "privacy", "family"], sort=False)["validation"].idxmax()]
@@ -182,9 +189,10 @@ def draw(drawn: pd.DataFrame) -> None:
     for panel, column in zip(panels, ("gain, published", "gain, best"), strict=True):
         panel.axhline(0.0, color="black", linewidth=0.8)
         for (privacy, spread), part in drawn.groupby(["privacy", "spread"], sort=False):
-            style = "-" if spread == "two shards" else "--"
-            panel.plot(part["population"], part[column], style, color=colours[str(privacy)], marker="o", label=f"{privacy}, {spread}")
-        panel.set(xscale="log", xlabel="clients", title=column.replace("gain, ", "").replace("best", "best, cures included") + " feedback")
+            line = {"linestyle": "-" if spread == "two shards" else "--", "color": colours[str(privacy)]}
+            panel.plot(part["population"], part[column], marker="o", label=f"{privacy}, {spread}", **line)
+        title = column.replace("gain, ", "").replace("best", "best, cures included") + " feedback"
+        panel.set(xscale="log", xlabel="clients", title=title)
     panels[0].set_ylabel("test accuracy gained over no memory")
     panels[1].legend(fontsize=7, title="epsilon, labels", title_fontsize=7)
     figure.savefig(HERE / "map.png", dpi=150)
