@@ -11,6 +11,46 @@ import numpy as np
 Array = np.ndarray
 Gradients = Callable[[Array], Array]
 """From a model `[params]` to the clients' gradients `[clients, params]`."""
+Turn = Callable[[Array], Array]
+"""A server optimiser: from a method's direction `[params]` to the one that is taken."""
+
+
+def as_it_is(direction: Array) -> Array:
+    """No server optimiser."""
+    return direction
+
+
+def momentum(mu: float) -> Turn:
+    """FedAvgM's directions, one after the other."""
+    past: list[Array] = []
+
+    def turn(d: Array) -> Array:
+        past.append(d)
+        return sum((mu ** (len(past) - 1 - i) * d for i, d in enumerate(past)), np.zeros_like(d))
+
+    return turn
+
+
+def adaptive(kind: str, beta1: float, beta2: float, tau: float, *, bias_correction: bool = False) -> Turn:
+    """The directions of Adam, Yogi and Adagrad (arXiv 2003.00295, algorithm 2), one after the other."""
+    state = {"m": np.zeros(0), "v": np.zeros(0), "t": 0.0}
+
+    def turn(d: Array) -> Array:
+        if state["t"] == 0:
+            state["m"], state["v"] = np.zeros_like(d), np.zeros_like(d)
+        m, v, t = beta1 * state["m"] + (1 - beta1) * d, state["v"], state["t"] + 1
+        if kind == "adam":
+            v = beta2 * v + (1 - beta2) * d * d
+        elif kind == "yogi":
+            v = np.where(v < d * d, v + (1 - beta2) * d * d, v - (1 - beta2) * d * d)
+        else:
+            v = v + d * d
+        state.update(m=m, v=v, t=t)
+        if bias_correction:
+            m, v = m / (1 - beta1**t), v / (1 - beta2**t)
+        return m / (np.sqrt(v) + tau)
+
+    return turn
 
 
 def normalize(vector: Array, alpha: float) -> Array:
@@ -54,6 +94,7 @@ def alpha_normec(
     server_normalization: bool,
     sent: bool = False,
     damping: float = 0.0,
+    turn: Turn = as_it_is,
 ) -> list[Array]:
     """The models x^0, x^1, ... of alpha-NormEC, its damped and its sent form."""
     n = rounds.clients
@@ -69,12 +110,14 @@ def alpha_normec(
         own = [(1.0 - damping) * v + beta * d for v, d in zip(own, learned, strict=True)]
         server = (1.0 - damping) * server + (beta / n) * total
         step = server / np.sqrt(np.sum(server**2)) if server_normalization else server
-        x = x - gamma * step
+        x = x - gamma * turn(step)
         models.append(x)
     return models
 
 
-def clip21(gradients: Gradients, start: Array, rounds: Rounds, *, tau: float, gamma: float) -> list[Array]:
+def clip21(
+    gradients: Gradients, start: Array, rounds: Rounds, *, tau: float, gamma: float, turn: Turn = as_it_is
+) -> list[Array]:
     """The models x^0, x^1, ... of Clip21."""
     n = rounds.clients
     x, server, own = start.copy(), np.zeros_like(start), [np.zeros_like(start) for _ in range(n)]
@@ -86,13 +129,19 @@ def clip21(gradients: Gradients, start: Array, rounds: Rounds, *, tau: float, ga
             own[i] = own[i] + c
             total += c + rounds.noise(k, i)
         server = server + total / n
-        x = x - gamma * server
+        x = x - gamma * turn(server)
         models.append(x)
     return models
 
 
 def memoryless(
-    gradients: Gradients, start: Array, rounds: Rounds, *, bounded: Callable[[Array], Array], gamma: float
+    gradients: Gradients,
+    start: Array,
+    rounds: Rounds,
+    *,
+    bounded: Callable[[Array], Array],
+    gamma: float,
+    turn: Turn = as_it_is,
 ) -> list[Array]:
     """The models of x <- x - gamma mean_i (B(g_i) + z_i), the mean over the expected cohort."""
     x = start.copy()
@@ -101,7 +150,7 @@ def memoryless(
         slopes, total = gradients(x), np.zeros_like(start)
         for i in rounds.cohort(k):
             total += bounded(slopes[i]) + rounds.noise(k, i)
-        x = x - gamma * total / (rounds.prob * rounds.clients)
+        x = x - gamma * turn(total / (rounds.prob * rounds.clients))
         models.append(x)
     return models
 
@@ -119,9 +168,11 @@ class SoftmaxRegression:
         self.features = self.inputs[0].shape[1]
         self.size = classes * (self.features + 1)
 
-    def gradient(self, x: Array, client: int) -> Array:
-        """The gradient `[params]` of one client's mean loss."""
+    def gradient(self, x: Array, client: int, batch: Array | None = None) -> Array:
+        """The gradient `[params]` of one client's mean loss, or of that over a batch of its examples."""
         a, y = self.inputs[client], self.labels[client]
+        if batch is not None:
+            a, y = a[batch], y[batch]
         split = self.classes * self.features
         logits = a @ x[:split].reshape(self.classes, self.features).T + x[split:]
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -137,6 +188,12 @@ class SoftmaxRegression:
         largest = logits.max(axis=1, keepdims=True)
         log_scores = logits - largest - np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
         return float(-log_scores[np.arange(len(y)), y].mean())
+
+    def walk(self, x: Array, client: int, lr: float, batches: Sequence[Array]) -> Array:
+        """Where steps of length `lr` on one client's batches lead from x."""
+        for batch in batches:
+            x = x - lr * self.gradient(x, client, batch)
+        return x
 
     def gradients(self, x: Array) -> Array:
         """All clients' gradients `[clients, params]`."""

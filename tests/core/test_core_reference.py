@@ -12,7 +12,22 @@ from federations import models_of, ragged_digits, setting
 from helpers import fresh_clients
 from reference import Rounds, SoftmaxRegression
 
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.engines import LoopEngine
+from fedpriv.learning.local_work import LocalEpochs, LocalWork
+from fedpriv.methods import (
+    AlphaNormEC,
+    Clip21,
+    DPFedAvg,
+    FedAlphaNormEC,
+    Method,
+    NormalizedSGD,
+    ServerOptimized,
+    client_part,
+    optimized,
+)
+from fedpriv.methods.server import Adagrad, Adam, Momentum, Yogi
+from fedpriv.privacy import Poisson
+from fedpriv.rounds import begin_round, finish_round
 
 CLIP_MARGIN = 1.0 - 2.0**-21
 """Clipping stays this much below its radius, so that rounding cannot lift a message over the bound."""
@@ -33,12 +48,20 @@ METHODS: dict[str, Method] = {
     "clip21 hardly clipping": Clip21(clip_norm=2.0, server_lr=0.5),
     "normalized-sgd": NormalizedSGD(alpha=0.3, server_lr=0.5),
     "dp-fedavg": DPFedAvg(clip_norm=0.3, server_lr=0.5),
+    "dp-fedavg with server momentum": optimized(DPFedAvg(clip_norm=0.3, server_lr=0.1), Momentum(momentum=0.9)),
+    "dp-fedavg with server adam": optimized(DPFedAvg(clip_norm=0.3, server_lr=0.01), Adam(tau=0.01)),
+    "alpha-normec with server adam, normalized": optimized(AlphaNormEC(beta=0.2, server_lr=0.01), Adam(tau=0.1)),
+    "clip21 with FedAdam": optimized(Clip21(clip_norm=0.2, server_lr=0.01), Adam(tau=0.02, bias_correction=False)),
+    "normalized-sgd with server yogi": optimized(NormalizedSGD(alpha=0.3, server_lr=0.01), Yogi(beta1=0.8, tau=0.01)),
+    "dp-fedavg with server adagrad": optimized(DPFedAvg(clip_norm=0.3, server_lr=0.02), Adagrad(beta1=0.5, tau=0.01)),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
 def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds: Rounds) -> list[np.ndarray]:
     """The reference's models."""
+    turn = turn_of(method)
+    method = client_part(method)
     if isinstance(method, AlphaNormEC):
         return reference.alpha_normec(
             problem.gradients,
@@ -50,10 +73,11 @@ def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds
             server_normalization=method.server_normalization,
             sent=method.memory == "sent",
             damping=method.damping,
+            turn=turn,
         )
     if isinstance(method, Clip21):
         tau = method.clip_norm * CLIP_MARGIN
-        return reference.clip21(problem.gradients, start, rounds, tau=tau, gamma=method.server_lr)
+        return reference.clip21(problem.gradients, start, rounds, tau=tau, gamma=method.server_lr, turn=turn)
     bounded: Callable[[np.ndarray], np.ndarray]
     if isinstance(method, NormalizedSGD):
         alpha = method.alpha
@@ -62,7 +86,21 @@ def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds
         assert isinstance(method, DPFedAvg)
         radius = method.clip_norm * CLIP_MARGIN
         bounded = lambda vector: reference.clip(vector, radius)  # noqa: E731
-    return reference.memoryless(problem.gradients, start, rounds, bounded=bounded, gamma=method.server_lr)
+    gamma = method.server_lr
+    return reference.memoryless(problem.gradients, start, rounds, bounded=bounded, gamma=gamma, turn=turn)
+
+
+def turn_of(method: Method) -> reference.Turn:
+    """The reference's server optimiser."""
+    if not isinstance(method, ServerOptimized):
+        return reference.as_it_is
+    optimizer = method.optimizer
+    if isinstance(optimizer, Momentum):
+        return reference.momentum(optimizer.momentum)
+    assert isinstance(optimizer, Adam | Yogi | Adagrad)
+    kind, beta2 = type(optimizer).__name__.lower(), getattr(optimizer, "beta2", 0.0)
+    corrected = getattr(optimizer, "bias_correction", False)
+    return reference.adaptive(kind, optimizer.beta1, beta2, optimizer.tau, bias_correction=corrected)
 
 
 @cache
@@ -145,12 +183,72 @@ def test_rules_in_float64_are_the_references_to_ten_digits(method: Method, cohor
         ("clip21", {"clip_norm": 0.202}),
         ("normalized-sgd", {"alpha": 0.303}),
         ("dp-fedavg", {"clip_norm": 0.303}),
+        ("dp-fedavg with server momentum", {"momentum": 0.909}),
+        ("dp-fedavg with server adam", {"beta1": 0.909}),
+        ("dp-fedavg with server adam", {"tau": 0.0101}),
+        ("normalized-sgd with server yogi", {"beta2": 0.98}),
+        ("dp-fedavg with server adagrad", {"tau": 0.0101}),
     ],
 )
 def test_the_comparison_would_notice_one_percent(name: str, change: dict[str, float]) -> None:
     method = METHODS[name]
-    changed = dataclasses.replace(method, **change)  # type: ignore[type-var]
+    if isinstance(method, ServerOptimized):
+        changed: Method = optimized(method.method, dataclasses.replace(method.optimizer, **change))  # type: ignore[type-var]
+    else:
+        changed = dataclasses.replace(method, **change)  # type: ignore[type-var]
     made = setting(method)
     start = made.initial_model.numpy().astype(np.float64)
     models = wanted(changed, digits(), start, Rounds(20, made.population.federation.population))
     assert np.abs(models_of(made)[-1].numpy() - models[-1]).max() > 5e-5
+
+
+WALKS: dict[str, LocalWork] = {
+    "descent": LocalEpochs(epochs=3, client_lr=0.2, signal="gradient-sum"),
+    "incremental gradient": LocalEpochs(epochs=2, client_lr=0.1, batch_size=16, order="fixed", signal="gradient-mean"),
+}
+
+
+@pytest.mark.parametrize("work", WALKS)
+def test_local_steps_with_some_clients_a_round_are_the_references(work: str) -> None:
+    """Fed-alpha-NormEC over fifty Poisson rounds on ragged clients: d_i = (x - T_i(x)) / eta, in float64.
+
+    And the server's memory is the mean of the clients' after every one of them.
+    """
+    method, local = FedAlphaNormEC(alpha=0.3, beta=0.2, server_lr=0.05), WALKS[work]
+    assert isinstance(local, LocalEpochs)
+    problem, clients = digits(), ragged_digits().population
+    made = setting(method, work=local, sampling=Poisson(clients, 0.4))
+    engine, state = LoopEngine(made.population), method.init_server(made.initial_model)
+    sizes = [len(y) for y in problem.labels]
+    batches = [fixed_batches(size, local.batch_size or size, local.epochs) for size in sizes]
+    etas = [local.client_lr * (1 if local.signal == "gradient-sum" else len(b)) for b in batches]
+    assert len({len(b) for b in batches}) == (1 if local.batch_size is None else 5)
+
+    def signals(x: np.ndarray) -> np.ndarray:
+        walks = [problem.walk(x, i, local.client_lr, batches[i]) for i in range(clients)]
+        return np.stack([(x - end) / eta for end, eta in zip(walks, etas, strict=True)])
+
+    models, cohorts = [], []
+    for k in range(1, 51):
+        broadcast = begin_round(made.server, state, k)
+        cohorts.append(broadcast.cohort)
+        state = finish_round(made.server, state, k, engine.sum_messages(broadcast).sum)
+        models.append(state.model.numpy())
+        mean = engine.save()["memory"].double().sum(dim=0) / clients
+        assert float((state.memory - mean).abs().max()) < 1e-6
+    assert min(len(members) for members in cohorts) < clients / 4
+    assert float(state.memory.norm()) > 0.05
+
+    start = made.initial_model.numpy().astype(np.float64)
+    wanted = reference.alpha_normec(
+        signals, start, Rounds(50, clients, 0.4, cohorts), alpha=0.3, beta=0.2, gamma=0.05, server_normalization=True
+    )
+    for one, other in zip(models, wanted[1:], strict=True):
+        assert np.abs(one - other).max() < 1e-5
+    assert np.abs(models[-1]).max() > 0.1
+
+
+def fixed_batches(examples: int, size: int, epochs: int) -> list[np.ndarray]:
+    """The batches of an order that never changes."""
+    once = np.array_split(np.arange(examples), range(size, examples, size))
+    return once * epochs

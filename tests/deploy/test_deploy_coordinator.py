@@ -11,7 +11,8 @@ from torch import Tensor
 from clients.wire import Order, Terms
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
+from fedpriv.methods.server import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
@@ -158,6 +159,25 @@ def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
     assert not torch.count_nonzero(server.state.memory)
     server.begin()
     assert [server.order(i)[1].epoch for i in range(CLIENTS)] == [1] * CLIENTS
+
+
+def test_where_all_begin_anew_a_server_optimiser_does_too_and_clients_hear_nothing_of_it() -> None:
+    server = coordinator(optimized(UNDAMPED, Adam()))
+    for number in (1, 2):
+        server.begin()
+        assert server.order(0)[0].method == UNDAMPED
+        server.finish(messages(*range(CLIENTS)), {})
+        assert float(server.state.optimizer_rounds) == number
+    model, again = server.state.model.clone(), coordinator(optimized(UNDAMPED, Adam()))
+    again.restore(type(server.state)(**server.state._asdict()), server.save())
+    for one in (server, again):
+        one.begin()
+        assert one.finish(messages(0, 1, 2, 3), lost(4)).happened == "re-based"
+        assert torch.equal(one.state.model, model)
+        assert all(not field.any() for field in one.state[1:])
+        one.begin()
+        assert one.finish(messages(*range(CLIENTS)), {}).happened == "applied"
+    assert all(torch.equal(a, b) for a, b in zip(server.state, again.state, strict=True))
 
 
 def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:

@@ -77,7 +77,9 @@ def test_a_plan_without_privacy_says_so(capsys):
 def test_the_list_names_everything_a_config_can(capsys):
     assert call("list", "--json") == 0
     names = json.loads(capsys.readouterr().out)
-    assert {"alpha-normec", "normalized-sgd", "clip21", "dp-fedavg"} <= set(names["methods"])
+    assert {"alpha-normec", "normalized-sgd", "clip21", "dp-fedavg", "fed-alpha-normec"} <= set(names["methods"])
+    assert {"momentum", "adam", "yogi", "adagrad"} <= set(names["server"])
+    assert {"full-gradient", "minibatch-gradient", "local-steps", "local-epochs"} <= set(names["local"])
     assert {"digits", "mnist", "fashion-mnist", "cifar10", "mnist-by-writer", "libsvm"} <= set(names["data"])
     assert {"softmax", "mlp", "cnn", "resnet20"} <= set(names["models"])
     assert {"loop", "vectorized", "flower"} <= set(names["engines"])

@@ -1,11 +1,14 @@
 """Strict TOML: what is wrong is said in one line that names the key and the nearest known one."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config, parse_config
+from fedpriv.methods import SERVER_OPTIMIZERS, client_part, optimized
+from fedpriv.methods.server import Adam
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
 
@@ -40,7 +43,68 @@ def test_every_change_of_the_experiment_changes_the_digest(setting: str):
     assert load_config(QUICKSTART, settings).digest != load_config(QUICKSTART).digest
 
 
+DIGESTS = {
+    "cifar10-resnet20": "fcf340eff8b11f221826cc5111f44c713835f74fb54b294dc73766355fd35932",
+    "devices": "162be8b7f434cb55f12edbb04ca67eb1759563c568e72095fad40f3f6864afff",
+    "federated-averaging": "4065224c3b5fdb46654fe4073d7bbf177ec60b096c5b04bb24b735360b9ac00b",
+    "local-trust": "ed6dbc29a09ab587461db8d0ffa911921c4565ae4007a9072d13c6e4a7c7afb0",
+    "million-clients": "51d641adb444581d6452b52af84f0b9d6818a038d55406f627d6532cc8ab0f58",
+    "mnist-by-writer": "c583f5d978016fef7b305ba6537e04bee7e0567f2271f5ec46e7341d340f142e",
+    "quickstart": "c6be5563fe98f125b46d6a4b56f4d77901f12e04a35f4a999b2fb3358ff5cd86",
+}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_an_experiment_keeps_its_digest_when_configs_learn_new_keys(name: str):
+    """Else runs of it could not be resumed, or compared with new ones. A new digest here is a changed experiment."""
+    assert load_config(QUICKSTART.parent / f"{name}.toml").digest == DIGESTS[name]
+
+
+def test_a_server_optimiser_is_a_part_of_the_experiment_and_none_is_none():
+    plain, adam = load_config(QUICKSTART), load_config(QUICKSTART, ["server.optimizer=adam"])
+    assert "server" not in plain.tables
+    assert plain.method == client_part(adam.method)
+    assert adam.method == optimized(plain.method, Adam())
+    assert adam.tables["server"] == {"optimizer": "adam", **dataclasses.asdict(Adam())}
+    assert adam.method_name == plain.method_name == "alpha-normec"
+    assert parse_config(adam.tables) == adam
+    changed = load_config(QUICKSTART, ["server.optimizer=adam", "server.tau=0.1"])
+    assert len({plain.digest, adam.digest, changed.digest}) == 3
+    assert load_config(QUICKSTART, ["server.optimizer=adam", "server.beta1=0.9"]).digest == adam.digest
+
+
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
+def test_a_server_optimiser_costs_no_privacy(name: str):
+    for trust in ("central", "local"):
+        settings = [f"privacy.trust={trust}", "privacy.adjacency=", "training.rounds=10"]
+        plain, with_it = (load_config(QUICKSTART, [*settings, *s]) for s in ([], [f"server.optimizer={name}"]))
+        plans = [config.plan(config.cohort.of(100)) for config in (plain, with_it)]
+        assert plans[0] == plans[1]
+        assert plans[0] is not None
+        assert plans[0].epsilon <= 8.0
+
+
+@pytest.mark.parametrize("kind", ["gradient-sum", "gradient-mean"])
+def test_fed_alpha_normec_takes_gradients_and_no_bare_moves(kind: str):
+    steps = [
+        "method=",
+        "method.name=fed-alpha-normec",
+        "local.work=local-steps",
+        "local.steps=2",
+        "local.client_lr=0.1",
+    ]
+    with pytest.raises(UserError, match=r"^local\.signal: expected .*fed-alpha-normec, which divides by client_lr"):
+        load_config(QUICKSTART, steps)
+    config = load_config(QUICKSTART, [*steps, f"local.signal={kind}"])
+    assert config.tables["local"]["signal"] == kind
+    assert parse_config(config.tables) == config
+    load_config(QUICKSTART, steps[:2])
+    load_config(QUICKSTART, steps[2:])
+
+
 MISTAKES = [
+    ("server.optimizer=adan", "server.optimizer", "adam"),
+    ("server.beta1=0.5", "server.optimizer", "Add optimizer to [server]"),
     ("method.bta=1", "method.bta", "beta"),
     ("method.name=alpha-normek", "method.name", "alpha-normec"),
     ("data.name=digit", "data.name", "digits"),

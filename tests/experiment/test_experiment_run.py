@@ -43,6 +43,11 @@ VARIANTS = {
     "poisson, local, sent": [*POISSON_LOCAL, "method.memory=sent"],
     "poisson, local, minibatch": [*POISSON_LOCAL, "local.work=minibatch-gradient", "local.batch_size=4"],
     "fixed, not private": [*SMALL, "cohort.sampling=fixed", "cohort.size=5", "privacy="],
+    "server optimiser, epochs": [
+        *SMALL,
+        "server.optimizer=adam",
+        *("local.work=local-epochs", "local.epochs=2", "local.client_lr=0.1", "local.batch_size=4"),
+    ],
 }
 
 
@@ -303,7 +308,7 @@ class KilledError(BaseException):
     """Stands for a kill in the middle of a write."""
 
 
-@pytest.mark.parametrize("after", range(1, 10))
+@pytest.mark.parametrize("after", range(1, 11))
 def test_killed_at_any_write_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, monkeypatch, after: int):
     """The first writes are those of claiming and beginning, the last those of finishing."""
     config = small("training.rounds=4")

@@ -15,11 +15,12 @@ from clients import private_mod
 from clients.wire import ARRAYS, FEDPRIV, asks_who
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
+from fedpriv.methods.server import Adam
 from fedpriv.privacy import Everyone, Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
-from strategies import AlphaNormEC, Clip21, DPFedAvg, NormalizedSGD, Privacy
+from strategies import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 LOCAL = Privacy(epsilon=20.0, trust="local")
 LR = ConfigRecord({"lr": 0.1})
@@ -61,8 +62,9 @@ def reference(strategy, rounds=ROUNDS):
         lambda **given: NormalizedSGD(alpha=0.5, **given),
         lambda **given: Clip21(clip_norm=0.3, **given),
         lambda **given: DPFedAvg(clip_norm=0.3, **given),
+        lambda **given: FedAlphaNormEC(alpha=0.05, beta=0.02, server_optimizer=Adam(tau=0.1), **given),
     ],
-    ids=["alpha-normec", "sent-memory", "normalized-sgd", "clip21", "dp-fedavg"],
+    ids=["alpha-normec", "sent-memory", "normalized-sgd", "clip21", "dp-fedavg", "fed-alpha-normec with adam"],
 )
 @pytest.mark.parametrize("privacy", [Privacy(epsilon=8.0), LOCAL, None], ids=["central", "local", "none"])
 def test_an_apps_run_is_the_method_on_its_updates_with_memories_kept(make, privacy, cohort):

@@ -13,7 +13,7 @@ from clients.wire import ARRAYS
 from fedpriv.engines import LoopEngine
 from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.methods import METHODS, ServerState
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, ServerState
 from fedpriv.rounds import Total, begin_round, finish_round
 from strategies.server_app import make_strategy
 
@@ -27,7 +27,9 @@ COHORTS = [{"sampling": "everyone"}, {"sampling": "poisson", "probability": 0.4}
 PROMISES = [{"trust": "central", "epsilon": 8.0}, {"trust": "local", "epsilon": 50.0}, None]
 
 
-def make_experiment(method: dict, cohort: dict, privacy: dict | None, local: dict | None = None) -> Experiment:
+def make_experiment(
+    method: dict, cohort: dict, privacy: dict | None, local: dict | None = None, server: dict | None = None
+) -> Experiment:
     tables = {
         "name": "small",
         "seed": 11,
@@ -37,6 +39,7 @@ def make_experiment(method: dict, cohort: dict, privacy: dict | None, local: dic
         "cohort": cohort,
         "method": method,
         "training": {"rounds": ROUNDS},
+        **({} if server is None else {"server": server}),
     }
     return assemble(parse_config(tables if privacy is None else {**tables, "privacy": privacy}))
 
@@ -94,11 +97,27 @@ def test_flower_gives_the_loops_model_to_the_bit(method, cohort, privacy, tmp_pa
     [
         {"work": "minibatch-gradient", "batch_size": 8},
         {"work": "local-steps", "steps": 3, "client_lr": 0.1, "batch_size": 8},
+        {"work": "local-epochs", "epochs": 2, "client_lr": 0.1, "batch_size": 8, "signal": "gradient-mean"},
     ],
     ids=lambda table: table["work"],
 )
 def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
     assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[1], local), tmp_path)
+
+
+@pytest.mark.parametrize("shift", ["rotation", "noise", "style"])
+def test_flowers_clients_see_the_shifted_inputs_of_the_loops(shift, tmp_path):
+    plain = make_experiment({"name": "clip21"}, COHORTS[0], None)
+    data = {**plain.config.tables["data"], "shift": shift, "validation": 0.1}
+    experiment = assemble(parse_config({**plain.config.tables, "data": data}))
+    assert_same(experiment, tmp_path)
+    assert not torch.equal(run_loop(experiment)[0].model, run_loop(plain)[0].model)
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_flower_gives_the_loops_model_whatever_the_server_makes_of_the_direction(optimizer, tmp_path):
+    server = {"optimizer": optimizer}
+    assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[0], server=server), tmp_path)
 
 
 def test_a_client_of_another_experiment_is_told_apart(tmp_path):
