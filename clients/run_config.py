@@ -57,7 +57,8 @@ class RunConfig:
         return load_config(Path(__file__).parents[1] / self.config, shlex.split(self.settings))
 
     def assemble(self, config: Config) -> Experiment:
-        """Everything that a run of the experiment needs."""
+        """Everything that a run of the experiment needs; a `UserError` for one that Flower cannot run."""
+        config.check_unclocked()
         return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
 
     def assemble_clients(self, config: Config) -> Population:

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpriv import __version__
+from fedpriv.devices import DEVICES, SCHEDULES
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.engines import ENGINES, Execution, bytes_of, cores
+from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import jsonable
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.tracking import track, watched_by
 from fedpriv.learning.datasets import DATASETS
 from fedpriv.learning.federation import Holders, plot_who_holds_what, who_holds_what
 from fedpriv.learning.local_work import LOCAL_WORKS
@@ -62,6 +64,14 @@ Settings = Annotated[
 ]
 DataRoot = Annotated[
     Path | None, typer.Option(help="Where data sets lie; else FEDPRIV_DATA, else ./data.", show_default=False)
+]
+Logs = Annotated[
+    list[str] | None,
+    typer.Option("--log", metavar="TRACKER", help="Send rounds to tensorboard, mlflow or wandb too; may be repeated."),
+]
+LogDiagnostics = Annotated[
+    bool,
+    typer.Option("--log-diagnostics/--no-log-diagnostics", help="Whether what is not private is sent there as well."),
 ]
 
 
@@ -113,6 +123,8 @@ def run(
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
     ] = None,
+    log: Logs = None,
+    log_diagnostics: LogDiagnostics = True,
 ) -> None:
     """Run an experiment and fill its run directory."""
     experiment = load_config(config, settings or ())
@@ -131,7 +143,13 @@ def run(
         channels_last=channels_last,
         precision=precision,
     )
-    with RoundProgress(experiment.training.rounds) as progress:
+    if log and deploy is not None:
+        raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two")
+    with (
+        track(log or (), experiment, directory, diagnostics=log_diagnostics) as sent,
+        RoundProgress(experiment.training.rounds) as progress,
+    ):
+        watch = watched_by(progress, sent)
         if deploy is not None:
             from strategies.deploy_run import run_deployed
 
@@ -149,7 +167,7 @@ def run(
             from strategies.launch import run_with_flower
 
             summary = run_with_flower(
-                experiment, directory, device=device, data_root=data_root, resume=resume, watch=progress
+                experiment, directory, device=device, data_root=data_root, resume=resume, watch=watch
             )
         else:
             summary = run_experiment(
@@ -159,7 +177,7 @@ def run(
                 device=device,
                 data_root=data_root,
                 resume=resume,
-                watch=progress,
+                watch=watch,
                 checkpoint_every=checkpoint_every,
                 execution=execution,
             )
@@ -174,21 +192,28 @@ def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's TOML file.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; else runs/NAME.", show_default=False)] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Trials at a time; else one on each core.", show_default=False)
+        int | None, typer.Option(help="Trials at a time; else as many as there is room for.", show_default=False)
     ] = None,
     engine: Annotated[str, typer.Option(help="In each trial: auto, loop or vectorized.")] = "vectorized",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    cpus_per_trial: Annotated[float, typer.Option(help="Cores that each trial needs, and PyTorch's threads.")] = 1.0,
     gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25.")] = 0.0,
     ray_address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
     ] = None,
     data_root: DataRoot = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try failed trials again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Go on, and try failed trials again.")] = False,
+    no_stop: Annotated[
+        bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
+    ] = False,
+    log: Logs = None,
+    log_diagnostics: LogDiagnostics = True,
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.experiment.sweep_live import SweepTable
-    from fedpriv.experiment.sweep_run import run_sweep
+    from fedpriv.experiment.sweep_run import TRIALS, run_sweep
+    from fedpriv.experiment.sweep_table import other_trials
     from fedpriv.experiment.sweeps import load_sweep
 
     plan = load_sweep(file)
@@ -197,21 +222,31 @@ def sweep(
         trials = run_sweep(
             plan,
             folder,
-            jobs=jobs or cores(),
+            jobs=jobs,
             engine=engine,
             device=device,
             data_root=data_root,
             resume=resume or retry,
             retry=retry,
+            stop=not no_stop,
+            cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
             ray_address=ray_address,
+            logs=log or (),
+            log_diagnostics=log_diagnostics,
             watch=table,
         )
     failed = trials[trials["status"] == "failed"]
     for name, reason in list(zip(failed["trial"], failed["reason"], strict=True))[:5]:
         print(f"failed      {name or 'no experiment'}: {reason}")
+    stopped = list(trials["status"]).count("stopped")
+    counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
+    counts += f", {stopped} stopped early" if stopped else ""
+    others = other_trials(trials, folder / TRIALS)
+    if others:
+        print(f"others      {others} trials that {file} no longer has are kept in {folder / TRIALS}, not in the table")
     print(
-        f"trials      {len(trials)}: {(trials['status'] == 'done').sum()} done, {len(failed)} failed\n"
+        f"trials      {len(trials)}: {counts}\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
     )
     if len(failed) == len(trials):
@@ -375,7 +410,8 @@ def privacy(
         absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
         print(json.dumps(jsonable(absent if plan is None else plan.as_dict()), indent=2))
     else:
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded"))
+        clock = experiment.devices is not None
+        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", clock=clock))
 
 
 @app.command()
@@ -425,6 +461,8 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
         "models": _describe(MODELS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
+        "devices": _describe(DEVICES),
+        "schedules": _describe(SCHEDULES),
         "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
     }
     if as_json:
@@ -474,10 +512,21 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     print(
         f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
         f"epsilon     {promise}\n"
+        f"{_clock_line(summary)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
+
+
+def _clock_line(summary: dict[str, Any]) -> str:
+    """What the run would have taken on its devices; nothing without a virtual clock."""
+    found = {**summary["diagnostics"], **summary}  # for simulations only, where it says who took part
+    if "simulated_seconds" not in found:
+        return ""
+    hours, rest = divmod(round(found["simulated_seconds"]), 3600)
+    down, up = (found[key] / 1e6 for key in ("bytes_down", "bytes_up"))
+    return f"clock       {hours} h {rest // 60} min {rest % 60} s, {down:.1f} MB down, {up:.1f} MB up (simulated)\n"
 
 
 def _engine_line(summary: dict[str, Any]) -> str:

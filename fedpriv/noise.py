@@ -35,7 +35,14 @@ def client_noise(streams: Streams, stddev: float, size: int, round: int, client:
     return _normal(streams, Purpose.CLIENT_NOISE, stddev, size, round, client)
 
 
-def client_noise_sum(streams: Streams, stddev: float, size: int, round: int, clients: int) -> Tensor:  # noqa: A002
+def client_noise_sum(
+    streams: Streams,
+    stddev: float,
+    size: int,
+    round: int,  # noqa: A002
+    clients: int,
+    part: int = 0,
+) -> Tensor:
     """One draw with the law of the sum of so many clients' noises; float32 `[size]` on the CPU.
 
     For simulations in which nothing but the sum of a round's messages is used.
@@ -46,8 +53,9 @@ def client_noise_sum(streams: Streams, stddev: float, size: int, round: int, cli
         size: Number of parameters.
         round: The round, from 1.
         clients: How many send.
+        part: Which of the round's sums it is, where there are several; each has noise of its own.
     """
-    return _normal(streams, Purpose.CLIENT_NOISE_SUM, stddev * math.sqrt(clients), size, round, 0)
+    return _normal(streams, Purpose.CLIENT_NOISE_SUM, stddev * math.sqrt(clients), size, round, part)
 
 
 def _normal(streams: Streams, purpose: Purpose, stddev: float, size: int, round: int, client: int) -> Tensor:  # noqa: A002

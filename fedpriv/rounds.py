@@ -85,12 +85,15 @@ class Broadcast(NamedTuple):
     `capacity` is how many messages the round's sum must hold, the same in every round of a run: it decides the grid
     on which they are added (`fedpriv.sums`), and the actual number is a secret. Sums of parts of a cohort, with the
     capacity of the whole, add up to the sum of the whole, to the bit. None stands for the length of `cohort`.
+
+    `part` tells the broadcasts of one round apart, where clients start from different models.
     """
 
     round: int
     model: Tensor
     cohort: np.ndarray
     capacity: int | None = None
+    part: int = 0
 
     def empty_sum(self, rules: "ClientRules", device: torch.device | str = "cpu") -> ExactSum:
         """Where the round's messages are added, whoever sends them in whatever order."""

@@ -73,6 +73,7 @@ def run_with_flower(
     Raises:
         UserError: On anything that the user can mend, failing clients included; no process is left behind.
     """
+    config.check_unclocked()
     out = Path(out).resolve()
     population = assemble(config, device=device, data_root=data_root).population.federation.population
     directory = RunDirectory(out)

@@ -57,7 +57,7 @@ class FusedNoise:
         """See `Engine.sum_messages`."""
         total = self._inner.sum_messages(broadcast)
         streams, stddev, size = self._rules.streams, self._rules.noise_stddev, total.sum.shape[-1]
-        noise = client_noise_sum(streams, stddev, size, broadcast.round, total.messages)
+        noise = client_noise_sum(streams, stddev, size, broadcast.round, total.messages, broadcast.part)
         return total._replace(sum=total.sum + noise)
 
     def save(self) -> dict[str, Tensor]:

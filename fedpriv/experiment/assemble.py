@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpriv.devices import Timeline
 from fedpriv.engines import Population
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
+from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.learning.federation import Holders, spread
+from fedpriv.learning.shifts import shifted
 from fedpriv.learning.tasks import Task
+from fedpriv.learning.validation import hold_out
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
@@ -37,6 +41,7 @@ class Experiment:
         server: The server's half of the agreement.
         plan: What is promised; None for a non-private run.
         initial_model: x before the first round, `[params]`.
+        timeline: Who counts in which step, on the virtual clock; None without one.
     """
 
     config: Config
@@ -44,30 +49,51 @@ class Experiment:
     server: ServerRules
     plan: PrivacyPlan | None
     initial_model: Tensor
+    timeline: Timeline | None = None
 
     def evaluate(self, model: Tensor) -> tuple[float, float]:
         """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
 
+    def validate(self, model: Tensor) -> tuple[float, float] | None:
+        """The same on the examples held out for validation; None without any."""
+        dataset = self.population.federation.dataset
+        if dataset.validation_inputs is None or dataset.validation_labels is None:
+            return None
+        return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
+
     def with_method(self, config: Config) -> "Experiment":
         """The same data, model and cohorts under the method and the privacy of another config."""
-        sampling = self.server.sampling
+        federation, sampling, timeline = self.population.federation, self.server.sampling, self.timeline
+        if timeline is not None:
+            timeline = make_timeline(config, federation, self.population.task.layout.size)
+            sampling = sampling_under(config, federation.population, timeline)
         plan = config.plan(sampling)
         server, client = agree(config.method, sampling, plan, self.population.streams)
         population = replace(self.population, rules=client)
-        return replace(self, config=config, population=population, server=server, plan=plan)
+        return replace(self, config=config, population=population, server=server, plan=plan, timeline=timeline)
 
 
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     """Loads the data and spreads them over the clients, as the config and its seed say."""
-    dataset = config.data.dataset.load(data_root)
-    rng = SeededStreams(config.seed).source(Purpose.PARTITION).rng
-    return spread(dataset, config.data.partition, config.data.clients, rng)
+    choice, streams = config.data, SeededStreams(config.seed)
+    dataset = choice.dataset.load(data_root)
+    if choice.validation is not None:
+        dataset = hold_out(dataset, choice.validation)
+    federation = spread(dataset, choice.partition, choice.clients, streams.source(Purpose.PARTITION).rng)
+    return federation if choice.shift is None else shifted(federation, choice.shift, streams)
 
 
 def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
-    """The sampling of the config's population; reads the data only if the config leaves their number to them."""
+    """The sampling of the config's population; reads the data only if the config leaves their number to them.
+
+    Where a timeline is accounted, it is made: it needs the numbers of examples and the model's size.
+    """
+    if not config.rule.draws_cohorts:
+        federation = make_federation(config, data_root)
+        timeline = make_timeline(config, federation, _task(config, federation, "cpu").layout.size)
+        return sampling_under(config, federation.population, timeline)
     clients = config.data.clients
     if clients is None:
         clients = make_federation(config, data_root).population
@@ -98,14 +124,20 @@ def assemble(
     """
     check_device(device)
     federation = federation or make_federation(config, data_root)
-    sampling = config.cohort.of(federation.population)
+    task = _task(config, federation, device, channels_last=channels_last, precision=precision)
+    timeline = make_timeline(config, federation, task.layout.size)
+    sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling)
     streams = SeededStreams(config.seed)
     server, client = agree(config.method, sampling, plan, streams)
-    task = _task(config, federation, device, channels_last=channels_last, precision=precision)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
-        config=config, population=population, server=server, plan=plan, initial_model=task.initial_model()
+        config=config,
+        population=population,
+        server=server,
+        plan=plan,
+        initial_model=task.initial_model(),
+        timeline=timeline,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from fedpriv.devices import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.tables import choose, field_names, read_table, refuse_unknown, write_table
@@ -20,14 +21,15 @@ from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
-from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, make_plan
+from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, Scheduled, make_plan
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
 
-TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training", "deployment")
+TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
+TABLES += ("devices", "schedule", "deployment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,8 @@ class Config:
     privacy: PrivacyChoice | None
     training: Training
     deployment: DeploymentChoice | None = None
+    devices: Devices | None = None
+    schedule: Schedule | None = None
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -118,6 +122,8 @@ class Config:
             data["validation"] = self.data.validation
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
+        clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
+        clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
         server = {}
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
@@ -133,6 +139,7 @@ class Config:
             **server,
             **privacy,
             "training": write_table(self.training),
+            **clock,
             **deployment,
         }
 
@@ -140,6 +147,11 @@ class Config:
     def method_name(self) -> str:
         """The method's name in the table of methods."""
         return _name_of(METHODS, client_part(self.method))
+
+    @property
+    def rule(self) -> Schedule:
+        """When the server moves; rounds, if nothing is said."""
+        return self.schedule or Synchronous()
 
     @property
     def digest(self) -> str:
@@ -164,8 +176,24 @@ class Config:
         if self.data.shift is not None:
             raise UserError("data.shift", "none in a deployment", repr(_name_of(SHIFTS, self.data.shift)), remedy)
 
+    def check_unclocked(self) -> None:
+        """Refuses a virtual clock where none can be kept: with real devices, or Flower's.
+
+        Raises:
+            UserError: If there are `[devices]`.
+        """
+        if self.devices is not None:
+            remedy = "Choose an engine in process, or take [devices] and [schedule] away"
+            raise UserError("[devices]", "none with Flower", "a virtual clock", remedy)
+
     def plan(self, sampling: Sampling) -> PrivacyPlan | None:
-        """The privacy plan with these cohorts, or None for a non-private run."""
+        """The privacy plan with these cohorts, or None for a non-private run.
+
+        Raises:
+            ValueError: If the schedule settles who counts, and the sampling is not its timeline's.
+        """
+        if isinstance(sampling, Scheduled) == self.rule.draws_cohorts:
+            raise ValueError(f"{self.rule} is not accounted by {sampling.name}")
         if self.privacy is None:
             return None
         return make_plan(
@@ -251,7 +279,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
     data = _read_data(_need(tables, "data"))
     local = _read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work")
-    return Config(
+    config = Config(
         name=top.name,
         seed=top.seed,
         data=data,
@@ -262,7 +290,20 @@ def parse_config(tables: dict[str, Any]) -> Config:
         privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
         training=read_table(Training, _need(tables, "training"), "training"),
         deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
+        devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
+        schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
+    _check_schedule(config)
+    return config
+
+
+def _check_schedule(config: Config) -> None:
+    """Finds early what `make_timeline` would find later."""
+    if config.devices is None and config.rule != Synchronous():
+        remedy = "Say how fast clients are, or take [schedule] away"
+        raise UserError("[devices]", "this table beside [schedule]", "nothing", remedy)
+    sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
+    config.rule.check(sampling, memory=has_memory(config.method))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,3 +386,7 @@ def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
 
 def _name_of(table: dict[str, type], instance: object) -> str:
     return next(name for name, kind in table.items() if type(instance) is kind)
+
+
+def _write_named(table: dict[str, type], instance: object, key: str) -> dict[str, Any]:
+    return {key: _name_of(table, instance), **write_table(instance)}

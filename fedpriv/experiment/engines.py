@@ -1,5 +1,6 @@
 """How an experiment is run, which is no part of it: engine, workers, memory, noise; and the choice by measuring."""
 
+import math
 import os
 import re
 import tempfile
@@ -19,6 +20,7 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.learning.tasks import PRECISIONS
+from fedpriv.privacy import FixedSize, Scheduled
 from fedpriv.rounds import Broadcast, ServerRules, begin_round
 
 __all__ = [
@@ -334,7 +336,11 @@ def choose_compute(population: Population, server: ServerRules, initial_model: T
 
 
 def _chosen(experiment: Experiment) -> tuple[str, dict[str, float]]:
-    return choose_compute(experiment.population, experiment.server, experiment.initial_model)
+    server = experiment.server
+    if isinstance(server.sampling, Scheduled):  # any clients do to be measured
+        several = FixedSize(server.sampling.population, math.ceil(server.sampling.expected_size))
+        server = replace(server, sampling=several)
+    return choose_compute(experiment.population, server, experiment.initial_model)
 
 
 def _few(loop: Engine, model: Tensor, chunk: np.ndarray) -> np.ndarray:

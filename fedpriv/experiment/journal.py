@@ -12,17 +12,26 @@ import torch
 from torch import Tensor
 
 from fedpriv.experiment.assemble import Experiment
+from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.methods import ServerState
 from fedpriv.privacy import privacy_statement, rounded_up
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
-__all__ = ["Journal", "Watcher"]
+__all__ = ["OLDER", "Journal", "StopRun", "Watcher"]
 
-# Sees every recorded round as it happens: the released row and the diagnostics row.
+# In a checkpoint, what stands before the number of a model that somebody still works on.
+OLDER = "model-after-"
+
+# Sees every recorded round as it happens: the released row and the diagnostics row. It may raise `StopRun`.
 Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+class StopRun(Exception):  # noqa: N818
+    """Raised by a watcher: the run ends after this round, saved, and can be gone on with to the same bits."""
 
 
 @dataclass
@@ -56,17 +65,25 @@ class Journal:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(
-            plan, method=experiment.config.method_name, randomness=self.randomness, deployed=self.deployed
+            plan,
+            method=experiment.config.method_name,
+            randomness=self.randomness,
+            deployed=self.deployed,
+            clock=experiment.timeline is not None,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
         self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
+        if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
+            measured = measure_heterogeneity(experiment.config, experiment.population)
+            self.directory.write_json(HETEROGENEITY_FILE, measured)
         self._round_began = time.monotonic()
 
     def initial(self, model: Tensor, round: int = 0) -> None:  # noqa: A002
         """Records the model before the first round, or after one that a crash left without a row."""
-        self._record({"round": round, **self._promise(round), **self._evaluation(model, round)}, {"round": round})
+        released = {"round": round, **self._promise(round), **self._evaluation(model, round)}
+        self._record({**released, **self._clock(round, released=True)}, {"round": round})
 
     def replayed(self, last_round: int, taken: Mapping[int, int] | None = None) -> None:
         """Takes up again after `last_round`: forgets later rows, and recounts who took part.
@@ -90,21 +107,38 @@ class Journal:
         total: Total,
         client_states: Callable[[], dict[str, Tensor]] | None,
         taken: Mapping[int, int] | None = None,
+        older: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Records a round, and writes a checkpoint if one is due and clients' states can be had."""
+        """Records a round, and writes a checkpoint if one is due and clients' states can be had.
+
+        Args:
+            round: Its number.
+            state: The server's, after it.
+            total: What came in.
+            client_states: Gives all clients' states; None where they are elsewhere.
+            taken: How often each client took part, where the caller knows better.
+            older: Models that somebody still works on, by the number of the round after which they were the newest.
+        """
         seconds = time.monotonic() - self._round_began
         if taken is not None:
             self._taken = Counter(taken)
         elif self._keeps_ledger:
             self._count(round)
         evaluation = self._evaluation(state.model, round)
-        released = {"round": round, **self._promise(round), **evaluation}
-        self._record(released, self._diagnose(round, state, total, seconds))
-        if client_states is not None and self._checkpoint_due(round):
+        released = {"round": round, **self._promise(round), **evaluation, **self._clock(round, released=True)}
+        stopped = None
+        try:
+            self._record(released, self._diagnose(round, state, total, seconds))
+        except StopRun as stop:
+            stopped = stop
+        if client_states is not None and (stopped is not None or self._checkpoint_due(round)):
             self.directory.sync("rounds.jsonl", "diagnostics.jsonl")
             digest, server = self.experiment.config.digest, state._asdict()
+            server |= {f"{OLDER}{number}": model for number, model in (older or {}).items()}
             self.directory.checkpoint.write(digest, self.promise, round, server, client_states())
             self._saved_at = time.monotonic()
+        if stopped is not None:
+            raise stopped
         self._round_began = time.monotonic()
 
     def finish(self, state: ServerState) -> dict[str, Any]:
@@ -123,6 +157,8 @@ class Journal:
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
         if self.ran.get("precision", "float32") != "float32":
             data += f", {self.ran['precision']}"
+        if self.experiment.timeline is not None:
+            data += f", timeline {self.experiment.timeline.fingerprint}"
         drawn = ", one draw of clients' noise a round" if self.ran.get("client_noise") == "fused" else ""
         return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
 
@@ -134,7 +170,19 @@ class Journal:
     def _keeps_ledger(self) -> bool:
         return self.experiment.plan is not None and self.experiment.plan.trust == "local"
 
+    def _clock(self, round: int, *, released: bool) -> dict[str, Any]:  # noqa: A002
+        """What the virtual clock says of a round, for the rows of what is released or for the others."""
+        timeline = self.experiment.timeline
+        if timeline is None:
+            return {}
+        step = timeline.step(round) if round else None
+        row = clock_row(step) if clock_is_public(self.experiment.config) == released else {}
+        return row if released or step is None else {**row, **lateness_row(step)}
+
     def _count(self, round: int) -> None:  # noqa: A002
+        if self.experiment.timeline is not None:
+            self._taken.update(self.experiment.timeline.step(round).sent.tolist())
+            return
         state = self.experiment.config.method.init_server(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
@@ -150,10 +198,13 @@ class Journal:
         return {"epsilon": None if plan is None else plan.epsilon_after(round)}
 
     def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:  # noqa: A002
-        if not self.experiment.config.training.evaluates(round):
-            return {"test_accuracy": None, "test_loss": None}
-        loss, accuracy = self.experiment.evaluate(model)
-        return {"test_accuracy": accuracy, "test_loss": loss}
+        looks = self.experiment.config.training.evaluates(round)
+        loss, accuracy = self.experiment.evaluate(model) if looks else (None, None)
+        row = {"test_accuracy": accuracy, "test_loss": loss}
+        if self.experiment.config.data.validation is not None:
+            loss, accuracy = (looks and self.experiment.validate(model)) or (None, None)
+            row |= {"validation_accuracy": accuracy, "validation_loss": loss}
+        return row
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
         population = self.experiment.population
@@ -168,12 +219,20 @@ class Journal:
             "signal_norm": total.signal_norm,
             "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
             "signal_to_noise": signal_to_noise(
-                total, self.experiment.server.noise_stddev, population.rules.noise_stddev
+                total, self.experiment.server.noise_stddev, population.rules.noise_stddev * self._weight(round)
             ),
             "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
             "seconds": seconds,
             "clients_per_second": total.messages / max(seconds, 1e-9),
+            **self._clock(round, released=False),
         }
+
+    def _weight(self, round: int) -> float:  # noqa: A002
+        """Root mean square of the weights of a round's messages."""
+        if self.experiment.timeline is None:
+            return 1.0
+        step = self.experiment.timeline.step(round)
+        return math.sqrt(step.squared_weights / max(len(step.counted), 1))
 
     def _record(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
         self.directory.append("rounds.jsonl", released)
@@ -208,12 +267,26 @@ class Journal:
             "parameters": self.experiment.population.task.layout.size,
             "test_accuracy": last["test_accuracy"],
             "test_loss": last["test_loss"],
+            **{key: last[key] for key in ("validation_accuracy", "validation_loss") if key in last},
             **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
             **({"ledger": self._ledger()} if self._keeps_ledger else {}),
-            "diagnostics": {"messages": messages, "non_finite": sum(row["non_finite"] for row in diagnostics)},
+            "diagnostics": {
+                "messages": messages,
+                "non_finite": sum(row["non_finite"] for row in diagnostics),
+                **self._clock_at_the_end(released=False),
+                **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
+            },
             "seconds": seconds,
             "clients_per_second": messages / seconds if seconds else 0.0,
+            **self._clock_at_the_end(released=True),
         }
+
+    def _clock_at_the_end(self, *, released: bool) -> dict[str, Any]:
+        timeline, rounds = self.experiment.timeline, self.experiment.config.training.rounds
+        if timeline is None or clock_is_public(self.experiment.config) != released:
+            return {}
+        row = clock_row(timeline.step(rounds) if rounds else None)
+        return {key: value for key, value in row.items() if key != "counted"}
 
     def _ledger(self) -> dict[str, Any]:
         """What single clients really spent, by how often each took part."""

@@ -48,6 +48,7 @@ class RoundProgress:
             ("loss {:.3f}", "test_loss"),
             ("accuracy {:.3f}", "test_accuracy"),
             ("eps {:.2f}", "epsilon"),
+            ("clock {:.0f} s", "simulated_seconds"),
             ("{:.0f} clients/s", "clients_per_second"),
         )
         return " ".join(form.format(self._latest[key]) for form, key in figures if key in self._latest)

@@ -11,8 +11,9 @@ from fedpriv.engines import Engine
 from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINE_FILE, Execution, read_record, start_engine
-from fedpriv.experiment.journal import Journal, Watcher
+from fedpriv.experiment.journal import OLDER, Journal, Watcher
 from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.timing import Versions
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round
 
@@ -40,7 +41,7 @@ def run_experiment(
         device: Where gradients are computed.
         data_root: Where data sets lie; None for the environment's choice.
         resume: Whether `out` may hold a part of this experiment, which is then gone on with.
-        watch: Called after every round with what was recorded.
+        watch: Called after every round with what was recorded. `journal.StopRun` from it ends the run there, saved.
         checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
         execution: Workers, memory, noise and precision; its engine is `engine`.
 
@@ -66,28 +67,44 @@ def run_experiment(
 
 
 def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
-    start, state = _take_up(experiment, engine, directory, journal.promise)
+    start, state, versions = _take_up(experiment, engine, directory, journal.promise)
     directory.write_json(ENGINE_FILE, journal.ran)
     journal.begin()
     journal.replayed(start)
     if start == 0 and not directory.rows("rounds.jsonl"):
         journal.initial(state.model)
     for number in range(start + 1, experiment.config.training.rounds + 1):
-        total = engine.sum_messages(begin_round(experiment.server, state, number))
+        if versions is None:
+            total = engine.sum_messages(begin_round(experiment.server, state, number))
+        else:
+            total = versions.total(engine, experiment.server, number)
         state = finish_round(experiment.server, state, number, total.sum)
-        journal.after_round(number, state, total, engine.save)
+        if versions is not None:
+            versions.moved(number, state.model)
+        older = {} if versions is None else versions.older_than(number)
+        journal.after_round(number, state, total, engine.save, older=older)
     return journal.finish(state)
 
 
-def _take_up(experiment: Experiment, engine: Engine, directory: RunDirectory, promise: str) -> tuple[int, ServerState]:
-    """The last round that is safe, and the state after it; clients' states go back to the engine."""
-    fresh = experiment.config.method.init_server(experiment.initial_model)
+def _take_up(
+    experiment: Experiment, engine: Engine, directory: RunDirectory, promise: str
+) -> tuple[int, ServerState, Versions | None]:
+    """The last round that is safe, the state after it, and on the virtual clock the models that are still worked on;
+    clients' states go back to the engine.
+    """
+    last, state = 0, experiment.config.method.init_server(experiment.initial_model)
+    older: dict[int, Tensor] = {}
     saved = directory.checkpoint.read(experiment.config.digest, promise)
-    if saved is None:
-        return 0, fresh
-    last, server, client = saved
-    engine.restore(client)
-    return last, _state_like(fresh, server)
+    if saved is not None:
+        last, server, client = saved
+        engine.restore(client)
+        older = {int(name.removeprefix(OLDER)): server.pop(name) for name in list(server) if name.startswith(OLDER)}
+        state = _state_like(state, server)
+    if experiment.timeline is None:
+        return last, state, None
+    versions = Versions(experiment.timeline, older)
+    versions.moved(last, state.model)
+    return last, state, versions
 
 
 def _state_like(fresh: ServerState, tensors: dict[str, Tensor]) -> ServerState:

@@ -4,7 +4,7 @@ import math
 import textwrap
 
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import FixedSize, Poisson
+from fedpriv.privacy.sampling import FixedSize, Poisson, Scheduled
 
 __all__ = ["privacy_statement", "rounded_up"]
 
@@ -65,7 +65,27 @@ _SECRET_COHORTS = (
 )
 
 
-def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str, deployed: bool = False) -> str:
+_SCHEMES = {
+    "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
+    "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
+    "fedfix": "the server moves at fixed times, by whatever has arrived (FedFix)",
+}
+
+_CLOCK = (
+    "Clock: devices, the numbers of examples that clients hold and when clients answer are taken as public, and as the "
+    "same in both populations; none of them may depend on the values of anybody's data."
+)
+
+_IN_TIME = (
+    " Whether a client that is asked answers, and in time, depends on itself alone; a round in which it does not is "
+    "one in which its message is zero. Where epsilon relies on nobody knowing who took part, the clock and the bytes "
+    "sent are for simulations only, like diagnostics."
+)
+
+
+def privacy_statement(
+    plan: PrivacyPlan | None, *, method: str, randomness: str, deployed: bool = False, clock: bool = False
+) -> str:
     """The statement of a run.
 
     Args:
@@ -73,6 +93,7 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str,
         method: The method's name, as in `[method]`.
         randomness: `seeded` or `system`: where noise and cohorts come from.
         deployed: Whether real devices take part.
+        clock: Whether a virtual clock decides who is in time.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -91,6 +112,7 @@ def privacy_statement(plan: PrivacyPlan | None, *, method: str, randomness: str,
         _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
         _fill(_NEIGHBOURS[plan.adjacency]),
         _fill(_cohorts(plan)),
+        *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
@@ -123,6 +145,17 @@ def rounded_up(epsilon: float) -> str:
 
 def _cohorts(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
+    if isinstance(sampling, Scheduled):
+        most = sampling.charge(plan.rounds, each_message=plan.trust == "local")
+        charged = f"whose messages' squared weights add up to most, {most:g}"
+        if plan.trust == "local":
+            charged = f"who sends most messages, {most:g}, those included that came too late"
+        return (
+            f"Cohorts: of {sampling.population} clients, {_SCHEMES[sampling.scheme]}. Who counts in which step, and "
+            "with which weight, is settled before the run by a timeline that is taken as known to everybody: "
+            "participation is visible, and no amplification by sampling is claimed. Epsilon is that of the client "
+            f"{charged}."
+        )
     if isinstance(sampling, Poisson):
         how = f"each client takes part in each round independently with probability {sampling.sampling_prob:g}"
     elif isinstance(sampling, FixedSize):
@@ -139,6 +172,15 @@ def _cohorts(plan: PrivacyPlan) -> str:
 
 def _mechanism(plan: PrivacyPlan) -> str:
     what = "the sum of a round's messages" if plan.trust == "central" else "every message"
+    if isinstance(plan.sampling, Scheduled):
+        weighed = ", times the weight of its message," if plan.trust == "central" else ""
+        return (
+            f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at "
+            f"most {plan.l2_sensitivity:g}{weighed} in a step. Gaussian noise of standard deviation "
+            f"{plan.noise_stddev:.6g} per coordinate is added to {what} ({plan.noise_multiplier:.6g} times the "
+            f"sensitivity), in {plan.rounds} steps. Sums are divided by a public number, "
+            f"{plan.sampling.expected_size:g}."
+        )
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
         f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
