@@ -3,11 +3,11 @@
     python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
 
 Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or
-two shards a client) and a client-level epsilon against whoever sees the models (none, 8, 2; delta 1e-5; 2 from 1,000 clients on). In every cell
-three families of methods are tuned with as many settings each (16): without memory (clipping and smoothed
-normalization), the published feedback (alpha-NormEC and Clip21), and damped feedback (ours). The best of each, by
-validation images, is then trained with three other seeds and judged on test images. In one cell, of 1,000 clients, the
-clients add the noise (trust local), and sent memory joins.
+two shards a client) and a client-level epsilon against whoever sees the models (none, 8, and from 1,000 clients on
+also 2; delta 1e-5). In every cell three families of methods are tuned with as many settings each (16): without memory
+(clipping and smoothed normalization), the published feedback (alpha-NormEC and Clip21), and damped feedback (ours). The
+best of each, by validation images, is then trained with three other seeds and judged on test images. In one cell, of
+1,000 clients, the clients add the noise (trust local), and sent memory joins.
 
 Trials are run directories of two sweeps (tuning, then judging) that go on where they were. Writes tuned.csv,
 judged.csv, map.csv and map.png here, and the page's table.
