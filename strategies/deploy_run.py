@@ -175,6 +175,7 @@ def run_deployed(
     Raises:
         UserError: On anything that the user can mend. What was saved stays, and `resume` goes on with it.
     """
+    config.check_deployable()
     way = Connection.of(connection)
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:

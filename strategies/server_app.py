@@ -73,6 +73,7 @@ def _run(grid: Grid, context: Context) -> None:
 def _run_deployed(grid: Grid, context: Context) -> None:
     run = RunConfig.of(context.run_config)
     config = run.load()
+    config.check_deployable()
     resume = bool(context.run_config.get("resume", False))
     seeded = bool(context.run_config.get("test-seeded", False)) and os.environ.get(TEST_SEEDED) == "1"
     experiment = run.assemble(config)

@@ -409,13 +409,14 @@ def _given_up(doing: str, lost: _LostError) -> UserError:
 
 def _to_ship(population: Population) -> Population:
     """The population as workers need it: each client's examples side by side, so that its tensors are views of shared
-    memory, and of the test data no more than an example.
+    memory, of the test data no more than an example, and nothing of the validation data.
     """
     population = replace(population.in_client_order())
     if not isinstance(population.federation, Federation):
         return population
     data = population.federation.dataset
     dataset = replace(data, test_inputs=data.test_inputs[:1], test_labels=data.test_labels[:1], groups=None)
+    dataset = replace(dataset, validation_inputs=None, validation_labels=None)
     return replace(population, federation=replace(population.federation, dataset=dataset))
 
 

@@ -36,7 +36,7 @@ TABLES += ("devices", "schedule", "deployment")
 class DataChoice:
     """Which data, and how they are spread over how many clients (None: as many as there naturally are).
 
-    `shift` is what each client's inputs undergo, and `validation` the share of examples that is held out before; None: no.
+    `shift` is what each client's inputs undergo, `validation` the share of examples held out before; None for neither.
     """
 
     dataset: Any

@@ -27,6 +27,7 @@ FILES = (
     "summary.json",
     "rounds.jsonl",
     "diagnostics.jsonl",
+    "heterogeneity.json",
     "privacy.json",
     "privacy.txt",
     "model.safetensors",

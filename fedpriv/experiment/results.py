@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, figures_of
 from fedpriv.experiment.records import RunDirectory, flat_tables
 from fedpriv.vectors import Layout
 
@@ -24,7 +25,8 @@ def load_results(path: Path | str) -> pd.DataFrame:
 
     Returns:
         Columns `run` (the directory's path relative to `path`), every key of the config as `table.key`, `engine`,
-        and the columns of `rounds.jsonl` and `diagnostics.jsonl`; what a row lacks is NaN.
+        the figures of `heterogeneity.json` as `heterogeneity.label_tv` and so on, and the columns of `rounds.jsonl` and
+        `diagnostics.jsonl`; what a row lacks is NaN.
 
     Raises:
         UserError: If there is no run.
@@ -76,6 +78,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
             raise UserError(str(path), "a finished run", "none", "Finish it with fedpriv run ... --resume")
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
         columns[str(path)] = {key: _shown(summary.get(key)) for key in _COMPARED}
+        columns[str(path)] |= {key: _shown(summary[key]) for key in _VALIDATED if key in summary}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
     together = {run: {**{key: configs[run].get(key) for key in differing}, **columns[run]} for run in columns}
@@ -83,6 +86,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
 
 
 _COMPARED = ("method", "test_accuracy", "test_loss", "epsilon", "delta", "trust", "rounds", "engine", "seconds")
+_VALIDATED = ("validation_accuracy", "validation_loss")
 
 
 def _shown(value: object) -> object:
@@ -96,7 +100,9 @@ def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     table = released.merge(diagnostics, on="round", how="left")
     config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
     summary = directory.read_json("summary.json") or {}
-    constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config}
+    measured = figures_of(directory.read_json(HETEROGENEITY_FILE) or {})
+    clients_differ = {f"heterogeneity.{key}": value for key, value in measured.items()}
+    constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config, **clients_differ}
     return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)
 
 

@@ -18,7 +18,16 @@ import numpy as np
 from fedpriv.errors import UserError
 from fedpriv.learning import torchvision_cpu
 
-__all__ = ["DATA_ROOT_VARIABLE", "default_data_root", "locate", "read_cifar_batch", "read_idx", "read_libsvm"]
+__all__ = [
+    "DATA_ROOT_VARIABLE",
+    "REPLACE",
+    "content_of",
+    "default_data_root",
+    "locate",
+    "read_cifar_batch",
+    "read_idx",
+    "read_libsvm",
+]
 
 DATA_ROOT_VARIABLE = "FEDPRIV_DATA"
 REPLACE = "Replace the file, or delete it to have it downloaded again where that is possible"
@@ -30,20 +39,20 @@ def default_data_root() -> Path:
     return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data").expanduser()
 
 
-def locate(data_root: Path, folder: str, names: Sequence[str], source: str) -> list[Path]:
+def locate(data_root: Path, folder: str, names: Sequence[str], source: str | None) -> list[Path]:
     """The paths of `names` in `data_root / folder`, each plain or with .gz added, downloaded if missing.
 
     Args:
         data_root: The folder of all data.
         folder: The data set's folder in it.
         names: Names of the plain files.
-        source: The torchvision class that can download them.
+        source: The torchvision class that can download them; None where none can.
 
     Raises:
         UserError: If a file is missing and cannot be downloaded; says which files to put where.
     """
     place = data_root / folder
-    reason = None if _all_present(place, names) else _download_failure(source, data_root)
+    reason = None if source is None or _all_present(place, names) else _download_failure(source, data_root)
     missing = [name for name in names if _plain_or_packed(place / name) is None]
     if missing:
         raise _missing(data_root, place, missing, reason)
@@ -56,7 +65,7 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         UserError: If the file is damaged, truncated, or of another type of number.
     """
-    content = _content(path)
+    content = content_of(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
         raise _damaged(path, "an idx file of bytes or 32-bit integers", f"the first bytes {content[:4].hex()!r}")
     dtype, start = IDX_TYPES[content[2]], 4 + 4 * content[3]
@@ -142,7 +151,12 @@ def _damaged(path: Path, expected: str, got: str) -> UserError:
     return UserError(str(path), expected, got, REPLACE)
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
+    """What a file holds, unpacked if its name ends in .gz.
+
+    Raises:
+        UserError: If it cannot be read or unpacked.
+    """
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -152,7 +166,7 @@ def _content(path: Path) -> bytes:
 
 def _unpickle(path: Path) -> Any:
     try:
-        return _ArraysOnly(io.BytesIO(_content(path)), encoding="latin1").load()
+        return _ArraysOnly(io.BytesIO(content_of(path)), encoding="latin1").load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way

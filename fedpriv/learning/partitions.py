@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedpriv.errors import UserError
-from fedpriv.learning.checks import positive_int, positive_real
+from fedpriv.learning.checks import positive_int, positive_real, real_within
 from fedpriv.learning.datasets import DATASETS
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LabelShards",
     "Natural",
     "Partition",
+    "QuantitySkew",
     "Resampled",
     "given_clients",
     "mean_total_variation",
@@ -147,6 +148,43 @@ class LabelShards:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantitySkew:
+    """Skewed sizes, labels alike: log-normal shares of the examples, which are dealt out at random.
+
+    Shares are proportional to exp(size_spread * z), z standard normal, so that their coefficient of variation is about
+    sqrt(exp(size_spread^2) - 1): 0.53 at 0.5, 1.3 at 1, 7.3 at 2. Clients that got nothing are then given one example
+    each, always of the client that has most. Source: Acar et al., Federated Learning Based on Dynamic Regularization,
+    ICLR 2021, whose unbalanced data have log-normal sizes.
+
+    Args:
+        size_spread: Standard deviation of the logarithm of a client's share, 0 to 5; 0 makes sizes equal.
+
+    Raises:
+        UserError: If `size_spread` is out of range.
+    """
+
+    size_spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        real_within("data.size_spread", self.size_spread, 0, 5)
+
+    def split(
+        self,
+        labels: np.ndarray,
+        groups: np.ndarray | None,  # noqa: ARG002
+        clients: int | None,
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """See `Partition.split`."""
+        examples, number = len(labels), _enough_examples(len(labels), clients)
+        shuffled = rng.permutation(examples)
+        shares = np.exp(self.size_spread * rng.standard_normal(number))
+        owner = np.empty(examples, dtype=np.int64)
+        owner[shuffled] = _without_empty_clients(_cut(shares, examples), number)
+        return _rows_by_owner(owner, number)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Natural:
     """The clients that the data has by nature: client i holds the examples of group i.
 
@@ -213,6 +251,7 @@ PARTITIONS: dict[str, type[Partition]] = {
     "iid": Iid,
     "dirichlet": Dirichlet,
     "shards": LabelShards,
+    "quantity": QuantitySkew,
     "natural": Natural,
     "resampled": Resampled,
 }

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from federations import Setting, advance, models_of, setting
+from federations import Setting, advance, models_of, ragged_digits, setting
 from helpers import EXAMPLES, same
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
@@ -32,9 +32,11 @@ from fedpriv.engines.ray_owners import Owners
 from fedpriv.engines.ray_snapshots import Snapshots
 from fedpriv.errors import UserError
 from fedpriv.learning.local_work import LocalSteps, MinibatchGradient
+from fedpriv.learning.shifts import Rotation, shifted
 from fedpriv.methods import ServerState
 from fedpriv.privacy import Everyone, FixedSize, Poisson
 from fedpriv.rounds import Broadcast, Total
+from fedpriv.streams import SeededStreams
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -108,6 +110,11 @@ CASES = {
         sampling=FixedSize(CLIENTS, 4),
     ),
     "no memory": setting(EXAMPLES["dp-fedavg"], work=STEPS, trust="central", sampling=Poisson(CLIENTS, 0.3)),
+    "shifted": setting(
+        EXAMPLES["clip21"],
+        federation=shifted(ragged_digits(CLIENTS), Rotation(), SeededStreams(3)),
+        sampling=FixedSize(CLIENTS, 4),
+    ),
 }
 
 

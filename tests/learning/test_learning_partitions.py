@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from helpers import accepts_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from fedpriv.learning.partitions import (
     LabelShards,
     Natural,
     Partition,
+    QuantitySkew,
     mean_total_variation,
 )
 
@@ -20,6 +22,8 @@ RULES: dict[str, Partition] = {
     "dirichlet, extreme": Dirichlet(concentration=1e-6),
     "dirichlet, even": Dirichlet(concentration=1e9),
     "shards": LabelShards(shards_per_client=1),
+    "quantity": QuantitySkew(),
+    "quantity, extreme": QuantitySkew(size_spread=5),
     "natural": Natural(),
 }
 LABELS = np.random.default_rng(5).integers(0, 10, 50_000)
@@ -112,6 +116,31 @@ def test_label_skew_grows_as_the_concentration_falls():
     assert heterogeneity(LabelShards(shards_per_client=1), 100) > strong
 
 
+def test_skewed_sizes_are_log_normal_and_labels_stay_alike():
+    # 2,000 clients of 500 examples on average: the logarithms of sizes are normal but for rounding to whole examples.
+    labels = np.tile(np.arange(10), 100_000)
+    for spread in (0.5, 1.0):
+        parts = QuantitySkew(size_spread=spread).split(labels, None, 2_000, rng(1))
+        logs = np.log([len(part) for part in parts])
+        assert accepts_variance(logs - logs.mean(), spread**2)
+        assert not accepts_variance(logs - logs.mean(), (1.3 * spread) ** 2)
+    assert heterogeneity(QuantitySkew(size_spread=1.0), 50) < heterogeneity(Dirichlet(concentration=10), 50)
+
+
+@settings(deadline=None)
+@given(division=divisions())
+def test_sizes_without_spread_differ_by_at_most_one(division):
+    labels, _, clients, seed = division
+    sizes = [len(part) for part in QuantitySkew(size_spread=0).split(labels, None, clients, rng(seed))]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 5.1, float("nan"), True, "1"])
+def test_a_spread_without_meaning_is_refused(value):
+    with pytest.raises(UserError, match=r"^data\.size_spread: expected a number from 0 to 5"):
+        QuantitySkew(size_spread=value)
+
+
 def test_dirichlet_shares_have_the_variance_of_the_distribution():
     # One label: shares of 2,000 clients have mean 1/n and variance (1/n)(1 - 1/n)/(n c + 1); the estimate's relative
     # error has a standard deviation below 0.07 for c = 2, so 5 of these are a false alarm of less than 1e-6.
@@ -154,7 +183,7 @@ def test_natural_names_the_datasets_with_natural_clients():
         Natural().split(np.zeros(4, dtype=np.int64), None, None, rng())
 
 
-@pytest.mark.parametrize("rule", [Iid(), Dirichlet(), LabelShards(shards_per_client=1)], ids=repr)
+@pytest.mark.parametrize("rule", [Iid(), Dirichlet(), LabelShards(shards_per_client=1), QuantitySkew()], ids=repr)
 @pytest.mark.parametrize("clients", [None, 0, -1, 5, True])
 def test_a_population_that_cannot_be_served_is_refused_by_its_key(rule, clients):
     with pytest.raises(UserError, match=r"^data\.clients: "):
@@ -196,7 +225,7 @@ def test_total_variation_lies_between_zero_and_one_and_forgets_the_order_of_clie
     assert mean_total_variation(counts[::-1]) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", ["iid", "dirichlet", "shards"])
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "shards", "quantity"])
 def test_a_hundred_thousand_clients_are_no_trouble(name):
     labels = rng().integers(0, 10, 200_000)
     assert len(PARTITIONS[name]().split(labels, None, 100_000, rng())) == 100_000

@@ -1,0 +1,63 @@
+"""How much clients differ: in what they hold, and in the gradients with which they begin."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["evenly_chosen", "gini", "gradient_figures", "size_figures"]
+
+
+def evenly_chosen(population: int, most: int) -> np.ndarray:
+    """At most `most` clients, evenly spaced from first to last: ascending int64, all of them if there are few."""
+    return np.unique(np.linspace(0, population - 1, min(population, most)).round().astype(np.int64))
+
+
+def gini(sizes: np.ndarray) -> float:
+    """The Gini coefficient of sizes: 0 if all are equal, towards 1 if one client has nearly everything.
+
+    Args:
+        sizes: `[clients]`, at least one, above 0.
+    """
+    held = np.sort(sizes).astype(np.float64)
+    ranks = np.arange(1, len(held) + 1)
+    return float(2.0 * (ranks * held).sum() / (len(held) * held.sum()) - (len(held) + 1) / len(held))
+
+
+def size_figures(sizes: np.ndarray) -> dict[str, float]:
+    """Smallest, median and largest size, the coefficient of variation and the Gini coefficient.
+
+    Args:
+        sizes: Examples of each client, `[clients]`, above 0.
+    """
+    return {
+        "size_min": int(sizes.min()),
+        "size_median": float(np.median(sizes)),
+        "size_max": int(sizes.max()),
+        "size_variation": float(sizes.std() / sizes.mean()),
+        "size_gini": gini(sizes),
+    }
+
+
+def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
+    """How far clients' gradients g_i are from their mean g, every client counting the same.
+
+    `gradient_norm` is ||g||; `gradient_spread` is zeta = sqrt(mean_i ||g_i - g||^2), as in Koloskova et al., A Unified
+    Theory of Decentralized SGD, ICML 2020, assumption 3b; `gradient_dissimilarity` is zeta / ||g||, which is
+    sqrt(B^2 - 1) for the local dissimilarity B of Li et al., Federated Optimization in Heterogeneous Networks, MLSys
+    2020, definition 3: 0 if all agree, not a number if the mean is zero.
+
+    Args:
+        gradients: One after the other, `[params]` each, at least one; only two vectors of float64 are kept.
+    """
+    mean, squares, count = torch.zeros(0), 0.0, 0
+    for gradient in gradients:  # Welford's: no difference of large numbers
+        exact, count = gradient.double(), count + 1
+        mean = torch.zeros_like(exact) if count == 1 else mean
+        off = exact - mean
+        mean = mean + off / count
+        squares += float(off @ (exact - mean))
+    norm, spread = float(torch.linalg.vector_norm(mean)), (max(squares, 0.0) / count) ** 0.5
+    ratio = spread / norm if norm > 0.0 else float("nan")
+    return {"gradient_norm": norm, "gradient_spread": spread, "gradient_dissimilarity": ratio}
