@@ -1,4 +1,4 @@
-"""The command line: fedpriv run | sweep | compare | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv run | sweep | compare | report | flower | deploy | privacy | data | list."""
 
 import dataclasses
 import json
@@ -272,6 +272,24 @@ def compare(
     for name, row in table.iterrows():
         shown.add_row(str(name), *("" if value is None or value != value else str(value) for value in row))
     console.print(shown)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A sweep's folder, or any of run directories.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to; else DIR/report.", show_default=False)] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="test or validation chooses the best; else validation if all have it.", show_default=False),
+    ] = None,
+) -> None:
+    """Make one page about many runs: the best of each method, curves, robustness, privacy; figures and tables."""
+    from fedpriv.experiment.report import write_report
+
+    page = write_report(folder, out, select=select)
+    print(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
 
 
 @app.command()

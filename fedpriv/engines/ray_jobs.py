@@ -1,81 +1,159 @@
 """Functions side by side on Ray's workers, each with the share of a machine that it needs."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from fedpriv.engines.ray_cluster import Need, connect, quiet, room
 from fedpriv.errors import UserError
 
-__all__ = ["JobDied", "side_by_side"]
+__all__ = ["Began", "Ended", "Job", "JobDied", "side_by_side"]
 
-_STORE_BYTES = 2**28
-_WAIT_SECONDS = 0.25
+_STORE_BYTES = 2**27
+# Between two signs of life to whoever shows what goes on; an end is seen at once.
+_WAIT_SECONDS = 0.5
+_STARTS_IN_VAIN = 3
 
 
 class JobDied(Exception):  # noqa: N818
     """A job's process ended before the job did, as by the memory of the machine running out."""
 
 
+class Job(NamedTuple):
+    """What is done: a function of a module, and what it is called with."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Began:
+    """A job was handed to a worker."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job ended, with what it returned or the exception that ended it."""
+
+    name: str
+    result: Any
+
+
 def side_by_side(
-    jobs: Iterable[tuple[str, Callable[..., Any], tuple[Any, ...]]],
-    at_once: int,
+    jobs: Iterable[Job],
+    at_once: int | None = None,
     *,
     cpus: float = 1.0,
     gpus: float = 0.0,
     address: str | None = None,
-) -> Iterator[tuple[str, Any] | None]:
-    """Runs jobs as places become free, and yields each one's name and result as it ends.
+) -> Generator[Began | Ended | None]:
+    """Runs jobs as workers become free. A worker does one job after the other, so that it imports once.
 
     Args:
-        jobs: Name, function and arguments of each, in the order in which they begin.
-        at_once: Most at a time.
+        jobs: In the order in which they begin.
+        at_once: Most at a time; None for as many as the machines have room for.
         cpus: What each one needs.
         gpus: Likewise.
         address: HOST:PORT of a running Ray; None for one of our own.
 
     Yields:
-        Name and result, an exception for a job that failed; None whenever nothing has ended for a moment.
+        What happens; None whenever nothing has for a moment.
 
     Raises:
-        UserError: If no machine has room for a job.
+        UserError: If no machine has room for a job, no worker starts, or Ray itself ends.
     """
     waiting = deque(jobs)
     connection = connect(address, _STORE_BYTES)
     try:
-        if not room([Need(cpus, gpus)]):
-            where, need = ("--gpus-per-trial", f"{gpus:g} GPU") if gpus else ("Ray", f"{cpus:g} CPU")
+        places = room([Need(cpus, gpus)] * min(len(waiting), at_once or len(waiting)))
+        if waiting and not places:
+            where = "--gpus-per-trial" if gpus else "--cpus-per-trial"
+            need = f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU"
             raise UserError(where, f"a machine with {need}", "none", "Ask for less, or join a Ray that has it")
-        with quiet():
-            work = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
-        running: dict[Any, str] = {}
-        while waiting or running:
-            with quiet():
-                while waiting and len(running) < at_once:
-                    name, function, arguments = waiting.popleft()
-                    running[work.remote(function, arguments)] = name
-                ended, _ = ray.wait(list(running), num_returns=1, timeout=_WAIT_SECONDS)
-                found = [(running.pop(reference), _result(reference)) for reference in ended]
-            yield from found or [None]
+        yield from _Pool(waiting, cpus, gpus).run(places)
+    except RayError as error:
+        remedy = "Run again with --resume; what has ended is kept"
+        raise UserError("Ray", "a Ray that stays", _first_line(error), remedy) from None
     finally:
         connection.close()
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """A job's own mistakes come back as values, in words: an exception may not survive the way."""
-    try:
-        return function(*arguments)
-    except UserError as error:
-        return RuntimeError(str(error))
-    except Exception as error:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+class _Worker:
+    """What a process of Ray's does; made by Ray."""
+
+    def ready(self) -> None:
+        """Answers once the process is there."""
+
+    def do(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """One job. Its own mistakes come back as values, in words: an exception may not survive the way."""
+        try:
+            return function(*arguments)
+        except UserError as error:
+            return RuntimeError(str(error))
+        except Exception as error:
+            return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Pool:
+    """Workers, and what each is asked at the moment: a job, or whether it is there."""
+
+    def __init__(self, waiting: deque[Job], cpus: float, gpus: float) -> None:
+        self._waiting = waiting
+        with quiet():
+            self._kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
+        self._asked: dict[Any, tuple[Any, Job | None]] = {}
+        self._in_vain = 0
+
+    def run(self, places: int) -> Iterator[Began | Ended | None]:
+        """Until all is done."""
+        for _ in range(places):
+            self._start()
+        while self._waiting or any(job is not None for _, job in self._asked.values()):
+            with quiet():
+                answered, _ = ray.wait(list(self._asked), num_returns=1, timeout=_WAIT_SECONDS)
+                events = [event for reference in answered for event in self._take(reference)]
+            yield from events or [None]
+
+    def _start(self) -> None:
+        with quiet():
+            worker = self._kind.remote()
+            self._asked[worker.ready.remote()] = (worker, None)
+
+    def _take(self, reference: Any) -> list[Began | Ended]:
+        """An answer; its worker is given the next job before anything else is done about it."""
+        worker, job = self._asked.pop(reference)
+        result = _result(reference)
+        events: list[Began | Ended] = [] if job is None else [Ended(job.name, result)]
+        if isinstance(result, JobDied):
+            ray.kill(worker)
+            self._in_vain += job is None
+            if self._in_vain == _STARTS_IN_VAIN:
+                raise UserError("Ray", "workers that start", str(result), "Run it with --jobs 1 to see if one does")
+            if self._waiting:
+                self._start()
+        elif self._waiting:
+            self._in_vain = 0
+            following = self._waiting.popleft()
+            self._asked[worker.do.remote(following.function, following.arguments)] = (worker, following)
+            events.append(Began(following.name))
+        return events
 
 
 def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
+    except RayActorError as error:
+        return JobDied(f"its process ended before it did: {_first_line(error)}")
     except RayError as error:
-        return JobDied(str(error).strip().splitlines()[0])
+        return JobDied(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""A live table of a sweep: what runs, how much is done, what failed, how long it will take."""
+"""A live table of a sweep: what runs, how much is done, what failed or was stopped, how long it will take."""
 
 from types import TracebackType
 
@@ -40,14 +40,15 @@ class SweepTable:
         self._live.update(self._render(state))
 
     def _render(self, state: SweepState) -> Group:
-        ended = state.done + state.failed
         left = state.seconds_left
-        time_left = "" if left is None or ended == state.total else f", {_duration(left)} left"
-        line = Text(f"{ended} of {state.total} trials: {state.done} done, {state.failed} failed{time_left}")
+        time_left = "" if left is None or state.ended == state.total else f", {_duration(left)} left"
+        stopped = f", {state.stopped} stopped early" if state.stopped else ""
+        counts = f"{state.done} done, {state.failed} failed{stopped}{time_left}"
+        line = Text(f"{state.ended} of {state.total} trials: {counts}")
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, label in list(state.running.items())[:_SHOWN]:
             table.add_row(Text(name), Text(label))
-        return Group(ProgressBar(total=max(state.total, 1), completed=ended, width=40), line, table)
+        return Group(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40), line, table)
 
 
 def _duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """A sweep: one experiment and the axes along which it is changed, read strictly from one TOML file."""
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Any, Literal
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config, read_config_file
+from fedpriv.experiment.stopping import StopRule, read_rule
 from fedpriv.experiment.tables import read_table, refuse_unknown
 
 __all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
 
 # More trials than anybody means to run.
 MOST_TRIALS = 100_000
+_ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,22 +26,22 @@ class Axis:
     """Values that one place of the config takes, or several places together.
 
     Args:
-        key: `table.key`, a whole `table`, or a list of such for values that go together.
+        key: `table.key`, to any depth, a whole `table`, or a list of such for values that go together.
         values: One for each trial along the axis; lists of as many as there are keys.
         first: Where a range begins (`from` in the file).
         to: Where it ends.
-        count: How many values it has.
+        count: How many values it has. They are whole if both ends are and all values come out so.
         scale: How they lie between: `linear` or `log`.
-        when: The axis is there only where these keys have one of these values; elsewhere it changes nothing.
+        when: The axis is there only where these keys have this value, or one of these; elsewhere it changes nothing.
     """
 
     key: str | tuple[str, ...]
     values: tuple[Any, ...] = ()
-    first: float | None = None
-    to: float | None = None
+    first: int | float | None = None
+    to: int | float | None = None
     count: int | None = None
     scale: Literal["linear", "log"] = "linear"
-    when: dict[str, list[Any]] = field(default_factory=dict)
+    when: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranged = (self.first, self.to, self.count)
@@ -71,20 +74,22 @@ class Axis:
 
     def holds(self, tables: Mapping[str, Any]) -> bool:
         """Whether the axis is there."""
-        return all(_get(tables, key) in accepted for key, accepted in self.when.items())
+        wanted = {key: value if isinstance(value, list) else [value] for key, value in self.when.items()}
+        return all(_get(tables, key) in accepted for key, accepted in wanted.items())
 
     def _check_range(self) -> None:
         assert self.first is not None
         assert self.to is not None
         assert self.count is not None
-        if len(self.keys) > 1 or self.count < 1:
-            raise UserError(f"axis {self.name}", "one key and a count from 1", "others", "Give values for several keys")
+        if len(self.keys) > 1 or not 1 <= self.count <= MOST_TRIALS:
+            expected = f"one key and a count from 1 to {MOST_TRIALS:,}"
+            raise UserError(f"axis {self.name}", expected, "others", "Give values for several keys")
         if not (math.isfinite(self.first) and math.isfinite(self.to)):
             raise UserError(f"axis {self.name}", "finite ends", f"{self.first} and {self.to}", "Mend the range")
         if self.scale == "log" and not (self.first > 0.0 and self.to > 0.0):
             raise UserError(f"axis {self.name}", "ends above 0 on a log scale", f"{self.first}, {self.to}", "Mend it")
 
-    def _range(self) -> list[float]:
+    def _range(self) -> Sequence[int | float]:
         assert self.first is not None
         assert self.to is not None
         assert self.count is not None
@@ -92,7 +97,9 @@ class Axis:
         a, b = (math.log(self.first), math.log(self.to)) if log else (self.first, self.to)
         points = [a + (b - a) * i / max(self.count - 1, 1) for i in range(self.count)]
         # Twelve digits: 0.1 and not 0.10000000000000002.
-        return [float(f"{math.exp(x) if log else x:.12g}") for x in points]
+        found = [float(f"{math.exp(x) if log else x:.12g}") for x in points]
+        whole = isinstance(self.first, int) and isinstance(self.to, int) and all(x.is_integer() for x in found)
+        return [int(x) for x in found] if whole else found
 
 
 @dataclass(frozen=True)
@@ -126,21 +133,26 @@ class Sweep:
         name: What the sweep is called.
         base: The tables that all trials change.
         axes: How, the outermost first.
+        stop: Which trials are not run to their end; None runs all.
     """
 
     name: str
     base: dict[str, Any]
     axes: tuple[Axis, ...]
+    stop: StopRule | None = None
 
     def trials(self) -> list[Trial]:
         """All trials, the last axis fastest.
 
         Raises:
-            UserError: If there are too many.
+            UserError: If there are too many, an axis overwrites another, or one waits for a key that no trial has.
         """
         found = list(itertools.islice(self._along({}, self.base, self.axes), MOST_TRIALS + 1))
         if len(found) > MOST_TRIALS:
             raise UserError("axes", f"at most {MOST_TRIALS:,} trials", "more", "Give fewer values")
+        for where, key in ((axis.name, key) for axis in self.axes for key in axis.when):
+            if all(_get(trial.tables, key) is _ABSENT for trial in found):
+                raise UserError(f"axis {where}.when", "a key of some trial", key, "Mend it, or set the key")
         return found
 
     def _along(self, changes: dict[str, Any], tables: dict[str, Any], axes: Sequence[Axis]) -> Iterator[Trial]:
@@ -149,6 +161,7 @@ class Sweep:
         elif not axes[0].holds(tables):
             yield from self._along(changes, tables, axes[1:])
         else:
+            _refuse_overwriting(axes[0], changes)
             for change in axes[0].changes():
                 yield from self._along({**changes, **change}, _changed(tables, change), axes[1:])
 
@@ -156,24 +169,39 @@ class Sweep:
 def load_sweep(path: Path | str) -> Sweep:
     """Reads a sweep's TOML file.
 
-    Keys: `name`; `base`, the config's file, seen from this one; `[set]`, changes for all trials; `[[axis]]`, see
-    `Axis`.
+    Keys: `name`; `base`, the config's file, seen from this one; `[set]`, changes for all trials, a table's keys one by
+    one; `seeds`, how many seeds from the base's on, or which, as the last axis; `[[axis]]`, see `Axis`; `[stop]`, see
+    `stopping.RULES`.
 
     Raises:
         UserError: On anything that is not a sweep.
     """
     path = Path(path)
     tables = read_config_file(path)
-    refuse_unknown(tables, ["name", "base", "set", "axis"], "")
+    refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop"], "")
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):
             raise UserError(key, f"a text such as {example}", repr(tables.get(key, "nothing")), f"Add {key} to {path}")
-    for key, kind, words in (("set", dict, "a table"), ("axis", list, "tables [[axis]]")):
+    if tables["name"] in ("", ".", "..") or any(c in tables["name"] for c in "/\\\0\n"):
+        raise UserError("name", "a short name that can be a folder's", repr(tables["name"]), "Change the name")
+    for key, kind, words in (("set", dict, "a table"), ("axis", list, "tables [[axis]]"), ("stop", dict, "a table")):
         if not isinstance(tables.get(key, kind()), kind):
             raise UserError(key, words, repr(tables[key]), f"Mend {path}")
-    base = _changed(read_config_file(path.parent / tables["base"]), tables.get("set", {}))
-    axes = tuple(_read_axis(number, table) for number, table in enumerate(tables.get("axis", []), 1))
-    return Sweep(name=tables["name"], base=base, axes=axes)
+    base = _changed(read_config_file(path.parent / tables["base"]), _leaves(tables.get("set", {})))
+    axes = [_read_axis(number, table) for number, table in enumerate(tables.get("axis", []), 1)]
+    if "seeds" in tables:
+        axes.append(Axis(key="seed", values=_seeds(tables["seeds"], base.get("seed"))))
+    stop = read_rule(tables["stop"]) if "stop" in tables else None
+    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop)
+
+
+def _seeds(given: Any, first: Any) -> tuple[int, ...]:
+    if type(given) is int and given >= 1 and type(first) is int:
+        return tuple(range(first, first + min(given, MOST_TRIALS + 1)))
+    if isinstance(given, list) and given and all(type(seed) is int for seed in given):
+        return tuple(given)
+    expected = "how many, from the base's seed on, or a list of seeds"
+    raise UserError("seeds", expected, repr(given), "For example seeds = 5, or seeds = [1, 2, 3]")
 
 
 def _read_axis(number: int, table: Any) -> Axis:
@@ -182,28 +210,43 @@ def _read_axis(number: int, table: Any) -> Axis:
     options = dict(table)
     if "from" in options:
         options["first"] = options.pop("from")
-    if isinstance(options.get("first"), int):
-        options["first"] = float(options["first"])
-    if isinstance(options.get("to"), int):
-        options["to"] = float(options["to"])
     return read_table(Axis, options, f"axis {number}")
+
+
+def _refuse_overwriting(axis: Axis, changes: Mapping[str, Any]) -> None:
+    """A later axis may change a part of what an earlier one put in, and not the other way round."""
+    for key in axis.keys:
+        lost = [earlier for earlier in changes if earlier == key or earlier.startswith(f"{key}.")]
+        if lost:
+            remedy = "Put the wider axis first, or give one of the two another when"
+            raise UserError(f"axis {axis.name}", f"a place that keeps {lost[0]}", "an axis that overwrites it", remedy)
+
+
+def _leaves(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The keys of tables by address: TOML reads `training.rounds = 9` and [training] rounds = 9 alike."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
 
 
 def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `tables` with each `table.key`, or each whole table, put in."""
-    made = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    made = copy.deepcopy(dict(tables))
     for address, value in changes.items():
-        table, dot, key = address.partition(".")
-        if not dot:
-            made[table] = dict(value) if isinstance(value, dict) else value
-        elif isinstance(made.setdefault(table, {}), dict):
-            made[table][key] = value
-        else:
-            raise UserError(address, "a table", f"the key {table}", f"Use {table}")
+        *path, last = address.split(".")
+        place = made
+        for depth, part in enumerate(path, 1):
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                above = ".".join(path[:depth])
+                raise UserError(address, "a table", f"the key {above}", f"Use {above}")
+        place[last] = copy.deepcopy(value)
     return made
 
 
 def _get(tables: Mapping[str, Any], address: str) -> Any:
-    table, dot, key = address.partition(".")
-    found = tables.get(table)
-    return (found.get(key) if isinstance(found, dict) else None) if dot else found
+    found: Any = tables
+    for part in address.split("."):
+        found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
+    return found

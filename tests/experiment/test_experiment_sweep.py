@@ -240,9 +240,9 @@ def test_a_gpu_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path) -> None:
 
 def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with SweepTable() as table:
-        state = SweepState(total=10, jobs=2, done=3, failed=1, before=0, began=time.monotonic() - 40.0)
+        state = SweepState(total=10, done=2, failed=1, stopped=1, before=0, began=time.monotonic() - 40.0)
         state.running["abc"] = "seed=1 beta=0.1"
         table(state)
     shown = capsys.readouterr().err
-    assert "4 of 10 trials: 3 done, 1 failed, 1 min 00 s left" in shown
+    assert "4 of 10 trials: 2 done, 1 failed, 1 stopped early, 1 min 00 s left" in shown
     assert "beta=0.1" in shown
