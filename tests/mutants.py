@@ -36,6 +36,7 @@ PRIVACY, FLOWER, CONFIG = (
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/noise.py"
 STEP = "fedpriv/engines/step.py"
+LOCAL, OPTIMIZERS = "tests/learning/test_learning_local_work.py", "tests/core/test_core_server.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
@@ -339,6 +340,55 @@ MUTANTS = [
         "if noise is not None and rule.sent:",
         "if noise is not None:",
         ENGINES,
+    ),
+    Mutant(
+        "local passes leave out the last batch",
+        "fedpriv/learning/local_work.py",
+        "for start in range(0, examples, size)]",
+        "for start in range(0, examples - size + 1, size)]",
+        LOCAL,
+    ),
+    Mutant(
+        "local passes of all clients counted as the longest's",
+        "fedpriv/engines/vectorized.py",
+        "return walk.signal(model.new_tensor(steps).unsqueeze(1))",
+        "return walk.signal(max(steps))",
+        "tests/engines/test_engines_equal.py",
+    ),
+    Mutant(
+        "local gradients read off the rounded models",
+        "fedpriv/learning/local_work.py",
+        'return self._sum if self._kind == "gradient-sum" else self._sum / steps',
+        'return (self._start - self.model) / self._lr / (1 if self._kind == "gradient-sum" else steps)',
+        LOCAL,
+    ),
+    Mutant(
+        "server optimiser: nothing is remembered",
+        "fedpriv/methods/server.py",
+        "past = learned(*(getattr(state, name).double() for name in learned._fields))",
+        "past = self.optimizer.init(exact)",
+        OPTIMIZERS,
+    ),
+    Mutant(
+        "server optimiser: Adam without its correction",
+        "fedpriv/methods/server.py",
+        "if self.bias_correction else (1.0, 1.0)",
+        "if not self.bias_correction else (1.0, 1.0)",
+        OPTIMIZERS,
+    ),
+    Mutant(
+        "server optimiser: clients are told of it",
+        ROUNDS,
+        "ClientRules(method=client_part(method), ",
+        "ClientRules(method=method, ",
+        OPTIMIZERS,
+    ),
+    Mutant(
+        "a new key at its default is another experiment",
+        "fedpriv/experiment/tables.py",
+        'if field.metadata.get("absent_by_default") and',
+        "if False and",
+        CONFIG,
     ),
     Mutant(
         "a changed client rule is passed over",

@@ -1,5 +1,7 @@
 """Local work: what a pass is, what is sent of a walk, and that one step is one gradient."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -94,10 +96,8 @@ def test_a_pass_over_one_batch_of_everything_is_a_step_of_descent_to_the_bit() -
 @pytest.mark.parametrize("client_lr", [0.1, 1e-6])
 def test_the_gradient_of_one_step_on_everything_is_the_full_gradient_to_the_bit(kind: str, client_lr: float) -> None:
     """Also of a step too short for float32: it is not read off the models."""
-    works = (
-        LocalSteps(steps=1, client_lr=client_lr, signal=kind),
-        LocalEpochs(epochs=1, client_lr=client_lr, signal=kind),
-    )  # type: ignore[arg-type]
+    given: dict[str, Any] = {"client_lr": client_lr, "signal": kind}
+    works = LocalSteps(steps=1, **given), LocalEpochs(epochs=1, **given)
     whole, *single = of_works(FullGradient(), *works)
     assert all(same(signals(one), signals(whole)) for one in single)
 
@@ -105,7 +105,7 @@ def test_the_gradient_of_one_step_on_everything_is_the_full_gradient_to_the_bit(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fed_alpha_normec_with_one_step_on_everything_is_alpha_normec_to_the_bit(engine: str) -> None:
     """Twenty rounds of some clients a round, with the server's noise: models and memories."""
-    figures = {"alpha": 0.5, "beta": 0.2, "server_lr": 0.1}
+    figures: dict[str, Any] = {"alpha": 0.5, "beta": 0.2, "server_lr": 0.1}
     one_step = LocalSteps(steps=1, client_lr=0.05, signal="gradient-sum")
     sampling = Poisson(ragged_digits().population, 0.4)
     plain = setting(AlphaNormEC(**figures), sampling=sampling, trust="central")
