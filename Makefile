@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
 
-.PHONY: demo test lint unit bench mutants setup clean
+.PHONY: demo test lint unit bench mutants setup browser clean
 .DEFAULT_GOAL := demo
 
-demo: setup
+demo: $(STAMP)
 	$(BIN)/fedpriv run $(DEMO) --out runs/quickstart-$(firstword $(shell cksum < $(DEMO))) --resume
 
 test: lint unit
@@ -29,7 +29,10 @@ bench: setup
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
-setup: $(STAMP)
+setup: $(STAMP) browser
+
+browser:
+	@tests/browser.sh
 
 # torch goes first and alone: a later step then finds it there and does not fetch another build of it.
 $(STAMP): pyproject.toml constraints.txt

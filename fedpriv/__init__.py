@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.report import write_report
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.experiment.run import run_experiment
 
 __version__ = "0.1.0"
 
-__all__ = ["load_config", "load_model", "load_results", "run_experiment"]
+__all__ = ["load_config", "load_model", "load_results", "run_experiment", "write_report"]
 
 _HOMES = {
     "load_config": "fedpriv.experiment.config",
     "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
     "run_experiment": "fedpriv.experiment.run",
+    "write_report": "fedpriv.experiment.report",
 }
 
 
