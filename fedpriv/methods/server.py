@@ -214,7 +214,7 @@ class ServerOptimized:
     optimizer: ServerOptimizer
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(self.method, "server_lr", None), float):
+        if not isinstance(getattr(self.method, "server_lr", None), int | float):
             remedy = "Remove [server], or choose another method"
             raise UserError("server.optimizer", "a method with a server_lr", type(self.method).__name__, remedy)
 
@@ -265,9 +265,8 @@ class ServerOptimized:
         moved = self.method.server_rule(own._replace(model=exact), mean_message, sampling_prob)
         direction, past = self.optimizer.step(past, (exact - moved.model) / lr)
         model = state.model - (lr * direction).to(state.model.dtype)
-        return type(state)(
-            **{**moved._asdict(), "model": model}, **{k: v.to(model.dtype) for k, v in past._asdict().items()}
-        )
+        after = moved._asdict() | past._asdict() | {"model": model}
+        return type(state)(*(after[name].to(getattr(state, name).dtype) for name in state._fields))
 
 
 def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
