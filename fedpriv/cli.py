@@ -244,7 +244,8 @@ def sweep(
     counts += f", {stopped} stopped early" if stopped else ""
     others = other_trials(trials, folder / TRIALS)
     if others:
-        print(f"others      {others} trials that {file} no longer has are kept in {folder / TRIALS}, not in the table")
+        what = "trial that" if others == 1 else "trials that"
+        print(f"others      {others} {what} {file} does not have; kept in {folder / TRIALS}, not in the table")
     print(
         f"trials      {len(trials)}: {counts}\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"

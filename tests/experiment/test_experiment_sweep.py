@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from fedpriv import load_results
 from fedpriv.cli import main
 from fedpriv.engines.ray_cluster import connect
+from fedpriv.engines.ray_jobs import Began, Ended, Job, JobDied, _Worker, side_by_side
 from fedpriv.errors import UserError
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.sweep_live import SweepTable
@@ -40,12 +41,28 @@ SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
 pytestmark = pytest.mark.xdist_group("ray")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _some_ray() -> Iterator[None]:
-    """One Ray for all; a sweep uses it as it is."""
+@pytest.fixture(scope="module")
+def some_ray() -> Iterator[None]:
+    """One Ray for all that need it; a sweep uses it as it is."""
     connection = connect(None, 2**27)
     yield
     connection.close()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials one after the other in this process, by what a worker of Ray's does: for what Ray has no part in."""
+
+    def one_by_one(jobs: Iterable[Job], at_once: int | None = None, **needs: Any) -> Generator[Began | Ended | None]:
+        assert needs.keys() == {"cpus", "gpus", "address"}
+        assert at_once is None or at_once >= 1
+        for job in jobs:
+            yield Began(job.name)
+            yield None
+            yield Ended(job.name, _Worker().do(job.function, job.arguments))
+
+    monkeypatch.setattr("fedpriv.engines.ray_jobs.side_by_side", one_by_one)
+    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)  # most of a short trial
 
 
 def sweep_file(folder: Path, text: str, base: str = BASE) -> Path:
@@ -69,6 +86,39 @@ def test_ranges_are_linear_or_logarithmic() -> None:
     assert Axis(key="a.b", first=0.0, to=1.0, count=5).changes() == [{"a.b": x} for x in (0.0, 0.25, 0.5, 0.75, 1.0)]
     log = Axis(key="a.b", first=0.01, to=10.0, count=4, scale="log")
     assert log.changes() == [{"a.b": x} for x in (0.01, 0.1, 1.0, 10.0)]
+
+
+def test_a_range_between_whole_numbers_is_whole_where_it_can_be(tmp_path: Path) -> None:
+    text = '[[axis]]\nkey = "training.rounds"\nfrom = 1\nto = 100\ncount = 3\nscale = "log"\n'
+    trials = load_sweep(sweep_file(tmp_path, text)).trials()
+    assert [trial.config.training.rounds for trial in trials] == [1, 10, 100]
+    assert Axis(key="a", first=0, to=1, count=3).changes() == [{"a": 0.0}, {"a": 0.5}, {"a": 1.0}]
+
+
+def test_seeds_are_the_last_axis(tmp_path: Path) -> None:
+    text = '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.2]\n'
+    found = changes(tmp_path, f"seeds = 2\n[set]\nseed = 7\n{text}")
+    assert [(c["method.server_lr"], c["seed"]) for c in found] == [(0.1, 7), (0.1, 8), (0.2, 7), (0.2, 8)]
+    assert [c["seed"] for c in changes(tmp_path, "seeds = [3, 9]\n")] == [3, 9]
+
+
+def test_keys_may_be_nested_and_no_trial_shares_a_table_with_another(tmp_path: Path) -> None:
+    text = """
+[[axis]]
+key = "data.shift"
+values = [{name = "a", by = {x = 1}}, {name = "b", by = {x = 1}}]
+[[axis]]
+key = "data.shift.by.x"
+values = [2, 3]
+[[axis]]
+key = "data.shift.late"
+values = [4]
+when = {"data.shift.name" = "b"}
+"""
+    trials = load_sweep(sweep_file(tmp_path, text)).trials()
+    found = [(t.tables["data"]["shift"]["name"], t.tables["data"]["shift"]["by"]["x"]) for t in trials]
+    assert found == [("a", 2), ("a", 3), ("b", 2), ("b", 3)]
+    assert [t.tables["data"]["shift"].get("late") for t in trials] == [None, None, 4, 4]
 
 
 def test_paired_values_go_together(tmp_path: Path) -> None:
@@ -99,9 +149,15 @@ def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
 
 
 def test_set_changes_all_trials(tmp_path: Path) -> None:
-    text = '[set]\n"training.rounds" = 9\n[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
+    """Also where TOML reads a table: what it does not name stays as it is."""
+    text = '[set]\n"training.rounds" = 9\ntraining.evaluate_every = 3\nmethod.server_lr = 0.25\n'
+    text += '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
     trials = load_sweep(sweep_file(tmp_path, text)).trials()
     assert [trial.config.training.rounds for trial in trials] == [9, 9]
+    assert [trial.config.training.evaluate_every for trial in trials] == [3, 3]
+    assert [trial.tables["method"] for trial in trials] == [
+        {"name": "dp-fedavg", "clip_norm": 1.0, "server_lr": 0.25}
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -117,6 +173,23 @@ def test_set_changes_all_trials(tmp_path: Path) -> None:
         ('[[axis]]\nkey = ["seed", "a.b"]\nvalues = [1, 2]\n', "lists of 2 values"),
         ('[[axis]]\nkey = "seed"\nvalue = [1]\n', "axis 1.value: expected a known key"),
         ('[[axis]]\nkey = "seed.x"\nvalues = [1]\n', "seed.x: expected a table"),
+        (
+            '[[axis]]\nkey = "data.clients"\nvalues = [2]\n[[axis]]\nkey = "data"\nvalues = [{name = "digits"}]\n',
+            "overwrites",
+        ),
+        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected a place that keeps seed"),
+        (
+            '[[axis]]\nkey = "seed"\nvalues = [1]\nwhen = {"method.nam" = "x"}\n',
+            "axis seed.when: expected a key of some",
+        ),
+        ("seeds = 0\n", "seeds: expected how many"),
+        ("seeds = []\n", "seeds: expected how many"),
+        ("stop = 3\n", "stop: expected a table"),
+        ("[stop]\ngrace = 3\n", "stop.rule: expected a known name"),
+        ('[stop]\nrule = "medium"\n', "Did you mean 'median'"),
+        ('[stop]\nrule = "median"\nfactor = 2\n', "stop.factor: expected a known key"),
+        ('[stop]\nrule = "halving"\nfactor = 1\n', "stop.factor: expected at least 2"),
+        ('[stop]\nrule = "median"\ngrace = 0\n', "stop.grace: expected at least 1"),
         ("axis = 3\n", r"axis: expected tables \[\[axis\]\]"),
         ('[[axes]]\nkey = "seed"\n', "axes: expected a known key"),
     ],
@@ -146,6 +219,7 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 """
 
 
+@pytest.mark.usefixtures("some_ray")
 def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path) -> None:
     """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
     states: list[tuple[int, int]] = []
@@ -178,20 +252,25 @@ values = [1, 2, 3, 4, 5, 6]
 """
 
 
-def test_a_sweep_that_is_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("some_ray")
+def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
+    """First as by Ctrl-C, in one line; then by a signal that nothing can be done about, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
     whole = run_sweep(load_sweep(path), tmp_path / "whole", jobs=2)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fedpriv.cli", "sweep", str(path), "--out", str(out), "--jobs", "2", "--resume"]
-    for wanted in (1, 3):
-        process = subprocess.Popen(
-            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+    for how, wanted in ((signal.SIGINT, 1), (signal.SIGKILL, 3)):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         end = time.monotonic() + 120.0
         while len(list(out.glob("trials/*/summary.json"))) < wanted and time.monotonic() < end:
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        said = process.communicate(timeout=120.0)[1].splitlines()
+        if how is signal.SIGINT:
+            assert process.returncode == 130
+            assert [line for line in said if line.startswith("fedpriv:")] == [said[-1]]
+            assert "Traceback" not in "".join(said)
+            assert (out / "trials.csv").read_text().count("done") >= 1
     done = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/summary.json")}
     assert 3 <= len(done) < 6
     again = run_sweep(load_sweep(path), out, jobs=2, resume=True)
@@ -199,6 +278,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_table(tmp_path: Path) -> Non
     assert all(file.stat().st_mtime_ns == at for file, at in done.items())
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_trial_that_fails_while_it_runs_is_tried_again_only_when_asked(tmp_path: Path) -> None:
     base = BASE.replace('name = "digits"', 'name = "libsvm"\nfile = "a.svm"')
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n', base)
@@ -213,6 +293,7 @@ def test_a_trial_that_fails_while_it_runs_is_tried_again_only_when_asked(tmp_pat
     assert list(table["status"]) == ["done", "done"], table["reason"].tolist()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.5]\n')
     run_sweep(load_sweep(path), tmp_path / "out")
@@ -232,10 +313,89 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
         compare_runs([tmp_path])
 
 
-def test_a_gpu_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("some_ray")
+def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
+    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got none"):
+        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
     with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
-        run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0)
+        run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"jobs": 0}, {"cpus_per_trial": 0.0}, {"gpus_per_trial": -1.0}, {"logs": ["tensorbored"]}]
+)
+def test_options_that_make_no_sense_are_one_line(wrong: dict[str, Any], tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
+    with pytest.raises(UserError, match=r"--jobs|--cpus-per-trial|--gpus-per-trial|--log.*'tensorboard'"):
+        run_sweep(load_sweep(path), tmp_path / "out", **wrong)
+
+
+@pytest.mark.usefixtures("some_ray")
+def test_a_worker_does_many_jobs_and_one_that_dies_takes_its_job_alone() -> None:
+    jobs = [Job(f"job {number}", os.getpid, ()) for number in range(6)]
+    jobs.insert(2, Job("dies", os._exit, (1,)))
+    jobs.insert(4, Job("fails", int, ("x",)))
+    ended = {e.name: e.result for e in side_by_side(jobs, 1, cpus=0.5) if isinstance(e, Ended)}
+    assert list(ended) == [job.name for job in jobs]
+    assert isinstance(ended["dies"], JobDied)
+    assert "its process ended" in str(ended["dies"])
+    assert "ValueError" in str(ended["fails"])
+    processes = [ended[f"job {number}"] for number in range(6)]
+    assert len(set(processes[:2])) == len(set(processes[2:])) == 1
+    assert processes[0] != processes[2]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, "seeds = 3\n")
+    second = load_sweep(path).trials()[1].name
+    out = tmp_path / "out"
+    (out / "trials" / second).mkdir(parents=True)
+    full = out / "trials" / second / "digest.txt.part"
+    full.symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", str(path), "--out", str(out), "--resume"])
+    assert caught.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedpriv:")]
+    assert len(errors) == 1
+    assert "No space left" in errors[0]
+    assert [row["status"] for row in pd.read_csv(out / "trials.csv").to_dict("records")] == ["done", "left", "left"]
+    full.unlink()
+    assert list(run_sweep(load_sweep(path), out, resume=True)["status"]) == ["done"] * 3
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, "seeds = 1\n")
+    with pytest.raises(UserError, match="a folder to write to"):
+        run_sweep(load_sweep(path), path / "out")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_sweep_whose_file_has_changed_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    first = run_sweep(load_sweep(sweep_file(tmp_path, "seeds = [1, 2]\n")), out)
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("trials/*/summary.json")}
+    path = sweep_file(tmp_path, "seeds = [2, 3, 4]\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["sweep", str(path), "--out", str(out), "--resume"])
+    assert caught.value.code == 0
+    assert "others      1 trial that" in capsys.readouterr().out
+    second = pd.read_csv(out / "trials.csv")
+    assert list(second["seed"]) == [2, 3, 4]
+    assert second["trial"][0] == first["trial"][1]
+    assert all(file.stat().st_mtime_ns == at for file, at in kept.items())
+
+
+def test_a_worker_that_writes_elsewhere_is_not_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fedpriv.engines.ray_jobs.side_by_side", lambda jobs, *_, **__: (Ended(job.name, 1.0) for job in jobs)
+    )
+    with pytest.raises(UserError, match="--out: expected a folder that every trial can write to"):
+        run_sweep(load_sweep(sweep_file(tmp_path, "seeds = 1\n")), tmp_path / "out")
 
 
 def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
