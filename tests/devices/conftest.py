@@ -1,0 +1,14 @@
+"""Engines are small here, so one thread is fastest."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from fedpriv.engines import one_thread
+
+
+@pytest.fixture(autouse=True)
+def single_threaded() -> Iterator[None]:
+    """Each test on one thread, however many the machine has."""
+    with one_thread():
+        yield
