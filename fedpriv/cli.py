@@ -452,7 +452,8 @@ def data(
         if len(configs) == 1:
             _show_clients(experiment, population.federation, out or Path("runs") / f"{experiment.name}-data")
     shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", *columns):
+    shown.add_column("", no_wrap=True)
+    for name in columns:
         shown.add_column(name, overflow="fold")
     for key in dict.fromkeys(key for figures in columns.values() for key in figures):
         shown.add_row(key, *("" if key not in figures else f"{figures[key]:.6g}" for figures in columns.values()))

@@ -28,6 +28,10 @@ class Mutant(NamedTuple):
     tests: str
 
 
+DATA = (
+    "tests/learning/test_learning_shifts.py tests/learning/test_learning_validation.py "
+    "tests/experiment/test_experiment_data.py"
+)
 CORE, ENGINES, EXPERIMENT = "tests/core", "tests/engines", "tests/experiment/test_experiment_run.py"
 PRIVACY, FLOWER, CONFIG = (
     "tests/privacy",
@@ -45,6 +49,34 @@ MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 MUTANTS = [
+    Mutant(
+        "validation examples stay with the clients",
+        "fedpriv/learning/validation.py",
+        "train_inputs=dataset.train_inputs[kept],\n        train_labels=dataset.train_labels[kept],",
+        "",
+        DATA,
+    ),
+    Mutant(
+        "every client's inputs are shifted alike",
+        "fedpriv/learning/shifts.py",
+        "streams.source(Purpose.SHIFT, client=client)",
+        "streams.source(Purpose.SHIFT)",
+        DATA,
+    ),
+    Mutant(
+        "a deployment measures its clients' data",
+        "fedpriv/experiment/journal.py",
+        "if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():",
+        "if not self.directory.file(HETEROGENEITY_FILE).exists():",
+        APPS,
+    ),
+    Mutant(
+        "absent validation changes the experiment",
+        "fedpriv/experiment/config.py",
+        "if self.data.validation is not None:\n            data",
+        "if True:\n            data",
+        DATA,
+    ),
     Mutant(
         "a plan without memory serves a method with memory",
         ROUNDS,

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedpriv.engines import Population, one_thread
 from fedpriv.experiment.config import Config
@@ -93,9 +92,6 @@ def _allowed_examples(config: Config, population: Population) -> float:
     unused = np.random.default_rng(0)
     used = [sum(n if b is None else len(b) for b in population.work.batches(n, unused)) for n in few]
     round_examples = config.cohort.of(federation.population).expected_size * float(np.mean(used))
-    one = torch.zeros(1, *federation.dataset.input_shape, device=task.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        task.logits(task.initial_model().to(task.device), one)
     # Backwards costs twice what forwards does.
-    free = _FREE_OPERATIONS / max(3 * counter.get_total_flops(), 1)
+    free = _FREE_OPERATIONS / (3 * task.operations(torch.zeros(1, *federation.dataset.input_shape)))
     return max(free, min(_SHARE_OF_RUN * config.training.rounds, 1.0) * round_examples)

@@ -132,6 +132,32 @@ class Task:
         pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
         return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
 
+    def operations(self, inputs: Tensor) -> int:
+        """About how many floating-point operations it takes to compute logits: two for each use of a weight.
+
+        Taken from the layers' weights and outputs; each parameter counts as used once at least. PyTorch's own counter
+        takes more than a second to start.
+
+        Args:
+            inputs: `[examples, *input_shape]`.
+        """
+        found = 0
+
+        def count(layer: nn.Module, _: object, output: Tensor) -> None:
+            nonlocal found
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, Tensor):
+                found += 2 * weight.numel() * (output.numel() // weight.shape[0])
+
+        hooks = [layer.register_forward_hook(count) for layer in self._module.modules()]
+        try:
+            with torch.no_grad():
+                self._module(inputs.to(self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(found, 2 * self.layout.size * len(inputs))
+
     def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
         """Mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labelled examples."""
         loss, right = 0.0, 0

@@ -97,6 +97,21 @@ def test_a_deployment_is_the_loop_to_the_bit(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
 
 
+def test_nothing_is_measured_of_what_devices_hold(tmp_path: Path) -> None:
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
+    run_server(grid, config(trust="none", rounds=1), tmp_path / "out")
+    assert not (tmp_path / "out" / "heterogeneity.json").exists()
+    assert "heterogeneity" not in RunDirectory(tmp_path / "out").read_json("summary.json")["diagnostics"]
+
+
+@pytest.mark.parametrize("line", ["validation = 0.1", 'shift = "noise"'])
+def test_a_server_holds_nothing_out_and_shifts_nothing(line: str, tmp_path: Path) -> None:
+    toml = config(trust="none").replace("[data]\n", f"[data]\n{line}\n")
+    with pytest.raises(UserError, match=r"^data\.\w+: expected none in a deployment"):
+        run_server(DeploymentGrid(tmp_path / "nodes", 4, {}), toml, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_switch_noise_is_secret_and_the_statement_says_so(tmp_path: Path) -> None:
     models = []
     for number in (1, 2):

@@ -3,11 +3,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedpriv.learning.datasets import Digits
 from fedpriv.learning.federation import federate
 from fedpriv.learning.heterogeneity import evenly_chosen, gini, gradient_figures, size_figures
-from fedpriv.learning.models import Softmax
+from fedpriv.learning.models import MODELS, Softmax
 from fedpriv.learning.partitions import Dirichlet, Iid, Partition
 from fedpriv.learning.tasks import Task
 
@@ -59,6 +60,14 @@ def test_clients_that_agree_have_no_dissimilarity_and_opposites_have_no_ratio():
     gradient = torch.tensor([1e4, 1e-4, 3.0])
     assert gradient_figures([gradient] * 50)["gradient_dissimilarity"] < 1e-12
     assert np.isnan(gradient_figures([gradient, -gradient])["gradient_dissimilarity"])
+
+
+@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "resnet20"])
+def test_operations_are_those_of_pytorchs_own_counter(name):
+    task, inputs = Task(MODELS[name]().build((3, 12, 8), 10, 0)), torch.zeros(2, 3, 12, 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.logits(task.initial_model(), inputs)
+    assert task.operations(inputs) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_gradients_differ_more_as_labels_do():
