@@ -247,7 +247,7 @@ def front(rows: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
         By ascending cost; of rows equal in both, the first.
     """
     ordered = rows.sort_values([cost, value], ascending=[True, False], kind="stable")
-    before = ordered[value].cummax().shift(fill_value=-np.inf)
+    before = ordered[value].astype(np.float64).cummax().shift(fill_value=-np.inf)
     return ordered[ordered[value] > before]
 
 

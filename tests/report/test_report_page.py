@@ -1,0 +1,258 @@
+"""The report's page: made of the runs and of nothing else, the same each time, safe whatever runs are called."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CENTRAL, HOSTILE, fedavg, run_trial
+
+from fedpriv import load_results, write_report
+from fedpriv.cli import main
+from fedpriv.errors import UserError
+from fedpriv.experiment.report import MOST_CURVES, MOST_POINTS, report_on
+from fedpriv.experiment.study import Study, load_study
+
+pytestmark = pytest.mark.xdist_group("report")
+
+
+class Elements(HTMLParser):
+    """Counts a page's elements, and keeps the texts of its scripts and what its attributes name."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.named: list[tuple[str, str]] = []
+        self.ids: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.named += [(key, value or "") for key, value in attrs if key in ("src", "href", "xlink:href", "srcset")]
+        self.named += [(key, value or "") for key, value in attrs if key.startswith("on")]
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "script" and data.strip():
+            self.scripts.append(data)
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    return json.loads(Elements(page).scripts[0])
+
+
+def test_the_same_runs_give_the_same_bytes(study_folder: Path, page: Path, tmp_path: Path) -> None:
+    again = write_report(study_folder, tmp_path / "again").parent
+    files = sorted(file.relative_to(again) for file in again.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(page.parent) for file in page.parent.rglob("*") if file.is_file())
+    assert len(files) > 15
+    for file in files:
+        assert (again / file).read_bytes() == (page.parent / file).read_bytes(), file
+
+
+def test_the_page_names_nothing_outside_itself(page: Path) -> None:
+    elements = Elements(page)
+    assert {key for key, _ in elements.named} <= {"href", "xlink:href"}
+    assert all(value.startswith("#") or value == "data:," for _, value in elements.named)
+    assert not {"img", "iframe", "object", "embed", "base", "form"} & set(elements.tags)
+    assert len(elements.ids) == len(set(elements.ids))
+    inside = {value[1:] for key, value in elements.named if value.startswith("#")}
+    assert inside <= set(elements.ids)
+    text = page.read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", text))
+    digest = base64.b64encode(hashlib.sha256(elements.scripts[-1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "default-src 'none'" in text
+
+
+def test_names_and_reasons_are_text_and_never_markup(page: Path) -> None:
+    elements = Elements(page)
+    assert elements.tags.count("script") == 2
+    assert not {"img", "b", "i"} & set(elements.tags)
+    text = page.read_text(encoding="utf-8")
+    assert HOSTILE not in text
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in text
+    assert "expected &lt;i&gt;fewer&lt;/i&gt;, got 1e9" in text
+
+
+def test_every_trial_is_told_and_failed_ones_with_their_reason(study_folder: Path, page: Path) -> None:
+    trials = pd.read_csv(page.parent / "tables" / "trials.csv")
+    done = load_results(study_folder)["run"].nunique()
+    assert trials["status"].value_counts().to_dict() == {"done": done, "failed": 2, "left": 1}
+    failed = pd.read_csv(page.parent / "tables" / "failed.csv", keep_default_na=False)
+    assert failed["trial"].tolist() == ["0badc0ffee00", ""]
+    assert [reason.partition(":")[0] for reason in failed["reason"]] == ["data.clients", "method.server_lr"]
+    assert f"{done + 3} trials: {done} done, 2 failed, 1 not finished." in page.read_text(encoding="utf-8")
+
+
+def test_means_on_the_page_are_those_of_the_records(study_folder: Path, page: Path) -> None:
+    rounds = load_results(study_folder)
+    last = rounds[rounds["round"] == rounds["training.rounds"]]
+    plain = last[last["privacy.epsilon"].isna() & last["devices.kind"].isna() & (last["method.name"] == "alpha-normec")]
+    means = plain.groupby(["method.alpha", "method.beta"])["test_accuracy"].mean()
+    best = pd.read_csv(page.parent / "tables" / "best.csv")
+    mine = best[(best["privacy"] == "not private") & (best["method"] == "alpha-normec")].iloc[0]
+    assert mine["test_accuracy_mean"] == pytest.approx(means.max(), abs=1e-7)
+    assert (mine["method.alpha"], mine["method.beta"]) == means.idxmax()
+    assert f"{100 * means.max():.1f} ±" in page.read_text(encoding="utf-8")
+
+
+def test_epsilon_is_never_shown_smaller_than_it_is(study_folder: Path, page: Path) -> None:
+    truth = load_study(study_folder).runs.groupby("setting")["epsilon"].max()
+    for name in ("best", "settings"):
+        shown = pd.read_csv(page.parent / "tables" / f"{name}.csv").set_index("setting")["epsilon"].dropna()
+        assert len(shown) > 3
+        assert (shown >= truth.loc[shown.index] - 1e-9).all()
+        assert (shown <= truth.loc[shown.index] * 1.001).all()
+
+
+def test_each_statement_stands_there_once_with_its_trials(study_folder: Path, page: Path) -> None:
+    study, text = load_study(study_folder), page.read_text(encoding="utf-8")
+    assert sorted(run for runs in study.statements.values() for run in runs) == sorted(study.runs["run"])
+    assert len(study.statements) < len(study.runs) / 2
+    assert text.count("Privacy statement for ") == len(study.statements)
+
+
+def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path) -> None:
+    made = {file.stem for file in (page.parent / "figures").iterdir()}
+    assert {file.suffix for file in (page.parent / "figures").iterdir()} == {".png", ".svg"}
+    varied = {"epsilon", "label_distance", "cohort_size", "population", "simulated_time", "bytes"}
+    assert varied | {"best", "curves", "heat_map_1"} <= made
+    run = run_trial(tmp_path / "run", fedavg(1.0), rounds=1)
+    alone = write_report(run).parent
+    assert alone == run / "report"
+    assert {file.stem for file in (alone / "figures").iterdir()} == {"best", "curves"}
+    assert "nothing was chosen here" in (alone / "report.html").read_text(encoding="utf-8")
+    # The report lies in the run directory, and the next one does not take it for a run.
+    before = (alone / "report.html").read_bytes()
+    assert write_report(run).read_bytes() == before
+
+
+def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "because no run has a validation accuracy. The choice looked at the test data" in text
+    assert "Tuning is not free under privacy" in text
+    assert "does not include the choice of hyperparameters" in text
+    (tmp_path / "trials").mkdir()
+    for server_lr in (0.5, 1.0):
+        run_trial(tmp_path, fedavg(server_lr), rounds=1, data={"validation": 0.2})
+    validated = write_report(tmp_path)
+    text = validated.read_text(encoding="utf-8")
+    assert "highest validation accuracy after the last round" in text
+    assert "Tuning is not free" not in text
+    assert "No run here is private" in text
+    table = pd.read_csv(validated.parent / "tables" / "settings.csv")
+    best = pd.read_csv(validated.parent / "tables" / "best.csv")
+    assert best["validation_accuracy_mean"].tolist() == [table["validation_accuracy_mean"].max()]
+    asked = write_report(tmp_path, select="test").read_text(encoding="utf-8")
+    assert "because that was asked for. The choice looked at the test data" in asked
+
+
+def large_study(trials: int, rounds: int) -> Study:
+    """A study like that of a sweep over three hyperparameters, five seeds and two promises."""
+    rng = np.random.default_rng(0)
+    number = np.arange(trials)
+    setting = number // 5
+    runs = pd.DataFrame({"run": [f"{n:012x}" for n in number], "setting": setting + 1, "seed": number % 5, "name": "n"})
+    runs["method"] = runs["method.name"] = np.where(setting % 2, "alpha-normec", "dp-fedavg")
+    for key, size, skip in (("method.alpha", 10, 2), ("method.beta", 10, 20), ("method.server_lr", 4, 200)):
+        runs[key] = 0.1 * (setting // skip % size + 1)
+    runs["private"], runs["problem"], runs["delta"], runs["trust"] = setting % 4 > 1, "", 1e-5, "central"
+    runs["privacy.epsilon"] = runs["epsilon"] = np.where(runs["private"], 8.0, np.nan)
+    runs["privacy"] = np.where(runs["private"], "central trust, ε ≤ 8", "not private")
+    runs["adjacency"], runs["adversary"], runs["accountant"] = "replace", "anyone", "PLD"
+    runs["data.name"], runs["model.name"], runs["population"], runs["rounds"] = "digits", "cnn", 100, rounds
+    runs["cohort_size"] = 100.0
+    absent = ("validation_accuracy", "validation_loss", "simulated_seconds", "bytes_up", "bytes_down", "bytes")
+    frame = pd.DataFrame(
+        {"run": np.repeat(runs["run"], rounds), "setting": np.repeat(runs["setting"], rounds)}
+        | {"round": np.tile(np.arange(1, rounds + 1), trials), "epsilon": np.repeat(runs["epsilon"], rounds)}
+    )
+    frame["test_accuracy"], frame["test_loss"] = rng.random(len(frame)), rng.random(len(frame))
+    runs["test_accuracy"], runs["test_loss"] = rng.random(trials), rng.random(trials)
+    for key in absent:
+        runs[key] = frame[key] = np.nan
+    told = runs.filter(regex=r"\.|^seed$").assign(trial=runs["run"], status="done", reason="")
+    statements = {"Privacy statement for all\n": tuple(runs["run"])}
+    return Study(name="large", trials=told, runs=runs, rounds=frame.reset_index(drop=True), statements=statements)
+
+
+def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_out(tmp_path: Path) -> None:
+    study = large_study(2000, 90)
+    page = report_on(study, tmp_path)
+    assert page.stat().st_size < 4e6
+    data, text = data_of(page), page.read_text(encoding="utf-8")
+    assert len(data["curves"]) == MOST_CURVES
+    assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MOST_POINTS}
+    assert {(curve["values"]["round"][0], curve["values"]["round"][-1]) for curve in data["curves"]} == {(1, 90)}
+    assert f"Of 400 settings the page holds the curves of {MOST_CURVES}" in text
+    assert f"Of up to 90 recorded rounds a curve shows {MOST_POINTS}" in text
+    # The best of each is among them, and its kept points are the means over seeds.
+    best = pd.read_csv(tmp_path / "tables" / "best.csv")["setting"]
+    kept = {curve["setting"]: curve for curve in data["curves"] if curve["best"]}
+    assert sorted(kept) == sorted(best)
+    curve = kept[best[0]]
+    rows = study.rounds[study.rounds["setting"] == best[0]].groupby("round")["test_accuracy"].mean()
+    wanted = rows.loc[curve["values"]["round"]].tolist()
+    assert curve["values"]["test_accuracy"] == pytest.approx(wanted, abs=1e-4)
+    whole = pd.read_csv(tmp_path / "tables" / "curves.csv")
+    assert len(whole) == 400 * 90
+
+
+def test_what_an_earlier_report_left_goes_and_what_is_others_stays(tmp_path: Path) -> None:
+    run = run_trial(tmp_path / "run", fedavg(1.0), rounds=1)
+    out = tmp_path / "out"
+    for name in ("figures/epsilon.png", "tables/failed.csv", "tables/mine.csv", "notes.txt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("old")
+    write_report(run, out)
+    assert not (out / "figures" / "epsilon.png").exists()
+    assert not (out / "tables" / "failed.csv").exists()
+    assert (out / "tables" / "mine.csv").read_text() == (out / "notes.txt").read_text() == "old"
+    with pytest.raises(UserError, match="expected a folder for the report alone, got a run directory"):
+        write_report(run, run)
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "absent", "unfinished", "damaged table", "damaged summary", "select", "file"]
+)
+def test_a_mistake_is_exit_2_and_one_line(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, options = tmp_path / "in", []
+    folder.mkdir()
+    if what not in ("nothing", "absent"):
+        run = run_trial(folder, fedavg(1.0), rounds=1, privacy={**CENTRAL, "epsilon": 8.0})
+        if what == "unfinished":
+            (run / "summary.json").unlink()
+        elif what == "damaged table":
+            (folder / "trials.csv").write_text("a,b\n1,2\n")
+        elif what == "damaged summary":
+            (run / "summary.json").write_text("{")
+        elif what == "file":
+            (tmp_path / "taken").write_text("")
+            options = ["--out", str(tmp_path / "taken")]
+        else:
+            options = ["--select", "best"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(folder / "absent" if what == "absent" else folder), *options])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.rglob("report.html"))
+
+
+def test_the_command_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_trial(tmp_path / "run", fedavg(1.0), rounds=1)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(run), "--out", str(tmp_path / "out"), "--select", "test"])
+    assert ended.value.code == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert all(Path(lines[name]).exists() for name in ("page", "figures", "tables"))
