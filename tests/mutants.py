@@ -48,7 +48,103 @@ BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
+SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
+TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
+CLOCKED = "tests/devices/test_devices_run.py"
+
 MUTANTS = [
+    Mutant(
+        "a slow client's weight is not charged",
+        TIMELINE,
+        "squares.charge(group.clients.tolist(), group.weight**2)",
+        "squares.charge(group.clients.tolist(), 1.0)",
+        CHARGED,
+    ),
+    Mutant(
+        "a message that came too late is not charged",
+        TIMELINE,
+        "sent.charge(step.sent.tolist(), 1)",
+        "sent.charge(step.counted.tolist(), 1)",
+        CHARGED,
+    ),
+    Mutant(
+        "a client counts twice in a step",
+        TIMELINE,
+        "if (counted[1:] == counted[:-1]).any():",
+        "if False:",
+        TIMED,
+    ),
+    Mutant(
+        "amplification where the first answers count",
+        SCHEDULES,
+        "return self.over_select == 1.0",
+        "return True",
+        CHARGED,
+    ),
+    Mutant(
+        "a timeline is charged by its steps",
+        ACCOUNTING,
+        'return sampling.charge(rounds, each_message=trust == "local")',
+        "return float(rounds)",
+        CHARGED,
+    ),
+    Mutant(
+        "a timeline that a removed client would change",
+        PLAN,
+        'if isinstance(sampling, Scheduled) and adjacency != "replace":',
+        "if False:",
+        CHARGED,
+    ),
+    Mutant(
+        "a client that waits for its step is asked again",
+        SCHEDULES,
+        "waiting[start].append(one.client)",
+        "waiting[start].append(one.client), self._busy.discard(one.client)",
+        TIMED,
+    ),
+    Mutant(
+        "the clock says who was in a hidden cohort",
+        SCHEDULES,
+        "elif hidden and self.deadline is not None:",
+        "elif False:",
+        TIMED,
+    ),
+    Mutant(
+        "messages weigh by staleness although clients remember",
+        SCHEDULES,
+        "usual = 0.0 if memory else 0.5",
+        "usual = 0.5",
+        CLOCKED,
+    ),
+    Mutant(
+        "a client that came too late moves its memory",
+        "fedpriv/experiment/timing.py",
+        "            parts.append((group.weight, engine.sum_messages(broadcast)))",
+        "            parts.append((group.weight, engine.sum_messages(broadcast)))\n"
+        "            engine.sum_messages(broadcast._replace(cohort=self.timeline.step(number).late))",
+        CLOCKED,
+    ),
+    Mutant(
+        "everybody works on the newest model",
+        "fedpriv/experiment/timing.py",
+        "self.kept[group.start]",
+        "self.kept[max(self.kept)]",
+        CLOCKED,
+    ),
+    Mutant(
+        "a checkpoint forgets models that are worked on",
+        "fedpriv/experiment/journal.py",
+        "for number, model in (older or {}).items()",
+        "for number, model in {}.items()",
+        CLOCKED,
+    ),
+    Mutant(
+        "two sums of a step share their noise",
+        "fedpriv/engines/fused_noise.py",
+        "total.messages, broadcast.part)",
+        "total.messages, 0)",
+        CHARGED,
+    ),
     Mutant(
         "validation examples stay with the clients",
         "fedpriv/learning/validation.py",

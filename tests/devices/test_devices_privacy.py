@@ -14,13 +14,14 @@ from dp_accounting.pld import PLDAccountant
 from torch import Tensor
 
 from fedpriv.devices import FedBuff, FedFix, Synchronous, Timeline
+from fedpriv.engines.fused_noise import FusedNoise
 from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
 from fedpriv.methods import DPFedAvg
 from fedpriv.noise import client_noise_sum
 from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
 from fedpriv.privacy.accounting import epsilon_spent
-from fedpriv.rounds import Broadcast, ServerRules, Total
+from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total
 from fedpriv.streams import SeededStreams
 
 every_free_schedule = pytest.mark.parametrize("name", FREE)
@@ -34,7 +35,7 @@ def plan_of(sampling: Sampling, rounds: int, trust: str = "central", **change: A
 def composed(noise_multiplier: float, weights: list[float], delta: float = 1e-5) -> float:
     """Epsilon of Gaussian releases one after the other, by dp-accounting, sensitivity `weight` each."""
     accountant = PLDAccountant(value_discretization_interval=1e-3)
-    events = [dpa.GaussianDpEvent(noise_multiplier / weight) for weight in weights]
+    events: list[dpa.DpEvent] = [dpa.GaussianDpEvent(noise_multiplier / weight) for weight in weights]
     return accountant.compose(dpa.ComposedDpEvent(events)).get_epsilon(delta)
 
 
@@ -200,6 +201,10 @@ def test_every_part_of_a_step_has_noise_of_its_own() -> None:
     first, second = (client_noise_sum(streams, 1.0, 50, 4, 9, part) for part in (0, 1))
     assert torch.equal(first, client_noise_sum(streams, 1.0, 50, 4, 9))
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.8
+    rules = ClientRules(method=DPFedAvg(clip_norm=1.0), noise_stddev=1.0, streams=streams)
+    engine, ids = FusedNoise(_Told(None), rules), np.arange(9)
+    sums = [engine.sum_messages(Broadcast(4, torch.zeros(1), ids, 9, part)).sum for part in (0, 1, 0)]
+    assert float(sums[0]) == float(sums[2]) != float(sums[1])
 
 
 @every_free_schedule

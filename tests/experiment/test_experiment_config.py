@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import sampling_of
 from fedpriv.experiment.config import load_config, parse_config
 from fedpriv.methods import SERVER_OPTIMIZERS, client_part, optimized
 from fedpriv.methods.server import Adam
@@ -192,4 +193,4 @@ def test_a_broken_file_is_one_line(tmp_path: Path):
 def test_every_shipped_config_is_valid(path: Path):
     config = load_config(path)
     if config.data.clients is not None:
-        config.plan(config.cohort.of(config.data.clients))
+        config.plan(sampling_of(config))
