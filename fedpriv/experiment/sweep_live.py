@@ -31,6 +31,8 @@ class SweepTable:
     ) -> None:
         if self._started:
             self._live.stop()
+            if not self._live.console.is_terminal:
+                self._live.console.print()  # what comes next begins a line
 
     def __call__(self, state: SweepState) -> None:
         """Shows how far it is; nothing before that, so that an early error is the only line."""
@@ -48,7 +50,9 @@ class SweepTable:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, label in list(state.running.items())[:_SHOWN]:
             table.add_row(Text(name), Text(label))
-        return Group(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40), line, table)
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40))
+        return Group(bar, line, table)
 
 
 def _duration(seconds: float) -> str:

@@ -88,7 +88,9 @@ def check_trackers(names: Sequence[str]) -> dict[str, str]:
             raise UserError("--log", "a known tracker", repr(name), nearest(name, TRACKERS))
         package, module = TRACKERS[name]
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--log {name}", f"the package {package}", "none", f"pip install 'fedpriv[{name}]'")
+            raise UserError(
+                f"--log {name}", f"the package {package}", "none", f"Install it with pip install 'fedpriv[{name}]'"
+            )
         try:
             stores[name] = import_module(module).prepare()
         except Exception as error:

@@ -1,0 +1,267 @@
+"""Trackers, read back from their own stores: every row once, however often a run is interrupted, and nothing lost."""
+
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from test_experiment_sweep import BASE, in_process, sweep_file
+from wandb.proto.wandb_internal_pb2 import Record
+
+import fedpriv
+from fedpriv.cli import main
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.sweep_run import run_sweep
+from fedpriv.experiment.sweeps import load_sweep
+from fedpriv.experiment.tracking import check_trackers, track, watched_by
+
+__all__ = ["in_process"]
+
+pytestmark = [
+    # MLflow, of SQLAlchemy 2.1.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+    # Its engines are closed by the collector.
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
+ROUNDS = 6
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A private run of six rounds, with all stores in the test's folder."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)
+    (tmp_path / "base.toml").write_text(BASE.replace("rounds = 3", f"rounds = {ROUNDS}") + "[privacy]\nepsilon = 8.0\n")
+    return load_config(tmp_path / "base.toml")
+
+
+class Killed(BaseException):
+    """As by a signal."""
+
+
+def interrupted(config: Config, out: Path, tracker: str, after: int) -> None:
+    """A run that ends right after a round, of which the last checkpoint may be older."""
+
+    def kill(released: dict[str, Any], _: dict[str, Any]) -> None:
+        if released["round"] == after:
+            raise Killed
+
+    with pytest.raises(Killed), track([tracker], config, out) as log:
+        fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=watched_by(log, kill))
+
+
+def finished(config: Config, out: Path, tracker: str, **options: Any) -> dict[str, Any]:
+    with track([tracker], config, out, **options) as log:
+        return fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=log)
+
+
+def expected(out: Path) -> dict[str, dict[int, float]]:
+    """Every number of the run directory's rows, by figure and round."""
+    found: dict[str, dict[int, float]] = {}
+    for file, prefix in (("rounds.jsonl", ""), ("diagnostics.jsonl", "diagnostics/")):
+        for row in RunDirectory(out).rows(file):
+            for key, value in row.items():
+                if key != "round" and isinstance(value, int | float):
+                    found.setdefault(prefix + key, {})[row["round"]] = float(value)
+    return found
+
+
+def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: bool = True) -> None:
+    """Every figure of every round once, and as the run directory has it, but for how long rounds took."""
+    wanted = {key: steps for key, steps in expected(out).items() if diagnostics or "/" not in key}
+    assert "test_accuracy" in wanted
+    assert "epsilon" in wanted
+    assert ("diagnostics/signal_norm" in wanted) is diagnostics
+    assert sent.keys() == wanted.keys()
+    for key, steps in wanted.items():
+        assert [step for step, _ in sent[key]] == sorted(steps), key
+        if "second" not in key:
+            assert [value for _, value in sent[key]] == pytest.approx([steps[n] for n in sorted(steps)], rel=1e-6), key
+
+
+def tensorboard_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
+    # Without dropping what a later file repeats.
+    found = EventAccumulator(str(out / "tensorboard"), {"scalars": 0}, purge_orphaned_data=False).Reload()
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def mlflow_run(out: Path) -> tuple[MlflowClient, str]:
+    known = json.loads((out / "mlflow.json").read_text())
+    return MlflowClient(known["store"]), known["run"]
+
+
+def mlflow_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
+    client, run = mlflow_run(out)
+    keys = client.get_run(run).data.metrics
+    found = {key: [(m.step, m.value) for m in client.get_metric_history(run, key)] for key in keys}
+    return {key: sorted(rows) for key, rows in found.items()}
+
+
+def wandb_records(out: Path) -> list[Record]:
+    """Of all sessions' files: LevelDB's log format, blocks of 32 KiB after 7 bytes, headers of CRC, length and type."""
+    records = []
+    for file in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
+        content, at, whole = file.read_bytes(), 7, b""
+        while at < len(content):
+            if 32768 - at % 32768 < 7:
+                at += 32768 - at % 32768
+                continue
+            length, kind = struct.unpack("<xxxxHB", content[at : at + 7])
+            whole += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # the whole, or its last piece
+                records.append(Record.FromString(whole))
+                whole = b""
+    return records
+
+
+def wandb_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in wandb_records(out):
+        items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+        for key, value in items.items():
+            if not key.startswith("_"):
+                found.setdefault(key, []).append((items["_step"], value))
+    return found
+
+
+READERS = {"tensorboard": tensorboard_rows, "mlflow": mlflow_rows, "wandb": wandb_rows}
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_every_row_arrives_once_however_often_a_run_is_interrupted(
+    tracker: str, config: Config, tmp_path: Path
+) -> None:
+    """After round 2 the run goes back to its beginning, after round 4 to round 3."""
+    out = tmp_path / "run"
+    interrupted(config, out, tracker, after=2)
+    interrupted(config, out, tracker, after=4)
+    finished(config, out, tracker)
+    check(READERS[tracker](out), out)
+    before = Counter(path.name for path in out.rglob("*.tfevents.*"))
+    finished(config, out, tracker)  # nothing is left to send
+    check(READERS[tracker](out), out)
+    assert Counter(path.name for path in out.rglob("*.tfevents.*")) == before
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_a_run_that_was_made_without_a_tracker_is_sent_later_without_what_is_not_private(
+    tracker: str, config: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    fedpriv.run_experiment(config, out, engine="loop")
+    finished(config, out, tracker, diagnostics=False)
+    check(READERS[tracker](out), out, diagnostics=False)
+
+
+def test_tensorboard_has_the_config_the_texts_and_the_statement(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finished(config, out, "tensorboard")
+    found = EventAccumulator(str(out / "tensorboard")).Reload()
+    texts = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
+    statement = (out / "privacy.txt").read_text().split("\n")[0]
+    assert statement in texts["privacy.txt/text_summary"]
+    assert '"epsilon"' in texts["summary.json/text_summary"]
+    start = HParamsPluginData.FromString(found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    given = start.session_start_info.hparams
+    assert given["method.name"].string_value == "dp-fedavg"
+    assert given["method.server_lr"].number_value == 0.5
+    assert given["training.rounds"].number_value == ROUNDS
+
+
+def test_mlflow_has_one_run_with_parameters_artifacts_and_status(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    interrupted(config, out, "mlflow", after=4)
+    client, run = mlflow_run(out)
+    assert client.get_run(run).info.status == "KILLED"
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(tmp_path / "base.toml"), "--out", str(out), "--engine", "loop", "--resume", "--log", "mlflow"])
+    assert caught.value.code == 0
+    assert "accuracy" in capsys.readouterr().out
+    info = client.get_run(run)
+    assert info.info.status == "FINISHED"
+    assert info.data.params["method.server_lr"] == "0.5"
+    assert info.data.params["training.rounds"] == str(ROUNDS)
+    assert info.data.tags["fedpriv.digest"] == config.digest
+    assert len(client.search_runs([info.info.experiment_id])) == 1
+    for name in ("privacy.txt", "config.toml", "summary.json"):
+        saved = Path(client.download_artifacts(run, name, str(tmp_path)))
+        assert saved.read_text() == (out / name).read_text()
+
+
+def test_wandb_has_the_config_the_summary_and_the_statement_and_nothing_of_the_machine(
+    config: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    finished(config, out, "wandb")
+    records = wandb_records(out)
+    begun = next(record.run for record in records if record.HasField("run"))
+    assert begun.run_id == json.loads((out / "wandb.json").read_text())["id"]
+    assert begun.project == "fedpriv"
+    given = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert given["method.server_lr"] == 0.5
+    assert not begun.git.remote_url
+    summary = {i.key: json.loads(i.value_json) for r in records for i in r.summary.update if i.key}
+    assert summary["privacy"] == (out / "privacy.txt").read_text()
+    assert summary["status"] == "finished"
+    assert summary["digest"] == config.digest
+
+
+def test_a_tracker_that_breaks_is_said_and_ends_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, calls = tmp_path / "run", []
+
+    def broken(*arguments: Any) -> None:
+        calls.append(arguments[1])
+        raise ConnectionError("no way to the store.\nat all")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedpriv.experiment.track_tensorboard.Tracker.row", broken)
+        assert finished(config, out, "tensorboard")["rounds"] == ROUNDS
+    said = capsys.readouterr().err.splitlines()
+    assert calls == [0, 0], "one more try, at the end"
+    assert len(said) == 2
+    assert all(line.startswith("fedpriv: --log tensorboard: no way to the store. Rows are kept") for line in said)
+    finished(config, out, "tensorboard")
+    check(tensorboard_rows(out), out)
+
+
+@pytest.mark.usefixtures("config")
+def test_a_tracker_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="Did you mean 'mlflow'"):
+        check_trackers(["mlfow"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["run", str(tmp_path / "base.toml"), "--out", str(tmp_path / "run"), "--log", "wandb"])
+    assert caught.value.code == 2
+    line = "fedpriv: --log wandb: expected the package wandb, got none. Install it with pip install 'fedpriv[wandb]'.\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("config", "in_process")
+def test_a_sweep_sends_each_trial_to_a_run_of_its_own(tmp_path: Path) -> None:
+    text = '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.5]\n'
+    plan = load_sweep(sweep_file(tmp_path, text, (tmp_path / "base.toml").read_text()))
+    run_sweep(plan, tmp_path / "out", logs=["mlflow", "tensorboard"])
+    for folder in (tmp_path / "out" / "trials").iterdir():
+        check(mlflow_rows(folder), folder)
+        check(tensorboard_rows(folder), folder)
+        client, run = mlflow_run(folder)
+        info = client.get_run(run)
+        assert info.info.run_name == f"server_lr={info.data.params['method.server_lr']}"
+        assert info.data.tags["fedpriv.sweep"] == "s"
