@@ -394,7 +394,7 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        'if trust == "local" or isinstance(sampling, Everyone):',
+        'if trust == "local" or isinstance(sampling, Everyone | Scheduled):',
         "if isinstance(sampling, Everyone):",
         PRIVACY,
     ),

@@ -165,11 +165,12 @@ class Config:
         return tomli_w.dumps(self.tables)
 
     def check_deployable(self) -> None:
-        """Refuses what is made of data that only a simulation has in one place.
+        """Refuses what is made of data that only a simulation has in one place, and a clock that only it can keep.
 
         Raises:
-            UserError: If clients' inputs are to be shifted, or their examples held out.
+            UserError: If clients' inputs are to be shifted, or their examples held out, or there are `[devices]`.
         """
+        self.check_unclocked()
         remedy = "Take the key away: a device's data are what they are, and the server's own are its test data"
         if self.data.validation is not None:
             raise UserError("data.validation", "none in a deployment", self.data.validation, remedy)

@@ -78,7 +78,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
             raise UserError(str(path), "a finished run", "none", "Finish it with fedpriv run ... --resume")
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
         columns[str(path)] = {key: _shown(summary.get(key)) for key in _COMPARED}
-        columns[str(path)] |= {key: _shown(summary[key]) for key in _VALIDATED if key in summary}
+        columns[str(path)] |= {key: _shown(summary[key]) for key in _IF_THERE if key in summary}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
     together = {run: {**{key: configs[run].get(key) for key in differing}, **columns[run]} for run in columns}
@@ -86,7 +86,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
 
 
 _COMPARED = ("method", "test_accuracy", "test_loss", "epsilon", "delta", "trust", "rounds", "engine", "seconds")
-_VALIDATED = ("validation_accuracy", "validation_loss")
+_IF_THERE = ("validation_accuracy", "validation_loss", "simulated_seconds", "bytes_down", "bytes_up")
 
 
 def _shown(value: object) -> object:
