@@ -34,8 +34,8 @@ WORKS: dict[str, LocalWork] = {
     "minibatch": MinibatchGradient(batch_size=20),
     "local steps": LocalSteps(steps=3, client_lr=0.1, batch_size=20),
     "local steps on all examples": LocalSteps(steps=2, client_lr=0.1),
-    "local steps, mean gradient": LocalSteps(steps=3, client_lr=0.1, batch_size=20, signal="gradient-mean"),
     "epochs": LocalEpochs(epochs=2, client_lr=0.05, batch_size=20),
+    "epochs, mean gradient": LocalEpochs(epochs=2, client_lr=0.05, batch_size=20, signal="gradient-mean"),
     "epochs in a fixed order, sum of gradients": LocalEpochs(
         epochs=1, client_lr=0.05, batch_size=15, order="fixed", signal="gradient-sum"
     ),
