@@ -1,0 +1,144 @@
+"""Time to an accuracy on unequal devices, in rounds, with FedBuff and with FedFix, with and without privacy.
+
+    python results/devices/make.py [--jobs 2] [--runs runs/devices]
+
+Runs sim_configs/sweeps/devices.toml, or what is left of it, and writes trials.csv (a row a trial), times.csv (a row a
+cell: the better of the two steps by mean time, then by final accuracy, over three seeds), figure.png and the tables of
+README.md. Seconds are simulated: nobody waited for them.
+"""
+
+import argparse
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.experiment.sweep_run import run_sweep
+from fedpriv.experiment.sweeps import load_sweep
+
+HERE = Path(__file__).parent
+TARGET = 0.8
+SCHEDULES = {
+    ("synchronous", None): "rounds, all",
+    ("synchronous", 5.0): "rounds, 5 s",
+    ("fedbuff", None): "FedBuff",
+    ("fedfix", None): "FedFix",
+}
+METHODS = {"dp-fedavg": "DP-FedAvg", "alpha-normec": "alpha-NormEC, damped"}
+CELL = ["privacy", "speed_spread", "dropout", "schedule", "method"]
+
+
+def row(folder: Path) -> dict[str, Any]:
+    """One trial: where it was, when it first had the accuracy aimed at, and where it ended."""
+    config = flat_tables(tomllib.loads((folder / "config.toml").read_text()))
+    summary = json.loads((folder / "summary.json").read_text())
+    rounds = pd.DataFrame(RunDirectory(folder).rows("rounds.jsonl"))
+    there = rounds[rounds["test_accuracy"] >= TARGET]
+    first = there.iloc[0] if len(there) else {}
+    return {
+        "privacy": "epsilon 8" if "privacy.epsilon" in config else "none",
+        "speed_spread": config["devices.speed_spread"],
+        "dropout": config["devices.dropout"],
+        "schedule": SCHEDULES[config["schedule.kind"], config.get("schedule.deadline")],
+        "method": METHODS[config["method.name"]],
+        "server_lr": config["method.server_lr"],
+        "seed": config["seed"],
+        "seconds_to_target": first.get("simulated_seconds", np.nan),
+        "megabytes_to_target": (first.get("bytes_up", np.nan) + first.get("bytes_down", np.nan)) / 1e6,
+        "test_accuracy": summary["test_accuracy"],
+        "simulated_seconds": rounds["simulated_seconds"].iloc[-1],
+        "epsilon": summary["epsilon"],
+        "noise_multiplier": summary["noise_multiplier"],
+    }
+
+
+def cells(found: pd.DataFrame) -> pd.DataFrame:
+    """A row a cell. A time is given where all seeds came to the accuracy."""
+    figures = ["seconds_to_target", "megabytes_to_target", "test_accuracy", "simulated_seconds", "noise_multiplier"]
+    grouped = found.groupby([*CELL, "server_lr"], sort=False)[figures]
+    means = grouped.mean()
+    reached = grouped["seconds_to_target"].count() == grouped["seconds_to_target"].size()
+    means.loc[~reached, ["seconds_to_target", "megabytes_to_target"]] = np.nan
+    means = means.reset_index().sort_values(["seconds_to_target", "test_accuracy"], ascending=[True, False])
+    order = {name: number for number, name in enumerate(SCHEDULES.values())}
+    best = means.groupby(CELL, sort=False).first().reset_index()
+    return best.sort_values(CELL, key=lambda key: key.map(order) if key.name == "schedule" else key, ignore_index=True)
+
+
+def markdown(best: pd.DataFrame, privacy: str) -> str:
+    """Seconds to the accuracy, and the final one, as one table: a row a device setting and method."""
+    part = best[best["privacy"] == privacy]
+    names = list(SCHEDULES.values())
+    lines = ["| speed spread | dropout | method | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for (spread, dropout, method), rows in part.groupby(["speed_spread", "dropout", "method"]):
+        by = rows.set_index("schedule")
+        texts = []
+        for name in names:
+            seconds, end = by.loc[name, "seconds_to_target"], by.loc[name, "test_accuracy"]
+            texts.append(f"{'never' if pd.isna(seconds) else f'{seconds:.0f} s'} ({end:.3f})")
+        lines.append(f"| {spread:g} | {dropout:g} | {method} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(best: pd.DataFrame) -> None:
+    """Seconds to the accuracy over speed spread; a cross on top where it was not reached by all seeds."""
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    colours = dict(zip(SCHEDULES.values(), ("#332288", "#88CCEE", "#CC6677", "#117733"), strict=True))
+    top = best["seconds_to_target"].max() * 2.0
+    for across, privacy in zip(panels, ("none", "epsilon 8"), strict=True):
+        for panel, dropout in zip(across, (0.0, 0.3), strict=True):
+            part = best[(best["privacy"] == privacy) & (best["dropout"] == dropout)]
+            for (schedule, method), line in part.groupby(["schedule", "method"], sort=False):
+                style = "-" if method == METHODS["dp-fedavg"] else "--"
+                name, colour = f"{schedule}, {method}", colours[str(schedule)]
+                panel.plot(line["speed_spread"], line["seconds_to_target"], style, marker="o", color=colour, label=name)
+                never = line[line["seconds_to_target"].isna()]
+                shift = 0.03 * (list(colours).index(str(schedule)) + 4 * (style == "--")) - 0.1
+                panel.plot(never["speed_spread"] + shift, [top] * len(never), "x", color=colour)
+            panel.set_yscale("log")
+            panel.set_title(f"privacy: {privacy}; {dropout:.0%} drop out", fontsize=9)
+    for panel in panels[1]:
+        panel.set_xlabel("speed spread (standard deviation of the logarithm)")
+    for across in panels:
+        across[0].set_ylabel(f"simulated seconds to accuracy {TARGET:g}")
+    panels[0, 1].legend(fontsize=6.5)
+    figure.savefig(HERE / "figure.png", dpi=150)
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Puts a text between the page's marks of that name."""
+    content = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, after = content[: content.index(begin) + len(begin)], content[content.index(end) :]
+    page.write_text(f"{before}\n\n{text}\n{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Runs what is left and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/devices"))
+    options = parser.parse_args()
+    sweep = load_sweep(HERE.parents[1] / "sim_configs" / "sweeps" / "devices.toml")
+    run_sweep(sweep, options.runs, jobs=options.jobs, resume=True)
+    folders = sorted((options.runs / "trials").iterdir())
+    found = pd.DataFrame([row(folder) for folder in folders if (folder / "summary.json").exists()])
+    found = found.sort_values([*CELL, "server_lr", "seed"], ignore_index=True)
+    found.to_csv(HERE / "trials.csv", index=False, float_format="%.5g")
+    best = cells(found)
+    best.to_csv(HERE / "times.csv", index=False, float_format="%.4g")
+    for privacy in ("none", "epsilon 8"):
+        fill(HERE / "README.md", privacy, markdown(best, privacy))
+    draw(best)
+
+
+if __name__ == "__main__":
+    main()
