@@ -212,13 +212,19 @@ def sweep(
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.experiment.sweep_live import SweepTable
-    from fedpriv.experiment.sweep_run import TRIALS, run_sweep
+    from fedpriv.experiment.sweep_run import TRIALS, SweepState, run_sweep
     from fedpriv.experiment.sweep_table import other_trials
     from fedpriv.experiment.sweeps import load_sweep
 
     plan = load_sweep(file)
     folder = out or Path("runs") / plan.name
+    complaints: dict[str, list[str]] = {}
     with SweepTable() as table:
+
+        def watch(state: SweepState) -> None:
+            complaints.update(state.complaints)
+            table(state)
+
         trials = run_sweep(
             plan,
             folder,
@@ -234,11 +240,13 @@ def sweep(
             ray_address=ray_address,
             logs=log or (),
             log_diagnostics=log_diagnostics,
-            watch=table,
+            watch=watch,
         )
     failed = trials[trials["status"] == "failed"]
     for name, reason in list(zip(failed["trial"], failed["reason"], strict=True))[:5]:
         print(f"failed      {name or 'no experiment'}: {reason}")
+    for name, lines in list(complaints.items())[:5]:
+        print(f"not logged  {name}: {lines[-1]}")
     stopped = list(trials["status"]).count("stopped")
     counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
     counts += f", {stopped} stopped early" if stopped else ""
@@ -564,6 +572,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a mistake of the user's is one line on stderr and exit code 2."""
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:

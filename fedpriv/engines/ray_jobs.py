@@ -1,49 +1,22 @@
-"""Functions side by side on Ray's workers, each with the share of a machine that it needs."""
+"""Functions side by side on Ray's workers, on one machine or many, each with the share of one that it needs."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from fedpriv.engines.jobs import Began, Ended, Job, JobDied, call
 from fedpriv.engines.ray_cluster import Need, connect, quiet, room
 from fedpriv.errors import UserError
 
-__all__ = ["Began", "Ended", "Job", "JobDied", "side_by_side"]
+__all__ = ["side_by_side"]
 
 _STORE_BYTES = 2**27
 # Between two signs of life to whoever shows what goes on; an end is seen at once.
 _WAIT_SECONDS = 0.5
 _STARTS_IN_VAIN = 3
-
-
-class JobDied(Exception):  # noqa: N818
-    """A job's process ended before the job did, as by the memory of the machine running out."""
-
-
-class Job(NamedTuple):
-    """What is done: a function of a module, and what it is called with."""
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Began:
-    """A job was handed to a worker."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A job ended, with what it returned or the exception that ended it."""
-
-    name: str
-    result: Any
 
 
 def side_by_side(
@@ -92,13 +65,8 @@ class _Worker:
         """Answers once the process is there."""
 
     def do(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """One job. Its own mistakes come back as values, in words: an exception may not survive the way."""
-        try:
-            return function(*arguments)
-        except UserError as error:
-            return RuntimeError(str(error))
-        except Exception as error:
-            return RuntimeError(f"{type(error).__name__}: {error}")
+        """One job."""
+        return call(function, arguments)
 
 
 class _Pool:

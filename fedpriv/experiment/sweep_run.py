@@ -2,41 +2,38 @@
 
 Neither Ray Tune nor Optuna runs it. A trial is a run directory like any other, which resumes by itself to the bit and
 is found again by its digest; a library that owns trials, their names, their checkpoints and their results would need a
-second truth beside that. Ray places the processes.
+second truth beside that. On one machine without shares of GPUs the processes are ours; else Ray places them.
 """
 
-import errno
-import gc
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
+from fedpriv.engines import local_jobs
+from fedpriv.engines.jobs import Began, Ended, Job
 from fedpriv.errors import UserError
-from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.journal import StopRun, Watcher
+from fedpriv.experiment.engines import cores
 from fedpriv.experiment.records import RunDirectory, write_atomically
-from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.stopping import STOPPED, Stopping, StopRule, group_of
+from fedpriv.experiment.stopping import STOPPED, group_of
 from fedpriv.experiment.sweep_table import FAILURE, TrialsTable, label, status_of
+from fedpriv.experiment.sweep_trial import GROUPS, DiskTrouble, Manner, run_trial
 from fedpriv.experiment.sweeps import Sweep, Trial
-from fedpriv.experiment.tracking import check_trackers, track, watched_by
+from fedpriv.experiment.tracking import check_trackers
 from fedpriv.learning.dataset_files import default_data_root
 
 __all__ = ["SweepState", "run_sweep"]
 
 TRIALS = "trials"
-GROUPS = "groups.json"
-_LOCKED_SECONDS = 120.0
-# Nothing that another trial would not meet as well.
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+# A trial's name; its new status: `running`, `done`, `failed` or `stopped`; and what trackers complained of.
+_Happened = tuple[str, str, list[str]]
 
 
 @dataclass
@@ -50,6 +47,7 @@ class SweepState:
         stopped: How many were not worth their remaining rounds.
         before: How many of these three there were when this session began.
         running: What runs, by name.
+        complaints: What trackers complained of, by name.
         began: When this session began, on the monotonic clock.
     """
 
@@ -59,6 +57,7 @@ class SweepState:
     stopped: int = 0
     before: int = 0
     running: dict[str, str] = field(default_factory=dict)
+    complaints: dict[str, list[str]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -77,25 +76,6 @@ class SweepState:
         self.done += status == "done"
         self.failed += status == "failed"
         self.stopped += status == "stopped"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Manner:
-    """How every trial is run.
-
-    Args:
-        options: For `run_experiment`.
-        threads: Of PyTorch.
-        rule: When a trial is stopped; None for never.
-        logs: What rows are sent to beside the run directory, and where that writes.
-        tracked: For `track`.
-    """
-
-    options: dict[str, Any]
-    threads: int
-    rule: StopRule | None
-    logs: dict[str, str]
-    tracked: dict[str, Any]
 
 
 def run_sweep(
@@ -129,8 +109,8 @@ def run_sweep(
         retry: Whether trials that failed are tried again.
         stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
         cpus_per_trial: Cores that each needs; PyTorch uses as many threads, and one at least.
-        gpus_per_trial: Share of a GPU that each needs.
-        ray_address: HOST:PORT of a running Ray; None starts one on this machine.
+        gpus_per_trial: Share of a GPU that each needs; above 0 a Ray is started that deals them out.
+        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
         logs: Names of `tracking.TRACKERS` that get each trial's rows.
         log_diagnostics: Whether they get what is not private, too.
         watch: Called whenever something has begun or ended.
@@ -161,7 +141,7 @@ def run_sweep(
         state.before = state.ended
         # A worker's folder and environment may be others.
         root = (data_root or default_data_root()).resolve()
-        manner = _Manner(
+        manner = Manner(
             options={"engine": engine, "device": device, "data_root": root},
             threads=max(1, int(cpus_per_trial)),
             rule=sweep.stop if stop else None,
@@ -207,28 +187,41 @@ def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserEr
 
 
 def _finish(
-    left: dict[str, Trial], out: Path, manner: _Manner, jobs: int | None, needs: dict[str, Any]
-) -> Generator[tuple[str, str] | None]:
-    """Runs trials; yields a name and its new status, `running`, `done`, `failed` or `stopped`, or None meanwhile."""
+    left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, needs: dict[str, Any]
+) -> Generator[_Happened | None]:
+    """Runs trials; yields what happens, or None meanwhile."""
     if not left:
         return
-    from fedpriv.engines.ray_jobs import Began, Ended, Job, side_by_side
-
     folder = out.resolve() / TRIALS
-    work = (Job(n, _run_trial, (t.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
-    with closing(side_by_side(work, jobs, **needs)) as events:
+    work = (Job(n, run_trial, (t.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
+    with closing(_side_by_side(work, jobs, threads=manner.threads, **needs)) as events:
         for event in events:
             if isinstance(event, Began):
-                yield event.name, "running"
+                yield event.name, "running", []
             elif isinstance(event, Ended):
-                yield event.name, _ended(out / TRIALS / event.name, event.result)
+                status = _ended(out / TRIALS / event.name, event.result)
+                yield event.name, status, event.result if isinstance(event.result, list) else []
             else:
                 yield None
 
 
+def _side_by_side(
+    work: Iterable[Job], jobs: int | None, *, threads: int, cpus: float, gpus: float, address: str | None
+) -> Generator[Began | Ended | None]:
+    if gpus or address is not None:
+        from fedpriv.engines import ray_jobs
+
+        return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=gpus, address=address)
+    places = int(cores() / cpus + 1e-9)
+    if not places:
+        remedy = "Ask for less, or join a Ray that has it"
+        raise UserError("--cpus-per-trial", f"a machine with {cpus:g} CPU", cores(), remedy)
+    return local_jobs.side_by_side(work, min(jobs or places, places), threads=threads)
+
+
 def _ended(folder: Path, result: Any) -> str:
     """The status of a trial that has just ended; a failure is written down."""
-    if isinstance(result, _DiskTrouble):
+    if isinstance(result, DiskTrouble):
         raise OSError(result.number, result.words, result.where)
     if isinstance(result, BaseException):
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,71 +233,13 @@ def _ended(folder: Path, result: Any) -> str:
     return status
 
 
-def _note(happened: tuple[str, str], state: SweepState, table: TrialsTable, trials: dict[str, Trial]) -> None:
-    name, status = happened
+def _note(happened: _Happened, state: SweepState, table: TrialsTable, trials: dict[str, Trial]) -> None:
+    name, status, complaints = happened
+    if complaints:
+        state.complaints[name] = complaints
     if status == "running":
         state.running[name] = label(trials[name])
         return
     state.running.pop(name, None)
     state.count(status)
     table.changed(name)
-
-
-@dataclass(frozen=True)
-class _DiskTrouble:
-    """Why no other trial could write either."""
-
-    number: int
-    words: str
-    where: str
-
-
-def _run_trial(tables: dict[str, Any], folder: Path, called: str, manner: _Manner) -> float | _DiskTrouble | None:
-    """One trial in a worker's process: its seconds, None if it was stopped. What a killed one left is gone on with."""
-    torch.set_num_threads(manner.threads)
-    try:
-        return _run_when_free(tables, folder, called, manner)
-    except StopRun:
-        return None
-    except OSError as error:
-        ours = error.filename is not None and Path(error.filename).is_relative_to(folder.parent)
-        if error.errno in _DISK_TROUBLE or (ours and isinstance(error, PermissionError)):
-            return _DiskTrouble(error.errno or 0, error.strerror or str(error), str(error.filename or folder))
-        raise
-    finally:
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-
-def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: _Manner) -> float:
-    end = time.monotonic() + _LOCKED_SECONDS
-    while True:
-        try:
-            config = parse_config(tables)
-            watchers: list[Watcher] = []
-            if manner.rule is not None:
-                watchers.append(Stopping(manner.rule, folder, _comparable(folder), config.training.rounds))
-            with track(manner.logs, config, folder, name=called, **manner.tracked) as log:
-                watch = watched_by(log, *watchers)
-                return run_experiment(config, folder, resume=True, watch=watch, **manner.options)["seconds"]
-        except UserError as error:
-            # The process of a sweep that was killed may still hold the folder for a while.
-            if "another run at work" not in str(error) or time.monotonic() > end:
-                raise
-        time.sleep(0.2)
-
-
-def _comparable(folder: Path) -> list[Path]:
-    """The folders of a trial's group but its own."""
-    file = folder.parents[1] / GROUPS
-    groups = _groups(file, file.stat().st_mtime_ns)
-    mine = groups.get(folder.name)
-    return [folder.parent / name for name, group in groups.items() if group == mine and name != folder.name]
-
-
-@lru_cache(maxsize=1)
-def _groups(file: Path, written: int) -> dict[str, str]:
-    """The groups of a sweep's trials, read once a process."""
-    del written
-    return json.loads(file.read_bytes())

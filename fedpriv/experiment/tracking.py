@@ -143,6 +143,11 @@ class RunLog:
     def __init__(self, senders: Sequence["_Sender"], out: Path) -> None:
         self._senders, self._directory = senders, RunDirectory(out)
 
+    @property
+    def complaints(self) -> list[str]:
+        """What went wrong, as it was said on stderr."""
+        return [complaint for sender in self._senders for complaint in sender.complaints]
+
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
         """See `journal.Watcher`."""
         for sender in self._senders:
@@ -175,6 +180,7 @@ class _Sender:
         self._tracker: Tracker = import_module(TRACKERS[name][1]).Tracker()
         self._taken: Taken | None = None
         self._broken = False
+        self.complaints: list[str] = []
 
     @property
     def begun(self) -> bool:
@@ -204,7 +210,8 @@ class _Sender:
         except Exception as error:
             self._broken = True
             later = "Rows are kept in the run directory; what is missing is sent at the end, or by another --resume"
-            print(f"fedpriv: --log {self._name}: {_first_line(error)}. {later}.", file=sys.stderr)
+            self.complaints.append(f"--log {self._name}: {_first_line(error)}. {later}.")
+            print(f"fedpriv: {self.complaints[-1]}", file=sys.stderr)
 
     def _catch_up(self) -> None:
         if self._taken is None:
@@ -225,7 +232,7 @@ class _Sender:
         new = {key: value for key, value in figures.items() if number > taken.figures.get(key, -1)}
         if new:
             self._tracker.row(number, new)
-            taken.figures.update(dict.fromkeys(new, number))
+            taken.figures.update((key, number) for key in new)
 
 
 def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

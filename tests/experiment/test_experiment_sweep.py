@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import ray
 
 from fedpriv import load_results
 from fedpriv.cli import main
+from fedpriv.engines import local_jobs, ray_jobs
+from fedpriv.engines.jobs import Began, Ended, Job, JobDied, call
 from fedpriv.engines.ray_cluster import connect
-from fedpriv.engines.ray_jobs import Began, Ended, Job, JobDied, _Worker, side_by_side
 from fedpriv.errors import UserError
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.sweep_live import SweepTable
@@ -42,26 +45,25 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 
 @pytest.fixture(scope="module")
-def some_ray() -> Iterator[None]:
-    """One Ray for all that need it; a sweep uses it as it is."""
+def some_ray() -> Iterator[str]:
+    """The address of one Ray for all that need it; a sweep uses it as it is."""
     connection = connect(None, 2**27)
-    yield
+    yield ray.get_runtime_context().gcs_address
     connection.close()
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials one after the other in this process, by what a worker of Ray's does: for what Ray has no part in."""
+    """Trials one after the other in this process, for what other processes have no part in."""
 
-    def one_by_one(jobs: Iterable[Job], at_once: int | None = None, **needs: Any) -> Generator[Began | Ended | None]:
-        assert needs.keys() == {"cpus", "gpus", "address"}
-        assert at_once is None or at_once >= 1
+    def one_by_one(jobs: Iterable[Job], at_once: int, *, threads: int) -> Generator[Began | Ended | None]:
+        assert at_once >= 1 <= threads
         for job in jobs:
             yield Began(job.name)
             yield None
-            yield Ended(job.name, _Worker().do(job.function, job.arguments))
+            yield Ended(job.name, call(job.function, job.arguments))
 
-    monkeypatch.setattr("fedpriv.engines.ray_jobs.side_by_side", one_by_one)
+    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", one_by_one)
     monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)  # most of a short trial
 
 
@@ -219,12 +221,12 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 """
 
 
-@pytest.mark.usefixtures("some_ray")
-def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path) -> None:
+def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, some_ray: str) -> None:
     """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
     states: list[tuple[int, int]] = []
     plan = load_sweep(sweep_file(tmp_path, GRID))
-    table = run_sweep(plan, tmp_path / "out", jobs=2, watch=lambda s: states.append((s.done, s.failed)))
+    needs = {"jobs": 2, "cpus_per_trial": 0.5, "ray_address": some_ray}
+    table = run_sweep(plan, tmp_path / "out", watch=lambda s: states.append((s.done, s.failed)), **needs)
     assert list(table["status"]).count("done") == 4
     reasons = [row["reason"] for row in table.to_dict(orient="records") if row["status"] == "failed"]
     assert len(reasons) == 6
@@ -245,14 +247,13 @@ def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path) -> 
 
 SLOW = """
 [set]
-"training.rounds" = 150
+"training.rounds" = 60
 [[axis]]
 key = "seed"
 values = [1, 2, 3, 4, 5, 6]
 """
 
 
-@pytest.mark.usefixtures("some_ray")
 def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
     """First as by Ctrl-C, in one line; then by a signal that nothing can be done about, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
@@ -313,10 +314,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
         compare_runs([tmp_path])
 
 
-@pytest.mark.usefixtures("some_ray")
-def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path) -> None:
+def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path, some_ray: str) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
     with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got none"):
+        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True, ray_address=some_ray)
+    with pytest.raises(UserError, match=r"--cpus-per-trial: expected a machine with 4000 CPU, got [0-9]"):
         run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
     with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
         run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
@@ -331,12 +333,17 @@ def test_options_that_make_no_sense_are_one_line(wrong: dict[str, Any], tmp_path
         run_sweep(load_sweep(path), tmp_path / "out", **wrong)
 
 
-@pytest.mark.usefixtures("some_ray")
-def test_a_worker_does_many_jobs_and_one_that_dies_takes_its_job_alone() -> None:
+@pytest.mark.parametrize("where", ["local", "ray"])
+def test_a_worker_does_many_jobs_and_one_that_dies_takes_its_job_alone(
+    where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "ray":
+        request.getfixturevalue("some_ray")
+    run: Any = local_jobs.side_by_side if where == "local" else partial(ray_jobs.side_by_side, cpus=0.5)
     jobs = [Job(f"job {number}", os.getpid, ()) for number in range(6)]
     jobs.insert(2, Job("dies", os._exit, (1,)))
     jobs.insert(4, Job("fails", int, ("x",)))
-    ended = {e.name: e.result for e in side_by_side(jobs, 1, cpus=0.5) if isinstance(e, Ended)}
+    ended = {e.name: e.result for e in run(jobs, 1) if isinstance(e, Ended)}
     assert list(ended) == [job.name for job in jobs]
     assert isinstance(ended["dies"], JobDied)
     assert "its process ended" in str(ended["dies"])
@@ -392,7 +399,7 @@ def test_a_sweep_whose_file_has_changed_keeps_what_it_has(tmp_path: Path, capsys
 
 def test_a_worker_that_writes_elsewhere_is_not_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fedpriv.engines.ray_jobs.side_by_side", lambda jobs, *_, **__: (Ended(job.name, 1.0) for job in jobs)
+        "fedpriv.engines.local_jobs.side_by_side", lambda jobs, *_, **__: (Ended(job.name, 1.0) for job in jobs)
     )
     with pytest.raises(UserError, match="--out: expected a folder that every trial can write to"):
         run_sweep(load_sweep(sweep_file(tmp_path, "seeds = 1\n")), tmp_path / "out")
