@@ -21,6 +21,7 @@ from fedpriv.experiment.study import (
     Study,
     as_text,
     problem_key,
+    telling,
     words_of,
 )
 from fedpriv.experiment.tables import field_names
@@ -155,7 +156,7 @@ def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
     made["hyperparameters"] = ""
     for _, rows in made.groupby("method", sort=True):
         keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
-        made.loc[rows.index, "hyperparameters"] = words_of(rows, keys)
+        made.loc[rows.index, "hyperparameters"] = words_of(rows, telling(rows, keys))
     first = ["setting", *GROUP, "hyperparameters", "seeds", "score", "epsilon", "delta"]
     return made[[*first, *(key for key in made.columns if key not in first)]]
 
@@ -293,7 +294,8 @@ def _apart(settings: pd.DataFrame, quantity: Quantity) -> tuple[list[str], list[
     varying = [key for key in keys if key not in quantity.own and settings[key].map(as_text).nunique() > 1]
     private = settings[settings["private"]]
     terms = [key for key in varying if key.startswith("privacy.") and private[key].map(as_text).nunique() > 1]
-    return [key for key in varying if problem_key(key)], [key for key in terms if key not in _EPSILON]
+    problem = telling(settings, [key for key in varying if problem_key(key)])
+    return problem, [key for key in terms if key not in _EPSILON]
 
 
 def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:

@@ -226,39 +226,35 @@ class _Report:
         best = self.best
         low, high = best["test_accuracy_min"].min(), best["test_accuracy_max"].max()
         width = max(float(high - low), 1e-9)
-        columns = [("method", "nowrap"), ("hyperparameters", "w"), ("best of", "n"), ("seeds", "n")]
-        columns += [("validation accuracy, %", "n")] if self.has_validation else []
-        columns += [("test accuracy, %", "n"), ("min to max", "n"), ("epsilon", "n"), ("delta", "n")]
+        first = [("method", "nowrap"), *([("validation accuracy, %", "n")] if self.has_validation else [])]
+        first += [("test accuracy, %", "n"), ("min to max", "n")]
+        then = [("hyperparameters", "w"), ("seeds", "n"), ("best of", "n"), ("epsilon", "n"), ("delta", "n")]
         groups: list[dict[str, Any]] = []
         for row, title in zip(best.to_dict("records"), self._titles(best), strict=True):
-            cells = [row["method"], row["hyperparameters"] or "–", str(row["tried"]), str(row["seeds"])]
-            cells += [words.accuracy(row, "validation_accuracy")] if self.has_validation else []
-            cells += [
-                words.accuracy(row, "test_accuracy"),
-                words.accuracy_range(row, "test_accuracy"),
-                *words.epsilon_delta(row),
-            ]
+            told = [row["method"], *([words.accuracy(row, "validation_accuracy")] if self.has_validation else [])]
+            told += [words.accuracy(row, "test_accuracy"), words.accuracy_range(row, "test_accuracy")]
+            more = [row["hyperparameters"] or "–", str(row["seeds"]), str(row["tried"]), *words.epsilon_delta(row)]
             place = {k: f"{100 * (row[f'test_accuracy_{k}'] - low) / width:.1f}" for k in ("min", "max", "mean")}
-            figures = (words.accuracy(row, "test_accuracy"), words.accuracy_range(row, "test_accuracy"))
             if not groups or groups[-1]["title"] != title:
                 groups.append({"title": title, "rows": []})
             groups[-1]["rows"].append(
                 {
-                    "cells": list(zip(cells, (kind for _, kind in columns), strict=True)),
+                    "first": [(cell, kind) for cell, (_, kind) in zip(told, first, strict=True)],
+                    "then": [(cell, kind) for cell, (_, kind) in zip(more, then, strict=True)],
                     "spread": {
                         "low": place["min"],
                         "high": place["max"],
                         "mean": place["mean"],
-                        "words": "test accuracy {} %, {} %".format(*figures),
+                        "words": f"test accuracy {told[-2]} %, {told[-1]} %",
                     },
                     "colour": self.look[row["series"]].colour,
                 }
             )
-        shown = [(title, kind) for title, kind in columns] + [(f"{words.percent(low)} to {words.percent(high)} %", "")]
+        columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
         self.tables["best"] = _numbers(self._told(best, extra=("tried",)))
         names = _joined(best, self._apart("method", "privacy", "problem"))
         report_figures.save_figure(report_figures.draw_best(best, names, self.look), self.figures, "best")
-        return {"columns": shown, "groups": groups, "legend": words.SPREAD}
+        return {"columns": columns, "groups": groups, "legend": words.SPREAD}
 
     def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
         """Settings as a table for others: what tells them apart, the figures, the keys that vary."""
@@ -350,6 +346,8 @@ class _Report:
         ordered = order.merge(table, on=["problem", "privacy", "method"], how="left")
         for _, rows in ordered.groupby(["problem", "privacy", "method"], sort=False):
             title, first = self._titles(rows)[0], rows.iloc[0]
+            if first["settings"] < 2:
+                continue
             if not groups or groups[-1]["title"] != title:
                 groups.append({"title": title, "rows": []})
             shares = {name: [words.brief(v) for v in rows[f"near_{name}"]] for name in ("own", "all")}

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from fedpriv.experiment.analysis import HeatMap, Quantity
 from fedpriv.learning.federation import PALETTE
@@ -94,7 +94,7 @@ def draw_best(best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look]
             axes.plot(row["test_accuracy_mean"], height, "o", color=colour, ms=5)
         axes.set_yticks(heights, wrapped)
         axes.set(xlabel="test accuracy", ylim=(heights[-1] - 1.0, heights[0] + 1.0))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.xaxis.set_major_formatter(_in_percent)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(visible=False, axis="y")
     return figure
@@ -119,7 +119,7 @@ def draw_against(table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Loo
             axes.axhline(rows["accuracy"].iloc[0], label=f"{name}, not private", lw=1.2, **line)
         _set_x(axes, finite["x"], texts, quantity)
         axes.set(xlabel=quantity.label, ylabel="test accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(_in_percent)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         _add_legend(figure)
     return figure
@@ -135,7 +135,7 @@ def draw_curves(table: pd.DataFrame, look: Mapping[str, Look]) -> Figure:
             axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
         axes.set(xlabel="round", ylabel="test accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.yaxis.set_major_formatter(_in_percent)
         _add_legend(figure)
     return figure
 
@@ -207,6 +207,10 @@ def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
+
+
+def _in_percent(share: float, _: float | None = None) -> str:
+    return f"{100.0 * share:.4g} %"
 
 
 def _add_legend(figure: Figure) -> None:

@@ -107,9 +107,10 @@ def as_text(value: Any) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The keys' last words where these tell them apart, else the whole keys."""
+    """The keys' last words where these tell them apart, else the whole keys; for a name or a kind, the table's."""
     keys = list(keys)
-    last = [key.rpartition(".")[2] for key in keys]
+    parts = [key.rpartition(".") for key in keys]
+    last = [table if word in ("kind", "name") and table else word for table, _, word in parts]
     return {key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)}
 
 
@@ -205,8 +206,21 @@ def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str
     runs["cohort_size"] = [_cohort_size(row) for row in runs.to_dict("records")]
     keys = [key for key in runs.columns if "." in key and not key.startswith("heterogeneity.")]
     varying = {key for key in keys if runs[key].map(as_text).nunique() > 1}
-    runs["problem"] = words_of(runs, [key for key in keys if key in varying and problem_key(key)])
+    runs["problem"] = words_of(runs, telling(runs, [key for key in keys if key in varying and problem_key(key)]))
     runs["privacy"] = _privacy(runs, [key for key in keys if key.startswith("privacy.")])
+
+
+def telling(rows: pd.DataFrame, keys: Iterable[str]) -> list[str]:
+    """The keys but those that only some rows have, always with one value, and that tell no more rows apart."""
+    kept: list[str] = []
+    told = [()] * len(rows)
+    for key in keys:
+        texts = rows[key].map(as_text).tolist()
+        more = [(*before, text) for before, text in zip(told, texts, strict=True)]
+        if len(set(texts) - {""}) > 1 or "" not in texts or len(set(more)) > len(set(told)):
+            kept.append(key)
+            told = more
+    return kept
 
 
 def words_of(rows: pd.DataFrame, keys: list[str]) -> list[str]:

@@ -9,47 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
 
 from fedpriv.experiment import journal
-from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.report import write_report
-from fedpriv.experiment.run import run_experiment
-
-HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>"
-"""A run's name; a folder may be called so."""
-
-CENTRAL = {"trust": "central", "adjacency": "add-or-remove", "delta": 1e-5}
-DEVICES = {
-    "devices": {"kind": "log-normal", "speed": 20.0, "speed_spread": 0.5, "download": 1e5, "upload": 1e5},
-    "schedule": {"kind": "synchronous"},
-}
 
 
-def run_trial(out: Path, method: dict[str, Any], *, seed: int = 1, rounds: int = 3, **tables: Any) -> Path:
-    """Runs a small experiment into `out`, or into a folder of its own below `out/trials` if `out` is there."""
-    data = {"name": "digits", "clients": 20, "partition": "dirichlet", "concentration": 0.3, **tables.pop("data", {})}
-    config = parse_config(
-        {
-            "name": "small <b>",
-            "seed": seed,
-            "data": data,
-            "model": {"name": "softmax"},
-            "method": method,
-            "training": {"rounds": rounds},
-            **tables,
-        }
-    )
-    folder = out / "trials" / config.digest[:12] if out.exists() else out
-    run_experiment(config, folder, engine="vectorized")
-    return folder
-
-
-def fedavg(server_lr: float) -> dict[str, Any]:
-    return {"name": "dp-fedavg", "clip_norm": 0.5, "server_lr": server_lr}
-
-
-def normec(alpha: float, beta: float) -> dict[str, Any]:
-    return {"name": "alpha-normec", "alpha": alpha, "beta": beta, "server_lr": 1.0, "server_normalization": False}
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of single runs take longer than the runs."""
+    monkeypatch.setattr(journal, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +27,12 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study") / "small & <b>bold"
     root.mkdir()
     methods = [fedavg(0.3), fedavg(1.0), *(normec(alpha, beta) for alpha in (0.1, 1.0) for beta in (0.1, 1.0))]
-    private = {"privacy": {**CENTRAL, "epsilon": 8.0}}
+    private: dict[str, Any] = {"privacy": {**CENTRAL, "epsilon": 8.0}}
+    promises: list[dict[str, Any]] = [{}, private, {"privacy": {**CENTRAL, "epsilon": 2.0}}]
     with pytest.MonkeyPatch.context() as patch:
-        # A run's own picture takes longer than the run.
         patch.setattr(journal, "plot_curves", lambda *_, **__: None)
         for method in methods:
-            for promise in ({}, private, {"privacy": {**CENTRAL, "epsilon": 2.0}}):
+            for promise in promises:
                 for seed in (1, 2):
                     run_trial(root, method, seed=seed, **promise)
         for concentration in (0.1, 10.0):

@@ -46,8 +46,10 @@
       cell.querySelector(".bar span").style.width = `${share.toFixed(1)}%`;
     }
   };
-  near.addEventListener("input", showNear);
-  showNear();
+  if (near) {
+    near.addEventListener("input", showNear);
+    showNear();
+  }
 
   // Heat maps.
   const map = byId("map");
@@ -84,8 +86,8 @@
     if (key in units) return scaled(value, size, units[key]);
     return String(Number(value.toPrecision(4)));
   };
-  const ticks = (low, high, most) => {
-    const rough = (high - low) / most || 1;
+  const ticks = (low, high, most, least = 0) => {
+    const rough = Math.max((high - low) / most, least) || 1;
     const unit = 10 ** Math.floor(Math.log10(rough));
     const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough * 0.999);
     const found = [];
@@ -137,7 +139,7 @@
       const text = isShare(yAxis.value) ? `${Number((100 * y).toPrecision(6))} %` : String(y);
       make("text", { x: box.left - 6, y: py(y) + 4, "text-anchor": "end" }, chart, text);
     }
-    for (const x of ticks(x0, x1, Math.max(Math.floor(width / 110), 3))) {
+    for (const x of ticks(x0, x1, Math.max(Math.floor(width / 110), 3), xAxis.value === "round" ? 1 : 0)) {
       make("path", { class: "rule", d: `M${px(x)} ${box.bottom}v5` }, chart);
       const side = px(x) > box.right - 16 ? "end" : "middle";
       make("text", { x: px(x), y: box.bottom + 18, "text-anchor": side }, chart, format(xAxis.value, x, x1));
