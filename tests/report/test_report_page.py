@@ -80,7 +80,7 @@ def test_names_and_reasons_are_text_and_never_markup(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert HOSTILE not in text
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;") in text
-    assert "expected &lt;i&gt;fewer&lt;/i&gt;, got 1e9" in text
+    assert "expected &lt;i&gt;fewer&lt;/i&gt;&lt;/script&gt;&lt;b&gt;, got 1e9" in text
 
 
 def test_every_trial_is_told_and_failed_ones_with_their_reason(study_folder: Path, page: Path) -> None:
