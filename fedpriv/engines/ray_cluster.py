@@ -1,6 +1,7 @@
 """Starting a Ray of one's own, or joining one that is there; and what fits on it."""
 
 import contextlib
+import fcntl
 import gc
 import logging
 import os
@@ -9,19 +10,26 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import ray
 
 from fedpriv.errors import UserError
 
-__all__ = ["Connection", "Need", "connect", "quiet", "room"]
+__all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
 
 # Ray puts sockets some 70 characters below its folder, and a socket's path has at most 107.
 _LONGEST_FOR_SOCKETS = 36
 _PROBE_SECONDS = 10.0
+_PREFIX = "fedpriv-ray-"
+# Locked for as long as the process that started a Ray lives.
+_ALIVE = "alive"
+# A folder is made before it is locked.
+_ABANDONED_SECONDS = 60.0
 # Ends with an error unless a Ray answers.
 _PROBE = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
 
@@ -34,10 +42,11 @@ class Need(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """How this process is tied to a Ray: whether it was made here, and the folder of a Ray that was started here."""
+    """How this process is tied to a Ray: whether it was tied here; of a Ray started here its folder, and a lock on it."""
 
     ours: bool
     folder: str | None
+    alive: TextIO | None = None
 
     def close(self) -> None:
         """Unties it, and ends a Ray that was started here; one that was there before stays as it is."""
@@ -47,6 +56,8 @@ class Connection(NamedTuple):
                 gc.collect()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self.alive is not None:
+            self.alive.close()
 
 
 def connect(address: str | None, store_bytes: int) -> Connection:
@@ -64,7 +75,10 @@ def connect(address: str | None, store_bytes: int) -> Connection:
     if address is not None:
         _join(address)
         return Connection(ours=True, folder=None)
-    folder = tempfile.mkdtemp(prefix="fedpriv-ray-", dir=_short_folder())
+    remove_abandoned(Path(_short_folder()))
+    folder = tempfile.mkdtemp(prefix=_PREFIX, dir=_short_folder())
+    alive = (Path(folder) / _ALIVE).open("w")
+    fcntl.flock(alive, fcntl.LOCK_EX)
     try:
         with quiet(), _environment(RAY_USAGE_STATS_ENABLED="0"):
             ray.init(
@@ -77,9 +91,22 @@ def connect(address: str | None, store_bytes: int) -> Connection:
             )
             gc.collect()  # files that it opened and let go of, while nobody complains of them
     except BaseException:
-        Connection(ours=True, folder=folder).close()
+        Connection(ours=True, folder=folder, alive=alive).close()
         raise
-    return Connection(ours=True, folder=folder)
+    return Connection(ours=True, folder=folder, alive=alive)
+
+
+def remove_abandoned(place: Path) -> None:
+    """Removes the folders of Rays whose process was killed before it could; Ray's own processes end with it."""
+    for file in place.glob(f"{_PREFIX}*/{_ALIVE}"):
+        try:
+            if time.time() - file.stat().st_mtime < _ABANDONED_SECONDS:
+                continue
+            with file.open("r+") as alive:
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(file.parent, ignore_errors=True)
+        except OSError:  # in use, another's, or gone
+            continue
 
 
 @contextlib.contextmanager

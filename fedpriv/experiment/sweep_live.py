@@ -20,7 +20,7 @@ class SweepTable:
     """Shows a sweep on stderr; call it with the sweep's state."""
 
     def __init__(self) -> None:
-        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
+        self._live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
         self._started = False
 
     def __enter__(self) -> "SweepTable":

@@ -1,6 +1,6 @@
 """Measures what a sweep costs beside its trials' own work, and what is left of it after it was killed twice.
 
-    python results/sweep-overhead/make.py [--trials 200] [--rounds 100] [--jobs 2] [--repeats 3] [--runs FOLDER]
+    python results/sweep-overhead/make.py [--trials 200] [--rounds 250] [--jobs 2] [--repeats 3] [--runs FOLDER]
 
 The same trials, the quickstart's experiment under other seeds, are run three ways on as many processes, each with one
 thread:
@@ -35,7 +35,7 @@ def main() -> None:
     """Runs all ways in turn, several times, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=None, help="Where run directories go; else a temporary folder.")
@@ -138,7 +138,8 @@ def check(place: Path, trials: int) -> None:
     named = {trial.name: trial for trial in load_sweep(place / "sweep.toml").trials()}
     tables = [TrialsTable(place, place / "plain", named, []).write()]
     tables += [pd.read_csv(place / way / "trials.csv") for way in ("sweep", "killed")]
-    tables = [table.drop(columns=[name for name in TIMES if name in table]).fillna("") for table in tables]
+    tables = [table.drop(columns=[name for name in TIMES if name in table]) for table in tables]
+    tables = [table.astype(object).where(table.notna() & (table != ""), None) for table in tables]
     assert len(named) == trials
     assert all(set(table["status"]) == {"done"} and len(table) == trials for table in tables)
     for table in tables[1:]:

@@ -1,5 +1,6 @@
 """Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from fedpriv import load_results
 from fedpriv.cli import main
 from fedpriv.engines import local_jobs, ray_jobs
 from fedpriv.engines.jobs import Began, Ended, Job, JobDied, call
-from fedpriv.engines.ray_cluster import connect
+from fedpriv.engines.ray_cluster import connect, remove_abandoned
 from fedpriv.errors import UserError
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.sweep_live import SweepTable
@@ -351,6 +352,18 @@ def test_a_worker_does_many_jobs_and_one_that_dies_takes_its_job_alone(
     processes = [ended[f"job {number}"] for number in range(6)]
     assert len(set(processes[:2])) == len(set(processes[2:])) == 1
     assert processes[0] != processes[2]
+
+
+def test_folders_of_rays_whose_process_was_killed_are_removed(tmp_path: Path) -> None:
+    for name in ("killed", "used", "new", "other"):
+        (tmp_path / f"fedpriv-ray-{name}").mkdir()
+        (tmp_path / f"fedpriv-ray-{name}" / ("alive" if name != "other" else "x")).touch()
+    for name in ("killed", "used"):
+        os.utime(tmp_path / f"fedpriv-ray-{name}" / "alive", (1.0, 1.0))
+    with (tmp_path / "fedpriv-ray-used" / "alive").open() as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        remove_abandoned(tmp_path)
+    assert sorted(path.name[12:] for path in tmp_path.iterdir()) == ["new", "other", "used"]
 
 
 @pytest.mark.usefixtures("in_process")
