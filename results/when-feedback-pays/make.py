@@ -68,6 +68,7 @@ def steps(population: int, privacy: str) -> tuple[float, ...]:
 def cells() -> list[tuple[int, str, str]]:
     """Population, spread and privacy of every cell."""
     central = [(n, spread, name) for name in ("none", "central, 8") for spread in SPREADS for n in POPULATIONS]
+    central.remove((10_000, "alike", "central, 8"))
     central += [(n, "two shards", "central, 2") for n in POPULATIONS[2:]]
     return central + [(1000, "two shards", name) for name in LOCAL]
 
