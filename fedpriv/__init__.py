@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from fedpriv.experiment.report import write_report
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.experiment.run import run_experiment
+    from fedpriv.experiment.tracking import track
 
 __version__ = "0.1.0"
 
-__all__ = ["load_config", "load_model", "load_results", "run_experiment", "write_report"]
+__all__ = ["load_config", "load_model", "load_results", "run_experiment", "track", "write_report"]
 
 _HOMES = {
     "load_config": "fedpriv.experiment.config",
     "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
     "run_experiment": "fedpriv.experiment.run",
+    "track": "fedpriv.experiment.tracking",
     "write_report": "fedpriv.experiment.report",
 }
 

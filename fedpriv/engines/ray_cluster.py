@@ -42,7 +42,7 @@ class Need(NamedTuple):
 
 
 class Connection(NamedTuple):
-    """How this process is tied to a Ray: whether it was tied here; of a Ray started here its folder, and a lock on it."""
+    """How this process is tied to a Ray: whether it was tied here; of one started here its folder and a lock on it."""
 
     ours: bool
     folder: str | None

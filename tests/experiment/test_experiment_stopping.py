@@ -134,6 +134,15 @@ def test_a_hopeless_trial_is_stopped_counted_apart_and_can_be_finished_to_the_bi
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_hopeless_trial_that_nothing_can_be_compared_with_is_run_to_its_end(tmp_path: Path) -> None:
+    """The last trial has other data than the others."""
+    axis = 'key = ["data.clients", "method.server_lr"]\nvalues = [[6, 0.5], [6, 0.4], [6, 0.6], [6, 1e-6], [7, 1e-6]]'
+    text = HOPELESS.replace('key = "method.server_lr"\nvalues = [0.5, 0.4, 0.6, 1e-6, 0.3]', axis)
+    table = run_sweep(load_sweep(sweep_file(tmp_path, text)), tmp_path / "out")
+    assert list(table["status"]) == ["done", "done", "done", "stopped", "done"]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_sweep_that_was_interrupted_stops_the_same_trials_at_the_same_rounds(tmp_path: Path) -> None:
     """With one job at a time: between any two trials, and within a trial that is stopped."""
     plan = load_sweep(sweep_file(tmp_path, HOPELESS.replace("median", "halving").replace("grace = 4", "grace = 2")))
