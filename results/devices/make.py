@@ -61,8 +61,8 @@ def row(folder: Path) -> dict[str, Any]:
 def cells(found: pd.DataFrame) -> pd.DataFrame:
     """A row a cell. A time is given where all seeds came to the accuracy."""
     figures = ["seconds_to_target", "megabytes_to_target", "test_accuracy", "simulated_seconds", "noise_multiplier"]
-    grouped = found.groupby([*CELL, "server_lr"], sort=False)[figures]
-    means = grouped.mean()
+    grouped = found.groupby([*CELL, "server_lr"], sort=False)
+    means = grouped[figures].mean()
     reached = grouped["seconds_to_target"].count() == grouped["seconds_to_target"].size()
     means.loc[~reached, ["seconds_to_target", "megabytes_to_target"]] = np.nan
     means = means.reset_index().sort_values(["seconds_to_target", "test_accuracy"], ascending=[True, False])
@@ -109,7 +109,7 @@ def draw(best: pd.DataFrame) -> None:
         panel.set_xlabel("speed spread (standard deviation of the logarithm)")
     for across in panels:
         across[0].set_ylabel(f"simulated seconds to accuracy {TARGET:g}")
-    panels[0, 1].legend(fontsize=6.5)
+    panels[0, 1].legend(fontsize=6.5, handlelength=4)
     figure.savefig(HERE / "figure.png", dpi=150)
 
 
