@@ -197,7 +197,8 @@ def sweep(
     engine: Annotated[str, typer.Option(help="In each trial: auto, loop or vectorized.")] = "vectorized",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     cpus_per_trial: Annotated[float, typer.Option(help="Cores that each trial needs, and PyTorch's threads.")] = 1.0,
-    gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25.")] = 0.0,
+    gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25; on Ray.")] = 0.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Ray deals out cores, too; else processes of our own.")] = False,
     ray_address: Annotated[
         str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
     ] = None,
@@ -237,6 +238,7 @@ def sweep(
             stop=not no_stop,
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
+            ray=ray,
             ray_address=ray_address,
             logs=log or (),
             log_diagnostics=log_diagnostics,

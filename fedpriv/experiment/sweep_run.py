@@ -91,6 +91,7 @@ def run_sweep(
     stop: bool = True,
     cpus_per_trial: float = 1.0,
     gpus_per_trial: float = 0.0,
+    ray: bool = False,
     ray_address: str | None = None,
     logs: Sequence[str] = (),
     log_diagnostics: bool = True,
@@ -110,6 +111,7 @@ def run_sweep(
         stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
         cpus_per_trial: Cores that each needs; PyTorch uses as many threads, and one at least.
         gpus_per_trial: Share of a GPU that each needs; above 0 a Ray is started that deals them out.
+        ray: Whether Ray deals out this machine's cores, too; it takes some seconds to start, and its daemons their share.
         ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
         logs: Names of `tracking.TRACKERS` that get each trial's rows.
         log_diagnostics: Whether they get what is not private, too.
@@ -148,7 +150,7 @@ def run_sweep(
             logs=stores,
             tracked={"group": sweep.name, "diagnostics": log_diagnostics},
         )
-        needs = {"cpus": cpus_per_trial, "gpus": gpus_per_trial, "address": ray_address}
+        needs = {"cpus": cpus_per_trial, "gpus": gpus_per_trial, "ray": ray, "address": ray_address}
         left = {name: trial for name, trial in trials.items() if not status_of(out / TRIALS / name)}
         try:
             with closing(_finish(left, out, manner, jobs, needs)) as happenings:
@@ -206,9 +208,9 @@ def _finish(
 
 
 def _side_by_side(
-    work: Iterable[Job], jobs: int | None, *, threads: int, cpus: float, gpus: float, address: str | None
+    work: Iterable[Job], jobs: int | None, *, threads: int, cpus: float, gpus: float, ray: bool, address: str | None
 ) -> Generator[Began | Ended | None]:
-    if gpus or address is not None:
+    if ray or gpus or address is not None:
         from fedpriv.engines import ray_jobs
 
         return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=gpus, address=address)

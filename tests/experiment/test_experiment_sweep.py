@@ -246,6 +246,18 @@ def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, som
     assert [path.stat().st_mtime_ns for path in summaries] == before
 
 
+def test_ray_deals_out_cores_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def no_jobs(_jobs: object, _at_once: object, **needs: Any) -> Iterator[None]:
+        asked.append(needs)
+        yield None
+
+    monkeypatch.setattr("fedpriv.engines.ray_jobs.side_by_side", no_jobs)
+    run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", ray=True, cpus_per_trial=0.5)
+    assert asked == [{"cpus": 0.5, "gpus": 0.0, "address": None}]
+
+
 SLOW = """
 [set]
 "training.rounds" = 60
