@@ -68,6 +68,13 @@ MUTANTS = [
         CHARGED,
     ),
     Mutant(
+        "a message still on its way at the end is not charged",
+        SCHEDULES,
+        "late = self._under_way() if done == steps else []",
+        "late = []",
+        CHARGED,
+    ),
+    Mutant(
         "a client counts twice in a step",
         TIMELINE,
         "if (counted[1:] == counted[:-1]).any():",

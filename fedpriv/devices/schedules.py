@@ -4,6 +4,9 @@ A client is asked again only once the step in which its last message counts is d
 step, its draws of noise and of batches (addressed by step and client) are never the same twice, and it can be told what
 became of its message before it moves its memory again. A client that dropped out or came too late has not moved it.
 
+Messages that are still on their way when the last step is done come too late: their clients have taken a model, and
+nothing stops them. They are `late` in that step, where rounds have them in the round that ended without them.
+
 Weights and memory: where clients have an error-feedback memory, every message weighs 1. The server's memory moves by
 beta / n for each message as the client's own moves by beta, and only so does it stay the mean of theirs; a message
 weighed down on its way would part them for ever. Nothing is lost by it: weights exist because a slow client's voice is
@@ -268,8 +271,8 @@ class FedFix:
             for client in asked:
                 attempts[client] += 1
                 one = clock.participation(client, (number - 1) * self.window, attempts[client])
-                takes[max(math.ceil(one.begins / self.window), number)] += 1
-                ends[max(math.ceil(one.ends / self.window), number)].append((one, number - 1))
+                takes[max(self._within(one.begins), number)] += 1
+                ends[max(self._within(one.ends), number)].append((one, number - 1))
             arrived = ends.pop(number, [])
             free[number] = sorted(one.client for one, _ in arrived)
             groups: dict[tuple[int, float], list[int]] = defaultdict(list)
@@ -278,17 +281,27 @@ class FedFix:
                     start = min(max(int(one.begins // self.window), since), number - 1)
                     groups[start, 1.0 if equal else float(number - since)].append(one.client)
             down += takes.pop(number, 0) * clock.model_bytes
-            up += sum(map(len, groups.values())) * clock.model_bytes
+            late = self._under_way(ends, number) if number == steps else []
+            up += (sum(map(len, groups.values())) + len(late)) * clock.model_bytes
             yield Step(
                 number=number,
                 seconds=number * self.window,
                 groups=_groups(groups, number),
                 asked=_ids(asked),
                 dropped=_ids(one.client for one, _ in arrived if one.drops),
-                late=_ids(()),
+                late=_ids(late),
                 bytes_down=down,
                 bytes_up=up,
             )
+
+    def _within(self, seconds: float) -> int:
+        """In which window, from 1, a time lies; it ends the earlier of two."""
+        return math.ceil(seconds / self.window)
+
+    def _under_way(self, ends: dict[int, list[tuple[Participation, int]]], number: int) -> list[int]:
+        """Who has taken a model until the end of a window, and is going to answer after it."""
+        expected = [one for answers in ends.values() for one, _ in answers]
+        return [one.client for one in expected if self._within(one.begins) <= number and not one.drops]
 
 
 SCHEDULES: dict[str, type] = {
@@ -336,13 +349,19 @@ class _Buffer:
                 up += self.clock.model_bytes
             if sum(map(len, waiting.values())) == self.size:
                 done += 1
+                late = self._under_way() if done == steps else []
+                up += len(late) * self.clock.model_bytes
                 weighed = {(s, (1.0 + done - 1 - s) ** -self.exponent): clients for s, clients in waiting.items()}
                 groups = _groups(weighed, done)
-                yield Step(done, now, groups, _ids(asked), _ids(dropped), _ids(()), down, up)
+                yield Step(done, now, groups, _ids(asked), _ids(dropped), _ids(late), down, up)
                 for clients in waiting.values():
                     self._busy.difference_update(clients)
                 waiting, asked, dropped = defaultdict(list), [], []
             asked += self._ask(now)
+
+    def _under_way(self) -> list[int]:
+        """Who has taken a model and is going to answer."""
+        return [one.client for _, _, answers, one in self._events if answers and not one.drops]
 
     def _ask(self, now: float) -> list[int]:
         """Puts clients to work until there are enough; returns whom."""

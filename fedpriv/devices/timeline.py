@@ -29,8 +29,9 @@ class Step(NamedTuple):
     """One step of the server, from 1. Clients are int64, ascending; in `asked` and `dropped` one may stand twice.
 
     `seconds` is the simulated time since the run began at which the step ends. `dropped` never answered. `late` sent
-    their message, and it was not used. Others that were asked and do not count (yet) were not available, or are still
-    at work. `bytes_down` and `bytes_up` count from the beginning of the run.
+    their message, and it was not used; in the last step they are also those whose message is then still on its way.
+    Others that were asked and do not count (yet) were not available, or are still at work. `bytes_down` and `bytes_up`
+    count from the beginning of the run.
     """
 
     number: int
@@ -49,7 +50,7 @@ class Step(NamedTuple):
 
     @property
     def sent(self) -> np.ndarray:
-        """Whose messages were sent until it ended, and counted in no earlier step, ascending int64."""
+        """Whose messages it uses, or are lost on it (`late`), ascending int64; every message is in one step's."""
         return np.sort(np.concatenate([self.counted, self.late]))
 
     @property

@@ -143,8 +143,21 @@ def test_where_the_server_sees_messages_those_it_did_not_use_are_charged() -> No
 
 def test_where_the_server_sees_messages_weights_do_not_count() -> None:
     made = FedFix(window=1.0).timeline(clock(STEADY, 12), Everyone(12), 25, memory=False, hidden=False)
-    most = max(len(steps) for steps in entries(made).values())
-    assert plan_of(made.scheduled(), 25, "local").epsilon == plan_of(Everyone(12), most, "local").epsilon
+    most = np.bincount(np.concatenate([step.sent for step in made.steps])).max()
+    assert plan_of(made.scheduled(), 25, "local").epsilon == plan_of(Everyone(12), int(most), "local").epsilon
+
+
+def test_where_the_server_sees_messages_those_still_on_their_way_at_the_end_are_charged() -> None:
+    made = FedBuff(buffer_size=10, concurrency=300).timeline(
+        clock(STEADY, 300), Everyone(300), 20, memory=False, hidden=False
+    )
+    counted = [len(entries(made).get(client, ())) for client in range(300)]
+    sent = np.array(counted) + np.isin(np.arange(300), made.steps[-1].late)
+    assert len(made.steps[-1].late) == 290
+    plan = plan_of(made.scheduled(), 20, "local")
+    assert sent.max() == max(counted) + 1
+    assert plan.epsilon == plan.epsilon_of_participations(int(sent.max()))
+    assert plan.epsilon_after(19) < plan.epsilon
 
 
 @pytest.mark.parametrize("sampling", [Everyone(16), FixedSize(16, 8)])

@@ -166,8 +166,21 @@ def test_a_timeline_is_its_seeds_and_a_longer_one_begins_with_it(name: str) -> N
     made = timeline(name, steps=10)
     assert made.fingerprint == timeline(name, steps=10).fingerprint != timeline(name, steps=10, seed=6).fingerprint
     longer = timeline(name, steps=20)
-    cut = Timeline(scheme="", population=16, expected_size=1.0, steps=longer.steps[:10])
+    *before, last = longer.steps[:10]
+    # Who is under way at the end is late there, and counts later in the longer one.
+    last = last._replace(late=made.steps[-1].late, bytes_up=made.steps[-1].bytes_up)
+    cut = Timeline(scheme="", population=16, expected_size=1.0, steps=(*before, last))
     assert cut.fingerprint == made.fingerprint
+    assert [step.bytes_up for step in cut.steps] == [step.bytes_up for step in made.steps]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ["fedbuff", "fedbuff that weighs little", "asynchronous", "fedfix"])
+def test_who_is_under_way_when_the_last_step_is_done_is_who_would_have_counted_later(name: str, seed: int) -> None:
+    made, longer = timeline(name, seed=seed, steps=10), timeline(name, seed=seed, steps=120)
+    assert all(not len(step.late) for step in made.steps[:-1])
+    later = [client for client, steps in entries(longer).items() if any(start < 10 < step for step, start, _ in steps)]
+    assert sorted(later) == made.steps[-1].late.tolist()
 
 
 @every_schedule
