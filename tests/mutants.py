@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(
         "the clock says who was in a hidden cohort",
         SCHEDULES,
-        "elif hidden and self.deadline is not None:",
-        "elif False:",
+        "(hidden or clock.fleet.devices.keep_hours)",
+        "clock.fleet.devices.keep_hours",
         TIMED,
     ),
     Mutant(

@@ -46,6 +46,11 @@ class Devices(Protocol):
         """Seconds after which availability repeats."""
         ...
 
+    @property
+    def keep_hours(self) -> bool:
+        """Whether any of them is at times not available."""
+        ...
+
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
         """The device of one client, by its own generator."""
         ...
@@ -74,6 +79,11 @@ class Same:
     def __post_init__(self) -> None:
         _check(self.speed, self.download, self.upload)
         _check_habits(self.available, self.dropout, self.day)
+
+    @property
+    def keep_hours(self) -> bool:
+        """See `Devices.keep_hours`."""
+        return self.available < 1.0
 
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
         """See `Devices.profile`."""
@@ -114,6 +124,11 @@ class LogNormal:
                 remedy = "1 spreads devices over a factor of ten, 2 over a hundred"
                 raise UserError(f"devices.{key}", "a number from 0 to 5", getattr(self, key), remedy)
 
+    @property
+    def keep_hours(self) -> bool:
+        """See `Devices.keep_hours`."""
+        return self.available < 1.0
+
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
         """See `Devices.profile`."""
         medians = np.array([self.speed, self.download, self.upload])
@@ -151,6 +166,11 @@ class Uniform:
         _check(self.speed[0], self.download[0], self.upload[0])
         _check(self.speed[1], self.download[1], self.upload[1])
         _check_habits(self.available, self.dropout, self.day)
+
+    @property
+    def keep_hours(self) -> bool:
+        """See `Devices.keep_hours`."""
+        return self.available < 1.0
 
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
         """See `Devices.profile`."""
@@ -197,7 +217,7 @@ class Trace:
                 for name in known[:3]:
                     if name not in names:
                         raise UserError(self.file, f"a column {name}", ", ".join(names) or "nothing", "Add it")
-                rows = tuple(_device(f"{self.file}: row {number}", row) for number, row in enumerate(table))
+                rows = tuple(_device(f"{self.file}: line {table.line_num}", row) for row in table)
         except OSError as error:
             reason = error.strerror or str(error)
             remedy = "A relative path starts where the program runs"
@@ -212,6 +232,11 @@ class Trace:
     def fingerprint(self) -> str:
         """A checksum of what the file says."""
         return f"{zlib.crc32(repr(self.rows).encode()):08x}"
+
+    @property
+    def keep_hours(self) -> bool:
+        """See `Devices.keep_hours`."""
+        return any(row.available < 1.0 for row in self.rows)
 
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
         """See `Devices.profile`."""

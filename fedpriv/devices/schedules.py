@@ -12,6 +12,9 @@ beta / n for each message as the client's own moves by beta, and only so does it
 weighed down on its way would part them for ever. Nothing is lost by it: weights exist because a slow client's voice is
 heard too seldom or too late, and the mean of memories holds every client's last word at equal weight, however long ago
 it was spoken.
+
+What no real client could know when it begins: the step in which its message is going to count. Its batches and its
+noise are addressed by that step, and a damped memory decays up to it. A timeline that is known beforehand can say it.
 """
 
 import heapq
@@ -74,12 +77,20 @@ class Synchronous:
         over_select: Asks for this many times the places of a cohort of fixed size.
 
     Privacy: without over-selection, whether a client that is asked counts depends on itself alone: on its device, its
-    number of examples and its own dropouts, all of which are independent of data and of other clients. Given that, a
-    round in which it would not count is one in which its message is zero, so that every round is at most what the
-    sampling's accounting takes it for, amplification included (thinning). For this the clock must say nothing of who
-    was asked: where the cohort is `hidden`, a round with a deadline always lasts until the deadline, so that hours of
-    availability pass in every population alike. With over-selection who counts depends on the others; the timeline is
-    then taken as public and accounted (`Scheduled`), without amplification.
+    number of examples, its hours and its own dropouts, all of which are independent of data and of other clients. Given
+    that, a round in which it would not count is one in which its message is zero, so that every round is at most what
+    the sampling's accounting takes it for, amplification included (thinning). Three cases:
+
+    *   With a deadline and hours of availability, when a round begins decides who is in time. So every round lasts
+        until its deadline, and the k-th begins at the same hour whoever is asked and however fast they are.
+    *   With a deadline and devices that are always there, being in time does not depend on when a round begins. It may
+        end before its deadline, unless the cohort is `hidden`: the clock must then say nothing of who was asked.
+    *   Without a deadline a round waits for the last of those asked: when it ends, and so when the next begins, depends
+        on all of them, but nobody is late. Who counts is who was asked and does not drop out, which is drawn by client
+        and round, at whatever hour.
+
+    With over-selection who counts depends on the others; the timeline is then taken as public and accounted
+    (`Scheduled`), without amplification.
     """
 
     deadline: float | None = None
@@ -104,19 +115,23 @@ class Synchronous:
 
     def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:  # noqa: ARG002
         """See `Schedule.timeline`. The sum is divided by the expected cohort, as if all who are asked counted."""
-        asked, places = self._asked(sampling)
+        (asked, places), lasts = self._asked(sampling), self._lasts(clock, hidden=hidden)
         rounds: list[Step] = []
         for number in range(1, steps + 1):
             begin, down, up = (rounds[-1].seconds, *_bytes(rounds[-1])) if rounds else (0.0, 0, 0)
             cohort = asked.cohort(clock.streams.source(Purpose.COHORT, number))
             tried = [clock.participation(client, begin, number) for client in cohort.tolist()]
-            rounds.append(self._round(number, begin, tried, places, (down, up), clock.model_bytes, hidden=hidden))
+            rounds.append(self._round(number, begin, tried, places, (down, up), clock.model_bytes, lasts=lasts))
         return Timeline(
             scheme="synchronous" if places is None else "over-selection",
             population=sampling.population,
             expected_size=sampling.expected_size,
             steps=tuple(rounds),
         )
+
+    def _lasts(self, clock: Clock, *, hidden: bool) -> bool:
+        """Whether every round lasts until its deadline; see Privacy above."""
+        return self.draws_cohorts and self.deadline is not None and (hidden or clock.fleet.devices.keep_hours)
 
     def _round(
         self,
@@ -127,14 +142,14 @@ class Synchronous:
         sent: tuple[int, int],
         model_bytes: int,
         *,
-        hidden: bool,
+        lasts: bool,
     ) -> Step:
         until = math.inf if self.deadline is None else begin + self.deadline
         answers = sorted((one.ends, one.client) for one in tried if not one.drops and one.ends <= until)
         end = min(until, max((one.ends for one in tried), default=begin))
         if places is not None and len(answers) >= places:
             answers, end = answers[:places], answers[places - 1][0]
-        elif hidden and self.deadline is not None:
+        elif lasts:
             end = until
         counted = {client for _, client in answers}
         reached = [one for one in tried if one.begins <= end]
@@ -157,7 +172,8 @@ class Synchronous:
         if not isinstance(sampling, FixedSize):
             remedy = "Set sampling and size in [cohort], or leave out over_select"
             raise UserError("schedule.over_select", 'cohort.sampling = "fixed"', f'"{sampling.name}"', remedy)
-        more = math.ceil(self.over_select * sampling.size)
+        # 1.1 times 50 is 55, which floats make a little more.
+        more = math.ceil(self.over_select * sampling.size * (1.0 - 1e-12))
         if more > sampling.population:
             expected = f"at most {sampling.population / sampling.size:g} with {sampling.size} places"
             remedy = f"There are {sampling.population} clients to ask"
@@ -406,7 +422,7 @@ def _bytes(step: Step) -> tuple[int, int]:
 
 def _check_seconds(key: str, value: float) -> None:
     if not 1e-6 <= value <= 1e12:
-        raise UserError(key, "simulated seconds above 0", value, "A participation lasts seconds to hours")
+        raise UserError(key, "simulated seconds, from 1e-06 to 1e+12", value, "A participation lasts seconds to hours")
 
 
 def _check_everyone(schedule: str, sampling: Sampling) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from fedpriv.devices import Clock, FedBuff, FedFix, Fleet, Group, Profile, Step, Synchronous, Timeline
 from fedpriv.devices.profiles import LogNormal, Same, Trace, Uniform
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, FixedSize, Poisson
+from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
 from fedpriv.streams import SeededStreams
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -73,8 +73,8 @@ def test_a_trace_may_leave_out_habits(tmp_path: Path) -> None:
         ("speed,download\n1,2\n", "upload"),
         ("speed,download,upload,sped\n1,2,3,4\n", "speed"),
         ("speed,speed,download,upload\n1,1,2,3\n", "once"),
-        ("speed,download,upload\n1,2\n", "row 0"),
-        ("speed,download,upload\n1,2,3\n1,2,3,4\n", "row 1"),
+        ("speed,download,upload\n1,2\n", "line 2"),
+        ("speed,download,upload\n1,2,3\n\n1,2,3,4\n", "line 4"),
         ("speed,download,upload\n1,fast,3\n", "download"),
         ("speed,download,upload\n1,0,3\n", "download"),
         ("speed,download,upload\n1,nan,3\n", "download"),
@@ -221,10 +221,10 @@ def test_over_selection_takes_the_first_answers_and_no_more() -> None:
 def test_where_cohorts_are_hidden_the_clock_says_nothing_of_them() -> None:
     schedule, sampling = Synchronous(deadline=8.0), Poisson(30, 0.2)
     hidden = [
-        schedule.timeline(clock(UNEQUAL, 30, seed), sampling, 20, memory=False, hidden=True).steps for seed in SEEDS
+        schedule.timeline(clock(STEADY, 30, seed), sampling, 20, memory=False, hidden=True).steps for seed in SEEDS
     ]
     assert all([step.seconds for step in steps] == [8.0 * (k + 1) for k in range(20)] for steps in hidden)
-    seen = schedule.timeline(clock(UNEQUAL, 30), sampling, 20, memory=False, hidden=False).steps
+    seen = schedule.timeline(clock(STEADY, 30), sampling, 20, memory=False, hidden=False).steps
     assert seen[-1].seconds < 160.0
 
 
@@ -236,6 +236,48 @@ def test_where_cohorts_are_hidden_being_in_time_depends_on_nobody_else() -> None
             one = alone.participation(client, 8.0 * (step.number - 1), step.number)
             in_time = not one.drops and one.ends <= 8.0 * step.number
             assert (client in step.counted) == in_time
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("available", [1.0, 0.5])
+@pytest.mark.parametrize("deadline", [None, 8.0])
+@pytest.mark.parametrize("sampling", [Everyone(12), Poisson(12, 0.4), FixedSize(12, 5)])
+def test_slowing_a_client_changes_no_other_clients_rounds(
+    tmp_path: Path, sampling: Sampling, deadline: float | None, available: float, hidden: bool
+) -> None:
+    for seed in SEEDS:
+        fleet, found = Fleet(UNEQUAL, 12, SeededStreams(seed)), []
+        profiles = [fleet.profile(client)._replace(available=available) for client in range(12)]
+        for slower in (1.0, 3.0, 1e3):
+            first = profiles[0]._replace(speed=profiles[0].speed / slower)
+            made = clock(traced(tmp_path / "t.csv", [first, *profiles[1:]], day=60.0), 12, seed)
+            rule = Synchronous(deadline=deadline)
+            steps = rule.timeline(made, sampling, 20, memory=False, hidden=hidden).steps
+            found.append([[client for client in step.counted.tolist() if client != 0] for step in steps])
+        assert found[0] == found[1] == found[2]
+
+
+def test_rounds_last_until_the_deadline_where_devices_keep_hours(tmp_path: Path) -> None:
+    quick = Profile(1e3, 1e9, 1e9)
+    for last, seconds in ((quick, 0.01), (quick._replace(available=0.9, phase=0.95), 8.0)):
+        made = clock(traced(tmp_path / "t.csv", [quick, last]), 2, examples=[10, 10], model_bytes=1)
+        step = Synchronous(deadline=8.0).timeline(made, Everyone(2), 1, memory=False, hidden=False).step(1)
+        assert step.seconds == pytest.approx(seconds, rel=1e-6)
+        assert step.counted.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("factor", "places", "asked"), [(1.1, 50, 55), (1.3, 100, 130), (1.1, 5, 6), (1.0001, 50, 51)])
+def test_over_selection_asks_as_many_as_are_written(factor: float, places: int, asked: int) -> None:
+    made, sampling = clock(STEADY, 200), FixedSize(200, places)
+    step = Synchronous(over_select=factor).timeline(made, sampling, 1, memory=False, hidden=False).step(1)
+    assert (len(step.asked), len(step.counted)) == (asked, places)
+
+
+@pytest.mark.parametrize("seconds", [1e13, 1e-7, float("nan")])
+def test_seconds_out_of_range_are_told_the_range(seconds: float) -> None:
+    for make, key in ((Synchronous, "deadline"), (FedFix, "window")):
+        with pytest.raises(UserError, match=rf"^schedule\.{key}: expected .* from 1e-06 to 1e\+12, got"):
+            make(**{key: seconds})
 
 
 @pytest.mark.parametrize("seed", SEEDS)
