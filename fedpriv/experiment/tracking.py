@@ -5,6 +5,7 @@ nothing twice, and what a crash or a broken connection left out is sent later, f
 """
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,9 @@ from fedpriv.experiment.records import RunDirectory, flat_tables
 __all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
 
 DIAGNOSTICS = "diagnostics/"
+
+# Of a summary, what is not released.
+UNRELEASED = ("diagnostics", "seconds", "clients_per_second")
 
 # Name of a tracker, the package that it needs, and the module with its `prepare` and `Tracker`.
 TRACKERS: dict[str, tuple[str, str]] = {
@@ -200,7 +204,8 @@ class _Sender:
             if self._broken or self._taken is None:
                 self._catch_up()
             if self._taken is not None and not self._taken.finished:
-                self._tracker.end(status, texts, summary)
+                sent = (texts, summary) if self._diagnostics else _released(texts, summary)
+                self._tracker.end(status, *sent)
 
         self._guarded(rest)
 
@@ -233,6 +238,15 @@ class _Sender:
         if new:
             self._tracker.row(number, new)
             taken.figures.update((key, number) for key in new)
+
+
+def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Texts and summary without what is not released."""
+    kept = {key: value for key, value in summary.items() if key not in UNRELEASED}
+    if "execution" in kept:
+        kept["execution"] = {key: value for key, value in kept["execution"].items() if key != "seconds_per_client"}
+    file = {"summary.json": json.dumps(kept, indent=2) + "\n"} if "summary.json" in texts else {}
+    return {**texts, **file}, kept
 
 
 def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

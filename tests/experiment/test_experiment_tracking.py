@@ -218,6 +218,28 @@ def test_wandb_has_the_config_the_summary_and_the_statement_and_nothing_of_the_m
     assert summary["digest"] == config.digest
 
 
+@pytest.mark.parametrize("tracker", READERS)
+def test_what_is_not_released_is_in_no_summary_either_where_diagnostics_are_not_sent(
+    tracker: str, config: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    finished(config, out, tracker, diagnostics=False)
+    assert {"diagnostics", "seconds", "clients_per_second"} <= json.loads((out / "summary.json").read_text()).keys()
+    if tracker == "wandb":
+        sent = {item.key for record in wandb_records(out) for item in record.summary.update if item.key}
+    elif tracker == "mlflow":
+        client, run = mlflow_run(out)
+        names = [artifact.path for artifact in client.list_artifacts(run)]
+        sent = set(json.loads(Path(client.download_artifacts(run, "summary.json", str(tmp_path))).read_text()))
+        assert sorted(names) == ["config.toml", "privacy.txt", "summary.json"]
+    else:
+        found = EventAccumulator(str(out / "tensorboard")).Reload()
+        text = found.Tensors("summary.json/text_summary")[0].tensor_proto.string_val[0].decode()
+        sent = set(json.loads(text))
+    assert {"digest", "epsilon", "test_accuracy"} <= sent
+    assert not {key for key in sent if key.startswith(("diagnostics", "seconds", "clients_per_second"))}
+
+
 def test_a_tracker_that_breaks_is_said_and_ends_nothing(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
