@@ -2,7 +2,8 @@
 
 A rule looks at files alone, `rounds.jsonl` and `summary.json` of the other trials, so that a sweep that was killed
 decides as it would have. It compares within a group: trials whose data, model, cohorts, privacy and rounds are the
-same, under the same method; they differ in the method's and the local work's own numbers and in the seed.
+same, under the same method; they differ in the own numbers of the method, the local work and the server's optimiser,
+and in the seed.
 """
 
 import hashlib
@@ -19,9 +20,12 @@ from fedpriv.experiment.journal import StopRun
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.tables import choose, read_table
 
-__all__ = ["RULES", "STOPPED", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
+__all__ = ["RULES", "STOPPED", "TUNED", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
 
 STOPPED = "stopped.json"
+
+# Tables of a config that whoever tunes chooses, and the key of each that says whose numbers the others are.
+TUNED = {"method": "name", "local": "work", "server": "optimizer"}
 
 # Round and figure, in order, of the rounds after the first model that were evaluated.
 Curve = Sequence[tuple[int, float]]
@@ -125,9 +129,8 @@ def read_rule(table: dict[str, Any]) -> StopRule:
 
 def group_of(config: Config) -> str:
     """A digest of what trials that may be compared have in common: their tables but for what is tuned, and the seed."""
-    tuned = {"method": ("name",), "local": ("work",)}
     tables = {
-        name: {key: table[key] for key in tuned[name]} if name in tuned else table
+        name: {TUNED[name]: table[TUNED[name]]} if name in TUNED else table
         for name, table in config.tables.items()
         if name not in ("name", "seed", "deployment")
     }

@@ -11,7 +11,8 @@ from fedpriv import load_results, run_experiment
 from fedpriv.cli import main
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.records import RunDirectory
-from fedpriv.experiment.stopping import Halving, Median, Stopping, group_of
+from fedpriv.experiment.stopping import TUNED, Halving, Median, Stopping, group_of
+from fedpriv.experiment.study import HYPERPARAMETERS
 from fedpriv.experiment.sweep_run import run_sweep
 from fedpriv.experiment.sweeps import load_sweep
 
@@ -81,6 +82,7 @@ def tables(**changes: Any) -> dict[str, Any]:
         ({"method__server_lr": 0.1}, True),
         ({"method__clip_norm": 0.1}, True),
         ({"local__client_lr": 0.2}, True),
+        ({"server": {"optimizer": "adam"}}, False),
         ({"privacy__epsilon": 4.0}, False),
         ({"privacy__trust": "local"}, False),
         ({"data__clients": 7}, False),
@@ -92,6 +94,14 @@ def tables(**changes: Any) -> dict[str, Any]:
 )
 def test_only_trials_of_equal_data_privacy_and_method_are_compared(change: dict[str, Any], same: bool) -> None:
     assert (group_of(parse_config(tables(**change))) == group_of(parse_config(tables()))) is same
+
+
+def test_numbers_of_the_server_optimiser_are_tuned_like_the_others() -> None:
+    adam = group_of(parse_config(tables(server={"optimizer": "adam"})))
+    assert group_of(parse_config(tables(server={"optimizer": "adam", "tau": 0.1}))) == adam
+    assert group_of(parse_config(tables(server={"optimizer": "yogi"}))) != adam
+    assert HYPERPARAMETERS == ("method.", "local.", "server.", "training.")
+    assert {f"{table}." for table in TUNED} < set(HYPERPARAMETERS)
 
 
 def bits(folder: Path) -> dict[str, bytes]:
