@@ -16,9 +16,9 @@ from pathlib import Path
 from clients.files import append_durably, make_private_folder, only_one, replace_durably
 from clients.promise import Promise
 from fedpriv.errors import UserError
-from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan
+from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
 
-__all__ = ["Entry", "Ledger", "account_of", "spent", "surely_within"]
+__all__ = ["Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -162,6 +162,11 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
     return by_others + (_spent_locally(local, left, adjacency) if local else 0.0)
 
 
+def in_words(epsilon: float) -> str:
+    """An epsilon for people: rounded up, or infinite."""
+    return rounded_up(epsilon) if math.isfinite(epsilon) else "inf"
+
+
 def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> str:
     """What a ledger says, for people: a line a run, and the sum.
 
@@ -181,13 +186,15 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         part = [entry for entry in entries if entry.run == run]
         last = part[-1]
         alone = (
-            "nothing promised" if last.trust == "none" else f"epsilon {spent(part, delta, adjacency):.4g} on its own"
+            "nothing promised"
+            if last.trust == "none"
+            else f"epsilon {in_words(spent(part, delta, adjacency))} on its own"
         )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in entries) else "local"]
-    total = f"epsilon {spent(entries, delta, adjacency):.4g} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
+    total = f"epsilon {in_words(spent(entries, delta, adjacency))} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 

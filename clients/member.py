@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clients.files import make_private_folder, only_one
-from clients.ledger import LOCK_FILE, Entry, Ledger, spent, surely_within
+from clients.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
 from clients.memory import MemoryFile, Record
 from clients.policy import POLICY_FILE, Policy, load_policy
 from clients.refusals import Refusal
@@ -124,7 +124,7 @@ class Member:
         if not epsilon <= limits.epsilon:
             expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
             remedy = f"The budget of this client is used up; its operator decides in {POLICY_FILE}"
-            raise Refusal("budget", "epsilon after another message", expected, f"{epsilon:.4g}", remedy)
+            raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
         noise = None

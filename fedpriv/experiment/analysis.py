@@ -18,6 +18,7 @@ from fedpriv.experiment.study import (
     COSTS,
     HYPERPARAMETERS,
     METRICS,
+    TERMS,
     Study,
     as_text,
     problem_key,
@@ -293,9 +294,11 @@ def _apart(settings: pd.DataFrame, quantity: Quantity) -> tuple[list[str], list[
     keys = [key for key in settings.columns if "." in key and not key.startswith("heterogeneity.")]
     varying = [key for key in keys if key not in quantity.own and settings[key].map(as_text).nunique() > 1]
     private = settings[settings["private"]]
-    terms = [key for key in varying if key.startswith("privacy.") and private[key].map(as_text).nunique() > 1]
+    said = {*_EPSILON, *(f"privacy.{term}" for term in TERMS)}
+    terms = [key for key in varying if key.startswith("privacy.") and key not in said]
+    terms += [term for term in TERMS if term in settings]
     problem = telling(settings, [key for key in varying if problem_key(key)])
-    return problem, [key for key in terms if key not in _EPSILON]
+    return problem, [key for key in terms if private[key].map(as_text).nunique() > 1]
 
 
 def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:
@@ -313,10 +316,15 @@ def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:
 def held(settings: pd.DataFrame, table: pd.DataFrame, quantity: Quantity) -> str:
     """In words, what all of a figure's settings have in common and others of the study have not; see `against`."""
     shown = settings[settings["setting"].isin(list(table["setting"]))]
-    problem, _ = _apart(settings, quantity)
+    problem, terms = _apart(settings, quantity)
+    promised = shown[shown["private"]]
     same = [key for key in problem if shown[key].map(as_text).nunique() == 1]
+    told = terms if quantity.column == "epsilon" and len(promised) else []
+    told = [key for key in told if promised[key].map(as_text).nunique() == 1]
     privacy = shown["privacy"].iloc[0] if settings["privacy"].nunique() > shown["privacy"].nunique() == 1 else ""
-    return ", ".join(part for part in (privacy, words_of(shown.head(1), same)[0]) if part)
+    return ", ".join(
+        part for part in (privacy, words_of(shown.head(1), same)[0], *words_of(promised.head(1), told)) if part
+    )
 
 
 def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str]) -> HeatMap:

@@ -264,6 +264,7 @@ class Journal:
             "data_fingerprint": self.experiment.population.federation.fingerprint,
             "rounds": config.training.rounds,
             "population": self.experiment.population.federation.population,
+            "expected_cohort": self.experiment.server.sampling.expected_size,
             "parameters": self.experiment.population.task.layout.size,
             "test_accuracy": last["test_accuracy"],
             "test_loss": last["test_loss"],

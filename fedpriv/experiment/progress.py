@@ -1,10 +1,13 @@
 """A progress bar for a run: round, loss, accuracy, epsilon spent, clients a second, time left."""
 
+import math
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedpriv.privacy import rounded_up
 
 __all__ = ["RoundProgress"]
 
@@ -44,11 +47,14 @@ class RoundProgress:
         self._progress.update(self._task, completed=released["round"], description=self._description())
 
     def _description(self) -> str:
+        told = dict(self._latest)
+        if math.isfinite(told.get("epsilon", math.inf)):
+            told["epsilon"] = rounded_up(told["epsilon"])
         figures = (
             ("loss {:.3f}", "test_loss"),
             ("accuracy {:.3f}", "test_accuracy"),
-            ("eps {:.2f}", "epsilon"),
+            ("eps {}", "epsilon"),
             ("clock {:.0f} s", "simulated_seconds"),
             ("{:.0f} clients/s", "clients_per_second"),
         )
-        return " ".join(form.format(self._latest[key]) for form, key in figures if key in self._latest)
+        return " ".join(form.format(told[key]) for form, key in figures if key in told)

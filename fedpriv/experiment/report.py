@@ -387,14 +387,14 @@ class _Report:
 
     def _promises(self) -> _Shown:
         keys = ["privacy", "trust", "adjacency", "adversary", "accountant", "delta"]
-        keys += ["privacy.unit"] if "privacy.unit" in self.study.runs else []
+        keys += ["unit"] if "unit" in self.study.runs else []
         runs = self.study.runs.assign(**{key: self.study.runs[key].map(as_text) for key in keys})
         rows, told = [], []
         for _, group in sorted(runs.groupby(keys, sort=True), key=lambda pair: self._place(pair[1]["privacy"].iloc[0])):
             row = {key: str(group[key].iloc[0]) for key in keys}
             largest = group["epsilon"].max() if group["private"].any() else float("nan")
             epsilon = rounded_up(largest) if largest == largest else "–"
-            unit = "one " + row["privacy.unit"] if row.get("privacy.unit") else "–"
+            unit = "one " + row["unit"] if row.get("unit") else "–"
             promise = [row[key] or "–" for key in ("delta", "adjacency", "adversary", "accountant")]
             rows.append([row["privacy"], epsilon, promise[0], unit, *promise[1:], str(len(group))])
             told.append({**row, "epsilon": None if epsilon == "–" else float(epsilon), "runs": len(group)})

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedpriv.errors import UserError
 from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, figures_of
 from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.privacy import rounded_up
 from fedpriv.vectors import Layout
 
 __all__ = ["compare_runs", "load_model", "load_results"]
@@ -64,7 +65,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         paths: Run directories.
 
     Returns:
-        A column a run; rows are the keys of the configs that differ, then figures of the summaries.
+        A column a run; rows are the keys of the configs that differ, then figures of the summaries, epsilon rounded up.
 
     Raises:
         UserError: If one is not a finished run.
@@ -77,20 +78,23 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         if summary is None:
             raise UserError(str(path), "a finished run", "none", "Finish it with fedpriv run ... --resume")
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
-        columns[str(path)] = {key: _shown(summary.get(key)) for key in _COMPARED}
-        columns[str(path)] |= {key: _shown(summary[key]) for key in _IF_THERE if key in summary}
+        columns[str(path)] = {key: _shown(key, summary.get(key)) for key in _COMPARED}
+        columns[str(path)] |= {key: _shown(key, summary[key]) for key in _IF_THERE if key in summary}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
     together = {run: {**{key: configs[run].get(key) for key in differing}, **columns[run]} for run in columns}
     return pd.DataFrame(together, dtype=object)
 
 
-_COMPARED = ("method", "test_accuracy", "test_loss", "epsilon", "delta", "trust", "rounds", "engine", "seconds")
+_PROMISE = ("epsilon", "delta", "trust", "adjacency")
+_COMPARED = ("method", "test_accuracy", "test_loss", *_PROMISE, "rounds", "engine", "seconds")
 _IF_THERE = ("validation_accuracy", "validation_loss", "simulated_seconds", "bytes_down", "bytes_up")
 
 
-def _shown(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _shown(key: str, value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return float(rounded_up(value) if key == "epsilon" else f"{value:.6g}")
 
 
 def _one_run(folder: Path, root: Path) -> pd.DataFrame:

@@ -9,20 +9,23 @@ from typing import Any
 
 import pandas as pd
 
+from fedpriv.devices import SCHEDULES, FedBuff, FedFix
 from fedpriv.errors import UserError
 from fedpriv.experiment.records import RunDirectory, flat_tables
 from fedpriv.experiment.results import load_results
-from fedpriv.experiment.stopping import STOPPED
+from fedpriv.experiment.stopping import STOPPED, TUNED
 from fedpriv.experiment.sweep_run import TRIALS
 from fedpriv.experiment.sweep_table import FAILURE, TABLE, status_of
 from fedpriv.experiment.tables import field_names, read_table
 from fedpriv.privacy import SAMPLINGS, rounded_up
 
-__all__ = ["HYPERPARAMETERS", "METRICS", "Study", "load_study", "problem_key", "short_names"]
+__all__ = ["HYPERPARAMETERS", "METRICS", "TERMS", "Study", "load_study", "problem_key", "short_names"]
 
 METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
-HYPERPARAMETERS = ("method.", "local.", "server.", "training.")
+TERMS = ("trust", "adjacency", "unit", "delta")
+"""Of a promise, beside its epsilon, what tells it apart: columns with what held, said in the config or a default."""
+HYPERPARAMETERS = (*(f"{table}." for table in TUNED), "training.")
 """Tables whose keys are chosen by whoever tunes; all other tables say which problem is solved, or how privately."""
 
 _NOT_SETTING = ("name", "seed", "training.evaluate_every")
@@ -39,7 +42,8 @@ class Study:
             and the keys of its config as far as they are known.
         runs: A row a finished run: `run`, the keys of its config, `seed`; `setting`, equal where all but the seed is;
             `method`; `problem` and `privacy`, words that tell different ones apart; what was promised (`epsilon`,
-            `delta`, ...), the last accuracies and losses, `cohort_size`, and costs and distances that were recorded.
+            `delta`, ...), the last accuracies and losses, `cohort_size` (expected), costs and distances that were
+            recorded, and `hidden`: whether its costs are not released.
         rounds: A row a recorded round of a finished run: `run`, `setting`, `round`, and what was recorded.
         statements: The privacy statements, each with the runs that it is of.
     """
@@ -68,7 +72,7 @@ def load_study(path: Path | str) -> Study:
         path: The folder.
 
     Raises:
-        UserError: If there is no finished run, or a file is damaged.
+        UserError: If there is no finished run, a file is damaged, or runs of one setting and seed had other data.
     """
     root = Path(path)
     found = {_name(folder, root): folder for folder in _folders(root)}
@@ -79,6 +83,7 @@ def load_study(path: Path | str) -> Study:
         raise UserError(str(root), "at least one finished run", words, "Make one with: fedpriv run or fedpriv sweep")
     rounds = load_results(root)
     runs = pd.DataFrame([_run(name, found[name], configs[name]) for name in done])
+    _refuse_other_data(runs)
     _describe(runs, rounds, {name: str(found[name].relative_to(root)) for name in done})
     rounds = _rounds(rounds, runs)
     statements: dict[str, list[str]] = {}
@@ -174,15 +179,31 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    summary = RunDirectory(folder).read_json("summary.json")
+    directory = RunDirectory(folder)
+    summary = directory.read_json("summary.json")
     if not isinstance(summary, dict) or not config:
         raise UserError(str(folder), "config.toml and summary.json of a run", "others", "Start the run again")
-    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
-    distances = flat_tables({"heterogeneity": summary.get("heterogeneity") or {}})
+    plan = directory.read_json("privacy.json") or {}
+    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS, "data_fingerprint") if key in summary}
+    figures["unit"] = plan.get("unit")
+    figures["hidden"] = not set(COSTS) & set(summary)
+    figures["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))
     apart = {key: value for key, value in config.items() if key not in _NOT_SETTING and key[:11] != "deployment."}
     identity = json.dumps({key: as_text(value) for key, value in apart.items()}, sort_keys=True)
     names = {"run": name, "setting": identity, "method": config.get("method.name", summary.get("method", "?"))}
-    return {**names, **config, **{k: v for k, v in distances.items() if _is_number(v)}, **figures}
+    return {**names, **config, **figures}
+
+
+def _refuse_other_data(runs: pd.DataFrame) -> None:
+    """A mean over runs of one setting and seed is one over equal experiments, or it is none."""
+    if "data_fingerprint" not in runs:
+        return
+    for _, rows in runs[runs["data_fingerprint"].notna()].groupby(["setting", "seed"], sort=True):
+        first = rows.drop_duplicates("data_fingerprint")
+        if len(first) > 1:
+            one, other = first["run"].iloc[:2]
+            remedy = "Run one of them again, or look at them in different folders"
+            raise UserError(f"{one} and {other}", "one setting and seed with the same data", "different data", remedy)
 
 
 def _is_number(value: Any) -> bool:
@@ -192,18 +213,19 @@ def _is_number(value: Any) -> bool:
 def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str]) -> None:
     """Adds what is told from several runs, and what only the rounds' table has, to the runs' table."""
     runs["place"] = runs["run"].map(places)
-    missing = [key for key in (*METRICS, *COSTS, *_PROMISED) if key not in runs]
     distances = [key for key in rounds.columns if key.startswith("heterogeneity.") and key not in runs]
     last = rounds.groupby("run", sort=False).last(skipna=False)
-    for key in (*missing, *distances):
-        runs[key] = runs["place"].map(last[key]) if key in last else None
-    for key in (*METRICS, *COSTS, "epsilon", "delta", "population", "rounds"):
+    for key in (*METRICS, *COSTS, *_PROMISED, *distances):
+        known = runs[key].astype(object) if key in runs else pd.Series(None, runs.index, dtype=object)
+        runs[key] = known.where(known.notna(), runs["place"].map(last[key])) if key in last else known
+    for key in (*METRICS, *COSTS, *distances, "epsilon", "delta", "population", "rounds", "cohort_size"):
         runs[key] = pd.to_numeric(runs[key], errors="coerce")
+    runs["hidden"] &= runs[list(COSTS)].notna().any(axis=1)
     runs["private"] = runs["private"].fillna(value=False).astype(bool)
     order = {identity: number for number, identity in enumerate(sorted(runs["setting"].unique()), 1)}
     runs["setting"] = runs["setting"].map(order)
     runs["bytes"] = runs["bytes_up"] + runs["bytes_down"].fillna(0.0)
-    runs["cohort_size"] = [_cohort_size(row) for row in runs.to_dict("records")]
+    runs["cohort_size"] = runs["cohort_size"].fillna(pd.Series([_cohort_size(row) for row in runs.to_dict("records")]))
     keys = [key for key in runs.columns if "." in key and not key.startswith("heterogeneity.")]
     varying = {key for key in keys if runs[key].map(as_text).nunique() > 1}
     runs["problem"] = words_of(runs, telling(runs, [key for key in keys if key in varying and problem_key(key)]))
@@ -238,10 +260,14 @@ def _shown(values: "pd.Series[Any]") -> list[str]:
 
 
 def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
-    """Words for each run's promise: trust and epsilon, and of the rest what is not the same in all private runs."""
+    """Words for each run's promise: trust and epsilon, and of the rest what is not the same in all private runs.
+
+    Of adjacency, unit and delta what held, which the config need not say.
+    """
     private = runs[runs["private"]]
-    told = ("privacy.trust", "privacy.epsilon", "privacy.noise_multiplier")
-    rest = words_of(runs, [k for k in keys if k not in told and private[k].map(as_text).nunique() > 1])
+    told = ("privacy.epsilon", "privacy.noise_multiplier", *(f"privacy.{term}" for term in TERMS))
+    rest = [*(key for key in keys if key not in told), *(term for term in TERMS if term != "trust")]
+    rest = words_of(runs, [key for key in rest if private[key].map(as_text).nunique() > 1])
     return [
         ", ".join(part for part in (f"{row['trust']} trust", epsilon_of(row), others) if part)
         if row["private"]
@@ -259,7 +285,10 @@ def epsilon_of(row: Mapping[Any, Any]) -> str:
 
 
 def _cohort_size(row: Mapping[Any, Any]) -> float:
-    """How many clients a round is expected to have; NaN if the config does not say."""
+    """How many clients a round is expected to have, of an older run that does not say; NaN if its config does not."""
+    schedule = SCHEDULES.get(str(row.get("schedule.kind")))
+    if schedule in (FedBuff, FedFix):
+        return float(row["schedule.buffer_size"] if schedule is FedBuff else row["population"])
     kind = SAMPLINGS.get(str(row.get("cohort.sampling")))
     if kind is None or row["population"] != row["population"]:
         return float("nan")

@@ -1,0 +1,126 @@
+"""Runs as a study reads them: what held and not only what was said, each row for itself, equal data or none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from report_runs import CENTRAL, DEVICES, fedavg, run_trial
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.analysis import QUANTITIES, against, held, settings_table
+from fedpriv.experiment.config import parse_config
+from fedpriv.experiment.progress import RoundProgress
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.results import compare_runs
+from fedpriv.experiment.study import load_study
+
+BASE: dict[str, Any] = {
+    "name": "n",
+    "seed": 1,
+    "data": {"name": "digits", "clients": 20},
+    "model": {"name": "softmax"},
+    "training": {"rounds": 1},
+}
+
+
+def record(
+    folder: Path, *, plan: dict[str, Any] | None = None, summary: dict[str, Any] | None = None, **tables: Any
+) -> Path:
+    """A finished run's records, as far as a study reads them; keys of its plan and its summary can be given."""
+    config = parse_config({**BASE, "method": fedavg(1.0), **tables})
+    directory = RunDirectory(folder)
+    folder.mkdir(parents=True)
+    directory.file("config.toml").write_text(_toml(config.tables))
+    promise = {"private": True, "epsilon": 7.99, "delta": 1e-5, "trust": "central", "adjacency": "add-or-remove"}
+    promise = {**promise, "unit": "client", "adversary": "anyone", "accountant": "PLD", **(plan or {})}
+    told = {"method": "dp-fedavg", "population": 20, "rounds": 1, "test_accuracy": 0.5, "test_loss": 1.0}
+    directory.write_json("privacy.json", promise)
+    directory.write_json("summary.json", {**told, **promise, **(summary or {})})
+    directory.append("rounds.jsonl", {"round": 1, "test_accuracy": 0.5, "test_loss": 1.0, "epsilon": 7.99})
+    return folder
+
+
+def _toml(tables: dict[str, Any]) -> str:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
+    for name, table in tables.items():
+        if isinstance(table, dict):
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def test_promises_differ_where_an_adjacency_that_nobody_wrote_does(tmp_path: Path) -> None:
+    privacy = {"epsilon": 8.0, "delta": 1e-5, "trust": "central"}
+    record(tmp_path / "a", privacy=privacy)
+    record(tmp_path / "b", privacy={**privacy, "adjacency": "add-or-remove"}, method=fedavg(0.5))
+    record(tmp_path / "c", privacy=privacy, plan={"adjacency": "replace"}, method=fedavg(0.1))
+    record(tmp_path / "d", privacy={**privacy, "epsilon": 2.0}, plan={"epsilon": 1.99}, method=fedavg(0.2))
+    study = load_study(tmp_path)
+    promise = study.runs.set_index("run")["privacy"]
+    assert promise["a"] == promise["b"] == "central trust, ε ≤ 8, adjacency=add-or-remove"
+    assert promise["c"] == "central trust, ε ≤ 8, adjacency=replace"
+    epsilon = next(quantity for quantity in QUANTITIES if quantity.name == "epsilon")
+    settings = settings_table(study, "test")
+    table = against(settings, epsilon, "test")
+    assert set(table["setting"]) < set(settings["setting"]), "there is one value of epsilon under replace"
+    assert held(settings, table, epsilon) == "adjacency=add-or-remove"
+    record(tmp_path / "e", privacy=privacy, plan={"adjacency": "replace", "epsilon": 1.99}, method=fedavg(0.3))
+    table = against(settings_table(load_study(tmp_path), "test"), epsilon, "test")
+    assert set(table["series"]) == {"dp-fedavg · adjacency=add-or-remove", "dp-fedavg · adjacency=replace"}
+    assert compare_runs([tmp_path / "a", tmp_path / "c"]).loc["adjacency"].tolist() == ["add-or-remove", "replace"]
+
+
+def test_an_expected_cohort_is_that_of_the_account_and_of_the_schedule(tmp_path: Path) -> None:
+    devices: dict[str, Any] = {"devices": DEVICES["devices"], "schedule": {"kind": "fedbuff", "buffer_size": 4}}
+    devices["schedule"]["concurrency"] = 8
+    run_trial(tmp_path / "free", fedavg(1.0), rounds=1, **devices)
+    run_trial(tmp_path / "private", fedavg(1.0), rounds=1, privacy={"epsilon": 8.0, "trust": "central"}, **devices)
+    assert load_study(tmp_path).runs["cohort_size"].tolist() == [4.0, 4.0]
+    (tmp_path / "private" / "privacy.json").unlink()
+    for run in ("free", "private"):
+        directory = RunDirectory(tmp_path / run)
+        older = directory.read_json("summary.json")
+        assert older.pop("expected_cohort") == 4.0
+        directory.write_json("summary.json", older)
+    assert load_study(tmp_path).runs["cohort_size"].tolist() == [4.0, 4.0], "from the config"
+
+
+def test_costs_of_hidden_cohorts_are_read_beside_those_that_are_released(tmp_path: Path) -> None:
+    hidden = {"cohort": {"sampling": "poisson", "probability": 0.5}, "privacy": {**CENTRAL, "epsilon": 8.0}}
+    run_trial(tmp_path / "hidden", fedavg(1.0), rounds=1, **hidden, **DEVICES)
+    run_trial(tmp_path / "public", fedavg(1.0), rounds=1, **DEVICES)
+    run_trial(tmp_path / "without", fedavg(1.0), rounds=1)
+    runs = load_study(tmp_path).runs.set_index("run")
+    wanted = {run: RunDirectory(tmp_path / run).rows(f"{file}.jsonl")[-1]["bytes_up"]
+              for run, file in (("hidden", "diagnostics"), ("public", "rounds"))}  # fmt: skip
+    assert runs.loc[["hidden", "public"], "bytes_up"].to_dict() == wanted
+    assert runs["simulated_seconds"].notna().to_dict() == {"hidden": True, "public": True, "without": False}
+    assert runs["hidden"].to_dict() == {"hidden": True, "public": False, "without": False}
+
+
+def test_runs_of_one_setting_and_seed_with_other_data_are_refused(tmp_path: Path) -> None:
+    for name, data in (("a", "1"), ("b", "1"), ("c", None)):
+        record(tmp_path / name, summary={"data_fingerprint": data})
+    assert len(load_study(tmp_path).runs) == 3
+    record(tmp_path / "another seed", summary={"data_fingerprint": "2"}, seed=2)
+    record(tmp_path / "another method", summary={"data_fingerprint": "2"}, method=fedavg(0.5))
+    assert len(load_study(tmp_path).runs) == 5
+    record(tmp_path / "d", summary={"data_fingerprint": "2"})
+    with pytest.raises(UserError, match="a and d: expected one setting and seed with the same data"):
+        load_study(tmp_path)
+
+
+def test_people_are_never_shown_a_smaller_epsilon(tmp_path: Path) -> None:
+    run = record(tmp_path / "a", plan={"epsilon": 1.00001})
+    assert compare_runs([run]).loc["epsilon"].tolist() == [1.001]
+    shown = RoundProgress(3)
+    for epsilon, words in ((1.00001, "eps 1.001"), (0.0, "eps 0"), (float("inf"), "eps inf")):
+        shown({"round": 1, "epsilon": epsilon}, {})
+        assert shown._description() == words
+    shown.__exit__(None, None, None)
+    without = RoundProgress(3)
+    without({"round": 1, "epsilon": None}, {})
+    assert without._description() == ""
+    without.__exit__(None, None, None)
+    assert pd.isna(compare_runs([record(tmp_path / "b", plan={"epsilon": None})]).loc["epsilon"].iloc[0])
