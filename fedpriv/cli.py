@@ -439,8 +439,8 @@ def privacy(
         absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
         print(json.dumps(jsonable(absent if plan is None else plan.as_dict()), indent=2))
     else:
-        clock = experiment.devices is not None
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", clock=clock))
+        told = {"clock": experiment.devices is not None, "held_out": experiment.held_out}
+        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
 
 
 @app.command()

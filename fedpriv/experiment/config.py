@@ -18,7 +18,7 @@ from fedpriv.experiment.tables import choose, field_names, read_table, refuse_un
 from fedpriv.learning.datasets import DATASETS
 from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.learning.models import MODELS
-from fedpriv.learning.partitions import PARTITIONS
+from fedpriv.learning.partitions import PARTITIONS, Natural
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
 from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, Scheduled, make_plan
@@ -152,6 +152,13 @@ class Config:
     def rule(self) -> Schedule:
         """When the server moves; rounds, if nothing is said."""
         return self.schedule or Synchronous()
+
+    @property
+    def held_out(self) -> str | None:
+        """Whose examples are held out for validation; see `privacy_statement`."""
+        if self.data.validation is None:
+            return None
+        return "clients" if isinstance(self.data.partition, Natural) else "pool"
 
     @property
     def digest(self) -> str:

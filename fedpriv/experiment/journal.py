@@ -70,6 +70,7 @@ class Journal:
             randomness=self.randomness,
             deployed=self.deployed,
             clock=experiment.timeline is not None,
+            held_out=experiment.config.held_out,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})

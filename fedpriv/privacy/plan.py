@@ -109,7 +109,8 @@ class PrivacyPlan:
     def epsilon_after(self, rounds: int) -> float:
         """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them.
 
-        Where a timeline says who counts, by whoever has spent most until then.
+        Where a timeline says who counts, by whoever has spent most until then; where trust is local, that is who has
+        sent most messages. Those on their way count when they arrive, and at the end of the last round.
         """
         _check_numbers(rounds, self.delta, self.l2_bound)
         return self._bound(rounds).epsilon

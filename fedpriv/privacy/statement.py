@@ -23,6 +23,13 @@ _WHO = {
     "every round, the worst case; a client that takes part less often has spent less.",
 }
 
+_WHO_SCHEDULED = {
+    "central": _WHO["central"],
+    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server "
+    "sees who took part, so no amplification by sampling is claimed. Epsilon is that of the client that sends most "
+    "messages by this timeline; a client that sends fewer has spent less.",
+}
+
 _NEIGHBOURS = {
     "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is there in "
     "the one and zero in the other.",
@@ -46,6 +53,19 @@ _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
     "with real people the randomness must come from the operating system"
 )
+
+_HELD_OUT = (
+    "Validation: the examples held out to choose by are taken to be public, or the server's own. They are not "
+    "protected: what the models score on them is released without noise (validation figures in rounds.jsonl and "
+    "summary.json)."
+)
+
+_HELD_OUT_OF_CLIENTS = (
+    " Here they are taken from the clients' own examples: for these a client is promised nothing, although its "
+    "other examples are protected together."
+)
+
+_HELD_OUT_ITEM = "the examples held out for validation, and what is chosen by them"
 
 
 _DEPLOYED = (
@@ -84,7 +104,13 @@ _IN_TIME = (
 
 
 def privacy_statement(
-    plan: PrivacyPlan | None, *, method: str, randomness: str, deployed: bool = False, clock: bool = False
+    plan: PrivacyPlan | None,
+    *,
+    method: str,
+    randomness: str,
+    deployed: bool = False,
+    clock: bool = False,
+    held_out: str | None = None,
 ) -> str:
     """The statement of a run.
 
@@ -94,6 +120,8 @@ def privacy_statement(
         randomness: `seeded` or `system`: where noise and cohorts come from.
         deployed: Whether real devices take part.
         clock: Whether a virtual clock decides who is in time.
+        held_out: Whose examples are held out for validation: `pool` for nobody's, `clients` for the clients' own; None
+            for none.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -103,17 +131,19 @@ def privacy_statement(
     if not plan.private:
         return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE.format(multiplier=plan.noise_multiplier))}\n"
     not_covered = [*_NOT_COVERED, _SEEDED] if randomness == "seeded" else list(_NOT_COVERED)
-    not_covered = [*not_covered, *(_DEPLOYED if deployed else ())]
+    not_covered = [*not_covered, *(_DEPLOYED if deployed else ()), *([_HELD_OUT_ITEM] if held_out else ())]
+    who = _WHO_SCHEDULED if isinstance(plan.sampling, Scheduled) else _WHO
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
-        _fill(_WHO[plan.trust].format(adversary=plan.adversary)),
+        _fill(who[plan.trust].format(adversary=plan.adversary)),
         _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
         _fill(_NEIGHBOURS[plan.adjacency]),
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
+        *([_fill(_HELD_OUT + (_HELD_OUT_OF_CLIENTS if held_out == "clients" else ""))] if held_out else []),
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
         "Not covered:\n" + "\n".join(_fill(f"* {item};", hang=2) for item in not_covered).rstrip(";") + ".",

@@ -229,6 +229,8 @@ def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str,
     assert words[timeline(name).scheme] in text
     for part in ("no amplification by sampling", "participation is visible", "numbers of examples", "public"):
         assert part in text
+    assert trust == "central" or "every round" not in text
+    assert ("the client that sends most messages by this timeline" in text) == (trust == "local")
     json.dumps(plan.as_dict(), allow_nan=False)
     assert plan.as_dict()["sampling"]["scheme"] == timeline(name).scheme
 

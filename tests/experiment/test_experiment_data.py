@@ -143,6 +143,14 @@ def test_examples_held_out_are_nobodys_and_the_same_for_every_seed():
 # What is recorded
 
 
+def test_the_statement_is_told_whose_examples_are_held_out():
+    natural = ["data.partition=natural", "data.concentration=", "data.clients="]
+    assert small().held_out is None
+    assert small("data.validation=0.2").held_out == "pool"
+    assert small("data.validation=0.2", *natural).held_out == "clients"
+    assert small(*natural).held_out is None
+
+
 def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
     config = small("data.validation=0.2", "training.evaluate_every=2", "training.rounds=5")
     summary = run_experiment(config, tmp_path / "run", engine="loop")
@@ -158,6 +166,9 @@ def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
     assert (recorded[0]["validation_loss"], recorded[0]["validation_accuracy"]) == (loss, accuracy)
     assert summary["validation_accuracy"] == recorded[-1]["validation_accuracy"] != summary["test_accuracy"]
     assert "validation_loss" in summary
+    statement = " ".join((tmp_path / "run" / "privacy.txt").read_text().split())
+    assert "Validation: the examples held out" in statement
+    assert "the clients' own examples" not in statement
     assert compare_runs([tmp_path / "run"]).loc["validation_accuracy"].iloc[0] == pytest.approx(
         summary["validation_accuracy"], rel=1e-5
     )

@@ -227,6 +227,21 @@ def test_a_statement_lists_what_is_not_covered() -> None:
     assert "this is a simulation" not in words(privacy_statement(plan(), method="a method", randomness="system"))
 
 
+@pytest.mark.parametrize("trust", ["central", "local"])
+def test_a_statement_says_that_examples_held_out_are_not_protected(trust: str) -> None:
+    made = plan(trust=trust)
+    none, pool, clients = (
+        words(privacy_statement(made, method="a method", randomness="system", held_out=held_out))
+        for held_out in (None, "pool", "clients")
+    )
+    assert "validation" not in none
+    for text in (pool, clients):
+        assert "validation: the examples held out" in text
+        assert "not protected" in text
+        assert "* the examples held out for validation" in text.split("not covered:")[1]
+    assert ("clients' own examples" in pool, "clients' own examples" in clients) == (False, True)
+
+
 def test_a_run_without_noise_is_said_to_promise_nothing() -> None:
     bare = privacy_statement(None, method="a method", randomness="seeded")
     quiet = privacy_statement(plan(noise_multiplier=0.0), method="a method", randomness="seeded")
