@@ -194,7 +194,8 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in entries) else "local"]
-    total = f"epsilon {in_words(spent(entries, delta, adjacency))} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
+    all_runs = in_words(spent(entries, delta, adjacency))
+    total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 

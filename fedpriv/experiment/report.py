@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from fedpriv.experiment.analysis import (
 )
 from fedpriv.experiment.records import jsonable, write_atomically
 from fedpriv.experiment.report_figures import DASHES, looks
-from fedpriv.experiment.study import HYPERPARAMETERS, Study, as_text, load_study, short_names, words_of
+from fedpriv.experiment.study import HYPERPARAMETERS, Study, as_text, load_study, short_names, unreleased, words_of
 from fedpriv.privacy import rounded_up
 
 __all__ = ["report_on", "write_report"]
@@ -47,6 +47,9 @@ MOST_ROWS = 200
 MOST_MAPS = 40
 MOST_MAP_FIGURES = 12
 POINTS = (1.0, 2.0, 5.0, 10.0)
+
+# What marks figures that only a simulation has, and that are not private: in labels, and in names of columns.
+MARK, PREFIX = " (not released)", "not_released."
 
 _METRICS = {
     "test_accuracy": "test accuracy",
@@ -147,6 +150,7 @@ class _Report:
         self.look = looks(_method_of(self.best) | _method_of(self.settings), self.methods)
         self.short = short_names(key for key in study.keys if key.startswith(HYPERPARAMETERS))
         self.has_validation = bool(study.runs["validation_accuracy"].notna().any())
+        self.unreleased = {key for key in study.runs.columns if unreleased(study.runs, key)}
         self.tables: dict[str, pd.DataFrame] = {}
 
     def page(self) -> str:
@@ -162,7 +166,7 @@ class _Report:
             "tiles": self._tiles(),
             "axes": self._axes(),
             "choice": words.about_choice(self.study, self.settings, self.best, self.judge),
-            "cost": words.about_cost(self.study),
+            "cost": [*words.about_cost(self.study), *self._about_unreleased()],
             "best": self._best(),
             "figures": self._figures(),
             "figures_text": words.FIGURES,
@@ -177,7 +181,13 @@ class _Report:
         }
         content["maps"], content["maps_left_out"] = self._maps()
         drawn, content["curves_text"] = self._drawn_curves()
-        content["curve_x"] = [(key, label) for key, label in _X.items() if self.curves[key].notna().any()]
+        hidden = [label for key, label in _X.items() if key in self.unreleased]
+        content["curves_text"] += "".join(f" {words.not_released(label, costs=True)}" for label in hidden)
+        content["curve_x"] = [
+            (key, label + MARK, f"{PREFIX}{key}") if key in self.unreleased else (key, label, key)
+            for key, label in _X.items()
+            if self.curves[key].notna().any()
+        ]
         content["curve_y"] = [(key, label) for key, label in _METRICS.items() if self.curves[key].notna().any()]
         content["contents"] = _contents(bool(content["figures"]), bool(content["failed"].rows))
         self._trials()
@@ -187,6 +197,14 @@ class _Report:
         return environment.from_string(template).render(
             **content, style=style, script=script, script_hash=f"sha256-{digest}", data=_embedded(data)
         )
+
+    def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with a mark on the names of columns that are not released."""
+        return table.rename(columns={key: f"{PREFIX}{key}" for key in self.unreleased})
+
+    def _about_unreleased(self) -> list[str]:
+        """What the marks mean, where there are any."""
+        return [words.about_marks(MARK, PREFIX)] if self.unreleased else []
 
     def _apart(self, *names: str) -> list[str]:
         """Those of the columns in which settings differ, and the first in any case."""
@@ -251,7 +269,7 @@ class _Report:
                 }
             )
         columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
-        self.tables["best"] = _numbers(self._told(best, extra=("tried",)))
+        self.tables["best"] = _numbers(self._marked(self._told(best, extra=("tried",))))
         names = _joined(best, self._apart("method", "privacy", "problem"))
         report_figures.save_figure(report_figures.draw_best(best, names, self.look), self.figures, "best")
         return {"columns": columns, "groups": groups, "legend": words.SPREAD}
@@ -275,11 +293,14 @@ class _Report:
             if table.empty:
                 continue
             look = looks(_method_of(table), self.methods)
-            figure = report_figures.draw_against(table, quantity, look)
+            hidden = unreleased(self.settings[self.settings["setting"].isin(list(table["setting"]))], quantity.column)
+            same = held(self.settings, table, quantity)
+            caption = words.caption(quantity, table, same, released=not hidden)
+            labelled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
+            figure = report_figures.draw_against(table, labelled, look)
             svg = report_figures.save_figure(figure, self.figures, quantity.name)
-            self.tables[quantity.name] = _numbers(table)
-            caption = words.caption(quantity, table, held(self.settings, table, quantity))
-            shown = self._shown_against(table, quantity)
+            self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
+            shown = self._shown_against(table, labelled)
             title = _TITLES[quantity.name]
             made.append({"name": quantity.name, "title": title, "svg": svg, "caption": caption, "table": shown})
         return made
@@ -301,7 +322,7 @@ class _Report:
         table = rows.assign(series=rows["setting"].map(series))
         chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
         table = table[table["series"].isin(list(chosen[: report_figures.MOST_SERIES]))]
-        self.tables["curves"] = _numbers(self.curves.dropna(axis="columns", how="all"))
+        self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
         return report_figures.save_figure(report_figures.draw_curves(table, self.look), self.figures, "curves")
 
     def _drawn_curves(self) -> tuple[dict[str, Any], str]:
@@ -320,6 +341,8 @@ class _Report:
             rows = rows.iloc[thinned(len(rows), MOST_POINTS)]
             keys = [key for key in (*_X, *_METRICS, "low", "high") if rows[key].notna().any()]
             values = {key: [words.brief(value) for value in rows[key].tolist()] for key in keys}
+            if "epsilon" in values:
+                values["epsilon"] = [words.brief(value) for value in _numbers(rows)["epsilon"].tolist()]
             kept.append(
                 {
                     "setting": int(setting),
@@ -420,7 +443,7 @@ class _Report:
     def _all_settings(self) -> _Shown:
         order = ["problem", "privacy", "method", "score"]
         ordered = self.settings.sort_values(order, ascending=[True, True, True, False], kind="stable")
-        self.tables["settings"] = _numbers(self._told(ordered))
+        self.tables["settings"] = _numbers(self._marked(self._told(ordered)))
         groups = [
             name for name in ("problem", "privacy", "method") if name in self._apart("method", "privacy", "problem")
         ]
@@ -463,7 +486,8 @@ class _Report:
         runs = self.study.runs[["run", *dict.fromkeys(f for f in figures if self.study.runs[f].notna().any())]]
         keys = [key for key in (*self.study.varying(), "seed") if key in self.study.trials]
         trials = self.study.trials[["trial", "status", "reason", *keys]]
-        self.tables["trials"] = _numbers(trials.merge(runs.rename(columns={"run": "trial"}), on="trial", how="left"))
+        told = trials.merge(runs.rename(columns={"run": "trial"}), on="trial", how="left")
+        self.tables["trials"] = _numbers(self._marked(told))
 
 
 def _contents(figures: bool, failed: bool) -> list[tuple[str, str]]:

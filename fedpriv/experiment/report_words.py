@@ -15,6 +15,7 @@ __all__ = [
     "about_choice",
     "about_cost",
     "about_curves",
+    "about_marks",
     "about_trials",
     "accuracy",
     "accuracy_range",
@@ -24,6 +25,7 @@ __all__ = [
     "figure",
     "listed",
     "many",
+    "not_released",
     "percent",
     "plus_minus",
     "points",
@@ -130,9 +132,18 @@ def about_curves(settings: int, held: int, longest: int, points: int) -> str:
     return text + (" All are in tables/curves.csv." if settings > held or longest > points else "")
 
 
-def caption(quantity: Quantity, table: pd.DataFrame, same: str) -> str:
-    """What stands below a quantity's figure; `same` is what all that it shows have in common."""
+def caption(quantity: Quantity, table: pd.DataFrame, same: str, *, released: bool = True) -> str:
+    """What stands below a quantity's figure.
+
+    Args:
+        quantity: The figure's.
+        table: What it shows.
+        same: What all that it shows have in common, in words.
+        released: Whether the quantity is.
+    """
     parts = [f"All with {same}."] if same else []
+    if not released:
+        parts.append(not_released(quantity.label, costs=quantity.cost))
     if quantity.column == "epsilon":
         parts.append("Epsilon is rounded up.")
         if (table["x"] == math.inf).any():
@@ -141,6 +152,21 @@ def caption(quantity: Quantity, table: pd.DataFrame, same: str) -> str:
     if count > MOST_SERIES:
         parts.append(f"Of {count} series the {MOST_SERIES} with the best accuracy are drawn; the table has all.")
     return " ".join(parts)
+
+
+def about_marks(mark: str, prefix: str) -> str:
+    """What the marks on labels and names of columns mean."""
+    return (
+        f"What is marked{mark}, and columns of tables whose names begin with {prefix}, are not part of any promise: "
+        "not released: seen in simulation only, computed from what is not private."
+    )
+
+
+def not_released(what: str, *, costs: bool) -> str:
+    """A sentence about figures that only a simulation has; `costs` are released where cohorts are not hidden."""
+    of = "of runs whose cohorts are hidden, " if costs else ""
+    text = f"{of}{what}: not released: seen in simulation only, computed from what is not private."
+    return text[0].upper() + text[1:]
 
 
 def many(count: int, what: str) -> str:

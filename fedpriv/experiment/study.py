@@ -19,7 +19,7 @@ from fedpriv.experiment.sweep_table import FAILURE, TABLE, status_of
 from fedpriv.experiment.tables import field_names, read_table
 from fedpriv.privacy import SAMPLINGS, rounded_up
 
-__all__ = ["HYPERPARAMETERS", "METRICS", "TERMS", "Study", "load_study", "problem_key", "short_names"]
+__all__ = ["HYPERPARAMETERS", "METRICS", "TERMS", "Study", "load_study", "problem_key", "short_names", "unreleased"]
 
 METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
@@ -109,6 +109,14 @@ def as_text(value: Any) -> str:
     if isinstance(value, float | int):
         return f"{value:.10g}"
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def unreleased(rows: pd.DataFrame, column: str) -> bool:
+    """Whether a column has figures that are not released: how clients differ, or costs where cohorts are hidden."""
+    if column.startswith("heterogeneity."):
+        return bool(rows[column].notna().any())
+    hidden = column in (*COSTS, "bytes") and "hidden" in rows
+    return hidden and bool(rows.loc[rows["hidden"], column].notna().any())
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -13,8 +13,10 @@ from fedpriv.experiment.analysis import QUANTITIES, against, held, settings_tabl
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.report import write_report
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.study import load_study
+from fedpriv.privacy import rounded_up
 
 BASE: dict[str, Any] = {
     "name": "n",
@@ -124,3 +126,42 @@ def test_people_are_never_shown_a_smaller_epsilon(tmp_path: Path) -> None:
     assert without._description() == ""
     without.__exit__(None, None, None)
     assert pd.isna(compare_runs([record(tmp_path / "b", plan={"epsilon": None})]).loc["epsilon"].iloc[0])
+
+
+def test_the_report_marks_every_figure_that_only_a_simulation_has(tmp_path: Path) -> None:
+    """Costs of hidden cohorts, and how clients differ; the same costs of public cohorts are not marked."""
+    differ = {"label_distance", "gradient_distance"}
+    words = "not released: seen in simulation only, computed from what is not private"
+    hidden = {"cohort": {"sampling": "poisson", "probability": 0.5}, "privacy": {**CENTRAL, "epsilon": 8.0}}
+    for name, tables in (("hidden", hidden), ("public", {})):
+        for rounds, concentration in ((1, 0.1), (3, 0.1), (1, 10.0)):
+            out = tmp_path / name / f"{rounds} {concentration}"
+            out.parent.mkdir(exist_ok=True)
+            run_trial(out, fedavg(1.0), rounds=rounds, data={"concentration": concentration}, **tables, **DEVICES)
+        page = write_report(tmp_path / name, tmp_path / f"{name} report")
+        text, files = page.read_text(encoding="utf-8"), page.parent / "tables"
+        figure = {part.split('"')[0]: part.split("</figure>")[0] for part in text.split('<figure data-figure="')[1:]}
+        marked = {key for key, part in figure.items() if words in part}
+        assert differ | {"simulated_time", "bytes"} <= figure.keys()
+        assert marked == (differ | {"simulated_time", "bytes"} if name == "hidden" else differ)
+        for key, part in figure.items():
+            axis = (page.parent / "figures" / f"{key}.svg").read_text()
+            assert ("(not released)" in axis) == (part.count("(not released)</th>") == 1) == (key in marked), key
+        options = [part.split("<")[0] for part in text.split('<option value="simulated_seconds"')[1:]]
+        assert ["(not released)" in option for option in options] == [name == "hidden"]
+        for table in ("settings", "best", "trials", "curves"):
+            columns = set(pd.read_csv(files / f"{table}.csv").columns)
+            costs = {"simulated_seconds", "bytes"} & {c.removeprefix("not_released.") for c in columns}
+            assert costs
+            assert {c in columns for c in costs} == {name == "public"}
+            assert not any(c.startswith("heterogeneity.") for c in columns)
+
+
+def test_curves_round_epsilon_up(tmp_path: Path) -> None:
+    run_trial(tmp_path / "a", fedavg(1.0), rounds=3, privacy={**CENTRAL, "epsilon": 8.0})
+    page = write_report(tmp_path, tmp_path / "report").read_text(encoding="utf-8")
+    data = json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    shown = data["curves"][0]["values"]["epsilon"]
+    spent = [row["epsilon"] for row in RunDirectory(tmp_path / "a").rows("rounds.jsonl")]
+    assert shown == [float(rounded_up(epsilon)) for epsilon in spent]
+    assert all(a >= b - 1e-9 for a, b in zip(shown, spent, strict=True))

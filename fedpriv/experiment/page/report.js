@@ -258,7 +258,7 @@
   byId("curve-table-box").addEventListener("toggle", table);
   byId("curve-csv").addEventListener("click", () => {
     const quoted = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-    const lines = [["series", "setting", "hyperparameters", xAxis.value, yAxis.value].join(",")];
+    const lines = [["series", "setting", "hyperparameters", xAxis.selectedOptions[0].dataset.name, yAxis.value].join(",")];
     for (const [name, curve, own] of rows()) {
       for (const p of own) lines.push([quoted(name), curve.setting, quoted(curve.name), p.x, p.y].join(","));
     }
