@@ -28,6 +28,7 @@ coordinate's step is near gamma m / (its standard deviation), whatever the data.
 `torch.optim`, not at tau^2.
 """
 
+import math
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +37,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Bounded, require_positive
+from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
 from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
 
@@ -50,6 +51,9 @@ __all__ = [
     "Yogi",
     "optimized",
 ]
+
+SMALLEST_TAU = 1e-12
+"""Squares are kept in float32, which loses those of directions below 1e-23: their steps are then of direction / tau."""
 
 
 class ServerOptimizer(Protocol):
@@ -290,4 +294,6 @@ def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
 def _check(optimizer: Adam | Yogi | Adagrad) -> None:
     for key in ("beta1", "beta2"):
         require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
-    require_positive("server.tau", optimizer.tau)
+    if not SMALLEST_TAU <= optimizer.tau < math.inf:
+        remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
+        raise UserError("server.tau", f"a number from {SMALLEST_TAU:g}", optimizer.tau, remedy)

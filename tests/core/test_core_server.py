@@ -168,6 +168,19 @@ def test_adam_needs_no_tuning_to_the_length_of_messages_and_momentum_does() -> N
         assert torch.allclose(*models, rtol=1e-4) == alike
 
 
+@pytest.mark.parametrize("kind", [Adam, Yogi, Adagrad])
+@pytest.mark.parametrize("length", [0.0, 1e-44, 1e-30, 1e-22, 1e-10])
+def test_directions_of_next_to_no_length_leave_every_figure_finite(kind: type, length: float) -> None:
+    """At the least tau; then nothing but zeros, under which squares fade away."""
+    method = optimized(DPFedAvg(server_lr=1.0), kind(tau=1e-12))
+    state = method.init_server(torch.zeros(3))
+    for k in range(300):
+        mean = torch.tensor([1.0, -1.0, 0.0]) * (length if k < 3 else 0.0)
+        state = method.server_rule(state, mean, 1.0)
+        assert all(bool(figure.isfinite().all()) for figure in state)
+    assert float(state.model[2]) == 0.0
+
+
 @pytest.mark.parametrize("optimizer", [kind() for kind in SERVER_OPTIMIZERS.values()], ids=SERVER_OPTIMIZERS.keys())
 def test_a_run_goes_on_from_its_state_to_the_bit(optimizer: ServerOptimizer) -> None:
     """From the tensors of a state alone, as a checkpoint keeps them."""
@@ -191,6 +204,9 @@ def test_a_run_goes_on_from_its_state_to_the_bit(optimizer: ServerOptimizer) -> 
         (Adam, "beta1", 1.0),
         (Adam, "beta2", float("nan")),
         (Adam, "tau", 0.0),
+        (Adam, "tau", 1e-300),
+        (Yogi, "tau", 9e-13),
+        (Adagrad, "tau", float("nan")),
         (Yogi, "beta2", 1.5),
         (Yogi, "tau", float("inf")),
         (Adagrad, "beta1", -1.0),
