@@ -191,17 +191,24 @@ class Trace:
     Args:
         file: The file; a relative path starts where the program runs.
         day: See `Same`.
+        checksum: Of the rows. Taken of the file where it is not given: the devices are what the file says, and an
+            experiment with others is another one.
 
     Raises:
-        UserError: If the file cannot be read, or a row of it is no device.
+        UserError: If the file cannot be read, a row of it is no device, or its rows have another checksum.
     """
 
     file: str
     day: float = 86400.0
+    checksum: str | None = None
 
     def __post_init__(self) -> None:
         _check_habits(1.0, 0.0, self.day)
-        _ = self.rows  # read now, so that a mistake is found before anything runs
+        found = self.fingerprint  # read now, so that a mistake is found before anything runs
+        if self.checksum not in (None, found):
+            expected, remedy = f"rows of checksum {self.checksum}", "Give that file, or take devices.checksum away"
+            raise UserError("devices.file", expected, f"{self.file!r} ({found})", remedy)
+        object.__setattr__(self, "checksum", found)
 
     @cached_property
     def rows(self) -> tuple[Profile, ...]:
@@ -230,7 +237,7 @@ class Trace:
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of what the file says."""
+        """A checksum of what the file says, row by row."""
         return f"{zlib.crc32(repr(self.rows).encode()):08x}"
 
     @property

@@ -195,7 +195,7 @@ def _finish(
     if not left:
         return
     folder = out.resolve() / TRIALS
-    work = (Job(n, run_trial, (t.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
+    work = (Job(n, run_trial, (t.config.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
     with closing(_side_by_side(work, jobs, threads=manner.threads, **needs)) as events:
         for event in events:
             if isinstance(event, Began):

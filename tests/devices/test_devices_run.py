@@ -270,10 +270,27 @@ def test_devices_of_another_trace_are_not_mixed_into_a_run(tmp_path: Path) -> No
     trace.write_text("speed,download,upload\n5,1e4,4e3\n1,1e4,4e3\n9,1e4,4e3\n")
     config = small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF)
     with pytest.raises(StoppedError):
-        run_experiment(config, tmp_path / "run", watch=stop_after(5), checkpoint_every=1)
+        run_experiment(config, tmp_path / "begun", watch=stop_after(5), checkpoint_every=1)
+    run_experiment(config, tmp_path / "done")
     trace.write_text("speed,download,upload\n5,1e4,4e3\n2,1e4,4e3\n9,1e4,4e3\n")
-    with pytest.raises(UserError, match="timeline"):
-        run_experiment(small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF), tmp_path / "run", resume=True)
+    changed = small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF)
+    for folder in ("begun", "done"):
+        with pytest.raises(UserError, match=r"another experiment \(.*checksum"):
+            run_experiment(changed, tmp_path / folder, resume=True)
+
+
+def test_the_rows_of_a_trace_are_part_of_the_experiment_and_its_writing_is_not(tmp_path: Path) -> None:
+    trace, found = tmp_path / "trace.csv", []
+    texts = ("5,1e4,4e3\n1,1e4,4e3\n", "5.0, 10000,4000\n1,1e4,4e3\n", "5,1e4,4e3\n2,1e4,4e3\n")
+    for text in texts:
+        trace.write_text("speed,download,upload\n" + text)
+        found.append(small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF))
+        assert parse_config(found[-1].tables) == found[-1]
+    assert found[0].digest == found[1].digest != found[2].digest
+    assert found[0].tables["devices"]["checksum"] != found[2].tables["devices"]["checksum"]
+    with pytest.raises(UserError, match=r"^devices\.file: expected rows of checksum") as caught:
+        parse_config(found[0].tables)
+    assert "\n" not in str(caught.value)
 
 
 # The config.
