@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clients.files
-from clients.ledger import Ledger, account_of, spent, surely_within
+from clients.ledger import Ledger, account_of, in_words, spent, surely_within
 from clients.member import Member
 from clients.memory import MemoryFile
 from clients.policy import Accepts, Limits, Policy, load_policy
@@ -475,3 +475,7 @@ def test_clip21_keeps_its_memory_too(tmp_path: Path) -> None:
     record = MemoryFile(kept.folder, "r1", 0).read()
     assert record is not None
     assert float(record.committed["memory"].norm()) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_what_was_spent_is_told_rounded_up() -> None:
+    assert [in_words(epsilon) for epsilon in (0.0, 1.00001, 7.9999, float("inf"))] == ["0", "1.001", "8", "inf"]
