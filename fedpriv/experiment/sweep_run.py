@@ -111,7 +111,7 @@ def run_sweep(
         stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
         cpus_per_trial: Cores that each needs; PyTorch uses as many threads, and one at least.
         gpus_per_trial: Share of a GPU that each needs; above 0 a Ray is started that deals them out.
-        ray: Whether Ray deals out this machine's cores, too; it takes some seconds to start, and its daemons their share.
+        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
         ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
         logs: Names of `tracking.TRACKERS` that get each trial's rows.
         log_diagnostics: Whether they get what is not private, too.

@@ -159,9 +159,9 @@ def test_a_part_of_the_images_is_the_first_of_them(tmp_path):
     assert torch.equal(part.train_inputs, whole.train_inputs[:7])
     assert torch.equal(part.train_labels, whole.train_labels[:7])
     assert torch.equal(part.test_inputs, whole.test_inputs[:3])
-    with pytest.raises(UserError, match="data.train_examples: expected at most 12, got 13"):
+    with pytest.raises(UserError, match=r"data\.train_examples: expected at most 12, got 13"):
         Mnist(train_examples=13).load(tmp_path)
-    with pytest.raises(UserError, match="data.test_examples: expected a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"data\.test_examples: expected a whole number of at least 1"):
         Cifar10(test_examples=0)
 
 
