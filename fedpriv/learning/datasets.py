@@ -146,7 +146,7 @@ class Digits:
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
-        inputs = (pixels / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+        inputs = (np.asarray(pixels) / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
         return _split("digits", inputs, np.asarray(labels, dtype=np.int64), 10)
 
 
