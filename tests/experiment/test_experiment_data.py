@@ -169,7 +169,7 @@ def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
     statement = " ".join((tmp_path / "run" / "privacy.txt").read_text().split())
     assert "Validation: the examples held out" in statement
     assert "the clients' own examples" not in statement
-    [shown] = compare_runs([tmp_path / "run"]).loc["validation_accuracy"].tolist()
+    [shown] = compare_runs([tmp_path / "run"]).loc[["validation_accuracy"]].to_numpy().ravel()
     assert shown == pytest.approx(summary["validation_accuracy"], rel=1e-5)
 
 
