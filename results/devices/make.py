@@ -9,6 +9,7 @@ README.md. Seconds are simulated: nobody waited for them.
 
 import argparse
 import json
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from fedpriv.experiment.sweep_run import run_sweep
 from fedpriv.experiment.sweeps import load_sweep
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+
+from page import fill  # noqa: E402
+
 TARGET = 0.8
 SCHEDULES = {
     ("synchronous", None): "rounds, all",
@@ -113,14 +118,6 @@ def draw(best: pd.DataFrame) -> None:
     figure.savefig(HERE / "figure.png", dpi=150)
 
 
-def fill(page: Path, name: str, text: str) -> None:
-    """Puts a text between the page's marks of that name."""
-    content = page.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, after = content[: content.index(begin) + len(begin)], content[content.index(end) :]
-    page.write_text(f"{before}\n\n{text}\n{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Runs what is left and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +133,7 @@ def main() -> None:
     best = cells(found)
     best.to_csv(HERE / "times.csv", index=False, float_format="%.4g")
     for privacy in ("none", "epsilon 8"):
-        fill(HERE / "README.md", privacy, markdown(best, privacy))
+        fill(privacy, markdown(best, privacy), HERE / "README.md")
     draw(best)
 
 

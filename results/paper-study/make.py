@@ -9,6 +9,7 @@ test accuracy over three seeds, for every method alike: an optimistic figure, of
 
 import argparse
 import json
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from fedpriv.experiment.sweep_run import run_sweep
 from fedpriv.experiment.sweeps import load_sweep
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+
+from page import fill  # noqa: E402
+
 ROOT = HERE.parents[1]
 SWEEPS = ("paper-alpha-normec", "paper-others", "paper-epsilon8")
 SETTING = ["alpha", "beta", "clip_norm", "damping", "server_normalization", "server_lr"]
@@ -145,14 +150,6 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in shown.to_numpy())]) + "\n"
 
 
-def fill(page: Path, name: str, text: str) -> None:
-    """Puts a text between the page's marks of that name."""
-    content = page.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, after = content[: content.index(begin) + len(begin)], content[content.index(end) :]
-    page.write_text(f"{before}\n\n{text}\n{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Runs what is left and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,7 +166,7 @@ def main() -> None:
     tables = {"best": best(made), "shares": shares(made), "beta": by_beta(made)}
     for name, rows in tables.items():
         rows.to_csv(HERE / f"{name}.csv", index=False, float_format="%.4g")
-        fill(HERE / "README.md", name, markdown(rows))
+        fill(name, markdown(rows), HERE / "README.md")
     draw(made, HERE / "figure.png")
 
 

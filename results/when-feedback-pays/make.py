@@ -15,6 +15,7 @@ judged.csv, map.csv and map.png here, and the page's table.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ from fedpriv.experiment.sweeps import Axis, Sweep
 from fedpriv.learning.datasets import Mnist
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+
+from page import fill  # noqa: E402
+from page import table as markdown  # noqa: E402
+
 POPULATIONS = (10, 100, 1000, 10_000)
 SPREADS: dict[str, dict[str, Any]] = {"alike": {"partition": "iid"}, "two shards": {"partition": "shards"}}
 PRIVACY: dict[str, dict[str, Any]] = {
@@ -156,6 +162,7 @@ def main() -> None:
     drawn = map_of(judged)
     drawn.to_csv(HERE / "map.csv", index=False, float_format="%.4g")
     draw(drawn)
+    fill("map", page_table(drawn), HERE / "README.md")
 
 
 KEYS = ["privacy", "spread", "population"]
@@ -172,6 +179,18 @@ def map_of(judged: pd.DataFrame) -> pd.DataFrame:
     found["best feedback"] = found[with_memory].idxmax(axis=1)
     found["largest std"] = means["std"].max(axis=1)
     return found.reset_index()
+
+
+def page_table(drawn: pd.DataFrame) -> str:
+    """The map as Markdown."""
+    families = ["without memory", "published feedback", "damped feedback", "sent feedback"]
+    head = ["privacy", "labels", "clients", *families, "gain, published", "gain, best"]
+    rows = []
+    for row in drawn.to_dict("records"):
+        means = ["" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in families]
+        gains = [f"{row[name]:+.3f}" for name in ("gain, published", "gain, best")]
+        rows.append([row["privacy"], row["spread"], f"{row['population']:,}", *means, *gains])
+    return markdown(head, rows)
 
 
 def draw(drawn: pd.DataFrame) -> None:
