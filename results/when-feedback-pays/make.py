@@ -3,7 +3,7 @@
     python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
 
 Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or
-two shards a client) and a client-level epsilon against whoever sees the models (none, 8; 2 in two cells; delta 1e-5).
+two shards a client) and a client-level epsilon against whoever sees the models (none, 8; 2 in one cell; delta 1e-5).
 In every cell three families of methods are tuned with as many settings each (8): without memory (clipping and smoothed
 normalization), the published feedback (alpha-NormEC), and damped feedback (ours). The best of each, by validation
 images, is then trained with two other seeds and judged on test images. In one cell, of 1,000 clients, the clients add
@@ -75,8 +75,7 @@ def cells() -> list[tuple[int, str, str]]:
     """Population, spread and privacy of every cell."""
     central = [(n, spread, name) for name in ("none", "central, 8") for spread in SPREADS for n in POPULATIONS]
     central.remove((10_000, "alike", "central, 8"))
-    central += [(n, "two shards", "central, 2") for n in POPULATIONS[2:]]
-    return central + [(1000, "two shards", name) for name in LOCAL]
+    return central + [(1000, "two shards", name) for name in ("central, 2", *LOCAL)]
 
 
 def changes(cell: tuple[int, str, str], method: dict[str, Any], seed: int) -> dict[str, Any]:
