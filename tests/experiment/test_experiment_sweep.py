@@ -260,7 +260,7 @@ def test_ray_deals_out_cores_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
 
 SLOW = """
 [set]
-"training.rounds" = 60
+"training.rounds" = 300
 [[axis]]
 key = "seed"
 values = [1, 2, 3, 4, 5, 6]
@@ -277,7 +277,8 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: P
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         end = time.monotonic() + 120.0
         while len(list(out.glob("trials/*/summary.json"))) < wanted and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(0.02)
+        assert process.poll() is None, "the sweep ended before it was stopped"
         process.send_signal(how)
         said = process.communicate(timeout=120.0)[1].splitlines()
         if how is signal.SIGINT:
