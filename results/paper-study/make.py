@@ -27,7 +27,7 @@ from fedpriv.experiment.sweeps import load_sweep
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
 
-from page import fill  # noqa: E402
+from page import fill, table  # noqa: E402
 
 ROOT = HERE.parents[1]
 SWEEPS = ("paper-alpha-normec", "paper-others", "paper-epsilon8")
@@ -103,7 +103,9 @@ def by_beta(made: pd.DataFrame) -> pd.DataFrame:
     """Best accuracy of published alpha-NormEC at each beta, over alpha and step."""
     part = made[made["method"].isin(["alpha-NormEC, SN", "alpha-NormEC, without SN"])]
     part = part[part["privacy"].isin(list(PRIVACY.values())[:2])]
-    return part.groupby(["privacy", "method", "beta"], sort=False)["mean"].max().unstack().reset_index()
+    return (
+        part.groupby(["privacy", "method", "beta"], sort=False)["mean"].max().unstack().sort_index(axis=1).reset_index()
+    )
 
 
 def draw(made: pd.DataFrame, path: Path) -> None:
@@ -119,7 +121,7 @@ def draw(made: pd.DataFrame, path: Path) -> None:
                 index="alpha", columns="beta", values="mean", aggfunc="max"
             )
             _heat(panel, grid, low, high)
-            panel.set_title(f"{method}, {privacy}", fontsize=9)
+            panel.set_title(f"{method.removeprefix('alpha-NormEC, ')}; {privacy}", fontsize=9)
         _bars(panels[row, 2], best(under))
         panels[row, 2].set_title(f"best of each, {privacy}", fontsize=9)
     figure.savefig(path, dpi=150)
@@ -143,11 +145,23 @@ def _bars(panel: Axes, rows: pd.DataFrame) -> None:
     panel.set_xlabel("test accuracy, three seeds")
 
 
+def in_words(rows: pd.DataFrame) -> pd.DataFrame:
+    """The best settings with one column for the setting; best first, within each privacy."""
+    order = {name: number for number, name in enumerate(PRIVACY.values())}
+    rows = rows.assign(order=rows["privacy"].map(order)).sort_values(["order", "mean"], ascending=[True, False])
+    shown = ["alpha", "beta", "clip_norm", "server_lr"]
+    words = [
+        ", ".join(f"{key} {row[key]:g}" for key in shown if row[key] == row[key]) for row in rows.to_dict("records")
+    ]
+    accuracy = [f"{mean:.3f} ± {std:.3f}" for mean, std in zip(rows["mean"], rows["std"], strict=True)]
+    columns = {"privacy": rows["privacy"], "method": rows["method"], "test accuracy": accuracy, "setting": words}
+    return pd.DataFrame(columns)
+
+
 def markdown(rows: pd.DataFrame) -> str:
     """A table as Markdown, three digits."""
     shown = rows.map(lambda x: "" if x != x else f"{x:.3f}".rstrip("0").rstrip(".") if isinstance(x, float) else str(x))
-    lines = ["| " + " | ".join(line) + " |" for line in [list(shown.columns), ["---"] * len(shown.columns)]]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in shown.to_numpy())]) + "\n"
+    return table([f"{name}" for name in shown.columns], shown.to_numpy().tolist())
 
 
 def main() -> None:
@@ -166,7 +180,7 @@ def main() -> None:
     tables = {"best": best(made), "shares": shares(made), "beta": by_beta(made)}
     for name, rows in tables.items():
         rows.to_csv(HERE / f"{name}.csv", index=False, float_format="%.4g")
-        fill(name, markdown(rows), HERE / "README.md")
+        fill(name, markdown(in_words(rows) if name == "best" else rows), HERE / "README.md")
     draw(made, HERE / "figure.png")
 
 
