@@ -89,10 +89,12 @@ def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_pa
     options = ("--engine", "ray", "--workers", "2", "--compute", "loop", "--checkpoint-every", "7")
     run = fedpriv(config, tmp_path / "ray", *options)
     until = time.monotonic() + 90
-    while rounds_in(tmp_path / "ray") < 20 and time.monotonic() < until and run.poll() is None:
+    victims: list[int] = []
+    while not victims and time.monotonic() < until and run.poll() is None:
         time.sleep(0.02)
-    victims = workers_of(run.pid)
-    assert victims, "no worker was found to kill"
+        # A worker rewrites its name with every task: one look may come in between.
+        victims = workers_of(run.pid) if rounds_in(tmp_path / "ray") >= 20 else []
+    assert victims, f"no worker was found to kill after {rounds_in(tmp_path / 'ray')} rounds"
     os.kill(victims[0], signal.SIGKILL)
     assert rounds_in(tmp_path / "ray") < 400
     assert "ray with 2 workers, loop inside" in done(run)
