@@ -657,8 +657,8 @@ MUTANTS = [
     Mutant(
         "deployment: a release is not written to the ledger",
         "clients/member.py",
-        "            ledger.append(entry)\n",
-        "",
+        "                ledger.append(line)\n",
+        "                pass\n",
         MEMBER,
     ),
     Mutant(
