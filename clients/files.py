@@ -41,7 +41,7 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 
 def prepare_replacing(path: Path, content: bytes) -> None:
-    """Writes the new content of a file beside it. Only this takes up room, and only `finish_replacing` changes the file.
+    """Writes a file's new content beside it. Only this takes up room, and only `finish_replacing` changes the file.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
