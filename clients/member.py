@@ -14,6 +14,7 @@ What happens to an order, and what is on the disk when it is interrupted there:
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from fedpriv.streams import Streams, SystemStreams
 __all__ = ["Member"]
 
 STATE_FOLDER = "state"
+
+_log = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ class Member:
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
-                message, after = self._make(order, terms, state, make_signal().float().reshape(-1))
+                signal = make_signal().float().reshape(-1)
+                if not bool(torch.isfinite(signal).all()):
+                    _log.warning("client %d: its update is not finite and counts as nothing", order.client)
+                message, after = self._make(order, terms, state, signal)
             line = ledger.drafted(entry)
             answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
             memory.prepare(answered)
@@ -188,6 +194,9 @@ def _state(order: Order, record: Record, size: int) -> ClientState:
     kept = {name: tuple(field.shape) for name, field in record.committed.items()}
     if kept != shapes:
         raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
+    if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
+        where, remedy = f"memory of client {order.client}", "The server goes by its rule for lost memories"
+        raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
     return type(fresh)(**record.committed)
 
 

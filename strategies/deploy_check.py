@@ -86,7 +86,8 @@ def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
             check = _check_server if name == "server" else _check_admin
             found[name] = check(folder / name, connect and name == "admin")
     removed = Roster.read(folder).removed if (folder / "admin" / "register.sh").is_file() else {}
-    for node in sorted(folder.glob("node-*"), key=lambda path: (len(path.name), path.name)):
+    nodes = (path for path in folder.glob("node-*") if path.is_dir())
+    for node in sorted(nodes, key=lambda path: (len(path.name), path.name)):
         if (node / "node.pub").is_file() and key_in((node / "node.pub").read_bytes()) in removed:
             found[node.name] = [Finding("node", "note", f"removed: its key is in admin/{REMOVED}")]
             continue
