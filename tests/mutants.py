@@ -253,8 +253,8 @@ MUTANTS = [
     Mutant(
         "messages rounded to the model's number format",
         "clients/wire.py",
-        'return self._record(vector, ("float32",) * len(self.dtypes))',
-        "return self._record(vector, self.dtypes)",
+        "return {ARRAYS: self._record(vector, (form.dtype,) * len(self.dtypes))}",
+        "return {ARRAYS: self._record(vector, self.dtypes)}",
         FLOWER,
     ),
     Mutant(
@@ -490,12 +490,14 @@ MUTANTS = [
         "                pass",
         ENGINES,
     ),
-    Mutant("memories never move", STEP, "memory.add_(signals, alpha=rule.beta)", "pass", ENGINES),
+    Mutant(
+        "memories never move", STEP, "memory.add_(sent if rule.sent else signals, alpha=rule.beta)", "pass", ENGINES
+    ),
     Mutant(
         "the memory keeps the noise that it should not",
         STEP,
-        "if noise is not None and rule.sent:",
-        "if noise is not None:",
+        "memory.add_(sent if rule.sent else signals",
+        "memory.add_(sent",
         ENGINES,
     ),
     Mutant(
