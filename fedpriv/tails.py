@@ -9,7 +9,7 @@ from functools import cache
 from itertools import count
 from statistics import NormalDist
 
-from fedpriv.streams import Source
+from fedpriv.streams import Words
 
 __all__ = ["Tail", "upper_tail"]
 
@@ -23,15 +23,17 @@ class Tail:
         word: Its first 64 bits.
     """
 
-    def __init__(self, source: Source, position: int, word: int) -> None:
+    def __init__(self, source: Words, position: int, word: int) -> None:
         self._source, self._position, self._more = source, position, count(1)
         self.positive = bool(word >> 63)
         self._digits, self._bits = (word ^ (2**64 - 1) if self.positive else word), 64
+        while self._digits < 2**32:
+            self._extend()
 
     @property
     def estimate(self) -> float:
-        """About the normal number."""
-        size = -NormalDist().inv_cdf(math.ldexp(self._digits + 0.5, -self._bits))
+        """The normal number to within 1e-9."""
+        size = -NormalDist().inv_cdf(math.ldexp(self._digits, -self._bits))
         return size if self.positive else -size
 
     def is_below(self, height: Fraction) -> bool:
@@ -47,8 +49,11 @@ class Tail:
                 return True
             if (self._digits + 1) << 64 <= tail - error:
                 return False
-            self._digits = self._digits << 64 | self._source.more(self._position, next(self._more))
-            self._bits += 64
+            self._extend()
+
+    def _extend(self) -> None:
+        self._digits = self._digits << 64 | self._source.more(self._position, next(self._more))
+        self._bits += 64
 
 
 def upper_tail(height: Fraction, bits: int) -> int:
@@ -56,7 +61,8 @@ def upper_tail(height: Fraction, bits: int) -> int:
 
     With x the height, the tail is 1/2 - S(x) / (sqrt(2 pi) E(x^2/2)), S(x) = x + x^3/3 + x^5/(3 5) + ... and E the
     exponential series. Both have positive terms, 1 <= E and S <= 1.26 E. Rounding down each term of K costs each sum
-    less than (K + 1)^2 E units in all, and rounding x down costs less than 2 (1 + x) E; K < 2^15 while bits < 4,000.
+    less than (K + 1)^2 E units in all, and rounding x down costs less than 2 (1 + x) E units; as x^2 <= 2 bits, K is
+    below 8 bits, hence below 2^15 for all numbers of up to 4,000 bits.
     """
     one = 1 << bits
     if height * height > 2 * bits:  # Then the tail is below exp(-bits).
