@@ -57,10 +57,6 @@ class Words(Protocol):
 class Source(Words, Protocol):
     """A stream of random numbers with the three laws that privacy rests on."""
 
-    def normal(self, size: int) -> np.ndarray:
-        """Independent standard normal float32 numbers, `[size]`."""
-        ...
-
     def uniform(self, size: int) -> np.ndarray:
         """Independent uniform float64 numbers in [0, 1), `[size]`."""
         ...
@@ -106,10 +102,6 @@ class SeededSource:
         key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
         child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
         return int(np.random.Philox(child).random_raw(number)[-1])
-
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`."""
-        return self.rng.standard_normal(size, dtype=np.float32)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`."""
@@ -171,14 +163,6 @@ class SystemSource:
     def more(self, position: int, number: int) -> int:  # noqa: ARG002
         """See `Words.more`."""
         return int.from_bytes(os.urandom(8), "little")
-
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`; Box-Muller in float64, rounded once to float32."""
-        pairs = (size + 1) // 2
-        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both[:size].astype(np.float32)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`; 53 random bits each."""

@@ -31,9 +31,6 @@ class UniformOnly:
 
     position = 0
 
-    def normal(self, size: int) -> np.ndarray:
-        raise AssertionError(size)
-
     def words(self, size: int) -> np.ndarray:
         raise AssertionError(size)
 
