@@ -78,7 +78,7 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
         vector = model.vector(received)
         shown = Head.of(message.content)
         answer = member.answer(order, terms, vector, lambda: own_signal(member, run, order, terms, vector), shown)
-        content = answer_content(member, model.message(answer))
+        content = answer_content(member, order, model, answer)
     except Refusal as refusal:
         no = refusal
     except UserError as error:
@@ -110,7 +110,7 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
 def _streams(order: Order) -> tuple[Order, Streams | None]:
     """The order and where its noise comes from: a seed is followed only where a test has switched that on."""
     if order.seed is not None and os.environ.get(TEST_SEEDED) == "1":
-        return replace(order, seed=None), SeededStreams(order.seed)
+        return replace(order, seed=None), SeededStreams(order.seed, order.noise_id)
     return order, None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from clients.member import Member
 from clients.policy import write_default_policy
 from clients.refusals import Refusal
 from clients.simulation import simulated
-from clients.wire import ARRAYS, FEDPRIV, TERMS, Introduction, ModelArrays, Order, Terms
+from clients.wire import FEDPRIV, TERMS, Introduction, MessageFormat, ModelArrays, Order, Terms
 from fedpriv.errors import UserError
 
 __all__ = ["HOME", "Guard", "answer_content", "content_of", "guard_of", "own_id", "refuse_unless_simulated", "terms_of"]
@@ -75,7 +75,7 @@ class Guard:
         self.member.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
         answer = self.member.answer(order, terms, start, make_signal, shown, settings)
-        return answer_content(self.member, model.message(answer))
+        return answer_content(self.member, order, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
         """Return whether the app's metrics may leave: if the run promises nothing, and the policy accepts that."""
@@ -152,10 +152,10 @@ def terms_of(message: Message) -> Terms:
     return terms
 
 
-def answer_content(member: Member, arrays: ArrayRecord) -> RecordDict:
-    """Return the content of an answer: the message, and the signed head of the client's ledger."""
-    head = member.head()
-    return RecordDict({ARRAYS: arrays} if head is None else {ARRAYS: arrays, HEAD: head.to_record()})
+def answer_content(member: Member, order: Order, model: ModelArrays, answer: Tensor) -> RecordDict:
+    """Return the content of an answer: the message `[params]`, and the signed head of the client's ledger."""
+    head, records = member.head(), model.message(answer, MessageFormat.of(order.rules))
+    return RecordDict({**records} if head is None else {**records, HEAD: head.to_record()})
 
 
 def _settings(content: RecordDict) -> str:

@@ -18,6 +18,7 @@ from clients.wire import (
     FEDPRIV,
     TERMS,
     Introduction,
+    MessageFormat,
     ModelArrays,
     introduction,
     printable,
@@ -252,7 +253,7 @@ def run_turns(
             shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
             contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
         answers = network.exchange(contents, choice.deadline, str(broadcast.round))
-        replies, refusals, failed = _read(answers.items(), arrays)
+        replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
         outcome = coordinator.finish(replies, refusals, _heads(answers))
         save()
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
@@ -266,7 +267,7 @@ def _message(content: RecordDict, node: int, seconds: float, group: str) -> Mess
 
 
 def _read(
-    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays
+    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
 ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
     """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
     replies: dict[int, Tensor] = {}
@@ -281,7 +282,7 @@ def _read(
             elif (no := refused(answer.content)) is not None:
                 refusals[client] = no
             else:
-                replies[client] = arrays.strict_vector(answer.content.array_records[ARRAYS])
+                replies[client] = arrays.received(answer.content, form)
         except UserError as error:
             failed[client] = printable(error)
         except Exception as error:

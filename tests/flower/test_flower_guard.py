@@ -220,7 +220,7 @@ def test_metrics_leave_only_where_nothing_is_promised_and_the_policy_accepts_tha
     public = ask(context(home), order(noise_stddev=0.0, private=False), terms(**nothing))
     assert "metrics" in public.content
     private = ask(context(home), order(), terms(run="r2"))
-    assert list(private.content) == [ARRAYS, HEAD]
+    assert list(private.content) == [ARRAYS, FEDPRIV, HEAD]
     assert "private: expected" in said(ask(context(home), order(private=False), terms(run="r3")))
 
 
@@ -340,7 +340,7 @@ def test_guarded_clients_keep_their_memories_over_restarts_and_charge_what_the_s
         entries = ledger(tmp_path / str(partition))
         assert [entry.turn for entry in entries] == [1, 2, 3]
         assert spent(entries, 1e-5, "replace") == pytest.approx(strategy.plan.epsilon, rel=1e-9)
-    assert all(list(answer.content) == [ARRAYS, HEAD] for answer in grid.answers[CLIENTS:])
+    assert all(list(answer.content) == [ARRAYS, FEDPRIV, HEAD] for answer in grid.answers[CLIENTS:])
 
 
 def test_a_strategy_that_shows_heads_finds_out_clients_that_lost_their_records(tmp_path: Path) -> None:
