@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clients.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
+from clients.memory import remembered_ledgers
 from clients.promise import Promise
 from fedpriv.errors import UserError
 from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
@@ -102,15 +103,28 @@ class Ledger:
         whole = content[: content.rfind(b"\n") + 1]  # what a crash left of a line was never sent
         self._length = len(whole)
         found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
-        if self._head.exists():
-            lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
-            self.refuse_without(int(lines) if lines.isdecimal() else -1, digest)
+        noted = self.noted()
+        if noted is not None:
+            self.refuse_without(*noted)
         return found
 
-    def refuse_without(self, lines: int, digest: str) -> None:
-        """Raises UserError unless the ledger has so many lines or more, and that one has this hash."""
+    def noted(self) -> tuple[int, str] | None:
+        """Return the number of lines and the hash of the last, as noted beside the ledger; None if there is no note."""
+        if not self._head.exists():
+            return None
+        lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
+        return int(lines) if lines.isdecimal() else -1, digest
+
+    def refuse_without(self, lines: int, digest: str, witness: str = "") -> None:
+        """Raises UserError unless the ledger has so many lines or more, and that one has this hash.
+
+        Args:
+            lines: How many.
+            digest: SHA-256 of the last of them.
+            witness: Who says so, in words.
+        """
         if lines and not self._has(lines, digest):
-            raise self._damaged(max(lines, 0))
+            raise self._damaged(max(lines, 0), witness)
 
     def holds(self, lines: int, digest: str) -> bool:
         """Read the ledger, and return whether its line of this number, from 1, has this hash."""
@@ -151,9 +165,11 @@ class Ledger:
         self._hashes.append(hashlib.sha256(line).hexdigest())
         return entry
 
-    def _damaged(self, number: int) -> UserError:
+    def _damaged(self, number: int, witness: str = "") -> UserError:
         remedy = "Put back the newest copy. Without it nobody knows what was spent, and nothing more is sent"
-        return UserError(f"{self.path}, line {number}", "the line as it was written", "another, or none", remedy)
+        return UserError(
+            f"{self.path}, line {number}", f"the line as it was written{witness}", "another, or none", remedy
+        )
 
 
 def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
@@ -208,10 +224,16 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         epsilon: The budget.
         delta: Its delta.
         adjacency: See `spent`.
+
+    Raises:
+        UserError: If the ledger is damaged, or shorter than a memory beside it remembers.
     """
     if folder.exists():
         with only_one(folder / LOCK_FILE):
-            entries = Ledger(folder).entries()
+            ledger = Ledger(folder)
+            entries = ledger.entries()
+            for path, number, digest in remembered_ledgers(folder):
+                ledger.refuse_without(number, digest, f", as {path} remembers it")
     else:
         entries = []
     lines = []

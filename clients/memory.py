@@ -11,15 +11,18 @@ with the message that it sent. The server's next order says which of its turns c
 | no turn counted yet, 0 | the client starts afresh |
 | anything else | the memories have parted: the client says so |
 
-One file a run and client: a line with version and checksum, then safetensors.
+One file a run and client: a line with version and checksum, then safetensors. Each also says how long the ledger was
+when it was written, so that a ledger that was lost or replaced by an older copy is noticed in every run.
 """
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,12 +34,14 @@ from clients.files import finish_replacing, make_private_folder, prepare_replaci
 from clients.refusals import Refusal
 from fedpriv.errors import UserError
 
-__all__ = ["Fields", "MemoryFile", "Record"]
+__all__ = ["Fields", "MemoryFile", "Record", "remembered_ledgers"]
 
 # The fields of a client state by name.
 Fields = dict[str, Tensor]
 
 _VERSION = "fedpriv-memory 1"
+_NAME = "memory"
+_MAX_HEADER = 2**20
 _FACTS = ("epoch", "committed_turn", "pending_turn", "request", "ledger_lines", "ledger_hash")
 
 
@@ -101,7 +106,7 @@ class MemoryFile:
     def __init__(self, folder: Path, run: str, client: int) -> None:
         if not re.fullmatch("[0-9a-z]{1,64}", run):
             raise Refusal("model", "run", "a name of at most 64 small letters and digits", repr(run)[:80], "It is none")
-        self.path = folder / f"{run}-{client}" / "memory"
+        self.path = folder / f"{run}-{client}" / _NAME
 
     def read(self) -> Record | None:
         """The record; None if there is none.
@@ -164,8 +169,41 @@ class MemoryFile:
         unfinished(self.path).unlink(missing_ok=True)
 
     def _damaged(self, reason: str) -> UserError:
-        remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
-        return UserError(str(self.path), "a whole memory file", reason, remedy)
+        return _damaged(self.path, reason)
+
+
+def remembered_ledgers(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """Yield, for each memory of a client's runs, its file and the lines and last hash that the ledger had then.
+
+    Only a few hundred bytes of each file are read.
+
+    Raises:
+        UserError: If a file does not say it. A memory that cannot be read is no reason to forget what was spent.
+    """
+    for path in sorted(folder.glob(f"*/{_NAME}")):
+        try:
+            facts = _facts_of(path)
+            yield path, int(facts["ledger_lines"]), str(facts["ledger_hash"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, f"no account of the ledger ({error})") from None
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    """Return the facts in a memory file without its tensors: safetensors is a length, a JSON header and the data."""
+    with path.open("rb") as file:
+        if not file.readline(_MAX_HEADER).startswith(_VERSION.encode()):
+            raise ValueError("another version")
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            raise ValueError("no header")
+        start, end = json.loads(file.read(length))["facts"]["data_offsets"]
+        file.seek(start, os.SEEK_CUR)
+        return json.loads(file.read(end - start))
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
+    return UserError(str(path), "a whole memory file", reason, remedy)
 
 
 def _part(tensors: Fields, side: str) -> Fields:

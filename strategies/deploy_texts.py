@@ -2,6 +2,8 @@
 
 from string import Template
 
+from clients.policy import POLICY_TEXT as POLICY
+
 __all__ = [
     "ADMIN_CONFIG",
     "DOCKERFILE",
@@ -13,32 +15,6 @@ __all__ = [
     "SERVICE",
     "START",
 ]
-
-POLICY = Template("""\
-# What this client agrees to. Only its operator decides: no server can change or read this file.
-
-[accepts]
-# "local": only messages that this client has noised itself leave it.
-# "central": bare bounded messages may go to the server, which is trusted to add noise.
-trust = "$trust"
-methods = ["alpha-normec", "clip21", "dp-fedavg", "normalized-sgd"]  # names from `fedpriv list`; empty: any
-models = []                 # names from `fedpriv list`; empty: any
-data = []                   # names from `fedpriv list`; empty: any
-max_parameters = 10000000   # largest model
-
-[limits]
-# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
-epsilon = $epsilon
-delta = $delta
-min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
-max_l2_bound = 100.0        # longest message
-max_rounds = 100000         # longest run
-# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
-adjacency = "replace"
-
-[data]
-own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
-""")
 
 NODE_TOML_TEXT = Template("""\
 superlink = "$address"  # the server, as its certificate names it

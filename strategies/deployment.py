@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from clients.heads import HEAD, Head
 from clients.wire import (
     ARRAYS,
     CONFIG,
@@ -30,6 +31,7 @@ from fedpriv.experiment.journal import Journal
 from fedpriv.experiment.records import RunDirectory
 from strategies.coordinator import Coordinator, Outcome
 from strategies.flower_internals import SERVER_NODE, reason_in_short
+from strategies.heads import HeadBook, newer_heads
 
 __all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
 
@@ -235,10 +237,14 @@ def run_turns(
     network = Network(grid, experiment.population.federation.population)
     network.wait_for(choice.min_participants, choice.join_timeout)
 
+    book = HeadBook.of_deployment(directory.path)
+    coordinator.heads = newer_heads(coordinator.heads, book.heads)
+
     def save() -> None:
         directory.checkpoint.write(
             coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
+        book.keep(coordinator.heads)
 
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:
@@ -252,10 +258,11 @@ def run_turns(
         contents = {}
         for client in coordinator.asked():
             order, terms = coordinator.order(client)
-            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
+            shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
+            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
         answers = network.exchange(contents, seconds, str(broadcast.round))
         replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
-        outcome = coordinator.finish(replies, refusals)
+        outcome = coordinator.finish(replies, refusals, _heads(answers))
         save()
         if coordinator.secret_cohorts:
             # Neither who answers nor how long the sum takes shows in when the model is there, and the next turn begins.
@@ -296,6 +303,13 @@ def _read(
         except Exception as error:
             failed[client] = f"an answer that cannot be read ({type(error).__name__})"
     return replies, refusals, failed
+
+
+def _heads(answers: Mapping[int, Message | str]) -> dict[int, Head]:
+    """The heads of ledgers in answers, by client."""
+    contents = {i: a.content for i, a in answers.items() if not isinstance(a, str) and a.has_content()}
+    heads = {client: Head.of(content) for client, content in contents.items()}
+    return {client: head for client, head in heads.items() if head is not None}
 
 
 def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, Any]:
