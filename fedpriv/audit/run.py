@@ -19,7 +19,7 @@ from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.privacy import PrivacyPlan
 
-__all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "run_audit"]
+__all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
 
 AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
 # Fewer canaries might leave nothing to compare after their coins are tossed.
@@ -87,17 +87,30 @@ def run_audit(
         if directory.file(AUDIT_FILE).exists():
             raise UserError(str(directory.path), "a folder without an audit", AUDIT_FILE, "Choose another --out")
         experiment = assemble(config, device=choice.device, data_root=data_root)
-        plan = _promise_of(experiment)
-        canaries = _draw(experiment, plan, choice)
-        with start_attack(experiment, canaries, choice.engine) as attack:
-            evidence = (attack_local if plan.trust == "local" else attack_central)(attack, watch)
-            engine = attack.clients.name
-        findings = judge(canaries, evidence, plan, choice.confidence)
-        record = _record(experiment, plan, choice, canaries, findings) | {"engine": engine}
-        record["words"] = in_words(record)
+        findings, record = audit_experiment(experiment, choice, watch)
         plot_audit(findings, record, directory.file(PICTURE_FILE))
         directory.write_json(AUDIT_FILE, record)
     return record
+
+
+def audit_experiment(
+    experiment: Experiment, choice: AuditChoice, watch: Callable[[int], None] = lambda _: None
+) -> tuple[Findings, dict[str, Any]]:
+    """Attack an experiment, and return what was found and the content of `audit.json`; writes nothing.
+
+    Args:
+        experiment: What is attacked.
+        choice: How.
+        watch: See `run_audit`.
+    """
+    plan = _promise_of(experiment)
+    canaries = _draw(experiment, plan, choice)
+    with start_attack(experiment, canaries, choice.engine) as attack:
+        evidence = (attack_local if plan.trust == "local" else attack_central)(attack, watch)
+        engine = attack.clients.name
+    findings = judge(canaries, evidence, plan, choice.confidence)
+    record = _record(experiment, plan, choice, canaries, findings) | {"engine": engine}
+    return findings, {**record, "words": in_words(record)}
 
 
 def _refuse_what_is_not_offered(config: Config) -> None:

@@ -1,0 +1,109 @@
+"""Faults put into the product's own code are found guilty, and the product as it is is not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from audit_cases import NOISE_FAULTS, PRIVACY, quick_audit, seed_bound_fault, seed_noise_fault
+from torch import Tensor
+
+CENTRAL: dict[str, Any] = {"privacy": PRIVACY}
+REPLACE: dict[str, Any] = {"privacy": {**PRIVACY, "adjacency": "replace"}}
+LOCAL: dict[str, Any] = {"privacy": {**PRIVACY, "trust": "local"}}
+MEMORYLESS: dict[str, Any] = {"method": {"name": "dp-fedavg", "clip_norm": 0.5}}
+FULL_MEMORY: dict[str, Any] = {"method": {"name": "clip21", "clip_norm": 0.5}}
+SENT: dict[str, Any] = {
+    "method": {"name": "alpha-normec", "beta": 0.1, "server_normalization": False, "memory": "sent"},
+    "privacy": {**PRIVACY, "trust": "local"},
+}
+POISSON: dict[str, Any] = {"cohort": {"sampling": "poisson", "probability": 0.5}}
+FIXED: dict[str, Any] = {"cohort": {"sampling": "fixed", "size": 8}}
+
+RIGHT = {
+    "central, fading memory": CENTRAL,
+    "central, no memory": MEMORYLESS,
+    "central, full memory": FULL_MEMORY,
+    "central, replace": REPLACE,
+    "central, poisson": POISSON,
+    "central, poisson, no memory, replace": POISSON | MEMORYLESS | REPLACE,
+    "central, fixed": FIXED,
+    "local": LOCAL,
+    "local, add-or-remove": {"privacy": {**PRIVACY, "trust": "local", "adjacency": "add-or-remove"}},
+    "local, sent memory": SENT,
+    "local, no memory, poisson": LOCAL | MEMORYLESS | POISSON,
+    "central, server adam": MEMORYLESS | {"server": {"optimizer": "adam"}},
+    "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
+}
+SHORT = {"training": {"rounds": 20}}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> None:
+    """No bound of two attacks on each kind of plan is above the claim, and the null is what it should be."""
+    for seed in range(2):
+        findings, record = quick_audit(canaries=50, seed=seed, **SHORT | RIGHT[name])
+        assert record["verdict"] == "not guilty"
+        assert record["epsilon_lower"] <= record["epsilon_claimed"]
+        assert record["null"]["deviation"] == pytest.approx(1.0, abs=0.06)
+        assert all(finding.convicting <= finding.lower for finding in findings.scores)
+
+
+def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
+    records = [quick_audit(canaries=150, seed=seed)[1] for seed in range(3)]
+    assert np.mean([record["epsilon_lower"] for record in records]) > 0.7 * records[0]["epsilon_claimed"]
+
+
+@pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
+@pytest.mark.parametrize("plan", [CENTRAL, REPLACE, CENTRAL | MEMORYLESS], ids=["central", "replace", "no memory"])
+def test_noise_that_is_wrong_at_the_server_is_found_guilty(
+    plan: dict[str, Any], fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_noise_fault(monkeypatch, fault)
+    assert quick_audit(canaries=100, **plan)[1]["verdict"] == "guilty"
+
+
+@pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
+def test_noise_that_is_wrong_at_clients_is_found_guilty(
+    fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_noise_fault(monkeypatch, fault)
+    assert quick_audit(canaries=100, **SHORT | LOCAL)[1]["verdict"] == "guilty"
+
+
+@pytest.mark.parametrize("plan", [CENTRAL, LOCAL, POISSON], ids=["central", "local", "poisson"])
+def test_messages_longer_than_their_bound_are_found_guilty(
+    plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_bound_fault(monkeypatch, 3.0)
+    assert quick_audit(**SHORT | plan)[1]["verdict"] == "guilty"
+
+
+def test_a_bound_that_is_ignored_in_c_is_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model so large that the vectorized engine takes a client's step in C."""
+    large = {"model": {"name": "mlp", "hidden": [224]}, "training": {"rounds": 6}, "data": DATA}
+    assert quick_audit(canaries=40, **large)[1]["verdict"] == "not guilty"
+    seed_bound_fault(monkeypatch, 3.0)
+    assert quick_audit(canaries=40, **large)[1]["verdict"] == "guilty"
+
+
+DATA = {"name": "digits", "clients": 8, "partition": "iid"}
+
+
+@pytest.mark.parametrize("plan", [REPLACE, LOCAL], ids=["central", "local"])
+def test_replace_that_is_counted_as_add_or_remove_is_found_guilty(
+    plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpriv.privacy.plan.REPLACE_FACTOR", 1.0)
+    assert quick_audit(canaries=120, **SHORT | plan)[1]["verdict"] == "guilty"
+
+
+def test_noise_forgotten_for_one_client_is_found_by_the_largest_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fedpriv.engines.step
+
+    noise = fedpriv.engines.step.client_noise
+    wrong = lambda *where: noise(*where) * float(where[-1] != 25)  # noqa: E731
+    monkeypatch.setattr(fedpriv.engines.step, "client_noise", wrong)
+    findings, record = quick_audit(canaries=40, **SHORT | LOCAL)
+    assert record["verdict"] == "guilty"
+    assert [finding.name for finding in findings.scores if finding.guilty] == ["largest"]
