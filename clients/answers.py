@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from clients.state import keep_state, load_state
-from clients.wire import ARRAYS, DIAGNOSTICS, ModelArrays, Order
+from clients.wire import DIAGNOSTICS, MessageFormat, ModelArrays, Order
 from fedpriv.engines import one_thread
 from fedpriv.rounds import client_round
 
@@ -34,7 +34,9 @@ def send_message(order: Order, signal: Tensor, model: ModelArrays, context: Cont
     keep_state(context, order, state)
     if not math.isfinite(norm):
         _log.warning("client %d: its update is not finite and counts as nothing", order.client)
-    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: model.message(message)}
+    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        **model.message(message, MessageFormat.of(order.rules))
+    }
     if order.diagnostics:
         content[DIAGNOSTICS] = MetricRecord({"signal-norm": norm})
     return RecordDict(content)

@@ -15,7 +15,17 @@ from clients.member import Member
 from clients.own_data import own_signal
 from clients.refusals import Refusal
 from clients.run_config import RunConfig
-from clients.wire import ARRAYS, CONFIG, Introduction, ModelArrays, Order, Terms, asks_who, refusal_record
+from clients.wire import (
+    ARRAYS,
+    CONFIG,
+    Introduction,
+    MessageFormat,
+    ModelArrays,
+    Order,
+    Terms,
+    asks_who,
+    refusal_record,
+)
 from fedpriv.engines import Population, one_thread
 from fedpriv.errors import UserError
 from fedpriv.streams import SeededStreams, Streams
@@ -79,7 +89,8 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
     except UserError as error:
         no = Refusal.because("trouble", str(error))
     else:
-        return Message(RecordDict({ARRAYS: model.message(answer)}), reply_to=message)
+        form = MessageFormat.of(order.rules)
+        return Message(RecordDict({**model.message(answer, form)}), reply_to=message)
     _log.warning("refused (%s): %s", no.kind, no)
     return Message(refusal_record(no.kind, no.told), reply_to=message)
 
@@ -111,7 +122,7 @@ def _own_id(context: Context) -> int | None:
 def _streams(order: Order) -> tuple[Order, Streams | None]:
     """The order and where its noise comes from: a seed is followed only where a test has switched that on."""
     if order.seed is not None and os.environ.get(TEST_SEEDED) == "1":
-        return replace(order, seed=None), SeededStreams(order.seed)
+        return replace(order, seed=None), SeededStreams(order.seed, order.noise_id)
     return order, None
 
 

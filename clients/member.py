@@ -28,7 +28,6 @@ from clients.wire import Order, Terms, method_name
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.methods import ClientState, has_memory
-from fedpriv.noise import client_noise
 from fedpriv.rounds import apply_client_rule
 from fedpriv.streams import Streams, SystemStreams
 
@@ -127,10 +126,8 @@ class Member:
             raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
-        noise = None
-        if order.noise_stddev > 0.0:
-            noise = client_noise(self.streams, order.noise_stddev, len(signal), terms.turn, order.client)
-        message, after = apply_client_rule(order.method, state, signal.cpu(), noise, order.round)
+        release = replace(order.rules, streams=self.streams).release(terms.turn, order.client)
+        message, after = apply_client_rule(order.method, state, signal.cpu(), release, order.round)
         return message.contiguous(), after
 
 

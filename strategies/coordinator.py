@@ -144,6 +144,7 @@ class Coordinator:
             client=client,
             noise_stddev=rules.noise_stddev,
             seed=rules.streams.seed if seeded else None,  # type: ignore[union-attr]
+            noise_id=rules.streams.noise_id if seeded else "",  # type: ignore[union-attr]
             private=plan is not None,
         )
         terms = Terms(

@@ -17,6 +17,7 @@ from clients.wire import (
     FEDPRIV,
     TERMS,
     Introduction,
+    MessageFormat,
     ModelArrays,
     introduction,
     printable,
@@ -245,7 +246,7 @@ def run_turns(
             order, terms = coordinator.order(client)
             contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
         answers = network.exchange(contents, choice.deadline, str(broadcast.round))
-        replies, refusals, failed = _read(answers.items(), arrays)
+        replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
         outcome = coordinator.finish(replies, refusals)
         save()
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
@@ -259,7 +260,7 @@ def _message(content: RecordDict, node: int, seconds: float, group: str) -> Mess
 
 
 def _read(
-    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays
+    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
 ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
     """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
     replies: dict[int, Tensor] = {}
@@ -274,7 +275,7 @@ def _read(
             elif (no := refused(answer.content)) is not None:
                 refusals[client] = no
             else:
-                replies[client] = arrays.strict_vector(answer.content.array_records[ARRAYS])
+                replies[client] = arrays.received(answer.content, form)
         except UserError as error:
             failed[client] = printable(error)
         except Exception as error:

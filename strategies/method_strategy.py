@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
-from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order, method_name
+from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, MessageFormat, ModelArrays, Order, method_name
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, privacy_statement
@@ -191,7 +191,8 @@ class MethodStrategy(Strategy):
 
     def _message(self, client: int, content: RecordDict) -> Tensor:
         """A client's message; the server that must keep the promise (trust central) checks that it is bounded."""
-        message, plan = self._arrays.vector(content.array_records[ARRAYS]), self.plan
+        message = self._arrays.received(content, MessageFormat.of(self.agreement.client))
+        plan = self.plan
         if plan is not None and plan.trust == "central":
             norm = float(torch.linalg.vector_norm(message, dtype=torch.float64))
             if not norm <= plan.l2_bound:
@@ -208,14 +209,17 @@ class MethodStrategy(Strategy):
         return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
 
     def _order(self, client: int, server_round: int) -> Order:
-        rules, streams = self.agreement.client, self.agreement.client.streams
+        rules = self.agreement.client
+        streams = rules.streams if rules.noise_stddev > 0.0 else None
+        seeded = isinstance(streams, SeededStreams)
         return Order(
             method=rules.method,
             round=server_round,
             client=client,
             last_round=self._last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
-            seed=streams.seed if isinstance(streams, SeededStreams) and rules.noise_stddev > 0.0 else None,
+            seed=streams.seed if seeded else None,
+            noise_id=streams.noise_id if seeded else "",
             private=self.plan is not None,
             diagnostics=self._randomness == "seeded",
         )

@@ -99,6 +99,8 @@ class NamedStrategy(MethodStrategy):
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
+        if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
+            self.streams = SeededStreams(self.streams.seed, repr((self.method, sampling, plan, rounds)))
         return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
 
 

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from fedpriv.bounding import SmoothedNormalization, require_positive
 from fedpriv.errors import UserError
-from fedpriv.feedback import Feedback, bounded_residual, decayed, remember
-from fedpriv.methods.base import direction, noised, require_fraction
+from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
+from fedpriv.methods.base import direction, require_fraction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 
@@ -115,13 +115,13 @@ class AlphaNormEC:
         self,
         state: ClientMemory,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         memory = decayed(state.memory, self.damping, round - 1 - state.updated)
         message = bounded_residual(self.bounded, memory, signal)
-        sent = noised(message, noise)
+        sent = sent_message(message, release)
         learned = sent if self.memory == "sent" else message
         memory = remember(decayed(memory, self.damping, 1), learned, self.beta)
         return sent, ClientMemory(memory, torch.full_like(state.updated, round))

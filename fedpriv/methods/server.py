@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
+from fedpriv.feedback import Release
 from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
 
 __all__ = [
@@ -254,11 +255,11 @@ class ServerOptimized:
         self,
         state: ClientState,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002
     ) -> tuple[Tensor, ClientState]:
         """The method's."""
-        return self.method.client_rule(state, signal, noise, round)
+        return self.method.client_rule(state, signal, release, round)
 
     def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
         """See `Method.server_rule`. The method's step is taken in float64, so that the difference is its direction."""

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
+from fedpriv.gaussian import release_grid
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
 # dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
@@ -82,6 +83,14 @@ class PrivacyPlan:
         return self.noise_multiplier * self.l2_sensitivity
 
     @property
+    def release_grid(self) -> float | None:
+        """G: all that is released is a multiple of it (`fedpriv.noise`); None without noise.
+
+        The noise is sampled exactly, so that nothing is added to epsilon or delta for the sampler.
+        """
+        return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
+
+    @property
     def epsilon(self) -> float:
         """Spent after all rounds; infinite without noise."""
         return self.epsilon_after(self.rounds)
@@ -138,6 +147,9 @@ class PrivacyPlan:
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "noise_stddev": self.noise_stddev,
+            "release_grid": self.release_grid,
+            "epsilon_of_sampling": 0.0,
+            "delta_of_sampling": 0.0,
             "l2_bound": self.l2_bound,
             "l2_sensitivity": self.l2_sensitivity,
             "unit": self.unit,
