@@ -13,7 +13,6 @@ The observer is put around the server's rule and records what the rule is given:
 cohort. If trust is local, each canary is asked for its messages alone, and the engine's sum is the message itself.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -182,5 +181,5 @@ def _holders(people: Population, population: int) -> ResampledFederation:
 
 
 def bytes_needed(params: int, rounds: int, candidates: int) -> int:
-    """Return about how much memory an attack takes beside the run itself: releases, directions and memories."""
-    return math.ceil(4 * params * (3 * rounds + 3 * candidates))
+    """Return about how much memory an attack takes beside the run itself: releases, directions, memories, signs."""
+    return 12 * params * (rounds + candidates) + 32 * candidates * rounds

@@ -4,13 +4,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
-import fedpriv.engines.step
-import fedpriv.rounds
+import fedpriv.noise
 from fedpriv.audit.run import AuditChoice, audit_experiment
 from fedpriv.audit.verdict import Findings
 from fedpriv.bounding import SmoothedNormalization
@@ -18,16 +15,16 @@ from fedpriv.experiment.assemble import Experiment, assemble, make_federation
 from fedpriv.experiment.config import Config, parse_config
 from fedpriv.learning.federation import Holders
 
-ROUNDS = 30
+ROUNDS, CLIENTS = 30, 10
 PRIVACY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5}
 
 
 def quick_config(**changes: dict[str, Any]) -> Config:
-    """Twenty clients with digits, softmax, alpha-NormEC with a fading memory; tables of `changes` go over the rest."""
+    """Few clients with digits, softmax, alpha-NormEC with a fading memory; tables of `changes` go over the rest."""
     tables: dict[str, Any] = {
         "name": "quick",
         "seed": 3,
-        "data": {"name": "digits", "clients": 20, "partition": "iid"},
+        "data": {"name": "digits", "clients": CLIENTS, "partition": "iid"},
         "model": {"name": "softmax"},
         "local": {"work": "minibatch-gradient", "batch_size": 8},
         "method": {"name": "alpha-normec", "beta": 0.1, "server_normalization": False, "damping": 0.1},
@@ -55,45 +52,53 @@ def quick_audit(
     return audit_experiment(quick_experiment(**changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
 
 
-Noise = Callable[..., Tensor]
+# `fedpriv.noise._released` and its arguments: streams, purpose, stddev, values, (round, client), and others.
+Released = Callable[..., Tensor]
 
 
-def without(noise: Noise, *where: Any) -> Tensor:
-    return torch.zeros_like(noise(*where))
+def without(released: Released, *where: Any, **more: Any) -> Tensor:  # noqa: ARG001
+    return where[3]
 
 
-def halved(noise: Noise, *where: Any) -> Tensor:
-    return 0.5 * noise(*where)
+def halved(released: Released, streams: Any, purpose: Any, stddev: float, *where: Any, **more: Any) -> Tensor:
+    return released(streams, purpose, 0.5 * stddev, *where, **more)
 
 
-def repeated(noise: Noise, streams: Any, stddev: float, size: int, round: int, *client: int) -> Tensor:  # noqa: A002, ARG001
-    return noise(streams, stddev, size, 1, *client)
+def repeated(
+    released: Released,
+    streams: Any,
+    purpose: Any,
+    stddev: float,
+    values: Tensor,
+    address: tuple[int, int],
+    *rest: Any,
+    **more: Any,
+) -> Tensor:
+    return released(streams, purpose, stddev, values, (1, address[1]), *rest, **more)
 
 
-def forgotten(noise: Noise, streams: Any, stddev: float, size: int, round: int, *client: int) -> Tensor:  # noqa: A002
-    return noise(streams, stddev, size, round, *client) * float(round % 10 != 9)
+def forgotten(released: Released, *where: Any, **more: Any) -> Tensor:
+    return where[3] if where[4][0] % 10 == 9 else released(*where, **more)
 
 
-def in_half(noise: Noise, *where: Any) -> Tensor:
-    drawn = noise(*where)
-    drawn[: len(drawn) // 2] = 0.0
+def in_half(released: Released, *where: Any, **more: Any) -> Tensor:
+    drawn, values = released(*where, **more), where[3]
+    drawn[: len(drawn) // 2] = values[: len(drawn) // 2].double()
     return drawn
 
 
-def in_every_other(noise: Noise, *where: Any) -> Tensor:
-    drawn = noise(*where)
-    drawn[::2] = 0.0
+def in_every_other(released: Released, *where: Any, **more: Any) -> Tensor:
+    drawn = released(*where, **more)
+    drawn[::2] = where[3][::2].double()
     return drawn
 
 
-def in_most(noise: Noise, *where: Any) -> Tensor:
-    """Three coordinates in a hundred are left out: too few for a canary in all coordinates to notice."""
-    drawn = noise(*where)
-    drawn[np.arange(len(drawn)) % 33 == 5] = 0.0
-    return drawn
+def forgotten_by_one(released: Released, *where: Any, **more: Any) -> Tensor:
+    """The sixth canary adds no noise."""
+    return where[3] if where[4][1] == CLIENTS + 5 else released(*where, **more)
 
 
-NOISE_FAULTS: dict[str, Callable[..., Tensor]] = {
+NOISE_FAULTS: dict[str, Released] = {
     "no noise": without,
     "half the noise": halved,
     "the same noise each round": repeated,
@@ -103,11 +108,10 @@ NOISE_FAULTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Callable[..., Tensor]) -> None:
-    """Puts a fault between the product and its noise, at the server and at clients."""
-    for module, name in ((fedpriv.rounds, "server_noise"), (fedpriv.engines.step, "client_noise")):
-        noise = getattr(module, name)
-        patch.setattr(module, name, lambda *where, noise=noise: fault(noise, *where))
+def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Released) -> None:
+    """Puts a fault where all noise is added, at the server and at clients."""
+    released = fedpriv.noise._released
+    patch.setattr(fedpriv.noise, "_released", lambda *where, **more: fault(released, *where, **more))
 
 
 def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:

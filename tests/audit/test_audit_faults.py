@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from audit_cases import NOISE_FAULTS, PRIVACY, quick_audit, seed_bound_fault, seed_noise_fault
+from audit_cases import (
+    NOISE_FAULTS,
+    PRIVACY,
+    forgotten_by_one,
+    in_every_other,
+    in_half,
+    quick_audit,
+    seed_bound_fault,
+    seed_noise_fault,
+)
 from torch import Tensor
 
 CENTRAL: dict[str, Any] = {"privacy": PRIVACY}
@@ -18,7 +27,7 @@ SENT: dict[str, Any] = {
     "privacy": {**PRIVACY, "trust": "local"},
 }
 POISSON: dict[str, Any] = {"cohort": {"sampling": "poisson", "probability": 0.5}}
-FIXED: dict[str, Any] = {"cohort": {"sampling": "fixed", "size": 8}}
+FIXED: dict[str, Any] = {"cohort": {"sampling": "fixed", "size": 4}}
 
 RIGHT = {
     "central, fading memory": CENTRAL,
@@ -35,17 +44,16 @@ RIGHT = {
     "central, server adam": MEMORYLESS | {"server": {"optimizer": "adam"}},
     "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
 }
-SHORT = {"training": {"rounds": 20}}
+SHORT, LONG = {"training": {"rounds": 12}}, {"training": {"rounds": 50}}
 
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> None:
-    """No bound of two attacks on each kind of plan is above the claim, and the null is what it should be."""
-    for seed in range(2):
-        findings, record = quick_audit(canaries=50, seed=seed, **SHORT | RIGHT[name])
+    """And directions in no run score as they should."""
+    for seed in range(1 if "local" in name else 3):
+        findings, record = quick_audit(canaries=40, seed=seed, **SHORT | RIGHT[name])
         assert record["verdict"] == "not guilty"
-        assert record["epsilon_lower"] <= record["epsilon_claimed"]
-        assert record["null"]["deviation"] == pytest.approx(1.0, abs=0.06)
+        assert record["null"]["deviation"] == pytest.approx(1.0, abs=0.1)
         assert all(finding.convicting <= finding.lower for finding in findings.scores)
 
 
@@ -55,7 +63,7 @@ def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
 
 
 @pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
-@pytest.mark.parametrize("plan", [CENTRAL, REPLACE, CENTRAL | MEMORYLESS], ids=["central", "replace", "no memory"])
+@pytest.mark.parametrize("plan", [CENTRAL, LONG | MEMORYLESS | REPLACE], ids=["central", "replace, no memory"])
 def test_noise_that_is_wrong_at_the_server_is_found_guilty(
     plan: dict[str, Any], fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +76,9 @@ def test_noise_that_is_wrong_at_clients_is_found_guilty(
     fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed_noise_fault(monkeypatch, fault)
-    assert quick_audit(canaries=100, **SHORT | LOCAL)[1]["verdict"] == "guilty"
+    in_few_coordinates = fault in (in_half, in_every_other)  # the score of a coordinate is at most sqrt(rounds)
+    plan = LOCAL if in_few_coordinates else SHORT | LOCAL
+    assert quick_audit(canaries=30 if in_few_coordinates else 50, **plan)[1]["verdict"] == "guilty"
 
 
 @pytest.mark.parametrize("plan", [CENTRAL, LOCAL, POISSON], ids=["central", "local", "poisson"])
@@ -76,7 +86,7 @@ def test_messages_longer_than_their_bound_are_found_guilty(
     plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed_bound_fault(monkeypatch, 3.0)
-    assert quick_audit(**SHORT | plan)[1]["verdict"] == "guilty"
+    assert quick_audit(canaries=40, **SHORT | plan)[1]["verdict"] == "guilty"
 
 
 def test_a_bound_that_is_ignored_in_c_is_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +105,11 @@ def test_replace_that_is_counted_as_add_or_remove_is_found_guilty(
     plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedpriv.privacy.plan.REPLACE_FACTOR", 1.0)
-    assert quick_audit(canaries=120, **SHORT | plan)[1]["verdict"] == "guilty"
+    assert quick_audit(canaries=80, **SHORT | plan)[1]["verdict"] == "guilty"
 
 
-def test_noise_forgotten_for_one_client_is_found_by_the_largest_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fedpriv.engines.step
-
-    noise = fedpriv.engines.step.client_noise
-    wrong = lambda *where: noise(*where) * float(where[-1] != 25)  # noqa: E731
-    monkeypatch.setattr(fedpriv.engines.step, "client_noise", wrong)
+def test_noise_forgotten_by_one_client_is_found_by_the_largest_score_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_noise_fault(monkeypatch, forgotten_by_one)
     findings, record = quick_audit(canaries=40, **SHORT | LOCAL)
     assert record["verdict"] == "guilty"
     assert [finding.name for finding in findings.scores if finding.guilty] == ["largest"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audit_cases import PRIVACY, quick_audit, quick_config, quick_experiment
+from audit_cases import CLIENTS, PRIVACY, quick_audit, quick_config, quick_experiment
 from helpers import EXAMPLES, same
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from fedpriv.streams import Purpose, SeededStreams
 PLANS: dict[str, dict[str, Any]] = {
     "central": {},
     "poisson": {"cohort": {"sampling": "poisson", "probability": 0.4}},
-    "fixed": {"cohort": {"sampling": "fixed", "size": 7}},
+    "fixed": {"cohort": {"sampling": "fixed", "size": 4}},
     "local": {"privacy": {**PRIVACY, "trust": "local"}},
 }
 FEW = {"training": {"rounds": 6}}
@@ -118,7 +118,7 @@ def test_not_one_draw_of_the_experiment_changes(plan: dict[str, Any], drawn: Cou
     drawn.clear()
     with start_attack(again, canaries_for(again), "loop") as attack:
         clients, _, _ = run_attack(attack)
-    clients_own = Counter({address: n for address, n in drawn.items() if address[2] < 20})
+    clients_own = Counter({address: n for address, n in drawn.items() if address[2] < CLIENTS})
     assert clients_own == without
     assert {address[0] for address in drawn - clients_own} <= {Purpose.CLIENT_NOISE}
     for before, after in zip(plain.asked, clients.asked, strict=True):
@@ -170,13 +170,13 @@ def test_population_capacity_and_divisor_take_the_canaries_in_and_the_plan_does_
     canaries, q = canaries_for(experiment), experiment.server.sampling.sampling_prob
     with start_attack(experiment, canaries, "loop") as attack:
         wider = attack.server.sampling
-        assert wider.population == 20 + len(canaries.planted)
+        assert wider.population == CLIENTS + len(canaries.planted)
         assert wider.expected_size == pytest.approx(q * wider.population)
         assert wider.sampling_prob == q
         assert attack.server.noise_stddev == experiment.server.noise_stddev
         clients, planted, _ = run_attack(attack)
         assert {broadcast.capacity for broadcast in clients.asked + planted.asked} == {capacity_of(wider)}
-        assert all((broadcast.cohort >= 20).all() for broadcast in planted.asked)
+        assert all((broadcast.cohort >= CLIENTS).all() for broadcast in planted.asked)
 
 
 @pytest.mark.parametrize("plan", ["central", "poisson"])
@@ -197,7 +197,7 @@ def test_candidates_that_take_no_part_enter_nothing(plan: str) -> None:
 @pytest.mark.parametrize("engine", CANARY_ENGINES)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_remembers(name: str, engine: str) -> None:
-    experiment, rounds = quick_experiment(**FEW), 40
+    experiment, rounds = quick_experiment(**FEW), 20
     method = EXAMPLES[name]
     rules = ClientRules(method=getattr(method, "client_part", method), noise_stddev=0.0, streams=SeededStreams(0))
     canaries = draw_canaries(seed=1, count=20, size=SIZE, rounds=rounds, sampling_prob=0.7, replace=False, local=True)
@@ -206,12 +206,12 @@ def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_re
     people = experiment.population
     population = CanaryPopulation(
         rules=rules, task=people.task, federation=federation, work=people.work, streams=people.streams,
-        canaries=canaries, first=20, scale=signal_scale(rules, SIZE, rounds),
+        canaries=canaries, first=CLIENTS, scale=signal_scale(rules, SIZE, rounds),
     )  # fmt: skip
     made = CANARY_ENGINES[engine](population)
     for number in range(1, rounds + 1):
         cohort = canaries.cohort(number)
-        sent = made.sum_messages(Broadcast(number, experiment.initial_model, 20 + cohort, 100)).sum
+        sent = made.sum_messages(Broadcast(number, experiment.initial_model, CLIENTS + cohort, 100)).sum
         pushes = torch.stack([canaries.push(int(canaries.planted[i]), number) for i in cohort])
         assert torch.allclose(sent, method.bounded.l2_bound * pushes.double().sum(dim=0), rtol=0.0, atol=1e-4)
 
@@ -219,9 +219,9 @@ def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_re
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_engines_find_the_same(plan: dict[str, Any]) -> None:
     loop, vectorized = (quick_audit(canaries=30, engine=engine, **FEW | plan)[0] for engine in CANARY_ENGINES)
-    assert np.allclose(loop.whitened, vectorized.whitened, atol=1e-3)
+    assert np.allclose(loop.whitened, vectorized.whitened, atol=0.02)
     for one, other in zip(loop.scores, vectorized.scores, strict=True):
-        assert one.lower == pytest.approx(other.lower, abs=0.02)
+        assert one.lower == pytest.approx(other.lower, abs=0.1)
 
 
 def test_coins_are_fair_and_independent_and_signs_are_the_auditors_alone() -> None:
