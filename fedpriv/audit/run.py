@@ -24,6 +24,9 @@ __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run
 AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
 # Fewer canaries might leave nothing to compare after their coins are tossed.
 MIN_CANARIES, MAX_CANARIES = 20, 100_000
+_LEAST_SEEN = 5
+# Share of a canary's own noise that the others may add before the words say so.
+_CROWDED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
     if needed > room:
         remedy = "Lower --canaries, training.rounds or the model's size"
         raise UserError("--canaries", f"an attack within {room / 1e9:.1f} GB", f"{needed / 1e9:.1f} GB", remedy)
-    return draw_canaries(
+    canaries = draw_canaries(
         seed=choice.seed,
         count=choice.canaries,
         size=size,
@@ -147,6 +150,19 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         replace=plan.adjacency == "replace",
         local=plan.trust == "local",
     )
+    if len(canaries.seen) < _LEAST_SEEN:
+        expected = f"at least {_LEAST_SEEN} canaries that take part in some round"
+        raise UserError("--canaries", expected, len(canaries.seen), "Give more canaries or more rounds")
+    return canaries
+
+
+def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> float:
+    """Variance that the other canaries add to a score, over the noise's; 0 if every message is seen alone."""
+    if plan.trust == "local":
+        return 0.0
+    bound = plan.l2_bound / plan.noise_stddev
+    sampled = experiment.server.sampling.sampling_prob * len(canaries.planted)
+    return sampled * bound**2 / experiment.population.task.layout.size
 
 
 def _memory() -> float:
@@ -181,6 +197,7 @@ def _record(
         "best_score": best.name,
         "final_model": dict(zip(("epsilon_estimate", "epsilon_lower"), findings.final_model, strict=True)),
         "without_cohorts": None if findings.without_cohorts is None else {"epsilon_estimate": findings.without_cohorts},
+        "crowded": _crowding(experiment, plan, canaries) > _CROWDED,
         "null": {"directions": len(findings.null), "deviation": float(findings.null.std())},
         "name": config.name,
         "method": config.method_name,

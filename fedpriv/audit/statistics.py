@@ -10,6 +10,7 @@ Nasr & Jagielski 2023 (arXiv 2305.08846) and Mahloujifar, Melis & Chaudhuri 2024
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -37,12 +38,16 @@ def epsilon_of(mu: float, delta: float) -> float:
     if math.isinf(mu):
         return math.inf
     high = 0.5 * mu**2 + 40.0 * mu  # below delta 1e-100
-    return float(optimize.brentq(lambda epsilon: _log_delta(epsilon, mu) - math.log(delta), 0.0, high, xtol=1e-10))
+    return _root(lambda epsilon: _log_delta(epsilon, mu) - math.log(delta), 0.0, high)
 
 
 def mu_of(epsilon: float, delta: float) -> float:
     """Return the mu of the Gaussian mechanism that is exactly (epsilon, delta)-differentially private."""
-    return float(optimize.brentq(lambda mu: _log_delta(epsilon, mu) - math.log(delta), 1e-9, MAX_MU, xtol=1e-12))
+    return _root(lambda mu: _log_delta(epsilon, mu) - math.log(delta), 1e-9, MAX_MU)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return cast(float, optimize.brentq(function, low, high, xtol=1e-9))
 
 
 def _log_delta(epsilon: float, mu: float) -> float:
@@ -130,7 +135,7 @@ def _largest_refuted(excess: Callable[[float], float]) -> float:
         return 0.0
     if excess(MAX_EPSILON) > 0.0:
         return MAX_EPSILON
-    return float(optimize.brentq(excess, low, MAX_EPSILON, xtol=1e-4))
+    return _root(excess, low, MAX_EPSILON)
 
 
 def epsilon_of_two_gaussians(mean: float, deviation: float, delta: float) -> float:
@@ -153,7 +158,7 @@ def _epsilon_between(first: tuple[float, float], second: tuple[float, float], de
     high = 1.0
     while excess(high) > 0.0 and high < 1e6:
         high *= 2.0
-    return float(optimize.brentq(excess, 0.0, high, xtol=1e-6)) if high < 1e6 else math.inf
+    return _root(excess, 0.0, high) if high < 1e6 else math.inf
 
 
 def _largest_gap(first: tuple[float, float], second: tuple[float, float], epsilon: float) -> float:

@@ -68,4 +68,5 @@ def in_words(record: dict[str, Any]) -> str:
         else f" Without knowing the cohorts, epsilon looks like {hidden['epsilon_estimate']:.2f}, an estimate to be "
         f"compared with the promised {rounded_up(record['epsilon_promised'])}."
     )
-    return f"{attacked} {lower} {verdict} {final}{unaware}"
+    crowded = " So many canaries hide each other: fewer would see more." if record["crowded"] else ""
+    return f"{attacked} {lower} {verdict} {final}{unaware}{crowded}"

@@ -16,10 +16,11 @@ from fedpriv.experiment.config import Config, parse_config
 from fedpriv.learning.federation import Holders
 
 ROUNDS, CLIENTS = 30, 10
+Changes = dict[str, dict[str, Any]]
 PRIVACY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5}
 
 
-def quick_config(**changes: dict[str, Any]) -> Config:
+def quick_config(changes: Changes | None = None) -> Config:
     """Few clients with digits, softmax, alpha-NormEC with a fading memory; tables of `changes` go over the rest."""
     tables: dict[str, Any] = {
         "name": "quick",
@@ -31,7 +32,7 @@ def quick_config(**changes: dict[str, Any]) -> Config:
         "privacy": PRIVACY,
         "training": {"rounds": ROUNDS},
     }
-    return parse_config(tables | changes)
+    return parse_config(tables | (changes or {}))
 
 
 @cache
@@ -39,17 +40,17 @@ def _quick_federation() -> Holders:
     return make_federation(quick_config())
 
 
-def quick_experiment(**changes: dict[str, Any]) -> Experiment:
+def quick_experiment(changes: Changes | None = None) -> Experiment:
     """The experiment of `quick_config`; its data are read once."""
-    config = quick_config(**changes)
-    return assemble(config, federation=None if "data" in changes else _quick_federation())
+    config = quick_config(changes)
+    return assemble(config, federation=None if "data" in (changes or {}) else _quick_federation())
 
 
 def quick_audit(
-    canaries: int = 80, seed: int = 0, engine: str = "vectorized", **changes: dict[str, Any]
+    changes: Changes | None = None, canaries: int = 80, seed: int = 0, engine: str = "vectorized"
 ) -> tuple[Findings, dict[str, Any]]:
     """What an audit of the quick problem finds, and its record."""
-    return audit_experiment(quick_experiment(**changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
+    return audit_experiment(quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
 
 
 # `fedpriv.noise._released` and its arguments: streams, purpose, stddev, values, (round, client), and others.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audit_cases import CLIENTS, PRIVACY, quick_audit, quick_config, quick_experiment
+from audit_cases import CLIENTS, PRIVACY, Changes, quick_audit, quick_config, quick_experiment
 from helpers import EXAMPLES, same
 from torch import Tensor
 
@@ -23,13 +23,13 @@ from fedpriv.experiment.engines import make_engine
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import Purpose, SeededStreams
 
-PLANS: dict[str, dict[str, Any]] = {
+PLANS: dict[str, Changes] = {
     "central": {},
     "poisson": {"cohort": {"sampling": "poisson", "probability": 0.4}},
     "fixed": {"cohort": {"sampling": "fixed", "size": 4}},
     "local": {"privacy": {**PRIVACY, "trust": "local"}},
 }
-FEW = {"training": {"rounds": 6}}
+FEW: Changes = {"training": {"rounds": 6}}
 SIZE = 650
 
 
@@ -106,14 +106,14 @@ def run_attack(attack: Attack) -> tuple[Watched, Watched, Tensor]:
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_not_one_draw_of_the_experiment_changes(plan: dict[str, Any], drawn: Counter[tuple[Purpose, int, int]]) -> None:
+def test_not_one_draw_of_the_experiment_changes(plan: Changes, drawn: Counter[tuple[Purpose, int, int]]) -> None:
     """Data, first model, cohorts, batches and noise have the same addresses; canaries add noise of their own."""
-    experiment = quick_experiment(**FEW | plan)
+    experiment = quick_experiment(FEW | plan)
     drawn.clear()
     plain, _ = plain_run(experiment)
     without = Counter(drawn)
     drawn.clear()
-    again = quick_experiment(**FEW | plan)
+    again = quick_experiment(FEW | plan)
     assert same(again.initial_model, experiment.initial_model)
     drawn.clear()
     with start_attack(again, canaries_for(again), "loop") as attack:
@@ -129,8 +129,8 @@ def test_not_one_draw_of_the_experiment_changes(plan: dict[str, Any], drawn: Cou
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_the_noise_on_the_sum_is_the_noise_of_the_run_without_an_audit(plan: dict[str, Any]) -> None:
-    experiment = quick_experiment(**FEW | plan)
+def test_the_noise_on_the_sum_is_the_noise_of_the_run_without_an_audit(plan: Changes) -> None:
+    experiment = quick_experiment(FEW | plan)
     rounds = range(1, FEW["training"]["rounds"] + 1)
     with start_attack(experiment, canaries_for(experiment), "loop") as attack:
         clients, planted, sums = run_attack(attack)
@@ -160,13 +160,13 @@ def noise_of(rules: ServerRules, number: int, total: Tensor) -> Tensor:
 
 
 def experiment_state() -> Any:
-    experiment = quick_experiment(**FEW)
+    experiment = quick_experiment(FEW)
     return experiment.config.method.init_server(experiment.initial_model)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_population_capacity_and_divisor_take_the_canaries_in_and_the_plan_does_not(plan: dict[str, Any]) -> None:
-    experiment = quick_experiment(**FEW | plan)
+def test_population_capacity_and_divisor_take_the_canaries_in_and_the_plan_does_not(plan: Changes) -> None:
+    experiment = quick_experiment(FEW | plan)
     canaries, q = canaries_for(experiment), experiment.server.sampling.sampling_prob
     with start_attack(experiment, canaries, "loop") as attack:
         wider = attack.server.sampling
@@ -181,7 +181,7 @@ def test_population_capacity_and_divisor_take_the_canaries_in_and_the_plan_does_
 
 @pytest.mark.parametrize("plan", ["central", "poisson"])
 def test_candidates_that_take_no_part_enter_nothing(plan: str) -> None:
-    experiment = quick_experiment(**FEW | PLANS[plan])
+    experiment = quick_experiment(FEW | PLANS[plan])
     canaries = canaries_for(experiment)
     absent = canaries.coins[: canaries.isotropic] == 0
     assert 10 < absent.sum() < canaries.isotropic - 10
@@ -197,7 +197,7 @@ def test_candidates_that_take_no_part_enter_nothing(plan: str) -> None:
 @pytest.mark.parametrize("engine", CANARY_ENGINES)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_remembers(name: str, engine: str) -> None:
-    experiment, rounds = quick_experiment(**FEW), 20
+    experiment, rounds = quick_experiment(FEW), 20
     method = EXAMPLES[name]
     rules = ClientRules(method=getattr(method, "client_part", method), noise_stddev=0.0, streams=SeededStreams(0))
     canaries = draw_canaries(seed=1, count=20, size=SIZE, rounds=rounds, sampling_prob=0.7, replace=False, local=True)
@@ -217,8 +217,8 @@ def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_re
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_engines_find_the_same(plan: dict[str, Any]) -> None:
-    loop, vectorized = (quick_audit(canaries=30, engine=engine, **FEW | plan)[0] for engine in CANARY_ENGINES)
+def test_engines_find_the_same(plan: Changes) -> None:
+    loop, vectorized = (quick_audit(FEW | plan, canaries=30, engine=engine)[0] for engine in CANARY_ENGINES)
     assert np.allclose(loop.whitened, vectorized.whitened, atol=0.02)
     for one, other in zip(loop.scores, vectorized.scores, strict=True):
         assert one.lower == pytest.approx(other.lower, abs=0.1)
@@ -239,14 +239,14 @@ def test_coins_are_fair_and_independent_and_signs_are_the_auditors_alone() -> No
 
 
 def test_a_sampled_plan_is_compared_without_amplification_and_says_so() -> None:
-    experiment = quick_experiment(**PLANS["poisson"])
-    _, record = quick_audit(**PLANS["poisson"])
+    experiment = quick_experiment(PLANS["poisson"])
+    _, record = quick_audit(PLANS["poisson"])
     assert experiment.plan is not None
     assert record["epsilon_promised"] == pytest.approx(experiment.plan.epsilon)
     assert record["epsilon_claimed"] > 1.2 * record["epsilon_promised"]
     assert "without amplification" in record["claim"]
     assert record["without_cohorts"]["epsilon_estimate"] < record["epsilon_claimed"]
-    assert quick_audit(**FEW)[1]["without_cohorts"] is None
+    assert quick_audit(FEW)[1]["without_cohorts"] is None
 
 
 def call(*arguments: str) -> int:
@@ -260,7 +260,7 @@ def call(*arguments: str) -> int:
 @pytest.fixture
 def quick_file(tmp_path: Path) -> str:
     path = tmp_path / "quick.toml"
-    path.write_text(quick_config(**FEW).to_toml())
+    path.write_text(quick_config(FEW).to_toml())
     return str(path)
 
 
@@ -324,6 +324,6 @@ def test_a_mistake_is_exit_2_and_one_line(
 
 
 def test_an_audit_of_a_config_alone_takes_the_defaults(tmp_path: Path) -> None:
-    record = run_audit(quick_config(training={"rounds": 2}), tmp_path, AuditChoice(canaries=20))
+    record = run_audit(quick_config({"training": {"rounds": 2}}), tmp_path, AuditChoice(canaries=20))
     assert record["engine"] in CANARY_ENGINES
-    assert record["digest"] == quick_config(training={"rounds": 2}).digest
+    assert record["digest"] == quick_config({"training": {"rounds": 2}}).digest
