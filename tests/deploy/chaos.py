@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import clients.files
+import fedpriv.noise
 from clients.ledger import Ledger, spent
 from clients.member import Member
 from clients.memory import MemoryFile
@@ -109,6 +110,23 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
         clients.files.os, clients.files.sync_folder = before, synced
 
 
+@contextmanager
+def unrounded_noise() -> Iterator[None]:
+    """Noise is a draw of `Draws`, added without rounding, so that `_follow_noise` can follow what it did."""
+
+    def released(streams: "Draws", purpose: Purpose, stddev: float, values: Tensor, address: Any, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+        if stddev == 0.0:
+            return values
+        drawn = torch.from_numpy(streams.source(purpose, *address).normal(len(values)))
+        return values.double() + stddev * drawn.double()
+
+    before, fedpriv.noise._released = fedpriv.noise._released, released  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fedpriv.noise._released = before
+
+
 @dataclass
 class Draws(Streams):
     """Fresh noise at every draw, as in a deployment; remembers which draw was made for which turn and client."""
@@ -192,7 +210,7 @@ class World:
 
     def run(self) -> None:
         """All turns; checks after each."""
-        with simulated_disk(self.disk):
+        with simulated_disk(self.disk), unrounded_noise():
             while not self.server.done:
                 self.step()
                 self.check()
