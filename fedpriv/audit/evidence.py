@@ -24,7 +24,7 @@ class FinalModel:
     Args:
         scores: Projections of the model's move on each seen canary's direction, N(0, 1) without it, `[seen]`.
         shares: What each canary's signs add up to in the move, `[seen]`; see `final_model`.
-        reach: The same for a client that pushes the same way in every round.
+        reach: The same for a client that pushes one way whenever it takes part; mean of all seen.
     """
 
     scores: np.ndarray
@@ -127,7 +127,7 @@ def final_model(canaries: Canaries, released: Released, inner: np.ndarray) -> Fi
     """Return how canaries show in x_K - x_0, the move of the model.
 
     A server rule makes of the sums about x_K - x_0 = sum_k h_k S_k, exactly so if it is linear. The weights h follow
-    from least squares; a canary's share is then sum_k h_k sign_k, and that of the most visible client sum_k |h_k|.
+    from least squares. A canary's share is then sum_k h_k sign_k, and sum_k |h_k| is the most that a client can have.
 
     Args:
         canaries: Who took part.
@@ -144,5 +144,5 @@ def final_model(canaries: Canaries, released: Released, inner: np.ndarray) -> Fi
     return FinalModel(
         scores=(canaries.directions[seen].double() @ move).numpy() * math.sqrt(size) / length,
         shares=(canaries.coins[seen, None] * canaries.patterns[seen]) @ weights,
-        reach=float(np.abs(weights).sum()),
+        reach=float((canaries.takes_part[seen] @ np.abs(weights)).mean()),
     )

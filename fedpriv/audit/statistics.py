@@ -17,7 +17,6 @@ from scipy import optimize, special, stats
 
 __all__ = [
     "epsilon_of",
-    "epsilon_of_two_gaussians",
     "f_dp_lower",
     "largest_lower",
     "mean_lower",
@@ -136,47 +135,3 @@ def _largest_refuted(excess: Callable[[float], float]) -> float:
     if excess(MAX_EPSILON) > 0.0:
         return MAX_EPSILON
     return _root(excess, low, MAX_EPSILON)
-
-
-def epsilon_of_two_gaussians(mean: float, deviation: float, delta: float) -> float:
-    """Return the epsilon at `delta` that tells N(mean, deviation^2) from N(0, 1), in both directions.
-
-    An estimate in the manner of Andrew et al. 2023 (arXiv 2302.03098), for scores that are no Gaussian mechanism's.
-    """
-    null, seen = (0.0, 1.0), (mean, max(deviation, 1e-6))
-    return max(_epsilon_between(null, seen, delta), _epsilon_between(seen, null, delta))
-
-
-def _epsilon_between(first: tuple[float, float], second: tuple[float, float], delta: float) -> float:
-    """Return the least epsilon >= 0 with P(A) <= exp(epsilon) Q(A) + delta for all A; P is `first`, Q `second`."""
-
-    def excess(epsilon: float) -> float:
-        return _largest_gap(first, second, epsilon) - delta
-
-    if excess(0.0) <= 0.0:
-        return 0.0
-    high = 1.0
-    while excess(high) > 0.0 and high < 1e6:
-        high *= 2.0
-    return _root(excess, 0.0, high) if high < 1e6 else math.inf
-
-
-def _largest_gap(first: tuple[float, float], second: tuple[float, float], epsilon: float) -> float:
-    """Return P(A) - exp(epsilon) Q(A) for A = {log p - log q > epsilon}, on one side of the roots of a quadratic."""
-    (a, s), (b, t) = first, second
-    square, linear = 0.5 / t**2 - 0.5 / s**2, a / s**2 - b / t**2
-    constant = 0.5 * (b / t) ** 2 - 0.5 * (a / s) ** 2 + math.log(t / s) - epsilon
-
-    def below(x: float) -> float:
-        return float(special.ndtr((x - a) / s)) - math.exp(min(epsilon + float(special.log_ndtr((x - b) / t)), 700.0))
-
-    def above(x: float) -> float:
-        return float(special.ndtr((a - x) / s)) - math.exp(min(epsilon + float(special.log_ndtr((b - x) / t)), 700.0))
-
-    if abs(square) < 1e-12:
-        return 0.0 if linear == 0.0 else (above if linear > 0.0 else below)(-constant / linear)
-    inner = linear**2 - 4.0 * square * constant
-    if inner <= 0.0:
-        return 0.0
-    low, high = sorted((-linear + sign * math.sqrt(inner)) / (2.0 * square) for sign in (-1.0, 1.0))
-    return below(low) + above(high) if square > 0.0 else below(high) - below(low)

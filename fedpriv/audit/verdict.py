@@ -16,7 +16,6 @@ from fedpriv.audit.canaries import Canaries
 from fedpriv.audit.evidence import Evidence, FinalModel
 from fedpriv.audit.statistics import (
     epsilon_of,
-    epsilon_of_two_gaussians,
     f_dp_lower,
     largest_lower,
     mean_lower,
@@ -255,7 +254,7 @@ def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
 
 
 def _final_model(final: FinalModel, claims: _Claims, risk: float) -> tuple[float, float]:
-    """Epsilon, estimated and bounded, of a client that pushes the last model the same way in every round."""
+    """Epsilon, estimated and bounded, of a client that pushes one way whenever it takes part."""
     squares = float((final.shares**2).sum())
     if squares == 0.0:
         return 0.0, 0.0
@@ -266,8 +265,9 @@ def _final_model(final: FinalModel, claims: _Claims, risk: float) -> tuple[float
 
 
 def _without_cohorts(evidence: Evidence, canaries: Canaries, claims: _Claims) -> float | None:
-    """Epsilon as two fitted Gaussians have it; see `epsilon_of_two_gaussians`. At least the null's own spread."""
+    """Epsilon of two Gaussians of deviation 1, as far apart as the scores of an auditor without cohorts (Andrew et al.
+    2023, arXiv 2302.03098). An estimate: a sampled mechanism is no Gaussian one.
+    """
     if evidence.unaware is None:
         return None
-    scores = evidence.unaware[canaries.seen] * canaries.coins[canaries.seen] * claims.distance
-    return epsilon_of_two_gaussians(float(scores.mean()), max(float(scores.std(ddof=1)), 1.0), claims.plan.delta)
+    return claims.epsilon(float((evidence.unaware[canaries.seen] * canaries.coins[canaries.seen]).mean()))

@@ -7,8 +7,8 @@ from fedpriv.privacy import PrivacyPlan, rounded_up
 __all__ = ["claim_of", "in_words", "knowledge_of"]
 
 _SEES = {
-    "central": "every noised sum of messages, which tells at least as much as the models made from them",
-    "local": "every noised message of every canary, and whose it is",
+    "central": "every noised sum of messages, which tells at least as much as the models made from it",
+    "local": "every noised message of every canary and whose it is",
 }
 
 
@@ -30,8 +30,8 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
         plan: What is promised.
         hidden: See `claim_of`.
     """
-    cohorts = ", the cohort of every round" if hidden else ""
-    return f"{_SEES[plan.trust]}; the direction and the signs of every canary{cohorts}; not the noise, not the coins"
+    known = "the direction and the signs of every canary" + (" and the cohort of every round" if hidden else "")
+    return f"sees {_SEES[plan.trust]}; knows {known}; does not know the noise"
 
 
 def in_words(record: dict[str, Any]) -> str:
@@ -40,7 +40,7 @@ def in_words(record: dict[str, Any]) -> str:
     attacked = (
         f"{seen} canary clients took part in {rounds} rounds of {record['name']} ({record['method']}, "
         f"{record['parameters']} parameters) beside {record['population']} clients, and went through the same rule, "
-        f"bound, noise and sum. The auditor knew {record['knowledge']}."
+        f"bound, noise and sum. The auditor {record['knowledge']}."
     )
     lower = (
         f"At {100 * record['confidence']:g} % confidence epsilon is at least {record['epsilon_lower']:.2f} at delta = "
@@ -59,7 +59,7 @@ def in_words(record: dict[str, Any]) -> str:
     last = record["final_model"]
     final = (
         f"The last model alone shows {last['epsilon_estimate']:.2f} (at least {last['epsilon_lower']:.2f}) of a client "
-        "that pushes one way in all rounds: an estimate of what hiding the other models hides, never a guarantee."
+        "that pushes one way whenever it takes part: an estimate of what hiding other models hides, never a guarantee."
     )
     hidden = record["without_cohorts"]
     unaware = (

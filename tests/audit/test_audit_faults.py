@@ -17,6 +17,8 @@ from audit_cases import (
 )
 from torch import Tensor
 
+from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
+
 CENTRAL: Changes = {"privacy": PRIVACY}
 REPLACE: Changes = {"privacy": {**PRIVACY, "adjacency": "replace"}}
 LOCAL: Changes = {"privacy": {**PRIVACY, "trust": "local"}}
@@ -58,8 +60,20 @@ def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> N
         assert all(finding.convicting <= finding.lower for finding in findings.scores)
 
 
+def test_a_verdict_takes_999_in_a_thousand_over_all_scores_and_a_bound_what_was_asked_for() -> None:
+    findings, _ = quick_audit(SHORT, canaries=40)
+    whitened, largest = findings.scores[0], findings.scores[2]
+    for significance, found in ((0.05 / 2, whitened.lower), (0.001 / 6, whitened.convicting)):
+        assert found == pytest.approx(epsilon_of(mean_lower(findings.whitened, significance), 1e-5), abs=1e-6)
+    alike = np.ones(len(findings.whitened))
+    for significance, found in ((0.05, largest.lower), (0.001 / 6, largest.convicting)):
+        assert found == pytest.approx(epsilon_of(largest_lower(findings.whitened, alike, significance), 1e-5), abs=1e-6)
+    assert findings.best.lower == max(finding.lower for finding in findings.scores[:2])
+
+
 def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
     records = [quick_audit(canaries=150, seed=seed)[1] for seed in range(3)]
+    assert all(record["verdict"] == "not guilty" for record in records)
     assert np.mean([record["epsilon_lower"] for record in records]) > 0.7 * records[0]["epsilon_claimed"]
 
 

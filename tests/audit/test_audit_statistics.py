@@ -13,7 +13,6 @@ from fedpriv.audit.canaries import draw_canaries
 from fedpriv.audit.scores import Null, gram, projections
 from fedpriv.audit.statistics import (
     epsilon_of,
-    epsilon_of_two_gaussians,
     f_dp_lower,
     largest_lower,
     mean_lower,
@@ -96,20 +95,6 @@ def test_guesses_that_say_nothing_bound_nothing() -> None:
     for bound in (one_run_lower, f_dp_lower):
         assert bound(100, 50, 25, DELTA, 0.05) == 0.0
         assert bound(100, 50, 0, DELTA, 0.05) == 0.0
-
-
-def test_two_gaussians_of_one_spread_are_the_gaussian_mechanism() -> None:
-    assert epsilon_of_two_gaussians(1.7, 1.0, DELTA) == pytest.approx(epsilon_of(1.7, DELTA), abs=1e-4)
-    assert epsilon_of_two_gaussians(0.0, 1.0, DELTA) == 0.0
-    assert epsilon_of_two_gaussians(1.7, 1.2, DELTA) > epsilon_of(1.7, DELTA)
-
-
-@pytest.mark.parametrize(("mean", "deviation"), [(1.0, 1.5), (0.0, 2.0), (2.0, 0.7)])
-def test_two_gaussians_against_sums_over_a_grid(mean: float, deviation: float) -> None:
-    epsilon, x = epsilon_of_two_gaussians(mean, deviation, 1e-3), np.linspace(-40.0, 40.0, 800_001)
-    null, seen = stats.norm.pdf(x), stats.norm.pdf(x, mean, deviation)
-    gaps = [float(np.maximum(p - math.exp(epsilon) * q, 0.0).sum() * 1e-4) for p, q in ((null, seen), (seen, null))]
-    assert max(gaps) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_one_faulty_canary_among_many_is_seen_by_the_largest_score_alone() -> None:
