@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "metrics = {} if order.private else dict(answer.content.metric_records)",
-        "metrics = dict(answer.content.metric_records)",
+        "released = {} if order.private or (",
+        "released = {} if (",
         FLOWER,
     ),
     Mutant(
