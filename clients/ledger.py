@@ -10,16 +10,17 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clients.files import append_durably, make_private_folder, only_one, replace_durably
+from clients.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from clients.memory import remembered_ledgers
 from clients.promise import Promise
 from fedpriv.errors import UserError
 from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
 
-__all__ = ["Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
+__all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -48,6 +49,24 @@ class Entry(Promise):
     method: str
     l2_bound: float
     noise_stddev: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A line that is not in the ledger yet.
+
+    Args:
+        line: The line, without its end.
+        lines: Number of lines once it is there.
+    """
+
+    line: bytes
+    lines: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the line."""
+        return hashlib.sha256(self.line).hexdigest()
 
 
 class Ledger:
@@ -104,21 +123,35 @@ class Ledger:
             digest: SHA-256 of the last of them.
             witness: Who says so, in words.
         """
-        if lines and not (0 < lines <= self.lines and self._hashes[lines] == digest):
+        if lines and not self._has(lines, digest):
             raise self._damaged(max(lines, 0), witness)
 
-    def append(self, entry: Entry) -> None:
-        """Writes a release down, after `entries` was read; it is on the disk when this returns.
+    def holds(self, lines: int, digest: str) -> bool:
+        """Read the ledger, and return whether its line of this number, from 1, has this hash."""
+        self.entries()
+        return self._has(lines, digest)
+
+    def drafted(self, entry: Entry) -> Draft:
+        """Return the line of a release, after `entries` was read. Nothing is written."""
+        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
+        return Draft(line, self.lines + 1)
+
+    def append(self, draft: Draft) -> None:
+        """Writes the last drafted line down; it is on the disk when this returns.
 
         Raises:
-            UserError: If the disk is full; then nothing may be sent.
+            UserError: If the disk is full; then the line is not there, and nothing may be sent.
         """
         make_private_folder(self.path.parent)
-        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
-        append_durably(self.path, line + b"\n", self._length)
-        self._length += len(line) + 1
-        self._hashes.append(hashlib.sha256(line).hexdigest())
-        replace_durably(self._head, f"{self.lines} {self.last_hash}\n".encode())
+        prepare_replacing(self._head, f"{draft.lines} {draft.digest}\n".encode())
+        append_durably(self.path, draft.line + b"\n", self._length)
+        self._length += len(draft.line) + 1
+        self._hashes.append(draft.digest)
+        with suppress(UserError):  # a head that lags behind is right, and the next line brings it along
+            finish_replacing(self._head)
+
+    def _has(self, lines: int, digest: str) -> bool:
+        return 0 < lines <= self.lines and self._hashes[lines] == digest
 
     def _read(self, number: int, line: bytes) -> Entry:
         try:

@@ -4,10 +4,12 @@ What happens to an order, and what is on the disk when it is interrupted there:
 
 1. It is checked against the client's policy, and its turn against the client's record: nothing has changed.
 2. The message is made: nothing has changed, and the same order may be followed anew.
-3. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low, and this
-   turn is not answered any more.
-4. The message and the memory after it are written down: from now on the same request gets the same message.
-5. The message is sent, and with it the signed head of the ledger.
+3. The message and the memory after it are written beside the memory, which still holds. Only this takes up room: a disk
+   that is full ends it here, or in the next step, and nothing is charged.
+4. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low. The next
+   order finds the message that is in the ledger, and takes the fifth step.
+5. What was written beside the memory takes its place: from now on the same request gets the same message.
+6. The message is sent, and with it the signed head of the ledger.
 
 Before 2, the ledger is compared with every witness of how long it was: the memory file of each run, and the head that
 the server shows (`clients.heads`). A ledger that was lost, or is an older copy, stops every run, not only its own.
@@ -124,6 +126,7 @@ class Member:
         memory, ledger = MemoryFile(self.folder, terms.run, order.client), Ledger(self.folder)
         make_private_folder(self.folder)
         with only_one(self.folder / LOCK_FILE):
+            memory.complete(ledger.holds)
             record = _in_epoch(memory.read(), terms)
             if terms.turn <= record.latest_turn:
                 return _given_before(record, terms, request)
@@ -134,10 +137,19 @@ class Member:
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
-                message, after = self._make(order, terms, state, make_signal().float().reshape(-1))
-            ledger.append(entry)
-            written = ledger.lines, ledger.last_hash
-            memory.write(settled.answered(terms.turn, after._asdict(), request, message, *written))
+                signal = make_signal().float().reshape(-1)
+                if not bool(torch.isfinite(signal).all()):
+                    _log.warning("client %d: its update is not finite and counts as nothing", order.client)
+                message, after = self._make(order, terms, state, signal)
+            line = ledger.drafted(entry)
+            answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
+            memory.prepare(answered)
+            try:
+                ledger.append(line)
+            except UserError:
+                memory.drop()
+                raise
+            memory.finish()
         return message
 
     def _check(self, order: Order, terms: Terms, model: Tensor) -> None:
@@ -230,6 +242,9 @@ def _state(order: Order, record: Record, size: int) -> ClientState:
     kept = {name: tuple(field.shape) for name, field in record.committed.items()}
     if kept != shapes:
         raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
+    if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
+        where, remedy = f"memory of client {order.client}", "The server goes by its rule for lost memories"
+        raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
     return type(fresh)(**record.committed)
 
 

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from clients.files import make_private_folder, replace_durably
+from clients.files import finish_replacing, make_private_folder, prepare_replacing, unfinished
 from clients.refusals import Refusal
 from fedpriv.errors import UserError
 
@@ -114,9 +114,25 @@ class MemoryFile:
         Raises:
             UserError: If the file is damaged or of another version. A damaged memory is never used.
         """
-        if not self.path.exists():
+        return self._read(self.path)
+
+    def complete(self, is_charged: Callable[[int, str], bool]) -> None:
+        """Finishes what a crash interrupted: a message that is in the ledger, and in a file of its own beside this one.
+
+        Args:
+            is_charged: Returns whether the ledger's line of this number has this hash.
+        """
+        try:
+            record = self._read(unfinished(self.path))
+        except UserError:  # torn: its message was never charged, and the next one is written over it
+            return
+        if record is not None and is_charged(record.ledger_lines, record.ledger_hash):
+            self.finish()
+
+    def _read(self, path: Path) -> Record | None:
+        if not path.exists():
             return None
-        line, _, body = self.path.read_bytes().partition(b"\n")
+        line, _, body = path.read_bytes().partition(b"\n")
         if line.decode(errors="replace") != f"{_VERSION} {hashlib.sha256(body).hexdigest()}":
             raise self._damaged("checksum or version differ")
         try:
@@ -127,8 +143,8 @@ class MemoryFile:
         parts = {side: _part(tensors, side) for side in ("committed.", "pending.")}
         return Record(**facts, committed=parts["committed."], pending=parts["pending."], reply=tensors.get("reply"))
 
-    def write(self, record: Record) -> None:
-        """Replaces the record; it is on the disk when this returns.
+    def prepare(self, record: Record) -> None:
+        """Writes a record beside the file; `finish` makes it the record. All that needs room on the disk is done here.
 
         Raises:
             UserError: If the disk is full; the former record is still there.
@@ -142,7 +158,15 @@ class MemoryFile:
         make_private_folder(self.path.parent)
         # Copies: safetensors refuses tensors that share memory.
         body = save_safetensors({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
-        replace_durably(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
+        prepare_replacing(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
+
+    def finish(self) -> None:
+        """Replaces the record by the prepared one; it is on the disk when this returns."""
+        finish_replacing(self.path)
+
+    def drop(self) -> None:
+        """Forgets the prepared record."""
+        unfinished(self.path).unlink(missing_ok=True)
 
     def _damaged(self, reason: str) -> UserError:
         return _damaged(self.path, reason)

@@ -363,6 +363,31 @@ def add(
 
 
 @deploy.command()
+def register(folder: DeployDir = Path()) -> None:
+    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    from strategies.deploy_keys import register_nodes
+
+    lines, faults = register_nodes(folder)
+    for line in lines:
+        print(line)
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    folder: DeployDir = Path(),
+) -> None:
+    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    from strategies.deploy_keys import remove_node
+
+    print(remove_node(name, folder))
+
+
+@deploy.command()
 def renew(
     folder: DeployDir,
     days: Days = 365,

@@ -7,16 +7,20 @@ almost always, and where they do not, more bits of the same number are drawn unt
 normal distribution is left in the result.
 """
 
+import ctypes
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
-from itertools import count
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
 from fedpriv.errors import UserError
-from fedpriv.streams import Source
+from fedpriv.native import native_library
+from fedpriv.streams import Words
+from fedpriv.tails import Tail
 
 __all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "release_grid", "rounded_noise"]
 
@@ -26,13 +30,14 @@ MIN_STDDEV, MAX_STDDEV = 2.0**-500, 2.0**500
 MAX_STEPS = 2.0**62
 """Values are clipped to so many grid steps on either side, so that value and noise together fit into an int64."""
 
+_SOURCE = Path(__file__).with_name("gaussian.c")
 _MAX_RATIO = 2.0**20  # Of deviation and grid: beyond, float64 decides too few numbers.
-_BLOCK = 2**14
+_BLOCK = 2**13  # Larger arrays would be given back to the operating system after every step.
 
 # The table of the quantile function: 2**_SPLIT polynomials in every octave of the 63 bits of a tail probability.
 _OCTAVES, _SPLIT, _DEGREE = range(32, 63), 4, 5
 _FRACTION = 52 - _SPLIT  # Bits of a float64's fraction that say where in its polynomial's interval a number is.
-_WIDTH = 8  # Doubles in a row, of which 6 are coefficients: a line of the processor's cache.
+_MIDDLE = 1.0 + 2.0 ** -(_SPLIT + 1)  # Of the fractions of an interval, less what its number adds.
 # Bound on the error of a normal number made of a uniform number's first 64 bits, all causes together.
 _ERROR = 2.0**-34
 
@@ -49,7 +54,7 @@ def release_grid(stddev: float) -> float:
     return math.ldexp(1.0, math.frexp(stddev)[1] - 3)
 
 
-def rounded_noise(values: np.ndarray, stddev: float, source: Source, grid: float | None = None) -> np.ndarray:
+def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float | None = None) -> np.ndarray:
     """Return values plus Gaussian noise, rounded to whole grid steps; int64 `[size]`.
 
     The release is the result times the grid. With value = G q + r, q an integer and |r| <= G/2, the result is q + n
@@ -78,8 +83,8 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Source, grid: float
     for start in range(0, len(values), _BLOCK):
         block, position = values[start : start + _BLOCK], source.position
         words = source.words(len(block))
-        for index in _round_fast(words, block, stddev, step, rounded[start : start + _BLOCK]):
-            number = _Tail(source, position + index, int(words[index]))
+        for index in _rounding()(words, block, stddev, step, rounded[start : start + _BLOCK]):
+            number = Tail(source, position + index, int(words[index]))
             rounded[start + index] = _round_exactly(float(block[index]), stddev, step, number)
     return rounded
 
@@ -99,94 +104,115 @@ def _checked_grid(grid: float, stddev: float) -> float:
     return grid
 
 
-def _round_fast(words: np.ndarray, values: np.ndarray, stddev: float, grid: float, rounded: np.ndarray) -> list[int]:
-    """Round by float64 into `rounded`; return the positions at which that does not settle the result.
+_Rounding = Callable[[np.ndarray, np.ndarray, float, float, np.ndarray], list[int]]
+"""Rounds values, given words, deviation and grid, into the last array; returns the positions left undecided."""
 
-    The top bit of a word is the sign of the noise, the others begin the probability of the tail beyond it.
-    """
-    signs = words.view(np.int64) >> 63
+
+@cache
+def _rounding() -> _Rounding:
+    """Return the fast rounding in C; in numpy without a compiler, or if C contradicts numpy on this machine."""
+    library = native_library(_SOURCE, _declare)
+    if library is None:
+        return _round_in_numpy
+    in_c = _RoundInC(library)
+    words, values = np.random.Philox(0).random_raw(_BLOCK), np.linspace(-9.0, 9.0, _BLOCK)
+    found, expected = np.zeros((2, _BLOCK), dtype=np.int64)
+    # With so many steps to a deviation, an error of a millionth shows.
+    same = in_c(words, values, _MAX_RATIO, 1.0, found) == _round_in_numpy(words, values, _MAX_RATIO, 1.0, expected)
+    return in_c if same and np.array_equal(found, expected) else _round_in_numpy
+
+
+def _round_in_numpy(
+    words: np.ndarray, values: np.ndarray, stddev: float, grid: float, rounded: np.ndarray
+) -> list[int]:
+    """See `_Rounding`. A word's top bit is the noise's sign, the others begin the probability of the tail beyond it."""
+    signs, table = words.view(np.int64) >> 63, _quantiles()
     tails = words.view(np.int64) ^ signs
     bits = tails.astype(np.float64).view(np.int64)
-    rows = np.clip((bits >> _FRACTION) - ((1023 + _OCTAVES.start) << _SPLIT), 0, len(_quantiles()) - 1)
-    offsets = ((bits & ((1 << _FRACTION) - 1)) | (1023 << 52)).view(np.float64) - (1.0 + 2.0 ** -(_SPLIT + 1))
-    coefficients = _quantiles()[rows]
-    noise = coefficients[:, _DEGREE]
+    rows = np.maximum((bits >> _FRACTION) - ((1023 + _OCTAVES.start) << _SPLIT), 0)
+    offsets = ((bits & ((1 << _FRACTION) - 1)) | (1023 << 52)).view(np.float64) - _MIDDLE
+    noise = table[_DEGREE].take(rows)
     for power in reversed(range(_DEGREE)):
-        noise = noise * offsets + coefficients[:, power]
-    ratio = stddev / grid
-    steps = np.where(np.isfinite(values), values, 0.0) * (1.0 / grid)
-    steps = np.clip(steps, -MAX_STEPS, MAX_STEPS)
+        noise *= offsets
+        noise += table[power].take(rows)
+    noise *= (1.0 + 2.0 * signs) * -(stddev / grid)
+    with np.errstate(over="ignore"):
+        steps = np.where(np.isfinite(values), values, 0.0) * (1.0 / grid)
+    np.clip(steps, -MAX_STEPS, MAX_STEPS, out=steps)
     whole = np.rint(steps)
-    sums = (steps - whole) - (ratio * noise) * (1.0 + 2.0 * signs)
-    shift = np.rint(sums)
+    noise += steps - whole
+    shift = np.rint(noise)
     np.add(whole.astype(np.int64), shift.astype(np.int64), out=rounded)
-    undecided = (0.5 - np.abs(sums - shift) <= _margin(ratio)) | (tails < 1 << _OCTAVES.start)
+    undecided = (np.abs(noise - shift) >= _edge(stddev / grid)) | (tails < 1 << _OCTAVES.start)
     return np.flatnonzero(undecided).tolist()
 
 
-def _margin(ratio: float) -> float:
-    """Return the distance from a half within which a sum is undecided: the error of noise, and of float64 itself."""
-    return _ERROR * ratio + 2.0**-45
+class _Release(ctypes.Structure):
+    """`struct release` of `gaussian.c`."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("first", ctypes.c_uint64),
+        ("split", ctypes.c_uint64),
+        ("middle", ctypes.c_double),
+        ("steps", ctypes.c_double),
+        ("inverse", ctypes.c_double),
+        ("ratio", ctypes.c_double),
+        ("edge", ctypes.c_double),
+    )
+
+
+class _RoundInC:
+    """The function of `gaussian.c`. See `_Rounding`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._round = library.round_noise
+        self._table = np.zeros((_quantiles().shape[1], 8))
+        self._table[:, : _DEGREE + 1] = _quantiles().T
+
+    def __call__(
+        self, words: np.ndarray, values: np.ndarray, stddev: float, grid: float, rounded: np.ndarray
+    ) -> list[int]:
+        """See `_Rounding`."""
+        ratio, table = stddev / grid, self._table.ctypes.data
+        release = _Release(table, _OCTAVES.start, _SPLIT, _MIDDLE, MAX_STEPS, 1.0 / grid, ratio, _edge(ratio))
+        undecided = np.empty(len(words), dtype=np.int64)
+        arrays = words.ctypes.data, values.ctypes.data, len(words), rounded.ctypes.data, undecided.ctypes.data
+        return undecided[: self._round(ctypes.byref(release), *arrays)].tolist()
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    library.round_noise.argtypes = [address, address, address, size, address, address]
+    library.round_noise.restype = size
+
+
+def _edge(ratio: float) -> float:
+    """Return how far from an integer a sum may be and be decided: a half less the errors of noise and of float64."""
+    return 0.5 - (_ERROR * ratio + 2.0**-45)
 
 
 @cache
 def _quantiles() -> np.ndarray:
-    """Return polynomials for |z| given the tail probability p beyond it, times 2^63; float64 `[rows, 8]`.
+    """Return polynomials for |z| given the probability p of the tail beyond it; float64 `[6, intervals]`.
 
-    Each row interpolates at Chebyshev points. By the error formula of interpolation, with |z^(6)| at the interval's
-    lower end, where it is largest, a row is off by less than 2^-37; 2^-36 is owed to the bits not yet drawn and to
-    the rounding of the drawn ones. The tests prove both. The last row is for p = 1/2, where z = 0.
+    Each column interpolates at Chebyshev points, in the offset from the middle of its interval over 2^exponent; p is
+    that of a drawn number and half a unit in its last place, the middle of what it may become. The tests prove that no
+    error is above `_ERROR`. The last column is for p = 1/2, where z = 0.
     """
     degree, half = _DEGREE, 2.0 ** -(_SPLIT + 1)
     nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
     to_powers = np.linalg.inv(np.vander(nodes, increasing=True)) / half ** np.arange(degree + 1)[:, None]
-    starts = 1.0 + np.arange(2**_SPLIT) * 2.0**-_SPLIT
-    points = (2.0 ** (np.array(_OCTAVES) - 64)[:, None, None] * (starts[:, None] + half + half * nodes)).ravel()
-    heights = [-NormalDist().inv_cdf(point) for point in points.tolist()]
-    table = np.zeros((len(points) // (degree + 1) + 1, _WIDTH))
-    table[:-1, : degree + 1] = np.reshape(heights, (-1, degree + 1)) @ to_powers.T
+    fractions = _MIDDLE + np.arange(2**_SPLIT)[:, None] * 2.0 * half + half * nodes
+    tails = ((2.0 ** np.array(_OCTAVES)[:, None, None] * fractions + 0.5) * 2.0**-64).ravel()
+    heights = np.reshape([-NormalDist().inv_cdf(tail) for tail in tails.tolist()], (-1, degree + 1))
+    table = np.zeros((degree + 1, len(heights) + 1))
+    table[:, :-1] = to_powers @ heights.T
     table.setflags(write=False)
     return table
 
 
-class _Tail:
-    """A uniform number in (0, 1/2), lazily extended, with a sign: the tail beyond a normal number on its side of zero.
-
-    Args:
-        source: Gives further words.
-        position: The number's position in the source.
-        word: Its first 64 bits.
-    """
-
-    def __init__(self, source: Source, position: int, word: int) -> None:
-        self._source, self._position, self._more = source, position, count(1)
-        self.positive = bool(word >> 63)
-        self._digits, self._bits = (word ^ (2**64 - 1) if self.positive else word), 64
-
-    @property
-    def estimate(self) -> float:
-        """About the normal number."""
-        size = -NormalDist().inv_cdf(math.ldexp(self._digits + 0.5, -self._bits))
-        return size if self.positive else -size
-
-    def is_below(self, height: Fraction) -> bool:
-        """Return whether the normal number is below `height`; draws bits until that is certain."""
-        if (height > 0) != self.positive:
-            return not self.positive
-        return self._exceeds_tail(abs(height)) == self.positive
-
-    def _exceeds_tail(self, height: Fraction) -> bool:
-        while True:
-            tail, error = _upper_tail(height, self._bits + 64), 2**32
-            if self._digits << 64 >= tail + error:
-                return True
-            if (self._digits + 1) << 64 <= tail - error:
-                return False
-            self._digits = self._digits << 64 | self._source.more(self._position, next(self._more))
-            self._bits += 64
-
-
-def _round_exactly(value: float, stddev: float, grid: float, number: _Tail) -> int:
+def _round_exactly(value: float, stddev: float, grid: float, number: Tail) -> int:
     """Return the integer nearest to (value + stddev z) / grid in real arithmetic."""
     steps = Fraction(value) / Fraction(grid) if math.isfinite(value) else Fraction(0)
     steps = min(max(steps, Fraction(-MAX_STEPS)), Fraction(MAX_STEPS))
@@ -197,48 +223,3 @@ def _round_exactly(value: float, stddev: float, grid: float, number: _Tail) -> i
     while number.is_below((nearest - half - steps) / ratio):
         nearest -= 1
     return nearest
-
-
-def _upper_tail(height: Fraction, bits: int) -> int:
-    """Return 2^bits times the probability that a standard normal number exceeds `height` >= 0; off by less than 2^32.
-
-    With x the height, the tail is 1/2 - S(x) / (sqrt(2 pi) E(x^2/2)), S(x) = x + x^3/3 + x^5/(3 5) + ... and E the
-    exponential series. Both have positive terms, 1 <= E and S <= 1.26 E. Rounding down each term of K costs each sum
-    less than (K + 1)^2 E units in all, and rounding x down costs less than 2 (1 + x) E; K < 2^15 while bits < 4,000.
-    """
-    one = 1 << bits
-    if height * height > 2 * bits:  # Then the tail is below exp(-bits).
-        return 0
-    x = (height.numerator << bits) // height.denominator
-    square = x * x >> bits
-    exponential, odd = _series(one, square, bits, 2, 0), _series(x, square, bits, 2, 1)
-    return (one >> 1) - (odd << 2 * bits) // exponential // _root_of_two_pi(bits)
-
-
-def _series(first: int, factor: int, bits: int, step: int, start: int) -> int:
-    """Return the sum of terms of which each is the one before times factor / (start + step k), k = 1, 2, ..."""
-    total, term = first, first
-    for k in count(1):
-        term = (term * factor >> bits) // (start + step * k)
-        if term == 0:
-            return total
-        total += term
-    raise AssertionError  # pragma: no cover
-
-
-@cache
-def _root_of_two_pi(bits: int) -> int:
-    """Return 2^bits sqrt(2 pi), by Machin's formula."""
-    guarded = bits + 32
-
-    def arctan_of_inverse(n: int) -> int:
-        power, total = (1 << guarded) // n, 0
-        for k in count():
-            if power == 0:
-                break
-            total += (-1) ** k * (power // (2 * k + 1))
-            power //= n * n
-        return total
-
-    pi = 4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239))
-    return math.isqrt(2 * pi << guarded) >> 32

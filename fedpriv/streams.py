@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams"]
+__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
 
 
 class Purpose(IntEnum):
@@ -34,12 +34,8 @@ class Purpose(IntEnum):
     ASKING = 11
 
 
-class Source(Protocol):
-    """A stream of random numbers with the three laws that privacy rests on."""
-
-    def normal(self, size: int) -> np.ndarray:
-        """Independent standard normal float32 numbers, `[size]`."""
-        ...
+class Words(Protocol):
+    """A stream of uniform real numbers of which as many bits are drawn as are needed."""
 
     @property
     def position(self) -> int:
@@ -56,6 +52,10 @@ class Source(Protocol):
         Ask for every word once, in order. Independent of all other words and of every other draw.
         """
         ...
+
+
+class Source(Words, Protocol):
+    """A stream of random numbers with the three laws that privacy rests on."""
 
     def uniform(self, size: int) -> np.ndarray:
         """Independent uniform float64 numbers in [0, 1), `[size]`."""
@@ -88,24 +88,20 @@ class SeededSource:
 
     @property
     def position(self) -> int:
-        """See `Source.position`."""
+        """See `Words.position`."""
         return self._given
 
     def words(self, size: int) -> np.ndarray:
-        """See `Source.words`."""
+        """See `Words.words`."""
         self._given += size
         return self.rng.bit_generator.random_raw(size)
 
     def more(self, position: int, number: int) -> int:
-        """See `Source.more`; depends on address, position and number alone."""
+        """See `Words.more`; depends on address, position and number alone."""
         # Longer than any address, so that it is the key of none.
         key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
         child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
         return int(np.random.Philox(child).random_raw(number)[-1])
-
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`."""
-        return self.rng.standard_normal(size, dtype=np.float32)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`."""
@@ -151,11 +147,11 @@ class SystemSource:
 
     @property
     def position(self) -> int:
-        """See `Source.position`."""
+        """See `Words.position`."""
         return self._given
 
     def words(self, size: int) -> np.ndarray:
-        """See `Source.words`: the key stream of AES-256 in counter mode under a key of this source alone."""
+        """See `Words.words`: the key stream of AES-256 in counter mode under a key of this source alone."""
         self._given += size
         if self._cipher is None and size <= _FEW:
             return np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
@@ -165,16 +161,8 @@ class SystemSource:
         return np.frombuffer(self._cipher.update(bytes(8 * size)), dtype=np.uint64)
 
     def more(self, position: int, number: int) -> int:  # noqa: ARG002
-        """See `Source.more`."""
+        """See `Words.more`."""
         return int.from_bytes(os.urandom(8), "little")
-
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`; Box-Muller in float64, rounded once to float32."""
-        pairs = (size + 1) // 2
-        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both[:size].astype(np.float32)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`; 53 random bits each."""

@@ -111,9 +111,10 @@ class Coordinator:
     _open: Broadcast | None = None
 
     def __post_init__(self) -> None:
+        self.choice.check(self.server.method)
         if self.plan is not None and self.plan.rounds != self.turns:
             raise ValueError(f"the plan is for {self.plan.rounds} turns, and the run has {self.turns}")
-        if self._secret_cohorts and self.choice.min_participants > 1:
+        if self.secret_cohorts and self.choice.min_participants > 1:
             remedy = (
                 "Set it to 1, or choose another sampling: a round that fails for want of answers shows who was away"
             )
@@ -124,6 +125,16 @@ class Coordinator:
     def done(self) -> bool:
         """Whether all turns are finished."""
         return self.turn >= self.turns and self._open is None
+
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether epsilon relies on nobody knowing who takes part in a turn."""
+        return self.plan is not None and self.plan.private and self.plan.amplification
+
+    @property
+    def turn_seconds(self) -> float:
+        """Seconds from a broadcast until answers count no more."""
+        return self.choice.seconds(secret_cohorts=self.secret_cohorts)
 
     @property
     def lost_memory(self) -> str:
@@ -250,17 +261,13 @@ class Coordinator:
         return self._open
 
     @property
-    def _secret_cohorts(self) -> bool:
-        return self.plan is not None and self.plan.private and self.plan.amplification
-
-    @property
     def _needed(self) -> int:
         """Without how many messages nothing of a turn is used.
 
         Where cohorts are secret every turn counts, also an empty one: the noise is right anyway, and whether a turn
         counted must not show who was in it.
         """
-        return 0 if self._secret_cohorts else self.choice.min_participants
+        return 0 if self.secret_cohorts else self.choice.min_participants
 
     def _memories_are_lost(self, lost: list[int]) -> bool:
         """Follows the rule for lost memories; whether all begin anew.

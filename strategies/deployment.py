@@ -42,6 +42,9 @@ _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
 _INTRODUCTION_SECONDS = 30.0
 
+# After the deadline of a turn with a secret cohort, what reading and adding its answers may take, and always does.
+_SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
+
 
 @dataclass
 class Network:
@@ -243,23 +246,35 @@ def run_turns(
         )
         book.keep(coordinator.heads)
 
+    seconds = coordinator.turn_seconds
+    if coordinator.secret_cohorts:
+        left = coordinator.turns - coordinator.turn
+        _log.info("Every turn lasts %g s, whoever takes part (deployment.deadline): %d turns are left", seconds, left)
     while not coordinator.done:
         broadcast = coordinator.begin()
         save()
+        began = time.monotonic()
         shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
         contents = {}
         for client in coordinator.asked():
             order, terms = coordinator.order(client)
             shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
             contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
-        answers = network.exchange(contents, choice.deadline, str(broadcast.round))
+        answers = network.exchange(contents, seconds, str(broadcast.round))
         replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
         outcome = coordinator.finish(replies, refusals, _heads(answers))
         save()
+        if coordinator.secret_cohorts:
+            # Neither who answers nor how long the sum takes shows in when the model is there, and the next turn begins.
+            _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
         _tell(outcome, failed)
         journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
     return journal.finish(coordinator.state)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - time.monotonic(), 0.0))
 
 
 def _message(content: RecordDict, node: int, seconds: float, group: str) -> Message:

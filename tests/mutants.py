@@ -57,6 +57,10 @@ SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.
 TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
 CLOCKED = "tests/devices/test_devices_run.py"
 
+GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
+SAMPLING = "fedpriv/privacy/sampling.py"
+SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
+
 MUTANTS = [
     Mutant(
         "a slow client's weight is not charged",
@@ -258,8 +262,8 @@ MUTANTS = [
     Mutant(
         "messages rounded to the model's number format",
         "clients/wire.py",
-        'return self._record(vector, ("float32",) * len(self.dtypes))',
-        "return self._record(vector, self.dtypes)",
+        "return {ARRAYS: self._record(vector, (form.dtype,) * len(self.dtypes))}",
+        "return {ARRAYS: self._record(vector, self.dtypes)}",
         FLOWER,
     ),
     Mutant(
@@ -456,8 +460,8 @@ MUTANTS = [
     Mutant(
         "cohorts twice as large as accounted",
         "fedpriv/privacy/sampling.py",
-        "/ math.log1p(-self.sampling_prob)",
-        "/ math.log1p(-min(2 * self.sampling_prob, 0.999))",
+        "-math.log1p(-self.sampling_prob)",
+        "-math.log1p(-min(2 * self.sampling_prob, 0.999))",
         PRIVACY,
     ),
     Mutant(
@@ -495,12 +499,14 @@ MUTANTS = [
         "                pass",
         ENGINES,
     ),
-    Mutant("memories never move", STEP, "memory.add_(signals, alpha=rule.beta)", "pass", ENGINES),
+    Mutant(
+        "memories never move", STEP, "memory.add_(sent if rule.sent else signals, alpha=rule.beta)", "pass", ENGINES
+    ),
     Mutant(
         "the memory keeps the noise that it should not",
         STEP,
-        "if noise is not None and rule.sent:",
-        "if noise is not None:",
+        "memory.add_(sent if rule.sent else signals",
+        "memory.add_(sent",
         ENGINES,
     ),
     Mutant(
@@ -684,8 +690,8 @@ MUTANTS = [
     Mutant(
         "deployment: a release is not written to the ledger",
         "clients/member.py",
-        "            ledger.append(entry)\n",
-        "",
+        "                ledger.append(line)\n",
+        "                pass\n",
         MEMBER,
     ),
     Mutant(
@@ -947,6 +953,89 @@ MUTANTS = [
         "        if self.plan is not None and self.plan.rounds != self.turns:",
         "        if False:",
         PROMISE,
+        "sampler: a number that 64 bits do not decide is decided by an approximation",
+        GAUSSIAN,
+        "rounded[start + index] = _round_exactly(float(block[index]), stddev, step, number)",
+        "rounded[start + index] = round((float(block[index]) + stddev * number.estimate) / step)",
+        SAMPLED,
+    ),
+    Mutant(
+        "sampler: the fast part takes the other sign",
+        GAUSSIAN,
+        "noise *= (1.0 + 2.0 * signs) * -(stddev / grid)",
+        "noise *= (1.0 + 2.0 * signs) * (stddev / grid)",
+        SAMPLED,
+    ),
+    Mutant(
+        "sampler: further bits continue the tail on the other side",
+        TAILS,
+        "self.positive = bool(word >> 63)",
+        "self.positive = not word >> 63",
+        SAMPLED,
+    ),
+    Mutant("sampler: no margin", GAUSSIAN, "_ERROR = 2.0**-34", "_ERROR = 0.0", SAMPLED),
+    Mutant(
+        "sampler: tiny tails are taken from the table's first interval",
+        GAUSSIAN,
+        " | (tails < 1 << _OCTAVES.start)",
+        "",
+        SAMPLED,
+    ),
+    Mutant(
+        "sampler: C is used unseen",
+        GAUSSIAN,
+        "return in_c if same and np.array_equal(found, expected) else _round_in_numpy",
+        "return in_c",
+        SAMPLED,
+    ),
+    Mutant(
+        "sampler: C takes values that are not finite as they are",
+        "fedpriv/gaussian.c",
+        "fabs(values[i]) <= DBL_MAX ? values[i] * inverse : 0.0",
+        "values[i] * inverse",
+        SAMPLED,
+    ),
+    Mutant(
+        "sampler: the grid by a rounded logarithm",
+        GAUSSIAN,
+        "math.ldexp(1.0, math.frexp(stddev)[1] - 3)",
+        "2.0 ** math.floor(math.log2(stddev / 4.0))",
+        SAMPLED,
+    ),
+    Mutant(
+        "streams: one noise for all experiments of a seed",
+        STREAMS,
+        'f"{self.seed} {self.noise_id}"',
+        'f"{self.seed}"',
+        STREAMED,
+    ),
+    Mutant(
+        "streams: further bits come from the words to come",
+        STREAMS,
+        "int(np.random.Philox(child).random_raw(number)[-1])",
+        "int(self.rng.bit_generator.random_raw(1)[0])",
+        STREAMED,
+    ),
+    Mutant(
+        "streams: a client and a position make another client's address",
+        STREAMS,
+        "*self._sequence.spawn_key, _MORE, position",
+        "*self._sequence.spawn_key, position",
+        STREAMED,
+    ),
+    Mutant(
+        "streams: a forked process repeats its parent's noise",
+        STREAMS,
+        "if self._cipher is None or self._process != os.getpid():",
+        "if self._cipher is None:",
+        STREAMED,
+    ),
+    Mutant(
+        "coins: decided by float64 alone",
+        SAMPLING,
+        "for index in np.flatnonzero(~decided).tolist():",
+        "for index in np.flatnonzero(decided & ~decided).tolist():",
+        "tests/privacy/test_privacy_sampling.py",
     ),
 ]
 
