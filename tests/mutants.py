@@ -255,8 +255,8 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "metrics = {} if order.private else dict(answer.content.metric_records)",
-        "metrics = dict(answer.content.metric_records)",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
         FLOWER,
     ),
     Mutant(
@@ -953,6 +953,8 @@ MUTANTS = [
         "        if self.plan is not None and self.plan.rounds != self.turns:",
         "        if False:",
         PROMISE,
+    ),
+    Mutant(
         "sampler: a number that 64 bits do not decide is decided by an approximation",
         GAUSSIAN,
         "rounded[start + index] = _round_exactly(float(block[index]), stddev, step, number)",
