@@ -56,6 +56,7 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
 TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
 CLOCKED = "tests/devices/test_devices_run.py"
+AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
@@ -1038,6 +1039,118 @@ MUTANTS = [
         "for index in np.flatnonzero(~decided).tolist():",
         "for index in np.flatnonzero(decided & ~decided).tolist():",
         "tests/privacy/test_privacy_sampling.py",
+    ),
+    Mutant(
+        "an audit is blind to noise that is missing",
+        NOISE,
+        "    if stddev == 0.0:\n        return values\n    exact",
+        "    if True:\n        return values\n    exact",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to half the noise",
+        NOISE,
+        "rounded_noise(exact, stddev, streams",
+        "rounded_noise(exact, 0.5 * stddev, streams",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to the same noise each round",
+        NOISE,
+        "streams.source(purpose, *address), grid)",
+        "streams.source(purpose, 1, address[1]), grid)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to noise forgotten every tenth round",
+        NOISE,
+        "    if stddev == 0.0:\n        return values\n    exact",
+        "    if stddev == 0.0 or address[0] % 10 == 9:\n        return values\n    exact",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to noise on half the coordinates",
+        NOISE,
+        "np.clip(levels, -level, level).astype(np.float64) * grid",
+        "np.where(np.arange(len(exact)) % 2, levels * grid, exact)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to a bound that is ignored",
+        BOUNDING,
+        "return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)",
+        "return 3.0 * torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to replace counted as add-or-remove",
+        PLAN,
+        'self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)',
+        "self.l2_bound",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit forgets that neighbors under replace are twice as far apart",
+        "fedpriv/audit/verdict.py",
+        'return REPLACE_FACTOR if self.plan.adjacency == "replace" else 1.0',
+        "return 1.0",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit convicts at the confidence of its bounds",
+        "fedpriv/audit/verdict.py",
+        "(1.0 - CONVICTION) / (len(means) + len(others))",
+        "1.0 - confidence",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit bounds without allowing for chance",
+        "fedpriv/audit/statistics.py",
+        " - float(stats.t.isf(significance, count - 1)) * error",
+        " + 0.0 * error",
+        "tests/audit/test_audit_statistics.py",
+    ),
+    Mutant(
+        "an audit does not whiten",
+        "fedpriv/audit/scores.py",
+        "inverses=1.0 / ((1.0 - drawn) * values + drawn * values.mean())",
+        "inverses=np.ones_like(values)",
+        "tests/audit/test_audit_scores.py",
+    ),
+    Mutant(
+        "an audit takes the plan's noise for its null",
+        "fedpriv/audit/scores.py",
+        "np.linalg.eigh(gram / size)",
+        "np.linalg.eigh(np.eye(len(gram)))",
+        "tests/audit/test_audit_scores.py",
+    ),
+    Mutant(
+        "an audit tosses no coins",
+        "fedpriv/audit/canaries.py",
+        "generator(seed, _COINS).integers(2, size=isotropic)",
+        "np.ones(isotropic, dtype=np.int64)",
+        ATTACKED,
+    ),
+    Mutant(
+        "an audit draws the cohorts of a larger population",
+        "fedpriv/audit/attack.py",
+        "begin_round(self.experiment.server, state, number)",
+        "begin_round(self.server, state, number)",
+        ATTACKED,
+    ),
+    Mutant(
+        "an audit divides the canaries' sum by the real clients",
+        "fedpriv/audit/attack.py",
+        "sampling.population + len(canaries.planted), sampling.sampling_prob",
+        "sampling.population, sampling.sampling_prob",
+        ATTACKED,
+    ),
+    Mutant(
+        "a canary is turned by its memory",
+        "fedpriv/audit/canaries.py",
+        "return min(1e6 * (",
+        "return min(1e-2 * (",
+        ATTACKED,
     ),
 ]
 
