@@ -26,7 +26,8 @@ num-partitions = $nodes  # how many clients there are
 
 # A node runs one Flower app, fedpriv's own, and refuses any other. To run an app of your own (with
 # clients.private_mod), list the SHA-256 of its bundle (`flwr build`, then `sha256sum *.fab`). Read the app before: it
-# can do on this machine whatever this node can, and neither the policy nor the budget in this folder binds it.
+# can do on this machine whatever this node can, and the policy and the budget in this folder bind what it sends only if
+# it uses the mod.
 # accepted-apps = ["..."]
 """)
 
@@ -183,6 +184,8 @@ first, and start nothing if one fails.
 | `node-I/node.toml` | the server's address, which client this is, where its data lie, which apps it runs |
 | `node-I/fedpriv-client.toml` | the policy: what is sent at all, and how much privacy may be spent |
 | `node-I/state/` | the client's error-feedback memory, and the ledger of what its data have been spent |
+| `node-I/ledger.key` | made with the first message: signs how long the ledger is. Secret |
+| `server/flower/client-heads.json` | what clients have signed about their ledgers. Keep it with Flower's database |
 | `node-I/flower/` | what Flower unpacks; can be deleted while the node is stopped |
 | `versions.toml` | what the deployment was made with. After an upgrade of all machines, mend it |
 | `MANIFEST.sha256` | checksums of the files that nobody has to edit |
@@ -201,9 +204,11 @@ first, and start nothing if one fails.
 
 Stop the node, copy `node-I/state/` to a place that is as private, start it again. The copy is good until the node
 takes part again. **An older copy must not be put back as if nothing had happened**: its ledger forgets what has been
-spent since, so that the budget could be spent twice, and its memory no longer fits the server's.
+spent since, so that the budget could be spent twice, and its memory no longer fits the server's. The client notices by
+the signed head of its ledger that the server shows, and refuses.
 If `state/` is lost, or only an old copy is left: lower `epsilon` in the policy by what has been spent since, as far as
-it is known from the runs' records, or leave the client out for good; and tell whoever runs the experiment.
+it is known from the runs' records, and remove `ledger.key`, so that the former head counts no more; or leave the client
+out for good. Tell whoever runs the experiment.
 
 ## Add nodes
 

@@ -46,6 +46,11 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+GUARD, LEDGER, PROMISE = (
+    "tests/flower/test_flower_guard.py",
+    "tests/deploy/test_deploy_ledger.py",
+    "tests/deploy/test_deploy_promise.py",
+)
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
@@ -253,6 +258,8 @@ MUTANTS = [
         "clients/mod.py",
         "released = {} if order.private or (",
         "released = {} if (",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
         FLOWER,
     ),
     Mutant(
@@ -815,6 +822,140 @@ MUTANTS = [
         "    if digest not in accepted:",
         "    if False:",
         "tests/deploy/test_deploy_node.py",
+    ),
+    Mutant(
+        "guard: a node without a home obeys any server",
+        "clients/guard.py",
+        "    if not simulated():",
+        "    if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an order with a seed makes a simulation",
+        "clients/mod.py",
+        "        guard = guard_of(context)\n",
+        '        seeded = "seed" in message.content.config_records.get("fedpriv", {})\n'
+        "        guard = None if seeded else guard_of(context)\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: a simulation is not guarded even with a home",
+        "clients/guard.py",
+        "    if not home:",
+        "    if not home or simulated():",
+        GUARD,
+    ),
+    Mutant(
+        "guard: other messages than training pass",
+        "clients/mod.py",
+        "        return call_next(message, context) if guard is None else guard.evaluate(message, context, call_next)",
+        "        return call_next(message, context)",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an evaluation is answered whatever the policy says",
+        "clients/policy.py",
+        "        if not self.accepts.evaluation:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an app's exception is told to the server",
+        "clients/refusals.py",
+        '_OPEN = ("policy", "model", "stale", "lost")',
+        '_OPEN = ("policy", "model", "stale", "lost", "app")',
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave a private run that says it is not",
+        "clients/policy.py",
+        "        if not order.private:\n",
+        "        if False:\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave because the order says so",
+        "clients/mod.py",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
+        GUARD,
+    ),
+    Mutant(
+        "guard: another client's order is followed",
+        "clients/guard.py",
+        "        if self.client is not None and order.client != self.client:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "ledger: only the run's own memory is asked",
+        "clients/member.py",
+        "        for path, lines, digest in remembered_ledgers(self.folder):",
+        "        for path, lines, digest in ():",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: the head that the server shows is not looked at",
+        "clients/member.py",
+        "        if shown is None:\n",
+        "        if True:\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a head is believed whoever signed it",
+        "clients/member.py",
+        "        if shown.key == key.public and shown.valid:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: any signature will do",
+        "clients/heads.py",
+        "        except (ValueError, InvalidSignature):\n            return False\n",
+        "        except (ValueError, InvalidSignature):\n            pass\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a server that is restored forgets heads",
+        "strategies/coordinator.py",
+        "        self.heads = {k: head for k, head in heads.items() if head is not None}\n",
+        "        self.heads = {}\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: an older head replaces a newer one",
+        "strategies/heads.py",
+        "        if before.key != head.key or head.lines >= before.lines:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: heads end with the run",
+        "strategies/deployment.py",
+        "        book.keep(coordinator.heads)\n",
+        "",
+        LEDGER,
+    ),
+    Mutant(
+        "promise: whether clients remember is not said",
+        "clients/promise.py",
+        "            client_memory=self.client_memory,\n",
+        "",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: a server denies its method's memory",
+        "clients/policy.py",
+        "    if has_memory(order.method) and not terms.client_memory:",
+        "    if False:",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: more turns than were accounted",
+        "strategies/coordinator.py",
+        "        if self.plan is not None and self.plan.rounds != self.turns:",
+        "        if False:",
+        PROMISE,
     ),
     Mutant(
         "sampler: a number that 64 bits do not decide is decided by an approximation",
