@@ -112,7 +112,10 @@ class MethodStrategy(Strategy):
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
         self._last_round = {}
         self.statement = privacy_statement(
-            self.plan, method=method_name(self.agreement.server.method), randomness=self._randomness
+            self.plan,
+            method=method_name(self.agreement.server.method),
+            randomness=self._randomness,
+            evaluated=self._evaluate,
         )
 
     def summary(self) -> None:
