@@ -307,5 +307,5 @@ def _write_pair(folder: Path, pair: Pair, private: str, public: str) -> None:
 
 def _write(path: Path, content: bytes | str, mode: int = _PUBLIC) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, content)
-    path.chmod(mode)
+    write_atomically(path, content, mode)
+    path.chmod(mode)  # whatever the umask took off

@@ -138,6 +138,7 @@ class MethodStrategy(Strategy):
             method=method_name(self.agreement.server.method),
             randomness=self._randomness,
             app="supplied" if self._randomness == "system" else None,
+            evaluated=self._evaluate,
         )
 
     def summary(self) -> None:

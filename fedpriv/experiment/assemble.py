@@ -17,7 +17,7 @@ from fedpriv.learning.checks import refuse_beyond_memory
 from fedpriv.learning.federation import Holders, spread
 from fedpriv.learning.shifts import shifted
 from fedpriv.learning.tasks import Task
-from fedpriv.learning.validation import hold_out
+from fedpriv.learning.validation import evaluated_on, hold_out
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
@@ -82,10 +82,12 @@ class Experiment:
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     """Loads the data and spreads them over the clients, as the config and its seed say."""
     choice, streams = config.data, SeededStreams(config.seed)
-    dataset = choice.dataset.load(data_root)
-    if choice.validation is not None:
-        dataset = hold_out(dataset, choice.validation)
-    federation = spread(dataset, choice.partition, choice.clients, streams.source(Purpose.PARTITION).rng)
+    dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
+    if choice.test is not None:
+        dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
+    elif choice.validation is not None:
+        dataset = hold_out(replace(dataset, groups=None), choice.validation)
+    federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
 
 
