@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
+from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
 # dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
@@ -19,9 +20,6 @@ __all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
-
-# Far more than any promise needs, and far from where float32 ends.
-MOST_NOISE = 1e12
 
 ADVERSARIES = {
     "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
