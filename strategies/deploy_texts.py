@@ -2,6 +2,8 @@
 
 from string import Template
 
+from clients.policy import POLICY_TEXT as POLICY
+
 __all__ = [
     "ADMIN_CONFIG",
     "DOCKERFILE",
@@ -13,32 +15,6 @@ __all__ = [
     "SERVICE",
     "START",
 ]
-
-POLICY = Template("""\
-# What this client agrees to. Only its operator decides: no server can change or read this file.
-
-[accepts]
-# "local": only messages that this client has noised itself leave it.
-# "central": bare bounded messages may go to the server, which is trusted to add noise.
-trust = "$trust"
-methods = ["alpha-normec", "clip21", "dp-fedavg", "normalized-sgd"]  # names from `fedpriv list`; empty: any
-models = []                 # names from `fedpriv list`; empty: any
-data = []                   # names from `fedpriv list`; empty: any
-max_parameters = 10000000   # largest model
-
-[limits]
-# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
-epsilon = $epsilon
-delta = $delta
-min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
-max_l2_bound = 100.0        # longest message
-max_rounds = 100000         # longest run
-# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
-adjacency = "replace"
-
-[data]
-own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
-""")
 
 NODE_TOML_TEXT = Template("""\
 superlink = "$address"  # the server, as its certificate names it
@@ -92,35 +68,12 @@ REGISTER = Template("""\
 # Tells the server about the keys in nodes/. It may run again at any time: keys that the server knows stay as they are.
 set -eu
 cd "$$(dirname "$$0")"
-: "$${FLWR:=flwr}"
-export FLWR_HOME="$$PWD" FLWR_DISABLE_UPDATE_CHECK=1 FLWR_TELEMETRY_ENABLED=0
-if ! command -v "$$FLWR" > /dev/null; then
-    echo "$$0: expected flwr on the PATH, got none. Activate fedpriv's environment, or set FLWR=/path/to/flwr." >&2
+: "$${FEDPRIV:=fedpriv}"
+if ! command -v "$$FEDPRIV" > /dev/null; then
+    echo "$$0: expected fedpriv on the PATH, got none. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
     exit 2
 fi
-
-# Flower wants the absolute path of ca.crt, which is another one when this folder has moved.
-while IFS= read -r line; do
-    case $$line in
-        root-certificates*) printf "root-certificates = '%s'\\n" "$$PWD/ca.crt" ;;
-        *) printf '%s\\n' "$$line" ;;
-    esac
-done < config.toml > config.toml.part
-mv config.toml.part config.toml
-
-failed=0
-for key in nodes/*.pub; do
-    name=$$(basename "$$key" .pub)
-    if said=$$("$$FLWR" supernode register "$$key" deployment --name "$$name" 2>&1); then
-        echo "$$name: registered"
-    elif printf '%s' "$$said" | grep -qi 'already in use'; then
-        echo "$$name: was registered before"
-    else
-        printf '%s: not registered. %s\\n' "$$name" "$$(printf '%s' "$$said" | tr '\\n' ' ')" >&2
-        failed=2
-    fi
-done
-exit $$failed
+exec "$$FEDPRIV" deploy register .
 """)
 
 SERVICE = Template("""\
@@ -199,7 +152,7 @@ with the line in `bundles.sha256`.
 2. On the server, in another shell: `admin/register.sh`. It can run again at any time.
    From another machine: `ssh -L $port:127.0.0.1:$port $host`, and there `admin/register.sh`.
 3. Each client reads and edits `fedpriv-client.toml`, its policy, and `node.toml`; then `node-I/start-node.sh`.
-4. See who is there: `FLWR_HOME=$$PWD/admin flwr supernode list deployment`.
+4. See who is there: `fedpriv deploy check admin`.
 
 Under systemd or Docker instead: see the head of `fedpriv-superlink.service`, `fedpriv-node.service`, `Dockerfile`.
 
@@ -225,6 +178,7 @@ first, and start nothing if one fails.
 | `server/flower/` | Flower's database of runs, nodes and messages. Back it up; without it, register the nodes again |
 | `admin/config.toml` | Flower's connection `deployment`, for FLWR_HOME |
 | `admin/nodes/*.pub` | the nodes' public keys; `register.sh` tells the server |
+| `admin/removed-keys` | the public keys of nodes that were removed, with name and date |
 | `node-I/node.key`, `node.pub` | the node's key: who has it is this client to the server |
 | `node-I/node.toml` | the server's address, which client this is, where its data lie, which apps it runs |
 | `node-I/fedpriv-client.toml` | the policy: what is sent at all, and how much privacy may be spent |
@@ -263,8 +217,16 @@ rename `node.key.pub` to `node.pub`, and send that file for `admin/nodes/`.
 
 ## Remove a node
 
-`FLWR_HOME=$$PWD/admin flwr supernode list deployment`, then `flwr supernode unregister NODE-ID deployment`, and delete
-its file from `admin/nodes/`. Do so at once if its key or machine is lost.
+    fedpriv deploy remove node-1          # in this folder or in admin/, while the server runs
+
+Do so at once if its key or machine is lost. The server takes nothing more from it; the node says so in one line and
+ends. The key moves from `admin/nodes/` to `admin/removed-keys`, and no server ever takes it back: a client that comes
+back needs a new key (above). A run that is going on goes on without the client: its messages are missing, and each
+turn that asks it lasts until its deadline. The number of clients stays what the plan says, so that sums are divided as
+before and noise and epsilon hold. The client's `state/` stays on its own machine.
+
+Keys that are registered but not in `admin/nodes/` have no name there: `fedpriv deploy check admin` shows the server's
+numbers for them, and `FLWR_HOME=$$PWD/admin flwr supernode unregister NUMBER deployment` takes them away.
 
 ## Renew the server's certificate
 

@@ -31,6 +31,10 @@ _UNKNOWN_POPULATION = 10**9
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("devices", "schedule", "deployment")
 
+# Tables that change what clients send or how much noise is on it. Experiments that differ in one of them, or in the
+# number of rounds, have independent noise. A name, the times of evaluation and the deployment change none of it.
+NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoice:
@@ -163,9 +167,17 @@ class Config:
     @property
     def digest(self) -> str:
         """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment."""
-        tables = {name: table for name, table in self.tables.items() if name != "deployment"}
-        canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _hash({name: table for name, table in self.tables.items() if name != "deployment"})
+
+    @property
+    def noise_id(self) -> str:
+        """SHA-256 of `NOISE_TABLES` and the number of rounds; with the seed, it decides the noise of a simulation.
+
+        Two experiments with one seed would otherwise share their noise, and the difference of their models would
+        have none. Equal experiments keep equal bits.
+        """
+        tables = {name: self.tables[name] for name in NOISE_TABLES if name in self.tables}
+        return _hash({**tables, "rounds": self.training.rounds})
 
     def to_toml(self) -> str:
         """The resolved experiment as a TOML file."""
@@ -211,6 +223,11 @@ class Config:
             client_memory=has_memory(self.method),
             **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice)},
         )
+
+
+def _hash(tables: dict[str, Any]) -> str:
+    canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
@@ -302,6 +319,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
     _check_schedule(config)
+    if config.deployment is not None:
+        config.deployment.check(config.method)
     return config
 
 

@@ -71,6 +71,7 @@ class Journal:
             deployed=self.deployed,
             clock=experiment.timeline is not None,
             held_out=experiment.config.held_out,
+            app="fixed" if self.deployed else None,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})

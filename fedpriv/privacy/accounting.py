@@ -7,8 +7,20 @@ units of B instead.
 
 Without sampling, all rounds together are one Gaussian mechanism (`gaussian`). Hidden Poisson cohorts, and hidden
 cohorts of a fixed size where clients remember nothing, are accounted by privacy loss distributions (`losses`).
-dp-accounting, which knows the former and bounds the latter from above, is asked by the tests: `round_event` is a round
-as it sees it, and it counts noise in other units, and not in the same ones everywhere:
+
+Nothing here can make epsilon too small:
+
+1. One round is bounded by a dominating pair, proved in `losses`; probabilities are never rounded down.
+2. Its losses are put on a grid so that both distributions keep their masses (the pessimistic Connect the Dots), or
+   higher where rounding of the special functions could matter; the largest count as infinite.
+3. Composition adds to delta: the infinite losses, what a transform cuts off (Chernoff's bound, from the same losses),
+   and a bound on the rounding of all transforms and powers. What wraps around only adds.
+4. Epsilon is read off with delta reached from above. A bound by moments alone (Renyi divergence) stands beside it, and
+   the smaller of two valid bounds is valid.
+
+The tests hold it against exact Gaussians down to delta = 1e-100, integrals of one round, the true mechanism of few
+clients twice, and dp-accounting, whose own bounds are pessimistic too. `round_event` is a round as dp-accounting sees
+it, and it counts noise in other units, and not in the same ones everywhere:
 
 | event, neighbouring relation                    | its noise multiplier is | in ours, add-or-remove | replace |
 |---|---|---|---|
@@ -49,9 +61,6 @@ GRID_ERROR = 2e-4
 
 MOST_LOSSES = 2**18
 """Most points of one round's grid; a sixteenth of it where epsilon exceeds 1 000 and precision serves nobody."""
-
-COIN_BITS = 48
-"""Bits that a sampling probability is taken to be rounded up to where a sampling does not say (`accounted_prob`)."""
 
 
 class Bound(NamedTuple):
@@ -258,11 +267,9 @@ def _pairs(trust: str, adjacency: str, sampling: Sampling, *, client_memory: boo
 
 
 def _hiding_prob(sampling: Sampling) -> float:
-    """The probability that a client takes part, rounded up to what is really drawn."""
-    if isinstance(sampling, Poisson):
-        accounted = getattr(sampling, "accounted_prob", sampling.sampling_prob * (1.0 + 2.0**-COIN_BITS))
-        return min(accounted, 1.0) if sampling.sampling_prob < 1.0 else 1.0
-    return min(math.nextafter(sampling.sampling_prob, 2.0), 1.0)
+    """The probability that a client takes part, never below what is drawn: Poisson coins are exact, m / n rounds."""
+    exact = sampling.sampling_prob
+    return math.nextafter(exact, 1.0) if isinstance(sampling, FixedSize) else exact
 
 
 def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import dp_accounting as dpa
 import numpy as np
 import pytest
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from helpers import brief
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -240,14 +241,55 @@ def test_calibrated_noise_never_wavers_as_delta_epsilon_and_rounds_change(
     assert calibrate(rounds=int(rounds * factor) + 1, delta=delta, epsilon=epsilon, **plan) >= base / GRID
 
 
-def test_a_poisson_probability_is_accounted_as_it_is_drawn_and_never_less() -> None:
-    class Coarse(Poisson):
-        accounted_prob = 0.011
+def test_a_sampling_probability_is_never_accounted_below_what_is_drawn() -> None:
+    assert _pairs("central", "add-or-remove", Poisson(1000, 0.01), client_memory=False)[0][0].prob == 0.01
+    for clients, size in ((3, 1), (1000, 7), (49, 48)):
+        accounted = _pairs("central", "replace", FixedSize(clients, size), client_memory=False)[0][0].prob
+        assert Fraction(size, clients) <= Fraction(accounted) <= Fraction(size, clients) * (1 + Fraction(1, 10**15))
 
-    pair = _pairs("central", "add-or-remove", Coarse(1000, 0.01), client_memory=False)[0]
-    assert pair[0].prob == 0.011
-    assert _pairs("central", "add-or-remove", Poisson(1000, 0.01), client_memory=False)[0][0].prob >= 0.01
-    assert _pairs("central", "replace", FixedSize(1000, 10), client_memory=False)[0][0].prob >= 0.01
+
+PLANS = [
+    (prob, noise, rounds, delta)
+    for prob in (1e-3, 0.05, 0.5)
+    for noise, rounds in ((0.7, 20), (1.5, 300), (6.0, 2000))
+    for delta in (1e-3, 1e-6)
+]
+
+
+@pytest.mark.parametrize(("prob", "noise", "rounds", "delta"), PLANS)
+def test_over_a_wide_grid_epsilon_is_between_the_two_estimates_of_dp_accounting(
+    prob: float, noise: float, rounds: int, delta: float
+) -> None:
+    """dp-accounting also rounds losses down, to a bound from below; a finer grid of ours may beat its pessimistic one."""
+    ours = spent(Poisson(10**6, prob), noise, rounds, delta)
+    interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
+    high, low = (
+        privacy_loss_distribution.from_gaussian_mechanism(
+            noise,
+            sampling_prob=prob,
+            value_discretization_interval=interval,
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,
+        )
+        .self_compose(rounds)
+        .get_epsilon_for_delta(delta)
+        for pessimistic in (True, False)
+    )
+    assert low * (1.0 - 1e-6) <= ours <= 1.001 * high + 1e-6
+    assert ours <= renyi("add-or-remove", Poisson(10**6, prob), noise, rounds, delta)
+
+
+@pytest.mark.parametrize(("prob", "noise", "rounds", "delta"), PLANS[::3])
+def test_over_a_wide_grid_replaced_clients_cost_what_dp_accounting_says(
+    prob: float, noise: float, rounds: int, delta: float
+) -> None:
+    ours = spent(Poisson(10**6, prob), noise / 2.0, rounds, delta, "replace")
+    event, relation = round_event(
+        trust="central", adjacency="replace", sampling=Poisson(10**6, prob), noise_multiplier=noise / 2.0
+    )
+    interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
+    theirs = PLDAccountant(relation, value_discretization_interval=interval).compose(event, rounds).get_epsilon(delta)
+    assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6)
 
 
 @few
