@@ -216,8 +216,8 @@ MUTANTS = [
     Mutant(
         "amplification of fixed-size cohorts with memory",
         ACCOUNTING,
-        "(client_memory and isinstance(sampling, FixedSize))",
-        "False",
+        "    elif client_memory:",
+        "    elif False:",
         PRIVACY,
     ),
     Mutant(
@@ -437,29 +437,29 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        'if trust == "local" or isinstance(sampling, Everyone | Scheduled):',
-        "if isinstance(sampling, Everyone):",
+        'if trust == "local" or q >= 1.0',
+        "if q >= 1.0",
         PRIVACY,
     ),
     Mutant(
         "composition forgotten",
         ACCOUNTING,
-        "shift = math.sqrt(rounds) / noise_multiplier",
-        "shift = 1.0 / noise_multiplier",
+        "gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta)",
+        "gaussian_epsilon(1.0 / noise_multiplier, delta)",
         PRIVACY,
     ),
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        "2.0 * noise_multiplier if replace else noise_multiplier",
-        "4.0 * noise_multiplier if replace else noise_multiplier",
+        'min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
+        'min(noise_multiplier * (4.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
         PRIVACY,
     ),
     Mutant(
         "fixed-size replace in the wrong units",
         ACCOUNTING,
-        "noise_multiplier if replace else 0.5 * noise_multiplier",
-        "2.0 * noise_multiplier if replace else noise_multiplier",
+        "gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
+        "gone, come, other = Half(q, 1.0, 1.0), Half(q, 1.0, 1.0), Half(q, 1.0, 2.0)",
         PRIVACY,
     ),
     Mutant(

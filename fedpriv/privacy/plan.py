@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.gaussian import release_grid
+from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
-# dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
@@ -20,9 +21,6 @@ __all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
-
-# Far more than any promise needs, and far from where float32 ends.
-MOST_NOISE = 1e12
 
 SMALLEST_EPSILON = 1e-6
 """Below that, delta is all that is promised."""

@@ -48,13 +48,12 @@ _NOT_COVERED = (
     "the choice of hyperparameters, of the model or of the number of rounds, if it looked at the clients' data",
     "statistics that a model keeps of its inputs, such as those of BatchNorm: models with buffers are refused",
     "the time that a client takes, and whether it answers at all",
-    "the noise is drawn in floating point, which is not exactly Gaussian (Mironov 2012, On Significance of the Least "
-    "Significant Bits for Differential Privacy)",
 )
 
 _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
-    "with real people the randomness must come from the operating system"
+    "with real people the randomness must come from the operating system. Two runs of one experiment with one seed share "
+    "their noise: on data that changed in between, the difference of their models has none"
 )
 
 _CLIENTS = {

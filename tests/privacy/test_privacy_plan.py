@@ -10,6 +10,7 @@ from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedpriv
 import fedpriv.privacy as privacy
 from fedpriv.errors import UserError
 from fedpriv.privacy import (
@@ -22,7 +23,7 @@ from fedpriv.privacy import (
     make_plan,
     privacy_statement,
 )
-from fedpriv.privacy.accounting import _poisson_losses
+from fedpriv.privacy.accounting import _losses
 from fedpriv.privacy.released import Whose
 
 CLIENTS = 500
@@ -105,10 +106,10 @@ def test_epsilon_starts_at_zero_and_never_falls_from_round_to_round(trust: str, 
 def test_asking_for_epsilon_after_every_round_lays_out_one_grid_for_all() -> None:
     made = plan(sampling=Poisson(10**5, 0.01), rounds=1000, epsilon=2.0, noise_multiplier=None)
     made.epsilon_after(1000)
-    grids = _poisson_losses.cache_info().misses
+    grids = _losses.cache_info().misses
     for rounds in (1, 10, 100, 300, 999):
         made.epsilon_after(rounds)
-    assert _poisson_losses.cache_info().misses == grids
+    assert _losses.cache_info().misses == grids
 
 
 def test_a_plan_of_no_rounds_spends_nothing_and_has_the_noise_of_one() -> None:
@@ -140,8 +141,8 @@ def test_amplification_is_claimed_where_the_server_is_trusted_and_nowhere_else(n
 
 
 def test_the_accountant_is_named_with_its_version() -> None:
-    assert plan().accountant.startswith("PLD (dp-accounting 0.")
-    assert plan(sampling=SAMPLINGS["fixed"]).accountant.startswith("RDP (dp-accounting 0.")
+    assert plan().accountant == plan(sampling=SAMPLINGS["fixed"]).accountant == f"PLD (fedpriv {fedpriv.__version__})"
+    assert plan(trust="local").accountant == f"one Gaussian, exactly (fedpriv {fedpriv.__version__})"
 
 
 @every_combination
