@@ -79,7 +79,7 @@ def _draw_bounds(axes: Axes, findings: Findings, record: dict[str, Any]) -> None
     axes.set(xlabel="epsilon", title=f"Lower bounds at {100 * record['confidence']:g} % confidence")
     legend = [
         Patch(color=SEEN, label="for Gaussian plans"),
-        Patch(color=NULL, label="for every mechanism"),
+        Patch(color=NULL, label="certified, one run"),
         Line2D([], [], color=CLAIM, linewidth=2.0, label="claim"),
         Line2D([], [], color=CLAIM, marker="D", markersize=5, linestyle="", label="estimate"),
     ]
