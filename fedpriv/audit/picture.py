@@ -67,7 +67,7 @@ def _draw_bounds(axes: Axes, findings: Findings, record: dict[str, Any]) -> None
     axes.barh(heights, [row.lower for row in rows], 0.55, color=[NULL if row.certified else SEEN for row in rows])
     beside = axes.get_yaxis_transform()
     for height, row in zip(heights, rows, strict=True):
-        axes.text(1.02, height, f"{row.lower:.2f}", transform=beside, va="center", fontsize=10)
+        axes.text(1.02, float(height), f"{row.lower:.2f}", transform=beside, va="center", fontsize=10)
         axes.plot([row.claimed] * 2, [height - 0.38, height + 0.38], color=CLAIM, linewidth=2.0)
         if row.estimate is not None:
             axes.plot(row.estimate, height, "D", color=CLAIM, markersize=5)
@@ -79,7 +79,7 @@ def _draw_bounds(axes: Axes, findings: Findings, record: dict[str, Any]) -> None
     axes.set(xlabel="epsilon", title=f"Lower bounds at {100 * record['confidence']:g} % confidence")
     legend = [
         Patch(color=SEEN, label="for Gaussian plans"),
-        Patch(color=NULL, label="for every mechanism"),
+        Patch(color=NULL, label="certified, one run"),
         Line2D([], [], color=CLAIM, linewidth=2.0, label="claim"),
         Line2D([], [], color=CLAIM, marker="D", markersize=5, linestyle="", label="estimate"),
     ]

@@ -36,9 +36,10 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
 
 def in_words(record: dict[str, Any]) -> str:
     """Return one paragraph about an audit from its record (`audit.json`)."""
-    seen, rounds = record["canaries_seen"], record["rounds"]
+    rounds, mean = record["rounds"], record["participations"]["mean"]
+    each = f"{rounds} rounds" if mean == rounds else f"{mean:.1f} of {rounds} rounds on average"
     attacked = (
-        f"{seen} canary clients took part in {rounds} rounds of {record['name']} ({record['method']}, "
+        f"{record['canaries_seen']} canary clients took part in {each} of {record['name']} ({record['method']}, "
         f"{record['parameters']} parameters) beside {record['population']} clients, and went through the same rule, "
         f"bound, noise and sum. The auditor {record['knowledge']}."
     )
