@@ -22,6 +22,8 @@ __all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
 
+MOST_ROUNDS = 10**12
+
 SMALLEST_EPSILON = 1e-6
 """Below that, delta is all that is promised."""
 
@@ -279,8 +281,9 @@ def _is_number(value: object) -> bool:
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < 0:
-        raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
+    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or not 0 <= rounds <= MOST_ROUNDS:
+        expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
+        raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
     if not (_is_number(delta) and 1e-100 <= delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
     if not (_is_number(l2_bound) and l2_bound > 0.0):

@@ -260,7 +260,7 @@ PLANS = [
 def test_over_a_wide_grid_epsilon_is_between_the_two_estimates_of_dp_accounting(
     prob: float, noise: float, rounds: int, delta: float
 ) -> None:
-    """dp-accounting also rounds losses down, to a bound from below; a finer grid of ours may beat its pessimistic one."""
+    """dp-accounting also rounds losses down, to a bound from below; our finer grid may beat its pessimistic one."""
     ours = spent(Poisson(10**6, prob), noise, rounds, delta)
     interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
     high, low = (
