@@ -1265,6 +1265,32 @@ MUTANTS = [
         'row["cohort_size"] if plan is None else expected for row',
         'row["cohort_size"] for row',
         RELEASED,
+        "rounding decides where delta is small",
+        "fedpriv/privacy/losses.py",
+        "            tilted, before = self._tilted(theta, center), best\n",
+        "            tilted, before = self._tilted(2.0**-8, center), best\n",
+        "tests/privacy/test_privacy_losses.py",
+    ),
+    Mutant(
+        "the client in one's place sends nothing",
+        ACCOUNTING,
+        "Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
+        "Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 2.0, 2.0)",
+        "tests/privacy/test_privacy_losses.py",
+    ),
+    Mutant(
+        "what is cut off is free",
+        "fedpriv/privacy/losses.py",
+        "return -math.expm1(sum(count * math.log1p(-min(losses.infinite, 0.5)) for losses, count in self.parts))",
+        "return 0.0",
+        "tests/privacy/test_privacy_losses.py",
+    ),
+    Mutant(
+        "one order of neighbours is composed",
+        ACCOUNTING,
+        "    return ((other, other),) if replace else ((gone, come), (come, gone))",
+        "    return ((other, other),) if replace else ((come, gone),)",
+        "tests/privacy",
     ),
 ]
 
