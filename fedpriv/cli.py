@@ -1,6 +1,7 @@
 """The command line: fedpriv run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
 
 import dataclasses
+import io
 import json
 import sys
 import textwrap
@@ -19,8 +20,9 @@ from fedpriv.experiment.assemble import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
+from fedpriv.experiment.journal import DIAGNOSTICS_FILE
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import jsonable
+from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.tracking import track, watched_by
 from fedpriv.learning.datasets import DATASETS
@@ -31,6 +33,7 @@ from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
 
@@ -71,8 +74,12 @@ Logs = Annotated[
     typer.Option("--log", metavar="TRACKER", help="Send rounds to tensorboard, mlflow or wandb too; may be repeated."),
 ]
 LogDiagnostics = Annotated[
-    bool,
-    typer.Option("--log-diagnostics/--no-log-diagnostics", help="Whether what is not private is sent there as well."),
+    bool | None,
+    typer.Option(
+        "--log-diagnostics/--no-log-diagnostics",
+        help="Whether what is not released is sent there as well.",
+        show_default="of runs without privacy",
+    ),
 ]
 
 
@@ -125,7 +132,7 @@ def run(
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
     ] = None,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment and fill its run directory."""
     experiment = load_config(config, settings or ())
@@ -210,7 +217,7 @@ def sweep(
         bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
     ] = False,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.experiment.sweep_live import SweepTable
@@ -400,6 +407,31 @@ def add(
 
 
 @deploy.command()
+def register(folder: DeployDir = Path()) -> None:
+    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    from strategies.deploy_keys import register_nodes
+
+    lines, faults = register_nodes(folder)
+    for line in lines:
+        print(line)
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    folder: DeployDir = Path(),
+) -> None:
+    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    from strategies.deploy_keys import remove_node
+
+    print(remove_node(name, folder))
+
+
+@deploy.command()
 def renew(
     folder: DeployDir,
     days: Days = 365,
@@ -476,7 +508,7 @@ def privacy(
         absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
         print(json.dumps(jsonable(absent if plan is None else plan.as_dict()), indent=2))
     else:
-        told = {"clock": experiment.devices is not None, "held_out": experiment.held_out}
+        told = {"clock": experiment.devices is not None, "data": experiment.data.facts, "recorded": True}
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
 
 
@@ -509,9 +541,10 @@ def data(
 
 def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    table = who_holds_what(federation)
-    table.to_csv(directory / "clients.csv", index=False)
-    plot_who_holds_what(federation, directory / "clients.png", partition=experiment.tables["data"]["partition"])
+    table, picture = who_holds_what(federation), io.BytesIO()
+    plot_who_holds_what(federation, picture, partition=experiment.tables["data"]["partition"])
+    write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
+    write_atomically(directory / "clients.png", picture.getvalue(), OWNER_ONLY)
     print(table.to_string(index=False, max_rows=24))
     print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}\n")
 
@@ -575,20 +608,28 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     else:
         promise = "none: this run is not private"
     if summary.get("validation_accuracy") is not None:
-        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by")
+        unprotected = _mark(summary, "validation_accuracy")
+        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by{unprotected}")
     print(
-        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
+        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
+        f"{_mark(summary, 'test_accuracy')}\n"
         f"epsilon     {promise}\n"
-        f"{_clock_line(summary)}"
+        f"{_clock_line(summary, directory)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
 
 
-def _clock_line(summary: dict[str, Any]) -> str:
-    """What the run would have taken on its devices; nothing without a virtual clock."""
-    found = {**summary["diagnostics"], **summary}  # for simulations only, where it says who took part
+def _mark(summary: dict[str, Any], score: str) -> str:
+    """A warning at a score that is computed on protected clients' own examples."""
+    return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
+
+
+def _clock_line(summary: dict[str, Any], directory: Path) -> str:
+    """How long the run would have taken on its devices; nothing without a virtual clock."""
+    beside = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # its clock may show who took part
+    found = {**beside, **summary}
     if "simulated_seconds" not in found:
         return ""
     hours, rest = divmod(round(found["simulated_seconds"]), 3600)

@@ -46,6 +46,11 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+GUARD, LEDGER, PROMISE = (
+    "tests/flower/test_flower_guard.py",
+    "tests/deploy/test_deploy_ledger.py",
+    "tests/deploy/test_deploy_promise.py",
+)
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
@@ -56,6 +61,8 @@ AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
 SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
+
+NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
 
 MUTANTS = [
     Mutant(
@@ -160,8 +167,8 @@ MUTANTS = [
     Mutant(
         "validation examples stay with the clients",
         "fedpriv/learning/validation.py",
-        "train_inputs=dataset.train_inputs[kept],\n        train_labels=dataset.train_labels[kept],",
-        "",
+        "return replace(_kept(dataset, ~held), validation_inputs=inputs",
+        "return replace(dataset, validation_inputs=inputs",
         DATA,
     ),
     Mutant(
@@ -209,8 +216,8 @@ MUTANTS = [
     Mutant(
         "amplification of fixed-size cohorts with memory",
         ACCOUNTING,
-        "(client_memory and isinstance(sampling, FixedSize))",
-        "False",
+        "    elif client_memory:",
+        "    elif False:",
         PRIVACY,
     ),
     Mutant(
@@ -251,8 +258,10 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "metrics = {} if order.private else dict(answer.content.metric_records)",
-        "metrics = dict(answer.content.metric_records)",
+        "released = {} if order.private or (",
+        "released = {} if (",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
         FLOWER,
     ),
     Mutant(
@@ -428,29 +437,29 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        'if trust == "local" or isinstance(sampling, Everyone | Scheduled):',
-        "if isinstance(sampling, Everyone):",
+        'if trust == "local" or q >= 1.0',
+        "if q >= 1.0",
         PRIVACY,
     ),
     Mutant(
         "composition forgotten",
         ACCOUNTING,
-        "shift = math.sqrt(rounds) / noise_multiplier",
-        "shift = 1.0 / noise_multiplier",
+        "gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta)",
+        "gaussian_epsilon(1.0 / noise_multiplier, delta)",
         PRIVACY,
     ),
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        "2.0 * noise_multiplier if replace else noise_multiplier",
-        "4.0 * noise_multiplier if replace else noise_multiplier",
+        'min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
+        'min(noise_multiplier * (4.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
         PRIVACY,
     ),
     Mutant(
         "fixed-size replace in the wrong units",
         ACCOUNTING,
-        "noise_multiplier if replace else 0.5 * noise_multiplier",
-        "2.0 * noise_multiplier if replace else noise_multiplier",
+        "gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
+        "gone, come, other = Half(q, 1.0, 1.0), Half(q, 1.0, 1.0), Half(q, 1.0, 2.0)",
         PRIVACY,
     ),
     Mutant(
@@ -686,8 +695,8 @@ MUTANTS = [
     Mutant(
         "deployment: a release is not written to the ledger",
         "clients/member.py",
-        "            ledger.append(entry)\n",
-        "",
+        "                ledger.append(line)\n",
+        "                pass\n",
         MEMBER,
     ),
     Mutant(
@@ -815,6 +824,140 @@ MUTANTS = [
         "    if digest not in accepted:",
         "    if False:",
         "tests/deploy/test_deploy_node.py",
+    ),
+    Mutant(
+        "guard: a node without a home obeys any server",
+        "clients/guard.py",
+        "    if not simulated():",
+        "    if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an order with a seed makes a simulation",
+        "clients/mod.py",
+        "        guard = guard_of(context)\n",
+        '        seeded = "seed" in message.content.config_records.get("fedpriv", {})\n'
+        "        guard = None if seeded else guard_of(context)\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: a simulation is not guarded even with a home",
+        "clients/guard.py",
+        "    if not home:",
+        "    if not home or simulated():",
+        GUARD,
+    ),
+    Mutant(
+        "guard: other messages than training pass",
+        "clients/mod.py",
+        "        return call_next(message, context) if guard is None else guard.evaluate(message, context, call_next)",
+        "        return call_next(message, context)",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an evaluation is answered whatever the policy says",
+        "clients/policy.py",
+        "        if not self.accepts.evaluation:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an app's exception is told to the server",
+        "clients/refusals.py",
+        '_OPEN = ("policy", "model", "stale", "lost")',
+        '_OPEN = ("policy", "model", "stale", "lost", "app")',
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave a private run that says it is not",
+        "clients/policy.py",
+        "        if not order.private:\n",
+        "        if False:\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave because the order says so",
+        "clients/mod.py",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
+        GUARD,
+    ),
+    Mutant(
+        "guard: another client's order is followed",
+        "clients/guard.py",
+        "        if self.client is not None and order.client != self.client:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "ledger: only the run's own memory is asked",
+        "clients/member.py",
+        "        for path, lines, digest in remembered_ledgers(self.folder):",
+        "        for path, lines, digest in ():",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: the head that the server shows is not looked at",
+        "clients/member.py",
+        "        if shown is None:\n",
+        "        if True:\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a head is believed whoever signed it",
+        "clients/member.py",
+        "        if shown.key == key.public and shown.valid:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: any signature will do",
+        "clients/heads.py",
+        "        except (ValueError, InvalidSignature):\n            return False\n",
+        "        except (ValueError, InvalidSignature):\n            pass\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a server that is restored forgets heads",
+        "strategies/coordinator.py",
+        "        self.heads = {k: head for k, head in heads.items() if head is not None}\n",
+        "        self.heads = {}\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: an older head replaces a newer one",
+        "strategies/heads.py",
+        "        if before.key != head.key or head.lines >= before.lines:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: heads end with the run",
+        "strategies/deployment.py",
+        "        book.keep(coordinator.heads)\n",
+        "",
+        LEDGER,
+    ),
+    Mutant(
+        "promise: whether clients remember is not said",
+        "clients/promise.py",
+        "            client_memory=self.client_memory,\n",
+        "",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: a server denies its method's memory",
+        "clients/policy.py",
+        "    if has_memory(order.method) and not terms.client_memory:",
+        "    if False:",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: more turns than were accounted",
+        "strategies/coordinator.py",
+        "        if self.plan is not None and self.plan.rounds != self.turns:",
+        "        if False:",
+        PROMISE,
     ),
     Mutant(
         "sampler: a number that 64 bits do not decide is decided by an approximation",
@@ -1012,6 +1155,116 @@ MUTANTS = [
         "return min(1e6 * (",
         "return min(1e-2 * (",
         ATTACKED,
+        "examples are held out by label over all natural clients",
+        "fedpriv/learning/validation.py",
+        "    if dataset.groups is None:\n        held = _held_out_of_labels",
+        "    if True:\n        held = _held_out_of_labels",
+        NEIGHBORS,
+    ),
+    Mutant(
+        "a speaker who says nothing gives the place away",
+        "fedpriv/learning/natural_files.py",
+        "if name not in SILENT:",
+        "if name not in SILENT and words:",
+        NEIGHBORS,
+    ),
+    Mutant(
+        "clients that are tested on train as well",
+        "fedpriv/learning/validation.py",
+        "replace(_kept(whole, to_train), test_inputs",
+        "replace(_kept(whole, to_train | to_test), test_inputs",
+        "tests/learning/test_learning_validation.py",
+    ),
+    Mutant(
+        "the same places are held out to test and to validate on",
+        "fedpriv/learning/validation.py",
+        "_TO_TEST, _TO_VALIDATE = 0, 1",
+        "_TO_TEST, _TO_VALIDATE = 0, 0",
+        "tests/learning/test_learning_validation.py",
+    ),
+    Mutant(
+        "validation on natural clients' own examples counts as public",
+        "fedpriv/experiment/config.py",
+        'held: Whose = "within" if natural else "public"',
+        'held: Whose = "public"',
+        NEIGHBORS,
+    ),
+    Mutant(
+        "a score that no promise covers is not marked",
+        "fedpriv/experiment/config.py",
+        "return () if self.privacy is None else self.data.facts.not_covered",
+        "return ()",
+        RELEASED,
+    ),
+    Mutant(
+        "a score that no promise covers has a plain name in a tracker",
+        "fedpriv/experiment/tracking.py",
+        "return NOT_COVERED + key if key in self.not_covered else key",
+        "return key",
+        "tests/experiment/test_experiment_tracking.py",
+    ),
+    Mutant(
+        "trackers get diagnostics of private runs unasked",
+        "fedpriv/experiment/tracking.py",
+        "config.privacy is None if diagnostics is None else diagnostics",
+        "True if diagnostics is None else diagnostics",
+        "tests/experiment/test_experiment_tracking.py",
+    ),
+    Mutant(
+        "what is not released is created for all to read",
+        "fedpriv/privacy/released.py",
+        "return OWNER_ONLY if _OF_NAME[name].kind is Kind.OWNER else None",
+        "_OF_NAME[name]; return None",
+        RELEASED,
+    ),
+    Mutant(
+        "a part that a crash left is written to as it is",
+        "fedpriv/experiment/records.py",
+        "part.unlink(missing_ok=True)  # one that a crash left keeps its mode",
+        "part.touch(); os.O_EXCL = 0",
+        RELEASED,
+    ),
+    Mutant(
+        "what an older version left open stays open",
+        "fedpriv/experiment/records.py",
+        "            self._shut()\n",
+        "",
+        RELEASED,
+    ),
+    Mutant(
+        "states beside memory lie in a folder for all",
+        "fedpriv/engines/states.py",
+        "folder.mkdir(mode=0o700, parents=True",
+        "folder.mkdir(parents=True",
+        RELEASED,
+    ),
+    Mutant(
+        "snapshots of states are open to all",
+        "fedpriv/engines/ray_snapshots.py",
+        "os.O_CREAT | os.O_EXCL, 0o600)",
+        "os.O_CREAT | os.O_EXCL, 0o644)",
+        RELEASED,
+    ),
+    Mutant(
+        "a refusal shows a checksum of the data",
+        "fedpriv/experiment/records.py",
+        'else ("", "other data")',
+        "else (promise, theirs[0])",
+        RELEASED,
+    ),
+    Mutant(
+        "a checksum of the data is in the summary",
+        "fedpriv/experiment/journal.py",
+        '"seed": config.seed,',
+        '"seed": f"{config.seed} {self.experiment.population.federation.fingerprint}",',
+        RELEASED,
+    ),
+    Mutant(
+        "speed says how many of a hidden cohort took part",
+        "fedpriv/experiment/journal.py",
+        'row["cohort_size"] if plan is None else expected for row',
+        'row["cohort_size"] for row',
+        RELEASED,
     ),
 ]
 
