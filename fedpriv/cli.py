@@ -1,9 +1,10 @@
-"""The command line: fedpriv run | sweep | compare | report | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
 
 import dataclasses
 import io
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -311,6 +312,42 @@ def report(
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    canaries: Annotated[int, typer.Option(help="How many clients are planted.")] = 300,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound on epsilon.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="The folder; else runs/NAME-audit.", show_default=False)] = None,
+    settings: Settings = None,
+    engine: Annotated[str, typer.Option(help="auto (measures), loop or vectorized.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    data_root: DataRoot = None,
+    audit_seed: Annotated[int, typer.Option(help="Seed of the canaries; another seed is another attack.")] = 0,
+) -> None:
+    """Attack an experiment's promise with planted clients in one run; exit code 1 if it is found guilty."""
+    from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+
+    experiment = load_config(config, settings or ())
+    directory = out or Path("runs") / f"{experiment.name}-audit"
+    choice = AuditChoice(canaries=canaries, confidence=confidence, seed=audit_seed, engine=engine, device=device)
+    with RoundProgress(experiment.training.rounds) as progress:
+        found = run_audit(
+            experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})
+        )
+    level = f"{100 * found['confidence']:g} %"
+    print(
+        f"verdict     {found['verdict']}\n"
+        f"claimed     epsilon {rounded_up(found['epsilon_claimed'])} at delta = {found['delta']:g}, "
+        f"{found['adjacency']} adjacency\n"
+        f"measured    at least {found['epsilon_lower']:.2f} at {level} confidence; estimate "
+        f"{found['epsilon_estimate']:.2f}\n"
+        f"adversary   {found['adversary']}\n"
+        f"picture     {directory / PICTURE_FILE}\n"
+        f"record      {directory / AUDIT_FILE}\n\n{textwrap.fill(found['words'], width=100)}"
+    )
+    raise typer.Exit(1 if found["verdict"] == "guilty" else 0)
+
+
+@app.command()
 def flower(
     app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="The Flower app's folder.", show_default=False)],
     clients: Annotated[int, typer.Option(help="How many clients: partition ids 0 to N - 1.", show_default=False)],
@@ -367,6 +404,31 @@ def add(
 
     added = add_nodes(folder, nodes)
     print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+
+
+@deploy.command()
+def register(folder: DeployDir = Path()) -> None:
+    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    from strategies.deploy_keys import register_nodes
+
+    lines, faults = register_nodes(folder)
+    for line in lines:
+        print(line)
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    folder: DeployDir = Path(),
+) -> None:
+    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    from strategies.deploy_keys import remove_node
+
+    print(remove_node(name, folder))
 
 
 @deploy.command()

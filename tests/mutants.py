@@ -46,11 +46,17 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+GUARD, LEDGER, PROMISE = (
+    "tests/flower/test_flower_guard.py",
+    "tests/deploy/test_deploy_ledger.py",
+    "tests/deploy/test_deploy_promise.py",
+)
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
 TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
 CLOCKED = "tests/devices/test_devices_run.py"
+AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
@@ -252,8 +258,8 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "metrics = {} if order.private else dict(answer.content.metric_records)",
-        "metrics = dict(answer.content.metric_records)",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
         FLOWER,
     ),
     Mutant(
@@ -687,8 +693,8 @@ MUTANTS = [
     Mutant(
         "deployment: a release is not written to the ledger",
         "clients/member.py",
-        "            ledger.append(entry)\n",
-        "",
+        "                ledger.append(line)\n",
+        "                pass\n",
         MEMBER,
     ),
     Mutant(
@@ -816,6 +822,140 @@ MUTANTS = [
         "    if digest not in accepted:",
         "    if False:",
         "tests/deploy/test_deploy_node.py",
+    ),
+    Mutant(
+        "guard: a node without a home obeys any server",
+        "clients/guard.py",
+        "    if not simulated():",
+        "    if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an order with a seed makes a simulation",
+        "clients/mod.py",
+        "        guard = guard_of(context)\n",
+        '        seeded = "seed" in message.content.config_records.get("fedpriv", {})\n'
+        "        guard = None if seeded else guard_of(context)\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: a simulation is not guarded even with a home",
+        "clients/guard.py",
+        "    if not home:",
+        "    if not home or simulated():",
+        GUARD,
+    ),
+    Mutant(
+        "guard: other messages than training pass",
+        "clients/mod.py",
+        "        return call_next(message, context) if guard is None else guard.evaluate(message, context, call_next)",
+        "        return call_next(message, context)",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an evaluation is answered whatever the policy says",
+        "clients/policy.py",
+        "        if not self.accepts.evaluation:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "guard: an app's exception is told to the server",
+        "clients/refusals.py",
+        '_OPEN = ("policy", "model", "stale", "lost")',
+        '_OPEN = ("policy", "model", "stale", "lost", "app")',
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave a private run that says it is not",
+        "clients/policy.py",
+        "        if not order.private:\n",
+        "        if False:\n",
+        GUARD,
+    ),
+    Mutant(
+        "guard: metrics leave because the order says so",
+        "clients/mod.py",
+        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = metrics",
+        GUARD,
+    ),
+    Mutant(
+        "guard: another client's order is followed",
+        "clients/guard.py",
+        "        if self.client is not None and order.client != self.client:",
+        "        if False:",
+        GUARD,
+    ),
+    Mutant(
+        "ledger: only the run's own memory is asked",
+        "clients/member.py",
+        "        for path, lines, digest in remembered_ledgers(self.folder):",
+        "        for path, lines, digest in ():",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: the head that the server shows is not looked at",
+        "clients/member.py",
+        "        if shown is None:\n",
+        "        if True:\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a head is believed whoever signed it",
+        "clients/member.py",
+        "        if shown.key == key.public and shown.valid:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: any signature will do",
+        "clients/heads.py",
+        "        except (ValueError, InvalidSignature):\n            return False\n",
+        "        except (ValueError, InvalidSignature):\n            pass\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: a server that is restored forgets heads",
+        "strategies/coordinator.py",
+        "        self.heads = {k: head for k, head in heads.items() if head is not None}\n",
+        "        self.heads = {}\n",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: an older head replaces a newer one",
+        "strategies/heads.py",
+        "        if before.key != head.key or head.lines >= before.lines:",
+        "        if True:",
+        LEDGER,
+    ),
+    Mutant(
+        "ledger: heads end with the run",
+        "strategies/deployment.py",
+        "        book.keep(coordinator.heads)\n",
+        "",
+        LEDGER,
+    ),
+    Mutant(
+        "promise: whether clients remember is not said",
+        "clients/promise.py",
+        "            client_memory=self.client_memory,\n",
+        "",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: a server denies its method's memory",
+        "clients/policy.py",
+        "    if has_memory(order.method) and not terms.client_memory:",
+        "    if False:",
+        PROMISE,
+    ),
+    Mutant(
+        "promise: more turns than were accounted",
+        "strategies/coordinator.py",
+        "        if self.plan is not None and self.plan.rounds != self.turns:",
+        "        if False:",
+        PROMISE,
     ),
     Mutant(
         "sampler: a number that 64 bits do not decide is decided by an approximation",
@@ -1013,6 +1153,118 @@ MUTANTS = [
         'row["cohort_size"] if plan is None else expected for row',
         'row["cohort_size"] for row',
         RELEASED,
+    ),
+    Mutant(
+        "an audit is blind to noise that is missing",
+        NOISE,
+        "    if stddev == 0.0:\n        return values\n    exact",
+        "    if True:\n        return values\n    exact",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to half the noise",
+        NOISE,
+        "rounded_noise(exact, stddev, streams",
+        "rounded_noise(exact, 0.5 * stddev, streams",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to the same noise each round",
+        NOISE,
+        "streams.source(purpose, *address), grid)",
+        "streams.source(purpose, 1, address[1]), grid)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to noise forgotten every tenth round",
+        NOISE,
+        "    if stddev == 0.0:\n        return values\n    exact",
+        "    if stddev == 0.0 or address[0] % 10 == 9:\n        return values\n    exact",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to noise on half the coordinates",
+        NOISE,
+        "np.clip(levels, -level, level).astype(np.float64) * grid",
+        "np.where(np.arange(len(exact)) % 2, levels * grid, exact)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to a bound that is ignored",
+        BOUNDING,
+        "return torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)",
+        "return 3.0 * torch.minimum(1.0 / (self.alpha / ratio + norm), _SHRINK / norm)",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit is blind to replace counted as add-or-remove",
+        PLAN,
+        'self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)',
+        "self.l2_bound",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit forgets that neighbors under replace are twice as far apart",
+        "fedpriv/audit/verdict.py",
+        'return REPLACE_FACTOR if self.plan.adjacency == "replace" else 1.0',
+        "return 1.0",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit convicts at the confidence of its bounds",
+        "fedpriv/audit/verdict.py",
+        "(1.0 - CONVICTION) / (len(means) + len(others))",
+        "1.0 - confidence",
+        AUDITED,
+    ),
+    Mutant(
+        "an audit bounds without allowing for chance",
+        "fedpriv/audit/statistics.py",
+        " - float(stats.t.isf(significance, count - 1)) * error",
+        " + 0.0 * error",
+        "tests/audit/test_audit_statistics.py",
+    ),
+    Mutant(
+        "an audit does not whiten",
+        "fedpriv/audit/scores.py",
+        "inverses=1.0 / ((1.0 - drawn) * values + drawn * values.mean())",
+        "inverses=np.ones_like(values)",
+        "tests/audit/test_audit_scores.py",
+    ),
+    Mutant(
+        "an audit takes the plan's noise for its null",
+        "fedpriv/audit/scores.py",
+        "np.linalg.eigh(gram / size)",
+        "np.linalg.eigh(np.eye(len(gram)))",
+        "tests/audit/test_audit_scores.py",
+    ),
+    Mutant(
+        "an audit tosses no coins",
+        "fedpriv/audit/canaries.py",
+        "generator(seed, _COINS).integers(2, size=isotropic)",
+        "np.ones(isotropic, dtype=np.int64)",
+        ATTACKED,
+    ),
+    Mutant(
+        "an audit draws the cohorts of a larger population",
+        "fedpriv/audit/attack.py",
+        "begin_round(self.experiment.server, state, number)",
+        "begin_round(self.server, state, number)",
+        ATTACKED,
+    ),
+    Mutant(
+        "an audit divides the canaries' sum by the real clients",
+        "fedpriv/audit/attack.py",
+        "sampling.population + len(canaries.planted), sampling.sampling_prob",
+        "sampling.population, sampling.sampling_prob",
+        ATTACKED,
+    ),
+    Mutant(
+        "a canary is turned by its memory",
+        "fedpriv/audit/canaries.py",
+        "return min(1e6 * (",
+        "return min(1e-2 * (",
+        ATTACKED,
     ),
 ]
 

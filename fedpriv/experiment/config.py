@@ -335,6 +335,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
     _check_schedule(config)
+    if config.deployment is not None:
+        config.deployment.check(config.method)
     return config
 
 

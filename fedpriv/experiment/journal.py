@@ -75,6 +75,7 @@ class Journal:
             clock=experiment.timeline is not None,
             data=experiment.config.data.facts,
             recorded=True,
+            app="fixed" if self.deployed else None,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})

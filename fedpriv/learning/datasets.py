@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.learning.checks import positive_int, real_within
+from fedpriv.learning.checks import positive_int, real_within, refuse_beyond_memory
 from fedpriv.learning.dataset_files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
 from fedpriv.learning.natural_files import (
     ALPHABET,
@@ -525,6 +525,8 @@ def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
     if features is not None and features < found:
         raise UserError("data.features", f"at least {found}, the largest index", features, "Correct data.features")
     width = max(features or found, 1) + first
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    refuse_beyond_memory("data.features", 4 * rows * width, "Choose fewer features, or a file of lower indices")
     for matrix in matrices:
         matrix.resize(matrix.shape[0], width)
     return [matrix.toarray()[:, first:] for matrix in matrices]

@@ -223,16 +223,17 @@ class Resampled:
     examples, so that this simulates the cost and the privacy of a large population, not its diversity.
 
     Args:
-        examples: Draws of each client; at least 1.
+        examples: Draws of each client, from 1 to a million.
 
     Raises:
-        UserError: If `examples` is not a positive whole number.
+        UserError: If `examples` is no such number.
     """
 
     examples: int = 15
 
     def __post_init__(self) -> None:
         positive_int("data.examples", self.examples)
+        real_within("data.examples", self.examples, 1, 10**6)
 
     def split(
         self,

@@ -24,6 +24,9 @@ REPLACE_FACTOR = 2.0
 # Far more than any promise needs, and far from where float32 ends.
 MOST_NOISE = 1e12
 
+SMALLEST_EPSILON = 1e-6
+"""Below that, delta is all that is promised."""
+
 ADVERSARIES = {
     "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
     "local": "the server itself, or anyone who sees every message and knows whose it is",
@@ -274,7 +277,7 @@ def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
@@ -287,6 +290,7 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if not (epsilon is not None and _is_number(epsilon) and epsilon > 0.0):
-        raise UserError("privacy.epsilon", "a finite number above 0", epsilon, "Remove [privacy] for a run without")
+    if not (epsilon is not None and _is_number(epsilon) and epsilon >= SMALLEST_EPSILON):
+        expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
+        raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

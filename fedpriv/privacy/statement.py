@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
@@ -123,6 +124,21 @@ _SECRET_COHORTS = (
 _FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
 
 
+_WHOSE_APP = {
+    "fixed": "The app: nodes that `fedpriv deploy node` starts run their own installed code, refuse any that a server "
+    "sends, and follow orders only within their policies. For a client on any other node the promise is not against a "
+    "server that supplies the app.",
+    "supplied": "The app: if Flower's nodes run the app that comes with a run, the promise is not against a server "
+    "that supplies the app, or the settings that have it do anything but train (the run config). It holds against the "
+    "server for clients whose node itself fixes the app, with a policy and a ledger behind it.",
+}
+
+_ROLLED_BACK = (
+    "a client's whole disk that is put back to an earlier state, if the server helps: the client's ledger forgets "
+    "what was spent since. The signed head of the ledger that the server shows would tell; a server cannot forge it, "
+    "but can keep it back"
+)
+
 _SCHEMES = {
     "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
     "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
@@ -151,6 +167,7 @@ def privacy_statement(
     data: DataFacts | None = None,
     recorded: bool = False,
     evaluated: bool = False,
+    app: Literal["fixed", "supplied"] | None = None,
 ) -> str:
     """The statement of a run.
 
@@ -163,6 +180,8 @@ def privacy_statement(
         data: Whose examples are used for what; None if that is not known here.
         recorded: Whether the run fills a run directory, of which every file is then listed.
         evaluated: Whether clients evaluate models and report the metrics.
+        app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
+            server may send it; None in simulations, where nobody is attacked.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -173,12 +192,14 @@ def privacy_statement(
         return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE.format(multiplier=plan.noise_multiplier))}\n"
     not_covered = [*_NOT_COVERED, *((_SEEDED,) if randomness == "seeded" else ()), *(_DEPLOYED if deployed else ())]
     not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
+    not_covered += [_ROLLED_BACK] if app else []
     who = _WHO_SCHEDULED if isinstance(plan.sampling, Scheduled) else _WHO
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
         _fill(who[plan.trust].format(adversary=plan.adversary)),
+        *([_fill(_WHOSE_APP[app])] if app and plan.trust == "local" else []),
         _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
         _fill(_NEIGHBOURS[plan.adjacency]),
         _fill(_cohorts(plan)),

@@ -37,8 +37,8 @@ SIZE = 6
 CLIENTS = 4
 
 
-class CrashError(Exception):
-    """The client's machine stops."""
+class CrashError(BaseException):
+    """The client's machine stops; no handler of errors runs on it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class Faults:
 
 @dataclass
 class Disk:
-    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way."""
+    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way.
+
+    A machine may stop as well where a folder is synchronized: after each file that was replaced or added to.
+    """
 
     rng: np.random.Generator
     crash_at: int = -1
@@ -68,9 +71,9 @@ class Disk:
     def plan(self, faults: Faults) -> None:
         self.writes, self.crash_at, self.full_at = 0, -1, -1
         if self.rng.random() < faults.client_crash:
-            self.crash_at = int(self.rng.integers(0, 5))
+            self.crash_at = int(self.rng.integers(0, 9))
         elif self.rng.random() < faults.disk_full:
-            self.full_at = int(self.rng.integers(0, 3))
+            self.full_at = int(self.rng.integers(0, 8))
 
     def write(self, file: int, content: Any) -> int:
         """os.write, which tears."""
@@ -83,6 +86,12 @@ class Disk:
                 raise OSError(28, "No space left on device")
             raise CrashError
         return REAL_WRITE(file, content)
+
+    def sync_folder(self, _: Path) -> None:
+        """fedpriv's sync_folder, after which a machine may stop."""
+        number, self.writes = self.writes, self.writes + 1
+        if number == self.crash_at:
+            raise CrashError
 
 
 REAL_WRITE = os.write
@@ -103,7 +112,7 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
             pass
 
     before, synced = clients.files.os, clients.files.sync_folder
-    clients.files.os, clients.files.sync_folder = Os(), lambda _: None  # type: ignore[assignment]
+    clients.files.os, clients.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -207,6 +216,7 @@ class World:
         self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
         self.outcomes: list[Any] = []
         self.lost: set[int] = set()
+        self.crashed: set[tuple[int, int]] = set()  # (client, turn) in which the client's machine stopped
 
     def run(self) -> None:
         """All turns; checks after each."""
@@ -272,6 +282,7 @@ class World:
         try:
             message = self.members[client].answer(order, terms, model, lambda: self.signal(client, terms.turn, model))
         except CrashError:
+            self.crashed.add((client, terms.turn))
             self.members[client] = self._new_member(client)
             return None
         except Refusal as refusal:
@@ -297,7 +308,9 @@ class World:
             entries = Ledger(self.members[client].folder).entries()
             listed = {entry.turn for entry in entries}
             assert len(listed) == len(entries), "a turn was noised twice"
-            assert {turn for who, turn in self.sent if who == client} <= listed
+            sent, crashed = ({turn for who, turn in of if who == client} for of in (self.sent, self.crashed))
+            assert sent <= listed
+            assert listed <= sent | crashed, "a message that was never made to leave is charged"
             assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
             if self.trust != "none":
                 assert spent(entries, 1e-5, "replace") <= self.budget

@@ -19,6 +19,7 @@ from fedpriv.experiment.engines import Execution
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
 from fedpriv.learning.datasets import Digits
+from fedpriv.learning.models import Mlp
 from fedpriv.privacy.released import OUTPUTS, Kind
 from strategies import deployment
 
@@ -537,6 +538,37 @@ def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> No
     expected = "as many parameters" if wrong == "shape" else "its operator's log says more"
     assert expected in row["refused"]["0"]["reason"]
     assert str(tmp_path) not in str(row)
+
+
+@pytest.mark.parametrize("own", ["", "mine"])
+def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_built(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sends devices a config whose model has ten billion parameters, with arrays of few."""
+    toml = config(rounds=1).replace('name = "softmax"', 'name = "mlp"\nhidden = [100000, 100000]')
+    digest = parse_config(tomllib.loads(toml)).digest
+    for node in range(4):
+        home = tmp_path / "nodes" / f"node-{node}"
+        home.mkdir(parents=True)
+        arrays = {"inputs": np.zeros((5, 1, 8, 8), dtype=np.float32), "labels": np.zeros(5, dtype=np.int64)}
+        np.savez(home / f"mine-{node}.npz", classes=10, **arrays)
+
+    def build(*_: Any) -> None:
+        raise AssertionError("it was built")
+
+    class Lying(DeploymentGrid):
+        def _play(self, message: Message) -> Message | None:
+            for context in self.contexts.values():
+                context.run_config = {**context.run_config, "config-toml": toml}
+            if TERMS in message.content:
+                message.content.config_records[TERMS]["digest"] = digest
+            return super()._play(message)
+
+    monkeypatch.setattr(Mlp, "build", build)
+    run_server(Lying(tmp_path / "nodes", 4, {}, trust="local", own=own), config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert set(row["refused"]) == {"0", "1", "2", "3"}
+    assert all("as many parameters" in refused["reason"] for refused in row["refused"].values())
 
 
 def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:
