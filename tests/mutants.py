@@ -61,6 +61,8 @@ AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
 SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
+SPENDING, SPENT = "fedpriv/experiment/spent.py", "tests/experiment/test_experiment_spent.py"
+PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
 
@@ -1403,6 +1405,53 @@ MUTANTS = [
         "    return ((other, other),) if replace else ((gone, come), (come, gone))",
         "    return ((other, other),) if replace else ((come, gone),)",
         "tests/privacy",
+        "promises: replace is promised at the epsilon of add-or-remove",
+        PLAN,
+        'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
+        'return replace(self, adjacency="replace")',
+        PROMISED,
+    ),
+    Mutant(
+        "promises: a hidden cohort is given an exact mu",
+        PLAN,
+        "        if self._credits_sampling:\n            return None\n",
+        "",
+        PROMISED,
+    ),
+    Mutant(
+        "spent: two Gaussian runs cost no more than the larger",
+        SPENDING,
+        "mu, delta = math.sqrt(math.fsum(mu * mu for mu in exact)), min(deltas)",
+        "mu, delta = max(exact), min(deltas)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: sums of epsilons are stated at one delta",
+        SPENDING,
+        "math.fsum(run.epsilon_after(rounds) for run, rounds in charged), math.fsum(deltas)",
+        "math.fsum(run.epsilon_after(rounds) for run, rounds in charged), min(deltas)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a run without privacy is left out",
+        SPENDING,
+        "    if any(run.plan is None for run, _ in charged):",
+        "    charged = [(run, rounds) for run, rounds in charged if run.plan is not None]\n    if False:",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the checkpoint of a killed run is not asked",
+        SPENDING,
+        "return max(recorded, turns, directory.checkpoint.round() or 0)",
+        "return max(recorded, turns)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: shared noise is composed like independent noise",
+        SPENDING,
+        "if sharing([run for run, _ in charged]):",
+        "if False:",
+        SPENT,
     ),
 ]
 
