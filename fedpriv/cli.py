@@ -1,8 +1,10 @@
-"""The command line: fedpriv run | sweep | compare | report | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
 
 import dataclasses
+import io
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +20,9 @@ from fedpriv.experiment.assemble import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
+from fedpriv.experiment.journal import DIAGNOSTICS_FILE
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import jsonable
+from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.tracking import track, watched_by
 from fedpriv.learning.datasets import DATASETS
@@ -30,6 +33,7 @@ from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
 
@@ -70,8 +74,12 @@ Logs = Annotated[
     typer.Option("--log", metavar="TRACKER", help="Send rounds to tensorboard, mlflow or wandb too; may be repeated."),
 ]
 LogDiagnostics = Annotated[
-    bool,
-    typer.Option("--log-diagnostics/--no-log-diagnostics", help="Whether what is not private is sent there as well."),
+    bool | None,
+    typer.Option(
+        "--log-diagnostics/--no-log-diagnostics",
+        help="Whether what is not released is sent there as well.",
+        show_default="of runs without privacy",
+    ),
 ]
 
 
@@ -124,7 +132,7 @@ def run(
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
     ] = None,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment and fill its run directory."""
     experiment = load_config(config, settings or ())
@@ -209,7 +217,7 @@ def sweep(
         bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
     ] = False,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.experiment.sweep_live import SweepTable
@@ -304,6 +312,42 @@ def report(
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    canaries: Annotated[int, typer.Option(help="How many clients are planted.")] = 300,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound on epsilon.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="The folder; else runs/NAME-audit.", show_default=False)] = None,
+    settings: Settings = None,
+    engine: Annotated[str, typer.Option(help="auto (measures), loop or vectorized.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    data_root: DataRoot = None,
+    audit_seed: Annotated[int, typer.Option(help="Seed of the canaries; another seed is another attack.")] = 0,
+) -> None:
+    """Attack an experiment's promise with planted clients in one run; exit code 1 if it is found guilty."""
+    from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+
+    experiment = load_config(config, settings or ())
+    directory = out or Path("runs") / f"{experiment.name}-audit"
+    choice = AuditChoice(canaries=canaries, confidence=confidence, seed=audit_seed, engine=engine, device=device)
+    with RoundProgress(experiment.training.rounds) as progress:
+        found = run_audit(
+            experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})
+        )
+    level = f"{100 * found['confidence']:g} %"
+    print(
+        f"verdict     {found['verdict']}\n"
+        f"claimed     epsilon {rounded_up(found['epsilon_claimed'])} at delta = {found['delta']:g}, "
+        f"{found['adjacency']} adjacency\n"
+        f"measured    at least {found['epsilon_lower']:.2f} at {level} confidence; estimate "
+        f"{found['epsilon_estimate']:.2f}\n"
+        f"adversary   {found['adversary']}\n"
+        f"picture     {directory / PICTURE_FILE}\n"
+        f"record      {directory / AUDIT_FILE}\n\n{textwrap.fill(found['words'], width=100)}"
+    )
+    raise typer.Exit(1 if found["verdict"] == "guilty" else 0)
+
+
+@app.command()
 def flower(
     app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="The Flower app's folder.", show_default=False)],
     clients: Annotated[int, typer.Option(help="How many clients: partition ids 0 to N - 1.", show_default=False)],
@@ -360,6 +404,31 @@ def add(
 
     added = add_nodes(folder, nodes)
     print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+
+
+@deploy.command()
+def register(folder: DeployDir = Path()) -> None:
+    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    from strategies.deploy_keys import register_nodes
+
+    lines, faults = register_nodes(folder)
+    for line in lines:
+        print(line)
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    folder: DeployDir = Path(),
+) -> None:
+    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    from strategies.deploy_keys import remove_node
+
+    print(remove_node(name, folder))
 
 
 @deploy.command()
@@ -439,7 +508,7 @@ def privacy(
         absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
         print(json.dumps(jsonable(absent if plan is None else plan.as_dict()), indent=2))
     else:
-        told = {"clock": experiment.devices is not None, "held_out": experiment.held_out}
+        told = {"clock": experiment.devices is not None, "data": experiment.data.facts, "recorded": True}
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
 
 
@@ -472,9 +541,10 @@ def data(
 
 def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    table = who_holds_what(federation)
-    table.to_csv(directory / "clients.csv", index=False)
-    plot_who_holds_what(federation, directory / "clients.png", partition=experiment.tables["data"]["partition"])
+    table, picture = who_holds_what(federation), io.BytesIO()
+    plot_who_holds_what(federation, picture, partition=experiment.tables["data"]["partition"])
+    write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
+    write_atomically(directory / "clients.png", picture.getvalue(), OWNER_ONLY)
     print(table.to_string(index=False, max_rows=24))
     print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}\n")
 
@@ -538,20 +608,28 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     else:
         promise = "none: this run is not private"
     if summary.get("validation_accuracy") is not None:
-        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by")
+        unprotected = _mark(summary, "validation_accuracy")
+        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by{unprotected}")
     print(
-        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
+        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
+        f"{_mark(summary, 'test_accuracy')}\n"
         f"epsilon     {promise}\n"
-        f"{_clock_line(summary)}"
+        f"{_clock_line(summary, directory)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
 
 
-def _clock_line(summary: dict[str, Any]) -> str:
-    """What the run would have taken on its devices; nothing without a virtual clock."""
-    found = {**summary["diagnostics"], **summary}  # for simulations only, where it says who took part
+def _mark(summary: dict[str, Any], score: str) -> str:
+    """A warning at a score that is computed on protected clients' own examples."""
+    return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
+
+
+def _clock_line(summary: dict[str, Any], directory: Path) -> str:
+    """How long the run would have taken on its devices; nothing without a virtual clock."""
+    beside = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # its clock may show who took part
+    found = {**beside, **summary}
     if "simulated_seconds" not in found:
         return ""
     hours, rest = divmod(round(found["simulated_seconds"]), 3600)

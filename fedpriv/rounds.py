@@ -135,8 +135,8 @@ class Total(NamedTuple):
     The sum is not rounded before the noise is on it: rounding a sum of many messages to float32 can move it by more
     when one client comes or goes than that client's bound.
 
-    `messages` counts the senders, `non_finite` those whose signal was not finite and whose message was the bounded
-    map of nothing; `signal_norm` is the mean l2 norm of the finite signals (NaN if there is none).
+    `messages` counts the senders, `non_finite` those whose signal or memory was not finite and whose message was the
+    bounded map of nothing; `signal_norm` is the mean l2 norm of the others' signals (NaN if there is none).
     """
 
     sum: Tensor
@@ -230,10 +230,19 @@ def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tens
 
     Noise is added exactly, on a grid (`fedpriv.noise`); all that follows is post-processing. The sum is divided by the
     expected cohort size, because the actual one is a secret under add-or-remove adjacency.
+
+    Raises:
+        UserError: If the model leaves float32. Bounded messages make that a matter of the hyperparameters.
     """
     noisy = release_sum(rules.streams, rules.noise_stddev, total.double(), round)
     mean = (noisy / rules.sampling.expected_size).to(state.model.dtype)
-    return rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+    after = rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+    if not bool(torch.isfinite(after.model).all()):
+        remedy = (
+            "Lower method.server_lr and what it is multiplied with: beta, the bound, the noise over the cohort's size"
+        )
+        raise UserError(f"the model after round {round}", "finite numbers", "NaN or infinity", remedy)
+    return after
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:

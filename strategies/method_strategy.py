@@ -6,7 +6,9 @@ server's memory stay in the strategy: the arrays that Flower passes around are c
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -16,12 +18,26 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
-from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, MessageFormat, ModelArrays, Order, method_name
+from clients.heads import HEAD, Head
+from clients.promise import promised
+from clients.wire import (
+    ARRAYS,
+    CONFIG,
+    DIAGNOSTICS,
+    FEDPRIV,
+    TERMS,
+    MessageFormat,
+    ModelArrays,
+    Order,
+    Terms,
+    method_name,
+)
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, privacy_statement
 from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from strategies.heads import HeadBook
 from strategies.nodes import answers_by_client, find_clients
 
 __all__ = ["Agreement", "MethodStrategy"]
@@ -52,6 +68,8 @@ class MethodStrategy(Strategy):
         evaluate: Whether all clients evaluate the model after every round, and their metrics are averaged by
             `num-examples`. Off by default: what clients report about their data is *not* protected.
         join_timeout: Seconds to wait for all clients at the start.
+        heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
+            for this run alone. See `clients.heads`.
     """
 
     def __init__(
@@ -61,8 +79,10 @@ class MethodStrategy(Strategy):
         num_clients: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
+        heads: str | Path | None = None,
     ) -> None:
         self._agree = agree
+        self._heads = HeadBook(None if heads is None else Path(heads))
         self._num_clients = num_clients
         self._evaluate = evaluate
         self._join_timeout = join_timeout
@@ -110,9 +130,15 @@ class MethodStrategy(Strategy):
         self.agreement = self._agree(len(self._nodes), num_rounds)
         self.state: ServerState = self.agreement.server.method.init_server(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
+        self._run = secrets.token_hex(16)
+        self._turns = num_rounds
         self._last_round = {}
         self.statement = privacy_statement(
-            self.plan, method=method_name(self.agreement.server.method), randomness=self._randomness
+            self.plan,
+            method=method_name(self.agreement.server.method),
+            randomness=self._randomness,
+            app="supplied" if self._randomness == "system" else None,
+            evaluated=self._evaluate,
         )
 
     def summary(self) -> None:
@@ -139,9 +165,17 @@ class MethodStrategy(Strategy):
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
         shared = {ARRAYS: self._arrays.model(broadcast.model), CONFIG: config}
+        terms = {last: self._terms(server_round, last) for last in {0, *self._last_round.values()}}
         self._asked = {
             client: Message(
-                RecordDict({**shared, FEDPRIV: self._order(client, server_round).to_record()}),
+                RecordDict(
+                    {
+                        **shared,
+                        FEDPRIV: self._order(client, server_round).to_record(),
+                        TERMS: terms[self._last_round.get(client, 0)],
+                        **self._shown(client),
+                    }
+                ),
                 self._nodes[client],
                 MessageType.TRAIN,
                 group_id=str(server_round),
@@ -154,6 +188,8 @@ class MethodStrategy(Strategy):
         """Sums the messages and lets the method's server rule act on the sum."""
         answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
         messages = [self._message(client, content) for client, content in zip(self._asked, answers, strict=True)]
+        heads = {client: Head.of(content) for client, content in zip(self._asked, answers, strict=True)}
+        self._heads.keep({client: head for client, head in heads.items() if head is not None})
         summed = self._broadcast.empty_sum(self.agreement.client)
         for message in messages:
             summed.add(message)
@@ -207,6 +243,22 @@ class MethodStrategy(Strategy):
     def _answers(self, replies: Iterable[Message], what: str) -> list[Message]:
         who = [f"client {client}" for client in self._asked]
         return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
+
+    def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
+        """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
+        terms = Terms(
+            run=self._run,
+            turn=server_round,
+            last_turn=last_round,
+            epoch=0,
+            digest="",
+            **promised(self.plan, self.agreement.server.sampling, self._turns),
+        )
+        return terms.to_record()
+
+    def _shown(self, client: int) -> dict[str, ConfigRecord]:
+        head = self._heads.heads.get(client)
+        return {} if head is None else {HEAD: head.to_record()}
 
     def _order(self, client: int, server_round: int) -> Order:
         rules = self.agreement.client

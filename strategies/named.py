@@ -8,6 +8,7 @@ described where the method is, in `fedpriv.methods`.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
@@ -50,7 +51,7 @@ class Privacy:
         )
 
 
-_OWN = ("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout")
+_OWN = ("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout", "heads")
 
 
 class NamedStrategy(MethodStrategy):
@@ -65,6 +66,7 @@ class NamedStrategy(MethodStrategy):
             must be where real people take part.
         evaluate: See `MethodStrategy`.
         join_timeout: See `MethodStrategy`.
+        heads: See `MethodStrategy`.
         hyperparameters: The method's.
 
     Raises:
@@ -83,6 +85,7 @@ class NamedStrategy(MethodStrategy):
         seed: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
+        heads: str | Path | None = None,
         **hyperparameters: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -94,7 +97,7 @@ class NamedStrategy(MethodStrategy):
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         expected = num_clients if cohort is None else cohort.population
-        super().__init__(self._make, num_clients=expected, evaluate=evaluate, join_timeout=join_timeout)
+        super().__init__(self._make, num_clients=expected, evaluate=evaluate, join_timeout=join_timeout, heads=heads)
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)

@@ -64,15 +64,18 @@ class ClientStep:
             state: Fields `[clients, ...]`.
         """
         norms = row_norms(signals)
-        self._norms += norms.flatten().tolist()
         round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)  # noqa: A001
         if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
             signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
+            decisive = sum((row_norms(part.double()) for part in state), norms)
             self._by_rule(signals, state, release)
         else:
-            self._sum.add(_feed_back_(self._feedback, signals, norms, state, release, round))
+            sent, decisive = _feed_back_(self._feedback, signals, norms, state, release, round)
+            self._sum.add(sent)
+        # A memory that is not finite makes a message of nothing as a signal does, and is counted as one.
+        self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
 
     def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
         """Does as `take` for one client, in C where that is possible.
@@ -130,19 +133,23 @@ def _feed_back_(
     state: ClientState,
     release: Release | None,
     round: int,  # noqa: A002
-) -> Tensor:
-    """The messages, in place of the signals; memories are moved in place. Operation by operation `client_rule`."""
+) -> tuple[Tensor, Tensor]:
+    """The messages, in place of the signals, and the norms of what was bounded; memories are moved in place.
+
+    Operation by operation `client_rule`.
+    """
     if rule.beta is None:
         rule.bounded.bound_(signals, norms)
-        return sent_message(signals, release)
+        return sent_message(signals, release), norms
     memory = state.memory
     if rule.damping > 0.0:
         memory.mul_((1.0 - rule.damping) ** (round - 1 - state.updated))
-    rule.bounded.bound_(signals.sub_(memory))
+    residuals = row_norms(signals.sub_(memory))
+    rule.bounded.bound_(signals, residuals)
     if rule.damping > 0.0:
         memory.mul_(1.0 - rule.damping)
     sent = sent_message(signals, release)
     memory.add_(sent if rule.sent else signals, alpha=rule.beta)
     if "updated" in state._fields:
         state.updated.fill_(round)
-    return sent
+    return sent, residuals

@@ -1,6 +1,5 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
-import math
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -132,5 +131,5 @@ def direction(vector: Tensor) -> Tensor:
 
 def require_fraction(key: str, value: float) -> None:
     """Raises UserError unless 0 <= value < 1."""
-    if not (math.isfinite(value) and 0.0 <= value < 1.0):
+    if not 0.0 <= value < 1.0:
         raise UserError(key, "a number from 0 up to but not including 1", value, "0 switches it off")

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Clip, require_positive
+from fedpriv.bounding import Clip, require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
@@ -57,7 +57,7 @@ class Clip21:
 
     def __post_init__(self) -> None:
         Clip(clip_norm=self.clip_norm)
-        require_positive("method.server_lr", self.server_lr)
+        require_representable("method.server_lr", self.server_lr)
 
     @property
     def bounded(self) -> Clip:

@@ -28,7 +28,6 @@ coordinate's step is near gamma m / (its standard deviation), whatever the data.
 `torch.optim`, not at tau^2.
 """
 
-import math
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +54,10 @@ __all__ = [
 
 SMALLEST_TAU = 1e-12
 """Squares are kept in float32, which loses those of directions below 1e-23: their steps are then of direction / tau."""
+
+
+LARGEST_TAU = 1e20
+"""Beyond that, steps are too short for float32."""
 
 
 class ServerOptimizer(Protocol):
@@ -295,6 +298,7 @@ def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
 def _check(optimizer: Adam | Yogi | Adagrad) -> None:
     for key in ("beta1", "beta2"):
         require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
-    if not SMALLEST_TAU <= optimizer.tau < math.inf:
+    if not SMALLEST_TAU <= optimizer.tau <= LARGEST_TAU:
         remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-        raise UserError("server.tau", f"a number from {SMALLEST_TAU:g}", optimizer.tau, remedy)
+        expected = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g}"
+        raise UserError("server.tau", expected, optimizer.tau, remedy)

@@ -1,6 +1,7 @@
 """What is promised, to whom, and why it holds."""
 
 from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan
+from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
@@ -8,6 +9,7 @@ __all__ = [
     "ADVERSARIES",
     "REPLACE_FACTOR",
     "SAMPLINGS",
+    "DataFacts",
     "Everyone",
     "FixedSize",
     "Poisson",

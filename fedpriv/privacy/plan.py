@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.gaussian import release_grid
+from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
-# dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
@@ -21,8 +22,10 @@ __all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
 
-# Far more than any promise needs, and far from where float32 ends.
-MOST_NOISE = 1e12
+MOST_ROUNDS = 10**12
+
+SMALLEST_EPSILON = 1e-6
+"""Below that, delta is all that is promised."""
 
 ADVERSARIES = {
     "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
@@ -274,12 +277,13 @@ def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < 0:
-        raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
+    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or not 0 <= rounds <= MOST_ROUNDS:
+        expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
+        raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
     if not (_is_number(delta) and 1e-100 <= delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
     if not (_is_number(l2_bound) and l2_bound > 0.0):
@@ -287,6 +291,7 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if not (epsilon is not None and _is_number(epsilon) and epsilon > 0.0):
-        raise UserError("privacy.epsilon", "a finite number above 0", epsilon, "Remove [privacy] for a run without")
+    if not (epsilon is not None and _is_number(epsilon) and epsilon >= SMALLEST_EPSILON):
+        expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
+        raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

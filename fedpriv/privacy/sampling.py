@@ -264,8 +264,8 @@ def _check_population(population: object) -> None:
 
 def _check_probability(probability: object) -> None:
     real = isinstance(probability, Real) and not isinstance(probability, bool)
-    if not real or not 0.0 < float(probability) <= 1.0:  # type: ignore[arg-type]
-        expected = "a probability above 0 and at most 1"
+    if not real or not 1e-100 <= float(probability) <= 1.0:  # type: ignore[arg-type]
+        expected = "a probability above 0 (from 1e-100) and at most 1"
         remedy = "It is the chance that one client takes part in one round; cohort size / clients is typical"
         raise UserError("cohort.probability", expected, repr(probability), remedy)
 

@@ -10,6 +10,7 @@ from fedpriv.experiment.config import load_config
 from fedpriv.experiment.engines import Execution
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
+from strategies.heads import HEADS_FILE, HeadBook
 
 pytestmark = pytest.mark.xdist_group("loopback")
 
@@ -71,6 +72,8 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     printed, _ = run.communicate(timeout=300)
     assert run.returncode == 0, printed
     assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
+    heads = HeadBook(deployment.folder / "server" / "flower" / HEADS_FILE).heads
+    assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(4), 2)
 
 
 def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, tmp_path: Path) -> None:

@@ -285,7 +285,8 @@ def test_a_task_elsewhere_is_the_same_task_with_parameters_of_its_own() -> None:
 
 def test_methods_with_bounds_of_their_own_limit_the_grid() -> None:
     rules = ClientRules(method=DPFedAvg(clip_norm=3.0), noise_stddev=0.5, streams=SeededStreams(0))
-    assert rules.message_limit == 11.0
+    assert rules.release_grid == 0.125
+    assert rules.message_limit == 11.0 + 0.125
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
