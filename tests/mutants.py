@@ -1026,8 +1026,8 @@ MUTANTS = [
     Mutant(
         "streams: a client and a position make another client's address",
         STREAMS,
-        "*self._sequence.spawn_key, _MORE, position",
-        "*self._sequence.spawn_key, position",
+        "_MORE, position % 2**32, position >> 32)",
+        "position)",
         STREAMED,
     ),
     Mutant(
