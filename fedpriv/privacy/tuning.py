@@ -1,0 +1,207 @@
+"""The cost of releasing the best of a random number of runs of one mechanism.
+
+A trial draws its settings at random and runs; K trials are run, independently, and only the best is released: K, the
+other trials and their scores stay secret. Were K fixed, the epsilons of all trials would have to be added up. If K is
+random, the release costs little more than one trial (Liu and Talwar 2019). Bounds by Renyi divergence are those of
+Papernot and Steinke (2022), "Hyperparameter Tuning with Renyi Differential Privacy": let a trial be
+(lambda, epsilon(lambda))-RDP for every order lambda > 1.
+
+* K truncated negative binomial with eta > -1 and gamma in (0, 1) (their Theorem 2; eta = 1 is geometric, eta = 0
+  logarithmic): the release is (lambda, e)-RDP for every order m >= 1 with
+
+      e = epsilon(lambda) + (1 + eta) ((1 - 1/m) epsilon(m) + log(1/gamma) / m) + log(E[K]) / (lambda - 1).
+
+* K Poisson with mean mu (their Theorem 6): if a trial is also (log(1 + 1/(lambda - 1)), delta)-DP,
+
+      e = epsilon(lambda) + mu delta + log(mu) / (lambda - 1).
+
+  K may be 0; then nothing is released, which is an outcome, too.
+
+Trials are ordered by a score that is a function of what they release; ties are broken at random, or by the order in
+which the trials were drawn, which is the same for independent trials.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import brentq
+
+from fedpriv.errors import UserError
+from fedpriv.privacy.accounting import releases_of, round_event
+from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.sampling import Poisson
+
+__all__ = [
+    "MOST_TRIALS",
+    "NegativeBinomialTrials",
+    "PoissonTrials",
+    "RenyiCurve",
+    "TrialCount",
+    "curve_of",
+    "tuning_epsilon",
+]
+
+MOST_TRIALS = 1_000
+"""Largest expected number of trials."""
+
+_ORDERS = 1.0 + np.logspace(-4.0, 6.0, 501)
+# The orders at which dp-accounting is asked about sampled rounds; it takes long about large ones.
+_SAMPLED_ORDERS = np.array([1.1, 1.25, 1.5, 1.75, *range(2, 33), 40, 48, 64, 96, 128, 256, 512], dtype=np.float64)
+_UP = 1.0 + 1e-12
+"""Factor that covers rounding in the few operations from a curve to an epsilon."""
+
+
+@dataclass(frozen=True, eq=False)
+class RenyiCurve:
+    """Upper bounds on the Renyi divergence of a mechanism's outputs on neighboring data.
+
+    Args:
+        orders: Above 1, `[orders]`.
+        epsilons: The bounds, `[orders]`.
+    """
+
+    orders: np.ndarray
+    epsilons: np.ndarray
+
+    def epsilon(self, delta: float) -> float:
+        """An epsilon at `delta` (Canonne, Kamath and Steinke 2020, Proposition 12)."""
+        spare = np.log1p(-1.0 / self.orders) - np.log(delta * self.orders) / (self.orders - 1.0)
+        return max(float(np.min(self.epsilons + spare)) * _UP, 0.0)
+
+    def delta(self, epsilon: float) -> float:
+        """A delta at `epsilon`, by the same proposition."""
+        orders = self.orders
+        logs = (orders - 1.0) * (self.epsilons - epsilon + np.log1p(-1.0 / orders)) - np.log(orders)
+        return min(math.exp(min(float(np.min(logs)), 0.0)) * _UP, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NegativeBinomialTrials:
+    """K from the truncated negative binomial distribution: at least 1.
+
+    Args:
+        expected: E[K], above 1.
+        eta: Its shape, above -1: the smaller, the cheaper, and the less concentrated around its mean.
+    """
+
+    expected: float
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_expected(self.expected, 1.0)
+        if not -1.0 < self.eta <= 100.0:
+            raise UserError("tuning.eta", "above -1 and at most 100", self.eta, "1 is geometric, 0 logarithmic")
+
+    @cached_property
+    def gamma(self) -> float:
+        """The gamma of which E[K] is `expected`."""
+        low, high = -600.0, math.log1p(-1e-9)
+        if self._mean(math.exp(low)) < self.expected:
+            raise UserError("tuning.eta", "one that allows so many trials", self.eta, "Choose a larger eta")
+        if self._mean(math.exp(high)) > self.expected:
+            raise UserError("tuning.expected_trials", "more than 1 by a millionth", self.expected, "Give 2 or more")
+        return math.exp(float(brentq(lambda log: self._mean(math.exp(log)) - self.expected, low, high, xtol=1e-13)))
+
+    def after(self, trial: RenyiCurve) -> RenyiCurve:
+        """The curve of the best of K trials."""
+        gamma = self.gamma
+        selected = (1.0 - 1.0 / trial.orders) * trial.epsilons - math.log(gamma) / trial.orders
+        once = (1.0 + self.eta) * min(float(selected.min()), -math.log(gamma))
+        # The mean of this gamma, which has been rounded, and no less than what was asked for.
+        mean = max(self._mean(gamma), self.expected)
+        return RenyiCurve(trial.orders, (trial.epsilons + once + math.log(mean) / (trial.orders - 1.0)) * _UP)
+
+    def quantile(self, uniform: float) -> int:
+        """The K that a uniform number in [0, 1) draws."""
+        gamma, eta, number = self.gamma, self.eta, 1
+        if eta == 0.0:
+            mass = (1.0 - gamma) / -math.log(gamma)
+        else:
+            mass = eta * (1.0 - gamma) / math.expm1(-eta * math.log(gamma))
+        reached = mass
+        while reached <= uniform and mass > 0.0:
+            mass *= (1.0 - gamma) * (number + eta) / (number + 1)
+            number += 1
+            reached += mass
+        return number
+
+    def _mean(self, gamma: float) -> float:
+        if self.eta == 0.0:
+            return (1.0 / gamma - 1.0) / -math.log(gamma)
+        return self.eta * (1.0 - gamma) / (gamma * -math.expm1(self.eta * math.log(gamma)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonTrials:
+    """K from a Poisson distribution: 0 with probability exp(-`expected`).
+
+    Args:
+        expected: E[K], from 1.
+    """
+
+    expected: float
+
+    def __post_init__(self) -> None:
+        _check_expected(self.expected, 0.0)
+
+    def after(self, trial: RenyiCurve) -> RenyiCurve:
+        """The curve of the best of K trials."""
+        orders = trial.orders
+        deltas = np.array([trial.delta(math.log1p(1.0 / (order - 1.0)) / _UP) for order in orders])
+        more = self.expected * deltas + math.log(self.expected) / (orders - 1.0)
+        return RenyiCurve(orders, (trial.epsilons + more) * _UP)
+
+    def quantile(self, uniform: float) -> int:
+        """The K that a uniform number in [0, 1) draws."""
+        number, mass = 0, math.exp(-self.expected)
+        if mass == 0.0:
+            raise UserError("tuning.expected_trials", "at most 700 for poisson", self.expected, "Ask for fewer")
+        reached = mass
+        while reached <= uniform and mass > 0.0:
+            number += 1
+            mass *= self.expected / number
+            reached += mass
+        return number
+
+
+TrialCount = NegativeBinomialTrials | PoissonTrials
+
+
+def curve_of(plan: PrivacyPlan) -> RenyiCurve:
+    """Bounds the Renyi divergence of a whole run.
+
+    All rounds together are at most one Gaussian mechanism, also if cohorts are hidden: mixtures lower a divergence.
+    For hidden Poisson cohorts under add-or-remove dp-accounting's bound stands beside that, and the smaller counts.
+    """
+    if plan.noise_multiplier <= 0.0:
+        return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
+    rho = 0.5 * releases_of(plan.trust, plan.sampling, plan.rounds) / plan.noise_multiplier**2
+    if not (isinstance(plan.sampling, Poisson) and plan.trust == "central" and plan.adjacency == "add-or-remove"):
+        return RenyiCurve(_ORDERS, _ORDERS * rho * _UP)
+    import dp_accounting as dpa  # takes a second
+
+    event, relation = round_event(
+        trust=plan.trust, adjacency=plan.adjacency, sampling=plan.sampling, noise_multiplier=plan.noise_multiplier
+    )
+    accountant = dpa.rdp.RdpAccountant(_SAMPLED_ORDERS.tolist(), relation)
+    sampled = np.asarray(accountant.compose(event, plan.rounds)._rdp)  # noqa: SLF001 there is no public name
+    sampled = np.minimum(sampled, _SAMPLED_ORDERS * rho)
+    return RenyiCurve(np.append(_ORDERS, _SAMPLED_ORDERS), np.append(_ORDERS * rho, sampled) * _UP)
+
+
+def tuning_epsilon(plan: PrivacyPlan, count: TrialCount) -> float:
+    """Returns an epsilon for which the best of K runs of `plan` is (epsilon, `plan.delta`)-differentially private.
+
+    Args:
+        plan: Of each trial.
+        count: The distribution of K.
+    """
+    return count.after(curve_of(plan)).epsilon(plan.delta)
+
+
+def _check_expected(expected: float, above: float) -> None:
+    if not (above < expected <= MOST_TRIALS and expected >= 1.0):
+        words = f"{'above' if above else 'from'} 1 and at most {MOST_TRIALS:,}"
+        raise UserError("tuning.expected_trials", words, expected, "Give the number of trials to expect")
