@@ -229,6 +229,7 @@ def sweep(
     from fedpriv.experiment.sweep_run import TRIALS, SweepState, run_sweep
     from fedpriv.experiment.sweep_table import other_trials
     from fedpriv.experiment.sweeps import load_sweep
+    from fedpriv.experiment.tuning import CHOSEN, about_tuning
 
     plan = load_sweep(file)
     folder = out or Path("runs") / plan.name
@@ -273,6 +274,9 @@ def sweep(
         f"trials      {len(trials)}: {counts}\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
     )
+    if plan.tuning is not None:
+        for sentence in about_tuning(json.loads((folder / CHOSEN).read_bytes())):
+            print(f"tuning      {sentence}")
     if len(failed) == len(trials):
         raise typer.Exit(2)
 

@@ -122,15 +122,18 @@ class SeededStreams:
         seed: Of every draw.
         noise_id: Which experiment the noise belongs to. Experiments of one seed share data, cohorts and batches, and
             never noise: the difference of two releases with the same noise would be free of it.
+        own_cohorts: Whether the experiment shares no cohorts either.
     """
 
     seed: int
     noise_id: str = ""
+    own_cohorts: bool = False
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:  # noqa: A002
         """See `Streams.source`."""
         address = (int(purpose), int(round), int(client))
-        entropy = self._noise_seed() if purpose in _NOISE else self.seed
+        own = purpose in _NOISE or (self.own_cohorts and purpose is Purpose.COHORT)
+        entropy = self._noise_seed() if own else self.seed
         return SeededSource(np.random.SeedSequence(entropy, spawn_key=address))
 
     def _noise_seed(self) -> int:

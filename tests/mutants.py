@@ -318,7 +318,7 @@ MUTANTS = [
     Mutant(
         "experiments with one seed share their noise",
         "fedpriv/experiment/assemble.py",
-        "streams = SeededStreams(config.seed, config.noise_id)\n    server",
+        "streams = config.streams\n    server",
         "streams = SeededStreams(config.seed)\n    server",
         "tests/privacy/test_privacy_floats.py",
     ),

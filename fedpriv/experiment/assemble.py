@@ -73,7 +73,7 @@ class Experiment:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
         plan = config.plan(sampling)
-        streams = SeededStreams(config.seed, config.noise_id)
+        streams = config.streams
         server, client = agree(config.method, sampling, plan, streams)
         population = replace(self.population, rules=client, streams=streams)
         return replace(self, config=config, population=population, server=server, plan=plan, timeline=timeline)
@@ -134,7 +134,7 @@ def assemble(
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling)
-    streams = SeededStreams(config.seed, config.noise_id)
+    streams = config.streams
     server, client = agree(config.method, sampling, plan, streams)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(

@@ -24,6 +24,7 @@ from fedpriv.learning.validation import TESTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Scheduled, make_plan
 from fedpriv.privacy.released import Whose
+from fedpriv.streams import SeededStreams
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
@@ -81,7 +82,10 @@ class CohortChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyChoice:
-    """What is promised: see `fedpriv.privacy.make_plan`."""
+    """What is promised: see `fedpriv.privacy.make_plan`.
+
+    `draw` tells the trials of a tuning apart: it decides noise and cohorts, and nothing else. None for other runs.
+    """
 
     trust: str = "central"
     adjacency: str | None = None
@@ -89,6 +93,11 @@ class PrivacyChoice:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     unit: str = "client"
+    draw: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draw is not None and self.draw < 0:
+            raise UserError("privacy.draw", "a whole number from 0", self.draw, "Take it away: a tuning gives it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +207,12 @@ class Config:
         tables = {name: self.tables[name] for name in NOISE_TABLES if name in self.tables}
         return _hash({**tables, "rounds": self.training.rounds})
 
+    @property
+    def streams(self) -> SeededStreams:
+        """The randomness of a simulation; trials of a tuning share their data, and neither noise nor cohorts."""
+        drawn = self.privacy is not None and self.privacy.draw is not None
+        return SeededStreams(self.seed, self.noise_id, own_cohorts=drawn)
+
     def to_toml(self) -> str:
         """The resolved experiment as a TOML file."""
         return tomli_w.dumps(self.tables)
@@ -240,7 +255,7 @@ class Config:
             rounds=self.training.rounds,
             l2_bound=self.method.bounded.l2_bound,
             client_memory=has_memory(self.method),
-            **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice)},
+            **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice, ("draw",))},
         )
 
 

@@ -23,6 +23,13 @@ from fedpriv.vectors import Layout
 
 __all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
 
+_OF_A_TUNING = """
+One trial of a tuning
+
+  The epsilon above is that of one run, whatever came out. If this run was chosen from among others by its score,
+  the choice costs more: what is promised then is in tuning.json of the sweep.
+"""
+
 # The totals of a finished run that are not released, and a checksum of its data.
 DIAGNOSTICS_FILE = "diagnostics.json"
 
@@ -77,6 +84,9 @@ class Journal:
             recorded=True,
             app="fixed" if self.deployed else None,
         )
+        choice = experiment.config.privacy
+        if choice is not None and choice.draw is not None:
+            statement += _OF_A_TUNING
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.write_text("privacy.txt", statement)

@@ -9,6 +9,7 @@ import pandas as pd
 from fedpriv.experiment.analysis import Judge, Quantity
 from fedpriv.experiment.report_figures import MOST_SERIES
 from fedpriv.experiment.study import Study, as_text
+from fedpriv.experiment.tuning import about_tuning
 from fedpriv.privacy import rounded_up
 
 __all__ = [
@@ -66,7 +67,13 @@ def about_choice(study: Study, settings: pd.DataFrame, best: pd.DataFrame, judge
             "where there was one, else test). They are in no mean and no share on this page: a setting of which only "
             "some seeds went on looks better than it is."
         )
-    if study.runs["private"].any():
+    if study.tuning is not None:
+        paragraphs += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in about_tuning(study.tuning)]
+        paragraphs.append(
+            "This page shows all trials, so that it has to stay secret as well. Its best settings are chosen by their "
+            "means: that choice is not the one that the tuning is charged for."
+        )
+    elif study.runs["private"].any():
         paragraphs.append(
             "Tuning is not free under privacy. The epsilon shown is that of one run; it includes neither the other "
             "trials nor the choice among them. See “What was promised”."

@@ -18,6 +18,7 @@ from fedpriv.experiment.stopping import STOPPED, TUNED
 from fedpriv.experiment.sweep_run import TRIALS
 from fedpriv.experiment.sweep_table import FAILURE, TABLE, status_of
 from fedpriv.experiment.tables import field_names, read_table
+from fedpriv.experiment.tuning import CHOSEN
 from fedpriv.privacy import SAMPLINGS, rounded_up
 
 __all__ = [
@@ -39,7 +40,7 @@ TERMS = ("trust", "adjacency", "unit", "delta")
 HYPERPARAMETERS = (*(f"{table}." for table in TUNED), "training.")
 """Tables whose keys are chosen by whoever tunes; all other tables say which problem is solved, or how privately."""
 
-_NOT_SETTING = ("name", "seed", "training.evaluate_every")
+_NOT_SETTING = ("name", "seed", "training.evaluate_every", "privacy.draw")
 _PROMISED = ("private", "epsilon", "delta", "trust", "adjacency", "adversary", "accountant", "population", "rounds")
 
 
@@ -58,6 +59,7 @@ class Study:
             not cover, with commas between them.
         rounds: A row a recorded round of a finished run: `run`, `setting`, `round`, and what was recorded.
         statements: The privacy statements, each with the runs that it is of.
+        tuning: The trial that a tuning chose, and what the choice promises; None for other sweeps.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Study:
     runs: pd.DataFrame
     rounds: pd.DataFrame
     statements: dict[str, tuple[str, ...]]
+    tuning: dict[str, Any] | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -109,6 +112,7 @@ def load_study(path: Path | str) -> Study:
         runs=runs.drop(columns="place"),
         rounds=rounds,
         statements={text: tuple(names) for text, names in statements.items()},
+        tuning=RunDirectory(root).read_json(CHOSEN),
     )
 
 
@@ -294,7 +298,7 @@ def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
     Of adjacency, unit and delta what held, which the config need not say.
     """
     private = runs[runs["private"]]
-    told = ("privacy.epsilon", "privacy.noise_multiplier", *(f"privacy.{term}" for term in TERMS))
+    told = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.draw", *(f"privacy.{term}" for term in TERMS))
     rest = [*(key for key in keys if key not in told), *(term for term in TERMS if term != "trust")]
     rest = words_of(runs, [key for key in rest if private[key].map(as_text).nunique() > 1])
     return [

@@ -19,13 +19,16 @@ from fedpriv.engines import local_jobs
 from fedpriv.engines.jobs import Began, Ended, Job
 from fedpriv.errors import UserError
 from fedpriv.experiment.engines import cores
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import RunDirectory, make_owners_folder
 from fedpriv.experiment.stopping import STOPPED, group_of
 from fedpriv.experiment.sweep_table import FAILURE, TrialsTable, label, status_of
 from fedpriv.experiment.sweep_trial import GROUPS, DiskTrouble, Manner, run_trial
 from fedpriv.experiment.sweeps import Sweep, Trial
 from fedpriv.experiment.tracking import check_trackers
+from fedpriv.experiment.tuning import CHOSEN, DRAWN, choose_best, common_plan, draw_trials, score_of
 from fedpriv.learning.dataset_files import default_data_root
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy.released import OWNER_ONLY
 
 __all__ = ["SweepState", "run_sweep"]
 
@@ -122,13 +125,15 @@ def run_sweep(
         OSError: If the disk is full, or cannot be written to.
     """
     _check(jobs, cpus_per_trial, gpus_per_trial)
+    _check_tuning(sweep, retry=retry, logs=logs)
     stores = check_trackers(logs)
     folder = RunDirectory(out)
     with folder.locked():
         if (out / TRIALS).exists() and not resume:
             raise UserError(str(out), "a folder without a sweep", "one", "Add --resume, or choose another --out")
-        (out / TRIALS).mkdir(exist_ok=True)
-        trials, refused = _different(sweep)
+        # A worker's folder and environment may be others.
+        root = (data_root or default_data_root()).resolve()
+        trials, refused, plan = _trials(sweep, folder, root)
         if not trials:
             raise refused[0][1] if refused else UserError("axes", "a trial", "none", "Give values")
         if sweep.stop is not None:
@@ -136,13 +141,12 @@ def run_sweep(
         again = (*((FAILURE,) if retry else ()), *(() if stop else (STOPPED,)))
         for path in (out / TRIALS / name / file for name in trials for file in again):
             path.unlink(missing_ok=True)
-        table = TrialsTable(out, out / TRIALS, trials, refused)
+        mode = None if sweep.tuning is None else OWNER_ONLY
+        table = TrialsTable(out, out / TRIALS, trials, refused, mode)
         state = SweepState(total=len(trials) + len(refused))
         for status in table.statuses():
             state.count(status)
         state.before = state.ended
-        # A worker's folder and environment may be others.
-        root = (data_root or default_data_root()).resolve()
         manner = Manner(
             options={"engine": engine, "device": device, "data_root": root},
             threads=max(1, int(cpus_per_trial)),
@@ -164,7 +168,11 @@ def run_sweep(
             with suppress(OSError):
                 table.write()
             raise
-        return table.write()
+        written = table.write()
+        if sweep.tuning is not None and plan is not None:
+            score = score_of(next(iter(trials.values())).config)
+            folder.write_json(CHOSEN, choose_best(sweep.tuning, plan, score, trials, written))
+        return written
 
 
 def _check(jobs: int | None, cpus: float, gpus: float) -> None:
@@ -174,6 +182,40 @@ def _check(jobs: int | None, cpus: float, gpus: float) -> None:
         raise UserError("--cpus-per-trial", "a number from 0.01", cpus, "0.5 puts two trials on a core")
     if not 0.0 <= gpus <= 64.0:
         raise UserError("--gpus-per-trial", "a number from 0", gpus, "0.25 puts four on a GPU")
+
+
+def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:
+    if sweep.tuning is None:
+        return
+    if retry:
+        remedy = "A trial that failed was drawn like the others, and counts as the worst"
+        raise UserError("--retry", "a sweep without [tuning]", "one with it", remedy)
+    if logs:
+        remedy = "All trials but the selected one stay secret: log that one when it is known"
+        raise UserError("--log", "a sweep without [tuning]", "one with it", remedy)
+
+
+def _trials(
+    sweep: Sweep, folder: RunDirectory, root: Path
+) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]], PrivacyPlan | None]:
+    """Trials by name, those that are none, and the plan of all if they are those of a tuning; makes their folder."""
+    where = folder.file(TRIALS)
+    if sweep.tuning is None:
+        if folder.file(DRAWN).exists():
+            remedy = "Choose another --out: what a tuning promises would not hold"
+            raise UserError(str(folder.path), "a folder without a tuning", "one", remedy)
+        where.mkdir(exist_ok=True)
+        return *_different(sweep), None
+    grid = sweep.trials()
+    plan = common_plan(sweep, grid, root)
+    begun = where.exists() and any(where.iterdir())
+    rows = draw_trials(sweep, grid, folder, begun=begun)
+    make_owners_folder(where)
+    drawn = [sweep.drawn(row["place"], row["draw"], grid) for row in rows]
+    if not drawn:
+        remedy = "A larger expected_trials makes it unlikely; another tuning spends again"
+        raise UserError("[tuning]", "a trial", "none: 0 was drawn, and nothing is selected", remedy)
+    return {trial.name: trial for trial in drawn}, [], plan
 
 
 def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]]]:

@@ -47,11 +47,18 @@ class TrialsTable:
         trials: The folder of the run directories.
         named: Trials by name.
         refused: Those that are no experiment, with the reason.
+        mode: Who may read the file; None leaves that to the umask.
     """
 
     def __init__(
-        self, out: Path, trials: Path, named: dict[str, Trial], refused: list[tuple[Trial, UserError]]
+        self,
+        out: Path,
+        trials: Path,
+        named: dict[str, Trial],
+        refused: list[tuple[Trial, UserError]],
+        mode: int | None = None,
     ) -> None:
+        self._mode = mode
         self._file, self._trials, self._named = out / TABLE, trials, named
         self._rows = {name: self._row(name) for name in named}
         self._refused = [
@@ -78,7 +85,7 @@ class TrialsTable:
     def write(self) -> pd.DataFrame:
         """Writes the file, and returns the table."""
         table = pd.DataFrame([*self._rows.values(), *self._refused])
-        write_atomically(self._file, table.to_csv(index=False))
+        write_atomically(self._file, table.to_csv(index=False), self._mode)
         return table
 
     def _row(self, name: str) -> dict[str, Any]:

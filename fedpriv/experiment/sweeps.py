@@ -13,6 +13,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config, read_config_file
 from fedpriv.experiment.stopping import StopRule, read_rule
 from fedpriv.experiment.tables import read_table, refuse_unknown
+from fedpriv.experiment.tuning import Tuning
 
 __all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
 
@@ -134,12 +135,14 @@ class Sweep:
         base: The tables that all trials change.
         axes: How, the outermost first.
         stop: Which trials are not run to their end; None runs all.
+        tuning: How trials are drawn from the grid, of which the best alone is released; None runs the whole grid.
     """
 
     name: str
     base: dict[str, Any]
     axes: tuple[Axis, ...]
     stop: StopRule | None = None
+    tuning: Tuning | None = None
 
     def trials(self) -> list[Trial]:
         """All trials, the last axis fastest.
@@ -154,6 +157,11 @@ class Sweep:
             if all(_get(trial.tables, key) is _ABSENT for trial in found):
                 raise UserError(f"axis {where}.when", "a key of some trial", key, "Mend it, or set the key")
         return found
+
+    def drawn(self, place: int, draw: int, grid: Sequence[Trial]) -> Trial:
+        """The trial of a tuning that has the settings at a place of the grid, with noise and cohorts of its own."""
+        change = {"privacy.draw": draw}
+        return Trial({**grid[place].changes, **change}, _changed(grid[place].tables, change))
 
     def _along(self, changes: dict[str, Any], tables: dict[str, Any], axes: Sequence[Axis]) -> Iterator[Trial]:
         if not axes:
@@ -171,20 +179,21 @@ def load_sweep(path: Path | str) -> Sweep:
 
     Keys: `name`; `base`, the config's file, seen from this one; `[set]`, changes for all trials, a table's keys one by
     one; `seeds`, how many seeds from the base's on, or which, as the last axis; `[[axis]]`, see `Axis`; `[stop]`, see
-    `stopping.RULES`.
+    `stopping.RULES`; `[tuning]`, see `Tuning`.
 
     Raises:
         UserError: On anything that is not a sweep.
     """
     path = Path(path)
     tables = read_config_file(path)
-    refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop"], "")
+    refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):
             raise UserError(key, f"a text such as {example}", repr(tables.get(key, "nothing")), f"Add {key} to {path}")
     if tables["name"] in ("", ".", "..") or any(c in tables["name"] for c in "/\\\0\n"):
         raise UserError("name", "a short name that can be a folder's", repr(tables["name"]), "Change the name")
-    for key, kind, words in (("set", dict, "a table"), ("axis", list, "tables [[axis]]"), ("stop", dict, "a table")):
+    for key in ("set", "axis", "stop", "tuning"):
+        kind, words = (list, "tables [[axis]]") if key == "axis" else (dict, "a table")
         if not isinstance(tables.get(key, kind()), kind):
             raise UserError(key, words, repr(tables[key]), f"Mend {path}")
     base = _changed(read_config_file(path.parent / tables["base"]), _leaves(tables.get("set", {})))
@@ -192,7 +201,8 @@ def load_sweep(path: Path | str) -> Sweep:
     if "seeds" in tables:
         axes.append(Axis(key="seed", values=_seeds(tables["seeds"], base.get("seed"))))
     stop = read_rule(tables["stop"]) if "stop" in tables else None
-    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop)
+    tuning = read_table(Tuning, tables["tuning"], "tuning") if "tuning" in tables else None
+    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop, tuning=tuning)
 
 
 def _seeds(given: Any, first: Any) -> tuple[int, ...]:

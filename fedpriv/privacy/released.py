@@ -71,6 +71,8 @@ OUTPUTS = (
         "a sweep's trials with settings, released scores, timings, and why one failed",
         "sweep",
     ),
+    Output("tuning.json", Kind.RELEASED, "the trial that a tuning chose, and what the choice promises", "sweep"),
+    Output("drawn.json", Kind.OWNER, "the trials that a tuning drew, which stay secret", "sweep"),
     Output("stopped.json", Kind.RELEASED, "why a sweep stopped the run, by released scores", "sweep"),
     Output(
         "audit.json",

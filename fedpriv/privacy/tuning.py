@@ -186,7 +186,7 @@ def curve_of(plan: PrivacyPlan) -> RenyiCurve:
         trust=plan.trust, adjacency=plan.adjacency, sampling=plan.sampling, noise_multiplier=plan.noise_multiplier
     )
     accountant = dpa.rdp.RdpAccountant(_SAMPLED_ORDERS.tolist(), relation)
-    sampled = np.asarray(accountant.compose(event, plan.rounds)._rdp)  # noqa: SLF001 there is no public name
+    sampled = np.asarray(accountant.compose(event, plan.rounds)._rdp)
     sampled = np.minimum(sampled, _SAMPLED_ORDERS * rho)
     return RenyiCurve(np.append(_ORDERS, _SAMPLED_ORDERS), np.append(_ORDERS * rho, sampled) * _UP)
 
