@@ -1,0 +1,258 @@
+"""Tuning sweeps: what is drawn, kept secret, selected and charged."""
+
+import json
+from collections.abc import Generator, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedpriv.cli import main
+from fedpriv.engines.jobs import Began, Ended, Job, call
+from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import assemble
+from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.report_words import about_choice, about_cost
+from fedpriv.experiment.study import load_study
+from fedpriv.experiment.sweep_run import run_sweep
+from fedpriv.experiment.sweeps import load_sweep
+from fedpriv.experiment.tuning import Tuning, choose_best, common_plan, draw_trials
+from fedpriv.streams import Purpose
+
+BASE = """
+name = "base"
+seed = 1
+[data]
+name = "digits"
+clients = 6
+validation = 0.2
+[model]
+name = "softmax"
+[cohort]
+sampling = "poisson"
+probability = 0.5
+[method]
+name = "dp-fedavg"
+clip_norm = 1.0
+server_lr = 0.5
+[privacy]
+epsilon = 5.0
+[training]
+rounds = 2
+"""
+AXIS = '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 1.0]\n'
+TUNING = '[tuning]\ndistribution = "geometric"\nexpected_trials = 4\nseed = 6\n'
+SHIPPED = Path(__file__).parents[2] / "sim_configs" / "sweeps" / "tuning.toml"
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_by_one(jobs: Iterable[Job], at_once: int, *, threads: int) -> Generator[Began | Ended | None]:
+        del at_once, threads
+        for job in jobs:
+            yield Began(job.name)
+            yield Ended(job.name, call(job.function, job.arguments))
+
+    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", one_by_one)
+    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)
+
+
+def sweep_file(folder: Path, text: str = AXIS + TUNING, base: str = BASE) -> Path:
+    (folder / "base.toml").write_text(base)
+    path = folder / "sweep.toml"
+    path.write_text(f'name = "s"\nbase = "base.toml"\n{text}')
+    return path
+
+
+def cohorts(experiment: Any) -> list[bytes]:
+    server = experiment.server
+    return [server.sampling.cohort(server.streams.source(Purpose.COHORT, n)).tobytes() for n in range(1, 40)]
+
+
+def noise(experiment: Any) -> bytes:
+    return experiment.server.streams.source(Purpose.SERVER_NOISE, 1).words(4).tobytes()
+
+
+def test_a_setting_that_is_drawn_twice_has_the_same_data_and_neither_noise_nor_cohorts(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path))
+    grid = sweep.trials()
+    first, other, again = (assemble(sweep.drawn(0, draw, grid).config) for draw in (3, 4, 3))
+    assert noise(first) == noise(again) != noise(other)
+    assert cohorts(first) == cohorts(again) != cohorts(other)
+    assert np.array_equal(first.initial_model, other.initial_model)
+    assert first.population.federation.fingerprint == other.population.federation.fingerprint
+
+
+def test_an_experiment_outside_a_tuning_keeps_its_digest_and_its_cohorts(tmp_path: Path) -> None:
+    trial = load_sweep(sweep_file(tmp_path, AXIS)).trials()[0]
+    assert "draw" not in trial.config.tables["privacy"]
+    experiment = assemble(trial.config)
+    plain = experiment.server.streams.__class__(trial.config.seed, "another")
+    assert cohorts(experiment)[0] == experiment.server.sampling.cohort(plain.source(Purpose.COHORT, 1)).tobytes()
+
+
+def test_trials_are_drawn_uniformly_with_replacement_under_numbers_without_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places, draws, first = [], [], load_sweep(sweep_file(tmp_path))
+    grid = first.trials()
+    for seed in range(300):
+        sweep = replace(first, tuning=replace(first.tuning, seed=seed))
+        monkeypatch.setattr(RunDirectory, "write_json", lambda *_: None)
+        rows = draw_trials(sweep, grid, RunDirectory(tmp_path), begun=False)
+        places += [row["place"] for row in rows]
+        draws += [[row["draw"] for row in rows]]
+    assert len(places) / 300 == pytest.approx(4.0, rel=0.15)
+    assert np.mean(places) == pytest.approx(0.5, abs=0.06)
+    everything = [draw for row in draws for draw in row]
+    assert len(set(everything)) == len(everything)
+    ends = np.array([(row[0], row[-1]) for row in draws if len(row) > 1])
+    assert np.mean(ends[:, 0] < ends[:, 1]) == pytest.approx(0.5, abs=0.12)
+
+
+def test_without_a_seed_the_operating_system_draws(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path, AXIS + TUNING.replace("seed = 6\n", "")))
+    rows = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows.append(draw_trials(sweep, sweep.trials(), RunDirectory(tmp_path / name), begun=False))
+    assert rows[0] != rows[1]
+
+
+def test_a_tuning_keeps_its_trials_secret_and_says_what_the_selection_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, path = tmp_path / "out", sweep_file(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(path), "--out", str(out), "--jobs", "1"])
+    assert not ended.value.code
+    modes = {name: (out / name).stat().st_mode & 0o777 for name in ("trials", "drawn.json", "trials.csv")}
+    assert modes == {"trials": 0o700, "drawn.json": 0o600, "trials.csv": 0o600}
+    chosen, table = json.loads((out / "tuning.json").read_text()), pd.read_csv(out / "trials.csv")
+    assert len(table) == len(json.loads((out / "drawn.json").read_text())["trials"]) > 2
+    assert table.loc[table["validation_accuracy"].idxmax(), "trial"] == chosen["selected"]
+    assert 4.99 < chosen["epsilon_of_one_trial"] <= 5.0 < chosen["epsilon"] < 15.0
+    assert "(epsilon, delta) of the tuning: (" in capsys.readouterr().out
+    assert "tuning.json" in (out / "trials" / chosen["selected"] / "privacy.txt").read_text()
+    assert "expected_trials" in chosen
+    assert str(len(table)) not in {str(value) for key, value in chosen.items() if key != "expected_trials"}
+
+    study = load_study(out)
+    assert study.runs["privacy"].nunique() == 1
+    settings = pd.DataFrame({"privacy": ["p"], "seeds": [1]})
+    words = " ".join(about_choice(study, settings, settings, "validation"))
+    assert chosen["selected"] in words
+    assert "of the tuning: (" in words
+    assert "Tuning is not free" not in words
+    assert about_cost(study)
+
+    before = (out / "drawn.json").read_bytes()
+    monkeypatch.setattr("fedpriv.experiment.sweep_run.run_trial", None)
+    run_sweep(load_sweep(path), out, resume=True)
+    assert (out / "drawn.json").read_bytes() == before
+    for text in (AXIS.replace("1.0", "2.0") + TUNING, AXIS + TUNING.replace("6", "7"), AXIS):
+        with pytest.raises(UserError, match="another"):
+            run_sweep(load_sweep(sweep_file(tmp_path, text)), out, resume=True)
+
+
+def test_trials_are_written_down_before_the_first_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        assert len(json.loads((tmp_path / "out" / "drawn.json").read_text())["trials"]) > 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out")
+    assert not (tmp_path / "out" / "tuning.json").exists()
+
+
+def test_trials_that_were_not_drawn_are_no_part_of_a_tuning(tmp_path: Path) -> None:
+    (tmp_path / "out" / "trials" / "one").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"drawn\.json"):
+        run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out", resume=True)
+
+
+def test_a_failed_trial_is_the_worst_and_equal_ones_are_taken_in_the_order_drawn(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path))
+    grid, tuning = sweep.trials(), sweep.tuning
+    assert tuning is not None
+    plan, trials = common_plan(sweep, grid, None), {name: sweep.drawn(0, n, grid) for n, name in enumerate("abc")}
+    table = pd.DataFrame({"trial": list("abc"), "status": ["failed", "done", "done"], "s": [None, 0.5, 0.5]})
+    assert choose_best(tuning, plan, "s", trials, table)["selected"] == "b"
+    table["s"] = [None, 0.0, 0.1]
+    assert choose_best(tuning, plan, "s", trials, table)["selected"] == "c"
+    table["status"] = "failed"
+    nothing = choose_best(tuning, plan, "s", trials, table)
+    assert nothing["selected"] is None
+    assert nothing["epsilon"] > plan.epsilon
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "what"),
+    [
+        ('[stop]\nrule = "median"\n', {}, r"\[stop\]"),
+        ("[[axis]]\nkey = 'privacy.epsilon'\nvalues = [1.0]\n", {}, r"privacy\.epsilon"),
+        ("[[axis]]\nkey = 'training.rounds'\nvalues = [1]\n", {}, r"training\.rounds"),
+        ("[[axis]]\nkey = 'cohort.probability'\nvalues = [0.1]\n", {}, r"cohort\.probability"),
+        ("[[axis]]\nkey = 'data.clients'\nvalues = [5]\n", {}, r"data\.clients"),
+        ("[[axis]]\nkey = 'seed'\nvalues = [5]\n", {}, "seed"),
+        ("", {"epsilon = 5.0": 'epsilon = 5.0\ntrust = "local"'}, "local"),
+        ("", {"epsilon = 5.0": "noise_multiplier = 0.0"}, "promise something"),
+        ("", {"[privacy]\nepsilon = 5.0": ""}, r"\[privacy\]"),
+        ("", {"epsilon = 5.0": "epsilon = 5.0\ndraw = 3"}, r"privacy\.draw"),
+    ],
+)
+def test_what_would_break_the_promise_of_a_tuning_is_refused(
+    tmp_path: Path, text: str, base: dict[str, str], what: str
+) -> None:
+    changed = BASE
+    for old, new in base.items():
+        changed = changed.replace(old, new)
+    sweep = load_sweep(sweep_file(tmp_path, AXIS + text + TUNING, changed))
+    with pytest.raises(UserError, match=what):
+        run_sweep(sweep, tmp_path / "out")
+    assert not (tmp_path / "out" / "drawn.json").exists()
+
+
+@pytest.mark.parametrize("options", [{"retry": True, "resume": True}, {"logs": ["tensorboard"]}])
+def test_options_that_would_show_or_repeat_trials_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="tuning"):
+        run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out", **options)
+
+
+def test_a_score_on_clients_examples_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fedpriv.experiment.config import DataChoice
+    from fedpriv.privacy import DataFacts
+
+    for facts in (DataFacts(clients="natural", test="within"), DataFacts(clients="natural", validation="clients")):
+        monkeypatch.setattr(DataChoice, "facts", facts)
+        with pytest.raises(UserError, match="public examples"):
+            run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out")
+
+
+def test_eta_is_for_the_negative_binomial_alone() -> None:
+    assert Tuning(distribution="negative-binomial", expected_trials=3.0, eta=0.5).count.expected == 3.0
+    for distribution, eta in (("geometric", 1.0), ("poisson", 0.0), ("negative-binomial", None)):
+        with pytest.raises(UserError, match=r"tuning\.eta"):
+            Tuning(distribution=distribution, expected_trials=3.0, eta=eta)  # pyright: ignore[reportArgumentType]
+
+
+def test_no_trial_at_all_is_an_outcome_of_poisson(tmp_path: Path) -> None:
+    text = AXIS + '[tuning]\ndistribution = "poisson"\nexpected_trials = 1\nseed = {}\n'
+    for seed in range(20):
+        sweep = load_sweep(sweep_file(tmp_path, text.format(seed)))
+        (tmp_path / str(seed)).mkdir()
+        if not draw_trials(sweep, sweep.trials(), RunDirectory(tmp_path / str(seed)), begun=False):
+            break
+    for _ in range(2):  # It stays so.
+        with pytest.raises(UserError, match="0 was drawn"):
+            run_sweep(sweep, tmp_path / str(seed), resume=True)
+
+
+def test_the_shipped_tuning_is_one() -> None:
+    sweep = load_sweep(SHIPPED)
+    assert sweep.tuning is not None
+    assert common_plan(sweep, sweep.trials(), None).epsilon <= 8.0
