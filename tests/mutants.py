@@ -1453,6 +1453,27 @@ MUTANTS = [
         "if False:",
         SPENT,
     ),
+    Mutant(
+        "tuning: the random number of trials costs nothing",
+        "fedpriv/privacy/tuning.py",
+        "(trial.epsilons + once + math.log(mean)",
+        "(trial.epsilons + math.log(mean)",
+        "tests/privacy/test_privacy_tuning.py",
+    ),
+    Mutant(
+        "tuning: trials of one seed share their cohorts",
+        "fedpriv/streams.py",
+        "(self.own_cohorts and purpose is Purpose.COHORT)",
+        "False",
+        "tests/experiment/test_experiment_tuning.py",
+    ),
+    Mutant(
+        "tuning: a changed sweep goes on with trials that were drawn for another",
+        "fedpriv/experiment/tuning.py",
+        'or found.get("digest") != digest',
+        "or False",
+        "tests/experiment/test_experiment_tuning.py",
+    ),
 ]
 
 
