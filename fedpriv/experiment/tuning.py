@@ -193,13 +193,13 @@ def choose_best(
         trials: All, by name, in the order in which they were drawn.
         table: A row a trial, in the same order.
     """
-    done = table[table["status"] == "done"]
-    name = None if done.empty else str(done.loc[pd.to_numeric(done[score]).idxmax(), "trial"])
+    done = {str(row["trial"]): float(row[score]) for row in table.to_dict("records") if row["status"] == "done"}
+    name = max(done, key=done.__getitem__) if done else None
     return {
         "selected": name,
         "changes": {} if name is None else {k: v for k, v in trials[name].changes.items() if k != "privacy.draw"},
         "by": score,
-        "score": None if name is None else float(done.set_index("trial").loc[name, score]),
+        "score": None if name is None else done[name],
         "epsilon": tuning_epsilon(plan, tuning.count),
         "delta": plan.delta,
         "epsilon_of_one_trial": plan.epsilon,

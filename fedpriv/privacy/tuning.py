@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import brentq
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.accounting import releases_of, round_event
@@ -102,15 +101,17 @@ class NegativeBinomialTrials:
             raise UserError("tuning.eta", "one that allows so many trials", self.eta, "Choose a larger eta")
         if self._mean(math.exp(high)) > self.expected:
             raise UserError("tuning.expected_trials", "more than 1 by a millionth", self.expected, "Give 2 or more")
-        return math.exp(float(brentq(lambda log: self._mean(math.exp(log)) - self.expected, low, high, xtol=1e-13)))
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if self._mean(math.exp(middle)) >= self.expected else (low, middle)
+        return math.exp(low)
 
     def after(self, trial: RenyiCurve) -> RenyiCurve:
         """The curve of the best of K trials."""
         gamma = self.gamma
         selected = (1.0 - 1.0 / trial.orders) * trial.epsilons - math.log(gamma) / trial.orders
         once = (1.0 + self.eta) * min(float(selected.min()), -math.log(gamma))
-        # The mean of this gamma, which has been rounded, and no less than what was asked for.
-        mean = max(self._mean(gamma), self.expected)
+        mean = max(self._mean(gamma), self.expected)  # The same but for rounding.
         return RenyiCurve(trial.orders, (trial.epsilons + once + math.log(mean) / (trial.orders - 1.0)) * _UP)
 
     def quantile(self, uniform: float) -> int:
