@@ -48,6 +48,8 @@ MOST_TRIALS = 1_000
 _ORDERS = 1.0 + np.logspace(-4.0, 6.0, 501)
 # The orders at which dp-accounting is asked about sampled rounds: whole ones are finite sums, and large ones take long.
 _SAMPLED_ORDERS = np.array([*range(2, 33), 40, 48, 64, 96, 128, 256, 512], dtype=np.float64)
+_LEAST_GAMMA = 1e-6
+"""K is hardly ever above 40 / gamma: nobody means to run more."""
 _UP = 1.0 + 1e-12
 """Factor that covers rounding in the few operations from a curve to an epsilon."""
 
@@ -96,7 +98,7 @@ class NegativeBinomialTrials:
     @cached_property
     def gamma(self) -> float:
         """The gamma of which E[K] is `expected`."""
-        low, high = -600.0, math.log1p(-1e-9)
+        low, high = math.log(_LEAST_GAMMA), math.log1p(-1e-9)
         if self._mean(math.exp(low)) < self.expected:
             raise UserError("tuning.eta", "one that allows so many trials", self.eta, "Choose a larger eta")
         if self._mean(math.exp(high)) > self.expected:
