@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
+from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
@@ -275,6 +276,7 @@ class Journal:
             "diagnostics": {
                 "messages": messages,
                 "non_finite": sum(row["non_finite"] for row in diagnostics),
+                "warnings": warnings_of(diagnostics),
                 **self._clock_at_the_end(released=False),
                 **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
             },
