@@ -10,6 +10,7 @@ described where the method is, in `fedpriv.methods`.
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from clients.trained import Patterns
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import field_names, read_table, refuse_unknown
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
@@ -50,7 +51,10 @@ class Privacy:
         )
 
 
-_OWN = ("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout")
+_OWN = (
+    *("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout"),
+    *("max_failures", "trainable", "frozen"),
+)
 
 
 class NamedStrategy(MethodStrategy):
@@ -65,6 +69,9 @@ class NamedStrategy(MethodStrategy):
             must be where real people take part.
         evaluate: See `MethodStrategy`.
         join_timeout: See `MethodStrategy`.
+        max_failures: See `MethodStrategy`.
+        trainable: See `MethodStrategy`.
+        frozen: See `MethodStrategy`.
         hyperparameters: The method's.
 
     Raises:
@@ -83,6 +90,9 @@ class NamedStrategy(MethodStrategy):
         seed: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
+        max_failures: float | None = None,
+        trainable: Patterns | None = None,
+        frozen: Patterns | None = None,
         **hyperparameters: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -94,7 +104,15 @@ class NamedStrategy(MethodStrategy):
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         expected = num_clients if cohort is None else cohort.population
-        super().__init__(self._make, num_clients=expected, evaluate=evaluate, join_timeout=join_timeout)
+        super().__init__(
+            self._make,
+            num_clients=expected,
+            evaluate=evaluate,
+            join_timeout=join_timeout,
+            max_failures=max_failures,
+            trainable=trainable,
+            frozen=frozen,
+        )
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)

@@ -754,9 +754,9 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: a message beyond its bound is summed",
-        "strategies/coordinator.py",
-        "        if norm > bound:\n",
-        "        if False:\n",
+        "strategies/faults.py",
+        "if norm > limit else",
+        "if False else",
         COORDINATOR,
     ),
     Mutant(

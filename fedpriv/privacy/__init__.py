@@ -3,6 +3,7 @@
 from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
+from fedpriv.privacy.warning import signal_warning
 
 __all__ = [
     "ADVERSARIES",
@@ -17,4 +18,5 @@ __all__ = [
     "make_plan",
     "privacy_statement",
     "rounded_up",
+    "signal_warning",
 ]
