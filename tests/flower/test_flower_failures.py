@@ -330,7 +330,7 @@ def diverging(*partitions):
     def _train(message, context):
         answer = train(message, context)
         if context.node_config["partition-id"] in partitions:
-            arrays = {k: t * math.nan for k, t in answer.content["arrays"].to_torch_state_dict().items()}
+            arrays = {k: t * math.nan for k, t in answer.content.array_records["arrays"].to_torch_state_dict().items()}
             answer.content["arrays"] = ArrayRecord(arrays)
         return answer
 
@@ -367,7 +367,7 @@ def test_failures_in_secret_cohorts_end_no_run_and_show_in_no_model():
     strategy = amplified(seed=4)
     start(strategy, InProcessGrid(app, CLIENTS, hook=lambda p, m: asks_who(m.content) or p == 0), rounds=8)
     others = set(range(1, CLIENTS))
-    assert strategy.plan.amplification
+    assert strategy.plan is not None and strategy.plan.amplification  # noqa: PT018
     assert_same(strategy, reference(strategy, absent_always(others, 8), rounds=8))
 
 
