@@ -80,11 +80,19 @@ class TrainedArrays:
         else:
             trained = _matching(model, trainable, "trainable") - integers
         named = [name for name in _listed(trainable) if name in integers]
-        if named or not trained:
+        if named or not set(model) - integers:
             name = (named or list(model) or ["none"])[0]
             got = model[name].dtype if name in model else "an empty model"
             remedy = "Train parameters only: counters and masks cannot be bounded or noised"
             raise UserError(f"array {name}", "floating point numbers", got, remedy)
+        if not trained:
+            declared = "trainable" if frozen is None else "frozen"
+            raise UserError(
+                declared,
+                "an array to train",
+                "none",
+                f"The model has: {_shown(name for name in model if name not in integers)}",
+            )
         return cls(
             names=tuple(model),
             trained=tuple(name for name in model if name in trained),

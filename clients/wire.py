@@ -152,7 +152,8 @@ class Order:
         noise_stddev: Standard deviation per coordinate of the noise that it adds; 0 for none.
         seed: Where its noise comes from in a simulation; None: from its own operating system.
         private: Whether anything but the message may leave the client.
-        diagnostics: Whether it reports the norm of its signal, which is not protected. Simulation only.
+        diagnostics: Whether it reports the norm of its signal, which is not protected: in simulations, and in runs that
+            promise nothing.
     """
 
     method: Method

@@ -253,7 +253,7 @@ def sweep(
         print(f"failed      {name or 'no experiment'}: {reason}")
     for name, lines in list(complaints.items())[:5]:
         print(f"not logged  {name}: {lines[-1]}")
-    for line in islice(_warnings_of_trials(folder / TRIALS, trials["trial"]), 5):
+    for line in islice(trial_warnings(folder / TRIALS, trials["trial"]), 5):
         print(line)
     stopped = list(trials["status"]).count("stopped")
     counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
@@ -566,7 +566,8 @@ def _print_warnings(directory: Path) -> None:
         print(f"warning     {warning}", file=sys.stderr)
 
 
-def _warnings_of_trials(folder: Path, names: Iterable[str]) -> Iterator[str]:
+def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each warning that trials of a sweep give cause to."""
     for name in filter(None, names):
         for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
             yield f"warning     {name}: {warning}"

@@ -6,12 +6,10 @@ message is numbered, copied or answered in the name of the server only through i
 """
 
 import copy
-import re
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
@@ -19,6 +17,8 @@ from flwr.clientapp.client_app import ClientAppException
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from strategies.client_errors import reason_in_short
 
 __all__ = [
     "SERVER_NODE",
@@ -31,9 +31,7 @@ __all__ = [
     "error_reply",
     "inside_a_run",
     "number_message",
-    "place_of",
     "reason_in_short",
-    "traceback_of",
     "unavailable_reply",
 ]
 
@@ -41,14 +39,6 @@ SERVER_NODE: int = SUPERLINK_NODE_ID
 """The node id of the server. Replies in the name of a node that cannot answer come from it."""
 
 _TASK_ID = 1
-_PACKAGES = "site-packages"
-_CAUSE_OF = "\n\nThe above exception was the direct cause of the following exception:\n\n"
-_DURING = "\n\nDuring handling of the above exception, another exception occurred:\n\n"
-
-# What Flower writes around an exception: its class, in simulation the words of its own exception, and a traceback.
-_IN_ITS_CLASS = re.compile(r"<class '(?P<kind>[^']*)'>:<'(?P<text>.*)'>\s*", re.DOTALL)
-_WRAPPED = re.compile(r"(?:[\w.]*ClientAppException: *\n+)?Exception ClientAppException occurred\. Message: ")
-_FRAME = re.compile(r'^ +File "(?P<file>.*)", line (?P<line>\d+), in ', re.MULTILINE)
 
 
 def empty_run(run_id: int) -> Run:
@@ -121,74 +111,6 @@ def error_of_exception(exception: BaseException) -> Error:
     wrapped.__cause__ = exception
     text = "".join(traceback.format_exception(wrapped)).rstrip()
     return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"{type(wrapped)}:<'{text}'>")
-
-
-def reason_in_short(error: Error) -> str:
-    """Return the exception behind an error reply as one line: its class and all of its words, without its traceback."""
-    inner = _inner(error)
-    traceback_ = traceback_of(error)
-    if traceback_:
-        inner = _words(traceback_)
-    elif (wrapped := _WRAPPED.search(inner)) is not None:
-        inner = inner[wrapped.end() :]
-    elif (known := _IN_ITS_CLASS.fullmatch(error.reason or "")) is not None:
-        inner = f"{known['kind'].rpartition('.')[2]}: {inner}"
-    return " ".join(inner.split()).rstrip(".") or f"error {error.code}"
-
-
-def traceback_of(error: Error) -> str:
-    """Return the traceback of the exception behind an error reply, with its words; empty if there is none."""
-    inner = _inner(error)
-    wrapped = _WRAPPED.search(inner)
-    if wrapped is None:
-        return ""
-    cause, found, _ = inner[: wrapped.start()].rpartition(_CAUSE_OF)
-    return cause if found else ""
-
-
-def place_of(error: Error, folder: Path) -> str:
-    """Return where in an app's own files, or otherwise where at all, the exception behind an error reply was raised.
-
-    Args:
-        error: The error.
-        folder: The app's folder.
-
-    Returns:
-        File and line; empty if the error does not say.
-    """
-    frames = [(Path(frame["file"]), frame["line"]) for frame in _FRAME.finditer(traceback_of(error))]
-    own = [frame for frame in frames if _is_own(folder, frame[0])]
-    return _place(folder, *(own or frames)[-1]) if frames else ""
-
-
-def _is_own(folder: Path, file: Path) -> bool:
-    return file.is_relative_to(folder) and _PACKAGES not in file.relative_to(folder).parts
-
-
-def _place(folder: Path, file: Path, line: str) -> str:
-    """Return file and line, the file from the app's folder on or from that of installed packages."""
-    parts = file.relative_to(folder).parts if _is_own(folder, file) else file.parts
-    parts = parts[parts.index(_PACKAGES) + 1 :] if _PACKAGES in parts else parts
-    return f"{Path(*parts)}, line {line}"
-
-
-def _inner(error: Error) -> str:
-    """Return what Flower wrote, without the class around it."""
-    reason = error.reason or ""
-    known = _IN_ITS_CLASS.fullmatch(reason)
-    return known["text"] if known else reason
-
-
-def _words(text: str) -> str:
-    """Return the class and the words of the last exception in a traceback.
-
-    The frames of a traceback are indented, and the words of an exception begin behind them, at the margin. They may
-    have any number of lines, indented or not, and hold a traceback themselves.
-    """
-    last = max(text.rfind(between) + len(between) if between in text else 0 for between in (_CAUSE_OF, _DURING))
-    lines = text[last:].splitlines()
-    begins = next((i for i, line in enumerate(lines[1:], 1) if line.strip() and not line[0].isspace()), None)
-    return "\n".join(lines[begins:] if begins is not None else lines[-1:])
 
 
 def error_reply(message: Message, reason: str) -> Message:

@@ -17,7 +17,8 @@ from typing import Protocol
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from strategies.flower_internals import Run, number_message, reason_in_short, traceback_of, unavailable_reply
+from strategies.client_errors import reason_in_short, traceback_of
+from strategies.flower_internals import Run, number_message, unavailable_reply
 
 __all__ = ["Answers", "AppGrid", "Backend"]
 
@@ -98,7 +99,10 @@ class AppGrid(Grid):
 
     Attributes:
         answers: How messages were answered, by message type.
+        all_are_there: That nobody needs to wait for nodes to join.
     """
+
+    all_are_there = True
 
     def __init__(self, run: Run, nodes: Sequence[int], backend: Backend) -> None:
         self.answers: dict[str, Answers] = {}

@@ -9,8 +9,7 @@ from flwr.serverapp import Grid
 
 from clients.wire import Introduction, introduction, printable
 from fedpriv.errors import UserError
-from strategies.flower_internals import reason_in_short
-from strategies.grid import AppGrid
+from strategies.client_errors import reason_in_short
 
 __all__ = ["MAX_REASON", "find_clients", "in_words", "sorted_out", "with_rejoined"]
 
@@ -135,7 +134,7 @@ def in_words(failures: Mapping[int, str], who: str = "client") -> str:
 
 def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
     """The node ids, ascending, once all have joined."""
-    if isinstance(grid, AppGrid):  # all of its nodes are there from the beginning
+    if getattr(grid, "all_are_there", False):  # `strategies.grid.AppGrid`
         return _right_number(list(grid.get_node_ids()), expected, "", f"Start it with --clients {expected}")
     began = changed = time.monotonic()
     nodes: set[int] = set()

@@ -14,7 +14,8 @@ from flwr.serverapp import ServerApp
 
 from fedpriv.errors import UserError
 from strategies.app_folder import AppFolder, import_component, imports_from, last_line_in
-from strategies.flower_internals import SERVER_NODE, empty_run, inside_a_run, place_of
+from strategies.client_errors import place_of
+from strategies.flower_internals import SERVER_NODE, empty_run, inside_a_run
 from strategies.grid import AppGrid, Backend
 from strategies.ray_nodes import RayClients, Workers
 from strategies.virtual_clients import ClientSeeds, InProcessClients, Population, VirtualClients, generators_kept

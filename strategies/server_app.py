@@ -59,6 +59,7 @@ def _run(grid: Grid, context: Context) -> None:
         journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
         journal.begin()
         strategy = make_strategy(experiment)
+        strategy.rescue_folder = directory.path
         strategy.start(
             grid,
             ArrayRecord({ARRAYS: experiment.initial_model}),

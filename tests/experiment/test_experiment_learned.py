@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fedpriv.cli import main
+from fedpriv.cli import main, trial_warnings
 from fedpriv.experiment.learned import Complaints, learned_nothing, warnings_of
+from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
 
 EXPERIMENT = """
@@ -77,15 +78,13 @@ def test_a_run_from_python_records_it_and_returns(config, tmp_path):
     assert len(summary["diagnostics"]["warnings"]) == 1
 
 
-def test_a_sweep_names_the_trials_that_learned_nothing(config, tmp_path, capsys):
-    config("0.1")
-    sweep = '[sweep]\nname = "s"\nbase = "small.toml"\n[axes]\n"local.client_lr" = [0.1, 3e38]\n'
-    (tmp_path / "sweep.toml").write_text(sweep)
-    with pytest.raises(SystemExit):
-        main(["sweep", str(tmp_path / "sweep.toml"), "--out", str(tmp_path / "out"), "--jobs", "1"])
-    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(warned) == 1
-    assert "All 12 updates were not finite" in warned[0]
+def test_a_sweep_names_the_trials_that_learned_nothing(tmp_path):
+    for name, bad in (("one", 0), ("two", 4)):
+        (tmp_path / name).mkdir()
+        for row in rows((4, bad), (4, bad)):
+            RunDirectory(tmp_path / name).append("diagnostics.jsonl", row)
+    (line,) = trial_warnings(tmp_path, ["one", "", "two", "not begun"])
+    assert line.startswith("warning     two: All 8 updates were not finite")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from flower_plain_app import CLIENT, CLIENTS, LEGACY_CLIENT, LEGACY_SERVER, SERV
 from flwr.app import Error
 
 from fedpriv.errors import UserError
-from strategies.flower_internals import error_of_exception, place_of, reason_in_short, traceback_of
+from strategies.client_errors import place_of, reason_in_short, traceback_of
+from strategies.flower_internals import error_of_exception
 from strategies.run_app import run_app
 
 LONG = """The answer is of the wrong kind.

@@ -210,7 +210,8 @@ def test_a_number_format_of_the_apps_own_is_no_change(name, value):
         ({"frozen": ["tabel"]}, r"frozen: expected names of arrays.* got 'tabel'. Did you mean 'table'"),
         ({"trainable": ["heads.*"]}, r"trainable: expected names of arrays, or patterns .* got 'heads.\*'"),
         ({"trainable": ["scale", "positions"]}, "array positions: expected floating point numbers, got int64"),
-        ({"frozen": "*"}, "array .*: expected floating point numbers, got"),
+        ({"frozen": "*"}, "frozen: expected an array to train, got none. The model has: "),
+        ({"trainable": []}, "trainable: expected an array to train, got none. The model has: "),
     ],
 )
 def test_a_declaration_that_cannot_be_meant_is_one_line(declared, words):
