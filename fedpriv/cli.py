@@ -5,6 +5,8 @@ import io
 import json
 import sys
 import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
 from fedpriv.experiment.journal import DIAGNOSTICS_FILE
+from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.experiment.run import run_experiment
@@ -193,6 +196,7 @@ def run(
         print(f"done        the run directory is on the server: {directory.resolve()}")
     else:
         _print_summary(summary, directory)
+        _print_warnings(directory)
 
 
 @app.command()
@@ -257,6 +261,8 @@ def sweep(
         print(f"failed      {name or 'no experiment'}: {reason}")
     for name, lines in list(complaints.items())[:5]:
         print(f"not logged  {name}: {lines[-1]}")
+    for line in islice(trial_warnings(folder / TRIALS, trials["trial"]), 5):
+        print(line)
     stopped = list(trials["status"]).count("stopped")
     counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
     counts += f", {stopped} stopped early" if stopped else ""
@@ -619,6 +625,24 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
+
+
+def _print_warnings(directory: Path) -> None:
+    """Print what a run's diagnostics give cause to say; a UserError if nothing was learned, which is all recorded."""
+    rows = RunDirectory(directory).rows("diagnostics.jsonl")
+    warnings = warnings_of(rows)
+    if learned_nothing(rows):
+        remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
+        raise UserError("the run", "updates of finite numbers", "none", remedy)
+    for warning in warnings:
+        print(f"warning     {warning}", file=sys.stderr)
+
+
+def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each warning that trials of a sweep give cause to."""
+    for name in filter(None, names):
+        for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
+            yield f"warning     {name}: {warning}"
 
 
 def _mark(summary: dict[str, Any], score: str) -> str:

@@ -59,6 +59,7 @@ def _run(grid: Grid, context: Context) -> None:
         journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
         journal.begin()
         strategy = make_strategy(experiment)
+        strategy.rescue_folder = directory.path
         strategy.start(
             grid,
             ArrayRecord({ARRAYS: experiment.initial_model}),
@@ -100,11 +101,18 @@ def _with_secret_streams(experiment: Experiment) -> Experiment:
     return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
+class RecordedStrategy(MethodStrategy):
+    """The strategy of an experiment: as with any engine, every client has to answer, and the journal says the rest."""
+
+    def refuse_nothing_learned(self) -> None:
+        """Leave it to the journal, which records the run in any case."""
+
+
 def make_strategy(experiment: Experiment) -> MethodStrategy:
     """The strategy under the experiment's own agreement."""
     agreement = Agreement(experiment.server, experiment.population.rules, experiment.plan)
     population = experiment.population.federation.population
-    return MethodStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS)
+    return RecordedStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS, max_failures=0.0)
 
 
 def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:

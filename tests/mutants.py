@@ -258,8 +258,6 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "released = {} if order.private or (",
-        "released = {} if (",
         "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
         "    released = metrics",
         FLOWER,
@@ -792,9 +790,9 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: a message beyond its bound is summed",
-        "strategies/coordinator.py",
-        "        if norm > bound:\n",
-        "        if False:\n",
+        "strategies/faults.py",
+        "if norm > limit else",
+        "if False else",
         COORDINATOR,
     ),
     Mutant(
@@ -1155,6 +1153,8 @@ MUTANTS = [
         "return min(1e6 * (",
         "return min(1e-2 * (",
         ATTACKED,
+    ),
+    Mutant(
         "examples are held out by label over all natural clients",
         "fedpriv/learning/validation.py",
         "    if dataset.groups is None:\n        held = _held_out_of_labels",

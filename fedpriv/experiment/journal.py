@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
+from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
@@ -298,6 +299,7 @@ class Journal:
             "data_fingerprint": self.experiment.population.federation.fingerprint,
             "messages": sum(row["cohort_size"] for row in rows),
             "non_finite": sum(row["non_finite"] for row in rows),
+            "warnings": warnings_of(rows),
             **self._clock_at_the_end(released=False),
             **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
         }

@@ -4,6 +4,7 @@ from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
+from fedpriv.privacy.warning import signal_warning
 
 __all__ = [
     "ADVERSARIES",
@@ -19,4 +20,5 @@ __all__ = [
     "make_plan",
     "privacy_statement",
     "rounded_up",
+    "signal_warning",
 ]
