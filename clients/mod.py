@@ -30,7 +30,7 @@ from clients.answers import refusal, send_message
 from clients.guard import Guard, content_of, guard_of
 from clients.refusals import Refusal
 from clients.trained import TrainedArrays, check_training
-from clients.wire import ARRAYS, Introduction, ModelArrays, Order, asks_who, refusal_record
+from clients.wire import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.errors import UserError
 
 __all__ = ["private_mod"]
@@ -110,7 +110,10 @@ def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
 def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> Message:
     """The answer of a client that does not follow an order. Its own log has the whole reason."""
     _log.warning("refused (%s): %s", no.kind, no, exc_info=cause or no.__cause__)
-    return Message(refusal_record(no.kind, f"private_mod: {no.told}"), reply_to=message)
+    told = f"private_mod: {no.told}"
+    if FEDPRIV not in message.content.config_records:  # a strategy of somebody else's, which knows errors alone
+        return refusal(message, told)
+    return Message(refusal_record(no.kind, told), reply_to=message)
 
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:
