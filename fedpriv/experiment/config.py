@@ -27,6 +27,8 @@ from fedpriv.privacy.released import Whose
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
+MAX_ROUNDS = 10**9
+
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
 
@@ -94,7 +96,7 @@ class Training:
     """How long, and how often the test data are looked at.
 
     Args:
-        rounds: Number of rounds; 0 writes the initial model.
+        rounds: Number of rounds, at most a billion; 0 writes the initial model.
         evaluate_every: Rounds from one evaluation to the next; the first and the last model are always evaluated.
     """
 
@@ -102,8 +104,9 @@ class Training:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise UserError("training.rounds", "a whole number from 0", self.rounds, "Give the number of rounds")
+        if not 0 <= self.rounds <= MAX_ROUNDS:
+            expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
+            raise UserError("training.rounds", expected, self.rounds, "Give the number of rounds")
         if self.evaluate_every < 1:
             raise UserError("training.evaluate_every", "at least 1", self.evaluate_every, "1 evaluates every round")
 

@@ -52,8 +52,8 @@ _NOT_COVERED = (
 
 _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
-    "with real people the randomness must come from the operating system. Two runs of one experiment with one seed share "
-    "their noise: on data that changed in between, the difference of their models has none"
+    "with real people the randomness must come from the operating system. Two runs of one experiment with one seed "
+    "share their noise: if the data changed in between, the difference of their models has none"
 )
 
 _CLIENTS = {
@@ -120,6 +120,9 @@ _SECRET_COHORTS = (
 )
 
 
+_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
+
+
 _WHOSE_APP = {
     "fixed": "The app: nodes that `fedpriv deploy node` starts run their own installed code, refuse any that a server "
     "sends, and follow orders only within their policies. For a client on any other node the promise is not against a "
@@ -134,8 +137,6 @@ _ROLLED_BACK = (
     "what was spent since. The signed head of the ledger that the server shows would tell; a server cannot forge it, "
     "but can keep it back"
 )
-
-_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
 
 _SCHEMES = {
     "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
@@ -306,14 +307,23 @@ def _mechanism(plan: PrivacyPlan) -> str:
             f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at "
             f"most {plan.l2_sensitivity:g}{weighed} in a step. Gaussian noise of standard deviation "
             f"{plan.noise_stddev:.6g} per coordinate is added to {what} ({plan.noise_multiplier:.6g} times the "
-            f"sensitivity), in {plan.rounds} steps. Sums are divided by a public number, "
+            f"sensitivity), in {plan.rounds} steps. {_grid(plan)} Sums are divided by a public number, "
             f"{plan.sampling.expected_size:g}."
         )
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
         f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
-        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. Sums are "
-        f"divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the actual one."
+        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. "
+        f"{_grid(plan)} Sums are divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the "
+        "actual one."
+    )
+
+
+def _grid(plan: PrivacyPlan) -> str:
+    return (
+        "Noise is sampled exactly, and every number that carries it is released as a multiple of "
+        f"{plan.release_grid:g}, so that the promise holds for the bits that a computer releases; sampling adds "
+        "nothing to epsilon or delta."
     )
 
 

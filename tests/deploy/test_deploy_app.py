@@ -3,6 +3,7 @@
 import json
 import os
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,25 @@ def config(method: str = "damped", trust: str = "local", **changes: Any) -> str:
     return CONFIG.format(**given | changes)
 
 
+class Clock:
+    """Time that passes where the server sleeps, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_POLL_SECONDS", 0.001)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(deployment, "time", made)
     monkeypatch.setattr(deployment, "_RETRY_SECONDS", 0.01)
+    return made
 
 
 @pytest.fixture
@@ -98,6 +114,41 @@ def test_a_deployment_is_the_loop_to_the_bit(
     if "too few" in happened:
         pytest.fail("an empty cohort spends a turn: choose another seed")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_how_long_a_turn_lasts_shows_nothing_of_a_secret_cohort(
+    secret: bool, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cohorts of all sizes, none among them; client 3 never answers. Without a secret, a turn ends with its answers."""
+    told: list[tuple[float, int]] = []
+
+    def append(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if name == "participation.jsonl":
+            told.append((clock.now, len(row["asked"])))
+        real(self, name, row)
+
+    real = RunDirectory.append
+    monkeypatch.setattr(RunDirectory, "append", append)
+    trust = "central" if secret else "none"
+    toml = config(trust=trust, cohort='sampling = "poisson"\nprobability = 0.3', rounds=20, deadline=50.0)
+    silent = DeploymentGrid(tmp_path / "nodes", 4, {}, trust=trust, hook=lambda i, m: i != 3 or TERMS not in m.content)
+    run_server(silent, toml, tmp_path / "out")
+    lengths = {round(later - earlier, 6) for (earlier, _), (later, _) in pairwise(told)}
+    assert len({asked for _, asked in told}) > 2
+    if secret:
+        assert lengths == {50.0 * 1.05 + 1.0}
+    else:
+        assert min(lengths) < 1.0
+        assert max(lengths) < 51.0
+
+
+def test_turns_with_secret_cohorts_last_a_minute_unless_a_config_says_otherwise(clock: Clock, tmp_path: Path) -> None:
+    toml = config(trust="central", cohort='sampling = "poisson"\nprobability = 0.9', rounds=2)
+    toml = toml.replace("deadline = 20.0", "")
+    before = clock.now
+    run_server(DeploymentGrid(tmp_path / "nodes", 4, {}, trust="central"), toml, tmp_path / "out")
+    assert 2 * 60.0 < clock.now - before < 2 * 70.0
 
 
 def test_nothing_is_measured_of_what_devices_hold(tmp_path: Path) -> None:

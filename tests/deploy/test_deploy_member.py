@@ -153,6 +153,31 @@ def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(membe
     assert kept.committed_turn == 0
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_memory_that_is_not_finite_is_a_lost_one(member: Member, poison: float) -> None:
+    """Every later message would be zero, and nobody would know; what is sent for it is charged all the same."""
+    ask(member, *turn(1, 0))
+    memory = MemoryFile(member.folder, "r1", 0)
+    record = memory.read()
+    assert record is not None
+    record.pending["memory"][1] = poison
+    memory.prepare(record)
+    memory.finish()
+    with pytest.raises(Refusal, match=r"memory of client 0: expected finite numbers") as caught:
+        ask(member, *turn(2, 1))
+    assert caught.value.kind == "lost"
+    assert len(Ledger(member.folder).entries()) == 1
+    ask(member, *turn(3, 0))
+
+
+def test_an_update_that_is_not_finite_is_said_in_the_client_s_own_log(
+    member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="flwr"):
+        ask(member, *turn(1, 0), signal=torch.full((SIZE,), torch.nan))
+    assert "client 0: its update is not finite" in caplog.text
+
+
 def test_a_message_whose_copy_is_lost_is_not_noised_again(member: Member) -> None:
     ask(member, *turn(1, 0))
     MemoryFile(member.folder, "r1", 0).path.unlink()

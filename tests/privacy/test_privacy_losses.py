@@ -17,7 +17,7 @@ from scipy import stats
 from fedpriv.privacy import FixedSize, Poisson, Sampling
 from fedpriv.privacy.accounting import _pairs, calibrate, epsilon_spent, round_event
 from fedpriv.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_tradeoff
-from fedpriv.privacy.losses import Composition, Half, losses_of_one_round
+from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 
 CUT, GRID = math.log(1e-40), 1.001
 few = settings(brief, max_examples=10)
@@ -151,6 +151,15 @@ def test_a_composed_gaussian_has_its_exact_epsilon_however_small_delta_is(
     assert exact * (1.0 - 1e-9) <= Composition([(losses, rounds)]).epsilon(delta) <= 1.001 * exact + 1e-12
 
 
+def test_losses_that_count_as_infinite_are_charged_in_every_round() -> None:
+    coin = Losses(0.5, -1, np.array([0.3, 0.0, 0.6]), 0.1)
+    two = Composition([(coin, 2)])
+    assert two.delta(5.0) == pytest.approx(1.0 - 0.9**2, rel=1e-9)
+    assert two.delta(0.0) == pytest.approx(0.19 + 0.36 * (1.0 - math.exp(-1.0)), rel=1e-9)
+    assert two.epsilon(0.18) == math.inf
+    assert two.epsilon(0.2) < 1.0
+
+
 def test_rounds_of_different_kinds_compose_as_dp_accounting_has_it() -> None:
     parts = [(0.02, 1.0, 50), (0.3, 4.0, 20), (1.0, 9.0, 5)]
     ours, theirs = [], PLDAccountant(dpa.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=5e-4)
@@ -260,7 +269,7 @@ PLANS = [
 def test_over_a_wide_grid_epsilon_is_between_the_two_estimates_of_dp_accounting(
     prob: float, noise: float, rounds: int, delta: float
 ) -> None:
-    """dp-accounting also rounds losses down, to a bound from below; a finer grid of ours may beat its pessimistic one."""
+    """dp-accounting also rounds losses down, to a bound from below; a finer grid of ours may beat its upper one."""
     ours = spent(Poisson(10**6, prob), noise, rounds, delta)
     interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
     high, low = (
