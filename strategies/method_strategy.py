@@ -8,6 +8,8 @@ model that methods see (`clients.trained`), and clients may fail (`strategies.at
 import logging
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +88,8 @@ class MethodStrategy(Strategy):
         trainable: Patterns | None = None,
         frozen: Patterns | None = None,
     ) -> None:
-        if num_clients is not None and (type(num_clients) is not int or num_clients < 1):
+        whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
+        if num_clients is not None and not (whole and num_clients >= 1):
             remedy = "Give the number of clients, or leave it out for as many as there are"
             raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:
@@ -154,6 +157,8 @@ class MethodStrategy(Strategy):
         self._timeout = timeout
         self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
         self.agreement = self._agree(len(self._nodes), num_rounds)
+        noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
+        self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.method.init_server(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
@@ -188,7 +193,7 @@ class MethodStrategy(Strategy):
         self._nodes = with_rejoined(grid, self._nodes, self._seen)
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
-        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self.arrays.to_record()}
+        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
         self._asked = {
             client: Message(
                 RecordDict({**shared, FEDPRIV: self._order(client, server_round).to_record()}),

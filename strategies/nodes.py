@@ -88,17 +88,21 @@ def sorted_out(
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """Return the contents of answers, and why others could not be had, each by key and in the order of `asked`.
 
-    An error does not always say which node it is from, so answers are told apart by the message that they answer. An
-    answer by another node than the one that was asked does not count, nor does a second one.
+    Answers are told apart by the message that they answer, since an error in place of a dead node does not say which
+    node it is for. What another node answers does not count, nor does a second answer.
 
     Args:
         asked: The messages that were sent.
         answers: The messages that came back.
         timeout: How many seconds were waited.
     """
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked.values()}
+    others = set(node_of.values())
     answer_to: dict[str, Message] = {}
     for answer in answers:
-        answer_to.setdefault(answer.metadata.reply_to_message_id, answer)
+        to, by = answer.metadata.reply_to_message_id, answer.metadata.src_node_id
+        if by == node_of.get(to) or (answer.has_error() and by not in others):
+            answer_to.setdefault(to, answer)
     contents: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
     for key, message in asked.items():
@@ -107,8 +111,6 @@ def sorted_out(
             failures[key] = f"no answer within {timeout:g} s"
         elif answer.has_error():
             failures[key] = printable(reason_in_short(answer.error), MAX_REASON) or "an error without a reason"
-        elif answer.metadata.src_node_id != message.metadata.dst_node_id:
-            failures[key] = f"an answer by node {answer.metadata.src_node_id}, which was not asked"
         else:
             contents[key] = answer.content
     return contents, failures

@@ -266,8 +266,9 @@ def test_arrays_that_are_declared_trained_may_stay_as_they_are():
     assert strategy.attendance.counted == 3 * CLIENTS
 
 
-def test_a_run_without_privacy_needs_no_declaration():
-    before, result = initial(), start(make(None))
+@pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=0.0)], ids=["none", "no noise"])
+def test_a_run_without_noise_needs_no_declaration(privacy):
+    before, result = initial(), start(make(privacy))
     assert result.arrays["backbone.weight"].data == before["backbone.weight"].data
 
 
