@@ -30,7 +30,7 @@ from strategies.attendance import MAX_FAILURES, Attendance
 from strategies.drop_in_statement import drop_in_statement
 from strategies.faults import message_fault, norm_limit
 from strategies.metrics import average_metrics
-from strategies.nodes import MAX_REASON, find_clients, in_words, sorted_out, with_rejoined
+from strategies.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
 from strategies.rescue import rescue
 
 __all__ = ["Agreement", "MethodStrategy"]
@@ -190,7 +190,7 @@ class MethodStrategy(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
-        self._nodes = with_rejoined(grid, self._nodes, self._seen)
+        self._nodes = find_rejoined(grid, self._nodes, self._seen)
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
         shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
@@ -251,7 +251,7 @@ class MethodStrategy(Strategy):
         if not self._evaluate:
             return None
         what = f"evaluation after round {server_round}"
-        contents, reasons = sorted_out(self._asked, replies, self._timeout)
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
         refusals = {client: no[1] for client, content in contents.items() if (no := refused(content)) is not None}
         failures = _by_client({**reasons, **refusals})
         if failures:
@@ -277,7 +277,7 @@ class MethodStrategy(Strategy):
 
         Whatever a client sends, it is a message within its bound or a failure.
         """
-        contents, reasons = sorted_out(self._asked, replies, self._timeout)
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
         messages, failures, lost = {}, _by_client(reasons), []
         for client, content in contents.items():
             try:
