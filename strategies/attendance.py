@@ -1,9 +1,9 @@
 """Who is asked, whose message counted, and when too many clients failed, in a run over Flower's network.
 
 A client that does not answer, or whose message cannot be used, is one whose message is zero. So every round counts,
-however few answer, and its noise is right: on the sum it has the plan's standard deviation for any number of messages,
-where trust is local each message carries its own, and the sum is divided by the expected cohort size. The client that
-is not counted drops the memory of that message (`clients.state`), so that error feedback stays right, too.
+however few answer. The noise is right: where trust is central, it has the plan's standard deviation on the sum of any
+number of messages; where trust is local, each message carries its own. The sum is divided by the expected cohort size.
+A client whose message does not count drops the memory of it (`clients.state`), so that error feedback stays right, too.
 
 A run ends if more than a stated share of a round's clients fail, since a run of few clients is not what was asked for.
 If cohorts are secret, that would show who was in them: a run then ends only while no message has counted at all, which

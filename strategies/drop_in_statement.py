@@ -10,7 +10,7 @@ __all__ = ["drop_in_statement"]
 
 _COVERED = (
     "Arrays: a client's message is its update of {trained}. Noise is added to these numbers ({size:,}), and to nothing "
-    "otherwise. {fixed}"
+    "else. {fixed}"
 )
 
 _FIXED = "Not part of it, sent to all clients as they were at the start and never changed: {names}."
@@ -57,7 +57,7 @@ def drop_in_statement(
 
 
 def _trained(arrays: TrainedArrays) -> str:
-    """Return the trained arrays in words; the statement names all that are fixed, and so these follow."""
+    """Return the trained arrays in words; if there are many, they follow from the fixed ones, which are all named."""
     if not arrays.fixed:
         return f"all {len(arrays.names)} arrays of the model"
     if len(arrays.trained) <= len(arrays.fixed) or len(arrays.trained) <= 10:

@@ -9,6 +9,8 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +47,7 @@ from strategies.drop_in_statement import drop_in_statement
 from strategies.faults import message_fault, norm_limit
 from strategies.heads import HeadBook
 from strategies.metrics import average_metrics
-from strategies.nodes import MAX_REASON, find_clients, in_words, sorted_out, with_rejoined
+from strategies.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
 from strategies.rescue import rescue
 
 __all__ = ["Agreement", "MethodStrategy"]
@@ -106,7 +108,8 @@ class MethodStrategy(Strategy):
         frozen: Patterns | None = None,
         heads: str | Path | None = None,
     ) -> None:
-        if num_clients is not None and (type(num_clients) is not int or num_clients < 1):
+        whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
+        if num_clients is not None and not (whole and num_clients >= 1):
             remedy = "Give the number of clients, or leave it out for as many as there are"
             raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:
@@ -175,6 +178,8 @@ class MethodStrategy(Strategy):
         self._timeout = timeout
         self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
         self.agreement = self._agree(len(self._nodes), num_rounds)
+        noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
+        self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.method.init_server(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
@@ -210,10 +215,10 @@ class MethodStrategy(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
-        self._nodes = with_rejoined(grid, self._nodes, self._seen)
+        self._nodes = find_rejoined(grid, self._nodes, self._seen)
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
-        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self.arrays.to_record()}
+        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
         last_round = self.attendance.last_round
         terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
         self._asked = {
@@ -282,7 +287,7 @@ class MethodStrategy(Strategy):
         if not self._evaluate:
             return None
         what = f"evaluation after round {server_round}"
-        contents, reasons = sorted_out(self._asked, replies, self._timeout)
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
         refusals = {client: no[1] for client, content in contents.items() if (no := refused(content)) is not None}
         failures = _by_client({**reasons, **refusals})
         if failures:
@@ -308,7 +313,7 @@ class MethodStrategy(Strategy):
 
         Whatever a client sends, it is a message within its bound or a failure.
         """
-        contents, reasons = sorted_out(self._asked, replies, self._timeout)
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
         messages, failures, lost = {}, _by_client(reasons), []
         for client, content in contents.items():
             try:

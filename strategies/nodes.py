@@ -11,7 +11,7 @@ from clients.wire import Introduction, introduction, printable
 from fedpriv.errors import UserError
 from strategies.client_errors import reason_in_short
 
-__all__ = ["MAX_REASON", "find_clients", "in_words", "sorted_out", "with_rejoined"]
+__all__ = ["MAX_REASON", "find_clients", "find_rejoined", "in_words", "sort_answers"]
 
 _log = logging.getLogger("flwr")
 
@@ -45,7 +45,7 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
     """
     nodes = _joined(grid, expected, join_timeout)
     asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in nodes}
-    contents, failures = sorted_out(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
+    contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
     if failures:
         raise UserError(
             "introduction (is there a ClientApp(mods=[private_mod])?)",
@@ -56,7 +56,7 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
     return _numbered(nodes, [_introduced(contents[node], f"node {node}").client for node in nodes])
 
 
-def with_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]:
+def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]:
     """Return the node of each client after clients whose node is gone have been looked for under new node ids.
 
     A node that restarts may come back with another id. It is asked who it is, and is recognized by its `partition-id`.
@@ -72,7 +72,7 @@ def with_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]
         return list(nodes)
     seen.update(new)
     asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
-    contents, _ = sorted_out(asked, grid.send_and_receive(list(asked.values()), timeout=_REJOIN_SECONDS), 0.0)
+    contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=_REJOIN_SECONDS), 0.0)
     found = list(nodes)
     for node, content in contents.items():
         who = Introduction.of_answer(content)
@@ -83,22 +83,26 @@ def with_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]
     return found
 
 
-def sorted_out(
+def sort_answers(
     asked: Mapping[int, Message], answers: Iterable[Message], timeout: float
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """Return the contents of answers, and why others could not be had, each by key and in the order of `asked`.
 
-    An error does not always say which node it is from, so answers are told apart by the message that they answer. An
-    answer by another node than the one that was asked does not count, nor does a second one.
+    Answers are told apart by the message that they answer, since an error in place of a dead node does not say which
+    node it is for. What another node answers does not count, nor does a second answer.
 
     Args:
         asked: The messages that were sent.
         answers: The messages that came back.
         timeout: How many seconds were waited.
     """
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked.values()}
+    others = set(node_of.values())
     answer_to: dict[str, Message] = {}
     for answer in answers:
-        answer_to.setdefault(answer.metadata.reply_to_message_id, answer)
+        to, by = answer.metadata.reply_to_message_id, answer.metadata.src_node_id
+        if by == node_of.get(to) or (answer.has_error() and by not in others):
+            answer_to.setdefault(to, answer)
     contents: dict[int, RecordDict] = {}
     failures: dict[int, str] = {}
     for key, message in asked.items():
@@ -107,15 +111,13 @@ def sorted_out(
             failures[key] = f"no answer within {timeout:g} s"
         elif answer.has_error():
             failures[key] = printable(reason_in_short(answer.error), MAX_REASON) or "an error without a reason"
-        elif answer.metadata.src_node_id != message.metadata.dst_node_id:
-            failures[key] = f"an answer by node {answer.metadata.src_node_id}, which was not asked"
         else:
             contents[key] = answer.content
     return contents, failures
 
 
 def in_words(failures: Mapping[int, str], who: str = "client") -> str:
-    """Return the first failures in one line, and how many more there are; equal ones are told once.
+    """Return the first failures in one line, and how many more there are; equal ones are named once.
 
     Args:
         failures: One line each, which may begin with whom it is about, such as `client 3: `.

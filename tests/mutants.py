@@ -65,6 +65,7 @@ SPENDING, SPENT = "fedpriv/experiment/spent.py", "tests/experiment/test_experime
 PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
+FAILURES, TRAINED = "tests/flower/test_flower_failures.py", "tests/flower/test_flower_trained.py"
 
 MUTANTS = [
     Mutant(
@@ -246,16 +247,16 @@ MUTANTS = [
     Mutant(
         "an unbounded message is summed",
         "strategies/method_strategy.py",
-        "if not norm <= plan.l2_bound:",
-        "if False:",
-        FLOWER,
+        "        if fault:",
+        "        if False:",
+        FAILURES,
     ),
     Mutant(
         "Flower's messages in order of arrival",
         "strategies/nodes.py",
-        "found = [answer_to.get(message.metadata.message_id) for message in asked]",
-        "found = list(answer_to.values())",
-        FLOWER,
+        "answer = answer_to.get(message.metadata.message_id)",
+        "answer = dict(enumerate(answer_to.values())).get(len(contents) + len(failures))",
+        FAILURES,
     ),
     Mutant(
         "a client's metrics leave a private run",
@@ -274,9 +275,9 @@ MUTANTS = [
     Mutant(
         "a client that lost its memory goes on",
         "clients/state.py",
-        "if fresh._fields and last_round != order.last_round:",
-        "if False:",
-        FLOWER,
+        "if record is not None and order.last_round in (committed, pending):",
+        "if record is not None:",
+        "tests/flower/test_flower_wire.py",
     ),
     Mutant(
         "the seed of a central run goes to the clients",
@@ -1379,6 +1380,8 @@ MUTANTS = [
         'row["cohort_size"] if plan is None else expected for row',
         'row["cohort_size"] for row',
         RELEASED,
+    ),
+    Mutant(
         "rounding decides where delta is small",
         "fedpriv/privacy/losses.py",
         "            tilted, before = self._tilted(theta, center), best\n",
@@ -1405,6 +1408,8 @@ MUTANTS = [
         "    return ((other, other),) if replace else ((gone, come), (come, gone))",
         "    return ((other, other),) if replace else ((come, gone),)",
         "tests/privacy",
+    ),
+    Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
         'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
@@ -1452,6 +1457,125 @@ MUTANTS = [
         "if sharing([run for run, _ in charged]):",
         "if False:",
         SPENT,
+    ),
+    Mutant(
+        "drop-in: frozen arrays are noised like the others",
+        "clients/trained.py",
+        'trained = set(model) - _matching(model, frozen or (), "frozen") - integers',
+        'trained = set(model) - integers if _matching(model, frozen or (), "frozen") or True else set()',
+        TRAINED,
+    ),
+    Mutant(
+        "drop-in: arrays that training leaves alone are noised without a word",
+        "clients/trained.py",
+        "    if order.private and not arrays.declared and order.last_round == 0:",
+        "    if False:",
+        TRAINED,
+    ),
+    Mutant(
+        "drop-in: a server that is the adversary is told what training changed",
+        "clients/trained.py",
+        "        if order.noise_stddev == 0.0 or order.diagnostics:",
+        "        if True:",
+        TRAINED,
+    ),
+    Mutant(
+        "drop-in: a fixed array may change at a client",
+        "clients/trained.py",
+        "    if sent.data == returned.data:",
+        "    if True:",
+        TRAINED,
+    ),
+    Mutant(
+        "drop-in: a message that is not finite is summed",
+        "strategies/faults.py",
+        "    if not bool(torch.isfinite(message).all()):",
+        "    if False:",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: a client remembers a message that was lost",
+        "clients/state.py",
+        "side = _PENDING if order.last_round == pending else _COMMITTED",
+        "side = _PENDING",
+        f"{FAILURES} tests/flower/test_flower_wire.py",
+    ),
+    Mutant(
+        "drop-in: the server counts a message that it did not get",
+        "strategies/attendance.py",
+        "        self.last_round |= dict.fromkeys(counted, round)",
+        "        self.last_round |= dict.fromkeys([*counted, *failures], round)",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: any number of clients may fail",
+        "strategies/attendance.py",
+        "        elif len(failures) <= self._tolerated(asked):",
+        "        elif True:",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: a run of secret cohorts ends if half of a cohort fails",
+        "strategies/method_strategy.py",
+        "            max_failures=MAX_FAILURES if limit is None and not secret else limit,",
+        "            max_failures=MAX_FAILURES if limit is None else limit,",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: a lost memory shows that its client was in a secret cohort",
+        "strategies/attendance.py",
+        "believed = [] if self.secret else believed_losses",
+        "believed = believed_losses",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: the model of a run that ends with an error is lost",
+        "strategies/method_strategy.py",
+        "            rescue(self.result.arrays, self._finished, self.rescue_folder)\n",
+        "",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: a run whose updates were all not finite ends well",
+        "strategies/method_strategy.py",
+        "        if 0 < self._messages == self._non_finite:",
+        "        if False:",
+        FAILURES,
+    ),
+    Mutant(
+        "drop-in: noise that drowns the signal is not said",
+        "strategies/method_strategy.py",
+        "        if drowned:\n",
+        "        if False:\n",
+        TRAINED,
+    ),
+    Mutant(
+        "drop-in: a metric is divided by the examples of clients that lack it",
+        "strategies/metrics.py",
+        "values = {client: metrics[name] for client, metrics in counted.items() if name in metrics}",
+        "values = {client: metrics.get(name, 0.0) for client, metrics in counted.items()}",
+        "tests/flower/test_flower_metrics.py",
+    ),
+    Mutant(
+        "drop-in: a client without examples loses all clients' metrics",
+        "strategies/metrics.py",
+        "    counted = {client: metrics for client, metrics in reported.items() if client not in left_out}",
+        "    counted = {} if left_out else reported",
+        "tests/flower/test_flower_metrics.py",
+    ),
+    Mutant(
+        "flower: a client's error is cut to its last line",
+        "strategies/client_errors.py",
+        '"\\n".join(lines[begins:])',
+        "lines[-1]",
+        "tests/flower/test_flower_errors.py",
+    ),
+    Mutant(
+        "a run that learned nothing exits as if it had",
+        "fedpriv/cli.py",
+        "    if learned_nothing(rows):",
+        "    if False:",
+        "tests/experiment/test_experiment_learned.py",
     ),
 ]
 

@@ -1,5 +1,6 @@
 """Clients that fail, messages that cannot be used and lost memories do not end a run, and change no promise."""
 
+import copy
 import logging
 import math
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 from flower_existing_app import CLIENTS, ROUNDS, app, initial_net, train, train_locally
 from flower_in_process import InProcessGrid, NodeError, inside_a_run
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
@@ -255,19 +256,24 @@ def test_an_honest_message_is_never_at_fault(privacy):
     assert "expected at most" in message_fault(longer, rules, 20_000)
 
 
-def test_an_answer_by_a_node_that_was_not_asked_does_not_count():
+def test_what_another_node_answers_does_not_count():
+    """Node 0 answers, before everybody else, what the others were asked: with a message, or with an error."""
+
     class Forging(InProcessGrid):
         def send_and_receive(self, messages, *, timeout=None):
             answers = list(super().send_and_receive(messages, timeout=timeout))
-            for answer in answers:
-                if answer.metadata.src_node_id == self.order[2] and not asks_who(answer.content):
-                    answer.metadata.__dict__["_src_node_id"] = self.order[0]
-            return answers
+            forged = []
+            for answer in answers if not asks_who(self.seen[-1].content) else []:
+                error = Message(Error(code=2, reason="forged"), reply_to=self.seen[-1])
+                for made in (copy.copy(answer), error):
+                    made.__dict__["_metadata"] = copy.copy(answer.metadata)
+                    made.metadata.__dict__["_src_node_id"] = self.order[0]
+                    forged += [made] if answer.metadata.src_node_id != self.order[0] else []
+            return [*forged, *answers]
 
-    grid = Forging(app, CLIENTS)
-    strategy = DPFedAvg(num_clients=CLIENTS, max_failures=0.0)
-    with pytest.raises(UserError, match=r"which was not asked"):
-        start(strategy, grid, rounds=1)
+    strategy = DPFedAvg(num_clients=CLIENTS, max_failures=0.0, seed=3)
+    start(strategy, Forging(app, CLIENTS))
+    assert_same(strategy, reference(strategy, {}))
 
 
 # ---------------------------------------------------------------- nothing is lost
@@ -501,6 +507,7 @@ def test_a_grid_whose_nodes_are_all_there_is_not_waited_for(clients):
 def test_a_number_of_clients_is_one(clients):
     with pytest.raises(UserError, match="num_clients: expected a whole number from 1, got"):
         DPFedAvg(num_clients=clients)
+    DPFedAvg(num_clients=np.int64(3))  # type: ignore[arg-type]
 
 
 def test_the_order_names_the_last_round_that_counted():
