@@ -1379,6 +1379,8 @@ MUTANTS = [
         'row["cohort_size"] if plan is None else expected for row',
         'row["cohort_size"] for row',
         RELEASED,
+    ),
+    Mutant(
         "rounding decides where delta is small",
         "fedpriv/privacy/losses.py",
         "            tilted, before = self._tilted(theta, center), best\n",
@@ -1405,6 +1407,8 @@ MUTANTS = [
         "    return ((other, other),) if replace else ((gone, come), (come, gone))",
         "    return ((other, other),) if replace else ((come, gone),)",
         "tests/privacy",
+    ),
+    Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
         'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
