@@ -37,6 +37,9 @@ class UniformOnly:
     def more(self, position: int, number: int) -> int:
         raise AssertionError(position, number)
 
+    def subset(self, population: int, size: int) -> np.ndarray:
+        raise AssertionError(population, size)
+
 
 class Scripted(UniformOnly):
     """A source of given uniform numbers, one value per call."""
@@ -46,9 +49,6 @@ class Scripted(UniformOnly):
 
     def uniform(self, size: int) -> np.ndarray:
         return np.full(size, self.values.pop(0))
-
-    def subset(self, population: int, size: int) -> np.ndarray:
-        raise AssertionError(population, size)
 
 
 def source(seed: int, round: int = 1) -> Source:  # noqa: A002
