@@ -61,6 +61,8 @@ AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
 SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
+SPENDING, SPENT = "fedpriv/experiment/spent.py", "tests/experiment/test_experiment_spent.py"
+PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
 
@@ -1043,6 +1045,118 @@ MUTANTS = [
         "tests/privacy/test_privacy_sampling.py",
     ),
     Mutant(
+        "examples are held out by label over all natural clients",
+        "fedpriv/learning/validation.py",
+        "    if dataset.groups is None:\n        held = _held_out_of_labels",
+        "    if True:\n        held = _held_out_of_labels",
+        NEIGHBORS,
+    ),
+    Mutant(
+        "a speaker who says nothing gives the place away",
+        "fedpriv/learning/natural_files.py",
+        "if name not in SILENT:",
+        "if name not in SILENT and words:",
+        NEIGHBORS,
+    ),
+    Mutant(
+        "clients that are tested on train as well",
+        "fedpriv/learning/validation.py",
+        "replace(_kept(whole, to_train), test_inputs",
+        "replace(_kept(whole, to_train | to_test), test_inputs",
+        "tests/learning/test_learning_validation.py",
+    ),
+    Mutant(
+        "the same places are held out to test and to validate on",
+        "fedpriv/learning/validation.py",
+        "_TO_TEST, _TO_VALIDATE = 0, 1",
+        "_TO_TEST, _TO_VALIDATE = 0, 0",
+        "tests/learning/test_learning_validation.py",
+    ),
+    Mutant(
+        "validation on natural clients' own examples counts as public",
+        "fedpriv/experiment/config.py",
+        'held: Whose = "within" if natural else "public"',
+        'held: Whose = "public"',
+        NEIGHBORS,
+    ),
+    Mutant(
+        "a score that no promise covers is not marked",
+        "fedpriv/experiment/config.py",
+        "return () if self.privacy is None else self.data.facts.not_covered",
+        "return ()",
+        RELEASED,
+    ),
+    Mutant(
+        "a score that no promise covers has a plain name in a tracker",
+        "fedpriv/experiment/tracking.py",
+        "return NOT_COVERED + key if key in self.not_covered else key",
+        "return key",
+        "tests/experiment/test_experiment_tracking.py",
+    ),
+    Mutant(
+        "trackers get diagnostics of private runs unasked",
+        "fedpriv/experiment/tracking.py",
+        "config.privacy is None if diagnostics is None else diagnostics",
+        "True if diagnostics is None else diagnostics",
+        "tests/experiment/test_experiment_tracking.py",
+    ),
+    Mutant(
+        "what is not released is created for all to read",
+        "fedpriv/privacy/released.py",
+        "return OWNER_ONLY if _OF_NAME[name].kind is Kind.OWNER else None",
+        "_OF_NAME[name]; return None",
+        RELEASED,
+    ),
+    Mutant(
+        "a part that a crash left is written to as it is",
+        "fedpriv/experiment/records.py",
+        "part.unlink(missing_ok=True)  # one that a crash left keeps its mode",
+        "part.touch(); os.O_EXCL = 0",
+        RELEASED,
+    ),
+    Mutant(
+        "what an older version left open stays open",
+        "fedpriv/experiment/records.py",
+        "            self._shut()\n",
+        "",
+        RELEASED,
+    ),
+    Mutant(
+        "states beside memory lie in a folder for all",
+        "fedpriv/engines/states.py",
+        "folder.mkdir(mode=0o700, parents=True",
+        "folder.mkdir(parents=True",
+        RELEASED,
+    ),
+    Mutant(
+        "snapshots of states are open to all",
+        "fedpriv/engines/ray_snapshots.py",
+        "os.O_CREAT | os.O_EXCL, 0o600)",
+        "os.O_CREAT | os.O_EXCL, 0o644)",
+        RELEASED,
+    ),
+    Mutant(
+        "a refusal shows a checksum of the data",
+        "fedpriv/experiment/records.py",
+        'else ("", "other data")',
+        "else (promise, theirs[0])",
+        RELEASED,
+    ),
+    Mutant(
+        "a checksum of the data is in the summary",
+        "fedpriv/experiment/journal.py",
+        '"seed": config.seed,',
+        '"seed": f"{config.seed} {self.experiment.population.federation.fingerprint}",',
+        RELEASED,
+    ),
+    Mutant(
+        "speed says how many of a hidden cohort took part",
+        "fedpriv/experiment/journal.py",
+        'row["cohort_size"] if plan is None else expected for row',
+        'row["cohort_size"] for row',
+        RELEASED,
+    ),
+    Mutant(
         "an audit is blind to noise that is missing",
         NOISE,
         "    if stddev == 0.0:\n        return values\n    exact",
@@ -1291,6 +1405,53 @@ MUTANTS = [
         "    return ((other, other),) if replace else ((gone, come), (come, gone))",
         "    return ((other, other),) if replace else ((come, gone),)",
         "tests/privacy",
+        "promises: replace is promised at the epsilon of add-or-remove",
+        PLAN,
+        'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
+        'return replace(self, adjacency="replace")',
+        PROMISED,
+    ),
+    Mutant(
+        "promises: a hidden cohort is given an exact mu",
+        PLAN,
+        "        if self._credits_sampling:\n            return None\n",
+        "",
+        PROMISED,
+    ),
+    Mutant(
+        "spent: two Gaussian runs cost no more than the larger",
+        SPENDING,
+        "mu, delta = math.sqrt(math.fsum(mu * mu for mu in exact)), min(deltas)",
+        "mu, delta = max(exact), min(deltas)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: sums of epsilons are stated at one delta",
+        SPENDING,
+        "math.fsum(run.epsilon_after(rounds) for run, rounds in charged), math.fsum(deltas)",
+        "math.fsum(run.epsilon_after(rounds) for run, rounds in charged), min(deltas)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a run without privacy is left out",
+        SPENDING,
+        "    if any(run.plan is None for run, _ in charged):",
+        "    charged = [(run, rounds) for run, rounds in charged if run.plan is not None]\n    if False:",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the checkpoint of a killed run is not asked",
+        SPENDING,
+        "return max(recorded, turns, directory.checkpoint.round() or 0)",
+        "return max(recorded, turns)",
+        SPENT,
+    ),
+    Mutant(
+        "spent: shared noise is composed like independent noise",
+        SPENDING,
+        "if sharing([run for run, _ in charged]):",
+        "if False:",
+        SPENT,
     ),
 ]
 

@@ -1,6 +1,6 @@
 """The picture of an audit: what canaries scored, and what that says about epsilon."""
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ __all__ = ["plot_audit"]
 NULL, SEEN, CLAIM = "#56B4E9", "#D55E00", "#000000"
 
 
-def plot_audit(findings: Findings, record: dict[str, Any], path: Path) -> None:
-    """Write histograms of scores, and lower bounds beside the claim, as one PNG.
+def plot_audit(findings: Findings, record: dict[str, Any]) -> bytes:
+    """Return histograms of scores, and lower bounds beside the claim, as one PNG.
 
     Args:
         findings: What was found.
         record: The content of `audit.json`.
-        path: Where to.
     """
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,7 +33,9 @@ def plot_audit(findings: Findings, record: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(6, 5))
     _draw_scores(left, findings)
     _draw_bounds(right, findings, record)
-    figure.savefig(path, dpi=130)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    return content.getvalue()
 
 
 def _draw_scores(axes: Axes, findings: Findings) -> None:

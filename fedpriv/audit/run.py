@@ -1,5 +1,6 @@
 """An audit: attack an experiment once, judge its promise, write down both."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.assemble import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy.released import OWNER_ONLY
 
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
 
@@ -73,6 +75,8 @@ def run_audit(
 ) -> dict[str, Any]:
     """Attack the experiment with canary clients, write `audit.json` and `audit.png`, and return the former.
 
+    Both files can be read by their owner alone.
+
     Args:
         config: The experiment, or the path of its TOML file.
         out: The folder for both files; must not hold an audit already.
@@ -91,8 +95,12 @@ def run_audit(
             raise UserError(str(directory.path), "a folder without an audit", AUDIT_FILE, "Choose another --out")
         experiment = assemble(config, device=choice.device, data_root=data_root)
         findings, record = audit_experiment(experiment, choice, watch)
-        plot_audit(findings, record, directory.file(PICTURE_FILE))
-        directory.write_json(AUDIT_FILE, record)
+        for name, content in (
+            (PICTURE_FILE, plot_audit(findings, record)),
+            (AUDIT_FILE, json.dumps(jsonable(record), indent=2) + "\n"),
+        ):
+            # The noise is that of the run without an audit, whose epsilon does not cover a second look at it.
+            write_atomically(directory.file(name), content, OWNER_ONLY)
     return record
 
 

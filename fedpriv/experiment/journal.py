@@ -17,7 +17,7 @@ from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.methods import ServerState
-from fedpriv.privacy import privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
@@ -324,4 +324,5 @@ class Journal:
 
 def _no_promise() -> dict[str, Any]:
     keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
-    return {**dict.fromkeys(keys), "private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
+    absent = {"private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
+    return {**dict.fromkeys(keys), **absent, **NOT_PROMISED}

@@ -153,6 +153,21 @@ class Checkpoint:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_pieces_atomically(self.path, safetensors_pieces(contiguous, metadata), mode_of(self.path.name))
 
+    def round(self) -> int | None:
+        """Return the round of the checkpoint, without reading its tensors; None if there is no checkpoint.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return int((file.metadata() or {})["round"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            remedy = "Restore the file, or start the run again in a new --out"
+            raise UserError(str(self.path), "a whole checkpoint", str(error), remedy) from None
+
     def read(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
         """Round, server tensors and client tensors; None if there is no checkpoint yet.
 

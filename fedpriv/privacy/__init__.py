@@ -1,12 +1,14 @@
 """What is promised, to whom, and why it holds."""
 
-from fedpriv.privacy.plan import ADVERSARIES, REPLACE_FACTOR, PrivacyPlan, make_plan
+from fedpriv.privacy.plan import ADVERSARIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
+from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
 
 __all__ = [
     "ADVERSARIES",
+    "NOT_PROMISED",
     "REPLACE_FACTOR",
     "SAMPLINGS",
     "DataFacts",
@@ -18,5 +20,6 @@ __all__ = [
     "Scheduled",
     "make_plan",
     "privacy_statement",
+    "read_plan",
     "rounded_up",
 ]

@@ -33,14 +33,15 @@ class Output:
         name: In the run directory.
         kind: Whether it is released.
         about: Its content, for the privacy statement.
-        by: `all` runs, or only those that are a `simulation`, a `deployment` or part of a `sweep`, or have a `tracker`.
+        by: `all` runs, or only those that are a `simulation`, a `deployment`, an `audit` or part of a `sweep`, or that
+            have a `tracker`.
         left: Whether every finished simulation in process leaves it.
     """
 
     name: str
     kind: Kind
     about: str
-    by: Literal["all", "simulation", "deployment", "sweep", "tracker"] = "all"
+    by: Literal["all", "simulation", "deployment", "sweep", "tracker", "audit"] = "all"
     left: bool = False
 
 
@@ -71,6 +72,13 @@ OUTPUTS = (
         "sweep",
     ),
     Output("stopped.json", Kind.RELEASED, "why a sweep stopped the run, by released scores", "sweep"),
+    Output(
+        "audit.json",
+        Kind.RELEASED,
+        "the verdict of an audit, a run of its own with canaries among the clients",
+        "audit",
+    ),
+    Output("audit.png", Kind.RELEASED, "the same as a picture", "audit"),
     Output("mlflow.json", Kind.RELEASED, "the run's id in a tracker", "tracker"),
     Output("wandb.json", Kind.RELEASED, "the run's id in a tracker", "tracker"),
     Output("tensorboard", Kind.RELEASED, "rows for a tracker; not released with --log-diagnostics", "tracker"),

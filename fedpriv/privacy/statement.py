@@ -120,6 +120,9 @@ _SECRET_COHORTS = (
 )
 
 
+_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
+
+
 _WHOSE_APP = {
     "fixed": "The app: nodes that `fedpriv deploy node` starts run their own installed code, refuse any that a server "
     "sends, and follow orders only within their policies. For a client on any other node the promise is not against a "
@@ -134,8 +137,6 @@ _ROLLED_BACK = (
     "what was spent since. The signed head of the ledger that the server shows would tell; a server cannot forge it, "
     "but can keep it back"
 )
-
-_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
 
 _SCHEMES = {
     "over-selection": "more clients are asked in each round than it has places, and the first to answer count",

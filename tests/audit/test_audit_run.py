@@ -279,6 +279,7 @@ def test_the_command_writes_what_others_build_on(quick_file: str, tmp_path: Path
     assert sum(score["certified"] for score in record["scores"]) == 2
     assert "not a proof" in record["words"]
     assert (out / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert {oct((out / name).stat().st_mode & 0o777) for name in ("audit.png", "audit.json")} == {"0o600"}
     shown = capsys.readouterr().out
     assert "not guilty" in shown
     assert record["adversary"] in shown
