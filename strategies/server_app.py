@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import TEST_SEEDED
+from clients.deploy_checks import check_space
 from clients.run_config import RunConfig
 from clients.wire import ARRAYS, ModelArrays
 from fedpriv.errors import UserError
@@ -80,6 +81,7 @@ def _run_deployed(grid: Grid, context: Context) -> None:
     if not seeded:
         experiment = _with_secret_streams(experiment)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
+    _refuse_full_disk(directory.path, experiment)
     with directory.locked():
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
@@ -90,6 +92,18 @@ def _run_deployed(grid: Grid, context: Context) -> None:
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
         run_turns(grid, experiment, coordinator, arrays, journal, directory)
     _log.info("The run is in %s", directory.path)
+
+
+def _refuse_full_disk(path: Path, experiment: Experiment) -> None:
+    """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
+    model = experiment.initial_model
+    state = experiment.config.method.init_server(model)
+    # A checkpoint is written beside the former one; the first model and the last one stay.
+    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    (space,) = check_space(path, 0.0, "", least=wanted)
+    if space.state == "wrong":
+        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
+        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
 
 
 def _with_secret_streams(experiment: Experiment) -> Experiment:

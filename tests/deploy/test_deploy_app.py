@@ -1,6 +1,7 @@
 """Server and client apps together, message by message: bits, counting, resumption, strangers."""
 
 import json
+import shutil
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -604,6 +605,16 @@ def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_bu
     (row,) = rows(tmp_path / "out")
     assert set(row["refused"]) == {"0", "1", "2", "3"}
     assert all("as many parameters" in refused["reason"] for refused in row["refused"].values())
+
+
+def test_a_run_whose_checkpoints_have_no_room_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
+    with pytest.raises(UserError, match="expected room for checkpoints and models, 15,600 bytes, got 1 MiB free"):
+        run_server(grid, config(trust="none", rounds=1), tmp_path / "out")
+    assert not grid.seen
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:
