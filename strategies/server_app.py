@@ -43,11 +43,19 @@ def main(grid: Grid, context: Context) -> None:
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
-    except UserError as error:
+    except (UserError, OSError) as error:
         report = context.run_config.get("failure-report")
         if report and Path(str(report)).parent.is_dir():
-            Path(str(report)).write_text(str(error), encoding="utf-8")
+            Path(str(report)).write_text(_line_of(error), encoding="utf-8")
         raise
+
+
+def _line_of(error: UserError | OSError) -> str:
+    """Return the one line that a failed run ends with."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = error.filename or "the run directory"
+    return f"{where}: {error.strerror or error}. Free some room, or mend the folder; the run goes on with --resume."
 
 
 def _run(grid: Grid, context: Context) -> None:
