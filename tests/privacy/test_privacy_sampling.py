@@ -150,7 +150,7 @@ def test_poisson_of_a_billion_clients_costs_its_cohort() -> None:
     assert stats.poisson.cdf(len(cohort), 100) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("probability", [5e-324, 1e-300, 1e-20])
+@pytest.mark.parametrize("probability", [1e-100, 1e-60, 1e-20])
 def test_a_tiny_probability_gives_an_empty_cohort_without_overflow(probability: float) -> None:
     assert len(Poisson(10**12, probability).cohort(source(2))) == 0
 
