@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from clients.state import keep_state, load_state
-from clients.wire import ARRAYS, DIAGNOSTICS, ModelArrays, Order
+from clients.wire import DIAGNOSTICS, MessageFormat, ModelArrays, Order
 from fedpriv.engines import one_thread
 from fedpriv.rounds import client_round
 
@@ -29,12 +29,16 @@ def send_message(order: Order, signal: Tensor, model: ModelArrays, context: Cont
     """
     with one_thread():
         state = load_state(context, order, model.layout.size)
+        sound = all(bool(torch.isfinite(field).all()) for field in state)
         message, state = client_round(order.rules, order.client, state, signal, order.round)
-        norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64)) if sound else math.inf
     keep_state(context, order, state)
     if not math.isfinite(norm):
-        _log.warning("client %d: its update is not finite and counts as nothing", order.client)
-    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: model.message(message)}
+        what = "update" if sound else "memory"
+        _log.warning("client %d: its %s is not finite, and its message counts as nothing", order.client, what)
+    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        **model.message(message, MessageFormat.of(order.rules))
+    }
     if order.diagnostics:
         content[DIAGNOSTICS] = MetricRecord({"signal-norm": norm})
     return RecordDict(content)

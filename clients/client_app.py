@@ -7,15 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.answers import refusal, send_message
+from clients.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
+from clients.heads import Head
 from clients.member import Member
 from clients.own_data import own_signal
 from clients.refusals import Refusal
 from clients.run_config import RunConfig
-from clients.wire import ARRAYS, CONFIG, Introduction, ModelArrays, Order, Terms, asks_who, refusal_record
+from clients.wire import ARRAYS, CONFIG, TERMS, Introduction, ModelArrays, Order, Terms, asks_who, refusal_record
 from fedpriv.engines import Population, one_thread
 from fedpriv.errors import UserError
 from fedpriv.streams import SeededStreams, Streams
@@ -42,15 +44,16 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _train(message: Message, context: Context) -> Message:
-    home = context.node_config.get("fedpriv-home")
+    home = context.node_config.get(HOME)
     if home:
         try:
             return _deployed(message, context, Path(str(home)))
         except Exception:  # what it says may speak of data, and Flower would send it to the server
             _log.exception("the order could not be followed")
             return Message(refusal_record("trouble", Refusal.because("trouble", "").told), reply_to=message)
-    order, terms = Order.of(message.content), Terms.of(message.content)
-    if terms is not None:
+    refuse_unless_simulated()
+    order = Order.of(message.content)
+    if message.content.config_records.get(TERMS, {}).get("digest"):  # the terms of strategies name no experiment
         remedy = "Start nodes of a deployment with: fedpriv deploy node BUNDLE"
         raise UserError("node", "one with a home of its own, and a policy in it", "one without", remedy)
     received = message.content.array_records[ARRAYS]
@@ -66,32 +69,32 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
     """The answer of a device that guards itself; a refusal is an answer, too."""
     try:
         order, terms = _order_of(message)
-        if order.client != _own_id(context):
-            raise Refusal("model", "order", f"one for client {_own_id(context)}", order.client, "It is another's")
+        if order.client != own_id(context):
+            raise Refusal("model", "order", f"one for client {own_id(context)}", order.client, "It is another's")
         order, streams = _streams(order)
         member = Member.at(home, streams)
         received, model = _model_of(message)
         run = RunConfig.of_device(context.run_config, context.node_config)
         vector = model.vector(received)
-        answer = member.answer(order, terms, vector, lambda: own_signal(member, run, order, terms, vector))
+        shown = Head.of(message.content)
+        answer = member.answer(order, terms, vector, lambda: own_signal(member, run, order, terms, vector), shown)
+        content = answer_content(member, order, model, answer)
     except Refusal as refusal:
         no = refusal
     except UserError as error:
         no = Refusal.because("trouble", str(error))
     else:
-        return Message(RecordDict({ARRAYS: model.message(answer)}), reply_to=message)
+        return Message(content, reply_to=message)
     _log.warning("refused (%s): %s", no.kind, no)
     return Message(refusal_record(no.kind, no.told), reply_to=message)
 
 
 def _order_of(message: Message) -> tuple[Order, Terms]:
     try:
-        order, terms = Order.of(message.content), Terms.of(message.content)
+        order = Order.of(message.content)
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
-    if terms is None:
-        raise Refusal("model", "order", "terms, as deployments have them", "none", "Run it with fedpriv run --deploy")
-    return order, terms
+    return order, terms_of(message)
 
 
 def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
@@ -104,14 +107,10 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
         raise Refusal.because("model", str(error)) from None
 
 
-def _own_id(context: Context) -> int | None:
-    return Introduction.of_node(context.node_config).client
-
-
 def _streams(order: Order) -> tuple[Order, Streams | None]:
     """The order and where its noise comes from: a seed is followed only where a test has switched that on."""
     if order.seed is not None and os.environ.get(TEST_SEEDED) == "1":
-        return replace(order, seed=None), SeededStreams(order.seed)
+        return replace(order, seed=None), SeededStreams(order.seed, order.noise_id)
     return order, None
 
 

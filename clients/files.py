@@ -10,7 +10,15 @@ from pathlib import Path
 from fedpriv.errors import UserError
 from fedpriv.experiment.records import sync_folder
 
-__all__ = ["append_durably", "make_private_folder", "only_one", "replace_durably"]
+__all__ = [
+    "append_durably",
+    "finish_replacing",
+    "make_private_folder",
+    "only_one",
+    "prepare_replacing",
+    "replace_durably",
+    "unfinished",
+]
 
 
 def make_private_folder(path: Path) -> None:
@@ -28,15 +36,35 @@ def replace_durably(path: Path, content: bytes) -> None:
     Raises:
         UserError: If the disk is full or cannot be written to.
     """
-    part = path.with_name(path.name + ".part")
+    prepare_replacing(path, content)
+    finish_replacing(path)
+
+
+def prepare_replacing(path: Path, content: bytes) -> None:
+    """Writes a file's new content beside it. Only this takes up room, and only `finish_replacing` changes the file.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    part = unfinished(path)
     with _explained(path):
         try:
             _write_new(part, content)
-            part.replace(path)
-            sync_folder(path.parent)
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def finish_replacing(path: Path) -> None:
+    """Gives a file the content that `prepare_replacing` wrote beside it."""
+    with _explained(path):
+        unfinished(path).replace(path)
+        sync_folder(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """Where the new content of a file is until it takes the file's place."""
+    return path.with_name(path.name + ".part")
 
 
 def append_durably(path: Path, line: bytes, length: int) -> None:

@@ -10,15 +10,17 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clients.files import append_durably, make_private_folder, only_one, replace_durably
+from clients.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
+from clients.memory import remembered_ledgers
 from clients.promise import Promise
 from fedpriv.errors import UserError
 from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
 
-__all__ = ["Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
+__all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -47,6 +49,24 @@ class Entry(Promise):
     method: str
     l2_bound: float
     noise_stddev: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A line that is not in the ledger yet.
+
+    Args:
+        line: The line, without its end.
+        lines: Number of lines once it is there.
+    """
+
+    line: bytes
+    lines: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the line."""
+        return hashlib.sha256(self.line).hexdigest()
 
 
 class Ledger:
@@ -83,28 +103,55 @@ class Ledger:
         whole = content[: content.rfind(b"\n") + 1]  # what a crash left of a line was never sent
         self._length = len(whole)
         found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
-        if self._head.exists():
-            lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
-            self.refuse_without(int(lines) if lines.isdecimal() else -1, digest)
+        noted = self.noted()
+        if noted is not None:
+            self.refuse_without(*noted)
         return found
 
-    def refuse_without(self, lines: int, digest: str) -> None:
-        """Raises UserError unless the ledger has so many lines or more, and that one has this hash."""
-        if lines and not (0 < lines <= self.lines and self._hashes[lines] == digest):
-            raise self._damaged(max(lines, 0))
+    def noted(self) -> tuple[int, str] | None:
+        """Return the number of lines and the hash of the last, as noted beside the ledger; None if there is no note."""
+        if not self._head.exists():
+            return None
+        lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
+        return int(lines) if lines.isdecimal() else -1, digest
 
-    def append(self, entry: Entry) -> None:
-        """Writes a release down, after `entries` was read; it is on the disk when this returns.
+    def refuse_without(self, lines: int, digest: str, witness: str = "") -> None:
+        """Raises UserError unless the ledger has so many lines or more, and that one has this hash.
+
+        Args:
+            lines: How many.
+            digest: SHA-256 of the last of them.
+            witness: Who says so, in words.
+        """
+        if lines and not self._has(lines, digest):
+            raise self._damaged(max(lines, 0), witness)
+
+    def holds(self, lines: int, digest: str) -> bool:
+        """Read the ledger, and return whether its line of this number, from 1, has this hash."""
+        self.entries()
+        return self._has(lines, digest)
+
+    def drafted(self, entry: Entry) -> Draft:
+        """Return the line of a release, after `entries` was read. Nothing is written."""
+        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
+        return Draft(line, self.lines + 1)
+
+    def append(self, draft: Draft) -> None:
+        """Writes the last drafted line down; it is on the disk when this returns.
 
         Raises:
-            UserError: If the disk is full; then nothing may be sent.
+            UserError: If the disk is full; then the line is not there, and nothing may be sent.
         """
         make_private_folder(self.path.parent)
-        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
-        append_durably(self.path, line + b"\n", self._length)
-        self._length += len(line) + 1
-        self._hashes.append(hashlib.sha256(line).hexdigest())
-        replace_durably(self._head, f"{self.lines} {self.last_hash}\n".encode())
+        prepare_replacing(self._head, f"{draft.lines} {draft.digest}\n".encode())
+        append_durably(self.path, draft.line + b"\n", self._length)
+        self._length += len(draft.line) + 1
+        self._hashes.append(draft.digest)
+        with suppress(UserError):  # a head that lags behind is right, and the next line brings it along
+            finish_replacing(self._head)
+
+    def _has(self, lines: int, digest: str) -> bool:
+        return 0 < lines <= self.lines and self._hashes[lines] == digest
 
     def _read(self, number: int, line: bytes) -> Entry:
         try:
@@ -118,9 +165,11 @@ class Ledger:
         self._hashes.append(hashlib.sha256(line).hexdigest())
         return entry
 
-    def _damaged(self, number: int) -> UserError:
+    def _damaged(self, number: int, witness: str = "") -> UserError:
         remedy = "Put back the newest copy. Without it nobody knows what was spent, and nothing more is sent"
-        return UserError(f"{self.path}, line {number}", "the line as it was written", "another, or none", remedy)
+        return UserError(
+            f"{self.path}, line {number}", f"the line as it was written{witness}", "another, or none", remedy
+        )
 
 
 def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
@@ -175,10 +224,16 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         epsilon: The budget.
         delta: Its delta.
         adjacency: See `spent`.
+
+    Raises:
+        UserError: If the ledger is damaged, or shorter than a memory beside it remembers.
     """
     if folder.exists():
         with only_one(folder / LOCK_FILE):
-            entries = Ledger(folder).entries()
+            ledger = Ledger(folder)
+            entries = ledger.entries()
+            for path, number, digest in remembered_ledgers(folder):
+                ledger.refuse_without(number, digest, f", as {path} remembers it")
     else:
         entries = []
     lines = []

@@ -4,14 +4,20 @@ What happens to an order, and what is on the disk when it is interrupted there:
 
 1. It is checked against the client's policy, and its turn against the client's record: nothing has changed.
 2. The message is made: nothing has changed, and the same order may be followed anew.
-3. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low, and this
-   turn is not answered any more.
-4. The message and the memory after it are written down: from now on the same request gets the same message.
-5. The message is sent.
+3. The message and the memory after it are written beside the memory, which still holds. Only this takes up room: a disk
+   that is full ends it here, or in the next step, and nothing is charged.
+4. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low. The next
+   order finds the message that is in the ledger, and takes the fifth step.
+5. What was written beside the memory takes its place: from now on the same request gets the same message.
+6. The message is sent, and with it the signed head of the ledger.
+
+Before 2, the ledger is compared with every witness of how long it was: the memory file of each run, and the head that
+the server shows (`clients.heads`). A ledger that was lost, or is an older copy, stops every run, not only its own.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,21 +26,23 @@ import torch
 from torch import Tensor
 
 from clients.files import make_private_folder, only_one
+from clients.heads import Head, LedgerKey
 from clients.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
-from clients.memory import MemoryFile, Record
+from clients.memory import MemoryFile, Record, remembered_ledgers
 from clients.policy import POLICY_FILE, Policy, load_policy
 from clients.refusals import Refusal
 from clients.wire import Order, Terms, method_name
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.methods import ClientState, has_memory
-from fedpriv.noise import client_noise
 from fedpriv.rounds import apply_client_rule
 from fedpriv.streams import Streams, SystemStreams
 
 __all__ = ["Member"]
 
 STATE_FOLDER = "state"
+
+_log = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,15 @@ class Member:
         """The client at home in a folder; a `UserError` if its policy cannot be read."""
         return cls(load_policy(home / POLICY_FILE), home / STATE_FOLDER, streams or SystemStreams())
 
-    def answer(self, order: Order, terms: Terms, model: Tensor, make_signal: Callable[[], Tensor]) -> Tensor:
+    def answer(
+        self,
+        order: Order,
+        terms: Terms,
+        model: Tensor,
+        make_signal: Callable[[], Tensor],
+        shown: Head | None = None,
+        settings: str = "",
+    ) -> Tensor:
         """The message `[params]` for an order, on the disk before it is returned.
 
         Args:
@@ -64,12 +80,15 @@ class Member:
             terms: Where the server stands, and what it promises.
             model: x, `[params]`.
             make_signal: Gives what the client would send without privacy, `[params]`; called only if a message is made.
+            shown: The head of this client's ledger that the server shows; None if it shows none, as servers of before
+                heads did: then only the client's own files say how long the ledger was.
+            settings: Anything else that was asked and that the signal depends on.
 
         Raises:
             Refusal: If the order is not followed; nothing is sent and no memory moves.
         """
         try:
-            return self._answer(order, terms, model, make_signal)
+            return self._answer(order, terms, model, make_signal, shown, settings)
         except Refusal:
             raise
         except UserError as error:
@@ -80,26 +99,57 @@ class Member:
         except Exception as error:
             raise Refusal.because("trouble", f"{type(error).__name__}: {error}") from error
 
-    def _answer(self, order: Order, terms: Terms, model: Tensor, make_signal: Callable[[], Tensor]) -> Tensor:
+    def head(self) -> Head | None:
+        """Return the signed head of the ledger, for the server to keep; None while nothing was released.
+
+        Raises:
+            UserError: If the key or the ledger's own note of its length cannot be read.
+        """
+        last = Ledger(self.folder).noted()
+        return None if last is None or last[0] < 1 else self._key.sign(*last)
+
+    @property
+    def _key(self) -> LedgerKey:
+        return LedgerKey.at(self.folder.parent)
+
+    def _answer(
+        self,
+        order: Order,
+        terms: Terms,
+        model: Tensor,
+        make_signal: Callable[[], Tensor],
+        shown: Head | None,
+        settings: str,
+    ) -> Tensor:
         self._check(order, terms, model)
-        request = _digest(order, terms, model)
+        request = _digest(order, terms, model, settings)
         memory, ledger = MemoryFile(self.folder, terms.run, order.client), Ledger(self.folder)
         make_private_folder(self.folder)
         with only_one(self.folder / LOCK_FILE):
+            memory.complete(ledger.holds)
             record = _in_epoch(memory.read(), terms)
             if terms.turn <= record.latest_turn:
                 return _given_before(record, terms, request)
+            past, entry = ledger.entries(), _entry(order, terms, request)
+            self._refuse_forgotten(ledger, shown)
             settled = _settled(order, terms, record)
             state = _state(order, settled, len(model))
-            past, entry = ledger.entries(), _entry(order, terms, request)
-            ledger.refuse_without(record.ledger_lines, record.ledger_hash)
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
-                message, after = self._make(order, terms, state, make_signal().float().reshape(-1))
-            ledger.append(entry)
-            written = ledger.lines, ledger.last_hash
-            memory.write(settled.answered(terms.turn, after._asdict(), request, message, *written))
+                signal = make_signal().float().reshape(-1)
+                if not bool(torch.isfinite(signal).all()):
+                    _log.warning("client %d: its update is not finite and counts as nothing", order.client)
+                message, after = self._make(order, terms, state, signal)
+            line = ledger.drafted(entry)
+            answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
+            memory.prepare(answered)
+            try:
+                ledger.append(line)
+            except UserError:
+                memory.drop()
+                raise
+            memory.finish()
         return message
 
     def _check(self, order: Order, terms: Terms, model: Tensor) -> None:
@@ -111,6 +161,18 @@ class Member:
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a sound model"
             )
+
+    def _refuse_forgotten(self, ledger: Ledger, shown: Head | None) -> None:
+        """Raises UserError if any witness knows of releases that the ledger does not."""
+        for path, lines, digest in remembered_ledgers(self.folder):
+            ledger.refuse_without(lines, digest, f", as {path} remembers it")
+        key = self._key
+        if shown is None:
+            return
+        if shown.key == key.public and shown.valid:
+            ledger.refuse_without(shown.lines, shown.hash, ", as this client has signed it and the server shows it")
+        else:
+            _log.warning("the server shows a ledger of this client that another key has signed: not believed")
 
     def _afford(self, past: list[Entry], entry: Entry) -> None:
         limits = self.policy.limits
@@ -127,10 +189,8 @@ class Member:
             raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
-        noise = None
-        if order.noise_stddev > 0.0:
-            noise = client_noise(self.streams, order.noise_stddev, len(signal), terms.turn, order.client)
-        message, after = apply_client_rule(order.method, state, signal.cpu(), noise, order.round)
+        release = replace(order.rules, streams=self.streams).release(terms.turn, order.client)
+        message, after = apply_client_rule(order.method, state, signal.cpu(), release, order.round)
         return message.contiguous(), after
 
 
@@ -182,12 +242,16 @@ def _state(order: Order, record: Record, size: int) -> ClientState:
     kept = {name: tuple(field.shape) for name, field in record.committed.items()}
     if kept != shapes:
         raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
+    if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
+        where, remedy = f"memory of client {order.client}", "The server goes by its rule for lost memories"
+        raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
     return type(fresh)(**record.committed)
 
 
-def _digest(order: Order, terms: Terms, model: Tensor) -> str:
+def _digest(order: Order, terms: Terms, model: Tensor, settings: str) -> str:
     """Of everything that an answer depends on but the client's own data and memory."""
     asked = {**asdict(replace(order, last_round=0)), "name": method_name(order.method), **asdict(terms)}
+    asked |= {"settings": settings} if settings else {}
     hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())
     hashed.update(model.detach().cpu().contiguous().numpy().tobytes())
     return hashed.hexdigest()

@@ -11,14 +11,18 @@ with the message that it sent. The server's next order says which of its turns c
 | no turn counted yet, 0 | the client starts afresh |
 | anything else | the memories have parted: the client says so |
 
-One file a run and client: a line with version and checksum, then safetensors.
+One file a run and client: a line with version and checksum, then safetensors. Each also says how long the ledger was
+when it was written, so that a ledger that was lost or replaced by an older copy is noticed in every run.
 """
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,16 +30,18 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from clients.files import make_private_folder, replace_durably
+from clients.files import finish_replacing, make_private_folder, prepare_replacing, unfinished
 from clients.refusals import Refusal
 from fedpriv.errors import UserError
 
-__all__ = ["Fields", "MemoryFile", "Record"]
+__all__ = ["Fields", "MemoryFile", "Record", "remembered_ledgers"]
 
 # The fields of a client state by name.
 Fields = dict[str, Tensor]
 
 _VERSION = "fedpriv-memory 1"
+_NAME = "memory"
+_MAX_HEADER = 2**20
 _FACTS = ("epoch", "committed_turn", "pending_turn", "request", "ledger_lines", "ledger_hash")
 
 
@@ -100,7 +106,7 @@ class MemoryFile:
     def __init__(self, folder: Path, run: str, client: int) -> None:
         if not re.fullmatch("[0-9a-z]{1,64}", run):
             raise Refusal("model", "run", "a name of at most 64 small letters and digits", repr(run)[:80], "It is none")
-        self.path = folder / f"{run}-{client}" / "memory"
+        self.path = folder / f"{run}-{client}" / _NAME
 
     def read(self) -> Record | None:
         """The record; None if there is none.
@@ -108,9 +114,25 @@ class MemoryFile:
         Raises:
             UserError: If the file is damaged or of another version. A damaged memory is never used.
         """
-        if not self.path.exists():
+        return self._read(self.path)
+
+    def complete(self, is_charged: Callable[[int, str], bool]) -> None:
+        """Finishes what a crash interrupted: a message that is in the ledger, and in a file of its own beside this one.
+
+        Args:
+            is_charged: Returns whether the ledger's line of this number has this hash.
+        """
+        try:
+            record = self._read(unfinished(self.path))
+        except UserError:  # torn: its message was never charged, and the next one is written over it
+            return
+        if record is not None and is_charged(record.ledger_lines, record.ledger_hash):
+            self.finish()
+
+    def _read(self, path: Path) -> Record | None:
+        if not path.exists():
             return None
-        line, _, body = self.path.read_bytes().partition(b"\n")
+        line, _, body = path.read_bytes().partition(b"\n")
         if line.decode(errors="replace") != f"{_VERSION} {hashlib.sha256(body).hexdigest()}":
             raise self._damaged("checksum or version differ")
         try:
@@ -121,8 +143,8 @@ class MemoryFile:
         parts = {side: _part(tensors, side) for side in ("committed.", "pending.")}
         return Record(**facts, committed=parts["committed."], pending=parts["pending."], reply=tensors.get("reply"))
 
-    def write(self, record: Record) -> None:
-        """Replaces the record; it is on the disk when this returns.
+    def prepare(self, record: Record) -> None:
+        """Writes a record beside the file; `finish` makes it the record. All that needs room on the disk is done here.
 
         Raises:
             UserError: If the disk is full; the former record is still there.
@@ -136,11 +158,52 @@ class MemoryFile:
         make_private_folder(self.path.parent)
         # Copies: safetensors refuses tensors that share memory.
         body = save_safetensors({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()})
-        replace_durably(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
+        prepare_replacing(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
+
+    def finish(self) -> None:
+        """Replaces the record by the prepared one; it is on the disk when this returns."""
+        finish_replacing(self.path)
+
+    def drop(self) -> None:
+        """Forgets the prepared record."""
+        unfinished(self.path).unlink(missing_ok=True)
 
     def _damaged(self, reason: str) -> UserError:
-        remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
-        return UserError(str(self.path), "a whole memory file", reason, remedy)
+        return _damaged(self.path, reason)
+
+
+def remembered_ledgers(folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """Yield, for each memory of a client's runs, its file and the lines and last hash that the ledger had then.
+
+    Only a few hundred bytes of each file are read.
+
+    Raises:
+        UserError: If a file does not say it. A memory that cannot be read is no reason to forget what was spent.
+    """
+    for path in sorted(folder.glob(f"*/{_NAME}")):
+        try:
+            facts = _facts_of(path)
+            yield path, int(facts["ledger_lines"]), str(facts["ledger_hash"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, f"no account of the ledger ({error})") from None
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    """Return the facts in a memory file without its tensors: safetensors is a length, a JSON header and the data."""
+    with path.open("rb") as file:
+        if not file.readline(_MAX_HEADER).startswith(_VERSION.encode()):
+            raise ValueError("another version")
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            raise ValueError("no header")
+        start, end = json.loads(file.read(length))["facts"]["data_offsets"]
+        file.seek(start, os.SEEK_CUR)
+        return json.loads(file.read(end - start))
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
+    return UserError(str(path), "a whole memory file", reason, remedy)
 
 
 def _part(tensors: Fields, side: str) -> Fields:

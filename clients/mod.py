@@ -4,61 +4,116 @@
 
 The app trains as ever and answers with its new local model. The mod takes what the app learned, the signal x - x_local
 over all trained arrays as one vector (`clients.trained`), follows the client rule of the strategy's method (bounds it,
-adds noise where trust is local, keeps the memory in `context.state`) and sends that message instead of the local model.
+adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
+
+On a node with a home the client's own policy, ledger and memory stand behind the mod; without one it works in
+simulations only, and keeps the memory in `context.state`. `clients.guard` has the rule.
 
 Of everything else in the answer nothing leaves the client in a private run: losses, accuracies and numbers of examples
-are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) In a
-run without privacy the app's metrics are passed on.
+are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) Nor
+does the text of an exception: the client logs it, and a fixed line is sent. In a run without privacy the app's metrics
+are passed on.
 
 Put it first in the list of mods: it is then the last to touch what is sent. Mods behind it see the local model, and
 what they change is bounded with the rest.
 """
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor
 
 from clients.answers import refusal, send_message
+from clients.guard import Guard, content_of, guard_of
 from clients.refusals import Refusal
 from clients.trained import TrainedArrays, check_training
-from clients.wire import ARRAYS, Introduction, ModelArrays, Order, asks_who, refusal_record
+from clients.wire import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.errors import UserError
 
 __all__ = ["private_mod"]
+
+_log = logging.getLogger("flwr")
 
 
 def private_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Bounds what a ClientApp's train function sends, as the strategy's method says.
 
-    Messages of other types than training pass through. A message that does not come from one of fedpriv's strategies,
-    or an answer that does not hold one model like the one received, becomes an error reply.
+    A training message that does not come from one of fedpriv's strategies, or an answer that does not hold one model
+    like the one received, is refused. Messages of other types pass through in simulations; a node with a
+    home answers evaluations if its policy accepts them, and nothing else.
     """
-    if message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
-        return call_next(message, context)
+    guard = None
     try:
-        return _train(message, context, call_next)
+        guard = guard_of(context)
+        if message.metadata.message_type.split(".")[0] == MessageType.TRAIN:
+            return _train(message, context, call_next, guard)
+        return call_next(message, context) if guard is None else guard.evaluate(message, context, call_next)
     except Refusal as no:
-        return Message(refusal_record(no.kind, no.told), reply_to=message)
+        return _refused(message, no)
     except UserError as error:
-        return refusal(message, f"private_mod: {error}")
+        if guard is None:
+            return refusal(message, f"private_mod: {error}")
+        return _refused(message, Refusal.because("trouble", str(error)))
+    except Exception as error:
+        if guard is None:
+            raise
+        return _refused(message, Refusal.because("trouble", f"{type(error).__name__}: {error}"), error)
 
 
-def _train(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+def _train(message: Message, context: Context, call_next: ClientAppCallable, guard: Guard | None) -> Message:
     if asks_who(message.content):
         return Message(Introduction.of_node(context.node_config).to_content(), reply_to=message)
-    order = Order.of(message.content)
-    received = _only_model(message.content, "message")
-    arrays = TrainedArrays.of_message(message.content, received)
-    model = ModelArrays.of(arrays.part(received))
-    start, fixed = model.vector(arrays.part(received)), {name: received[name] for name in arrays.fixed}
-    answer = call_next(message, context)
-    if answer.has_error():
-        return answer
-    returned = _only_model(answer.content, "answer of the train function")
-    signal = start - model.vector(arrays.part(returned))
-    check_training(arrays, order, model, fixed, returned, signal)
-    content = send_message(order, signal, model, context)
-    metrics = {} if order.private else dict(answer.content.metric_records)
-    return Message(RecordDict({**metrics, **content}), reply_to=message)
+    try:
+        order = Order.of(message.content)
+        received = _only_model(message.content, "message")
+        arrays = TrainedArrays.of_message(message.content, received)
+        model = ModelArrays.of(arrays.part(received))
+        start = model.vector(arrays.part(received))
+    except UserError as error:
+        raise Refusal.because("model", str(error)) from None
+    metrics: dict[str, Any] = {}
+
+    def make_signal() -> Tensor:
+        content = content_of(call_next(message, context))
+        metrics.update(content.metric_records)
+        returned = _only_model(content, "answer of the train function")
+        signal = start - model.vector(arrays.part(returned))
+        fixed = {name: received[name] for name in arrays.fixed}
+        try:
+            check_training(arrays, order, model, fixed, returned, signal)
+        except UserError as error:  # which it raises only if that tells nothing to an adversary
+            raise Refusal.because("model", str(error)) from None
+        return signal
+
+    if guard is None:
+        signal = _in_private(make_signal) if order.private else make_signal()
+        content = send_message(order, signal, model, context)
+    else:
+        content = guard.train(message, order, model, start, lambda: _in_private(make_signal))
+    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics
+    return Message(RecordDict({**released, **content}), reply_to=message)
+
+
+def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
+    """The signal; of an app that fails, nothing that it says is told to the server."""
+    try:
+        return make_signal()
+    except Refusal:
+        raise
+    except Exception as error:
+        raise Refusal.because("app", f"{type(error).__name__}: {error}") from error
+
+
+def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> Message:
+    """The answer of a client that does not follow an order. Its own log has the whole reason."""
+    _log.warning("refused (%s): %s", no.kind, no, exc_info=cause or no.__cause__)
+    told = f"private_mod: {no.told}"
+    if FEDPRIV not in message.content.config_records:  # a strategy of somebody else's, which knows errors alone
+        return refusal(message, told)
+    return Message(refusal_record(no.kind, told), reply_to=message)
 
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tomli_w
 
+from clients.companion import LOCK
 from clients.deploy_app import app_hash
 from clients.deploy_checks import WrongServerError, call_server, refuse_wrong, split_address
 from clients.node_folder import NODE_TOML, NodeSettings, check_node_folder
@@ -74,7 +75,7 @@ def held_alone(home: Path) -> Iterator[None]:
     Raises:
         UserError: If another process holds it: two nodes on one memory would spoil it.
     """
-    with (home / "lock").open("w") as lock:
+    with (home / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,7 +13,7 @@ from clients.run_config import RunConfig
 from clients.wire import Order, Terms
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import build_module, check_device
+from fedpriv.experiment.assemble import build_module, check_device, count_parameters
 from fedpriv.experiment.config import Config
 from fedpriv.learning.local_work import batches_of, make_signal
 from fedpriv.learning.tasks import Task
@@ -38,8 +38,8 @@ def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model
         if member.policy.data.own:
             path = member.folder.parent / Path(member.policy.data.own).expanduser()
             return _signal_of_file(path, run, config, order, terms, model)
-        population = run.assemble_clients(config)
-        _refuse_other_size(population.task, model)
+        # The server wrote the config: nothing is made of a model that is not the one that it sent.
+        population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not order.client < population.federation.population:
             expected = f"a client below {population.federation.population}"
             raise Refusal("model", "order", expected, order.client, "Start nodes with the ids of the experiment")
@@ -69,15 +69,16 @@ def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
 def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, terms: Terms, model: Tensor) -> Tensor:
     check_device(run.device)
     inputs, labels, classes = read_own_data(path)
-    task = Task(build_module(config, tuple(inputs.shape[1:]), classes, 0), run.device)
-    _refuse_other_size(task, model)
+    shape = tuple(inputs.shape[1:])
+    _refuse_other_size(count_parameters(config, shape, classes), model)
+    task = Task(build_module(config, shape, classes, 0), run.device)
     batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, order.client)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     return make_signal(task, at, *given, config.local, batches).cpu()
 
 
-def _refuse_other_size(task: Task, model: Tensor) -> None:
-    if task.layout.size != len(model):
+def _refuse_other_size(size: int, model: Tensor) -> None:
+    if size != len(model):
         expected = "as many parameters as the experiment's model has on this client's data"
         raise Refusal("model", "model", expected, f"{len(model):,}", "Give server and clients data of the same shape")

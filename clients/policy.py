@@ -3,19 +3,58 @@
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Literal
 
+from clients.files import make_private_folder, replace_durably
 from clients.refusals import Refusal
 from clients.wire import Order, Terms, method_name
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.tables import read_table, refuse_unknown
-from fedpriv.methods import METHODS
+from fedpriv.methods import METHODS, has_memory
 from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
 
-__all__ = ["POLICY_FILE", "Accepts", "Limits", "OwnData", "Policy", "load_policy"]
+__all__ = [
+    "POLICY_FILE",
+    "POLICY_TEXT",
+    "Accepts",
+    "Limits",
+    "OwnData",
+    "Policy",
+    "load_policy",
+    "write_default_policy",
+]
 
 POLICY_FILE = "fedpriv-client.toml"
+
+POLICY_TEXT = Template("""\
+# What this client agrees to. Only its operator decides: no server can change or read this file.
+
+[accepts]
+# "local": only messages that this client has noised itself leave it.
+# "central": bare bounded messages may go to the server, which is trusted to add noise.
+trust = "$trust"
+# Names from `fedpriv list`; an empty list accepts any.
+methods = ["alpha-normec", "clip21", "dp-fedavg", "fed-alpha-normec", "normalized-sgd"]
+models = []                 # names from `fedpriv list`; empty: any
+data = []                   # names from `fedpriv list`; empty: any
+max_parameters = 10000000   # largest model
+evaluation = false          # whether metrics of an app's own evaluation may leave, which nothing bounds or hides
+
+[limits]
+# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
+epsilon = $epsilon
+delta = $delta
+min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
+max_l2_bound = 100.0        # longest message
+max_rounds = 100000         # longest run
+# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
+adjacency = "replace"
+
+[data]
+own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
+""")
 
 # What the server says it adds must be what the promise needs, up to the last digits of a float64.
 _TOLERANCE = 1e-9
@@ -37,6 +76,7 @@ class Accepts:
         models: Names of models; empty: all.
         data: Names of data sets; empty: all.
         max_parameters: Largest model.
+        evaluation: Whether the metrics of an app's evaluation may leave: nothing bounds or hides them.
     """
 
     trust: Literal["local", "central", "none"] = "local"
@@ -44,6 +84,7 @@ class Accepts:
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
+    evaluation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +145,22 @@ class Policy:
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise _no("data", "files below this client's folder of data", repr(value))
 
+    def check_app(self) -> None:
+        """Raises Refusal if the policy names models or data sets: which ones an app of its own uses is not known."""
+        _among("accepts.models", "an app's own", self.accepts.models)
+        _among("accepts.data", "an app's own", self.accepts.data)
+
+    def check_evaluation(self, asked: str) -> None:
+        """Raises Refusal unless a message that asks for anything but training is an evaluation, and accepted.
+
+        Args:
+            asked: The message's type.
+        """
+        if asked != "evaluate":
+            raise _no("message", "one that asks for training", repr(asked[:40]))
+        if not self.accepts.evaluation:
+            raise _no("accepts.evaluation", "messages that ask for training", repr(asked))
+
     def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
         """The plan that the terms promise; None if they promise nothing.
 
@@ -128,6 +185,8 @@ class Policy:
             raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
         if terms.trust == "none":
             return None
+        if not order.private:
+            raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
         plan = _plan(order, terms)
         multiplier = plan.noise_multiplier
         if plan.trust == "local":
@@ -163,7 +222,23 @@ def load_policy(path: Path) -> Policy:
     return policy
 
 
+def write_default_policy(home: Path) -> bool:
+    """Write the default policy into a home that has none; return whether it was written.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    path = home / POLICY_FILE
+    if path.exists():
+        return False
+    make_private_folder(home)
+    replace_durably(path, POLICY_TEXT.substitute(trust="local", epsilon=8.0, delta=1e-5).encode())
+    return True
+
+
 def _plan(order: Order, terms: Terms) -> PrivacyPlan:
+    if has_memory(order.method) and not terms.client_memory:
+        raise _no("client_memory", "true with a method that has a memory", "false")
     try:
         return terms.plan(order.method.bounded.l2_bound)
     except UserError as error:

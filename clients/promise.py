@@ -1,17 +1,17 @@
-"""What a deployment promises to a client, as it travels and as the client's ledger keeps it."""
+"""The promise of a deployment to a client, as it travels and as the client's ledger keeps it."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy import SAMPLINGS, PrivacyPlan
+from fedpriv.privacy import SAMPLINGS, FixedSize, PrivacyPlan, Sampling
 
-__all__ = ["Promise"]
+__all__ = ["Promise", "promised"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """A privacy plan but for the method's bound.
+    """A privacy plan but for the method's bound: every fact that its epsilon depends on.
 
     Args:
         trust: See `PrivacyPlan`; "none" promises nothing.
@@ -22,7 +22,10 @@ class Promise:
         sampling: The cohorts' name.
         population: Number of clients.
         probability: Chance that a client is asked in a turn.
-        cohort_size: Clients asked, where that is fixed; else 0.
+        cohort_size: Clients asked if that number is fixed; otherwise 0.
+        client_memory: See `PrivacyPlan`. Promises from before it was written down are counted as with memory, which is
+            never too low.
+        unit: See `PrivacyPlan`.
     """
 
     trust: str
@@ -34,6 +37,8 @@ class Promise:
     population: int
     probability: float
     cohort_size: int
+    client_memory: bool = True
+    unit: str = "client"
 
     def plan(self, l2_bound: float) -> PrivacyPlan:
         """The plan for messages of at most that norm; a `UserError` if there is none."""
@@ -52,4 +57,28 @@ class Promise:
             delta=self.delta,
             l2_bound=l2_bound,
             noise_multiplier=self.noise_multiplier,
+            client_memory=self.client_memory,
+            unit=self.unit,
         )
+
+
+def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[str, Any]:
+    """Return the fields of the `Promise` that a server makes.
+
+    Args:
+        plan: Its plan; None if it promises nothing.
+        sampling: The cohorts.
+        rounds: Number of turns.
+    """
+    facts: dict[str, Any] = {"trust": "none", "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
+    if plan is not None:
+        facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}
+        facts["trust"] = plan.trust if plan.private else "none"
+    return {
+        **facts,
+        "rounds": rounds,
+        "sampling": sampling.name,
+        "population": sampling.population,
+        "probability": sampling.sampling_prob,
+        "cohort_size": sampling.size if isinstance(sampling, FixedSize) else 0,
+    }

@@ -10,7 +10,8 @@ KINDS = {
     "model": "the model or the order cannot be right",
     "stale": "an answer to this turn, or a later one, was given already",
     "lost": "its memory is lost, or is not that of the turn that counted last",
-    "trouble": "its records cannot be read or written",
+    "trouble": "its records cannot be read or written, or its own code failed",
+    "app": "its app failed",
 }
 
 

@@ -4,7 +4,7 @@ Flower's run config is a flat table of scalars; its keys and their defaults stan
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ class RunConfig:
         config.check_unclocked()
         return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
 
-    def assemble_clients(self, config: Config) -> Population:
-        """What a client needs of it."""
-        return assemble_clients(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
+    def assemble_clients(self, config: Config, check_size: Callable[[int], None] | None = None) -> Population:
+        """What a client needs of it; `check_size` as in `fedpriv.experiment.assemble.assemble_clients`."""
+        root = Path(self.data_root) if self.data_root else None
+        return assemble_clients(config, device=self.device, data_root=root, check_size=check_size)
 
     def run_directory(self, name: str) -> Path:
         """Where the server writes.

@@ -8,17 +8,22 @@ nothing to run even if Flower no longer asked. `tests/deploy/test_deploy_node.py
 
 import hashlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from logging import ERROR, WARN
+from pathlib import Path
 from typing import Any
 
 import httpx
 from flwr.cli.build import build_fab_from_files
 from flwr.common.config import get_fab_config, get_metadata_from_config
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, RegisterNodeFleetRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.supercore import log, telemetry
 from flwr.supercore.constant import TaskType
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -29,9 +34,10 @@ from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from clients.companion import LOCK, starting_companions
 from fedpriv.errors import UserError
 
-__all__ = ["QUIET", "accepting_only", "bundle_hash", "run_flower", "run_supernode", "why_refused"]
+__all__ = ["QUIET", "accepting_only", "accompanied", "bundle_hash", "run_flower", "run_supernode", "why_refused"]
 
 QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -129,13 +135,37 @@ def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
         Its exit code.
 
     Raises:
-        UserError: If the server answers that it does not take this node.
+        UserError: If the server answers that it does not take this node, or takes it no more.
     """
-    with accepting_only(accepted), _patient():
+    with accepting_only(accepted), accompanied(supernode), _patient(), _listening() as heard:
         try:
-            return run_flower("flower-supernode", _supernode, options)
+            code = run_flower("flower-supernode", _supernode, options)
         except httpx.HTTPStatusError as error:
             raise _explained(error.response) from None
+    if heard.removed:
+        remedy = "Ask the server's operator; a removed key is never taken back, and a new one has to be registered"
+        raise UserError("node.key", "a key that the server knows", "one that it has removed", remedy)
+    if heard.refused is not None:
+        if not heard.taken:
+            raise _explained(heard.refused)
+        print(f"fedpriv: {_explained(heard.refused)}", file=sys.stderr)
+        return 1  # it may be right again, and the node started again
+    return code
+
+
+@contextmanager
+def accompanied(starter: Any) -> Iterator[None]:
+    """Makes the processes that a module of Flower's starts end with this one, which holds the lock in FLWR_HOME.
+
+    Args:
+        starter: The module; it calls `subprocess.Popen`.
+    """
+    before = starter.subprocess
+    starter.subprocess = starting_companions(str(Path(os.environ.get("FLWR_HOME", ""), LOCK)))
+    try:
+        yield
+    finally:
+        starter.subprocess = before
 
 
 def _supernode() -> None:
@@ -170,6 +200,76 @@ def _patient() -> Iterator[None]:
         FleetHttpClient.ActivateNode = activate
 
 
+@dataclass
+class _Heard:
+    """What a server has said to a node that shows who it is.
+
+    Args:
+        key: The node's public key, once it was sent.
+        taken: Whether the server took the node.
+        refused: The answer that did not believe the node to be who it says; None: none.
+        removed: Whether that is because the server takes its key no more.
+    """
+
+    key: bytes = b""
+    taken: bool = False
+    refused: httpx.Response | None = None
+    removed: bool = False
+    _one_by_one: Any = field(default_factory=threading.RLock, repr=False)
+
+    def note(self, client: FleetHttpClient, answer: httpx.Response) -> None:
+        """Takes note of the first refusal, and finds out what it means.
+
+        A server answers a removed node as it answers one whose clock is wrong. But it looks at the clock first: a node
+        that is told that nodes do not register themselves has the right time.
+        """
+        with self._one_by_one:
+            if self.refused is not None:
+                return
+            self.refused = answer
+            try:
+                client.RegisterNode(RegisterNodeFleetRequest(public_key=self.key))
+            except httpx.HTTPStatusError as error:
+                known = _code(error.response) != ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED
+                self.removed = self.taken and not known
+            except httpx.HTTPError:
+                pass
+
+
+@contextmanager
+def _listening() -> Iterator[_Heard]:
+    """Keeps why a server does not take a node any more; the node then ends, as Flower's do."""
+    heard, ask, beat = _Heard(), FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat
+
+    def ask_and_listen(self: FleetHttpClient, **arguments: Any) -> Any:
+        request = arguments["request"]
+        heard.key = getattr(request, "public_key", b"") or heard.key
+        try:
+            answer = ask(self, **arguments)
+            heard.taken = heard.taken or isinstance(request, ActivateNodeRequest)
+            return answer
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+                heard.note(self, error.response)
+            raise
+
+    def beat_quietly(self: FleetHttpClient, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
+        """In a thread of its own, where Flower would print a traceback after it has ended the node."""
+        try:
+            return beat(self, request)
+        except httpx.HTTPStatusError:
+            if heard.refused is None:
+                raise
+            os.kill(os.getpid(), signal.SIGINT)
+            return SendNodeHeartbeatResponse(success=True)
+
+    FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat = ask_and_listen, beat_quietly
+    try:
+        yield heard
+    finally:
+        FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat = ask, beat
+
+
 def _code(answer: httpx.Response) -> int | None:
     said = FlowerError.from_json(answer.text)
     return None if said is None else said.code
@@ -179,7 +279,8 @@ def _explained(answer: httpx.Response) -> UserError:
     """What a server's refusal of this node means."""
     if _code(answer) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
         remedy = "Send node.pub to whoever runs admin/register.sh; if it is registered, stop the node that runs with it"
-        return UserError("node.key", "a key that is registered and not in use", "one that the server refuses", remedy)
+        got = "one that the server does not know, has removed, or sees in use"
+        return UserError("node.key", "a key that is registered and not in use", got, remedy)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         remedy = "Set this machine's clock and the server's by NTP; they must agree to a few seconds"
         return UserError("the server", "a node whose signature is right and fresh", "one that it refuses", remedy)

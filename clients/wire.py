@@ -3,8 +3,11 @@
 | message | holds | the answer holds |
 |---|---|---|
 | introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
-| training | `arrays`: the model; `config`: the app's own; `fedpriv`: an `Order` | `arrays`: what is summed |
+| training | `arrays`: the model; `config`: the app's; `fedpriv`: an `Order` | `arrays`: the message; its scale |
 | training of a deployment | the same, and `terms`: the `Terms` | the same, or `fedpriv`: a refusal |
+
+A message with a client's noise is a multiple of the grid of `fedpriv.noise` in each coordinate. It travels as small
+integers and that scale, in at most half the bytes of float32.
 
 Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
 """
@@ -35,6 +38,7 @@ __all__ = [
     "FEDPRIV",
     "TERMS",
     "Introduction",
+    "MessageFormat",
     "ModelArrays",
     "Order",
     "Terms",
@@ -55,9 +59,12 @@ TERMS = "terms"
 
 # Of an array in NumPy's own format, with the number of its dimensions far beyond any model's.
 _LARGEST_HEADER = 1024
+# Largest integer up to which float32 holds all integers.
+_MAX_EXACT = 2**24
 
 _ASK = "ask"
 _REFUSED = "refused"
+_SCALE = "scale"
 _WHO = "who are you"
 _METHOD = "method."
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -99,36 +106,51 @@ class ModelArrays:
         tensors = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
         return self.layout.flatten(tensors)
 
-    def strict_vector(self, record: ArrayRecord) -> Tensor:
-        """The same of a message from somebody who need not be believed: nothing is made of it that it may not be.
+    def received(self, content: RecordDict, form: "MessageFormat") -> Tensor:
+        """Return the message `[params]`, float32, in an answer that need not be trusted.
+
+        Args:
+            content: The answer.
+            form: The number format that the agreement asks for.
 
         Raises:
-            UserError: If names, shapes, number formats or lengths are not those of a message in this layout.
+            UserError: If the scale, names, shapes, number formats or lengths are not those of a message in this layout.
         """
+        record, facts = content.array_records[ARRAYS], content.config_records.get(FEDPRIV, ConfigRecord())
+        if facts.get(_SCALE) != form.scale:
+            raise _no_message(f"numbers in units of {facts.get(_SCALE)!r}, where the plan says {form.scale!r}")
         if list(record) != [name for name, _ in self.layout.entries]:
             raise _no_message(f"{len(record)} arrays of other names")
         for (name, shape), array in zip(self.layout.entries, record.values(), strict=True):
             data = bytes(array.data)
-            if (array.dtype, tuple(array.shape), array.stype) != ("float32", tuple(shape), "numpy.ndarray"):
+            if (array.dtype, tuple(array.shape), array.stype) != (form.dtype, tuple(shape), "numpy.ndarray"):
                 raise _no_message(f"{name} of shape {list(array.shape)[:9]}, {str(array.dtype)[:20]}")
-            if len(data) > 4 * math.prod(shape) + _LARGEST_HEADER:
+            if len(data) > form.numpy.itemsize * math.prod(shape) + _LARGEST_HEADER:
                 raise _no_message(f"{len(data):,} bytes for {name}")
             file = io.BytesIO(data)
             try:
                 read = np.lib.format.read_magic(file) == (1, 0) and np.lib.format.read_array_header_1_0(file)
             except Exception:
                 read = False
-            if not read or (read[0], read[2]) != (tuple(shape), np.dtype("<f4")):
+            if not read or (read[0], read[2]) != (tuple(shape), form.numpy):
                 raise _no_message(f"{name} that is not what it says")
-        return self.vector(record)
+        vector = self.vector(record)
+        return vector if form.scale is None else vector * form.scale
 
     def model(self, vector: Tensor) -> ArrayRecord:
         """A model `[params]` as arrays, each in its own number format."""
         return self._record(vector, self.dtypes)
 
-    def message(self, vector: Tensor) -> ArrayRecord:
-        """A message `[params]` as float32 arrays: another rounding could lengthen it beyond its bound."""
-        return self._record(vector, ("float32",) * len(self.dtypes))
+    def message(self, vector: Tensor, form: "MessageFormat") -> dict[str, ArrayRecord | ConfigRecord]:
+        """Return the records of a message `[params]`: float32 arrays, or integers with their scale.
+
+        Another rounding of a message without noise could lengthen it beyond its bound.
+        """
+        if form.scale is None:
+            return {ARRAYS: self._record(vector, (form.dtype,) * len(self.dtypes))}
+        levels = torch.round(vector.double() / form.scale)
+        arrays = self._record(levels, (form.dtype,) * len(self.dtypes))
+        return {ARRAYS: arrays, FEDPRIV: ConfigRecord({_SCALE: form.scale})}
 
     def _record(self, vector: Tensor, dtypes: tuple[str, ...]) -> ArrayRecord:
         tensors = self.layout.unflatten(vector.detach().cpu())
@@ -136,8 +158,40 @@ class ModelArrays:
         return ArrayRecord({name: Array(tensor.numpy().astype(dtype)) for (name, tensor), dtype in pairs})
 
 
+@dataclass(frozen=True, kw_only=True)
+class MessageFormat:
+    """Number format in which messages travel; both sides derive it from their own half of the agreement.
+
+    Args:
+        dtype: Name of the number format of all arrays.
+        scale: Value of one unit of an integer array; None for float32.
+    """
+
+    dtype: str = "float32"
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, rules: ClientRules) -> "MessageFormat":
+        """Return float32 for messages without noise, otherwise the smallest integers that hold every message.
+
+        With a multiplier of noise so small that nothing can be promised, levels need not fit into 24 bits: float32
+        then rounds what is already released.
+        """
+        grid = rules.release_grid
+        largest = math.inf if grid is None else rules.message_limit / grid
+        fitting = (name for name in ("int8", "int16", "int32") if largest <= min(np.iinfo(name).max, _MAX_EXACT))
+        dtype = next(fitting, None)
+        return cls() if dtype is None else cls(dtype=dtype, scale=grid)
+
+    @property
+    def numpy(self) -> np.dtype:
+        """The number format on the wire: little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
 def _no_message(got: str) -> UserError:
-    return UserError("message", "arrays as in the model, of float32", got, "Its client does not run this version")
+    expected = "arrays as in the model, in the number format of the plan"
+    return UserError("message", expected, got, "Its client does not run this version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +205,7 @@ class Order:
         last_round: The last round whose message of this client was summed; 0: none.
         noise_stddev: Standard deviation per coordinate of the noise that it adds; 0 for none.
         seed: Where its noise comes from in a simulation; None: from its own operating system.
+        noise_id: Keeps the noise of different experiments with one seed apart; see `SeededStreams`.
         private: Whether anything but the message may leave the client.
         diagnostics: Whether it reports the norm of its signal, which is not protected: in simulations, and in runs that
             promise nothing.
@@ -162,13 +217,14 @@ class Order:
     last_round: int = 0
     noise_stddev: float = 0.0
     seed: int | None = None
+    noise_id: str = ""
     private: bool = True
     diagnostics: bool = False
 
     @property
     def rules(self) -> ClientRules:
         """The client's half of the agreement."""
-        streams = SystemStreams() if self.seed is None else SeededStreams(self.seed)
+        streams = SystemStreams() if self.seed is None else SeededStreams(self.seed, self.noise_id)
         return ClientRules(method=self.method, noise_stddev=self.noise_stddev, streams=streams)
 
     def to_record(self) -> ConfigRecord:
@@ -250,7 +306,7 @@ def printable(text: object, longest: int = 300) -> str:
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
-_PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "private", "diagnostics")
+_PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "private", "diagnostics")
 
 
 def method_name(method: Method) -> str:

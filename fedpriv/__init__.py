@@ -3,14 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpriv.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fedpriv.experiment.config import load_config
     from fedpriv.experiment.report import write_report
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.experiment.run import run_experiment
     from fedpriv.experiment.tracking import track
-
-__version__ = "0.1.0"
 
 __all__ = ["load_config", "load_model", "load_results", "run_experiment", "track", "write_report"]
 

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 
-__all__ = ["IN_PLACE", "Bounded", "Clip", "InPlace", "SmoothedNormalization", "finite_rows", "row_norms"]
+__all__ = [
+    "IN_PLACE",
+    "Bounded",
+    "Clip",
+    "InPlace",
+    "SmoothedNormalization",
+    "finite_rows",
+    "require_representable",
+    "row_norms",
+]
 
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
 _SHRINK = 1.0 - 2.0**-21
@@ -76,7 +85,7 @@ class Clip:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        _require_representable("method.clip_norm", self.clip_norm)
+        require_representable("method.clip_norm", self.clip_norm)
 
     @property
     def l2_bound(self) -> float:
@@ -118,7 +127,7 @@ class SmoothedNormalization:
     alpha: float
 
     def __post_init__(self) -> None:
-        _require_representable("method.alpha", self.alpha)
+        require_representable("method.alpha", self.alpha)
 
     @property
     def l2_bound(self) -> float:
@@ -192,14 +201,14 @@ def finite_rows(vectors: Tensor) -> Tensor:
     return torch.isfinite(vectors).all(dim=-1, keepdim=True)
 
 
-def _require_representable(key: str, value: float) -> None:
+def require_representable(key: str, value: float) -> None:
     """Raises UserError for a number so small or large that float32 cannot hold what is multiplied with it."""
     require_positive(key, value)
     if not 1e-20 <= value <= 1e20:
-        raise UserError(key, "a number from 1e-20 to 1e20", value, "Rescale the signal")
+        raise UserError(key, "a number from 1e-20 to 1e20", value, "Beyond that, float32 rounds to zero or infinity")
 
 
 def require_positive(key: str, value: float) -> None:
     """Raises UserError unless `value` is a positive finite number."""
-    if not (math.isfinite(value) and value > 0):
+    if not 0.0 < value < math.inf:
         raise UserError(key, "a positive number", value, "Give a number above zero")

@@ -1,16 +1,20 @@
-"""The command line: fedpriv run | sweep | compare | report | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
 
 import dataclasses
+import io
 import json
+import math
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedpriv import __version__
@@ -20,9 +24,10 @@ from fedpriv.experiment.assemble import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
+from fedpriv.experiment.journal import DIAGNOSTICS_FILE
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import RunDirectory, jsonable
+from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.tracking import track, watched_by
 from fedpriv.learning.datasets import DATASETS
@@ -32,9 +37,13 @@ from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
-from fedpriv.privacy import SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
+
+if TYPE_CHECKING:
+    from fedpriv.experiment.spent import Group
 
 __all__ = ["app", "main"]
 
@@ -73,8 +82,12 @@ Logs = Annotated[
     typer.Option("--log", metavar="TRACKER", help="Send rounds to tensorboard, mlflow or wandb too; may be repeated."),
 ]
 LogDiagnostics = Annotated[
-    bool,
-    typer.Option("--log-diagnostics/--no-log-diagnostics", help="Whether what is not private is sent there as well."),
+    bool | None,
+    typer.Option(
+        "--log-diagnostics/--no-log-diagnostics",
+        help="Whether what is not released is sent there as well.",
+        show_default="of runs without privacy",
+    ),
 ]
 
 
@@ -127,7 +140,7 @@ def run(
         int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
     ] = None,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment and fill its run directory."""
     experiment = load_config(config, settings or ())
@@ -213,7 +226,7 @@ def sweep(
         bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
     ] = False,
     log: Logs = None,
-    log_diagnostics: LogDiagnostics = True,
+    log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.experiment.sweep_live import SweepTable
@@ -310,6 +323,42 @@ def report(
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    canaries: Annotated[int, typer.Option(help="How many clients are planted.")] = 300,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound on epsilon.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="The folder; else runs/NAME-audit.", show_default=False)] = None,
+    settings: Settings = None,
+    engine: Annotated[str, typer.Option(help="auto (measures), loop or vectorized.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    data_root: DataRoot = None,
+    audit_seed: Annotated[int, typer.Option(help="Seed of the canaries; another seed is another attack.")] = 0,
+) -> None:
+    """Attack an experiment's promise with planted clients in one run; exit code 1 if it is found guilty."""
+    from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+
+    experiment = load_config(config, settings or ())
+    directory = out or Path("runs") / f"{experiment.name}-audit"
+    choice = AuditChoice(canaries=canaries, confidence=confidence, seed=audit_seed, engine=engine, device=device)
+    with RoundProgress(experiment.training.rounds) as progress:
+        found = run_audit(
+            experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})
+        )
+    level = f"{100 * found['confidence']:g} %"
+    print(
+        f"verdict     {found['verdict']}\n"
+        f"claimed     epsilon {rounded_up(found['epsilon_claimed'])} at delta = {found['delta']:g}, "
+        f"{found['adjacency']} adjacency\n"
+        f"measured    at least {found['epsilon_lower']:.2f} at {level} confidence; estimate "
+        f"{found['epsilon_estimate']:.2f}\n"
+        f"adversary   {found['adversary']}\n"
+        f"picture     {directory / PICTURE_FILE}\n"
+        f"record      {directory / AUDIT_FILE}\n\n{textwrap.fill(found['words'], width=100)}"
+    )
+    raise typer.Exit(1 if found["verdict"] == "guilty" else 0)
+
+
+@app.command()
 def flower(
     app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="The Flower app's folder.", show_default=False)],
     clients: Annotated[int, typer.Option(help="How many clients: partition ids 0 to N - 1.", show_default=False)],
@@ -366,6 +415,31 @@ def add(
 
     added = add_nodes(folder, nodes)
     print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+
+
+@deploy.command()
+def register(folder: DeployDir = Path()) -> None:
+    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    from strategies.deploy_keys import register_nodes
+
+    lines, faults = register_nodes(folder)
+    for line in lines:
+        print(line)
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@deploy.command()
+def remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    folder: DeployDir = Path(),
+) -> None:
+    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    from strategies.deploy_keys import remove_node
+
+    print(remove_node(name, folder))
 
 
 @deploy.command()
@@ -430,23 +504,86 @@ def server(
 
 @app.command()
 def privacy(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The experiment's TOML file.", show_default=False)
+    ] = None,
     settings: Settings = None,
     data_root: DataRoot = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The plan, or what was spent, as JSON.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw the trade-off curve, type I against type II error."),
+    ] = None,
+    spent: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Instead of a config: add up what the runs below a folder have spent."),
+    ] = None,
 ) -> None:
-    """Show what an experiment promises: noise, epsilon, statement. Trains nothing."""
-    experiment = load_config(config, settings or ())
+    """Show what an experiment promises: noise, epsilon, statement; or what runs have spent. Trains nothing."""
+    if (config is None) == (spent is None) or (spent is not None and (settings or plot)):
+        remedy = "Name an experiment's TOML file (with -s and --plot if you like), or --spent DIR alone"
+        raise UserError("CONFIG", "either a config or --spent", "both" if spent else "neither", remedy)
+    if spent is not None:
+        _show_spent(spent, as_json=as_json)
+    else:
+        assert config is not None
+        _show_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)
+
+
+def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *, as_json: bool) -> None:
     sampling = sampling_of(experiment, data_root)
     plan = experiment.plan(sampling)
     agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    if plot is not None:
+        from fedpriv.experiment.tradeoff import plot_trade_off
+
+        plot_trade_off(plan, plot, experiment.name)
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
-        absent |= dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant"))
-        print(json.dumps(jsonable(absent if plan is None else plan.as_dict()), indent=2))
+        absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
+        print(json.dumps(jsonable(absent if plan is None else plan.as_dict(thorough=True)), indent=2))
     else:
-        told = {"clock": experiment.devices is not None, "held_out": experiment.held_out}
+        told = {"clock": experiment.devices is not None, "data": experiment.data.facts, "recorded": True}
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
+        if plot is not None:
+            print(f"picture     {plot}")
+
+
+def _show_spent(folder: Path, *, as_json: bool) -> None:
+    from fedpriv.experiment.spent import notes_on, spent_below
+
+    groups = spent_below(folder)
+    if as_json:
+        found = {"folder": str(folder), "groups": [group.as_dict() for group in groups], "notes": notes_on(groups)}
+        print(json.dumps(jsonable(found), indent=2))
+        return
+    console = Console()
+    for group in groups:
+        promise = "no privacy" if group.trust is None else f"trust {group.trust}, {group.adjacency}"
+        console.print(f"{group.label}: {promise}", markup=False, highlight=False)
+        if group.adversary is not None:
+            console.print(f"adversary: {group.adversary}", markup=False, highlight=False)
+        console.print(_spent_table(group))
+        console.print(f"composition: {group.total.how}\n", markup=False, highlight=False)
+    for note in notes_on(groups):
+        console.print(f"* {note}", markup=False, highlight=False)
+
+
+def _spent_table(group: "Group") -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("run", "state", "rounds", "epsilon", "delta"):
+        shown.add_column(name, overflow="fold", justify="left" if name in ("run", "state") else "right")
+    for run in group.runs:
+        delta = "" if run.plan is None else f"{run.plan.delta:g}"
+        spent, rounds = _epsilon(run.epsilon_after(run.rounds)), f"{run.rounds} of {run.planned}"
+        shown.add_row(escape(run.name), run.state, rounds, spent, delta)
+    delta = "" if group.total.delta is None else f"{group.total.delta:g}"
+    shown.add_row("together", "", "", _epsilon(group.total.epsilon), delta, style="bold")
+    return shown
+
+
+def _epsilon(epsilon: float) -> str:
+    return rounded_up(epsilon) if math.isfinite(epsilon) else "infinite"
 
 
 @app.command()
@@ -478,9 +615,10 @@ def data(
 
 def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    table = who_holds_what(federation)
-    table.to_csv(directory / "clients.csv", index=False)
-    plot_who_holds_what(federation, directory / "clients.png", partition=experiment.tables["data"]["partition"])
+    table, picture = who_holds_what(federation), io.BytesIO()
+    plot_who_holds_what(federation, picture, partition=experiment.tables["data"]["partition"])
+    write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
+    write_atomically(directory / "clients.png", picture.getvalue(), OWNER_ONLY)
     print(table.to_string(index=False, max_rows=24))
     print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}\n")
 
@@ -544,11 +682,13 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     else:
         promise = "none: this run is not private"
     if summary.get("validation_accuracy") is not None:
-        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by")
+        unprotected = _mark(summary, "validation_accuracy")
+        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by{unprotected}")
     print(
-        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})\n"
+        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
+        f"{_mark(summary, 'test_accuracy')}\n"
         f"epsilon     {promise}\n"
-        f"{_clock_line(summary)}"
+        f"{_clock_line(summary, directory)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
@@ -573,9 +713,15 @@ def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
             yield f"warning     {name}: {warning}"
 
 
-def _clock_line(summary: dict[str, Any]) -> str:
-    """What the run would have taken on its devices; nothing without a virtual clock."""
-    found = {**summary["diagnostics"], **summary}  # for simulations only, where it says who took part
+def _mark(summary: dict[str, Any], score: str) -> str:
+    """A warning at a score that is computed on protected clients' own examples."""
+    return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
+
+
+def _clock_line(summary: dict[str, Any], directory: Path) -> str:
+    """How long the run would have taken on its devices; nothing without a virtual clock."""
+    beside = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # its clock may show who took part
+    found = {**beside, **summary}
     if "simulated_seconds" not in found:
         return ""
     hours, rest = divmod(round(found["simulated_seconds"]), 3600)

@@ -4,6 +4,7 @@ With memory v and signal u the client sends Delta = B(u - v) and keeps v + beta 
 every message. Then, without noise, the server's memory is the mean of the clients' memories after every round.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 
 from fedpriv.bounding import Bounded, InPlace
 
-__all__ = ["Feedback", "bounded_residual", "decayed", "remember"]
+__all__ = ["Feedback", "Release", "bounded_residual", "decayed", "remember", "sent_message"]
+
+Release = Callable[[Tensor], Tensor]
+"""Turns a bounded message `[..., params]` into the one that leaves the client: with noise, rounded to the grid of
+`fedpriv.noise`; the same shape, number format and device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,11 @@ class Feedback:
 def bounded_residual(bounded: Bounded, memory: Tensor, signal: Tensor) -> Tensor:
     """B(signal - memory) on the last axis; `[..., params]`, every row within `bounded.l2_bound`."""
     return bounded(signal - memory)
+
+
+def sent_message(message: Tensor, release: Release | None) -> Tensor:
+    """Return the message that leaves the client; `[..., params]`. Without `release` it is the bounded message."""
+    return message if release is None else release(message)
 
 
 def remember(memory: Tensor, message: Tensor, beta: float) -> Tensor:

@@ -9,6 +9,7 @@ the server needs, which makes it the boundary of secure aggregation.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.feedback import Release
+from fedpriv.gaussian import release_grid
 from fedpriv.methods import ClientState, Method, ServerState, client_part, has_memory
-from fedpriv.noise import client_noise, server_noise
+from fedpriv.noise import max_level, release_message, release_rows, release_sum
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
 from fedpriv.sums import ExactSum, grid_step
@@ -53,9 +56,29 @@ class ClientRules:
     streams: Streams
 
     @property
+    def release_grid(self) -> float | None:
+        """G, of which every coordinate of a message with noise is a multiple; None without noise."""
+        return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
+
+    @property
     def message_limit(self) -> float:
-        """No coordinate of a message is larger: the bound, and sixteen standard deviations of noise."""
-        return self.method.bounded.l2_bound + 16.0 * self.noise_stddev
+        """Largest absolute value of a coordinate of a message: its bound and 16 standard deviations of noise."""
+        bound, grid = self.method.bounded.l2_bound, self.release_grid
+        return bound if grid is None else max_level(bound, self.noise_stddev) * grid
+
+    def release(self, round: int, client: int) -> Release | None:  # noqa: A002
+        """Return the function that noises the message `[params]` of one client in `round`; None without noise."""
+        if self.noise_stddev == 0.0:
+            return None
+        level = max_level(self.method.bounded.l2_bound, self.noise_stddev)
+        return lambda message: release_message(self.streams, self.noise_stddev, level, message, round, client)
+
+    def release_rows(self, round: int, clients: Sequence[int]) -> Release | None:  # noqa: A002
+        """Return the same for the messages `[clients, params]` of several clients."""
+        if self.noise_stddev == 0.0:
+            return None
+        level = max_level(self.method.bounded.l2_bound, self.noise_stddev)
+        return lambda messages: release_rows(self.streams, self.noise_stddev, level, messages, round, clients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +135,8 @@ class Total(NamedTuple):
     The sum is not rounded before the noise is on it: rounding a sum of many messages to float32 can move it by more
     when one client comes or goes than that client's bound.
 
-    `messages` counts the senders, `non_finite` those whose signal was not finite and whose message was the bounded
-    map of nothing; `signal_norm` is the mean l2 norm of the finite signals (NaN if there is none).
+    `messages` counts the senders, `non_finite` those whose signal or memory was not finite and whose message was the
+    bounded map of nothing; `signal_norm` is the mean l2 norm of the others' signals (NaN if there is none).
     """
 
     sum: Tensor
@@ -182,24 +205,21 @@ def client_round(
         signal: What it would send without privacy, `[params]`.
         round: The current round, from 1.
     """
-    noise = None
-    if rules.noise_stddev > 0.0:
-        noise = client_noise(rules.streams, rules.noise_stddev, signal.shape[-1], round, client).to(signal.device)
-    return apply_client_rule(rules.method, state, signal, noise, round)
+    return apply_client_rule(rules.method, state, signal, rules.release(round, client), round)
 
 
 def apply_client_rule(
     method: Method,
     state: ClientState,
     signal: Tensor,
-    noise: Tensor | None,
+    release: Release | None,
     round: int,  # noqa: A002
 ) -> tuple[Tensor, ClientState]:
     """The method's client rule, for one client or for a cohort; refuses a message that is not shaped like the signal.
 
     A message of another shape would be spread over the parameters when it is summed, and its bound with it.
     """
-    message, state = method.client_rule(state, signal, noise, round)
+    message, state = method.client_rule(state, signal, release, round)
     if message.shape != signal.shape:
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
     return message, state
@@ -208,15 +228,21 @@ def apply_client_rule(
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002
     """The server's next state from the sum of the messages, float64 `[params]`.
 
-    Noise is added in float64 and the result is rounded once; from there on all is post-processing. The sum is divided
-    by the expected cohort size: the actual one is a secret under add-or-remove adjacency.
+    Noise is added exactly, on a grid (`fedpriv.noise`); all that follows is post-processing. The sum is divided by the
+    expected cohort size, because the actual one is a secret under add-or-remove adjacency.
+
+    Raises:
+        UserError: If the model leaves float32. Bounded messages make that a matter of the hyperparameters.
     """
-    size = total.shape[-1]
-    noisy = total.double()
-    if rules.noise_stddev > 0.0:
-        noisy = noisy + server_noise(rules.streams, rules.noise_stddev, size, round)
+    noisy = release_sum(rules.streams, rules.noise_stddev, total.double(), round)
     mean = (noisy / rules.sampling.expected_size).to(state.model.dtype)
-    return rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+    after = rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+    if not bool(torch.isfinite(after.model).all()):
+        remedy = (
+            "Lower method.server_lr and what it is multiplied with: beta, the bound, the noise over the cohort's size"
+        )
+        raise UserError(f"the model after round {round}", "finite numbers", "NaN or infinity", remedy)
+    return after
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:

@@ -4,6 +4,7 @@ A seeded draw depends on its address alone, never on who asks first. That gives 
 cohorts and exact resumption without storing a generator's state.
 """
 
+import hashlib
 import os
 import random
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams"]
+__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
 
 
 class Purpose(IntEnum):
@@ -32,15 +34,31 @@ class Purpose(IntEnum):
     ASKING = 11
 
 
-class Source(Protocol):
-    """A stream of random numbers with the three laws that privacy rests on."""
+class Words(Protocol):
+    """A stream of uniform real numbers of which as many bits are drawn as are needed."""
 
-    def normal(self, size: int) -> np.ndarray:
-        """Independent standard normal float32 numbers, `[size]`."""
+    @property
+    def position(self) -> int:
+        """How many words the source has given."""
         ...
 
+    def words(self, size: int) -> np.ndarray:
+        """The next uniform 64-bit numbers, uint64 `[size]`: each the first bits of a uniform real number."""
+        ...
+
+    def more(self, position: int, number: int) -> int:
+        """64 further bits of the real number that the word at `position` begins: its word `number`, from 1.
+
+        Ask for every word once, in order. Independent of all other words and of every other draw.
+        """
+        ...
+
+
+class Source(Words, Protocol):
+    """A stream of random numbers with the three laws that privacy rests on."""
+
     def uniform(self, size: int) -> np.ndarray:
-        """Independent uniform float64 numbers in [0, 1), `[size]`."""
+        """Independent uniform multiples of 2^-53 in [0, 1), float64 `[size]`."""
         ...
 
     def subset(self, population: int, size: int) -> np.ndarray:
@@ -56,15 +74,34 @@ class Streams(Protocol):
         ...
 
 
+_MORE = 0x6D6F7265
+_FEW = 256  # Words up to which the operating system itself is faster than a cipher that must be keyed first.
+_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM)
+
+
 class SeededSource:
     """A Philox generator. `rng` is open for draws that need no secrecy (partitions, minibatches)."""
 
     def __init__(self, sequence: np.random.SeedSequence) -> None:
+        self._sequence, self._given = sequence, 0
         self.rng = np.random.Generator(np.random.Philox(sequence))
 
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`."""
-        return self.rng.standard_normal(size, dtype=np.float32)
+    @property
+    def position(self) -> int:
+        """See `Words.position`."""
+        return self._given
+
+    def words(self, size: int) -> np.ndarray:
+        """See `Words.words`."""
+        self._given += size
+        return self.rng.bit_generator.random_raw(size)
+
+    def more(self, position: int, number: int) -> int:
+        """See `Words.more`; depends on address, position and number alone."""
+        # Longer than any address, so that it is the key of none.
+        key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
+        child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
+        return int(np.random.Philox(child).random_raw(number)[-1])
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`."""
@@ -80,26 +117,52 @@ class SeededStreams:
     """Reproducible streams for simulation: equal seed and address, equal numbers.
 
     Whoever knows the seed can subtract the noise, so nothing drawn from here protects a real person.
+
+    Args:
+        seed: Of every draw.
+        noise_id: Which experiment the noise belongs to. Experiments of one seed share data, cohorts and batches, and
+            never noise: the difference of two releases with the same noise would be free of it.
     """
 
     seed: int
+    noise_id: str = ""
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:  # noqa: A002
         """See `Streams.source`."""
         address = (int(purpose), int(round), int(client))
-        return SeededSource(np.random.SeedSequence(self.seed, spawn_key=address))
+        entropy = self._noise_seed() if purpose in _NOISE else self.seed
+        return SeededSource(np.random.SeedSequence(entropy, spawn_key=address))
+
+    def _noise_seed(self) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {self.noise_id}".encode()).digest(), "little")
 
 
 class SystemSource:
     """Numbers made of the operating system's entropy; every draw is new."""
 
-    def normal(self, size: int) -> np.ndarray:
-        """See `Source.normal`; Box-Muller in float64, rounded once to float32."""
-        pairs = (size + 1) // 2
-        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both[:size].astype(np.float32)
+    def __init__(self) -> None:
+        self._given = 0
+        self._process = 0
+        self._cipher: CipherContext | None = None
+
+    @property
+    def position(self) -> int:
+        """See `Words.position`."""
+        return self._given
+
+    def words(self, size: int) -> np.ndarray:
+        """See `Words.words`: the key stream of AES-256 in counter mode under a key of this source alone."""
+        self._given += size
+        if self._cipher is None and size <= _FEW:
+            return np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
+        if self._cipher is None or self._process != os.getpid():  # A forked process must not repeat its parent's.
+            self._process = os.getpid()
+            self._cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+        return np.frombuffer(self._cipher.update(bytes(8 * size)), dtype=np.uint64)
+
+    def more(self, position: int, number: int) -> int:  # noqa: ARG002
+        """See `Words.more`."""
+        return int.from_bytes(os.urandom(8), "little")
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`; 53 random bits each."""

@@ -24,15 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.heads import Head
+from clients.promise import promised
 from clients.wire import Order, Terms
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.methods import ServerState
-from fedpriv.privacy import FixedSize, PrivacyPlan
+from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import SeededStreams
 from strategies.attendance import believed_losses
 from strategies.faults import message_fault
+from strategies.heads import newer_heads
 
 __all__ = ["Coordinator", "Outcome"]
 
@@ -88,6 +91,7 @@ class Coordinator:
         left_out: Who is asked no more.
         asked_times: By client, how often it was asked: at most so often did it send a message.
         losses: By client, how often it said that its memory was lost.
+        heads: By client, the newest signed head of its ledger, to be shown with its orders.
     """
 
     server: ServerRules
@@ -105,10 +109,14 @@ class Coordinator:
     left_out: set[int] = field(default_factory=set)
     asked_times: Counter[int] = field(default_factory=Counter)
     losses: Counter[int] = field(default_factory=Counter)
+    heads: dict[int, Head] = field(default_factory=dict)
     _open: Broadcast | None = None
 
     def __post_init__(self) -> None:
-        if self._secret_cohorts and self.choice.min_participants > 1:
+        self.choice.check(self.server.method)
+        if self.plan is not None and self.plan.rounds != self.turns:
+            raise ValueError(f"the plan is for {self.plan.rounds} turns, and the run has {self.turns}")
+        if self.secret_cohorts and self.choice.min_participants > 1:
             remedy = (
                 "Set it to 1, or choose another sampling: a round that fails for want of answers shows who was away"
             )
@@ -119,6 +127,16 @@ class Coordinator:
     def done(self) -> bool:
         """Whether all turns are finished."""
         return self.turn >= self.turns and self._open is None
+
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether epsilon relies on nobody knowing who takes part in a turn."""
+        return self.plan is not None and self.plan.private and self.plan.amplification
+
+    @property
+    def turn_seconds(self) -> float:
+        """Seconds from a broadcast until answers count no more."""
+        return self.choice.seconds(secret_cohorts=self.secret_cohorts)
 
     @property
     def lost_memory(self) -> str:
@@ -146,6 +164,7 @@ class Coordinator:
             client=client,
             noise_stddev=rules.noise_stddev,
             seed=rules.streams.seed if seeded else None,  # type: ignore[union-attr]
+            noise_id=rules.streams.noise_id if seeded else "",  # type: ignore[union-attr]
             private=plan is not None,
         )
         terms = Terms(
@@ -153,20 +172,17 @@ class Coordinator:
             turn=self._broadcast.round,
             last_turn=self.last_turn.get(client, 0),
             epoch=self.epoch,
-            trust="none" if plan is None or not plan.private else plan.trust,
-            adjacency="add-or-remove" if plan is None else plan.adjacency,
-            delta=0.0 if plan is None else plan.delta,
-            noise_multiplier=0.0 if plan is None else plan.noise_multiplier,
-            rounds=self.turns,
-            sampling=sampling.name,
-            population=sampling.population,
-            probability=sampling.sampling_prob,
-            cohort_size=sampling.size if isinstance(sampling, FixedSize) else 0,
             digest=self.digest,
+            **promised(plan, sampling, self.turns),
         )
         return order, terms
 
-    def finish(self, replies: Mapping[int, Tensor], refusals: Mapping[int, tuple[str, str]]) -> Outcome:
+    def finish(
+        self,
+        replies: Mapping[int, Tensor],
+        refusals: Mapping[int, tuple[str, str]],
+        heads: Mapping[int, Head] | None = None,
+    ) -> Outcome:
         """Ends the open turn with what came back in time.
 
         The noise is right however few answer. Where trust is central, its standard deviation on the sum is the plan's,
@@ -177,11 +193,13 @@ class Coordinator:
         Args:
             replies: Messages `[params]` by client.
             refusals: Kind and reason by client.
+            heads: The heads of clients' ledgers that came, whatever else did.
 
         Raises:
             UserError: If a memory is lost and the rule is to stop, or too few answered and that stops the run.
         """
         broadcast, asked = self._broadcast, self.asked()
+        self.heads = newer_heads(self.heads, heads or {})
         invalid = {i: why for i in asked if i in replies and (why := self._fault(replies[i]))}
         valid = [i for i in asked if i in replies and i not in invalid]
         lost = [i for i in asked if i in refusals and refusals[i][0] == "lost" and self.last_turn.get(i, 0) > 0]
@@ -218,6 +236,7 @@ class Coordinator:
         facts |= {"last_turn": {str(k): v for k, v in self.last_turn.items()}, "left_out": sorted(self.left_out)}
         facts |= {"asked_times": {str(k): v for k, v in self.asked_times.items()}}
         facts |= {"losses": {str(k): v for k, v in self.losses.items()}}
+        facts |= {"heads": {str(k): head.to_json() for k, head in self.heads.items()}}
         facts |= {"open": None if self._open is None else self._open.cohort.tolist()}
         return {"coordinator": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
@@ -230,6 +249,8 @@ class Coordinator:
         self.left_out = set(facts["left_out"])
         self.asked_times = Counter({int(k): v for k, v in facts["asked_times"].items()})
         self.losses = Counter({int(k): v for k, v in facts["losses"].items()})
+        heads = {int(k): Head.of_json(head) for k, head in facts.get("heads", {}).items()}
+        self.heads = {k: head for k, head in heads.items() if head is not None}
         self._open = None
         if facts["open"] is not None:
             cohort = np.array(facts["open"], dtype=np.int64)
@@ -242,17 +263,13 @@ class Coordinator:
         return self._open
 
     @property
-    def _secret_cohorts(self) -> bool:
-        return self.plan is not None and self.plan.private and self.plan.amplification
-
-    @property
     def _needed(self) -> int:
         """Without how many messages nothing of a turn is used.
 
         Where cohorts are secret every turn counts, also an empty one: the noise is right anyway, and whether a turn
         counted must not show who was in it.
         """
-        return 0 if self._secret_cohorts else self.choice.min_participants
+        return 0 if self.secret_cohorts else self.choice.min_participants
 
     def _memories_are_lost(self, lost: list[int]) -> bool:
         """Follows the rule for lost memories; whether all begin anew.

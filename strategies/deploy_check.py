@@ -2,11 +2,9 @@
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
 from rich.console import Console
 from rich.table import Table
 
@@ -29,11 +27,11 @@ from clients.node_folder import NODE_TOML, NodeSettings, check_node_folder
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from strategies.deploy_init import BUNDLES, DEPLOYMENT
+from strategies.deploy_roster import CONNECTION, REMOVED, Roster, key_in
 from strategies.deploy_server import SERVER_TOML, ServerSettings, check_server_folder
 
 __all__ = ["check_folder", "print_findings"]
 
-CONNECTION = "deployment"
 ADMIN_FILES = ("ca.crt", "config.toml", "register.sh", VERSIONS, MANIFEST)
 
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
@@ -87,7 +85,12 @@ def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
             # The server is called once, by whoever starts runs.
             check = _check_server if name == "server" else _check_admin
             found[name] = check(folder / name, connect and name == "admin")
-    for node in sorted(folder.glob("node-*"), key=lambda path: (len(path.name), path.name)):
+    removed = Roster.read(folder).removed if (folder / "admin" / "register.sh").is_file() else {}
+    nodes = (path for path in folder.glob("node-*") if path.is_dir())
+    for node in sorted(nodes, key=lambda path: (len(path.name), path.name)):
+        if (node / "node.pub").is_file() and key_in((node / "node.pub").read_bytes()) in removed:
+            found[node.name] = [Finding("node", "note", f"removed: its key is in admin/{REMOVED}")]
+            continue
         found[node.name] = _check_node(node, connect=False)
         certificate = folder / "server" / "server.pem"
         if certificate.is_file():
@@ -158,7 +161,7 @@ def _check_admin(folder: Path, connect: bool) -> list[Finding]:
     if right and connect:
         findings += check_server(_connection(folder), folder / "ca.crt")
         if findings[-1].state == "ok":
-            findings.append(_check_registered(folder))
+            findings += _check_registered(folder)
     return findings
 
 
@@ -179,21 +182,32 @@ def _connection(folder: Path) -> str:
     return address
 
 
-def _check_registered(folder: Path) -> Finding:
-    """Whether the server knows every key in `nodes/`."""
-    from strategies.superlink_internals import registered_keys
+def _check_registered(folder: Path) -> list[Finding]:
+    """Whether the server knows every key in `nodes/`, and none that was removed."""
+    from strategies.deploy_keys import compared
+    from strategies.superlink_internals import administering
 
-    keys = {path.stem: b" ".join(path.read_bytes().split()[:2]) for path in sorted(folder.glob("nodes/*.pub"))}
+    roster = Roster.read(folder)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            known = registered_keys(folder, CONNECTION)
-    except (click.ClickException, OSError, RuntimeError, ValueError) as error:
-        return Finding("nodes", "note", f"the server does not say: {error}. See admin-from in its server.toml")
-    absent = [name for name, key in keys.items() if known.get(key, "unregistered") == "unregistered"]
-    if absent:
-        return Finding("nodes", "wrong", f"not registered: {_listed(absent)}. Run ./register.sh")
-    online = [name for name, key in keys.items() if known[key] == "online"]
-    return Finding("nodes", "ok", f"all {len(keys)} registered; online: {_listed(online)}")
+        with administering(folder, CONNECTION) as server:
+            found = compared(roster, server.nodes())
+    except UserError as error:
+        return [Finding("nodes", "note", f"the server does not say who is registered: {error}")]
+    wrong = found.faults
+    if found.absent:
+        wrong = [f"not registered: {_listed(found.absent)}. Run ./register.sh", *wrong]
+    if wrong:
+        findings = [Finding("nodes", "wrong", line) for line in wrong]
+    else:
+        online = [name for name, status in found.registered.items() if status == "online"]
+        findings = [Finding("nodes", "ok", f"all {len(found.registered)} registered; online: {_listed(online)}")]
+    if roster.removed:
+        findings.append(Finding("removed nodes", "ok", _listed([*roster.removed.values()])))
+    if found.strangers:
+        numbers = _listed([str(number) for number in found.strangers])
+        line = f"keys that are not in nodes/ are registered, by the server's numbers: {numbers}. See README.md"
+        findings.append(Finding("other nodes", "note", line))
+    return findings
 
 
 def _listed(names: Sequence[str]) -> str:

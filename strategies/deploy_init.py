@@ -18,6 +18,7 @@ from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.records import write_atomically
 from fedpriv.experiment.tables import read_table
 from strategies.deploy_certificates import Authority, Pair, make_node_key, refuse_host
+from strategies.deploy_roster import Roster
 from strategies.deploy_server import SERVER_TOML
 from strategies.deploy_texts import (
     ADMIN_CONFIG,
@@ -39,6 +40,7 @@ __all__ = [
     "init_deployment",
     "make_deployment",
     "renew_certificate",
+    "seal_again",
 ]
 
 DEPLOYMENT = "deployment.toml"
@@ -171,6 +173,12 @@ def renew_certificate(folder: Path, days: int, host: str | None = None) -> None:
     _seal(folder, deployment)
 
 
+def seal_again(folder: Path) -> None:
+    """Writes what is about all folders once more, if this is a deployment's folder: after a node was removed."""
+    if (folder / DEPLOYMENT).is_file():
+        _seal(folder, _read(folder))
+
+
 def _refuse_days(days: int) -> None:
     if not 1 <= days <= 3650:
         raise UserError("--days", "a whole number from 1 to 3650", days, "365 is usual")
@@ -266,7 +274,9 @@ def _write_manifest(folder: Path, names: Iterable[str]) -> None:
 
 def _seal(folder: Path, deployment: Deployment) -> None:
     """Writes what is about all folders: how to use them, and what their manifests are."""
-    kinds = ["server", "admin", *(f"node-{node}" for node in range(deployment.nodes))]
+    gone = Roster.read(folder / "admin").removed_nodes if (folder / "admin" / "register.sh").is_file() else []
+    nodes = (f"node-{node}" for node in range(deployment.nodes))
+    kinds = ["server", "admin", *(name for name in nodes if name not in gone)]
     present = [kind for kind in kinds if (folder / kind / MANIFEST).is_file()]
     digests = {kind: hashlib.sha256((folder / kind / MANIFEST).read_bytes()).hexdigest() for kind in present}
     kept = _sealed(folder)
@@ -297,5 +307,5 @@ def _write_pair(folder: Path, pair: Pair, private: str, public: str) -> None:
 
 def _write(path: Path, content: bytes | str, mode: int = _PUBLIC) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(path, content)
-    path.chmod(mode)
+    write_atomically(path, content, mode)
+    path.chmod(mode)  # whatever the umask took off

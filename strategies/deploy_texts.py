@@ -2,6 +2,8 @@
 
 from string import Template
 
+from clients.policy import POLICY_TEXT as POLICY
+
 __all__ = [
     "ADMIN_CONFIG",
     "DOCKERFILE",
@@ -14,32 +16,6 @@ __all__ = [
     "START",
 ]
 
-POLICY = Template("""\
-# What this client agrees to. Only its operator decides: no server can change or read this file.
-
-[accepts]
-# "local": only messages that this client has noised itself leave it.
-# "central": bare bounded messages may go to the server, which is trusted to add noise.
-trust = "$trust"
-methods = ["alpha-normec", "clip21", "dp-fedavg", "normalized-sgd"]  # names from `fedpriv list`; empty: any
-models = []                 # names from `fedpriv list`; empty: any
-data = []                   # names from `fedpriv list`; empty: any
-max_parameters = 10000000   # largest model
-
-[limits]
-# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
-epsilon = $epsilon
-delta = $delta
-min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
-max_l2_bound = 100.0        # longest message
-max_rounds = 100000         # longest run
-# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
-adjacency = "replace"
-
-[data]
-own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
-""")
-
 NODE_TOML_TEXT = Template("""\
 superlink = "$address"  # the server, as its certificate names it
 partition-id = $node  # which client this node is; no other node has this number
@@ -50,7 +26,8 @@ num-partitions = $nodes  # how many clients there are
 
 # A node runs one Flower app, fedpriv's own, and refuses any other. To run an app of your own (with
 # clients.private_mod), list the SHA-256 of its bundle (`flwr build`, then `sha256sum *.fab`). Read the app before: it
-# can do on this machine whatever this node can, and neither the policy nor the budget in this folder binds it.
+# can do on this machine whatever this node can, and the policy and the budget in this folder bind what it sends only if
+# it uses the mod.
 # accepted-apps = ["..."]
 """)
 
@@ -92,35 +69,12 @@ REGISTER = Template("""\
 # Tells the server about the keys in nodes/. It may run again at any time: keys that the server knows stay as they are.
 set -eu
 cd "$$(dirname "$$0")"
-: "$${FLWR:=flwr}"
-export FLWR_HOME="$$PWD" FLWR_DISABLE_UPDATE_CHECK=1 FLWR_TELEMETRY_ENABLED=0
-if ! command -v "$$FLWR" > /dev/null; then
-    echo "$$0: expected flwr on the PATH, got none. Activate fedpriv's environment, or set FLWR=/path/to/flwr." >&2
+: "$${FEDPRIV:=fedpriv}"
+if ! command -v "$$FEDPRIV" > /dev/null; then
+    echo "$$0: expected fedpriv on the PATH, got none. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
     exit 2
 fi
-
-# Flower wants the absolute path of ca.crt, which is another one when this folder has moved.
-while IFS= read -r line; do
-    case $$line in
-        root-certificates*) printf "root-certificates = '%s'\\n" "$$PWD/ca.crt" ;;
-        *) printf '%s\\n' "$$line" ;;
-    esac
-done < config.toml > config.toml.part
-mv config.toml.part config.toml
-
-failed=0
-for key in nodes/*.pub; do
-    name=$$(basename "$$key" .pub)
-    if said=$$("$$FLWR" supernode register "$$key" deployment --name "$$name" 2>&1); then
-        echo "$$name: registered"
-    elif printf '%s' "$$said" | grep -qi 'already in use'; then
-        echo "$$name: was registered before"
-    else
-        printf '%s: not registered. %s\\n' "$$name" "$$(printf '%s' "$$said" | tr '\\n' ' ')" >&2
-        failed=2
-    fi
-done
-exit $$failed
+exec "$$FEDPRIV" deploy register .
 """)
 
 SERVICE = Template("""\
@@ -199,7 +153,7 @@ with the line in `bundles.sha256`.
 2. On the server, in another shell: `admin/register.sh`. It can run again at any time.
    From another machine: `ssh -L $port:127.0.0.1:$port $host`, and there `admin/register.sh`.
 3. Each client reads and edits `fedpriv-client.toml`, its policy, and `node.toml`; then `node-I/start-node.sh`.
-4. See who is there: `FLWR_HOME=$$PWD/admin flwr supernode list deployment`.
+4. See who is there: `fedpriv deploy check admin`.
 
 Under systemd or Docker instead: see the head of `fedpriv-superlink.service`, `fedpriv-node.service`, `Dockerfile`.
 
@@ -225,10 +179,13 @@ first, and start nothing if one fails.
 | `server/flower/` | Flower's database of runs, nodes and messages. Back it up; without it, register the nodes again |
 | `admin/config.toml` | Flower's connection `deployment`, for FLWR_HOME |
 | `admin/nodes/*.pub` | the nodes' public keys; `register.sh` tells the server |
+| `admin/removed-keys` | the public keys of nodes that were removed, with name and date |
 | `node-I/node.key`, `node.pub` | the node's key: who has it is this client to the server |
 | `node-I/node.toml` | the server's address, which client this is, where its data lie, which apps it runs |
 | `node-I/fedpriv-client.toml` | the policy: what is sent at all, and how much privacy may be spent |
 | `node-I/state/` | the client's error-feedback memory, and the ledger of what its data have been spent |
+| `node-I/ledger.key` | made with the first message: signs how long the ledger is. Secret |
+| `server/flower/client-heads.json` | what clients have signed about their ledgers. Keep it with Flower's database |
 | `node-I/flower/` | what Flower unpacks; can be deleted while the node is stopped |
 | `versions.toml` | what the deployment was made with. After an upgrade of all machines, mend it |
 | `MANIFEST.sha256` | checksums of the files that nobody has to edit |
@@ -247,9 +204,11 @@ first, and start nothing if one fails.
 
 Stop the node, copy `node-I/state/` to a place that is as private, start it again. The copy is good until the node
 takes part again. **An older copy must not be put back as if nothing had happened**: its ledger forgets what has been
-spent since, so that the budget could be spent twice, and its memory no longer fits the server's.
+spent since, so that the budget could be spent twice, and its memory no longer fits the server's. The client notices by
+the signed head of its ledger that the server shows, and refuses.
 If `state/` is lost, or only an old copy is left: lower `epsilon` in the policy by what has been spent since, as far as
-it is known from the runs' records, or leave the client out for good; and tell whoever runs the experiment.
+it is known from the runs' records, and remove `ledger.key`, so that the former head counts no more; or leave the client
+out for good. Tell whoever runs the experiment.
 
 ## Add nodes
 
@@ -263,8 +222,16 @@ rename `node.key.pub` to `node.pub`, and send that file for `admin/nodes/`.
 
 ## Remove a node
 
-`FLWR_HOME=$$PWD/admin flwr supernode list deployment`, then `flwr supernode unregister NODE-ID deployment`, and delete
-its file from `admin/nodes/`. Do so at once if its key or machine is lost.
+    fedpriv deploy remove node-1          # in this folder or in admin/, while the server runs
+
+Do so at once if its key or machine is lost. The server takes nothing more from it; the node says so in one line and
+ends. The key moves from `admin/nodes/` to `admin/removed-keys`, and no server ever takes it back: a client that comes
+back needs a new key (above). A run that is going on goes on without the client: its messages are missing, and each
+turn that asks it lasts until its deadline. The number of clients stays what the plan says, so that sums are divided as
+before and noise and epsilon hold. The client's `state/` stays on its own machine.
+
+Keys that are registered but not in `admin/nodes/` have no name there: `fedpriv deploy check admin` shows the server's
+numbers for them, and `FLWR_HOME=$$PWD/admin flwr supernode unregister NUMBER deployment` takes them away.
 
 ## Renew the server's certificate
 

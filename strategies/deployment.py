@@ -11,12 +11,14 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from clients.heads import HEAD, Head
 from clients.wire import (
     ARRAYS,
     CONFIG,
     FEDPRIV,
     TERMS,
     Introduction,
+    MessageFormat,
     ModelArrays,
     introduction,
     printable,
@@ -29,6 +31,7 @@ from fedpriv.experiment.journal import Journal
 from fedpriv.experiment.records import RunDirectory
 from strategies.coordinator import Coordinator, Outcome
 from strategies.flower_internals import SERVER_NODE, reason_in_short
+from strategies.heads import HeadBook, newer_heads
 
 __all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
 
@@ -38,6 +41,9 @@ _log = logging.getLogger("flwr")
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
 _INTRODUCTION_SECONDS = 30.0
+
+# After the deadline of a turn with a secret cohort, what reading and adding its answers may take, and always does.
+_SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
 
 
 @dataclass
@@ -231,27 +237,44 @@ def run_turns(
     network = Network(grid, experiment.population.federation.population)
     network.wait_for(choice.min_participants, choice.join_timeout)
 
+    book = HeadBook.of_deployment(directory.path)
+    coordinator.heads = newer_heads(coordinator.heads, book.heads)
+
     def save() -> None:
         directory.checkpoint.write(
             coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
+        book.keep(coordinator.heads)
 
+    seconds = coordinator.turn_seconds
+    if coordinator.secret_cohorts:
+        left = coordinator.turns - coordinator.turn
+        _log.info("Every turn lasts %g s, whoever takes part (deployment.deadline): %d turns are left", seconds, left)
     while not coordinator.done:
         broadcast = coordinator.begin()
         save()
+        began = time.monotonic()
         shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
         contents = {}
         for client in coordinator.asked():
             order, terms = coordinator.order(client)
-            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
-        answers = network.exchange(contents, choice.deadline, str(broadcast.round))
-        replies, refusals, failed = _read(answers.items(), arrays)
-        outcome = coordinator.finish(replies, refusals)
+            shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
+            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
+        answers = network.exchange(contents, seconds, str(broadcast.round))
+        replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
+        outcome = coordinator.finish(replies, refusals, _heads(answers))
         save()
+        if coordinator.secret_cohorts:
+            # Neither who answers nor how long the sum takes shows in when the model is there, and the next turn begins.
+            _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
         _tell(outcome, failed)
         journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
     return journal.finish(coordinator.state)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - time.monotonic(), 0.0))
 
 
 def _message(content: RecordDict, node: int, seconds: float, group: str) -> Message:
@@ -259,7 +282,7 @@ def _message(content: RecordDict, node: int, seconds: float, group: str) -> Mess
 
 
 def _read(
-    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays
+    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
 ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
     """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
     replies: dict[int, Tensor] = {}
@@ -274,12 +297,19 @@ def _read(
             elif (no := refused(answer.content)) is not None:
                 refusals[client] = no
             else:
-                replies[client] = arrays.strict_vector(answer.content.array_records[ARRAYS])
+                replies[client] = arrays.received(answer.content, form)
         except UserError as error:
             failed[client] = printable(error)
         except Exception as error:
             failed[client] = f"an answer that cannot be read ({type(error).__name__})"
     return replies, refusals, failed
+
+
+def _heads(answers: Mapping[int, Message | str]) -> dict[int, Head]:
+    """The heads of ledgers in answers, by client."""
+    contents = {i: a.content for i, a in answers.items() if not isinstance(a, str) and a.has_content()}
+    heads = {client: Head.of(content) for client, content in contents.items()}
+    return {client: head for client, head in heads.items() if head is not None}
 
 
 def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The privacy statement of a run of somebody's own app: which arrays it covers, and what failing clients change."""
 
 import textwrap
+from typing import Literal
 
 from clients.trained import TrainedArrays
 from fedpriv.privacy import PrivacyPlan, privacy_statement
@@ -26,7 +27,14 @@ _SECRET = (
 
 
 def drop_in_statement(
-    plan: PrivacyPlan | None, *, method: str, randomness: str, arrays: TrainedArrays, size: int
+    plan: PrivacyPlan | None,
+    *,
+    method: str,
+    randomness: str,
+    arrays: TrainedArrays,
+    size: int,
+    app: Literal["fixed", "supplied"] | None = None,
+    evaluated: bool = False,
 ) -> str:
     """Return the statement of a run.
 
@@ -36,8 +44,10 @@ def drop_in_statement(
         randomness: See `privacy_statement`.
         arrays: Which arrays are trained.
         size: How many numbers these hold.
+        app: See `privacy_statement`.
+        evaluated: See `privacy_statement`.
     """
-    statement = privacy_statement(plan, method=method, randomness=randomness)
+    statement = privacy_statement(plan, method=method, randomness=randomness, app=app, evaluated=evaluated)
     if plan is None or not plan.private:
         return statement
     fixed = _FIXED.format(names=", ".join(arrays.fixed)) if arrays.fixed else ""

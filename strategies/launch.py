@@ -33,7 +33,8 @@ from fedpriv.experiment.assemble import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.engines import cores
 from fedpriv.experiment.journal import Watcher
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import RunDirectory, open_to_append
+from fedpriv.privacy.released import OWNER_ONLY
 
 __all__ = ["RecordedRounds", "failure_in", "run_with_flower"]
 
@@ -205,7 +206,7 @@ class FlowerRun:
         return f"127.0.0.1:{port}"
 
     def _start(self, arguments: Sequence[str], program: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
+        with open_to_append(self.log, OWNER_ONLY) as log:
             process = subprocess.Popen(
                 [*(program or _FLWR), *arguments],
                 env=self.environment,

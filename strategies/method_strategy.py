@@ -7,6 +7,7 @@ model that methods see (`clients.trained`), and clients may fail (`strategies.at
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from numbers import Integral
@@ -19,8 +20,23 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from clients.heads import HEAD, Head
+from clients.promise import promised
 from clients.trained import TRAINED, Patterns, TrainedArrays
-from clients.wire import ARRAYS, CONFIG, DIAGNOSTICS, FEDPRIV, ModelArrays, Order, method_name, printable, refused
+from clients.wire import (
+    ARRAYS,
+    CONFIG,
+    DIAGNOSTICS,
+    FEDPRIV,
+    TERMS,
+    MessageFormat,
+    ModelArrays,
+    Order,
+    Terms,
+    method_name,
+    printable,
+    refused,
+)
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
@@ -29,6 +45,7 @@ from fedpriv.streams import SeededStreams
 from strategies.attendance import MAX_FAILURES, Attendance
 from strategies.drop_in_statement import drop_in_statement
 from strategies.faults import message_fault, norm_limit
+from strategies.heads import HeadBook
 from strategies.metrics import average_metrics
 from strategies.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
 from strategies.rescue import rescue
@@ -73,6 +90,8 @@ class MethodStrategy(Strategy):
             None is a half, and no limit if the promise relies on secret cohorts (see `strategies.attendance`).
         trainable: Names of the arrays that the app trains, or patterns such as `head.*`; all others are then frozen.
         frozen: Names or patterns of the arrays that it does not train. Give one of the two if not all are trained.
+        heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
+            for this run alone. See `clients.heads`.
     """
 
     rescue_folder = Path()
@@ -87,6 +106,7 @@ class MethodStrategy(Strategy):
         max_failures: float | None = None,
         trainable: Patterns | None = None,
         frozen: Patterns | None = None,
+        heads: str | Path | None = None,
     ) -> None:
         whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
         if num_clients is not None and not (whole and num_clients >= 1):
@@ -95,6 +115,7 @@ class MethodStrategy(Strategy):
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:
             raise UserError("max_failures", "a share from 0 to 1", max_failures, "0.5 is half of a round's clients")
         self._agree = agree
+        self._heads = HeadBook(None if heads is None else Path(heads))
         self._num_clients = num_clients
         self._evaluate = evaluate
         self._join_timeout = join_timeout
@@ -162,12 +183,16 @@ class MethodStrategy(Strategy):
         self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.method.init_server(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
+        self._run = secrets.token_hex(16)
+        self._turns = num_rounds
         self.statement = drop_in_statement(
             self.plan,
             method=method_name(self.agreement.server.method),
             randomness=self._randomness,
             arrays=self.arrays,
             size=self._layout.layout.size,
+            app="supplied" if self._randomness == "system" else None,
+            evaluated=self._evaluate,
         )
 
     def summary(self) -> None:
@@ -194,9 +219,18 @@ class MethodStrategy(Strategy):
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
         shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
+        last_round = self.attendance.last_round
+        terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
         self._asked = {
             client: Message(
-                RecordDict({**shared, FEDPRIV: self._order(client, server_round).to_record()}),
+                RecordDict(
+                    {
+                        **shared,
+                        FEDPRIV: self._order(client, server_round).to_record(),
+                        TERMS: terms[last_round.get(client, 0)],
+                        **self._shown(client),
+                    }
+                ),
                 self._nodes[client],
                 MessageType.TRAIN,
                 group_id=str(server_round),
@@ -208,6 +242,8 @@ class MethodStrategy(Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sums the messages and lets the method's server rule act on the sum."""
         contents, messages, failures, lost = self._read(replies)
+        heads = {client: Head.of(content) for client, content in contents.items()}
+        self._heads.keep({client: head for client, head in heads.items() if head is not None})
         if failures:
             of, shown = len(self._asked), in_words(failures)
             _log.warning("round %d: %d of %d clients fail: %s", server_round, len(failures), of, shown)
@@ -295,8 +331,8 @@ class MethodStrategy(Strategy):
 
     def _message(self, client: int, content: RecordDict) -> Tensor:
         """Return a client's message; a UserError unless it is one that an honest client may send."""
-        message = self._layout.strict_vector(content.array_records[ARRAYS])
         rules, size = self.agreement.client, self._layout.layout.size
+        message = self._layout.received(content, MessageFormat.of(rules))
         fault = message_fault(message, rules, size)
         if fault:
             expected = f"l2 norm of at most {norm_limit(rules, size):g}"
@@ -314,15 +350,34 @@ class MethodStrategy(Strategy):
         """Return the app's model: trained arrays from `[params]`, the others as they were at the start."""
         return self.arrays.whole(self._layout.model(vector), self._initial)
 
+    def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
+        """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
+        terms = Terms(
+            run=self._run,
+            turn=server_round,
+            last_turn=last_round,
+            epoch=self.attendance.resets,
+            digest="",
+            **promised(self.plan, self.agreement.server.sampling, self._turns),
+        )
+        return terms.to_record()
+
+    def _shown(self, client: int) -> dict[str, ConfigRecord]:
+        head = self._heads.heads.get(client)
+        return {} if head is None else {HEAD: head.to_record()}
+
     def _order(self, client: int, server_round: int) -> Order:
-        rules, streams = self.agreement.client, self.agreement.client.streams
+        rules = self.agreement.client
+        streams = rules.streams if rules.noise_stddev > 0.0 else None
+        seeded = isinstance(streams, SeededStreams)
         return Order(
             method=rules.method,
             round=server_round,
             client=client,
             last_round=self.attendance.last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
-            seed=streams.seed if isinstance(streams, SeededStreams) and rules.noise_stddev > 0.0 else None,
+            seed=streams.seed if seeded else None,
+            noise_id=streams.noise_id if seeded else "",
             private=self.plan is not None,
             diagnostics=self.plan is None or self._randomness == "seeded",
         )

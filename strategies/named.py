@@ -8,6 +8,7 @@ described where the method is, in `fedpriv.methods`.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from clients.trained import Patterns
@@ -53,7 +54,7 @@ class Privacy:
 
 _OWN = (
     *("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout"),
-    *("max_failures", "trainable", "frozen"),
+    *("max_failures", "trainable", "frozen", "heads"),
 )
 
 
@@ -72,6 +73,7 @@ class NamedStrategy(MethodStrategy):
         max_failures: See `MethodStrategy`.
         trainable: See `MethodStrategy`.
         frozen: See `MethodStrategy`.
+        heads: See `MethodStrategy`.
         hyperparameters: The method's.
 
     Raises:
@@ -93,6 +95,7 @@ class NamedStrategy(MethodStrategy):
         max_failures: float | None = None,
         trainable: Patterns | None = None,
         frozen: Patterns | None = None,
+        heads: str | Path | None = None,
         **hyperparameters: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -112,11 +115,14 @@ class NamedStrategy(MethodStrategy):
             max_failures=max_failures,
             trainable=trainable,
             frozen=frozen,
+            heads=heads,
         )
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
+        if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
+            self.streams = SeededStreams(self.streams.seed, repr((self.method, sampling, plan, rounds)))
         return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
 
 

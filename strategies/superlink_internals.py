@@ -7,26 +7,41 @@ listed addresses only, by default to the machine itself. `tests/deploy/test_depl
 any of it.
 """
 
+import importlib
+import io
 import ipaddress
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+import click
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
 from fastapi import FastAPI
 from flwr.cli.flower_config import read_superlink_connection
-from flwr.cli.utils import init_http_client_from_connection
-from flwr.proto.control_pb2 import ListNodesRequest
+from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.control import ControlHttpClient
 from flwr.superlink import main
-from flwr.superlink.cli.flower_superlink import flower_superlink
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from clients.supernode_internals import run_flower
+from clients.supernode_internals import accompanied, run_flower
+from fedpriv.errors import UserError
 
-__all__ = ["OnlyFor", "guarded", "registered_keys", "run_superlink"]
+__all__ = ["Administrator", "KnownNode", "OnlyFor", "administering", "guarded", "run_superlink"]
+
+# The package has a function of the same name, which hides the module.
+_PROGRAM = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
 _FOR_ALL = ("/v1/fleet/", "/health")
 
@@ -88,25 +103,86 @@ def run_superlink(options: Sequence[str], networks: Sequence[str]) -> int:
         options: Those of `flower-superlink`.
         networks: Who may administer it.
     """
-    with guarded(networks):
-        return run_flower("flower-superlink", flower_superlink, options)
+    with guarded(networks), accompanied(_PROGRAM):
+        return run_flower("flower-superlink", _PROGRAM.flower_superlink, options)
 
 
-def registered_keys(admin: Path, connection: str) -> dict[bytes, str]:
-    """What a SuperLink knows of its nodes: the status of each, by its public key in OpenSSH's form.
+@dataclass(frozen=True)
+class KnownNode:
+    """A node as a SuperLink knows it.
+
+    Args:
+        id: The SuperLink's own number for it.
+        status: registered, online, offline or unregistered.
+    """
+
+    id: int
+    status: str
+
+    @property
+    def welcome(self) -> bool:
+        """Whether the SuperLink takes anything from it. It takes no key back that was unregistered."""
+        return self.status != NodeStatus.UNREGISTERED
+
+
+class Administrator:
+    """An administrator's connection to a SuperLink; keys are public ones in OpenSSH's form, without comments.
+
+    Each method raises a UserError if the SuperLink does not do what it is asked.
+    """
+
+    def __init__(self, client: ControlHttpClient) -> None:
+        self._client = client
+
+    def nodes(self) -> dict[bytes, KnownNode]:
+        """Return every node that the SuperLink has ever known, by its key."""
+        with _in_one_line():
+            found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        in_order = sorted(found, key=lambda node: node.registered_at)
+        return {_openssh(bytes(node.public_key)): KnownNode(node.node_id, node.status) for node in in_order}
+
+    def register(self, key: bytes, name: str) -> None:
+        """Make the SuperLink take a key's node."""
+        with _in_one_line():
+            pem = load_ssh_public_key(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+            self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
+
+    def unregister(self, node: KnownNode) -> None:
+        """Make the SuperLink take nothing more from a node, for ever."""
+        with _in_one_line():
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
+
+
+@contextmanager
+def administering(admin: Path, connection: str) -> Iterator[Administrator]:
+    """Gives a connection to a SuperLink meanwhile.
 
     Args:
         admin: The folder with Flower's `config.toml`.
         connection: The name of a connection in it.
+
+    Raises:
+        UserError: If there is no such connection.
     """
     os.environ["FLWR_HOME"] = str(admin)
-    client = init_http_client_from_connection(read_superlink_connection(connection))
+    with _in_one_line():
+        client = init_http_client_from_connection(read_superlink_connection(connection))
     try:
-        nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        yield Administrator(client)
     finally:
         client.close()
-    status = sorted((node.registered_at, bytes(node.public_key), node.status) for node in nodes)
-    return {_openssh(key): state for _, key, state in status}
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Turns what Flower raises into a UserError, and keeps what it prints to itself."""
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler():
+            yield
+    except (click.ClickException, OSError, RuntimeError, ValueError, UnsupportedAlgorithm) as error:
+        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
+        raise UserError("the server", "that it does what is asked", reason.strip().rstrip("."), remedy) from None
 
 
 def _openssh(pem: bytes) -> bytes:

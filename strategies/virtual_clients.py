@@ -20,6 +20,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.simulation import playing_clients
 from fedpriv.engines import one_thread
 from strategies.flower_internals import (
     copy_context,
@@ -159,7 +160,8 @@ class VirtualClients:
         self._played[client] = self._played.get(client, 0) + 1
         context, asked = copy_context(before), message.metadata.message_id
         try:
-            reply = self._app(message, context)
+            with playing_clients():
+                reply = self._app(message, context)
         except (Exception, SystemExit) as error:
             return Message(error_of_exception(error), reply_to=message)
         refusal = _refusal(reply, asked, context, before)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from fedpriv.feedback import Release
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, client_part, optimized
 from fedpriv.methods.server import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
@@ -20,6 +21,12 @@ FALSE_ALARM = 1e-9
 
 thorough = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 brief = settings(thorough, max_examples=40)
+
+
+def adding(noise: Tensor | None) -> Release | None:
+    """Return a release that adds a given noise to a message, without rounding; None for None."""
+    return None if noise is None else lambda message: message + noise
+
 
 EXAMPLES: dict[str, Method] = {
     "alpha-normec": AlphaNormEC(alpha=1.0, beta=0.5, server_lr=0.1),

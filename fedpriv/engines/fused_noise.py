@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedpriv.engines.base import Engine, Population
 from fedpriv.methods import feedback_of, has_memory
-from fedpriv.noise import client_noise_sum
+from fedpriv.noise import release_clients_sum
 from fedpriv.rounds import Broadcast, ClientRules, Total
 
 __all__ = ["FusedNoise", "can_fuse", "without_noise"]
@@ -56,9 +56,9 @@ class FusedNoise:
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
         total = self._inner.sum_messages(broadcast)
-        streams, stddev, size = self._rules.streams, self._rules.noise_stddev, total.sum.shape[-1]
-        noise = client_noise_sum(streams, stddev, size, broadcast.round, total.messages, broadcast.part)
-        return total._replace(sum=total.sum + noise)
+        streams, stddev = self._rules.streams, self._rules.noise_stddev
+        noisy = release_clients_sum(streams, stddev, total.sum, broadcast.round, total.messages, broadcast.part)
+        return total._replace(sum=noisy)
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""

@@ -5,26 +5,15 @@ memory, and every further pass of a tensor library costs as much again; the file
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from fedpriv.feedback import Feedback
+from fedpriv.native import native_library
 
 __all__ = ["FeedbackInC", "feedback_in_c"]
-
-_SOURCE = Path(__file__).with_name("feedback.c")
-# No flag may change a rounding: no contraction, no reordering.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_COMPILE_SECONDS = 60.0
 
 
 class _Figures(ctypes.Structure):
@@ -91,50 +80,14 @@ class FeedbackInC:
         return self._add_bounded(self._round, signal)
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _declare(library: ctypes.CDLL) -> None:
     address = ctypes.c_void_p
     library.feed_back.argtypes = [address] * 5
     library.add_bounded.argtypes = [address, address]
     library.feed_back.restype = library.add_bounded.restype = ctypes.c_double
-    return library
 
 
 @cache
 def feedback_in_c() -> ctypes.CDLL | None:
     """The compiled step; None without a compiler, or where FEDPRIV_NATIVE is 0."""
-    if os.environ.get("FEDPRIV_NATIVE", "1") == "0" or sys.platform == "win32":
-        return None
-    try:
-        return _load(_library())
-    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError):  # RuntimeError: no home folder
-        return None
-
-
-def _library() -> Path:
-    """The compiled file, kept in the user's cache under a name that says what it was made of."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    source = _SOURCE.read_bytes()
-    made_of = (source, " ".join((compiler, *_FLAGS)).encode(), platform.machine().encode(), _cpu().encode())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpriv"
-    path = folder / f"feedback-{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = Path(place) / "feedback.so"
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
-            made.replace(path)
-    return path
-
-
-def _cpu() -> str:
-    """What the compiler's `native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return platform.processor()
+    return native_library(Path(__file__).with_name("feedback.c"), _declare)

@@ -80,12 +80,14 @@ class Snapshots:
         self.rounds, self._states = [], merged([])
 
     def _write(self, folder: Path, place: int, part: dict[str, Tensor]) -> Path:
-        """One file, which appears whole or not at all."""
+        """One file, which appears whole or not at all, and which its owner alone can read."""
         path = folder / f"states-{os.getpid()}-{self._number}-{place}.safetensors"
         unfinished = path.with_suffix(".part")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(safetensors_bytes({name: tensor.contiguous() for name, tensor in part.items()}))
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            unfinished.unlink(missing_ok=True)
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(safetensors_bytes({name: tensor.contiguous() for name, tensor in part.items()}))
             unfinished.replace(path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)

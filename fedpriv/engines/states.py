@@ -227,7 +227,7 @@ def _rows(field: Tensor, rows: int, stride: int) -> Tensor:
 
 
 class _SpillFile:
-    """Rows of equal length in a file without a name."""
+    """Rows of equal length in a file without a name, which was its owner's alone when it had one."""
 
     def __init__(self, row_bytes: int, folder: Path | None) -> None:
         self._row_bytes = row_bytes
@@ -236,7 +236,7 @@ class _SpillFile:
         self._places: dict[int, int] = {}
         try:
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._file, name = tempfile.mkstemp(dir=folder, prefix="fedpriv-states-")
             Path(name).unlink()
         except OSError as error:

@@ -14,9 +14,8 @@ from torch import Tensor
 from fedpriv.bounding import row_norms
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.engines.states import StateStore
-from fedpriv.feedback import Feedback
+from fedpriv.feedback import Feedback, Release, sent_message
 from fedpriv.methods import ClientState, feedback_of
-from fedpriv.noise import client_noise
 from fedpriv.rounds import Broadcast, ClientRules, Total, apply_client_rule
 from fedpriv.sums import ExactSum
 
@@ -65,15 +64,18 @@ class ClientStep:
             state: Fields `[clients, ...]`.
         """
         norms = row_norms(signals)
-        self._norms += norms.flatten().tolist()
-        noise = self._noise(clients, signals)
+        round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)  # noqa: A001
         if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
-            signals, noise, norms = signals[0], None if noise is None else noise[0], norms[0]
+            signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
-            self._by_rule(signals, state, noise)
+            decisive = sum((row_norms(part.double()) for part in state), norms)
+            self._by_rule(signals, state, release)
         else:
-            self._sum.add(_feed_back_(self._feedback, signals, norms, state, noise, self.broadcast.round))
+            sent, decisive = _feed_back_(self._feedback, signals, norms, state, release, round)
+            self._sum.add(sent)
+        # A memory that is not finite makes a message of nothing as a signal does, and is counted as one.
+        self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
 
     def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
         """Does as `take` for one client, in C where that is possible.
@@ -116,16 +118,9 @@ class ClientStep:
         mean = math.fsum(finite) / len(finite) if finite else math.nan
         return Total(self._sum.value, len(self._norms), len(self._norms) - len(finite), mean)
 
-    def _noise(self, clients: Sequence[int], signals: Tensor) -> Tensor | None:
-        if self.rules.noise_stddev == 0.0:
-            return None
-        streams, stddev, size = self.rules.streams, self.rules.noise_stddev, signals.shape[-1]
-        drawn = [client_noise(streams, stddev, size, self.broadcast.round, client) for client in clients]
-        return torch.stack(drawn).to(signals.device)
-
-    def _by_rule(self, signals: Tensor, state: ClientState, noise: Tensor | None) -> None:
+    def _by_rule(self, signals: Tensor, state: ClientState, release: Release | None) -> None:
         """Any rule. Its message and its new state may be made of the old state's own tensors."""
-        messages, new = apply_client_rule(self.rules.method, state, signals, noise, self.broadcast.round)
+        messages, new = apply_client_rule(self.rules.method, state, signals, release, self.broadcast.round)
         self._sum.add(messages)
         for target, source in zip(state, [part.clone() for part in new], strict=True):
             target.copy_(source)
@@ -136,24 +131,25 @@ def _feed_back_(
     signals: Tensor,
     norms: Tensor,
     state: ClientState,
-    noise: Tensor | None,
+    release: Release | None,
     round: int,  # noqa: A002
-) -> Tensor:
-    """The messages, in place of the signals; memories are moved in place. Operation by operation `client_rule`."""
+) -> tuple[Tensor, Tensor]:
+    """The messages, in place of the signals, and the norms of what was bounded; memories are moved in place.
+
+    Operation by operation `client_rule`.
+    """
     if rule.beta is None:
         rule.bounded.bound_(signals, norms)
-        return signals if noise is None else signals.add_(noise)
+        return sent_message(signals, release), norms
     memory = state.memory
     if rule.damping > 0.0:
         memory.mul_((1.0 - rule.damping) ** (round - 1 - state.updated))
-    rule.bounded.bound_(signals.sub_(memory))
+    residuals = row_norms(signals.sub_(memory))
+    rule.bounded.bound_(signals, residuals)
     if rule.damping > 0.0:
         memory.mul_(1.0 - rule.damping)
-    if noise is not None and rule.sent:
-        signals.add_(noise)
-    memory.add_(signals, alpha=rule.beta)
-    if noise is not None and not rule.sent:
-        signals.add_(noise)
+    sent = sent_message(signals, release)
+    memory.add_(sent if rule.sent else signals, alpha=rule.beta)
     if "updated" in state._fields:
         state.updated.fill_(round)
-    return signals
+    return sent, residuals

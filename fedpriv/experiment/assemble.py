@@ -1,5 +1,6 @@
 """From a config to the things it names: data, model, the two halves of the agreement, an engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from fedpriv.engines import Population
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.timing import make_timeline, sampling_under
+from fedpriv.learning.checks import refuse_beyond_memory
 from fedpriv.learning.federation import Holders, spread
 from fedpriv.learning.shifts import shifted
 from fedpriv.learning.tasks import Task
-from fedpriv.learning.validation import hold_out
+from fedpriv.learning.validation import evaluated_on, hold_out
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
@@ -26,6 +28,7 @@ __all__ = [
     "assemble_clients",
     "build_module",
     "check_device",
+    "count_parameters",
     "make_federation",
     "sampling_of",
 ]
@@ -70,18 +73,21 @@ class Experiment:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
         plan = config.plan(sampling)
-        server, client = agree(config.method, sampling, plan, self.population.streams)
-        population = replace(self.population, rules=client)
+        streams = SeededStreams(config.seed, config.noise_id)
+        server, client = agree(config.method, sampling, plan, streams)
+        population = replace(self.population, rules=client, streams=streams)
         return replace(self, config=config, population=population, server=server, plan=plan, timeline=timeline)
 
 
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     """Loads the data and spreads them over the clients, as the config and its seed say."""
     choice, streams = config.data, SeededStreams(config.seed)
-    dataset = choice.dataset.load(data_root)
-    if choice.validation is not None:
-        dataset = hold_out(dataset, choice.validation)
-    federation = spread(dataset, choice.partition, choice.clients, streams.source(Purpose.PARTITION).rng)
+    dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
+    if choice.test is not None:
+        dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
+    elif choice.validation is not None:
+        dataset = hold_out(replace(dataset, groups=None), choice.validation)
+    federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
 
 
@@ -128,7 +134,7 @@ def assemble(
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling)
-    streams = SeededStreams(config.seed)
+    streams = SeededStreams(config.seed, config.noise_id)
     server, client = agree(config.method, sampling, plan, streams)
     population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
@@ -141,16 +147,26 @@ def assemble(
     )
 
 
-def assemble_clients(config: Config, *, device: str = "cpu", data_root: Path | None = None) -> Population:
+def assemble_clients(
+    config: Config,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    check_size: Callable[[int], None] | None = None,
+) -> Population:
     """The clients alone, who follow what they are told: no noise is calibrated, and none is added.
 
     Args:
         config: The experiment.
         device: See `assemble`.
         data_root: See `assemble`.
+        check_size: Called with the model's number of parameters before the model is made; what it raises is raised.
     """
     check_device(device)
     federation, streams = make_federation(config, data_root), SeededStreams(config.seed)
+    if check_size is not None:
+        dataset = federation.dataset
+        check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
     task = _task(config, federation, device)
     return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
@@ -163,13 +179,36 @@ def _task(config: Config, federation: Holders, device: str, **options: Any) -> T
     return Task(module, device, **options)
 
 
+# A module, the model, a gradient and a message in float32, and the sum of messages in float64.
+_BYTES_A_PARAMETER = 24
+
+
+def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int) -> int:
+    """Return the number of parameters of the config's model for inputs of a shape; nothing of it is made.
+
+    Raises:
+        UserError: If there is no such model, or none that could be counted.
+    """
+    try:
+        return config.model.parameters(input_shape, classes)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise _too_large(error) from None
+
+
 def build_module(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """The config's model for inputs of a shape; a `UserError` if there is no room for it."""
+    count = count_parameters(config, input_shape, classes)
+    remedy = f"Its {count:,} parameters are needed several times: make the model smaller"
+    refuse_beyond_memory("[model]", _BYTES_A_PARAMETER * count, remedy)
     try:
         return config.model.build(input_shape, classes, seed)
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError("[model]", "a model that fits in memory", reason, "Make the model smaller") from None
+        raise _too_large(error) from None
+
+
+def _too_large(error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError("[model]", "a model that fits in memory", reason, "Make the model smaller")
 
 
 def check_device(device: str) -> None:

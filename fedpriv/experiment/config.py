@@ -12,18 +12,22 @@ from typing import Any
 import tomli_w
 
 from fedpriv.devices import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.tables import choose, field_names, read_table, refuse_unknown, write_table
-from fedpriv.learning.datasets import DATASETS
+from fedpriv.learning.datasets import DATASETS, DatasetSource
 from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.learning.models import MODELS
-from fedpriv.learning.partitions import PARTITIONS, Natural
+from fedpriv.learning.partitions import PARTITIONS, Natural, Resampled
 from fedpriv.learning.shifts import SHIFTS
+from fedpriv.learning.validation import TESTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
-from fedpriv.privacy import SAMPLINGS, PrivacyPlan, Sampling, Scheduled, make_plan
+from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Scheduled, make_plan
+from fedpriv.privacy.released import Whose
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
+
+MAX_ROUNDS = 10**9
 
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
@@ -31,12 +35,17 @@ _UNKNOWN_POPULATION = 10**9
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("devices", "schedule", "deployment")
 
+# Tables that change what clients send or how much noise is on it. Experiments that differ in one of them, or in the
+# number of rounds, have independent noise. A name, the times of evaluation and the deployment change none of it.
+NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoice:
     """Which data, and how they are spread over how many clients (None: as many as there naturally are).
 
     `shift` is what each client's inputs undergo, `validation` the share of examples held out before; None for neither.
+    `test` says on whose examples natural clients' models are tested (`validation.TESTS`); None for simulated clients.
     """
 
     dataset: Any
@@ -44,6 +53,18 @@ class DataChoice:
     clients: int | None
     shift: Any = None
     validation: float | None = None
+    test: Whose | None = None
+
+    @property
+    def facts(self) -> DataFacts:
+        """Whose examples are used for what, for the privacy statement."""
+        natural = self.test is not None
+        held: Whose = "within" if natural else "public"
+        return DataFacts(
+            clients="natural" if natural else "resampled" if isinstance(self.partition, Resampled) else "simulated",
+            test=self.test or "public",
+            validation=None if self.validation is None else "clients" if self.test == "clients" else held,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +96,7 @@ class Training:
     """How long, and how often the test data are looked at.
 
     Args:
-        rounds: Number of rounds; 0 writes the initial model.
+        rounds: Number of rounds, at most a billion; 0 writes the initial model.
         evaluate_every: Rounds from one evaluation to the next; the first and the last model are always evaluated.
     """
 
@@ -83,8 +104,9 @@ class Training:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise UserError("training.rounds", "a whole number from 0", self.rounds, "Give the number of rounds")
+        if not 0 <= self.rounds <= MAX_ROUNDS:
+            expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
+            raise UserError("training.rounds", expected, self.rounds, "Give the number of rounds")
         if self.evaluate_every < 1:
             raise UserError("training.evaluate_every", "at least 1", self.evaluate_every, "1 evaluates every round")
 
@@ -120,6 +142,9 @@ class Config:
             data |= {"shift": _name_of(SHIFTS, self.data.shift), **write_table(self.data.shift)}
         if self.data.validation is not None:
             data["validation"] = self.data.validation
+        # Public test examples alone are what there was before the key: such experiments keep their digest.
+        if self.data.test is not None and (self.data.test != "public" or self.data.validation is not None):
+            data["test"] = self.data.test
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
@@ -154,18 +179,24 @@ class Config:
         return self.schedule or Synchronous()
 
     @property
-    def held_out(self) -> str | None:
-        """Whose examples are held out for validation; see `privacy_statement`."""
-        if self.data.validation is None:
-            return None
-        return "clients" if isinstance(self.data.partition, Natural) else "pool"
+    def not_covered(self) -> tuple[str, ...]:
+        """Names of the scores that the experiment's promise does not cover; empty if nothing is promised at all."""
+        return () if self.privacy is None else self.data.facts.not_covered
 
     @property
     def digest(self) -> str:
         """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment."""
-        tables = {name: table for name, table in self.tables.items() if name != "deployment"}
-        canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _hash({name: table for name, table in self.tables.items() if name != "deployment"})
+
+    @property
+    def noise_id(self) -> str:
+        """SHA-256 of `NOISE_TABLES` and the number of rounds; with the seed, it decides the noise of a simulation.
+
+        Two experiments with one seed would otherwise share their noise, and the difference of their models would
+        have none. Equal experiments keep equal bits.
+        """
+        tables = {name: self.tables[name] for name in NOISE_TABLES if name in self.tables}
+        return _hash({**tables, "rounds": self.training.rounds})
 
     def to_toml(self) -> str:
         """The resolved experiment as a TOML file."""
@@ -211,6 +242,11 @@ class Config:
             client_memory=has_memory(self.method),
             **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice)},
         )
+
+
+def _hash(tables: dict[str, Any]) -> str:
+    canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
@@ -302,6 +338,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
     _check_schedule(config)
+    if config.deployment is not None:
+        config.deployment.check(config.method)
     return config
 
 
@@ -372,7 +410,7 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
         raise UserError("data.validation", "above 0 and below 1", validation, "Give a share such as 0.1")
     for_dataset, for_partition = field_names(dataset_kind), field_names(partition_kind)
     for_shift = [] if shift_kind is None else field_names(shift_kind)
-    known = ["name", "clients", "partition", "shift", "validation", *for_dataset, *for_partition, *for_shift]
+    known = ["name", "clients", "partition", "shift", "validation", "test", *for_dataset, *for_partition, *for_shift]
     refuse_unknown(options, known, "data")
     return DataChoice(
         dataset=read_table(dataset_kind, {k: v for k, v in options.items() if k in for_dataset}, "data"),
@@ -380,7 +418,21 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
         clients=clients,
         shift=shift_kind and read_table(shift_kind, {k: v for k, v in options.items() if k in for_shift}, "data"),
         validation=validation,
+        test=_read_test(options.get("test"), dataset_kind, table.get("partition", "iid")),
     )
+
+
+def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whose | None:
+    """On whose examples natural clients' models are tested; None for simulated clients, who have the pool's."""
+    expected = " or ".join(f'"{test}"' for test in TESTS)
+    if given is not None and given not in TESTS:
+        raise UserError("data.test", expected, repr(given), nearest(str(given), TESTS))
+    if PARTITIONS[partition] is Natural:
+        return dataset.test if given is None else given
+    if given not in (None, "public"):
+        remedy = 'Choose data.partition = "natural", or take data.test away'
+        raise UserError("data.test", f"natural clients for {given!r}", f"partition {partition!r}", remedy)
+    return None
 
 
 def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:

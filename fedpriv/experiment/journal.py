@@ -18,11 +18,14 @@ from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.methods import ServerState
-from fedpriv.privacy import privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
-__all__ = ["OLDER", "Journal", "StopRun", "Watcher"]
+__all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
+
+# The totals of a finished run that are not released, and a checksum of its data.
+DIAGNOSTICS_FILE = "diagnostics.json"
 
 # In a checkpoint, what stands before the number of a model that somebody still works on.
 OLDER = "model-after-"
@@ -71,11 +74,13 @@ class Journal:
             randomness=self.randomness,
             deployed=self.deployed,
             clock=experiment.timeline is not None,
-            held_out=experiment.config.held_out,
+            data=experiment.config.data.facts,
+            recorded=True,
+            app="fixed" if self.deployed else None,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
-        self.directory.file("privacy.txt").write_text(statement, encoding="utf-8")
+        self.directory.write_text("privacy.txt", statement)
         self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
         if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
             measured = measure_heterogeneity(experiment.config, experiment.population)
@@ -148,7 +153,9 @@ class Journal:
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
         plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
-        summary = self._summary(rounds[-1], self.directory.rows("diagnostics.jsonl"))
+        rows = self.directory.rows("diagnostics.jsonl")
+        self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
+        summary = self._summary(rounds[-1], rows)
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
@@ -163,6 +170,12 @@ class Journal:
             data += f", timeline {self.experiment.timeline.fingerprint}"
         drawn = ", one draw of clients' noise a round" if self.ran.get("client_noise") == "fused" else ""
         return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
+
+    @property
+    def _marks(self) -> dict[str, Any]:
+        """Names the scores that the promise does not cover, if there are any."""
+        names = self.experiment.config.not_covered
+        return {"not_covered": list(names)} if names else {}
 
     @property
     def _layout(self) -> Layout:
@@ -206,7 +219,7 @@ class Journal:
         if self.experiment.config.data.validation is not None:
             loss, accuracy = (looks and self.experiment.validate(model)) or (None, None)
             row |= {"validation_accuracy": accuracy, "validation_loss": loss}
-        return row
+        return {**row, **self._marks}
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
         population = self.experiment.population
@@ -253,7 +266,9 @@ class Journal:
     def _summary(self, last: dict[str, Any], diagnostics: list[dict[str, Any]]) -> dict[str, Any]:
         config, plan = self.experiment.config, self.experiment.plan
         seconds = sum(row["seconds"] for row in diagnostics)
-        messages = sum(row["cohort_size"] for row in diagnostics)
+        expected = self.experiment.server.sampling.expected_size
+        # Of a private run the messages that were expected: how many there were may show who took part.
+        messages = sum(row["cohort_size"] if plan is None else expected for row in diagnostics)
         promise = _no_promise() if plan is None else plan.as_dict()
         keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
         return {
@@ -263,26 +278,30 @@ class Journal:
             "execution": self.ran,
             "digest": config.digest,
             "seed": config.seed,
-            "data_fingerprint": self.experiment.population.federation.fingerprint,
             "rounds": config.training.rounds,
             "population": self.experiment.population.federation.population,
-            "expected_cohort": self.experiment.server.sampling.expected_size,
+            "expected_cohort": expected,
             "parameters": self.experiment.population.task.layout.size,
             "test_accuracy": last["test_accuracy"],
             "test_loss": last["test_loss"],
             **{key: last[key] for key in ("validation_accuracy", "validation_loss") if key in last},
+            **self._marks,
             **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
             **({"ledger": self._ledger()} if self._keeps_ledger else {}),
-            "diagnostics": {
-                "messages": messages,
-                "non_finite": sum(row["non_finite"] for row in diagnostics),
-                "warnings": warnings_of(diagnostics),
-                **self._clock_at_the_end(released=False),
-                **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
-            },
             "seconds": seconds,
             "clients_per_second": messages / seconds if seconds else 0.0,
             **self._clock_at_the_end(released=True),
+        }
+
+    def _diagnostics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What belongs to the summary and is not released."""
+        return {
+            "data_fingerprint": self.experiment.population.federation.fingerprint,
+            "messages": sum(row["cohort_size"] for row in rows),
+            "non_finite": sum(row["non_finite"] for row in rows),
+            "warnings": warnings_of(rows),
+            **self._clock_at_the_end(released=False),
+            **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
         }
 
     def _clock_at_the_end(self, *, released: bool) -> dict[str, Any]:
@@ -307,4 +326,5 @@ class Journal:
 
 def _no_promise() -> dict[str, Any]:
     keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
-    return {**dict.fromkeys(keys), "private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
+    absent = {"private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
+    return {**dict.fromkeys(keys), **absent, **NOT_PROMISED}

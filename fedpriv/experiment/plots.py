@@ -17,12 +17,14 @@ PANELS = (
     ("epsilon", "epsilon spent", "#009E73"),
 )
 
+_WARNING = "#B00020"
+
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Writes accuracy, loss and epsilon over rounds as one PNG.
 
     Args:
-        rows: The released rows of a run, by round.
+        rows: The released rows of a run, by round; scores that `not_covered` names are marked.
         path: Where to.
         title: What stands above.
     """
@@ -43,6 +45,8 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
         if key == "test_accuracy":
             axes.set(ylim=(0, 1), title=f"{label}: {points[-1][1]:.3f} at the end")
+        if any(key in row.get("not_covered", ()) for row in rows):
+            axes.set_title(f"{axes.get_title()}\nnot covered by epsilon", color=_WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=120)

@@ -62,4 +62,9 @@ class RoundProgress:
             ("clock {:.0f} s", "simulated_seconds"),
             ("{:.0f} clients/s", "clients_per_second"),
         )
-        return " ".join(form.format(told[key]) for form, key in figures if key in told)
+        unprotected = self._latest.get("not_covered", ())
+        return " ".join(
+            form.format(told[key]) + (" (not covered)" if key in unprotected else "")
+            for form, key in figures
+            if key in told
+        )

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,41 +16,60 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
 
-__all__ = ["FILES", "Checkpoint", "RunDirectory", "flat_tables", "jsonable", "sync_folder", "write_atomically"]
+__all__ = [
+    "FILES",
+    "Checkpoint",
+    "RunDirectory",
+    "flat_tables",
+    "jsonable",
+    "make_owners_folder",
+    "open_to_append",
+    "sync_folder",
+    "write_atomically",
+]
 
-# What a finished run leaves in its directory.
-FILES = (
-    "config.toml",
-    "engine.json",
-    "summary.json",
-    "rounds.jsonl",
-    "diagnostics.jsonl",
-    "heterogeneity.json",
-    "privacy.json",
-    "privacy.txt",
-    "model.safetensors",
-    "initial.safetensors",
-    "curves.png",
-)
+FILES = tuple(output.name for output in OUTPUTS if output.left)
+"""The files that a finished run leaves in its directory."""
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file that appears whole or not at all, also if the machine stops in between."""
-    write_pieces_atomically(path, [content.encode() if isinstance(content, str) else content])
+def write_atomically(path: Path, content: bytes | str, mode: int | None = None) -> None:
+    """Writes a file that appears whole or not at all, also if the machine stops in between.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        mode: Who may read it, from its first byte on; None leaves that to the umask.
+    """
+    write_pieces_atomically(path, [content.encode() if isinstance(content, str) else content], mode)
 
 
-def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview], mode: int | None = None) -> None:
     """The same for a content that comes in pieces, of which only one is in memory at a time."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)  # one that a crash left keeps its mode
+    with os.fdopen(
+        os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _ANYONE if mode is None else mode), "wb"
+    ) as file:
         for piece in pieces:
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
+
+
+def open_to_append(path: Path, mode: int | None = None) -> BinaryIO:
+    """A file to add to, created with `mode`, or as the umask says, if it is not there."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _ANYONE if mode is None else mode), "ab")
+
+
+def make_owners_folder(path: Path) -> None:
+    """Makes a folder that its owner alone can enter, or closes one to others before more is written to it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
 
 
 def sync_folder(path: Path) -> None:
@@ -80,6 +99,10 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     for name in names:
         flat = tensors[name].reshape(-1)
         yield flat.view(torch.uint8).numpy().data if len(flat) else b""
+
+
+# What the umask is taken off.
+_ANYONE = 0o666
 
 
 def jsonable(value: Any) -> Any:
@@ -128,7 +151,22 @@ class Checkpoint:
         tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
         metadata = {"version": self.VERSION, "digest": digest, "promise": promise, "round": str(round)}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_pieces_atomically(self.path, safetensors_pieces(contiguous, metadata))
+        write_pieces_atomically(self.path, safetensors_pieces(contiguous, metadata), mode_of(self.path.name))
+
+    def round(self) -> int | None:
+        """Return the round of the checkpoint, without reading its tensors; None if there is no checkpoint.
+
+        Raises:
+            UserError: If the file is damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                return int((file.metadata() or {})["round"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            remedy = "Restore the file, or start the run again in a new --out"
+            raise UserError(str(self.path), "a whole checkpoint", str(error), remedy) from None
 
     def read(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
         """Round, server tensors and client tensors; None if there is no checkpoint yet.
@@ -149,9 +187,10 @@ class Checkpoint:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
         if metadata.get("promise") != promise:
             remedy = "Go on with the versions, data and options that began the run, or start again in a new --out"
-            raise UserError(
-                str(self.path), f"the same promise and data ({promise})", str(metadata.get("promise")), remedy
-            )
+            ours, theirs = (text.partition(", ") for text in (promise, str(metadata.get("promise"))))
+            # The first part is a checksum of the data: no line for the screen or a log may hold it.
+            expected, got = (f"({ours[2]})", f"({theirs[2]})") if ours[0] == theirs[0] else ("", "other data")
+            raise UserError(str(self.path), f"the same promise and data {expected}", got, remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
 
@@ -224,13 +263,20 @@ class RunDirectory:
                     "this experiment, begun or done",
                     "Add --resume to go on with it, or choose another --out",
                 )
+            self._shut()
             return self._finished(digest)
         foreign = [name for name in (*FILES, self.checkpoint.path.name) if self.file(name).exists()]
         if foreign:
             raise UserError(str(self.path), "a folder without them", ", ".join(foreign), "Choose another --out")
-        write_atomically(stamp, digest + "\n")
-        write_atomically(config, toml)
+        self.write_text(stamp.name, digest + "\n")
+        self.write_text(config.name, toml)
         return None
+
+    def _shut(self) -> None:
+        """Closes to others what an older version wrote for anyone to read."""
+        for file in (self.file(output.name) for output in OUTPUTS):
+            if (mode := mode_of(file.name)) is not None and file.exists() and file.stat().st_mode & 0o077:
+                file.chmod(mode)
 
     def _finished(self, digest: str) -> dict[str, Any] | None:
         summary = self.read_json("summary.json")
@@ -259,9 +305,13 @@ class RunDirectory:
                 ) from None
             yield
 
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file."""
+        write_atomically(self.file(name), text, mode_of(name))
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file."""
-        write_atomically(self.file(name), json.dumps(jsonable(value), indent=2) + "\n")
+        self.write_text(name, json.dumps(jsonable(value), indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Reads a JSON file; None if it is not there, a `UserError` if it is damaged."""
@@ -272,12 +322,12 @@ class RunDirectory:
         """Writes one tensor `model`, `[params]` float32; names and shapes of its parts are in the file's metadata."""
         metadata = {"layout": json.dumps(layout.entries)}
         tensors = {"model": model.detach().cpu().to(torch.float32).contiguous()}
-        write_atomically(self.file(name), safetensors_bytes(tensors, metadata))
+        write_atomically(self.file(name), safetensors_bytes(tensors, metadata), mode_of(name))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         """Adds one row to a JSON-lines file."""
-        with self.file(name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(row)) + "\n")
+        with open_to_append(self.file(name), mode_of(name)) as file:
+            file.write((json.dumps(jsonable(row)) + "\n").encode())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The whole rows of a JSON-lines file; a torn last line is left out, a damaged one is a `UserError`."""
@@ -298,5 +348,5 @@ class RunDirectory:
     def keep_rows(self, name: str, last_round: int) -> list[dict[str, Any]]:
         """Drops the rows of rounds after `last_round`, and returns the others."""
         kept = [row for row in self.rows(name) if row["round"] <= last_round]
-        write_atomically(self.file(name), "".join(json.dumps(row) + "\n" for row in kept))
+        self.write_text(name, "".join(json.dumps(row) + "\n" for row in kept))
         return kept

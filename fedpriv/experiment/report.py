@@ -35,7 +35,16 @@ from fedpriv.experiment.analysis import (
 )
 from fedpriv.experiment.records import jsonable, write_atomically
 from fedpriv.experiment.report_figures import DASHES, looks
-from fedpriv.experiment.study import HYPERPARAMETERS, Study, as_text, load_study, short_names, unreleased, words_of
+from fedpriv.experiment.study import (
+    HYPERPARAMETERS,
+    Study,
+    as_text,
+    load_study,
+    not_covered,
+    short_names,
+    unreleased,
+    words_of,
+)
 from fedpriv.privacy import rounded_up
 
 __all__ = ["report_on", "write_report"]
@@ -50,6 +59,8 @@ POINTS = (1.0, 2.0, 5.0, 10.0)
 
 # What marks figures that only a simulation has, and that are not private: in labels, and in names of columns.
 MARK, PREFIX = " (not released)", "not_released."
+# What marks scores that some run's epsilon does not cover.
+UNCOVERED = " (not covered)"
 
 _METRICS = {
     "test_accuracy": "test accuracy",
@@ -151,6 +162,8 @@ class _Report:
         self.short = short_names(key for key in study.keys if key.startswith(HYPERPARAMETERS))
         self.has_validation = bool(study.runs["validation_accuracy"].notna().any())
         self.unreleased = {key for key in study.runs.columns if unreleased(study.runs, key)}
+        self.uncovered = sorted(not_covered(study.runs))
+        self.labels = {key: label + (UNCOVERED if key in self.uncovered else "") for key, label in _METRICS.items()}
         self.tables: dict[str, pd.DataFrame] = {}
 
     def page(self) -> str:
@@ -188,7 +201,7 @@ class _Report:
             for key, label in _X.items()
             if self.curves[key].notna().any()
         ]
-        content["curve_y"] = [(key, label) for key, label in _METRICS.items() if self.curves[key].notna().any()]
+        content["curve_y"] = [(key, label) for key, label in self.labels.items() if self.curves[key].notna().any()]
         content["contents"] = _contents(bool(content["figures"]), bool(content["failed"].rows))
         self._trials()
         texts = {name: _csv(table) for name, table in self.tables.items() if name != "curves"}
@@ -204,7 +217,8 @@ class _Report:
 
     def _about_unreleased(self) -> list[str]:
         """What the marks mean, where there are any."""
-        return [words.about_marks(MARK, PREFIX)] if self.unreleased else []
+        marks = [words.about_marks(MARK, PREFIX)] if self.unreleased else []
+        return [*marks, *([words.about_uncovered(UNCOVERED, self.uncovered)] if self.uncovered else [])]
 
     def _apart(self, *names: str) -> list[str]:
         """Those of the columns in which settings differ, and the first in any case."""
@@ -244,8 +258,9 @@ class _Report:
         best = self.best
         low, high = best["test_accuracy_min"].min(), best["test_accuracy_max"].max()
         width = max(float(high - low), 1e-9)
-        first = [("method", "nowrap"), *([("validation accuracy, %", "n")] if self.has_validation else [])]
-        first += [("test accuracy, %", "n"), ("min to max", "n")]
+        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        first = [("method", "nowrap"), *([(validated, "n")] if self.has_validation else [])]
+        first += [(tested, "n"), ("min to max", "n")]
         then = [("hyperparameters", "w"), ("seeds", "n"), ("best of", "n"), ("epsilon", "n"), ("delta", "n")]
         groups: list[dict[str, Any]] = []
         for row, title in zip(best.to_dict("records"), self._titles(best), strict=True):
@@ -271,7 +286,8 @@ class _Report:
         columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
         self.tables["best"] = _numbers(self._marked(self._told(best, extra=("tried",))))
         names = _joined(best, self._apart("method", "privacy", "problem"))
-        report_figures.save_figure(report_figures.draw_best(best, names, self.look), self.figures, "best")
+        drawn = report_figures.draw_best(best, names, self.look, self.labels["test_accuracy"])
+        report_figures.save_figure(drawn, self.figures, "best")
         return {"columns": columns, "groups": groups, "legend": words.SPREAD}
 
     def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
@@ -281,7 +297,8 @@ class _Report:
         costs = [q.column for q in QUANTITIES if q.column in settings and q.column not in ("epsilon", "partition")]
         costs = [key for key in costs if settings[key].notna().any()]
         first = ["setting", "problem", "privacy", "method", "hyperparameters", *extra, "seeds"]
-        return settings[[*first, *figures, "epsilon", "delta", *costs, *self.study.varying()]]
+        marks = ["not_covered"] if self.uncovered else []
+        return settings[[*first, *figures, "epsilon", "delta", *marks, *costs, *self.study.varying()]]
 
     def _figures(self) -> list[dict[str, Any]]:
         made = []
@@ -297,7 +314,7 @@ class _Report:
             same = held(self.settings, table, quantity)
             caption = words.caption(quantity, table, same, released=not hidden)
             labelled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
-            figure = report_figures.draw_against(table, labelled, look)
+            figure = report_figures.draw_against(table, labelled, look, self.labels["test_accuracy"])
             svg = report_figures.save_figure(figure, self.figures, quantity.name)
             self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
             shown = self._shown_against(table, labelled)
@@ -307,7 +324,8 @@ class _Report:
 
     def _shown_against(self, table: pd.DataFrame, quantity: Quantity) -> _Shown:
         names = self.settings.set_index("setting")["hyperparameters"]
-        columns = [_Column("series", "w"), _Column(quantity.label, "n"), _Column("accuracy, %", "n")]
+        accuracy = "accuracy" + (UNCOVERED if "test_accuracy" in self.uncovered else "")
+        columns = [_Column("series", "w"), _Column(quantity.label, "n"), _Column(f"{accuracy}, %", "n")]
         columns += [_Column("seeds", "n"), _Column("setting", "w")]
         rows = []
         for row in table.to_dict("records"):
@@ -323,7 +341,8 @@ class _Report:
         chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
         table = table[table["series"].isin(list(chosen[: report_figures.MOST_SERIES]))]
         self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
-        return report_figures.save_figure(report_figures.draw_curves(table, self.look), self.figures, "curves")
+        drawn = report_figures.draw_curves(table, self.look, self.labels["test_accuracy"])
+        return report_figures.save_figure(drawn, self.figures, "curves")
 
     def _drawn_curves(self) -> tuple[dict[str, Any], str]:
         """The curves that the page holds, thinned, and what it says about them."""
@@ -380,7 +399,7 @@ class _Report:
     def _maps(self) -> tuple[list[dict[str, Any]], int]:
         maps = heat_maps(self.study, self.settings)
         for number, one in enumerate(maps[:MOST_MAP_FIGURES], 1):
-            figure = report_figures.draw_heat_map(one, self.short)
+            figure = report_figures.draw_heat_map(one, self.short, self.labels[f"{self.judge}_accuracy"])
             report_figures.save_figure(figure, self.figures, f"heat_map_{number}")
         if maps:
             self.tables["heat_maps"] = _numbers(pd.concat([_long(one) for one in maps], ignore_index=True))
@@ -405,12 +424,14 @@ class _Report:
         apart = self._apart("method", "privacy", "problem")
         group: dict[str, str] = dict(zip(("problem", "privacy", "method"), one.group, strict=True))
         told = " · ".join(group[name] for name in apart if group[name])
-        title = f"{told}: {row_key} and {column_key}"
+        mark = UNCOVERED if f"{self.judge}_accuracy" in self.uncovered else ""
+        title = f"{told}: {row_key} and {column_key}{mark}"
         return {"title": title, "row_key": row_key, "column_key": column_key, "columns": one.columns, "rows": rows}
 
     def _promises(self) -> _Shown:
         keys = ["privacy", "trust", "adjacency", "adversary", "accountant", "delta"]
         keys += ["unit"] if "unit" in self.study.runs else []
+        keys += ["not_covered"] if self.uncovered else []
         runs = self.study.runs.assign(**{key: self.study.runs[key].map(as_text) for key in keys})
         rows, told = [], []
         for _, group in sorted(runs.groupby(keys, sort=True), key=lambda pair: self._place(pair[1]["privacy"].iloc[0])):
@@ -419,11 +440,13 @@ class _Report:
             epsilon = rounded_up(largest) if largest == largest else "–"
             unit = "one " + row["unit"] if row.get("unit") else "–"
             promise = [row[key] or "–" for key in ("delta", "adjacency", "adversary", "accountant")]
-            rows.append([row["privacy"], epsilon, promise[0], unit, *promise[1:], str(len(group))])
+            marks = [row["not_covered"] or "–"] if self.uncovered else []
+            rows.append([row["privacy"], epsilon, promise[0], unit, *promise[1:], *marks, str(len(group))])
             told.append({**row, "epsilon": None if epsilon == "–" else float(epsilon), "runs": len(group)})
         self.tables["privacy"] = pd.DataFrame(told)
         kinds = {"privacy": "nowrap", "epsilon": "n", "delta": "n", "unit": "nowrap", "adjacency": "nowrap"}
-        kinds |= {"adversary": "w", "accountant": "nowrap", "runs": "n"}
+        kinds |= {"adversary": "w", "accountant": "nowrap", **({"not covered": "w"} if self.uncovered else {})}
+        kinds |= {"runs": "n"}
         return _Shown([_Column(name, kind) for name, kind in kinds.items()], rows)
 
     def _place(self, promise: Any) -> int:
@@ -449,8 +472,9 @@ class _Report:
         ]
         columns = [_Column("setting", "n"), *(_Column(name, "w" if name == "problem" else "nowrap") for name in groups)]
         columns += [_Column("hyperparameters", "w"), _Column("seeds", "n")]
-        columns += [_Column("validation accuracy, %", "n")] if self.has_validation else []
-        columns += [_Column("test accuracy, %", "n"), _Column("min to max", "n"), _Column("test loss", "n")]
+        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        columns += [_Column(validated, "n")] if self.has_validation else []
+        columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
         columns += [_Column("epsilon", "n")]
         rows = []
         for row in ordered.head(MOST_ROWS).to_dict("records"):
@@ -482,6 +506,7 @@ class _Report:
 
     def _trials(self) -> None:
         figures = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]
+        figures += ["not_covered"] if self.uncovered else []
         figures += ["cohort_size", *(q.column for q in QUANTITIES if q.column in self.study.runs)]
         runs = self.study.runs[["run", *dict.fromkeys(f for f in figures if self.study.runs[f].notna().any())]]
         keys = [key for key in (*self.study.varying(), "seed") if key in self.study.trials]

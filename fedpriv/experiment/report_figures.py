@@ -81,7 +81,9 @@ def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
     return made
 
 
-def draw_best(best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look]) -> Figure:
+def draw_best(
+    best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look], label: str = "test accuracy"
+) -> Figure:
     """The best settings' test accuracies, a line each: mean and range over seeds."""
     with _styled():
         wrapped = [_wrapped(name, 30) for name in names]
@@ -93,14 +95,16 @@ def draw_best(best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look]
             axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=colour, lw=1.5)
             axes.plot(row["test_accuracy_mean"], height, "o", color=colour, ms=5)
         axes.set_yticks(heights, wrapped)
-        axes.set(xlabel="test accuracy", ylim=(heights[-1] - 1.0, heights[0] + 1.0))
+        axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
         axes.xaxis.set_major_formatter(_in_percent)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(visible=False, axis="y")
     return figure
 
 
-def draw_against(table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look]) -> Figure:
+def draw_against(
+    table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str = "test accuracy"
+) -> Figure:
     """Accuracy against a quantity, a line a series; see `analysis.against`. At most `MOST_SERIES`, the best ones."""
     chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MOST_SERIES]
     table = table[table["series"].isin(list(chosen))]
@@ -118,14 +122,14 @@ def draw_against(table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Loo
             line = {**look[str(name)].line, "marker": None, "linestyle": (0, (1.0, 1.5))}
             axes.axhline(rows["accuracy"].iloc[0], label=f"{name}, not private", lw=1.2, **line)
         _set_x(axes, finite["x"], texts, quantity)
-        axes.set(xlabel=quantity.label, ylabel="test accuracy")
+        axes.set(xlabel=quantity.label, ylabel=label)
         axes.yaxis.set_major_formatter(_in_percent)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         _add_legend(figure)
     return figure
 
 
-def draw_curves(table: pd.DataFrame, look: Mapping[str, Look]) -> Figure:
+def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str = "test accuracy") -> Figure:
     """Test accuracy over rounds, a line a series: columns `series`, `round`, `test_accuracy`, `low`, `high`."""
     with _styled():
         figure, axes = _figure(2.7)
@@ -133,14 +137,14 @@ def draw_curves(table: pd.DataFrame, look: Mapping[str, Look]) -> Figure:
             line = {**look[str(name)].line, "marker": None}
             axes.plot(rows["round"], rows["test_accuracy"], label=str(name), lw=1.5, **line)
             axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
-        axes.set(xlabel="round", ylabel="test accuracy")
+        axes.set(xlabel="round", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(_in_percent)
         _add_legend(figure)
     return figure
 
 
-def draw_heat_map(map_: HeatMap, names: Mapping[str, str]) -> Figure:
+def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accuracy") -> Figure:
     """Accuracy over two hyperparameters, with the numbers in the cells if they are few enough."""
     rows, columns = map_.accuracy.shape
     with _styled():
@@ -156,7 +160,7 @@ def draw_heat_map(map_: HeatMap, names: Mapping[str, str]) -> Figure:
             if value == value:
                 colour = "#ffffff" if value > middle else "#000000"
                 axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=colour)
-        figure.colorbar(image, ax=axes, label="accuracy, %")
+        figure.colorbar(image, ax=axes, label=f"{label}, %")
     return figure
 
 

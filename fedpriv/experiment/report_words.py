@@ -17,6 +17,7 @@ __all__ = [
     "about_curves",
     "about_marks",
     "about_trials",
+    "about_uncovered",
     "accuracy",
     "accuracy_range",
     "brief",
@@ -159,6 +160,15 @@ def about_marks(mark: str, prefix: str) -> str:
     return (
         f"What is marked{mark}, and columns of tables whose names begin with {prefix}, are not part of any promise: "
         "not released: seen in simulation only, computed from what is not private."
+    )
+
+
+def about_uncovered(mark: str, scores: Iterable[str]) -> str:
+    """The meaning of the mark on scores that no epsilon covers."""
+    return (
+        f"What is marked{mark}, and the columns of tables that not_covered names ({', '.join(scores)}), was computed "
+        "without noise on the own examples of clients that a promise on this page is about. No epsilon covers it: it "
+        "tells about their data whatever epsilon is."
     )
 
 

@@ -27,7 +27,8 @@ def load_results(path: Path | str) -> pd.DataFrame:
     Returns:
         Columns `run` (the directory's path relative to `path`), every key of the config as `table.key`, `engine`,
         the figures of `heterogeneity.json` as `heterogeneity.label_tv` and so on, and the columns of `rounds.jsonl` and
-        `diagnostics.jsonl`; what a row lacks is NaN.
+        `diagnostics.jsonl`; what a row lacks is NaN. `not_covered` names the scores that a run's epsilon does not
+        cover, with commas between them.
 
     Raises:
         UserError: If there is no run.
@@ -65,7 +66,8 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         paths: Run directories.
 
     Returns:
-        A column a run; rows are the keys of the configs that differ, then figures of the summaries, epsilon rounded up.
+        A column a run; rows are the keys of the configs that differ, then values of the summaries, epsilon rounded up;
+        `not_covered` names the scores that a run's epsilon does not cover.
 
     Raises:
         UserError: If one is not a finished run.
@@ -88,10 +90,12 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
 
 _PROMISE = ("epsilon", "delta", "trust", "adjacency")
 _COMPARED = ("method", "test_accuracy", "test_loss", *_PROMISE, "rounds", "engine", "seconds")
-_IF_THERE = ("validation_accuracy", "validation_loss", "simulated_seconds", "bytes_down", "bytes_up")
+_IF_THERE = ("validation_accuracy", "validation_loss", "not_covered", "simulated_seconds", "bytes_down", "bytes_up")
 
 
 def _shown(key: str, value: object) -> object:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if not isinstance(value, float):
         return value
     return float(rounded_up(value) if key == "epsilon" else f"{value:.6g}")
@@ -100,6 +104,8 @@ def _shown(key: str, value: object) -> object:
 def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     directory = RunDirectory(folder)
     released = pd.DataFrame(directory.rows("rounds.jsonl"))
+    if "not_covered" in released:
+        released["not_covered"] = released["not_covered"].map(", ".join)
     diagnostics = pd.DataFrame(directory.rows("diagnostics.jsonl"), columns=_columns(directory))
     table = released.merge(diagnostics, on="round", how="left")
     config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedpriv.devices import SCHEDULES, FedBuff, FedFix
 from fedpriv.errors import UserError
+from fedpriv.experiment.journal import DIAGNOSTICS_FILE
 from fedpriv.experiment.records import RunDirectory, flat_tables
 from fedpriv.experiment.results import load_results
 from fedpriv.experiment.stopping import STOPPED, TUNED
@@ -19,7 +20,17 @@ from fedpriv.experiment.sweep_table import FAILURE, TABLE, status_of
 from fedpriv.experiment.tables import field_names, read_table
 from fedpriv.privacy import SAMPLINGS, rounded_up
 
-__all__ = ["HYPERPARAMETERS", "METRICS", "TERMS", "Study", "load_study", "problem_key", "short_names", "unreleased"]
+__all__ = [
+    "HYPERPARAMETERS",
+    "METRICS",
+    "TERMS",
+    "Study",
+    "load_study",
+    "not_covered",
+    "problem_key",
+    "short_names",
+    "unreleased",
+]
 
 METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
@@ -43,7 +54,8 @@ class Study:
         runs: A row a finished run: `run`, the keys of its config, `seed`; `setting`, equal where all but the seed is;
             `method`; `problem` and `privacy`, words that tell different ones apart; what was promised (`epsilon`,
             `delta`, ...), the last accuracies and losses, `cohort_size` (expected), costs and distances that were
-            recorded, and `hidden`: whether its costs are not released.
+            recorded, `hidden`: whether its costs are not released, and `not_covered`: the scores that its epsilon does
+            not cover, with commas between them.
         rounds: A row a recorded round of a finished run: `run`, `setting`, `round`, and what was recorded.
         statements: The privacy statements, each with the runs that it is of.
     """
@@ -119,6 +131,11 @@ def unreleased(rows: pd.DataFrame, column: str) -> bool:
     return hidden and bool(rows.loc[rows["hidden"], column].notna().any())
 
 
+def not_covered(rows: pd.DataFrame) -> set[str]:
+    """Names of the scores that the epsilon of some run does not cover."""
+    return {name for text in rows["not_covered"].unique() for name in text.split(", ") if name}
+
+
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """The keys' last words where these tell them apart, else the whole keys; for a name or a kind, the table's."""
     keys = list(keys)
@@ -192,7 +209,11 @@ def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(summary, dict) or not config:
         raise UserError(str(folder), "config.toml and summary.json of a run", "others", "Start the run again")
     plan = directory.read_json("privacy.json") or {}
-    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS, "data_fingerprint") if key in summary}
+    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
+    # Older runs have it in their summary.
+    known = {**summary, **(directory.read_json(DIAGNOSTICS_FILE) or {})}
+    figures |= {"data_fingerprint": known["data_fingerprint"]} if "data_fingerprint" in known else {}
+    figures["not_covered"] = ", ".join(summary.get("not_covered", ()))
     figures["unit"] = plan.get("unit")
     figures["hidden"] = not set(COSTS) & set(summary)
     figures["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))

@@ -19,7 +19,7 @@ from fedpriv.engines import local_jobs
 from fedpriv.engines.jobs import Began, Ended, Job
 from fedpriv.errors import UserError
 from fedpriv.experiment.engines import cores
-from fedpriv.experiment.records import RunDirectory, write_atomically
+from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.stopping import STOPPED, group_of
 from fedpriv.experiment.sweep_table import FAILURE, TrialsTable, label, status_of
 from fedpriv.experiment.sweep_trial import GROUPS, DiskTrouble, Manner, run_trial
@@ -94,7 +94,7 @@ def run_sweep(
     ray: bool = False,
     ray_address: str | None = None,
     logs: Sequence[str] = (),
-    log_diagnostics: bool = True,
+    log_diagnostics: bool | None = None,
     watch: Callable[[SweepState], None] | None = None,
 ) -> pd.DataFrame:
     """Runs what is not done yet, and returns the table of all trials.
@@ -114,7 +114,7 @@ def run_sweep(
         ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
         ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
         logs: Names of `tracking.TRACKERS` that get each trial's rows.
-        log_diagnostics: Whether they get what is not private, too.
+        log_diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
         watch: Called whenever something has begun or ended.
 
     Raises:
@@ -227,7 +227,7 @@ def _ended(folder: Path, result: Any) -> str:
         raise OSError(result.number, result.words, result.where)
     if isinstance(result, BaseException):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FAILURE, json.dumps({"reason": str(result)}) + "\n")
+        RunDirectory(folder).write_text(FAILURE, json.dumps({"reason": str(result)}) + "\n")
     status = status_of(folder)
     if not status:
         remedy = "Choose one on a file system that all machines of the Ray share"

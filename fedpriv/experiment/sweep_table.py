@@ -88,6 +88,7 @@ class TrialsTable:
         found = (file and folder.read_json(file)) or {}
         figures = {key: found.get(key) for key in _FIGURES}
         figures |= {key: found[key] for key in _VALIDATED if key in found}
+        figures |= {"not_covered": ", ".join(found["not_covered"])} if "not_covered" in found else {}
         if status == "stopped":
             figures["rounds"] = found.get("round")
         changes = flat_tables(self._named[name].changes)

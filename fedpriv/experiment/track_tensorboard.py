@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from fedpriv.experiment.records import make_owners_folder
 from fedpriv.experiment.tracking import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
@@ -34,12 +35,14 @@ class Tracker:
             found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
             sent = {tag: found.Scalars(tag)[-1].step for tag in found.Tags()["scalars"]}
             ended = "summary.json/text_summary" in found.Tags()["tensors"]
+        if run.diagnostics and not ended:
+            make_owners_folder(folder)
         self._writer = SummaryWriter(str(folder)) if not ended else None
         if self._writer is not None and not sent:
             parameters = {key: _plain(value) for key, value in run.parameters.items()}
             writer = self._writer._get_file_writer()
             assert writer is not None
-            for part in hparams(parameters, dict.fromkeys(_METRICS, 0.0)):
+            for part in hparams(parameters, dict.fromkeys(map(run.name_of, _METRICS), 0.0)):
                 writer.add_summary(part)
         return Taken(sent, finished=ended)
 

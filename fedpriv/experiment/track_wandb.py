@@ -7,7 +7,7 @@ from typing import Any
 
 import wandb
 
-from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.experiment.records import RunDirectory, flat_tables, make_owners_folder
 from fedpriv.experiment.tracking import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
@@ -30,6 +30,8 @@ class Tracker:
         self._known = self._directory.read_json(FILE) or {"id": secrets.token_hex(4), "round": -1, "ended": False}
         if self._known["ended"]:
             return Taken({}, finished=True)
+        if run.diagnostics:
+            make_owners_folder(run.folder / "wandb")
         # Nothing of the machine, its screen or its git is sent.
         settings = wandb.Settings(
             root_dir=str(run.folder),

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple, Protocol
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import Config
-from fedpriv.experiment.journal import StopRun, Watcher
+from fedpriv.experiment.journal import DIAGNOSTICS_FILE, StopRun, Watcher
 from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.privacy.released import VALUES, Kind
 
 __all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
 
-DIAGNOSTICS = "diagnostics/"
+DIAGNOSTICS, NOT_COVERED = "diagnostics/", "not_covered/"
 
-# Of a summary, what is not released.
-UNRELEASED = ("diagnostics", "seconds", "clients_per_second")
+# Of a summary, how long things took.
+TIMINGS = tuple(key for key, kind in VALUES.items() if kind is Kind.TIMING and key != "execution")
 
 # Name of a tracker, the package that it needs, and the module with its `prepare` and `Tracker`.
 TRACKERS: dict[str, tuple[str, str]] = {
@@ -46,6 +47,8 @@ class Tracked:
         digest: Of the config.
         parameters: The config as `table.key`, values that JSON can hold.
         store: Where rows go, as `prepare` returned it.
+        not_covered: Names of the scores that the run's promise does not cover. They are sent as `not_covered/NAME`.
+        diagnostics: Whether rows hold what is not released: then nobody but the owner may read their files.
     """
 
     name: str
@@ -54,6 +57,12 @@ class Tracked:
     digest: str
     parameters: dict[str, Any]
     store: str
+    not_covered: tuple[str, ...] = ()
+    diagnostics: bool = False
+
+    def name_of(self, key: str) -> str:
+        """What a released value is called in a tracker."""
+        return NOT_COVERED + key if key in self.not_covered else key
 
 
 class Taken(NamedTuple):
@@ -109,7 +118,7 @@ def track(
     *,
     name: str | None = None,
     group: str | None = None,
-    diagnostics: bool = True,
+    diagnostics: bool | None = None,
 ) -> "RunLog":
     """A context in which a run is sent to trackers; give it to `run_experiment` as `watch`.
 
@@ -119,7 +128,8 @@ def track(
         out: The run directory.
         name: What the run is called there; None for the config's name.
         group: The sweep that it belongs to.
-        diagnostics: Whether what is not private is sent too, as `diagnostics/...`.
+        diagnostics: Whether what is not released is sent too, as `diagnostics/...`; None sends it of runs without
+            `[privacy]` alone.
 
     Raises:
         UserError: See `check_trackers`.
@@ -127,8 +137,9 @@ def track(
     stores = names if isinstance(names, Mapping) else check_trackers(names)
     parameters = {key: value for key, value in flat_tables(config.tables).items() if value is not None}
     called = {"name": name or config.name, "group": group, "folder": Path(out), "digest": config.digest}
-    runs = {key: Tracked(parameters=parameters, store=store, **called) for key, store in stores.items()}
-    return RunLog([_Sender(key, run, diagnostics) for key, run in runs.items()], Path(out))
+    sent = config.privacy is None if diagnostics is None else diagnostics
+    common = {"parameters": parameters, "not_covered": config.not_covered, "diagnostics": sent, **called}
+    return RunLog([_Sender(key, Tracked(store=store, **common)) for key, store in stores.items()], Path(out))
 
 
 def watched_by(*watchers: Watcher) -> Watcher:
@@ -166,6 +177,7 @@ class RunLog:
         if not self._senders:
             return
         summary = self._directory.read_json("summary.json") if kind is None else None
+        diagnostics = self._directory.read_json(DIAGNOSTICS_FILE) if summary else None
         status = "finished" if summary else "stopped" if kind is not None and issubclass(kind, StopRun) else "failed"
         if kind is not None and not issubclass(kind, Exception):
             status = "killed"
@@ -173,14 +185,14 @@ class RunLog:
         texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.exists()}
         for sender in self._senders:
             if sender.begun or summary:
-                sender.end(status, texts, summary or {})
+                sender.end(status, texts, summary or {}, diagnostics or {})
 
 
 class _Sender:
     """Rows to one tracker. What goes wrong there does not end the run: it is said, and made up for at the end."""
 
-    def __init__(self, name: str, run: Tracked, diagnostics: bool) -> None:
-        self._name, self._run, self._diagnostics = name, run, diagnostics
+    def __init__(self, name: str, run: Tracked) -> None:
+        self._name, self._run = name, run
         self._tracker: Tracker = import_module(TRACKERS[name][1]).Tracker()
         self._taken: Taken | None = None
         self._broken = False
@@ -197,15 +209,20 @@ class _Sender:
             first = self._taken is None
             self._guarded(lambda: self._catch_up() if first else self._row(released, diagnostics))
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    def end(
+        self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any], diagnostics: Mapping[str, Any]
+    ) -> None:
         """Sends what is missing, and the rest."""
 
         def rest() -> None:
             if self._broken or self._taken is None:
                 self._catch_up()
             if self._taken is not None and not self._taken.finished:
-                sent = (texts, summary) if self._diagnostics else _released(texts, summary)
-                self._tracker.end(status, *sent)
+                if self._run.diagnostics:
+                    sent = texts, {**summary, **({"diagnostics": diagnostics} if diagnostics else {})}
+                else:
+                    sent = _released(texts, summary)
+                self._tracker.end(status, sent[0], {self._run.name_of(key): value for key, value in sent[1].items()})
 
         self._guarded(rest)
 
@@ -231,8 +248,8 @@ class _Sender:
         assert taken is not None
         if number <= taken.rounds or taken.finished:
             return
-        figures = dict(_numbers(released))
-        if self._diagnostics:
+        figures = {self._run.name_of(key): value for key, value in _numbers(released)}
+        if self._run.diagnostics:
             figures |= {DIAGNOSTICS + key: value for key, value in _numbers(diagnostics)}
         new = {key: value for key, value in figures.items() if number > taken.figures.get(key, -1)}
         if new:
@@ -242,7 +259,7 @@ class _Sender:
 
 def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     """Texts and summary without what is not released."""
-    kept = {key: value for key, value in summary.items() if key not in UNRELEASED}
+    kept = {key: value for key, value in summary.items() if key not in TIMINGS}
     if "execution" in kept:
         kept["execution"] = {key: value for key, value in kept["execution"].items() if key != "seconds_per_client"}
     file = {"summary.json": json.dumps(kept, indent=2) + "\n"} if "summary.json" in texts else {}

@@ -2,21 +2,22 @@
 
 Images are standardised with published constants of each data set, never with statistics of the loaded
 examples, so that loading releases nothing about any client. (Of a LIBSVM file the number of features and the labels are
-read off the data and count as public; `features` states the first of them.) Splits into training and test examples are
-fixed: they depend neither on the experiment's seed nor on its population.
+read off the data and count as public; `features` states the first of them.) The data sets' own splits into training and
+test examples are fixed: they depend neither on the experiment's seed nor on its population. Of natural clients an
+experiment can test on other examples; see `fedpriv.learning.validation`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.learning.checks import positive_int, real_within
+from fedpriv.learning.checks import positive_int, real_within, refuse_beyond_memory
 from fedpriv.learning.dataset_files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
 from fedpriv.learning.natural_files import (
     ALPHABET,
@@ -26,6 +27,7 @@ from fedpriv.learning.natural_files import (
     read_patients,
     read_speeches,
 )
+from fedpriv.privacy.released import Whose
 
 __all__ = [
     "DATASETS",
@@ -66,6 +68,10 @@ class Dataset:
         test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
         classes: Number of labels, at least 2.
         groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None without any.
+        natural_clients: Number g of natural clients, with those that hold no example; None if every one of them holds
+            some.
+        test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples belong
+            to no natural client.
         validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
         validation_labels: Their labels.
 
@@ -80,6 +86,8 @@ class Dataset:
     test_labels: Tensor
     classes: int
     groups: np.ndarray | None = None
+    natural_clients: int | None = None
+    test_groups: np.ndarray | None = None
     validation_inputs: Tensor | None = None
     validation_labels: Tensor | None = None
 
@@ -91,7 +99,18 @@ class Dataset:
         if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
             raise self._wrong("equal shapes of training and test inputs", list(self.test_inputs.shape[1:]))
         if self.groups is not None:
-            self._check_groups(self.groups)
+            self._check_groups("training", self.groups, self.examples)
+            if self.natural_clients is None and not np.bincount(self.groups).all():
+                raise self._wrong("natural clients numbered from 0 without gaps", "others")
+        if self.groups is not None and self.test_groups is not None:
+            self._check_groups("test", self.test_groups, len(self.test_labels))
+
+    @property
+    def natural_population(self) -> int:
+        """Number of natural clients, 0 if there are none."""
+        if self.groups is None:
+            return 0
+        return int(self.groups.max()) + 1 if self.natural_clients is None else self.natural_clients
 
     @property
     def examples(self) -> int:
@@ -112,20 +131,27 @@ class Dataset:
         if self.classes < 2 or low < 0 or high >= self.classes:
             raise self._wrong(f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes")
 
-    def _check_groups(self, groups: np.ndarray) -> None:
-        if groups.dtype != np.int64 or groups.shape != (self.examples,):
-            raise self._wrong("one int64 natural client for each example", (groups.dtype, groups.shape))
-        if groups.min() < 0 or not np.bincount(groups).all():
-            raise self._wrong("natural clients numbered from 0 without gaps", "others")
+    def _check_groups(self, split: str, groups: np.ndarray, examples: int) -> None:
+        if groups.dtype != np.int64 or groups.shape != (examples,):
+            raise self._wrong(f"one int64 natural client for each {split} example", (groups.dtype, groups.shape))
+        if groups.min() < 0 or groups.max() >= self.natural_population:
+            raise self._wrong(
+                f"natural clients from 0 to {self.natural_population - 1}", f"{groups.min()} to {groups.max()}"
+            )
 
     def _wrong(self, expected: str, got: object) -> UserError:
         return UserError(f"dataset {self.name}", expected, got, "Correct the arrays that it is made of")
 
 
 class DatasetSource(Protocol):
-    """Settings that say where a data set comes from; filled from the table `[data]`."""
+    """Settings that say where a data set comes from; filled from the table `[data]`.
+
+    `natural` says whether it has natural clients, and `test` on whose examples a model is then tested unless the
+    experiment says otherwise: see `validation.evaluated_on`.
+    """
 
     natural: ClassVar[bool]
+    test: ClassVar[Whose]
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
@@ -140,6 +166,7 @@ class Digits:
     """
 
     natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
 
     def load(self, data_root: Path | None) -> Dataset:  # noqa: ARG002
         """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
@@ -163,6 +190,7 @@ class _ImageSource:
     """
 
     natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
     train_examples: int | None = None
     test_examples: int | None = None
 
@@ -213,10 +241,13 @@ class FashionMnist(_ImageSource):
 class MnistByWriter:
     """MNIST with the writer of each training image as its natural client: 539 writers of 19 to 131 images.
 
+    Test: MNIST's own test images, which are by other writers.
+
     Source: Yadav and Bottou, Cold Case: the Lost MNIST Digits, NeurIPS 2019 (QMNIST, label column 2).
     """
 
     natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
@@ -263,13 +294,14 @@ class HeartDisease:
     """Patients of four hospitals, which are its natural clients: 33 numbers each, and whether the heart is diseased.
 
     Cleveland, Budapest, Zurich with Basel, and Long Beach: 303, 294, 123 and 200 patients. Test: a fixed fifth of each
-    hospital's sick and of its healthy. Missing attributes are zeros, and scales are round numbers of medical practice:
-    nothing is filled or scaled by what the data hold; see `read_patients` in `natural_files`. Source: Detrano et al.,
-    International application of a new probability algorithm for the diagnosis of coronary artery disease, American
-    Journal of Cardiology 64, 1989; UCI, 1988, CC BY 4.0.
+    hospital's sick and of its healthy, unless `[data] test` says otherwise. Missing attributes are zeros, and scales
+    are round numbers of medical practice: nothing is filled or scaled by what the data hold; see `read_patients` in
+    `natural_files`. Source: Detrano et al., International application of a new probability algorithm for the diagnosis
+    of coronary artery disease, American Journal of Cardiology 64, 1989; UCI, 1988, CC BY 4.0.
     """
 
     natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "within"
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads `heart_disease/processed.*.data`; see `DatasetSource.load`.
@@ -285,8 +317,8 @@ class HeartDisease:
         if not test.any():
             remedy = "Replace the files by the published ones"
             raise UserError("dataset heart-disease", "five alike patients of a hospital", len(labels), remedy)
-        train = inputs[~test], labels[~test]
-        return _dataset("heart-disease", train, (inputs[test], labels[test]), 2, groups[~test])
+        train, held = (inputs[~test], labels[~test]), (inputs[test], labels[test])
+        return _dataset("heart-disease", train, held, 2, Owners(groups[~test], groups[test], len(HOSPITALS)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,10 +326,11 @@ class TinyShakespeare:
     """The next character of what a speaker of Shakespeare's says: 65 characters, 299 speakers as natural clients.
 
     An input is the speaker's last `context` characters, `[context, 65]` of zeros and a one each; zeros alone stand for
-    what is before the first. Of each speaker at most `speaker_examples` are taken, evenly spaced over what is said; the
-    last fifth of them is for testing. A name is a speaker, also where plays share it (`First Citizen`). Source:
-    Karpathy, The Unreasonable Effectiveness of Recurrent Neural Networks, 2015; speakers as clients: McMahan et al.,
-    AISTATS 2017.
+    what is before the first. Of each speaker at most `speaker_examples` are taken, evenly spaced over what is said.
+    Test: all examples of a fifth of the speakers, who take no part; with `[data] test = "within"`, or if the clients
+    are no speakers, the last fifth of each speaker's. A name is a speaker, also if plays share it (`First Citizen`).
+    Source: Karpathy, The Unreasonable Effectiveness of Recurrent Neural Networks, 2015; speakers as clients: McMahan et
+    al., AISTATS 2017.
 
     Args:
         context: Characters that are seen, 1 to 64.
@@ -308,6 +341,7 @@ class TinyShakespeare:
     """
 
     natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "clients"
     context: int = 5
     speaker_examples: int = 200
 
@@ -324,17 +358,20 @@ class TinyShakespeare:
         """
         [path] = locate(data_root or default_data_root(), "tinyshakespeare", ["input.txt"], None)
         parts: list[list[np.ndarray]] = [[], []]
-        groups: list[int] = []
-        for speaker, said in enumerate(read_speeches(path).values()):
+        groups: list[list[int]] = [[], []]
+        speakers = read_speeches(path)
+        for speaker, said in enumerate(speakers.values()):
             seen, following = next_characters(said, self.context, self.speaker_examples)
             kept = len(following) - len(following) // 5
-            for part, rows in zip(parts, (slice(kept), slice(kept, None)), strict=True):
+            for part, owner, rows in zip(parts, groups, (slice(kept), slice(kept, None)), strict=True):
                 part.append(np.column_stack([seen[rows], following[rows]]))
-            groups += [speaker] * kept
+                owner += [speaker] * len(following[rows])
         train, test = ((one_hot_contexts(rows[:, :-1]), rows[:, -1]) for rows in map(np.concatenate, parts))
         if not len(test[1]):
             raise UserError(str(path), "a speaker of five characters", "none", "Replace the file")
-        return _dataset("tiny-shakespeare", train, test, len(ALPHABET), np.array(groups, dtype=np.int64))
+        in_train, in_test = (np.array(part, dtype=np.int64) for part in groups)
+        owners = Owners(in_train, in_test, len(speakers))
+        return _dataset("tiny-shakespeare", train, test, len(ALPHABET), owners)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +388,7 @@ class Libsvm:
     """
 
     natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
     file: str = ""
     test_file: str | None = None
     features: int | None = None
@@ -403,16 +441,27 @@ def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:
     return chosen
 
 
+class Owners(NamedTuple):
+    """The natural client of each training and of each test example, and how many natural clients there are."""
+
+    train: np.ndarray
+    test: np.ndarray
+    clients: int
+
+
 def _dataset(
     name: str,
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     classes: int,
-    groups: np.ndarray | None = None,
+    owners: Owners | None = None,
 ) -> Dataset:
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test)]
     fields = ("train_inputs", "train_labels", "test_inputs", "test_labels")
-    return Dataset(name=name, classes=classes, groups=groups, **dict(zip(fields, tensors, strict=True)))
+    made = Dataset(name=name, classes=classes, **dict(zip(fields, tensors, strict=True)))
+    if owners is None:
+        return made
+    return replace(made, groups=owners.train, test_groups=owners.test, natural_clients=owners.clients)
 
 
 def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> Dataset:
@@ -476,6 +525,8 @@ def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
     if features is not None and features < found:
         raise UserError("data.features", f"at least {found}, the largest index", features, "Correct data.features")
     width = max(features or found, 1) + first
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    refuse_beyond_memory("data.features", 4 * rows * width, "Choose fewer features, or a file of lower indices")
     for matrix in matrices:
         matrix.resize(matrix.shape[0], width)
     return [matrix.toarray()[:, first:] for matrix in matrices]

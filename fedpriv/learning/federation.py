@@ -4,13 +4,13 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from fedpriv.errors import UserError
 from fedpriv.learning.datasets import Dataset
-from fedpriv.learning.partitions import Partition, Resampled, given_clients, mean_total_variation
+from fedpriv.learning.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,11 +46,12 @@ class Federation:
 
     Args:
         dataset: The examples.
-        offsets: int64 `[clients + 1]`, from 0 to the number of held rows, strictly ascending.
+        offsets: int64 `[clients + 1]`, from 0 to the number of held rows, ascending. A client that holds nothing sends
+            zeros.
         rows: int64 `[held]`, disjoint rows of the training examples.
 
     Raises:
-        UserError: If a client holds nothing, or an example has two owners or does not exist.
+        UserError: If nobody holds anything, or an example has two owners or does not exist.
     """
 
     dataset: Dataset
@@ -60,8 +61,8 @@ class Federation:
     def __post_init__(self) -> None:
         if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.rows):
             raise _wrong("offsets from 0 to the number of rows")
-        if (self.sizes < 1).any():
-            raise _wrong("at least one example for each client")
+        if (self.sizes < 0).any() or not len(self.rows):
+            raise _wrong("ascending offsets, and an example that somebody holds")
         if self.rows.min() < 0 or np.bincount(self.rows).max() > 1 or self.rows.max() >= self.dataset.examples:
             raise _wrong("rows of the training examples, each at most once")
 
@@ -177,7 +178,10 @@ def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: n
     Raises:
         UserError: If the rule cannot serve so many clients; see `Partition.split`.
     """
-    parts = partition.split(dataset.train_labels.numpy(), dataset.groups, clients, rng)
+    if isinstance(partition, Natural):
+        parts = partition.split_among(dataset.groups, dataset.natural_population, clients)
+    else:
+        parts = partition.split(dataset.train_labels.numpy(), dataset.groups, clients, rng)
     offsets = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     return Federation(dataset=dataset, offsets=offsets, rows=np.concatenate(parts))
@@ -192,15 +196,15 @@ def who_holds_what(federation: Holders) -> "pd.DataFrame":
     return pd.DataFrame(table | {f"label_{label}": counts[:, label] for label in range(counts.shape[1])})
 
 
-def plot_who_holds_what(federation: Holders, path: Path, *, partition: str = "") -> None:
-    """Writes a picture of who holds which labels to `path`; its suffix decides the format.
+def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition: str = "") -> None:
+    """Writes a picture of who holds which labels to `path`; its suffix decides the format, PNG without one.
 
     Up to 100 clients and 10 labels are stacked bars; more are a heat map of clients, sorted by main label,
     and a histogram of their sizes.
 
     Args:
         federation: What to show. Not private: it shows counts of single clients.
-        path: The file; its folder must exist.
+        path: The file, whose folder must exist; or an open one.
         partition: Name of the partition, for the title.
     """
     from matplotlib.figure import Figure
@@ -239,7 +243,7 @@ def _draw_bars(figure: Any, counts: np.ndarray) -> None:
 
 
 def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
-    shares, sizes = counts / counts.sum(axis=1, keepdims=True), counts.sum(axis=1)
+    shares, sizes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts.sum(axis=1)
     order = np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))
     left, right = figure.subplots(1, 2, width_ratios=(5, 2))
     image = left.imshow(shares[order].T, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")

@@ -18,7 +18,7 @@ def gini(sizes: np.ndarray) -> float:
     """The Gini coefficient of sizes: 0 if all are equal, towards 1 if one client has nearly everything.
 
     Args:
-        sizes: `[clients]`, at least one, above 0.
+        sizes: `[clients]`, from 0, at least one of them above 0.
     """
     held = np.sort(sizes).astype(np.float64)
     ranks = np.arange(1, len(held) + 1)
@@ -29,7 +29,7 @@ def size_figures(sizes: np.ndarray) -> dict[str, float]:
     """Smallest, median and largest size, the coefficient of variation and the Gini coefficient.
 
     Args:
-        sizes: Examples of each client, `[clients]`, above 0.
+        sizes: Examples of each client, `[clients]`, from 0, at least one of them above 0.
     """
     return {
         "size_min": int(sizes.min()),

@@ -6,7 +6,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from torch import Tensor
 
-from fedpriv.bounding import require_positive
+from fedpriv.bounding import require_representable
 from fedpriv.errors import UserError
 from fedpriv.learning.tasks import Task
 from fedpriv.streams import Purpose, SeededStreams
@@ -21,6 +21,10 @@ __all__ = [
     "Walk",
     "make_signal",
 ]
+
+MAX_STEPS = 100_000
+MAX_EPOCHS = 10_000
+"""More than anybody waits for; the batches of all steps of a round are drawn at once."""
 
 # The examples of each step as positions in the client's data; None for all of them.
 Batches = list[np.ndarray | None]
@@ -90,7 +94,7 @@ class LocalSteps:
     """Steps of (stochastic) gradient descent; the signal is the pseudo-gradient x_0 - x_T.
 
     Args:
-        steps: Number of local steps.
+        steps: Number of local steps, at most `MAX_STEPS`.
         client_lr: Length of each.
         batch_size: Examples of each step, drawn without replacement; None for all.
         signal: See `LocalWork`. `move` is left out of resolved configs: it was all there was.
@@ -102,8 +106,8 @@ class LocalSteps:
     signal: Signal = field(default="move", metadata={"absent_by_default": True})
 
     def __post_init__(self) -> None:
-        _require_count("local.steps", self.steps)
-        require_positive("local.client_lr", self.client_lr)
+        _require_count("local.steps", self.steps, MAX_STEPS)
+        require_representable("local.client_lr", self.client_lr)
         if self.batch_size is not None:
             _require_count("local.batch_size", self.batch_size)
         _require_signal(self.signal)
@@ -121,7 +125,7 @@ class LocalEpochs:
     examples is a step of gradient descent.
 
     Args:
-        epochs: Number of passes.
+        epochs: Number of passes, at most `MAX_EPOCHS`.
         client_lr: Length of each step.
         batch_size: Examples of each step, the last of a pass may have fewer; None for all.
         order: `fixed`, the examples as they lie, in every pass and round; or `reshuffled`, drawn anew for each pass.
@@ -135,8 +139,8 @@ class LocalEpochs:
     signal: Signal = "move"
 
     def __post_init__(self) -> None:
-        _require_count("local.epochs", self.epochs)
-        require_positive("local.client_lr", self.client_lr)
+        _require_count("local.epochs", self.epochs, MAX_EPOCHS)
+        require_representable("local.client_lr", self.client_lr)
         if self.batch_size is not None:
             _require_count("local.batch_size", self.batch_size)
         if self.order not in ("fixed", "reshuffled"):
@@ -256,9 +260,11 @@ def _draw(examples: int, size: int | None, rng: np.random.Generator) -> np.ndarr
     return np.sort(rng.choice(examples, size, replace=False))
 
 
-def _require_count(key: str, value: int) -> None:
+def _require_count(key: str, value: int, most: int | None = None) -> None:
     if value < 1:
         raise UserError(key, "a whole number of at least 1", value, "Give a larger number")
+    if most is not None and value > most:
+        raise UserError(key, f"at most {most:,}", value, "A client does all of them in one round: give less")
 
 
 def _require_signal(kind: str) -> None:

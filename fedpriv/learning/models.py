@@ -5,7 +5,7 @@ round exchanges and all that the privacy statement speaks about.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -19,10 +19,26 @@ from fedpriv.learning.checks import positive_int
 __all__ = ["MODELS", "Cnn", "Mlp", "ModelSource", "ResNet20", "Softmax"]
 
 
+# A layer takes time and memory however few parameters it has.
+_MAX_LAYERS = 1000
+
+
 class ModelSource(Protocol):
     """Settings of a model; filled from the table `[model]`. `dense`: it consists of dense layers alone."""
 
     dense: ClassVar[bool]
+
+    def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
+        """The number of parameters of the module that `build` makes; takes no memory for them.
+
+        Args:
+            input_shape: Shape of one input.
+            classes: Number of labels.
+
+        Raises:
+            UserError: If the model does not fit such inputs.
+        """
+        ...
 
     def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
         """A module from `[batch, *input_shape]` to logits `[batch, classes]`, on the CPU, float32.
@@ -38,29 +54,46 @@ class ModelSource(Protocol):
         ...
 
 
+class _Made:
+    """Counting and building for frozen settings whose `_make` gives a module on torch's default device."""
+
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        raise NotImplementedError
+
+    def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
+        """See `ModelSource.parameters`."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self._make(input_shape, classes).parameters())
+
+    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+        """See `ModelSource.build`. Every generator is left as it was."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            return self._make(input_shape, classes)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Softmax:
+class Softmax(_Made):
     """Multinomial logistic regression, started at zero: a convex problem, the same start for every seed."""
 
     dense: ClassVar[bool] = True
 
-    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`."""
-        module = _seeded(seed, lambda: nn.Sequential(nn.Flatten(), nn.Linear(_size(input_shape), classes)))
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        module = nn.Sequential(nn.Flatten(), nn.Linear(_size(input_shape), classes))
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
         return module
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mlp:
+class Mlp(_Made):
     """Dense layers with ReLU between them.
 
     Args:
-        hidden: Widths of the hidden layers.
+        hidden: Widths of the hidden layers, at most 1,000 of them.
 
     Raises:
-        UserError: If a width is not a positive whole number.
+        UserError: If a width is not a positive whole number, or there are more.
     """
 
     dense: ClassVar[bool] = True
@@ -69,17 +102,18 @@ class Mlp:
     def __post_init__(self) -> None:
         if not isinstance(self.hidden, Sequence) or isinstance(self.hidden, str):
             raise UserError("model.hidden", "a list of widths", repr(self.hidden), "Write it as [64] or [128, 64]")
+        if len(self.hidden) > _MAX_LAYERS:
+            raise UserError("model.hidden", f"at most {_MAX_LAYERS:,} widths", f"{len(self.hidden):,}", "Shorten it")
         for width in self.hidden:
             positive_int("model.hidden", width)
         object.__setattr__(self, "hidden", tuple(self.hidden))
 
-    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`."""
-        return _seeded(seed, lambda: _dense_layers(_size(input_shape), self.hidden, classes))
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        return _dense_layers(_size(input_shape), self.hidden, classes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cnn:
+class Cnn(_Made):
     """A LeNet: two 5x5 convolutions with ReLU and 2x2 max-pooling, then two dense layers.
 
     With the default width it has 61,794 parameters on `[3, 32, 32]` and 10 classes, about LeNet-5's 62,006.
@@ -99,15 +133,14 @@ class Cnn:
     def __post_init__(self) -> None:
         positive_int("model.width", self.width)
 
-    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`."""
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         channels, height, sides = _image("cnn", input_shape)
         pixels = (height // 4) * (sides // 4)
-        return _seeded(seed, lambda: _lenet(channels, pixels, self.width, classes))
+        return _lenet(channels, pixels, self.width, classes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResNet20:
+class ResNet20(_Made):
     """The CIFAR ResNet of 20 layers with group instead of batch normalisation.
 
     269,722 parameters on CIFAR-10. Shortcuts between stages drop every second pixel and add zero channels
@@ -117,20 +150,12 @@ class ResNet20:
 
     dense: ClassVar[bool] = False
 
-    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`."""
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         channels, _, _ = _image("resnet20", input_shape)
-        return _seeded(seed, lambda: _resnet20(channels, classes))
+        return _resnet20(channels, classes)
 
 
 MODELS: dict[str, type[ModelSource]] = {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20}
-
-
-def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` returns with the generator at `seed`, on the CPU; leaves every generator as it was."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        return make()
 
 
 def _size(input_shape: tuple[int, ...]) -> int:
@@ -179,7 +204,8 @@ def _resnet20(channels: int, classes: int) -> nn.Module:
 
 def _conv3x3(before: int, after: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if not conv.weight.is_meta:  # nothing to draw, and torch would load seconds of machinery for it
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 

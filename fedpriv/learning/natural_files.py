@@ -11,7 +11,7 @@ import numpy as np
 from fedpriv.errors import UserError
 from fedpriv.learning.dataset_files import REPLACE, content_of
 
-__all__ = ["ALPHABET", "HOSPITALS", "next_characters", "one_hot_contexts", "read_patients", "read_speeches"]
+__all__ = ["ALPHABET", "HOSPITALS", "SILENT", "next_characters", "one_hot_contexts", "read_patients", "read_speeches"]
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 
@@ -26,6 +26,20 @@ CODES = {1: (0, 1), 2: (1, 2, 3, 4), 5: (0, 1), 6: (0, 1, 2), 8: (0, 1), 10: (1,
 
 ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 """The characters of tiny Shakespeare."""
+
+SILENT = (
+    "Ghost of Prince Edward:",
+    "Ghost of King Henry VI:",
+    "Ghost of CLARENCE:",
+    "Ghost of RIVERS:",
+    "Ghost of GREY:",
+    "Ghost of VAUGHAN:",
+    "Ghost of HASTINGS:",
+    "Ghosts of young Princes:",
+    "Ghost of LADY ANNE:",
+    "Ghost of BUCKINGHAM:",
+)
+"""The names of the published text below which nothing stands. They are no clients, whatever a file has below them."""
 
 
 def read_patients(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +84,8 @@ def _codes(values: np.ndarray, codes: tuple[int, ...], path: Path) -> np.ndarray
 def read_speeches(path: Path) -> dict[str, np.ndarray]:
     """What each speaker says, as places in `ALPHABET`: int64 `[characters]`, speeches with a line end between them.
 
-    Speakers are in the order in which they first speak; who says nothing is left out.
+    Speakers are in the order of their first headings. A speaker who says nothing keeps the place, with no characters:
+    otherwise the words of one client would decide about the numbers of others. `SILENT` names are left out.
 
     Args:
         path: Speeches with empty lines between them, each the speaker's name and a colon, and what is said below.
@@ -91,11 +106,11 @@ def read_speeches(path: Path) -> dict[str, np.ndarray]:
         name, _, words = speech.partition("\n")
         if not name.endswith(":"):
             raise UserError(str(path), "a name and a colon above each speech", repr(name[:40]), REPLACE)
-        said.setdefault(name, []).extend([words] if words else [])
-    spoken = {name: _places("\n".join(speeches)) for name, speeches in said.items() if speeches}
-    if not spoken:
+        if name not in SILENT:
+            said.setdefault(name, []).extend([words] if words else [])
+    if not any(said.values()):
         raise UserError(str(path), "speeches", "none", REPLACE)
-    return spoken
+    return {name: _places("\n".join(speeches)) for name, speeches in said.items()}
 
 
 def next_characters(said: np.ndarray, context: int, most: int) -> tuple[np.ndarray, np.ndarray]:

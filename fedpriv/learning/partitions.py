@@ -1,7 +1,8 @@
 """Partitions: which client holds which training examples, as rules on labels and natural clients.
 
-Every rule gives each row one owner and every client at least one row. Cost follows the number of examples
-plus the number of clients.
+Every rule gives each row one owner and every client at least one row, but for natural clients, who hold what is theirs.
+All rules but `natural` simulate clients: they divide a pool, whose labels they may look at. Cost follows the number of
+examples plus the number of clients.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Partition(Protocol):
     def split(
         self, labels: np.ndarray, groups: np.ndarray | None, clients: int | None, rng: np.random.Generator
     ) -> list[np.ndarray]:
-        """The rows of each client: ascending int64, disjoint, none empty.
+        """The rows of each client: ascending int64, disjoint, none empty but those of a natural client without data.
 
         Args:
             labels: int64 `[examples]`.
@@ -199,11 +200,14 @@ class Natural:
         rng: np.random.Generator,  # noqa: ARG002
     ) -> list[np.ndarray]:
         """See `Partition.split`; uses no randomness."""
+        return self.split_among(groups, 0 if groups is None else int(groups.max()) + 1, clients)
+
+    def split_among(self, groups: np.ndarray | None, found: int, clients: int | None) -> list[np.ndarray]:
+        """The same for `found` natural clients, the last of whom may hold nothing."""
         if groups is None:
             having = ", ".join(name for name, source in DATASETS.items() if source.natural)
             expected = f"a dataset with natural clients ({having}) for 'natural'"
             raise UserError("data.partition", expected, "one without", "Choose such a dataset, or another partition")
-        found = int(groups.max()) + 1
         number = found if clients is None else _positive(clients)
         if number > found:
             remedy = "Lower data.clients, or leave it out to take all"
@@ -219,16 +223,17 @@ class Resampled:
     examples, so that this simulates the cost and the privacy of a large population, not its diversity.
 
     Args:
-        examples: Draws of each client; at least 1.
+        examples: Draws of each client, from 1 to a million.
 
     Raises:
-        UserError: If `examples` is not a positive whole number.
+        UserError: If `examples` is no such number.
     """
 
     examples: int = 15
 
     def __post_init__(self) -> None:
         positive_int("data.examples", self.examples)
+        real_within("data.examples", self.examples, 1, 10**6)
 
     def split(
         self,

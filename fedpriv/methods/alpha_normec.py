@@ -33,12 +33,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import SmoothedNormalization, require_positive
+from fedpriv.bounding import SmoothedNormalization, require_representable
 from fedpriv.errors import UserError
-from fedpriv.feedback import Feedback, bounded_residual, decayed, remember
-from fedpriv.methods.base import direction, noised, require_fraction
+from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
+from fedpriv.methods.base import direction, require_fraction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
+
+
+# With less damping, more than a third of what was lost is left after a thousand rounds.
+_FADES = 1e-3
 
 
 class ClientMemory(NamedTuple):
@@ -77,7 +81,7 @@ class AlphaNormEC:
 
     def __post_init__(self) -> None:
         for key in ("alpha", "beta", "server_lr"):
-            require_positive(f"method.{key}", getattr(self, key))
+            require_representable(f"method.{key}", getattr(self, key))
         require_fraction("method.damping", self.damping)
         SmoothedNormalization(alpha=self.alpha)
         if self.memory not in ("noiseless", "sent"):
@@ -100,8 +104,8 @@ class AlphaNormEC:
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """With damping the lost memory fades from the server's by (1 - lambda) a round; without, it stays for ever."""
-        return "start-afresh" if self.damping > 0.0 else "re-base"
+        """With damping the lost memory fades from the server's by (1 - lambda) a round; with next to none, it stays."""
+        return "start-afresh" if self.damping >= _FADES else "re-base"
 
     def init_client(self, size: int) -> ClientMemory:
         """v_i = 0: a start at true gradients would release their mean without noise."""
@@ -115,13 +119,13 @@ class AlphaNormEC:
         self,
         state: ClientMemory,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         memory = decayed(state.memory, self.damping, round - 1 - state.updated)
         message = bounded_residual(self.bounded, memory, signal)
-        sent = noised(message, noise)
+        sent = sent_message(message, release)
         learned = sent if self.memory == "sent" else message
         memory = remember(decayed(memory, self.damping, 1), learned, self.beta)
         return sent, ClientMemory(memory, torch.full_like(state.updated, round))

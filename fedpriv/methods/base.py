@@ -1,6 +1,5 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
-import math
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.errors import UserError
-from fedpriv.feedback import Feedback
+from fedpriv.feedback import Feedback, Release
 
 __all__ = [
     "ClientState",
@@ -18,7 +17,6 @@ __all__ = [
     "direction",
     "feedback_of",
     "has_memory",
-    "noised",
     "require_fraction",
 ]
 
@@ -36,8 +34,9 @@ class Method(Protocol):
     Rules are pure: no randomness, no input or output, no change of an argument. They act on the last axis, so
     `[params]` is one client and `[clients, params]` a cohort.
 
-    Formal guarantee that every method gives and the contract tests check: with `noise=None` the message's l2 norm
-    is at most `bounded.l2_bound` for every state and signal, and with noise the message is that plus the noise.
+    Formal guarantee that every method gives and the contract tests check: with `release=None` the message's l2 norm
+    is at most `bounded.l2_bound` for every state and signal, and otherwise the message is `release` of that message,
+    called once.
     """
 
     @property
@@ -72,15 +71,16 @@ class Method(Protocol):
         self,
         state: ClientState,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002
     ) -> tuple[Tensor, ClientState]:
-        """The message and the new state.
+        """Return the message and the new state.
 
         Args:
             state: What the client kept, fields `[..., any]`.
             signal: What it would send without privacy, a gradient or pseudo-gradient, `[..., params]`.
-            noise: What it adds to the bounded message, `[..., params]`; None where the client adds none.
+            release: Adds the client's noise to its bounded message `[..., params]`, rounded to the grid on which
+                messages are released; None if the client adds none.
             round: The current round, from 1.
         """
         ...
@@ -122,11 +122,6 @@ def has_memory(method: Method) -> bool:
     return bool(method.init_client(0)._fields)
 
 
-def noised(message: Tensor, noise: Tensor | None) -> Tensor:
-    """The message that is sent: Delta + z; `[..., params]`."""
-    return message if noise is None else message + noise
-
-
 def direction(vector: Tensor) -> Tensor:
     """V / ||v||_2 of `[params]`; zero where v is zero."""
     exact = vector.double()
@@ -136,5 +131,5 @@ def direction(vector: Tensor) -> Tensor:
 
 def require_fraction(key: str, value: float) -> None:
     """Raises UserError unless 0 <= value < 1."""
-    if not (math.isfinite(value) and 0.0 <= value < 1.0):
+    if not 0.0 <= value < 1.0:
         raise UserError(key, "a number from 0 up to but not including 1", value, "0 switches it off")

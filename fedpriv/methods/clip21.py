@@ -24,9 +24,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Clip, require_positive
-from fedpriv.feedback import Feedback, bounded_residual, remember
-from fedpriv.methods.base import noised
+from fedpriv.bounding import Clip, require_representable
+from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
@@ -58,7 +57,7 @@ class Clip21:
 
     def __post_init__(self) -> None:
         Clip(clip_norm=self.clip_norm)
-        require_positive("method.server_lr", self.server_lr)
+        require_representable("method.server_lr", self.server_lr)
 
     @property
     def bounded(self) -> Clip:
@@ -92,12 +91,12 @@ class Clip21:
         self,
         state: ClientMemory,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002, ARG002
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         message = bounded_residual(self.bounded, state.memory, signal)
-        return noised(message, noise), ClientMemory(remember(state.memory, message, 1.0))
+        return sent_message(message, release), ClientMemory(remember(state.memory, message, 1.0))
 
     def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
         """See `Method.server_rule`."""

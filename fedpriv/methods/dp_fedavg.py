@@ -13,7 +13,7 @@ pseudo-gradient. With one full gradient as the signal it is DP-FedSGD.
 
 from dataclasses import dataclass
 
-from fedpriv.bounding import Clip, require_positive
+from fedpriv.bounding import Clip, require_representable
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["DPFedAvg"]
@@ -33,7 +33,7 @@ class DPFedAvg(Memoryless):
 
     def __post_init__(self) -> None:
         Clip(clip_norm=self.clip_norm)
-        require_positive("method.server_lr", self.server_lr)
+        require_representable("method.server_lr", self.server_lr)
 
     @property
     def bounded(self) -> Clip:

@@ -4,8 +4,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedpriv.feedback import Feedback
-from fedpriv.methods.base import noised
+from fedpriv.feedback import Feedback, Release, sent_message
 
 __all__ = ["Memoryless", "ModelOnly", "NoMemory"]
 
@@ -58,11 +57,11 @@ class Memoryless:
         self: _Hyperparameters,
         state: NoMemory,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002, ARG002
     ) -> tuple[Tensor, NoMemory]:
         """See `Method.client_rule`."""
-        return noised(self.bounded(signal), noise), state
+        return sent_message(self.bounded(signal), release), state
 
     def server_rule(
         self: _Hyperparameters,

@@ -12,7 +12,7 @@ x <- x - gamma mean_i m_i. Where clients' gradients do not vanish at the optimum
 
 from dataclasses import dataclass
 
-from fedpriv.bounding import SmoothedNormalization, require_positive
+from fedpriv.bounding import SmoothedNormalization, require_representable
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["NormalizedSGD"]
@@ -32,7 +32,7 @@ class NormalizedSGD(Memoryless):
 
     def __post_init__(self) -> None:
         SmoothedNormalization(alpha=self.alpha)
-        require_positive("method.server_lr", self.server_lr)
+        require_representable("method.server_lr", self.server_lr)
 
     @property
     def bounded(self) -> SmoothedNormalization:

@@ -28,7 +28,6 @@ coordinate's step is near gamma m / (its standard deviation), whatever the data.
 `torch.optim`, not at tau^2.
 """
 
-import math
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
+from fedpriv.feedback import Release
 from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
 
 __all__ = [
@@ -54,6 +54,10 @@ __all__ = [
 
 SMALLEST_TAU = 1e-12
 """Squares are kept in float32, which loses those of directions below 1e-23: their steps are then of direction / tau."""
+
+
+LARGEST_TAU = 1e20
+"""Beyond that, steps are too short for float32."""
 
 
 class ServerOptimizer(Protocol):
@@ -254,11 +258,11 @@ class ServerOptimized:
         self,
         state: ClientState,
         signal: Tensor,
-        noise: Tensor | None,
+        release: Release | None,
         round: int,  # noqa: A002
     ) -> tuple[Tensor, ClientState]:
         """The method's."""
-        return self.method.client_rule(state, signal, noise, round)
+        return self.method.client_rule(state, signal, release, round)
 
     def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
         """See `Method.server_rule`. The method's step is taken in float64, so that the difference is its direction."""
@@ -294,6 +298,7 @@ def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
 def _check(optimizer: Adam | Yogi | Adagrad) -> None:
     for key in ("beta1", "beta2"):
         require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
-    if not SMALLEST_TAU <= optimizer.tau < math.inf:
+    if not SMALLEST_TAU <= optimizer.tau <= LARGEST_TAU:
         remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-        raise UserError("server.tau", f"a number from {SMALLEST_TAU:g}", optimizer.tau, remedy)
+        expected = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g}"
+        raise UserError("server.tau", expected, optimizer.tau, remedy)

@@ -1,10 +1,26 @@
-"""What a release costs: the only place that makes DpEvents and asks dp-accounting about them.
+"""What a release costs: the only place that turns noise into epsilon, and epsilon into noise.
 
 Every figure here is an upper bound on epsilon. Where two valid bounds are known, the smaller is reported together
 with the name of the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity, the
-sensitivity being B for add-or-remove and 2 B for replace, when one message is bounded by B.
+sensitivity being B for add-or-remove and 2 B for replace, when one message is bounded by B. In `losses` noise is in
+units of B instead.
 
-dp-accounting counts noise in other units, and not in the same ones everywhere:
+Without sampling, all rounds together are one Gaussian mechanism (`gaussian`). Hidden Poisson cohorts, and hidden
+cohorts of a fixed size where clients remember nothing, are accounted by privacy loss distributions (`losses`).
+
+Nothing here can make epsilon too small:
+
+1. One round is bounded by a dominating pair, proved in `losses`; probabilities are never rounded down.
+2. Its losses are put on a grid so that both distributions keep their masses (the pessimistic Connect the Dots), or
+   higher where rounding of the special functions could matter; the largest count as infinite.
+3. Composition adds to delta: the infinite losses, what a transform cuts off (Chernoff's bound, from the same losses),
+   and a bound on the rounding of all transforms and powers. What wraps around only adds.
+4. Epsilon is read off with delta reached from above. A bound by moments alone (Renyi divergence) stands beside it, and
+   the smaller of two valid bounds is valid.
+
+The tests hold it against exact Gaussians down to delta = 1e-100, integrals of one round, the true mechanism of few
+clients twice, and dp-accounting, whose own bounds are pessimistic too. `round_event` is a round as dp-accounting sees
+it, and it counts noise in other units, and not in the same ones everywhere:
 
 | event, neighbouring relation                    | its noise multiplier is | in ours, add-or-remove | replace |
 |---|---|---|---|
@@ -12,63 +28,39 @@ dp-accounting counts noise in other units, and not in the same ones everywhere:
 | PoissonSampled(Gaussian), ADD_OR_REMOVE_ONE     | std / B                 | 1                      |         |
 | PoissonSampled(Gaussian), REPLACE_ONE (PLD)     | std / B                 |                        | 2       |
 | SampledWithoutReplacement(Gaussian), REPLACE_ONE (RDP) | std / (2 B)      | 1/2                    | 1       |
-
-Sources: dp-accounting's privacy loss distributions (Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022, "Connect the
-Dots"); Renyi accounting of sampling without replacement (Wang, Balle, Kasiviswanathan 2019, Theorem 27).
 """
 
-import importlib.metadata
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
-
-import dp_accounting as dpa
-import numpy as np
-from dp_accounting.pld import privacy_loss_distribution, privacy_loss_mechanism
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
+from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
+from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.version import __version__
 
-__all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "round_event"]
+if TYPE_CHECKING:
+    import dp_accounting
 
-Relation = dpa.NeighboringRelation
-Losses = privacy_loss_distribution.PrivacyLossDistribution
+__all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "releases_of", "round_event"]
 
-VERSION = importlib.metadata.version("dp-accounting")
-PLD = f"PLD (dp-accounting {VERSION})"
-RDP = f"RDP (dp-accounting {VERSION})"
+PLD = f"PLD (fedpriv {__version__})"
+GAUSSIAN = f"one Gaussian, exactly (fedpriv {__version__})"
 NO_NOISE = "none, there is no noise"
 
-ORDERS: tuple[tuple[float, ...], ...] = (
-    (1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 4.5, *range(5, 17)),
-    (18, 20, 22, 24, 28, 32, 36, 40, 48, 56, 64),
-    (80, 96, 128),
-    (256, 512, 1024, 2048, 4096),
-)
-"""Renyi orders in groups of growing cost; a group is looked at only if the one before it improved the bound."""
-
-LARGEST_SHIFT = 1e3
-"""Of sensitivity / std, the largest that is accounted for. Beyond it epsilon exceeds 500 000 and counts as infinite."""
-
-MOST_NOISE = 1e6
-"""Noise multipliers above are accounted for as this one, lest the squares of losses drown in rounding."""
+MOST_HIDING_NOISE = 1e6
+"""Of sampled rounds, noise over bound that is accounted for at most, lest differences of losses drown in rounding."""
 
 LARGEST_TARGET = 1e5
 """Largest epsilon to calibrate for."""
 
-ROUNDING = 1e-15
-"""Mass that one convolution's rounding can misplace; the accountant's delta is lowered by this a round."""
+GRID_ERROR = 2e-4
+"""Share of epsilon that the grid of losses may add, about."""
 
-LARGEST_EXPONENT = 690.0
-"""Of exp, with room for the small probabilities that it is multiplied by."""
-
-FINEST = 1e-8
-"""Least interval between losses; differences of probabilities over less would be mostly rounding."""
-
-MOST_LOSSES = 60_000
-"""Most points of one round's grid; bounds time and memory where the loss has an extreme tail. A twentieth of it where
-epsilon exceeds 10 000 and precision serves nobody."""
+MOST_LOSSES = 2**18
+"""Most points of one round's grid; a sixteenth of it where epsilon exceeds 1 000 and precision serves nobody."""
 
 
 class Bound(NamedTuple):
@@ -110,11 +102,11 @@ def epsilon_spent(
         At least 0; `math.inf` if rounds happened and nothing is guaranteed.
 
     Formal guarantees:
-        An upper bound, adaptive composition included. For everyone, and for every local plan, it is within 1 % of
-        the exact epsilon of the Gaussian mechanism (Balle & Wang 2018, Theorem 8). Fixed-size sampling under
-        add-or-remove has a public n, so that a removed client is one whose message became zero. That is a special
-        replacement (hence the bound for replace, at sensitivity 2 B), and given the cohorts it moves each sum by at
-        most B (hence the bound without amplification, at sensitivity B). The smaller is returned.
+        An upper bound, adaptive composition included. For everyone, and for every local plan, it is the exact epsilon
+        of the Gaussian mechanism. For hidden Poisson cohorts it is within 0.1 % of the best that the composition of
+        single rounds allows, for every delta. Fixed-size sampling under add-or-remove has a public n, so that a
+        removed client is one whose message became zero. It never falls as rounds are added, and never rises with
+        noise or delta, but for 0.1 %, by which grids of different plans may differ.
     """
     return least_bound(
         trust=trust,
@@ -142,32 +134,29 @@ def least_bound(
 ) -> Bound:
     """The smallest proven bound, with its accountant. Arguments and guarantees are those of `epsilon_spent`."""
     if rounds == 0:
-        return Bound(0.0, PLD, False)
+        return Bound(0.0, GAUSSIAN, False)
     if noise_multiplier == 0.0:
         return Bound(math.inf, NO_NOISE, False)
-    noise_multiplier = min(noise_multiplier, MOST_NOISE)
-    releases = _releases(trust, sampling, rounds)
-    if releases == 0.0:
-        return Bound(0.0, PLD, False)
-    whole = Bound(_unsampled_epsilon(noise_multiplier, releases, delta), PLD, False)
-    if isinstance(sampling, Scheduled):
-        if adjacency != "replace":
-            raise ValueError("a client that is gone would change everybody's timeline: only replace can be accounted")
+    if isinstance(sampling, Scheduled) and adjacency != "replace":
+        raise ValueError("a client that is gone would change everybody's timeline: only replace can be accounted")
+    releases = releases_of(trust, sampling, rounds)
+    whole = Bound(gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta), GAUSSIAN, False)
+    pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
+    if whole.epsilon == 0.0 or not pairs:
         return whole
-    if whole.epsilon == 0.0 or (client_memory and isinstance(sampling, FixedSize)):
+    noise = min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)
+    if noise * LARGEST_SHIFT < 1.0:
         return whole
-    event, relation = round_event(
-        trust=trust, adjacency=adjacency, sampling=sampling, noise_multiplier=noise_multiplier
-    )
-    return min(
-        [whole, *_sampled_bounds(event, relation, rounds, delta, horizon or rounds)], key=lambda bound: bound.epsilon
-    )
+    sampled = _sampled_epsilon(pairs, noise, rounds, delta, horizon or rounds)
+    return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
 
 
 def round_event(
     *, trust: str, adjacency: str, sampling: Sampling, noise_multiplier: float
-) -> tuple[dpa.DpEvent, Relation]:
+) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
     """One round as dp-accounting sees it, in the units of the table above: its event and neighbouring relation.
+
+    For whoever wants a second opinion; what is reported does not ask for one.
 
     Args:
         trust: As for `epsilon_spent`. Local: no sampling event, for the server sees who took part.
@@ -175,15 +164,18 @@ def round_event(
         sampling: Gives the event its probability (Poisson) or its sizes (fixed size).
         noise_multiplier: Noise std / l2_sensitivity, above 0.
     """
-    replace = adjacency == "replace"
+    import dp_accounting as dpa  # takes a second, and only tests ask
+
+    relations, replace = dpa.NeighboringRelation, adjacency == "replace"
     if trust == "local" or isinstance(sampling, Everyone | Scheduled):
-        return dpa.GaussianDpEvent(noise_multiplier), Relation.ADD_OR_REMOVE_ONE
+        return dpa.GaussianDpEvent(noise_multiplier), relations.ADD_OR_REMOVE_ONE
     if isinstance(sampling, Poisson):
         noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
-        relation = Relation.REPLACE_ONE if replace else Relation.ADD_OR_REMOVE_ONE
+        relation = relations.REPLACE_ONE if replace else relations.ADD_OR_REMOVE_ONE
         return dpa.PoissonSampledDpEvent(sampling.sampling_prob, noise), relation
     noise = dpa.GaussianDpEvent(noise_multiplier if replace else 0.5 * noise_multiplier)
-    return _subset_event(sampling, noise), Relation.REPLACE_ONE
+    event = dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
+    return event, relations.REPLACE_ONE
 
 
 def calibrate(
@@ -196,7 +188,7 @@ def calibrate(
     epsilon: float,
     client_memory: bool = False,
 ) -> float:
-    """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 1 % of epsilon.
+    """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 0.1 % of epsilon.
 
     Args:
         trust: As for `epsilon_spent`.
@@ -217,7 +209,8 @@ def calibrate(
         ends with too much noise, never with too little.
     """
     rounds = max(rounds, 1)
-    if _releases(trust, sampling, rounds) == 0.0:
+    releases = releases_of(trust, sampling, rounds)
+    if releases == 0.0:
         raise ValueError("no client ever sends anything that counts: there is nothing to calibrate for")
     _check_target(trust, sampling, rounds, delta, epsilon)
 
@@ -234,23 +227,140 @@ def calibrate(
         )
         return epsilon / spent if spent > 0.0 else math.inf
 
-    enough = _certainly_enough(_releases(trust, sampling, rounds), delta, epsilon)
-    if within(enough) < 1.0:
+    enough = _noise_of_one_gaussian(releases, delta, epsilon)
+    if enough > MOST_NOISE or within(enough) < 1.0:
         remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
         raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
-    factor = 1.5
+    pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
+    if not pairs:
+        return enough
+    fewer, factor = _noise_by_moments(pairs, adjacency, rounds, delta, epsilon, enough), 1.05
+    enough = fewer if within(fewer) >= 1.0 else enough
     while within(enough / factor) >= 1.0:
         enough, factor = enough / factor, factor**2
     return _narrow(within, enough / factor, enough)
 
 
+def releases_of(trust: str, sampling: Sampling, rounds: int) -> float:
+    """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
+    if isinstance(sampling, Scheduled):
+        return sampling.charge(rounds, each_message=trust == "local")
+    return float(rounds)
+
+
+Direction = tuple[Half, Half]
+"""Larger and smaller losses of neighbours in one order, in bounds of a message; see `losses`."""
+
+
+def _pairs(trust: str, adjacency: str, sampling: Sampling, *, client_memory: bool) -> tuple[Direction, ...]:
+    """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
+    q, replace = _hiding_prob(sampling), adjacency == "replace"
+    if trust == "local" or q >= 1.0 or not isinstance(sampling, Poisson | FixedSize):
+        return ()
+    if isinstance(sampling, Poisson):
+        gone, come, other = Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0, 2.0)
+    elif client_memory:
+        return ()
+    else:
+        gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)
+    return ((other, other),) if replace else ((gone, come), (come, gone))
+
+
+def _hiding_prob(sampling: Sampling) -> float:
+    """The probability that a client takes part, never below what is drawn: Poisson coins are exact, m / n rounds."""
+    exact = sampling.sampling_prob
+    return math.nextafter(exact, 1.0) if isinstance(sampling, FixedSize) else exact
+
+
+def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:
+    directions, epsilon = _losses(pairs, noise, horizon, delta)
+    return epsilon if rounds == horizon else _composed_epsilon(directions, rounds, delta)
+
+
+def _composed_epsilon(directions: Iterable[Losses], rounds: int, delta: float) -> float:
+    """The largest epsilon over the directions; what moments show to be less than another is not computed."""
+    epsilon = 0.0
+    for losses in directions:
+        composed = Composition([(losses, rounds)])
+        if composed.renyi_epsilon(delta)[0] > epsilon:
+            epsilon = max(epsilon, composed.epsilon(delta))
+    return epsilon
+
+
+@lru_cache(maxsize=16)
+def _losses(pairs: tuple[Direction, ...], noise: float, horizon: int, delta: float) -> tuple[tuple[Losses, ...], float]:
+    """One round's losses in each direction, on a grid laid out for `horizon` rounds, and the epsilon of these.
+
+    The error of a grid falls with the square of its interval, so two grids tell how large it is. Intervals are powers
+    of two: each grid holds all coarser ones, and a coarser one never proves less.
+    """
+    cut = _negligible(delta, horizon)
+
+    def on_grid(interval: float) -> tuple[tuple[Losses, ...], float]:
+        directions = tuple(losses_of_one_round(*pair, noise, cut, interval) for pair in pairs)
+        return directions, _composed_epsilon(directions, horizon, delta)
+
+    interval, finest = _first_interval(pairs[0], noise, cut, horizon, delta)
+    coarse, found = on_grid(2.0 * interval)[1], on_grid(interval)
+    while coarse - found[1] > 3.0 * GRID_ERROR * found[1] and interval > finest:
+        interval /= 2.0
+        coarse, found = found[1], on_grid(interval)
+    return found
+
+
+def _first_interval(pair: Direction, noise: float, cut: float, horizon: int, delta: float) -> tuple[float, float]:
+    """An interval that should add about `GRID_ERROR` to epsilon, by moments alone; and the finest that points allow.
+
+    Epsilon is approached from above: each grid gives a bound, and each bound the next, finer grid. Rounding to the grid
+    adds to each round's loss a variance of about a sixth of the squared interval.
+    """
+    losses = losses_of_one_round(*pair, noise, cut, None)
+    while True:
+        epsilon, theta = Composition([(losses, horizon)]).renyi_epsilon(delta)
+        wanted = math.sqrt(12.0 * GRID_ERROR * max(epsilon, 1e-9) / (horizon * (1.0 + theta)))
+        most = MOST_LOSSES if epsilon < 1e3 else MOST_LOSSES // 16
+        finest = 2.0 ** math.ceil(math.log2(losses.interval * len(losses.probs) / most))
+        interval = max(2.0 ** math.floor(math.log2(wanted)), finest)
+        if losses.interval <= interval:
+            return interval, finest
+        losses = losses_of_one_round(*pair, noise, cut, interval)
+
+
+def _negligible(delta: float, rounds: int) -> float:
+    """Log of the mass that a round may count as an infinite loss: a millionth of delta over all rounds."""
+    return math.log(delta) - math.log(1e6 * rounds)
+
+
+def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> float:
+    """The noise multiplier at which all rounds, as one Gaussian, cost `epsilon`; from above, to 1e-12."""
+    small, large = 0.0, LARGEST_SHIFT
+    while large - small > 1e-12 * large:
+        middle = 0.5 * (small + large)
+        small, large = (middle, large) if gaussian_epsilon(middle, delta) <= epsilon else (small, middle)
+    return math.sqrt(releases) / small if small > 0.0 else math.inf
+
+
+def _noise_by_moments(
+    pairs: tuple[Direction, ...], adjacency: str, rounds: int, delta: float, epsilon: float, enough: float
+) -> float:
+    """About the noise multiplier at which moments on a coarse grid prove `epsilon`; `enough` at most."""
+    cut, in_bounds = _negligible(delta, rounds), 2.0 if adjacency == "replace" else 1.0
+    low, high = max(1e-3 * enough, 1.0 / LARGEST_SHIFT / in_bounds), enough
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        losses = losses_of_one_round(*pairs[0], min(in_bounds * middle, MOST_HIDING_NOISE), cut, None)
+        proved = Composition([(losses, rounds)]).renyi_epsilon(delta)[0] <= epsilon
+        low, high = (low, middle) if proved else (middle, high)
+    return high
+
+
 def _narrow(within: Callable[[float], float], too_little: float, enough: float) -> float:
-    """Narrows the bracket until 0.5 % of epsilon, or 1e-6 of the noise, is left; returns its safe end.
+    """Narrows the bracket until 0.05 % of epsilon, or 1e-6 of the noise, is left; returns its safe end.
 
     Interpolation (log noise against log epsilon, nearly a line) and bisection take turns.
     """
     low, high, interpolate = within(too_little), within(enough), True
-    while high > 1.005 and enough > too_little * (1.0 + 1e-6):
+    while high > 1.0005 and enough > too_little * (1.0 + 1e-6):
         share = _share_left(low, high) if interpolate else 0.5
         middle = too_little**share * enough ** (1.0 - share)
         ratio, interpolate = within(middle), not interpolate
@@ -262,16 +372,9 @@ def _narrow(within: Callable[[float], float], too_little: float, enough: float) 
 
 
 def _share_left(low: float, high: float) -> float:
-    """How far from the safe end to look, in shares of the bracket: where the line reaches 1.0025."""
-    down, up = (math.log(min(max(ratio, 1e-3), 1e3) / 1.0025) for ratio in (low, high))
+    """How far from the safe end to look, in shares of the bracket: where the line reaches 1.0002."""
+    down, up = (math.log(min(max(ratio, 1e-3), 1e3) / 1.0002) for ratio in (low, high))
     return min(max(up / (up - down), 0.02), 0.98)
-
-
-def _certainly_enough(rounds: float, delta: float, epsilon: float) -> float:
-    """A safe noise multiplier: shift mu costs at most mu^2 / 2 + mu sqrt(2 log(1 / delta)) (Bun & Steinke 2016)."""
-    tail = math.sqrt(2.0 * math.log(1.0 / delta))
-    shift = 2.0 * epsilon / (tail + math.sqrt(tail**2 + 2.0 * epsilon))
-    return 1.01 * math.sqrt(rounds) / shift
 
 
 def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
@@ -283,160 +386,3 @@ def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, eps
     if not 0.0 < epsilon <= LARGEST_TARGET:
         expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
         raise UserError("privacy.epsilon", expected, epsilon, "Below 10 is usual; above it little is promised")
-
-
-def _subset_event(sampling: FixedSize, noise: dpa.DpEvent) -> dpa.DpEvent:
-    return dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
-
-
-def _sampled_bounds(event: dpa.DpEvent, relation: Relation, rounds: int, delta: float, horizon: int) -> list[Bound]:
-    """The bounds that credit sampling: none if the event does not sample, or has next to no noise."""
-    if isinstance(event, dpa.GaussianDpEvent) or _noise(event) * LARGEST_SHIFT < 1.0:
-        return []
-    if isinstance(event, dpa.PoissonSampledDpEvent) and event.sampling_probability < 1.0:
-        return [Bound(_poisson_epsilon(event, relation, rounds, delta, horizon), PLD, True)]
-    if isinstance(event, dpa.SampledWithoutReplacementDpEvent) and event.sample_size < event.source_dataset_size:
-        return [Bound(_subset_epsilon(event, rounds, delta), RDP, True)]
-    return []
-
-
-def _releases(trust: str, sampling: Sampling, rounds: int) -> float:
-    """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
-    if isinstance(sampling, Scheduled):
-        return sampling.charge(rounds, each_message=trust == "local")
-    return float(rounds)
-
-
-def _unsampled_epsilon(noise_multiplier: float, rounds: float, delta: float) -> float:
-    """The Gaussian mechanism `rounds` times, that is once with sqrt(rounds) times the sensitivity.
-
-    The sensitivity is in the multiplier, so the relation is ADD_OR_REMOVE_ONE; REPLACE_ONE would double it again.
-    """
-    shift = math.sqrt(rounds) / noise_multiplier
-    if shift > LARGEST_SHIFT:
-        return math.inf
-    losses = privacy_loss_distribution.from_gaussian_mechanism(
-        1.0 / shift,
-        neighboring_relation=Relation.ADD_OR_REMOVE_ONE,
-        log_mass_truncation_bound=_negligible(delta, 1),
-        value_discretization_interval=max(shift * (20.0 + shift) / 5000.0, FINEST),
-    )
-    return _epsilon_at(losses, delta)
-
-
-def _poisson_epsilon(
-    event: dpa.PoissonSampledDpEvent, relation: Relation, rounds: int, delta: float, horizon: int
-) -> float:
-    losses, epsilon = _poisson_losses(event, relation, horizon, delta)
-    return epsilon if rounds == horizon else _composed_epsilon(losses, rounds, delta)
-
-
-@lru_cache(maxsize=16)
-def _poisson_losses(
-    event: dpa.PoissonSampledDpEvent, relation: Relation, horizon: int, delta: float
-) -> tuple[Losses, float]:
-    """One round's privacy losses, on a grid laid out for the epsilon of `horizon` rounds, and that epsilon.
-
-    Epsilon is approached from above: each grid gives a bound, and each bound the next, finer grid.
-    """
-    ratio = _noise(event) / (2.0 if relation is Relation.REPLACE_ONE else 1.0)
-    guess = min(_unsampled_epsilon(ratio, horizon, delta), 1e6)
-    while True:
-        losses = _losses_of_one_round(event, relation, guess, horizon, delta)
-        epsilon = _composed_epsilon(losses, horizon, delta)
-        if epsilon == 0.0 or epsilon > guess / 2.0:
-            return losses, epsilon
-        guess = epsilon
-
-
-def _losses_of_one_round(
-    event: dpa.PoissonSampledDpEvent, relation: Relation, epsilon: float, horizon: int, delta: float
-) -> Losses:
-    """One round's privacy losses, on a grid that tells an `epsilon` of `horizon` rounds within about 0.6 %.
-
-    Rounding to the grid adds to each round a variance of about a sixth of the squared interval: hence the root.
-    """
-    noise, prob, cut = _noise(event), event.sampling_probability, _negligible(delta, horizon)
-    fine = min(0.04 * epsilon, 0.08 * math.sqrt(epsilon)) / math.sqrt(horizon)
-    most = MOST_LOSSES if epsilon < 1e4 else MOST_LOSSES / 20
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise,
-        sampling_prob=prob,
-        neighboring_relation=relation,
-        log_mass_truncation_bound=cut,
-        value_discretization_interval=max(fine, FINEST, _loss_range(noise, prob, relation, cut) / most),
-    )
-
-
-def _loss_range(noise: float, prob: float, relation: Relation, cut: float) -> float:
-    """Distance between the largest and the smallest privacy loss of one round that is not cut off."""
-    kind = privacy_loss_mechanism.AdjacencyType
-    bounds = privacy_loss_mechanism.GaussianPrivacyLoss(
-        noise,
-        sampling_prob=prob,
-        log_mass_truncation_bound=cut,
-        adjacency_type=kind.REPLACE if relation is Relation.REPLACE_ONE else kind.REMOVE,
-    ).connect_dots_bounds()
-    assert bounds.epsilon_upper is not None
-    assert bounds.epsilon_lower is not None
-    return float(bounds.epsilon_upper - bounds.epsilon_lower)
-
-
-def _noise(event: dpa.DpEvent) -> float:
-    """The Gaussian inside a sampling event, in that event's units."""
-    assert isinstance(event, dpa.PoissonSampledDpEvent | dpa.SampledWithoutReplacementDpEvent)
-    assert isinstance(event.event, dpa.GaussianDpEvent)
-    return event.event.noise_multiplier
-
-
-def _negligible(delta: float, rounds: int) -> float:
-    """Log of the mass that a round may count as an infinite loss: a millionth of delta over all rounds."""
-    return max(math.log(delta) - math.log(1e6 * rounds), -LARGEST_EXPONENT)
-
-
-def _composed_epsilon(losses: Losses, rounds: int, delta: float) -> float:
-    """Epsilon of `rounds` independent losses; infinite where delta is too small to be told from rounding."""
-    resolved = delta - ROUNDING * rounds
-    if resolved <= 0.0:
-        return math.inf
-    return _epsilon_at(losses.self_compose(rounds, 1e-6 * delta), resolved)
-
-
-def _epsilon_at(losses: Losses, delta: float) -> float:
-    """The epsilon of privacy losses at `delta`; by search where exp(epsilon) would overflow."""
-    with np.errstate(over="ignore"):
-        epsilon = float(losses.get_epsilon_for_delta(delta))
-    if epsilon < LARGEST_EXPONENT or losses.get_delta_for_epsilon(LARGEST_EXPONENT) <= delta:
-        return epsilon
-    return _search_epsilon(losses, delta)
-
-
-def _search_epsilon(losses: Losses, delta: float) -> float:
-    """The same as `_epsilon_at` without exponentials of epsilon: bisection from above, to 1e-12."""
-    low, high = LARGEST_EXPONENT, 2.0 * LARGEST_EXPONENT
-    while losses.get_delta_for_epsilon(high) > delta:
-        if math.isinf(high):
-            return math.inf
-        low, high = high, 2.0 * high
-    while high - low > 1e-12 * high:
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if losses.get_delta_for_epsilon(middle) <= delta else (middle, high)
-    return high
-
-
-def _subset_epsilon(event: dpa.SampledWithoutReplacementDpEvent, rounds: int, delta: float) -> float:
-    """Smallest epsilon over the Renyi orders, which falls and then rises with the order."""
-    best = math.inf
-    for orders in ORDERS:
-        losses = (rounds * _renyi_losses(event, orders)).tolist()
-        epsilon = float(dpa.rdp.compute_epsilon(orders, losses, delta)[0])
-        if epsilon >= best:
-            break
-        best = epsilon
-    return best
-
-
-@lru_cache(maxsize=64)
-def _renyi_losses(event: dpa.SampledWithoutReplacementDpEvent, orders: tuple[float, ...]) -> np.ndarray:
-    """Renyi divergence of one round at each order; it adds up over rounds."""
-    return dpa.rdp.RdpAccountant(orders, Relation.REPLACE_ONE).compose(event).rdp

@@ -4,24 +4,35 @@ No other code multiplies a bound, a noise multiplier and an epsilon.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
+from fedpriv.gaussian import release_grid
+from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
-# dp-accounting takes a second to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
-__all__ = ["ADVERSARIES", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
+__all__ = ["ADVERSARIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
 
-# Far more than any promise needs, and far from where float32 ends.
-MOST_NOISE = 1e12
+MOST_ROUNDS = 10**12
+
+SMALLEST_EPSILON = 1e-6
+"""Below that, delta is all that is promised."""
+
+DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
+"""The deltas at which an epsilon is reported beside the plan's own."""
+
+NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
+"""The entries of `PrivacyPlan.as_dict` that list promises, for a run that promises nothing."""
 
 ADVERSARIES = {
     "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
@@ -82,6 +93,14 @@ class PrivacyPlan:
         return self.noise_multiplier * self.l2_sensitivity
 
     @property
+    def release_grid(self) -> float | None:
+        """G: all that is released is a multiple of it (`fedpriv.noise`); None without noise.
+
+        The noise is sampled exactly, so that nothing is added to epsilon or delta for the sampler.
+        """
+        return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
+
+    @property
     def epsilon(self) -> float:
         """Spent after all rounds; infinite without noise."""
         return self.epsilon_after(self.rounds)
@@ -125,19 +144,85 @@ class PrivacyPlan:
             raise ValueError("only where trust is local is a client charged for its own participations")
         return self._bound(count, Everyone(self.sampling.population)).epsilon
 
-    def as_dict(self) -> dict[str, Any]:
-        """The plan and what follows from it, ready for JSON; an infinite epsilon is None."""
+    def mu_after(self, rounds: int) -> float | None:
+        """Return mu for which the first `rounds` rounds are mu-Gaussian-DP (Dong, Roth, Su 2022), or None.
+
+        Unsampled Gaussian rounds compose to exactly one Gaussian mechanism, whose sensitivity over its deviation is mu.
+        It is infinite without noise. If the plan credits sampling, no mu is exact and none is given.
+        """
+        _check_numbers(rounds, self.delta, self.l2_bound)
+        if self._credits_sampling:
+            return None
+        releases: float = rounds
+        if isinstance(self.sampling, Scheduled):
+            releases = self.sampling.charge(rounds, each_message=self.trust == "local")
+        if releases == 0:
+            return 0.0
+        return math.sqrt(releases) / self.noise_multiplier if self.noise_multiplier > 0.0 else math.inf
+
+    @property
+    def gaussian_dp_mu(self) -> float | None:
+        """Mu for which the whole run is mu-Gaussian-DP; see `mu_after`."""
+        return self.mu_after(self.rounds)
+
+    @property
+    def zcdp_rho(self) -> float | None:
+        """Rho = mu^2 / 2 for which the run is rho-zCDP (Bun, Steinke 2016); None if there is no exact mu."""
+        mu = self.gaussian_dp_mu
+        return None if mu is None else 0.5 * mu * mu
+
+    def epsilons(self, deltas: Iterable[float] = DELTAS) -> dict[float, float]:
+        """Return an epsilon for each of `deltas` and the plan's own delta, from the largest delta to the smallest.
+
+        All of them hold at once. Epsilon never falls as delta falls; at the plan's delta it is the plan's epsilon.
+        """
+        found: dict[float, float] = {}
+        least = math.inf
+        for delta in sorted({*deltas, self.delta}):
+            at_delta = replace(self, delta=delta).epsilon
+            least = min(least, max(at_delta, self.epsilon) if delta <= self.delta else at_delta)
+            found[delta] = least
+        return dict(reversed(found.items()))
+
+    def under_replace(self) -> "PrivacyPlan":
+        """Return the same mechanism as a plan for `replace`: the same noise over twice the sensitivity."""
+        if self.adjacency == "replace":
+            return self
+        return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)
+
+    def promises(self, *, thorough: bool = True) -> list[dict[str, Any]]:
+        """Return all that the mechanism promises, the plan's own promise first; an infinite epsilon is None.
+
+        Args:
+            thorough: Include promises that need an accountant for sampled rounds, which takes up to seconds.
+        """
+        plans: list[PrivacyPlan] = [self]
+        if self.adjacency != "replace" and (thorough or not self._credits_sampling):
+            plans.append(self.under_replace())
+        return [plan._promise() for plan in plans]
+
+    def as_dict(self, *, thorough: bool = False) -> dict[str, Any]:
+        """Return the plan and what follows from it, ready for JSON; an infinite epsilon is None.
+
+        Args:
+            thorough: If the plan credits sampling, report epsilon at `DELTAS` and under `replace` too, which takes up
+                to seconds. Other plans always report them.
+        """
         sampling = self.sampling
         size = {"size": sampling.size} if isinstance(sampling, FixedSize) else {}
         if isinstance(sampling, Scheduled):
             size = {"scheme": sampling.scheme, "most_squared_weights": sampling.squares[-1]}
             size |= {"most_messages_sent": sampling.sent[-1]}
+        epsilons = self.epsilons(DELTAS if thorough or not self._credits_sampling else ())
         return {
             "private": self.private,
-            "epsilon": self.epsilon if math.isfinite(self.epsilon) else None,
+            "epsilon": _finite(self.epsilon),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "noise_stddev": self.noise_stddev,
+            "release_grid": self.release_grid,
+            "epsilon_of_sampling": 0.0,
+            "delta_of_sampling": 0.0,
             "l2_bound": self.l2_bound,
             "l2_sensitivity": self.l2_sensitivity,
             "unit": self.unit,
@@ -155,6 +240,28 @@ class PrivacyPlan:
             "accountant": self.accountant,
             "amplification": self.amplification,
             "client_memory": self.client_memory,
+            "promises": self.promises(thorough=thorough),
+            "gaussian_dp_mu": _finite(self.gaussian_dp_mu),
+            "zcdp_rho": _finite(self.zcdp_rho),
+            "epsilons": {repr(delta): _finite(epsilon) for delta, epsilon in epsilons.items()},
+        }
+
+    @property
+    def _credits_sampling(self) -> bool:
+        """Whether the accountant may credit sampling: only then does epsilon not follow from one exact mu."""
+        if self.trust == "local" or isinstance(self.sampling, Everyone | Scheduled):
+            return False
+        remembered = isinstance(self.sampling, FixedSize) and self.client_memory
+        return self.sampling.sampling_prob < 1.0 and not remembered
+
+    def _promise(self) -> dict[str, Any]:
+        return {
+            "unit": self.unit,
+            "adversary": self.adversary,
+            "adjacency": self.adjacency,
+            "epsilon": _finite(self.epsilon),
+            "delta": self.delta,
+            "accountant": self.accountant,
         }
 
     def _bound(self, rounds: int, sampling: Sampling | None = None) -> "Bound":
@@ -261,13 +368,18 @@ def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
         raise UserError("privacy.adjacency", '"replace"', got, remedy)
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < 0:
-        raise UserError("training.rounds", "a whole number from 0", rounds, "Give the number of rounds")
+    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or not 0 <= rounds <= MOST_ROUNDS:
+        expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
+        raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
     if not (_is_number(delta) and 1e-100 <= delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
     if not (_is_number(l2_bound) and l2_bound > 0.0):
@@ -275,6 +387,7 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if not (epsilon is not None and _is_number(epsilon) and epsilon > 0.0):
-        raise UserError("privacy.epsilon", "a finite number above 0", epsilon, "Remove [privacy] for a run without")
+    if not (epsilon is not None and _is_number(epsilon) and epsilon >= SMALLEST_EPSILON):
+        expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
+        raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from decimal import Decimal, localcontext
+from itertools import count, pairwise
 from numbers import Integral, Real
 from typing import ClassVar
 
@@ -64,8 +65,9 @@ class Poisson:
         UserError: If a field is out of its range.
 
     Formal guarantees:
-        The ids in a cohort are those of n independent trials of probability q, up to the rounding of one double
-        (relative 1e-15). Cohorts of different sources are as independent as the sources.
+        The ids in a cohort are those of n independent trials, each of exactly the probability q (a float64), if the
+        source's bits are uniform and independent: what rounding could change is decided in exact arithmetic. The
+        accountant needs no allowance. Cohorts of different sources are as independent as the sources.
     """
 
     population: int
@@ -102,13 +104,40 @@ class Poisson:
         """Distances from one sampled client to the next: geometric from 1, int64, cut off at n + 1.
 
         The number of clients passed over before a success is floor(log(1 - U) / log(1 - q)) for uniform U. Two
-        draws make one U with 106 bits near zero, so that a q near or below 2^-53 keeps its law.
+        draws make the first 106 bits of one U.
         """
         size = min(BLOCK, int(self.expected_size + 4.0 * math.sqrt(self.expected_size)) + 4)
-        fine = source.uniform(size) + source.uniform(size) * 2.0**-53
-        with np.errstate(over="ignore"):
-            passed_over = np.log1p(-np.minimum(fine, 1.0 - 2.0**-53)) / math.log1p(-self.sampling_prob)
-        return np.minimum(passed_over, float(self.population)).astype(np.int64) + 1
+        high, low = source.uniform(size), source.uniform(size)
+        fine, rate = high + low * 2.0**-53, -math.log1p(-self.sampling_prob)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            passed_over = -np.log1p(-fine) / rate
+            # More than the roundings of `fine`, of the logarithms and of the quotient can move it; without end at 1.
+            error = (2.0**-52 * fine + 2.0**-105) / (1.0 - fine) / rate + 2.0**-47 * passed_over
+            decided = (np.abs(passed_over - np.rint(passed_over)) > error) | (passed_over - error > self.population)
+        steps = np.minimum(passed_over, float(self.population)).astype(np.int64) + 1
+        for index in np.flatnonzero(~decided).tolist():
+            digits = int(high[index] * 2.0**53) << 53 | int(low[index] * 2.0**53)
+            steps[index] = self._passed_over(digits, source) + 1
+        return steps
+
+    def _passed_over(self, digits: int, source: Source) -> int:
+        """The number of clients passed over, at most n, given the first 106 bits of U; draws more until it is certain.
+
+        `decimal` rounds logarithms and quotients correctly: an allowance of 10^-places covers all roundings here.
+        """
+        probability = Decimal(self.sampling_prob)
+        for bits in count(106, 53):
+            places = bits // 3 + 10
+            with localcontext(prec=2 * places + 20 - probability.adjusted()):
+                rate, allowance = -(1 - probability).ln(), Decimal(10) ** -places
+                # 1 - U is between these two over 2^bits; the logarithm of zero has no end.
+                most, least = Decimal(2**bits - digits), Decimal(2**bits - digits - 1)
+                first = -(most / 2**bits).ln() / rate * (1 - allowance)
+                last = -(least / 2**bits).ln() / rate * (1 + allowance) if least else Decimal(self.population)
+                if int(first) == int(last) or first >= self.population:
+                    return min(int(first), self.population)
+            digits = digits << 53 | int(source.uniform(1)[0] * 2.0**53)
+        raise AssertionError  # pragma: no cover
 
 
 @dataclass(frozen=True)
@@ -235,8 +264,8 @@ def _check_population(population: object) -> None:
 
 def _check_probability(probability: object) -> None:
     real = isinstance(probability, Real) and not isinstance(probability, bool)
-    if not real or not 0.0 < float(probability) <= 1.0:  # type: ignore[arg-type]
-        expected = "a probability above 0 and at most 1"
+    if not real or not 1e-100 <= float(probability) <= 1.0:  # type: ignore[arg-type]
+        expected = "a probability above 0 (from 1e-100) and at most 1"
         remedy = "It is the chance that one client takes part in one round; cohort size / clients is typical"
         raise UserError("cohort.probability", expected, repr(probability), remedy)
 

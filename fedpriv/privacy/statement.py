@@ -2,8 +2,11 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
+from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.sampling import FixedSize, Poisson, Scheduled
 
 __all__ = ["privacy_statement", "rounded_up"]
@@ -39,33 +42,65 @@ _NEIGHBOURS = {
 
 _NOT_COVERED = (
     "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
-    "messages that were not finite, and how many clients took part or how fast they were: diagnostics.jsonl, and "
-    "diagnostics and speed in summary.json, are for simulations only",
+    "messages that were not finite, and how many clients took part or how fast they were: diagnostics.jsonl, "
+    "diagnostics.json, and seconds and clients_per_second in summary.json, are for simulations only",
     "other runs on the same clients' data: what two runs spend adds up",
     "the choice of hyperparameters, of the model or of the number of rounds, if it looked at the clients' data",
     "statistics that a model keeps of its inputs, such as those of BatchNorm: models with buffers are refused",
     "the time that a client takes, and whether it answers at all",
-    "the noise is drawn in floating point, which is not exactly Gaussian (Mironov 2012, On Significance of the Least "
-    "Significant Bits for Differential Privacy)",
 )
 
 _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
-    "with real people the randomness must come from the operating system"
+    "with real people the randomness must come from the operating system. Two runs of one experiment with one seed "
+    "share their noise: if the data changed in between, the difference of their models has none"
 )
+
+_CLIENTS = {
+    "natural": "Clients: those that the data have. Who they are is public. What a client trains on follows from its "
+    "own data, its number and public constants, never from the data of another client.",
+    "simulated": "Clients: simulated. A public rule, the partition, divided a pool of examples between them; it may "
+    "have looked at labels. Neighboring populations differ in the data of one client as they are after that division, "
+    "which may be replaced by anything. The division itself, the shape of an example and the set of labels are taken "
+    "as public.",
+}
+_CLIENTS["resampled"] = _CLIENTS["simulated"] + (
+    " Here clients draw from the pool with replacement, so that several hold the same example: what is protected is a "
+    "client, not an example."
+)
+
+_TESTED = {
+    "public": "Test: on examples that belong to no client here, and are public or the server's own.",
+    "clients": "Test: on all examples of some clients, chosen by the seed, who take no part. They are not protected: "
+    "what the models score on their examples is released without noise.",
+    "within": "Test: on some of the protected clients' own examples. The promise does NOT cover the test scores "
+    "(test_accuracy, test_loss): they are released without noise, and depend on these clients' data whatever epsilon "
+    "is.",
+}
 
 _HELD_OUT = (
-    "Validation: the examples held out to choose by are taken to be public, or the server's own. They are not "
-    "protected: what the models score on them is released without noise (validation figures in rounds.jsonl and "
-    "summary.json)."
+    "Validation: the examples held out to choose by are {whose}. They are not protected: what the models score on them "
+    "is released without noise (validation scores in rounds.jsonl and summary.json)."
 )
 
+_WHOSE = {
+    "public": "taken to be public, or the server's own",
+    "clients": "those of some clients, chosen by the seed, who take no part",
+    "within": "taken from the clients' own examples, each client's by itself",
+}
+
 _HELD_OUT_OF_CLIENTS = (
-    " Here they are taken from the clients' own examples: for these a client is promised nothing, although its "
-    "other examples are protected together."
+    " For these a client is promised nothing, although its other examples are protected together: the promise does NOT "
+    "cover the validation scores (validation_accuracy, validation_loss)."
 )
 
 _HELD_OUT_ITEM = "the examples held out for validation, and what is chosen by them"
+
+_TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and what is chosen by them"
+
+_EVALUATED_ITEM = (
+    "the metrics of the clients' own evaluation: they are averaged without noise, and their clients not hidden"
+)
 
 
 _DEPLOYED = (
@@ -84,6 +119,24 @@ _SECRET_COHORTS = (
     "from the adversary."
 )
 
+
+_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
+
+
+_WHOSE_APP = {
+    "fixed": "The app: nodes that `fedpriv deploy node` starts run their own installed code, refuse any that a server "
+    "sends, and follow orders only within their policies. For a client on any other node the promise is not against a "
+    "server that supplies the app.",
+    "supplied": "The app: if Flower's nodes run the app that comes with a run, the promise is not against a server "
+    "that supplies the app, or the settings that have it do anything but train (the run config). It holds against the "
+    "server for clients whose node itself fixes the app, with a policy and a ledger behind it.",
+}
+
+_ROLLED_BACK = (
+    "a client's whole disk that is put back to an earlier state, if the server helps: the client's ledger forgets "
+    "what was spent since. The signed head of the ledger that the server shows would tell; a server cannot forge it, "
+    "but can keep it back"
+)
 
 _SCHEMES = {
     "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
@@ -110,7 +163,10 @@ def privacy_statement(
     randomness: str,
     deployed: bool = False,
     clock: bool = False,
-    held_out: str | None = None,
+    data: DataFacts | None = None,
+    recorded: bool = False,
+    evaluated: bool = False,
+    app: Literal["fixed", "supplied"] | None = None,
 ) -> str:
     """The statement of a run.
 
@@ -120,8 +176,11 @@ def privacy_statement(
         randomness: `seeded` or `system`: where noise and cohorts come from.
         deployed: Whether real devices take part.
         clock: Whether a virtual clock decides who is in time.
-        held_out: Whose examples are held out for validation: `pool` for nobody's, `clients` for the clients' own; None
-            for none.
+        data: Whose examples are used for what; None if that is not known here.
+        recorded: Whether the run fills a run directory, of which every file is then listed.
+        evaluated: Whether clients evaluate models and report the metrics.
+        app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
+            server may send it; None in simulations, where nobody is attacked.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -130,25 +189,65 @@ def privacy_statement(
         return f"Privacy statement for {method}\n\n{_NOT_PRIVATE}\n"
     if not plan.private:
         return f"Privacy statement for {method}\n\n{_fill(_NO_NOISE.format(multiplier=plan.noise_multiplier))}\n"
-    not_covered = [*_NOT_COVERED, _SEEDED] if randomness == "seeded" else list(_NOT_COVERED)
-    not_covered = [*not_covered, *(_DEPLOYED if deployed else ()), *([_HELD_OUT_ITEM] if held_out else ())]
+    not_covered = [*_NOT_COVERED, *((_SEEDED,) if randomness == "seeded" else ()), *(_DEPLOYED if deployed else ())]
+    not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
+    not_covered += [_ROLLED_BACK] if app else []
     who = _WHO_SCHEDULED if isinstance(plan.sampling, Scheduled) else _WHO
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
         _fill(who[plan.trust].format(adversary=plan.adversary)),
+        *([_fill(_WHOSE_APP[app])] if app and plan.trust == "local" else []),
         _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
         _fill(_NEIGHBOURS[plan.adjacency]),
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
-        *([_fill(_HELD_OUT + (_HELD_OUT_OF_CLIENTS if held_out == "clients" else ""))] if held_out else []),
+        *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
-        "Not covered:\n" + "\n".join(_fill(f"* {item};", hang=2) for item in not_covered).rstrip(";") + ".",
+        _listed("Not covered", not_covered),
+        *([_listed(_FILES, _recorded(data, deployed=deployed))] if recorded else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _about_data(data: DataFacts | None, *, deployed: bool) -> list[str]:
+    """Who the clients are, and whose examples models are scored on. A deployment's clients are who they are."""
+    if data is None:
+        return []
+    paragraphs = [] if deployed else [_CLIENTS[data.clients]]
+    paragraphs.append(_TESTED[data.test])
+    if data.validation is not None:
+        ending = _HELD_OUT_OF_CLIENTS if data.validation == "within" else ""
+        paragraphs.append(_HELD_OUT.format(whose=_WHOSE[data.validation]) + ending)
+    return [_fill(paragraph) for paragraph in paragraphs]
+
+
+def _scored_items(data: DataFacts | None) -> list[str]:
+    if data is None:
+        return []
+    return [*([_TESTED_ITEM] if data.test == "within" else []), *([_HELD_OUT_ITEM] if data.validation else [])]
+
+
+def _recorded(data: DataFacts | None, *, deployed: bool) -> list[str]:
+    """Every file that a run writes, whether it is released, and what is in it."""
+    told = [_recorded_file(output) for output in outputs_of(deployed=deployed)]
+    last = sum(output.kind is not Kind.OWNER for output in outputs_of(deployed=deployed))
+    unprotected = ["released, not covered: seconds, clients_per_second and execution in summary.json: timings"]
+    if data is not None and data.not_covered:
+        where = "rounds.jsonl, summary.json, curves.png and trackers, where not_covered names them"
+        unprotected.append(f"released, not covered: {', '.join(data.not_covered)} in {where}")
+    return [*told[:last], *unprotected, *told[last:]]
+
+
+def _recorded_file(output: Output) -> str:
+    return f"{output.kind.value}: {output.name}, {output.about}"
+
+
+def _listed(title: str, items: Sequence[str]) -> str:
+    return f"{title}:\n" + "\n".join(_fill(f"* {item};", hang=2) for item in items).rstrip(";") + "."
 
 
 def _promise(plan: PrivacyPlan) -> str:
@@ -208,14 +307,23 @@ def _mechanism(plan: PrivacyPlan) -> str:
             f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at "
             f"most {plan.l2_sensitivity:g}{weighed} in a step. Gaussian noise of standard deviation "
             f"{plan.noise_stddev:.6g} per coordinate is added to {what} ({plan.noise_multiplier:.6g} times the "
-            f"sensitivity), in {plan.rounds} steps. Sums are divided by a public number, "
+            f"sensitivity), in {plan.rounds} steps. {_grid(plan)} Sums are divided by a public number, "
             f"{plan.sampling.expected_size:g}."
         )
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
         f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
-        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. Sums are "
-        f"divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the actual one."
+        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. "
+        f"{_grid(plan)} Sums are divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the "
+        "actual one."
+    )
+
+
+def _grid(plan: PrivacyPlan) -> str:
+    return (
+        "Noise is sampled exactly, and every number that carries it is released as a multiple of "
+        f"{plan.release_grid:g}, so that the promise holds for the bits that a computer releases; sampling adds "
+        "nothing to epsilon or delta."
     )
 
 

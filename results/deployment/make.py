@@ -32,7 +32,7 @@ from loopback import Loopback  # noqa: E402
 from page import fill, table  # noqa: E402
 
 from clients.supernode_internals import bundle_hash  # noqa: E402
-from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, ModelArrays  # noqa: E402
+from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, MessageFormat, ModelArrays  # noqa: E402
 from fedpriv.experiment.config import parse_config  # noqa: E402
 from fedpriv.experiment.deployment import DeploymentChoice  # noqa: E402
 from fedpriv.methods import AlphaNormEC  # noqa: E402
@@ -148,7 +148,7 @@ def sizes() -> pd.DataFrame:
         arrays = ModelArrays.of(model)
         config = ConfigRecord({"experiment": "0" * 64})
         down = RecordDict({ARRAYS: model, CONFIG: config, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
-        up = RecordDict({ARRAYS: arrays.message(state.model)})
+        up = RecordDict({**arrays.message(torch.zeros(size), MessageFormat.of(client))})
         bare = size_of(RecordDict({ARRAYS: model}))
         rows.append({"parameters": size, "bare": bare, "down": size_of(down), "up": size_of(up)})
     return pd.DataFrame(rows)

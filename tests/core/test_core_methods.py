@@ -11,6 +11,7 @@ from helpers import (
     LINEAR,
     NON_FINITE,
     WITH_MEMORY,
+    adding,
     brief,
     damping_of,
     fresh_clients,
@@ -52,7 +53,9 @@ def reached(method: Method, seed: int, dtype: torch.dtype = torch.float64, round
     state = fresh_clients(method, CLIENTS, SIZE, dtype)
     for k in range(1, rounds + 1):
         signal = normal(seed + k, CLIENTS, SIZE, dtype=dtype) * 10.0 ** (k % 4 - 1)
-        _, state = method.client_rule(state, signal, 0.1 * normal(900 + seed + k, CLIENTS, SIZE, dtype=dtype), k)
+        _, state = method.client_rule(
+            state, signal, adding(0.1 * normal(900 + seed + k, CLIENTS, SIZE, dtype=dtype)), k
+        )
     return state
 
 
@@ -117,7 +120,7 @@ def test_every_message_is_bounded_in_every_state(noisy: bool) -> None:
         for k, signal, noise in steps:
             message, after = method.client_rule(state, signal, None, k)
             assert all(within(row, method.bounded.l2_bound) for row in message)
-            state = method.client_rule(state, signal, noise, k)[1] if noisy else after
+            state = method.client_rule(state, signal, adding(noise), k)[1] if noisy else after
             assert all(torch.isfinite(field).all() for field in state)
 
     law()
@@ -137,7 +140,7 @@ def test_a_message_with_noise_is_the_bounded_message_plus_the_noise(method: Meth
         state, signal = reached(method, seed), normal(50 + seed, CLIENTS, SIZE)
         noise = normal(70 + seed, CLIENTS, SIZE) * 10.0**seed
         quiet, _ = method.client_rule(state, signal, None, 6)
-        loud, _ = method.client_rule(state, signal, noise, 6)
+        loud, _ = method.client_rule(state, signal, adding(noise), 6)
         assert torch.allclose(loud - quiet, noise, rtol=1e-14, atol=1e-15 * 10.0**seed)
 
 
@@ -146,7 +149,7 @@ def test_a_message_with_noise_is_the_bounded_message_plus_the_noise(method: Meth
 def test_zero_noise_is_no_noise_to_the_bit(method: Method, dtype: torch.dtype) -> None:
     state, signal = reached(method, 3, dtype), normal(4, CLIENTS, SIZE, dtype=dtype)
     quiet, after_quiet = method.client_rule(state, signal, None, 6)
-    zero, after_zero = method.client_rule(state, signal, torch.zeros_like(signal), 6)
+    zero, after_zero = method.client_rule(state, signal, adding(torch.zeros_like(signal)), 6)
     assert torch.equal(quiet, zero)
     assert all(torch.equal(one, other) for one, other in zip(after_quiet, after_zero, strict=True))
 
@@ -157,9 +160,9 @@ def test_rules_leave_their_arguments_alone(method: Method, dtype: torch.dtype) -
     state, signal, noise = reached(method, 5, dtype), normal(6, CLIENTS, SIZE, dtype=dtype), normal(7, CLIENTS, SIZE)
     noise = noise.to(dtype)
     before = [tensor.clone() for tensor in (*state, signal, noise)]
-    message, after = method.client_rule(state, signal, noise, 6)
+    message, after = method.client_rule(state, signal, adding(noise), 6)
     message += 1.0
-    again, after_again = method.client_rule(state, signal, noise, 6)
+    again, after_again = method.client_rule(state, signal, adding(noise), 6)
     assert all(same(tensor, kept) for tensor, kept in zip((*state, signal, noise), before, strict=True))
     assert same(again + 1.0, message)
     assert all(same(one, other) for one, other in zip(after, after_again, strict=True))
@@ -185,10 +188,10 @@ def test_a_batch_of_clients_is_each_alone_to_the_bit(method: Method, signal: Ten
     state = reached(method, k, signal.dtype)
     state = type(state)(*(field[:clients] for field in state))
     for z in (None, noise):
-        messages, after = method.client_rule(state, signal, z, 5 + k)
+        messages, after = method.client_rule(state, signal, adding(z), 5 + k)
         for row in range(clients):
             own = None if z is None else z[row]
-            message, single = method.client_rule(row_of(state, row), signal[row], own, 5 + k)
+            message, single = method.client_rule(row_of(state, row), signal[row], adding(own), 5 + k)
             assert same(message, messages[row])
             assert all(same(one, other) for one, other in zip(single, row_of(after, row), strict=True))
 
@@ -253,7 +256,7 @@ def test_a_signal_that_is_not_finite_is_the_zero_message_and_is_not_remembered(
     assert torch.equal(message[1], torch.zeros(SIZE, dtype=dtype))
     assert (message[[0, 2, 3]] != 0).any(dim=-1).all()
     noise = normal(10, CLIENTS, SIZE, dtype=dtype)
-    assert torch.equal(method.client_rule(state, signal, noise, 6)[0][1], noise[1])
+    assert torch.equal(method.client_rule(state, signal, adding(noise), 6)[0][1], noise[1])
     if "memory" in state._fields:
         kept = memories_after(method, state, 6)[1]
         assert torch.allclose(
@@ -267,7 +270,7 @@ def test_a_noiseless_memory_never_sees_the_noise_and_a_sent_memory_always_does(m
     for k in range(1, 8):
         signal = normal(k, CLIENTS, SIZE)
         _, quiet = method.client_rule(quiet, signal, None, k)
-        _, loud = method.client_rule(loud, signal, normal(100 + k, CLIENTS, SIZE), k)
+        _, loud = method.client_rule(loud, signal, adding(normal(100 + k, CLIENTS, SIZE)), k)
         equal = same(quiet.memory, loud.memory)
         assert equal != method.needs_client_noise
 
@@ -297,7 +300,7 @@ def test_server_memory_is_the_mean_of_client_memories(method: Method, cohort: st
         own = type(clients)(*(field[members] for field in clients))
         signal = normal(k, len(members), SIZE) * 10.0 ** (k % 4 - 1) + 3.0
         noise = normal(1000 + k, len(members), SIZE) if noisy else None
-        messages, own = method.client_rule(own, signal, noise, k)
+        messages, own = method.client_rule(own, signal, adding(noise), k)
         for field, new in zip(clients, own, strict=True):
             field[members] = new
         server = method.server_rule(server, messages.sum(dim=0) / (prob * population), prob)
@@ -330,7 +333,7 @@ def test_sent_memory_is_a_function_of_what_was_sent(damping: float) -> None:
     state = fresh_clients(method, CLIENTS, SIZE)
     wanted = torch.zeros(CLIENTS, SIZE, dtype=torch.float64)
     for k in (1, 2, 5, 6, 9):
-        message, state = method.client_rule(state, normal(k, CLIENTS, SIZE), normal(50 + k, CLIENTS, SIZE), k)
+        message, state = method.client_rule(state, normal(k, CLIENTS, SIZE), adding(normal(50 + k, CLIENTS, SIZE)), k)
         skipped = k - 1 - {1: 0, 2: 1, 5: 2, 6: 5, 9: 6}[k]
         wanted = wanted * (1.0 - damping) ** (skipped + 1) + 0.4 * message
         assert torch.allclose(state.memory, wanted, rtol=1e-13, atol=1e-15)

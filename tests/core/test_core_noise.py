@@ -1,4 +1,4 @@
-"""Noise: the right size, on both sides, and never the same twice."""
+"""Noise: the right size, on both sides, on the grid, and never the same twice."""
 
 import itertools
 from collections.abc import Callable
@@ -10,10 +10,23 @@ from helpers import accepts_law, accepts_variance
 from scipy import stats
 from torch import Tensor
 
-from fedpriv.noise import client_noise, server_noise
+from fedpriv.gaussian import release_grid
+from fedpriv.noise import max_level, release_clients_sum, release_message, release_rows, release_sum
 from fedpriv.streams import SeededStreams, Streams, SystemStreams
 
 SIZE = 200_000
+LEVEL = 2**62
+
+
+def server_noise(streams: Streams, stddev: float, size: int, round: int) -> Tensor:  # noqa: A002
+    """The noise on a sum of zero."""
+    return release_sum(streams, stddev, torch.zeros(size, dtype=torch.float64), round)
+
+
+def client_noise(streams: Streams, stddev: float, size: int, round: int, client: int) -> Tensor:  # noqa: A002
+    """The noise on a message of zero."""
+    return release_message(streams, stddev, LEVEL, torch.zeros(size), round, client)
+
 
 KINDS: dict[str, Streams] = {"seeded": SeededStreams(4), "system": SystemStreams()}
 SIDES: dict[str, Callable[[Streams, float], Tensor]] = {
@@ -24,6 +37,11 @@ every_kind = pytest.mark.parametrize("streams", KINDS.values(), ids=KINDS.keys()
 every_side = pytest.mark.parametrize("draw", SIDES.values(), ids=SIDES.keys())
 
 
+def variance(stddev: float) -> float:
+    """That of Gaussian noise rounded to its grid: rounding adds G^2 / 12, up to exp(-2 (pi stddev / G)^2)."""
+    return stddev**2 + release_grid(stddev) ** 2 / 12.0
+
+
 @every_kind
 @every_side
 @pytest.mark.parametrize("stddev", [1e-6, 0.3, 1.0, 250.0])
@@ -32,11 +50,11 @@ def test_noise_is_normal_with_the_standard_deviation_asked_for(
 ) -> None:
     noise = draw(streams, stddev)
     assert noise.shape == (SIZE,)
-    assert noise.dtype == torch.float32
     assert noise.device.type == "cpu"
     samples = noise.numpy().astype(np.float64)
-    assert accepts_variance(samples, stddev**2)
-    assert accepts_law(samples / stddev, stats.norm.cdf)
+    assert accepts_variance(samples, variance(stddev))
+    spread = np.random.default_rng(5).uniform(-0.5, 0.5, SIZE) * release_grid(stddev)  # fills the steps of the grid
+    assert accepts_law((samples + spread) / stddev, lambda x: stats.norm.cdf(x, scale=variance(stddev) ** 0.5 / stddev))
 
 
 @every_kind
@@ -44,29 +62,79 @@ def test_noise_is_normal_with_the_standard_deviation_asked_for(
 def test_noise_of_another_scale_would_be_noticed(draw: Callable[[Streams, float], Tensor], streams: Streams) -> None:
     noise = draw(streams, 0.7).numpy()
     for wrong in (0.7 * 1.05, 0.7 / 1.05, 0.7**2, 0.7**0.5):
-        assert not accepts_variance(noise, wrong**2)
+        assert not accepts_variance(noise, variance(wrong))
 
 
 @every_side
 @pytest.mark.parametrize("kind", ["seeded", "system"])
 def test_without_standard_deviation_noise_is_exactly_zero(draw: Callable[[Streams, float], Tensor], kind: str) -> None:
-    assert torch.equal(draw(KINDS[kind], 0.0), torch.zeros(SIZE))
+    assert not draw(KINDS[kind], 0.0).any()
+
+
+@every_kind
+@every_side
+@pytest.mark.parametrize("stddev", [1e-6, 0.3, 0.5, 1.0, 250.0])
+def test_every_released_number_is_a_multiple_of_the_grid(
+    draw: Callable[[Streams, float], Tensor], streams: Streams, stddev: float
+) -> None:
+    levels = draw(streams, stddev).double() / release_grid(stddev)
+    assert torch.equal(levels, levels.round())
+    assert levels.unique().numel() > 20
+
+
+@every_kind
+def test_what_is_released_is_the_value_and_noise(streams: Streams) -> None:
+    """Values of all sizes, also between the points of the grid: the mean is theirs."""
+    values = torch.tensor([0.0, 1e-9, 0.01, -0.26, 3.0, 1e6 + 0.3], dtype=torch.float64).repeat_interleave(SIZE)
+    released = release_sum(streams, 1.0, values, 1)
+    error = (released - values).reshape(6, SIZE).mean(dim=1)
+    assert float(error.abs().max()) < 6.2 * variance(1.0) ** 0.5 / SIZE**0.5
+    assert accepts_variance((released - values).numpy(), variance(1.0))
+
+
+def test_a_message_keeps_its_number_format_and_is_left_alone() -> None:
+    for dtype in (torch.float32, torch.float64):
+        message = torch.linspace(-1.0, 1.0, 9, dtype=dtype)
+        released = release_message(SeededStreams(1), 0.5, LEVEL, message, 1, 0)
+        assert released.dtype == dtype
+        assert torch.equal(message, torch.linspace(-1.0, 1.0, 9, dtype=dtype))
+        assert torch.equal(release_message(SeededStreams(1), 0.0, LEVEL, message, 1, 0), message)
+
+
+def test_rows_are_released_as_each_client_would() -> None:
+    streams, messages = SeededStreams(1), torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    rows = release_rows(streams, 0.5, LEVEL, messages, 4, [7, 2, 5])
+    for row, message, client in zip(rows, messages, [7, 2, 5], strict=True):
+        assert torch.equal(row, release_message(streams, 0.5, LEVEL, message, 4, client))
+
+
+def test_a_level_is_clamped_and_an_honest_one_never_is() -> None:
+    level, far = max_level(1.0, 0.5), torch.tensor([1e9, -1e9])
+    assert (release_message(SeededStreams(1), 0.5, level, far, 1, 0) / release_grid(0.5)).tolist() == [level, -level]
+    assert (level - 1) * release_grid(0.5) >= 1.0 + 16 * 0.5
+    assert level * release_grid(0.5) <= 1.0 + 16 * 0.5 + 2 * release_grid(0.5)
 
 
 def test_every_round_every_client_and_the_server_have_noise_of_their_own() -> None:
     streams = SeededStreams(0)
     rounds = range(1, 6)
-    found = [server_noise(streams, 1.0, 8, round) for round in rounds]  # noqa: A001
-    found += [client_noise(streams, 1.0, 8, round, client) for round, client in itertools.product(rounds, range(6))]  # noqa: A001
+    found = [server_noise(streams, 1.0, 64, round).float() for round in rounds]  # noqa: A001
+    found += [client_noise(streams, 1.0, 64, round, client) for round, client in itertools.product(rounds, range(6))]  # noqa: A001
     assert len({tuple(noise.tolist()) for noise in found}) == len(found)
-    shared = torch.cat(found)
-    assert len(shared.unique()) == len(shared)
+    alike = np.corrcoef(torch.stack(found).numpy()) - np.eye(len(found))
+    assert np.abs(alike).max() < 0.75
 
 
 def test_seeded_noise_depends_on_its_address_alone() -> None:
     for draw in SIDES.values():
         assert torch.equal(draw(SeededStreams(9), 0.5), draw(SeededStreams(9), 0.5))
         assert not torch.equal(draw(SeededStreams(9), 0.5), draw(SeededStreams(10), 0.5))
+
+
+def test_experiments_with_one_seed_share_no_noise() -> None:
+    for draw in SIDES.values():
+        one, other = draw(SeededStreams(9, "one"), 0.5).double(), draw(SeededStreams(9, "other"), 0.5).double()
+        assert accepts_variance((one - other).numpy(), 2.0 * variance(0.5))
 
 
 def test_noise_scales_with_its_standard_deviation_and_no_other_law() -> None:
@@ -77,11 +145,23 @@ def test_noise_scales_with_its_standard_deviation_and_no_other_law() -> None:
 def test_the_sum_of_client_noises_has_the_sum_of_their_variances() -> None:
     streams, clients = SeededStreams(3), 16
     total = sum((client_noise(streams, 0.5, 20_000, 2, client) for client in range(clients)), torch.zeros(20_000))
-    assert accepts_variance(total.numpy(), 0.25 * clients)
-    assert not accepts_variance(total.numpy(), 0.25 * clients * 1.1)
+    assert accepts_variance(total.numpy(), variance(0.5) * clients)
+    assert not accepts_variance(total.numpy(), variance(0.5) * clients * 1.1)
+
+
+def test_one_draw_for_all_clients_has_the_sum_of_their_variances_on_the_grid_of_one() -> None:
+    zero = torch.zeros(20_000, dtype=torch.float64)
+    released = release_clients_sum(SeededStreams(3), 0.5, zero, 2, 16)
+    assert accepts_variance(released.numpy(), 16 * 0.25 + release_grid(0.5) ** 2 / 12)
+    assert not accepts_variance(released.numpy(), 16 * 0.25 * 1.1)
+    levels = released / release_grid(0.5)
+    assert torch.equal(levels, levels.round())
+    assert (levels % 2 != 0).any()
+    assert not torch.equal(released, release_clients_sum(SeededStreams(3), 0.5, zero, 2, 16, part=1))
+    assert torch.equal(release_clients_sum(SeededStreams(3), 0.5, zero + 0.3, 2, 0), zero + 0.3)
 
 
 def test_system_noise_never_repeats() -> None:
     streams = SystemStreams()
-    assert not torch.equal(server_noise(streams, 1.0, 8, 1), server_noise(streams, 1.0, 8, 1))
-    assert not torch.equal(client_noise(streams, 1.0, 8, 1, 1), client_noise(streams, 1.0, 8, 1, 1))
+    assert not torch.equal(server_noise(streams, 1.0, 64, 1), server_noise(streams, 1.0, 64, 1))
+    assert not torch.equal(client_noise(streams, 1.0, 64, 1, 1), client_noise(streams, 1.0, 64, 1, 1))

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from federations import models_of, ragged_digits, setting
-from helpers import fresh_clients
+from helpers import adding, fresh_clients
 from reference import Rounds, SoftmaxRegression
 
 from fedpriv.engines import LoopEngine
@@ -149,7 +149,7 @@ def rules_alone(method: Method, problem: SoftmaxRegression, start: np.ndarray, r
         noise = torch.from_numpy(np.array([rounds.noise(k, i) + np.zeros(len(start)) for i in members]))
         noise = noise.reshape(len(members), len(start))
         own = type(clients)(*(field[members] for field in clients))
-        messages, own = method.client_rule(own, signals, noise, k + 1)
+        messages, own = method.client_rule(own, signals, adding(noise), k + 1)
         for field, new in zip(clients, own, strict=True):
             field[members] = new
         mean = messages.sum(dim=0) / (rounds.prob * rounds.clients)

@@ -150,10 +150,7 @@ class TestClient:
         found = [
             client_round(rules, client, method.init_client(40), zero, k)[0] for client in range(9) for k in range(1, 8)
         ]
-        together = torch.stack(found)
-        assert len(together.unique()) == together.numel()
-        likeness = np.corrcoef(together.numpy()) - np.eye(len(found))
-        assert np.abs(likeness).max() < 0.9
+        assert _independent(found)
 
     def test_deployed_clients_never_repeat_their_noise(self) -> None:
         method = NormalizedSGD(alpha=1.0)
@@ -232,8 +229,7 @@ class TestFinish:
         zero = torch.zeros(40)
         found = [-finish_round(rules, method.init_server(zero), k, zero).model for k in range(1, 30)]
         found += [client_round(clients, 0, method.init_client(40), zero, k)[0] for k in range(1, 30)]
-        together = torch.stack(found)
-        assert len(together.unique()) == together.numel()
+        assert _independent(found)
 
     @every_method
     def test_finishing_leaves_the_total_and_the_state_alone(self, method: Method) -> None:
@@ -297,6 +293,13 @@ def test_a_cohort_under_local_trust_carries_the_noise_of_its_members() -> None:
     assert accepts_variance(_numpy(total), 6 * rules.noise_stddev**2)
 
 
+def _independent(found: list[Tensor]) -> bool:
+    """Whether vectors of forty numbers on the grid are all different, and no two alike."""
+    together = torch.stack(found).double()
+    likeness = np.corrcoef(together.numpy()) - np.eye(len(found))
+    return len(together.unique(dim=0)) == len(found) and bool(np.abs(likeness).max() < 0.9)
+
+
 def _numpy(tensor: Tensor | int) -> np.ndarray:
     assert isinstance(tensor, Tensor)
     return tensor.numpy()
@@ -312,8 +315,8 @@ def test_a_broadcast_says_nothing_of_who_else_might_have_come() -> None:
 
 def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_parameters() -> None:
     class Shrunk(DPFedAvg):
-        def client_rule(self, state, signal, noise, round):  # noqa: A002
-            message, state = super().client_rule(state, signal, noise, round)
+        def client_rule(self, state, signal, release, round):  # noqa: A002
+            message, state = super().client_rule(state, signal, release, round)
             return message[..., :1], state
 
     with pytest.raises(ValueError, match="a message of shape"):

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_variance, descend, fresh_clients, thorough
+from helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -326,7 +326,7 @@ def carried_noise(method: Method, clients: int, rounds: list[int]) -> dict[int, 
     found = {}
     for k in range(1, max(rounds) + 1):
         messages, calm = method.client_rule(calm, signal, None, k)
-        noised, rough = method.client_rule(rough, signal, noise_of(k, clients, D), k)
+        noised, rough = method.client_rule(rough, signal, adding(noise_of(k, clients, D)), k)
         quiet, loud = (
             method.server_rule(quiet, messages.mean(dim=0), 1.0),
             method.server_rule(loud, noised.mean(dim=0), 1.0),
@@ -374,7 +374,9 @@ class TestNoise:
         signal = torch.full((clients, size), 1e-4, dtype=torch.float64)
         rounds = int(12 / ratio) + 1
         for k in range(1, rounds + 1):
-            _, state = method.client_rule(state, signal, sigma * torch.from_numpy(rng.normal(size=(clients, size))), k)
+            _, state = method.client_rule(
+                state, signal, adding(sigma * torch.from_numpy(rng.normal(size=(clients, size)))), k
+            )
         noise = (state.memory - signal).numpy()
         variance = sigma**2 * alpha * method.beta / (2.0 - ratio)
         assert accepts_only(noise, variance)
@@ -386,5 +388,5 @@ class TestNoise:
         method = AlphaNormEC(alpha=1.0, beta=0.5)
         state, signal = fresh_clients(method, 2, 50), torch.full((2, 50), 0.1, dtype=torch.float64)
         for k in range(1, 400):
-            _, state = method.client_rule(state, signal, noise_of(k, 2, 50), k)
+            _, state = method.client_rule(state, signal, adding(noise_of(k, 2, 50)), k)
         assert torch.allclose(state.memory, signal, rtol=1e-10)

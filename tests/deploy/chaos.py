@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import clients.files
+import fedpriv.noise
 from clients.ledger import Ledger, spent
 from clients.member import Member
 from clients.memory import MemoryFile
@@ -36,8 +37,8 @@ SIZE = 6
 CLIENTS = 4
 
 
-class CrashError(Exception):
-    """The client's machine stops."""
+class CrashError(BaseException):
+    """The client's machine stops; no handler of errors runs on it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Faults:
 
 @dataclass
 class Disk:
-    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way."""
+    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way.
+
+    A machine may stop as well where a folder is synchronized: after each file that was replaced or added to.
+    """
 
     rng: np.random.Generator
     crash_at: int = -1
@@ -67,9 +71,9 @@ class Disk:
     def plan(self, faults: Faults) -> None:
         self.writes, self.crash_at, self.full_at = 0, -1, -1
         if self.rng.random() < faults.client_crash:
-            self.crash_at = int(self.rng.integers(0, 5))
+            self.crash_at = int(self.rng.integers(0, 9))
         elif self.rng.random() < faults.disk_full:
-            self.full_at = int(self.rng.integers(0, 3))
+            self.full_at = int(self.rng.integers(0, 8))
 
     def write(self, file: int, content: Any) -> int:
         """os.write, which tears."""
@@ -82,6 +86,12 @@ class Disk:
                 raise OSError(28, "No space left on device")
             raise CrashError
         return REAL_WRITE(file, content)
+
+    def sync_folder(self, _: Path) -> None:
+        """fedpriv's sync_folder, after which a machine may stop."""
+        number, self.writes = self.writes, self.writes + 1
+        if number == self.crash_at:
+            raise CrashError
 
 
 REAL_WRITE = os.write
@@ -102,11 +112,28 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
             pass
 
     before, synced = clients.files.os, clients.files.sync_folder
-    clients.files.os, clients.files.sync_folder = Os(), lambda _: None  # type: ignore[assignment]
+    clients.files.os, clients.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
     try:
         yield
     finally:
         clients.files.os, clients.files.sync_folder = before, synced
+
+
+@contextmanager
+def unrounded_noise() -> Iterator[None]:
+    """Noise is a draw of `Draws`, added without rounding, so that `_follow_noise` can follow what it did."""
+
+    def released(streams: "Draws", purpose: Purpose, stddev: float, values: Tensor, address: Any, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
+        if stddev == 0.0:
+            return values
+        drawn = torch.from_numpy(streams.source(purpose, *address).normal(len(values)))
+        return values.double() + stddev * drawn.double()
+
+    before, fedpriv.noise._released = fedpriv.noise._released, released  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fedpriv.noise._released = before
 
 
 @dataclass
@@ -189,10 +216,11 @@ class World:
         self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
         self.outcomes: list[Any] = []
         self.lost: set[int] = set()
+        self.crashed: set[tuple[int, int]] = set()  # (client, turn) in which the client's machine stopped
 
     def run(self) -> None:
         """All turns; checks after each."""
-        with simulated_disk(self.disk):
+        with simulated_disk(self.disk), unrounded_noise():
             while not self.server.done:
                 self.step()
                 self.check()
@@ -254,6 +282,7 @@ class World:
         try:
             message = self.members[client].answer(order, terms, model, lambda: self.signal(client, terms.turn, model))
         except CrashError:
+            self.crashed.add((client, terms.turn))
             self.members[client] = self._new_member(client)
             return None
         except Refusal as refusal:
@@ -279,7 +308,9 @@ class World:
             entries = Ledger(self.members[client].folder).entries()
             listed = {entry.turn for entry in entries}
             assert len(listed) == len(entries), "a turn was noised twice"
-            assert {turn for who, turn in self.sent if who == client} <= listed
+            sent, crashed = ({turn for who, turn in of if who == client} for of in (self.sent, self.crashed))
+            assert sent <= listed
+            assert listed <= sent | crashed, "a message that was never made to leave is charged"
             assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
             if self.trust != "none":
                 assert spent(entries, 1e-5, "replace") <= self.budget

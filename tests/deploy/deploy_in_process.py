@@ -45,7 +45,7 @@ class DeploymentGrid(InProcessGrid):
         own: str = "",
         hook: Callable[[int, Message], bool] = lambda *_: True,
     ) -> None:
-        super().__init__(app, population, run_config, hook=hook)
+        super().__init__(app, population, run_config, hook=hook, simulated=False)
         self._waiting: dict[str, Message] = {}
         for partition, node in enumerate(self.order):
             home = folder / f"node-{partition}"

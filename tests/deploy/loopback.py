@@ -1,12 +1,12 @@
 """A deployment of real processes on this machine: one SuperLink and some SuperNodes, with TLS and node keys."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,18 +68,31 @@ class Loopback:
         """Tells the server the nodes' keys."""
         subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=120)
 
+    def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs `fedpriv deploy`."""
+        command = [*FEDPRIV, "deploy", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+
     def kill(self, name: str) -> None:
-        """SIGKILL to a process and to all that it started."""
-        mark = f"FLWR_HOME={self.folder / name}".encode()
+        """SIGKILL to `server` or `node-I`; what it started has to end by itself."""
         process = self._processes.pop(name)
         process.kill()
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if any(part.startswith(mark) for part in path.read_bytes().split(b"\0")):
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:
-                continue
         process.wait(timeout=30.0)
+        wait_until(lambda: not self.processes(name), 10.0, f"{name} left {self.processes(name)}: {self.log(name)}")
+
+    def ends(self, name: str, seconds: float) -> int:
+        """Waits until `server` or `node-I` has ended; returns its exit code."""
+        return self._processes.pop(name).wait(timeout=seconds)
+
+    def processes(self, name: str) -> list[str]:
+        """The commands of all processes of `server` or `node-I`."""
+        mark = f"FLWR_HOME={self.folder / name}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if any(part.startswith(mark) for part in path.read_bytes().split(b"\0")):
+                    found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
 
     def close(self) -> None:
         """Ends everything."""

@@ -1,7 +1,10 @@
 """Server and client apps together, message by message: bits, counting, resumption, strangers."""
 
 import json
+import os
+import shutil
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from clients.wire import ARRAYS, FEDPRIV, TERMS
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config, parse_config
 from fedpriv.experiment.engines import Execution
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import Checkpoint, RunDirectory
 from fedpriv.experiment.run import run_experiment
 from fedpriv.learning.datasets import Digits
+from fedpriv.learning.models import Mlp
+from fedpriv.privacy.released import OUTPUTS, Kind
 from strategies import deployment
 
 CONFIG = """
@@ -59,10 +64,25 @@ def config(method: str = "damped", trust: str = "local", **changes: Any) -> str:
     return CONFIG.format(**given | changes)
 
 
+class Clock:
+    """Time that passes where the server sleeps, and nowhere else."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_POLL_SECONDS", 0.001)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(deployment, "time", made)
     monkeypatch.setattr(deployment, "_RETRY_SECONDS", 0.01)
+    return made
 
 
 @pytest.fixture
@@ -97,11 +117,60 @@ def test_a_deployment_is_the_loop_to_the_bit(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
 
 
+@pytest.mark.parametrize("secret", [True, False])
+def test_how_long_a_turn_lasts_shows_nothing_of_a_secret_cohort(
+    secret: bool, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cohorts of all sizes, none among them; client 3 never answers. Without a secret, a turn ends with its answers."""
+    told: list[tuple[float, int]] = []
+
+    def append(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
+        if name == "participation.jsonl":
+            told.append((clock.now, len(row["asked"])))
+        real(self, name, row)
+
+    real = RunDirectory.append
+    monkeypatch.setattr(RunDirectory, "append", append)
+    trust = "central" if secret else "none"
+    toml = config(trust=trust, cohort='sampling = "poisson"\nprobability = 0.3', rounds=20, deadline=50.0)
+    silent = DeploymentGrid(tmp_path / "nodes", 4, {}, trust=trust, hook=lambda i, m: i != 3 or TERMS not in m.content)
+    run_server(silent, toml, tmp_path / "out")
+    lengths = {round(later - earlier, 6) for (earlier, _), (later, _) in pairwise(told)}
+    assert len({asked for _, asked in told}) > 2
+    if secret:
+        assert lengths == {50.0 * 1.05 + 1.0}
+    else:
+        assert min(lengths) < 1.0
+        assert max(lengths) < 51.0
+
+
+def test_turns_with_secret_cohorts_last_a_minute_unless_a_config_says_otherwise(clock: Clock, tmp_path: Path) -> None:
+    toml = config(trust="central", cohort='sampling = "poisson"\nprobability = 0.9', rounds=2)
+    toml = toml.replace("deadline = 20.0", "")
+    before = clock.now
+    run_server(DeploymentGrid(tmp_path / "nodes", 4, {}, trust="central"), toml, tmp_path / "out")
+    assert 2 * 60.0 < clock.now - before < 2 * 70.0
+
+
 def test_nothing_is_measured_of_what_devices_hold(tmp_path: Path) -> None:
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
     run_server(grid, config(trust="none", rounds=1), tmp_path / "out")
     assert not (tmp_path / "out" / "heterogeneity.json").exists()
-    assert "heterogeneity" not in RunDirectory(tmp_path / "out").read_json("summary.json")["diagnostics"]
+    assert "heterogeneity" not in RunDirectory(tmp_path / "out").read_json("diagnostics.json")
+
+
+def test_who_took_part_in_a_deployment_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run_server(DeploymentGrid(tmp_path / "nodes", 4, {}), config(rounds=2), tmp_path / "out")
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    owners = {output.name for output in OUTPUTS if output.kind is Kind.OWNER}
+    assert set(found) <= {output.name for output in OUTPUTS}
+    assert {name for name, mode in found.items() if not mode & 0o077} == owners & set(found)
+    assert {"participation.jsonl", "diagnostics.jsonl", "diagnostics.json"} <= owners & set(found)
+    assert "participation.jsonl" in (tmp_path / "out" / "privacy.txt").read_text().split("file by file")[1]
 
 
 @pytest.mark.parametrize("line", ["validation = 0.1", 'shift = "noise"'])
@@ -149,7 +218,7 @@ def test_refusals_failures_and_silence_are_counted_by_client(tmp_path: Path) -> 
         assert (row["late"], row["gone"]) == ([1, 3], [])
     summary = RunDirectory(tmp_path / "out").read_json("summary.json")
     assert summary["ledger"]["most"]["participations"] == 2
-    assert summary["diagnostics"]["messages"] == 4
+    assert RunDirectory(tmp_path / "out").read_json("diagnostics.json")["messages"] == 4
 
 
 def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str, Any], tmp_path: Path) -> None:
@@ -521,6 +590,73 @@ def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> No
     expected = "as many parameters" if wrong == "shape" else "its operator's log says more"
     assert expected in row["refused"]["0"]["reason"]
     assert str(tmp_path) not in str(row)
+
+
+@pytest.mark.parametrize("own", ["", "mine"])
+def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_built(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sends devices a config whose model has ten billion parameters, with arrays of few."""
+    toml = config(rounds=1).replace('name = "softmax"', 'name = "mlp"\nhidden = [100000, 100000]')
+    digest = parse_config(tomllib.loads(toml)).digest
+    for node in range(4):
+        home = tmp_path / "nodes" / f"node-{node}"
+        home.mkdir(parents=True)
+        arrays = {"inputs": np.zeros((5, 1, 8, 8), dtype=np.float32), "labels": np.zeros(5, dtype=np.int64)}
+        np.savez(home / f"mine-{node}.npz", classes=10, **arrays)
+
+    def build(*_: Any) -> None:
+        raise AssertionError("it was built")
+
+    class Lying(DeploymentGrid):
+        def _play(self, message: Message) -> Message | None:
+            for context in self.contexts.values():
+                context.run_config = {**context.run_config, "config-toml": toml}
+            if TERMS in message.content:
+                message.content.config_records[TERMS]["digest"] = digest
+            return super()._play(message)
+
+    monkeypatch.setattr(Mlp, "build", build)
+    run_server(Lying(tmp_path / "nodes", 4, {}, trust="local", own=own), config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert set(row["refused"]) == {"0", "1", "2", "3"}
+    assert all("as many parameters" in refused["reason"] for refused in row["refused"].values())
+
+
+def test_a_run_whose_checkpoints_have_no_room_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
+    with pytest.raises(UserError, match="expected room for checkpoints and models, 15,600 bytes, got 1 MiB free"):
+        run_server(grid, config(trust="none", rounds=1), tmp_path / "out")
+    assert not grid.seen
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_servers_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
+    tmp_path: Path, seeded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client is asked for what the server could not save before."""
+    full, toml, real = [False], config(trust="local"), Checkpoint.write
+
+    def write(self: Checkpoint, digest: str, promise: str, number: int, *more: Any) -> None:
+        full[0] = full[0] or number == 1
+        if full[0]:
+            raise OSError(28, "No space left on device", str(self.path))
+        real(self, digest, promise, number, *more)
+
+    grid, report = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local"), tmp_path / "report"
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "write", write)
+        with pytest.raises(OSError, match="No space left"):
+            run_server(grid, toml, tmp_path / "out", failure_report=str(report), **seeded)
+    assert report.read_text().startswith(f"{tmp_path / 'out' / 'checkpoint.safetensors'}: No space left on device.")
+    assert "\n" not in report.read_text()
+    run_server(grid, toml, tmp_path / "out", resume=True, **seeded)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+    for node in range(4):
+        lines = (tmp_path / "nodes" / f"node-{node}" / "state" / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:

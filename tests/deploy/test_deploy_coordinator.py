@@ -189,6 +189,20 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
     assert (outcome.happened, server.epoch, server.last_turn[4], server.last_turn[0]) == ("applied", 0, 0, 2)
 
 
+@pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0), AlphaNormEC(alpha=1.0, beta=0.5, damping=1e-9)])
+def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_for_ever(method: Any) -> None:
+    line = r"^deployment\.lost_memory: expected another rule with a method whose memory does not fade"
+    with pytest.raises(UserError, match=line):
+        coordinator(method, lost_memory="start-afresh")
+    with pytest.raises(UserError, match=line):
+        coordinator(optimized(method, Adam()), lost_memory="start-afresh")
+
+
+@pytest.mark.parametrize("method", [DAMPED, DPFedAvg(clip_norm=1.0)])
+def test_starting_afresh_is_allowed_where_it_does_no_harm(method: Any) -> None:
+    assert coordinator(method, lost_memory="start-afresh").lost_memory == "start-afresh"
+
+
 def test_what_the_server_holds_of_a_lost_memory_fades() -> None:
     """Server's memory minus the mean of the clients': what was lost, times (1 - lambda) a round."""
     server = coordinator(DAMPED)
@@ -296,7 +310,13 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
     one = made(1)
     one.begin()
     assert one.finish({}, {}).happened == "applied"
-    assert torch.count_nonzero(one.state.model) == SIZE
+    assert torch.count_nonzero(one.state.model) > SIZE / 2  # the grid has a zero, too
+
+
+def test_a_turn_with_a_secret_cohort_has_a_length_of_its_own() -> None:
+    choice = DeploymentChoice()
+    assert choice.seconds(secret_cohorts=True) < choice.seconds(secret_cohorts=False)
+    assert DeploymentChoice(deadline=7.0).seconds(secret_cohorts=True) == 7.0
 
 
 def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> None:

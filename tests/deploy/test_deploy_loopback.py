@@ -10,6 +10,7 @@ from fedpriv.experiment.config import load_config
 from fedpriv.experiment.engines import Execution
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
+from strategies.heads import HEADS_FILE, HeadBook
 
 pytestmark = pytest.mark.xdist_group("loopback")
 
@@ -71,6 +72,8 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     printed, _ = run.communicate(timeout=300)
     assert run.returncode == 0, printed
     assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
+    heads = HeadBook(deployment.folder / "server" / "flower" / HEADS_FILE).heads
+    assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(4), 2)
 
 
 def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, tmp_path: Path) -> None:
@@ -95,3 +98,17 @@ def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, 
     assert (out / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
     asked = [row["asked"] for row in directory.rows("participation.jsonl")]
     assert asked == [[0, 1, 2, 3]] * 4
+
+
+def test_a_removed_node_ends_with_one_line_and_leaves_nothing_behind(deployment: Loopback) -> None:
+    """The last of these tests: node-3 does not come back."""
+    ended = deployment.deploy("remove", "node-3", str(deployment.folder))
+    assert (ended.returncode, ended.stdout) == (0, "node-3: removed\n")
+    assert deployment.ends("node-3", 60.0) == 2
+    log = deployment.log("node-3")
+    assert "Traceback" not in log
+    assert log.splitlines()[-1].startswith("fedpriv: node.key: expected a key that the server knows, got one that it")
+    wait_until(lambda: not deployment.processes("node-3"), 10.0, log)
+    checked = deployment.deploy("check", str(deployment.folder / "admin"))
+    assert checked.returncode == 0, checked.stdout
+    assert "all 3 registered" in checked.stdout

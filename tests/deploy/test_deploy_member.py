@@ -153,6 +153,31 @@ def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(membe
     assert kept.committed_turn == 0
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_memory_that_is_not_finite_is_a_lost_one(member: Member, poison: float) -> None:
+    """Every later message would be zero, and nobody would know; what is sent for it is charged all the same."""
+    ask(member, *turn(1, 0))
+    memory = MemoryFile(member.folder, "r1", 0)
+    record = memory.read()
+    assert record is not None
+    record.pending["memory"][1] = poison
+    memory.prepare(record)
+    memory.finish()
+    with pytest.raises(Refusal, match=r"memory of client 0: expected finite numbers") as caught:
+        ask(member, *turn(2, 1))
+    assert caught.value.kind == "lost"
+    assert len(Ledger(member.folder).entries()) == 1
+    ask(member, *turn(3, 0))
+
+
+def test_an_update_that_is_not_finite_is_said_in_the_client_s_own_log(
+    member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="flwr"):
+        ask(member, *turn(1, 0), signal=torch.full((SIZE,), torch.nan))
+    assert "client 0: its update is not finite" in caplog.text
+
+
 def test_a_message_whose_copy_is_lost_is_not_noised_again(member: Member) -> None:
     ask(member, *turn(1, 0))
     MemoryFile(member.folder, "r1", 0).path.unlink()
@@ -193,8 +218,8 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
     )
     ask(member, *turn(1, 0))
     names = [Path(path).name for path in synced]
-    assert names[names.index("ledger.jsonl") :] == [
-        *("ledger.jsonl", "state", "ledger.head.part", "state", "state", "memory.part", "r1-0"),
+    assert names[names.index("memory.part") :] == [
+        *("memory.part", "ledger.head.part", "ledger.jsonl", "state", "state", "r1-0"),
     ]
 
 
@@ -234,6 +259,82 @@ def test_a_full_disk_is_said_and_no_memory_is_lost(
     assert MemoryFile(member.folder, "r1", 0).path.read_bytes() == before
     monkeypatch.undo()
     ask(member, *turn(3, 1))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("full_at", range(3))
+def test_a_full_disk_charges_no_message_that_never_left(
+    member: Member, full_at: int, torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the writes finds it full, and also half way: the same turn is then answered as if nothing was."""
+    ask(member, *turn(1, 0))
+    files = {path: path.read_bytes() for path in member.folder.rglob("*") if path.is_file()}
+    real, calls = os.write, []
+
+    def write(file: int, content: bytes) -> int:
+        calls.append(1)
+        if len(calls) > full_at:
+            if torn and len(calls) == full_at + 1:
+                return real(file, bytes(content)[: len(content) // 2])
+            raise OSError(28, "No space left on device")
+        return real(file, content)
+
+    monkeypatch.setattr(clients.files.os, "write", write)
+    with pytest.raises(Refusal, match="no space left"):
+        ask(member, *turn(2, 1))
+    assert len(calls) > full_at
+    monkeypatch.undo()
+    assert len(Ledger(member.folder).entries()) == 1
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert not (member.folder / "r1-0" / "memory.part").exists()
+    ask(member, *turn(2, 1))
+    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+
+
+class Stopped(BaseException):
+    """The machine stops."""
+
+
+@pytest.mark.parametrize("stop_at", range(6))
+def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message_is_sent(
+    member: Member, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each write, and after each file or line that is known to be on the disk."""
+    ask(member, *turn(1, 0))
+    real, done = os.fsync, []
+
+    def fsync(file: int) -> None:
+        real(file)
+        done.append(file)
+        if len(done) == stop_at + 1:
+            raise Stopped
+
+    monkeypatch.setattr(clients.files.os, "fsync", fsync)
+    with pytest.raises(Stopped):
+        ask(member, *turn(2, 1))
+    monkeypatch.undo()
+    charged = len(Ledger(member.folder).entries())
+    assert charged == (1 if stop_at < 2 else 2)
+    again = Member(member.policy, member.folder)
+    message = ask(again, *turn(2, 1))
+    assert torch.equal(ask(again, *turn(2, 1)), message)
+    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+    ask(again, *turn(3, 2))
+
+
+def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(member: Member) -> None:
+    """As after a full disk, or with a file that somebody put there."""
+    ask(member, *turn(1, 0))
+    path = MemoryFile(member.folder, "r1", 0).path
+    before = path.read_bytes()
+    other = Member(member.policy, member.folder.parent / "other")
+    for number in (1, 2, 3):
+        ask(other, *turn(number, number - 1))
+    for content in (MemoryFile(other.folder, "r1", 0).path.read_bytes(), before[:-3], b""):
+        path.with_name("memory.part").write_bytes(content)
+        with pytest.raises(Refusal, match="Each turn is answered once"):
+            ask(member, *turn(1, 0), torch.ones(SIZE))
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["a line is missing", "a figure is changed", "not JSON"])

@@ -18,7 +18,7 @@ from fedpriv.engines.fused_noise import FusedNoise
 from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
 from fedpriv.methods import DPFedAvg
-from fedpriv.noise import client_noise_sum
+from fedpriv.noise import release_clients_sum
 from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
 from fedpriv.privacy.accounting import epsilon_spent
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total
@@ -186,7 +186,8 @@ class _Told:
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         messages = [-1.0 if client == self.other else 1.0 for client in broadcast.cohort.tolist()]
-        return Total(torch.tensor([sum(messages)], dtype=torch.float64), len(messages), 0, 1.0)
+        total = torch.full_like(broadcast.model, sum(messages), dtype=torch.float64)
+        return Total(total, len(messages), 0, 1.0)
 
     def save(self) -> dict[str, Tensor]:
         return {}
@@ -211,13 +212,15 @@ def _moved(made: Timeline, client: int) -> float:
 
 def test_every_part_of_a_step_has_noise_of_its_own() -> None:
     streams = SeededStreams(3)
-    first, second = (client_noise_sum(streams, 1.0, 50, 4, 9, part) for part in (0, 1))
-    assert torch.equal(first, client_noise_sum(streams, 1.0, 50, 4, 9))
+    zero = torch.zeros(50, dtype=torch.float64)
+    first, second = (release_clients_sum(streams, 1.0, zero, 4, 9, part) for part in (0, 1))
+    assert torch.equal(first, release_clients_sum(streams, 1.0, zero, 4, 9))
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.8
     rules = ClientRules(method=DPFedAvg(clip_norm=1.0), noise_stddev=1.0, streams=streams)
     engine, ids = FusedNoise(_Told(None), rules), np.arange(9)
-    sums = [engine.sum_messages(Broadcast(4, torch.zeros(1), ids, 9, part)).sum for part in (0, 1, 0)]
-    assert float(sums[0]) == float(sums[2]) != float(sums[1])
+    sums = [engine.sum_messages(Broadcast(4, torch.zeros(50), ids, 9, part)).sum for part in (0, 1, 0)]
+    assert torch.equal(sums[0], sums[2])
+    assert not torch.equal(sums[0], sums[1])
 
 
 @every_free_schedule

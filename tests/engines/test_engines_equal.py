@@ -272,7 +272,7 @@ class KeepSignal(DPFedAvg):
     def init_client(self, size: int) -> Kept:  # type: ignore[override]
         return Kept(torch.zeros(size))
 
-    def client_rule(self, state, signal, noise, round):  # type: ignore[no-untyped-def,override]  # noqa: A002, ARG002
+    def client_rule(self, state, signal, release, round):  # type: ignore[no-untyped-def,override]  # noqa: A002, ARG002
         return Clip(clip_norm=self.clip_norm)(signal), Kept(signal)
 
 

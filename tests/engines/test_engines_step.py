@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import EXAMPLES, same
+from helpers import EXAMPLES, WITH_MEMORY, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
@@ -64,13 +64,46 @@ def test_in_place_is_the_client_rule(name: str, rows: int, noise: float, kind: s
                 assert same(field, mine[client]) if rows == 1 else torch.allclose(field, mine[client], atol=1e-6)
 
 
+def by_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes steps call `client_rule`, as for a method that has no form that is known."""
+    monkeypatch.setattr("fedpriv.engines.step.feedback_of", lambda _: None)
+
+
+@pytest.mark.parametrize("how", ["several at once", "alone", "in C", "by its own rule"])
+@pytest.mark.parametrize("name", WITH_MEMORY)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 3e38])
+def test_a_client_whose_memory_is_not_finite_is_counted(
+    name: str, how: str, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its message is zero for ever. 3e38 is finite, and its distance from the signal is not."""
+    if how == "by its own rule":
+        by_its_own_rule(monkeypatch)
+        poison = torch.nan if poison == 3e38 else poison
+    method, clients = EXAMPLES[name], 4
+    rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
+    signals = torch.full((clients, SIZE), -3e38) if poison == 3e38 else torch.ones(clients, SIZE)
+    store = StateStore(method, SIZE)
+    with store.borrowed(list(range(clients))) as state:
+        state.memory[2, 7] = poison
+    step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(clients)), torch.device("cpu"), how == "in C")
+    if how == "several at once":
+        with store.borrowed(list(range(clients))) as state:
+            step.take(list(range(clients)), signals.clone(), state)
+    else:
+        for client in range(clients):
+            step.take_alone(client, signals[client].clone(), store)
+    total = step.total()
+    assert (total.messages, total.non_finite) == (clients, 1)
+    assert total.signal_norm == pytest.approx(float(signals[0].double().norm()))
+
+
 def test_every_method_of_ours_runs_in_place() -> None:
     assert all(feedback_of(method) is not None for method in EXAMPLES.values())
 
 
 def test_a_subclass_with_a_rule_of_its_own_is_not_taken_for_its_parent() -> None:
     class Louder(DPFedAvg):
-        def client_rule(self, state, signal, noise, round):  # noqa: A002, ARG002
+        def client_rule(self, state, signal, release, round):  # noqa: A002, ARG002
             return torch.ones_like(signal), state
 
     assert feedback_of(Louder()) is None
@@ -185,7 +218,7 @@ class Shifts(DPFedAvg):
     def init_client(self, size: int) -> Any:
         return Two(torch.zeros(size), torch.zeros(size))
 
-    def client_rule(self, state: Any, signal, noise, round) -> Any:  # noqa: A002, ARG002
+    def client_rule(self, state: Any, signal, release, round) -> Any:  # noqa: A002, ARG002
         return state.previous, Two(self.bounded(signal), state.memory)
 
 

@@ -103,8 +103,17 @@ def test_fed_alpha_normec_takes_gradients_and_no_bare_moves(kind: str):
     load_config(QUICKSTART, steps[2:])
 
 
+def test_a_client_may_start_afresh_only_where_what_it_lost_fades():
+    load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=start-afresh"])
+    with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "start-afresh"\. .*choose "re-base"'):
+        load_config(QUICKSTART, ["method.damping=0", "deployment.lost_memory=start-afresh"])
+
+
 MISTAKES = [
     ("server.optimizer=adan", "server.optimizer", "adam"),
+    ("method.beta=1e39", "method.beta", "1e+39"),
+    ("method.server_lr=1e-46", "method.server_lr", "1e-20"),
+    ("training.rounds=10000000000", "training.rounds", "1,000,000,000"),
     ("server.beta1=0.5", "server.optimizer", "Add optimizer to [server]"),
     ("method.bta=1", "method.bta", "beta"),
     ("method.name=alpha-normek", "method.name", "alpha-normec"),

@@ -143,12 +143,56 @@ def test_examples_held_out_are_nobodys_and_the_same_for_every_seed():
 # What is recorded
 
 
-def test_the_statement_is_told_whose_examples_are_held_out():
-    natural = ["data.partition=natural", "data.concentration=", "data.clients="]
-    assert small().held_out is None
-    assert small("data.validation=0.2").held_out == "pool"
-    assert small("data.validation=0.2", *natural).held_out == "clients"
-    assert small(*natural).held_out is None
+def facts(*settings: str) -> tuple[str, str, str | None]:
+    found = small(*settings).data.facts
+    return found.clients, found.test, found.validation
+
+
+def test_the_statement_is_told_whose_examples_are_scored():
+    natural = ["data.name=tiny-shakespeare", "data.partition=natural", "data.concentration=", "data.clients="]
+    assert facts() == ("simulated", "public", None)
+    assert facts("data.validation=0.2") == ("simulated", "public", "public")
+    assert facts("data.partition=resampled", "data.concentration=") == ("resampled", "public", None)
+    assert facts(*natural) == ("natural", "clients", None)
+    assert facts("data.validation=0.2", *natural) == ("natural", "clients", "clients")
+    assert facts("data.validation=0.2", "data.test=within", *natural) == ("natural", "within", "within")
+    assert facts("data.validation=0.2", *natural, "data.name=mnist-by-writer") == ("natural", "public", "within")
+
+
+def test_scores_that_no_promise_covers_are_named_by_the_config():
+    within = ["data.name=heart-disease", "data.partition=natural", "data.concentration=", "data.clients="]
+    assert small(*within).not_covered == ("test_accuracy", "test_loss")
+    assert small("privacy=", *within).not_covered == ()
+    assert small("data.test=clients", "data.validation=0.2", *within).not_covered == ()
+    assert small("data.validation=0.2").not_covered == ()
+    public = [*within, "data.name=mnist-by-writer", "data.validation=0.2"]
+    assert small(*public).not_covered == ("validation_accuracy", "validation_loss")
+
+
+def test_whose_examples_are_tested_on_is_a_part_of_the_experiment():
+    natural = ["data.name=mnist-by-writer", "data.partition=natural", "data.concentration=", "data.clients="]
+    public, clients, within = (small(*natural, f"data.test={test}") for test in ("public", "clients", "within"))
+    assert small(*natural) == public
+    assert "test" not in public.tables["data"]  # what there was before the key
+    assert len({config.digest for config in (public, clients, within)}) == 3
+    for config in (public, clients, within, small(*natural, "data.validation=0.1")):
+        assert parse_config(config.tables) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["data.test=client"], "Did you mean 'clients'"),
+        (["data.test=1"], r'^data\.test: expected "public" or "clients" or "within", got 1'),
+        (["data.test=within"], "natural clients for 'within', got partition 'dirichlet'"),
+        (["data.test=clients", "data.partition=iid", "data.concentration="], "natural clients for 'clients'"),
+    ],
+)
+def test_examples_that_cannot_be_tested_on_are_one_line(settings: list[str], line: str):
+    with pytest.raises(UserError, match=line) as caught:
+        small(*settings)
+    assert caught.value.where == "data.test"
+    assert small("data.test=public") == small()
 
 
 def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
@@ -168,16 +212,17 @@ def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
     assert "validation_loss" in summary
     statement = " ".join((tmp_path / "run" / "privacy.txt").read_text().split())
     assert "Validation: the examples held out" in statement
-    assert "the clients' own examples" not in statement
+    assert "clients' own examples" not in statement
     [shown] = compare_runs([tmp_path / "run"]).loc[["validation_accuracy"]].to_numpy().ravel()
     assert shown == pytest.approx(summary["validation_accuracy"], rel=1e-5)
 
 
-def test_heterogeneity_is_in_the_folder_the_summary_and_the_table(tmp_path: Path):
+def test_heterogeneity_is_in_the_folder_the_diagnostics_and_the_table(tmp_path: Path):
     summary = run_experiment(small(), tmp_path / "run")
     measured = read(tmp_path / "run", "heterogeneity.json")
     assert "not private" in measured["note"].lower()
-    assert summary["diagnostics"]["heterogeneity"] == measured
+    assert read(tmp_path / "run", "diagnostics.json")["heterogeneity"] == measured
+    assert "diagnostics" not in summary
     table = fedpriv.load_results(tmp_path)
     for key in ("label_tv", "size_min", "size_variation", "size_gini", "gradient_dissimilarity", "gradient_clients"):
         assert (table[f"heterogeneity.{key}"] == measured[key]).all()
@@ -197,8 +242,8 @@ def test_heterogeneity_is_the_same_whoever_runs_the_clients_and_what_a_resumed_r
     with pytest.raises(KeyboardInterrupt):
         run_experiment(small(), tmp_path / "part", watch=stop, checkpoint_every=1)
     (tmp_path / "part" / "heterogeneity.json").write_text('{"label_tv": 0.25}')
-    summary = run_experiment(small(), tmp_path / "part", resume=True)
-    assert summary["diagnostics"]["heterogeneity"] == {"label_tv": 0.25}
+    run_experiment(small(), tmp_path / "part", resume=True)
+    assert read(tmp_path / "part", "diagnostics.json")["heterogeneity"] == {"label_tv": 0.25}
 
 
 def measured(*settings: str, bounded: bool = True) -> dict:

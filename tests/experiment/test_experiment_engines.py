@@ -285,7 +285,8 @@ def test_a_task_elsewhere_is_the_same_task_with_parameters_of_its_own() -> None:
 
 def test_methods_with_bounds_of_their_own_limit_the_grid() -> None:
     rules = ClientRules(method=DPFedAvg(clip_norm=3.0), noise_stddev=0.5, streams=SeededStreams(0))
-    assert rules.message_limit == 11.0
+    assert rules.release_grid == 0.125
+    assert rules.message_limit == 11.0 + 0.125
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -377,8 +378,8 @@ def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:
 
 def test_a_rule_of_its_own_form_with_a_memory_is_not_trusted_to_forget_noise() -> None:
     class Remembers(Clip21):
-        def client_rule(self, state, signal, noise, round):  # noqa: A002
-            sent, _ = super().client_rule(state, signal, noise, round)
+        def client_rule(self, state, signal, release, round):  # noqa: A002
+            sent, _ = super().client_rule(state, signal, release, round)
             return sent, type(state)(sent)
 
     assert not can_fuse(ClientRules(method=Remembers(), noise_stddev=1.0, streams=SeededStreams(0)))

@@ -308,17 +308,17 @@ class KilledError(BaseException):
     """Stands for a kill in the middle of a write."""
 
 
-@pytest.mark.parametrize("after", range(1, 11))
+@pytest.mark.parametrize("after", range(1, 13))
 def test_killed_at_any_write_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, monkeypatch, after: int):
     """The first writes are those of claiming and beginning, the last those of finishing."""
     config = small("training.rounds=4")
     writes = itertools.count(1)
 
-    def write_or_die(path: Path, content: bytes | str) -> None:
+    def write_or_die(path: Path, content: bytes | str, mode: int | None = None) -> None:
         if next(writes) == after:
             path.with_name(path.name + ".part").write_bytes(b"torn")
             raise KilledError
-        write_atomically(path, content)
+        write_atomically(path, content, mode)
 
     monkeypatch.setattr(records, "write_atomically", write_or_die)
     with pytest.raises(KilledError):

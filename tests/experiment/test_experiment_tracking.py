@@ -1,6 +1,8 @@
 """Trackers, read back from their own stores: every row once, however often a run is interrupted, and nothing lost."""
 
+import dataclasses
 import json
+import stat
 import struct
 from collections import Counter
 from pathlib import Path
@@ -21,6 +23,7 @@ from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.sweep_run import run_sweep
 from fedpriv.experiment.sweeps import load_sweep
 from fedpriv.experiment.tracking import check_trackers, track, watched_by
+from fedpriv.privacy import DataFacts
 
 __all__ = ["in_process"]
 
@@ -48,14 +51,14 @@ class Killed(BaseException):
     """As by a signal."""
 
 
-def interrupted(config: Config, out: Path, tracker: str, after: int) -> None:
+def interrupted(config: Config, out: Path, tracker: str, after: int, **options: Any) -> None:
     """A run that ends right after a round, of which the last checkpoint may be older."""
 
     def kill(released: dict[str, Any], _: dict[str, Any]) -> None:
         if released["round"] == after:
             raise Killed
 
-    with pytest.raises(Killed), track([tracker], config, out) as log:
+    with pytest.raises(Killed), track([tracker], config, out, **options) as log:
         fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=watched_by(log, kill))
 
 
@@ -75,7 +78,7 @@ def expected(out: Path) -> dict[str, dict[int, float]]:
     return found
 
 
-def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: bool = True) -> None:
+def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: bool = False) -> None:
     """Every figure of every round once, and as the run directory has it, but for how long rounds took."""
     wanted = {key: steps for key, steps in expected(out).items() if diagnostics or "/" not in key}
     assert "test_accuracy" in wanted
@@ -141,15 +144,15 @@ READERS = {"tensorboard": tensorboard_rows, "mlflow": mlflow_rows, "wandb": wand
 def test_every_row_arrives_once_however_often_a_run_is_interrupted(
     tracker: str, config: Config, tmp_path: Path
 ) -> None:
-    """After round 2 the run goes back to its beginning, after round 4 to round 3."""
+    """After round 2 the run goes back to its beginning, after round 4 to round 3. What is not released is asked for."""
     out = tmp_path / "run"
-    interrupted(config, out, tracker, after=2)
-    interrupted(config, out, tracker, after=4)
-    finished(config, out, tracker)
-    check(READERS[tracker](out), out)
+    interrupted(config, out, tracker, after=2, diagnostics=True)
+    interrupted(config, out, tracker, after=4, diagnostics=True)
+    finished(config, out, tracker, diagnostics=True)
+    check(READERS[tracker](out), out, diagnostics=True)
     before = Counter(path.name for path in out.rglob("*.tfevents.*"))
-    finished(config, out, tracker)  # nothing is left to send
-    check(READERS[tracker](out), out)
+    finished(config, out, tracker, diagnostics=True)  # nothing is left to send
+    check(READERS[tracker](out), out, diagnostics=True)
     assert Counter(path.name for path in out.rglob("*.tfevents.*")) == before
 
 
@@ -159,8 +162,45 @@ def test_a_run_that_was_made_without_a_tracker_is_sent_later_without_what_is_not
 ) -> None:
     out = tmp_path / "run"
     fedpriv.run_experiment(config, out, engine="loop")
-    finished(config, out, tracker, diagnostics=False)
-    check(READERS[tracker](out), out, diagnostics=False)
+    finished(config, out, tracker)
+    check(READERS[tracker](out), out)
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_a_run_without_privacy_is_sent_whole_unless_that_is_switched_off(
+    tracker: str, config: Config, tmp_path: Path
+) -> None:
+    bare = dataclasses.replace(config, privacy=None)
+    for name, options in (("whole", {}), ("less", {"diagnostics": False})):
+        finished(bare, tmp_path / name, tracker, **options)
+        sent = READERS[tracker](tmp_path / name)
+        assert any(key.startswith("diagnostics/") for key in sent) == (name == "whole")
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_files_for_a_tracker_that_hold_what_is_not_released_are_their_owners_alone(
+    tracker: str, config: Config, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    interrupted(config, out, tracker, after=2)
+    assert (out / tracker).stat().st_mode & 0o055 == 0o055
+    finished(config, out, tracker, diagnostics=True)
+    assert stat.S_IMODE((out / tracker).stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_scores_that_no_promise_covers_are_named_so_in_a_tracker(
+    tracker: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = DataFacts(clients="natural", test="within")
+    monkeypatch.setattr("fedpriv.experiment.config.DataChoice.facts", facts)
+    finished(config, tmp_path / "run", tracker)
+    sent = READERS[tracker](tmp_path / "run")
+    assert set(sent) == {"epsilon", "not_covered/test_accuracy", "not_covered/test_loss"}
+    if tracker == "wandb":
+        summary = {i.key for r in wandb_records(tmp_path / "run") for i in r.summary.update if i.key}
+        assert {"not_covered/test_accuracy", "not_covered"} <= summary
+        assert "test_accuracy" not in summary
 
 
 def test_tensorboard_has_the_config_the_texts_and_the_statement(config: Config, tmp_path: Path) -> None:
@@ -196,8 +236,12 @@ def test_mlflow_has_one_run_with_parameters_artifacts_and_status(
     assert info.data.tags["fedpriv.digest"] == config.digest
     assert len(client.search_runs([info.info.experiment_id])) == 1
     for name in ("privacy.txt", "config.toml", "summary.json"):
-        saved = Path(client.download_artifacts(run, name, str(tmp_path)))
-        assert saved.read_text() == (out / name).read_text()
+        saved = Path(client.download_artifacts(run, name, str(tmp_path))).read_text()
+        if name == "summary.json":
+            kept = json.loads((out / name).read_text())
+            assert json.loads(saved).keys() == kept.keys() - {"seconds", "clients_per_second"}
+        else:
+            assert saved == (out / name).read_text()
 
 
 def test_wandb_has_the_config_the_summary_and_the_statement_and_nothing_of_the_machine(
@@ -223,8 +267,8 @@ def test_what_is_not_released_is_in_no_summary_either_where_diagnostics_are_not_
     tracker: str, config: Config, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    finished(config, out, tracker, diagnostics=False)
-    assert {"diagnostics", "seconds", "clients_per_second"} <= json.loads((out / "summary.json").read_text()).keys()
+    finished(config, out, tracker)
+    assert {"seconds", "clients_per_second"} <= json.loads((out / "summary.json").read_text()).keys()
     if tracker == "wandb":
         sent = {item.key for record in wandb_records(out) for item in record.summary.update if item.key}
     elif tracker == "mlflow":

@@ -4,13 +4,14 @@ import copy
 import pickle
 import random
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from clients.simulation import playing_clients
 from strategies import flower_internals
 from strategies.flower_internals import Run, empty_run, number_message
 
@@ -37,6 +38,7 @@ class InProcessGrid(Grid):
         partition_ids: What each node's operator called it; None for nodes that were called nothing.
         hook: Called with partition id and message before the app; returns False for a node that never answers,
             raises `NodeError` for a dead one.
+        simulated: Whether nodes know that they are played; those of a deployment do not.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class InProcessGrid(Grid):
         run_config: dict[str, Any] | None = None,
         partition_ids: bool = True,
         hook: Callable[[int, Message], bool] = lambda *_: True,
+        simulated: bool = True,
     ) -> None:
         self.app = app
+        self.simulated = simulated
         self.hook = hook
         self.contexts: dict[int, Context] = {}
         self.order: list[int] = []
@@ -103,7 +107,8 @@ class InProcessGrid(Grid):
             if not self.hook(partition, message):
                 return None
             sent, context = pickle.loads(pickle.dumps((message, self.contexts[node])))
-            answer = self.app(sent, context)
+            with playing_clients() if self.simulated else nullcontext():
+                answer = self.app(sent, context)
             self.contexts[node] = pickle.loads(pickle.dumps(context))
         except NodeError as error:
             dead = Message(Error(code=1, reason=str(error)), reply_to=message)

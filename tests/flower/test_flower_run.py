@@ -17,6 +17,7 @@ from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
+from fedpriv.privacy.released import OUTPUTS, Kind
 from strategies import launch
 from strategies.launch import run_with_flower
 
@@ -90,6 +91,11 @@ def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, t
     ]
     assert timeless[0] == timeless[1]
     assert "ROUND 3/3" in flower.file("flower.log").read_text()
+    owners = {path.name for path in flower.path.iterdir() if not path.stat().st_mode & 0o077}
+    assert owners == {
+        output.name for output in OUTPUTS if output.kind is Kind.OWNER and flower.file(output.name).exists()
+    }
+    assert "flower.log" in owners
     assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
 
 

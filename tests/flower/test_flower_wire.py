@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
@@ -10,8 +11,11 @@ from flwr.clientapp import ClientApp
 
 from clients.refusals import Refusal
 from clients.state import keep_state, load_state
-from clients.wire import FEDPRIV, Introduction, ModelArrays, Order, asks_who, introduction
-from fedpriv.methods import METHODS, AlphaNormEC, DPFedAvg
+from clients.wire import ARRAYS, FEDPRIV, Introduction, MessageFormat, ModelArrays, Order, asks_who, introduction
+from fedpriv.errors import UserError
+from fedpriv.gaussian import release_grid
+from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg
+from fedpriv.rounds import ClientRules, client_round
 from fedpriv.streams import SeededStreams, SystemStreams
 
 SPECIAL = torch.tensor([0.0, -0.0, 1e-45, 3.4e38, float("inf"), float("nan"), 0.1])
@@ -48,8 +52,42 @@ def test_a_model_arrives_to_the_bit_in_its_own_number_formats():
     vector = arrays.vector(sent(RecordDict({"m": record})).array_records["m"])
     assert vector.view(torch.int32).tolist() == torch.cat([SPECIAL, torch.tensor([2.5])]).view(torch.int32).tolist()
     assert [array.dtype for array in arrays.model(vector).values()] == ["float32", "float64"]
-    assert [array.dtype for array in arrays.message(vector).values()] == ["float32", "float32"]
+    message = arrays.message(vector, MessageFormat())
+    assert list(message) == [ARRAYS]
+    assert [array.dtype for array in message[ARRAYS].values()] == ["float32", "float32"]  # type: ignore[union-attr]
     assert arrays.model(vector)["b"].numpy().shape == ()
+
+
+@pytest.mark.parametrize(
+    ("bound", "stddev", "dtype"),
+    [(1.0, 0.0, "float32"), (1.0, 1.0, "int8"), (1.0, 0.1, "int16"), (5.0, 1e-4, "int32"), (1.0, 1e-9, "float32")],
+)
+def test_a_noised_message_travels_as_the_smallest_integers_that_hold_it(bound, stddev, dtype):
+    form = MessageFormat.of(ClientRules(method=Clip21(clip_norm=bound), noise_stddev=stddev, streams=SystemStreams()))
+    assert form == MessageFormat(dtype=dtype, scale=release_grid(stddev) if dtype != "float32" else None)
+
+
+def test_a_noised_message_arrives_to_the_bit_in_half_the_bytes():
+    rules = ClientRules(method=Clip21(clip_norm=1.0), noise_stddev=0.7, streams=SystemStreams())
+    form, size = MessageFormat.of(rules), 5000
+    arrays = ModelArrays.of(ArrayRecord({"a": Array(np.zeros((50, 100), np.float32))}))
+    message, _ = client_round(rules, 0, rules.method.init_client(size), torch.randn(size), 1)
+    bare, small = arrays.message(message, MessageFormat()), arrays.message(message, form)
+    assert torch.equal(arrays.received(sent(RecordDict({**small})), form), message)
+    assert len(small[ARRAYS]["a"].data) <= len(bare[ARRAYS]["a"].data) / 2 + 100  # type: ignore[union-attr]
+
+
+def test_a_message_in_other_units_than_the_plans_is_refused():
+    """A client of another version, or a liar: the server multiplies by its own plan's scale, never by another's."""
+    form = MessageFormat(dtype="int16", scale=0.25)
+    arrays = ModelArrays.of(ArrayRecord({"a": Array(np.zeros(3, np.float32))}))
+    good = arrays.message(torch.tensor([0.25, -1.0, 2.0]), form)
+    assert arrays.received(RecordDict({**good}), form).tolist() == [0.25, -1.0, 2.0]
+    for other in (MessageFormat(dtype="int16", scale=0.5), MessageFormat(), MessageFormat(dtype="int8", scale=0.25)):
+        with pytest.raises(UserError, match="message"):
+            arrays.received(RecordDict({**good}), other)
+        with pytest.raises(UserError, match="message"):
+            arrays.received(RecordDict({**arrays.message(torch.ones(3), other)}), form)
 
 
 def test_a_clients_state_is_kept_to_the_bit():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,17 @@ def test_natural_clients_may_be_fewer_than_all():
     assert federate(data, Natural(), 3, rng()).rows.tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10]
 
 
+def test_natural_clients_without_data_keep_their_places(tmp_path):
+    data = dataclasses.replace(tiny(), groups=np.repeat([0, 2], 6), natural_clients=4)
+    federation = federate(data, Natural(), None, rng())
+    assert federation.sizes.tolist() == [6, 0, 6, 0]
+    assert federation.rows_of(2).tolist() == list(range(6, 12))
+    assert federation.label_counts().sum(axis=1).tolist() == [6, 0, 6, 0]
+    plot_who_holds_what(federation, tmp_path / "who.png")
+    with pytest.raises(UserError, match=r"natural clients from 0 to 2"):
+        dataclasses.replace(data, groups=np.repeat([0, 3], 6), natural_clients=3)
+
+
 @pytest.mark.parametrize("client", [-1, 3])
 def test_there_is_no_client_outside_the_population(client):
     with pytest.raises(IndexError, match=f"client {client} of a population of 3"):
@@ -66,7 +79,8 @@ def test_there_is_no_client_outside_the_population(client):
         ([0], []),
         ([1, 2], [0, 1]),
         ([0, 1], [0, 1]),
-        ([0, 1, 1], [0]),
+        ([0, 0, 0], []),
+        ([0, 2, 1], [0]),
         ([0, 2], [3, 3]),
         ([0, 1], [12]),
         ([0, 1], [-1]),

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,27 @@ def test_softmax_starts_at_zero():
 )
 def test_parameters_are_as_many_as_documented(name, shape, expected):
     assert size(build(name, shape)) == expected
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_what_is_counted_is_what_is_built_and_nothing_is_drawn(name, shape):
+    before = torch.get_rng_state()
+    counted = MODELS[name]().parameters(shape, 7)
+    assert counted == size(build(name, shape, classes=7))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ten_billion_parameters_are_counted_without_being_made():
+    tracemalloc.start()
+    assert Mlp(hidden=(10**5, 10**5)).parameters((1, 28, 28), 10) == 785 * 10**5 + 100_001 * 10**5 + 100_001 * 10
+    assert Cnn(width=10**4).parameters((3, 32, 32), 10) == 94_601_550_010
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+def test_more_layers_than_anybody_trains_are_refused():
+    with pytest.raises(UserError, match=r"^model\.hidden: expected at most 1,000 widths, got 1,001"):
+        Mlp(hidden=(1,) * 1001)
 
 
 def test_mlp_widths_may_be_a_list_and_are_kept_as_a_tuple():

@@ -15,6 +15,7 @@ from fedpriv.learning.federation import federate
 from fedpriv.learning.natural_files import (
     ALPHABET,
     HOSPITALS,
+    SILENT,
     next_characters,
     one_hot_contexts,
     read_patients,
@@ -114,7 +115,8 @@ def test_missing_hospitals_are_named_and_nothing_is_downloaded(tmp_path):
 
 # Speakers
 
-PLAY = "ANNE:\nHow now!\n\nBOB:\nWell, well.\n\nAnne's Ghost:\n\nANNE:\nGo.\nGo:\n"
+GHOST = SILENT[0]
+PLAY = GHOST + "\nBoo!\n\nANNE:\nHow now!\n\nBOB:\nWell, well.\n\nAnne's Ghost:\n\nANNE:\nGo.\nGo:\n"
 
 
 def text_of(places: np.ndarray) -> str:
@@ -126,7 +128,14 @@ def test_speakers_say_what_stands_below_their_names(tmp_path):
     assert {name: text_of(places) for name, places in said.items()} == {
         "ANNE:": "How now!\nGo.\nGo:",
         "BOB:": "Well, well.",
+        "Anne's Ghost:": "",
     }
+
+
+def test_a_speaker_who_says_nothing_keeps_the_place_and_the_published_silent_are_no_clients(tmp_path):
+    data = TinyShakespeare().load(write_play(tmp_path, PLAY).parents[1])
+    assert data.natural_population == 3
+    assert federate(data, Natural(), None, np.random.default_rng(0)).sizes.tolist() == [13, 9, 0]
 
 
 @settings(deadline=None)

@@ -15,8 +15,7 @@ from scipy import optimize, stats
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
-from fedpriv.privacy import accounting as accounting_module
-from fedpriv.privacy.accounting import ORDERS, calibrate, epsilon_spent, least_bound, round_event
+from fedpriv.privacy.accounting import calibrate, epsilon_spent, least_bound, round_event
 
 CLIENTS, DELTA = 1000, 1e-5
 TRUSTS, ADJACENCIES = ("central", "local"), ("add-or-remove", "replace")
@@ -29,6 +28,7 @@ COMBINATIONS = list(itertools.product(TRUSTS, ADJACENCIES, SAMPLINGS))
 UNSAMPLED = [
     (trust, adjacency, name) for trust, adjacency, name in COMBINATIONS if name == "everyone" or trust == "local"
 ]
+GRID = 1e-3
 few = settings(brief, max_examples=12)
 
 
@@ -73,12 +73,12 @@ def mixture_epsilon(prob: float, noise: float, shifts: tuple[float, float], delt
 
 @pytest.mark.parametrize(("trust", "adjacency", "name"), UNSAMPLED)
 @pytest.mark.parametrize(("noise", "rounds"), [(100.0, 1), (4.0, 1), (1.0, 1), (6.0, 100), (0.5, 20), (3.0, 10_000)])
-def test_without_amplification_epsilon_is_that_of_one_gaussian_within_1_percent_and_never_below(
+def test_without_amplification_epsilon_is_that_of_one_gaussian_and_never_below(
     trust: str, adjacency: str, name: str, noise: float, rounds: int
 ) -> None:
     exact = exact_epsilon(math.sqrt(rounds) / noise)
     found = spent(noise, rounds, trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name])
-    assert exact <= found <= 1.01 * exact
+    assert exact * (1.0 - 1e-12) <= found <= (1.0 + 1e-8) * exact
 
 
 @pytest.mark.parametrize("delta", [1e-15, 1e-9, 1e-3, 0.1])
@@ -88,7 +88,7 @@ def test_the_closed_form_is_met_for_every_delta_and_beyond_the_range_of_exp(shif
         assert spent(1.0 / shift, delta=delta) == 0.0
     else:
         exact = exact_epsilon(shift, delta)
-        assert exact * (1.0 - 1e-9) <= spent(1.0 / shift, delta=delta) <= 1.01 * exact
+        assert exact * (1.0 - 1e-9) <= spent(1.0 / shift, delta=delta) <= (1.0 + 1e-7) * exact
 
 
 def test_the_popular_noise_scale_is_not_private_enough() -> None:
@@ -134,14 +134,14 @@ def test_dp_accountings_own_units_are_as_the_table_says(adjacency: str) -> None:
 
 @pytest.mark.parametrize("prob", [0.01, 0.3, 0.9])
 @pytest.mark.parametrize("stddev", [0.6, 1.0, 3.0])
-def test_one_poisson_round_is_the_integral_of_its_mixture_within_1_percent_and_never_below(
+def test_one_poisson_round_is_the_integral_of_its_mixture_within_a_thousandth_and_never_below(
     prob: float, stddev: float
 ) -> None:
     sampling = Poisson(CLIENTS, prob)
     removed = mixture_epsilon(prob, stddev, (1.0, 0.0))
     replaced = mixture_epsilon(prob, stddev, (1.0, -1.0))
-    assert removed * (1 - 1e-6) <= spent(stddev, sampling=sampling) <= 1.01 * removed
-    assert replaced * (1 - 1e-6) <= spent(stddev / 2, sampling=sampling, adjacency="replace") <= 1.01 * replaced
+    assert removed * (1 - 1e-6) <= spent(stddev, sampling=sampling) <= 1.001 * removed
+    assert replaced * (1 - 1e-6) <= spent(stddev / 2, sampling=sampling, adjacency="replace") <= 1.001 * replaced
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
@@ -167,12 +167,15 @@ def test_poisson_over_many_rounds_is_dp_accountings_own_figure(adjacency: str) -
 
 
 @pytest.mark.parametrize(("noise", "rounds"), [(1.0, 300), (3.0, 10), (8.0, 500)])
-def test_fixed_size_over_many_rounds_is_dp_accountings_own_figure(noise: float, rounds: int) -> None:
+def test_fixed_size_is_cheaper_than_by_renyi_divergence_and_dearer_than_by_the_pair_that_can_be_met(
+    noise: float, rounds: int
+) -> None:
+    """All others send -B, and the client B or -B: the sum tells what Poisson cohorts tell at sensitivity 2 B."""
     event, relation = round_event(
         trust="central", adjacency="replace", sampling=SAMPLINGS["fixed"], noise_multiplier=noise
     )
-    orders = [order for group in ORDERS for order in group]
-    theirs = dpa.rdp.RdpAccountant(orders, relation).compose(event, rounds).get_epsilon(DELTA)
+    renyi = dpa.rdp.RdpAccountant(neighboring_relation=relation).compose(event, rounds).get_epsilon(DELTA)
+    met = spent(noise, rounds, sampling=SAMPLINGS["poisson"])
     ours = least_bound(
         trust="central",
         adjacency="replace",
@@ -181,30 +184,19 @@ def test_fixed_size_over_many_rounds_is_dp_accountings_own_figure(noise: float, 
         rounds=rounds,
         delta=DELTA,
     )
-    assert ours.epsilon == pytest.approx(theirs, rel=1e-9)
-    assert ours.accountant.startswith("RDP")
+    assert met * (1.0 - 1e-6) <= ours.epsilon <= min(1.2 * met, 0.8 * renyi)
     assert ours.amplified
-
-
-@pytest.mark.parametrize(("rounds", "delta"), [(10_000, 1e-9), (10_000, 1e-12), (100_000, 1e-11)])
-@pytest.mark.parametrize("target", [1.0, 10.0])
-def test_rounding_in_long_convolutions_never_lowers_epsilon(rounds: int, delta: float, target: float) -> None:
-    """The convolution is put to work on a mechanism whose epsilon is known."""
-    noise = math.sqrt(rounds) * dpa.get_sigma_gaussian(target, delta)
-    event = dpa.PoissonSampledDpEvent(1.0, dpa.GaussianDpEvent(noise))
-    relation = dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
-    assert accounting_module._poisson_epsilon(event, relation, rounds, delta, rounds) >= target
 
 
 @pytest.mark.parametrize("rounds", [1, 100])
 @pytest.mark.parametrize(("trust", "adjacency", "name"), COMBINATIONS)
 @pytest.mark.parametrize("target", [0.5, 8.0])
-def test_calibrated_noise_spends_the_target_within_1_percent_and_never_more(
+def test_calibrated_noise_spends_the_target_within_a_thousandth_and_never_more(
     trust: str, adjacency: str, name: str, rounds: int, target: float
 ) -> None:
     plan = {"trust": trust, "adjacency": adjacency, "sampling": SAMPLINGS[name]}
     noise = calibrate(rounds=rounds, delta=DELTA, epsilon=target, **plan)
-    assert 0.99 * target <= spent(noise, rounds, **plan) <= target
+    assert 0.999 * target <= spent(noise, rounds, **plan) <= target
 
 
 @pytest.mark.parametrize(
@@ -222,7 +214,7 @@ def test_calibrated_noise_spends_the_target_within_1_percent_and_never_more(
 def test_calibration_reaches_the_ends_of_its_range(target: float, rounds: int, sampling: Sampling) -> None:
     plan = {"trust": "central", "adjacency": "add-or-remove", "sampling": sampling}
     noise = calibrate(rounds=rounds, delta=DELTA, epsilon=target, **plan)
-    assert 0.99 * target <= spent(noise, rounds, **plan) <= target
+    assert 0.999 * target <= spent(noise, rounds, **plan) <= target
 
 
 def test_no_rounds_are_calibrated_as_one() -> None:
@@ -242,7 +234,7 @@ def test_replace_is_never_cheaper_than_add_or_remove_at_the_same_noise(trust: st
     for stddev, rounds in ((0.7, 1), (2.0, 50), (20.0, 300)):
         plan = {"trust": trust, "sampling": SAMPLINGS[name]}
         removed = spent(stddev, rounds, adjacency="add-or-remove", **plan)
-        assert spent(stddev / 2.0, rounds, adjacency="replace", **plan) >= removed * (1.0 - 0.006)
+        assert spent(stddev / 2.0, rounds, adjacency="replace", **plan) >= removed * (1.0 - GRID)
 
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
@@ -269,7 +261,7 @@ def test_sampling_never_costs_more_than_everyone(adjacency: str, noise: float) -
 
 def grid_error(values: list[float]) -> bool:
     """Whether a list falls, up to what different grids may differ by."""
-    return all(later <= earlier * 1.006 for earlier, later in itertools.pairwise(values))
+    return all(later <= earlier * (1.0 + GRID) for earlier, later in itertools.pairwise(values))
 
 
 @few

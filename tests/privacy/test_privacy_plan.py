@@ -3,17 +3,28 @@
 import itertools
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedpriv
 import fedpriv.privacy as privacy
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan, privacy_statement
-from fedpriv.privacy.accounting import _poisson_losses
+from fedpriv.privacy import (
+    DataFacts,
+    Everyone,
+    FixedSize,
+    Poisson,
+    PrivacyPlan,
+    Sampling,
+    make_plan,
+    privacy_statement,
+)
+from fedpriv.privacy.accounting import _losses
+from fedpriv.privacy.released import Whose
 
 CLIENTS = 500
 SAMPLINGS: dict[str, Sampling] = {
@@ -95,10 +106,10 @@ def test_epsilon_starts_at_zero_and_never_falls_from_round_to_round(trust: str, 
 def test_asking_for_epsilon_after_every_round_lays_out_one_grid_for_all() -> None:
     made = plan(sampling=Poisson(10**5, 0.01), rounds=1000, epsilon=2.0, noise_multiplier=None)
     made.epsilon_after(1000)
-    grids = _poisson_losses.cache_info().misses
+    grids = _losses.cache_info().misses
     for rounds in (1, 10, 100, 300, 999):
         made.epsilon_after(rounds)
-    assert _poisson_losses.cache_info().misses == grids
+    assert _losses.cache_info().misses == grids
 
 
 def test_a_plan_of_no_rounds_spends_nothing_and_has_the_noise_of_one() -> None:
@@ -130,8 +141,8 @@ def test_amplification_is_claimed_where_the_server_is_trusted_and_nowhere_else(n
 
 
 def test_the_accountant_is_named_with_its_version() -> None:
-    assert plan().accountant.startswith("PLD (dp-accounting 0.")
-    assert plan(sampling=SAMPLINGS["fixed"]).accountant.startswith("RDP (dp-accounting 0.")
+    assert plan().accountant == plan(sampling=SAMPLINGS["fixed"]).accountant == f"PLD (fedpriv {fedpriv.__version__})"
+    assert plan(trust="local").accountant == f"one Gaussian, exactly (fedpriv {fedpriv.__version__})"
 
 
 @every_combination
@@ -227,19 +238,54 @@ def test_a_statement_lists_what_is_not_covered() -> None:
     assert "this is a simulation" not in words(privacy_statement(plan(), method="a method", randomness="system"))
 
 
+def told(facts: DataFacts | None, **options: Any) -> str:
+    return words(privacy_statement(plan(**options), method="a method", randomness="system", data=facts))
+
+
 @pytest.mark.parametrize("trust", ["central", "local"])
 def test_a_statement_says_that_examples_held_out_are_not_protected(trust: str) -> None:
-    made = plan(trust=trust)
-    none, pool, clients = (
-        words(privacy_statement(made, method="a method", randomness="system", held_out=held_out))
-        for held_out in (None, "pool", "clients")
-    )
+    none = told(DataFacts(clients="natural", test="clients"), trust=trust)
     assert "validation" not in none
-    for text in (pool, clients):
+    for whose in get_args(Whose):
+        own = whose == "within"
+        text = told(DataFacts(clients="natural", test="clients", validation=whose), trust=trust)
         assert "validation: the examples held out" in text
         assert "not protected" in text
         assert "* the examples held out for validation" in text.split("not covered:")[1]
-    assert ("clients' own examples" in pool, "clients' own examples" in clients) == (False, True)
+        assert ("does not cover the validation scores" in text) == own == ("clients' own examples" in text)
+
+
+@pytest.mark.parametrize("trust", ["central", "local"])
+def test_a_statement_says_whose_examples_models_are_tested_on(trust: str) -> None:
+    public, clients, within = (told(DataFacts(clients="natural", test=test), trust=trust) for test in get_args(Whose))
+    assert "belong to no client" in public
+    assert "who take no part" in clients
+    assert "not protected" in clients
+    assert "does not cover the test scores" in within
+    assert "* the test scores" in within.split("not covered:")[1]
+    assert all("test scores" not in text for text in (public, clients, told(None, trust=trust)))
+
+
+def test_a_statement_says_who_the_clients_are_and_between_which_data_the_promise_holds() -> None:
+    natural, simulated, resampled = (
+        told(DataFacts(clients=clients)) for clients in ("natural", "simulated", "resampled")
+    )
+    assert "never from the data of another client" in natural
+    assert all("after that division" in text and "simulated" in text for text in (simulated, resampled))
+    assert ("not an example" in simulated, "not an example" in resampled) == (False, True)
+    deployed = privacy_statement(
+        plan(), method="a method", randomness="system", deployed=True, data=DataFacts(clients="simulated")
+    )
+    assert "clients: " not in words(deployed).replace("over clients: ", "")
+
+
+def test_a_statement_says_that_metrics_of_the_clients_own_evaluation_are_not_covered() -> None:
+    with_, without = (
+        words(privacy_statement(plan(), method="a method", randomness="system", evaluated=evaluated))
+        for evaluated in (True, False)
+    )
+    assert "clients' own evaluation" in with_.split("not covered:")[1]
+    assert "evaluation" not in without
 
 
 def test_a_run_without_noise_is_said_to_promise_nothing() -> None:

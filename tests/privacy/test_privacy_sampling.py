@@ -1,6 +1,8 @@
 """Cohorts: the laws that the accountant assumes are the laws that the samplers follow."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 from itertools import combinations
 
 import dp_accounting as dpa
@@ -24,20 +26,29 @@ every_sampling = pytest.mark.parametrize("sampling", [Everyone(50), Poisson(50, 
 CLIENTS, ROUNDS = 400, 4000
 
 
-class Scripted:
+class UniformOnly:
+    """Source of uniform numbers alone."""
+
+    position = 0
+
+    def words(self, size: int) -> np.ndarray:
+        raise AssertionError(size)
+
+    def more(self, position: int, number: int) -> int:
+        raise AssertionError(position, number)
+
+    def subset(self, population: int, size: int) -> np.ndarray:
+        raise AssertionError(population, size)
+
+
+class Scripted(UniformOnly):
     """A source of given uniform numbers, one value per call."""
 
     def __init__(self, *values: float) -> None:
         self.values = list(values)
 
-    def normal(self, size: int) -> np.ndarray:
-        raise AssertionError(size)
-
     def uniform(self, size: int) -> np.ndarray:
         return np.full(size, self.values.pop(0))
-
-    def subset(self, population: int, size: int) -> np.ndarray:
-        raise AssertionError(population, size)
 
 
 def source(seed: int, round: int = 1) -> Source:  # noqa: A002
@@ -116,7 +127,7 @@ def test_poisson_of_one_client_is_a_coin() -> None:
     assert accepts_count(sum(sizes), rounds, prob)
 
 
-class Counting:
+class Counting(UniformOnly):
     """A source that counts the uniform numbers that are asked of it."""
 
     def __init__(self, inner: Source) -> None:
@@ -125,9 +136,6 @@ class Counting:
     def uniform(self, size: int) -> np.ndarray:
         self.drawn += size
         return self.inner.uniform(size)
-
-    def normal(self, size: int) -> np.ndarray:
-        return self.inner.normal(size)
 
     def subset(self, population: int, size: int) -> np.ndarray:
         return self.inner.subset(population, size)
@@ -155,6 +163,72 @@ def test_a_probability_below_the_resolution_of_one_uniform_number_keeps_its_law(
 def test_the_largest_and_smallest_uniform_numbers_are_no_trouble() -> None:
     assert Poisson(5, 0.5).cohort(Scripted(0.0, 0.0)).tolist() == [0, 1, 2, 3, 4]
     assert Poisson(5, 0.5).cohort(Scripted(1.0 - 2.0**-53, 1.0 - 2.0**-53)).tolist() == []
+
+
+class FirstGiven(UniformOnly):
+    """A source of which the first number of each call is given, and all others are a half."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def uniform(self, size: int) -> np.ndarray:
+        return np.array([self.values.pop(0), *[0.5] * (size - 1)])
+
+
+def first_of(sampling: Poisson, bits: int, more: int = 0) -> int:
+    """The first client of a cohort whose number U begins with 106 given bits, followed by 53 given ones; n for none."""
+    high, low = (bits >> 53) * 2.0**-53, bits % 2**53 * 2.0**-53
+    cohort = sampling.cohort(FirstGiven(high, low, *[more * 2.0**-53, 0.25] * 1000))
+    return int(cohort[0]) if len(cohort) else sampling.population
+
+
+@pytest.mark.parametrize(
+    ("probability", "passed"),
+    [
+        *((q, k) for q in (0.01, 0.3, 0.5, 1 / 3) for k in (1, 2, 7, 60)),
+        (1e-6, 1),
+        (1e-6, 3000),
+        (2.0**-53, 2),
+        (1.0 - 2.0**-53, 1),
+        (1e-12, 500),
+    ],
+)
+def test_a_number_beside_a_threshold_passes_over_as_many_clients_as_in_exact_arithmetic(
+    probability: float, passed: int
+) -> None:
+    """At least k clients are passed over exactly if U >= 1 - (1 - q)^k."""
+    sampling = Poisson(passed + 1, probability)
+    at = (1 - (1 - Fraction(probability)) ** passed) * 2**106
+    bits = math.floor(at)
+    beside = {bits - 1: False, bits + 1: True} | {bits + sign * 2**k: sign > 0 for k in (9, 40, 53) for sign in (-1, 1)}
+    for number, truth in beside.items():
+        if 0 <= number < 2**106:
+            assert (first_of(sampling, number) >= passed) == truth
+    if at != bits:
+        further = math.floor((at - bits) * 2**53)
+        for more, truth in ((further - 1, False), (further + 1, True)):
+            if 0 <= more < 2**53:
+                assert (first_of(sampling, bits, more) >= passed) == truth
+
+
+def test_a_client_far_from_the_one_before_is_drawn_by_the_same_probability() -> None:
+    """Near U = 1 float64 is coarse: given that 2,400 clients were passed over, the next must still be drawn at q."""
+    q, passed = Fraction(0.01), 2400
+    survive = (1 - q) ** passed
+    start = math.ceil((1 - survive) * 2**106)
+    for share in (Fraction(i, 200) + Fraction(1, 10**6) for i in range(-1, 200)):
+        further = first_of(Poisson(4000, 0.01), start + int(survive * 2**106 * share)) - passed
+        assert further == math.floor(math.log1p(-share) / math.log1p(-q))
+
+
+def test_cohorts_of_a_seed_stay_what_they_were_before_coins_were_exact() -> None:
+    known = [
+        (Poisson(1000, 0.01), [95, 229, 288, 469, 747, 768, 780]),
+        (Poisson(10**9, 1e-8), [95675592, 230217092, 289323854, 470815983, 750035379, 770524589, 782430825]),
+        (Poisson(10**4, 0.3), [9990, 9991, 9992, 9995, 9998]),
+    ]
+    for sampling, cohort in known:
+        assert sampling.cohort(source(12))[-7:].tolist()[-len(cohort) :] == cohort
 
 
 @every_kind

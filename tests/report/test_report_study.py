@@ -101,6 +101,30 @@ def test_costs_of_hidden_cohorts_are_read_beside_those_that_are_released(tmp_pat
     assert runs["hidden"].to_dict() == {"hidden": True, "public": False, "without": False}
 
 
+def test_a_checksum_of_the_data_is_read_where_it_lies(tmp_path: Path) -> None:
+    for name, data in (("a", "1"), ("b", "2")):
+        RunDirectory(record(tmp_path / name)).write_json("diagnostics.json", {"data_fingerprint": data})
+    with pytest.raises(UserError, match="different data"):
+        load_study(tmp_path)
+
+
+def test_scores_that_no_epsilon_covers_are_marked_on_the_page_and_in_its_tables(tmp_path: Path) -> None:
+    privacy = {"epsilon": 8.0, "trust": "central"}
+    record(tmp_path / "runs" / "covered", privacy=privacy)
+    page = write_report(tmp_path / "runs", tmp_path / "one").read_text()
+    assert "not covered" not in page
+    assert "not_covered" not in (tmp_path / "one" / "tables" / "best.csv").read_text()
+    marks = {"not_covered": ["test_accuracy", "test_loss"]}
+    record(tmp_path / "runs" / "within", privacy=privacy, summary=marks, method=fedavg(0.5))
+    page = write_report(tmp_path / "runs", tmp_path / "two").read_text()
+    for text in ("test accuracy (not covered), %", "test loss (nats) (not covered)", "No epsilon covers it"):
+        assert text in page, text
+    assert "validation accuracy (not covered)" not in page
+    for name in ("best", "settings", "trials", "privacy"):
+        table = pd.read_csv(tmp_path / "two" / "tables" / f"{name}.csv")
+        assert "test_accuracy, test_loss" in set(table["not_covered"]), name
+
+
 def test_runs_of_one_setting_and_seed_with_other_data_are_refused(tmp_path: Path) -> None:
     for name, data in (("a", "1"), ("b", "1"), ("c", None)):
         record(tmp_path / name, summary={"data_fingerprint": data})

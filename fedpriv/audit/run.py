@@ -1,0 +1,219 @@
+"""An audit: attack an experiment once, judge its promise, write down both."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpriv import __version__
+from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
+from fedpriv.audit.canaries import Canaries, draw_canaries
+from fedpriv.audit.evidence import attack_central, attack_local
+from fedpriv.audit.picture import plot_audit
+from fedpriv.audit.verdict import CONVICTION, Findings, judge
+from fedpriv.audit.words import claim_of, in_words, knowledge_of
+from fedpriv.errors import UserError
+from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy.released import OWNER_ONLY
+
+__all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
+
+AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
+# Fewer canaries might leave nothing to compare after their coins are tossed.
+MIN_CANARIES, MAX_CANARIES = 20, 100_000
+_LEAST_SEEN = 5
+# Share of a canary's own noise that the others may add before the words say so.
+_CROWDED = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditChoice:
+    """How to attack.
+
+    Args:
+        canaries: How many canaries take part; under add-or-remove as many on average.
+        confidence: Of the lower bounds, in (0.5, 1).
+        seed: Of the canaries. Different seeds are different attacks on the same run.
+        engine: `auto`, `loop` or `vectorized`.
+        device: Where gradients are computed.
+
+    Raises:
+        UserError: If a number is out of range, or the engine is not offered.
+    """
+
+    canaries: int = 300
+    confidence: float = 0.95
+    seed: int = 0
+    engine: str = "auto"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not MIN_CANARIES <= self.canaries <= MAX_CANARIES:
+            expected = f"a whole number from {MIN_CANARIES} to {MAX_CANARIES}"
+            raise UserError("--canaries", expected, self.canaries, "A few hundred are enough")
+        if not 0.5 < self.confidence < 1.0:
+            raise UserError("--confidence", "above 0.5 and below 1", self.confidence, "Give a number such as 0.95")
+        if self.seed < 0:
+            raise UserError("--audit-seed", "a whole number from 0", self.seed, "Give a seed such as 1")
+        if self.engine not in ("auto", *CANARY_ENGINES):
+            remedy = "Other engines sum the same messages to the same bits, so --engine loop audits them as well"
+            raise UserError("--engine", " or ".join(["auto", *CANARY_ENGINES]), repr(self.engine), remedy)
+
+
+def run_audit(
+    config: Config | Path | str,
+    out: Path | str,
+    choice: AuditChoice | None = None,
+    *,
+    data_root: Path | None = None,
+    watch: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Attack the experiment with canary clients, write `audit.json` and `audit.png`, and return the former.
+
+    Both files can be read by their owner alone.
+
+    Args:
+        config: The experiment, or the path of its TOML file.
+        out: The folder for both files; must not hold an audit already.
+        choice: How to attack; None for the defaults.
+        data_root: Where data sets are stored; None for the environment's choice.
+        watch: Called with the number of every finished round.
+
+    Raises:
+        UserError: If there is no promise to attack, or the attack is not offered for it.
+    """
+    choice, directory = choice or AuditChoice(), RunDirectory(Path(out))
+    config = config if isinstance(config, Config) else load_config(config)
+    _refuse_what_is_not_offered(config)
+    with directory.locked():
+        if directory.file(AUDIT_FILE).exists():
+            raise UserError(str(directory.path), "a folder without an audit", AUDIT_FILE, "Choose another --out")
+        experiment = assemble(config, device=choice.device, data_root=data_root)
+        findings, record = audit_experiment(experiment, choice, watch)
+        for name, content in (
+            (PICTURE_FILE, plot_audit(findings, record)),
+            (AUDIT_FILE, json.dumps(jsonable(record), indent=2) + "\n"),
+        ):
+            # The noise is that of the run without an audit, whose epsilon does not cover a second look at it.
+            write_atomically(directory.file(name), content, OWNER_ONLY)
+    return record
+
+
+def audit_experiment(
+    experiment: Experiment, choice: AuditChoice, watch: Callable[[int], None] = lambda _: None
+) -> tuple[Findings, dict[str, Any]]:
+    """Attack an experiment, and return what was found and the content of `audit.json`; writes nothing.
+
+    Args:
+        experiment: What is attacked.
+        choice: How.
+        watch: See `run_audit`.
+    """
+    plan = _promise_of(experiment)
+    canaries = _draw(experiment, plan, choice)
+    with start_attack(experiment, canaries, choice.engine) as attack:
+        evidence = (attack_local if plan.trust == "local" else attack_central)(attack, watch)
+        engine = attack.clients.name
+    findings = judge(canaries, evidence, plan, choice.confidence)
+    record = _record(experiment, plan, choice, canaries, findings) | {"engine": engine}
+    return findings, {**record, "words": in_words(record)}
+
+
+def _refuse_what_is_not_offered(config: Config) -> None:
+    if config.privacy is None:
+        raise UserError("[privacy]", "a promise to attack", "none", "Add [privacy] with an epsilon to audit it")
+    if config.training.rounds < 1:
+        raise UserError("training.rounds", "at least 1 in an audit", config.training.rounds, "Give a number of rounds")
+    if config.devices is not None:
+        remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
+        raise UserError("[devices]", "none in an audit", "a virtual clock", remedy)
+
+
+def _promise_of(experiment: Experiment) -> PrivacyPlan:
+    plan = experiment.plan
+    if plan is None or not plan.private:
+        remedy = "Without noise there is no promise to attack; set privacy.epsilon"
+        raise UserError("privacy.noise_multiplier", "noise that promises a finite epsilon", "none", remedy)
+    return plan
+
+
+def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Canaries:
+    """The candidates of an audit, if there is room for them."""
+    size, rounds = experiment.population.task.layout.size, experiment.config.training.rounds
+    needed, room = bytes_needed(size, rounds, 2 * choice.canaries), _memory()
+    if needed > room:
+        remedy = "Lower --canaries, training.rounds or the model's size"
+        raise UserError("--canaries", f"an attack within {room / 1e9:.1f} GB", f"{needed / 1e9:.1f} GB", remedy)
+    canaries = draw_canaries(
+        seed=choice.seed,
+        count=choice.canaries,
+        size=size,
+        rounds=rounds,
+        sampling_prob=experiment.server.sampling.sampling_prob,
+        replace=plan.adjacency == "replace",
+        local=plan.trust == "local",
+    )
+    if len(canaries.seen) < _LEAST_SEEN:
+        expected = f"at least {_LEAST_SEEN} canaries that take part in some round"
+        raise UserError("--canaries", expected, len(canaries.seen), "Give more canaries or more rounds")
+    return canaries
+
+
+def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> float:
+    """Variance that the other canaries add to a score, over the noise's; 0 if every message is seen alone."""
+    if plan.trust == "local":
+        return 0.0
+    bound = plan.l2_bound / plan.noise_stddev
+    sampled = experiment.server.sampling.sampling_prob * len(canaries.planted)
+    return sampled * bound**2 / experiment.population.task.layout.size
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE")) * float(os.sysconf("SC_PHYS_PAGES"))
+
+
+def _record(
+    experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice, canaries: Canaries, findings: Findings
+) -> dict[str, Any]:
+    """The content of `audit.json`, but for its words."""
+    best, config = findings.best, experiment.config
+    taken = canaries.takes_part[canaries.seen].sum(axis=1)
+    hidden = experiment.server.sampling.sampling_prob < 1.0
+    return {
+        "verdict": "guilty" if findings.guilty else "not guilty",
+        "epsilon_claimed": findings.claimed,
+        "epsilon_estimate": best.estimate,
+        "epsilon_lower": best.lower,
+        "confidence": choice.confidence,
+        "verdict_confidence": CONVICTION,
+        "canaries": choice.canaries,
+        "adversary": plan.adversary,
+        "claim": claim_of(hidden),
+        "knowledge": knowledge_of(plan, hidden),
+        "epsilon_promised": plan.epsilon,
+        **{key: getattr(plan, key) for key in ("delta", "trust", "adjacency", "noise_multiplier", "noise_stddev")},
+        "canaries_seen": len(canaries.seen) + len(canaries.coordinates) + len(canaries.steady),
+        "candidates": len(canaries.coins),
+        "participations": {"mean": float(taken.mean()), "min": int(taken.min()), "max": int(taken.max())},
+        "scores": [finding.as_dict() for finding in findings.scores],
+        "best_score": best.name,
+        "final_model": dict(zip(("epsilon_estimate", "epsilon_lower"), findings.final_model, strict=True)),
+        "without_cohorts": None if findings.without_cohorts is None else {"epsilon_estimate": findings.without_cohorts},
+        "crowded": _crowding(experiment, plan, canaries) > _CROWDED,
+        "null": {"directions": len(findings.null), "deviation": float(findings.null.std())},
+        "name": config.name,
+        "method": config.method_name,
+        "population": experiment.population.federation.population,
+        "parameters": experiment.population.task.layout.size,
+        "rounds": config.training.rounds,
+        "seed": config.seed,
+        "audit_seed": choice.seed,
+        "digest": config.digest,
+        "version": __version__,
+    }

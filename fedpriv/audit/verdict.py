@@ -1,0 +1,261 @@
+"""The verdict: lower bounds on epsilon from every score, each beside the claim that it attacks.
+
+Two levels. Bounds are reported at the confidence that was asked for. A mechanism is found guilty only at 99.9 %, shared
+by all scores (Bonferroni), because one correct run in twenty exceeds a bound at 95 %.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedpriv.audit.canaries import Canaries
+from fedpriv.audit.evidence import Evidence
+from fedpriv.audit.statistics import (
+    epsilon_of,
+    f_dp_lower,
+    largest_lower,
+    mean_lower,
+    one_run_lower,
+)
+from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+
+__all__ = ["CONVICTION", "Finding", "Findings", "judge"]
+
+CONVICTION = 0.999
+"""Confidence at which a mechanism is found guilty, over all scores together."""
+
+# Shares of the candidates that the one-run bounds guess; the best is taken, at a third of the significance each.
+_GUESSED = (1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one score says about epsilon.
+
+    Args:
+        name: The score's.
+        about: What it is; one clause.
+        certified: Whether the bound holds for every mechanism, and not for Gaussian ones alone.
+        estimate: Epsilon as the score has it, without allowance for chance; None if there is no such thing.
+        lower: Lower bound at the confidence that was asked for.
+        convicting: Lower bound at this score's part of `CONVICTION`.
+        claimed: The epsilon that the score attacks.
+    """
+
+    name: str
+    about: str
+    certified: bool
+    estimate: float | None
+    lower: float
+    convicting: float
+    claimed: float
+
+    @property
+    def guilty(self) -> bool:
+        """Whether the claim is refuted."""
+        return self.convicting > self.claimed
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "about": self.about,
+            "certified": self.certified,
+            "epsilon_estimate": self.estimate,
+            "epsilon_lower": self.lower,
+            "epsilon_lower_to_convict": self.convicting,
+            "epsilon_claimed": self.claimed,
+            "guilty": self.guilty,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All scores of one audit.
+
+    Args:
+        scores: Those that the verdict rests on.
+        claimed: The epsilon under attack.
+        score_claimed: Mean of `whitened` if the claim is exact and the attack loses nothing.
+        whitened: Scores of the canaries along random directions that took part.
+        null: The same score of directions that were in no run.
+        final_model: Epsilon as the last model alone shows it: an estimate, and a lower bound.
+        without_cohorts: Epsilon as an auditor estimates it that does not know the cohorts; None if all know them.
+    """
+
+    scores: tuple[Finding, ...]
+    claimed: float
+    score_claimed: float
+    whitened: np.ndarray
+    null: np.ndarray
+    final_model: tuple[float, float]
+    without_cohorts: float | None
+
+    @property
+    def best(self) -> Finding:
+        """The tighter of the two means, which share the confidence: it gives the audit's own estimate and bound."""
+        return max(self.scores[:2], key=lambda finding: finding.lower)
+
+    @property
+    def guilty(self) -> bool:
+        """Whether any score refutes its claim."""
+        return any(finding.guilty for finding in self.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Claims:
+    """What a plan claims of canaries that took part so often, and what scores say about epsilon.
+
+    Args:
+        plan: What is promised.
+        everyone: Whether all canaries took part in all rounds, as the plan's epsilon has it.
+    """
+
+    plan: PrivacyPlan
+    everyone: bool
+
+    @property
+    def distance(self) -> float:
+        """How far apart neighbors are if a client and its absence are 1 apart: 2 under replace."""
+        return REPLACE_FACTOR if self.plan.adjacency == "replace" else 1.0
+
+    def epsilon(self, score: float) -> float:
+        """Return the epsilon of neighbors if canaries score like N(`score`, 1)."""
+        return epsilon_of(self.distance * score, self.plan.delta)
+
+    def score(self, root: float) -> float:
+        """Return the claimed mean score of canaries if the root of their number of participations is `root`."""
+        return root / self.plan.noise_multiplier / self.distance
+
+    def claimed(self, root: float) -> float:
+        """Return the claimed epsilon of such canaries, without amplification by sampling."""
+        return self.plan.epsilon if self.everyone else self.epsilon(self.score(root))
+
+
+class _Score(NamedTuple):
+    """A score before it is asked for a bound: `lower` gives one on epsilon, by its significance."""
+
+    name: str
+    certified: bool
+    estimate: float | None
+    claimed: float
+    lower: Callable[[float], float]
+    about: str
+
+
+def judge(canaries: Canaries, evidence: Evidence, plan: PrivacyPlan, confidence: float) -> Findings:
+    """Return the findings of an attacked run.
+
+    Args:
+        canaries: Who took part.
+        evidence: How they scored.
+        plan: What is promised, as without an audit.
+        confidence: Of the lower bounds.
+    """
+    claims = _Claims(plan=plan, everyone=bool(canaries.takes_part.all()))
+    seen, roots = canaries.seen, np.sqrt(canaries.takes_part.sum(axis=1))
+    root, coins, along = float(roots[seen].mean()), canaries.coins[seen], roots[canaries.along]
+    whitened, matched, took_part = evidence.whitened[seen] * coins, evidence.matched[seen] * coins, along > 0.0
+    means = (_mean("whitened", whitened, root, claims), _mean("matched", matched, root, claims))
+    others = [_largest("largest", whitened, roots[seen], claims)]
+    if took_part.any():
+        others.append(_largest("coordinates", evidence.coordinate[took_part], along[took_part], claims))
+    for name, bound in (("one-run", one_run_lower), ("one-run f-DP", f_dp_lower)):
+        others.append(_one_run(name, bound, canaries, evidence, claims))
+    risk, share = 1.0 - confidence, (1.0 - CONVICTION) / (len(means) + len(others))
+    rows = [_found(score, risk / len(means), share) for score in means]
+    return Findings(
+        scores=(*rows, *(_found(score, risk, share) for score in others)),
+        claimed=claims.claimed(root),
+        score_claimed=claims.score(root),
+        whitened=whitened,
+        null=evidence.unseen,
+        final_model=(claims.epsilon(float(evidence.final.mean())), claims.epsilon(mean_lower(evidence.final, risk))),
+        without_cohorts=_without_cohorts(evidence, canaries, claims),
+    )
+
+
+def _found(score: _Score, risk: float, share: float) -> Finding:
+    return Finding(
+        name=score.name,
+        about=score.about,
+        certified=score.certified,
+        estimate=score.estimate,
+        lower=score.lower(risk),
+        convicting=score.lower(share),
+        claimed=score.claimed,
+    )
+
+
+_MEANS = {
+    "whitened": "mean score, weighed by the inverse of the releases' own covariance; for Gaussian plans",
+    "matched": "mean score, weighed by the canaries' signs alone; for Gaussian plans",
+}
+_LARGEST = {
+    "largest": "the most visible canary alone; for Gaussian plans",
+    "coordinates": "the most visible canary along a single coordinate; for Gaussian plans",
+}
+_ONE_RUN = {
+    "one-run": "guessed coins, for every mechanism (Steinke, Nasr & Jagielski 2023)",
+    "one-run f-DP": "guessed coins, for every Gaussian trade-off curve (Mahloujifar, Melis & Chaudhuri 2024)",
+}
+
+
+def _mean(name: str, scores: np.ndarray, root: float, claims: _Claims) -> _Score:
+    def lower(significance: float) -> float:
+        return claims.epsilon(mean_lower(scores, significance))
+
+    return _Score(name, False, claims.epsilon(float(scores.mean())), claims.claimed(root), lower, _MEANS[name])
+
+
+def _largest(name: str, scores: np.ndarray, roots: np.ndarray, claims: _Claims) -> _Score:
+    """Scores of canaries that took part in more or fewer rounds are brought to the mean number of rounds."""
+    root = float(roots.mean())
+
+    def lower(significance: float) -> float:
+        return claims.epsilon(largest_lower(scores, root / roots, significance))
+
+    return _Score(name, False, None, claims.claimed(root), lower, _LARGEST[name])
+
+
+def _one_run(
+    name: str,
+    bound: Callable[[int, int, int, float, float], float],
+    canaries: Canaries,
+    evidence: Evidence,
+    claims: _Claims,
+) -> _Score:
+    """The best of three numbers of guesses; the claim is that of the canary that took part most often."""
+    candidates = canaries.isotropic
+    coins, root = canaries.coins[:candidates], math.sqrt(float(canaries.takes_part[:candidates].sum(axis=1).max()))
+    guessed = [max(round(share * candidates), 1) for share in _GUESSED]
+
+    def lower(significance: float) -> float:
+        risk = significance / len(guessed)
+        right = [_right_guesses(evidence.whitened, coins, guesses) for guesses in guessed]
+        pairs = zip(guessed, right, strict=True)
+        return max(bound(candidates, guesses, correct, claims.plan.delta, risk) for guesses, correct in pairs)
+
+    return _Score(name, True, None, claims.claimed(root), lower, _ONE_RUN[name])
+
+
+def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
+    """How many of so many guesses are right: the sign of the largest scores, or presence at both ends."""
+    if (coins < 0).any():
+        chosen = np.argsort(-np.abs(scores), kind="stable")[:guesses]
+        return int((np.sign(scores[chosen]) == coins[chosen]).sum())
+    order = np.argsort(-scores, kind="stable")
+    present, absent = order[: guesses - guesses // 2], order[len(order) - guesses // 2 :]
+    return int((coins[present] == 1).sum() + (coins[absent] == 0).sum())
+
+
+def _without_cohorts(evidence: Evidence, canaries: Canaries, claims: _Claims) -> float | None:
+    """Epsilon of two Gaussians of deviation 1, as far apart as the scores of an auditor without cohorts (Andrew et al.
+    2023, arXiv 2302.03098). An estimate: a sampled mechanism is no Gaussian one.
+    """
+    if evidence.unaware is None:
+        return None
+    return claims.epsilon(float((evidence.unaware[canaries.seen] * canaries.coins[canaries.seen]).mean()))

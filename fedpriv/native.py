@@ -1,0 +1,64 @@
+"""C files that are compiled once on the user's machine, if it has a C compiler; every one of them has a Python form."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["native_library"]
+
+# No flag may change a rounding: no contraction, no reordering.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_COMPILE_SECONDS = 60.0
+
+
+def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
+    """Return a compiled C file; None without a compiler, or where FEDPRIV_NATIVE is 0.
+
+    Args:
+        source: The C file.
+        declare: Sets the types of its functions.
+    """
+    if os.environ.get("FEDPRIV_NATIVE", "1") == "0" or sys.platform == "win32":
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled(source)))
+        declare(library)
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError):  # RuntimeError: no home folder
+        return None
+    return library
+
+
+def _compiled(source: Path) -> Path:
+    """The compiled file, kept in the user's cache under a name that says what it was made of."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler")
+    command = [compiler, *_FLAGS]
+    made_of = (source.read_bytes(), " ".join(command).encode(), platform.machine().encode(), _cpu().encode())
+    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedpriv"
+    path = folder / f"{source.stem}-{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(place) / path.name
+            command += ["-o", str(made), str(source), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+            made.replace(path)
+    return path
+
+
+def _cpu() -> str:
+    """What the compiler's `native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()

@@ -1,0 +1,66 @@
+"""Reading a plan back from the record that it left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpriv.errors import UserError
+from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+
+__all__ = ["read_plan"]
+
+
+def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
+    """Return the plan of which `table` is the `PrivacyPlan.as_dict`, from this version or an earlier one.
+
+    Of a timeline only the total is recorded: every step of it is charged as the whole timeline, which is never too
+    little.
+
+    Args:
+        table: The content of a run's `privacy.json`.
+        where: The file, for errors.
+
+    Returns:
+        None if nothing was promised.
+
+    Raises:
+        UserError: If the table is no such record.
+    """
+    try:
+        if table["trust"] is None:
+            return None
+        rounds = int(table["rounds"])
+        return PrivacyPlan(
+            trust=table["trust"],
+            adjacency=table["adjacency"],
+            sampling=_sampling(table["sampling"], rounds),
+            rounds=rounds,
+            delta=table["delta"],
+            l2_bound=table["l2_bound"],
+            noise_multiplier=table["noise_multiplier"],
+            client_memory=table.get("client_memory", True),
+            unit=table.get("unit", "client"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        remedy = "Restore the file, or move the run out of the folder"
+        raise UserError(where, "the record of a privacy plan", repr(error), remedy) from None
+
+
+def _sampling(table: Mapping[str, Any], rounds: int) -> Sampling:
+    name, population = table["name"], table["population"]
+    if name == Everyone.name:
+        return Everyone(population)
+    if name == Poisson.name:
+        return Poisson(population, table["sampling_prob"])
+    if name == FixedSize.name:
+        return FixedSize(population, table["size"])
+    if name != Scheduled.name:
+        raise ValueError(f"no sampling is called {name!r}")
+    steps = max(rounds, 1)
+    return Scheduled(
+        population=population,
+        expected_size=table["expected_size"],
+        scheme=table["scheme"],
+        squares=(table["most_squared_weights"],) * steps,
+        sent=(table["most_messages_sent"],) * steps,
+    )

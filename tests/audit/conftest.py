@@ -1,0 +1,8 @@
+"""Audits in tests check the null with fewer directions."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def few_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpriv.audit.evidence._UNSEEN", 1000)

@@ -1,0 +1,136 @@
+"""Faults put into the product's own code are found guilty, and the product as it is is not."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from audit_cases import (
+    NOISE_FAULTS,
+    PRIVACY,
+    Changes,
+    forgotten_by_one,
+    in_every_other,
+    in_half,
+    quick_audit,
+    seed_bound_fault,
+    seed_noise_fault,
+)
+from torch import Tensor
+
+from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
+
+CENTRAL: Changes = {"privacy": PRIVACY}
+REPLACE: Changes = {"privacy": {**PRIVACY, "adjacency": "replace"}}
+LOCAL: Changes = {"privacy": {**PRIVACY, "trust": "local"}}
+MEMORYLESS: Changes = {"method": {"name": "dp-fedavg", "clip_norm": 0.5}}
+FULL_MEMORY: Changes = {"method": {"name": "clip21", "clip_norm": 0.5}}
+SENT: Changes = {
+    "method": {"name": "alpha-normec", "beta": 0.1, "server_normalization": False, "memory": "sent"},
+    "privacy": {**PRIVACY, "trust": "local"},
+}
+POISSON: Changes = {"cohort": {"sampling": "poisson", "probability": 0.5}}
+FIXED: Changes = {"cohort": {"sampling": "fixed", "size": 4}}
+
+RIGHT: dict[str, Changes] = {
+    "central, fading memory": CENTRAL,
+    "central, no memory": MEMORYLESS,
+    "central, full memory": FULL_MEMORY,
+    "central, replace": REPLACE,
+    "central, poisson": POISSON,
+    "central, poisson, no memory, replace": POISSON | MEMORYLESS | REPLACE,
+    "central, fixed": FIXED,
+    "local": LOCAL,
+    "local, add-or-remove": {"privacy": {**PRIVACY, "trust": "local", "adjacency": "add-or-remove"}},
+    "local, sent memory": SENT,
+    "local, no memory, poisson": LOCAL | MEMORYLESS | POISSON,
+    "central, server adam": MEMORYLESS | {"server": {"optimizer": "adam"}},
+    "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
+}
+SHORT: Changes = {"training": {"rounds": 12}}
+LONG: Changes = {"training": {"rounds": 50}}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> None:
+    """And directions in no run score as they should."""
+    for seed in range(1 if "local" in name else 3):
+        findings, record = quick_audit(SHORT | RIGHT[name], canaries=40, seed=seed)
+        assert record["verdict"] == "not guilty"
+        assert record["null"]["deviation"] == pytest.approx(1.0, abs=0.1)
+        assert all(finding.convicting <= finding.lower for finding in findings.scores)
+
+
+def test_a_verdict_takes_999_in_a_thousand_over_all_scores_and_a_bound_what_was_asked_for() -> None:
+    findings, _ = quick_audit(SHORT, canaries=40)
+    whitened, largest = findings.scores[0], findings.scores[2]
+    for significance, found in ((0.05 / 2, whitened.lower), (0.001 / 6, whitened.convicting)):
+        assert found == pytest.approx(epsilon_of(mean_lower(findings.whitened, significance), 1e-5), abs=1e-6)
+    alike = np.ones(len(findings.whitened))
+    for significance, found in ((0.05, largest.lower), (0.001 / 6, largest.convicting)):
+        assert found == pytest.approx(epsilon_of(largest_lower(findings.whitened, alike, significance), 1e-5), abs=1e-6)
+    assert findings.best.lower == max(finding.lower for finding in findings.scores[:2])
+
+
+def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
+    records = [quick_audit(canaries=150, seed=seed)[1] for seed in range(3)]
+    assert all(record["verdict"] == "not guilty" for record in records)
+    assert np.mean([record["epsilon_lower"] for record in records]) > 0.7 * records[0]["epsilon_claimed"]
+
+
+def test_the_last_model_shows_a_steady_client_if_the_server_adds_the_noise_and_not_if_clients_do() -> None:
+    """A sum of all rounds hides nothing of a client that always pushes the same way; other clients' noise does."""
+    central = quick_audit(MEMORYLESS, canaries=150)[1]
+    assert 2.0 < central["final_model"]["epsilon_lower"] <= central["final_model"]["epsilon_estimate"]
+    assert central["final_model"]["epsilon_lower"] < central["epsilon_claimed"]
+    assert quick_audit(SHORT | LOCAL, canaries=40)[1]["final_model"]["epsilon_lower"] < 0.5
+
+
+@pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
+@pytest.mark.parametrize("plan", [CENTRAL, LONG | MEMORYLESS | REPLACE], ids=["central", "replace, no memory"])
+def test_noise_that_is_wrong_at_the_server_is_found_guilty(
+    plan: Changes, fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_noise_fault(monkeypatch, fault)
+    assert quick_audit(plan, canaries=100)[1]["verdict"] == "guilty"
+
+
+@pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
+def test_noise_that_is_wrong_at_clients_is_found_guilty(
+    fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_noise_fault(monkeypatch, fault)
+    in_few_coordinates = fault in (in_half, in_every_other)  # the score of a coordinate is at most sqrt(rounds)
+    plan = LOCAL if in_few_coordinates else SHORT | LOCAL
+    assert quick_audit(plan, canaries=30 if in_few_coordinates else 50)[1]["verdict"] == "guilty"
+
+
+@pytest.mark.parametrize("plan", [CENTRAL, LOCAL, POISSON], ids=["central", "local", "poisson"])
+def test_messages_longer_than_their_bound_are_found_guilty(plan: Changes, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_bound_fault(monkeypatch, 3.0)
+    assert quick_audit(SHORT | plan, canaries=40)[1]["verdict"] == "guilty"
+
+
+def test_a_bound_that_is_ignored_in_c_is_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model so large that the vectorized engine takes a client's step in C."""
+    large: Changes = {"model": {"name": "mlp", "hidden": [224]}, "training": {"rounds": 6}, "data": DATA}
+    assert quick_audit(large, canaries=40)[1]["verdict"] == "not guilty"
+    seed_bound_fault(monkeypatch, 3.0)
+    assert quick_audit(large, canaries=40)[1]["verdict"] == "guilty"
+
+
+DATA = {"name": "digits", "clients": 8, "partition": "iid"}
+
+
+@pytest.mark.parametrize("plan", [REPLACE, LOCAL], ids=["central", "local"])
+def test_replace_that_is_counted_as_add_or_remove_is_found_guilty(
+    plan: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpriv.privacy.plan.REPLACE_FACTOR", 1.0)
+    assert quick_audit(SHORT | plan, canaries=80)[1]["verdict"] == "guilty"
+
+
+def test_noise_forgotten_by_one_client_is_found_by_the_largest_score_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_noise_fault(monkeypatch, forgotten_by_one)
+    findings, record = quick_audit(SHORT | LOCAL, canaries=40)
+    assert record["verdict"] == "guilty"
+    assert [finding.name for finding in findings.scores if finding.guilty] == ["largest"]

@@ -1,0 +1,287 @@
+"""A ledger that was lost, or put back to an earlier state, is noticed in every run."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deploy_in_process import DeploymentGrid, run_server
+from flwr.app import ConfigRecord, Message, RecordDict
+from test_deploy_app import config, rows
+from test_deploy_member import SIZE, ask, order, policy, terms, turn
+
+from clients.heads import HEAD, KEY_FILE, Head, LedgerKey
+from clients.ledger import Ledger, account_of
+from clients.member import Member
+from clients.memory import remembered_ledgers
+from clients.refusals import Refusal
+from clients.wire import TERMS
+from fedpriv.errors import UserError
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.methods import DPFedAvg
+from fedpriv.privacy import Everyone
+from fedpriv.rounds import agree
+from fedpriv.streams import SystemStreams
+from strategies import deployment
+from strategies.coordinator import Coordinator
+from strategies.heads import HEADS_FILE, HeadBook, newer_heads
+
+
+@pytest.fixture
+def member(tmp_path: Path) -> Member:
+    return Member(policy(), tmp_path / "home" / "state")
+
+
+def shown_to(member: Member, o: Any, t: Any, shown: Head | None) -> torch.Tensor:
+    return member.answer(o, t, torch.zeros(SIZE), lambda: torch.ones(SIZE), shown)
+
+
+def head_of(member: Member) -> Head:
+    head = member.head()
+    assert head is not None
+    return head
+
+
+def forget(member: Member, how: str) -> None:
+    """Damages the ledger after three releases of run r1; its own memory files stay."""
+    path = Ledger(member.folder).path
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.with_name("ledger.head").unlink()
+    if how == "lost":
+        path.unlink()
+    elif how == "rolled back":
+        path.write_bytes(lines[0])
+    else:
+        (member.folder / "ledger.jsonl").write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["lost", "rolled back", "emptied"])
+def test_a_client_that_lost_its_ledger_is_noticed_by_a_run_of_another_name(member: Member, how: str) -> None:
+    for number in (1, 2, 3):
+        ask(member, *turn(number, number - 1))
+    forget(member, how)
+    before = Ledger(member.folder).lines
+    with pytest.raises(Refusal, match=r"as it was written, as .*r1-0/memory remembers it") as caught:
+        ask(member, order(), terms(run="another"))
+    assert caught.value.kind == "trouble"
+    assert "r1" not in caught.value.told
+    assert Ledger(member.folder).lines == before
+    with pytest.raises(UserError, match="r1-0/memory remembers it"):
+        account_of(member.folder, 8.0, 1e-5, "replace")
+
+
+def test_any_run_s_memory_is_a_witness_not_only_the_newest(member: Member) -> None:
+    for run in ("r1", "r2", "r3"):
+        ask(member, order(), terms(run=run))
+    assert [lines for _, lines, _ in remembered_ledgers(member.folder)] == [1, 2, 3]
+    for run in ("r1", "r2"):
+        shutil.rmtree(member.folder / f"{run}-0")
+    forget(member, "rolled back")
+    with pytest.raises(Refusal, match="r3-0/memory remembers it"):
+        ask(member, order(), terms(run="r4"))
+
+
+def test_a_witness_that_cannot_be_read_is_no_reason_to_go_on(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    (member.folder / "r1-0" / "memory").write_bytes(b"fedpriv-memory 1 x\n\x09")
+    with pytest.raises(Refusal, match="expected a whole memory file, got no account of the ledger"):
+        ask(member, order(), terms(run="another"))
+
+
+def test_only_facts_of_other_runs_memories_are_read(member: Member) -> None:
+    """Their tensors may be large, and damage to them is no matter of this run."""
+    ask(member, *turn(1, 0))
+    path = member.folder / "r1-0" / "memory"
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b'{"epoch"') - 3] ^= 1
+    path.write_bytes(bytes(content))
+    ask(member, order(), terms(run="another"))
+    assert [lines for _, lines, _ in remembered_ledgers(member.folder)] == [2, 1]
+
+
+@pytest.mark.parametrize("how", ["all records lost", "all records rolled back"])
+def test_records_that_are_lost_as_a_whole_are_noticed_by_the_head_that_the_server_shows(
+    member: Member, how: str, tmp_path: Path
+) -> None:
+    ask(member, *turn(1, 0))
+    shutil.copytree(member.folder, tmp_path / "snapshot")
+    ask(member, *turn(2, 1))
+    shown = head_of(member)
+    shutil.rmtree(member.folder)
+    if how == "all records rolled back":
+        shutil.copytree(tmp_path / "snapshot", member.folder)
+    with pytest.raises(Refusal, match="as this client has signed it and the server shows it") as caught:
+        shown_to(member, order(), terms(run="another"), shown)
+    assert caught.value.kind == "trouble"
+
+
+def test_a_head_that_the_ledger_has_or_has_gone_beyond_is_no_trouble(member: Member) -> None:
+    assert member.head() is None
+    ask(member, *turn(1, 0))
+    first = head_of(member)
+    shown_to(member, *turn(2, 1), first)
+    shown_to(member, *turn(3, 2), head_of(member))
+    shown_to(member, *turn(4, 3), first)
+    assert (first.lines, head_of(member).lines) == (1, 4)
+
+
+def test_a_server_that_shows_no_head_is_answered_as_before(member: Member) -> None:
+    """Servers of before heads did not; what only a head could tell is then not noticed."""
+    ask(member, *turn(1, 0))
+    shutil.rmtree(member.folder)
+    ask(member, order(), terms(run="another"))
+
+
+def test_the_same_order_gets_the_same_bytes_whichever_head_is_shown(member: Member) -> None:
+    first = shown_to(member, *turn(1, 0), None)
+    again = shown_to(member, *turn(1, 0), head_of(member))
+    assert torch.equal(first, again)
+    assert len(Ledger(member.folder).entries()) == 1
+
+
+@pytest.mark.parametrize("change", [{"lines": 9}, {"hash": "0" * 64}, {"signature": "0" * 128}, {"key": "0" * 64}])
+def test_a_head_that_the_client_did_not_sign_is_not_believed(
+    member: Member, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ask(member, *turn(1, 0))
+    forged = replace(head_of(member), **change)
+    assert not forged.valid
+    assert Head.of(RecordDict({HEAD: forged.to_record()})) is None
+    with caplog.at_level(logging.WARNING, "flwr"):
+        shown_to(member, *turn(2, 1), forged)
+    assert "another key has signed" in caplog.text
+
+
+def test_a_head_of_another_client_is_not_believed(member: Member, tmp_path: Path) -> None:
+    other = LedgerKey.at(tmp_path / "other").sign(5, "a" * 64)
+    assert other.valid
+    shown_to(member, *turn(1, 0), other)
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"lines": 1}, {"lines": "1", "hash": "", "key": "", "signature": ""}, {"lines": b"1", "key": [1.0]}]
+)
+def test_a_record_that_is_no_head_is_none(record: dict[str, Any]) -> None:
+    assert Head.of(RecordDict({HEAD: ConfigRecord(record)})) is None
+    assert Head.of(RecordDict()) is None
+
+
+def test_the_key_is_the_client_s_alone_and_stays(member: Member) -> None:
+    ask(member, *turn(1, 0))
+    path = member.folder.parent / KEY_FILE
+    assert path.stat().st_mode & 0o777 == 0o600
+    before = path.read_bytes()
+    ask(member, *turn(2, 1))
+    assert path.read_bytes() == before
+    path.write_bytes(b"none")
+    with pytest.raises(Refusal, match="expected an Ed25519 key"):
+        ask(member, *turn(3, 2))
+
+
+def heads(tmp_path: Path, lines: int, name: str = "a") -> Head:
+    return LedgerKey.at(tmp_path / name).sign(lines, f"{lines:064x}")
+
+
+def test_the_newest_head_of_a_client_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    early, late = heads(tmp_path, 1), heads(tmp_path, 2)
+    assert newer_heads({0: early}, {0: late}) == newer_heads({0: late}, {0: early}) == {0: late}
+    assert newer_heads({0: late}, {1: early}) == {0: late, 1: early}
+    assert not caplog.records
+    assert newer_heads({0: late}, {0: heads(tmp_path, 1, "b")})[0].lines == 1
+    assert "client 0 signs its ledger with another key than before" in caplog.text
+
+
+def test_heads_outlive_the_server_and_a_damaged_book_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "deployment" / HEADS_FILE
+    HeadBook(path).keep({3: heads(tmp_path, 2)})
+    HeadBook(path).keep({4: heads(tmp_path, 1), 3: heads(tmp_path, 1)})
+    assert HeadBook(path).heads == {3: heads(tmp_path, 2), 4: heads(tmp_path, 1)}
+    rows = json.loads(path.read_text())
+    rows["3"]["lines"] = 7
+    path.write_text(json.dumps(rows))
+    assert HeadBook(path).heads == {4: heads(tmp_path, 1)}
+    path.write_text("[]")
+    with pytest.raises(UserError, match="expected the heads of clients' ledgers"):
+        HeadBook(path)
+
+
+def test_a_server_that_is_restored_still_knows_its_clients_heads(tmp_path: Path) -> None:
+    method, sampling = DPFedAvg(clip_norm=1.0), Everyone(2)
+    server, client = agree(method, sampling, None, SystemStreams())
+
+    def fresh() -> Coordinator:
+        return Coordinator(
+            server=server,
+            client=client,
+            plan=None,
+            choice=DeploymentChoice(),
+            turns=5,
+            digest="d",
+            state=method.init_server(torch.zeros(SIZE)),
+        )
+
+    one, other = fresh(), fresh()
+    one.begin()
+    one.finish({0: torch.zeros(SIZE)}, {1: ("budget", "none left")}, {0: heads(tmp_path, 2), 1: heads(tmp_path, 9)})
+    other.restore(one.state, one.save())
+    assert other.heads == {0: heads(tmp_path, 2), 1: heads(tmp_path, 9)}
+    saved = json.loads(one.save()["coordinator"].numpy().tobytes())
+    del saved["heads"]  # as servers of before heads saved it
+    other.restore(
+        one.state, {"coordinator": torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)}
+    )
+    assert other.heads == {}
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(deployment, "_RETRY_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_deployment_notices_clients_that_lost_all_records_between_two_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 messages left where the budget allowed 4: the second run knew nothing of the first."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "superlink"))
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local")
+    run_server(grid, config(rounds=2), tmp_path / "runs" / "one")
+    book = HeadBook(tmp_path / "superlink" / HEADS_FILE)
+    assert {client: head.lines for client, head in book.heads.items()} == dict.fromkeys(range(4), 2)
+    for node in (0, 2):
+        shutil.rmtree(tmp_path / "nodes" / f"node-{node}" / "state")
+    again = config(rounds=1).replace('name = "devices"', 'name = "another"')
+    run_server(grid, again, tmp_path / "runs" / "two")
+    (row,) = rows(tmp_path / "runs" / "two")
+    assert row["counted"] == [1, 3]
+    assert {client: no["kind"] for client, no in row["refused"].items()} == {"0": "trouble", "2": "trouble"}
+    assert "ledger" not in str(row["refused"])
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_resumed_run_shows_the_heads_of_before_the_server_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    away = [True]
+
+    def hook(partition: int, message: Message) -> bool:
+        told = message.content.config_records.get(TERMS)
+        return not (partition == 2 and told is not None and told["turn"] == 2 and away[0])
+
+    toml = config("dp-fedavg", rules='min_participants = 4\ntoo_few = "stop"', deadline=0.5, rounds=3)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
+    with pytest.raises(UserError, match="turn 2"):
+        run_server(grid, toml, tmp_path / "out")
+    (tmp_path / HEADS_FILE).unlink()  # only the run's own checkpoint remembers
+    away[0] = False
+    shutil.rmtree(tmp_path / "nodes" / "node-2" / "state")
+    with pytest.raises(UserError, match="turn 2: expected at least 4 valid messages, got 3"):
+        run_server(grid, toml, tmp_path / "out", resume=True)
+    shown = [m.content.config_records.get(HEAD) for m in grid.seen if TERMS in m.content.config_records]
+    assert shown[-1] is not None

@@ -1,0 +1,185 @@
+"""Server and client compute the same promise from the same facts."""
+
+import dataclasses
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients.ledger import Entry, Ledger, spent
+from clients.member import Member
+from clients.policy import Accepts, Limits, Policy
+from clients.promise import Promise, promised
+from clients.refusals import Refusal
+from clients.wire import Terms
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, has_memory
+from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan
+from fedpriv.rounds import agree
+from fedpriv.streams import SystemStreams
+from strategies.coordinator import Coordinator
+
+SIZE, CLIENTS, ROUNDS = 3, 12, 3
+SAMPLED: dict[str, Sampling] = {
+    "everyone": Everyone(CLIENTS),
+    "poisson": Poisson(CLIENTS, 0.3),
+    "fixed": FixedSize(CLIENTS, 4),
+}
+METHODS: dict[str, Method] = {"memory": AlphaNormEC(alpha=1.0, beta=0.5), "none": DPFedAvg(clip_norm=0.7)}
+
+# Another value of each field than `plan` has; a field of which only one value is offered yet has that one.
+OTHER: dict[str, Any] = {
+    "trust": "local",
+    "adjacency": "replace",
+    "sampling": SAMPLED["fixed"],
+    "rounds": 7,
+    "delta": 1e-6,
+    "l2_bound": 2.5,
+    "noise_multiplier": 3.0,
+    "client_memory": False,
+    "unit": "client",
+}
+
+
+def plan(**changes: Any) -> PrivacyPlan:
+    given: dict[str, Any] = {"trust": "central", "adjacency": "add-or-remove", "sampling": SAMPLED["poisson"]}
+    given |= {"rounds": ROUNDS, "delta": 1e-5, "l2_bound": 1.0, "noise_multiplier": 1.5}
+    return make_plan(**given | changes)
+
+
+def test_every_field_of_a_plan_is_in_the_test_below() -> None:
+    """A field that is added to the plan has to travel, too: add it to `Promise`, and here."""
+    assert set(OTHER) == {field.name for field in dataclasses.fields(PrivacyPlan)}
+    assert {"everyone", "poisson", "fixed"} == set(SAMPLINGS)
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_every_fact_of_a_plan_reaches_the_client_and_its_ledger(field: str) -> None:
+    made = plan(**{field: OTHER[field]})
+    facts = promised(made, made.sampling, made.rounds)
+    assert Promise(**facts).plan(made.l2_bound) == made
+    entry = Entry(**facts, run="r", client=0, turn=1, request="", method="m", l2_bound=made.l2_bound, noise_stddev=0.0)
+    assert entry.plan(entry.l2_bound) == made
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_every_fact_of_the_cohorts_reaches_the_client(name: str) -> None:
+    made = plan(sampling=SAMPLED[name])
+    assert Promise(**promised(made, made.sampling, made.rounds)).plan(1.0).sampling == SAMPLED[name]
+
+
+def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folder: Path) -> tuple[PrivacyPlan, Member]:
+    """A client that has answered all turns of a run under a plan."""
+    made = make_plan(
+        trust=trust,
+        adjacency=adjacency,
+        sampling=sampling,
+        rounds=ROUNDS,
+        delta=1e-5,
+        l2_bound=method.bounded.l2_bound,
+        noise_multiplier=1.5,
+        client_memory=has_memory(method),
+    )
+    server, client = agree(method, sampling, made, SystemStreams())
+    limits = Limits(epsilon=1e4, delta=1e-5, adjacency=adjacency)  # type: ignore[arg-type]
+    member = Member(Policy(accepts=Accepts(trust="central"), limits=limits), folder / "state")
+    coordinator = Coordinator(
+        server=server,
+        client=client,
+        plan=made,
+        choice=DeploymentChoice(),
+        turns=ROUNDS,
+        digest="d",
+        state=method.init_server(torch.zeros(SIZE)),
+    )
+    while not coordinator.done:
+        broadcast = coordinator.begin()
+        order, terms = coordinator.order(0)
+        answer = member.answer(order, terms, broadcast.model, lambda: torch.ones(SIZE))
+        coordinator.last_turn[0] = broadcast.round
+        coordinator.finish({}, {})
+        assert len(answer) == SIZE
+    return made, member
+
+
+@pytest.mark.parametrize(
+    ("trust", "adjacency", "sampling", "method"),
+    list(itertools.product(("central", "local"), ("add-or-remove", "replace"), SAMPLED, METHODS)),
+)
+def test_the_ledger_charges_a_client_in_all_rounds_what_the_server_states(
+    trust: str, adjacency: str, sampling: str, method: str, tmp_path: Path
+) -> None:
+    made, member = served(METHODS[method], trust, adjacency, SAMPLED[sampling], tmp_path)
+    entries = Ledger(member.folder).entries()
+    assert len(entries) == ROUNDS
+    assert spent(entries, made.delta, adjacency) == pytest.approx(made.epsilon, rel=1e-9)
+
+
+def test_a_fixed_cohort_without_memory_is_charged_with_its_sampling() -> None:
+    """The ledger said 80.3 where the server stated 2.80: it counted every client as one that remembers."""
+    sampling = FixedSize(1000, 20)
+    made = make_plan(
+        trust="central",
+        sampling=sampling,
+        rounds=100,
+        delta=1e-5,
+        l2_bound=1.0,
+        epsilon=2.8,
+        client_memory=False,
+    )
+    facts = promised(made, sampling, 100)
+    entry = Entry(**facts, run="r", client=0, turn=1, request="", method="m", l2_bound=1.0, noise_stddev=0.0)
+    assert spent([entry], 1e-5, "replace") == made.epsilon <= 2.8
+    remembers = replace(entry, client_memory=True)
+    assert spent([remembers], 1e-5, "replace") > 10.0
+
+
+def test_a_promise_from_before_memory_was_written_down_is_charged_as_with_memory() -> None:
+    made = plan(sampling=SAMPLED["fixed"], client_memory=False)
+    facts = promised(made, made.sampling, made.rounds)
+    del facts["client_memory"], facts["unit"]
+    assert Promise(**facts).plan(1.0) == replace(made, client_memory=True)
+
+
+def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path) -> None:
+    """Fixed cohorts of clients that remember are not amplified, whatever the terms say."""
+    method = METHODS["memory"]
+    made = plan(sampling=SAMPLED["fixed"], client_memory=False)
+    terms = Terms(run="r", turn=1, last_turn=0, epoch=0, digest="d", **promised(made, made.sampling, made.rounds))
+    server, client = agree(method, made.sampling, plan(sampling=made.sampling), SystemStreams())
+    coordinator = Coordinator(
+        server=server,
+        client=client,
+        plan=plan(sampling=made.sampling),
+        choice=DeploymentChoice(),
+        turns=ROUNDS,
+        digest="d",
+        state=method.init_server(torch.zeros(SIZE)),
+    )
+    coordinator.begin()
+    order, right = coordinator.order(0)
+    member = Member(
+        Policy(accepts=Accepts(trust="central"), limits=Limits(epsilon=1e4, delta=1e-4)), tmp_path / "state"
+    )
+    with pytest.raises(Refusal, match="client_memory: expected true with a method that has a memory"):
+        member.answer(order, terms, torch.zeros(SIZE), lambda: torch.ones(SIZE))
+    assert len(member.answer(order, right, torch.zeros(SIZE), lambda: torch.ones(SIZE))) == SIZE
+
+
+def test_a_run_of_more_turns_than_were_accounted_does_not_begin() -> None:
+    method = METHODS["none"]
+    made = plan(l2_bound=0.7, client_memory=False)
+    server, client = agree(method, made.sampling, made, SystemStreams())
+    with pytest.raises(ValueError, match="the plan is for 3 turns, and the run has 4"):
+        Coordinator(
+            server=server,
+            client=client,
+            plan=made,
+            choice=DeploymentChoice(),
+            turns=4,
+            digest="d",
+            state=method.init_server(torch.zeros(SIZE)),
+        )

@@ -1,0 +1,254 @@
+"""Neighboring data: one client changes all its data, and nothing else of what a run trains on may change with it.
+
+Over all data sets with natural clients, on files that the tests make, and all options of `[data]`.
+"""
+
+import dataclasses
+import itertools
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import same
+
+from fedpriv.engines import LoopEngine
+from fedpriv.experiment.assemble import assemble, make_federation
+from fedpriv.experiment.config import Config, parse_config
+from fedpriv.learning.datasets import DATASETS, Dataset, DatasetSource
+from fedpriv.learning.federation import Federation
+from fedpriv.learning.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
+from fedpriv.rounds import begin_round
+
+CHANGED = 1
+"""The client whose data change, by its place among all natural clients."""
+
+# What natural clients hold before any file: of each client its rows, each a row of the file that is written.
+Rows = dict[int, list[Any]]
+
+
+def patient(rng: random.Random) -> str:
+    values = {column: rng.choice(codes) for column, codes in CODES.items()}
+    values |= {column: round(middle + scale * rng.gauss(0, 1), 1) for column, (middle, scale) in QUANTITIES.items()}
+    return ",".join([*("?" if rng.random() < 0.1 else str(values[i]) for i in range(13)), str(rng.randrange(5))])
+
+
+def write_hospitals(root: Path, held: Rows) -> None:
+    (root / "heart_disease").mkdir(parents=True)
+    for number, hospital in enumerate(HOSPITALS):
+        (root / "heart_disease" / f"processed.{hospital}.data").write_text("\n".join(held[number]) + "\n")
+
+
+def sentence(rng: random.Random) -> str:
+    return "".join(rng.choice(ALPHABET[1:]) for _ in range(rng.randrange(4, 12)))
+
+
+def write_play(root: Path, held: Rows) -> None:
+    """Speakers take turns; whoever has nothing left to say still has a heading."""
+    (root / "tinyshakespeare").mkdir(parents=True)
+    turns = itertools.zip_longest(*held.values(), fillvalue="")
+    speeches = [f"{'ABCDEF'[number]}:\n{said}" for turn in turns for number, said in enumerate(turn)]
+    (root / "tinyshakespeare" / "input.txt").write_text("\n\n".join(speeches) + "\n")
+
+
+def image(rng: random.Random) -> tuple[int, bytes]:
+    return rng.randrange(10), rng.randbytes(28 * 28)
+
+
+def idx(array: np.ndarray, kind: int) -> bytes:
+    return struct.pack(">HBB", 0, kind, array.ndim) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+
+
+def write_writers(root: Path, held: Rows) -> None:
+    """Writers' images one after the other, turn by turn, under numbers with gaps; ten images by others to test on."""
+    for folder in ("MNIST/raw", "QMNIST/raw"):
+        (root / folder).mkdir(parents=True)
+    rows = [(100 + 7 * i, *row) for turn in itertools.zip_longest(*held.values()) for i, row in enumerate(turn) if row]
+    others = [(0, *image(random.Random(number))) for number in range(10)]
+    for split, part in (("train", rows), ("t10k", others)):
+        pixels = np.frombuffer(b"".join(content for *_, content in part), dtype=np.uint8).reshape(-1, 28, 28)
+        labels = np.array([label for _, label, _ in part], dtype=np.uint8)
+        (root / "MNIST" / "raw" / f"{split}-images-idx3-ubyte").write_bytes(idx(pixels, 0x08))
+        (root / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels, 0x08))
+    facts = np.zeros((len(rows), 8), dtype=">i4")
+    facts[:, 0], facts[:, 2] = [label for _, label, _ in rows], [writer for writer, *_ in rows]
+    (root / "QMNIST" / "raw" / "qmnist-train-labels-idx2-int").write_bytes(idx(facts, 0x0C))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A data set with natural clients: how many, what a row is, how its label is changed, how files are written."""
+
+    clients: int
+    row: Callable[[random.Random], Any]
+    relabelled: Callable[[Any], Any]
+    write: Callable[[Path, Rows], None]
+
+    def held(self) -> Rows:
+        rng = random.Random(5)
+        return {i: [self.row(rng) for _ in range(6 + 3 * i)] for i in range(self.clients)}
+
+    def neighbor(self, change: str) -> Rows:
+        held, rng = self.held(), random.Random(9)
+        rows = held[CHANGED]
+        held[CHANGED] = {
+            "labels": lambda: [self.relabelled(row) for row in rows],
+            "order": lambda: rng.sample(rows, len(rows)),
+            "values": lambda: [self.row(rng) for _ in rows],
+            "fewer": lambda: rows[:4],
+            "more": lambda: [*rows, *(self.row(rng) for _ in range(30))],
+            "none": list,
+        }[change]()
+        return held
+
+
+KINDS = {
+    "heart-disease": Kind(
+        4, patient, lambda row: row[:-1] + "1" if row[-1] == "0" else row[:-1] + "0", write_hospitals
+    ),
+    "tiny-shakespeare": Kind(6, sentence, lambda row: row.swapcase(), write_play),
+    "mnist-by-writer": Kind(6, image, lambda row: ((row[0] + 1) % 10, row[1]), write_writers),
+}
+CHANGES = ("labels", "order", "values", "fewer", "more", "none")
+
+
+def config_of(name: str, *, rounds: int = 1, **data: Any) -> Config:
+    return parse_config(
+        {
+            "name": "neighbors",
+            "seed": 3,
+            "data": {"name": name, "partition": "natural", **{k: v for k, v in data.items() if v is not None}},
+            "model": {"name": "softmax"},
+            "method": {"name": "dp-fedavg", "clip_norm": 2.0},
+            "privacy": {"epsilon": 8.0, "delta": 1e-5},
+            "training": {"rounds": rounds},
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Emptied:
+    """A data set of which one natural client holds nothing: of some files nothing can be taken away."""
+
+    source: DatasetSource
+    client: int
+
+    def load(self, data_root: Path | None) -> Dataset:
+        whole = self.source.load(data_root)
+        assert whole.groups is not None
+        kept = torch.from_numpy(np.flatnonzero(whole.groups != self.client))
+        made: dict[str, Any] = {"train_inputs": whole.train_inputs[kept], "train_labels": whole.train_labels[kept]}
+        made |= {"groups": whole.groups[kept.numpy()], "natural_clients": whole.natural_population}
+        if whole.test_groups is not None:
+            tested = torch.from_numpy(np.flatnonzero(whole.test_groups != self.client))
+            made |= {"test_inputs": whole.test_inputs[tested], "test_labels": whole.test_labels[tested]}
+            made["test_groups"] = whole.test_groups[tested.numpy()]
+        return dataclasses.replace(whole, **made)
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The files of every data set, before and after every change that files can have."""
+    made = {}
+    for name, kind in KINDS.items():
+        for change in ("nothing", *CHANGES):
+            if change == "none" and name != "tiny-shakespeare":
+                continue
+            made[name, change] = tmp_path_factory.mktemp("data")
+            kind.write(made[name, change], kind.held() if change == "nothing" else kind.neighbor(change))
+    return made
+
+
+def federations(
+    roots: dict[tuple[str, str], Path], name: str, change: str, config: Config
+) -> tuple[Federation, Federation]:
+    """Of the data as they were, and of their neighbor."""
+    neighbor = config
+    if (name, change) not in roots:
+        emptied = dataclasses.replace(config.data, dataset=Emptied(config.data.dataset, CHANGED))
+        neighbor, change = dataclasses.replace(config, data=emptied), "nothing"
+    before, after = make_federation(config, roots[name, "nothing"]), make_federation(neighbor, roots[name, change])
+    assert isinstance(before, Federation)
+    assert isinstance(after, Federation)
+    return before, after
+
+
+def held_by(federation: Federation, client: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.from_numpy(federation.rows_of(client))
+    return federation.dataset.train_inputs[rows], federation.dataset.train_labels[rows]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return (one is None) == (other is None) and (one is None or same(one, other))
+
+
+def options_of(name: str) -> list[dict[str, Any]]:
+    """All options of `[data]`; public test examples are what one data set has."""
+    return [
+        {"test": test, "validation": validation, "shift": shift, "clients": clients}
+        for test in (*(("public",) if name == "mnist-by-writer" else ()), "clients", "within")
+        for validation, shift, clients in ((None, None, None), (0.3, None, None), (0.3, "noise", 2))
+    ]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_clients_data_decide_about_no_other_clients_and_about_no_public_constant(
+    name: str, change: str, roots: dict[tuple[str, str], Path]
+) -> None:
+    """And about no score that is not marked as not covered."""
+    noticed = 0
+    for options in options_of(name):
+        config = config_of(name, **options)
+        before, after = federations(roots, name, change, config)
+        assert before.population == after.population
+        one, other = before.dataset, after.dataset
+        assert (one.name, one.classes, one.input_shape) == (other.name, other.classes, other.input_shape)
+        pairs = [(held_by(before, client), held_by(after, client)) for client in range(before.population)]
+        changed = [i for i, (old, new) in enumerate(pairs) if not all(map(equal, old, new))]
+        assert len(changed) <= 1, options
+        if options["test"] != "clients":
+            assert changed in ([], [CHANGED]), options
+        noticed += len(changed)
+        if changed:  # the client is one that trains, and that the promise is about
+            covered = set(config.data.facts.not_covered)
+            for on in ("test", "validation"):
+                for part in ("inputs", "labels"):
+                    alike = equal(getattr(one, f"{on}_{part}"), getattr(other, f"{on}_{part}"))
+                    assert alike or f"{on}_accuracy" in covered, (on, options)
+    assert noticed >= 3, "the change reaches the training data"
+
+
+def test_every_data_set_with_natural_clients_is_put_to_the_test() -> None:
+    assert set(KINDS) == {name for name, source in DATASETS.items() if source.natural}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
+    name: str, change: str, roots: dict[tuple[str, str], Path]
+) -> None:
+    """A client replaced, or emptied, moves the sum by 2 B, or by B, also where examples are held out to choose by."""
+    test = "within" if name != "mnist-by-writer" else "public"
+    config = config_of(name, test=test, validation=0.1)
+    sums, bounds = [], []
+    for federation in federations(roots, name, change, config):
+        experiment = assemble(config, federation=federation)
+        assert experiment.plan is not None
+        bounds.append(experiment.plan.l2_bound * (1.0 if change == "none" else 2.0))
+        state = config.method.init_server(experiment.initial_model)
+        broadcast = begin_round(experiment.server, state, 1)
+        sums.append(LoopEngine(experiment.population).sum_messages(broadcast).sum.double())
+    assert torch.linalg.vector_norm(sums[0] - sums[1]) <= bounds[0] * (1.0 + 1e-6)
+
+
+def test_a_client_without_data_sends_zeros(roots: dict[tuple[str, str], Path]) -> None:
+    config = config_of("tiny-shakespeare", test="within")
+    _, emptied = federations(roots, "tiny-shakespeare", "none", config)
+    assert emptied.sizes[CHANGED] == 0
+    experiment = assemble(config, federation=emptied)
+    assert not experiment.population.signal(CHANGED, experiment.initial_model, 1).any()

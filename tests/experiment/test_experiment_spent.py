@@ -1,0 +1,316 @@
+"""What runs on the same clients spend together: who is added up with whom, how, and for which rounds."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpriv.cli import main
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.journal import StopRun
+from fedpriv.experiment.records import Checkpoint, RunDirectory
+from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.spent import Group, notes_on, spent_below
+from fedpriv.privacy import Everyone, make_plan, read_plan
+
+QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
+NOISE = ["privacy.epsilon=", "privacy.noise_multiplier=3.0"]
+POISSON = ["cohort.sampling=poisson", "cohort.probability=0.3"]
+LOCAL = ["privacy.trust=local", "privacy.adjacency=replace"]
+NATURAL = ["data=", "data.name=mnist-by-writer", "data.partition=natural"]
+
+
+def config(*settings: str) -> Config:
+    return load_config(QUICKSTART, ["data.clients=12", "training.rounds=6", *NOISE, *settings])
+
+
+def record(folder: Path, *settings: str, released: int | None = None, population: int = 12) -> RunDirectory:
+    """The files of a run, finished or killed after `released` rounds, without running it."""
+    experiment, directory = config(*settings), RunDirectory(folder)
+    folder.mkdir(parents=True)
+    directory.claim(experiment.to_toml(), experiment.digest, resume=False)
+    plan = experiment.plan(experiment.cohort.of(population))
+    promise = {"private": False, "trust": None} if plan is None else plan.as_dict()
+    directory.write_json("privacy.json", promise)
+    for number in range((6 if released is None else released) + 1):
+        directory.append("rounds.jsonl", {"round": number, "test_loss": 1.0 / (number + 1)})
+    if released is None:
+        directory.write_json("summary.json", {"digest": experiment.digest})
+    return directory
+
+
+def only(folder: Path) -> Group:
+    (group,) = spent_below(folder)
+    return group
+
+
+def gaussian(mu: float, delta: float = 1e-5) -> float:
+    made = make_plan(
+        trust="central", sampling=Everyone(3), rounds=1, delta=delta, l2_bound=1.0, noise_multiplier=1.0 / mu
+    )
+    return made.epsilon
+
+
+def test_gaussian_runs_on_the_same_clients_compose_to_one_gaussian_mechanism(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "deep" / "b", "method.beta=0.2", "privacy.noise_multiplier=2.0")
+    total = only(tmp_path).total
+    mu = math.sqrt(6 / 3.0**2 + 6 / 2.0**2)
+    assert total.composition == "gaussian"
+    assert total.mu == pytest.approx(mu)
+    assert total.epsilon == pytest.approx(gaussian(mu))
+    assert total.delta == 1e-5
+    alone = [run.epsilon_after(6) for run in only(tmp_path).runs]
+    assert max(alone) < total.epsilon < sum(alone)
+
+
+def test_runs_with_different_deltas_are_stated_at_the_smallest(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b", "privacy.delta=1e-7")
+    total = only(tmp_path).total
+    assert total.delta == 1e-7
+    assert total.epsilon == pytest.approx(gaussian(math.sqrt(2 * 6 / 9), 1e-7))
+
+
+def test_one_run_alone_has_spent_what_it_states(tmp_path: Path) -> None:
+    directory = record(tmp_path / "a", *POISSON)
+    total = only(tmp_path).total
+    assert total.epsilon == directory.read_json("privacy.json")["epsilon"]
+    assert only(tmp_path / "a").runs[0].name == "a"
+
+
+def test_a_run_with_hidden_cohorts_makes_the_sum_basic_in_epsilon_and_in_delta(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b", *POISSON, "privacy.delta=1e-6")
+    group = only(tmp_path)
+    assert group.total.composition == "basic"
+    assert group.total.mu is None
+    assert group.total.epsilon == pytest.approx(sum(run.epsilon_after(6) for run in group.runs))
+    assert group.total.delta == pytest.approx(1.1e-5)
+
+
+def test_deltas_that_add_up_to_one_promise_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        record(tmp_path / name, *POISSON, "privacy.delta=0.6", f"method.beta=0.{len(name)}{ord(name)}")
+    assert only(tmp_path).total.epsilon == math.inf
+
+
+@pytest.mark.parametrize("change", ["seed=8", "data.clients=13", "data.concentration=0.4", "data.partition=iid"])
+def test_runs_on_other_clients_are_another_group_and_said(tmp_path: Path, change: str) -> None:
+    more = ["data.concentration="] if change == "data.partition=iid" else []
+    record(tmp_path / "a")
+    record(tmp_path / "b", change, *more)
+    first, second = spent_below(tmp_path)
+    assert [[run.name for run in group.runs] for group in (first, second)] == [["a"], ["b"]]
+    assert any("other clients" in note for note in notes_on([first, second]))
+    assert not any("other clients" in note for note in notes_on([first]))
+
+
+def test_natural_clients_are_the_same_whatever_the_seed_and_what_is_held_out(tmp_path: Path) -> None:
+    for name, change in (("a", ()), ("b", ("seed=8",)), ("c", ("data.clients=5",)), ("d", ("data.validation=0.1",))):
+        record(tmp_path / name, *NATURAL, *change)
+    assert len(only(tmp_path).runs) == 4
+
+
+def test_other_trust_and_adjacency_are_other_promises_on_the_same_clients_and_said(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b", "privacy.adjacency=replace")
+    record(tmp_path / "c", *LOCAL)
+    groups = spent_below(tmp_path)
+    assert [(group.trust, group.adjacency) for group in groups] == [
+        ("central", "add-or-remove"),
+        ("central", "replace"),
+        ("local", "replace"),
+    ]
+    assert len({group.adversary for group in groups}) == 2
+    (said,) = [note for note in notes_on(groups) if "adversary of trust central" in note]
+    assert "trust local" in said
+
+
+@pytest.mark.parametrize("released", [0, 2, 5])
+def test_a_killed_run_is_charged_for_the_rounds_that_it_released(tmp_path: Path, released: int) -> None:
+    plan = read_plan(record(tmp_path / "a", released=released).read_json("privacy.json"), "")
+    assert plan is not None
+    group = only(tmp_path)
+    assert group.total.epsilon == plan.epsilon_after(released)
+    assert group.planned.epsilon == plan.epsilon
+    assert group.as_dict()["runs"][0]["state"] == "unfinished"
+    assert any("not finished" in note for note in notes_on([group]))
+
+
+def test_a_checkpoint_or_a_torn_row_that_knows_more_rounds_is_believed(tmp_path: Path) -> None:
+    directory = record(tmp_path / "a", released=2)
+    with directory.file("rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "test')
+    assert only(tmp_path).runs[0].rounds == 3
+    directory.checkpoint.write("digest", "promise", 4, {"model": torch.zeros(1)}, {})
+    assert only(tmp_path).runs[0].rounds == 4
+    directory.write_json("summary.json", {})
+    assert only(tmp_path).runs[0].rounds == 6
+
+
+@pytest.mark.parametrize(("settings", "charged"), [((), 2), (LOCAL, 3)])
+def test_messages_of_a_turn_that_real_devices_have_begun_are_charged(tmp_path: Path, settings: Any, charged: int):
+    directory = record(tmp_path / "a", *settings, released=1)
+    directory.append("participation.jsonl", {"round": 2})
+    assert only(tmp_path).runs[0].rounds == charged
+
+
+def test_devices_of_a_deployment_are_the_same_whatever_the_seed(tmp_path: Path) -> None:
+    for name, change in (("a", "seed=7"), ("b", "seed=8")):
+        record(tmp_path / name, change).append("participation.jsonl", {"round": 6})
+    assert len(only(tmp_path).runs) == 2
+    assert only(tmp_path).total.composition == "gaussian"
+
+
+def test_a_run_without_privacy_leaves_its_clients_without_a_bound(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b", *LOCAL)
+    record(tmp_path / "c", "seed=8")
+    record(tmp_path / "open", "privacy=", released=1)
+    groups = spent_below(tmp_path)
+    assert [group.total.epsilon == math.inf for group in groups] == [True, True, False]
+    assert any("open is not private" in note for note in notes_on(groups))
+    table = groups[0].as_dict()
+    assert table["epsilon"] is None
+    assert table["private"] is False
+
+
+def test_a_run_without_privacy_that_released_nothing_costs_nothing(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "open", "privacy=", released=0)
+    shutil.copytree(tmp_path / "a", tmp_path / "dead")
+    for name in ("privacy.json", "rounds.jsonl", "summary.json"):
+        (tmp_path / "dead" / name).unlink()
+    assert only(tmp_path).total.epsilon == only(tmp_path).runs[0].epsilon_after(6)
+
+
+def test_noise_too_small_to_promise_anything_is_no_bound_either(tmp_path: Path) -> None:
+    record(tmp_path / "a")
+    record(tmp_path / "b", "privacy.noise_multiplier=0.0")
+    assert only(tmp_path).total.epsilon == math.inf
+    json.dumps(only(tmp_path).as_dict(), allow_nan=False)
+
+
+def test_a_copy_of_a_run_is_charged_again_but_shared_noise_with_other_results_has_no_bound(tmp_path: Path) -> None:
+    directory = record(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert only(tmp_path).total.mu == pytest.approx(math.sqrt(2 * 6 / 9))
+    rows = directory.rows("rounds.jsonl")
+    rows[4]["test_loss"] += 1e-9
+    directory.file("rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    group = only(tmp_path)
+    assert group.total.epsilon == math.inf
+    assert any("share their noise" in note for note in notes_on([group]))
+
+
+def test_runs_of_a_schedule_are_charged_by_their_timeline(tmp_path: Path) -> None:
+    from fedpriv.privacy import Scheduled
+
+    directory = record(tmp_path / "a", "privacy.adjacency=replace")
+    sampling = Scheduled(12, 4.0, scheme="fedbuff", squares=(1.0, 1.0, 2.0, 2.0, 3.0, 4.0), sent=(1, 1, 2, 2, 3, 4))
+    options: dict[str, Any] = {"rounds": 6, "delta": 1e-5, "l2_bound": 1.0, "noise_multiplier": 3.0}
+    directory.write_json("privacy.json", make_plan(trust="central", sampling=sampling, **options).as_dict())
+    assert only(tmp_path).total.mu == pytest.approx(2.0 / 3.0)
+    directory.file("summary.json").unlink()
+    directory.keep_rows("rounds.jsonl", 2)
+    assert only(tmp_path).total.mu == pytest.approx(2.0 / 3.0)
+    assert any("timeline" in note for note in notes_on(spent_below(tmp_path)))
+
+
+def test_real_runs_finished_stopped_and_private_or_not(tmp_path: Path) -> None:
+    def stop(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        del diagnostics
+        if released["round"] == 2:
+            raise StopRun("enough")
+
+    whole = run_experiment(config(), tmp_path / "whole", engine="vectorized")
+    with pytest.raises(StopRun):
+        run_experiment(config("method.beta=0.3"), tmp_path / "part", engine="vectorized", watch=stop)
+    group = only(tmp_path)
+    assert {run.name: run.rounds for run in group.runs} == {"whole": 6, "part": 2}
+    assert group.total.mu == pytest.approx(math.sqrt((6 + 2) / 9))
+    assert only(tmp_path / "whole").total.epsilon == whole["epsilon"]
+
+
+def test_a_checkpoint_tells_its_round_without_being_read(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoint.safetensors")
+    assert checkpoint.round() is None
+    checkpoint.write("digest", "promise", 7, {"model": torch.zeros(3)}, {})
+    assert checkpoint.round() == 7
+    checkpoint.path.write_bytes(b"torn")
+    with pytest.raises(UserError, match="whole checkpoint"):
+        checkpoint.round()
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("damage", ["no folder", "empty", "config.toml", "privacy.json", "lost privacy.json", "data"])
+def test_a_folder_without_runs_or_with_damaged_ones_is_one_clear_line(damage: str, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "runs"
+    if damage != "no folder":
+        folder.mkdir()
+    if damage not in ("no folder", "empty"):
+        directory = record(folder / "a")
+        if damage == "lost privacy.json":
+            directory.file("privacy.json").unlink()
+        elif damage == "data":
+            directory.file("config.toml").write_text("seed = 3\n")
+        else:
+            directory.file(damage).write_text("{")
+    assert call("privacy", "--spent", str(folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folder) in line
+
+
+def test_people_see_a_table_and_programs_see_json(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    record(tmp_path / "[a]")
+    record(tmp_path / "b", "method.beta=0.2")
+    assert call("privacy", "--spent", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    for words in ("[a]", "6 of 6", "together", "seed 7", "trust central, add-or-remove", "adversary: anyone", "mu = "):
+        assert words in text
+    assert call("privacy", "--spent", str(tmp_path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (group,) = found["groups"]
+    assert group["epsilon"] == only(tmp_path).total.epsilon
+    assert [run["run"] for run in group["runs"]] == ["[a]", "b"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        (str(QUICKSTART), "--spent", "runs"),
+        ("--spent", "runs", "-s", "seed=3"),
+        ("--spent", "runs", "--plot", "x.png"),
+        (str(QUICKSTART), "--plot", "x.gif"),
+        (str(QUICKSTART), "--plot", "x.png", "-s", "privacy="),
+        (str(QUICKSTART), "--plot", "nowhere/x.png"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(arguments: tuple[str, ...], tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("privacy", *arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_picture_is_drawn_beside_the_statement(tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "curve.png"
+    assert call("privacy", str(QUICKSTART), "--plot", str(picture)) == 0
+    text = capsys.readouterr().out
+    assert "Promise:" in text
+    assert str(picture) in text
+    assert picture.stat().st_size > 10_000
