@@ -9,9 +9,20 @@ from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.answers import send_message
 from clients.refusals import Refusal
 from clients.state import keep_state, load_state
-from clients.wire import ARRAYS, FEDPRIV, Introduction, MessageFormat, ModelArrays, Order, asks_who, introduction
+from clients.wire import (
+    ARRAYS,
+    DIAGNOSTICS,
+    FEDPRIV,
+    Introduction,
+    MessageFormat,
+    ModelArrays,
+    Order,
+    asks_who,
+    introduction,
+)
 from fedpriv.errors import UserError
 from fedpriv.gaussian import release_grid
 from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg
@@ -142,6 +153,20 @@ def test_a_method_without_memory_keeps_nothing():
     order = Order(method=DPFedAvg(), round=5, client=1, last_round=3)
     keep_state(context, order, load_state(context, order, 3))
     assert not context.state
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_client_whose_memory_is_not_finite_reports_no_norm_that_is(poison):
+    """Its message is zero from then on; the server counts it by what it reports."""
+    model = ModelArrays.of(ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))}))
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    method = Clip21(clip_norm=1.0)
+    kept = type(method.init_client(3))(torch.tensor([0.0, poison, 0.0]))
+    keep_state(context, Order(method=method, round=1, client=0), kept)
+    order = Order(method=method, round=2, client=0, last_round=1, diagnostics=True)
+    content = send_message(order, torch.ones(3), model, context)
+    assert not content.array_records[ARRAYS]["w"].numpy().any()
+    assert content.metric_records[DIAGNOSTICS]["signal-norm"] == np.inf
 
 
 def test_a_first_round_starts_with_a_fresh_state():
