@@ -37,7 +37,7 @@ from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
-from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
@@ -534,10 +534,19 @@ def privacy(
         _show_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)
 
 
+def _size_of(experiment: Config, data_root: Path | None) -> int | None:
+    """The number of parameters; None if the data set, which decides about it, is not on this machine."""
+    try:
+        return assemble_clients(experiment, data_root=data_root).task.layout.size
+    except UserError:
+        return None
+
+
 def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *, as_json: bool) -> None:
     sampling = sampling_of(experiment, data_root)
     plan = experiment.plan(sampling)
     agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.tradeoff import plot_trade_off
 
@@ -545,9 +554,17 @@ def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
         absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
-        print(json.dumps(jsonable(absent if plan is None else plan.as_dict(thorough=True)), indent=2))
+        found = absent if plan is None else plan.as_dict(thorough=True)
+        if plan is not None and plan.private and size is not None:
+            found |= noise_against_signal(plan, size).as_dict()
+        print(json.dumps(jsonable(found), indent=2))
     else:
-        told = {"clock": experiment.devices is not None, "data": experiment.data.facts, "recorded": True}
+        told: dict[str, Any] = {
+            "size": size,
+            "clock": experiment.devices is not None,
+            "data": experiment.data.facts,
+            "recorded": True,
+        }
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
         if plot is not None:
             print(f"picture     {plot}")

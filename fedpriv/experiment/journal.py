@@ -1,5 +1,6 @@
 """What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
 
+import logging
 import math
 import time
 from collections import Counter
@@ -18,11 +19,13 @@ from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.methods import ServerState
-from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
 __all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
+
+_log = logging.getLogger("fedpriv")
 
 # The totals of a finished run that are not released, and a checksum of its data.
 DIAGNOSTICS_FILE = "diagnostics.json"
@@ -68,6 +71,9 @@ class Journal:
     def begin(self) -> None:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
+        size = experiment.population.task.layout.size
+        if plan is not None and (drowned := signal_warning(plan, size)):
+            _log.warning("%s", drowned)
         statement = privacy_statement(
             plan,
             method=experiment.config.method_name,
@@ -77,6 +83,7 @@ class Journal:
             data=experiment.config.data.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
+            size=size,
         )
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
