@@ -6,6 +6,7 @@ import http.client
 import importlib.metadata
 import ipaddress
 import platform
+import shutil
 import socket
 import ssl
 import stat
@@ -34,6 +35,7 @@ __all__ = [
     "check_permissions",
     "check_presence",
     "check_server",
+    "check_space",
     "check_versions",
     "covers",
     "judge",
@@ -54,6 +56,10 @@ _AHEAD_SECONDS = 5.0
 _BEHIND_SECONDS = 60.0
 
 _CALL_SECONDS = 10.0
+
+_MIB = 2.0**20
+# Below that a disk is full for all that Flower and fedpriv write about anything.
+_LEAST_FREE = 64 * _MIB
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -145,6 +151,29 @@ def check_permissions(folder: Path, names: Iterable[str]) -> list[Finding]:
         commands = "; ".join(f"chmod {modes[path]} {path}" for path in found)
         return [Finding("permissions", "wrong", f"others can read private files: {commands}")]
     return [Finding("permissions", "ok", "private files are their owner's alone")]
+
+
+def check_space(folder: Path, wanted: float, what: str, least: float = 0.0) -> list[Finding]:
+    """Whether there is room on a folder's disk.
+
+    Args:
+        folder: Where files are written; it need not be there yet.
+        wanted: Bytes that may be needed; fewer are worth a note.
+        what: What for.
+        least: Bytes that surely are needed.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = float(shutil.disk_usage(place).free)
+    line = f"{_in_words(free)} free; {what} takes up to {_in_words(wanted)}"
+    if free < max(least, _LEAST_FREE):
+        return [Finding("space", "wrong", f"{line}: free some on the disk of {folder}")]
+    if free < wanted:
+        return [Finding("space", "note", f"{line}: a full disk ends it")]
+    return [Finding("space", "ok", line)]
+
+
+def _in_words(size: float) -> str:
+    return f"{size / _MIB:,.0f} MiB" if size < 1024 * _MIB else f"{size / _MIB / 1024:,.1f} GiB"
 
 
 def load_certificate(path: Path) -> x509.Certificate:

@@ -3,8 +3,8 @@
     app = ClientApp(mods=[private_mod])
 
 The app trains as ever and answers with its new local model. The mod takes what the app learned, the signal x - x_local
-over all arrays as one vector, follows the client rule of the strategy's method (bounds it, adds noise where trust is
-local, keeps the memory) and sends that message in place of the local model.
+over all trained arrays as one vector (`clients.trained`), follows the client rule of the strategy's method (bounds it,
+adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
 
 On a node with a home the client's own policy, ledger and memory stand behind the mod; without one it works in
 simulations only, and keeps the memory in `context.state`. `clients.guard` has the rule.
@@ -29,7 +29,8 @@ from torch import Tensor
 from clients.answers import refusal, send_message
 from clients.guard import Guard, content_of, guard_of
 from clients.refusals import Refusal
-from clients.wire import ARRAYS, Introduction, ModelArrays, Order, asks_who
+from clients.trained import TrainedArrays, check_training
+from clients.wire import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.errors import UserError
 
 __all__ = ["private_mod"]
@@ -41,7 +42,7 @@ def private_mod(message: Message, context: Context, call_next: ClientAppCallable
     """Bounds what a ClientApp's train function sends, as the strategy's method says.
 
     A training message that does not come from one of fedpriv's strategies, or an answer that does not hold one model
-    like the one received, becomes an error reply. Messages of other types pass through in simulations; a node with a
+    like the one received, is refused. Messages of other types pass through in simulations; a node with a
     home answers evaluations if its policy accepts them, and nothing else.
     """
     guard = None
@@ -68,8 +69,9 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     try:
         order = Order.of(message.content)
         received = _only_model(message.content, "message")
-        model = ModelArrays.of(received)
-        start = model.vector(received)
+        arrays = TrainedArrays.of_message(message.content, received)
+        model = ModelArrays.of(arrays.part(received))
+        start = model.vector(arrays.part(received))
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
     metrics: dict[str, Any] = {}
@@ -77,7 +79,14 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     def make_signal() -> Tensor:
         content = content_of(call_next(message, context))
         metrics.update(content.metric_records)
-        return start - model.vector(_only_model(content, "answer of the train function"))
+        returned = _only_model(content, "answer of the train function")
+        signal = start - model.vector(arrays.part(returned))
+        fixed = {name: received[name] for name in arrays.fixed}
+        try:
+            check_training(arrays, order, model, fixed, returned, signal)
+        except UserError as error:  # which it raises only if that tells nothing to an adversary
+            raise Refusal.because("model", str(error)) from None
+        return signal
 
     if guard is None:
         signal = _in_private(make_signal) if order.private else make_signal()
@@ -92,6 +101,8 @@ def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
     """The signal; of an app that fails, nothing that it says is told to the server."""
     try:
         return make_signal()
+    except Refusal:
+        raise
     except Exception as error:
         raise Refusal.because("app", f"{type(error).__name__}: {error}") from error
 
@@ -99,7 +110,10 @@ def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
 def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> Message:
     """The answer of a client that does not follow an order. Its own log has the whole reason."""
     _log.warning("refused (%s): %s", no.kind, no, exc_info=cause or no.__cause__)
-    return refusal(message, f"private_mod: {no.told}")
+    told = f"private_mod: {no.told}"
+    if FEDPRIV not in message.content.config_records:  # a strategy of somebody else's, which knows errors alone
+        return refusal(message, told)
+    return Message(refusal_record(no.kind, told), reply_to=message)
 
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:

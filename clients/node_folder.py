@@ -3,6 +3,7 @@
 `fedpriv deploy init` makes such folders, one a node; `fedpriv deploy node` runs one, and refuses to if a check fails.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from clients.deploy_checks import (
     check_manifest,
     check_permissions,
     check_presence,
+    check_space,
     check_versions,
     judge,
     split_address,
 )
-from clients.policy import POLICY_FILE, load_policy
+from clients.policy import POLICY_FILE, Policy, load_policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.tables import read_table
@@ -106,7 +108,21 @@ def check_node_folder(folder: Path) -> list[Finding]:
     ]
     if (folder / "ca.crt").is_file():
         findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
+    with suppress(UserError):  # a finding already
+        findings += _space(folder, load_policy(folder / POLICY_FILE))
     return findings
+
+
+# A memory is two states and a message, in float32, and is written anew beside the former one; a line of the ledger.
+_BYTES_A_PARAMETER, _BYTES_A_LINE = 2 * 3 * 4, 1000
+
+
+def _space(folder: Path, policy: Policy) -> list[Finding]:
+    accepts, limits = policy.accepts, policy.limits
+    wanted = _BYTES_A_PARAMETER * accepts.max_parameters + _BYTES_A_LINE * limits.max_rounds
+    what = f"a run as large as the policy accepts ({accepts.max_parameters:,} parameters, {limits.max_rounds:,} rounds)"
+    kept = [path.stat().st_size for path in folder.glob("state/*/memory")]
+    return check_space(folder / "state", wanted, what, least=max(kept, default=0))
 
 
 def _key_pair(folder: Path) -> str:

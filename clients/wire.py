@@ -207,7 +207,8 @@ class Order:
         seed: Where its noise comes from in a simulation; None: from its own operating system.
         noise_id: Keeps the noise of different experiments with one seed apart; see `SeededStreams`.
         private: Whether anything but the message may leave the client.
-        diagnostics: Whether it reports the norm of its signal, which is not protected. Simulation only.
+        diagnostics: Whether it reports the norm of its signal, which is not protected: in simulations, and in runs that
+            promise nothing.
     """
 
     method: Method

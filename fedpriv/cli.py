@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import textwrap
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
 from fedpriv.experiment.journal import DIAGNOSTICS_FILE
+from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
 from fedpriv.experiment.run import run_experiment
@@ -34,7 +37,7 @@ from fedpriv.learning.models import MODELS
 from fedpriv.learning.partitions import PARTITIONS
 from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
-from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
@@ -198,6 +201,7 @@ def run(
         print(f"done        the run directory is on the server: {directory.resolve()}")
     else:
         _print_summary(summary, directory)
+        _print_warnings(directory)
 
 
 @app.command()
@@ -263,6 +267,8 @@ def sweep(
         print(f"failed      {name or 'no experiment'}: {reason}")
     for name, lines in list(complaints.items())[:5]:
         print(f"not logged  {name}: {lines[-1]}")
+    for line in islice(trial_warnings(folder / TRIALS, trials["trial"]), 5):
+        print(line)
     stopped = list(trials["status"]).count("stopped")
     counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
     counts += f", {stopped} stopped early" if stopped else ""
@@ -438,6 +444,10 @@ def remove(
     from strategies.deploy_keys import remove_node
 
     print(remove_node(name, folder))
+    print(
+        "A run that has begun continues without it: its messages are missing, the number of clients stays what the plan"
+    )
+    print("says, and each turn that asks it lasts until the deadline.")
 
 
 @deploy.command()
@@ -528,10 +538,19 @@ def privacy(
         _show_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)
 
 
+def _size_of(experiment: Config, data_root: Path | None) -> int | None:
+    """The number of parameters; None if the data set, which decides about it, is not on this machine."""
+    try:
+        return assemble_clients(experiment, data_root=data_root).task.layout.size
+    except UserError:
+        return None
+
+
 def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *, as_json: bool) -> None:
     sampling = sampling_of(experiment, data_root)
     plan = experiment.plan(sampling)
     agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.tradeoff import plot_trade_off
 
@@ -539,9 +558,17 @@ def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
         absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
-        print(json.dumps(jsonable(absent if plan is None else plan.as_dict(thorough=True)), indent=2))
+        found = absent if plan is None else plan.as_dict(thorough=True)
+        if plan is not None and plan.private and size is not None:
+            found |= noise_against_signal(plan, size).as_dict()
+        print(json.dumps(jsonable(found), indent=2))
     else:
-        told = {"clock": experiment.devices is not None, "data": experiment.data.facts, "recorded": True}
+        told: dict[str, Any] = {
+            "size": size,
+            "clock": experiment.devices is not None,
+            "data": experiment.data.facts,
+            "recorded": True,
+        }
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
         if plot is not None:
             print(f"picture     {plot}")
@@ -691,6 +718,24 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
         f"picture     {directory / 'curves.png'}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
+
+
+def _print_warnings(directory: Path) -> None:
+    """Print what a run's diagnostics give cause to say; a UserError if nothing was learned, which is all recorded."""
+    rows = RunDirectory(directory).rows("diagnostics.jsonl")
+    warnings = warnings_of(rows)
+    if learned_nothing(rows):
+        remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
+        raise UserError("the run", "updates of finite numbers", "none", remedy)
+    for warning in warnings:
+        print(f"warning     {warning}", file=sys.stderr)
+
+
+def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each warning that trials of a sweep give cause to."""
+    for name in filter(None, names):
+        for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
+            yield f"warning     {name}: {warning}"
 
 
 def _mark(summary: dict[str, Any], score: str) -> str:

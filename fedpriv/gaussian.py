@@ -76,8 +76,8 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float 
         are clipped to that many, which moves no two values apart. Never fails or wraps because of a value.
         Bits and result do not depend on how the sampler is implemented, nor on the size of the blocks it works in.
     """
-    _check_stddev(stddev)
-    step = release_grid(stddev) if grid is None else _checked_grid(grid, stddev)
+    stddev = float(stddev)
+    step = release_grid(stddev) if grid is None else _checked_grid(float(grid), stddev)
     values = np.ascontiguousarray(values, dtype=np.float64)
     rounded = np.empty(values.shape, dtype=np.int64)
     for start in range(0, len(values), _BLOCK):
@@ -96,6 +96,7 @@ def _check_stddev(stddev: float) -> None:
 
 
 def _checked_grid(grid: float, stddev: float) -> float:
+    _check_stddev(stddev)
     if not 2.0**-503 <= grid <= 2.0**498 or math.frexp(grid)[0] != 0.5:
         raise UserError("release_grid", "a power of two from 2^-503 to 2^498", repr(grid), "Take `release_grid`")
     if stddev > _MAX_RATIO * grid:

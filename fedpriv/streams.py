@@ -58,7 +58,7 @@ class Source(Words, Protocol):
     """A stream of random numbers with the three laws that privacy rests on."""
 
     def uniform(self, size: int) -> np.ndarray:
-        """Independent uniform float64 numbers in [0, 1), `[size]`."""
+        """Independent uniform multiples of 2^-53 in [0, 1), float64 `[size]`."""
         ...
 
     def subset(self, population: int, size: int) -> np.ndarray:

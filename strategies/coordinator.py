@@ -33,6 +33,8 @@ from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import SeededStreams
+from strategies.attendance import believed_losses
+from strategies.faults import message_fault
 from strategies.heads import newer_heads
 
 __all__ = ["Coordinator", "Outcome"]
@@ -272,14 +274,13 @@ class Coordinator:
     def _memories_are_lost(self, lost: list[int]) -> bool:
         """Follows the rule for lost memories; whether all begin anew.
 
-        A client whose word one has to take could make all begin anew for ever. So a second loss of the same client, and
-        any once a tenth of the turns went that way, leaves it out.
+        A client whose loss is not believed (`believed_losses`) is left out.
         """
         self.losses.update(lost)
         if self.lost_memory == "start-afresh":
             self.last_turn |= dict.fromkeys(lost, 0)
             return False
-        believed = [i for i in lost if self.losses[i] == 1 and self.epoch < max(1, self.turns // 10)]
+        believed = believed_losses(lost, self.losses, self.epoch, self.turns)
         if self.lost_memory == "leave-out" or not believed:
             self.left_out |= set(lost)
             if len(self.left_out) >= self.server.sampling.population:
@@ -303,19 +304,8 @@ class Coordinator:
         self.last_turn = {}
 
     def _fault(self, message: Tensor) -> str:
-        """Why a message cannot be used; empty if it can."""
-        if message.shape != self.state.model.shape:
-            return f"shape {list(message.shape)}, expected {list(self.state.model.shape)}"
-        if not bool(torch.isfinite(message).all()):
-            return "NaN or infinity"
-        if float(message.abs().max()) > self.client.message_limit:
-            return f"a coordinate above {self.client.message_limit:g}"
-        bound, norm = self.server.method.bounded.l2_bound, float(torch.linalg.vector_norm(message.double()))
-        # An honest norm is beyond that with probability below e^-72: it is 1-Lipschitz in the noise.
-        bound += self.client.noise_stddev * (math.sqrt(len(message)) + 12.0)
-        if norm > bound:
-            return f"l2 norm {norm:g}, expected at most {bound:g}"
-        return ""
+        """Return why a message cannot be used; empty if it can."""
+        return message_fault(message, self.client, len(self.state.model))
 
     def _sum(self, broadcast: Broadcast, replies: Mapping[int, Tensor], counted: list[int]) -> Total:
         summed = broadcast.empty_sum(self.client)

@@ -14,6 +14,7 @@ from clients.deploy_checks import (
     check_manifest,
     check_permissions,
     check_presence,
+    check_space,
     check_versions,
     covers,
     judge,
@@ -22,6 +23,7 @@ from clients.deploy_checks import (
     split_address,
 )
 from clients.node import flower_home, held_alone
+from clients.policy import Accepts
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.tables import read_table
@@ -115,7 +117,17 @@ def check_server_folder(folder: Path) -> list[Finding]:
         findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
         findings += check_certificate("server certificate", folder / "server.pem", folder / "ca.crt")
         findings += judge("server name", lambda: _own_name(folder))
-    return findings
+    return findings + _space(folder)
+
+
+# Flower keeps a turn's messages in its database; a model of as many parameters as policies accept if nobody changes it.
+_PARAMETERS = Accepts().max_parameters
+
+
+def _space(folder: Path) -> list[Finding]:
+    nodes = max(len(list(folder.parent.glob("admin/nodes/*.pub"))), 1)
+    what = f"a turn of {nodes} node{'s' if nodes > 1 else ''} with a model of {_PARAMETERS:,} parameters"
+    return check_space(folder / "flower", 4.0 * _PARAMETERS * (nodes + 1), what)
 
 
 def _own_name(folder: Path) -> str:

@@ -18,6 +18,8 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from strategies.client_errors import reason_in_short
+
 __all__ = [
     "SERVER_NODE",
     "Run",
@@ -37,7 +39,6 @@ SERVER_NODE: int = SUPERLINK_NODE_ID
 """The node id of the server. Replies in the name of a node that cannot answer come from it."""
 
 _TASK_ID = 1
-_CAUSE_OF = "\n\nThe above exception was the direct cause"
 
 
 def empty_run(run_id: int) -> Run:
@@ -110,13 +111,6 @@ def error_of_exception(exception: BaseException) -> Error:
     wrapped.__cause__ = exception
     text = "".join(traceback.format_exception(wrapped)).rstrip()
     return Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=f"{type(wrapped)}:<'{text}'>")
-
-
-def reason_in_short(error: Error) -> str:
-    """The exception behind an error reply, as one line without its traceback."""
-    reason = (error.reason or f"error {error.code}").split(_CAUSE_OF)[0]
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    return lines[-1].rstrip(".") if lines else f"error {error.code}"
 
 
 def error_reply(message: Message, reason: str) -> Message:

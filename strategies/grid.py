@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import Message, Metadata, RecordDict
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
-from strategies.flower_internals import Run, number_message, reason_in_short, unavailable_reply
+from strategies.client_errors import reason_in_short, traceback_of
+from strategies.flower_internals import Run, number_message, unavailable_reply
 
 __all__ = ["Answers", "AppGrid", "Backend"]
 
@@ -50,18 +51,28 @@ class Answers:
         messages: How many were.
         failed: How many of the answers were errors.
         reason: The first of these errors, in short.
+        client: Which client it was, by partition id.
+        error: The whole of it.
     """
 
     messages: int = 0
     failed: int = 0
     reason: str = ""
+    client: int = field(default=-1, compare=False)
+    error: Error | None = field(default=None, compare=False)
 
-    def count(self, reply: Message) -> None:
-        """Counts one more."""
+    def count(self, reply: Message, client: int) -> None:
+        """Counts one more, and logs errors: the first in full, further ones in a line if they are others."""
         self.messages += 1
-        if reply.has_error():
-            self.failed += 1
-            self.reason = self.reason or reason_in_short(reply.error)
+        if not reply.has_error():
+            return
+        self.failed += 1
+        reason, known = reason_in_short(reply.error), self.error is not None
+        if not known:
+            self.reason, self.client, self.error = reason, client, reply.error
+            _log.error("client %d: %s", client, "\n".join(filter(None, [reason, traceback_of(reply.error)])))
+        else:
+            _log.log(logging.DEBUG if reason == self.reason else logging.WARNING, "client %d: %s", client, reason)
 
 
 @dataclass
@@ -88,7 +99,10 @@ class AppGrid(Grid):
 
     Attributes:
         answers: How messages were answered, by message type.
+        all_are_there: That nobody needs to wait for nodes to join.
     """
+
+    all_are_there = True
 
     def __init__(self, run: Run, nodes: Sequence[int], backend: Backend) -> None:
         self.answers: dict[str, Answers] = {}
@@ -209,7 +223,8 @@ class AppGrid(Grid):
                 reply = unavailable_reply(self._run.run_id, reply.metadata.reply_to_message_id, asked.metadata)
             asked.arrived, asked.reply = arrived, reply
             number_message(reply, f"{reply.metadata.reply_to_message_id}-reply")
-            self.answers.setdefault(asked.metadata.message_type, Answers()).count(reply)
+            client = self._nodes.index(asked.metadata.dst_node_id)
+            self.answers.setdefault(asked.metadata.message_type, Answers()).count(reply, client)
 
     def _expire(self, ids: Iterable[str]) -> None:
         """Answers, in the name of the server, what nobody else may answer any more."""

@@ -1,25 +1,28 @@
 """A Flower strategy that runs any of fedpriv's methods.
 
 Each round is `begin_round`, Flower's network, `finish_round`; nothing here knows which method it is. The model and the
-server's memory stay in the strategy: the arrays that Flower passes around are copies.
+server's memory stay in the strategy: the arrays that Flower passes around are copies. Only trained arrays are in the
+model that methods see (`clients.trained`), and clients may fail (`strategies.attendance`).
 """
 
 import logging
 import math
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor
 
 from clients.heads import HEAD, Head
 from clients.promise import promised
+from clients.trained import TRAINED, Patterns, TrainedArrays
 from clients.wire import (
     ARRAYS,
     CONFIG,
@@ -31,14 +34,21 @@ from clients.wire import (
     Order,
     Terms,
     method_name,
+    printable,
+    refused,
 )
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
-from fedpriv.privacy import PrivacyPlan, privacy_statement
+from fedpriv.privacy import PrivacyPlan, signal_warning
 from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from strategies.attendance import MAX_FAILURES, Attendance
+from strategies.drop_in_statement import drop_in_statement
+from strategies.faults import message_fault, norm_limit
 from strategies.heads import HeadBook
-from strategies.nodes import answers_by_client, find_clients
+from strategies.metrics import average_metrics
+from strategies.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
+from strategies.rescue import rescue
 
 __all__ = ["Agreement", "MethodStrategy"]
 
@@ -54,13 +64,21 @@ class Agreement(NamedTuple):
 
 
 class MethodStrategy(Strategy):
-    """Runs a method under an agreement; every client of a cohort answers, or the run ends with an error.
+    """Runs a method under an agreement.
+
+    A client that fails, or whose message cannot be used, counts as one whose message is zero: the sum of a round's
+    messages is divided by the expected cohort size, so that the noise is right however few answer.
 
     Attributes (known from `start` on):
         agreement: The two halves of the rules, and the plan.
+        arrays: Which arrays are trained.
         statement: The privacy statement, which is also logged.
-        state: The server's state: `state.model` `[params]` and what the method remembers.
+        state: The server's state: `state.model` `[params]`, the trained arrays, and what the method remembers.
         total: The sum of the last round's messages, and figures about them.
+        attendance: Who took part, and who failed.
+        result: What `start` returns; after an error, the model and the metrics of the rounds that were finished.
+        rescue_folder: Where the model of the last finished round is stored if the run ends with an error; the current
+            directory. Set it before `start`.
 
     Args:
         agree: Makes the agreement from the population's size and the number of rounds.
@@ -68,9 +86,15 @@ class MethodStrategy(Strategy):
         evaluate: Whether all clients evaluate the model after every round, and their metrics are averaged by
             `num-examples`. Off by default: what clients report about their data is *not* protected.
         join_timeout: Seconds to wait for all clients at the start.
+        max_failures: Largest share of a round's clients that may fail before the run ends with an error, from 0 to 1.
+            None is a half, and no limit if the promise relies on secret cohorts (see `strategies.attendance`).
+        trainable: Names of the arrays that the app trains, or patterns such as `head.*`; all others are then frozen.
+        frozen: Names or patterns of the arrays that it does not train. Give one of the two if not all are trained.
         heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
             for this run alone. See `clients.heads`.
     """
+
+    rescue_folder = Path()
 
     def __init__(
         self,
@@ -79,17 +103,30 @@ class MethodStrategy(Strategy):
         num_clients: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
+        max_failures: float | None = None,
+        trainable: Patterns | None = None,
+        frozen: Patterns | None = None,
         heads: str | Path | None = None,
     ) -> None:
+        whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
+        if num_clients is not None and not (whole and num_clients >= 1):
+            remedy = "Give the number of clients, or leave it out for as many as there are"
+            raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
+        if max_failures is not None and not 0.0 <= max_failures <= 1.0:
+            raise UserError("max_failures", "a share from 0 to 1", max_failures, "0.5 is half of a round's clients")
         self._agree = agree
         self._heads = HeadBook(None if heads is None else Path(heads))
         self._num_clients = num_clients
         self._evaluate = evaluate
         self._join_timeout = join_timeout
+        self._max_failures = max_failures
+        self._declared = trainable, frozen
         self._timeout = math.inf
         self._nodes: list[int] = []
+        self._seen: set[int] = set()
         self._asked: dict[int, Message] = {}
-        self._last_round: dict[int, int] = {}
+        self._finished = self._messages = self._non_finite = 0
+        self.result = Result()
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -108,11 +145,21 @@ class MethodStrategy(Strategy):
     ) -> Result:
         """Runs all rounds; see `flwr.serverapp.strategy.Strategy.start`.
 
+        Whatever ends the run before its time, the model of the last finished round is stored first.
+
         Raises:
-            UserError: If the model cannot be trained privately, if clients are missing, or if one fails.
+            UserError: If the model cannot be trained privately, if clients are missing at the start, if too many fail,
+                or if nothing was learned from any of them.
         """
         self.prepare(grid, initial_arrays, num_rounds, timeout)
-        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        try:
+            found = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+            self.refuse_nothing_learned()
+        except BaseException:
+            rescue(self.result.arrays, self._finished, self.rescue_folder)
+            raise
+        self.result = found
+        return found
 
     def prepare(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int, timeout: float) -> None:
         """What comes before the first round: waits for all clients, makes the agreement and the server's state."""
@@ -123,56 +170,64 @@ class MethodStrategy(Strategy):
                 "a second",
                 "Make a new strategy for a new run; what two runs spend on the same clients' data adds up",
             )
-        self._arrays = ModelArrays.of(initial_arrays)
-        model = self._arrays.vector(initial_arrays)
+        self.arrays = TrainedArrays.of_model(initial_arrays, *self._declared)
+        self._initial = initial_arrays
+        trained = self.arrays.part(initial_arrays)
+        self._layout = ModelArrays.of(trained)
+        model = self._layout.vector(trained)
         self._timeout = timeout
         self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
         self.agreement = self._agree(len(self._nodes), num_rounds)
+        noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
+        self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
+        self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.method.init_server(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
         self._run = secrets.token_hex(16)
         self._turns = num_rounds
-        self._last_round = {}
-        self.statement = privacy_statement(
+        self.statement = drop_in_statement(
             self.plan,
             method=method_name(self.agreement.server.method),
             randomness=self._randomness,
+            arrays=self.arrays,
+            size=self._layout.layout.size,
             app="supplied" if self._randomness == "system" else None,
             evaluated=self._evaluate,
         )
 
     def summary(self) -> None:
-        """Logs who takes part and what is promised to them."""
+        """Logs who takes part, what is promised to them, and what to know before training."""
         server = self.agreement.server
         _log.info("\t├──> Method: %s", server.method)
         _log.info("\t├──> Cohorts: %s", server.sampling)
+        _log.info("\t├──> Trained: %s", self.arrays)
         _log.info("\t└──> Privacy:")
         for line in self.statement.splitlines():
             _log.info("\t\t%s", line)
-        if self._randomness == "seeded":
-            _log.warning("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
-        if self._evaluate and self.plan is not None:
-            _log.warning("Clients report metrics of their data, which the privacy statement does not cover.")
+        for warning in self._warnings():
+            _log.warning("%s", warning)
 
     def configure_train(
         self,
         server_round: int,
         arrays: ArrayRecord,  # noqa: ARG002
         config: ConfigRecord,
-        grid: Grid,  # noqa: ARG002
+        grid: Grid,
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
+        self._nodes = find_rejoined(grid, self._nodes, self._seen)
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config["server-round"] = server_round
-        shared = {ARRAYS: self._arrays.model(broadcast.model), CONFIG: config}
-        terms = {last: self._terms(server_round, last) for last in {0, *self._last_round.values()}}
+        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
+        last_round = self.attendance.last_round
+        terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
         self._asked = {
             client: Message(
                 RecordDict(
                     {
                         **shared,
                         FEDPRIV: self._order(client, server_round).to_record(),
-                        TERMS: terms[self._last_round.get(client, 0)],
+                        TERMS: terms[last_round.get(client, 0)],
                         **self._shown(client),
                     }
                 ),
@@ -180,25 +235,34 @@ class MethodStrategy(Strategy):
                 MessageType.TRAIN,
                 group_id=str(server_round),
             )
-            for client in broadcast.cohort.tolist()
+            for client in self.attendance.asked(broadcast.cohort.tolist())
         }
         return list(self._asked.values())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sums the messages and lets the method's server rule act on the sum."""
-        answers = [answer.content for answer in self._answers(replies, f"round {server_round}")]
-        messages = [self._message(client, content) for client, content in zip(self._asked, answers, strict=True)]
-        heads = {client: Head.of(content) for client, content in zip(self._asked, answers, strict=True)}
+        contents, messages, failures, lost = self._read(replies)
+        heads = {client: Head.of(content) for client, content in contents.items()}
         self._heads.keep({client: head for client, head in heads.items() if head is not None})
-        summed = self._broadcast.empty_sum(self.agreement.client)
-        for message in messages:
-            summed.add(message)
-        self.total = _total(summed.value, answers)
-        self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
-        self._last_round |= dict.fromkeys(self._asked, server_round)
-        if self.total.non_finite:
-            _log.warning("%d updates were not finite and count as nothing", self.total.non_finite)
-        return self._arrays.model(self.state.model), _average([_metrics_of_app(content) for content in answers])
+        if failures:
+            of, shown = len(self._asked), in_words(failures)
+            _log.warning("round %d: %d of %d clients fail: %s", server_round, len(failures), of, shown)
+        if self.attendance.finish(server_round, messages, failures, lost):
+            summed = self._broadcast.empty_sum(self.agreement.client)
+            for message in messages.values():
+                summed.add(message)
+            self.total = _total(summed.value, [contents[client] for client in messages])
+            self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
+        else:
+            _log.warning("round %d: memories are lost: all begin again, and nothing of the round is used", server_round)
+            self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
+            self.state = self.agreement.server.method.init_server(self.state.model)
+        self._say_what_was_learned(server_round)
+        self._finished, self.result.arrays = server_round, self._model(self.state.model)
+        metrics = self._average({c: _metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
+        if metrics is not None:
+            self.result.train_metrics_clientapp[server_round] = metrics
+        return self.result.arrays, metrics
 
     def configure_evaluate(
         self,
@@ -219,30 +283,72 @@ class MethodStrategy(Strategy):
         return list(self._asked.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The clients' metrics, averaged by `num-examples`."""
+        """The clients' metrics, averaged by `num-examples` over those who answer (see `strategies.metrics`)."""
         if not self._evaluate:
             return None
-        answers = self._answers(replies, f"evaluation after round {server_round}")
-        return _average([answer.content for answer in answers])
+        what = f"evaluation after round {server_round}"
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
+        refusals = {client: no[1] for client, content in contents.items() if (no := refused(content)) is not None}
+        failures = _by_client({**reasons, **refusals})
+        if failures:
+            _log.warning("%s: %d of %d clients fail: %s", what, len(failures), len(self._asked), in_words(failures))
+        metrics = self._average({client: contents[client] for client in contents if client not in refusals}, what)
+        if metrics is None:
+            _log.warning("%s: there are no metrics to average", what)
+        else:
+            self.result.evaluate_metrics_clientapp[server_round] = metrics
+        return metrics
+
+    def refuse_nothing_learned(self) -> None:
+        """Raise UserError if no message of the whole run counted, or none is known to have been finite."""
+        self.attendance.refuse_nothing()
+        if 0 < self._messages == self._non_finite:
+            got = f"none: all {self._messages} count as nothing, so that the model is noise at most"
+            raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
+
+    def _read(
+        self, replies: Iterable[Message]
+    ) -> tuple[dict[int, RecordDict], dict[int, Tensor], dict[int, str], list[int]]:
+        """Return answers, messages that can be used, why others cannot, and whose memory is lost, by client.
+
+        Whatever a client sends, it is a message within its bound or a failure.
+        """
+        contents, reasons = sort_answers(self._asked, replies, self._timeout)
+        messages, failures, lost = {}, _by_client(reasons), []
+        for client, content in contents.items():
+            try:
+                no = refused(content)
+                if no is None:
+                    messages[client] = self._message(client, content)
+                else:
+                    failures[client] = f"client {client}: refuses ({no[0]}): {no[1]}"
+                    lost += [client] if no[0] == "lost" else []
+            except UserError as error:
+                failures[client] = printable(error, MAX_REASON)
+            except Exception as error:
+                failures[client] = f"client {client}: an answer that cannot be read ({type(error).__name__})"
+        return contents, messages, failures, lost
 
     def _message(self, client: int, content: RecordDict) -> Tensor:
-        """A client's message; the server that must keep the promise (trust central) checks that it is bounded."""
-        message = self._arrays.received(content, MessageFormat.of(self.agreement.client))
-        plan = self.plan
-        if plan is not None and plan.trust == "central":
-            norm = float(torch.linalg.vector_norm(message, dtype=torch.float64))
-            if not norm <= plan.l2_bound:
-                raise UserError(
-                    f"message of client {client}",
-                    f"l2 norm of at most {plan.l2_bound:g}",
-                    norm,
-                    "Nothing may change a message after private_mod: put it first in the list of mods",
-                )
+        """Return a client's message; a UserError unless it is one that an honest client may send."""
+        rules, size = self.agreement.client, self._layout.layout.size
+        message = self._layout.received(content, MessageFormat.of(rules))
+        fault = message_fault(message, rules, size)
+        if fault:
+            expected = f"l2 norm of at most {norm_limit(rules, size):g}"
+            remedy = "Nothing may change a message after private_mod: put it first in the list of mods"
+            raise UserError(f"message of client {client}", expected, fault, remedy)
         return message
 
-    def _answers(self, replies: Iterable[Message], what: str) -> list[Message]:
-        who = [f"client {client}" for client in self._asked]
-        return answers_by_client(list(self._asked.values()), replies, who, what, self._timeout)
+    def _average(self, contents: dict[int, RecordDict], what: str) -> MetricRecord | None:
+        metrics, left_out = average_metrics(contents)
+        if left_out:
+            _log.warning("%s: %s", what, in_words(_by_client(left_out)))
+        return metrics
+
+    def _model(self, vector: Tensor) -> ArrayRecord:
+        """Return the app's model: trained arrays from `[params]`, the others as they were at the start."""
+        return self.arrays.whole(self._layout.model(vector), self._initial)
 
     def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
         """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
@@ -250,7 +356,7 @@ class MethodStrategy(Strategy):
             run=self._run,
             turn=server_round,
             last_turn=last_round,
-            epoch=0,
+            epoch=self.attendance.resets,
             digest="",
             **promised(self.plan, self.agreement.server.sampling, self._turns),
         )
@@ -268,23 +374,69 @@ class MethodStrategy(Strategy):
             method=rules.method,
             round=server_round,
             client=client,
-            last_round=self._last_round.get(client, 0),
+            last_round=self.attendance.last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
             seed=streams.seed if seeded else None,
             noise_id=streams.noise_id if seeded else "",
             private=self.plan is not None,
-            diagnostics=self._randomness == "seeded",
+            diagnostics=self.plan is None or self._randomness == "seeded",
         )
 
     @property
     def _randomness(self) -> str:
         return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
 
+    def _new_attendance(self, rounds: int) -> Attendance:
+        server, plan, limit = self.agreement.server, self.plan, self._max_failures
+        secret = plan is not None and plan.private and plan.amplification
+        if secret and limit is not None and self._randomness == "system":
+            expected = "None where epsilon relies on nobody knowing who takes part"
+            remedy = "Leave it out, or choose another cohort: a run that ends for want of answers shows who was away"
+            raise UserError("max_failures", expected, limit, remedy)
+        return Attendance(
+            population=len(self._nodes),
+            rounds=rounds,
+            max_failures=MAX_FAILURES if limit is None and not secret else limit,
+            secret=secret,
+            lost_memory=server.method.lost_memory,
+        )
+
+    def _warnings(self) -> list[str]:
+        plan, found = self.plan, []
+        drowned = None if plan is None or not plan.private else signal_warning(plan, self._layout.layout.size)
+        if drowned:
+            found.append(drowned)
+        if self._randomness == "seeded":
+            found.append("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
+        elif plan is not None and plan.trust == "local" and not self.arrays.declared:
+            found.append(
+                "No array is declared frozen or trainable, so all get noise. Clients do not tell a server that is not "
+                "trusted if some are not trained: declare them."
+            )
+        if self._evaluate and plan is not None:
+            found.append("Clients report metrics of their data, which the privacy statement does not cover.")
+        return found
+
+    def _say_what_was_learned(self, server_round: int) -> None:
+        total = self.total
+        self._messages += total.messages
+        self._non_finite += total.non_finite
+        if total.non_finite:
+            updates = "1 update was" if total.non_finite == 1 else f"{total.non_finite} updates were"
+            words = "round %d: %s not finite, of %d, and adds nothing"
+            _log.warning(words, server_round, updates, total.messages)
+        if total.signal_norm == 0.0 and server_round == 1:
+            _log.warning("round 1: all updates are zero. Does the train function return the model that it trained?")
+
+
+def _by_client(reasons: dict[int, str]) -> dict[int, str]:
+    return {client: f"client {client}: {reason}" for client, reason in reasons.items()}
+
 
 def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
     """The sum with the figures that clients reported about their signals, if they were asked to."""
-    reports = [content.metric_records[DIAGNOSTICS] for content in answers if DIAGNOSTICS in content.metric_records]
-    norms = [cast(float, report["signal-norm"]) for report in reports]
+    reports = [content.metric_records.get(DIAGNOSTICS, MetricRecord()).get("signal-norm") for content in answers]
+    norms = [float(norm) for norm in reports if isinstance(norm, int | float)]
     finite = [norm for norm in norms if math.isfinite(norm)]
     mean = math.fsum(finite) / len(finite) if finite else math.nan
     return Total(summed, len(answers), len(norms) - len(finite), mean)
@@ -292,11 +444,3 @@ def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
 
 def _metrics_of_app(content: RecordDict) -> RecordDict:
     return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})
-
-
-def _average(contents: list[RecordDict], weight: str = "num-examples") -> MetricRecord | None:
-    """The average of the clients' metrics by number of examples; None if a client sent none or no number."""
-    records = [next(iter(content.metric_records.values()), None) for content in contents]
-    if not records or any(record is None or not record.get(weight) for record in records):
-        return None
-    return aggregate_metricrecords(contents, weight)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from clients.trained import Patterns
 from fedpriv.errors import UserError
 from fedpriv.experiment.tables import field_names, read_table, refuse_unknown
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
@@ -51,7 +52,10 @@ class Privacy:
         )
 
 
-_OWN = ("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout", "heads")
+_OWN = (
+    *("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout"),
+    *("max_failures", "trainable", "frozen", "heads"),
+)
 
 
 class NamedStrategy(MethodStrategy):
@@ -66,6 +70,9 @@ class NamedStrategy(MethodStrategy):
             must be where real people take part.
         evaluate: See `MethodStrategy`.
         join_timeout: See `MethodStrategy`.
+        max_failures: See `MethodStrategy`.
+        trainable: See `MethodStrategy`.
+        frozen: See `MethodStrategy`.
         heads: See `MethodStrategy`.
         hyperparameters: The method's.
 
@@ -85,6 +92,9 @@ class NamedStrategy(MethodStrategy):
         seed: int | None = None,
         evaluate: bool = False,
         join_timeout: float = 120.0,
+        max_failures: float | None = None,
+        trainable: Patterns | None = None,
+        frozen: Patterns | None = None,
         heads: str | Path | None = None,
         **hyperparameters: Any,
     ) -> None:
@@ -97,7 +107,16 @@ class NamedStrategy(MethodStrategy):
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         expected = num_clients if cohort is None else cohort.population
-        super().__init__(self._make, num_clients=expected, evaluate=evaluate, join_timeout=join_timeout, heads=heads)
+        super().__init__(
+            self._make,
+            num_clients=expected,
+            evaluate=evaluate,
+            join_timeout=join_timeout,
+            max_failures=max_failures,
+            trainable=trainable,
+            frozen=frozen,
+            heads=heads,
+        )
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)

@@ -2,21 +2,29 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from clients.wire import Introduction, introduction
+from clients.wire import Introduction, introduction, printable
 from fedpriv.errors import UserError
+from strategies.client_errors import reason_in_short
 
-__all__ = ["answers_by_client", "find_clients"]
+__all__ = ["MAX_REASON", "find_clients", "find_rejoined", "in_words", "sort_answers"]
 
 _log = logging.getLogger("flwr")
+
+MAX_REASON = 600
+"""Most characters of what a client says that are shown."""
 
 # Nodes join one after the other. Without a number to wait for, they are all there when none came for so long.
 _SETTLED_SECONDS = 3.0
 _POLL_SECONDS = 0.1
+_REJOIN_SECONDS = 60.0
+
+_MAX_LISTED = 3
+_MAX_KEYS = 10
 
 
 def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout: float) -> list[int]:
@@ -33,21 +41,103 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
 
     Raises:
         UserError: If there are fewer or more nodes, if one does not answer, if one has no `private_mod`, or if ids are
-            not 0 to n - 1.
+            not 0 to n - 1. Nothing is spent then.
     """
     nodes = _joined(grid, expected, join_timeout)
-    asked = [Message(introduction(), node, MessageType.TRAIN) for node in nodes]
-    answers = list(grid.send_and_receive(asked, timeout=timeout))
-    who = [f"node {node}" for node in nodes]
-    introduced = answers_by_client(
-        asked, answers, who, "introduction (is there a ClientApp(mods=[private_mod])?)", timeout
-    )
-    ids = [_introduced(answer, name).client for answer, name in zip(introduced, who, strict=True)]
-    return _numbered(nodes, ids)
+    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in nodes}
+    contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
+    if failures:
+        raise UserError(
+            "introduction (is there a ClientApp(mods=[private_mod])?)",
+            f"an answer from each of {len(nodes)} clients",
+            in_words({node: f"node {node}: {reason}" for node, reason in failures.items()}, "node"),
+            "Fix these clients and start the run again",
+        )
+    return _numbered(nodes, [_introduced(contents[node], f"node {node}").client for node in nodes])
+
+
+def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]:
+    """Return the node of each client after clients whose node is gone have been looked for under new node ids.
+
+    A node that restarts may come back with another id. It is asked who it is, and is recognized by its `partition-id`.
+
+    Args:
+        grid: Reaches the nodes.
+        nodes: The node of each client, by client id.
+        seen: Nodes that were asked before; those that are asked now are added.
+    """
+    online = set(grid.get_node_ids())
+    new = [] if online.issuperset(nodes) else sorted(online - set(nodes) - seen)
+    if not new:
+        return list(nodes)
+    seen.update(new)
+    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
+    contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=_REJOIN_SECONDS), 0.0)
+    found = list(nodes)
+    for node, content in contents.items():
+        who = Introduction.of_answer(content)
+        client = None if who is None else who.client
+        if client is not None and 0 <= client < len(found) and found[client] not in online:
+            _log.info("client %d is back as node %d", client, node)
+            found[client] = node
+    return found
+
+
+def sort_answers(
+    asked: Mapping[int, Message], answers: Iterable[Message], timeout: float
+) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """Return the contents of answers, and why others could not be had, each by key and in the order of `asked`.
+
+    Answers are told apart by the message that they answer, since an error in place of a dead node does not say which
+    node it is for. What another node answers does not count, nor does a second answer.
+
+    Args:
+        asked: The messages that were sent.
+        answers: The messages that came back.
+        timeout: How many seconds were waited.
+    """
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked.values()}
+    others = set(node_of.values())
+    answer_to: dict[str, Message] = {}
+    for answer in answers:
+        to, by = answer.metadata.reply_to_message_id, answer.metadata.src_node_id
+        if by == node_of.get(to) or (answer.has_error() and by not in others):
+            answer_to.setdefault(to, answer)
+    contents: dict[int, RecordDict] = {}
+    failures: dict[int, str] = {}
+    for key, message in asked.items():
+        answer = answer_to.get(message.metadata.message_id)
+        if answer is None:
+            failures[key] = f"no answer within {timeout:g} s"
+        elif answer.has_error():
+            failures[key] = printable(reason_in_short(answer.error), MAX_REASON) or "an error without a reason"
+        else:
+            contents[key] = answer.content
+    return contents, failures
+
+
+def in_words(failures: Mapping[int, str], who: str = "client") -> str:
+    """Return the first failures in one line, and how many more there are; equal ones are named once.
+
+    Args:
+        failures: One line each, which may begin with whom it is about, such as `client 3: `.
+        who: What the keys are.
+    """
+    alike: dict[str, list[int]] = {}
+    for key, line in failures.items():
+        alike.setdefault(line.removeprefix(f"{who} {key}: "), []).append(key)
+    lines, groups = [], list(alike.values())
+    for keys in groups[:_MAX_LISTED]:
+        others = ", ".join(map(str, keys[1:_MAX_KEYS])) + (", ..." if len(keys) > _MAX_KEYS else "")
+        lines.append(failures[keys[0]] + (f" (also {who} {others})" if others else ""))
+    more = sum(map(len, groups[_MAX_LISTED:]))
+    return "; ".join(lines) + (f" (and {more} more)" if more else "")
 
 
 def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
     """The node ids, ascending, once all have joined."""
+    if getattr(grid, "all_are_there", False):  # `strategies.grid.AppGrid`
+        return _right_number(list(grid.get_node_ids()), expected, "", f"Start it with --clients {expected}")
     began = changed = time.monotonic()
     nodes: set[int] = set()
     while time.monotonic() - began < timeout and not (expected is not None and len(nodes) >= expected):
@@ -58,19 +148,24 @@ def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
             break
         else:
             time.sleep(_POLL_SECONDS)
-    if not nodes or (expected is not None and len(nodes) != expected):
-        raise UserError(
-            "Flower nodes",
-            f"{expected or 'some'}, one for each client",
-            f"{len(nodes)} after {time.monotonic() - began:.0f} s",
-            f'In simulation use flwr run --federation-config "num-supernodes={expected or 10} '
-            f'client-resources-num-cpus=1"; else start as many SuperNodes as there are clients',
-        )
-    return sorted(nodes)
+    remedy = (
+        f'In simulation use flwr run --federation-config "num-supernodes={expected or 10} '
+        f'client-resources-num-cpus=1"; otherwise start as many SuperNodes as there are clients'
+    )
+    return _right_number(nodes, expected, f" after {time.monotonic() - began:.0f} s", remedy)
 
 
-def _introduced(answer: Message, who: str) -> Introduction:
-    found = Introduction.of_answer(answer.content)
+def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remedy: str) -> list[int]:
+    found = sorted(nodes)
+    if not found or (expected is not None and len(found) != expected):
+        wanted = "at least one" if expected is None else f"{expected}, one for each client"
+        remedy += f", or give the strategy num_clients={len(found)}" if found else ""
+        raise UserError("Flower nodes", wanted, f"{len(found)}{waited}", remedy)
+    return found
+
+
+def _introduced(content: RecordDict, who: str) -> Introduction:
+    found = Introduction.of_answer(content)
     if found is None:
         raise UserError(who, "a ClientApp with private_mod", "one without", "Write ClientApp(mods=[private_mod])")
     return found
@@ -89,47 +184,3 @@ def _numbered(nodes: Sequence[int], ids: Sequence[int | None]) -> list[int]:
             'Start each SuperNode with its own --node-config "partition-id=I"',
         )
     return [node for _, node in sorted(zip(known, nodes, strict=True))]
-
-
-def answers_by_client(
-    asked: Sequence[Message], answers: Iterable[Message], who: Sequence[str], what: str, timeout: float
-) -> list[Message]:
-    """The answers in the order in which clients were asked; there is one of each.
-
-    An error does not always say which node it is from, so answers are told apart by the message that they answer.
-
-    Args:
-        asked: The messages that were sent.
-        answers: What came back.
-        who: Whom each message went to, in words.
-        what: What for, in words.
-        timeout: How many seconds were waited.
-
-    Raises:
-        UserError: If an answer is missing or an error: it says whose, and why. Going on without a client would change
-            the sum that the privacy plan and the memories speak of.
-    """
-    answer_to = {answer.metadata.reply_to_message_id: answer for answer in answers}
-    found = [answer_to.get(message.metadata.message_id) for message in asked]
-    failed = [
-        f"{name}: {_reason(answer, timeout)}"
-        for name, answer in zip(who, found, strict=True)
-        if answer is None or answer.has_error()
-    ]
-    if failed:
-        more = f" (and {len(failed) - 3} more)" if len(failed) > 3 else ""
-        raise UserError(
-            what,
-            f"an answer from each of {len(asked)} clients",
-            "; ".join(failed[:3]) + more,
-            "Mend these clients and start the run again",
-        )
-    return [answer for answer in found if answer is not None]
-
-
-def _reason(answer: Message | None, timeout: float) -> str:
-    """Why a client failed, without the traceback that Flower wraps around it."""
-    if answer is None:
-        return f"no answer within {timeout:g} s"
-    reason = answer.error.reason or f"error {answer.error.code}"
-    return reason.rsplit("Message: ", 1)[-1].removesuffix("'>").strip().rstrip(".") or "an error without a reason"

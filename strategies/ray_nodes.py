@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from strategies.flower_internals import copy_message
 from strategies.virtual_clients import FIRST_NODE, Population, VirtualClients
 
 __all__ = ["RayClients", "Workers"]
+
+_log = logging.getLogger("flwr")
 
 _CONNECT_SECONDS = 5.0
 _START_SECONDS = 300.0
@@ -84,11 +87,28 @@ class _Worker:
         _import_ray().util.register_serializer(Array, serializer=_taken_apart, deserializer=_put_together)
         return ""
 
-    def play(self, messages: list[Message]) -> Iterator[Message]:
-        """The replies of clients, one by one. Messages may share records, so each client gets a copy."""
-        with one_thread():
+    def play(self, messages: list[Message]) -> Iterator[tuple[Message, list[str]]]:
+        """The replies of clients, one by one, each with the warnings that were logged meanwhile.
+
+        Messages may share records, so each client gets a copy.
+        """
+        with one_thread(), _warnings_kept() as warnings_:
             for message in messages:
-                yield self._clients.play(copy_message(message))
+                yield self._clients.play(copy_message(message)), list(warnings_)
+                warnings_.clear()
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[list[str]]:
+    """Keeps what Flower's logger is told as a warning or worse: nobody sees a worker's own log."""
+    kept: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: kept.append(handler.format(record))
+    _log.addHandler(handler)
+    try:
+        yield kept
+    finally:
+        _log.removeHandler(handler)
 
 
 def _taken_apart(array: Array) -> tuple[str, tuple[int, ...], str, pickle.PickleBuffer]:
@@ -167,7 +187,9 @@ class RayClients:
             signal.signal(signal.SIGTERM, self._former)
 
     def _next(self, stream: Any) -> Message:
-        reply = self._ray.get(next(stream))
+        reply, warnings_ = self._ray.get(next(stream))
+        for line in warnings_:
+            _log.warning("%s", line)
         self._streams[stream] -= 1
         if not self._streams[stream]:
             del self._streams[stream]

@@ -3,6 +3,7 @@
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from flwr.serverapp import ServerApp
 
 from fedpriv.errors import UserError
 from strategies.app_folder import AppFolder, import_component, imports_from, last_line_in
+from strategies.client_errors import place_of
 from strategies.flower_internals import SERVER_NODE, empty_run, inside_a_run
 from strategies.grid import AppGrid, Backend
 from strategies.ray_nodes import RayClients, Workers
@@ -45,7 +47,7 @@ class AppRun:
     def of(cls, grid: AppGrid, seconds: float, workers: int) -> "AppRun":
         """The run that a grid has been through."""
         answers = grid.answers.values()
-        reason = next((a.reason for a in answers if a.failed), "")
+        reason = next((f"client {a.client}: {a.reason}" for a in answers if a.failed), "")
         return cls(sum(a.messages for a in answers), sum(a.failed for a in answers), reason, seconds, workers)
 
     def __str__(self) -> str:
@@ -116,24 +118,32 @@ def _serve(server: ServerApp, grid: AppGrid, app: AppFolder) -> float:
         raise
     except Exception as error:
         _log.debug("the ServerApp raised", exc_info=error)
-        _refuse_all_failed(grid)
-        got = f"{type(error).__name__}: {str(error).rstrip('.')}{last_line_in(app.path, error)}"
+        _refuse_all_failed(grid, app.path)
+        place = last_line_in(app.path, error) or _last_line(error)
         raise UserError(
             f"ServerApp {app.serverapp!r}",
             "one that comes to its end",
-            got,
-            "Mend the app; FLWR_LOG_LEVEL=DEBUG shows the traceback",
+            f"{type(error).__name__}: {str(error).rstrip('.')}{place}",
+            "Fix the app; FLWR_LOG_LEVEL=DEBUG shows the traceback",
         ) from error
-    _refuse_all_failed(grid)
+    _refuse_all_failed(grid, app.path)
     return time.monotonic() - began
 
 
-def _refuse_all_failed(grid: AppGrid) -> None:
+def _last_line(error: BaseException) -> str:
+    """Return where an exception came from that none of the app's own files raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename.rpartition('site-packages/')[2]}, line {frames[-1].lineno})" if frames else ""
+
+
+def _refuse_all_failed(grid: AppGrid, folder: Path) -> None:
     for message_type, answers in grid.answers.items():
-        if answers.failed == answers.messages:
+        if answers.failed == answers.messages and answers.error is not None:
+            place = place_of(answers.error, folder)
+            where = f"client {answers.client}; {place}" if place else f"client {answers.client}"
             raise UserError(
                 f"ClientApp, {message_type}",
                 "a client that answers",
-                f"{answers.failed} errors, the first: {answers.reason}",
-                "Mend the app",
+                f"{answers.failed} errors, the first: {answers.reason} ({where})",
+                "Fix the app; the log above shows the traceback",
             )

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import TEST_SEEDED
+from clients.deploy_checks import check_space
 from clients.run_config import RunConfig
 from clients.wire import ARRAYS, ModelArrays
 from fedpriv.errors import UserError
@@ -42,11 +43,19 @@ def main(grid: Grid, context: Context) -> None:
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
-    except UserError as error:
+    except (UserError, OSError) as error:
         report = context.run_config.get("failure-report")
         if report and Path(str(report)).parent.is_dir():
-            Path(str(report)).write_text(str(error), encoding="utf-8")
+            Path(str(report)).write_text(_line_of(error), encoding="utf-8")
         raise
+
+
+def _line_of(error: UserError | OSError) -> str:
+    """Return the one line that a failed run ends with."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = error.filename or "the run directory"
+    return f"{where}: {error.strerror or error}. Free some room, or mend the folder; the run goes on with --resume."
 
 
 def _run(grid: Grid, context: Context) -> None:
@@ -59,6 +68,7 @@ def _run(grid: Grid, context: Context) -> None:
         journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
         journal.begin()
         strategy = make_strategy(experiment)
+        strategy.rescue_folder = directory.path
         strategy.start(
             grid,
             ArrayRecord({ARRAYS: experiment.initial_model}),
@@ -80,6 +90,7 @@ def _run_deployed(grid: Grid, context: Context) -> None:
     if not seeded:
         experiment = _with_secret_streams(experiment)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
+    _refuse_full_disk(directory.path, experiment)
     with directory.locked():
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
@@ -92,6 +103,18 @@ def _run_deployed(grid: Grid, context: Context) -> None:
     _log.info("The run is in %s", directory.path)
 
 
+def _refuse_full_disk(path: Path, experiment: Experiment) -> None:
+    """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
+    model = experiment.initial_model
+    state = experiment.config.method.init_server(model)
+    # A checkpoint is written beside the former one; the first model and the last one stay.
+    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    (space,) = check_space(path, 0.0, "", least=wanted)
+    if space.state == "wrong":
+        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
+        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
+
+
 def _with_secret_streams(experiment: Experiment) -> Experiment:
     """Cohorts and noise from the operating system; what needs no secrecy (batches) stays as the seed says."""
     streams = SystemStreams()
@@ -100,11 +123,18 @@ def _with_secret_streams(experiment: Experiment) -> Experiment:
     return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
+class RecordedStrategy(MethodStrategy):
+    """The strategy of an experiment: as with any engine, every client has to answer, and the journal says the rest."""
+
+    def refuse_nothing_learned(self) -> None:
+        """Leave it to the journal, which records the run in any case."""
+
+
 def make_strategy(experiment: Experiment) -> MethodStrategy:
     """The strategy under the experiment's own agreement."""
     agreement = Agreement(experiment.server, experiment.population.rules, experiment.plan)
     population = experiment.population.federation.population
-    return MethodStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS)
+    return RecordedStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS, max_failures=0.0)
 
 
 def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:

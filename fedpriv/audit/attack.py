@@ -44,13 +44,11 @@ class Released:
 
     Args:
         sums: The noised sum of each round's messages, float32 `[rounds, params]`.
-        first: The model before the first round, `[params]`.
-        last: The model after the last.
+        move: The last model minus the first, float64 `[params]`.
     """
 
     sums: Tensor
-    first: Tensor
-    last: Tensor
+    move: Tensor
 
 
 class _Observed:
@@ -126,7 +124,7 @@ class Attack:
             planted = self._planted(broadcast) if apart is None else apart[number - 1]
             state = finish_round(server, state, number, _with(total, planted).sum)
             watch(number)
-        return Released(sums=sums, first=first, last=state.model)
+        return Released(sums=sums, move=state.model.double() - first.double())
 
     def _planted(self, broadcast: Broadcast) -> Tensor:
         """The sum of the canaries' messages in a round, float64 `[params]`."""

@@ -1,7 +1,7 @@
 """Canaries: clients whose every message is known to the auditor, and how an engine runs them.
 
-A canary pushes along one direction `u` of length 1 for as long as its bound allows, with a sign of its own in every
-round. Signs make scores sharp: what clients send in common, and noise that repeats, is not correlated with them.
+A canary pushes along one direction `u` of length 1 for as long as its bound allows, with a random sign of its own in
+every round. Signs make scores sharp: what clients send in common, and noise that repeats, is not correlated with them.
 
     signal in round k:  coin * sign_k * scale * u        message:  coin * sign_k * B u
 
@@ -28,28 +28,32 @@ __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries"
 
 # Sets the auditor's addresses apart from all that an experiment draws (`fedpriv.streams.Purpose`).
 _AUDIT = 0x61756469
-_DIRECTIONS, _COORDINATES, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(6)
-# One canary in ten pushes along a single coordinate: noise may be missing in some coordinates only.
-COORDINATE_SHARE = 0.1
+_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(7)
+# One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only; and one in
+# ten keeps its sign, because random signs cancel in the last model.
+_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Canaries:
-    """All candidates of one audit: first those along random directions, then those along coordinates.
+    """All candidates of one audit: first those along random directions, then those along coordinates, then steady ones.
 
     Args:
         seed: The audit's own; equal seeds and settings give equal candidates.
         directions: Unit vectors, float32 `[isotropic, params]`.
         coordinates: Indices of parameters, int64 `[coordinate canaries]`, all different.
+        steady: Directions of canaries whose sign is always 1, float32 `[steady canaries, params]`.
         signs: 1 or -1 for each candidate and round, int8 `[candidates, rounds]`.
         takes_part: Whether a candidate is in a round's cohort if it takes part at all, bool `[candidates, rounds]`.
-        coins: 0 or 1 (add-or-remove), or -1 or 1 (replace), int8 `[candidates]`; 1 for coordinates.
+        coins: 0 or 1 (add-or-remove), or -1 or 1 (replace), int8 `[candidates]`; 1 for coordinates and
+            steady canaries.
         absent_send: Whether candidates with coin 0 send a message of zero (trust local, where noise is all of it).
     """
 
     seed: int
     directions: Tensor
     coordinates: np.ndarray
+    steady: Tensor
     signs: np.ndarray
     takes_part: np.ndarray
     coins: np.ndarray
@@ -59,6 +63,11 @@ class Canaries:
     def isotropic(self) -> int:
         """Number of candidates along random directions."""
         return len(self.directions)
+
+    @property
+    def along(self) -> slice:
+        """The candidates along coordinates."""
+        return slice(self.isotropic, self.isotropic + len(self.coordinates))
 
     @cached_property
     def planted(self) -> np.ndarray:
@@ -85,8 +94,11 @@ class Canaries:
         amplitude = float(self.coins[candidate]) * float(self.signs[candidate, round - 1])
         if candidate < self.isotropic:
             return self.directions[candidate] * amplitude
+        position = candidate - self.isotropic
+        if position >= len(self.coordinates):
+            return self.steady[position - len(self.coordinates)] * amplitude
         push = torch.zeros(self.directions.shape[1])
-        push[self.coordinates[candidate - self.isotropic]] = amplitude
+        push[self.coordinates[position]] = amplitude
         return push
 
     def unseen(self, count: int, turn: int = 0) -> tuple[Tensor, np.ndarray]:
@@ -115,18 +127,22 @@ def draw_canaries(
         replace: Whether adjacency is replace.
         local: Whether trust is local.
     """
-    along = min(max(round(COORDINATE_SHARE * count), 1), size)
-    isotropic = (count - along) * (1 if replace else 2)
+    steady = max(round(_SHARE * count), 2)
+    along = min(steady, size)
+    isotropic = (count - along - steady) * (1 if replace else 2)
     heads = generator(seed, _COINS).integers(2, size=isotropic)
-    coins = np.concatenate([2 * heads - 1 if replace else heads, np.ones(along, dtype=np.int64)])
+    coins = np.concatenate([2 * heads - 1 if replace else heads, np.ones(along + steady, dtype=np.int64)])
     everyone = sampling_prob >= 1.0
-    drawn = (isotropic + along, rounds)
+    drawn = (len(coins), rounds)
+    signs = _random_signs(generator(seed, _SIGNS), drawn)
+    signs[isotropic + along :] = 1
     present = np.ones(drawn, bool) if everyone else generator(seed, _COHORTS).random(drawn) < sampling_prob
     return Canaries(
         seed=seed,
         directions=torch.from_numpy(_unit_rows(generator(seed, _DIRECTIONS), isotropic, size)),
         coordinates=generator(seed, _COORDINATES).choice(size, along, replace=False),
-        signs=_random_signs(generator(seed, _SIGNS), drawn),
+        steady=torch.from_numpy(_unit_rows(generator(seed, _STEADY), steady, size)),
+        signs=signs,
         takes_part=present,
         coins=coins.astype(np.int8),
         absent_send=local,

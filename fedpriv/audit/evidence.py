@@ -11,25 +11,10 @@ from fedpriv.audit.attack import Attack, Released
 from fedpriv.audit.canaries import Canaries
 from fedpriv.audit.scores import Null, coordinate_scores, gram, projections
 
-__all__ = ["Evidence", "FinalModel", "attack_central", "attack_local"]
+__all__ = ["Evidence", "attack_central", "attack_local"]
 
 # Directions that are in no run, to check the null with; fewer of them if they are long.
 _UNSEEN, _FEWEST_UNSEEN, _UNSEEN_FLOATS = 10_000, 1_000, 2**26
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinalModel:
-    """How the canaries show in the last model alone.
-
-    Args:
-        scores: Projections of the model's move on each seen canary's direction, N(0, 1) without it, `[seen]`.
-        shares: What each canary's signs add up to in the move, `[seen]`; see `final_model`.
-        reach: The same for a client that pushes one way whenever it takes part; mean of all seen.
-    """
-
-    scores: np.ndarray
-    shares: np.ndarray
-    reach: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +27,7 @@ class Evidence:
         coordinate: Of canaries along coordinates, `[coordinate canaries]`.
         unseen: Whitened scores of directions that were in no run, `[unseen]`.
         unaware: Whitened scores of an auditor that does not know the cohorts, `[candidates]`; None if all know them.
-        final: How the canaries show in the last model.
+        final: Scores of steady canaries in the last model alone, `[steady canaries]`.
     """
 
     whitened: np.ndarray
@@ -50,14 +35,14 @@ class Evidence:
     coordinate: np.ndarray
     unseen: np.ndarray
     unaware: np.ndarray | None
-    final: FinalModel
+    final: np.ndarray
 
 
 def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
     """Run the attack on a server that adds the noise, and score what it releases: the noised sums."""
     canaries, released = attack.canaries, attack.run(watch=watch)
-    sums, inner = released.sums, gram(released.sums)
-    null, patterns = Null.of(inner, sums.shape[1]), canaries.patterns[: canaries.isotropic]
+    sums, patterns = released.sums, canaries.patterns[: canaries.isotropic]
+    null = Null.of(gram(sums), sums.shape[1])
     projected = projections(canaries.directions, sums)
     hidden = attack.server.sampling.sampling_prob < 1.0
     signs = canaries.signs[: canaries.isotropic].astype(np.float64)
@@ -65,11 +50,11 @@ def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
         whitened=null.whitened(projected, patterns),
         matched=null.matched(projected, patterns),
         coordinate=coordinate_scores(
-            sums[:, canaries.coordinates].T.double().numpy(), canaries.patterns[canaries.isotropic :]
+            sums[:, canaries.coordinates].T.double().numpy(), canaries.patterns[canaries.along]
         ),
         unseen=_unseen_scores(null, canaries, sums, _unseen_count(sums.shape[1]), 0),
         unaware=null.whitened(projected, signs) if hidden else None,
-        final=final_model(canaries, released, inner),
+        final=_final_scores(canaries, released),
     )
 
 
@@ -87,6 +72,8 @@ def attack_local(attack: Attack, watch: Callable[[int], None]) -> Evidence:
             continue
         messages, pattern = attack.messages(position), canaries.patterns[candidate : candidate + 1, present]
         sums[present] += messages
+        if candidate >= canaries.along.stop:
+            continue
         if candidate >= along:
             column = messages[:, canaries.coordinates[candidate - along]].numpy()
             coordinate[candidate - along] = coordinate_scores(column[None], pattern)[0]
@@ -103,7 +90,7 @@ def attack_local(attack: Attack, watch: Callable[[int], None]) -> Evidence:
         coordinate=coordinate,
         unseen=np.concatenate(unseen),
         unaware=None,
-        final=final_model(canaries, released, gram(released.sums)),
+        final=_final_scores(canaries, released),
     )
 
 
@@ -123,26 +110,7 @@ def _unseen_scores(
     return null.whitened(projections(directions, releases), patterns)
 
 
-def final_model(canaries: Canaries, released: Released, inner: np.ndarray) -> FinalModel:
-    """Return how canaries show in x_K - x_0, the move of the model.
-
-    A server rule makes of the sums about x_K - x_0 = sum_k h_k S_k, exactly so if it is linear. The weights h follow
-    from least squares. A canary's share is then sum_k h_k sign_k, and sum_k |h_k| is the most that a client can have.
-
-    Args:
-        canaries: Who took part.
-        released: What was released.
-        inner: The Gram matrix of its sums.
-    """
-    move, size = (released.last - released.first).double(), len(released.first)
-    along = projections(move.unsqueeze(0), released.sums)[0]
-    values, vectors = np.linalg.eigh(inner)
-    kept = values > 1e-10 * max(float(values[-1]), 1e-300)
-    weights = vectors[:, kept] @ ((vectors[:, kept].T @ along) / values[kept])
-    seen = canaries.seen
-    length = max(float(torch.linalg.vector_norm(move)), 1e-300)
-    return FinalModel(
-        scores=(canaries.directions[seen].double() @ move).numpy() * math.sqrt(size) / length,
-        shares=(canaries.coins[seen, None] * canaries.patterns[seen]) @ weights,
-        reach=float((canaries.takes_part[seen] @ np.abs(weights)).mean()),
-    )
+def _final_scores(canaries: Canaries, released: Released) -> np.ndarray:
+    """Scores of steady canaries in the last model alone: a server steps against what clients send."""
+    length = max(float(torch.linalg.vector_norm(released.move)), 1e-300)
+    return (canaries.steady.double() @ released.move).numpy() * -math.sqrt(len(released.move)) / length

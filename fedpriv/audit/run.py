@@ -198,7 +198,7 @@ def _record(
         "knowledge": knowledge_of(plan, hidden),
         "epsilon_promised": plan.epsilon,
         **{key: getattr(plan, key) for key in ("delta", "trust", "adjacency", "noise_multiplier", "noise_stddev")},
-        "canaries_seen": len(canaries.seen) + len(canaries.coordinates),
+        "canaries_seen": len(canaries.seen) + len(canaries.coordinates) + len(canaries.steady),
         "candidates": len(canaries.coins),
         "participations": {"mean": float(taken.mean()), "min": int(taken.min()), "max": int(taken.max())},
         "scores": [finding.as_dict() for finding in findings.scores],

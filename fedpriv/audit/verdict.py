@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from fedpriv.audit.canaries import Canaries
-from fedpriv.audit.evidence import Evidence, FinalModel
+from fedpriv.audit.evidence import Evidence
 from fedpriv.audit.statistics import (
     epsilon_of,
     f_dp_lower,
@@ -158,7 +157,7 @@ def judge(canaries: Canaries, evidence: Evidence, plan: PrivacyPlan, confidence:
     """
     claims = _Claims(plan=plan, everyone=bool(canaries.takes_part.all()))
     seen, roots = canaries.seen, np.sqrt(canaries.takes_part.sum(axis=1))
-    root, coins, along = float(roots[seen].mean()), canaries.coins[seen], roots[canaries.isotropic :]
+    root, coins, along = float(roots[seen].mean()), canaries.coins[seen], roots[canaries.along]
     whitened, matched, took_part = evidence.whitened[seen] * coins, evidence.matched[seen] * coins, along > 0.0
     means = (_mean("whitened", whitened, root, claims), _mean("matched", matched, root, claims))
     others = [_largest("largest", whitened, roots[seen], claims)]
@@ -174,7 +173,7 @@ def judge(canaries: Canaries, evidence: Evidence, plan: PrivacyPlan, confidence:
         score_claimed=claims.score(root),
         whitened=whitened,
         null=evidence.unseen,
-        final_model=_final_model(evidence.final, claims, risk),
+        final_model=(claims.epsilon(float(evidence.final.mean())), claims.epsilon(mean_lower(evidence.final, risk))),
         without_cohorts=_without_cohorts(evidence, canaries, claims),
     )
 
@@ -251,17 +250,6 @@ def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
     order = np.argsort(-scores, kind="stable")
     present, absent = order[: guesses - guesses // 2], order[len(order) - guesses // 2 :]
     return int((coins[present] == 1).sum() + (coins[absent] == 0).sum())
-
-
-def _final_model(final: FinalModel, claims: _Claims, risk: float) -> tuple[float, float]:
-    """Epsilon, estimated and bounded, of a client that pushes one way whenever it takes part."""
-    squares = float((final.shares**2).sum())
-    if squares == 0.0:
-        return 0.0, 0.0
-    slope = float((final.shares * final.scores).sum()) / squares
-    rest, freedom = final.scores - slope * final.shares, len(final.scores) - 1
-    error = math.sqrt(float((rest**2).sum()) / freedom / squares) * float(stats.t.isf(risk, freedom))
-    return claims.epsilon(slope * final.reach), claims.epsilon((slope - error) * final.reach)
 
 
 def _without_cohorts(evidence: Evidence, canaries: Canaries, claims: _Claims) -> float | None:

@@ -1,5 +1,6 @@
 """What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
 
+import logging
 import math
 import time
 from collections import Counter
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
+from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.methods import ServerState
-from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
 __all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
+
+_log = logging.getLogger("fedpriv")
 
 _OF_A_TUNING = """
 One trial of a tuning
@@ -74,6 +78,9 @@ class Journal:
     def begin(self) -> None:
         """Writes what is known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
+        size = experiment.population.task.layout.size
+        if plan is not None and (drowned := signal_warning(plan, size)):
+            _log.warning("%s", drowned)
         statement = privacy_statement(
             plan,
             method=experiment.config.method_name,
@@ -83,6 +90,7 @@ class Journal:
             data=experiment.config.data.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
+            size=size,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -308,6 +316,7 @@ class Journal:
             "data_fingerprint": self.experiment.population.federation.fingerprint,
             "messages": sum(row["cohort_size"] for row in rows),
             "non_finite": sum(row["non_finite"] for row in rows),
+            "warnings": warnings_of(rows),
             **self._clock_at_the_end(released=False),
             **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
         }

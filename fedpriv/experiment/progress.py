@@ -1,4 +1,4 @@
-"""A progress bar for a run: round, loss, accuracy, epsilon spent, clients a second, time left."""
+"""A progress bar for a run: round, loss, accuracy, epsilon spent, clients a second, time left; and warnings."""
 
 import math
 from types import TracebackType
@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fedpriv.experiment.learned import Complaints
 from fedpriv.privacy import rounded_up
 
 __all__ = ["RoundProgress"]
@@ -30,6 +31,7 @@ class RoundProgress:
         )
         self._task = self._progress.add_task("", total=rounds)
         self._latest: dict[str, Any] = {}
+        self._complaints = Complaints()
 
     def __enter__(self) -> "RoundProgress":
         return self
@@ -43,6 +45,9 @@ class RoundProgress:
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
         """Shows one recorded round; nothing is shown before the first, so that an early error is the only line."""
         self._progress.start()
+        complaint = self._complaints(diagnostics)
+        if complaint:
+            self._progress.console.print(f"warning     {complaint}", style="yellow", highlight=False, soft_wrap=True)
         self._latest |= {key: value for key, value in {**diagnostics, **released}.items() if value is not None}
         self._progress.update(self._task, completed=released["round"], description=self._description())
 

@@ -67,8 +67,9 @@ def free_memory() -> float:
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024.0 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError):  # the limit of a container
+    with suppress(OSError, ValueError, KeyError):  # the limit of a container, whose cached files make room
         group = Path("/sys/fs/cgroup")
         limit, used = (float((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        found.append(limit - used)
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        found.append(limit - used + float(dict(line.split() for line in lines)["file"]))
     return max(min(found), 0.0)

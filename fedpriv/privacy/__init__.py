@@ -5,6 +5,7 @@ from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
+from fedpriv.privacy.warning import noise_against_signal, signal_warning
 
 __all__ = [
     "ADVERSARIES",
@@ -19,7 +20,9 @@ __all__ = [
     "Sampling",
     "Scheduled",
     "make_plan",
+    "noise_against_signal",
     "privacy_statement",
     "read_plan",
     "rounded_up",
+    "signal_warning",
 ]

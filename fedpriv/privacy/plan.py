@@ -373,7 +373,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:

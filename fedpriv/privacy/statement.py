@@ -8,6 +8,7 @@ from typing import Literal
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.sampling import FixedSize, Poisson, Scheduled
+from fedpriv.privacy.warning import signal_warning
 
 __all__ = ["privacy_statement", "rounded_up"]
 
@@ -167,6 +168,7 @@ def privacy_statement(
     recorded: bool = False,
     evaluated: bool = False,
     app: Literal["fixed", "supplied"] | None = None,
+    size: int | None = None,
 ) -> str:
     """The statement of a run.
 
@@ -181,6 +183,7 @@ def privacy_statement(
         evaluated: Whether clients evaluate models and report the metrics.
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
+        size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -204,6 +207,7 @@ def privacy_statement(
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
+        *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",

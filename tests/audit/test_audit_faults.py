@@ -77,6 +77,14 @@ def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
     assert np.mean([record["epsilon_lower"] for record in records]) > 0.7 * records[0]["epsilon_claimed"]
 
 
+def test_the_last_model_shows_a_steady_client_if_the_server_adds_the_noise_and_not_if_clients_do() -> None:
+    """A sum of all rounds hides nothing of a client that always pushes the same way; other clients' noise does."""
+    central = quick_audit(MEMORYLESS, canaries=150)[1]
+    assert 2.0 < central["final_model"]["epsilon_lower"] <= central["final_model"]["epsilon_estimate"]
+    assert central["final_model"]["epsilon_lower"] < central["epsilon_claimed"]
+    assert quick_audit(SHORT | LOCAL, canaries=40)[1]["final_model"]["epsilon_lower"] < 0.5
+
+
 @pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
 @pytest.mark.parametrize("plan", [CENTRAL, LONG | MEMORYLESS | REPLACE], ids=["central", "replace, no memory"])
 def test_noise_that_is_wrong_at_the_server_is_found_guilty(

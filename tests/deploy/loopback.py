@@ -68,6 +68,11 @@ class Loopback:
         """Tells the server the nodes' keys."""
         subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=120)
 
+    def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs `fedpriv deploy`."""
+        command = [*FEDPRIV, "deploy", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+
     def kill(self, name: str) -> None:
         """SIGKILL to `server` or `node-I`; what it started has to end by itself."""
         process = self._processes.pop(name)

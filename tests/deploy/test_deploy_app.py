@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from clients.wire import ARRAYS, FEDPRIV, TERMS
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config, parse_config
 from fedpriv.experiment.engines import Execution
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.records import Checkpoint, RunDirectory
 from fedpriv.experiment.run import run_experiment
 from fedpriv.learning.datasets import Digits
 from fedpriv.learning.models import Mlp
@@ -620,6 +621,42 @@ def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_bu
     (row,) = rows(tmp_path / "out")
     assert set(row["refused"]) == {"0", "1", "2", "3"}
     assert all("as many parameters" in refused["reason"] for refused in row["refused"].values())
+
+
+def test_a_run_whose_checkpoints_have_no_room_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
+    with pytest.raises(UserError, match="expected room for checkpoints and models, 15,600 bytes, got 1 MiB free"):
+        run_server(grid, config(trust="none", rounds=1), tmp_path / "out")
+    assert not grid.seen
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_servers_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
+    tmp_path: Path, seeded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client is asked for what the server could not save before."""
+    full, toml, real = [False], config(trust="local"), Checkpoint.write
+
+    def write(self: Checkpoint, digest: str, promise: str, number: int, *more: Any) -> None:
+        full[0] = full[0] or number == 1
+        if full[0]:
+            raise OSError(28, "No space left on device", str(self.path))
+        real(self, digest, promise, number, *more)
+
+    grid, report = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local"), tmp_path / "report"
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "write", write)
+        with pytest.raises(OSError, match="No space left"):
+            run_server(grid, toml, tmp_path / "out", failure_report=str(report), **seeded)
+    assert report.read_text().startswith(f"{tmp_path / 'out' / 'checkpoint.safetensors'}: No space left on device.")
+    assert "\n" not in report.read_text()
+    run_server(grid, toml, tmp_path / "out", resume=True, **seeded)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+    for node in range(4):
+        lines = (tmp_path / "nodes" / f"node-{node}" / "state" / "ledger.jsonl").read_text().splitlines()
+        assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_two_nodes_cannot_be_the_same_client(tmp_path: Path) -> None:

@@ -190,6 +190,47 @@ def test_another_torch_or_python_is_worth_a_note_only(deployment, capsys):
     assert "note torch" in printed
 
 
+MIB = 2**20
+
+
+def leave(monkeypatch, free):
+    """Makes every disk have so many bytes free."""
+    usage = shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+
+
+@pytest.mark.parametrize("folder", ["node-0", "server"])
+@pytest.mark.parametrize(("free", "state", "code"), [(3 * MIB, "wrong", 2), (90 * MIB, "note", 0), (2**40, "ok", 0)])
+def test_a_disk_without_room_for_what_is_written_is_said_in_one_line(
+    deployment, capsys, monkeypatch, folder, free, state, code
+):
+    leave(monkeypatch, free)
+    found = check(capsys, deployment / folder)
+    assert found[0] == code
+    taken = (
+        "a run as large as the policy accepts (10,000,000" if folder == "node-0" else "a turn of 2 nodes with a model"
+    )
+    assert f"space {state}" in found[1]
+    assert taken in found[1]
+
+
+def test_a_node_has_room_to_write_its_largest_memory_once_more(deployment, capsys, monkeypatch):
+    """The former one stays until the new one is whole."""
+    memory = deployment / "node-0" / "state" / "run-0" / "memory"
+    memory.parent.mkdir(parents=True)
+    with memory.open("wb") as file:
+        file.truncate(200 * MIB)
+    leave(monkeypatch, 150 * MIB)
+    code, printed = check(capsys, deployment / "node-0")
+    assert (code, "space wrong 150 MiB free" in printed) == (2, True)
+
+
+def test_a_policy_for_smaller_models_needs_less_room(deployment, capsys, monkeypatch):
+    leave(monkeypatch, 130 * MIB)
+    change(deployment / "node-0" / "fedpriv-client.toml", "max_parameters = 10000000", "max_parameters = 1000000")
+    assert "space ok" in check(capsys, deployment / "node-0")[1]
+
+
 @pytest.mark.parametrize("folder", ["nowhere", "ca"])
 def test_a_folder_of_another_kind_is_one_line(deployment, capsys, folder):
     code, printed = check(capsys, deployment / folder)

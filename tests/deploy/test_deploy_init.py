@@ -131,28 +131,6 @@ def test_a_start_script_without_fedpriv_says_so(made):
     assert "expected fedpriv on the PATH" in ended.stderr
 
 
-def test_the_registration_script_registers_each_key_once(deployment, tmp_path):
-    flwr = tmp_path / "flwr"
-    flwr.write_text('#!/bin/sh\necho "$FLWR_HOME $*" >> "$0.log"\n[ ! -e "$0.known" ] || { cat "$0.known"; exit 1; }\n')
-    flwr.chmod(0o755)
-    moved = deployment.parent / "moved here"
-    (deployment / "admin").rename(moved)
-
-    def register():
-        command = [moved / "register.sh"]
-        return subprocess.run(command, env={**os.environ, "FLWR": str(flwr)}, capture_output=True, text=True)
-
-    first = register()
-    assert (first.returncode, first.stdout) == (0, "node-0: registered\nnode-1: registered\n")
-    assert f"{moved} supernode register nodes/node-0.pub deployment" in (tmp_path / "flwr.log").read_text()
-    assert f"root-certificates = '{moved}/ca.crt'" in (moved / "config.toml").read_text()
-    (tmp_path / "flwr.known").write_text("Error: Public key already in use.")
-    assert register().returncode == 0
-    (tmp_path / "flwr.known").write_text("Error: no server\nanswers.")
-    last = register()
-    assert (last.returncode, last.stderr.splitlines()[0]) == (2, "node-0: not registered. Error: no server answers.")
-
-
 def test_the_apps_hash_depends_on_nothing_but_the_app(tmp_path):
     expected = app_hash()
     for folder, when in ((tmp_path / "a", 1_000_000_000), (tmp_path / "far" / "b", 1_700_000_000)):

@@ -98,3 +98,17 @@ def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, 
     assert (out / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
     asked = [row["asked"] for row in directory.rows("participation.jsonl")]
     assert asked == [[0, 1, 2, 3]] * 4
+
+
+def test_a_removed_node_ends_with_one_line_and_leaves_nothing_behind(deployment: Loopback) -> None:
+    """The last of these tests: node-3 does not come back."""
+    ended = deployment.deploy("remove", "node-3", str(deployment.folder))
+    assert (ended.returncode, ended.stdout.splitlines()[:1]) == (0, ["node-3: removed"])
+    assert deployment.ends("node-3", 60.0) == 2
+    log = deployment.log("node-3")
+    assert "Traceback" not in log
+    assert log.splitlines()[-1].startswith("fedpriv: node.key: expected a key that the server knows, got one that it")
+    wait_until(lambda: not deployment.processes("node-3"), 10.0, log)
+    checked = deployment.deploy("check", str(deployment.folder / "admin"))
+    assert checked.returncode == 0, checked.stdout
+    assert "all 3 registered" in checked.stdout

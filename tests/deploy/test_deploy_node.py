@@ -1,6 +1,7 @@
 import fcntl
 import hashlib
 import os
+import signal
 import tomllib
 
 import httpx
@@ -8,6 +9,13 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    ActivateNodeResponse,
+    PullMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -213,6 +221,79 @@ def test_a_node_that_was_killed_waits_until_the_server_takes_it_back(monkeypatch
 def test_a_node_that_the_server_refuses_says_what_to_do(monkeypatch, error, line):
     with pytest.raises(UserError, match=line):
         activation(monkeypatch, [error], patience=0.0)
+
+
+def taken(monkeypatch, when_registering, beats=False):
+    """Runs a node that the server takes, and then refuses; it answers `when_registering` to who registers itself."""
+    asked = []
+
+    def ask(_, *, request, **__):
+        asked.append(type(request).__name__)
+        if isinstance(request, ActivateNodeRequest):
+            return ActivateNodeResponse(node_id=NODE)
+        raise when_registering if isinstance(request, RegisterNodeFleetRequest) else refusal(0, 401)
+
+    def stop(_, sent):
+        assert sent == signal.SIGINT
+        raise SystemExit(0)
+
+    def program():
+        client = FleetHttpClient("https://x")
+        client.ActivateNode(ActivateNodeRequest(public_key=b"key"))
+        if beats:
+            assert client.SendNodeHeartbeat(SendNodeHeartbeatRequest()).success
+        with pytest.raises(httpx.HTTPStatusError):
+            client.PullMessages(PullMessagesRequest())
+        raise SystemExit(0)  # as Flower does, once it has logged that it ended gracefully
+
+    monkeypatch.setattr(FleetHttpClient, "_unary_unary", ask)
+    monkeypatch.setattr(supernode_internals.os, "kill", stop)
+    monkeypatch.setattr(supernode_internals, "flower_supernode", program)
+    try:
+        return supernode_internals.run_supernode([], set())
+    finally:
+        assert asked.count("RegisterNodeFleetRequest") == 1
+
+
+@pytest.mark.parametrize("beats", [False, True])
+def test_a_node_that_was_removed_says_so_in_one_line_and_is_not_started_again(monkeypatch, beats):
+    """A heartbeat finds it out in a thread of its own, where what it raises would be printed."""
+    line = r"^node\.key: expected a key that the server knows, got one that it has removed\."
+    with pytest.raises(UserError, match=line):
+        taken(monkeypatch, refusal(2001), beats)
+
+
+def test_a_node_whose_clock_went_wrong_is_not_taken_for_a_removed_one(monkeypatch, capsys):
+    """The server's answer is the same; the exit code lets systemd start it again."""
+    assert taken(monkeypatch, refusal(0, 401)) == 1
+    assert "fedpriv: the server: expected a node whose signature is right" in capsys.readouterr().err
+
+
+def test_a_node_that_the_server_never_took_was_not_removed(monkeypatch):
+    def ask(_, *, request, **__):
+        raise refusal(2001) if isinstance(request, RegisterNodeFleetRequest) else refusal(0, 401)
+
+    def program():
+        with pytest.raises(httpx.HTTPStatusError):
+            FleetHttpClient("https://x").ActivateNode(ActivateNodeRequest(public_key=b"key"))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(FleetHttpClient, "_unary_unary", ask)
+    monkeypatch.setattr(supernode_internals, "flower_supernode", program)
+    with pytest.raises(UserError, match="Set this machine's clock"):
+        supernode_internals.run_supernode([], set())
+
+
+def test_flowers_client_asks_through_what_is_replaced_and_gets_it_back(monkeypatch):
+    """Fails if Flower's client asks servers otherwise than by `_unary_unary` with a `request`."""
+    calls = []
+    monkeypatch.setattr(FleetHttpClient, "_unary_unary", lambda *_, **given: calls.append(given))
+    before = FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat
+    with supernode_internals._listening():
+        FleetHttpClient("https://x").PullMessages(PullMessagesRequest())
+        FleetHttpClient("https://x").SendNodeHeartbeat(SendNodeHeartbeatRequest())
+    assert [type(given["request"]) for given in calls] == [PullMessagesRequest, SendNodeHeartbeatRequest]
+    assert (FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat) == before
 
 
 def test_a_node_calls_nobody_else(monkeypatch):

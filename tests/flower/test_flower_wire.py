@@ -9,11 +9,23 @@ from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.answers import send_message
+from clients.refusals import Refusal
 from clients.state import keep_state, load_state
-from clients.wire import ARRAYS, FEDPRIV, Introduction, MessageFormat, ModelArrays, Order, asks_who, introduction
+from clients.wire import (
+    ARRAYS,
+    DIAGNOSTICS,
+    FEDPRIV,
+    Introduction,
+    MessageFormat,
+    ModelArrays,
+    Order,
+    asks_who,
+    introduction,
+)
 from fedpriv.errors import UserError
 from fedpriv.gaussian import release_grid
-from fedpriv.methods import METHODS, AlphaNormEC, Clip21
+from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.rounds import ClientRules, client_round
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -59,7 +71,7 @@ def test_a_model_arrives_to_the_bit_in_its_own_number_formats():
 
 @pytest.mark.parametrize(
     ("bound", "stddev", "dtype"),
-    [(1.0, 0.0, "float32"), (1.0, 1.0, "int16"), (5.0, 1e-4, "int32"), (1.0, 1e-9, "float32")],
+    [(1.0, 0.0, "float32"), (1.0, 1.0, "int8"), (1.0, 0.1, "int16"), (5.0, 1e-4, "int32"), (1.0, 1e-9, "float32")],
 )
 def test_a_noised_message_travels_as_the_smallest_integers_that_hold_it(bound, stddev, dtype):
     form = MessageFormat.of(ClientRules(method=Clip21(clip_norm=bound), noise_stddev=stddev, streams=SystemStreams()))
@@ -98,6 +110,63 @@ def test_a_clients_state_is_kept_to_the_bit():
     loaded = load_state(context, later, 7)
     assert loaded.memory.view(torch.int32).tolist() == SPECIAL.view(torch.int32).tolist()
     assert torch.equal(loaded.updated, state.updated)
+
+
+def answered(context, round, last_round, value):  # noqa: A002
+    """Plays a client's part: loads its state, and keeps another as that of after the round."""
+    order = Order(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
+    before = load_state(context, order, 2)
+    keep_state(context, order, before._replace(memory=torch.full((2,), value)))
+    return before.memory[0].item()
+
+
+@pytest.mark.parametrize(
+    ("orders", "befores"),
+    [
+        ([(1, 0), (2, 1), (3, 2)], [0.0, 1.0, 2.0]),
+        ([(1, 0), (2, 0), (3, 0)], [0.0, 0.0, 0.0]),
+        ([(1, 0), (2, 1), (3, 1), (4, 1), (5, 4)], [0.0, 1.0, 1.0, 1.0, 4.0]),
+        ([(1, 0), (4, 1), (9, 4), (12, 0), (13, 12)], [0.0, 1.0, 4.0, 0.0, 12.0]),
+    ],
+    ids=["all count", "none counts", "some are lost", "the server began again"],
+)
+def test_what_a_client_remembers_is_what_counted(orders, befores):
+    context = new_context()
+    assert [answered(context, now, last, float(now)) for now, last in orders] == befores
+
+
+@pytest.mark.parametrize("last_round", [1, 3, 7])
+def test_a_state_that_is_of_no_round_that_counted_is_lost(last_round):
+    context = new_context()
+    if last_round != 1:
+        for now, last in [(1, 0), (2, 1), (4, 2)]:
+            answered(context, now, last, 1.0)
+    with pytest.raises(
+        Refusal, match=f"memory of client 1: expected its state after round {last_round}, got"
+    ) as caught:
+        answered(context, 8, last_round, 1.0)
+    assert caught.value.kind == "lost"
+
+
+def test_a_method_without_memory_keeps_nothing():
+    context = new_context()
+    order = Order(method=DPFedAvg(), round=5, client=1, last_round=3)
+    keep_state(context, order, load_state(context, order, 3))
+    assert not context.state
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_client_whose_memory_is_not_finite_reports_no_norm_that_is(poison):
+    """Its message is zero from then on; the server counts it by what it reports."""
+    model = ModelArrays.of(ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))}))
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    method = Clip21(clip_norm=1.0)
+    kept = type(method.init_client(3))(torch.tensor([0.0, poison, 0.0]))
+    keep_state(context, Order(method=method, round=1, client=0), kept)
+    order = Order(method=method, round=2, client=0, last_round=1, diagnostics=True)
+    content = send_message(order, torch.ones(3), model, context)
+    assert not content.array_records[ARRAYS]["w"].numpy().any()
+    assert content.metric_records[DIAGNOSTICS]["signal-norm"] == np.inf
 
 
 def test_a_first_round_starts_with_a_fresh_state():

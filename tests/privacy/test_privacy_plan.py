@@ -233,9 +233,16 @@ def test_a_statement_never_understates_epsilon() -> None:
 
 def test_a_statement_lists_what_is_not_covered() -> None:
     text = words(privacy_statement(plan(), method="a method", randomness="seeded"))
-    for item in ("loss", "norm", "hyperparameter", "batchnorm", "time", "mironov 2012", "simulation", "seed"):
+    for item in ("loss", "norm", "hyperparameter", "batchnorm", "time", "share their noise", "simulation", "seed"):
         assert item in text
     assert "this is a simulation" not in words(privacy_statement(plan(), method="a method", randomness="system"))
+
+
+def test_a_statement_says_on_which_grid_noise_is_released() -> None:
+    made = plan()
+    text = words(privacy_statement(made, method="a method", randomness="system"))
+    assert f"a multiple of {made.release_grid:g}" in text
+    assert "floating point" not in text
 
 
 def told(facts: DataFacts | None, **options: Any) -> str:

@@ -1,0 +1,75 @@
+"""What is said of a run whose clients' updates were not finite, or from which nothing was learned.
+
+An update that is not finite counts as zero, so that a run in which every one diverged would otherwise end like any
+other, with a model that is noise alone. All of it is made of `diagnostics.jsonl`, which is for simulations only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["Complaints", "learned_nothing", "warnings_of"]
+
+Row = Mapping[str, Any]
+
+_CAUSE = "Lower local.client_lr or method.server_lr, or look at the clients' inputs."
+
+
+class Complaints:
+    """Says in which rounds updates are not finite, as it happens; call it with every row of diagnostics.
+
+    It speaks at the first round with such an update, and at the first in which no update is finite.
+    """
+
+    def __init__(self) -> None:
+        self._any = self._all = False
+
+    def __call__(self, row: Row) -> str:
+        """Return a line to show; empty if there is nothing new to say."""
+        bad, messages = row.get("non_finite") or 0, row.get("cohort_size") or 0
+        new = (bad > 0 and not self._any) or (0 < messages == bad and not self._all)
+        self._any, self._all = self._any or bad > 0, self._all or 0 < messages == bad
+        return f"round {row['round']}: {_updates(bad, messages)} not finite and counted as nothing" if new else ""
+
+
+def warnings_of(rows: Sequence[Row]) -> list[str]:
+    """Return what a run's diagnostics give cause to say, one sentence or two each; nothing for an ordinary run.
+
+    Args:
+        rows: The rows of `diagnostics.jsonl`.
+    """
+    messages, bad = _sum(rows, "cohort_size"), _sum(rows, "non_finite")
+    if not rows:
+        return []
+    if messages == 0:
+        return [f"No client's message counted in any of {len(rows)} rounds: the model is noise at most."]
+    if learned_nothing(rows):
+        return [f"All {messages} updates were not finite and counted as nothing: the model is noise at most. {_CAUSE}"]
+    if bad == 0:
+        return []
+    since = _useless_since(rows)
+    last = f" From round {since} on none was finite." if since is not None else ""
+    return [f"{_updates(bad, messages)} not finite and counted as nothing.{last} {_CAUSE}"]
+
+
+def learned_nothing(rows: Sequence[Row]) -> bool:
+    """Return whether clients sent messages, and none of them was made of a finite update."""
+    messages = _sum(rows, "cohort_size")
+    return 0 < messages == _sum(rows, "non_finite")
+
+
+def _useless_since(rows: Sequence[Row]) -> int | None:
+    """Return the first round of those at the end in which no update was finite; None if the last one had some."""
+    since = None
+    for row in reversed(rows):
+        if (row.get("cohort_size") or 0) > (row.get("non_finite") or 0):
+            break
+        since = row["round"] if row.get("cohort_size") else since
+    return since
+
+
+def _updates(bad: int, messages: int) -> str:
+    return f"{bad} of {messages} updates {'was' if bad == 1 else 'were'}"
+
+
+def _sum(rows: Sequence[Row], key: str) -> int:
+    return sum(row.get(key) or 0 for row in rows)

@@ -1,0 +1,96 @@
+"""The average of metrics that clients report, and what is said of those that cannot be averaged.
+
+| a client reports | then |
+|---|---|
+| `num-examples` above 0 | its metrics count with that weight |
+| `num-examples` 0 | none of its metrics counts, as it has nothing to measure them on |
+| no `num-examples`, or one that is negative or not finite | none of its metrics counts |
+| a metric that is not finite, or has another length than other clients' | this metric of its does not count |
+| some of the metrics only | each metric is averaged over the clients that report it |
+
+Nothing is left out silently.
+"""
+
+import math
+from collections.abc import Mapping
+
+from flwr.app import MetricRecord, RecordDict
+
+__all__ = ["WEIGHT", "average_metrics"]
+
+WEIGHT = "num-examples"
+
+Value = int | float | list[int] | list[float]
+
+
+def average_metrics(answers: Mapping[int, RecordDict]) -> tuple[MetricRecord | None, dict[int, str]]:
+    """Return the average over clients by number of examples, and what does not count, by client.
+
+    Args:
+        answers: The contents of answers, by client; of several records of metrics, the first that has a metric counts.
+
+    Returns:
+        None if there is nothing to average.
+    """
+    reported = {client: _merged(content) for client, content in answers.items()}
+    if not any(reported.values()):
+        return None, {}
+    left_out = {client: why for client, metrics in reported.items() if (why := _fault_of_weight(metrics))}
+    counted = {client: metrics for client, metrics in reported.items() if client not in left_out}
+    average: dict[str, Value] = {}
+    for name in dict.fromkeys(name for metrics in counted.values() for name in metrics if name != WEIGHT):
+        values = {client: metrics[name] for client, metrics in counted.items() if name in metrics}
+        faults = _faults_of_values(name, values)
+        left_out |= {c: f"{left_out[c]}; {why}" if c in left_out else why for c, why in faults.items()}
+        good = {client: value for client, value in values.items() if client not in faults}
+        if good:
+            average[name] = _mean(good, {client: float(counted[client][WEIGHT]) for client in good})  # type: ignore[arg-type]
+    return (MetricRecord(average) if average else None), left_out
+
+
+def _merged(content: RecordDict) -> dict[str, Value]:
+    merged: dict[str, Value] = {}
+    for record in content.metric_records.values():
+        merged = {**record, **merged}
+    return merged
+
+
+def _fault_of_weight(metrics: dict[str, Value]) -> str:
+    weight = metrics.get(WEIGHT)
+    if weight is None:
+        return f"no {WEIGHT}: its metrics do not count"
+    if isinstance(weight, list) or not (_finite(weight) and weight > 0):
+        return f"{WEIGHT} {weight}: its metrics do not count"
+    return ""
+
+
+def _faults_of_values(name: str, values: Mapping[int, Value]) -> dict[int, str]:
+    lengths = [_length(value) for value in values.values()]
+    usual = max(lengths, key=lengths.count)
+    faults = {}
+    for client, value in values.items():
+        if _length(value) != usual:
+            faults[client] = f"{name} of another length than other clients' does not count"
+        elif not all(_finite(number) for number in (value if isinstance(value, list) else [value])):
+            faults[client] = f"{name} is not finite and does not count"
+    return faults
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _length(value: Value) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
+def _mean(values: Mapping[int, Value], weights: Mapping[int, float]) -> float | list[float]:
+    largest = max(weights.values())
+    scaled = [weights[client] / largest for client in values]
+    shares = [weight / math.fsum(scaled) for weight in scaled]
+    rows = [value if isinstance(value, list) else [value] for value in values.values()]
+    means = [math.fsum(w * x for w, x in zip(shares, column, strict=True)) for column in zip(*rows, strict=True)]
+    return means if isinstance(next(iter(values.values())), list) else means[0]

@@ -1,0 +1,133 @@
+"""Flower's own processes end with the node or server that they work for, also when it is killed."""
+
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.supercore.constant import ExecutorType, TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.superexec.executor import get_executor
+from flwr.supercore.superexec.executor.types import ExecutionSpec
+from flwr.supernode import start_client_internal as supernode
+from flwr.supernode.nodestate import NodeStateFactory
+from loopback import wait_until
+
+from clients import companion
+from clients.companion import companion_of, starting_companions
+from clients.supernode_internals import accompanied
+from strategies import superlink_internals
+
+# Holds the lock, starts a companion, says its number, and waits.
+KEEPER = """
+import fcntl, subprocess, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+child = subprocess.Popen(sys.argv[2:], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+# Flower's, which for minutes asks a server again that is not there.
+SUPEREXEC = ["flower-superexec", "--insecure", "--runtime-api-address", "127.0.0.1:1"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+@pytest.mark.parametrize("when", ["at once", "in the middle of its work"])
+def test_a_killed_keeper_takes_its_companions_along(when: str, tmp_path: Path) -> None:
+    """Nobody waits for the keeper here, so that its number stays taken: Flower's own watch would see it alive."""
+    lock = tmp_path / "lock"
+    command = [sys.executable, "-c", KEEPER, str(lock), *companion_of(str(lock), SUPEREXEC)]
+    keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert keeper.stdout is not None
+    pid = int(keeper.stdout.readline())
+    try:
+        if when != "at once":
+            wait_until(lambda: "retrying" in keeper.stdout.readline(), 120.0)  # type: ignore[union-attr]
+        assert alive(pid)
+        keeper.kill()
+        wait_until(lambda: not alive(pid), 10.0, "the companion lives on")
+    finally:
+        keeper.kill()
+        keeper.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        keeper.stdout.close()
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(companion.subprocess, "Popen", lambda command, **_: commands.append(list(command)))
+    return commands
+
+
+def test_flowers_node_and_server_start_companions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if Flower starts its processes otherwise."""
+    commands = started(monkeypatch)
+    monkeypatch.setenv("FLWR_HOME", "/home/flower")
+
+    class Stopped(BaseException):
+        pass
+
+    def connect(**_: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(supernode, "_init_connection", connect)
+    monkeypatch.setattr(supernode, "register_signal_handlers", lambda **_: None)
+    with accompanied(supernode), contextlib.suppress(Stopped):
+        supernode.start_client_internal(
+            state_factory=NodeStateFactory(ObjectStoreFactory()), server_address="x:1", node_config={}, insecure=True
+        )
+    program = superlink_internals._PROGRAM
+    config = SimpleNamespace(isolation="subprocess", host="127.0.0.1", port=1, certificates=None)
+    config.ssl_ca_certfile, config.runtime_dependency_install = None, False
+    life = program.SuperLinkLifespan(config, SimpleNamespace(objectstore_factory=None))
+    with accompanied(program):
+        life._start_superexec_if_needed()
+    assert [command[4] for command in commands] == ["flower-superexec"] * 2
+    assert all(command[3] == "/home/flower/lock" for command in commands)
+    assert vars(supernode)["subprocess"] is program.subprocess is subprocess
+
+
+def test_what_runs_an_app_is_a_companion_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = started(monkeypatch)
+    module: Any = importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
+    monkeypatch.setattr(module, "subprocess", starting_companions("/the/lock"))
+    given: dict[str, Any] = {
+        "task_id": 1,
+        "task_type": TaskType.CLIENT_APP,
+        "token": "t",
+        "runtime_api_address": "127.0.0.1:1",
+    }
+    given |= {"insecure": True, "root_certificates_path": None, "runtime_dependency_install": False, "parent_pid": 1}
+    executor = get_executor(ExecutorType.SUBPROCESS, executor_config=None, insecure=True, root_certificates_path=None)
+    executor.launch(ExecutionSpec(**given, suppress_output=False))
+    assert [command[3:5] for command in commands] == [["/the/lock", "flwr-clientapp"]]
+
+
+def test_a_companion_leaves_the_names_of_packages_to_the_app(tmp_path: Path) -> None:
+    """An app that a node accepts may have packages called as ours are, or as files beside the companion are."""
+    lock = tmp_path / "lock"
+    ours = "[name for name in sys.modules if name.split('.')[0] in ('clients', 'fedpriv', 'strategies')]"
+    seen = f"import sys; print({ours}, sys.path)"
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit; atexit.register(lambda: exec({seen!r}))")
+    command = companion_of(str(lock), ["flower-superexec", "--help"])
+    lock.touch()
+    keeper = [sys.executable, "-c", KEEPER.replace("time.sleep(600)", "child.wait()"), str(lock), *command]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    printed = subprocess.run(keeper, env=environment, capture_output=True, text=True, timeout=120).stdout
+    assert "--runtime-api-address" in printed
+    assert "[] [" in printed
+    assert str(Path(companion.__file__).parent) not in printed
