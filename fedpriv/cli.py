@@ -444,10 +444,8 @@ def remove(
     from strategies.deploy_keys import remove_node
 
     print(remove_node(name, folder))
-    print(
-        "A run that has begun continues without it: its messages are missing, the number of clients stays what the plan"
-    )
-    print("says, and each turn that asks it lasts until the deadline.")
+    print("A run that has begun continues without it: its messages are missing, the number of clients stays what the")
+    print("plan says, and each turn that asks it lasts until the deadline.")
 
 
 @deploy.command()
