@@ -74,6 +74,7 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         start = model.vector(arrays.part(received))
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
+    fixed = {name: received[name] for name in arrays.fixed}  # before an app may change it
     metrics: dict[str, Any] = {}
 
     def make_signal() -> Tensor:
@@ -81,7 +82,6 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         metrics.update(content.metric_records)
         returned = _only_model(content, "answer of the train function")
         signal = start - model.vector(arrays.part(returned))
-        fixed = {name: received[name] for name in arrays.fixed}
         try:
             check_training(arrays, order, model, fixed, returned, signal)
         except UserError as error:  # which it raises only if that tells nothing to an adversary
@@ -109,7 +109,8 @@ def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
 
 def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> Message:
     """The answer of a client that does not follow an order. Its own log has the whole reason."""
-    _log.warning("refused (%s): %s", no.kind, no, exc_info=cause or no.__cause__)
+    client = message.content.config_records.get(FEDPRIV, {}).get("client", "?")
+    _log.warning("client %s refused (%s): %s", client, no.kind, no, exc_info=cause or no.__cause__)
     told = f"private_mod: {no.told}"
     if FEDPRIV not in message.content.config_records:  # a strategy of somebody else's, which knows errors alone
         return refusal(message, told)

@@ -122,7 +122,8 @@ class NamedStrategy(MethodStrategy):
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
         if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
-            self.streams = SeededStreams(self.streams.seed, repr((self.method, sampling, plan, rounds)))
+            done = (self.method, sampling, plan, rounds, self.arrays.trained)
+            self.streams = SeededStreams(self.streams.seed, repr(done))
         return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
 
 
