@@ -137,7 +137,8 @@ def unreleased(rows: pd.DataFrame, column: str) -> bool:
 
 def not_covered(rows: pd.DataFrame) -> set[str]:
     """Names of the scores that the epsilon of some run does not cover."""
-    return {name for text in rows["not_covered"].unique() for name in text.split(", ") if name}
+    texts = rows["not_covered"].unique() if "not_covered" in rows else ()
+    return {name for text in texts for name in text.split(", ") if name}
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
