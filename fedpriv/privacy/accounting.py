@@ -144,6 +144,8 @@ def least_bound(
     pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
     if whole.epsilon == 0.0 or not pairs:
         return whole
+    if rounds * _hiding_prob(sampling) <= delta:  # the client takes part at all with at most that probability
+        return Bound(0.0, PLD, True)
     noise = min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)
     if noise * LARGEST_SHIFT < 1.0:
         return whole
@@ -320,6 +322,8 @@ def _first_interval(pair: Direction, noise: float, cut: float, horizon: int, del
         wanted = math.sqrt(12.0 * GRID_ERROR * max(epsilon, 1e-9) / (horizon * (1.0 + theta)))
         most = MOST_LOSSES if epsilon < 1e3 else MOST_LOSSES // 16
         finest = 2.0 ** math.ceil(math.log2(losses.interval * len(losses.probs) / most))
+        if not math.isfinite(wanted):
+            return finest, finest
         interval = max(2.0 ** math.floor(math.log2(wanted)), finest)
         if losses.interval <= interval:
             return interval, finest

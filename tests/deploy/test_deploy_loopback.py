@@ -84,7 +84,7 @@ def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, 
         return len(directory.rows("rounds.jsonl")) > rounds
 
     run = deployment.run(config, out, "--test-seeded")
-    wait_until(lambda: finished(1), 120.0, deployment.log("server"))
+    wait_until(lambda: finished(1), 240.0, deployment.log("server"))
     deployment.kill("node-3")
     deployment.start("node-3")
     wait_until(lambda: finished(2), 240.0, deployment.log("server"))

@@ -641,7 +641,7 @@ def test_a_full_disk_under_snapshots_is_one_line_and_the_last_snapshot_stays(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr(os, "open", full)
         with pytest.raises(UserError, match="room for the clients' states, got No space left"):
             snapshots.keep([part, part])
     (kept,) = snapshots.parts()

@@ -66,7 +66,7 @@ def test_the_plan_as_json_has_what_others_build_on(capsys):
 def test_the_statement_names_the_adversary_and_the_number(capsys):
     assert call("privacy", QUICKSTART) == 0
     text = capsys.readouterr().out
-    for words in ("add-or-remove", "server", "PLD", "1e-05"):
+    for words in ("add-or-remove", "server", "one Gaussian, exactly", "1e-05"):
         assert words in text
 
 
