@@ -101,7 +101,8 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    path.unlink(missing_ok=True)  # one that a crash left keeps its mode
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         _write_all(file, content)
         os.fsync(file)

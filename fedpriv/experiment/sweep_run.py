@@ -166,6 +166,8 @@ def run_sweep(
                     table.write_now_and_then()
         except BaseException:
             with suppress(OSError):
+                for name in left:  # a trial may have ended without a word of it having arrived
+                    table.changed(name)
                 table.write()
             raise
         written = table.write()

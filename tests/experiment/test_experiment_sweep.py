@@ -1,5 +1,6 @@
 """Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -21,6 +22,7 @@ from fedpriv.engines import local_jobs, ray_jobs
 from fedpriv.engines.jobs import Began, Ended, Job, JobDied, call
 from fedpriv.engines.ray_cluster import connect, remove_abandoned
 from fedpriv.errors import UserError
+from fedpriv.experiment.records import write_pieces_atomically
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.sweep_live import SweepTable
 from fedpriv.experiment.sweep_run import SweepState, run_sweep
@@ -381,22 +383,27 @@ def test_folders_of_rays_whose_process_was_killed_are_removed(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("in_process")
 def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sweep_file(tmp_path, "seeds = 3\n")
     second = load_sweep(path).trials()[1].name
     out = tmp_path / "out"
-    (out / "trials" / second).mkdir(parents=True)
-    full = out / "trials" / second / "digest.txt.part"
-    full.symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as caught:
-        main(["sweep", str(path), "--out", str(out), "--resume"])
+    full, write = out / "trials" / second / "digest.txt", write_pieces_atomically
+
+    def written(file: Path, *more: Any) -> None:
+        if file == full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        write(file, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedpriv.experiment.records.write_pieces_atomically", written)
+        with pytest.raises(SystemExit) as caught:
+            main(["sweep", str(path), "--out", str(out)])
     assert caught.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedpriv:")]
     assert len(errors) == 1
     assert "No space left" in errors[0]
     assert [row["status"] for row in pd.read_csv(out / "trials.csv").to_dict("records")] == ["done", "left", "left"]
-    full.unlink()
     assert list(run_sweep(load_sweep(path), out, resume=True)["status"]) == ["done"] * 3
 
 
