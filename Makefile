@@ -27,7 +27,7 @@ bench: setup
 	$(BIN)/python results/benchmarks/make.py
 
 mutants: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --jobs 2
 
 setup: $(STAMP) browser
 

@@ -1,17 +1,21 @@
 """Seeded faults, each of which some test must kill.
 
-    python tests/mutants.py [WORDS ...]      all faults, or those whose name holds one of the words
+    python tests/mutants.py [WORDS ...] [--jobs N]      all faults, or those whose name holds one of the words
 
 Each fault is a change of one place in the product. The program copies the working tree to a temporary folder, puts
 one fault in, runs the tests named beside it there, and reports a fault that no test notices. Exit code 1 if any
-survives. `tests/core/test_core_mutants.py` checks with every test run that the places still exist.
+survives, or if tests could not run. `tests/core/test_core_mutants.py` checks with every test run that the places still exist.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1594,8 +1598,8 @@ MUTANTS = [
 ]
 
 
-def killed(mutant: Mutant) -> bool:
-    """Whether the tests named beside a fault notice it."""
+def verdict(mutant: Mutant) -> str:
+    """`killed` if the tests named beside a fault notice it, `ALIVE` if they pass, else what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         copy_tree(tree)
@@ -1604,7 +1608,8 @@ def killed(mutant: Mutant) -> bool:
         if mutant.old not in text:
             raise SystemExit(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Mend the list of mutants.")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        return run_tests(tree, mutant.tests) == 1
+        code = run_tests(tree, mutant.tests)
+        return {0: "ALIVE ", 1: "killed"}.get(code, f"BROKEN (pytest's exit code {code})")
 
 
 def run_tests(tree: Path, tests: str) -> int:
@@ -1615,12 +1620,13 @@ def run_tests(tree: Path, tests: str) -> int:
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, check=False).returncode
 
 
-def refuse_failing_tests(suites: set[str]) -> None:
+def refuse_failing_tests(suites: set[str], jobs: int) -> None:
     """Stops unless the tests pass without a fault: else every fault would seem to be noticed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copy_tree(Path(folder))
-        for tests in sorted(suites):
-            if run_tests(Path(folder), tests) != 0:
+        ordered = sorted(suites)
+        for tests, code in zip(ordered, pool.map(partial(run_tests, Path(folder)), ordered), strict=True):
+            if code != 0:
                 raise SystemExit(f"{tests} fails without any fault. Mend that first.")
 
 
@@ -1639,18 +1645,23 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], jobs: int) -> int:
     """Runs the faults whose names hold one of `words`; returns the exit code."""
+    began = time.monotonic()
     chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
-    refuse_failing_tests({mutant.tests for mutant in chosen})
-    alive = []
-    for mutant in chosen:
-        dead = killed(mutant)
-        print(f"{'killed' if dead else 'ALIVE '}  {mutant.name}", flush=True)
-        alive += [] if dead else [mutant.name]
-    print(f"{len(chosen) - len(alive)} of {len(chosen)} faults killed")
-    return 1 if alive or not chosen else 0
+    refuse_failing_tests({mutant.tests for mutant in chosen}, jobs)
+    dead = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutant, found in zip(chosen, pool.map(verdict, chosen), strict=True):
+            print(f"{found}  {mutant.name}", flush=True)
+            dead += found == "killed"
+    print(f"{dead} of {len(chosen)} faults killed in {(time.monotonic() - began) / 60.0:.0f} minutes")
+    return 1 if dead < len(chosen) or not chosen else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", help="words of which a fault's name holds one; all faults without")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    arguments = parser.parse_args()
+    raise SystemExit(main(arguments.words, arguments.jobs))
