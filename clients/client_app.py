@@ -10,16 +10,26 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.answers import refusal, send_message
 from clients.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
-from clients.heads import Head
-from clients.member import Member
-from clients.own_data import own_signal
-from clients.refusals import Refusal
-from clients.run_config import RunConfig
-from clients.wire import ARRAYS, CONFIG, TERMS, Introduction, ModelArrays, Order, Terms, asks_who, refusal_record
+from fedpriv.deploy.device.heads import Head
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.own_data import own_signal
 from fedpriv.engines import Population, one_thread
 from fedpriv.errors import UserError
+from fedpriv.flower.answers import refusal, send_message
+from fedpriv.flower.messages import (
+    ARRAYS,
+    CONFIG,
+    TERMS,
+    Introduction,
+    ModelArrays,
+    Order,
+    Terms,
+    asks_who,
+    refusal_record,
+)
+from fedpriv.flower.refusals import Refusal
+from fedpriv.flower.run_config import RunConfig
 from fedpriv.streams import SeededStreams, Streams
 
 __all__ = ["TEST_SEEDED", "app"]

@@ -5,9 +5,9 @@ never by a message or a run config:
 
 1. A node with a home is guarded. Its operator names the home: `--node-config 'fedpriv-home="/absolute/path"'`. The
    policy in it, `fedpriv-client.toml`, is written with strict defaults if there is none (trust local, epsilon 8).
-   Orders are followed as in a deployment (`clients.member`): within the policy and the budget, each turn once, and the
-   same order gets the same bytes. Nothing else is answered, but evaluations if the policy accepts them.
-2. A process that plays clients (`clients.simulation`) follows every order, seeded ones included.
+   Orders are followed as in a deployment (`fedpriv.deploy.device.member`): within the policy and the budget, each turn
+   once, and the same order gets the same bytes. Nothing else is answered, but evaluations if the policy accepts them.
+2. A process that plays clients (`fedpriv.flower.simulation`) follows every order, seeded ones included.
 3. Any other node answers nothing.
 """
 
@@ -21,13 +21,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from clients.heads import HEAD, Head
-from clients.member import Member
-from clients.policy import write_default_policy
-from clients.refusals import Refusal
-from clients.simulation import simulated
-from clients.wire import FEDPRIV, TERMS, Introduction, MessageFormat, ModelArrays, Order, Terms
+from fedpriv.deploy.device.heads import HEAD, Head
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.policy import write_default_policy
 from fedpriv.errors import UserError
+from fedpriv.flower.messages import FEDPRIV, TERMS, Introduction, MessageFormat, ModelArrays, Order, Terms
+from fedpriv.flower.refusals import Refusal
+from fedpriv.flower.simulation import simulated
 
 __all__ = ["HOME", "Guard", "answer_content", "content_of", "guard_of", "own_id", "refuse_unless_simulated", "terms_of"]
 

@@ -3,8 +3,8 @@
     app = ClientApp(mods=[private_mod])
 
 The app trains as ever and answers with its new local model. The mod takes what the app learned, the signal x - x_local
-over all trained arrays as one vector (`clients.trained`), follows the client rule of the strategy's method (bounds it,
-adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
+over all trained arrays as one vector (`fedpriv.flower.trained`), follows the client rule of the strategy's method
+(bounds it, adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
 
 On a node with a home the client's own policy, ledger and memory stand behind the mod; without one it works in
 simulations only, and keeps the memory in `context.state`. `clients.guard` has the rule.
@@ -26,12 +26,12 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from clients.answers import refusal, send_message
 from clients.guard import Guard, content_of, guard_of
-from clients.refusals import Refusal
-from clients.trained import TrainedArrays, check_training
-from clients.wire import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.errors import UserError
+from fedpriv.flower.answers import refusal, send_message
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
+from fedpriv.flower.refusals import Refusal
+from fedpriv.flower.trained import TrainedArrays, check_training
 
 __all__ = ["private_mod"]
 

@@ -7,10 +7,10 @@ from fedpriv.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fedpriv.experiment.config import load_config
-    from fedpriv.experiment.report import write_report
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.experiment.run import run_experiment
-    from fedpriv.experiment.tracking import track
+    from fedpriv.report.write import write_report
+    from fedpriv.tracking.trackers import track
 
 __all__ = ["load_config", "load_model", "load_results", "run_experiment", "track", "write_report"]
 
@@ -19,8 +19,8 @@ _HOMES = {
     "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
     "run_experiment": "fedpriv.experiment.run",
-    "track": "fedpriv.experiment.tracking",
-    "write_report": "fedpriv.experiment.report",
+    "track": "fedpriv.tracking.trackers",
+    "write_report": "fedpriv.report.write",
 }
 
 

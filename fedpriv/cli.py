@@ -17,33 +17,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedpriv import __version__
-from fedpriv.devices import DEVICES, SCHEDULES
+from fedpriv.clock import DEVICES, SCHEDULES
+from fedpriv.data.datasets import DATASETS
+from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
+from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import assemble_clients, sampling_of
+from fedpriv.experiment.build import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.engines import ENGINES, Execution, bytes_of
+from fedpriv.experiment.execution import ENGINES, Execution, bytes_of
 from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
-from fedpriv.experiment.journal import DIAGNOSTICS_FILE
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
+from fedpriv.experiment.recorder import DIAGNOSTICS_FILE
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.tracking import track, watched_by
-from fedpriv.learning.datasets import DATASETS
-from fedpriv.learning.federation import Holders, plot_who_holds_what, who_holds_what
-from fedpriv.learning.local_work import LOCAL_WORKS
-from fedpriv.learning.models import MODELS
-from fedpriv.learning.partitions import PARTITIONS
-from fedpriv.learning.shifts import SHIFTS
+from fedpriv.experiment.run_directory import RunDirectory, jsonable, write_atomically
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LOCAL_WORKS
+from fedpriv.tasks.models import MODELS
+from fedpriv.tracking.trackers import track, watched_by
+from fedpriv.version import __version__
 
 if TYPE_CHECKING:
-    from fedpriv.experiment.spent import Group
+    from fedpriv.report.spent import Group
 
 __all__ = ["app", "main"]
 
@@ -167,7 +167,7 @@ def run(
     ):
         watch = watched_by(progress, sent)
         if deploy is not None:
-            from strategies.deploy_run import run_deployed
+            from fedpriv.deploy.run import run_deployed
 
             summary = run_deployed(
                 experiment,
@@ -180,7 +180,7 @@ def run(
                 watch=progress,
             )
         elif engine == "flower":
-            from strategies.launch import run_with_flower
+            from fedpriv.flower.launch import run_with_flower
 
             summary = run_with_flower(
                 experiment, directory, device=device, data_root=data_root, resume=resume, watch=watch
@@ -229,11 +229,11 @@ def sweep(
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
-    from fedpriv.experiment.sweep_live import SweepTable
-    from fedpriv.experiment.sweep_run import TRIALS, SweepState, run_sweep
-    from fedpriv.experiment.sweep_table import other_trials
-    from fedpriv.experiment.sweeps import load_sweep
-    from fedpriv.experiment.tuning import CHOSEN, about_tuning
+    from fedpriv.sweeps.config import load_sweep
+    from fedpriv.sweeps.live import SweepTable
+    from fedpriv.sweeps.run import TRIALS, SweepState, run_sweep
+    from fedpriv.sweeps.table import other_trials
+    from fedpriv.sweeps.tuning import CHOSEN, about_tuning
 
     plan = load_sweep(file)
     folder = out or Path("runs") / plan.name
@@ -320,7 +320,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one page about many runs: the best of each method, curves, robustness, privacy; figures and tables."""
-    from fedpriv.experiment.report import write_report
+    from fedpriv.report.write import write_report
 
     page = write_report(folder, out, select=select)
     print(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
@@ -379,7 +379,7 @@ def flower(
     ] = "",
 ) -> None:
     """Run a Flower app as it is, without Flower's servers. What it writes under relative names lands where you are."""
-    from strategies.run_app import Workers, run_app
+    from fedpriv.flower.apps.run import Workers, run_app
 
     print(run_app(app_dir, clients, run_config or (), Workers(workers, gpus_per_worker, ray_address)))
 
@@ -403,7 +403,7 @@ def init(
     delta: Annotated[float, typer.Option(help="In the nodes' policies: the delta of that.")] = 1e-5,
 ) -> None:
     """Make the folders of a deployment: keys, certificates, policies, scripts, and a README on what goes where."""
-    from strategies.deploy_init import init_deployment, make_deployment
+    from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 
     deployment = make_deployment(host=host, port=port, nodes=nodes, trust=trust, epsilon=epsilon, delta=delta)
     init_deployment(folder, deployment, days)
@@ -415,7 +415,7 @@ def add(
     folder: DeployDir, nodes: Annotated[int, typer.Option(help="How many nodes to add.", show_default=False)]
 ) -> None:
     """Make the folders of further nodes."""
-    from strategies.deploy_init import add_nodes
+    from fedpriv.deploy.setup.provision import add_nodes
 
     added = add_nodes(folder, nodes)
     print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
@@ -424,7 +424,7 @@ def add(
 @deploy.command()
 def register(folder: DeployDir = Path()) -> None:
     """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
-    from strategies.deploy_keys import register_nodes
+    from fedpriv.deploy.setup.keys import register_nodes
 
     lines, faults = register_nodes(folder)
     for line in lines:
@@ -441,7 +441,7 @@ def remove(
     folder: DeployDir = Path(),
 ) -> None:
     """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
-    from strategies.deploy_keys import remove_node
+    from fedpriv.deploy.setup.keys import remove_node
 
     print(remove_node(name, folder))
     print("A run that has begun continues without it: its messages are missing, the number of clients stays what the")
@@ -455,7 +455,7 @@ def renew(
     host: Annotated[str | None, typer.Option(help="Another name of the server.", show_default=False)] = None,
 ) -> None:
     """Make a new key and certificate for the server."""
-    from strategies.deploy_init import renew_certificate
+    from fedpriv.deploy.setup.provision import renew_certificate
 
     renew_certificate(folder, days, host)
     print(f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server, restart it")
@@ -469,7 +469,7 @@ def check(
     connect: Annotated[bool, typer.Option("--connect/--no-connect", help="Whether to call the server.")] = True,
 ) -> None:
     """Check a folder of a deployment: files, keys, certificates, versions, policy, and the way to the server."""
-    from strategies.deploy_check import check_folder, print_findings
+    from fedpriv.deploy.setup.check import check_folder, print_findings
 
     if not print_findings(check_folder(folder, connect)):
         raise typer.Exit(2)
@@ -480,7 +480,7 @@ def node(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
 ) -> None:
     """Run a node. It runs its own installed fedpriv, within its own policy, and no code that a server sends."""
-    from clients.node import run_node
+    from fedpriv.deploy.setup.supernode import run_node
 
     raise typer.Exit(run_node(bundle))
 
@@ -490,8 +490,8 @@ def ledger(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
 ) -> None:
     """Show what has left a node, run by run, and what its data have been spent."""
-    from clients.ledger import account_of
-    from clients.member import Member
+    from fedpriv.deploy.device.ledger import account_of
+    from fedpriv.deploy.device.member import Member
 
     member = Member.at(bundle)
     limits = member.policy.limits
@@ -503,7 +503,7 @@ def server(
     folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="The server's folder.", show_default=False)],
 ) -> None:
     """Run the server of a deployment."""
-    from strategies.deploy_server import run_server
+    from fedpriv.deploy.setup.superlink import run_server
 
     raise typer.Exit(run_server(folder))
 
@@ -573,7 +573,7 @@ def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
 
 
 def _show_spent(folder: Path, *, as_json: bool) -> None:
-    from fedpriv.experiment.spent import notes_on, spent_below
+    from fedpriv.report.spent import notes_on, spent_below
 
     groups = spent_below(folder)
     if as_json:

@@ -16,7 +16,7 @@ __all__ = ["Feedback", "Release", "bounded_residual", "decayed", "remember", "se
 
 Release = Callable[[Tensor], Tensor]
 """Turns a bounded message `[..., params]` into the one that leaves the client: with noise, rounded to the grid of
-`fedpriv.noise`; the same shape, number format and device."""
+`fedpriv.mechanisms.noise`; the same shape, number format and device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.aggregation.exact import ExactSum, grid_step
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release
-from fedpriv.gaussian import release_grid
+from fedpriv.mechanisms.gaussian import release_grid
+from fedpriv.mechanisms.noise import max_level, release_message, release_rows, release_sum
 from fedpriv.methods import ClientState, Method, ServerState, client_part, has_memory
-from fedpriv.noise import max_level, release_message, release_rows, release_sum
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
-from fedpriv.sums import ExactSum, grid_step
 
 __all__ = [
     "Broadcast",
@@ -106,8 +106,8 @@ class Broadcast(NamedTuple):
     """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids).
 
     `capacity` is how many messages the round's sum must hold, the same in every round of a run: it decides the grid
-    on which they are added (`fedpriv.sums`), and the actual number is a secret. Sums of parts of a cohort, with the
-    capacity of the whole, add up to the sum of the whole, to the bit. None stands for the length of `cohort`.
+    on which they are added (`fedpriv.aggregation.exact`), and the actual number is a secret. Sums of parts of a cohort,
+    with the capacity of the whole, add up to the sum of the whole, to the bit. None stands for the length of `cohort`.
 
     `part` tells the broadcasts of one round apart, where clients start from different models.
     """
@@ -228,8 +228,8 @@ def apply_client_rule(
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002
     """The server's next state from the sum of the messages, float64 `[params]`.
 
-    Noise is added exactly, on a grid (`fedpriv.noise`); all that follows is post-processing. The sum is divided by the
-    expected cohort size, because the actual one is a secret under add-or-remove adjacency.
+    Noise is added exactly, on a grid (`fedpriv.mechanisms.noise`); all that follows is post-processing. The sum is
+    divided by the expected cohort size, because the actual one is a secret under add-or-remove adjacency.
 
     Raises:
         UserError: If the model leaves float32. Bounded messages make that a matter of the hyperparameters.

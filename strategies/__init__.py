@@ -1,6 +1,6 @@
 """Flower's server side: strategies that run fedpriv's methods, and the ServerApp of its experiments."""
 
-from clients.trained import frozen_arrays
+from fedpriv.flower.trained import frozen_arrays
 from strategies.method_strategy import Agreement, MethodStrategy
 from strategies.named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 

@@ -2,7 +2,7 @@
 
 Each round is `begin_round`, Flower's network, `finish_round`; nothing here knows which method it is. The model and the
 server's memory stay in the strategy: the arrays that Flower passes around are copies. Only trained arrays are in the
-model that methods see (`clients.trained`), and clients may fail (`strategies.attendance`).
+model that methods see (`fedpriv.flower.trained`), and clients may fail (`fedpriv.flower.server.attendance`).
 """
 
 import logging
@@ -20,10 +20,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from clients.heads import HEAD, Head
-from clients.promise import promised
-from clients.trained import TRAINED, Patterns, TrainedArrays
-from clients.wire import (
+from fedpriv.deploy.device.heads import HEAD, Head
+from fedpriv.deploy.heads import HeadBook
+from fedpriv.errors import UserError
+from fedpriv.flower.messages import (
     ARRAYS,
     CONFIG,
     DIAGNOSTICS,
@@ -37,18 +37,18 @@ from clients.wire import (
     printable,
     refused,
 )
-from fedpriv.errors import UserError
+from fedpriv.flower.promise import promised
+from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
+from fedpriv.flower.server.drop_in_statement import drop_in_statement
+from fedpriv.flower.server.faults import message_fault, norm_limit
+from fedpriv.flower.server.metrics import average_metrics
+from fedpriv.flower.server.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
+from fedpriv.flower.server.rescue import rescue
+from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
 from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
 from fedpriv.streams import SeededStreams
-from strategies.attendance import MAX_FAILURES, Attendance
-from strategies.drop_in_statement import drop_in_statement
-from strategies.faults import message_fault, norm_limit
-from strategies.heads import HeadBook
-from strategies.metrics import average_metrics
-from strategies.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
-from strategies.rescue import rescue
 
 __all__ = ["Agreement", "MethodStrategy"]
 
@@ -87,11 +87,12 @@ class MethodStrategy(Strategy):
             `num-examples`. Off by default: what clients report about their data is *not* protected.
         join_timeout: Seconds to wait for all clients at the start.
         max_failures: Largest share of a round's clients that may fail before the run ends with an error, from 0 to 1.
-            None is a half, and no limit if the promise relies on secret cohorts (see `strategies.attendance`).
+            None is a half, and no limit if the promise relies on secret cohorts (see
+            `fedpriv.flower.server.attendance`).
         trainable: Names of the arrays that the app trains, or patterns such as `head.*`; all others are then frozen.
         frozen: Names or patterns of the arrays that it does not train. Give one of the two if not all are trained.
         heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
-            for this run alone. See `clients.heads`.
+            for this run alone. See `fedpriv.deploy.device.heads`.
     """
 
     rescue_folder = Path()
@@ -283,7 +284,10 @@ class MethodStrategy(Strategy):
         return list(self._asked.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The clients' metrics, averaged by `num-examples` over those who answer (see `strategies.metrics`)."""
+        """The clients' metrics, averaged by `num-examples` over those who answer.
+
+        See `fedpriv.flower.server.metrics`.
+        """
         if not self._evaluate:
             return None
         what = f"evaluation after round {server_round}"

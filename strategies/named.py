@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clients.trained import Patterns
 from fedpriv.errors import UserError
-from fedpriv.experiment.tables import field_names, read_table, refuse_unknown
+from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
+from fedpriv.flower.trained import Patterns
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
@@ -63,7 +63,8 @@ class NamedStrategy(MethodStrategy):
 
     Args:
         privacy: What is promised; None for a run without privacy, which says so in its log.
-        server_optimizer: Makes the server's direction of the method's, such as `Adam()` of `fedpriv.methods.server`.
+        server_optimizer: Makes the server's direction of the method's, such as `Adam()` of
+            `fedpriv.methods.server_optimizers`.
         cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
         num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it

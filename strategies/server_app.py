@@ -13,15 +13,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from clients.client_app import TEST_SEEDED
-from clients.deploy_checks import check_space
-from clients.run_config import RunConfig
-from clients.wire import ARRAYS, ModelArrays
+from fedpriv.deploy.checks import check_space
+from fedpriv.deploy.server import run_turns, take_up
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import Experiment
-from fedpriv.experiment.journal import Journal
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.flower.messages import ARRAYS, ModelArrays
+from fedpriv.flower.run_config import RunConfig
 from fedpriv.streams import SystemStreams
-from strategies.deployment import run_turns, take_up
 from strategies.method_strategy import Agreement, MethodStrategy
 
 __all__ = ["app"]

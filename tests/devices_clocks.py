@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpriv.devices import Clock, Devices, FedBuff, FedFix, Fleet, Schedule, Synchronous, Timeline
-from fedpriv.devices.profiles import LogNormal, Profile, Trace
+from fedpriv.clock import Clock, Devices, FedBuff, FedFix, Fleet, Schedule, Synchronous, Timeline
+from fedpriv.clock.profiles import LogNormal, Profile, Trace
 from fedpriv.privacy import Everyone, FixedSize, Sampling
 from fedpriv.streams import SeededStreams
 

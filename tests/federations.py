@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.federation import Federation, federate
+from fedpriv.data.partitions import Dirichlet
 from fedpriv.engines import Engine, LoopEngine, Population
-from fedpriv.learning.datasets import Dataset, Digits
-from fedpriv.learning.federation import Federation, federate
-from fedpriv.learning.local_work import FullGradient, LocalWork
-from fedpriv.learning.models import Softmax
-from fedpriv.learning.partitions import Dirichlet
-from fedpriv.learning.tasks import Task
 from fedpriv.methods import Method, ServerState
 from fedpriv.privacy import Everyone, Sampling, make_plan
 from fedpriv.rounds import ClientRules, ServerRules, Total, agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import FullGradient, LocalWork
+from fedpriv.tasks.models import Softmax
+from fedpriv.tasks.task import Task
 
 MakeEngine = Callable[[Population], Engine]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpriv.feedback import Release
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, client_part, optimized
-from fedpriv.methods.server import Adagrad, Adam, Momentum, ServerOptimized, Yogi
+from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
 FALSE_ALARM = 1e-9
 """Probability with which one statistical test fails although the law holds."""

@@ -2,7 +2,7 @@
 
 The experiment's engine runs the real clients, on the experiment's own streams. A second engine of the same class runs
 the canaries by the same client rules, and the two sums are added: sums of parts of a cohort add up to the sum of the
-whole, to the bit (`fedpriv.sums`). So not one draw of the experiment changes. There are only more clients:
+whole, to the bit (`fedpriv.aggregation.exact`). So not one draw of the experiment changes. There are only more clients:
 
 | with m canaries beside n clients | without an audit |
 |---|---|
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from fedpriv.audit.canaries import Canaries, CanaryPopulation, VectorizedCanaries, signal_scale
+from fedpriv.data.federation import ResampledFederation
+from fedpriv.data.partitions import Resampled
 from fedpriv.engines import Engine, LoopEngine, Population
-from fedpriv.experiment.assemble import Experiment
-from fedpriv.experiment.engines import make_engine
-from fedpriv.learning.federation import ResampledFederation
-from fedpriv.learning.partitions import Resampled
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.execution import make_engine
 from fedpriv.methods import Method
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import Broadcast, ServerRules, Total, begin_round, capacity_of, finish_round

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpriv import __version__
 from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
 from fedpriv.audit.evidence import attack_central, attack_local
@@ -15,11 +14,12 @@ from fedpriv.audit.picture import plot_audit
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.records import RunDirectory, jsonable, write_atomically
+from fedpriv.experiment.run_directory import RunDirectory, jsonable, write_atomically
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
+from fedpriv.version import __version__
 
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
 

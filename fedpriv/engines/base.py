@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.federation import Federation, Holders
 from fedpriv.engines.states import StateStore
-from fedpriv.learning.federation import Federation, Holders
-from fedpriv.learning.local_work import LocalWork, batches_of, make_signal
-from fedpriv.learning.tasks import Task
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LocalWork, batches_of, make_signal
+from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
 
@@ -26,7 +26,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 class Engine(Protocol):
-    """Runs the clients of a round and returns the sum of their messages, on the round's grid (`fedpriv.sums`)."""
+    """Runs the clients of a round and returns the sum of their messages.
+
+    The sum is on the round's grid (`fedpriv.aggregation.exact`).
+    """
 
     @property
     def name(self) -> str:

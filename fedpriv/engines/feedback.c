@@ -1,6 +1,6 @@
 /* One client's step in two passes over its vectors: norms, then message, memory and sum.
  *
- * Every element is computed by the operations, and the roundings, of fedpriv/engines/step.py. Only norms are added in
+ * Every element is computed by the operations, and the roundings, of fedpriv/engines/in_place.py. Only norms are added in
  * another order, in float64; the signal's own, which is only reported, in short runs of float32. The second pass waits
  * for arithmetic and the first for memory, so the second one also fetches what the first will read for the next client.
  */

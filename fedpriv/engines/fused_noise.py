@@ -5,8 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedpriv.engines.base import Engine, Population
+from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import feedback_of, has_memory
-from fedpriv.noise import release_clients_sum
 from fedpriv.rounds import Broadcast, ClientRules, Total
 
 __all__ = ["FusedNoise", "can_fuse", "without_noise"]

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
+from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
-from fedpriv.engines.step import ClientStep
 from fedpriv.rounds import Broadcast, Total
 
 __all__ = ["LoopEngine"]

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
+from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
-from fedpriv.engines.step import ClientStep
-from fedpriv.learning.local_work import Batches, Walk, batches_of
-from fedpriv.learning.tasks import PIECE_FLOATS
 from fedpriv.rounds import Broadcast, Total
+from fedpriv.tasks.local_work import Batches, Walk, batches_of
+from fedpriv.tasks.task import PIECE_FLOATS
 
 __all__ = ["VectorizedEngine"]
 

@@ -11,20 +11,20 @@ from typing import Any
 
 import tomli_w
 
-from fedpriv.devices import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
+from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
+from fedpriv.data.datasets import DATASETS, DatasetSource
+from fedpriv.data.partitions import PARTITIONS, Natural, Resampled
+from fedpriv.data.shifts import SHIFTS
+from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.tables import choose, field_names, read_table, refuse_unknown, write_table
-from fedpriv.learning.datasets import DATASETS, DatasetSource
-from fedpriv.learning.local_work import LOCAL_WORKS, LocalWork
-from fedpriv.learning.models import MODELS
-from fedpriv.learning.partitions import PARTITIONS, Natural, Resampled
-from fedpriv.learning.shifts import SHIFTS
-from fedpriv.learning.validation import TESTS
+from fedpriv.experiment.schema import choose, field_names, read_table, refuse_unknown, write_table
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Scheduled, make_plan
 from fedpriv.privacy.released import Whose
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
+from fedpriv.tasks.models import MODELS
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedpriv.data.federation import Federation
+from fedpriv.data.heterogeneity import evenly_chosen, gradient_figures, size_figures
+from fedpriv.data.partitions import mean_total_variation
 from fedpriv.engines import Population, one_thread
 from fedpriv.experiment.config import Config
-from fedpriv.learning.federation import Federation
-from fedpriv.learning.heterogeneity import evenly_chosen, gradient_figures, size_figures
-from fedpriv.learning.partitions import mean_total_variation
 
 __all__ = ["HETEROGENEITY_FILE", "figures_of", "measure_heterogeneity"]
 

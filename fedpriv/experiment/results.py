@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, figures_of
-from fedpriv.experiment.records import RunDirectory, flat_tables
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
 from fedpriv.vectors import Layout
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from fedpriv.engines import Engine
-from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.engines import ENGINE_FILE, Execution, read_record, start_engine
-from fedpriv.experiment.journal import OLDER, Journal, Watcher
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.execution import ENGINE_FILE, Execution, read_record, start_engine
+from fedpriv.experiment.recorder import OLDER, Journal, Watcher
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round

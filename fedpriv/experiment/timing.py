@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedpriv.devices import Clock, Fleet, Step, Timeline
+from fedpriv.clock import Clock, Fleet, Step, Timeline
+from fedpriv.data.federation import Holders
 from fedpriv.engines import Engine
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
-from fedpriv.learning.federation import Holders
-from fedpriv.learning.local_work import LocalWork
 from fedpriv.methods import has_memory
 from fedpriv.privacy import Everyone, Sampling
 from fedpriv.rounds import Broadcast, ServerRules, Total, capacity_of
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LocalWork
 
 __all__ = [
     "Versions",

@@ -6,7 +6,7 @@ from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
-from fedpriv.methods.server import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
+from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
     "METHODS",

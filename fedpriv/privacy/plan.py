@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.gaussian import release_grid
+from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
 
@@ -94,7 +94,7 @@ class PrivacyPlan:
 
     @property
     def release_grid(self) -> float | None:
-        """G: all that is released is a multiple of it (`fedpriv.noise`); None without noise.
+        """G: all that is released is a multiple of it (`fedpriv.mechanisms.noise`); None without noise.
 
         The noise is sampled exactly, so that nothing is added to epsilon or delta for the sampler.
         """

@@ -182,7 +182,7 @@ class FixedSize:
 class Scheduled:
     """Who counts in which step, and how much, is settled before the run by a public timeline.
 
-    Made of a timeline (`fedpriv.devices`), never of a config: asynchronous servers, and rounds that end with the first
+    Made of a timeline (`fedpriv.clock`), never of a config: asynchronous servers, and rounds that end with the first
     answers. There whether a client counts depends on the others, so nothing is owed to chance: participation is taken
     as known, and a client pays for what it did.
 

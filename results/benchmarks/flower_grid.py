@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import tomli_w
 
-from strategies.launch import FlowerRun
+from fedpriv.flower.launch import FlowerRun
 
 HERE = Path(__file__).parent
 SIZES = (10_000, 300_000, 1_000_000)

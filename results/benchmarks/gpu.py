@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from workloads import CLASSES, Workload, median
 
-from fedpriv.learning.models import Cnn, Mlp, ResNet20
-from fedpriv.learning.tasks import Task
 from fedpriv.methods import DPFedAvg
+from fedpriv.tasks.models import Cnn, Mlp, ResNet20
+from fedpriv.tasks.task import Task
 
 HERE = Path(__file__).parent
 PAPER_ROUNDS = 300

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from workloads import CLASSES, CLIP_NORM, CONSTANT, SERVER_LR, Job, Workload, one_thread, parse_job, run_rounds
 
+from fedpriv.data.datasets import Dataset
+from fedpriv.data.federation import Federation
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
-from fedpriv.experiment.engines import choose_compute
-from fedpriv.learning.datasets import Dataset
-from fedpriv.learning.federation import Federation
-from fedpriv.learning.local_work import FullGradient
-from fedpriv.learning.tasks import Task
+from fedpriv.experiment.execution import choose_compute
 from fedpriv.methods import DPFedAvg, has_memory
 from fedpriv.privacy import FixedSize, make_plan
 from fedpriv.rounds import ServerRules, agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import FullGradient
+from fedpriv.tasks.task import Task
 
 TASK_OPTIONS = ("precision", "channels_last")
 
@@ -47,7 +47,7 @@ class LocalEngine:
 
 def ray_engine(population: Population, *, workers: int, local: str = "loop", unit: Any = "client") -> Engine:
     """Ray's processes on this machine; `local` is the engine inside them."""
-    from fedpriv.engines.ray import RayEngine
+    from fedpriv.engines.ray.engine import RayEngine
 
     return RayEngine(population, LocalEngine(local, {}), workers=workers, unit=unit)
 

@@ -29,9 +29,9 @@ from page import fill, table
 from torch import nn
 from workloads import median
 
-from fedpriv.learning.datasets import Dataset
-from fedpriv.learning.federation import ResampledFederation
-from fedpriv.learning.partitions import Resampled
+from fedpriv.data.datasets import Dataset
+from fedpriv.data.federation import ResampledFederation
+from fedpriv.data.partitions import Resampled
 from fedpriv.methods import AlphaNormEC, DPFedAvg
 
 HERE = Path(__file__).parent

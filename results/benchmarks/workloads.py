@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor, nn
 
-from fedpriv.learning.models import Cnn, Mlp, ModelSource, Softmax
+from fedpriv.tasks.models import Cnn, Mlp, ModelSource, Softmax
 
 CLASSES = 10
 CLIP_NORM = 0.1

@@ -31,15 +31,15 @@ sys.path[:0] = [str(HERE.parents[1] / "tests" / "deploy"), str(HERE.parents[0] /
 from loopback import Loopback  # noqa: E402
 from page import fill, table  # noqa: E402
 
-from clients.supernode_internals import bundle_hash  # noqa: E402
-from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, MessageFormat, ModelArrays  # noqa: E402
+from fedpriv.deploy.coordinator import Coordinator  # noqa: E402
 from fedpriv.experiment.config import parse_config  # noqa: E402
 from fedpriv.experiment.deployment import DeploymentChoice  # noqa: E402
+from fedpriv.flower.internals.supernode import bundle_hash  # noqa: E402
+from fedpriv.flower.messages import ARRAYS, CONFIG, FEDPRIV, TERMS, MessageFormat, ModelArrays  # noqa: E402
 from fedpriv.methods import AlphaNormEC  # noqa: E402
 from fedpriv.privacy import Everyone, make_plan  # noqa: E402
 from fedpriv.rounds import agree  # noqa: E402
 from fedpriv.streams import SystemStreams  # noqa: E402
-from strategies.coordinator import Coordinator  # noqa: E402
 
 NODES = 4
 SIZES = (650, 61_794, 973_674, 10_000_000)

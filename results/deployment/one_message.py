@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
-from strategies.flower_internals import inside_a_run
+from fedpriv.flower.internals.app import inside_a_run
 
 HERE = Path(__file__).parent
 CONFIG = """
@@ -36,9 +36,9 @@ def fedpriv_message(folder: Path) -> tuple[RecordDict, dict[str, object], dict[s
     """Content, node config and run config of an order."""
     import torch
 
-    from clients.wire import ARRAYS, FEDPRIV, TERMS, Order, Terms
-    from clients.wire import CONFIG as CONFIG_RECORD
     from fedpriv.experiment.config import parse_config, read_config_text
+    from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, Order, Terms
+    from fedpriv.flower.messages import CONFIG as CONFIG_RECORD
     from fedpriv.methods import AlphaNormEC
 
     digest = parse_config(read_config_text(CONFIG, "config")).digest

@@ -19,9 +19,9 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedpriv.experiment.records import RunDirectory, flat_tables
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import load_sweep
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.run import run_sweep
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]

@@ -18,9 +18,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedpriv.experiment.assemble import Experiment, assemble, make_federation
+from fedpriv.experiment.build import Experiment, assemble, make_federation
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.engines import make_engine
+from fedpriv.experiment.execution import make_engine
 from fedpriv.rounds import begin_round, finish_round
 
 HERE = Path(__file__).parent

@@ -23,9 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.engines import make_engine
+from fedpriv.experiment.execution import make_engine
 from fedpriv.rounds import begin_round, finish_round, signal_to_noise
 
 HERE = Path(__file__).parent

@@ -90,7 +90,7 @@ def run_share(place: Path, share: int, jobs: int) -> None:
     import torch
 
     from fedpriv.experiment.run import run_experiment
-    from fedpriv.experiment.sweeps import load_sweep
+    from fedpriv.sweeps.config import load_sweep
 
     torch.set_num_threads(1)
     for trial in load_sweep(place / "sweep.toml").trials()[share::jobs]:
@@ -132,8 +132,8 @@ def killed(sweep: Path, out: Path, jobs: int, trials: int) -> float:
 
 def check(place: Path, trials: int) -> None:
     """The three tables, and every run's rows, must be equal but for seconds."""
-    from fedpriv.experiment.sweep_table import TrialsTable
-    from fedpriv.experiment.sweeps import load_sweep
+    from fedpriv.sweeps.config import load_sweep
+    from fedpriv.sweeps.table import TrialsTable
 
     named = {trial.name: trial for trial in load_sweep(place / "sweep.toml").trials()}
     tables = [TrialsTable(place, place / "plain", named, []).write()]

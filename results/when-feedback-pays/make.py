@@ -23,10 +23,10 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fedpriv.data.datasets import Mnist
 from fedpriv.experiment.results import load_model
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import Axis, Sweep
-from fedpriv.learning.datasets import Mnist
+from fedpriv.sweeps.config import Axis, Sweep
+from fedpriv.sweeps.run import run_sweep
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import fedpriv.noise
+import fedpriv.mechanisms.noise
 from fedpriv.audit.run import AuditChoice, audit_experiment
 from fedpriv.audit.verdict import Findings
 from fedpriv.bounding import SmoothedNormalization
-from fedpriv.experiment.assemble import Experiment, assemble, make_federation
+from fedpriv.data.federation import Holders
+from fedpriv.experiment.build import Experiment, assemble, make_federation
 from fedpriv.experiment.config import Config, parse_config
-from fedpriv.learning.federation import Holders
 
 ROUNDS, CLIENTS = 30, 10
 Changes = dict[str, dict[str, Any]]
@@ -53,7 +53,7 @@ def quick_audit(
     return audit_experiment(quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
 
 
-# `fedpriv.noise._released` and its arguments: streams, purpose, stddev, values, (round, client), and others.
+# `fedpriv.mechanisms.noise._released` and its arguments: streams, purpose, stddev, values, (round, client), and others.
 Released = Callable[..., Tensor]
 
 
@@ -111,8 +111,8 @@ NOISE_FAULTS: dict[str, Released] = {
 
 def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Released) -> None:
     """Puts a fault where all noise is added, at the server and at clients."""
-    released = fedpriv.noise._released
-    patch.setattr(fedpriv.noise, "_released", lambda *where, **more: fault(released, *where, **more))
+    released = fedpriv.mechanisms.noise._released
+    patch.setattr(fedpriv.mechanisms.noise, "_released", lambda *where, **more: fault(released, *where, **more))
 
 
 def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:

@@ -18,8 +18,8 @@ from fedpriv.audit.attack import CANARY_ENGINES, Attack, start_attack
 from fedpriv.audit.canaries import Canaries, CanaryPopulation, draw_canaries, signal_scale
 from fedpriv.cli import main
 from fedpriv.engines import Engine
-from fedpriv.experiment.assemble import Experiment
-from fedpriv.experiment.engines import make_engine
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.execution import make_engine
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import Purpose, SeededStreams
 

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedpriv import gaussian
 from fedpriv.errors import UserError
-from fedpriv.gaussian import MAX_STDDEV, MAX_STEPS, MIN_STDDEV, release_grid, rounded_noise
+from fedpriv.mechanisms import gaussian
+from fedpriv.mechanisms.gaussian import MAX_STDDEV, MAX_STEPS, MIN_STDDEV, release_grid, rounded_noise
+from fedpriv.mechanisms.tails import Tail, upper_tail
 from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams
-from fedpriv.tails import Tail, upper_tail
 
 DRAWS = int(float(os.environ.get("FEDPRIV_SAMPLER_DRAWS", "1e6")))
 SAMPLES = 300_000

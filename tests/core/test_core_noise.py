@@ -10,8 +10,8 @@ from helpers import accepts_law, accepts_variance
 from scipy import stats
 from torch import Tensor
 
-from fedpriv.gaussian import release_grid
-from fedpriv.noise import max_level, release_clients_sum, release_message, release_rows, release_sum
+from fedpriv.mechanisms.gaussian import release_grid
+from fedpriv.mechanisms.noise import max_level, release_clients_sum, release_message, release_rows, release_sum
 from fedpriv.streams import SeededStreams, Streams, SystemStreams
 
 SIZE = 200_000

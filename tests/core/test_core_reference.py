@@ -13,7 +13,6 @@ from helpers import adding, fresh_clients
 from reference import Rounds, SoftmaxRegression
 
 from fedpriv.engines import LoopEngine
-from fedpriv.learning.local_work import LocalEpochs, LocalWork
 from fedpriv.methods import (
     AlphaNormEC,
     Clip21,
@@ -25,9 +24,10 @@ from fedpriv.methods import (
     client_part,
     optimized,
 )
-from fedpriv.methods.server import Adagrad, Adam, Momentum, Yogi
+from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, Yogi
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import begin_round, finish_round
+from fedpriv.tasks.local_work import LocalEpochs, LocalWork
 
 CLIP_MARGIN = 1.0 - 2.0**-21
 """Clipping stays this much below its radius, so that rounding cannot lift a message over the bound."""

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
-from fedpriv.learning.local_work import LocalSteps
 from fedpriv.methods import DPFedAvg, Method, ServerOptimized, client_part, feedback_of, has_memory, optimized
 from fedpriv.methods.memoryless import ModelOnly
-from fedpriv.methods.server import SERVER_OPTIMIZERS, Adagrad, Adam, Momentum, ServerOptimizer, Yogi
+from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, Adagrad, Adam, Momentum, ServerOptimizer, Yogi
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LocalSteps
 
 LR, ROUNDS = 0.05, 30
 PLAIN = {name: method for name, method in EXAMPLES.items() if not isinstance(method, ServerOptimized)}

@@ -9,7 +9,7 @@ from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.sums import ExactSum, grid_step
+from fedpriv.aggregation.exact import ExactSum, grid_step
 
 
 def summed(messages: torch.Tensor, limit: float, capacity: int, groups: list[int]) -> torch.Tensor:

@@ -17,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import clients.files
-import fedpriv.noise
-from clients.ledger import Ledger, spent
-from clients.member import Member
-from clients.memory import MemoryFile
-from clients.policy import Accepts, Limits, Policy
-from clients.refusals import Refusal
-from clients.wire import Order, Terms
+import fedpriv.deploy.device.files
+import fedpriv.mechanisms.noise
+from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.ledger import Ledger, spent
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.memory import MemoryFile
+from fedpriv.deploy.device.policy import Accepts, Limits, Policy
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.feedback import decayed
+from fedpriv.flower.messages import Order, Terms
+from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import has_memory
 from fedpriv.privacy import Poisson, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import Purpose, Streams
-from strategies.coordinator import Coordinator
 
 SIZE = 6
 CLIENTS = 4
@@ -111,12 +111,12 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
         def fsync(self, file: int) -> None:
             pass
 
-    before, synced = clients.files.os, clients.files.sync_folder
-    clients.files.os, clients.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
+    before, synced = fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder
+    fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
     try:
         yield
     finally:
-        clients.files.os, clients.files.sync_folder = before, synced
+        fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder = before, synced
 
 
 @contextmanager
@@ -129,11 +129,11 @@ def unrounded_noise() -> Iterator[None]:
         drawn = torch.from_numpy(streams.source(purpose, *address).normal(len(values)))
         return values.double() + stddev * drawn.double()
 
-    before, fedpriv.noise._released = fedpriv.noise._released, released  # type: ignore[assignment]
+    before, fedpriv.mechanisms.noise._released = fedpriv.mechanisms.noise._released, released  # type: ignore[assignment]
     try:
         yield
     finally:
-        fedpriv.noise._released = before
+        fedpriv.mechanisms.noise._released = before
 
 
 @dataclass

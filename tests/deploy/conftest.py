@@ -3,7 +3,7 @@ import shutil
 import pytest
 from deploy_names import HOST
 
-from strategies.deploy_init import Deployment, init_deployment
+from fedpriv.deploy.setup.provision import Deployment, init_deployment
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Context, Message, RecordDict
 
 from clients.client_app import app
-from strategies.flower_internals import number_message
+from fedpriv.flower.internals.app import number_message
 from strategies.server_app import main
 
 POLICY = """

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from strategies.deploy_init import Deployment, init_deployment
+from fedpriv.deploy.setup.provision import Deployment, init_deployment
 
 FEDPRIV = [sys.executable, "-m", "fedpriv.cli"]
 

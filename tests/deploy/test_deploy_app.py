@@ -14,16 +14,16 @@ from deploy_in_process import DeploymentGrid, run_server
 from flower_in_process import NodeError
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from clients.wire import ARRAYS, FEDPRIV, TERMS
+from fedpriv.data.datasets import Digits
+from fedpriv.deploy import server as deployment
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config, parse_config
-from fedpriv.experiment.engines import Execution
-from fedpriv.experiment.records import Checkpoint, RunDirectory
+from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
-from fedpriv.learning.datasets import Digits
-from fedpriv.learning.models import Mlp
+from fedpriv.experiment.run_directory import Checkpoint, RunDirectory
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS
 from fedpriv.privacy.released import OUTPUTS, Kind
-from strategies import deployment
+from fedpriv.tasks.models import Mlp
 
 CONFIG = """
 name = "devices"
@@ -625,7 +625,7 @@ def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_bu
 
 def test_a_run_whose_checkpoints_have_no_room_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("fedpriv.deploy.checks.shutil.disk_usage", lambda _: usage)
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="none")
     with pytest.raises(UserError, match="expected room for checkpoints and models, 15,600 bytes, got 1 MiB free"):
         run_server(grid, config(trust="none", rounds=1), tmp_path / "out")

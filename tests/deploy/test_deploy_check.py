@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from deploy_names import HOST
 
-from clients.deploy_checks import MANIFEST, check_server, split_address
 from fedpriv.cli import main
+from fedpriv.deploy.checks import MANIFEST, check_server, split_address
+from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key
+from fedpriv.deploy.setup.provision import Deployment, init_deployment
 from fedpriv.errors import UserError
-from strategies.deploy_certificates import Authority, Pair, make_node_key
-from strategies.deploy_init import Deployment, init_deployment
 
 DAY = datetime.timedelta(days=1)
 
@@ -196,7 +196,7 @@ MIB = 2**20
 def leave(monkeypatch, free):
     """Makes every disk have so many bytes free."""
     usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr("clients.deploy_checks.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("fedpriv.deploy.checks.shutil.disk_usage", lambda _: usage)
 
 
 @pytest.mark.parametrize("folder", ["node-0", "server"])

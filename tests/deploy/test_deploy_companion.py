@@ -19,10 +19,10 @@ from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.nodestate import NodeStateFactory
 from loopback import wait_until
 
-from clients import companion
-from clients.companion import companion_of, starting_companions
-from clients.supernode_internals import accompanied
-from strategies import superlink_internals
+from fedpriv.flower import companion
+from fedpriv.flower.companion import companion_of, starting_companions
+from fedpriv.flower.internals import superlink as superlink_internals
+from fedpriv.flower.internals.supernode import accompanied
 
 # Holds the lock, starts a companion, says its number, and waits.
 KEEPER = """

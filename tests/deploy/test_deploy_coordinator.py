@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.wire import Order, Terms
+from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.flower.messages import Order, Terms
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
-from fedpriv.methods.server import Adam
+from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
-from strategies.coordinator import Coordinator
 
 SIZE, CLIENTS = 4, 5
 UNDAMPED, DAMPED = AlphaNormEC(alpha=1.0, beta=0.5), AlphaNormEC(alpha=1.0, beta=0.5, damping=0.2)

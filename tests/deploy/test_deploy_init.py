@@ -11,14 +11,14 @@ from deploy_names import HOST
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.supernode.register import try_load_public_key
 
-from clients.deploy_app import app_hash, write_app
-from clients.node_folder import NodeSettings
-from clients.policy import load_policy
 from fedpriv.cli import main
+from fedpriv.deploy.device.folder import NodeSettings
+from fedpriv.deploy.device.policy import load_policy
+from fedpriv.deploy.setup.certificates import Authority, Pair
+from fedpriv.deploy.setup.check import check_folder
+from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment, renew_certificate
 from fedpriv.errors import UserError
-from strategies.deploy_certificates import Authority, Pair
-from strategies.deploy_check import check_folder
-from strategies.deploy_init import Deployment, add_nodes, init_deployment, renew_certificate
+from fedpriv.flower.bundle import app_hash, write_app
 
 PRIVATE = {"ca.key", "server.key", "node.key"}
 

@@ -16,14 +16,14 @@ from flwr.superlink import main as superlink
 from loopback import free_port
 
 from fedpriv.cli import main
+from fedpriv.deploy.setup.certificates import make_node_key
+from fedpriv.deploy.setup.check import check_folder
+from fedpriv.deploy.setup.keys import compared, register_nodes, remove_node
+from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment
+from fedpriv.deploy.setup.roster import CONNECTION, Roster, key_in
 from fedpriv.errors import UserError
-from strategies import superlink_internals
-from strategies.deploy_certificates import make_node_key
-from strategies.deploy_check import check_folder
-from strategies.deploy_init import Deployment, add_nodes, init_deployment
-from strategies.deploy_keys import compared, register_nodes, remove_node
-from strategies.deploy_roster import CONNECTION, Roster, key_in
-from strategies.superlink_internals import KnownNode, administering
+from fedpriv.flower.internals import superlink as superlink_internals
+from fedpriv.flower.internals.superlink import KnownNode, administering
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,21 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from test_deploy_app import config, rows
 from test_deploy_member import SIZE, ask, order, policy, terms, turn
 
-from clients.heads import HEAD, KEY_FILE, Head, LedgerKey
-from clients.ledger import Ledger, account_of
-from clients.member import Member
-from clients.memory import remembered_ledgers
-from clients.refusals import Refusal
-from clients.wire import TERMS
+from fedpriv.deploy import server as deployment
+from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.heads import HEAD, KEY_FILE, Head, LedgerKey
+from fedpriv.deploy.device.ledger import Ledger, account_of
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.memory import remembered_ledgers
+from fedpriv.deploy.heads import HEADS_FILE, HeadBook, newer_heads
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.flower.messages import TERMS
+from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Everyone
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
-from strategies import deployment
-from strategies.coordinator import Coordinator
-from strategies.heads import HEADS_FILE, HeadBook, newer_heads
 
 
 @pytest.fixture

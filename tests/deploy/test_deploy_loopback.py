@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from loopback import Loopback, wait_until
 
+from fedpriv.deploy.heads import HEADS_FILE, HeadBook
 from fedpriv.experiment.config import load_config
-from fedpriv.experiment.engines import Execution
-from fedpriv.experiment.records import RunDirectory
+from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
-from strategies.heads import HEADS_FILE, HeadBook
+from fedpriv.experiment.run_directory import RunDirectory
 
 pytestmark = pytest.mark.xdist_group("loopback")
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import clients.files
-from clients.ledger import Ledger, account_of, in_words, spent, surely_within
-from clients.member import Member
-from clients.memory import MemoryFile
-from clients.policy import Accepts, Limits, Policy, load_policy
-from clients.refusals import KINDS, Refusal
-from clients.wire import Order, Terms, refusal_record, refused
+import fedpriv.deploy.device.files
+from fedpriv.deploy.device.ledger import Ledger, account_of, in_words, spent, surely_within
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.memory import MemoryFile
+from fedpriv.deploy.device.policy import Accepts, Limits, Policy, load_policy
 from fedpriv.errors import UserError
+from fedpriv.flower.messages import Order, Terms, refusal_record, refused
+from fedpriv.flower.refusals import KINDS, Refusal
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.privacy import Everyone, make_plan
 from fedpriv.streams import SystemStreams
@@ -214,7 +214,9 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(
-        clients.files.os, "fsync", lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f))
+        fedpriv.deploy.device.files.os,
+        "fsync",
+        lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f)),
     )
     ask(member, *turn(1, 0))
     names = [Path(path).name for path in synced]
@@ -252,7 +254,7 @@ def test_a_full_disk_is_said_and_no_memory_is_lost(
             raise OSError(28, "No space left on device")
         return real(file, content)
 
-    monkeypatch.setattr(clients.files.os, "write", write)
+    monkeypatch.setattr(fedpriv.deploy.device.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left") as caught:
         ask(member, *turn(2, 1))
     assert caught.value.kind == "trouble"
@@ -279,7 +281,7 @@ def test_a_full_disk_charges_no_message_that_never_left(
             raise OSError(28, "No space left on device")
         return real(file, content)
 
-    monkeypatch.setattr(clients.files.os, "write", write)
+    monkeypatch.setattr(fedpriv.deploy.device.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left"):
         ask(member, *turn(2, 1))
     assert len(calls) > full_at
@@ -309,7 +311,7 @@ def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message
         if len(done) == stop_at + 1:
             raise Stopped
 
-    monkeypatch.setattr(clients.files.os, "fsync", fsync)
+    monkeypatch.setattr(fedpriv.deploy.device.files.os, "fsync", fsync)
     with pytest.raises(Stopped):
         ask(member, *turn(2, 1))
     monkeypatch.undo()

@@ -25,14 +25,15 @@ from flwr.supernode import start_client_internal as supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.nodestate import NodeStateFactory
 
-from clients import node, supernode_internals
-from clients.deploy_app import app_files, app_hash
-from clients.deploy_checks import WrongServerError
-from clients.supernode_internals import accepting_only, run_flower, why_refused
 from fedpriv import __version__
 from fedpriv.cli import main
+from fedpriv.deploy.checks import WrongServerError
+from fedpriv.deploy.setup import supernode as node
 from fedpriv.errors import UserError
-from strategies.flower_internals import inside_a_run
+from fedpriv.flower.bundle import app_files, app_hash
+from fedpriv.flower.internals import supernode as supernode_internals
+from fedpriv.flower.internals.app import inside_a_run
+from fedpriv.flower.internals.supernode import accepting_only, run_flower, why_refused
 
 RUN = 7
 NODE = 42

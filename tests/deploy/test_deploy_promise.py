@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from clients.ledger import Entry, Ledger, spent
-from clients.member import Member
-from clients.policy import Accepts, Limits, Policy
-from clients.promise import Promise, promised
-from clients.refusals import Refusal
-from clients.wire import Terms
+from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.ledger import Entry, Ledger, spent
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.policy import Accepts, Limits, Policy
 from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.flower.messages import Terms
+from fedpriv.flower.promise import Promise, promised
+from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, has_memory
 from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
-from strategies.coordinator import Coordinator
 
 SIZE, CLIENTS, ROUNDS = 3, 12, 3
 SAMPLED: dict[str, Sampling] = {

@@ -7,8 +7,8 @@ from flwr.superlink import main as superlink
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 
 from fedpriv.cli import main
-from strategies import superlink_internals
-from strategies.superlink_internals import OnlyFor, guarded
+from fedpriv.flower.internals import superlink as superlink_internals
+from fedpriv.flower.internals.superlink import OnlyFor, guarded
 
 
 def status(app, path, caller):

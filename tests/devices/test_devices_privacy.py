@@ -13,12 +13,12 @@ from devices_clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sam
 from dp_accounting.pld import PLDAccountant
 from torch import Tensor
 
-from fedpriv.devices import FedBuff, FedFix, Synchronous, Timeline
+from fedpriv.clock import FedBuff, FedFix, Synchronous, Timeline
 from fedpriv.engines.fused_noise import FusedNoise
 from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
+from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import DPFedAvg
-from fedpriv.noise import release_clients_sum
 from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
 from fedpriv.privacy.accounting import epsilon_spent
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total

@@ -11,20 +11,20 @@ from federations import ragged_digits, setting
 from helpers import WITH_MEMORY, memories_after
 from safetensors.torch import load_file
 
-from clients.run_config import RunConfig
 from fedpriv import load_results
 from fedpriv.cli import main
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import assemble, sampling_of
+from fedpriv.experiment.build import assemble, sampling_of
 from fedpriv.experiment.config import Config, load_config, parse_config
-from fedpriv.experiment.records import Checkpoint
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.run_directory import Checkpoint
 from fedpriv.experiment.timing import Versions, gradient_examples, make_timeline
-from fedpriv.learning.local_work import FullGradient, LocalSteps, MinibatchGradient
+from fedpriv.flower.run_config import RunConfig
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Scheduled
 from fedpriv.rounds import finish_round
+from fedpriv.tasks.local_work import FullGradient, LocalSteps, MinibatchGradient
 
 CONFIGS = Path(__file__).parents[2] / "sim_configs"
 QUICKSTART = CONFIGS / "quickstart.toml"

@@ -9,8 +9,8 @@ from devices_clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sam
 from helpers import FALSE_ALARM, accepts_law
 from scipy import stats
 
-from fedpriv.devices import Clock, FedBuff, FedFix, Fleet, Group, Profile, Step, Synchronous, Timeline
-from fedpriv.devices.profiles import LogNormal, Same, Trace, Uniform
+from fedpriv.clock import Clock, FedBuff, FedFix, Fleet, Group, Profile, Step, Synchronous, Timeline
+from fedpriv.clock.profiles import LogNormal, Same, Trace, Uniform
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
 from fedpriv.streams import SeededStreams

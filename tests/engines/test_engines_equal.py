@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip
 from fedpriv.engines import LoopEngine, Population, VectorizedEngine, one_thread
-from fedpriv.learning.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, MinibatchGradient
-from fedpriv.learning.models import Cnn, Mlp, Softmax
-from fedpriv.learning.tasks import Task
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
 from fedpriv.rounds import Broadcast, begin_round
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, MinibatchGradient
+from fedpriv.tasks.models import Cnn, Mlp, Softmax
+from fedpriv.tasks.task import Task
 
 CLIENTS = 12
 ENGINES: dict[str, MakeEngine] = {

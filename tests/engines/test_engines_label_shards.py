@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from fedpriv.experiment.assemble import Experiment, assemble, make_federation
+from fedpriv.experiment.build import Experiment, assemble, make_federation
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.engines import make_engine
+from fedpriv.experiment.execution import make_engine
 from fedpriv.rounds import begin_round, finish_round
 
 ROUNDS = 300

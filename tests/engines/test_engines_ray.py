@@ -24,19 +24,19 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
+from fedpriv.data.shifts import Rotation, shifted
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
-from fedpriv.engines.ray import RayEngine
-from fedpriv.engines.ray_cluster import Connection, connect, quiet
-from fedpriv.engines.ray_host import merged, pack, unpack
-from fedpriv.engines.ray_owners import Owners
-from fedpriv.engines.ray_snapshots import Snapshots
+from fedpriv.engines.ray.cluster import Connection, connect, quiet
+from fedpriv.engines.ray.engine import RayEngine
+from fedpriv.engines.ray.host import merged, pack, unpack
+from fedpriv.engines.ray.owners import Owners
+from fedpriv.engines.ray.snapshots import Snapshots
 from fedpriv.errors import UserError
-from fedpriv.learning.local_work import LocalSteps, MinibatchGradient
-from fedpriv.learning.shifts import Rotation, shifted
 from fedpriv.methods import ServerState
 from fedpriv.privacy import Everyone, FixedSize, Poisson
 from fedpriv.rounds import Broadcast, Total
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LocalSteps, MinibatchGradient
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -405,7 +405,7 @@ def test_a_machine_that_goes_away_in_the_middle_of_a_round_changes_nothing(tmp_p
 @pytest.mark.usefixtures("no_ray")
 def test_an_address_where_no_ray_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     population = CASES["everyone"].population
-    monkeypatch.setattr("fedpriv.engines.ray_cluster._PROBE_SECONDS", 3.0)
+    monkeypatch.setattr("fedpriv.engines.ray.cluster._PROBE_SECONDS", 3.0)
     began = time.monotonic()
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -428,7 +428,7 @@ sys.path.insert(0, {tests!r})
 from federations import setting
 from helpers import EXAMPLES
 from fedpriv.engines import LoopEngine
-from fedpriv.engines.ray import RayEngine
+from fedpriv.engines.ray.engine import RayEngine
 from fedpriv.rounds import Broadcast
 import numpy as np
 
@@ -612,7 +612,7 @@ def test_a_snapshot_is_due_after_so_many_rounds_or_so_many_bytes(monkeypatch: py
     assert not snapshots.rounds[0].model.any()
     snapshots.keep([])
     assert (snapshots.rounds, snapshots.due) == ([], False)
-    monkeypatch.setattr("fedpriv.engines.ray_snapshots._LOG_BYTES", 4000)
+    monkeypatch.setattr("fedpriv.engines.ray.snapshots._LOG_BYTES", 4000)
     snapshots.log(Broadcast(1, model, np.arange(2), 2))
     assert snapshots.due
 

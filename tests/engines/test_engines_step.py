@@ -11,9 +11,9 @@ from helpers import EXAMPLES, WITH_MEMORY, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
+from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.native import feedback_in_c
 from fedpriv.engines.states import StateStore
-from fedpriv.engines.step import ClientStep
 from fedpriv.errors import UserError
 from fedpriv.methods import Clip21, DPFedAvg, feedback_of
 from fedpriv.rounds import Broadcast, ClientRules, client_round
@@ -66,7 +66,7 @@ def test_in_place_is_the_client_rule(name: str, rows: int, noise: float, kind: s
 
 def by_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes steps call `client_rule`, as for a method that has no form that is known."""
-    monkeypatch.setattr("fedpriv.engines.step.feedback_of", lambda _: None)
+    monkeypatch.setattr("fedpriv.engines.in_place.feedback_of", lambda _: None)
 
 
 @pytest.mark.parametrize("how", ["several at once", "alone", "in C", "by its own rule"])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import sampling_of
+from fedpriv.experiment.build import sampling_of
 from fedpriv.experiment.config import load_config, parse_config
 from fedpriv.methods import SERVER_OPTIMIZERS, client_part, optimized
-from fedpriv.methods.server import Adam
+from fedpriv.methods.server_optimizers import Adam
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
 

@@ -13,7 +13,7 @@ from fedpriv.cli import main
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment import heterogeneity
-from fedpriv.experiment.assemble import Experiment, assemble, assemble_clients
+from fedpriv.experiment.build import Experiment, assemble, assemble_clients
 from fedpriv.experiment.config import Config, load_config, parse_config
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.results import compare_runs
@@ -98,7 +98,7 @@ def test_a_population_that_shares_examples_is_not_shifted(capsys: pytest.Capture
 
 @pytest.mark.parametrize("setting", ["data.validation=0.1", "data.shift=style"])
 def test_a_deployment_has_the_data_that_it_has(setting: str):
-    from strategies.deploy_run import run_deployed
+    from fedpriv.deploy.run import run_deployed
 
     with pytest.raises(UserError, match=r"^data\.(validation|shift): expected none in a deployment"):
         run_deployed(small(setting), Path("nowhere"), "nothing")

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.errors import UserError
-from fedpriv.experiment import engines
-from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment import execution as engines
+from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.engines import Execution, bytes_of, choose_compute, start_engine
-from fedpriv.experiment.records import safetensors_pieces, write_pieces_atomically
+from fedpriv.experiment.execution import Execution, bytes_of, choose_compute, start_engine
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.run_directory import safetensors_pieces, write_pieces_atomically
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.rounds import ClientRules, begin_round, client_round
 from fedpriv.streams import SeededStreams

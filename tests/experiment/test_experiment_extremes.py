@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from fedpriv.devices import DEVICES, SCHEDULES
+from fedpriv.clock import DEVICES, SCHEDULES
+from fedpriv.data.datasets import DATASETS
+from fedpriv.data.federation import Holders
+from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import assemble, make_federation
+from fedpriv.experiment.build import assemble, make_federation
 from fedpriv.experiment.config import PrivacyChoice, Training, parse_config
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.engines import Execution, start_engine
+from fedpriv.experiment.execution import Execution, start_engine
 from fedpriv.experiment.timing import Versions
-from fedpriv.learning.datasets import DATASETS
-from fedpriv.learning.federation import Holders
-from fedpriv.learning.local_work import LOCAL_WORKS
-from fedpriv.learning.models import MODELS
-from fedpriv.learning.partitions import PARTITIONS
-from fedpriv.learning.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import SAMPLINGS, Everyone, Poisson, make_plan
 from fedpriv.rounds import agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import LOCAL_WORKS
+from fedpriv.tasks.models import MODELS
 
 EXTREMES = (1e39, 1e308, -1e39, 1e-46, 5e-324, float("inf"), float("nan"), 0, -1, 2**63, 10**30, 10**400)
 

@@ -6,8 +6,8 @@ import pytest
 
 from fedpriv.cli import main, trial_warnings
 from fedpriv.experiment.learned import Complaints, learned_nothing, warnings_of
-from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.run_directory import RunDirectory
 
 EXPERIMENT = """
 name = "small"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from helpers import same
 
+from fedpriv.data.datasets import DATASETS, Dataset, DatasetSource
+from fedpriv.data.federation import Federation
+from fedpriv.data.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
 from fedpriv.engines import LoopEngine
-from fedpriv.experiment.assemble import assemble, make_federation
+from fedpriv.experiment.build import assemble, make_federation
 from fedpriv.experiment.config import Config, parse_config
-from fedpriv.learning.datasets import DATASETS, Dataset, DatasetSource
-from fedpriv.learning.federation import Federation
-from fedpriv.learning.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
 from fedpriv.rounds import begin_round
 
 CHANGED = 1

@@ -19,23 +19,23 @@ from test_experiment_sweep import BASE, in_process, sweep_file
 
 import fedpriv
 from fedpriv.cli import main
-from fedpriv.engines.ray_snapshots import Snapshots
+from fedpriv.engines.ray.snapshots import Snapshots
 from fedpriv.engines.states import StateStore
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config, parse_config
-from fedpriv.experiment.engines import Execution
-from fedpriv.experiment.journal import StopRun
+from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import RunDirectory, write_atomically
+from fedpriv.experiment.recorder import StopRun
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import load_sweep
-from fedpriv.experiment.tracking import track
+from fedpriv.experiment.run_directory import RunDirectory, write_atomically
 from fedpriv.methods import Clip21
 from fedpriv.privacy import Everyone, privacy_statement
 from fedpriv.privacy.released import OUTPUTS, OWNER_ONLY, VALUES, Kind, mode_of
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.run import run_sweep
+from fedpriv.tracking.trackers import track
 
 __all__ = ["in_process"]
 
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("_open_umask")
 @pytest.fixture
 def _open_umask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everybody could read what is not created otherwise."""
-    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda rows, path, **_: path.write_text(str(rows)))
+    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda rows, path, **_: path.write_text(str(rows)))
     before = os.umask(0)
     yield
     os.umask(before)
@@ -270,7 +270,7 @@ def test_a_run_that_is_resumed_with_other_data_is_refused_without_a_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(small(), tmp_path)
-    monkeypatch.setattr("fedpriv.learning.federation.Federation.fingerprint", "0badc0de")
+    monkeypatch.setattr("fedpriv.data.federation.Federation.fingerprint", "0badc0de")
     with pytest.raises(UserError, match=r"the same promise and data.*got other data") as caught:
         run_experiment(small(), tmp_path, engine="loop", resume=True)
     assert not re.search(r"\b[0-9a-f]{8}\b", str(caught.value))

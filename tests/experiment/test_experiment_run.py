@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 import fedpriv
+from fedpriv.data.datasets import Dataset, Digits
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
-from fedpriv.experiment import records
-from fedpriv.experiment.assemble import assemble
+from fedpriv.experiment import run_directory as records
+from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.records import FILES, RunDirectory, write_atomically
 from fedpriv.experiment.run import run_experiment
-from fedpriv.learning.datasets import Dataset, Digits
+from fedpriv.experiment.run_directory import FILES, RunDirectory, write_atomically
 from fedpriv.privacy import accounting
 from fedpriv.rounds import begin_round, finish_round
 from fedpriv.streams import Purpose, SeededStreams

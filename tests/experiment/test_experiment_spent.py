@@ -12,11 +12,11 @@ import torch
 from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.journal import StopRun
-from fedpriv.experiment.records import Checkpoint, RunDirectory
+from fedpriv.experiment.recorder import StopRun
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.spent import Group, notes_on, spent_below
+from fedpriv.experiment.run_directory import Checkpoint, RunDirectory
 from fedpriv.privacy import Everyone, make_plan, read_plan
+from fedpriv.report.spent import Group, notes_on, spent_below
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
 NOISE = ["privacy.epsilon=", "privacy.noise_multiplier=3.0"]

@@ -10,11 +10,11 @@ from test_experiment_sweep import in_process, sweep_file
 from fedpriv import load_results, run_experiment
 from fedpriv.cli import main
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.records import RunDirectory
-from fedpriv.experiment.stopping import TUNED, Halving, Median, Stopping, group_of
-from fedpriv.experiment.study import HYPERPARAMETERS
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import load_sweep
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.report.study import HYPERPARAMETERS
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.stopping import TUNED, Halving, Median, Stopping, group_of
 
 __all__ = ["in_process"]
 

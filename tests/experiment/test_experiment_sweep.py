@@ -18,15 +18,15 @@ import ray
 
 from fedpriv import load_results
 from fedpriv.cli import main
-from fedpriv.engines import local_jobs, ray_jobs
-from fedpriv.engines.jobs import Began, Ended, Job, JobDied, call
-from fedpriv.engines.ray_cluster import connect, remove_abandoned
+from fedpriv.engines.ray.cluster import connect, remove_abandoned
 from fedpriv.errors import UserError
-from fedpriv.experiment.records import write_pieces_atomically
 from fedpriv.experiment.results import compare_runs
-from fedpriv.experiment.sweep_live import SweepTable
-from fedpriv.experiment.sweep_run import SweepState, run_sweep
-from fedpriv.experiment.sweeps import Axis, load_sweep
+from fedpriv.experiment.run_directory import write_pieces_atomically
+from fedpriv.sweeps import local_jobs, ray_jobs
+from fedpriv.sweeps.config import Axis, load_sweep
+from fedpriv.sweeps.jobs import Began, Ended, Job, JobDied, call
+from fedpriv.sweeps.live import SweepTable
+from fedpriv.sweeps.run import SweepState, run_sweep
 
 BASE = """
 name = "base"
@@ -66,8 +66,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
             yield None
             yield Ended(job.name, call(job.function, job.arguments))
 
-    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", one_by_one)
-    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)  # most of a short trial
+    monkeypatch.setattr("fedpriv.sweeps.local_jobs.side_by_side", one_by_one)
+    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda *_, **__: None)  # most of a short trial
 
 
 def sweep_file(folder: Path, text: str, base: str = BASE) -> Path:
@@ -255,7 +255,7 @@ def test_ray_deals_out_cores_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append(needs)
         yield None
 
-    monkeypatch.setattr("fedpriv.engines.ray_jobs.side_by_side", no_jobs)
+    monkeypatch.setattr("fedpriv.sweeps.ray_jobs.side_by_side", no_jobs)
     run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", ray=True, cpus_per_trial=0.5)
     assert asked == [{"cpus": 0.5, "gpus": 0.0, "address": None}]
 
@@ -396,7 +396,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
         write(file, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedpriv.experiment.records.write_pieces_atomically", written)
+        patched.setattr("fedpriv.experiment.run_directory.write_pieces_atomically", written)
         with pytest.raises(SystemExit) as caught:
             main(["sweep", str(path), "--out", str(out)])
     assert caught.value.code == 2
@@ -432,7 +432,7 @@ def test_a_sweep_whose_file_has_changed_keeps_what_it_has(tmp_path: Path, capsys
 
 def test_a_worker_that_writes_elsewhere_is_not_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fedpriv.engines.local_jobs.side_by_side", lambda jobs, *_, **__: (Ended(job.name, 1.0) for job in jobs)
+        "fedpriv.sweeps.local_jobs.side_by_side", lambda jobs, *_, **__: (Ended(job.name, 1.0) for job in jobs)
     )
     with pytest.raises(UserError, match="--out: expected a folder that every trial can write to"):
         run_sweep(load_sweep(sweep_file(tmp_path, "seeds = 1\n")), tmp_path / "out")

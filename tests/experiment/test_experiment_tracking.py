@@ -19,11 +19,11 @@ import fedpriv
 from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.records import RunDirectory
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import load_sweep
-from fedpriv.experiment.tracking import check_trackers, track, watched_by
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import DataFacts
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.run import run_sweep
+from fedpriv.tracking.trackers import check_trackers, track, watched_by
 
 __all__ = ["in_process"]
 
@@ -42,7 +42,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda *_, **__: None)
     (tmp_path / "base.toml").write_text(BASE.replace("rounds = 3", f"rounds = {ROUNDS}") + "[privacy]\nepsilon = 8.0\n")
     return load_config(tmp_path / "base.toml")
 
@@ -294,7 +294,7 @@ def test_a_tracker_that_breaks_is_said_and_ends_nothing(
         raise ConnectionError("no way to the store.\nat all")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedpriv.experiment.track_tensorboard.Tracker.row", broken)
+        patched.setattr("fedpriv.tracking.tensorboard.Tracker.row", broken)
         assert finished(config, out, "tensorboard")["rounds"] == ROUNDS
     said = capsys.readouterr().err.splitlines()
     assert calls == [0, 0], "one more try, at the end"

@@ -11,17 +11,17 @@ import pandas as pd
 import pytest
 
 from fedpriv.cli import main
-from fedpriv.engines.jobs import Began, Ended, Job, call
 from fedpriv.errors import UserError
-from fedpriv.experiment.assemble import assemble
-from fedpriv.experiment.records import RunDirectory
-from fedpriv.experiment.report_words import about_choice, about_cost
-from fedpriv.experiment.study import load_study
-from fedpriv.experiment.sweep_run import run_sweep
-from fedpriv.experiment.sweeps import load_sweep
-from fedpriv.experiment.tuning import Tuning, choose_best, common_plan, draw_trials
+from fedpriv.experiment.build import assemble
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy.tuning import PoissonTrials
+from fedpriv.report.study import load_study
+from fedpriv.report.words import about_choice, about_cost
 from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.jobs import Began, Ended, Job, call
+from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials
 
 BASE = """
 name = "base"
@@ -57,8 +57,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
             yield Began(job.name)
             yield Ended(job.name, call(job.function, job.arguments))
 
-    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", one_by_one)
-    monkeypatch.setattr("fedpriv.experiment.journal.plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr("fedpriv.sweeps.local_jobs.side_by_side", one_by_one)
+    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda *_, **__: None)
 
 
 def sweep_file(folder: Path, text: str = AXIS + TUNING, base: str = BASE) -> Path:
@@ -153,7 +153,7 @@ def test_a_tuning_keeps_its_trials_secret_and_says_what_the_selection_promises(
     assert about_cost(study)
 
     before = (out / "drawn.json").read_bytes()
-    monkeypatch.setattr("fedpriv.experiment.sweep_run.run_trial", None)
+    monkeypatch.setattr("fedpriv.sweeps.run.run_trial", None)
     run_sweep(load_sweep(path), out, resume=True)
     assert (out / "drawn.json").read_bytes() == before
     for text in (AXIS.replace("1.0", "2.0") + TUNING, AXIS + TUNING.replace("6", "7"), AXIS):
@@ -166,7 +166,7 @@ def test_trials_are_written_down_before_the_first_begins(tmp_path: Path, monkeyp
         assert len(json.loads((tmp_path / "out" / "drawn.json").read_text())["trials"]) > 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedpriv.engines.local_jobs.side_by_side", killed)
+    monkeypatch.setattr("fedpriv.sweeps.local_jobs.side_by_side", killed)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out")
     assert not (tmp_path / "out" / "tuning.json").exists()

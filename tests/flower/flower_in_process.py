@@ -11,9 +11,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from clients.simulation import playing_clients
-from strategies import flower_internals
-from strategies.flower_internals import Run, empty_run, number_message
+from fedpriv.flower.internals import app as flower_internals
+from fedpriv.flower.internals.app import Run, empty_run, number_message
+from fedpriv.flower.simulation import playing_clients
 
 RUN_ID = 1
 DEAD_NODE_ID = 1

@@ -12,10 +12,10 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from clients import private_mod
-from clients.wire import ARRAYS, FEDPRIV, asks_who
 from fedpriv.errors import UserError
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_who
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
-from fedpriv.methods.server import Adam
+from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
 from fedpriv.streams import SeededStreams, SystemStreams
@@ -270,7 +270,7 @@ def test_nodes_that_do_not_join_are_waited_for_and_then_missed():
 
 
 def test_without_a_number_all_nodes_that_join_take_part(monkeypatch):
-    monkeypatch.setattr("strategies.nodes._SETTLED_SECONDS", 0.3)
+    monkeypatch.setattr("fedpriv.flower.server.nodes._SETTLED_SECONDS", 0.3)
     strategy = DPFedAvg()
     start(strategy, InProcessGrid(app, CLIENTS), rounds=1)
     assert strategy.agreement.server.sampling == Everyone(CLIENTS)

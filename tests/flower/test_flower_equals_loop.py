@@ -9,10 +9,10 @@ from flower_in_process import InProcessGrid, inside_a_run
 from flwr.app import ArrayRecord, ConfigRecord
 
 from clients.client_app import app
-from clients.wire import ARRAYS
 from fedpriv.engines import LoopEngine
-from fedpriv.experiment.assemble import Experiment, assemble
+from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
+from fedpriv.flower.messages import ARRAYS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, ServerState
 from fedpriv.rounds import Total, begin_round, finish_round
 from strategies.server_app import make_strategy

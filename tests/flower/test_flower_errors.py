@@ -10,9 +10,9 @@ from flower_plain_app import CLIENT, CLIENTS, LEGACY_CLIENT, LEGACY_SERVER, SERV
 from flwr.app import Error
 
 from fedpriv.errors import UserError
-from strategies.client_errors import place_of, reason_in_short, traceback_of
-from strategies.flower_internals import error_of_exception
-from strategies.run_app import run_app
+from fedpriv.flower.apps.run import run_app
+from fedpriv.flower.client_errors import place_of, reason_in_short, traceback_of
+from fedpriv.flower.internals.app import error_of_exception
 
 LONG = """The answer is of the wrong kind.
 

@@ -15,18 +15,18 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 
 from clients import private_mod
-from clients.wire import ARRAYS, FEDPRIV, asks_who
 from fedpriv.errors import UserError
+from fedpriv.flower.apps.grid import AppGrid
+from fedpriv.flower.apps.virtual_clients import ClientSeeds, InProcessClients, Population, VirtualClients
+from fedpriv.flower.internals.app import empty_run
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_who
+from fedpriv.flower.server.attendance import Attendance
+from fedpriv.flower.server.faults import message_fault, norm_limit
+from fedpriv.flower.server.nodes import in_words
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
 from fedpriv.vectors import Layout
 from strategies import AlphaNormEC, Clip21, DPFedAvg, Privacy
-from strategies.attendance import Attendance
-from strategies.faults import message_fault, norm_limit
-from strategies.flower_internals import empty_run
-from strategies.grid import AppGrid
-from strategies.nodes import in_words
-from strategies.virtual_clients import ClientSeeds, InProcessClients, Population, VirtualClients
 
 CENTRAL, LOCAL = Privacy(noise_multiplier=1.0), Privacy(noise_multiplier=1.0, trust="local")
 PRIVACY = pytest.mark.parametrize("privacy", [CENTRAL, LOCAL, None], ids=["central", "local", "none"])

@@ -25,9 +25,11 @@ from flwr.serverapp import Grid
 
 from fedpriv.cli import main
 from fedpriv.errors import UserError
-from strategies import AlphaNormEC, Privacy
-from strategies.app_folder import AppFolder
-from strategies.flower_internals import (
+from fedpriv.flower.apps.folder import AppFolder
+from fedpriv.flower.apps.grid import Answers, AppGrid
+from fedpriv.flower.apps.run import run_app
+from fedpriv.flower.apps.virtual_clients import FIRST_NODE, ClientSeeds, InProcessClients, Population, VirtualClients
+from fedpriv.flower.internals.app import (
     SERVER_NODE,
     copy_context,
     copy_message,
@@ -38,10 +40,8 @@ from strategies.flower_internals import (
     reason_in_short,
     unavailable_reply,
 )
-from strategies.grid import Answers, AppGrid
-from strategies.launch import FlowerRun
-from strategies.run_app import run_app
-from strategies.virtual_clients import FIRST_NODE, ClientSeeds, InProcessClients, Population, VirtualClients
+from fedpriv.flower.launch import FlowerRun
+from strategies import AlphaNormEC, Privacy
 
 ROOT = Path(__file__).parents[2]
 RUN = 7

@@ -13,14 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients import private_mod
-from clients.heads import HEAD
-from clients.ledger import Ledger, spent
-from clients.member import Member
-from clients.policy import POLICY_FILE
-from clients.promise import promised
-from clients.simulation import SIMULATION, playing_clients, simulated
-from clients.wire import ARRAYS, CONFIG, FEDPRIV, TERMS, Introduction, Order, Terms, introduction, refused
+from fedpriv.deploy.device.heads import HEAD
+from fedpriv.deploy.device.ledger import Ledger, spent
+from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.policy import POLICY_FILE
 from fedpriv.errors import UserError
+from fedpriv.flower.messages import ARRAYS, CONFIG, FEDPRIV, TERMS, Introduction, Order, Terms, introduction, refused
+from fedpriv.flower.promise import promised
+from fedpriv.flower.simulation import SIMULATION, playing_clients, simulated
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.privacy import Everyone, make_plan

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from clients import private_mod
+from fedpriv.flower.server.metrics import average_metrics
 from strategies import DPFedAvg, Privacy
-from strategies.metrics import average_metrics
 
 
 def averaged(*reports):

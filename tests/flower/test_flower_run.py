@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from clients.run_config import RunConfig
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
-from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.flower import launch
+from fedpriv.flower.launch import run_with_flower
+from fedpriv.flower.run_config import RunConfig
 from fedpriv.privacy.released import OUTPUTS, Kind
-from strategies import launch
-from strategies.launch import run_with_flower
 
 ROOT = Path(__file__).parents[2]
 TABLES = {

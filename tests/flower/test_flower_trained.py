@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from clients import private_mod
-from clients.trained import TRAINED, TrainedArrays
-from clients.wire import ARRAYS, FEDPRIV, TERMS, asks_who
 from fedpriv.errors import UserError
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, asks_who
+from fedpriv.flower.trained import TRAINED, TrainedArrays
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SystemStreams
 from strategies import AlphaNormEC, DPFedAvg, Privacy, frozen_arrays

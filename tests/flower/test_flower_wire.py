@@ -9,10 +9,9 @@ from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.answers import send_message
-from clients.refusals import Refusal
-from clients.state import keep_state, load_state
-from clients.wire import (
+from fedpriv.errors import UserError
+from fedpriv.flower.answers import send_message
+from fedpriv.flower.messages import (
     ARRAYS,
     DIAGNOSTICS,
     FEDPRIV,
@@ -23,8 +22,9 @@ from clients.wire import (
     asks_who,
     introduction,
 )
-from fedpriv.errors import UserError
-from fedpriv.gaussian import release_grid
+from fedpriv.flower.refusals import Refusal
+from fedpriv.flower.state import keep_state, load_state
+from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.rounds import ClientRules, client_round
 from fedpriv.streams import SeededStreams, SystemStreams

@@ -14,10 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.errors import UserError
-from fedpriv.learning import torchvision_cpu
-from fedpriv.learning.dataset_files import default_data_root, read_cifar_batch, read_idx
-from fedpriv.learning.datasets import (
+from fedpriv.data import torchvision_cpu
+from fedpriv.data.datasets import (
     DATASETS,
     IDX_FILES,
     Cifar10,
@@ -29,6 +27,8 @@ from fedpriv.learning.datasets import (
     MnistByWriter,
     every_fifth_of_each_label,
 )
+from fedpriv.data.files import default_data_root, read_cifar_batch, read_idx
+from fedpriv.errors import UserError
 
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 TRAIN_LABELS = np.arange(12, dtype=np.uint8) % 10
@@ -466,6 +466,6 @@ def test_a_dataset_that_contradicts_itself_is_refused(changes):
 
 def test_importing_the_datasets_imports_neither_torchvision_nor_what_only_loading_or_drawing_needs():
     late = ["torchvision", "sklearn", "matplotlib", "pandas"]
-    code = f"import sys, fedpriv.learning.federation; print([m for m in {late} if m in sys.modules])"
+    code = f"import sys, fedpriv.data.federation; print([m for m in {late} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

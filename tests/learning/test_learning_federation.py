@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.federation import Federation, federate, plot_who_holds_what, spread, who_holds_what
+from fedpriv.data.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural, Resampled
 from fedpriv.errors import UserError
-from fedpriv.learning.datasets import Dataset, Digits
-from fedpriv.learning.federation import Federation, federate, plot_who_holds_what, spread, who_holds_what
-from fedpriv.learning.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural, Resampled
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedpriv.learning.datasets import Digits
-from fedpriv.learning.federation import federate
-from fedpriv.learning.heterogeneity import evenly_chosen, gini, gradient_figures, size_figures
-from fedpriv.learning.models import MODELS, Softmax
-from fedpriv.learning.partitions import Dirichlet, Iid, Partition
-from fedpriv.learning.tasks import Task
+from fedpriv.data.datasets import Digits
+from fedpriv.data.federation import federate
+from fedpriv.data.heterogeneity import evenly_chosen, gini, gradient_figures, size_figures
+from fedpriv.data.partitions import Dirichlet, Iid, Partition
+from fedpriv.tasks.models import MODELS, Softmax
+from fedpriv.tasks.task import Task
 
 
 def test_few_clients_are_all_chosen_and_many_evenly():

@@ -10,10 +10,10 @@ from helpers import same
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
-from fedpriv.learning.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, batches_of
 from fedpriv.methods import AlphaNormEC, FedAlphaNormEC
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, batches_of
 
 ENGINES = {"loop": LoopEngine, "vectorized": VectorizedEngine}
 

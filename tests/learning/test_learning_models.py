@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fedpriv.errors import UserError
-from fedpriv.learning.models import MODELS, Cnn, Mlp
+from fedpriv.tasks.models import MODELS, Cnn, Mlp
 
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 5, 9)]
 CASES = [(name, shape) for name in MODELS for shape in [*IMAGES, (123,)] if len(shape) == 3 or MODELS[name].dense]

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.errors import UserError
-from fedpriv.learning.datasets import HeartDisease, TinyShakespeare
-from fedpriv.learning.federation import federate
-from fedpriv.learning.natural_files import (
+from fedpriv.data.datasets import HeartDisease, TinyShakespeare
+from fedpriv.data.federation import federate
+from fedpriv.data.natural_files import (
     ALPHABET,
     HOSPITALS,
     SILENT,
@@ -21,7 +20,8 @@ from fedpriv.learning.natural_files import (
     read_patients,
     read_speeches,
 )
-from fedpriv.learning.partitions import Natural
+from fedpriv.data.partitions import Natural
+from fedpriv.errors import UserError
 
 HEALTHY = "63.0,1.0,1.0,145.0,233.0,1.0,2.0,150.0,0.0,2.3,3.0,0.0,6.0,0"
 SICK = "50,0,4,?,?,?,?,?,?,?,?,?,?,3"

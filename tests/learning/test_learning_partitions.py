@@ -4,8 +4,7 @@ from helpers import accepts_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.errors import UserError
-from fedpriv.learning.partitions import (
+from fedpriv.data.partitions import (
     PARTITIONS,
     Dirichlet,
     Iid,
@@ -15,6 +14,7 @@ from fedpriv.learning.partitions import (
     QuantitySkew,
     mean_total_variation,
 )
+from fedpriv.errors import UserError
 
 RULES: dict[str, Partition] = {
     "iid": Iid(),

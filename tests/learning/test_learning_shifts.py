@@ -8,11 +8,11 @@ from helpers import accepts_law, accepts_variance, same
 from scipy import stats
 from torch import Tensor
 
+from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.federation import Federation, federate, spread
+from fedpriv.data.partitions import Dirichlet, Natural, Resampled
+from fedpriv.data.shifts import SHIFTS, NoiseLevels, Rotation, Shift, Style, shifted, turned
 from fedpriv.errors import UserError
-from fedpriv.learning.datasets import Dataset, Digits
-from fedpriv.learning.federation import Federation, federate, spread
-from fedpriv.learning.partitions import Dirichlet, Natural, Resampled
-from fedpriv.learning.shifts import SHIFTS, NoiseLevels, Rotation, Shift, Style, shifted, turned
 from fedpriv.streams import Purpose, SeededStreams
 
 STREAMS = SeededStreams(5)

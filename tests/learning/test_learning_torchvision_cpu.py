@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from fedpriv.learning import torchvision_cpu
+from fedpriv.data import torchvision_cpu
 
 
 def test_torchvision_datasets_can_be_imported_again_and_again_beside_this_torch():

@@ -6,9 +6,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fedpriv.data.datasets import Dataset, Digits, every_fifth_of_each_label
+from fedpriv.data.validation import evaluated_on, hold_out
 from fedpriv.errors import UserError
-from fedpriv.learning.datasets import Dataset, Digits, every_fifth_of_each_label
-from fedpriv.learning.validation import evaluated_on, hold_out
 
 
 def dataset(labels: np.ndarray, groups: np.ndarray | None = None, test_groups: np.ndarray | None = None) -> Dataset:

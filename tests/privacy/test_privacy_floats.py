@@ -15,8 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-import fedpriv.noise
-from fedpriv.experiment.assemble import assemble
+import fedpriv.mechanisms.noise
+from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Everyone, PrivacyPlan, make_plan
@@ -147,7 +147,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: str, monkeypatch: pyt
         noise = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(stddev)
         return values.double() + torch.from_numpy(noise).double()
 
-    monkeypatch.setattr(fedpriv.noise, "_released", float_noise)
+    monkeypatch.setattr(fedpriv.mechanisms.noise, "_released", float_noise)
     assert ATTACKS[trust](plan_of(trust)) == 0
 
 
@@ -156,7 +156,7 @@ def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str)
     """The likelihood ratio of two worlds that are as far apart as the plan allows: no better than its epsilon says."""
     plan = plan_of(trust, epsilon=0.5)
     server, client = agree(METHOD, Everyone(10), plan, SystemStreams())
-    stddev, grid = plan.noise_stddev, fedpriv.noise.release_grid(plan.noise_stddev)
+    stddev, grid = plan.noise_stddev, fedpriv.mechanisms.noise.release_grid(plan.noise_stddev)
     one = torch.zeros(SIZE)
     other = one.clone()
     other[0] = plan.l2_sensitivity / 2.0
@@ -167,7 +167,9 @@ def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str)
         if trust == "local":
             seen = float(client_round(client, trial, METHOD.init_client(SIZE), message, 1)[0][0])
         else:
-            seen = float(fedpriv.noise.release_sum(SystemStreams(), server.noise_stddev, message.double(), 1)[0])
+            seen = float(
+                fedpriv.mechanisms.noise.release_sum(SystemStreams(), server.noise_stddev, message.double(), 1)[0]
+            )
         middle = 0.0 if plan.adjacency == "replace" else float(other[0]) / 2.0
         right += (seen > middle) == world
         assert seen / grid == round(seen / grid)
@@ -183,7 +185,7 @@ def test_the_grid_follows_from_the_plan_alone() -> None:
     grid = 2.0 ** math.floor(math.log2(plan.noise_stddev / 4.0))
     assert plan.release_grid == grid
     for values in (torch.zeros(500), torch.full((500,), 1e6 + 1 / 3), torch.randn(500) * 1e-30):
-        levels = fedpriv.noise.release_sum(SystemStreams(), plan.noise_stddev, values.double(), 3) / grid
+        levels = fedpriv.mechanisms.noise.release_sum(SystemStreams(), plan.noise_stddev, values.double(), 3) / grid
         assert torch.equal(levels, levels.round())
         assert (levels % 2 != 0).any()
     assert plan.as_dict()["release_grid"] == grid

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
 
-from fedpriv.experiment import journal
-from fedpriv.experiment.report import write_report
+from fedpriv.experiment import recorder as journal
+from fedpriv.report.write import write_report
 
 
 @pytest.fixture(autouse=True)

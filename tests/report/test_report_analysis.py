@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.analysis import (
+from fedpriv.report.analysis import (
     QUANTITIES,
     against,
     best_settings,
@@ -21,7 +21,7 @@ from fedpriv.experiment.analysis import (
     share_near_best,
     thinned,
 )
-from fedpriv.experiment.study import Study
+from fedpriv.report.study import Study
 
 EPSILON = next(quantity for quantity in QUANTITIES if quantity.name == "epsilon")
 

@@ -16,8 +16,8 @@ from report_runs import CENTRAL, HOSTILE, fedavg, run_trial
 from fedpriv import load_results, write_report
 from fedpriv.cli import main
 from fedpriv.errors import UserError
-from fedpriv.experiment.report import MOST_CURVES, MOST_POINTS, report_on
-from fedpriv.experiment.study import Study, load_study
+from fedpriv.report.study import Study, load_study
+from fedpriv.report.write import MOST_CURVES, MOST_POINTS, report_on
 
 pytestmark = pytest.mark.xdist_group("report")
 

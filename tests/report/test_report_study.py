@@ -9,14 +9,14 @@ import pytest
 from report_runs import CENTRAL, DEVICES, fedavg, run_trial
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.analysis import QUANTITIES, against, held, settings_table
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.records import RunDirectory
-from fedpriv.experiment.report import write_report
 from fedpriv.experiment.results import compare_runs
-from fedpriv.experiment.study import load_study
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import rounded_up
+from fedpriv.report.analysis import QUANTITIES, against, held, settings_table
+from fedpriv.report.study import load_study
+from fedpriv.report.write import write_report
 
 BASE: dict[str, Any] = {
     "name": "n",

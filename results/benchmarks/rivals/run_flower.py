@@ -14,7 +14,7 @@ import common  # noqa: F401
 import tomli_w
 from workloads import Job, parse_job
 
-from strategies.launch import FlowerRun
+from fedpriv.flower.launch import FlowerRun
 
 HERE = Path(__file__).parent
 PATIENCE = 900.0

@@ -1,0 +1,22 @@
+"""Unequal devices on a virtual clock: who counts in which step of the server, known before anything is trained."""
+
+from fedpriv.clock.participation import Clock
+from fedpriv.clock.profiles import DEVICES, Devices, Fleet, Profile
+from fedpriv.clock.schedules import SCHEDULES, FedBuff, FedFix, Schedule, Synchronous
+from fedpriv.clock.timeline import Group, Step, Timeline
+
+__all__ = [
+    "DEVICES",
+    "SCHEDULES",
+    "Clock",
+    "Devices",
+    "FedBuff",
+    "FedFix",
+    "Fleet",
+    "Group",
+    "Profile",
+    "Schedule",
+    "Step",
+    "Synchronous",
+    "Timeline",
+]

@@ -1,0 +1,1 @@
+"""Data sets, and how clients come to hold them."""

@@ -1,0 +1,541 @@
+"""Data sets in memory: one frozen dataclass each, which loads what is on the disk.
+
+Images are standardised with published constants of each data set, never with statistics of the loaded
+examples, so that loading releases nothing about any client. (Of a LIBSVM file the number of features and the labels are
+read off the data and count as public; `features` states the first of them.) The data sets' own splits into training and
+test examples are fixed: they depend neither on the experiment's seed nor on its population. Of natural clients an
+experiment can test on other examples; see `fedpriv.data.validation`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
+from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
+from fedpriv.data.natural_files import (
+    ALPHABET,
+    HOSPITALS,
+    next_characters,
+    one_hot_contexts,
+    read_patients,
+    read_speeches,
+)
+from fedpriv.errors import UserError
+from fedpriv.privacy.released import Whose
+
+__all__ = [
+    "DATASETS",
+    "Cifar10",
+    "Dataset",
+    "DatasetSource",
+    "Digits",
+    "FashionMnist",
+    "HeartDisease",
+    "Libsvm",
+    "Mnist",
+    "MnistByWriter",
+    "TinyShakespeare",
+    "every_fifth_of_each_label",
+]
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+WRITER_FILE = "qmnist-train-labels-idx2-int"
+# Inputs and labels of a split.
+Examples = tuple[np.ndarray, np.ndarray]
+CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """Training and test examples for classification.
+
+    Args:
+        name: What reports call it.
+        train_inputs: float32 `[examples, *input_shape]`.
+        train_labels: int64 `[examples]`, 0 to `classes - 1`.
+        test_inputs: float32 `[test_examples, *input_shape]`.
+        test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
+        classes: Number of labels, at least 2.
+        groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None without any.
+        natural_clients: Number g of natural clients, with those that hold no example; None if every one of them holds
+            some.
+        test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples belong
+            to no natural client.
+        validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
+        validation_labels: Their labels.
+
+    Raises:
+        UserError: If shapes, types or ranges are others.
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    classes: int
+    groups: np.ndarray | None = None
+    natural_clients: int | None = None
+    test_groups: np.ndarray | None = None
+    validation_inputs: Tensor | None = None
+    validation_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._check_examples("train", self.train_inputs, self.train_labels)
+        self._check_examples("test", self.test_inputs, self.test_labels)
+        if self.validation_inputs is not None and self.validation_labels is not None:
+            self._check_examples("validation", self.validation_inputs, self.validation_labels)
+        if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
+            raise self._wrong("equal shapes of training and test inputs", list(self.test_inputs.shape[1:]))
+        if self.groups is not None:
+            self._check_groups("training", self.groups, self.examples)
+            if self.natural_clients is None and not np.bincount(self.groups).all():
+                raise self._wrong("natural clients numbered from 0 without gaps", "others")
+        if self.groups is not None and self.test_groups is not None:
+            self._check_groups("test", self.test_groups, len(self.test_labels))
+
+    @property
+    def natural_population(self) -> int:
+        """Number of natural clients, 0 if there are none."""
+        if self.groups is None:
+            return 0
+        return int(self.groups.max()) + 1 if self.natural_clients is None else self.natural_clients
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
+        return len(self.train_labels)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.train_inputs.shape[1:])
+
+    def _check_examples(self, split: str, inputs: Tensor, labels: Tensor) -> None:
+        if inputs.dtype != torch.float32 or labels.dtype != torch.int64:
+            raise self._wrong(f"float32 {split} inputs and int64 labels", (inputs.dtype, labels.dtype))
+        if labels.shape != inputs.shape[:1] or len(labels) == 0:
+            raise self._wrong(f"one label for each {split} example", (list(inputs.shape), list(labels.shape)))
+        low, high = int(labels.min()), int(labels.max())
+        if self.classes < 2 or low < 0 or high >= self.classes:
+            raise self._wrong(f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes")
+
+    def _check_groups(self, split: str, groups: np.ndarray, examples: int) -> None:
+        if groups.dtype != np.int64 or groups.shape != (examples,):
+            raise self._wrong(f"one int64 natural client for each {split} example", (groups.dtype, groups.shape))
+        if groups.min() < 0 or groups.max() >= self.natural_population:
+            raise self._wrong(
+                f"natural clients from 0 to {self.natural_population - 1}", f"{groups.min()} to {groups.max()}"
+            )
+
+    def _wrong(self, expected: str, got: object) -> UserError:
+        return UserError(f"dataset {self.name}", expected, got, "Correct the arrays that it is made of")
+
+
+class DatasetSource(Protocol):
+    """Settings that say where a data set comes from; filled from the table `[data]`.
+
+    `natural` says whether it has natural clients, and `test` on whose examples a model is then tested unless the
+    experiment says otherwise: see `validation.evaluated_on`.
+    """
+
+    natural: ClassVar[bool]
+    test: ClassVar[Whose]
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, `[1, 8, 8]` in [0, 1]; needs no file. Test: a fixed fifth.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (its test part).
+    """
+
+    natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
+
+    def load(self, data_root: Path | None) -> Dataset:  # noqa: ARG002
+        """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        inputs = (np.asarray(pixels) / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+        return _split("digits", inputs, np.asarray(labels, dtype=np.int64), 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImageSource:
+    """What data sets of images have in common: a part of them can be taken, for studies at a smaller size.
+
+    Args:
+        train_examples: Take the first so many training examples; None for all.
+        test_examples: Likewise.
+
+    Raises:
+        UserError: If a number is not positive; on loading, if there are not so many.
+    """
+
+    natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train_examples", "test_examples"):
+            if getattr(self, key) is not None:
+                positive_int(f"data.{key}", getattr(self, key))
+
+    def _taken(self, train: Examples, test: Examples) -> tuple[Examples, Examples]:
+        return _first("train", train, self.train_examples), _first("test", test, self.test_examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist(_ImageSource):
+    """MNIST: 60,000 + 10,000 handwritten digits `[1, 28, 28]`, standardised.
+
+    Mean 0.1307, deviation 0.3081. Source: LeCun, Bottou, Bengio and Haffner, Gradient-based learning applied
+    to document recognition, 1998.
+    """
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, or are damaged.
+        """
+        return _idx_images("mnist", data_root or default_data_root(), "MNIST", 0.1307, 0.3081, self._taken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMnist(_ImageSource):
+    """Fashion-MNIST: 60,000 + 10,000 articles of clothing `[1, 28, 28]`, standardised.
+
+    Mean 0.2860, deviation 0.3530. Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747.
+    """
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, or are damaged.
+        """
+        root = data_root or default_data_root()
+        return _idx_images("fashion-mnist", root, "FashionMNIST", 0.2860, 0.3530, self._taken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistByWriter:
+    """MNIST with the writer of each training image as its natural client: 539 writers of 19 to 131 images.
+
+    Test: MNIST's own test images, which are by other writers.
+
+    Source: Yadav and Bottou, Cold Case: the Lost MNIST Digits, NeurIPS 2019 (QMNIST, label column 2).
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, are damaged, or describe other images.
+        """
+        root = data_root or default_data_root()
+        [path] = locate(root, "QMNIST/raw", [WRITER_FILE], "QMNIST")
+        images = _idx_images("mnist-by-writer", root, "MNIST", 0.1307, 0.3081)
+        facts = read_idx(path)
+        if facts.shape != (images.examples, 8) or (facts[:, 0] != images.train_labels.numpy()).any():
+            expected = f"{images.examples} rows of 8 facts, each with the label of its MNIST image"
+            raise UserError(str(path), expected, f"others, of shape {facts.shape}", "Replace the file")
+        groups = np.unique(facts[:, 2], return_inverse=True)[1].astype(np.int64)
+        return Dataset(**{**vars(images), "groups": groups})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(_ImageSource):
+    """CIFAR-10: 50,000 + 10,000 colour images `[3, 32, 32]`, standardised channel by channel.
+
+    Means 0.4914, 0.4822, 0.4465; deviations 0.2470, 0.2435, 0.2616. Source: Krizhevsky, Learning
+    Multiple Layers of Features from Tiny Images, 2009.
+    """
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing and cannot be downloaded, are damaged, or hold more than arrays.
+        """
+        root = data_root or default_data_root()
+        paths = locate(root, "cifar-10-batches-py", CIFAR10_FILES, "CIFAR10")
+        images, labels = zip(*map(read_cifar_batch, paths), strict=True)
+        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        parts = self._taken((np.concatenate(images[:-1]), np.concatenate(labels[:-1])), (images[-1], labels[-1]))
+        train, test = ((_standardised(pixels, mean, std), labels) for pixels, labels in parts)
+        return _dataset("cifar10", train, test, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeartDisease:
+    """Patients of four hospitals, which are its natural clients: 33 numbers each, and whether the heart is diseased.
+
+    Cleveland, Budapest, Zurich with Basel, and Long Beach: 303, 294, 123 and 200 patients. Test: a fixed fifth of each
+    hospital's sick and of its healthy, unless `[data] test` says otherwise. Missing attributes are zeros, and scales
+    are round numbers of medical practice: nothing is filled or scaled by what the data hold; see `read_patients` in
+    `natural_files`. Source: Detrano et al., International application of a new probability algorithm for the diagnosis
+    of coronary artery disease, American Journal of Cardiology 64, 1989; UCI, 1988, CC BY 4.0.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "within"
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `heart_disease/processed.*.data`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If files are missing or damaged.
+        """
+        names = [f"processed.{hospital}.data" for hospital in HOSPITALS]
+        parts = [read_patients(path) for path in locate(data_root or default_data_root(), "heart_disease", names, None)]
+        inputs, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        groups = np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts])
+        test = every_fifth_of_each_label(labels + 2 * groups)
+        if not test.any():
+            remedy = "Replace the files by the published ones"
+            raise UserError("dataset heart-disease", "five alike patients of a hospital", len(labels), remedy)
+        train, held = (inputs[~test], labels[~test]), (inputs[test], labels[test])
+        return _dataset("heart-disease", train, held, 2, Owners(groups[~test], groups[test], len(HOSPITALS)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyShakespeare:
+    """The next character of what a speaker of Shakespeare's says: 65 characters, 299 speakers as natural clients.
+
+    An input is the speaker's last `context` characters, `[context, 65]` of zeros and a one each; zeros alone stand for
+    what is before the first. Of each speaker at most `speaker_examples` are taken, evenly spaced over what is said.
+    Test: all examples of a fifth of the speakers, who take no part; with `[data] test = "within"`, or if the clients
+    are no speakers, the last fifth of each speaker's. A name is a speaker, also if plays share it (`First Citizen`).
+    Source: Karpathy, The Unreasonable Effectiveness of Recurrent Neural Networks, 2015; speakers as clients: McMahan et
+    al., AISTATS 2017.
+
+    Args:
+        context: Characters that are seen, 1 to 64.
+        speaker_examples: Most examples of a speaker, at least 1.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "clients"
+    context: int = 5
+    speaker_examples: int = 200
+
+    def __post_init__(self) -> None:
+        positive_int("data.speaker_examples", self.speaker_examples)
+        positive_int("data.context", self.context)
+        real_within("data.context", self.context, 1, 64)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads `tinyshakespeare/input.txt`; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        [path] = locate(data_root or default_data_root(), "tinyshakespeare", ["input.txt"], None)
+        parts: list[list[np.ndarray]] = [[], []]
+        groups: list[list[int]] = [[], []]
+        speakers = read_speeches(path)
+        for speaker, said in enumerate(speakers.values()):
+            seen, following = next_characters(said, self.context, self.speaker_examples)
+            kept = len(following) - len(following) // 5
+            for part, owner, rows in zip(parts, groups, (slice(kept), slice(kept, None)), strict=True):
+                part.append(np.column_stack([seen[rows], following[rows]]))
+                owner += [speaker] * len(following[rows])
+        train, test = ((one_hot_contexts(rows[:, :-1]), rows[:, -1]) for rows in map(np.concatenate, parts))
+        if not len(test[1]):
+            raise UserError(str(path), "a speaker of five characters", "none", "Replace the file")
+        in_train, in_test = (np.array(part, dtype=np.int64) for part in groups)
+        owners = Owners(in_train, in_test, len(speakers))
+        return _dataset("tiny-shakespeare", train, test, len(ALPHABET), owners)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Libsvm:
+    """A classification problem in LIBSVM's sparse text format, made dense; sorted labels become 0, 1, ...
+
+    Args:
+        file: The training examples; a path from the data root.
+        test_file: The test examples; without it, a fixed fifth of `file` is held out.
+        features: Number of features; None means the largest index found.
+
+    Raises:
+        UserError: If a value is of another type.
+    """
+
+    natural: ClassVar[bool] = False
+    test: ClassVar[Whose] = "public"
+    file: str = ""
+    test_file: str | None = None
+    features: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not self.file:
+            raise UserError("data.file", "a path from the data root", repr(self.file), "Name a LIBSVM text file")
+        if self.features is not None:
+            positive_int("data.features", self.features)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Reads the file or files; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If a file is missing or damaged, labels are no whole numbers, or features too few.
+        """
+        root = data_root or default_data_root()
+        parts = [read_libsvm(root / file) for file in (self.file, self.test_file) if file]
+        inputs = _dense([matrix for matrix, _ in parts], self.features)
+        labels, classes = _numbered([labels for _, labels in parts], self.file)
+        name = Path(self.file).name
+        if len(parts) == 1:
+            return _split(name, inputs[0], labels[0], classes)
+        return _dataset(name, (inputs[0], labels[0]), (inputs[1], labels[1]), classes)
+
+
+DATASETS: dict[str, type[DatasetSource]] = {
+    "digits": Digits,
+    "mnist": Mnist,
+    "fashion-mnist": FashionMnist,
+    "mnist-by-writer": MnistByWriter,
+    "cifar10": Cifar10,
+    "heart-disease": HeartDisease,
+    "tiny-shakespeare": TinyShakespeare,
+    "libsvm": Libsvm,
+}
+
+
+def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:
+    """Which examples to test on: the fifth, tenth, ... of each label; bool `[examples]`.
+
+    Args:
+        labels: int64 `[examples]`.
+    """
+    order = np.argsort(labels, kind="stable")
+    in_order = labels[order]
+    place = np.arange(len(labels)) - np.searchsorted(in_order, in_order)
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[order] = place % 5 == 4
+    return chosen
+
+
+class Owners(NamedTuple):
+    """The natural client of each training and of each test example, and how many natural clients there are."""
+
+    train: np.ndarray
+    test: np.ndarray
+    clients: int
+
+
+def _dataset(
+    name: str,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    classes: int,
+    owners: Owners | None = None,
+) -> Dataset:
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test)]
+    fields = ("train_inputs", "train_labels", "test_inputs", "test_labels")
+    made = Dataset(name=name, classes=classes, **dict(zip(fields, tensors, strict=True)))
+    if owners is None:
+        return made
+    return replace(made, groups=owners.train, test_groups=owners.test, natural_clients=owners.clients)
+
+
+def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> Dataset:
+    test = every_fifth_of_each_label(labels)
+    if not test.any():
+        remedy = "Give a data.test_file, or more examples"
+        raise UserError(f"dataset {name}", "five examples of a label, one of them to test", len(labels), remedy)
+    return _dataset(name, (inputs[~test], labels[~test]), (inputs[test], labels[test]), classes)
+
+
+def _all(train: Examples, test: Examples) -> tuple[Examples, Examples]:
+    return train, test
+
+
+def _first(split: str, examples: Examples, number: int | None) -> Examples:
+    inputs, labels = examples
+    if number is not None and number > len(labels):
+        remedy = f"Lower data.{split}_examples, or leave it out to take all"
+        raise UserError(f"data.{split}_examples", f"at most {len(labels):,}", f"{number:,}", remedy)
+    return inputs[:number], labels[:number]
+
+
+def _idx_images(
+    name: str,
+    data_root: Path,
+    folder: str,
+    mean: float,
+    std: float,
+    taken: Callable[[Examples, Examples], tuple[Examples, Examples]] = _all,
+) -> Dataset:
+    paths = locate(data_root, f"{folder}/raw", IDX_FILES, source=folder)
+    parts = taken(_idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3]))
+    standardised = [(_standardised(images, (mean,), (std,)), labels) for images, labels in parts]
+    return _dataset(name, standardised[0], standardised[1], 10)
+
+
+def _idx_examples(image_file: Path, label_file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[examples, 1, height, width]` and labels int64 `[examples]`."""
+    images, labels = read_idx(image_file), read_idx(label_file)
+    if images.dtype != np.uint8 or images.ndim != 3 or len(images) == 0:
+        raise UserError(str(image_file), "images of bytes", f"shape {images.shape}", "Replace the file")
+    if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
+        expected = f"{len(images)} labels of 0 to 9, one for each image of {image_file.name}"
+        raise UserError(str(label_file), expected, f"others, of shape {labels.shape}", "Replace both files")
+    return images[:, None], labels.astype(np.int64)
+
+
+def _standardised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """float32 (pixel / 255 - mean) / std, `[examples, channels, height, width]`, channel by channel."""
+    pixels = images.astype(np.float32)
+    pixels /= 255
+    pixels -= np.array(mean, dtype=np.float32)[:, None, None]
+    pixels /= np.array(std, dtype=np.float32)[:, None, None]
+    return pixels
+
+
+def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
+    """float32 `[examples, features]` of each; indices count from one unless some file uses index 0."""
+    first = 0 if any((matrix.indices == 0).any() for matrix in matrices) else 1
+    found = max(matrix.shape[1] for matrix in matrices) - first
+    if features is not None and features < found:
+        raise UserError("data.features", f"at least {found}, the largest index", features, "Correct data.features")
+    width = max(features or found, 1) + first
+    rows = sum(matrix.shape[0] for matrix in matrices)
+    refuse_beyond_memory("data.features", 4 * rows * width, "Choose fewer features, or a file of lower indices")
+    for matrix in matrices:
+        matrix.resize(matrix.shape[0], width)
+    return [matrix.toarray()[:, first:] for matrix in matrices]
+
+
+def _numbered(labels: list[np.ndarray], file: str) -> tuple[list[np.ndarray], int]:
+    """The int64 rank of each label among all values, and the number of values."""
+    values = np.unique(np.concatenate(labels))
+    if len(values) < 2 or (values != np.round(values)).any():
+        got = f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
+        raise UserError(f"data.file {file}", "two or more labels that are whole numbers", got, "Choose another file")
+    return [np.searchsorted(values, part).astype(np.int64) for part in labels], len(values)

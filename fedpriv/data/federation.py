@@ -1,0 +1,271 @@
+"""A federation: a data set and who of the population holds which of its training examples."""
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from fedpriv.data.datasets import Dataset
+from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
+from fedpriv.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Federation",
+    "Holders",
+    "ResampledFederation",
+    "federate",
+    "plot_who_holds_what",
+    "spread",
+    "who_holds_what",
+]
+
+PALETTE = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#BBBBBB",
+)
+"""Paul Tol's muted scheme, which the colour-blind can tell apart."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Federation:
+    """A data set divided among clients: client i holds the training rows `rows[offsets[i]:offsets[i + 1]]`.
+
+    Args:
+        dataset: The examples.
+        offsets: int64 `[clients + 1]`, from 0 to the number of held rows, ascending. A client that holds nothing sends
+            zeros.
+        rows: int64 `[held]`, disjoint rows of the training examples.
+
+    Raises:
+        UserError: If nobody holds anything, or an example has two owners or does not exist.
+    """
+
+    dataset: Dataset
+    offsets: np.ndarray
+    rows: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.rows):
+            raise _wrong("offsets from 0 to the number of rows")
+        if (self.sizes < 0).any() or not len(self.rows):
+            raise _wrong("ascending offsets, and an example that somebody holds")
+        if self.rows.min() < 0 or np.bincount(self.rows).max() > 1 or self.rows.max() >= self.dataset.examples:
+            raise _wrong("rows of the training examples, each at most once")
+
+    @property
+    def population(self) -> int:
+        """Number of clients."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each client, int64 `[clients]`."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells other data, or another spread of them, apart: a checksum of who holds what, of all labels, and of a
+        thousand evenly spaced inputs. It finds mistakes, not forgeries.
+        """
+        return _fingerprint(self.dataset, self.offsets, self.rows)
+
+    def rows_of(self, client: int) -> np.ndarray:
+        """The training rows that `client` holds, int64 `[size]`, ascending.
+
+        Raises:
+            IndexError: If there is no such client.
+        """
+        _check_client(client, self.population)
+        return self.rows[self.offsets[client] : self.offsets[client + 1]]
+
+    def label_counts(self) -> np.ndarray:
+        """How many examples of each label each client holds, int64 `[clients, classes]`."""
+        classes = self.dataset.classes
+        holder = np.repeat(np.arange(self.population), self.sizes)
+        cells = holder * classes + self.dataset.train_labels.numpy()[self.rows]
+        return np.bincount(cells, minlength=self.population * classes).reshape(-1, classes)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResampledFederation:
+    """Clients that draw their examples with replacement; takes no memory by client.
+
+    Args:
+        dataset: The examples.
+        population: Number of clients.
+        partition: How many each draws.
+        seed: Of all draws.
+    """
+
+    dataset: Dataset
+    population: int
+    partition: Resampled
+    seed: int
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each client, int64 `[clients]`, one number seen from everywhere."""
+        return np.broadcast_to(np.int64(self.partition.examples), (self.population,))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Federation.fingerprint`."""
+        return _fingerprint(self.dataset, np.array([self.population, self.partition.examples, self.seed]))
+
+    def rows_of(self, client: int) -> np.ndarray:
+        """The training rows of `client`, int64 `[size]`, ascending, with repetitions.
+
+        Raises:
+            IndexError: If there is no such client.
+        """
+        _check_client(client, self.population)
+        return self.partition.rows_of(client, self.dataset.examples, self.seed)
+
+    def label_counts(self) -> np.ndarray:
+        """How many examples of each label each client holds, int64 `[clients, classes]`."""
+        labels, classes = self.dataset.train_labels.numpy(), self.dataset.classes
+        counts = (np.bincount(labels[self.rows_of(c)], minlength=classes) for c in range(self.population))
+        return np.fromiter(counts, dtype=(np.int64, classes), count=self.population)
+
+
+def _check_client(client: int, population: int) -> None:
+    if not 0 <= client < population:
+        raise IndexError(f"client {client} of a population of {population}")
+
+
+def _fingerprint(dataset: Dataset, *who_holds_what: np.ndarray) -> str:
+    step = max(len(dataset.train_labels) // 1000, 1)
+    tensors = (dataset.train_labels, dataset.test_labels, dataset.train_inputs[::step])
+    arrays = (*who_holds_what, *(tensor.numpy() for tensor in tensors))
+    return f"{reduce(lambda sum_, array: zlib.crc32(np.ascontiguousarray(array).tobytes(), sum_), arrays, 0):08x}"
+
+
+Holders = Federation | ResampledFederation
+"""Who of a population holds which examples of a data set."""
+
+
+def spread(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Holders:
+    """The data set among clients, by whatever rule; see `federate`, which divides it."""
+    if not isinstance(partition, Resampled):
+        return federate(dataset, partition, clients, rng)
+    population, seed = given_clients(clients), int(rng.integers(2**63))
+    return ResampledFederation(dataset=dataset, population=population, partition=partition, seed=seed)
+
+
+def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Federation:
+    """The data set divided by `partition`.
+
+    Args:
+        dataset: The examples.
+        partition: The rule that divides them.
+        clients: Number of clients; None is for natural clients only, and means all of them.
+        rng: All randomness of the partition.
+
+    Raises:
+        UserError: If the rule cannot serve so many clients; see `Partition.split`.
+    """
+    if isinstance(partition, Natural):
+        parts = partition.split_among(dataset.groups, dataset.natural_population, clients)
+    else:
+        parts = partition.split(dataset.train_labels.numpy(), dataset.groups, clients, rng)
+    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return Federation(dataset=dataset, offsets=offsets, rows=np.concatenate(parts))
+
+
+def who_holds_what(federation: Holders) -> "pd.DataFrame":
+    """A row for each client: `client`, `examples`, and how many of each label: `label_0`, `label_1`, ..."""
+    import pandas as pd
+
+    counts = federation.label_counts()
+    table = {"client": np.arange(federation.population), "examples": federation.sizes}
+    return pd.DataFrame(table | {f"label_{label}": counts[:, label] for label in range(counts.shape[1])})
+
+
+def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition: str = "") -> None:
+    """Writes a picture of who holds which labels to `path`; its suffix decides the format, PNG without one.
+
+    Up to 100 clients and 10 labels are stacked bars; more are a heat map of clients, sorted by main label,
+    and a histogram of their sizes.
+
+    Args:
+        federation: What to show. Not private: it shows counts of single clients.
+        path: The file, whose folder must exist; or an open one.
+        partition: Name of the partition, for the title.
+    """
+    from matplotlib.figure import Figure
+
+    counts = federation.label_counts()
+    figure = Figure(figsize=(10, 5.5), dpi=150)
+    figure.suptitle(_title(federation, counts, partition), fontsize=12)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    few = len(counts) <= 100 and counts.shape[1] <= len(PALETTE)
+    (_draw_bars if few else _draw_heat_map)(figure, counts)
+    figure.savefig(path)
+
+
+def _wrong(expected: str) -> UserError:
+    return UserError("federation", expected, "others", "Make it with federate(...)")
+
+
+def _title(federation: Holders, counts: np.ndarray, partition: str) -> str:
+    what = " · ".join(part for part in (federation.dataset.name, partition) if part)
+    clients = f"{federation.population:,} client{'s' if federation.population > 1 else ''}"
+    return f"{what} · {clients} · mean total variation of labels {mean_total_variation(counts):.2f}"
+
+
+def _draw_bars(figure: Any, counts: np.ndarray) -> None:
+    axes = figure.add_subplot()
+    clients, bottom = np.arange(len(counts)), np.zeros(len(counts))
+    for label, held in enumerate(counts.T):
+        axes.bar(clients, held, 0.85, bottom, color=PALETTE[label], label=str(label))
+        bottom += held
+    axes.set(xlabel="client", ylabel="training examples", xlim=(-0.6, len(counts) - 0.4))
+    axes.xaxis.set_major_locator(_whole_ticks(12))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], names[::-1], title="label", loc="outside right center", frameon=False)
+
+
+def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
+    shares, sizes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts.sum(axis=1)
+    order = np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))
+    left, right = figure.subplots(1, 2, width_ratios=(5, 2))
+    image = left.imshow(shares[order].T, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    left.set(xlabel="clients, sorted by main label", ylabel="label")
+    if counts.shape[1] <= 20:
+        left.set_yticks(range(counts.shape[1]))
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    figure.colorbar(image, ax=left, label="share of the client's examples", pad=0.02)
+    right.hist(sizes, bins=_whole_bins(sizes), color=PALETTE[0])
+    right.set(xlabel="training examples of a client", ylabel="number of clients")
+    right.yaxis.set_major_formatter("{x:,.0f}")
+    right.xaxis.set_major_locator(_whole_ticks(4))
+    right.spines[["top", "right"]].set_visible(False)
+
+
+def _whole_ticks(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def _whole_bins(sizes: np.ndarray) -> np.ndarray:
+    """Edges of at most 40 bins that hold equally many whole numbers each."""
+    step = -(-int(np.ptp(sizes) + 1) // 40)
+    return np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5

@@ -1,0 +1,198 @@
+"""Files of the usual public data sets: where they lie, and readers that trust nothing they read.
+
+Each reader returns arrays or raises a `UserError` that names the file; none executes what a file contains.
+"""
+
+import gzip
+import io
+import math
+import os
+import pickle
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpriv.data import torchvision_cpu
+from fedpriv.errors import UserError
+
+__all__ = [
+    "DATA_ROOT_VARIABLE",
+    "REPLACE",
+    "content_of",
+    "default_data_root",
+    "locate",
+    "read_cifar_batch",
+    "read_idx",
+    "read_libsvm",
+]
+
+DATA_ROOT_VARIABLE = "FEDPRIV_DATA"
+REPLACE = "Replace the file, or delete it to have it downloaded again where that is possible"
+IDX_TYPES = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
+
+
+def default_data_root() -> Path:
+    """The folder of the data: the environment variable FEDPRIV_DATA, else `data` in the working directory."""
+    return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data").expanduser()
+
+
+def locate(data_root: Path, folder: str, names: Sequence[str], source: str | None) -> list[Path]:
+    """The paths of `names` in `data_root / folder`, each plain or with .gz added, downloaded if missing.
+
+    Args:
+        data_root: The folder of all data.
+        folder: The data set's folder in it.
+        names: Names of the plain files.
+        source: The torchvision class that can download them; None where none can.
+
+    Raises:
+        UserError: If a file is missing and cannot be downloaded; says which files to put where.
+    """
+    place = data_root / folder
+    reason = None if source is None or _all_present(place, names) else _download_failure(source, data_root)
+    missing = [name for name in names if _plain_or_packed(place / name) is None]
+    if missing:
+        raise _missing(data_root, place, missing, reason)
+    return [path for name in names if (path := _plain_or_packed(place / name)) is not None]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array in an idx file (LeCun's format for MNIST), plain or gzipped: uint8 or int32.
+
+    Raises:
+        UserError: If the file is damaged, truncated, or of another type of number.
+    """
+    content = content_of(path)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
+        raise _damaged(path, "an idx file of bytes or 32-bit integers", f"the first bytes {content[:4].hex()!r}")
+    dtype, start = IDX_TYPES[content[2]], 4 + 4 * content[3]
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+    if len(content) != start + math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, f"an idx file of shape {shape}", f"{len(content)} bytes")
+    values = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    return values.astype(dtype.newbyteorder("="), copy=False)
+
+
+def read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[examples, 3, 32, 32]` and labels int64 `[examples]` of one CIFAR-10 batch (a pickle).
+
+    Only numpy arrays are unpickled: a file that names anything else is refused before it can act.
+
+    Raises:
+        UserError: If the file is damaged, truncated, or no such batch.
+    """
+    batch = _unpickle(path)
+    try:
+        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        images, labels = np.asarray(named["data"]), np.asarray(named["labels"])
+        images = images.reshape(-1, 3, 32, 32)
+    except Exception as error:
+        raise _damaged(path, "a CIFAR-10 batch", f"{type(error).__name__}: {error}") from None
+    sound = images.dtype == np.uint8 and labels.dtype.kind in "iu" and labels.shape == images.shape[:1] != (0,)
+    if not sound or labels.min() < 0 or labels.max() > 9:
+        raise _damaged(path, "one label of 0 to 9 for each image of bytes", "something else")
+    return images, labels.astype(np.int64)
+
+
+def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
+    """The sparse float32 matrix `[examples, 1 + largest index]` and the float64 labels of a LIBSVM text file.
+
+    Column i holds index i of the file, so column 0 is empty where indices count from one, as they should.
+
+    Raises:
+        UserError: If the file is missing, empty, not in this format, or holds numbers that are not finite.
+    """
+    from sklearn.datasets import load_svmlight_file
+
+    if not path.is_file():
+        remedy = f"Paths start at the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
+        raise UserError("data.file", "a LIBSVM text file", f"no file {path}", remedy)
+    options: dict[str, Any] = {"dtype": np.float32, "zero_based": True}
+    try:
+        loaded = load_svmlight_file(str(path), **options)
+    except Exception as error:
+        raise _damaged(path, "LIBSVM text", f"{type(error).__name__}: {error}") from None
+    matrix, labels = loaded[0], np.asarray(loaded[1], dtype=np.float64)
+    if len(labels) == 0 or not (np.isfinite(matrix.data).all() and np.isfinite(labels).all()):
+        raise _damaged(path, "at least one example and finite numbers", "none, or NaN or infinity")
+    return matrix, labels
+
+
+def _all_present(place: Path, names: Sequence[str]) -> bool:
+    return all(_plain_or_packed(place / name) for name in names)
+
+
+def _plain_or_packed(path: Path) -> Path | None:
+    packed = path.with_name(path.name + ".gz")
+    return path if path.is_file() else packed if packed.is_file() else None
+
+
+def _download_failure(source: str, data_root: Path) -> str | None:
+    """Why the download failed, in one line; None if it did not."""
+    try:
+        torchvision_cpu.download(source, data_root)
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        return reason.splitlines()[-1]
+    return None
+
+
+def _missing(data_root: Path, place: Path, missing: list[str], reason: str | None) -> UserError:
+    files = ", ".join(missing)
+    got = f"{len(missing)} missing, and the download failed ({reason})" if reason else f"{len(missing)} missing"
+    remedy = f"Put them there; the data root is {data_root}, and --data-root or {DATA_ROOT_VARIABLE} sets it"
+    return UserError("data.name", f"the files {files} (plain or .gz) in {place}", got, remedy)
+
+
+def _damaged(path: Path, expected: str, got: str) -> UserError:
+    return UserError(str(path), expected, got, REPLACE)
+
+
+def content_of(path: Path) -> bytes:
+    """What a file holds, unpacked if its name ends in .gz.
+
+    Raises:
+        UserError: If it cannot be read or unpacked.
+    """
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, "a readable file", f"{type(error).__name__}: {error}") from None
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return _ArraysOnly(io.BytesIO(content_of(path)), encoding="latin1").load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _damaged(path, "a pickle of numpy arrays", f"{type(error).__name__}: {error}") from None
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that knows numpy's array constructors and no other global."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The constructor; nothing is imported on the file's behalf."""
+        known = _array_constructors()
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return known[module, name]
+
+
+def _array_constructors() -> dict[tuple[str, str], Any]:
+    """What an array's pickle calls, under the names that numpy before and since version 2 writes."""
+    reconstruct = np.empty(0).__reduce__()[0]
+    from_buffer = np.empty(0).__reduce_ex__(5)[0]
+    return {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): reconstruct,
+        ("numpy.core.numeric", "_frombuffer"): from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): from_buffer,
+    }

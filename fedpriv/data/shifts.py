@@ -1,0 +1,177 @@
+"""Feature shifts: how one client's inputs look other than another's, though the labels mean the same.
+
+What a client's inputs undergo is drawn from the experiment's seed and the client's number alone, and is done once, when
+the data are spread: whoever runs the clients then finds the same inputs. Only training inputs are shifted. Test and
+validation inputs stay as they are, so that accuracy is that on inputs of nobody in particular.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedpriv.checks import real_within
+from fedpriv.data.federation import Federation, Holders
+from fedpriv.errors import UserError
+from fedpriv.streams import Purpose, SeededStreams
+
+__all__ = ["SHIFTS", "NoiseLevels", "Rotation", "Shift", "Style", "shifted"]
+
+
+class Shift(Protocol):
+    """What a client's inputs undergo; filled from the table `[data]`."""
+
+    def check(self, input_shape: Sequence[int]) -> None:
+        """Refuses inputs of a shape `[*input_shape]` that it means nothing for.
+
+        Raises:
+            UserError: At `data.shift`.
+        """
+        ...
+
+    def apply(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """One client's inputs `[examples, *input_shape]`, shifted; the argument stays as it is.
+
+        Args:
+            inputs: float32, on the CPU.
+            rng: All randomness; equal states give equal shifts.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Images turned by an angle of the client's own, uniform between plus and minus `shift_angle`.
+
+    Bilinear, about the centre; what comes from beyond the border is the border's nearest pixel. Source: Ghosh et al.,
+    An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, with a continuum of angles in place of four.
+
+    Args:
+        shift_angle: Largest angle, in degrees, 0 to 180.
+
+    Raises:
+        UserError: If it is out of range.
+    """
+
+    shift_angle: float = 45.0
+
+    def __post_init__(self) -> None:
+        real_within("data.shift_angle", self.shift_angle, 0, 180)
+
+    def check(self, input_shape: Sequence[int]) -> None:
+        """See `Shift.check`: images `[channels, height, width]` alone."""
+        if len(input_shape) != 3:
+            expected, remedy = "images [channels, height, width] for 'rotation'", "Choose 'noise' or 'style'"
+            raise UserError("data.shift", expected, f"inputs of shape {list(input_shape)}", remedy)
+
+    def apply(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """See `Shift.apply`."""
+        return turned(inputs, rng.uniform(-self.shift_angle, self.shift_angle))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """Gaussian noise on every input, once and for all, of a deviation of the client's own: uniform up to `shift_noise`.
+
+    Source: Li, Diao, Chen and He, Federated Learning on Non-IID Data Silos: An Experimental Study, ICDE 2022, section
+    IV.B, where the variance grows from client to client.
+
+    Args:
+        shift_noise: Largest standard deviation, 0 to 100, in units of the inputs.
+
+    Raises:
+        UserError: If it is out of range.
+    """
+
+    shift_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        real_within("data.shift_noise", self.shift_noise, 0, 100)
+
+    def check(self, input_shape: Sequence[int]) -> None:
+        """See `Shift.check`: any inputs."""
+
+    def apply(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """See `Shift.apply`."""
+        deviation = rng.uniform(0.0, self.shift_noise)
+        return inputs + deviation * torch.from_numpy(rng.standard_normal(inputs.shape, dtype=np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """Contrast and brightness of the client's own, channel by channel: x becomes gain * x + offset.
+
+    For each client and channel, gain = exp(shift_contrast * z) and offset = shift_brightness * z', with z and z'
+    standard normal; inputs that are no images `[channels, height, width]` have one channel. It stands for cameras and
+    scanners that differ, the feature shift that Li et al., FedBN, ICLR 2021, speak of.
+
+    Args:
+        shift_contrast: Standard deviation of a gain's logarithm, 0 to 2.
+        shift_brightness: Standard deviation of an offset, 0 to 10, in units of the inputs.
+
+    Raises:
+        UserError: If one is out of range.
+    """
+
+    shift_contrast: float = 0.3
+    shift_brightness: float = 0.3
+
+    def __post_init__(self) -> None:
+        real_within("data.shift_contrast", self.shift_contrast, 0, 2)
+        real_within("data.shift_brightness", self.shift_brightness, 0, 10)
+
+    def check(self, input_shape: Sequence[int]) -> None:
+        """See `Shift.check`: any inputs."""
+
+    def apply(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
+        """See `Shift.apply`."""
+        shape = (inputs.shape[1], 1, 1) if inputs.dim() == 4 else (1,)
+        gains, offsets = rng.standard_normal((2, *shape))
+        gains, offsets = np.exp(self.shift_contrast * gains), self.shift_brightness * offsets
+        return inputs * torch.from_numpy(gains).float() + torch.from_numpy(offsets).float()
+
+
+SHIFTS: dict[str, type[Shift]] = {"rotation": Rotation, "noise": NoiseLevels, "style": Style}
+
+
+def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federation:
+    """The federation with each client's training inputs shifted, and its data set in the clients' order.
+
+    Examples that nobody holds are left out. Takes one more copy of the training inputs while it works, none afterwards.
+
+    Args:
+        federation: Who holds what.
+        shift: What is done to a client's inputs.
+        streams: Where a client's draws come from.
+
+    Raises:
+        UserError: If clients share examples, or the shift means nothing for such inputs.
+    """
+    if not isinstance(federation, Federation):
+        remedy = "Choose another data.partition, or take data.shift away"
+        raise UserError("data.shift", "a partition that gives each example one client", "'resampled'", remedy)
+    dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
+    shift.check(dataset.input_shape)
+    inputs = torch.empty(len(rows), *dataset.input_shape)
+    for client in range(federation.population):
+        own = slice(*federation.offsets[client : client + 2].tolist())
+        rng = streams.source(Purpose.SHIFT, client=client).rng
+        inputs[own] = shift.apply(dataset.train_inputs[rows[own]], rng)
+    moved = replace(dataset, train_inputs=inputs, train_labels=dataset.train_labels[rows], groups=None)
+    return Federation(dataset=moved, offsets=federation.offsets, rows=np.arange(len(rows)))
+
+
+def turned(images: Tensor, degrees: float) -> Tensor:
+    """Images `[examples, channels, height, width]` turned counterclockwise about their centre, bilinearly."""
+    height, width = images.shape[2:]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # The grid's coordinates run from -1 to 1 along either side, however long it is.
+    turn = torch.tensor([[[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]])
+    grid = functional.affine_grid(turn, [1, 1, height, width], align_corners=False)
+    everywhere = grid.expand(len(images), -1, -1, -1)
+    return functional.grid_sample(images, everywhere, mode="bilinear", padding_mode="border", align_corners=False)

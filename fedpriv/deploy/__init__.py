@@ -1,0 +1,1 @@
+"""Deployments on real devices: the protocol, the devices' side, the setting up."""

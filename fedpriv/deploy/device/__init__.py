@@ -1,0 +1,1 @@
+"""A device's side of a deployment: its policy, ledger, memory and data."""

@@ -1,0 +1,146 @@
+"""A node's folder in a deployment: what is in it, and every check of it that asks no other machine.
+
+`fedpriv deploy init` makes such folders, one a node; `fedpriv deploy node` runs one, and refuses to if a check fails.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedpriv.deploy.checks import (
+    MANIFEST,
+    VERSIONS,
+    Finding,
+    check_certificate,
+    check_manifest,
+    check_permissions,
+    check_presence,
+    check_space,
+    check_versions,
+    judge,
+    split_address,
+)
+from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import read_config_file
+from fedpriv.experiment.schema import read_table
+
+__all__ = ["NODE_FILES", "NODE_TOML", "NodeSettings", "check_node_folder"]
+
+NODE_TOML = "node.toml"
+NODE_FILES = ("ca.crt", "node.key", "node.pub", NODE_TOML, POLICY_FILE, VERSIONS, MANIFEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """What `node.toml` says; in the file, keys have hyphens.
+
+    Args:
+        superlink: HOST:PORT of the server.
+        partition_id: Which client this node is.
+        num_partitions: How many clients there are.
+        runtime_port: The port, on this machine only, between the node and its own processes; 0 for a free one.
+        data_root: Where data sets lie; empty for the environment's choice.
+        device: Where gradients are computed; empty for the run's choice.
+        accepted_apps: SHA-256 hashes of bundles that may run beside fedpriv's own.
+    """
+
+    superlink: str
+    partition_id: int
+    num_partitions: int
+    runtime_port: int = 0
+    data_root: str = ""
+    device: str = ""
+    accepted_apps: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        split_address(self.superlink, "superlink")
+        if not 0 <= self.partition_id < self.num_partitions:
+            expected = f"a whole number from 0, below num-partitions ({self.num_partitions})"
+            raise UserError("partition-id", expected, self.partition_id, "Each node has a number of its own")
+        if not 0 <= self.runtime_port < 65536:
+            raise UserError("runtime-port", "a port, or 0 for a free one", self.runtime_port, "Mend node.toml")
+        for app in self.accepted_apps:
+            if len(app) != 64 or set(app) - set("0123456789abcdef"):
+                raise UserError("accepted-apps", "SHA-256 hashes, 64 digits of 0-9a-f", repr(app), "Mend node.toml")
+
+    @classmethod
+    def read(cls, path: Path) -> "NodeSettings":
+        """From `node.toml`.
+
+        Raises:
+            UserError: If the file is not there or not right.
+        """
+        try:
+            table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
+            return read_table(cls, table, "")
+        except UserError as error:
+            if error.where == str(path):
+                raise
+            raise UserError(str(path), "a node's settings", f"a mistake ({error})", "Mend the file") from None
+
+    def node_config(self, folder: Path) -> dict[str, Any]:
+        """What the node tells its ClientApp."""
+        given = {"data-root": self.data_root, "device": self.device}
+        return {
+            "partition-id": self.partition_id,
+            "num-partitions": self.num_partitions,
+            "fedpriv-home": str(folder),
+            **{key: value for key, value in given.items() if value},
+        }
+
+
+def check_node_folder(folder: Path) -> list[Finding]:
+    """Every check of a node's folder that asks no other machine."""
+    findings = [
+        *check_presence(folder, NODE_FILES),
+        *check_manifest(folder),
+        *check_permissions(folder, ["node.key"]),
+        *judge(NODE_TOML, lambda: f"for {NodeSettings.read(folder / NODE_TOML).superlink}"),
+        *judge("node key", lambda: _key_pair(folder)),
+        *judge("policy", lambda: _policy(folder)),
+        *check_versions(folder),
+    ]
+    if (folder / "ca.crt").is_file():
+        findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
+    with suppress(UserError):  # a finding already
+        findings += _space(folder, load_policy(folder / POLICY_FILE))
+    return findings
+
+
+# A memory is two states and a message, in float32, and is written anew beside the former one; a line of the ledger.
+_BYTES_A_PARAMETER, _BYTES_A_LINE = 2 * 3 * 4, 1000
+
+
+def _space(folder: Path, policy: Policy) -> list[Finding]:
+    accepts, limits = policy.accepts, policy.limits
+    wanted = _BYTES_A_PARAMETER * accepts.max_parameters + _BYTES_A_LINE * limits.max_rounds
+    what = f"a run as large as the policy accepts ({accepts.max_parameters:,} parameters, {limits.max_rounds:,} rounds)"
+    kept = [path.stat().st_size for path in folder.glob("state/*/memory")]
+    return check_space(folder / "state", wanted, what, least=max(kept, default=0))
+
+
+def _key_pair(folder: Path) -> str:
+    path, public = folder / "node.key", folder / "node.pub"
+    remedy = "Copy both again, or write the key's own half: ssh-keygen -y -f node.key > node.pub, and register that"
+    try:
+        key, half = load_ssh_private_key(path.read_bytes(), None), load_ssh_public_key(public.read_bytes())
+    except OSError as error:
+        raise UserError(str(error.filename), "a readable key", error.strerror or error, remedy) from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise UserError(str(path), "OpenSSH keys without a passphrase", "something else", remedy) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(half, ec.EllipticCurvePublicKey):
+        raise UserError(str(path), "an elliptic-curve key (ecdsa)", type(key).__name__, remedy)
+    if key.public_key() != half:
+        raise UserError(str(path), "the private half of node.pub", "another key", remedy)
+    return f"matches node.pub, {key.curve.name}"
+
+
+def _policy(folder: Path) -> str:
+    policy = load_policy(folder / POLICY_FILE)
+    return f"trust {policy.accepts.trust}, at most epsilon {policy.limits.epsilon:g} at delta {policy.limits.delta:g}"

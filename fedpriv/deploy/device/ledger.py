@@ -1,0 +1,284 @@
+"""What has left a client, written down before it leaves, and what that has cost.
+
+One JSON line a release, each with the hash of the line before; beside it the number of lines and the hash of the last,
+which each memory holds, too: lines cannot be lost or changed unnoticed while any of these files is there. A last line
+that a crash tore is no release: a message is sent only once its line is whole and on the disk.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedpriv.deploy.device.files import (
+    append_durably,
+    finish_replacing,
+    make_private_folder,
+    only_one,
+    prepare_replacing,
+)
+from fedpriv.deploy.device.memory import remembered_ledgers
+from fedpriv.errors import UserError
+from fedpriv.flower.promise import Promise
+from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
+
+__all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
+
+LEDGER_FILE = "ledger.jsonl"
+HEAD_FILE = "ledger.head"
+LOCK_FILE = "lock"
+_FIRST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Promise):
+    """One release, and the promise that it was made under.
+
+    Args:
+        run: The run's name.
+        client: Under which id.
+        turn: In which turn.
+        request: SHA-256 of what was asked.
+        method: Whose client rule was followed.
+        l2_bound: Bound of the message.
+        noise_stddev: Standard deviation per coordinate of the noise that this client drew; 0: none.
+    """
+
+    run: str
+    client: int
+    turn: int
+    request: str
+    method: str
+    l2_bound: float
+    noise_stddev: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A line that is not in the ledger yet.
+
+    Args:
+        line: The line, without its end.
+        lines: Number of lines once it is there.
+    """
+
+    line: bytes
+    lines: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the line."""
+        return hashlib.sha256(self.line).hexdigest()
+
+
+class Ledger:
+    """The releases of one client's data, over all runs. Whoever writes holds the lock of the folder.
+
+    Args:
+        folder: Where the files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEDGER_FILE
+        self._head = folder / HEAD_FILE
+        self._hashes = [_FIRST]
+        self._length = 0
+
+    @property
+    def lines(self) -> int:
+        """How many releases there are, once they were read."""
+        return len(self._hashes) - 1
+
+    @property
+    def last_hash(self) -> str:
+        """SHA-256 of the last line."""
+        return self._hashes[-1]
+
+    def entries(self) -> list[Entry]:
+        """All releases, the first first. Nothing is changed.
+
+        Raises:
+            UserError: If a line is missing or was changed: then what was spent is not known.
+        """
+        self._hashes, self._length = [_FIRST], 0
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]  # what a crash left of a line was never sent
+        self._length = len(whole)
+        found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        noted = self.noted()
+        if noted is not None:
+            self.refuse_without(*noted)
+        return found
+
+    def noted(self) -> tuple[int, str] | None:
+        """Return the number of lines and the hash of the last, as noted beside the ledger; None if there is no note."""
+        if not self._head.exists():
+            return None
+        lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
+        return int(lines) if lines.isdecimal() else -1, digest
+
+    def refuse_without(self, lines: int, digest: str, witness: str = "") -> None:
+        """Raises UserError unless the ledger has so many lines or more, and that one has this hash.
+
+        Args:
+            lines: How many.
+            digest: SHA-256 of the last of them.
+            witness: Who says so, in words.
+        """
+        if lines and not self._has(lines, digest):
+            raise self._damaged(max(lines, 0), witness)
+
+    def holds(self, lines: int, digest: str) -> bool:
+        """Read the ledger, and return whether its line of this number, from 1, has this hash."""
+        self.entries()
+        return self._has(lines, digest)
+
+    def drafted(self, entry: Entry) -> Draft:
+        """Return the line of a release, after `entries` was read. Nothing is written."""
+        line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
+        return Draft(line, self.lines + 1)
+
+    def append(self, draft: Draft) -> None:
+        """Writes the last drafted line down; it is on the disk when this returns.
+
+        Raises:
+            UserError: If the disk is full; then the line is not there, and nothing may be sent.
+        """
+        make_private_folder(self.path.parent)
+        prepare_replacing(self._head, f"{draft.lines} {draft.digest}\n".encode())
+        append_durably(self.path, draft.line + b"\n", self._length)
+        self._length += len(draft.line) + 1
+        self._hashes.append(draft.digest)
+        with suppress(UserError):  # a head that lags behind is right, and the next line brings it along
+            finish_replacing(self._head)
+
+    def _has(self, lines: int, digest: str) -> bool:
+        return 0 < lines <= self.lines and self._hashes[lines] == digest
+
+    def _read(self, number: int, line: bytes) -> Entry:
+        try:
+            row = json.loads(line)
+            before, _ = row.pop("before"), row.pop("time")
+            entry = Entry(**row)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise self._damaged(number) from None
+        if before != self.last_hash:
+            raise self._damaged(number)
+        self._hashes.append(hashlib.sha256(line).hexdigest())
+        return entry
+
+    def _damaged(self, number: int, witness: str = "") -> UserError:
+        remedy = "Put back the newest copy. Without it nobody knows what was spent, and nothing more is sent"
+        return UserError(
+            f"{self.path}, line {number}", f"the line as it was written{witness}", "another, or none", remedy
+        )
+
+
+def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
+    """Whether a bound that needs no accountant shows that releases cost at most `epsilon` at `delta`.
+
+    Zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP with
+    rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. An accountant takes seconds to load, and
+    its figure, which is lower, matters only near the limit.
+    """
+    if any(entry.trust != "local" for entry in entries):
+        return False
+    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries, adjacency))
+    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
+
+
+def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+    """Epsilon at `delta` of all releases together; infinite where nothing was promised.
+
+    Against the server, if all trust was local: then this client's own noise is all that counts. Runs with central trust
+    cost their whole promise from the first message on, since that promise is about all of their rounds together. Both
+    kinds, and several central runs, add up by basic composition.
+
+    Args:
+        entries: The releases.
+        delta: For all together.
+        adjacency: Under which neighbours the client's own noise is counted. Central runs are counted under those that
+            they promise; if that is add-or-remove for any, so is the sum.
+    """
+    if not entries:
+        return 0.0
+    if any(entry.trust == "none" for entry in entries):
+        return math.inf
+    local = [entry for entry in entries if entry.trust == "local"]
+    central = {(entry.run, entry.client, entry.plan(entry.l2_bound)) for entry in entries if entry.trust == "central"}
+    left = delta - math.fsum(plan.delta for *_, plan in central)
+    if left < 0.0 or (local and left <= 0.0):
+        return math.inf
+    by_others = math.fsum(plan.epsilon for *_, plan in central)
+    return by_others + (_spent_locally(local, left, adjacency) if local else 0.0)
+
+
+def in_words(epsilon: float) -> str:
+    """An epsilon for people: rounded up, or infinite."""
+    return rounded_up(epsilon) if math.isfinite(epsilon) else "inf"
+
+
+def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> str:
+    """What a ledger says, for people: a line a run, and the sum.
+
+    Args:
+        folder: Where the ledger is.
+        epsilon: The budget.
+        delta: Its delta.
+        adjacency: See `spent`.
+
+    Raises:
+        UserError: If the ledger is damaged, or shorter than a memory beside it remembers.
+    """
+    if folder.exists():
+        with only_one(folder / LOCK_FILE):
+            ledger = Ledger(folder)
+            entries = ledger.entries()
+            for path, number, digest in remembered_ledgers(folder):
+                ledger.refuse_without(number, digest, f", as {path} remembers it")
+    else:
+        entries = []
+    lines = []
+    for run in dict.fromkeys(entry.run for entry in entries):
+        part = [entry for entry in entries if entry.run == run]
+        last = part[-1]
+        alone = (
+            "nothing promised"
+            if last.trust == "none"
+            else f"epsilon {in_words(spent(part, delta, adjacency))} on its own"
+        )
+        noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
+        what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
+        lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
+    adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in entries) else "local"]
+    all_runs = in_words(spent(entries, delta, adjacency))
+    total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
+    return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
+
+
+def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+    """Releases with Gaussian noise compose to one: mu^2 is the sum of (sensitivity / stddev)^2."""
+    ratios = _ratios(entries, adjacency)
+    same = len(set(ratios)) == 1
+    mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
+    rounds = len(ratios) if same else 1
+    plan = PrivacyPlan(
+        trust="local",
+        adjacency=adjacency,
+        sampling=Everyone(1),
+        rounds=rounds,
+        delta=delta,
+        l2_bound=1.0,
+        noise_multiplier=1.0 / mu,
+    )
+    return plan.epsilon_of_participations(rounds)
+
+
+def _ratios(entries: Sequence[Entry], adjacency: str) -> list[float]:
+    """Sensitivity over standard deviation of each release."""
+    moved = REPLACE_FACTOR if adjacency == "replace" else 1.0
+    return [moved * entry.l2_bound / entry.noise_stddev for entry in entries]

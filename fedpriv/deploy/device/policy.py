@@ -1,0 +1,264 @@
+"""What a client agrees to: its own file, `fedpriv-client.toml`, which no server can change."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from fedpriv.deploy.device.files import make_private_folder, replace_durably
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, read_config_file
+from fedpriv.experiment.schema import read_table, refuse_unknown
+from fedpriv.flower.messages import Order, Terms, method_name
+from fedpriv.flower.refusals import Refusal
+from fedpriv.methods import METHODS, has_memory
+from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+
+__all__ = [
+    "POLICY_FILE",
+    "POLICY_TEXT",
+    "Accepts",
+    "Limits",
+    "OwnData",
+    "Policy",
+    "load_policy",
+    "write_default_policy",
+]
+
+POLICY_FILE = "fedpriv-client.toml"
+
+POLICY_TEXT = Template("""\
+# What this client agrees to. Only its operator decides: no server can change or read this file.
+
+[accepts]
+# "local": only messages that this client has noised itself leave it.
+# "central": bare bounded messages may go to the server, which is trusted to add noise.
+trust = "$trust"
+# Names from `fedpriv list`; an empty list accepts any.
+methods = ["alpha-normec", "clip21", "dp-fedavg", "fed-alpha-normec", "normalized-sgd"]
+models = []                 # names from `fedpriv list`; empty: any
+data = []                   # names from `fedpriv list`; empty: any
+max_parameters = 10000000   # largest model
+evaluation = false          # whether metrics of an app's own evaluation may leave, which nothing bounds or hides
+
+[limits]
+# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
+epsilon = $epsilon
+delta = $delta
+min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
+max_l2_bound = 100.0        # longest message
+max_rounds = 100000         # longest run
+# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
+adjacency = "replace"
+
+[data]
+own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
+""")
+
+# What the server says it adds must be what the promise needs, up to the last digits of a float64.
+_TOLERANCE = 1e-9
+
+_MOST = 1e18
+
+# Less noise than that over the sensitivity is none, whatever a policy says.
+_LEAST_NOISE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepts:
+    """Which orders are followed.
+
+    Args:
+        trust: local: only messages leave that this client has noised itself. central: bare messages, too, to a server
+            that is trusted to add the noise. none: also runs that promise nothing.
+        methods: Names of methods; empty: all.
+        models: Names of models; empty: all.
+        data: Names of data sets; empty: all.
+        max_parameters: Largest model.
+        evaluation: Whether the metrics of an app's evaluation may leave: nothing bounds or hides them.
+    """
+
+    trust: Literal["local", "central", "none"] = "local"
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    max_parameters: int = 10_000_000
+    evaluation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far the client goes.
+
+    Args:
+        epsilon: Most that may be spent on its data, over all runs together, against the adversary of `trust`.
+        delta: The delta of that.
+        min_noise_multiplier: Least noise over l2 sensitivity of a single release.
+        max_l2_bound: Largest bound of a message.
+        max_rounds: Longest run.
+        adjacency: Under which neighbours this client's own noise is counted, and its floor is meant; see `PrivacyPlan`.
+    """
+
+    epsilon: float
+    delta: float
+    min_noise_multiplier: float = 0.0
+    max_l2_bound: float = math.inf
+    max_rounds: int = 100_000
+    adjacency: Literal["replace", "add-or-remove"] = "replace"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0.0):
+            raise UserError("limits.epsilon", "a finite number above 0", self.epsilon, "Give the budget")
+        if not 0.0 < self.delta < 1.0:
+            raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
+        if not (math.isfinite(self.min_noise_multiplier) and self.min_noise_multiplier >= 0.0):
+            raise UserError("limits.min_noise_multiplier", "a number from 0", self.min_noise_multiplier, "Mend it")
+        if not self.max_l2_bound > 0.0:
+            raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Mend it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What the client trains on.
+
+    Args:
+        own: A file with its own examples; empty: its part of the experiment's data set, by its id.
+    """
+
+    own: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A client's policy; see its parts."""
+
+    accepts: Accepts = field(default_factory=Accepts)
+    limits: Limits
+    data: OwnData = field(default_factory=OwnData)
+
+    def check_experiment(self, config: Config) -> None:
+        """Raises Refusal unless the experiment's model and data are accepted, and its files below the data's folder."""
+        _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
+        _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
+        for value in config.tables["data"].values():
+            if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                raise _no("data", "files below this client's folder of data", repr(value))
+
+    def check_app(self) -> None:
+        """Raises Refusal if the policy names models or data sets: which ones an app of its own uses is not known."""
+        _among("accepts.models", "an app's own", self.accepts.models)
+        _among("accepts.data", "an app's own", self.accepts.data)
+
+    def check_evaluation(self, asked: str) -> None:
+        """Raises Refusal unless a message that asks for anything but training is an evaluation, and accepted.
+
+        Args:
+            asked: The message's type.
+        """
+        if asked != "evaluate":
+            raise _no("message", "one that asks for training", repr(asked[:40]))
+        if not self.accepts.evaluation:
+            raise _no("accepts.evaluation", "messages that ask for training", repr(asked))
+
+    def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
+        """The plan that the terms promise; None if they promise nothing.
+
+        Raises:
+            Refusal: If the order asks for more than the policy allows, or for less noise than the terms promise.
+        """
+        _refuse_odd_numbers(order, terms)
+        if not terms.rounds <= self.limits.max_rounds:
+            raise _no("limits.max_rounds", f"at most {self.limits.max_rounds:,}", f"{terms.rounds:,}")
+        if order.seed is not None:
+            raise _no("seed", "noise from this client's own operating system", "a seed in the order")
+        if order.diagnostics:
+            raise _no("diagnostics", "orders for messages alone", "one for norms of bare signals")
+        _among("accepts.methods", method_name(order.method), self.accepts.methods)
+        if not 1 <= parameters <= self.accepts.max_parameters:
+            raise _no("accepts.max_parameters", f"at most {self.accepts.max_parameters:,}", f"{parameters:,}")
+        bound = order.method.bounded.l2_bound
+        if not bound <= self.limits.max_l2_bound:
+            raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
+        accepted = ("local", "central", "none")[: 1 + ("local", "central", "none").index(self.accepts.trust)]
+        if terms.trust not in accepted:
+            raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
+        if terms.trust == "none":
+            return None
+        if not order.private:
+            raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
+        plan = _plan(order, terms)
+        multiplier = plan.noise_multiplier
+        if plan.trust == "local":
+            multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
+        least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
+        if not multiplier >= least:
+            floor = f"at least {least:g}"
+            raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
+        needed = plan.noise_stddev if plan.trust == "local" else 0.0
+        if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
+            raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
+        return plan
+
+
+def load_policy(path: Path) -> Policy:
+    """Reads a policy.
+
+    Raises:
+        UserError: If the file is not a valid policy: then no order is followed.
+    """
+    tables = read_config_file(path)
+    refuse_unknown(tables, ["accepts", "limits", "data"], "")
+    kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
+    for name in kinds:
+        if not isinstance(tables.get(name, {}), dict):
+            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}] and its keys below")
+    if "limits" not in tables:
+        raise UserError(str(path), "a table [limits] with epsilon and delta", "none", "Say what may be spent at most")
+    policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
+    for name in policy.accepts.methods:
+        if name not in METHODS:
+            raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Mend {path}")
+    return policy
+
+
+def write_default_policy(home: Path) -> bool:
+    """Write the default policy into a home that has none; return whether it was written.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    path = home / POLICY_FILE
+    if path.exists():
+        return False
+    make_private_folder(home)
+    replace_durably(path, POLICY_TEXT.substitute(trust="local", epsilon=8.0, delta=1e-5).encode())
+    return True
+
+
+def _plan(order: Order, terms: Terms) -> PrivacyPlan:
+    if has_memory(order.method) and not terms.client_memory:
+        raise _no("client_memory", "true with a method that has a memory", "false")
+    try:
+        return terms.plan(order.method.bounded.l2_bound)
+    except UserError as error:
+        raise Refusal(
+            "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"
+        ) from None
+
+
+def _refuse_odd_numbers(order: Order, terms: Terms) -> None:
+    """Raises Refusal for what no server that is well would send."""
+    asked = {"bound": order.method.bounded.l2_bound, "round": order.round, "client": order.client}
+    for name, value in {**asdict(terms), **asked, "noise_stddev": order.noise_stddev}.items():
+        if isinstance(value, int | float) and not 0 <= value < _MOST:
+            raise _no(name, "a number from 0, and finite", value)
+
+
+def _among(where: str, name: str, accepted: tuple[str, ...]) -> None:
+    if accepted and name not in accepted:
+        raise _no(where, " or ".join(accepted), repr(name))
+
+
+def _no(where: str, expected: str, got: object) -> Refusal:
+    return Refusal("policy", where, expected, got, f"Ask this client's operator, who decides in {POLICY_FILE}")

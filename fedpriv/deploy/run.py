@@ -1,0 +1,227 @@
+"""`fedpriv run CONFIG --deploy CONNECTION`: a run on devices, started, watched, and stopped if the user stops it.
+
+The server's half runs where the SuperLink is, and its run directory lies there. On that machine rounds are shown as
+they are recorded; from another one, Flower's log is.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config, read_config_file
+from fedpriv.experiment.recorder import Watcher
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.flower.bundle import write_app
+from fedpriv.flower.launch import RecordedRounds, failure_in
+
+__all__ = ["Connection", "run_deployed"]
+
+_POLL_SECONDS = 0.2
+_FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A way to a SuperLink.
+
+    Args:
+        home: The folder of Flower's `config.toml`.
+        name: The connection's name in it.
+        address: Host and port.
+    """
+
+    home: Path
+    name: str
+    address: str
+
+    @classmethod
+    def of(cls, given: str) -> "Connection":
+        """From the folder `admin` of a deployment, or from the name of a connection in $FLWR_HOME/config.toml.
+
+        Raises:
+            UserError: If there is no such connection, or if it is not encrypted.
+        """
+        folder = Path(given).expanduser()
+        home = folder.resolve() if folder.is_dir() else Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
+        tables = read_config_file(home / "config.toml").get("superlink", {})
+        name = str(tables.get("default", "")) if folder.is_dir() else given
+        found = tables.get(name)
+        if not isinstance(found, dict) or "address" not in found:
+            known = ", ".join(key for key, value in tables.items() if isinstance(value, dict)) or "none"
+            remedy = f"Give the folder admin of a deployment, or a connection of {home / 'config.toml'}: {known}"
+            raise UserError("--deploy", "a connection with an address", repr(given), remedy)
+        if found.get("insecure"):
+            remedy = "Set up TLS with fedpriv deploy init; for simulations there is --engine flower"
+            raise UserError(f"connection {name}", "TLS", "insecure = true", remedy)
+        return cls(home, name, str(found["address"]))
+
+
+@dataclass
+class _FlowerRun:
+    """One `flwr run` on a connection."""
+
+    connection: Connection
+    folder: Path
+    log: Path
+    _process: subprocess.Popen[bytes] | None = None
+    _known: set[str] = field(default_factory=set)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "FLWR_HOME": str(self.connection.home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+        }
+
+    def start(self, run_config: dict[str, Any]) -> None:
+        """Submits the app.
+
+        Raises:
+            UserError: If the SuperLink does not answer.
+        """
+        self._known = {str(run["run-id"]) for run in self._runs()}
+        write_app(self.folder / "app")
+        changes = self.folder / "changes.toml"
+        changes.write_text(tomli_w.dumps(run_config), encoding="utf-8")
+        arguments = ["run", str(self.folder / "app"), self.connection.name, "--stream", "-c", str(changes)]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*_FLWR, *arguments],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def row(self) -> dict[str, Any]:
+        """What Flower says of this run; empty if it knows none."""
+        return next((run for run in self._runs() if str(run["run-id"]) not in self._known), {})
+
+    def alive(self) -> bool:
+        """Whether the run may still be going on."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends the run at the server, too."""
+        with suppress(UserError):  # a server that is gone has nothing to stop, and must not hide why this ends
+            if self.alive() and (row := self.row()):
+                self._flwr(["stop", str(row["run-id"]), self.connection.name])
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=10.0)
+
+    def _runs(self) -> list[dict[str, Any]]:
+        text = self._flwr(["ls", self.connection.name, "--format", "json"])
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = {"success": False, "error-message": text.strip().splitlines()[-1] if text.strip() else "no answer"}
+        if not answer.get("success", True):
+            reason = " ".join(str(answer.get("error-message", "")).split())[:200]
+            remedy = f"Start it, and see what is wrong with: fedpriv deploy check {self.connection.home}"
+            raise UserError(f"SuperLink {self.connection.address}", "an answer", reason.rstrip(".") or "none", remedy)
+        return answer.get("runs", [])
+
+    def _flwr(self, arguments: Sequence[str]) -> str:
+        try:
+            done = subprocess.run(
+                [*_FLWR, *arguments], env=self.environment, cwd=self.folder, capture_output=True, timeout=120, text=True
+            )
+        except subprocess.TimeoutExpired:
+            return ""
+        return done.stdout or done.stderr
+
+
+def run_deployed(
+    config: Config,
+    out: Path,
+    connection: str,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    resume: bool = False,
+    seeded: bool = False,
+    watch: Watcher | None = None,
+) -> dict[str, Any] | None:
+    """Runs an experiment on the devices of a deployment.
+
+    Args:
+        config: The experiment.
+        out: The run directory, on the SuperLink's machine.
+        connection: See `Connection.of`.
+        device: Where devices compute that do not say it themselves.
+        data_root: Where data sets lie, on the SuperLink's machine and on devices that do not say it themselves.
+        resume: Whether `out` may hold a part of this run, which is then gone on with.
+        seeded: For tests: cohorts and noise from the config's seed, where server and nodes allow that.
+        watch: Called after every round with what was recorded, where the SuperLink is on this machine.
+
+    Returns:
+        The summary; None if the SuperLink, and with it the run directory, is on another machine.
+
+    Raises:
+        UserError: On anything that the user can mend. What was saved stays, and `resume` goes on with it.
+    """
+    config.check_deployable()
+    way = Connection.of(connection)
+    out = Path(out).resolve()
+    with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:
+        folder = Path(name)
+        report = folder / "failure.txt"
+        run = _FlowerRun(way, folder, folder / "flower.log")
+        directory = RunDirectory(out)
+        if directory.file("digest.txt").exists() and not resume:
+            remedy = "Add --resume to go on with it, or choose another --out"
+            raise UserError(str(out), "a folder without a run", "one that is begun or done", remedy)
+        run.start(
+            {
+                "config-toml": config.to_toml(),
+                "out": str(out),
+                "device": device,
+                "data-root": str(data_root.resolve()) if data_root else "",
+                "resume": resume,
+                "failure-report": str(report),
+                "test-seeded": seeded,
+            }
+        )
+        try:
+            return _follow(run, directory, report, watch)
+        finally:
+            run.stop()
+
+
+def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> dict[str, Any] | None:
+    rounds, shown = RecordedRounds(directory, watch), 0
+    while run.alive():
+        if directory.file("digest.txt").exists():  # the SuperLink works on this machine
+            rounds.show()
+        else:
+            shown = _print_log(run.log, shown)
+        time.sleep(_POLL_SECONDS)
+    row = run.row()
+    if report.exists() or not str(row.get("status", "")).startswith("finished:completed"):
+        raise failure_in(report, run.log, str(row.get("status-details", "")))
+    rounds.show()
+    return directory.read_json("summary.json")
+
+
+def _print_log(log: Path, shown: int) -> int:
+    with log.open("rb") as file:
+        file.seek(shown)
+        text = file.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return shown + len(text)

@@ -1,0 +1,338 @@
+"""A deployment over Flower's network: who is there, who answers in time, and what the run directory learns of it."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedpriv.deploy.coordinator import Coordinator, Outcome
+from fedpriv.deploy.device.heads import HEAD, Head
+from fedpriv.deploy.heads import HeadBook, newer_heads
+from fedpriv.errors import UserError
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.flower.internals.app import SERVER_NODE, reason_in_short
+from fedpriv.flower.messages import (
+    ARRAYS,
+    CONFIG,
+    FEDPRIV,
+    TERMS,
+    Introduction,
+    MessageFormat,
+    ModelArrays,
+    introduction,
+    printable,
+    refused,
+)
+
+__all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
+
+PARTICIPATION = "participation.jsonl"
+
+_log = logging.getLogger("flwr")
+_POLL_SECONDS = 0.2
+_RETRY_SECONDS = 5.0
+_INTRODUCTION_SECONDS = 30.0
+
+# After the deadline of a turn with a secret cohort, what reading and adding its answers may take, and always does.
+_SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
+
+
+@dataclass
+class Network:
+    """The nodes of a Flower run, by client id.
+
+    A node is asked once who it is. One that comes back after a restart has another node id and is asked again. Two
+    nodes with the same client id are one too many: the one that came first stays.
+
+    Args:
+        grid: Reaches the nodes.
+        population: How many clients there may be.
+    """
+
+    grid: Grid
+    population: int
+    nodes: dict[int, int] = field(default_factory=dict)
+    _asked_at: dict[int, float] = field(default_factory=dict)
+    _introductions: dict[str, int] = field(default_factory=dict)
+
+    def meet(self) -> None:
+        """Asks nodes that are new who they are, and takes note of those who said it, and of those who left.
+
+        A node that does not say it is asked again: the question may be lost with a process that was killed.
+        """
+        online, now = set(self.grid.get_node_ids()), time.monotonic()
+        self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        self._asked_at = {node: at for node, at in self._asked_at.items() if node in online}
+        known = set(self.nodes.values())
+        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _INTRODUCTION_SECONDS)
+        sent = self._push({node: Message(introduction(), node, MessageType.TRAIN) for node in new})
+        self._introductions |= sent
+        self._asked_at |= dict.fromkeys(new, now)
+        for message_id, answer in self._pull(self._introductions):
+            node = self._introductions.pop(message_id)
+            if isinstance(answer, str):
+                _log.warning("node %d: %s", node, answer)
+            else:
+                self._introduce(node, answer)
+
+    def wait_for(self, clients: int, seconds: float) -> None:
+        """Waits until so many clients are there.
+
+        Raises:
+            UserError: If they are not after so many seconds.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            self.meet()
+            if len(self.nodes) >= clients:
+                return
+            if time.monotonic() > end:
+                remedy = "Start more nodes, or lower deployment.min_participants"
+                expected = f"at least {clients} of {self.population} clients within {seconds:g} s"
+                raise UserError("SuperNodes", expected, len(self.nodes), remedy)
+            time.sleep(_POLL_SECONDS)
+
+    def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message | str]:
+        """Sends each client its content, and gives the answers that came in time, by client.
+
+        A client that joins, or comes back, before the deadline is sent its content then, and one that is silent is
+        asked again at half time: it answers the same request with the same bytes. An order lives no longer than its
+        turn, so that no client works, and pays, for a turn that is over.
+
+        Args:
+            contents: By client.
+            seconds: Until the deadline.
+            group: The turn, for Flower's log.
+
+        Returns:
+            Answers; a text for one that cannot be read.
+        """
+        end = time.monotonic() + seconds
+        again = max(seconds / 2.0, _RETRY_SECONDS)
+        waiting: dict[str, int] = {}
+        asked: dict[str, int] = {}
+        answers: dict[int, Message | str] = {}
+        send_at = dict.fromkeys(contents, 0.0)
+        while len(answers) < len(contents) and (left := end - time.monotonic()) > 0.0:
+            self.meet()
+            now = time.monotonic()
+            due = [c for c in contents if c not in answers and c in self.nodes and send_at[c] <= now]
+            sent = self._push({c: _message(contents[c], self.nodes[c], left, group) for c in due})
+            waiting |= sent
+            asked |= {message_id: self.nodes[client] for message_id, client in sent.items()}
+            reached = set(sent.values())
+            send_at |= {client: now + (again if client in reached else _RETRY_SECONDS) for client in due}
+            for message_id, answer in self._pull(waiting):
+                client = waiting.pop(message_id)
+                by = asked[message_id] if isinstance(answer, str) else answer.metadata.src_node_id
+                if not isinstance(answer, str) and answer.has_error() and by == SERVER_NODE:
+                    send_at[client] = min(send_at[client], now + _RETRY_SECONDS)  # its node is gone, and may come back
+                elif by == asked[message_id]:
+                    answers.setdefault(client, answer)
+                else:
+                    _log.warning("node %d answers what another was asked: not used", by)
+            waiting = {message_id: client for message_id, client in waiting.items() if client not in answers}
+            time.sleep(_POLL_SECONDS)
+        return answers
+
+    def _push(self, messages: dict[int, Message]) -> dict[str, int]:
+        """Sends messages; the keys of those that Flower took, by the ids that it gave them."""
+        if not messages:
+            return {}
+        ids = list(self.grid.push_messages(list(messages.values())))
+        if not ids:
+            remedy = "It does not take messages so large: choose a smaller model"
+            raise UserError("SuperLink", f"{len(messages)} messages taken", "none", remedy)
+        return {message_id: key for message_id, key in zip(ids, messages, strict=False) if message_id}
+
+    def _pull(self, waiting: Mapping[str, int]) -> list[tuple[str, Message | str]]:
+        """What came in answer to messages, by their ids; a text where it cannot be read. Nodes write what comes, ids
+        included: nothing of it is believed.
+        """
+        if not waiting:
+            return []
+        try:
+            found = list(self.grid.pull_messages(list(waiting)))
+        except Exception:
+            return [pair for message_id in waiting for pair in self._pull_one(message_id)]
+        by_id = {answer.metadata.reply_to_message_id: answer for answer in found}
+        return [(message_id, answer) for message_id, answer in by_id.items() if message_id in waiting]
+
+    def _pull_one(self, message_id: str) -> list[tuple[str, Message | str]]:
+        try:
+            found = list(self.grid.pull_messages([message_id]))
+        except Exception as error:
+            return [(message_id, f"an answer that cannot be read ({type(error).__name__})")]
+        return [(message_id, answer) for answer in found if answer.metadata.reply_to_message_id == message_id]
+
+    def _introduce(self, node: int, answer: Message) -> None:
+        if answer.has_error():
+            _log.warning("node %d: %s", node, printable(reason_in_short(answer.error)))
+            return
+        found = Introduction.of_answer(answer.content)
+        if found is None or found.client is None or not 0 <= found.client < self.population:
+            given = None if found is None else found.client
+            _log.warning("node %d: partition-id %s, expected 0 to %d: not used", node, given, self.population - 1)
+        elif self.nodes.get(found.client, node) != node:
+            _log.warning("node %d: client %d is there already: not used", node, found.client)
+        else:
+            self.nodes[found.client] = node
+
+
+def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -> Coordinator:
+    """The run as it was saved last, or at its beginning; the records agree with it.
+
+    A turn is saved before its row is written, so that nothing of it is published that a crash could undo; a row that is
+    missing for that reason is written now.
+    """
+    config = experiment.config
+    coordinator = Coordinator(
+        server=experiment.server,
+        client=experiment.population.rules,
+        plan=experiment.plan,
+        choice=config.deployment or DeploymentChoice(),
+        turns=config.training.rounds,
+        digest=config.digest,
+        state=config.method.init_server(experiment.initial_model),
+    )
+    saved = directory.checkpoint.read(config.digest, journal.promise)
+    if saved is not None:
+        _, server, tensors = saved
+        coordinator.restore(type(coordinator.state)(**server), tensors)
+    elif any(row["round"] > 0 for name in (PARTICIPATION, "rounds.jsonl") for row in directory.rows(name)):
+        expected, got = "the checkpoint of the rounds that are recorded", "none"
+        remedy = "Put it back: clients have paid for these rounds, and a new run needs a new --out"
+        raise UserError(str(directory.checkpoint.path), expected, got, remedy)
+    journal.begin()
+    directory.keep_rows(PARTICIPATION, coordinator.turn)
+    journal.replayed(coordinator.turn, coordinator.asked_times)
+    if len(directory.rows("rounds.jsonl")) <= coordinator.turn:
+        journal.initial(coordinator.state.model, coordinator.turn)
+    return coordinator
+
+
+def run_turns(
+    grid: Grid,
+    experiment: Experiment,
+    coordinator: Coordinator,
+    arrays: ModelArrays,
+    journal: Journal,
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Runs the turns that are left, and returns the summary.
+
+    Raises:
+        UserError: If clients are missing at the start, or a turn stops the run; it goes on with --resume.
+    """
+    choice = experiment.config.deployment or DeploymentChoice()
+    network = Network(grid, experiment.population.federation.population)
+    network.wait_for(choice.min_participants, choice.join_timeout)
+
+    book = HeadBook.of_deployment(directory.path)
+    coordinator.heads = newer_heads(coordinator.heads, book.heads)
+
+    def save() -> None:
+        directory.checkpoint.write(
+            coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
+        )
+        book.keep(coordinator.heads)
+
+    seconds = coordinator.turn_seconds
+    if coordinator.secret_cohorts:
+        left = coordinator.turns - coordinator.turn
+        _log.info("Every turn lasts %g s, whoever takes part (deployment.deadline): %d turns are left", seconds, left)
+    while not coordinator.done:
+        broadcast = coordinator.begin()
+        save()
+        began = time.monotonic()
+        shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
+        contents = {}
+        for client in coordinator.asked():
+            order, terms = coordinator.order(client)
+            shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
+            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
+        answers = network.exchange(contents, seconds, str(broadcast.round))
+        replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
+        outcome = coordinator.finish(replies, refusals, _heads(answers))
+        save()
+        if coordinator.secret_cohorts:
+            # Neither who answers nor how long the sum takes shows in when the model is there, and the next turn begins.
+            _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
+        directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _tell(outcome, failed)
+        journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
+    return journal.finish(coordinator.state)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - time.monotonic(), 0.0))
+
+
+def _message(content: RecordDict, node: int, seconds: float, group: str) -> Message:
+    return Message(content, node, MessageType.TRAIN, ttl=max(seconds, 1.0), group_id=group)
+
+
+def _read(
+    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
+) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
+    """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
+    replies: dict[int, Tensor] = {}
+    refusals: dict[int, tuple[str, str]] = {}
+    failed: dict[int, str] = {}
+    for client, answer in answers:
+        try:
+            if isinstance(answer, str):
+                failed[client] = answer
+            elif answer.has_error():
+                failed[client] = printable(reason_in_short(answer.error))
+            elif (no := refused(answer.content)) is not None:
+                refusals[client] = no
+            else:
+                replies[client] = arrays.received(answer.content, form)
+        except UserError as error:
+            failed[client] = printable(error)
+        except Exception as error:
+            failed[client] = f"an answer that cannot be read ({type(error).__name__})"
+    return replies, refusals, failed
+
+
+def _heads(answers: Mapping[int, Message | str]) -> dict[int, Head]:
+    """The heads of ledgers in answers, by client."""
+    contents = {i: a.content for i, a in answers.items() if not isinstance(a, str) and a.has_content()}
+    heads = {client: Head.of(content) for client, content in contents.items()}
+    return {client: head for client, head in heads.items() if head is not None}
+
+
+def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, Any]:
+    silent = [client for client in outcome.silent if client not in failed]
+    return {
+        "round": outcome.turn,
+        "happened": outcome.happened,
+        "asked": outcome.asked,
+        "counted": outcome.counted,
+        "late": [client for client in silent if client in online],
+        "gone": [client for client in silent if client not in online],
+        "refused": {str(client): {"kind": kind, "reason": why} for client, (kind, why) in outcome.refused.items()},
+        "invalid": {str(client): why for client, why in outcome.invalid.items()},
+        "failed": {str(client): why for client, why in failed.items()},
+    }
+
+
+def _tell(outcome: Outcome, failed: dict[int, str]) -> None:
+    if outcome.happened != "applied":
+        _log.warning("turn %d: %s; nothing of it is used", outcome.turn, outcome.happened)
+    for client, (kind, why) in outcome.refused.items():
+        _log.warning("turn %d: client %d refuses (%s): %s", outcome.turn, client, kind, why)
+    for client, why in {**outcome.invalid, **failed}.items():
+        _log.warning("turn %d: client %d: %s", outcome.turn, client, why)
+    if outcome.silent:
+        _log.warning("turn %d: no answer in time from clients %s", outcome.turn, outcome.silent[:20])

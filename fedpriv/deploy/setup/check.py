@@ -1,0 +1,215 @@
+"""`fedpriv deploy check`: whether a folder of a deployment is whole, safe and right for the server, as a table."""
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedpriv.deploy.checks import (
+    MANIFEST,
+    VERSIONS,
+    Finding,
+    check_certificate,
+    check_manifest,
+    check_permissions,
+    check_presence,
+    check_server,
+    check_versions,
+    covers,
+    judge,
+    load_certificate,
+    split_address,
+)
+from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
+from fedpriv.deploy.setup.provision import BUNDLES, DEPLOYMENT
+from fedpriv.deploy.setup.roster import CONNECTION, REMOVED, Roster, key_in
+from fedpriv.deploy.setup.superlink import SERVER_TOML, ServerSettings, check_server_folder
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import read_config_file
+
+__all__ = ["check_folder", "print_findings"]
+
+ADMIN_FILES = ("ca.crt", "config.toml", "register.sh", VERSIONS, MANIFEST)
+
+_STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+
+
+def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]:
+    """The findings about a folder, by folder.
+
+    Args:
+        folder: A deployment's, or one of those in it: server, admin or node-I.
+        connect: Whether the server may be called.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    folder = folder.resolve()
+    if (folder / DEPLOYMENT).is_file():
+        return _check_deployment(folder, connect)
+    kinds = {"node.toml": _check_node, "server.toml": _check_server, "register.sh": _check_admin}
+    for mark, check in kinds.items():
+        if (folder / mark).is_file():
+            return {folder.name: check(folder, connect)}
+    remedy = "Give the folder that `fedpriv deploy init` made, or server, admin or node-I in it"
+    raise UserError(str(folder), "a folder of a deployment", "another one, or none", remedy)
+
+
+def print_findings(findings: dict[str, list[Finding]]) -> bool:
+    """Prints a table a folder; returns whether nothing is wrong."""
+    console = Console()
+    for name, found in findings.items():
+        table = Table(title=name, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        for column in ("check", "state", "what was found"):
+            table.add_column(column, overflow="fold")
+        for finding in found:
+            style = _STYLES[finding.state]
+            table.add_row(finding.what, f"[{style}]{finding.state}[/{style}]", _plain(finding.line))
+        console.print(table)
+        console.print()
+    return not any(finding.state == "wrong" for found in findings.values() for finding in found)
+
+
+def _plain(text: str) -> str:
+    """Text that is no markup."""
+    return text.replace("[", r"\[")
+
+
+def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
+    found = {"ca": _check_authority(folder / "ca"), "folders": _check_bundles(folder)}
+    for name in ("server", "admin"):
+        if (folder / name).is_dir():
+            # The server is called once, by whoever starts runs.
+            check = _check_server if name == "server" else _check_admin
+            found[name] = check(folder / name, connect and name == "admin")
+    removed = Roster.read(folder).removed if (folder / "admin" / "register.sh").is_file() else {}
+    nodes = (path for path in folder.glob("node-*") if path.is_dir())
+    for node in sorted(nodes, key=lambda path: (len(path.name), path.name)):
+        if (node / "node.pub").is_file() and key_in((node / "node.pub").read_bytes()) in removed:
+            found[node.name] = [Finding("node", "note", f"removed: its key is in admin/{REMOVED}")]
+            continue
+        found[node.name] = _check_node(node, connect=False)
+        certificate = folder / "server" / "server.pem"
+        if certificate.is_file():
+            found[node.name] += judge("server name", lambda n=node, c=certificate: _called_name(n, c))
+    return found
+
+
+def _check_authority(folder: Path) -> list[Finding]:
+    if not folder.is_dir():
+        return [Finding("files", "note", "kept elsewhere, as it should be")]
+    findings = [*check_presence(folder, ["ca.key", "ca.crt"]), *check_permissions(folder, ["ca.key"])]
+    if (folder / "ca.crt").is_file():
+        findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
+    return findings
+
+
+def _check_bundles(folder: Path) -> list[Finding]:
+    """Whether the manifests themselves are those that were made."""
+    try:
+        lines = (folder / BUNDLES).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        return [Finding("manifests", "wrong", f"{folder / BUNDLES}: {error.strerror or error}; take it from a copy")]
+    changed = []
+    for digest, _, name in (line.partition("  ") for line in lines):
+        file = folder / name
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            changed.append(name)
+    if changed:
+        line = f"{', '.join(changed)} changed since made: find out who did it, and make the deployment again"
+        return [Finding("manifests", "wrong", line)]
+    return [Finding("manifests", "ok", "those that were made")]
+
+
+def _check_node(folder: Path, connect: bool) -> list[Finding]:
+    findings = check_node_folder(folder)
+    if connect:
+        with contextlib.suppress(UserError):  # a finding already
+            findings += check_server(NodeSettings.read(folder / NODE_TOML).superlink, folder / "ca.crt")
+    return findings
+
+
+def _called_name(folder: Path, certificate: Path) -> str:
+    return covers(certificate, split_address(NodeSettings.read(folder / NODE_TOML).superlink, "superlink")[0])
+
+
+def _check_server(folder: Path, connect: bool) -> list[Finding]:
+    findings = check_server_folder(folder)
+    if connect:
+        with contextlib.suppress(UserError):  # a finding already
+            findings += check_server(ServerSettings.read(folder / SERVER_TOML).address, folder / "ca.crt")
+    return findings
+
+
+def _check_admin(folder: Path, connect: bool) -> list[Finding]:
+    findings = [
+        *check_presence(folder, ADMIN_FILES),
+        *check_manifest(folder),
+        *check_permissions(folder, []),
+        *judge("connection", lambda: f"to {_connection(folder)}"),
+        *check_versions(folder),
+    ]
+    if (folder / "ca.crt").is_file():
+        findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
+    certificate = folder.parent / "server" / "server.pem"
+    right = findings[3].state == "ok"
+    if right and certificate.is_file():
+        findings += judge("server name", lambda: covers(certificate, split_address(_connection(folder), "address")[0]))
+    if right and connect:
+        findings += check_server(_connection(folder), folder / "ca.crt")
+        if findings[-1].state == "ok":
+            findings += _check_registered(folder)
+    return findings
+
+
+def _connection(folder: Path) -> str:
+    """The address in Flower's `config.toml`, of a connection that is safe."""
+    path = folder / "config.toml"
+    connection = read_config_file(path).get("superlink", {}).get(CONNECTION, {})
+    remedy = "Run ./register.sh, which writes it, or mend the file"
+    address, certificate = connection.get("address", ""), connection.get("root-certificates", "")
+    if connection.get("insecure"):
+        raise UserError(f"{path}: insecure", "no such key", "true", "Take the key out: it switches TLS off")
+    if not Path(certificate).is_absolute() or not Path(certificate).is_file():
+        expected = "the absolute path of ca.crt"
+        raise UserError(f"{path}: root-certificates", expected, repr(certificate), remedy)
+    if load_certificate(Path(certificate)) != load_certificate(folder / "ca.crt"):
+        raise UserError(f"{path}: root-certificates", "this folder's ca.crt", "another certificate", remedy)
+    split_address(address, f"{path}: address")
+    return address
+
+
+def _check_registered(folder: Path) -> list[Finding]:
+    """Whether the server knows every key in `nodes/`, and none that was removed."""
+    from fedpriv.deploy.setup.keys import compared
+    from fedpriv.flower.internals.superlink import administering
+
+    roster = Roster.read(folder)
+    try:
+        with administering(folder, CONNECTION) as server:
+            found = compared(roster, server.nodes())
+    except UserError as error:
+        return [Finding("nodes", "note", f"the server does not say who is registered: {error}")]
+    wrong = found.faults
+    if found.absent:
+        wrong = [f"not registered: {_listed(found.absent)}. Run ./register.sh", *wrong]
+    if wrong:
+        findings = [Finding("nodes", "wrong", line) for line in wrong]
+    else:
+        online = [name for name, status in found.registered.items() if status == "online"]
+        findings = [Finding("nodes", "ok", f"all {len(found.registered)} registered; online: {_listed(online)}")]
+    if roster.removed:
+        findings.append(Finding("removed nodes", "ok", _listed([*roster.removed.values()])))
+    if found.strangers:
+        numbers = _listed([str(number) for number in found.strangers])
+        line = f"keys that are not in nodes/ are registered, by the server's numbers: {numbers}. See README.md"
+        findings.append(Finding("other nodes", "note", line))
+    return findings
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:10]) or "none"
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

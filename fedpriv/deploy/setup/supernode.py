@@ -1,0 +1,101 @@
+"""`fedpriv deploy node`: one node of a deployment, which runs its own installed code and nobody else's.
+
+The node is Flower's SuperNode, in this process, with the server's certificate checked against the deployment's own CA
+and the node known by its key. What it runs is `clients.client_app`: a bundle with any other content is refused.
+"""
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tomli_w
+
+from fedpriv.deploy.checks import WrongServerError, call_server, refuse_wrong, split_address
+from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
+from fedpriv.errors import UserError
+from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.flower.bundle import app_hash
+from fedpriv.flower.companion import LOCK
+
+__all__ = ["flower_home", "held_alone", "run_node"]
+
+
+def run_node(bundle: Path) -> int:
+    """Runs a node until it is stopped.
+
+    Args:
+        bundle: The node's folder, as `fedpriv deploy init` made it.
+
+    Returns:
+        The SuperNode's exit code.
+
+    Raises:
+        UserError: If the folder fails a check, the server is not who it should be, or the node runs already.
+    """
+    bundle = bundle.resolve()
+    if not bundle.is_dir():
+        raise UserError(str(bundle), "a node's folder", "none", "Give the folder that `fedpriv deploy init` made")
+    refuse_wrong(bundle, check_node_folder(bundle))
+    settings = NodeSettings.read(bundle / NODE_TOML)
+    _refuse_impostor(settings, bundle / "ca.crt")
+    home = flower_home(bundle)
+    with held_alone(home):
+        config = home / "node-config.toml"
+        write_atomically(config, tomli_w.dumps(settings.node_config(bundle)))
+        from fedpriv.flower.internals.supernode import run_supernode
+
+        options = [
+            *("--superlink", settings.superlink),
+            *("--root-certificates", str(bundle / "ca.crt")),
+            *("--auth-supernode-private-key", str(bundle / "node.key")),
+            *("--node-config", str(config)),
+            *("--host", "127.0.0.1", "--port", str(settings.runtime_port or _free_port())),
+        ]
+        return run_supernode(options, {app_hash(), *settings.accepted_apps})
+
+
+def flower_home(folder: Path) -> Path:
+    """Makes the folder where Flower keeps its files, and tells Flower's processes about it."""
+    home = folder / "flower"
+    home.mkdir(mode=0o700, exist_ok=True)
+    home.chmod(0o700)
+    os.environ["FLWR_HOME"] = str(home)
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return home
+
+
+@contextmanager
+def held_alone(home: Path) -> Iterator[None]:
+    """Holds a folder meanwhile.
+
+    Raises:
+        UserError: If another process holds it: two nodes on one memory would spoil it.
+    """
+    with (home / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "Stop the other process first; only one may use this folder"
+            raise UserError(str(home.parent), "a folder that nobody runs", "one that is running", remedy) from None
+        yield
+
+
+def _refuse_impostor(settings: NodeSettings, ca: Path) -> None:
+    """Raises if the server shows a wrong certificate; a server that is not up yet is waited for by Flower."""
+    host, port = split_address(settings.superlink, "superlink")
+    try:
+        call_server(host, port, ca)
+    except WrongServerError:
+        raise
+    except UserError as error:
+        print(f"fedpriv: {error} Waiting for it.", file=sys.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

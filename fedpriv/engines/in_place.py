@@ -1,0 +1,155 @@
+"""The client rule of some clients at once, with their states changed in place and their messages summed.
+
+A method's `client_rule` is the definition. Where it has the form of `fedpriv.feedback.Feedback`, the same operations
+run here on the memory that is there already: residual, norm, message, memory and sum, with nothing allocated.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedpriv.aggregation.exact import ExactSum
+from fedpriv.bounding import row_norms
+from fedpriv.engines.native import FeedbackInC, feedback_in_c
+from fedpriv.engines.states import StateStore
+from fedpriv.feedback import Feedback, Release, sent_message
+from fedpriv.methods import ClientState, feedback_of
+from fedpriv.rounds import Broadcast, ClientRules, Total, apply_client_rule
+
+__all__ = ["ClientStep"]
+
+
+@dataclass
+class ClientStep:
+    """Client rules of one round.
+
+    Args:
+        rules: The clients' half of the agreement.
+        broadcast: The round.
+        device: Where signals and states lie.
+        native: Whether a client on its own may be done in C: equal but for the rounding of a norm in float64.
+    """
+
+    rules: ClientRules
+    broadcast: Broadcast
+    device: torch.device
+    native: bool = False
+    _sum: ExactSum = field(init=False)
+    _feedback: Feedback | None = field(init=False)
+    _in_c: FeedbackInC | None = field(init=False)
+    _without_memory: bool = field(init=False)
+    _norms: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._sum = self.broadcast.empty_sum(self.rules, self.device)
+        self._feedback = feedback_of(self.rules.method)
+        self._without_memory = self._feedback is not None and self._feedback.beta is None
+        self._in_c = None
+        if self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu" and self._feedback is not None:
+            library = feedback_in_c()
+            if library is not None and self._memories_suit_c():
+                self._in_c = FeedbackInC(
+                    library, self._sum.running, self._feedback, self._sum.shift, self.broadcast.round
+                )
+
+    def take(self, clients: Sequence[int], signals: Tensor, state: ClientState) -> None:
+        """Adds the messages of `clients` to the sum and moves their states, in place.
+
+        Args:
+            clients: Who sends.
+            signals: `[clients, params]`; used up.
+            state: Fields `[clients, ...]`.
+        """
+        norms = row_norms(signals)
+        round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)  # noqa: A001
+        if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
+            signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
+            state = type(state)(*(part[0] for part in state))
+        if self._feedback is None:
+            decisive = sum((row_norms(part.double()) for part in state), norms)
+            self._by_rule(signals, state, release)
+        else:
+            sent, decisive = _feed_back_(self._feedback, signals, norms, state, release, round)
+            self._sum.add(sent)
+        # A memory that is not finite makes a message of nothing as a signal does, and is counted as one.
+        self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
+
+    def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
+        """Does as `take` for one client, in C where that is possible.
+
+        Args:
+            client: Who sends.
+            signal: `[params]`; used up.
+            states: Where its state is, or will be.
+            following: Whose turn is next, if anyone's; its memory is fetched meanwhile.
+        """
+        if self._in_c is not None and signal.dtype == torch.float32 and signal.is_contiguous():
+            norm = self._take_in_c(self._in_c, client, signal.data_ptr(), states, following)
+            if norm >= 0.0:
+                self._norms.append(norm)
+                return
+        with states.borrowed((client,)) as state:
+            self.take((client,), signal.unsqueeze(0), state)
+
+    def _take_in_c(
+        self, in_c: FeedbackInC, client: int, signal: int, states: StateStore, following: int | None
+    ) -> float:
+        """One client's step, its signal's norm; negative, and nothing done, for what is rare and left to torch."""
+        if self._without_memory:
+            states.count(client)
+            return in_c.add_bounded(signal)
+        memory, *updated = states.addresses(client)
+        ahead = memory if following is None else states.address_of(following) or memory
+        return in_c.feed_back(signal, memory, updated[0] if updated else 0, ahead)
+
+    def _memories_suit_c(self) -> bool:
+        """Whether a client's state is one float32 vector, and the round of its last change where it has that."""
+        state = self.rules.method.init_client(1)
+        kinds = [(name, field.dtype, field.numel()) for name, field in zip(state._fields, state, strict=True)]
+        memory, updated = ("memory", torch.float32, 1), ("updated", torch.float32, 1)
+        return kinds in ([], [memory], [memory, updated])
+
+    def total(self) -> Total:
+        """What the round's clients sent together."""
+        finite = [norm for norm in self._norms if math.isfinite(norm)]
+        mean = math.fsum(finite) / len(finite) if finite else math.nan
+        return Total(self._sum.value, len(self._norms), len(self._norms) - len(finite), mean)
+
+    def _by_rule(self, signals: Tensor, state: ClientState, release: Release | None) -> None:
+        """Any rule. Its message and its new state may be made of the old state's own tensors."""
+        messages, new = apply_client_rule(self.rules.method, state, signals, release, self.broadcast.round)
+        self._sum.add(messages)
+        for target, source in zip(state, [part.clone() for part in new], strict=True):
+            target.copy_(source)
+
+
+def _feed_back_(
+    rule: Feedback,
+    signals: Tensor,
+    norms: Tensor,
+    state: ClientState,
+    release: Release | None,
+    round: int,  # noqa: A002
+) -> tuple[Tensor, Tensor]:
+    """The messages, in place of the signals, and the norms of what was bounded; memories are moved in place.
+
+    Operation by operation `client_rule`.
+    """
+    if rule.beta is None:
+        rule.bounded.bound_(signals, norms)
+        return sent_message(signals, release), norms
+    memory = state.memory
+    if rule.damping > 0.0:
+        memory.mul_((1.0 - rule.damping) ** (round - 1 - state.updated))
+    residuals = row_norms(signals.sub_(memory))
+    rule.bounded.bound_(signals, residuals)
+    if rule.damping > 0.0:
+        memory.mul_(1.0 - rule.damping)
+    sent = sent_message(signals, release)
+    memory.add_(sent if rule.sent else signals, alpha=rule.beta)
+    if "updated" in state._fields:
+        state.updated.fill_(round)
+    return sent, residuals

@@ -1,0 +1,1 @@
+"""The engine whose workers are Ray's actors."""

@@ -1,0 +1,472 @@
+"""The Ray engine: workers on many cores, GPUs and machines, each with a local engine and the memories of its clients.
+
+In a round the model goes out once, and one partial sum comes back from each worker. Messages are added exactly
+(`fedpriv.aggregation.exact`), so that neither the number of workers nor who runs which client changes a bit of the sum.
+If a worker or a machine dies, all workers go back to the last snapshot of the clients' states, and the rounds since are
+run again: the run ends with the same bits as an undisturbed one.
+"""
+
+import contextlib
+import pickle
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import (
+    LocalRayletDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
+from torch import Tensor
+
+from fedpriv.data.federation import Federation
+from fedpriv.engines.base import Population
+from fedpriv.engines.ray.cluster import Need, connect, quiet, room
+from fedpriv.engines.ray.host import Failure, Host, MakeLocal, Partial, Versions, merged, pack, unpack
+from fedpriv.engines.ray.owners import Owners, Unit, client_costs
+from fedpriv.engines.ray.snapshots import Snapshots
+from fedpriv.errors import UserError
+from fedpriv.methods import has_memory
+from fedpriv.rounds import Broadcast, Total
+
+__all__ = ["RayEngine"]
+
+T = TypeVar("T")
+
+# Failures of workers in one round after which a run is given up.
+_ATTEMPTS = 3
+# How long workers may take to start, and those that replace dead ones.
+_START_SECONDS = 120.0
+_REPLACE_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+# Bytes of shared objects beside data and vectors.
+_STORE_BYTES = 2**28
+
+
+class RayEngine:
+    """Workers that own clients, run by Ray on this machine or on many; the same bits for any number of workers.
+
+    Which clients may not be parted is `unit`. A local engine that runs one client after the other needs no more than
+    `"client"`. One that runs batches rounds by who is in a batch, and needs a number: clients whose ids agree modulo
+    it are a class, and the present clients of a class are one call of the local engine, whoever owns the class.
+
+    All workers must compute alike: with some on GPUs and some on CPUs, results are equal up to rounding only.
+
+    Args:
+        population: All clients, on the CPU. The data go to each machine once.
+        make_local: Makes the engine inside a worker, from the population and the worker's device; must be picklable.
+        workers: How many.
+        gpus_per_worker: Share of a GPU of each worker, or of each by itself; 0 works on the CPU.
+        cpus_per_worker: CPU cores, or a share of one, of each worker. Torch gets as many threads, at least one.
+        unit: `"client"`, or the number of classes.
+        address: HOST:PORT of a running Ray; None starts one on this machine. A Ray that this process is tied to
+            already is used as it is in either case, and is not ended by `close`.
+        snapshot_every: Rounds after which the clients' states are gathered, to go back to if a worker dies; more if
+            gathering takes long.
+        snapshot_share: Most seconds to spend on that for each second of rounds.
+        snapshot_folder: Where these are kept, in files; None for this process's memory.
+
+    Raises:
+        UserError: If there is no Ray at the address, it has no room for the workers, or they cannot start.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        population: Population,
+        make_local: MakeLocal,
+        *,
+        workers: int,
+        gpus_per_worker: float | Sequence[float] = 0.0,
+        cpus_per_worker: float = 1.0,
+        unit: Unit = "client",
+        address: str | None = None,
+        snapshot_every: int = 20,
+        snapshot_share: float = 0.1,
+        snapshot_folder: Path | None = None,
+    ) -> None:
+        self._population = population
+        self._needs = _needs(workers, cpus_per_worker, gpus_per_worker)
+        self._memory = has_memory(population.rules.method)
+        self._owners = Owners(range(workers), unit, client_costs(population), stay=self._memory)
+        self._snapshots = Snapshots(snapshot_every, snapshot_folder, snapshot_share)
+        self._seen: set[int] = set()
+        self._hosts: dict[int, Any] = {}
+        self._dead: set[int] = set()
+        self._stale = False
+        shipment = pack((_to_ship(population), make_local))
+        size = sum(array.nbytes for array in shipment.arrays)
+        vectors = 16 * population.task.layout.size * (workers + 2)
+        self._handler = _Termination()
+        self._ended: Callable[[], object] = lambda: None
+        try:
+            self._ended = weakref.finalize(self, connect(address, _STORE_BYTES + 2 * size + vectors).close)
+            self._handler.install()
+            self._shipment = ray.put(shipment)
+            self._start_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "RayEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sum_messages(self, broadcast: Broadcast) -> Total:
+        """See `Engine.sum_messages`.
+
+        Raises:
+            UserError: If workers died again and again, and what a client's rules raise.
+        """
+        if broadcast.capacity is None:
+            broadcast = broadcast._replace(capacity=len(broadcast.cohort))
+        doing = f"round {broadcast.round}"
+        total, seconds = self._until_done(lambda: self._run(broadcast), doing)
+        self._owners.measured(seconds)
+        if not self._memory:
+            self._seen.update(broadcast.cohort.tolist())
+            return total
+        self._snapshots.log(broadcast)
+        if self._owners.rebalanced():
+            self._until_done(self._exchange, doing)
+        elif self._snapshots.due:
+            self._until_done(self._snapshot, doing)
+        return total
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Engine.save`; what it gives is also what workers go back to."""
+        if not self._memory:
+            return {"clients": torch.tensor(sorted(self._seen), dtype=torch.int64)}
+        self._until_done(self._snapshot, "a checkpoint")
+        return merged(self._snapshots.parts())
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine.restore`; owners are chosen anew."""
+        self._seen = set(tensors["clients"].tolist())
+        if self._memory:
+            self._owners.forget()
+            self._snapshots.keep([tensors])
+            self._stale = True
+            self._until_done(lambda: None, "restoring")
+
+    def close(self) -> None:
+        """Ends the workers, and Ray if it was started here; can be called again."""
+        if ray.is_initialized():
+            for host in self._hosts.values():
+                with contextlib.suppress(RayError, ValueError):
+                    ray.kill(host)
+        self._hosts = {}
+        self._shipment = None
+        self._snapshots.clear()
+        self._ended()
+        self._handler.remove()
+
+    # One round.
+
+    def _run(self, broadcast: Broadcast) -> tuple[Total, dict[int, float]]:
+        """The total of a round, and what each worker took (seconds)."""
+        sum_ = np.zeros(broadcast.model.shape[-1])
+        shares = self._owners.shares(broadcast.cohort)
+        model = ray.put(broadcast.model.detach().cpu().numpy())
+        about = broadcast.round, model, broadcast.capacity
+        calls = {worker: self._hosts[worker].run.remote(*about, share) for worker, share in shares.items()}
+        found: dict[int, Partial] = self._collect(calls)
+        for partial in found.values():
+            sum_ += partial.sum
+        messages = sum(partial.messages for partial in found.values())
+        non_finite = sum(partial.non_finite for partial in found.values())
+        finite = messages - non_finite
+        mean = sum(partial.signal_norms for partial in found.values()) / finite if finite else float("nan")
+        return Total(torch.from_numpy(sum_), messages, non_finite, mean), {w: p.seconds for w, p in found.items()}
+
+    def _collect(self, calls: dict[int, Any]) -> dict[int, Any]:
+        """The workers' answers, once all have answered or died.
+
+        Raises:
+            _LostError: If some died.
+        """
+        try:
+            found = dict(zip(calls, ray.get(list(calls.values())), strict=True))
+            lost: dict[int, str] = {}
+        except RayError:
+            found, lost = _one_by_one(calls)
+        for worker, answer in found.items():
+            if isinstance(answer, Failure):
+                if answer.kind != "memory":
+                    raise _raised(answer)
+                ray.kill(self._hosts[worker])
+                lost[worker] = f"{_NO_MEMORY}: {answer.text}"
+        if lost:
+            raise _LostError(lost)
+        return found
+
+    # Faults.
+
+    def _until_done(self, what: Callable[[], T], doing: str) -> T:
+        """What `what` returns, if need be after dead workers were replaced and all went back to where they were."""
+        lost = _LostError({})
+        for _ in range(_ATTEMPTS):
+            try:
+                if self._stale:
+                    self._recover()
+                return what()
+            except _LostError as error:
+                lost = error
+                self._dead |= set(lost.workers) & set(self._hosts)
+                self._stale = True
+            except BaseException:
+                self._stale = True
+                raise
+        raise _given_up(doing, lost)
+
+    def _recover(self) -> None:
+        """Replaces dead workers, and brings all to the state after the last round that was finished."""
+        if self._dead:
+            self._replace()
+        if self._memory:
+            self._spread()
+            for past in self._snapshots.rounds:
+                self._run(past)
+        self._stale = False
+
+    def _spread(self) -> None:
+        """Gives the snapshot's states to their owners."""
+        inboxes: dict[int, list[Any]] = {worker: [] for worker in self._owners.workers}
+        for part in self._snapshots.parts():
+            owners = self._owners.owners_of(part["clients"].numpy())
+            for worker in np.unique(owners).tolist():
+                rows = torch.from_numpy(np.flatnonzero(owners == worker))
+                inboxes[worker].append(ray.put(pack({name: tensor[rows] for name, tensor in part.items()})))
+        self._collect({worker: self._hosts[worker].restore.remote(*inbox) for worker, inbox in inboxes.items()})
+
+    def _snapshot(self) -> None:
+        calls = {worker: host.save.remote() for worker, host in self._hosts.items()}
+        self._snapshots.keep(unpack(self._collect({worker: calls[worker]})[worker]) for worker in list(calls))
+
+    def _exchange(self) -> None:
+        """Moves all states to their new owners."""
+        self._snapshot()
+        self._spread()
+
+    # Workers.
+
+    def _start_all(self) -> None:
+        fit = room(self._needs)
+        if fit < len(self._needs):
+            raise _no_room(self._needs, fit)
+        for worker in range(len(self._needs)):
+            self._launch(worker)
+        try:
+            late = self._greet(list(self._hosts), _START_SECONDS, lambda: True)
+        except _LostError as lost:
+            reason = next(iter(lost.workers.values()))
+            remedy = "Install fedpriv on all machines, and look at the logs of Ray"
+            raise UserError("workers", "processes that start", reason, remedy) from None
+        if late:
+            raise _no_room(self._needs, len(self._needs) - len(late), "now, the rest is taken by others")
+
+    def _launch(self, worker: int) -> None:
+        need = self._needs[worker]
+        options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_restarts": 0, "max_task_retries": 0}
+        with quiet():
+            self._hosts[worker] = ray.remote(Host).options(**options, scheduling_strategy="SPREAD").remote()  # type: ignore[attr-defined]
+
+    def _greet(self, workers: Sequence[int], seconds: float, possible: Callable[[], bool]) -> list[int]:
+        """Waits until workers are up and have their local engines; returns those that do not come.
+
+        Args:
+            workers: Which.
+            seconds: How long to wait.
+            possible: Whether waiting makes sense.
+        """
+        calls = {worker: self._hosts[worker].ready.remote() for worker in workers}
+        until = time.monotonic() + seconds
+        left = list(calls.values())
+        while left and time.monotonic() < until and possible():
+            _, left = ray.wait(left, num_returns=len(left), timeout=_POLL_SECONDS)
+        late = [worker for worker, call in calls.items() if call in left]
+        here = {worker: call for worker, call in calls.items() if worker not in late}
+        for versions in self._collect(here).values():
+            _check_versions(versions)
+        self._collect({worker: self._start(worker) for worker in here})
+        return late
+
+    def _start(self, worker: int) -> Any:
+        need = self._needs[worker]
+        path = [folder for folder in sys.path if folder and Path(folder).is_dir()]
+        return self._hosts[worker].start.remote(self._shipment, max(1, int(need.cpus)), need.gpus > 0, path)
+
+    def _replace(self) -> None:
+        """Starts new workers for dead ones; where there is no room any more, the others do their work."""
+        dead = sorted(self._dead)
+        alive = [self._needs[worker] for worker in self._hosts if worker not in self._dead]
+
+        def fitting() -> int:
+            return room([*alive, *(self._needs[worker] for worker in dead)]) - len(alive)
+
+        wanted = dead[: max(fitting(), 0)]
+        for worker in wanted:
+            self._launch(worker)
+        late = self._greet(wanted, _REPLACE_SECONDS, lambda: fitting() >= len(wanted))
+        for worker in {*dead, *late} - ({*wanted} - {*late}):
+            ray.kill(self._hosts.pop(worker))
+            self._owners.lose(worker)
+        self._dead = set()
+        if not self._hosts:
+            raise UserError("workers", "a machine to run them on", "none that is left", "Start again with --resume")
+
+
+_NO_MEMORY = "out of memory"
+
+
+class _LostError(Exception):
+    """Workers that died, and why."""
+
+    def __init__(self, workers: dict[int, str]) -> None:
+        super().__init__(workers)
+        self.workers = workers
+
+
+class _RemoteTracebackError(Exception):
+    """The traceback in a worker, as text."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+def _one_by_one(calls: dict[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
+    """Answers of the workers that live, and why the others died."""
+    found: dict[int, Any] = {}
+    lost: dict[int, str] = {}
+    for worker, call in calls.items():
+        try:
+            found[worker] = ray.get(call)
+        except (LocalRayletDiedError, RaySystemError) as error:
+            raise UserError("Ray", "a node here that lives", _brief(error), "Start again with --resume") from None
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            remedy = "Make room in /dev/shm and on the disk, or use a smaller model"
+            raise UserError("Ray's shared memory", "room for models and states", _brief(error), remedy) from None
+        except RayTaskError as error:
+            if not isinstance(error.cause, RayError):
+                raise
+            lost[worker] = _why(error.cause)
+        except RayError as error:
+            lost[worker] = _why(error)
+    return found, lost
+
+
+def _why(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        return _NO_MEMORY
+    if "ModuleNotFoundError" in text or "ImportError" in text:
+        return text.strip().splitlines()[-1]
+    return "its machine is gone" if "node" in text and "worker process has died" not in text else "its process died"
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
+def _raised(failure: Failure) -> Exception:
+    """The exception that a worker met, as itself."""
+    if failure.kind == "user":
+        error = UserError.__new__(UserError)
+        ValueError.__init__(error, failure.text)
+        error.where = failure.where
+        return error
+    if failure.kind == "disk":
+        return UserError(failure.where, "room on the disk", failure.text, "Make room, or use fewer clients")
+    error = pickle.loads(failure.error)
+    error.__cause__ = _RemoteTracebackError(failure.text)
+    return error
+
+
+def _given_up(doing: str, lost: _LostError) -> UserError:
+    worker, reason = next(iter(lost.workers.items()))
+    got = f"{_ATTEMPTS} failures in a row, the last of worker {worker}: {reason}"
+    remedy = "Look at the logs of Ray and of the machines, and go on with --resume"
+    if any(why.startswith(_NO_MEMORY) for why in lost.workers.values()):
+        remedy = "Use fewer --workers, a smaller chunk or a smaller model"
+    return UserError(doing, "workers that live to its end", got, remedy)
+
+
+def _to_ship(population: Population) -> Population:
+    """The population as workers need it: each client's examples side by side, so that its tensors are views of shared
+    memory, of the test data no more than an example, and nothing of the validation data.
+    """
+    population = replace(population.in_client_order())
+    if not isinstance(population.federation, Federation):
+        return population
+    data = population.federation.dataset
+    dataset = replace(data, test_inputs=data.test_inputs[:1], test_labels=data.test_labels[:1], groups=None)
+    dataset = replace(dataset, validation_inputs=None, validation_labels=None)
+    return replace(population, federation=replace(population.federation, dataset=dataset))
+
+
+def _needs(workers: int, cpus: float, gpus: float | Sequence[float]) -> list[Need]:
+    if workers < 1:
+        raise UserError("workers", "at least 1", workers, "Give a number of workers")
+    shares = [float(gpus)] * workers if isinstance(gpus, int | float) else [float(share) for share in gpus]
+    if len(shares) != workers:
+        raise UserError("GPUs of the workers", f"{workers} numbers", len(shares), "Give one for each worker")
+    if any(share < 0.0 for share in shares) or cpus < 0.0:
+        raise UserError("CPUs and GPUs of a worker", "numbers from 0", (cpus, gpus), "Give other numbers")
+    return [Need(float(cpus), share) for share in shares]
+
+
+def _no_room(needs: list[Need], fit: int, when: str = "") -> UserError:
+    total = ray.cluster_resources()
+    cpus, gpus = sum(need.cpus for need in needs), sum(need.gpus for need in needs)
+    machines = sum(bool(node["Alive"]) for node in ray.nodes())
+    there = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {machines} machine(s)"
+    expected = f"room for {len(needs)} workers with {cpus:g} CPUs and {gpus:g} GPUs in all"
+    got = " ".join(f"{there}, which take {fit} {when}".split())
+    return UserError("workers", expected, got, "Use fewer workers, or a smaller share for each")
+
+
+def _check_versions(there: Versions) -> None:
+    if there != Versions.here():
+        remedy = "Install the same versions on all machines"
+        raise UserError("workers", f"the same versions ({Versions.here()})", there, remedy)
+
+
+class _Termination:
+    """SIGTERM while a Ray is in use: leaves by an exception, so that Ray ends; a handler that was there stays.
+
+    Ray puts its own in place of any.
+    """
+
+    def __init__(self) -> None:
+        self._main = threading.current_thread() is threading.main_thread()
+        self._before = signal.getsignal(signal.SIGTERM) if self._main else None
+
+    def install(self) -> None:
+        """Call it when Ray has started."""
+        if self._main:
+            signal.signal(signal.SIGTERM, _leave if self._before in (signal.SIG_DFL, None) else self._before)
+
+    def remove(self) -> None:
+        """Puts back what was there."""
+        if self._main and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+
+def _leave(number: int, _: object) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,220 @@
+"""From a config to the things it names: data, model, the two halves of the agreement, an engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpriv.checks import refuse_beyond_memory
+from fedpriv.clock import Timeline
+from fedpriv.data.federation import Holders, spread
+from fedpriv.data.shifts import shifted
+from fedpriv.data.validation import evaluated_on, hold_out
+from fedpriv.engines import Population
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import Config
+from fedpriv.experiment.timing import make_timeline, sampling_under
+from fedpriv.privacy import PrivacyPlan, Sampling
+from fedpriv.rounds import ClientRules, ServerRules, agree
+from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.tasks.task import Task
+
+__all__ = [
+    "Experiment",
+    "assemble",
+    "assemble_clients",
+    "build_module",
+    "check_device",
+    "count_parameters",
+    "make_federation",
+    "sampling_of",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, made from its config.
+
+    Args:
+        config: The experiment.
+        population: The clients.
+        server: The server's half of the agreement.
+        plan: What is promised; None for a non-private run.
+        initial_model: x before the first round, `[params]`.
+        timeline: Who counts in which step, on the virtual clock; None without one.
+    """
+
+    config: Config
+    population: Population
+    server: ServerRules
+    plan: PrivacyPlan | None
+    initial_model: Tensor
+    timeline: Timeline | None = None
+
+    def evaluate(self, model: Tensor) -> tuple[float, float]:
+        """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
+        dataset = self.population.federation.dataset
+        return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
+
+    def validate(self, model: Tensor) -> tuple[float, float] | None:
+        """The same on the examples held out for validation; None without any."""
+        dataset = self.population.federation.dataset
+        if dataset.validation_inputs is None or dataset.validation_labels is None:
+            return None
+        return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
+
+    def with_method(self, config: Config) -> "Experiment":
+        """The same data, model and cohorts under the method and the privacy of another config."""
+        federation, sampling, timeline = self.population.federation, self.server.sampling, self.timeline
+        if timeline is not None:
+            timeline = make_timeline(config, federation, self.population.task.layout.size)
+            sampling = sampling_under(config, federation.population, timeline)
+        plan = config.plan(sampling)
+        streams = config.streams
+        server, client = agree(config.method, sampling, plan, streams)
+        population = replace(self.population, rules=client, streams=streams)
+        return replace(self, config=config, population=population, server=server, plan=plan, timeline=timeline)
+
+
+def make_federation(config: Config, data_root: Path | None = None) -> Holders:
+    """Loads the data and spreads them over the clients, as the config and its seed say."""
+    choice, streams = config.data, SeededStreams(config.seed)
+    dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
+    if choice.test is not None:
+        dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
+    elif choice.validation is not None:
+        dataset = hold_out(replace(dataset, groups=None), choice.validation)
+    federation = spread(dataset, choice.partition, choice.clients, rng)
+    return federation if choice.shift is None else shifted(federation, choice.shift, streams)
+
+
+def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
+    """The sampling of the config's population; reads the data only if the config leaves their number to them.
+
+    Where a timeline is accounted, it is made: it needs the numbers of examples and the model's size.
+    """
+    if not config.rule.draws_cohorts:
+        federation = make_federation(config, data_root)
+        timeline = make_timeline(config, federation, _task(config, federation, "cpu").layout.size)
+        return sampling_under(config, federation.population, timeline)
+    clients = config.data.clients
+    if clients is None:
+        clients = make_federation(config, data_root).population
+    return config.cohort.of(clients)
+
+
+def assemble(
+    config: Config,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    federation: Holders | None = None,
+    channels_last: bool = False,
+    precision: str = "float32",
+) -> Experiment:
+    """Makes everything that a run of `config` needs.
+
+    Args:
+        config: The experiment.
+        device: Where gradients are computed, such as `cpu` or `cuda`.
+        data_root: Where data sets lie; None for the environment's choice.
+        federation: Who holds which data, where the caller has that already; else made as the config says.
+        channels_last: See `Task`.
+        precision: See `Task`.
+
+    Raises:
+        UserError: If the data, the device or the combination of method and privacy is not to be had.
+    """
+    check_device(device)
+    federation = federation or make_federation(config, data_root)
+    task = _task(config, federation, device, channels_last=channels_last, precision=precision)
+    timeline = make_timeline(config, federation, task.layout.size)
+    sampling = sampling_under(config, federation.population, timeline)
+    plan = config.plan(sampling)
+    streams = config.streams
+    server, client = agree(config.method, sampling, plan, streams)
+    population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
+    return Experiment(
+        config=config,
+        population=population,
+        server=server,
+        plan=plan,
+        initial_model=task.initial_model(),
+        timeline=timeline,
+    )
+
+
+def assemble_clients(
+    config: Config,
+    *,
+    device: str = "cpu",
+    data_root: Path | None = None,
+    check_size: Callable[[int], None] | None = None,
+) -> Population:
+    """The clients alone, who follow what they are told: no noise is calibrated, and none is added.
+
+    Args:
+        config: The experiment.
+        device: See `assemble`.
+        data_root: See `assemble`.
+        check_size: Called with the model's number of parameters before the model is made; what it raises is raised.
+    """
+    check_device(device)
+    federation, streams = make_federation(config, data_root), SeededStreams(config.seed)
+    if check_size is not None:
+        dataset = federation.dataset
+        check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
+    rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
+    task = _task(config, federation, device)
+    return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
+
+
+def _task(config: Config, federation: Holders, device: str, **options: Any) -> Task:
+    seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
+    dataset = federation.dataset
+    module = build_module(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
+    return Task(module, device, **options)
+
+
+# A module, the model, a gradient and a message in float32, and the sum of messages in float64.
+_BYTES_A_PARAMETER = 24
+
+
+def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int) -> int:
+    """Return the number of parameters of the config's model for inputs of a shape; nothing of it is made.
+
+    Raises:
+        UserError: If there is no such model, or none that could be counted.
+    """
+    try:
+        return config.model.parameters(input_shape, classes)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise _too_large(error) from None
+
+
+def build_module(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+    """The config's model for inputs of a shape; a `UserError` if there is no room for it."""
+    count = count_parameters(config, input_shape, classes)
+    remedy = f"Its {count:,} parameters are needed several times: make the model smaller"
+    refuse_beyond_memory("[model]", _BYTES_A_PARAMETER * count, remedy)
+    try:
+        return config.model.build(input_shape, classes, seed)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise _too_large(error) from None
+
+
+def _too_large(error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError("[model]", "a model that fits in memory", reason, "Make the model smaller")
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if torch cannot use `device`."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError("--device", "a device of this machine", f"{device!r} ({reason})", "Use --device cpu") from None

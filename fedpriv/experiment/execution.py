@@ -1,0 +1,364 @@
+"""How an experiment is run, which is no part of it: engine, workers, memory, noise; and the choice by measuring."""
+
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
+from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
+from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.privacy import FixedSize, Scheduled
+from fedpriv.rounds import Broadcast, ServerRules, begin_round
+from fedpriv.tasks.task import PRECISIONS
+
+__all__ = [
+    "ENGINES",
+    "ENGINE_FILE",
+    "Execution",
+    "Ran",
+    "bytes_of",
+    "choose_compute",
+    "cores",
+    "make_engine",
+    "read_record",
+    "start_engine",
+]
+
+ENGINE_FILE = "engine.json"
+
+ENGINES: dict[str, str] = {
+    "loop": "One client after the other, on one thread; every other engine is tested against it.",
+    "vectorized": "Chunks of clients of similar size on one device; equal to the loop engine up to rounding.",
+    "ray": "Workers that own clients, on CPUs and GPUs of one machine or of many.",
+    "flower": "Flower's simulation: the same rules as messages between a ServerApp and ClientApps.",
+}
+
+# Workers pay if they save this share of the time, starting and talking included.
+_WORTH_WORKERS = 0.9
+_RAY_START_SECONDS = 10.0
+_RAY_ROUND_SECONDS = 0.01
+# A batch must beat the loop by this to be taken: measurements are not exact, and the loop is the simpler.
+_WORTH_BATCHES = 0.95
+# Measuring stops once it has taken this long.
+_MEASURE_SECONDS = 0.25
+# Classes of clients, each a batch on one of Ray's workers: about so many clients each. Their number does not depend
+# on the number of workers.
+_CLASS_CLIENTS = 64
+_FEWEST_CLASSES, _MOST_CLASSES = 8, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a user may say about how clients are run. None of it changes a result beyond what is stated.
+
+    What is None, or `auto`, is as it was when the run began that is gone on with, and else chosen.
+
+    Args:
+        engine: `auto`, `loop`, `vectorized` or `ray`. Workers, or an address, make `auto` mean `ray`.
+        compute: What a Ray worker runs inside: `auto`, `loop` or `vectorized`.
+        client_noise: `fused`, one draw a round with the law of the sum of all clients' noises, where only the sum is
+            used; or `faithful`, a draw for each client, as on devices. None begins runs with `fused`.
+        workers: Ray workers; None for one on each core, or GPU.
+        gpus_per_worker: Share of a GPU of each Ray worker; None for none on `--device cpu` and else one.
+        ray_address: HOST:PORT of a running Ray; None starts one.
+        state_memory: Most bytes of client states in memory, of all workers together; None for no bound. A checkpoint of
+            a run on Ray gathers all states in this process.
+        state_folder: Where states beyond that go; None for the system's temporary folder.
+        channels_last: See `Task`; None is False.
+        precision: See `Task`; None is `float32`.
+    """
+
+    engine: str = "auto"
+    compute: str = "auto"
+    client_noise: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    ray_address: str | None = None
+    state_memory: int | None = None
+    state_folder: Path | None = None
+    channels_last: bool | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        _choose("--engine", self.engine, ["auto", *ENGINES])
+        _choose("--compute", self.compute, ["auto", *_COMPUTES])
+        _choose("--client-noise", self.client_noise or "fused", ["fused", "faithful"])
+        _choose("--precision", self.precision or "float32", PRECISIONS)
+        if self.workers is not None and self.workers < 1:
+            raise UserError("--workers", "at least 1", self.workers, "Give the number of workers")
+        if self.gpus_per_worker is not None and not 0.0 <= self.gpus_per_worker <= 64.0:
+            raise UserError("--gpus-per-worker", "a number from 0", self.gpus_per_worker, "0.25 puts four on a GPU")
+        if self.engine in ("loop", "vectorized", "flower"):
+            self._refuse("ray", "workers", "gpus_per_worker", "ray_address")
+        if self.engine == "flower":
+            in_process = ("client_noise", "state_memory", "state_folder", "channels_last", "precision")
+            self._refuse("one in process", *in_process)
+
+    def _refuse(self, engine: str, *options: str) -> None:
+        for option in options:
+            if getattr(self, option) is not None:
+                where = "--" + option.replace("_", "-")
+                raise UserError(where, f"--engine {engine}", f"--engine {self.engine}", f"Drop {where}")
+
+    def completed(self, recorded: dict[str, Any] | None, *, begun: bool) -> "Execution":
+        """With what a run that is gone on with was begun with, and the defaults.
+
+        Args:
+            recorded: What `engine.json` says, see `read_record`; None without it.
+            begun: Whether there is something to go on with. A run without a record drew noise for each client.
+        """
+        if self.engine == "flower":
+            remedy = "Use fedpriv run --engine flower, or fedpriv.flower.launch"
+            raise UserError("--engine", "an engine in process", "'flower'", remedy)
+        before = recorded or ({"client_noise": "faithful"} if begun else {})
+        changes: dict[str, Any] = {
+            "client_noise": self.client_noise or before.get("client_noise", "fused"),
+            "precision": self.precision or before.get("precision", "float32"),
+            "channels_last": before.get("channels_last", False) if self.channels_last is None else self.channels_last,
+        }
+        if self.engine == "auto" and (self.ray_address is not None or (self.workers or 1) > 1):
+            changes["engine"] = "ray"
+        elif self.engine == "auto":
+            changes["engine"] = before.get("engine", "auto")
+        if changes.get("engine", self.engine) == "ray" and before.get("engine") == "ray":
+            changes["workers"] = self.workers or before["workers"]
+        if self.compute == "auto":
+            changes["compute"] = before.get("compute", "auto")
+        return replace(self, **changes)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _choose(where: str, given: str, known: list[str]) -> None:
+    if given not in known:
+        raise UserError(where, " or ".join(known), repr(given), nearest(given, known))
+
+
+def read_record(directory: RunDirectory) -> dict[str, Any] | None:
+    """What `engine.json` of a run says; None if there is none.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    found = directory.read_json(ENGINE_FILE)
+    if found is None:
+        return None
+    kinds = {
+        "engine": str,
+        "compute": str,
+        "workers": int,
+        "client_noise": str,
+        "precision": str,
+        "channels_last": bool,
+    }
+    if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in kinds.items()):
+        where = str(directory.file(ENGINE_FILE))
+        raise UserError(where, "what a run was begun with", "something else", "Start again in a new --out")
+    return {key: found[key] for key in kinds}
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes such as 8GB, 512 MiB or 1000000.
+
+    Raises:
+        UserError: If it is none.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,15})?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise UserError("--state-memory", "a size such as 8GB", repr(text[:40]), "Write a number and KB, MB, GB or TB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class Ran(NamedTuple):
+    """How a run is really run, for its records: an engine, what computes, how many workers, how noise is drawn."""
+
+    engine: str
+    compute: str
+    workers: int
+    client_noise: str
+    seconds_per_client: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict()
+
+
+def _loop(population: Population, memory: int | None, folder: Path | None) -> Engine:
+    return LoopEngine(population, states=population.state_store(memory, folder))
+
+
+def _vectorized(population: Population, memory: int | None, folder: Path | None) -> Engine:
+    return VectorizedEngine(population, states=population.state_store(memory, folder))
+
+
+_COMPUTES: dict[str, Callable[[Population, int | None, Path | None], Engine]] = {
+    "loop": _loop,
+    "vectorized": _vectorized,
+}
+
+
+@dataclass(frozen=True)
+class _Local:
+    """Makes the engine inside a Ray worker."""
+
+    compute: str
+    memory: int | None
+    folder: Path | None
+
+    def __call__(self, population: Population, device: torch.device) -> Engine:
+        return _COMPUTES[self.compute](population.on(device), self.memory, self.folder)
+
+
+def make_engine(name: str, experiment: Experiment) -> Engine:
+    """The engine called `name`, in this process, with a draw of noise for each client; `auto` measures."""
+    execution = Execution(engine=name, client_noise="faithful")
+    if name == "auto":
+        execution = replace(execution, engine=_chosen(experiment)[0])
+    return start_engine(experiment, execution)[0]
+
+
+def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, Ran]:
+    """The engine that an execution asks for, and what that came to.
+
+    Raises:
+        UserError: If there is no such engine here, or the machine has no room for it.
+    """
+    seconds: dict[str, float] = {}
+    compute = execution.engine if execution.engine in _COMPUTES else execution.compute
+    if compute not in _COMPUTES:
+        compute, seconds = _chosen(experiment)
+    engine, workers = _engine_and_workers(experiment, execution, seconds.get(compute))
+    fused = execution.client_noise != "faithful" and can_fuse(experiment.population.rules)
+    population = without_noise(experiment.population) if fused else experiment.population
+    if engine == "ray":
+        runner = _ray(experiment, population, execution, compute, workers)
+    else:
+        runner = _COMPUTES[compute](population, execution.state_memory, execution.state_folder)
+    if fused:
+        runner = FusedNoise(runner, experiment.population.rules)
+    noise = "fused" if fused else "faithful"
+    return runner, Ran(engine if engine == "ray" else compute, compute, workers, noise, seconds)
+
+
+def _engine_and_workers(
+    experiment: Experiment, execution: Execution, seconds_per_client: float | None
+) -> tuple[str, int]:
+    """`ray` and its workers, or `here` and 1."""
+    if execution.engine in _COMPUTES:
+        return "here", 1
+    room = execution.workers or _room_for_workers(experiment, execution)
+    if execution.engine == "ray":
+        return "ray", room
+    if execution.workers is None and _workers_pay(experiment, room, seconds_per_client):
+        return "ray", room
+    return "here", 1
+
+
+def _room_for_workers(experiment: Experiment, execution: Execution) -> int:
+    """As many workers as there are cores or GPUs, and no more than clients in a round."""
+    if execution.gpus_per_worker or experiment.population.task.device.type == "cuda":
+        room = max(int(torch.cuda.device_count() / (execution.gpus_per_worker or 1.0)), 1)
+    else:
+        room = cores()
+    return max(min(room, round(experiment.server.sampling.expected_size)), 1)
+
+
+def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float | None) -> bool:
+    """Whether workers would end the run earlier, by what one client was measured to take."""
+    if seconds_per_client is None or workers < 2 or experiment.population.task.device.type != "cpu":
+        return False
+    rounds = experiment.config.training.rounds
+    alone = seconds_per_client * experiment.server.sampling.expected_size * rounds
+    return alone / workers + _RAY_START_SECONDS + _RAY_ROUND_SECONDS * rounds < _WORTH_WORKERS * alone
+
+
+def _ray(experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int) -> Engine:
+    from fedpriv.engines.ray.engine import RayEngine
+
+    gpus = execution.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if population.task.device.type == "cuda" else 0.0
+    expected = experiment.server.sampling.expected_size
+    batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
+    unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
+    memory = None if execution.state_memory is None else execution.state_memory // workers
+    return RayEngine(
+        population.on(torch.device("cpu")).in_client_order(),
+        _Local(compute, memory, execution.state_folder),
+        workers=workers,
+        gpus_per_worker=gpus,
+        unit=unit,
+        address=execution.ray_address,
+        snapshot_folder=None if memory is None else execution.state_folder or Path(tempfile.gettempdir()),
+    )
+
+
+def choose_compute(population: Population, server: ServerRules, initial_model: Tensor) -> tuple[str, dict[str, float]]:
+    """The faster of loop and batches on a first chunk of clients, and the seconds per client of each.
+
+    Both run a part of the first round on engines that are then thrown away: no state and no result is touched.
+
+    Args:
+        population: The clients.
+        server: Says who takes part.
+        initial_model: What they work on, `[params]`.
+    """
+    population = without_noise(population)
+    broadcast = begin_round(server, server.method.init_server(initial_model), 1)
+    clients = broadcast.cohort if len(broadcast.cohort) else np.zeros(1, dtype=np.int64)
+    loop, vectorized = LoopEngine(population), VectorizedEngine(population)
+    chunk = np.sort(vectorized.first_chunk(clients))
+    few = _few(loop, broadcast.model, chunk)
+    seconds = {
+        "loop": _seconds_per_client(loop, broadcast.model, few),
+        "vectorized": _seconds_per_client(vectorized, broadcast.model, chunk if len(few) > 1 else chunk[:2]),
+    }
+    return "vectorized" if seconds["vectorized"] < _WORTH_BATCHES * seconds["loop"] else "loop", seconds
+
+
+def _chosen(experiment: Experiment) -> tuple[str, dict[str, float]]:
+    server = experiment.server
+    if isinstance(server.sampling, Scheduled):  # any clients do to be measured
+        several = FixedSize(server.sampling.population, math.ceil(server.sampling.expected_size))
+        server = replace(server, sampling=several)
+    return choose_compute(experiment.population, server, experiment.initial_model)
+
+
+def _few(loop: Engine, model: Tensor, chunk: np.ndarray) -> np.ndarray:
+    """As many of the clients as a loop runs in a short time."""
+    began = time.perf_counter()
+    loop.sum_messages(Broadcast(1, model, chunk[:1]))
+    once = max(time.perf_counter() - began, 1e-6)
+    return chunk[: max(int(_MEASURE_SECONDS / once), 1)]
+
+
+def _seconds_per_client(engine: Engine, model: Tensor, clients: np.ndarray) -> float:
+    """The best of up to three runs after a first one, which makes what later ones use again."""
+    best, began = float("inf"), time.perf_counter()
+    engine.sum_messages(Broadcast(1, model, clients))
+    for _ in range(3):
+        start = time.perf_counter()
+        engine.sum_messages(Broadcast(1, model, clients))
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - began > _MEASURE_SECONDS:
+            break
+    return best / len(clients)

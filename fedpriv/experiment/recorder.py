@@ -1,0 +1,347 @@
+"""What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.experiment.build import Experiment
+from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
+from fedpriv.experiment.learned import warnings_of
+from fedpriv.experiment.plots import plot_curves
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
+from fedpriv.methods import ServerState
+from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
+from fedpriv.rounds import Total, begin_round, signal_to_noise
+from fedpriv.vectors import Layout
+
+__all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
+
+_log = logging.getLogger("fedpriv")
+
+_OF_A_TUNING = """
+One trial of a tuning
+
+  The epsilon above is that of one run, whatever came out. If this run was chosen from among others by its score,
+  the choice costs more: what is promised then is in tuning.json of the sweep.
+"""
+
+# The totals of a finished run that are not released, and a checksum of its data.
+DIAGNOSTICS_FILE = "diagnostics.json"
+
+# In a checkpoint, what stands before the number of a model that somebody still works on.
+OLDER = "model-after-"
+
+# Sees every recorded round as it happens: the released row and the diagnostics row. It may raise `StopRun`.
+Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+class StopRun(Exception):  # noqa: N818
+    """Raised by a watcher: the run ends after this round, saved, and can be gone on with to the same bits."""
+
+
+@dataclass
+class Journal:
+    """Writes a run's records.
+
+    Args:
+        experiment: What is run.
+        directory: Where to.
+        ran: How it is run, for the summary: at least the `engine`.
+        watch: Called with every round's rows, if given.
+        checkpoint_seconds: Shortest time between two checkpoints.
+        checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
+        randomness: Where noise and cohorts come from: `seeded` or `system`.
+        deployed: Whether real devices take part; of a private run, nothing of a sum without its noise is then written.
+    """
+
+    experiment: Experiment
+    directory: RunDirectory
+    ran: dict[str, Any]
+    watch: Watcher | None = None
+    checkpoint_seconds: float = 10.0
+    checkpoint_every: int | None = None
+    randomness: str = "seeded"
+    deployed: bool = False
+    _taken: Counter[int] = field(default_factory=Counter)
+    _saved_at: float = field(default_factory=time.monotonic)
+    _round_began: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """Writes what is known before the first round."""
+        experiment, plan = self.experiment, self.experiment.plan
+        size = experiment.population.task.layout.size
+        if plan is not None and (drowned := signal_warning(plan, size)):
+            _log.warning("%s", drowned)
+        statement = privacy_statement(
+            plan,
+            method=experiment.config.method_name,
+            randomness=self.randomness,
+            deployed=self.deployed,
+            clock=experiment.timeline is not None,
+            data=experiment.config.data.facts,
+            recorded=True,
+            app="fixed" if self.deployed else None,
+            size=size,
+        )
+        choice = experiment.config.privacy
+        if choice is not None and choice.draw is not None:
+            statement += _OF_A_TUNING
+        promise = _no_promise() if plan is None else plan.as_dict()
+        self.directory.write_json("privacy.json", {**promise, "statement": statement})
+        self.directory.write_text("privacy.txt", statement)
+        self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
+        if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
+            measured = measure_heterogeneity(experiment.config, experiment.population)
+            self.directory.write_json(HETEROGENEITY_FILE, measured)
+        self._round_began = time.monotonic()
+
+    def initial(self, model: Tensor, round: int = 0) -> None:  # noqa: A002
+        """Records the model before the first round, or after one that a crash left without a row."""
+        released = {"round": round, **self._promise(round), **self._evaluation(model, round)}
+        self._record({**released, **self._clock(round, released=True)}, {"round": round})
+
+    def replayed(self, last_round: int, taken: Mapping[int, int] | None = None) -> None:
+        """Takes up again after `last_round`: forgets later rows, and recounts who took part.
+
+        Args:
+            last_round: The last round that is safe.
+            taken: How often each client took part; None where the cohorts can be drawn again.
+        """
+        for name in ("rounds.jsonl", "diagnostics.jsonl"):
+            self.directory.keep_rows(name, last_round)
+        if self._keeps_ledger:
+            for past in range(1, last_round + 1) if taken is None else ():
+                self._count(past)
+            self._taken.update(taken or {})
+        self._round_began = time.monotonic()
+
+    def after_round(
+        self,
+        round: int,  # noqa: A002
+        state: ServerState,
+        total: Total,
+        client_states: Callable[[], dict[str, Tensor]] | None,
+        taken: Mapping[int, int] | None = None,
+        older: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Records a round, and writes a checkpoint if one is due and clients' states can be had.
+
+        Args:
+            round: Its number.
+            state: The server's, after it.
+            total: What came in.
+            client_states: Gives all clients' states; None where they are elsewhere.
+            taken: How often each client took part, where the caller knows better.
+            older: Models that somebody still works on, by the number of the round after which they were the newest.
+        """
+        seconds = time.monotonic() - self._round_began
+        if taken is not None:
+            self._taken = Counter(taken)
+        elif self._keeps_ledger:
+            self._count(round)
+        evaluation = self._evaluation(state.model, round)
+        released = {"round": round, **self._promise(round), **evaluation, **self._clock(round, released=True)}
+        stopped = None
+        try:
+            self._record(released, self._diagnose(round, state, total, seconds))
+        except StopRun as stop:
+            stopped = stop
+        if client_states is not None and (stopped is not None or self._checkpoint_due(round)):
+            self.directory.sync("rounds.jsonl", "diagnostics.jsonl")
+            digest, server = self.experiment.config.digest, state._asdict()
+            server |= {f"{OLDER}{number}": model for number, model in (older or {}).items()}
+            self.directory.checkpoint.write(digest, self.promise, round, server, client_states())
+            self._saved_at = time.monotonic()
+        if stopped is not None:
+            raise stopped
+        self._round_began = time.monotonic()
+
+    def finish(self, state: ServerState) -> dict[str, Any]:
+        """Writes the final model, the picture and, last of all, the summary; returns the summary."""
+        self.directory.write_model("model.safetensors", state.model, self._layout)
+        rounds = self.directory.rows("rounds.jsonl")
+        plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
+        rows = self.directory.rows("diagnostics.jsonl")
+        self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
+        summary = self._summary(rounds[-1], rows)
+        self.directory.write_json("summary.json", summary)
+        self.directory.checkpoint.path.unlink(missing_ok=True)
+        return summary
+
+    @property
+    def promise(self) -> str:
+        """What all rounds of a run must have in common beside its config: data, noise, and who accounts for it."""
+        plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
+        if self.ran.get("precision", "float32") != "float32":
+            data += f", {self.ran['precision']}"
+        if self.experiment.timeline is not None:
+            data += f", timeline {self.experiment.timeline.fingerprint}"
+        drawn = ", one draw of clients' noise a round" if self.ran.get("client_noise") == "fused" else ""
+        return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
+
+    @property
+    def _marks(self) -> dict[str, Any]:
+        """Names the scores that the promise does not cover, if there are any."""
+        names = self.experiment.config.not_covered
+        return {"not_covered": list(names)} if names else {}
+
+    @property
+    def _layout(self) -> Layout:
+        return self.experiment.population.task.layout
+
+    @property
+    def _keeps_ledger(self) -> bool:
+        return self.experiment.plan is not None and self.experiment.plan.trust == "local"
+
+    def _clock(self, round: int, *, released: bool) -> dict[str, Any]:  # noqa: A002
+        """What the virtual clock says of a round, for the rows of what is released or for the others."""
+        timeline = self.experiment.timeline
+        if timeline is None:
+            return {}
+        step = timeline.step(round) if round else None
+        row = clock_row(step) if clock_is_public(self.experiment.config) == released else {}
+        return row if released or step is None else {**row, **lateness_row(step)}
+
+    def _count(self, round: int) -> None:  # noqa: A002
+        if self.experiment.timeline is not None:
+            self._taken.update(self.experiment.timeline.step(round).sent.tolist())
+            return
+        state = self.experiment.config.method.init_server(torch.zeros(1))
+        self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
+
+    def _checkpoint_due(self, round: int) -> bool:  # noqa: A002
+        if round == self.experiment.config.training.rounds:
+            return False
+        if self.checkpoint_every is not None:
+            return round % self.checkpoint_every == 0
+        return time.monotonic() - self._saved_at >= self.checkpoint_seconds
+
+    def _promise(self, round: int) -> dict[str, Any]:  # noqa: A002
+        plan = self.experiment.plan
+        return {"epsilon": None if plan is None else plan.epsilon_after(round)}
+
+    def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:  # noqa: A002
+        looks = self.experiment.config.training.evaluates(round)
+        loss, accuracy = self.experiment.evaluate(model) if looks else (None, None)
+        row = {"test_accuracy": accuracy, "test_loss": loss}
+        if self.experiment.config.data.validation is not None:
+            loss, accuracy = (looks and self.experiment.validate(model)) or (None, None)
+            row |= {"validation_accuracy": accuracy, "validation_loss": loss}
+        return {**row, **self._marks}
+
+    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
+        population = self.experiment.population
+        if self.deployed and self.experiment.plan is not None:  # nothing of a sum without its noise
+            rate = total.messages / max(seconds, 1e-9)
+            plain = {"round": round, "cohort_size": total.messages, "non_finite": 0, "seconds": seconds}
+            return {**plain, "clients_per_second": rate}
+        return {
+            "round": round,
+            "cohort_size": total.messages,
+            "non_finite": total.non_finite,
+            "signal_norm": total.signal_norm,
+            "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
+            "signal_to_noise": signal_to_noise(
+                total, self.experiment.server.noise_stddev, population.rules.noise_stddev * self._weight(round)
+            ),
+            "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
+            "seconds": seconds,
+            "clients_per_second": total.messages / max(seconds, 1e-9),
+            **self._clock(round, released=False),
+        }
+
+    def _weight(self, round: int) -> float:  # noqa: A002
+        """Root mean square of the weights of a round's messages."""
+        if self.experiment.timeline is None:
+            return 1.0
+        step = self.experiment.timeline.step(round)
+        return math.sqrt(step.squared_weights / max(len(step.counted), 1))
+
+    def _record(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        self.directory.append("rounds.jsonl", released)
+        if len(diagnostics) > 1:
+            self.directory.append("diagnostics.jsonl", diagnostics)
+        if self.watch is not None:
+            self.watch(released, diagnostics)
+
+    def _title(self) -> str:
+        config, plan = self.experiment.config, self.experiment.plan
+        promise = "not private"
+        if plan is not None and plan.private:
+            promise = f"{plan.trust} trust, ({rounded_up(plan.epsilon)}, {plan.delta:g})-DP"
+        return f"{config.name}: {config.method_name}, {promise}"
+
+    def _summary(self, last: dict[str, Any], diagnostics: list[dict[str, Any]]) -> dict[str, Any]:
+        config, plan = self.experiment.config, self.experiment.plan
+        seconds = sum(row["seconds"] for row in diagnostics)
+        expected = self.experiment.server.sampling.expected_size
+        # Of a private run the messages that were expected: how many there were may show who took part.
+        messages = sum(row["cohort_size"] if plan is None else expected for row in diagnostics)
+        promise = _no_promise() if plan is None else plan.as_dict()
+        keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
+        return {
+            "name": config.name,
+            "method": config.method_name,
+            "engine": self.ran["engine"],
+            "execution": self.ran,
+            "digest": config.digest,
+            "seed": config.seed,
+            "rounds": config.training.rounds,
+            "population": self.experiment.population.federation.population,
+            "expected_cohort": expected,
+            "parameters": self.experiment.population.task.layout.size,
+            "test_accuracy": last["test_accuracy"],
+            "test_loss": last["test_loss"],
+            **{key: last[key] for key in ("validation_accuracy", "validation_loss") if key in last},
+            **self._marks,
+            **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
+            **({"ledger": self._ledger()} if self._keeps_ledger else {}),
+            "seconds": seconds,
+            "clients_per_second": messages / seconds if seconds else 0.0,
+            **self._clock_at_the_end(released=True),
+        }
+
+    def _diagnostics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What belongs to the summary and is not released."""
+        return {
+            "data_fingerprint": self.experiment.population.federation.fingerprint,
+            "messages": sum(row["cohort_size"] for row in rows),
+            "non_finite": sum(row["non_finite"] for row in rows),
+            "warnings": warnings_of(rows),
+            **self._clock_at_the_end(released=False),
+            **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
+        }
+
+    def _clock_at_the_end(self, *, released: bool) -> dict[str, Any]:
+        timeline, rounds = self.experiment.timeline, self.experiment.config.training.rounds
+        if timeline is None or clock_is_public(self.experiment.config) != released:
+            return {}
+        row = clock_row(timeline.step(rounds) if rounds else None)
+        return {key: value for key, value in row.items() if key != "counted"}
+
+    def _ledger(self) -> dict[str, Any]:
+        """What single clients really spent, by how often each took part."""
+        plan = self.experiment.plan
+        counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
+        for client, times in self._taken.items():
+            counts[client] = times
+        figures = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
+        return {
+            who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}
+            for who, times in figures.items()
+        }
+
+
+def _no_promise() -> dict[str, Any]:
+    keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
+    absent = {"private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
+    return {**dict.fromkeys(keys), **absent, **NOT_PROMISED}

@@ -1,0 +1,49 @@
+"""One client's answer to a training message, whoever made its signal."""
+
+import logging
+import math
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from fedpriv.engines import one_thread
+from fedpriv.flower.messages import DIAGNOSTICS, MessageFormat, ModelArrays, Order
+from fedpriv.flower.state import keep_state, load_state
+from fedpriv.rounds import client_round
+
+__all__ = ["refusal", "send_message"]
+
+_log = logging.getLogger("flwr")
+
+
+def send_message(order: Order, signal: Tensor, model: ModelArrays, context: Context) -> RecordDict:
+    """The content of the answer: the message as arrays, and what the order asks for besides.
+
+    Args:
+        order: The client's part in the round.
+        signal: What it would send without privacy, `[params]`.
+        model: How the message is laid out in arrays.
+        context: Keeps the client's state.
+    """
+    with one_thread():
+        state = load_state(context, order, model.layout.size)
+        sound = all(bool(torch.isfinite(field).all()) for field in state)
+        message, state = client_round(order.rules, order.client, state, signal, order.round)
+        norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64)) if sound else math.inf
+    keep_state(context, order, state)
+    if not math.isfinite(norm):
+        what = "update" if sound else "memory"
+        _log.warning("client %d: its %s is not finite, and its message counts as nothing", order.client, what)
+    content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        **model.message(message, MessageFormat.of(order.rules))
+    }
+    if order.diagnostics:
+        content[DIAGNOSTICS] = MetricRecord({"signal-norm": norm})
+    return RecordDict(content)
+
+
+def refusal(message: Message, reason: str) -> Message:
+    """The answer of a client that cannot take part."""
+    return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason), reply_to=message)

@@ -1,0 +1,1 @@
+"""`fedpriv flower`: running an unmodified Flower app in simulation."""

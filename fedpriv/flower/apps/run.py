@@ -1,0 +1,155 @@
+"""`fedpriv flower APP_DIR`: an unmodified Flower app, run on a grid of our own."""
+
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
+
+from fedpriv.errors import UserError
+from fedpriv.flower.apps.folder import AppFolder, import_component, imports_from, last_line_in
+from fedpriv.flower.apps.grid import AppGrid, Backend
+from fedpriv.flower.apps.ray_nodes import RayClients, Workers
+from fedpriv.flower.apps.virtual_clients import (
+    ClientSeeds,
+    InProcessClients,
+    Population,
+    VirtualClients,
+    generators_kept,
+)
+from fedpriv.flower.client_errors import place_of
+from fedpriv.flower.internals.app import SERVER_NODE, empty_run, inside_a_run
+
+__all__ = ["AppRun", "Workers", "run_app"]
+
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class AppRun:
+    """What a run came to.
+
+    Args:
+        messages: How many messages were answered.
+        failed: How many of the answers were errors.
+        reason: The first of these errors.
+        seconds: How long the ServerApp ran.
+        workers: How many processes played clients.
+    """
+
+    messages: int
+    failed: int
+    reason: str
+    seconds: float
+    workers: int
+
+    @classmethod
+    def of(cls, grid: AppGrid, seconds: float, workers: int) -> "AppRun":
+        """The run that a grid has been through."""
+        answers = grid.answers.values()
+        reason = next((f"client {a.client}: {a.reason}" for a in answers if a.failed), "")
+        return cls(sum(a.messages for a in answers), sum(a.failed for a in answers), reason, seconds, workers)
+
+    def __str__(self) -> str:
+        failed = f", {self.failed} of them errors (the first: {self.reason})" if self.failed else ""
+        speed = self.messages / self.seconds if self.seconds > 0 else 0.0
+        processes = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        return f"{self.messages} messages in {self.seconds:.2f} s, {speed:.0f} messages/s, {processes}{failed}"
+
+
+def run_app(folder: Path, clients: int, overrides: Sequence[str] = (), workers: Workers | None = None) -> AppRun:
+    """Runs a Flower app to its end.
+
+    The ServerApp runs in this thread and in the current working directory, so that files with relative names are read
+    and written where the user is. Clients have the partition ids 0 to `clients` - 1.
+
+    Args:
+        folder: The app's folder.
+        clients: How many clients there are.
+        overrides: Changes of the app's config, as `flwr run --run-config` takes them.
+        workers: Where clients run; None for this process.
+
+    Raises:
+        UserError: If the app cannot be loaded, raises, or has no client that answers; if the workers cannot be had.
+    """
+    workers = workers or Workers()
+    if clients < 1:
+        raise UserError("--clients", "at least 1", clients, "Give the number of clients")
+    workers.check()
+    app = AppFolder.read(folder, overrides)
+    run_id = secrets.randbits(62)
+    with imports_from(app.path), inside_a_run(run_id):
+        server = import_component(app.path, app.serverapp, "serverapp")
+        with _clients_of(app, clients, run_id, workers) as (population, backend):
+            grid = AppGrid(empty_run(run_id), population.nodes, backend)
+            seconds = _serve(server, grid, app)
+            return AppRun.of(grid, seconds, backend.workers)
+
+
+@contextmanager
+def _clients_of(app: AppFolder, size: int, run_id: int, workers: Workers) -> Iterator[tuple[Population, Backend]]:
+    """The clients of an app, ready for messages. To the server's random generators it is as if they were elsewhere."""
+    with generators_kept():
+        client_app = import_component(app.path, app.clientapp, "clientapp")
+        population = Population(run_id, size, app.run_config, ClientSeeds.drawn())
+    backend = (
+        RayClients(app.path, app.clientapp, population, workers)
+        if workers.need_ray
+        else InProcessClients(VirtualClients(client_app, population))
+    )
+    try:
+        yield population, backend
+    finally:
+        backend.close()
+
+
+def _serve(server: ServerApp, grid: AppGrid, app: AppFolder) -> float:
+    """Runs the ServerApp and returns its seconds.
+
+    Raises:
+        UserError: If it raised, or no message of one type came to anything.
+    """
+    config = dict(app.run_config)
+    context = Context(grid.run.run_id, SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
+    began = time.monotonic()
+    try:
+        server(grid, context)
+    except UserError:
+        raise
+    except Exception as error:
+        _log.debug("the ServerApp raised", exc_info=error)
+        _refuse_all_failed(grid, app.path)
+        place = last_line_in(app.path, error) or _last_line(error)
+        raise UserError(
+            f"ServerApp {app.serverapp!r}",
+            "one that comes to its end",
+            f"{type(error).__name__}: {str(error).rstrip('.')}{place}",
+            "Fix the app; FLWR_LOG_LEVEL=DEBUG shows the traceback",
+        ) from error
+    _refuse_all_failed(grid, app.path)
+    return time.monotonic() - began
+
+
+def _last_line(error: BaseException) -> str:
+    """Return where an exception came from that none of the app's own files raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename.rpartition('site-packages/')[2]}, line {frames[-1].lineno})" if frames else ""
+
+
+def _refuse_all_failed(grid: AppGrid, folder: Path) -> None:
+    for message_type, answers in grid.answers.items():
+        if answers.failed == answers.messages and answers.error is not None:
+            place = place_of(answers.error, folder)
+            where = f"client {answers.client}; {place}" if place else f"client {answers.client}"
+            raise UserError(
+                f"ClientApp, {message_type}",
+                "a client that answers",
+                f"{answers.failed} errors, the first: {answers.reason} ({where})",
+                "Fix the app; the log above shows the traceback",
+            )

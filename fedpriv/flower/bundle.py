@@ -1,0 +1,70 @@
+"""The one Flower app that a deployment runs: a few lines that call what is installed, the same on every machine.
+
+Its bundle therefore has a hash that each node can work out by itself. A node that accepts this bundle only runs its own
+installed fedpriv, and never code that came from a server.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.version import __version__
+
+__all__ = ["CLIENT_MODULE", "SERVER_MODULE", "app_files", "app_hash", "write_app"]
+
+SERVER_MODULE = "from strategies.server_app import app\n\n__all__ = ['app']\n"
+CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"
+
+# What the run config of a deployment may set, and what holds if it does not.
+_DEPLOYED: dict[str, Any] = {
+    "config-toml": "",
+    "out": "",
+    "device": "cpu",
+    "data-root": "",
+    "deployed": True,
+    "resume": False,
+    "claimed": False,
+    "failure-report": "",
+    "test-seeded": False,
+}
+
+
+def app_files(run_config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """The app's files, by name.
+
+    Args:
+        run_config: Another table `[tool.flwr.app.config]`; None for that of a deployment.
+    """
+    components = {"serverapp": "fedpriv_server:app", "clientapp": "fedpriv_client:app"}
+    config = dict(_DEPLOYED if run_config is None else run_config)
+    tables = {
+        "project": {"name": "fedpriv-run", "version": __version__, "license": "Apache-2.0", "description": "One run"},
+        "tool": {"flwr": {"app": {"publisher": "fedpriv", "components": components, "config": config}}},
+    }
+    return {
+        "pyproject.toml": tomli_w.dumps(tables).encode(),
+        "fedpriv_server.py": SERVER_MODULE.encode(),
+        "fedpriv_client.py": CLIENT_MODULE.encode(),
+    }
+
+
+def write_app(folder: Path, run_config: Mapping[str, Any] | None = None) -> None:
+    """Writes the app.
+
+    Args:
+        folder: Where to; it is made if it is not there.
+        run_config: As in `app_files`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in app_files(run_config).items():
+        write_atomically(folder / name, content)
+
+
+def app_hash() -> str:
+    """The SHA-256 of the bundle that Flower makes of a deployment's app: the same wherever and whenever it is made."""
+    from fedpriv.flower.internals.supernode import bundle_hash
+
+    return bundle_hash(app_files())

@@ -1,0 +1,1 @@
+"""All that touches what Flower does not publish."""

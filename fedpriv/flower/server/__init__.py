@@ -1,0 +1,1 @@
+"""What strategies need beside a method."""

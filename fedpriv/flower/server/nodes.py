@@ -1,0 +1,186 @@
+"""Which Flower node is which client, and what it means that one does not answer."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedpriv.errors import UserError
+from fedpriv.flower.client_errors import reason_in_short
+from fedpriv.flower.messages import Introduction, introduction, printable
+
+__all__ = ["MAX_REASON", "find_clients", "find_rejoined", "in_words", "sort_answers"]
+
+_log = logging.getLogger("flwr")
+
+MAX_REASON = 600
+"""Most characters of what a client says that are shown."""
+
+# Nodes join one after the other. Without a number to wait for, they are all there when none came for so long.
+_SETTLED_SECONDS = 3.0
+_POLL_SECONDS = 0.1
+_REJOIN_SECONDS = 60.0
+
+_MAX_LISTED = 3
+_MAX_KEYS = 10
+
+
+def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout: float) -> list[int]:
+    """The node of each client, by client id.
+
+    Each node is asked for its `partition-id`, which becomes its client id. Where no node has one, clients are numbered
+    by ascending node id (node ids are random, so such a run cannot be reproduced).
+
+    Args:
+        grid: Reaches the nodes.
+        expected: How many clients there are; None for as many as there are nodes.
+        join_timeout: Seconds to wait for nodes to join.
+        timeout: Seconds to wait for their answers.
+
+    Raises:
+        UserError: If there are fewer or more nodes, if one does not answer, if one has no `private_mod`, or if ids are
+            not 0 to n - 1. Nothing is spent then.
+    """
+    nodes = _joined(grid, expected, join_timeout)
+    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in nodes}
+    contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
+    if failures:
+        raise UserError(
+            "introduction (is there a ClientApp(mods=[private_mod])?)",
+            f"an answer from each of {len(nodes)} clients",
+            in_words({node: f"node {node}: {reason}" for node, reason in failures.items()}, "node"),
+            "Fix these clients and start the run again",
+        )
+    return _numbered(nodes, [_introduced(contents[node], f"node {node}").client for node in nodes])
+
+
+def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]:
+    """Return the node of each client after clients whose node is gone have been looked for under new node ids.
+
+    A node that restarts may come back with another id. It is asked who it is, and is recognized by its `partition-id`.
+
+    Args:
+        grid: Reaches the nodes.
+        nodes: The node of each client, by client id.
+        seen: Nodes that were asked before; those that are asked now are added.
+    """
+    online = set(grid.get_node_ids())
+    new = [] if online.issuperset(nodes) else sorted(online - set(nodes) - seen)
+    if not new:
+        return list(nodes)
+    seen.update(new)
+    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
+    contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=_REJOIN_SECONDS), 0.0)
+    found = list(nodes)
+    for node, content in contents.items():
+        who = Introduction.of_answer(content)
+        client = None if who is None else who.client
+        if client is not None and 0 <= client < len(found) and found[client] not in online:
+            _log.info("client %d is back as node %d", client, node)
+            found[client] = node
+    return found
+
+
+def sort_answers(
+    asked: Mapping[int, Message], answers: Iterable[Message], timeout: float
+) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """Return the contents of answers, and why others could not be had, each by key and in the order of `asked`.
+
+    Answers are told apart by the message that they answer, since an error in place of a dead node does not say which
+    node it is for. What another node answers does not count, nor does a second answer.
+
+    Args:
+        asked: The messages that were sent.
+        answers: The messages that came back.
+        timeout: How many seconds were waited.
+    """
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked.values()}
+    others = set(node_of.values())
+    answer_to: dict[str, Message] = {}
+    for answer in answers:
+        to, by = answer.metadata.reply_to_message_id, answer.metadata.src_node_id
+        if by == node_of.get(to) or (answer.has_error() and by not in others):
+            answer_to.setdefault(to, answer)
+    contents: dict[int, RecordDict] = {}
+    failures: dict[int, str] = {}
+    for key, message in asked.items():
+        answer = answer_to.get(message.metadata.message_id)
+        if answer is None:
+            failures[key] = f"no answer within {timeout:g} s"
+        elif answer.has_error():
+            failures[key] = printable(reason_in_short(answer.error), MAX_REASON) or "an error without a reason"
+        else:
+            contents[key] = answer.content
+    return contents, failures
+
+
+def in_words(failures: Mapping[int, str], who: str = "client") -> str:
+    """Return the first failures in one line, and how many more there are; equal ones are named once.
+
+    Args:
+        failures: One line each, which may begin with whom it is about, such as `client 3: `.
+        who: What the keys are.
+    """
+    alike: dict[str, list[int]] = {}
+    for key, line in failures.items():
+        alike.setdefault(line.removeprefix(f"{who} {key}: "), []).append(key)
+    lines, groups = [], list(alike.values())
+    for keys in groups[:_MAX_LISTED]:
+        others = ", ".join(map(str, keys[1:_MAX_KEYS])) + (", ..." if len(keys) > _MAX_KEYS else "")
+        lines.append(failures[keys[0]] + (f" (also {who} {others})" if others else ""))
+    more = sum(map(len, groups[_MAX_LISTED:]))
+    return "; ".join(lines) + (f" (and {more} more)" if more else "")
+
+
+def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
+    """The node ids, ascending, once all have joined."""
+    if getattr(grid, "all_are_there", False):  # `fedpriv.flower.apps.grid.AppGrid`
+        return _right_number(list(grid.get_node_ids()), expected, "", f"Start it with --clients {expected}")
+    began = changed = time.monotonic()
+    nodes: set[int] = set()
+    while time.monotonic() - began < timeout and not (expected is not None and len(nodes) >= expected):
+        found = set(grid.get_node_ids())
+        if found != nodes:
+            nodes, changed = found, time.monotonic()
+        elif expected is None and nodes and time.monotonic() - changed >= _SETTLED_SECONDS:
+            break
+        else:
+            time.sleep(_POLL_SECONDS)
+    remedy = (
+        f'In simulation use flwr run --federation-config "num-supernodes={expected or 10} '
+        f'client-resources-num-cpus=1"; otherwise start as many SuperNodes as there are clients'
+    )
+    return _right_number(nodes, expected, f" after {time.monotonic() - began:.0f} s", remedy)
+
+
+def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remedy: str) -> list[int]:
+    found = sorted(nodes)
+    if not found or (expected is not None and len(found) != expected):
+        wanted = "at least one" if expected is None else f"{expected}, one for each client"
+        remedy += f", or give the strategy num_clients={len(found)}" if found else ""
+        raise UserError("Flower nodes", wanted, f"{len(found)}{waited}", remedy)
+    return found
+
+
+def _introduced(content: RecordDict, who: str) -> Introduction:
+    found = Introduction.of_answer(content)
+    if found is None:
+        raise UserError(who, "a ClientApp with private_mod", "one without", "Write ClientApp(mods=[private_mod])")
+    return found
+
+
+def _numbered(nodes: Sequence[int], ids: Sequence[int | None]) -> list[int]:
+    if all(i is None for i in ids):
+        _log.info("no node has a partition-id: clients are numbered by ascending node id")
+        return list(nodes)
+    known = [i for i in ids if i is not None]
+    if sorted(known) != list(range(len(nodes))):
+        raise UserError(
+            "partition-id of the nodes",
+            f"each of 0 to {len(nodes) - 1} once",
+            ", ".join("none" if i is None else str(i) for i in ids[:20]),
+            'Start each SuperNode with its own --node-config "partition-id=I"',
+        )
+    return [node for _, node in sorted(zip(known, nodes, strict=True))]

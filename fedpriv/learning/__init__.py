@@ -1,1 +1,0 @@
-"""What is learned, and how: data and who holds it, models, and local work."""

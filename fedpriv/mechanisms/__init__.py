@@ -1,0 +1,1 @@
+"""Noise, exact on a grid."""

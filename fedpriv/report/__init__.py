@@ -1,0 +1,1 @@
+"""Reading finished runs: studies, what they spent, and a page about them."""

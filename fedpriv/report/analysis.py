@@ -1,0 +1,352 @@
+"""What a study says: best settings, how much of a grid is nearly as good, what accuracy costs. Tables in, tables out.
+
+A setting is an experiment without its seed; it is judged by its mean over seeds. Settings are compared with one another
+only where problem and privacy are the same.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
+from fedpriv.errors import UserError
+from fedpriv.experiment.schema import field_names
+from fedpriv.privacy import rounded_up
+from fedpriv.report.study import (
+    COSTS,
+    HYPERPARAMETERS,
+    METRICS,
+    TERMS,
+    Study,
+    as_text,
+    problem_key,
+    telling,
+    words_of,
+)
+
+__all__ = [
+    "QUANTITIES",
+    "HeatMap",
+    "Judge",
+    "Quantity",
+    "against",
+    "best_settings",
+    "curves",
+    "front",
+    "heat_maps",
+    "held",
+    "judge_of",
+    "settings_table",
+    "share_near_best",
+    "thinned",
+]
+
+Judge = Literal["validation", "test"]
+GROUP = ["problem", "privacy", "method"]
+"""Settings that differ in these are never weighed against each other, but for methods under one promise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """Something that accuracy is shown against.
+
+    Args:
+        name: Of the figure.
+        label: Of the axis.
+        column: Of the table of settings.
+        own: Keys of the config that set it: runs are not kept apart by them in its figure.
+        cost: Whether less is better, so that what is shown is the front of what accuracy costs.
+    """
+
+    name: str
+    label: str
+    column: str
+    own: tuple[str, ...] = ()
+    cost: bool = False
+
+
+_SPREAD = (
+    "partition",
+    "shift",
+    *sorted({field for kind in (*PARTITIONS.values(), *SHIFTS.values()) for field in field_names(kind)}),
+)
+_PARTITION = tuple(f"data.{field}" for field in _SPREAD)
+_EPSILON = ("privacy.epsilon", "privacy.noise_multiplier")
+_COHORT = ("cohort.sampling", "cohort.probability", "cohort.size")
+LABEL_DISTANCE, GRADIENT_DISTANCE = "heterogeneity.label_tv", "heterogeneity.gradient_dissimilarity"
+
+QUANTITIES = (
+    Quantity(name="epsilon", label="epsilon", column="epsilon"),
+    Quantity(name="label_distance", label="mean distance of labels (TV)", column=LABEL_DISTANCE, own=_PARTITION),
+    Quantity(name="gradient_distance", label="dissimilarity of gradients", column=GRADIENT_DISTANCE, own=_PARTITION),
+    Quantity(name="partition", label="partition", column="partition", own=_PARTITION),
+    Quantity(name="cohort_size", label="expected cohort size", column="cohort_size", own=_COHORT),
+    Quantity(name="population", label="population (clients)", column="population", own=("data.clients",)),
+    Quantity(name="simulated_time", label="simulated time (s)", column="simulated_seconds", cost=True),
+    Quantity(name="bytes", label="bytes up and down", column="bytes", cost=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """Accuracy over two hyperparameters, for one problem, privacy and method.
+
+    Args:
+        group: Problem, privacy and method.
+        keys: The config's keys of rows and of columns.
+        rows: Values of the first, ascending, as text.
+        columns: Values of the second.
+        accuracy: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN where nothing ran.
+        seeds: int `[rows, columns]`, seeds of that setting; 0 where nothing ran.
+    """
+
+    group: tuple[str, str, str]
+    keys: tuple[str, str]
+    rows: list[str]
+    columns: list[str]
+    accuracy: np.ndarray
+    seeds: np.ndarray
+
+
+def judge_of(study: Study, wanted: str | None = None) -> Judge:
+    """Which accuracy chooses settings: the wanted one, else validation where every run has it, else test.
+
+    Raises:
+        UserError: If validation is wanted and a run has none.
+    """
+    if wanted not in (None, "test", "validation"):
+        raise UserError("--select", "test or validation", repr(wanted), "Choose one, or leave it out")
+    lacking = study.runs.loc[study.runs["validation_accuracy"].isna(), "run"].tolist()
+    if wanted == "validation" and lacking:
+        some = f"none in {len(lacking)} runs, such as {lacking[0]}"
+        raise UserError("--select validation", "runs with a validation accuracy", some, "Choose --select test")
+    return "test" if lacking or wanted == "test" else "validation"
+
+
+def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
+    """A row a setting, by number.
+
+    Returns:
+        Columns `setting`, `problem`, `privacy`, `method`, `hyperparameters` (those that vary for the method, in words),
+        `seeds` (how many), `METRIC_mean`, `_std` (of the sample; NaN of one seed), `_min` and `_max` of each metric
+        over seeds, `score` (the judging accuracy's mean), `epsilon` (the largest), `delta`, means of costs and
+        distances, `partition` in words, and the keys of the configs. Runs of one setting and seed count as one seed.
+    """
+    runs = study.runs
+    measured = [*METRICS, *COSTS, "bytes", *(key for key in runs.columns if key.startswith("heterogeneity."))]
+    by_seed = runs.groupby(["setting", "seed"], sort=True)[measured].mean().reset_index()
+    by_setting = by_seed.groupby("setting", sort=True)
+    made = runs.groupby("setting", sort=True).first(skipna=False)
+    made = made.drop(columns=["run", "name", "seed", *measured], errors="ignore")
+    made["epsilon"] = runs.groupby("setting")["epsilon"].max()
+    made["seeds"] = by_setting["seed"].nunique()
+    for metric in METRICS:
+        for name, value in by_setting[metric].agg(["mean", "std", "min", "max"]).items():
+            made[f"{metric}_{name}"] = value
+    for key in measured[len(METRICS) :]:
+        made[key] = by_setting[key].mean()
+    made["score"] = made[f"{judge}_accuracy_mean"]
+    made = made.reset_index()
+    made["partition"] = [text or "default" for text in words_of(made, [k for k in study.varying() if k in _PARTITION])]
+    made["hyperparameters"] = ""
+    for _, rows in made.groupby("method", sort=True):
+        keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
+        made.loc[rows.index, "hyperparameters"] = words_of(rows, telling(rows, keys))
+    first = ["setting", *GROUP, "hyperparameters", "seeds", "score", "epsilon", "delta"]
+    return made[[*first, *(key for key in made.columns if key not in first)]]
+
+
+def best_settings(settings: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+    """The best setting of each problem, privacy and method, by mean over seeds; of equals that with the smaller loss.
+
+    Returns:
+        Rows of `settings`, and `tried`: among how many each was chosen. By problem, then privacy (not private first,
+        then the weaker promise first), then accuracy.
+    """
+    ranked = _ranked(settings, judge)
+    best = ranked.groupby(GROUP, sort=False).head(1).copy()
+    best["tried"] = [int((settings[GROUP] == row[GROUP]).all(axis=1).sum()) for _, row in best.iterrows()]
+    best["weakness"] = best["epsilon"].where(best["private"], np.inf).fillna(np.inf)
+    weakest = best.groupby(["problem", "privacy"])["weakness"].transform("max")
+    order = best.assign(weakest=weakest).sort_values(
+        ["problem", "weakest", "privacy", "score", "setting"], ascending=[True, False, True, False, True], kind="stable"
+    )
+    return order.drop(columns=["weakness", "weakest"]).reset_index(drop=True)
+
+
+def share_near_best(settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0, 5.0, 10.0)) -> pd.DataFrame:
+    """How robust methods are over hyperparameters: the share of settings that come near the best.
+
+    Args:
+        settings: See `settings_table`.
+        points: Distances in percentage points of accuracy.
+
+    Returns:
+        A row for each problem, privacy, method and distance: `settings` (how many), `points`, and of them the share
+        within that distance of the method's own best (`near_own`) and of the best of all methods of the same problem
+        and privacy (`near_all`).
+    """
+    judged = settings[settings["score"].notna()]
+    rows: list[dict[str, Any]] = []
+    for (problem, privacy), rivals in judged.groupby(["problem", "privacy"], sort=False):
+        for method, group in rivals.groupby("method", sort=True):
+            for distance in points:
+                near = {
+                    name: float((group["score"] >= best - distance / 100.0 - 1e-12).mean())
+                    for name, best in (("near_own", group["score"].max()), ("near_all", rivals["score"].max()))
+                }
+                told = {"problem": problem, "privacy": privacy, "method": method, "settings": len(group)}
+                rows.append({**told, "points": distance, **near})
+    return pd.DataFrame(rows, columns=["problem", "privacy", "method", "settings", "points", "near_own", "near_all"])
+
+
+def against(settings: pd.DataFrame, quantity: Quantity, judge: Judge) -> pd.DataFrame:
+    """Accuracy against a quantity: the best setting at each of its values, or the front if it is a cost.
+
+    Returns:
+        Columns `series` (what is kept apart: method, privacy and problem, as far as they differ and the quantity does
+        not set them), `method`, `x` (a number, or a text), `setting`, `seeds`, `accuracy` (test, mean over seeds),
+        `std`, `low`, `high`, `private`; without privacy, `x` is infinite in the figure of epsilon. Series in which the
+        quantity does not vary are left out.
+    """
+    rows = settings.assign(series=_series(settings, quantity), x=settings[quantity.column])
+    rows["place"] = words_of(rows, [key for key in quantity.own if key in rows]) if quantity.own else rows["x"]
+    if quantity.column == "epsilon":
+        rows["x"] = [float(rounded_up(e)) if e == e else math.nan for e in rows["epsilon"].where(rows["private"])]
+        rows["place"] = rows["x"]
+    rows = rows[rows["score"].notna()]
+    known = rows[rows["x"].notna()]
+    known = known[known.groupby("series")["place"].transform("nunique") > 1]
+    if quantity.cost and len(known):
+        kept = pd.concat([front(group, "x", "score") for _, group in known.groupby("series", sort=True)])
+    else:
+        kept = _ranked(known, judge).groupby(["series", "place"], sort=False).head(1)
+    if quantity.column == "epsilon":
+        free = rows[~rows["private"] & rows["series"].isin(list(known["series"]))].assign(x=math.inf)
+        kept = pd.concat([kept, _ranked(free, judge).groupby("series", sort=False).head(1)])
+    kept = kept.assign(series=_series(kept, quantity)).sort_values(["series", "x", "setting"])
+    names = {"accuracy": "mean", "std": "std", "low": "min", "high": "max"}
+    for name, figure in names.items():
+        kept[name] = kept[f"test_accuracy_{figure}"]
+    return kept[["series", "method", "private", "x", "setting", "seeds", *names]].reset_index(drop=True)
+
+
+def front(rows: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
+    """The rows to which no other is preferable: none costs at most as much and is worth more, or less and as much.
+
+    Args:
+        rows: Any table.
+        cost: The column of which less is better.
+        value: The column of which more is better.
+
+    Returns:
+        By ascending cost; of rows equal in both, the first.
+    """
+    ordered = rows.sort_values([cost, value], ascending=[True, False], kind="stable")
+    before = ordered[value].astype(np.float64).cummax().shift(fill_value=-np.inf)
+    return ordered[ordered[value] > before]
+
+
+def heat_maps(study: Study, settings: pd.DataFrame) -> list[HeatMap]:
+    """A map for each problem, privacy, method and two hyperparameters that both vary there."""
+    made = []
+    for group, rows in settings[settings["score"].notna()].groupby(GROUP, sort=True):
+        keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
+        made += [_heat_map(rows, group, pair) for pair in itertools.combinations(keys, 2)]
+    return made
+
+
+def curves(study: Study) -> pd.DataFrame:
+    """A row for each setting and recorded round: means over runs of metrics, epsilon and costs, and the test
+    accuracy's least and largest (`low`, `high`). Rounds without an accuracy are left out.
+    """
+    rounds = study.rounds[study.rounds["test_accuracy"].notna()]
+    grouped = rounds.groupby(["setting", "round"], sort=True)
+    made = grouped[[*METRICS, "epsilon", *COSTS, "bytes"]].mean()
+    made["epsilon"] = grouped["epsilon"].max()
+    made["low"], made["high"] = grouped["test_accuracy"].min(), grouped["test_accuracy"].max()
+    return made.reset_index()
+
+
+def thinned(length: int, most: int) -> np.ndarray:
+    """At most `most` indices below `length`, evenly spread, ascending, with the first and the last; int64."""
+    if length <= most:
+        return np.arange(length)
+    return np.unique(np.linspace(0, length - 1, max(most, 2)).round().astype(np.int64))
+
+
+def _ranked(rows: pd.DataFrame, judge: Judge) -> pd.DataFrame:
+    """Rows with a score, the best first; of equals that with the smaller loss, then the first."""
+    judged = rows[rows["score"].notna()]
+    return judged.sort_values(
+        ["score", f"{judge}_loss_mean", "setting"], ascending=[False, True, True], na_position="last", kind="stable"
+    )
+
+
+def _apart(settings: pd.DataFrame, quantity: Quantity) -> tuple[list[str], list[str]]:
+    """Keys of the problem and of the promise by which settings are kept apart in a quantity's figure."""
+    keys = [key for key in settings.columns if "." in key and not key.startswith("heterogeneity.")]
+    varying = [key for key in keys if key not in quantity.own and settings[key].map(as_text).nunique() > 1]
+    private = settings[settings["private"]]
+    said = {*_EPSILON, *(f"privacy.{term}" for term in TERMS)}
+    terms = [key for key in varying if key.startswith("privacy.") and key not in said]
+    terms += [term for term in TERMS if term in settings]
+    problem = telling(settings, [key for key in varying if problem_key(key)])
+    return problem, [key for key in terms if private[key].map(as_text).nunique() > 1]
+
+
+def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:
+    """In words, what is kept apart in a quantity's figure."""
+    problem, terms = _apart(settings, quantity)
+    if quantity.column == "epsilon":
+        told = zip(words_of(settings, terms), settings["private"], strict=True)
+        privacy = [words if private else "" for words, private in told]
+    else:
+        privacy = settings["privacy"].tolist() if settings["privacy"].nunique() > 1 else [""] * len(settings)
+    parts = zip(settings["method"], privacy, words_of(settings, problem), strict=True)
+    return [" · ".join(part for part in row if part) for row in parts]
+
+
+def held(settings: pd.DataFrame, table: pd.DataFrame, quantity: Quantity) -> str:
+    """In words, what all of a figure's settings have in common and others of the study have not; see `against`."""
+    shown = settings[settings["setting"].isin(list(table["setting"]))]
+    problem, terms = _apart(settings, quantity)
+    promised = shown[shown["private"]]
+    same = [key for key in problem if shown[key].map(as_text).nunique() == 1]
+    told = terms if quantity.column == "epsilon" and len(promised) else []
+    told = [key for key in told if promised[key].map(as_text).nunique() == 1]
+    privacy = shown["privacy"].iloc[0] if settings["privacy"].nunique() > shown["privacy"].nunique() == 1 else ""
+    return ", ".join(
+        part for part in (privacy, words_of(shown.head(1), same)[0], *words_of(promised.head(1), told)) if part
+    )
+
+
+def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str]) -> HeatMap:
+    kept = rows[[*pair, "score", "seeds"]].copy()
+    for key in pair:
+        kept[key] = kept[key].map(as_text)
+    kept = kept[(kept[list(pair)] != "").all(axis=1)]
+    best = kept.sort_values("score", ascending=False, kind="stable").drop_duplicates(list(pair))
+    places = [sorted(kept[key].unique(), key=_by_size) for key in pair]
+    accuracy = np.full((len(places[0]), len(places[1])), np.nan)
+    seeds = np.zeros(accuracy.shape, dtype=np.int64)
+    for row, column, score, count in best.itertuples(index=False):
+        at = places[0].index(row), places[1].index(column)
+        accuracy[at], seeds[at] = score, count
+    problem, privacy, method = group
+    return HeatMap(
+        group=(problem, privacy, method), keys=pair, rows=places[0], columns=places[1], accuracy=accuracy, seeds=seeds
+    )
+
+
+def _by_size(text: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text

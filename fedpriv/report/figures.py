@@ -1,0 +1,255 @@
+"""A report's figures: drawn once, saved as PNG and SVG, and put into the page in colours that follow its own."""
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from fedpriv.data.federation import PALETTE
+from fedpriv.report.analysis import HeatMap, Quantity
+
+__all__ = ["Look", "draw_against", "draw_best", "draw_curves", "draw_heat_map", "looks", "save_figure"]
+
+# Of the palette first what is seen best on white.
+COLOURS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
+DASHES = ("", "6 3", "2 2", "8 2 2 2", "12 4", "4 1 1 1 1 1")
+MARKERS = "osD^vP"
+_INK, _LINE, _HEAT = "#1a1b1c", "#d0d1d2", "BuGn"
+_WIDTH = 4.2
+MOST_SERIES = 20
+
+_STYLE: Any = {
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _LINE,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9.0,
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a series is drawn, in every figure and in the page: numbers of its colour and of its dashes and marker."""
+
+    colour: int
+    dash: int
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The same for Matplotlib."""
+        pattern = tuple(float(part) for part in DASHES[self.dash].split())
+        style = (0, pattern) if pattern else "-"
+        return {"color": COLOURS[self.colour], "linestyle": style, "marker": MARKERS[self.dash]}
+
+
+def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
+    """A look for each series.
+
+    Args:
+        series: Of each series its method, in the order of the legend.
+        methods: All methods of the study; each has a colour of its own if there are several.
+    """
+    made: dict[str, Look] = {}
+    seen: dict[str, int] = {}
+    for name in series:
+        number = seen.setdefault(series[name], 0)
+        seen[series[name]] += 1
+        colour, dash = (methods.index(series[name]), number) if len(methods) > 1 else (number, number // len(COLOURS))
+        made[name] = Look(colour % len(COLOURS), dash % len(DASHES))
+    return made
+
+
+def draw_best(
+    best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look], label: str = "test accuracy"
+) -> Figure:
+    """The best settings' test accuracies, a line each: mean and range over seeds."""
+    with _styled():
+        wrapped = [_wrapped(name, 30) for name in names]
+        lines = np.array([1 + name.count("\n") for name in wrapped])
+        figure, axes = _figure(0.9 + 0.17 * (lines.sum() + 0.5 * len(lines)))
+        heights = (-np.cumsum(lines + 0.5) + lines / 2).astype(float)
+        for height, row in zip(heights, best.to_dict("records"), strict=True):
+            colour = COLOURS[look[row["series"]].colour]
+            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=colour, lw=1.5)
+            axes.plot(row["test_accuracy_mean"], height, "o", color=colour, ms=5)
+        axes.set_yticks(heights, wrapped)
+        axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
+        axes.xaxis.set_major_formatter(_in_percent)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def draw_against(
+    table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str = "test accuracy"
+) -> Figure:
+    """Accuracy against a quantity, a line a series; see `analysis.against`. At most `MOST_SERIES`, the best ones."""
+    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MOST_SERIES]
+    table = table[table["series"].isin(list(chosen))]
+    finite = table[table["x"] != np.inf]
+    texts = [] if pd.api.types.is_numeric_dtype(finite["x"]) else sorted(finite["x"].astype(str).unique())
+    with _styled():
+        figure, axes = _figure(2.7)
+        for name, rows in finite.groupby("series", sort=True):
+            x = [texts.index(str(v)) for v in rows["x"]] if texts else rows["x"].to_numpy(dtype=float)
+            line = look[str(name)].line
+            spread = np.clip(np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]), 0.0, None)
+            line |= {"drawstyle": "steps-post"} if quantity.cost else {}
+            axes.errorbar(x, rows["accuracy"], spread, label=str(name), ms=4, lw=1.5, elinewidth=1, **line)
+        for name, rows in table[table["x"] == np.inf].groupby("series", sort=True):
+            line = {**look[str(name)].line, "marker": None, "linestyle": (0, (1.0, 1.5))}
+            axes.axhline(rows["accuracy"].iloc[0], label=f"{name}, not private", lw=1.2, **line)
+        _set_x(axes, finite["x"], texts, quantity)
+        axes.set(xlabel=quantity.label, ylabel=label)
+        axes.yaxis.set_major_formatter(_in_percent)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        _add_legend(figure)
+    return figure
+
+
+def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str = "test accuracy") -> Figure:
+    """Test accuracy over rounds, a line a series: columns `series`, `round`, `test_accuracy`, `low`, `high`."""
+    with _styled():
+        figure, axes = _figure(2.7)
+        for name, rows in table.groupby("series", sort=True):
+            line = {**look[str(name)].line, "marker": None}
+            axes.plot(rows["round"], rows["test_accuracy"], label=str(name), lw=1.5, **line)
+            axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
+        axes.set(xlabel="round", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(_in_percent)
+        _add_legend(figure)
+    return figure
+
+
+def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accuracy") -> Figure:
+    """Accuracy over two hyperparameters, with the numbers in the cells if they are few enough."""
+    rows, columns = map_.accuracy.shape
+    with _styled():
+        figure, axes = _figure(1.3 + 0.32 * rows, width=max(_WIDTH, 1.6 + 0.5 * columns))
+        image = axes.imshow(100.0 * map_.accuracy, aspect="auto", cmap=_HEAT)
+        axes.set_xticks(range(columns), map_.columns, rotation=45 if columns > 6 else 0)
+        axes.set_yticks(range(rows), map_.rows)
+        axes.set(xlabel=names[map_.keys[1]], ylabel=names[map_.keys[0]])
+        axes.set_title(" · ".join(part for part in map_.group if part), fontsize=9)
+        axes.grid(visible=False)
+        middle = (np.nanmin(map_.accuracy) + np.nanmax(map_.accuracy)) / 2
+        for (row, column), value in np.ndenumerate(map_.accuracy):
+            if value == value:
+                colour = "#ffffff" if value > middle else "#000000"
+                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=colour)
+        figure.colorbar(image, ax=axes, label=f"{label}, %")
+    return figure
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> str:
+    """Writes `NAME.png` and `NAME.svg`, and returns the SVG for a page.
+
+    The page's has no size and no prologue of its own, identifiers that begin with `name`, and the page's variables
+    `--ink`, `--line` and `--c0` ... in the place of colours. Files hold no date.
+    """
+    text = io.StringIO()
+    with _styled(), warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+        FigureCanvasAgg(figure)
+        figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white", metadata={"Software": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    return _for_page(svg, name)
+
+
+def _for_page(svg: str, name: str) -> str:
+    inner = svg[svg.index("<svg") :]
+    inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
+    inner = re.sub(r'\b(id|xlink:href|clip-path)="(#|url\(#)?([^"]+)"', rf'\1="\2{name}-\3"', inner)
+    box = re.search(r'viewBox="[^"]+"', inner)
+    assert box is not None
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg {names} {box[0]} aria-hidden="true">'
+    inner = re.sub(r"^<svg[^>]*>", head, inner)
+    colours = {_INK: "var(--ink)", _LINE: "var(--line)"}
+    colours |= {colour.lower(): f"var(--c{number})" for number, colour in enumerate(COLOURS)}
+    for colour, variable in colours.items():
+        inner = inner.replace(colour, variable)
+    return inner
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
+
+
+def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _in_percent(share: float, _: float | None = None) -> str:
+    return f"{100.0 * share:.4g} %"
+
+
+def _add_legend(figure: Figure) -> None:
+    """A legend below the axes, for which the figure grows."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    wrapped = [_wrapped(name, 52) for name in names]
+    lines = sum(1 + name.count("\n") for name in wrapped)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.165 * lines + 0.15)
+    figure.legend(handles, wrapped, loc="outside lower left", ncols=1, borderaxespad=0.3)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, max_lines=4, placeholder=" ...") or "-"
+
+
+def _set_x(axes: Axes, values: "pd.Series[Any]", texts: Sequence[str], quantity: Quantity) -> None:
+    if texts:
+        axes.set_xticks(
+            range(len(texts)), texts, rotation=30 if len(texts) > 3 else 0, ha="right" if len(texts) > 3 else "center"
+        )
+        return
+    distinct = np.unique(values.to_numpy(dtype=float))
+    if distinct[0] > 0.0 and distinct[-1] >= 10.0 * distinct[0]:
+        axes.set_xscale("log")
+    if quantity.cost:
+        axes.xaxis.set_major_formatter(EngFormatter(unit="B" if quantity.column == "bytes" else "s"))
+        axes.xaxis.set_minor_locator(NullLocator())
+    elif _far_apart(distinct, log=axes.get_xscale() == "log"):
+        axes.xaxis.set_major_locator(FixedLocator([float(x) for x in distinct]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:.4g}")
+
+
+def _far_apart(values: np.ndarray, *, log: bool) -> bool:
+    """Whether each of the values, ascending, can have its own tick."""
+    places = np.log(values) if log else values
+    return len(places) <= 8 and bool((np.diff(places) >= 0.11 * (places[-1] - places[0])).all())

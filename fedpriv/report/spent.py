@@ -1,0 +1,385 @@
+"""The privacy that several runs on the same clients spend together, read from their folders.
+
+Runs are read one by one (`read_run`), grouped by the clients that they ran on and by what they promise, and composed
+within each group (`compose`). Nothing is added up across groups: they promise different things, or to other clients.
+"""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import NOISE_TABLES
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled, read_plan
+from fedpriv.sweeps.stopping import STOPPED
+
+__all__ = ["Group", "Run", "Total", "compose", "notes_on", "read_run", "spent_below"]
+
+# The rounds of real devices, one row each; only a deployment has it.
+_PARTICIPATION = "participation.jsonl"
+
+_STATES = ("finished", "stopped", "unfinished")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run, as far as it has spent anything.
+
+    Args:
+        name: The run's folder, seen from the folder that was searched.
+        clients: What tells its clients from those of other runs; see `clients_of`.
+        state: finished, stopped (by a rule) or unfinished.
+        rounds: Rounds that released something.
+        planned: Rounds of the experiment.
+        plan: What it promises; None if it promises nothing.
+        noise: What decides its noise, if that comes from the seed; None if it comes from the operating system.
+        scores: Test losses by round, to tell equal runs from unequal ones.
+    """
+
+    name: str
+    clients: dict[str, Any]
+    state: str
+    rounds: int
+    planned: int
+    plan: PrivacyPlan | None
+    noise: str | None
+    scores: dict[int, float]
+
+    def epsilon_after(self, rounds: int) -> float:
+        """Spent by so many rounds at the plan's delta; infinite for any round that promises nothing."""
+        if rounds == 0:
+            return 0.0
+        return math.inf if self.plan is None else self.plan.epsilon_after(rounds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run's own part, ready for JSON."""
+        epsilon, plan = self.epsilon_after(self.rounds), self.plan
+        return {
+            "run": self.name,
+            "state": self.state,
+            "rounds": self.rounds,
+            "rounds_planned": self.planned,
+            "private": plan is not None and plan.private,
+            "epsilon": _finite(epsilon),
+            "delta": None if plan is None else plan.delta,
+            "gaussian_dp_mu": None if plan is None else _finite(plan.mu_after(self.rounds)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """What runs spend together.
+
+    Args:
+        epsilon: Infinite if nothing is promised.
+        delta: None if no run promises anything.
+        mu: Of Gaussian DP, if it is exact for every run.
+        composition: gaussian, basic, or none with the reason.
+    """
+
+    epsilon: float
+    delta: float | None
+    mu: float | None
+    composition: str
+
+    @property
+    def how(self) -> str:
+        """The composition in words."""
+        if self.composition == "gaussian":
+            return f"exact composition of Gaussian mechanisms, mu = {self.mu:.4g}"
+        if self.composition == "basic":
+            return "basic composition: the sum of the epsilons at the sum of the deltas"
+        return f"no bound on the total, {self.composition.removeprefix('none: ')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs on the same clients whose promises have one adversary, adjacency and unit.
+
+    Args:
+        clients: See `clients_of`.
+        trust: None if no run promises anything.
+        adjacency: As `trust`.
+        unit: As `trust`.
+        runs: By name; those without privacy are in every group of their clients.
+    """
+
+    clients: dict[str, Any]
+    trust: str | None
+    adjacency: str | None
+    unit: str | None
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def total(self) -> Total:
+        """Spent by the rounds that were released."""
+        return compose(self.runs)
+
+    @cached_property
+    def planned(self) -> Total:
+        """Spent once every run has come to its end."""
+        return compose(self.runs, planned=True)
+
+    @property
+    def adversary(self) -> str | None:
+        """The adversary whom the promise is about."""
+        return next((run.plan.adversary for run in self.runs if run.plan is not None), None)
+
+    @property
+    def label(self) -> str:
+        """The clients in words."""
+        return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in self.clients.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The group, ready for JSON; an infinite epsilon is None."""
+        total, planned = self.total, self.planned.epsilon
+        return {
+            "clients": self.clients,
+            "unit": self.unit,
+            "trust": self.trust,
+            "adversary": self.adversary,
+            "adjacency": self.adjacency,
+            "private": math.isfinite(total.epsilon) and self.trust is not None,
+            "epsilon": _finite(total.epsilon),
+            "delta": total.delta,
+            "gaussian_dp_mu": _finite(total.mu),
+            "composition": total.composition,
+            "epsilon_planned": _finite(planned),
+            "runs": [run.as_dict() for run in self.runs],
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def spent_below(folder: Path) -> list[Group]:
+    """Read all runs below a folder and group them.
+
+    Raises:
+        UserError: If there is no run, or a run's files are damaged.
+    """
+    found = {file.parent for file in folder.rglob("config.toml") if (file.parent / "digest.txt").exists()}
+    if not found:
+        remedy = "Make one with: fedpriv run CONFIG"
+        raise UserError(str(folder), "a run directory, or a folder of them", "a folder without runs", remedy)
+    return _grouped([read_run(path, folder) for path in sorted(found)])
+
+
+def _grouped(runs: Sequence[Run]) -> list[Group]:
+    by_clients: dict[str, list[Run]] = {}
+    for run in runs:
+        by_clients.setdefault(json.dumps(run.clients, sort_keys=True), []).append(run)
+    groups = []
+    for same in by_clients.values():
+        promises = sorted({_promise_of(run.plan) for run in same if run.plan is not None})
+        for trust, adjacency, unit in promises or [(None, None, None)]:
+            chosen = tuple(run for run in same if run.plan is None or _promise_of(run.plan) == (trust, adjacency, unit))
+            groups.append(Group(clients=same[0].clients, trust=trust, adjacency=adjacency, unit=unit, runs=chosen))
+    return groups
+
+
+def _promise_of(plan: PrivacyPlan) -> tuple[str, str, str]:
+    return plan.trust, plan.adjacency, plan.unit
+
+
+def compose(runs: Iterable[Run], *, planned: bool = False) -> Total:
+    """Return what runs of one adversary, adjacency and unit spend together.
+
+    Args:
+        runs: Runs on the same clients.
+        planned: Charge all rounds of every experiment, not only those that were released.
+
+    Formal guarantees:
+        An upper bound for a client that takes part in all runs, also if a run's config was chosen by the results of
+        earlier ones. Runs of exact mu_i are together exactly one Gaussian mechanism of mu = sqrt(sum of mu_i^2). All
+        others are charged the sum of their epsilons at the sum of their deltas (basic composition). Both need noise
+        that is drawn independently: runs that share it without being equal are promised nothing.
+    """
+    charged = [(run, run.planned if planned else run.rounds) for run in runs]
+    charged = [(run, rounds) for run, rounds in charged if rounds > 0]
+    deltas = [run.plan.delta for run, _ in charged if run.plan is not None]
+    if any(run.plan is None for run, _ in charged):
+        delta = min(deltas, default=None)
+        return Total(epsilon=math.inf, delta=delta, mu=None, composition="none: a run without privacy")
+    if sharing([run for run, _ in charged]):
+        return Total(epsilon=math.inf, delta=min(deltas), mu=None, composition="none: runs that share their noise")
+    if len(charged) < 2:
+        return _alone(charged)
+    shifts = [None if run.plan is None else run.plan.mu_after(rounds) for run, rounds in charged]
+    exact = [mu for mu in shifts if mu is not None]
+    if len(exact) == len(charged):
+        mu, delta = math.sqrt(math.fsum(mu * mu for mu in exact)), min(deltas)
+        return Total(epsilon=_gaussian_epsilon(mu, delta), delta=delta, mu=mu, composition="gaussian")
+    epsilon, delta = math.fsum(run.epsilon_after(rounds) for run, rounds in charged), math.fsum(deltas)
+    return Total(epsilon=epsilon if delta < 1.0 else math.inf, delta=delta, mu=None, composition="basic")
+
+
+def _alone(charged: Sequence[tuple[Run, int]]) -> Total:
+    """One run, or none: its own promise needs no composition."""
+    if not charged:
+        return Total(epsilon=0.0, delta=0.0, mu=0.0, composition="gaussian")
+    run, rounds = charged[0]
+    assert run.plan is not None
+    mu = run.plan.mu_after(rounds)
+    how = "basic" if mu is None else "gaussian"
+    return Total(epsilon=run.epsilon_after(rounds), delta=run.plan.delta, mu=mu, composition=how)
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon of one Gaussian mechanism of sensitivity over deviation mu, by the accountant of every plan."""
+    if mu == 0.0 or math.isinf(mu):
+        return mu
+    one = PrivacyPlan(
+        trust="central",
+        adjacency="add-or-remove",
+        sampling=Everyone(1),
+        rounds=1,
+        delta=delta,
+        l2_bound=1.0,
+        noise_multiplier=min(1.0 / mu, 1e12),
+    )
+    return one.epsilon
+
+
+def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return pairs of private runs whose noise is the same although their results are not.
+
+    The difference of two such runs has no noise. They are equal experiments with one seed whose data, precision or
+    engine differ. Runs with equal results are copies, which tell nothing more; they are charged all the same.
+    """
+    first: dict[str, Run] = {}
+    pairs = []
+    for run in runs:
+        if run.noise is None or run.plan is None:
+            continue
+        other = first.setdefault(run.noise, run)
+        common = other.scores.keys() & run.scores.keys()
+        if any(other.scores[number] != run.scores[number] for number in common):
+            pairs.append((other.name, run.name))
+    return pairs
+
+
+def read_run(path: Path, root: Path) -> Run:
+    """Read what a run directory says about its clients, its promise and its rounds.
+
+    Raises:
+        UserError: If a file is damaged, or `privacy.json` is missing although something was released.
+    """
+    directory = RunDirectory(path)
+    config = _config(directory.file("config.toml"))
+    deployed, planned = directory.file(_PARTICIPATION).exists(), int(config["training"]["rounds"])
+    state = _state(directory)
+    rows = directory.rows("rounds.jsonl")
+    record = directory.read_json("privacy.json")
+    plan = None if record is None else read_plan(record, str(directory.file("privacy.json")))
+    rounds = planned if state == "finished" else min(_released(directory, rows), planned)
+    if deployed and state != "finished" and plan is not None and plan.trust == "local":
+        rounds = min(rounds + 1, planned)  # messages of the open turn may have left the clients
+    if record is None and rounds > 0:
+        remedy = "Restore the file, or move the run out of the folder"
+        raise UserError(str(directory.file("privacy.json")), "what the run promises", "no such file", remedy)
+    return Run(
+        name=_name(path, root),
+        clients=clients_of(config, deployed=deployed),
+        state=state,
+        rounds=rounds,
+        planned=planned,
+        plan=plan,
+        noise=None if deployed or plan is None else _noise_of(config),
+        scores={row["round"]: row["test_loss"] for row in rows if row["round"] and row.get("test_loss") is not None},
+    )
+
+
+def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
+    """Return what tells a run's clients from those of other runs.
+
+    Simulated clients are made of the whole table `[data]` and the seed. Clients that a data set has by nature, and real
+    devices, are the same whatever the seed and whatever else the table says: runs on some of them are charged to all.
+    """
+    data = config["data"]
+    if deployed:
+        return {"name": data["name"], "clients": "of a deployment"}
+    if data["partition"] == "natural":
+        return {"name": data["name"], "partition": "natural"}
+    return {**data, "seed": config["seed"]}
+
+
+def _noise_of(config: dict[str, Any]) -> str:
+    """The tables and the seed from which a simulation draws its noise, as `Config.noise_id` has them."""
+    tables = {name: config[name] for name in NOISE_TABLES if name in config}
+    return json.dumps([tables, config["training"]["rounds"], config["seed"]], sort_keys=True)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+        flat = flat_tables(config)
+        missing = [key for key in ("seed", "data.name", "data.partition", "training.rounds") if key not in flat]
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), "a run's TOML file", str(error), "Restore it, or move the run away") from None
+    if missing:
+        raise UserError(str(path), f"a resolved config with {missing[0]}", "one without", "Move the run away")
+    return config
+
+
+def _state(directory: RunDirectory) -> str:
+    finished, stopped, unfinished = _STATES
+    if directory.file("summary.json").exists():
+        return finished
+    return stopped if directory.file(STOPPED).exists() else unfinished
+
+
+def _released(directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> int:
+    """The last round of which anything is recorded: a row, also one that was only begun, or a checkpoint."""
+    recorded = max((row["round"] for row in rows), default=0)
+    file = directory.file("rounds.jsonl")
+    if rows and not file.read_bytes().endswith(b"\n"):
+        recorded += 1
+    turns = max((row["round"] for row in directory.rows(_PARTICIPATION)), default=0)
+    return max(recorded, turns, directory.checkpoint.round() or 0)
+
+
+def _name(path: Path, root: Path) -> str:
+    relative = path.relative_to(root).as_posix()
+    return root.resolve().name if relative == "." else relative
+
+
+def notes_on(groups: Sequence[Group]) -> list[str]:
+    """Return what a reader must know to add up groups, one sentence or two each."""
+    runs = {run.name: run for group in groups for run in group.runs}.values()
+    notes = []
+    if len({json.dumps(group.clients, sort_keys=True) for group in groups}) > 1:
+        notes.append(
+            "Runs with other data, another partition or another seed are on other clients: they form other groups, and "
+            "nothing is added up across groups."
+        )
+    promises = {json.dumps(group.clients, sort_keys=True) for group in groups}
+    if len(promises) < len(groups):
+        notes.append(
+            "Runs on the same clients with another trust or adjacency are added up apart: their promises differ. Runs "
+            "with trust local also spend against the adversary of trust central: add them to that total."
+        )
+    if any(run.rounds < run.planned for run in runs):
+        notes.append(
+            "Runs that are not finished are charged for the rounds that they released. If results decided when a run "
+            "ended, a proof may only rely on all of its planned rounds (epsilon_planned in --json)."
+        )
+    if any(
+        run.plan is not None and isinstance(run.plan.sampling, Scheduled) and run.rounds < run.planned for run in runs
+    ):
+        notes.append(
+            "Of unfinished runs on a schedule, the record has only the whole timeline: they are charged for it."
+        )
+    for name in sorted({run.name for run in runs if run.plan is None and run.rounds > 0}):
+        notes.append(f"{name} is not private: nothing bounds what its clients have spent.")
+    pairs = sharing([run for run in runs if run.rounds > 0])
+    notes += [f"{a} and {b} share their noise but not their results: their difference has no noise." for a, b in pairs]
+    notes.append("Only runs whose folders are here are counted.")
+    return notes

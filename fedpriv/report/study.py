@@ -1,0 +1,346 @@
+"""A study: the runs that are looked at together, read from a sweep's folder or any folder of run directories."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedpriv.clock import SCHEDULES, FedBuff, FedFix
+from fedpriv.errors import UserError
+from fedpriv.experiment.recorder import DIAGNOSTICS_FILE
+from fedpriv.experiment.results import load_results
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.experiment.schema import field_names, read_table
+from fedpriv.privacy import SAMPLINGS, rounded_up
+from fedpriv.sweeps.run import TRIALS
+from fedpriv.sweeps.stopping import STOPPED, TUNED
+from fedpriv.sweeps.table import FAILURE, TABLE, status_of
+from fedpriv.sweeps.tuning import CHOSEN
+
+__all__ = [
+    "HYPERPARAMETERS",
+    "METRICS",
+    "TERMS",
+    "Study",
+    "load_study",
+    "not_covered",
+    "problem_key",
+    "short_names",
+    "unreleased",
+]
+
+METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
+COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
+TERMS = ("trust", "adjacency", "unit", "delta")
+"""Of a promise, beside its epsilon, what tells it apart: columns with what held, said in the config or a default."""
+HYPERPARAMETERS = (*(f"{table}." for table in TUNED), "training.")
+"""Tables whose keys are chosen by whoever tunes; all other tables say which problem is solved, or how privately."""
+
+_NOT_SETTING = ("name", "seed", "training.evaluate_every", "privacy.draw")
+_PROMISED = ("private", "epsilon", "delta", "trust", "adjacency", "adversary", "accountant", "population", "rounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Runs that are looked at together.
+
+    Args:
+        name: What the study is called.
+        trials: A row a trial, also those without a result: `trial`, `status` (done, failed, stopped or left), `reason`,
+            and the keys of its config as far as they are known.
+        runs: A row a finished run: `run`, the keys of its config, `seed`; `setting`, equal where all but the seed is;
+            `method`; `problem` and `privacy`, words that tell different ones apart; what was promised (`epsilon`,
+            `delta`, ...), the last accuracies and losses, `cohort_size` (expected), costs and distances that were
+            recorded, `hidden`: whether its costs are not released, and `not_covered`: the scores that its epsilon does
+            not cover, with commas between them.
+        rounds: A row a recorded round of a finished run: `run`, `setting`, `round`, and what was recorded.
+        statements: The privacy statements, each with the runs that it is of.
+        tuning: The trial that a tuning chose, and what the choice promises; None for other sweeps.
+    """
+
+    name: str
+    trials: pd.DataFrame
+    runs: pd.DataFrame
+    rounds: pd.DataFrame
+    statements: dict[str, tuple[str, ...]]
+    tuning: dict[str, Any] | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the configs, in the order in which they were first met."""
+        return [key for key in self.runs.columns if "." in key and not key.startswith("heterogeneity.")]
+
+    def varying(self, rows: pd.DataFrame | None = None) -> list[str]:
+        """Those keys that have more than one value; in `rows`, if given."""
+        rows = self.runs if rows is None else rows
+        return [key for key in self.keys if key not in _NOT_SETTING and rows[key].map(as_text).nunique() > 1]
+
+
+def load_study(path: Path | str) -> Study:
+    """Reads all runs of a sweep's folder, of any folder of run directories, or one run.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: If there is no finished run, a file is damaged, or runs of one setting and seed had other data.
+    """
+    root = Path(path)
+    found = {_name(folder, root): folder for folder in _folders(root)}
+    trials, configs = _trials(root, found)
+    done = [name for name in found if trials[name]["status"] == "done"]
+    if not done:
+        words = ", ".join(sorted({str(row["reason"]) for row in trials.values() if row["reason"]})[:1]) or "none"
+        raise UserError(str(root), "at least one finished run", words, "Make one with: fedpriv run or fedpriv sweep")
+    rounds = load_results(root)
+    runs = pd.DataFrame([_run(name, found[name], configs[name]) for name in done])
+    _refuse_other_data(runs)
+    _describe(runs, rounds, {name: str(found[name].relative_to(root)) for name in done})
+    rounds = _rounds(rounds, runs)
+    statements: dict[str, list[str]] = {}
+    for name in done:
+        file = found[name] / "privacy.txt"
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else "No statement was found.\n"
+        statements.setdefault(text, []).append(name)
+    return Study(
+        name=root.resolve().name,
+        trials=pd.DataFrame(list(trials.values())),
+        runs=runs.drop(columns="place"),
+        rounds=rounds,
+        statements={text: tuple(names) for text, names in statements.items()},
+        tuning=RunDirectory(root).read_json(CHOSEN),
+    )
+
+
+def as_text(value: Any) -> str:
+    """One text for equal values, whatever their type; what is absent is empty."""
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float | int):
+        return f"{value:.10g}"
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def unreleased(rows: pd.DataFrame, column: str) -> bool:
+    """Whether a column has figures that are not released: how clients differ, or costs where cohorts are hidden."""
+    if column.startswith("heterogeneity."):
+        return bool(rows[column].notna().any())
+    hidden = column in (*COSTS, "bytes") and "hidden" in rows
+    return hidden and bool(rows.loc[rows["hidden"], column].notna().any())
+
+
+def not_covered(rows: pd.DataFrame) -> set[str]:
+    """Names of the scores that the epsilon of some run does not cover."""
+    texts = rows["not_covered"].unique() if "not_covered" in rows else ()
+    return {name for text in texts for name in text.split(", ") if name}
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The keys' last words where these tell them apart, else the whole keys; for a name or a kind, the table's."""
+    keys = list(keys)
+    parts = [key.rpartition(".") for key in keys]
+    last = [table if word in ("kind", "name") and table else word for table, _, word in parts]
+    return {key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)}
+
+
+def problem_key(key: str) -> bool:
+    """Whether a key of the config says which problem is solved."""
+    return not key.startswith((*HYPERPARAMETERS, "privacy.", "deployment.")) and key not in _NOT_SETTING
+
+
+def _folders(root: Path) -> list[Path]:
+    """Folders of runs and of trials that failed before they were runs, by path."""
+    files = (*root.rglob("config.toml"), *root.rglob(FAILURE))
+    marks = ("rounds.jsonl", "summary.json", "digest.txt", FAILURE, STOPPED)
+    return sorted({file.parent for file in files if any((file.parent / mark).exists() for mark in marks)})
+
+
+def _name(folder: Path, root: Path) -> str:
+    parts = folder.relative_to(root).parts
+    return "/".join(parts[1:] if parts[:1] == (TRIALS,) and len(parts) > 1 else parts) or root.resolve().name
+
+
+def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Rows of all trials by name, and the configs of those that have one."""
+    rows: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    for name, folder in found.items():
+        directory = RunDirectory(folder)
+        configs[name] = _config(directory.file("config.toml"))
+        status = status_of(folder) or "left"
+        file = {"failed": FAILURE, "stopped": STOPPED}.get(status)
+        why = (directory.read_json(file) if file else None) or {}
+        rows[name] = {"trial": name, "status": status, "reason": str(why.get("reason", "")), **configs[name]}
+    for number, listed in enumerate(_listed(root / TABLE)):
+        keys = {key: value for key, value in listed.items() if value and ("." in key or key == "seed")}
+        if not listed["trial"]:
+            rows[f"\0{number}"] = {"trial": "", "status": "failed", "reason": listed.get("reason", ""), **keys}
+        elif listed["trial"] not in rows:
+            rows[listed["trial"]] = {"trial": listed["trial"], "status": "left", "reason": "", **keys}
+        elif not configs[listed["trial"]]:
+            rows[listed["trial"]] |= keys
+    return rows, configs
+
+
+def _listed(path: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table, which also names trials without a folder; none if there is no table."""
+    if not path.exists():
+        return []
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return [{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records") if row["status"]]
+    except (ValueError, KeyError) as error:
+        raise UserError(str(path), "a sweep's table", repr(error), "Run the sweep again with --resume") from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return flat_tables(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(str(path), "a TOML file", str(error), "Start the run again in a new --out") from None
+
+
+def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    directory = RunDirectory(folder)
+    summary = directory.read_json("summary.json")
+    if not isinstance(summary, dict) or not config:
+        raise UserError(str(folder), "config.toml and summary.json of a run", "others", "Start the run again")
+    plan = directory.read_json("privacy.json") or {}
+    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
+    # Older runs have it in their summary.
+    known = {**summary, **(directory.read_json(DIAGNOSTICS_FILE) or {})}
+    figures |= {"data_fingerprint": known["data_fingerprint"]} if "data_fingerprint" in known else {}
+    figures["not_covered"] = ", ".join(summary.get("not_covered", ()))
+    figures["unit"] = plan.get("unit")
+    figures["hidden"] = not set(COSTS) & set(summary)
+    figures["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))
+    apart = {key: value for key, value in config.items() if key not in _NOT_SETTING and key[:11] != "deployment."}
+    identity = json.dumps({key: as_text(value) for key, value in apart.items()}, sort_keys=True)
+    names = {"run": name, "setting": identity, "method": config.get("method.name", summary.get("method", "?"))}
+    return {**names, **config, **figures}
+
+
+def _refuse_other_data(runs: pd.DataFrame) -> None:
+    """A mean over runs of one setting and seed is one over equal experiments, or it is none."""
+    if "data_fingerprint" not in runs:
+        return
+    for _, rows in runs[runs["data_fingerprint"].notna()].groupby(["setting", "seed"], sort=True):
+        first = rows.drop_duplicates("data_fingerprint")
+        if len(first) > 1:
+            one, other = first["run"].iloc[:2]
+            remedy = "Run one of them again, or look at them in different folders"
+            raise UserError(f"{one} and {other}", "one setting and seed with the same data", "different data", remedy)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str]) -> None:
+    """Adds what is told from several runs, and what only the rounds' table has, to the runs' table."""
+    runs["place"] = runs["run"].map(places)
+    distances = [key for key in rounds.columns if key.startswith("heterogeneity.") and key not in runs]
+    last = rounds.groupby("run", sort=False).last(skipna=False)
+    for key in (*METRICS, *COSTS, *_PROMISED, *distances):
+        known = runs[key].astype(object) if key in runs else pd.Series(None, runs.index, dtype=object)
+        runs[key] = known.where(known.notna(), runs["place"].map(last[key])) if key in last else known
+    for key in (*METRICS, *COSTS, *distances, "epsilon", "delta", "population", "rounds", "cohort_size"):
+        runs[key] = pd.to_numeric(runs[key], errors="coerce")
+    runs["hidden"] &= runs[list(COSTS)].notna().any(axis=1)
+    runs["private"] = runs["private"].fillna(value=False).astype(bool)
+    order = {identity: number for number, identity in enumerate(sorted(runs["setting"].unique()), 1)}
+    runs["setting"] = runs["setting"].map(order)
+    runs["bytes"] = runs["bytes_up"] + runs["bytes_down"].fillna(0.0)
+    runs["cohort_size"] = runs["cohort_size"].fillna(pd.Series([_cohort_size(row) for row in runs.to_dict("records")]))
+    keys = [key for key in runs.columns if "." in key and not key.startswith("heterogeneity.")]
+    varying = {key for key in keys if runs[key].map(as_text).nunique() > 1}
+    runs["problem"] = words_of(runs, telling(runs, [key for key in keys if key in varying and problem_key(key)]))
+    runs["privacy"] = _privacy(runs, [key for key in keys if key.startswith("privacy.")])
+
+
+def telling(rows: pd.DataFrame, keys: Iterable[str]) -> list[str]:
+    """The keys but those that only some rows have, always with one value, and that tell no more rows apart."""
+    kept: list[str] = []
+    told = [()] * len(rows)
+    for key in keys:
+        texts = rows[key].map(as_text).tolist()
+        more = [(*before, text) for before, text in zip(told, texts, strict=True)]
+        if len(set(texts) - {""}) > 1 or "" not in texts or len(set(more)) > len(set(told)):
+            kept.append(key)
+            told = more
+    return kept
+
+
+def words_of(rows: pd.DataFrame, keys: list[str]) -> list[str]:
+    """`key=value, ...` of each row, for the keys that it has."""
+    names = short_names(keys)
+    texts = {key: _shown(rows[key]) for key in keys}
+    return [", ".join(f"{names[k]}={texts[k][i]}" for k in keys if texts[k][i]) for i in range(len(rows))]
+
+
+def _shown(values: "pd.Series[Any]") -> list[str]:
+    """Texts of four digits where these tell the values apart, else of ten."""
+    whole = values.map(as_text)
+    brief = values.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else as_text(v))
+    return (brief if brief.nunique() == whole.nunique() else whole).tolist()
+
+
+def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Words for each run's promise: trust and epsilon, and of the rest what is not the same in all private runs.
+
+    Of adjacency, unit and delta what held, which the config need not say.
+    """
+    private = runs[runs["private"]]
+    told = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.draw", *(f"privacy.{term}" for term in TERMS))
+    rest = [*(key for key in keys if key not in told), *(term for term in TERMS if term != "trust")]
+    rest = words_of(runs, [key for key in rest if private[key].map(as_text).nunique() > 1])
+    return [
+        ", ".join(part for part in (f"{row['trust']} trust", epsilon_of(row), others) if part)
+        if row["private"]
+        else "not private"
+        for row, others in zip(runs.to_dict("records"), rest, strict=True)
+    ]
+
+
+def epsilon_of(row: Mapping[Any, Any]) -> str:
+    """A run's epsilon in words: what was asked for, or what came of a given noise, rounded up."""
+    wanted = row.get("privacy.epsilon")
+    if _is_number(wanted) and wanted == wanted:
+        return f"ε ≤ {as_text(wanted)}"
+    return f"ε = {rounded_up(row['epsilon'])}" if row["epsilon"] == row["epsilon"] else "ε unknown"
+
+
+def _cohort_size(row: Mapping[Any, Any]) -> float:
+    """How many clients a round is expected to have, of an older run that does not say; NaN if its config does not."""
+    schedule = SCHEDULES.get(str(row.get("schedule.kind")))
+    if schedule in (FedBuff, FedFix):
+        return float(row["schedule.buffer_size"] if schedule is FedBuff else row["population"])
+    kind = SAMPLINGS.get(str(row.get("cohort.sampling")))
+    if kind is None or row["population"] != row["population"]:
+        return float("nan")
+    fields = field_names(kind, ("population",))
+    options = {name: row[f"cohort.{name}"] for name in fields if as_text(row.get(f"cohort.{name}"))}
+    options = {k: int(v) if isinstance(v, float) and v.is_integer() and k == "size" else v for k, v in options.items()}
+    try:
+        return float(read_table(kind, options, "cohort", population=int(row["population"])).expected_size)
+    except UserError:
+        return float("nan")
+
+
+def _rounds(rounds: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Of all rounds those of finished runs, with the columns that curves need."""
+    names, settings = (dict(zip(runs["place"], runs[key], strict=True)) for key in ("run", "setting"))
+    kept = rounds[rounds["run"].isin(list(names))]
+    made = pd.DataFrame({"run": kept["run"].map(names), "setting": kept["run"].map(settings), "round": kept["round"]})
+    for key in (*METRICS, *COSTS, "epsilon"):
+        made[key] = pd.to_numeric(kept[key], errors="coerce") if key in kept else float("nan")
+    made["bytes"] = made["bytes_up"] + made["bytes_down"].fillna(0.0)
+    return made.reset_index(drop=True)

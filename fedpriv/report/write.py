@@ -1,0 +1,566 @@
+"""`fedpriv report`: a study as one page that needs nothing else, with its figures and tables as files beside it."""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.run_directory import jsonable, write_atomically
+from fedpriv.privacy import rounded_up
+from fedpriv.report import figures as report_figures
+from fedpriv.report import words
+from fedpriv.report.analysis import (
+    QUANTITIES,
+    HeatMap,
+    Judge,
+    Quantity,
+    against,
+    best_settings,
+    curves,
+    heat_maps,
+    held,
+    judge_of,
+    settings_table,
+    share_near_best,
+    thinned,
+)
+from fedpriv.report.figures import DASHES, looks
+from fedpriv.report.study import (
+    HYPERPARAMETERS,
+    Study,
+    as_text,
+    load_study,
+    not_covered,
+    short_names,
+    unreleased,
+    words_of,
+)
+from fedpriv.version import __version__
+
+__all__ = ["report_on", "write_report"]
+
+# Bounds of what is on the page; the files in tables/ hold everything.
+MOST_CURVES = 200
+MOST_POINTS = 60
+MOST_ROWS = 200
+MOST_MAPS = 40
+MOST_MAP_FIGURES = 12
+POINTS = (1.0, 2.0, 5.0, 10.0)
+
+# What marks figures that only a simulation has, and that are not private: in labels, and in names of columns.
+MARK, PREFIX = " (not released)", "not_released."
+# What marks scores that some run's epsilon does not cover.
+UNCOVERED = " (not covered)"
+
+_METRICS = {
+    "test_accuracy": "test accuracy",
+    "validation_accuracy": "validation accuracy",
+    "test_loss": "test loss (nats)",
+    "validation_loss": "validation loss (nats)",
+}
+_X = {"round": "round", "epsilon": "epsilon spent", "simulated_seconds": "simulated time", "bytes": "bytes up and down"}
+_TITLES = {
+    "epsilon": "Accuracy and epsilon",
+    "label_distance": "Accuracy and how different clients' labels are",
+    "gradient_distance": "Accuracy and how different clients' gradients are",
+    "partition": "Accuracy and the partition",
+    "cohort_size": "Accuracy and the cohort",
+    "population": "Accuracy and the population",
+    "simulated_time": "What accuracy costs in simulated time",
+    "bytes": "What accuracy costs in bytes",
+}
+_FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MOST_MAP_FIGURES + 1)))
+_TABLE_FILES = ("best", "settings", "trials", "near_best", "heat_maps", "curves", "privacy", "failed", *_TITLES)
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    kind: str = ""
+
+    @property
+    def number(self) -> bool:
+        return self.kind == "n"
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A table of the page: cells are texts."""
+
+    columns: list[_Column]
+    rows: list[list[str]]
+    left_out: int = 0
+
+
+def write_report(path: Path | str, out: Path | str | None = None, *, select: str | None = None) -> Path:
+    """Writes `report.html`, `figures/` and `tables/` about the runs below a folder; the same runs give the same bytes.
+
+    Args:
+        path: A sweep's folder, a folder of run directories, or a run directory.
+        out: Where to; None for `report` in that folder. What an earlier report left there is replaced.
+        select: `test` or `validation`: which accuracy chooses the best settings; None for validation where every run
+            has it.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: If there is no finished run, a file is damaged, `select` cannot be had, or `out` cannot be written.
+    """
+    return report_on(load_study(path), Path(path) / "report" if out is None else Path(out), select=select)
+
+
+def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
+    """The same of a study that was read or made already."""
+    report = _Report(study, judge_of(study, select), folder)
+    _clear(folder)
+    page = report.page()
+    for name, table in report.tables.items():
+        write_atomically(folder / "tables" / f"{name}.csv", _csv(table))
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _clear(folder: Path) -> None:
+    """Makes the folders, and removes what an earlier report may have left and this one may not write again."""
+    if (folder / "config.toml").exists():
+        raise UserError(str(folder), "a folder for the report alone", "a run directory", "Choose another --out")
+    try:
+        for part, names, endings in (("figures", _FIGURE_FILES, ("png", "svg")), ("tables", _TABLE_FILES, ("csv",))):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            for file in (folder / part / f"{name}.{ending}" for name in names for ending in endings):
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(str(folder), "a folder to write to", why, "Choose another --out") from None
+
+
+class _Report:
+    """What the page says; made piece by piece from one study."""
+
+    def __init__(self, study: Study, judge: Judge, folder: Path) -> None:
+        self.study, self.figures = study, folder / "figures"
+        self.judge: Judge = judge
+        self.settings = settings_table(study, judge)
+        self.best = best_settings(self.settings, judge)
+        self.curves = curves(study)
+        self.promises = _by_weakness(study.runs)
+        self.methods = sorted(study.runs["method"].unique())
+        self.settings["series"] = _joined(self.settings, self._apart("method", "privacy", "problem"))
+        self.best["series"] = self.settings.set_index("setting")["series"].loc[self.best["setting"]].to_numpy()
+        self.look = looks(_method_of(self.best) | _method_of(self.settings), self.methods)
+        self.short = short_names(key for key in study.keys if key.startswith(HYPERPARAMETERS))
+        self.has_validation = bool(study.runs["validation_accuracy"].notna().any())
+        self.unreleased = {key for key in study.runs.columns if unreleased(study.runs, key)}
+        self.uncovered = sorted(not_covered(study.runs))
+        self.labels = {key: label + (UNCOVERED if key in self.uncovered else "") for key, label in _METRICS.items()}
+        self.tables: dict[str, pd.DataFrame] = {}
+
+    def page(self) -> str:
+        """The page; writes the figures and gathers the tables on the way."""
+        parts = files("fedpriv.report") / "page"
+        style, script, template = (
+            (parts / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js", "html")
+        )
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        content = {
+            "name": self.study.name,
+            "subtitle": words.about_trials(self.study),
+            "tiles": self._tiles(),
+            "axes": self._axes(),
+            "choice": words.about_choice(self.study, self.settings, self.best, self.judge),
+            "cost": [*words.about_cost(self.study), *self._about_unreleased()],
+            "best": self._best(),
+            "figures": self._figures(),
+            "figures_text": words.FIGURES,
+            "curves_svg": self._draw_curves(),
+            "near": self._near(),
+            "judged_by": f"Settings are judged by {self.judge} accuracy, the mean over seeds.",
+            "promises": self._promises(),
+            "statements": self._statements(),
+            "settings": self._all_settings(),
+            "failed": self._failed(),
+            "footer": f"Made by fedpriv {__version__} from the records of the runs.",
+        }
+        content["maps"], content["maps_left_out"] = self._maps()
+        drawn, content["curves_text"] = self._drawn_curves()
+        hidden = [label for key, label in _X.items() if key in self.unreleased]
+        content["curves_text"] += "".join(f" {words.not_released(label, costs=True)}" for label in hidden)
+        content["curve_x"] = [
+            (key, label + MARK, f"{PREFIX}{key}") if key in self.unreleased else (key, label, key)
+            for key, label in _X.items()
+            if self.curves[key].notna().any()
+        ]
+        content["curve_y"] = [(key, label) for key, label in self.labels.items() if self.curves[key].notna().any()]
+        content["contents"] = _contents(bool(content["figures"]), bool(content["failed"].rows))
+        self._trials()
+        texts = {name: _csv(table) for name, table in self.tables.items() if name != "curves"}
+        data = {"tables": texts, "near": [words.points(p) for p in POINTS], "dashes": DASHES, **drawn}
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(template).render(
+            **content, style=style, script=script, script_hash=f"sha256-{digest}", data=_embedded(data)
+        )
+
+    def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with a mark on the names of columns that are not released."""
+        return table.rename(columns={key: f"{PREFIX}{key}" for key in self.unreleased})
+
+    def _about_unreleased(self) -> list[str]:
+        """What the marks mean, where there are any."""
+        marks = [words.about_marks(MARK, PREFIX)] if self.unreleased else []
+        return [*marks, *([words.about_uncovered(UNCOVERED, self.uncovered)] if self.uncovered else [])]
+
+    def _apart(self, *names: str) -> list[str]:
+        """Those of the columns in which settings differ, and the first in any case."""
+        return [name for name in names if name == names[0] or self.settings[name].nunique() > 1]
+
+    def _titles(self, rows: pd.DataFrame) -> list[str]:
+        """What rows of one problem and privacy are shown under; empty where there is nothing to tell apart."""
+        apart = [name for name in ("privacy", "problem") if self.settings[name].nunique() > 1]
+        return _joined(rows, apart) if apart else [""] * len(rows)
+
+    def _tiles(self) -> list[tuple[str, str]]:
+        runs = self.study.runs
+        count = self.study.trials["status"].value_counts()
+        told = [
+            ("trials done", f"{count['done']:,} of {len(self.study.trials):,}"),
+            ("settings", f"{runs['setting'].nunique():,}"),
+            ("methods", ", ".join(self.methods)),
+            ("privacy", "; ".join(self.promises[:6]) + (" ..." if len(self.promises) > 6 else "")),
+            ("data", words.listed(runs["data.name"], 4)),
+            ("model", words.listed(runs["model.name"], 4)),
+            ("clients", words.listed(runs["population"], 4)),
+            ("rounds", words.listed(runs["rounds"], 4)),
+            ("seeds", words.listed(runs["seed"], 6)),
+        ]
+        return [(name, value) for name, value in told if value]
+
+    def _axes(self) -> list[tuple[str, int, str]]:
+        """Keys that differ between runs, how many values each has, and which."""
+        made = []
+        for key in (*self.study.varying(), "seed"):
+            count = len({as_text(value) for value in self.study.runs[key]} - {""})
+            if count > 1:
+                made.append((key, count, words.listed(self.study.runs[key], 12)))
+        return made
+
+    def _best(self) -> dict[str, Any]:
+        best = self.best
+        low, high = best["test_accuracy_min"].min(), best["test_accuracy_max"].max()
+        width = max(float(high - low), 1e-9)
+        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        first = [("method", "nowrap"), *([(validated, "n")] if self.has_validation else [])]
+        first += [(tested, "n"), ("min to max", "n")]
+        then = [("hyperparameters", "w"), ("seeds", "n"), ("best of", "n"), ("epsilon", "n"), ("delta", "n")]
+        groups: list[dict[str, Any]] = []
+        for row, title in zip(best.to_dict("records"), self._titles(best), strict=True):
+            told = [row["method"], *([words.accuracy(row, "validation_accuracy")] if self.has_validation else [])]
+            told += [words.accuracy(row, "test_accuracy"), words.accuracy_range(row, "test_accuracy")]
+            more = [row["hyperparameters"] or "–", str(row["seeds"]), str(row["tried"]), *words.epsilon_delta(row)]
+            place = {k: f"{100 * (row[f'test_accuracy_{k}'] - low) / width:.1f}" for k in ("min", "max", "mean")}
+            if not groups or groups[-1]["title"] != title:
+                groups.append({"title": title, "rows": []})
+            groups[-1]["rows"].append(
+                {
+                    "first": [(cell, kind) for cell, (_, kind) in zip(told, first, strict=True)],
+                    "then": [(cell, kind) for cell, (_, kind) in zip(more, then, strict=True)],
+                    "spread": {
+                        "low": place["min"],
+                        "high": place["max"],
+                        "mean": place["mean"],
+                        "words": f"test accuracy {told[-2]} %, {told[-1]} %",
+                    },
+                    "colour": self.look[row["series"]].colour,
+                }
+            )
+        columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
+        self.tables["best"] = _numbers(self._marked(self._told(best, extra=("tried",))))
+        names = _joined(best, self._apart("method", "privacy", "problem"))
+        drawn = report_figures.draw_best(best, names, self.look, self.labels["test_accuracy"])
+        report_figures.save_figure(drawn, self.figures, "best")
+        return {"columns": columns, "groups": groups, "legend": words.SPREAD}
+
+    def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
+        """Settings as a table for others: what tells them apart, the figures, the keys that vary."""
+        metrics = [m for m in _METRICS if self.settings[f"{m}_mean"].notna().any()]
+        figures = [f"{metric}_{name}" for metric in metrics for name in ("mean", "std", "min", "max")]
+        costs = [q.column for q in QUANTITIES if q.column in settings and q.column not in ("epsilon", "partition")]
+        costs = [key for key in costs if settings[key].notna().any()]
+        first = ["setting", "problem", "privacy", "method", "hyperparameters", *extra, "seeds"]
+        marks = ["not_covered"] if self.uncovered else []
+        return settings[[*first, *figures, "epsilon", "delta", *marks, *costs, *self.study.varying()]]
+
+    def _figures(self) -> list[dict[str, Any]]:
+        made = []
+        distances = any(q.column in self.settings for q in QUANTITIES if q.column.startswith("heterogeneity."))
+        for quantity in QUANTITIES:
+            if quantity.column not in self.settings or (quantity.name == "partition" and distances):
+                continue
+            table = against(self.settings, quantity, self.judge)
+            if table.empty:
+                continue
+            look = looks(_method_of(table), self.methods)
+            hidden = unreleased(self.settings[self.settings["setting"].isin(list(table["setting"]))], quantity.column)
+            same = held(self.settings, table, quantity)
+            caption = words.caption(quantity, table, same, released=not hidden)
+            labelled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
+            figure = report_figures.draw_against(table, labelled, look, self.labels["test_accuracy"])
+            svg = report_figures.save_figure(figure, self.figures, quantity.name)
+            self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
+            shown = self._shown_against(table, labelled)
+            title = _TITLES[quantity.name]
+            made.append({"name": quantity.name, "title": title, "svg": svg, "caption": caption, "table": shown})
+        return made
+
+    def _shown_against(self, table: pd.DataFrame, quantity: Quantity) -> _Shown:
+        names = self.settings.set_index("setting")["hyperparameters"]
+        accuracy = "accuracy" + (UNCOVERED if "test_accuracy" in self.uncovered else "")
+        columns = [_Column("series", "w"), _Column(quantity.label, "n"), _Column(f"{accuracy}, %", "n")]
+        columns += [_Column("seeds", "n"), _Column("setting", "w")]
+        rows = []
+        for row in table.to_dict("records"):
+            x = "not private" if row["x"] == math.inf else words.figure(row["x"])
+            spread = words.plus_minus(row["accuracy"], row["std"])
+            rows.append([row["series"], x, spread, str(row["seeds"]), names.loc[row["setting"]] or "–"])
+        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+
+    def _draw_curves(self) -> str:
+        series = self.best.set_index("setting")["series"]
+        rows = self.curves[self.curves["setting"].isin(list(series.index))]
+        table = rows.assign(series=rows["setting"].map(series))
+        chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
+        table = table[table["series"].isin(list(chosen[: report_figures.MOST_SERIES]))]
+        self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
+        drawn = report_figures.draw_curves(table, self.look, self.labels["test_accuracy"])
+        return report_figures.save_figure(drawn, self.figures, "curves")
+
+    def _drawn_curves(self) -> tuple[dict[str, Any], str]:
+        """The curves that the page holds, thinned, and what it says about them."""
+        best = self.best["setting"].tolist()
+        ranked = self.settings[self.settings["score"].notna()].sort_values("score", ascending=False, kind="stable")
+        order = [*best, *(s for s in ranked["setting"] if s not in set(best))]
+        by_setting = dict(list(self.curves.groupby("setting", sort=False)))
+        order = [setting for setting in order if setting in by_setting]
+        told = {row["setting"]: row for row in self.settings.to_dict("records")}
+        names = list(self.look)
+        kept, longest = [], 0
+        for setting in order[:MOST_CURVES]:
+            rows = by_setting[setting]
+            longest = max(longest, len(rows))
+            rows = rows.iloc[thinned(len(rows), MOST_POINTS)]
+            keys = [key for key in (*_X, *_METRICS, "low", "high") if rows[key].notna().any()]
+            values = {key: [words.brief(value) for value in rows[key].tolist()] for key in keys}
+            if "epsilon" in values:
+                values["epsilon"] = [words.brief(value) for value in _numbers(rows)["epsilon"].tolist()]
+            kept.append(
+                {
+                    "setting": int(setting),
+                    "series": names.index(told[setting]["series"]),
+                    "name": told[setting]["hyperparameters"],
+                    "seeds": int(told[setting]["seeds"]),
+                    "best": setting in set(best),
+                    "values": values,
+                }
+            )
+        best_names = dict(zip(self.best["series"], self.best["hyperparameters"], strict=True))
+        series = [
+            {"name": n, "colour": self.look[n].colour, "dash": self.look[n].dash, "best": best_names.get(n, "")}
+            for n in names
+        ]
+        text = words.about_curves(len(order), MOST_CURVES, longest, MOST_POINTS)
+        return {"curves": kept, "series": series}, text
+
+    def _near(self) -> dict[str, Any]:
+        table = share_near_best(self.settings, POINTS)
+        self.tables["near_best"] = _numbers(table)
+        groups: list[dict[str, Any]] = []
+        order = self.best[["problem", "privacy", "method"]].drop_duplicates()
+        ordered = order.merge(table, on=["problem", "privacy", "method"], how="left")
+        for _, rows in ordered.groupby(["problem", "privacy", "method"], sort=False):
+            title, first = self._titles(rows)[0], rows.iloc[0]
+            if first["settings"] < 2:
+                continue
+            if not groups or groups[-1]["title"] != title:
+                groups.append({"title": title, "rows": []})
+            shares = {name: [words.brief(v) for v in rows[f"near_{name}"]] for name in ("own", "all")}
+            groups[-1]["rows"].append({"method": first["method"], "settings": int(first["settings"]), **shares})
+        return {"groups": groups, "points": POINTS, "words": [words.points(p) for p in POINTS], "start": 1}
+
+    def _maps(self) -> tuple[list[dict[str, Any]], int]:
+        maps = heat_maps(self.study, self.settings)
+        for number, one in enumerate(maps[:MOST_MAP_FIGURES], 1):
+            figure = report_figures.draw_heat_map(one, self.short, self.labels[f"{self.judge}_accuracy"])
+            report_figures.save_figure(figure, self.figures, f"heat_map_{number}")
+        if maps:
+            self.tables["heat_maps"] = _numbers(pd.concat([_long(one) for one in maps], ignore_index=True))
+        return [self._map(one) for one in maps[:MOST_MAPS]], max(len(maps) - MOST_MAPS, 0)
+
+    def _map(self, one: HeatMap) -> dict[str, Any]:
+        row_key, column_key = (self.short[key] for key in one.keys)
+        low, high = float(np.nanmin(one.accuracy)), float(np.nanmax(one.accuracy))
+        rows = []
+        for text, values, counts in zip(one.rows, one.accuracy.tolist(), one.seeds.tolist(), strict=True):
+            cells = [
+                {
+                    "text": words.percent(value),
+                    "part": f"{(value - low) / max(high - low, 1e-9):.3f}",
+                    "words": f"{row_key} {text}, {column_key} {column}: {words.many(count, 'seed')}",
+                }
+                if value == value
+                else None
+                for value, count, column in zip(values, counts, one.columns, strict=True)
+            ]
+            rows.append((text, cells))
+        apart = self._apart("method", "privacy", "problem")
+        group: dict[str, str] = dict(zip(("problem", "privacy", "method"), one.group, strict=True))
+        told = " · ".join(group[name] for name in apart if group[name])
+        mark = UNCOVERED if f"{self.judge}_accuracy" in self.uncovered else ""
+        title = f"{told}: {row_key} and {column_key}{mark}"
+        return {"title": title, "row_key": row_key, "column_key": column_key, "columns": one.columns, "rows": rows}
+
+    def _promises(self) -> _Shown:
+        keys = ["privacy", "trust", "adjacency", "adversary", "accountant", "delta"]
+        keys += ["unit"] if "unit" in self.study.runs else []
+        keys += ["not_covered"] if self.uncovered else []
+        runs = self.study.runs.assign(**{key: self.study.runs[key].map(as_text) for key in keys})
+        rows, told = [], []
+        for _, group in sorted(runs.groupby(keys, sort=True), key=lambda pair: self._place(pair[1]["privacy"].iloc[0])):
+            row = {key: str(group[key].iloc[0]) for key in keys}
+            largest = group["epsilon"].max() if group["private"].any() else float("nan")
+            epsilon = rounded_up(largest) if largest == largest else "–"
+            unit = "one " + row["unit"] if row.get("unit") else "–"
+            promise = [row[key] or "–" for key in ("delta", "adjacency", "adversary", "accountant")]
+            marks = [row["not_covered"] or "–"] if self.uncovered else []
+            rows.append([row["privacy"], epsilon, promise[0], unit, *promise[1:], *marks, str(len(group))])
+            told.append({**row, "epsilon": None if epsilon == "–" else float(epsilon), "runs": len(group)})
+        self.tables["privacy"] = pd.DataFrame(told)
+        kinds = {"privacy": "nowrap", "epsilon": "n", "delta": "n", "unit": "nowrap", "adjacency": "nowrap"}
+        kinds |= {"adversary": "w", "accountant": "nowrap", **({"not covered": "w"} if self.uncovered else {})}
+        kinds |= {"runs": "n"}
+        return _Shown([_Column(name, kind) for name, kind in kinds.items()], rows)
+
+    def _place(self, promise: Any) -> int:
+        return self.promises.index(str(promise))
+
+    def _statements(self) -> list[dict[str, Any]]:
+        promise = {row["run"]: row for row in self.study.runs.to_dict("records")}
+        made = []
+        for text, runs in self.study.statements.items():
+            first = promise[runs[0]]
+            told = ", ".join(part for part in (first["method"], first["privacy"], first["problem"]) if part)
+            title = f"{told}: {words.many(len(runs), 'trial')}"
+            place = (self._place(first["privacy"]), first["problem"], first["method"], title, text)
+            made.append((place, {"title": title, "text": text.strip(), "runs": runs}))
+        return [one for _, one in sorted(made, key=lambda pair: pair[0])]
+
+    def _all_settings(self) -> _Shown:
+        order = ["problem", "privacy", "method", "score"]
+        ordered = self.settings.sort_values(order, ascending=[True, True, True, False], kind="stable")
+        self.tables["settings"] = _numbers(self._marked(self._told(ordered)))
+        groups = [
+            name for name in ("problem", "privacy", "method") if name in self._apart("method", "privacy", "problem")
+        ]
+        columns = [_Column("setting", "n"), *(_Column(name, "w" if name == "problem" else "nowrap") for name in groups)]
+        columns += [_Column("hyperparameters", "w"), _Column("seeds", "n")]
+        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        columns += [_Column(validated, "n")] if self.has_validation else []
+        columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
+        columns += [_Column("epsilon", "n")]
+        rows = []
+        for row in ordered.head(MOST_ROWS).to_dict("records"):
+            cells = [
+                str(row["setting"]),
+                *(row[name] for name in groups),
+                row["hyperparameters"] or "–",
+                str(row["seeds"]),
+            ]
+            cells += [words.accuracy(row, "validation_accuracy")] if self.has_validation else []
+            cells += [
+                words.accuracy(row, "test_accuracy"),
+                words.accuracy_range(row, "test_accuracy"),
+                words.figure(row["test_loss_mean"]),
+            ]
+            rows.append([*cells, words.epsilon_delta(row)[0]])
+        return _Shown(columns, rows, max(len(ordered) - MOST_ROWS, 0))
+
+    def _failed(self) -> _Shown:
+        failed = self.study.trials[self.study.trials["status"] == "failed"].reset_index(drop=True)
+        if failed.empty:
+            return _Shown([], [])
+        keys = [k for k in failed.columns if ("." in k or k == "seed") and failed[k].map(as_text).nunique() > 1]
+        failed = failed.assign(changes=words_of(failed, keys))[["trial", "changes", "reason"]]
+        self.tables["failed"] = failed
+        rows = [[row["trial"] or "–", row["changes"] or "–", row["reason"]] for row in failed.to_dict("records")]
+        columns = [_Column("trial", "nowrap"), _Column("what it changes", "w"), _Column("why it failed", "w")]
+        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+
+    def _trials(self) -> None:
+        figures = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]
+        figures += ["not_covered"] if self.uncovered else []
+        figures += ["cohort_size", *(q.column for q in QUANTITIES if q.column in self.study.runs)]
+        runs = self.study.runs[["run", *dict.fromkeys(f for f in figures if self.study.runs[f].notna().any())]]
+        keys = [key for key in (*self.study.varying(), "seed") if key in self.study.trials]
+        trials = self.study.trials[["trial", "status", "reason", *keys]]
+        told = trials.merge(runs.rename(columns={"run": "trial"}), on="trial", how="left")
+        self.tables["trials"] = _numbers(self._marked(told))
+
+
+def _contents(figures: bool, failed: bool) -> list[tuple[str, str]]:
+    all_ = [("what", "What was run"), ("best", "Best of each method"), ("figures", "What accuracy depends on")]
+    all_ += [("curves", "Curves"), ("robustness", "Hyperparameters"), ("privacy", "What was promised")]
+    all_ += [("settings", "All settings"), ("failed", "Failed trials")]
+    return [(key, title) for key, title in all_ if (key != "figures" or figures) and (key != "failed" or failed)]
+
+
+def _method_of(table: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(table["series"], table["method"], strict=True))
+
+
+def _joined(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    return [" · ".join(part for part in parts if part) for parts in zip(*(rows[name] for name in names), strict=True)]
+
+
+def _by_weakness(runs: pd.DataFrame) -> list[str]:
+    """What is promised, in words, the weakest first."""
+    epsilon = runs["epsilon"].where(runs["private"], math.inf).fillna(math.inf)
+    weakest = runs.assign(weakness=-epsilon).groupby("privacy", sort=True)["weakness"].min()
+    return [str(name) for name in weakest.sort_values(kind="stable").index]
+
+
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Epsilon rounded up, as everywhere on the page; other figures as they are."""
+    if "epsilon" not in table:
+        return table
+    up = [float(rounded_up(e)) if e == e and not math.isinf(e) else e for e in table["epsilon"].tolist()]
+    return table.assign(epsilon=up)
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, lineterminator="\n", float_format="%.8g")
+
+
+def _long(one: HeatMap) -> pd.DataFrame:
+    group = dict(zip(("problem", "privacy", "method"), one.group, strict=True))
+    rows = [
+        {**group, "row_key": one.keys[0], "row": row, "column_key": one.keys[1], "column": column}
+        | {"accuracy": one.accuracy[i, j], "seeds": int(one.seeds[i, j])}
+        for i, row in enumerate(one.rows)
+        for j, column in enumerate(one.columns)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _embedded(data: Any) -> str:
+    """JSON that can stand in a page: nothing in it can end the element that it stands in."""
+    text = json.dumps(jsonable(data), separators=(",", ":"), ensure_ascii=True)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

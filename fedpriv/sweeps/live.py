@@ -1,0 +1,61 @@
+"""A live table of a sweep: what runs, how much is done, what failed or was stopped, how long it will take."""
+
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedpriv.sweeps.run import SweepState
+
+__all__ = ["SweepTable"]
+
+# Lines of running trials that are shown.
+_SHOWN = 12
+
+
+class SweepTable:
+    """Shows a sweep on stderr; call it with the sweep's state."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
+        self._started = False
+
+    def __enter__(self) -> "SweepTable":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            self._live.stop()
+            if not self._live.console.is_terminal:
+                self._live.console.print()  # what comes next begins a line
+
+    def __call__(self, state: SweepState) -> None:
+        """Shows how far it is; nothing before that, so that an early error is the only line."""
+        if not self._started:
+            self._live.start()
+            self._started = True
+        self._live.update(self._render(state))
+
+    def _render(self, state: SweepState) -> Group:
+        left = state.seconds_left
+        time_left = "" if left is None or state.ended == state.total else f", {_duration(left)} left"
+        stopped = f", {state.stopped} stopped early" if state.stopped else ""
+        counts = f"{state.done} done, {state.failed} failed{stopped}{time_left}"
+        line = Text(f"{state.ended} of {state.total} trials: {counts}")
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for name, label in list(state.running.items())[:_SHOWN]:
+            table.add_row(Text(name), Text(label))
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40))
+        return Group(bar, line, table)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,291 @@
+"""Running a sweep: trials side by side, what is done on the disk, what failed beside it, and a table of all.
+
+Neither Ray Tune nor Optuna runs it. A trial is a run directory like any other, which resumes by itself to the bit and
+is found again by its digest; a library that owns trials, their names, their checkpoints and their results would need a
+second truth beside that. On one machine without shares of GPUs the processes are ours; else Ray places them.
+"""
+
+import json
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedpriv.data.files import default_data_root
+from fedpriv.errors import UserError
+from fedpriv.experiment.execution import cores
+from fedpriv.experiment.run_directory import RunDirectory, make_owners_folder
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy.released import OWNER_ONLY
+from fedpriv.sweeps import local_jobs
+from fedpriv.sweeps.config import Sweep, Trial
+from fedpriv.sweeps.jobs import Began, Ended, Job
+from fedpriv.sweeps.stopping import STOPPED, group_of
+from fedpriv.sweeps.table import FAILURE, TrialsTable, label, status_of
+from fedpriv.sweeps.trial import GROUPS, DiskTrouble, Manner, run_trial
+from fedpriv.sweeps.tuning import CHOSEN, DRAWN, choose_best, common_plan, draw_trials, score_of
+from fedpriv.tracking.trackers import check_trackers
+
+__all__ = ["SweepState", "run_sweep"]
+
+TRIALS = "trials"
+
+
+# A trial's name; its new status: `running`, `done`, `failed` or `stopped`; and what trackers complained of.
+_Happened = tuple[str, str, list[str]]
+
+
+@dataclass
+class SweepState:
+    """How far a sweep is; what the live table shows.
+
+    Args:
+        total: How many different trials there are.
+        done: How many have ended well, also in earlier sessions.
+        failed: How many did not.
+        stopped: How many were not worth their remaining rounds.
+        before: How many of these three there were when this session began.
+        running: What runs, by name.
+        complaints: What trackers complained of, by name.
+        began: When this session began, on the monotonic clock.
+    """
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    stopped: int = 0
+    before: int = 0
+    running: dict[str, str] = field(default_factory=dict)
+    complaints: dict[str, list[str]] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def ended(self) -> int:
+        """How many will not run again by themselves."""
+        return self.done + self.failed + self.stopped
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the mean pace of this session; None before anything has ended."""
+        ended = self.ended - self.before
+        return (time.monotonic() - self.began) / ended * (self.total - self.ended) if ended else None
+
+    def count(self, status: str) -> None:
+        """One more that is `done`, `failed` or `stopped`; anything else is still to do."""
+        self.done += status == "done"
+        self.failed += status == "failed"
+        self.stopped += status == "stopped"
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    *,
+    jobs: int | None = 1,
+    engine: str = "vectorized",
+    device: str = "cpu",
+    data_root: Path | None = None,
+    resume: bool = False,
+    retry: bool = False,
+    stop: bool = True,
+    cpus_per_trial: float = 1.0,
+    gpus_per_trial: float = 0.0,
+    ray: bool = False,
+    ray_address: str | None = None,
+    logs: Sequence[str] = (),
+    log_diagnostics: bool | None = None,
+    watch: Callable[[SweepState], None] | None = None,
+) -> pd.DataFrame:
+    """Runs what is not done yet, and returns the table of all trials.
+
+    Args:
+        sweep: What to run.
+        out: The sweep's folder: `trials/NAME/` are run directories, `trials.csv` is the table.
+        jobs: Most trials at a time; None for as many as the machines have room for.
+        engine: In each trial; one in process.
+        device: Where gradients are computed.
+        data_root: Where data sets lie; None for the environment's choice.
+        resume: Whether `out` may hold a part of a sweep.
+        retry: Whether trials that failed are tried again.
+        stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
+        cpus_per_trial: Cores that each needs; PyTorch uses as many threads, and one at least.
+        gpus_per_trial: Share of a GPU that each needs; above 0 a Ray is started that deals them out.
+        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
+        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
+        logs: Names of `tracking.TRACKERS` that get each trial's rows.
+        log_diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
+        watch: Called whenever something has begun or ended.
+
+    Raises:
+        UserError: If no trial is an experiment, or the folder is taken. Failing trials do not stop a sweep.
+        OSError: If the disk is full, or cannot be written to.
+    """
+    _check(jobs, cpus_per_trial, gpus_per_trial)
+    _check_tuning(sweep, retry=retry, logs=logs)
+    stores = check_trackers(logs)
+    folder = RunDirectory(out)
+    with folder.locked():
+        if (out / TRIALS).exists() and not resume:
+            raise UserError(str(out), "a folder without a sweep", "one", "Add --resume, or choose another --out")
+        # A worker's folder and environment may be others.
+        root = (data_root or default_data_root()).resolve()
+        trials, refused, plan = _trials(sweep, folder, root)
+        if not trials:
+            raise refused[0][1] if refused else UserError("axes", "a trial", "none", "Give values")
+        if sweep.stop is not None:
+            folder.write_json(GROUPS, {name: group_of(trial.config) for name, trial in trials.items()})
+        again = (*((FAILURE,) if retry else ()), *(() if stop else (STOPPED,)))
+        for path in (out / TRIALS / name / file for name in trials for file in again):
+            path.unlink(missing_ok=True)
+        mode = None if sweep.tuning is None else OWNER_ONLY
+        table = TrialsTable(out, out / TRIALS, trials, refused, mode)
+        state = SweepState(total=len(trials) + len(refused))
+        for status in table.statuses():
+            state.count(status)
+        state.before = state.ended
+        manner = Manner(
+            options={"engine": engine, "device": device, "data_root": root},
+            threads=max(1, int(cpus_per_trial)),
+            rule=sweep.stop if stop else None,
+            logs=stores,
+            tracked={"group": sweep.name, "diagnostics": log_diagnostics},
+        )
+        needs = {"cpus": cpus_per_trial, "gpus": gpus_per_trial, "ray": ray, "address": ray_address}
+        left = {name: trial for name, trial in trials.items() if not status_of(out / TRIALS / name)}
+        try:
+            with closing(_finish(left, out, manner, jobs, needs)) as happenings:
+                for happened in happenings:
+                    if happened is not None:
+                        _note(happened, state, table, left)
+                    if watch is not None:
+                        watch(state)
+                    table.write_now_and_then()
+        except BaseException:
+            with suppress(OSError):
+                for name in left:  # a trial may have ended without a word of it having arrived
+                    table.changed(name)
+                table.write()
+            raise
+        written = table.write()
+        if sweep.tuning is not None and plan is not None:
+            score = score_of(next(iter(trials.values())).config)
+            folder.write_json(CHOSEN, choose_best(sweep.tuning, plan, score, trials, written))
+        return written
+
+
+def _check(jobs: int | None, cpus: float, gpus: float) -> None:
+    if jobs is not None and jobs < 1:
+        raise UserError("--jobs", "at least 1", jobs, "Give the number of trials at a time")
+    if not 0.01 <= cpus <= 4096.0:
+        raise UserError("--cpus-per-trial", "a number from 0.01", cpus, "0.5 puts two trials on a core")
+    if not 0.0 <= gpus <= 64.0:
+        raise UserError("--gpus-per-trial", "a number from 0", gpus, "0.25 puts four on a GPU")
+
+
+def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:
+    if sweep.tuning is None:
+        return
+    if retry:
+        remedy = "A trial that failed was drawn like the others, and counts as the worst"
+        raise UserError("--retry", "a sweep without [tuning]", "one with it", remedy)
+    if logs:
+        remedy = "All trials but the selected one stay secret: log that one when it is known"
+        raise UserError("--log", "a sweep without [tuning]", "one with it", remedy)
+
+
+def _trials(
+    sweep: Sweep, folder: RunDirectory, root: Path
+) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]], PrivacyPlan | None]:
+    """Trials by name, those that are none, and the plan of all if they are those of a tuning; makes their folder."""
+    where = folder.file(TRIALS)
+    if sweep.tuning is None:
+        if folder.file(DRAWN).exists():
+            remedy = "Choose another --out: what a tuning promises would not hold"
+            raise UserError(str(folder.path), "a folder without a tuning", "one", remedy)
+        where.mkdir(exist_ok=True)
+        return *_different(sweep), None
+    grid = sweep.trials()
+    plan = common_plan(sweep, grid, root)
+    begun = where.exists() and any(where.iterdir())
+    rows = draw_trials(sweep, grid, folder, begun=begun)
+    make_owners_folder(where)
+    drawn = [sweep.drawn(row["place"], row["draw"], grid) for row in rows]
+    if not drawn:
+        remedy = "A larger expected_trials makes it unlikely; another tuning spends again"
+        raise UserError("[tuning]", "a trial", "none: 0 was drawn, and nothing is selected", remedy)
+    return {trial.name: trial for trial in drawn}, [], plan
+
+
+def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]]]:
+    """Trials by name, each experiment once, and those that are none, with the reason."""
+    trials: dict[str, Trial] = {}
+    refused: list[tuple[Trial, UserError]] = []
+    for trial in sweep.trials():
+        try:
+            trials.setdefault(trial.name, trial)
+        except UserError as error:
+            refused.append((trial, error))
+    return trials, refused
+
+
+def _finish(
+    left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, needs: dict[str, Any]
+) -> Generator[_Happened | None]:
+    """Runs trials; yields what happens, or None meanwhile."""
+    if not left:
+        return
+    folder = out.resolve() / TRIALS
+    work = (Job(n, run_trial, (t.config.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
+    with closing(_side_by_side(work, jobs, threads=manner.threads, **needs)) as events:
+        for event in events:
+            if isinstance(event, Began):
+                yield event.name, "running", []
+            elif isinstance(event, Ended):
+                status = _ended(out / TRIALS / event.name, event.result)
+                yield event.name, status, event.result if isinstance(event.result, list) else []
+            else:
+                yield None
+
+
+def _side_by_side(
+    work: Iterable[Job], jobs: int | None, *, threads: int, cpus: float, gpus: float, ray: bool, address: str | None
+) -> Generator[Began | Ended | None]:
+    if ray or gpus or address is not None:
+        from fedpriv.sweeps import ray_jobs
+
+        return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=gpus, address=address)
+    places = int(cores() / cpus + 1e-9)
+    if not places:
+        remedy = "Ask for less, or join a Ray that has it"
+        raise UserError("--cpus-per-trial", f"a machine with {cpus:g} CPU", cores(), remedy)
+    return local_jobs.side_by_side(work, min(jobs or places, places), threads=threads)
+
+
+def _ended(folder: Path, result: Any) -> str:
+    """The status of a trial that has just ended; a failure is written down."""
+    if isinstance(result, DiskTrouble):
+        raise OSError(result.number, result.words, result.where)
+    if isinstance(result, BaseException):
+        folder.mkdir(parents=True, exist_ok=True)
+        RunDirectory(folder).write_text(FAILURE, json.dumps({"reason": str(result)}) + "\n")
+    status = status_of(folder)
+    if not status:
+        remedy = "Choose one on a file system that all machines of the Ray share"
+        raise UserError("--out", "a folder that every trial can write to", f"no results in {folder}", remedy)
+    return status
+
+
+def _note(happened: _Happened, state: SweepState, table: TrialsTable, trials: dict[str, Trial]) -> None:
+    name, status, complaints = happened
+    if complaints:
+        state.complaints[name] = complaints
+    if status == "running":
+        state.running[name] = label(trials[name])
+        return
+    state.running.pop(name, None)
+    state.count(status)
+    table.changed(name)

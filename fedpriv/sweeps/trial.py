@@ -1,0 +1,112 @@
+"""One trial of a sweep, in whatever process it runs."""
+
+import errno
+import gc
+import json
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.config import parse_config
+from fedpriv.experiment.recorder import StopRun, Watcher
+from fedpriv.experiment.run import run_experiment
+from fedpriv.sweeps.stopping import Stopping, StopRule
+from fedpriv.tracking.trackers import track, watched_by
+
+__all__ = ["GROUPS", "DiskTrouble", "Manner", "run_trial"]
+
+GROUPS = "groups.json"
+_LOCKED_SECONDS = 120.0
+# Nothing that another trial would not meet as well.
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """How every trial is run.
+
+    Args:
+        options: For `run_experiment`.
+        threads: Of PyTorch.
+        rule: When a trial is stopped; None for never.
+        logs: What rows are sent to beside the run directory, and where that writes.
+        tracked: For `track`.
+    """
+
+    options: dict[str, Any]
+    threads: int
+    rule: StopRule | None
+    logs: dict[str, str]
+    tracked: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DiskTrouble:
+    """Why no other trial could write either."""
+
+    number: int
+    words: str
+    where: str
+
+
+def run_trial(tables: dict[str, Any], folder: Path, called: str, manner: Manner) -> list[str] | DiskTrouble:
+    """One trial in a worker's process, and what trackers complained of. What a killed one left is gone on with."""
+    torch.set_num_threads(manner.threads)
+    complaints: list[str] = []
+    try:
+        _run_when_free(tables, folder, called, manner, complaints)
+        return complaints
+    except StopRun:
+        return complaints
+    except OSError as error:
+        ours = error.filename is not None and Path(error.filename).is_relative_to(folder.parent)
+        if error.errno in _DISK_TROUBLE or (ours and isinstance(error, PermissionError)):
+            return DiskTrouble(error.errno or 0, error.strerror or str(error), str(error.filename or folder))
+        raise
+    finally:
+        if torch.cuda.is_initialized():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: Manner, complaints: list[str]) -> None:
+    end = time.monotonic() + _LOCKED_SECONDS
+    while True:
+        try:
+            config = parse_config(tables)
+            watchers: list[Watcher] = []
+            if manner.rule is not None:
+                watchers.append(Stopping(manner.rule, folder, _comparable(folder), config.training.rounds))
+            log = track(manner.logs, config, folder, name=called, **manner.tracked)
+            try:
+                with log:
+                    watch = watched_by(log, *watchers)
+                    run_experiment(config, folder, resume=True, watch=watch, **manner.options)
+                return
+            finally:
+                complaints += log.complaints
+        except UserError as error:
+            # The process of a sweep that was killed may still hold the folder for a while.
+            if "another run at work" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
+
+
+def _comparable(folder: Path) -> list[Path]:
+    """The folders of a trial's group but its own."""
+    file = folder.parents[1] / GROUPS
+    groups = _groups(file, file.stat().st_mtime_ns)
+    mine = groups.get(folder.name)
+    return [folder.parent / name for name, group in groups.items() if group == mine and name != folder.name]
+
+
+@lru_cache(maxsize=1)
+def _groups(file: Path, written: int) -> dict[str, str]:
+    """The groups of a sweep's trials, read once a process."""
+    del written
+    return json.loads(file.read_bytes())

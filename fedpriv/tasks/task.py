@@ -1,0 +1,182 @@
+"""What is learned: a module seen as a function of one flat vector, and its loss on labelled examples."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import reduce
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedpriv.errors import UserError, nearest
+from fedpriv.tasks.dense import DenseLayers
+from fedpriv.vectors import Layout
+
+__all__ = ["PIECE_FLOATS", "PRECISIONS", "Task"]
+
+PRECISIONS = ["float32", "bfloat16"]
+
+# Floats of inputs that go through the module at once. Activations are many times larger: full gradients of thousands of
+# images must be summed piece by piece. The pieces are part of how gradients are rounded, the same in every engine.
+PIECE_FLOATS = 2**22
+
+
+class Task:
+    """Classification by a module whose parameters are the flat model vector.
+
+    Args:
+        module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no buffers.
+        device: Where gradients are computed.
+        channels_last: Whether images go through the module with their channels innermost, which convolutions on CPUs
+            like better; gradients are equal up to rounding (which now and then turns a pooling window the other way).
+        precision: `float32`, or `bfloat16` for products in that format: gradients off by up to a tenth of their length.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device | str = "cpu",
+        *,
+        channels_last: bool = False,
+        precision: str = "float32",
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise UserError("--precision", " or ".join(PRECISIONS), repr(precision), nearest(precision, PRECISIONS))
+        self.layout = Layout.of_module(module)
+        self.device = torch.device(device)
+        self._module = module.to(self.device)
+        self._parameters = [parameter.requires_grad_() for parameter in self._module.parameters()]
+        self._initial = self.layout.flatten(dict(self._module.named_parameters())).detach().cpu().clone()
+        self._loaded: Tensor | None = None
+        self._channels_last = channels_last
+        self._precision = precision
+        dense = DenseLayers.of_module(module) if precision == "float32" else None
+        self.dense = dense if dense is not None and dense.size == self.layout.size else None
+
+    def initial_model(self) -> Tensor:
+        """The module's own parameters as a vector `[params]` on the CPU."""
+        return self._initial.clone()
+
+    def on(self, device: torch.device) -> "Task":
+        """The same task computed elsewhere."""
+        if device == self.device:
+            return self
+        module = copy.deepcopy(self._module)
+        for parameter, own in zip(module.parameters(), self.layout.unflatten(self._initial).values(), strict=True):
+            parameter.data = own.clone()
+        return Task(module, device, channels_last=self._channels_last, precision=self._precision)
+
+    def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
+        """Logits `[examples, classes]` of the model `[params]` on inputs."""
+        parameters = self.layout.unflatten(model)
+        return self._in_precision(lambda: functional_call(self._module, parameters, (inputs,)))
+
+    def loss(self, model: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the examples' cross entropies (nats); `weights` `[examples]`, 1/m each for the mean."""
+        losses = F.cross_entropy(self.logits(model, inputs), labels, reduction="none")
+        return (losses * weights).sum()
+
+    def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Gradient `[params]` of the mean loss over the examples; zero if there are none."""
+        if len(labels) == 0:
+            return torch.zeros_like(model)
+        self._load(model)
+        pieces = _pieces(_width(inputs, 1), inputs, labels)
+        return reduce(torch.add, (self._gradient_of_part(x, y, len(labels)) for x, y in pieces))
+
+    def _gradient_of_part(self, inputs: Tensor, labels: Tensor, examples: int) -> Tensor:
+        """The part `[params]` that these inputs have in the gradient of the mean loss over `examples`."""
+        loss = F.cross_entropy(self._forward(inputs), labels)
+        if len(labels) < examples:
+            loss = loss * (len(labels) / examples)
+        parts = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Logits of the loaded model."""
+        if self._channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return self._in_precision(lambda: self._module(inputs))
+
+    def _in_precision(self, forward: Callable[[], Tensor]) -> Tensor:
+        """The logits of `forward`, float32, with its products in the task's precision."""
+        if self._precision == "float32":
+            return forward()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return forward().float()
+
+    def _load(self, model: Tensor) -> None:
+        """Makes the module's parameters views of `model`, so that nothing is copied."""
+        if self._loaded is not model:
+            views = self.layout.unflatten(model.detach()).values()
+            for parameter, view in zip(self._parameters, views, strict=True):
+                parameter.data = view
+            self._loaded = model
+
+    def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Gradients `[clients, params]` of many clients' weighted losses at once.
+
+        Args:
+            models: `[params]` where all clients stand at one model, else `[clients, params]`.
+            inputs: `[clients, examples, *input_shape]`.
+            labels: `[clients, examples]`.
+            weights: `[clients, examples]`; zero for padding.
+        """
+        if self.dense is not None:
+            pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
+            return reduce(torch.add, (self.dense.gradients(models, x, y, w) for x, y, w in pieces))
+        by_client = 0 if models.dim() == 2 else None
+        batched = vmap(grad(self.loss), in_dims=(by_client, 0, 0, 0))
+        pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
+        return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
+
+    def operations(self, inputs: Tensor) -> int:
+        """About how many floating-point operations it takes to compute logits: two for each use of a weight.
+
+        Taken from the layers' weights and outputs; each parameter counts as used once at least. PyTorch's own counter
+        takes more than a second to start.
+
+        Args:
+            inputs: `[examples, *input_shape]`.
+        """
+        found = 0
+
+        def count(layer: nn.Module, _: object, output: Tensor) -> None:
+            nonlocal found
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, Tensor):
+                found += 2 * weight.numel() * (output.numel() // weight.shape[0])
+
+        hooks = [layer.register_forward_hook(count) for layer in self._module.modules()]
+        try:
+            with torch.no_grad():
+                self._module(inputs.to(self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return max(found, 2 * self.layout.size * len(inputs))
+
+    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labelled examples."""
+        loss, right = 0.0, 0
+        self._load(model.to(self.device))
+        with torch.no_grad():
+            for x, y in _pieces(_width(inputs, 1), inputs, labels):
+                logits = self._forward(x.to(self.device))
+                y = y.to(self.device)
+                loss += float(F.cross_entropy(logits, y, reduction="sum").double())
+                right += int((logits.argmax(dim=1) == y).sum())
+        return loss / len(labels), right / len(labels)
+
+
+def _width(inputs: Tensor, lead: int) -> int:
+    """Floats of one example, behind `lead` leading axes."""
+    return max(prod(inputs.shape[lead:]), 1)
+
+
+def _pieces(width: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors along `dim`, each of at most `PIECE_FLOATS` / `width` examples; at least one slice."""
+    size = max(PIECE_FLOATS // width, 1)
+    return zip(*(tensor.split(size, dim) for tensor in tensors), strict=True)

@@ -1,0 +1,1 @@
+"""Sending a run's rows to trackers."""

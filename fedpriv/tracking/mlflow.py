@@ -1,0 +1,95 @@
+"""Rows of a run in MLflow: the store that MLFLOW_TRACKING_URI names, else MLflow's own choice."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+# It would report its use to its makers.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.tracking.trackers import Taken, Tracked
+
+__all__ = ["Tracker", "prepare"]
+
+# Where a run directory keeps which run of which store is its own.
+FILE = "mlflow.json"
+_LONGEST = 500
+_AT_ONCE = 100
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "killed": "KILLED"}
+
+
+def prepare() -> str:
+    """Makes the store and the experiment ready, before several processes ask for them at once; returns the store."""
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    store = mlflow.get_tracking_uri()
+    _experiment(MlflowClient(store))
+    return store
+
+
+class Tracker:
+    """One run of MLflow; a session that follows goes on with it. See `tracking.Tracker`."""
+
+    def begin(self, run: Tracked) -> Taken:
+        """The run that the run directory names, else a new one."""
+        directory = RunDirectory(run.folder)
+        self._client = MlflowClient(run.store)
+        known = directory.read_json(FILE)
+        if known is not None and known["store"] == run.store:
+            self._run = str(known["run"])
+            found = self._client.get_run(self._run)
+            if found.info.status == "FINISHED":
+                return Taken({}, finished=True)
+            self._client.update_run(self._run, status="RUNNING")
+            return Taken({key: self._last_step(key) for key in found.data.metrics})
+        tags = {"fedpriv.digest": run.digest, "fedpriv.folder": str(run.folder.resolve())}
+        tags |= {"fedpriv.sweep": run.group} if run.group else {}
+        made = self._client.create_run(_experiment(self._client), run_name=run.name, tags=tags)
+        self._run = str(made.info.run_id)
+        directory.write_json(FILE, {"store": run.store, "run": self._run})
+        parameters = [Param(key, _text(value)) for key, value in run.parameters.items()]
+        for start in range(0, len(parameters), _AT_ONCE):
+            self._client.log_batch(self._run, params=parameters[start : start + _AT_ONCE])
+        return Taken({})
+
+    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+        """Metrics at step `round`."""
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in figures.items()])
+
+    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+        """Texts as artifacts, and the run's status."""
+        del summary
+        for name, text in texts.items():
+            self._client.log_text(self._run, text, name)
+        self._client.set_tag(self._run, "fedpriv.status", status)
+        self._client.set_terminated(self._run, _STATUS[status])
+
+    def _last_step(self, key: str) -> int:
+        return max(metric.step for metric in self._client.get_metric_history(self._run, key))
+
+
+def _experiment(client: MlflowClient) -> str:
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fedpriv")
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another process has just made it
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _text(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:_LONGEST]

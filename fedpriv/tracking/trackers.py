@@ -1,0 +1,279 @@
+"""Sending a run's rows to TensorBoard, MLflow or Weights & Biases, beside the run directory, which stays the truth.
+
+What a tracker has is asked of the tracker's own store, figure by figure, so that a run that is gone on with sends
+nothing twice, and what a crash or a broken connection left out is sent later, from the files.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.config import Config
+from fedpriv.experiment.recorder import DIAGNOSTICS_FILE, StopRun, Watcher
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.privacy.released import VALUES, Kind
+
+__all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
+
+DIAGNOSTICS, NOT_COVERED = "diagnostics/", "not_covered/"
+
+# Of a summary, how long things took.
+TIMINGS = tuple(key for key, kind in VALUES.items() if kind is Kind.TIMING and key != "execution")
+
+# Name of a tracker, the package that it needs, and the module with its `prepare` and `Tracker`.
+TRACKERS: dict[str, tuple[str, str]] = {
+    "tensorboard": ("tensorboard", "fedpriv.tracking.tensorboard"),
+    "mlflow": ("mlflow", "fedpriv.tracking.mlflow"),
+    "wandb": ("wandb", "fedpriv.tracking.wandb"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """What a tracker is told of a run before its first row.
+
+    Args:
+        name: What the run is called.
+        group: The sweep that it belongs to, if any.
+        folder: The run directory.
+        digest: Of the config.
+        parameters: The config as `table.key`, values that JSON can hold.
+        store: Where rows go, as `prepare` returned it.
+        not_covered: Names of the scores that the run's promise does not cover. They are sent as `not_covered/NAME`.
+        diagnostics: Whether rows hold what is not released: then nobody but the owner may read their files.
+    """
+
+    name: str
+    group: str | None
+    folder: Path
+    digest: str
+    parameters: dict[str, Any]
+    store: str
+    not_covered: tuple[str, ...] = ()
+    diagnostics: bool = False
+
+    def name_of(self, key: str) -> str:
+        """What a released value is called in a tracker."""
+        return NOT_COVERED + key if key in self.not_covered else key
+
+
+class Taken(NamedTuple):
+    """What a tracker has of a run: up to which round, of each figure or of all, and whether it is finished there."""
+
+    figures: dict[str, int]
+    rounds: int = -1
+    finished: bool = False
+
+
+class Tracker(Protocol):
+    """One run in one tracker."""
+
+    def begin(self, run: Tracked) -> Taken:
+        """Takes the run up, or begins it."""
+        ...
+
+    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+        """Takes figures of a round."""
+        ...
+
+    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+        """Ends the session as `finished`, `stopped`, `failed` or `killed`; texts by file name."""
+        ...
+
+
+def check_trackers(names: Sequence[str]) -> dict[str, str]:
+    """Imports what the trackers need, and asks each where it will write: name and store.
+
+    Raises:
+        UserError: If there is no such tracker, its package is missing, or its store does not answer.
+    """
+    stores = {}
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError("--log", "a known tracker", repr(name), nearest(name, TRACKERS))
+        package, module = TRACKERS[name]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--log {name}", f"the package {package}", "none", f"Install it with pip install 'fedpriv[{name}]'"
+            )
+        try:
+            stores[name] = import_module(module).prepare()
+        except Exception as error:
+            raise UserError(f"--log {name}", "a store that answers", _first_line(error), "Mend or drop it") from None
+    return stores
+
+
+def track(
+    names: Sequence[str] | Mapping[str, str],
+    config: Config,
+    out: Path | str,
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    diagnostics: bool | None = None,
+) -> "RunLog":
+    """A context in which a run is sent to trackers; give it to `run_experiment` as `watch`.
+
+    Args:
+        names: Of `TRACKERS`; or what `check_trackers` returned.
+        config: The run's.
+        out: The run directory.
+        name: What the run is called there; None for the config's name.
+        group: The sweep that it belongs to.
+        diagnostics: Whether what is not released is sent too, as `diagnostics/...`; None sends it of runs without
+            `[privacy]` alone.
+
+    Raises:
+        UserError: See `check_trackers`.
+    """
+    stores = names if isinstance(names, Mapping) else check_trackers(names)
+    parameters = {key: value for key, value in flat_tables(config.tables).items() if value is not None}
+    called = {"name": name or config.name, "group": group, "folder": Path(out), "digest": config.digest}
+    sent = config.privacy is None if diagnostics is None else diagnostics
+    common = {"parameters": parameters, "not_covered": config.not_covered, "diagnostics": sent, **called}
+    return RunLog([_Sender(key, Tracked(store=store, **common)) for key, store in stores.items()], Path(out))
+
+
+def watched_by(*watchers: Watcher) -> Watcher:
+    """One watcher that calls several in turn."""
+
+    def watch(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        for watcher in watchers:
+            watcher(released, diagnostics)
+
+    return watch
+
+
+class RunLog:
+    """Sends each recorded round; on leaving, what is missing, the summary and the privacy statement."""
+
+    def __init__(self, senders: Sequence["_Sender"], out: Path) -> None:
+        self._senders, self._directory = senders, RunDirectory(out)
+
+    @property
+    def complaints(self) -> list[str]:
+        """What went wrong, as it was said on stderr."""
+        return [complaint for sender in self._senders for complaint in sender.complaints]
+
+    def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        """See `journal.Watcher`."""
+        for sender in self._senders:
+            sender.send(released, diagnostics)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._senders:
+            return
+        summary = self._directory.read_json("summary.json") if kind is None else None
+        diagnostics = self._directory.read_json(DIAGNOSTICS_FILE) if summary else None
+        status = "finished" if summary else "stopped" if kind is not None and issubclass(kind, StopRun) else "failed"
+        if kind is not None and not issubclass(kind, Exception):
+            status = "killed"
+        files = {name: self._directory.file(name) for name in ("privacy.txt", "config.toml", "summary.json")}
+        texts = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.exists()}
+        for sender in self._senders:
+            if sender.begun or summary:
+                sender.end(status, texts, summary or {}, diagnostics or {})
+
+
+class _Sender:
+    """Rows to one tracker. What goes wrong there does not end the run: it is said, and made up for at the end."""
+
+    def __init__(self, name: str, run: Tracked) -> None:
+        self._name, self._run = name, run
+        self._tracker: Tracker = import_module(TRACKERS[name][1]).Tracker()
+        self._taken: Taken | None = None
+        self._broken = False
+        self.complaints: list[str] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether the tracker was told of the run."""
+        return self._taken is not None or self._broken
+
+    def send(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        """Sends a row; the first one brings with it what the files have and the tracker has not."""
+        if not self._broken:
+            first = self._taken is None
+            self._guarded(lambda: self._catch_up() if first else self._row(released, diagnostics))
+
+    def end(
+        self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any], diagnostics: Mapping[str, Any]
+    ) -> None:
+        """Sends what is missing, and the rest."""
+
+        def rest() -> None:
+            if self._broken or self._taken is None:
+                self._catch_up()
+            if self._taken is not None and not self._taken.finished:
+                if self._run.diagnostics:
+                    sent = texts, {**summary, **({"diagnostics": diagnostics} if diagnostics else {})}
+                else:
+                    sent = _released(texts, summary)
+                self._tracker.end(status, sent[0], {self._run.name_of(key): value for key, value in sent[1].items()})
+
+        self._guarded(rest)
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._broken = True
+            later = "Rows are kept in the run directory; what is missing is sent at the end, or by another --resume"
+            self.complaints.append(f"--log {self._name}: {_first_line(error)}. {later}.")
+            print(f"fedpriv: {self.complaints[-1]}", file=sys.stderr)
+
+    def _catch_up(self) -> None:
+        if self._taken is None:
+            self._taken = self._tracker.begin(self._run)
+        directory = RunDirectory(self._run.folder)
+        diagnostics = {row["round"]: row for row in directory.rows("diagnostics.jsonl")}
+        for released in directory.rows("rounds.jsonl"):
+            self._row(released, diagnostics.get(released["round"], {}))
+
+    def _row(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+        number, taken = released["round"], self._taken
+        assert taken is not None
+        if number <= taken.rounds or taken.finished:
+            return
+        figures = {self._run.name_of(key): value for key, value in _numbers(released)}
+        if self._run.diagnostics:
+            figures |= {DIAGNOSTICS + key: value for key, value in _numbers(diagnostics)}
+        new = {key: value for key, value in figures.items() if number > taken.figures.get(key, -1)}
+        if new:
+            self._tracker.row(number, new)
+            taken.figures.update((key, number) for key in new)
+
+
+def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Texts and summary without what is not released."""
+    kept = {key: value for key, value in summary.items() if key not in TIMINGS}
+    if "execution" in kept:
+        kept["execution"] = {key: value for key, value in kept["execution"].items() if key != "seconds_per_client"}
+    file = {"summary.json": json.dumps(kept, indent=2) + "\n"} if "summary.json" in texts else {}
+    return {**texts, **file}, kept
+
+
+def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a row but its round; of tables in it as table/key."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{above}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value) and above + key != "round":
+            yield above + key, float(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
