@@ -33,11 +33,9 @@ class Mutant(NamedTuple):
     tests: str
 
 
-DATA = (
-    "tests/learning/test_learning_shifts.py tests/learning/test_learning_validation.py "
-    "tests/experiment/test_experiment_data.py"
-)
-CORE, ENGINES, EXPERIMENT = "tests/core", "tests/engines", "tests/experiment/test_experiment_run.py"
+DATA = "tests/data/test_data_shifts.py tests/data/test_data_validation.py tests/experiment/test_experiment_data.py"
+CORE = "tests/core tests/aggregation tests/mechanisms tests/methods"
+ENGINES, EXPERIMENT = "tests/engines", "tests/experiment/test_experiment_run.py"
 PRIVACY, FLOWER, CONFIG = (
     "tests/privacy",
     "tests/flower --ignore=tests/flower/test_flower_run.py",
@@ -45,7 +43,7 @@ PRIVACY, FLOWER, CONFIG = (
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/mechanisms/noise.py"
 STEP = "fedpriv/engines/in_place.py"
-LOCAL, OPTIMIZERS = "tests/learning/test_learning_local_work.py", "tests/core/test_core_server.py"
+LOCAL, OPTIMIZERS = "tests/tasks/test_tasks_local_work.py", "tests/methods/test_methods_server_optimizers.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
@@ -59,14 +57,14 @@ GUARD, LEDGER, PROMISE = (
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
-TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
-CLOCKED = "tests/devices/test_devices_run.py"
+TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
+CLOCKED = "tests/clock/test_clock_run.py"
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/mechanisms/gaussian.py", "fedpriv/mechanisms/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
-SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
-SPENDING, SPENT = "fedpriv/report/spent.py", "tests/experiment/test_experiment_spent.py"
+SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
+SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
 PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
@@ -282,7 +280,7 @@ MUTANTS = [
         "fedpriv/flower/state.py",
         "if record is not None and order.last_round in (committed, pending):",
         "if record is not None:",
-        "tests/flower/test_flower_wire.py",
+        "tests/flower/test_flower_messages.py",
     ),
     Mutant(
         "the seed of a central run goes to the clients",
@@ -494,14 +492,14 @@ MUTANTS = [
         "fedpriv/tasks/local_work.py",
         "streams.source(Purpose.LOCAL_WORK, round, client)",
         "streams.source(Purpose.LOCAL_WORK, 1, client)",
-        "tests/core tests/engines",
+        f"{CORE} {ENGINES}",
     ),
     Mutant(
         "pseudo-gradient with the wrong sign",
         "fedpriv/tasks/local_work.py",
         "return self._start - self.model\n",
         "return self.model - self._start\n",
-        "tests/core tests/engines",
+        f"{CORE} {ENGINES}",
     ),
     Mutant(
         "memories lost between rounds",
@@ -1069,14 +1067,14 @@ MUTANTS = [
         "fedpriv/data/validation.py",
         "replace(_kept(whole, to_train), test_inputs",
         "replace(_kept(whole, to_train | to_test), test_inputs",
-        "tests/learning/test_learning_validation.py",
+        "tests/data/test_data_validation.py",
     ),
     Mutant(
         "the same places are held out to test and to validate on",
         "fedpriv/data/validation.py",
         "_TO_TEST, _TO_VALIDATE = 0, 1",
         "_TO_TEST, _TO_VALIDATE = 0, 0",
-        "tests/learning/test_learning_validation.py",
+        "tests/data/test_data_validation.py",
     ),
     Mutant(
         "validation on natural clients' own examples counts as public",
@@ -1097,14 +1095,14 @@ MUTANTS = [
         "fedpriv/tracking/trackers.py",
         "return NOT_COVERED + key if key in self.not_covered else key",
         "return key",
-        "tests/experiment/test_experiment_tracking.py",
+        "tests/tracking/test_tracking_trackers.py",
     ),
     Mutant(
         "trackers get diagnostics of private runs unasked",
         "fedpriv/tracking/trackers.py",
         "config.privacy is None if diagnostics is None else diagnostics",
         "True if diagnostics is None else diagnostics",
-        "tests/experiment/test_experiment_tracking.py",
+        "tests/tracking/test_tracking_trackers.py",
     ),
     Mutant(
         "what is not released is created for all to read",
@@ -1363,14 +1361,14 @@ MUTANTS = [
         "fedpriv/streams.py",
         "(self.own_cohorts and purpose is Purpose.COHORT)",
         "False",
-        "tests/experiment/test_experiment_tuning.py",
+        "tests/sweeps/test_sweeps_tuning.py",
     ),
     Mutant(
         "tuning: a changed sweep goes on with trials that were drawn for another",
         "fedpriv/sweeps/tuning.py",
         'or found.get("digest") != digest',
         "or False",
-        "tests/experiment/test_experiment_tuning.py",
+        "tests/sweeps/test_sweeps_tuning.py",
     ),
     Mutant(
         "drop-in: frozen arrays are noised like the others",
@@ -1412,7 +1410,7 @@ MUTANTS = [
         "fedpriv/flower/state.py",
         "side = _PENDING if order.last_round == pending else _COMMITTED",
         "side = _PENDING",
-        f"{FAILURES} tests/flower/test_flower_wire.py",
+        f"{FAILURES} tests/flower/test_flower_messages.py",
     ),
     Mutant(
         "drop-in: the server counts a message that it did not get",
@@ -1524,7 +1522,7 @@ MUTANTS = [
         STEP,
         "self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()",
         "self._norms += norms.flatten().tolist()",
-        "tests/engines/test_engines_step.py",
+        "tests/engines/test_engines_in_place.py",
     ),
     Mutant(
         "deployment: a removed node is taken for one whose clock is wrong",

@@ -14,8 +14,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
+from sweep_files import BASE, in_process, sweep_file
 from test_experiment_neighbors import KINDS, write_hospitals
-from test_experiment_sweep import BASE, in_process, sweep_file
 
 import fedpriv
 from fedpriv.cli import main

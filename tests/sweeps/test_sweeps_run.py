@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
+from sweep_files import BASE, in_process, sweep_file
 
 from fedpriv import load_results
 from fedpriv.cli import main
@@ -24,27 +25,13 @@ from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run_directory import write_pieces_atomically
 from fedpriv.sweeps import local_jobs, ray_jobs
 from fedpriv.sweeps.config import Axis, load_sweep
-from fedpriv.sweeps.jobs import Began, Ended, Job, JobDied, call
+from fedpriv.sweeps.jobs import Ended, Job, JobDied
 from fedpriv.sweeps.live import SweepTable
 from fedpriv.sweeps.run import SweepState, run_sweep
 
-BASE = """
-name = "base"
-seed = 1
-[data]
-name = "digits"
-clients = 6
-[model]
-name = "softmax"
-[method]
-name = "dp-fedavg"
-clip_norm = 1.0
-server_lr = 0.5
-[training]
-rounds = 3
-"""
 SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
 pytestmark = pytest.mark.xdist_group("ray")
+__all__ = ["in_process"]
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +40,6 @@ def some_ray() -> Iterator[str]:
     connection = connect(None, 2**27)
     yield ray.get_runtime_context().gcs_address
     connection.close()
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials one after the other in this process, for what other processes have no part in."""
-
-    def one_by_one(jobs: Iterable[Job], at_once: int, *, threads: int) -> Generator[Began | Ended | None]:
-        assert at_once >= 1 <= threads
-        for job in jobs:
-            yield Began(job.name)
-            yield None
-            yield Ended(job.name, call(job.function, job.arguments))
-
-    monkeypatch.setattr("fedpriv.sweeps.local_jobs.side_by_side", one_by_one)
-    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda *_, **__: None)  # most of a short trial
-
-
-def sweep_file(folder: Path, text: str, base: str = BASE) -> Path:
-    (folder / "base.toml").write_text(base)
-    path = folder / "sweep.toml"
-    path.write_text(f'name = "s"\nbase = "base.toml"\n{text}')
-    return path
 
 
 def changes(folder: Path, text: str) -> list[dict[str, Any]]:

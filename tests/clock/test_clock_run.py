@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices_clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
+from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
 from federations import ragged_digits, setting
 from helpers import WITH_MEMORY, memories_after
 from safetensors.torch import load_file

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from sweep_files import BASE, in_process, sweep_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
-from test_experiment_sweep import BASE, in_process, sweep_file
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 import fedpriv

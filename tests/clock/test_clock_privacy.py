@@ -9,7 +9,7 @@ import dp_accounting as dpa
 import numpy as np
 import pytest
 import torch
-from devices_clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
+from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
 from dp_accounting.pld import PLDAccountant
 from torch import Tensor
 

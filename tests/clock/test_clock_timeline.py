@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices_clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
+from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
 from helpers import FALSE_ALARM, accepts_law
 from scipy import stats
 
