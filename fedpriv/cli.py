@@ -20,18 +20,18 @@ from rich.table import Table
 from fedpriv.clock import DEVICES, SCHEDULES
 from fedpriv.data.datasets import DATASETS
 from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
+from fedpriv.data.heterogeneity import figures_of
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import ENGINES, Execution, bytes_of
-from fedpriv.experiment.heterogeneity import figures_of, measure_heterogeneity
+from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.recorder import DIAGNOSTICS_FILE
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import RunDirectory, jsonable, write_atomically
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, jsonable, write_atomically
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY
@@ -230,10 +230,11 @@ def sweep(
 ) -> None:
     """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
     from fedpriv.sweeps.config import load_sweep
+    from fedpriv.sweeps.files import CHOSEN, TRIALS
     from fedpriv.sweeps.live import SweepTable
-    from fedpriv.sweeps.run import TRIALS, SweepState, run_sweep
+    from fedpriv.sweeps.run import SweepState, run_sweep
     from fedpriv.sweeps.table import other_trials
-    from fedpriv.sweeps.tuning import CHOSEN, about_tuning
+    from fedpriv.sweeps.tuning import about_tuning
 
     plan = load_sweep(file)
     folder = out or Path("runs") / plan.name

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.datasets import Digits
 from fedpriv.data.federation import Federation, federate
 from fedpriv.data.partitions import Dirichlet
 from fedpriv.engines import Engine, LoopEngine, Population

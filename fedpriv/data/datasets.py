@@ -10,13 +10,13 @@ experiment can test on other examples; see `fedpriv.data.validation`.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
+from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
 from fedpriv.data.natural_files import (
     ALPHABET,
@@ -32,8 +32,6 @@ from fedpriv.privacy.released import Whose
 __all__ = [
     "DATASETS",
     "Cifar10",
-    "Dataset",
-    "DatasetSource",
     "Digits",
     "FashionMnist",
     "HeartDisease",
@@ -54,108 +52,6 @@ WRITER_FILE = "qmnist-train-labels-idx2-int"
 # Inputs and labels of a split.
 Examples = tuple[np.ndarray, np.ndarray]
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Dataset:
-    """Training and test examples for classification.
-
-    Args:
-        name: What reports call it.
-        train_inputs: float32 `[examples, *input_shape]`.
-        train_labels: int64 `[examples]`, 0 to `classes - 1`.
-        test_inputs: float32 `[test_examples, *input_shape]`.
-        test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
-        classes: Number of labels, at least 2.
-        groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None without any.
-        natural_clients: Number g of natural clients, with those that hold no example; None if every one of them holds
-            some.
-        test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples belong
-            to no natural client.
-        validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
-        validation_labels: Their labels.
-
-    Raises:
-        UserError: If shapes, types or ranges are others.
-    """
-
-    name: str
-    train_inputs: Tensor
-    train_labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-    classes: int
-    groups: np.ndarray | None = None
-    natural_clients: int | None = None
-    test_groups: np.ndarray | None = None
-    validation_inputs: Tensor | None = None
-    validation_labels: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self._check_examples("train", self.train_inputs, self.train_labels)
-        self._check_examples("test", self.test_inputs, self.test_labels)
-        if self.validation_inputs is not None and self.validation_labels is not None:
-            self._check_examples("validation", self.validation_inputs, self.validation_labels)
-        if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
-            raise self._wrong("equal shapes of training and test inputs", list(self.test_inputs.shape[1:]))
-        if self.groups is not None:
-            self._check_groups("training", self.groups, self.examples)
-            if self.natural_clients is None and not np.bincount(self.groups).all():
-                raise self._wrong("natural clients numbered from 0 without gaps", "others")
-        if self.groups is not None and self.test_groups is not None:
-            self._check_groups("test", self.test_groups, len(self.test_labels))
-
-    @property
-    def natural_population(self) -> int:
-        """Number of natural clients, 0 if there are none."""
-        if self.groups is None:
-            return 0
-        return int(self.groups.max()) + 1 if self.natural_clients is None else self.natural_clients
-
-    @property
-    def examples(self) -> int:
-        """Number of training examples."""
-        return len(self.train_labels)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return tuple(self.train_inputs.shape[1:])
-
-    def _check_examples(self, split: str, inputs: Tensor, labels: Tensor) -> None:
-        if inputs.dtype != torch.float32 or labels.dtype != torch.int64:
-            raise self._wrong(f"float32 {split} inputs and int64 labels", (inputs.dtype, labels.dtype))
-        if labels.shape != inputs.shape[:1] or len(labels) == 0:
-            raise self._wrong(f"one label for each {split} example", (list(inputs.shape), list(labels.shape)))
-        low, high = int(labels.min()), int(labels.max())
-        if self.classes < 2 or low < 0 or high >= self.classes:
-            raise self._wrong(f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes")
-
-    def _check_groups(self, split: str, groups: np.ndarray, examples: int) -> None:
-        if groups.dtype != np.int64 or groups.shape != (examples,):
-            raise self._wrong(f"one int64 natural client for each {split} example", (groups.dtype, groups.shape))
-        if groups.min() < 0 or groups.max() >= self.natural_population:
-            raise self._wrong(
-                f"natural clients from 0 to {self.natural_population - 1}", f"{groups.min()} to {groups.max()}"
-            )
-
-    def _wrong(self, expected: str, got: object) -> UserError:
-        return UserError(f"dataset {self.name}", expected, got, "Correct the arrays that it is made of")
-
-
-class DatasetSource(Protocol):
-    """Settings that say where a data set comes from; filled from the table `[data]`.
-
-    `natural` says whether it has natural clients, and `test` on whose examples a model is then tested unless the
-    experiment says otherwise: see `validation.evaluated_on`.
-    """
-
-    natural: ClassVar[bool]
-    test: ClassVar[Whose]
-
-    def load(self, data_root: Path | None) -> Dataset:
-        """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from fedpriv.data.datasets import Dataset
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
 from fedpriv.errors import UserError
 

@@ -1,12 +1,13 @@
 """How much clients differ: in what they hold, and in the gradients with which they begin."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["evenly_chosen", "gini", "gradient_figures", "size_figures"]
+__all__ = ["evenly_chosen", "figures_of", "gini", "gradient_figures", "size_figures"]
 
 
 def evenly_chosen(population: int, most: int) -> np.ndarray:
@@ -61,3 +62,8 @@ def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
     norm, spread = float(torch.linalg.vector_norm(mean)), (max(squares, 0.0) / count) ** 0.5
     ratio = spread / norm if norm > 0.0 else float("nan")
     return {"gradient_norm": norm, "gradient_spread": spread, "gradient_dissimilarity": ratio}
+
+
+def figures_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """The numbers among the figures that `heterogeneity.json` holds."""
+    return {key: value for key, value in measured.items() if not isinstance(value, str)}

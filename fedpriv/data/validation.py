@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.data.datasets import Dataset
+from fedpriv.data.dataset import Dataset
 from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 

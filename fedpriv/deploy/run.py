@@ -20,8 +20,8 @@ import tomli_w
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
-from fedpriv.experiment.recorder import Watcher
 from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.experiment.watching import Watcher
 from fedpriv.flower.bundle import write_app
 from fedpriv.flower.launch import RecordedRounds, failure_in
 

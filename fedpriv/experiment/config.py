@@ -12,7 +12,8 @@ from typing import Any
 import tomli_w
 
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
-from fedpriv.data.datasets import DATASETS, DatasetSource
+from fedpriv.data.dataset import DatasetSource
+from fedpriv.data.datasets import DATASETS
 from fedpriv.data.partitions import PARTITIONS, Natural, Resampled
 from fedpriv.data.shifts import SHIFTS
 from fedpriv.data.validation import TESTS

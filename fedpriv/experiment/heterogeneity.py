@@ -11,9 +11,7 @@ from fedpriv.data.partitions import mean_total_variation
 from fedpriv.engines import Population, one_thread
 from fedpriv.experiment.config import Config
 
-__all__ = ["HETEROGENEITY_FILE", "figures_of", "measure_heterogeneity"]
-
-HETEROGENEITY_FILE = "heterogeneity.json"
+__all__ = ["measure_heterogeneity"]
 
 _NOTE = "Not private: computed from the clients' own data. For simulations only."
 # Clients whose gradients are compared, and the fewest of a larger population that say something about it.
@@ -52,11 +50,6 @@ def measure_heterogeneity(config: Config, population: Population, *, bounded: bo
         "label_clients": len(counted),
         **_gradients(config, population, bounded=bounded),
     }
-
-
-def figures_of(measured: dict[str, Any]) -> dict[str, Any]:
-    """The numbers among them."""
-    return {key: value for key, value in measured.items() if not isinstance(value, str)}
 
 
 def _counts(population: Population, clients: np.ndarray) -> np.ndarray:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from fedpriv.experiment.build import Experiment
-from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, measure_heterogeneity
+from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.plots import plot_curves
-from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
+from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
 from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
-__all__ = ["DIAGNOSTICS_FILE", "OLDER", "Journal", "StopRun", "Watcher"]
+__all__ = ["OLDER", "Journal"]
 
 _log = logging.getLogger("fedpriv")
 
@@ -34,18 +35,8 @@ One trial of a tuning
   the choice costs more: what is promised then is in tuning.json of the sweep.
 """
 
-# The totals of a finished run that are not released, and a checksum of its data.
-DIAGNOSTICS_FILE = "diagnostics.json"
-
 # In a checkpoint, what stands before the number of a model that somebody still works on.
 OLDER = "model-after-"
-
-# Sees every recorded round as it happens: the released row and the diagnostics row. It may raise `StopRun`.
-Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
-
-
-class StopRun(Exception):  # noqa: N818
-    """Raised by a watcher: the run ends after this round, saved, and can be gone on with to the same bits."""
 
 
 @dataclass

@@ -9,9 +9,9 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedpriv.data.heterogeneity import figures_of
 from fedpriv.errors import UserError
-from fedpriv.experiment.heterogeneity import HETEROGENEITY_FILE, figures_of
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.experiment.run_directory import HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
 from fedpriv.vectors import Layout
 

@@ -11,9 +11,10 @@ from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import ENGINE_FILE, Execution, read_record, start_engine
-from fedpriv.experiment.recorder import OLDER, Journal, Watcher
+from fedpriv.experiment.recorder import OLDER, Journal
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
+from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round
 

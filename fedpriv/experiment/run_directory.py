@@ -34,6 +34,12 @@ __all__ = [
 FILES = tuple(output.name for output in OUTPUTS if output.left)
 """The files that a finished run leaves in its directory."""
 
+DIAGNOSTICS_FILE = "diagnostics.json"
+"""The totals of a finished run that are not released, and a checksum of its data."""
+
+HETEROGENEITY_FILE = "heterogeneity.json"
+"""How much the clients of a simulated run differ."""
+
 
 def write_atomically(path: Path, content: bytes | str, mode: int | None = None) -> None:
     """Writes a file that appears whole or not at all, also if the machine stops in between.

@@ -17,7 +17,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import NOISE_TABLES
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled, read_plan
-from fedpriv.sweeps.stopping import STOPPED
+from fedpriv.sweeps.files import STOPPED
 
 __all__ = ["Group", "Run", "Total", "compose", "notes_on", "read_run", "spent_below"]
 

@@ -11,15 +11,11 @@ import pandas as pd
 
 from fedpriv.clock import SCHEDULES, FedBuff, FedFix
 from fedpriv.errors import UserError
-from fedpriv.experiment.recorder import DIAGNOSTICS_FILE
 from fedpriv.experiment.results import load_results
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
 from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.privacy import SAMPLINGS, rounded_up
-from fedpriv.sweeps.run import TRIALS
-from fedpriv.sweeps.stopping import STOPPED, TUNED
-from fedpriv.sweeps.table import FAILURE, TABLE, status_of
-from fedpriv.sweeps.tuning import CHOSEN
+from fedpriv.sweeps.files import CHOSEN, FAILURE, STOPPED, TABLE, TRIALS, TUNED, status_of
 
 __all__ = [
     "HYPERPARAMETERS",

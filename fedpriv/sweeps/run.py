@@ -23,17 +23,15 @@ from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.sweeps import local_jobs
 from fedpriv.sweeps.config import Sweep, Trial
+from fedpriv.sweeps.files import CHOSEN, DRAWN, FAILURE, GROUPS, STOPPED, TRIALS, status_of
 from fedpriv.sweeps.jobs import Began, Ended, Job
-from fedpriv.sweeps.stopping import STOPPED, group_of
-from fedpriv.sweeps.table import FAILURE, TrialsTable, label, status_of
-from fedpriv.sweeps.trial import GROUPS, DiskTrouble, Manner, run_trial
-from fedpriv.sweeps.tuning import CHOSEN, DRAWN, choose_best, common_plan, draw_trials, score_of
+from fedpriv.sweeps.stopping import group_of
+from fedpriv.sweeps.table import TrialsTable, label
+from fedpriv.sweeps.trial import DiskTrouble, Manner, run_trial
+from fedpriv.sweeps.tuning import choose_best, common_plan, draw_trials, score_of
 from fedpriv.tracking.trackers import check_trackers
 
 __all__ = ["SweepState", "run_sweep"]
-
-TRIALS = "trials"
-
 
 # A trial's name; its new status: `running`, `done`, `failed` or `stopped`; and what trackers complained of.
 _Happened = tuple[str, str, list[str]]

@@ -16,16 +16,12 @@ from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
-from fedpriv.experiment.recorder import StopRun
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.schema import choose, read_table
+from fedpriv.experiment.watching import StopRun
+from fedpriv.sweeps.files import STOPPED, TUNED
 
-__all__ = ["RULES", "STOPPED", "TUNED", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
-
-STOPPED = "stopped.json"
-
-# Tables of a config that whoever tunes chooses, and the key of each that says whose numbers the others are.
-TUNED = {"method": "name", "local": "work", "server": "optimizer"}
+__all__ = ["RULES", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
 
 # Round and figure, in order, of the rounds after the first model that were evaluated.
 Curve = Sequence[tuple[int, float]]

@@ -10,22 +10,14 @@ import pandas as pd
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables, write_atomically
 from fedpriv.sweeps.config import Trial
-from fedpriv.sweeps.stopping import STOPPED
+from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
 
-__all__ = ["FAILURE", "TrialsTable", "label", "other_trials", "status_of"]
+__all__ = ["TrialsTable", "label", "other_trials"]
 
-TABLE = "trials.csv"
-FAILURE = "failure.json"
 _FIGURES = ("test_accuracy", "test_loss", "epsilon", "rounds", "population", "parameters", "seconds")
 _VALIDATED = ("validation_accuracy", "validation_loss")
 # Writing takes at most about this share of the time, however many trials there are.
 _SHARE = 0.01
-
-
-def status_of(folder: Path) -> str:
-    """`done`, `stopped` or `failed`; empty for a trial that is still to be run, or gone on with."""
-    files = (("summary.json", "done"), (STOPPED, "stopped"), (FAILURE, "failed"))
-    return next((status for file, status in files if (folder / file).exists()), "")
 
 
 def label(trial: Trial) -> str:

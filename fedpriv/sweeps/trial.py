@@ -13,14 +13,14 @@ import torch
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.recorder import StopRun, Watcher
 from fedpriv.experiment.run import run_experiment
+from fedpriv.experiment.watching import StopRun, Watcher
+from fedpriv.sweeps.files import GROUPS
 from fedpriv.sweeps.stopping import Stopping, StopRule
 from fedpriv.tracking.trackers import track, watched_by
 
-__all__ = ["GROUPS", "DiskTrouble", "Manner", "run_trial"]
+__all__ = ["DiskTrouble", "Manner", "run_trial"]
 
-GROUPS = "groups.json"
 _LOCKED_SECONDS = 120.0
 # Nothing that another trial would not meet as well.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

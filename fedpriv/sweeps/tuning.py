@@ -16,14 +16,13 @@ from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.tuning import NegativeBinomialTrials, PoissonTrials, TrialCount, tuning_epsilon
+from fedpriv.sweeps.files import DRAWN
 
 if TYPE_CHECKING:
     from fedpriv.sweeps.config import Sweep, Trial
 
-__all__ = ["CHOSEN", "DRAWN", "Tuning", "about_tuning", "choose_best", "common_plan", "draw_trials", "score_of"]
+__all__ = ["Tuning", "about_tuning", "choose_best", "common_plan", "draw_trials", "score_of"]
 
-CHOSEN = "tuning.json"
-DRAWN = "drawn.json"
 # Tables that an axis may change: all others decide the data, the promise, or how long a trial takes.
 _TUNED = ("method", "server", "local", "model")
 _MOST_DRAW = 2**62

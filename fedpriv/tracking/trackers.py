@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import Config
-from fedpriv.experiment.recorder import DIAGNOSTICS_FILE, StopRun, Watcher
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
+from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.privacy.released import VALUES, Kind
 
 __all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]

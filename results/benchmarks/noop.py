@@ -26,7 +26,7 @@ from scale import HERE, TRIAD_BYTES, TRIAD_FLOATS, Vector, in_fresh_process
 from torch import Tensor
 from workloads import CONSTANT, median
 
-from fedpriv.data.datasets import Dataset
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Federation
 from fedpriv.engines import Population
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from workloads import CLASSES, CLIP_NORM, CONSTANT, SERVER_LR, Job, Workload, one_thread, parse_job, run_rounds
 
-from fedpriv.data.datasets import Dataset
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Federation
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.experiment.execution import choose_compute

@@ -29,7 +29,7 @@ from page import fill, table
 from torch import nn
 from workloads import median
 
-from fedpriv.data.datasets import Dataset
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import ResampledFederation
 from fedpriv.data.partitions import Resampled
 from fedpriv.methods import AlphaNormEC, DPFedAvg

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpriv.data import torchvision_cpu
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.datasets import (
     DATASETS,
     IDX_FILES,
     Cifar10,
-    Dataset,
     Digits,
     FashionMnist,
     Libsvm,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.datasets import Digits
 from fedpriv.data.federation import Federation, federate, plot_who_holds_what, spread, who_holds_what
 from fedpriv.data.partitions import PARTITIONS, Dirichlet, Iid, LabelShards, Natural, Resampled
 from fedpriv.errors import UserError

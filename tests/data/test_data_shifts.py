@@ -8,7 +8,8 @@ from helpers import accepts_law, accepts_variance, same
 from scipy import stats
 from torch import Tensor
 
-from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.datasets import Digits
 from fedpriv.data.federation import Federation, federate, spread
 from fedpriv.data.partitions import Dirichlet, Natural, Resampled
 from fedpriv.data.shifts import SHIFTS, NoiseLevels, Rotation, Shift, Style, shifted, turned

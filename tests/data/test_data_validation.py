@@ -6,7 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedpriv.data.datasets import Dataset, Digits, every_fifth_of_each_label
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.datasets import Digits, every_fifth_of_each_label
 from fedpriv.data.validation import evaluated_on, hold_out
 from fedpriv.errors import UserError
 

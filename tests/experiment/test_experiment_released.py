@@ -26,10 +26,10 @@ from fedpriv.experiment.config import Config, load_config, parse_config
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.recorder import StopRun
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory, write_atomically
+from fedpriv.experiment.watching import StopRun
 from fedpriv.methods import Clip21
 from fedpriv.privacy import Everyone, privacy_statement
 from fedpriv.privacy.released import OUTPUTS, OWNER_ONLY, VALUES, Kind, mode_of

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import fedpriv
-from fedpriv.data.datasets import Dataset, Digits
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.datasets import Digits
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment import run_directory as records

@@ -12,9 +12,9 @@ import torch
 from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.recorder import StopRun
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import Checkpoint, RunDirectory
+from fedpriv.experiment.watching import StopRun
 from fedpriv.privacy import Everyone, make_plan, read_plan
 from fedpriv.report.spent import Group, notes_on, spent_below
 

@@ -13,8 +13,9 @@ from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.report.study import HYPERPARAMETERS
 from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.files import TUNED
 from fedpriv.sweeps.run import run_sweep
-from fedpriv.sweeps.stopping import TUNED, Halving, Median, Stopping, group_of
+from fedpriv.sweeps.stopping import Halving, Median, Stopping, group_of
 
 __all__ = ["in_process"]
 
