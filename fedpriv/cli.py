@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedpriv.clock import DEVICES, SCHEDULES
-from fedpriv.data.datasets import DATASETS
+from fedpriv.data.dataset import DATASETS
 from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
 from fedpriv.data.heterogeneity import figures_of
 from fedpriv.data.partitions import PARTITIONS

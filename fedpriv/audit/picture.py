@@ -1,7 +1,7 @@
 """The picture of an audit: what canaries scored, and what that says about epsilon."""
 
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from fedpriv.audit.verdict import Findings
 from fedpriv.privacy import rounded_up
+
+if TYPE_CHECKING:
+    from fedpriv.audit.verdict import Findings
 
 __all__ = ["plot_audit"]
 
@@ -19,7 +21,7 @@ __all__ = ["plot_audit"]
 NULL, SEEN, CLAIM = "#56B4E9", "#D55E00", "#000000"
 
 
-def plot_audit(findings: Findings, record: dict[str, Any]) -> bytes:
+def plot_audit(findings: "Findings", record: dict[str, Any]) -> bytes:
     """Return histograms of scores, and lower bounds beside the claim, as one PNG.
 
     Args:
@@ -38,7 +40,7 @@ def plot_audit(findings: Findings, record: dict[str, Any]) -> bytes:
     return content.getvalue()
 
 
-def _draw_scores(axes: Axes, findings: Findings) -> None:
+def _draw_scores(axes: Axes, findings: "Findings") -> None:
     null, seen, expected = findings.null, findings.whitened, findings.score_claimed
     low, high = float(min(null.min(), seen.min(), -3.0)), float(max(null.max(), seen.max(), expected + 3.0))
     axes.hist(null, _bins(null, high - low), density=True, color=NULL, alpha=0.75, label=f"{len(null):,} unseen")
@@ -61,7 +63,7 @@ def _bins(scores: np.ndarray, span: float) -> list[float]:
     return (float(scores.min()) - 0.5 * width + width * np.arange(int(np.ptp(scores) / width) + 3)).tolist()
 
 
-def _draw_bounds(axes: Axes, findings: Findings, record: dict[str, Any]) -> None:
+def _draw_bounds(axes: Axes, findings: "Findings", record: dict[str, Any]) -> None:
     rows = findings.scores[::-1]
     heights = np.arange(len(rows))
     longest = max(row.estimate or row.lower for row in rows)

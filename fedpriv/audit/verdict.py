@@ -7,12 +7,11 @@ by all scores (Bonferroni), because one correct run in twenty exceeds a bound at
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fedpriv.audit.canaries import Canaries
-from fedpriv.audit.evidence import Evidence
 from fedpriv.audit.statistics import (
     epsilon_of,
     f_dp_lower,
@@ -21,6 +20,9 @@ from fedpriv.audit.statistics import (
     one_run_lower,
 )
 from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+
+if TYPE_CHECKING:
+    from fedpriv.audit.evidence import Evidence
 
 __all__ = ["CONVICTION", "Finding", "Findings", "judge"]
 
@@ -146,7 +148,7 @@ class _Score(NamedTuple):
     about: str
 
 
-def judge(canaries: Canaries, evidence: Evidence, plan: PrivacyPlan, confidence: float) -> Findings:
+def judge(canaries: Canaries, evidence: "Evidence", plan: PrivacyPlan, confidence: float) -> Findings:
     """Return the findings of an attacked run.
 
     Args:
@@ -225,7 +227,7 @@ def _one_run(
     name: str,
     bound: Callable[[int, int, int, float, float], float],
     canaries: Canaries,
-    evidence: Evidence,
+    evidence: "Evidence",
     claims: _Claims,
 ) -> _Score:
     """The best of three numbers of guesses; the claim is that of the canary that took part most often."""
@@ -252,7 +254,7 @@ def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
     return int((coins[present] == 1).sum() + (coins[absent] == 0).sum())
 
 
-def _without_cohorts(evidence: Evidence, canaries: Canaries, claims: _Claims) -> float | None:
+def _without_cohorts(evidence: "Evidence", canaries: Canaries, claims: _Claims) -> float | None:
     """Epsilon of two Gaussians of deviation 1, as far apart as the scores of an auditor without cohorts (Andrew et al.
     2023, arXiv 2302.03098). An estimate: a sampled mechanism is no Gaussian one.
     """

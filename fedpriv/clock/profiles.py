@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fedpriv.errors import UserError, nearest
+from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
 
 __all__ = ["DEVICES", "Devices", "Fleet", "LogNormal", "Profile", "Same", "Trace", "Uniform"]
@@ -251,12 +252,16 @@ class Trace:
         return self.rows[row]
 
 
-DEVICES: dict[str, type] = {
-    "same": Same,
-    "log-normal": LogNormal,
-    "uniform": Uniform,
-    "trace": Trace,
-}
+DEVICES: Registry[Devices] = Registry(
+    "kind of devices",
+    {
+        "same": Same,
+        "log-normal": LogNormal,
+        "uniform": Uniform,
+        "trace": Trace,
+    },
+    group="fedpriv.devices",
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import numpy as np
 from fedpriv.clock.participation import Clock, Participation
 from fedpriv.clock.timeline import Group, Step, Timeline
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 from fedpriv.privacy import Everyone, FixedSize, Sampling
 from fedpriv.streams import Purpose
 
@@ -320,11 +321,15 @@ class FedFix:
         return [one.client for one in expected if self._within(one.begins) <= number and not one.drops]
 
 
-SCHEDULES: dict[str, type] = {
-    "synchronous": Synchronous,
-    "fedbuff": FedBuff,
-    "fedfix": FedFix,
-}
+SCHEDULES: Registry[Schedule] = Registry(
+    "schedule",
+    {
+        "synchronous": Synchronous,
+        "fedbuff": FedBuff,
+        "fedfix": FedFix,
+    },
+    group="fedpriv.schedules",
+)
 
 
 @dataclass

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 from fedpriv.privacy.released import Whose
 
-__all__ = ["Dataset", "DatasetSource"]
+__all__ = ["DATASETS", "Dataset", "DatasetSource"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,3 +115,19 @@ class DatasetSource(Protocol):
     def load(self, data_root: Path | None) -> Dataset:
         """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
         ...
+
+
+DATASETS: Registry[DatasetSource] = Registry(
+    "data set",
+    {
+        "digits": "fedpriv.data.datasets:Digits",
+        "mnist": "fedpriv.data.datasets:Mnist",
+        "fashion-mnist": "fedpriv.data.datasets:FashionMnist",
+        "mnist-by-writer": "fedpriv.data.datasets:MnistByWriter",
+        "cifar10": "fedpriv.data.datasets:Cifar10",
+        "heart-disease": "fedpriv.data.datasets:HeartDisease",
+        "tiny-shakespeare": "fedpriv.data.datasets:TinyShakespeare",
+        "libsvm": "fedpriv.data.datasets:Libsvm",
+    },
+    group="fedpriv.datasets",
+)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
-from fedpriv.data.dataset import Dataset, DatasetSource
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
 from fedpriv.data.natural_files import (
     ALPHABET,
@@ -30,7 +30,6 @@ from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
 __all__ = [
-    "DATASETS",
     "Cifar10",
     "Digits",
     "FashionMnist",
@@ -309,18 +308,6 @@ class Libsvm:
         if len(parts) == 1:
             return _split(name, inputs[0], labels[0], classes)
         return _dataset(name, (inputs[0], labels[0]), (inputs[1], labels[1]), classes)
-
-
-DATASETS: dict[str, type[DatasetSource]] = {
-    "digits": Digits,
-    "mnist": Mnist,
-    "fashion-mnist": FashionMnist,
-    "mnist-by-writer": MnistByWriter,
-    "cifar10": Cifar10,
-    "heart-disease": HeartDisease,
-    "tiny-shakespeare": TinyShakespeare,
-    "libsvm": Libsvm,
-}
 
 
 def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:

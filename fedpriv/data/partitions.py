@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from fedpriv.checks import positive_int, positive_real, real_within
-from fedpriv.data.datasets import DATASETS
+from fedpriv.data.dataset import DATASETS
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 
 __all__ = [
     "PARTITIONS",
@@ -252,14 +253,18 @@ class Resampled:
         return np.sort(np.random.Generator(np.random.Philox(sequence)).integers(examples, size=self.examples))
 
 
-PARTITIONS: dict[str, type[Partition]] = {
-    "iid": Iid,
-    "dirichlet": Dirichlet,
-    "shards": LabelShards,
-    "quantity": QuantitySkew,
-    "natural": Natural,
-    "resampled": Resampled,
-}
+PARTITIONS: Registry[Partition] = Registry(
+    "partition",
+    {
+        "iid": Iid,
+        "dirichlet": Dirichlet,
+        "shards": LabelShards,
+        "quantity": QuantitySkew,
+        "natural": Natural,
+        "resampled": Resampled,
+    },
+    group="fedpriv.partitions",
+)
 
 
 def mean_total_variation(counts: np.ndarray) -> float:

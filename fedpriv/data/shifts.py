@@ -18,6 +18,7 @@ from torch.nn import functional
 from fedpriv.checks import real_within
 from fedpriv.data.federation import Federation, Holders
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
 
 __all__ = ["SHIFTS", "NoiseLevels", "Rotation", "Shift", "Style", "shifted"]
@@ -136,7 +137,9 @@ class Style:
         return inputs * torch.from_numpy(gains).float() + torch.from_numpy(offsets).float()
 
 
-SHIFTS: dict[str, type[Shift]] = {"rotation": Rotation, "noise": NoiseLevels, "style": Style}
+SHIFTS: Registry[Shift] = Registry(
+    "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, group="fedpriv.shifts"
+)
 
 
 def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federation:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 import tomli_w
 
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
-from fedpriv.data.dataset import DatasetSource
-from fedpriv.data.datasets import DATASETS
+from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Resampled
 from fedpriv.data.shifts import SHIFTS
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.schema import choose, field_names, read_table, refuse_unknown, write_table
+from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
+from fedpriv.plugins import Registry, whole_reference
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Scheduled, make_plan
 from fedpriv.privacy.released import Whose
 from fedpriv.streams import SeededStreams
@@ -30,6 +30,17 @@ from fedpriv.tasks.models import MODELS
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
 MAX_ROUNDS = 10**9
+
+# Keys whose values name a class, by table.
+_NAMES = {
+    "data": ("name", "partition", "shift"),
+    "model": ("name",),
+    "local": ("work",),
+    "method": ("name",),
+    "server": ("optimizer",),
+    "devices": ("kind",),
+    "schedule": ("kind",),
+}
 
 # Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
 _UNKNOWN_POPULATION = 10**9
@@ -146,10 +157,10 @@ class Config:
     def tables(self) -> dict[str, Any]:
         """The experiment as TOML tables; reading them gives this config again."""
         clients = {} if self.data.clients is None else {"clients": self.data.clients}
-        data = {"name": _name_of(DATASETS, self.data.dataset), **write_table(self.data.dataset), **clients}
-        data |= {"partition": _name_of(PARTITIONS, self.data.partition), **write_table(self.data.partition)}
+        data = {"name": DATASETS.name_of(self.data.dataset), **write_table(self.data.dataset), **clients}
+        data |= {"partition": PARTITIONS.name_of(self.data.partition), **write_table(self.data.partition)}
         if self.data.shift is not None:
-            data |= {"shift": _name_of(SHIFTS, self.data.shift), **write_table(self.data.shift)}
+            data |= {"shift": SHIFTS.name_of(self.data.shift), **write_table(self.data.shift)}
         if self.data.validation is not None:
             data["validation"] = self.data.validation
         # Public test examples alone are what there was before the key: such experiments keep their digest.
@@ -162,13 +173,13 @@ class Config:
         server = {}
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
-            server = {"server": {"optimizer": _name_of(SERVER_OPTIMIZERS, optimizer), **write_table(optimizer)}}
+            server = {"server": {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}}
         return {
             "name": self.name,
             "seed": self.seed,
             "data": data,
-            "model": {"name": _name_of(MODELS, self.model), **write_table(self.model)},
-            "local": {"work": _name_of(LOCAL_WORKS, self.local), **write_table(self.local)},
+            "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
+            "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
             "method": {"name": self.method_name, **write_table(client_part(self.method))},
             **server,
@@ -181,7 +192,7 @@ class Config:
     @property
     def method_name(self) -> str:
         """The method's name in the table of methods."""
-        return _name_of(METHODS, client_part(self.method))
+        return METHODS.name_of(client_part(self.method))
 
     @property
     def rule(self) -> Schedule:
@@ -229,7 +240,7 @@ class Config:
         if self.data.validation is not None:
             raise UserError("data.validation", "none in a deployment", self.data.validation, remedy)
         if self.data.shift is not None:
-            raise UserError("data.shift", "none in a deployment", repr(_name_of(SHIFTS, self.data.shift)), remedy)
+            raise UserError("data.shift", "none in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
 
     def check_unclocked(self) -> None:
         """Refuses a virtual clock where none can be kept: with real devices, or Flower's.
@@ -265,23 +276,24 @@ def _hash(tables: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_config(path: Path | str, settings: Sequence[str] = ()) -> Config:
-    """Reads an experiment's TOML file.
+def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] = ()) -> Config:
+    """Reads an experiment.
 
     Args:
-        path: The file.
+        source: Its TOML file, or the tables that such a file would hold.
         settings: Changes as `table.key=value`, the value in TOML or a bare word; an empty value removes the key.
 
     Raises:
         UserError: On anything that is not a valid experiment.
     """
-    return parse_config(apply_settings(read_config_file(Path(path)), settings))
+    tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
+    return parse_config(_with_whole_paths(apply_settings(tables, settings), Path.cwd()))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file."""
+    """The tables of a TOML file; a class of a file (`"./own.py:Class"`) is looked for from the TOML file's folder."""
     try:
-        return read_config_text(path.read_text(encoding="utf-8"), str(path))
+        return _with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
@@ -295,6 +307,17 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(where, "a TOML file", str(error), "Mend the file") from None
+
+
+def _with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tables with the file of every `"file.py:Class"` as an absolute path."""
+    changed = dict(tables)
+    for table, keys in _NAMES.items():
+        found = tables.get(table)
+        if isinstance(found, Mapping):
+            names = {key: found[key] for key in keys if key in found}
+            changed[table] = {**found, **{key: whole_reference(name, folder) for key, name in names.items()}}
+    return changed
 
 
 def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -386,10 +409,10 @@ def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
     return tables[table]
 
 
-def _read_named(kinds: dict[str, type], table: dict[str, Any], where: str, key: str) -> Any:
+def _read_named(kinds: Registry[Any], table: dict[str, Any], where: str, key: str) -> Any:
     if key not in table:
         raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "nothing", f"Add {key} to [{where}]")
-    kind = choose(kinds, f"{where}.{key}", table[key])
+    kind = kinds.resolve(table[key], f"{where}.{key}")
     options = {k: v for k, v in table.items() if k != key}
     refuse_unknown(options, field_names(kind), where, _left_over(where, key, table[key]))
     return read_table(kind, options, where)
@@ -413,12 +436,12 @@ def _left_over(where: str, key: str, name: object) -> str:
 
 def _read_data(table: dict[str, Any]) -> DataChoice:
     options = dict(table)
-    dataset_kind = choose(DATASETS, "data.name", options.pop("name", "nothing"))
-    partition_kind = choose(PARTITIONS, "data.partition", options.pop("partition", "iid"))
+    dataset_kind = DATASETS.resolve(options.pop("name", "nothing"), "data.name")
+    partition_kind = PARTITIONS.resolve(options.pop("partition", "iid"), "data.partition")
     clients = options.pop("clients", None)
     if clients is not None and (not isinstance(clients, int) or isinstance(clients, bool) or clients < 1):
         raise UserError("data.clients", "a whole number of at least 1", repr(clients), "Give the number of clients")
-    shift_kind = choose(SHIFTS, "data.shift", options.pop("shift")) if "shift" in options else None
+    shift_kind = SHIFTS.resolve(options.pop("shift"), "data.shift") if "shift" in options else None
     validation = options.pop("validation", None)
     if validation is not None and (isinstance(validation, bool) or not isinstance(validation, int | float)):
         raise UserError("data.validation", "a number", repr(validation), "Give a share such as 0.1")
@@ -443,7 +466,7 @@ def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whos
     expected = " or ".join(f'"{test}"' for test in TESTS)
     if given is not None and given not in TESTS:
         raise UserError("data.test", expected, repr(given), nearest(str(given), TESTS))
-    if PARTITIONS[partition] is Natural:
+    if PARTITIONS.resolve(partition, "data.partition") is Natural:
         return dataset.test if given is None else given
     if given not in (None, "public"):
         remedy = 'Choose data.partition = "natural", or take data.test away'
@@ -454,15 +477,11 @@ def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whos
 def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
-    kind = choose(SAMPLINGS, "cohort.sampling", name)
+    kind = SAMPLINGS.resolve(name, "cohort.sampling")
     refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)
     return CohortChoice(sampling=name, options=write_table(sampling, ("population",)))
 
 
-def _name_of(table: dict[str, type], instance: object) -> str:
-    return next(name for name, kind in table.items() if type(instance) is kind)
-
-
-def _write_named(table: dict[str, type], instance: object, key: str) -> dict[str, Any]:
-    return {key: _name_of(table, instance), **write_table(instance)}
+def _write_named(table: Registry[Any], instance: object, key: str) -> dict[str, Any]:
+    return {key: table.name_of(instance), **write_table(instance)}

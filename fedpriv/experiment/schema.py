@@ -11,16 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedpriv.errors import UserError, nearest
 
-__all__ = ["choose", "field_names", "read_table", "write_table"]
+__all__ = ["field_names", "read_table", "write_table"]
 
 T = TypeVar("T")
-
-
-def choose(table: dict[str, type], key: str, name: object) -> type:
-    """The entry of `table` called `name`; an error names `key` and the nearest known name."""
-    if not isinstance(name, str) or name not in table:
-        raise UserError(key, "a known name", repr(name), nearest(str(name), table))
-    return table[name]
 
 
 def field_names(kind: type, given: tuple[str, ...] = ()) -> list[str]:

@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.schema import choose, read_table, write_table
+from fedpriv.experiment.schema import read_table, write_table
 from fedpriv.flower.promise import Promise
 from fedpriv.methods import METHODS, Method, client_part
 from fedpriv.rounds import ClientRules
@@ -250,7 +250,7 @@ class Order:
                 "Use a strategy of fedpriv's `strategies` in the ServerApp",
             )
         hyperparameters = {k.removeprefix(_METHOD): v for k, v in record.items() if k.startswith(_METHOD)}
-        method = read_table(choose(METHODS, "method", record["method"]), hyperparameters, "method")
+        method = read_table(METHODS.known(record["method"], "method"), hyperparameters, "method")
         plain = {key: record[key] for key in _PLAIN if key in record}
         return read_table(cls, plain, FEDPRIV, method=method)
 
@@ -311,7 +311,7 @@ _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "
 
 def method_name(method: Method) -> str:
     """The method's name in the table of methods, whatever optimiser its server has."""
-    return next(name for name, kind in METHODS.items() if type(client_part(method)) is kind)
+    return METHODS.name_of(client_part(method))
 
 
 @dataclass(frozen=True)

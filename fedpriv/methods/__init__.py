@@ -1,7 +1,7 @@
-"""All methods, one paper a file; adding one is its file and one line here."""
+"""All methods, one paper a file; adding one is its file and one line in `base.METHODS`."""
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
-from fedpriv.methods.base import ClientState, Method, ServerState, client_part, feedback_of, has_memory
+from fedpriv.methods.base import METHODS, ClientState, Method, ServerState, client_part, feedback_of, has_memory
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
@@ -26,11 +26,3 @@ __all__ = [
     "has_memory",
     "optimized",
 ]
-
-METHODS: dict[str, type] = {
-    "alpha-normec": AlphaNormEC,
-    "fed-alpha-normec": FedAlphaNormEC,
-    "normalized-sgd": NormalizedSGD,
-    "clip21": Clip21,
-    "dp-fedavg": DPFedAvg,
-}

@@ -8,8 +8,10 @@ from torch import Tensor
 from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release
+from fedpriv.plugins import Registry
 
 __all__ = [
+    "METHODS",
     "ClientState",
     "Method",
     "ServerState",
@@ -94,6 +96,19 @@ class Method(Protocol):
             sampling_prob: Expected cohort size over population.
         """
         ...
+
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "alpha-normec": "fedpriv.methods.alpha_normec:AlphaNormEC",
+        "fed-alpha-normec": "fedpriv.methods.fed_alpha_normec:FedAlphaNormEC",
+        "normalized-sgd": "fedpriv.methods.normalized_sgd:NormalizedSGD",
+        "clip21": "fedpriv.methods.clip21:Clip21",
+        "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
+    },
+    group="fedpriv.methods",
+)
 
 
 def client_part(method: Method) -> Method:

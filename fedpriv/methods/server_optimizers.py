@@ -40,6 +40,7 @@ from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release
 from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
+from fedpriv.plugins import Registry
 
 __all__ = [
     "SERVER_OPTIMIZERS",
@@ -204,7 +205,11 @@ class Adagrad:
         return mean / (square.sqrt() + self.tau), Moments(mean, square)
 
 
-SERVER_OPTIMIZERS: dict[str, type] = {"momentum": Momentum, "adam": Adam, "yogi": Yogi, "adagrad": Adagrad}
+SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
+    "server optimizer",
+    {"momentum": Momentum, "adam": Adam, "yogi": Yogi, "adagrad": Adagrad},
+    group="fedpriv.server_optimizers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 from fedpriv.streams import Source
 
 __all__ = ["SAMPLINGS", "Everyone", "FixedSize", "Poisson", "Sampling", "Scheduled"]
@@ -245,11 +246,14 @@ class Scheduled:
 
 Sampling = Everyone | Poisson | FixedSize | Scheduled
 
-SAMPLINGS: dict[str, type[Everyone] | type[Poisson] | type[FixedSize]] = {
-    "everyone": Everyone,
-    "poisson": Poisson,
-    "fixed": FixedSize,
-}
+SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
+    "sampling",
+    {
+        "everyone": Everyone,
+        "poisson": Poisson,
+        "fixed": FixedSize,
+    },
+)
 
 
 def _whole(value: object) -> bool:

@@ -17,8 +17,9 @@ from typing import Any
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
-from fedpriv.experiment.schema import choose, read_table
+from fedpriv.experiment.schema import read_table
 from fedpriv.experiment.watching import StopRun
+from fedpriv.plugins import Registry
 from fedpriv.sweeps.files import STOPPED, TUNED
 
 __all__ = ["RULES", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
@@ -114,13 +115,13 @@ class Halving:
 
 
 StopRule = Median | Halving
-RULES: dict[str, type[StopRule]] = {"median": Median, "halving": Halving}
+RULES: Registry[StopRule] = Registry("rule", {"median": Median, "halving": Halving}, group="fedpriv.stop_rules")
 
 
 def read_rule(table: dict[str, Any]) -> StopRule:
     """The rule that `[stop]` describes: `rule`, a key of `RULES`, and that rule's fields."""
     options = {key: value for key, value in table.items() if key != "rule"}
-    return read_table(choose(RULES, "stop.rule", table.get("rule", "nothing")), options, "stop")
+    return read_table(RULES.resolve(table.get("rule", "nothing"), "stop.rule"), options, "stop")
 
 
 def group_of(config: Config) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedpriv.bounding import require_representable
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.task import Task
 
@@ -157,12 +158,16 @@ class LocalEpochs:
         return [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
 
 
-LOCAL_WORKS: dict[str, type] = {
-    "full-gradient": FullGradient,
-    "minibatch-gradient": MinibatchGradient,
-    "local-steps": LocalSteps,
-    "local-epochs": LocalEpochs,
-}
+LOCAL_WORKS: Registry[LocalWork] = Registry(
+    "local work",
+    {
+        "full-gradient": FullGradient,
+        "minibatch-gradient": MinibatchGradient,
+        "local-steps": LocalSteps,
+        "local-epochs": LocalEpochs,
+    },
+    group="fedpriv.local_works",
+)
 
 
 # Where a client uses all its examples, nothing is drawn, and making a generator costs more than asking for none.

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fedpriv.checks import positive_int
 from fedpriv.errors import UserError
+from fedpriv.plugins import Registry
 
 __all__ = ["MODELS", "Cnn", "Mlp", "ModelSource", "ResNet20", "Softmax"]
 
@@ -155,7 +156,9 @@ class ResNet20(_Made):
         return _resnet20(channels, classes)
 
 
-MODELS: dict[str, type[ModelSource]] = {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20}
+MODELS: Registry[ModelSource] = Registry(
+    "model", {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20}, group="fedpriv.models"
+)
 
 
 def _size(input_shape: tuple[int, ...]) -> int:

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpriv.data import torchvision_cpu
-from fedpriv.data.dataset import Dataset
+from fedpriv.data.dataset import DATASETS, Dataset
 from fedpriv.data.datasets import (
-    DATASETS,
     IDX_FILES,
     Cifar10,
     Digits,

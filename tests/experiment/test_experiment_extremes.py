@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedpriv.clock import DEVICES, SCHEDULES
-from fedpriv.data.datasets import DATASETS
+from fedpriv.data.dataset import DATASETS
 from fedpriv.data.federation import Holders
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS

@@ -16,8 +16,7 @@ import pytest
 import torch
 from helpers import same
 
-from fedpriv.data.dataset import Dataset, DatasetSource
-from fedpriv.data.datasets import DATASETS
+from fedpriv.data.dataset import DATASETS, Dataset, DatasetSource
 from fedpriv.data.federation import Federation
 from fedpriv.data.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
 from fedpriv.engines import LoopEngine

@@ -13,6 +13,7 @@ from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.flower.messages import Order, Terms, method_name
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
+from fedpriv.plugins import is_reference
 from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
 
 __all__ = [
@@ -217,7 +218,9 @@ def load_policy(path: Path) -> Policy:
         raise UserError(str(path), "a table [limits] with epsilon and delta", "none", "Say what may be spent at most")
     policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
     for name in policy.accepts.methods:
-        if name not in METHODS:
+        if is_reference(name):
+            METHODS.resolve(name, "accepts.methods")  # from here on orders may name it
+        elif name not in METHODS:
             raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Mend {path}")
     return policy
 

@@ -1,0 +1,229 @@
+"""Names that lead to classes: built in, of a package, of a file; one class and one name are all that a kind takes."""
+
+import dataclasses
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedpriv import load_config, plugins
+from fedpriv.data.dataset import DATASETS
+from fedpriv.data.partitions import PARTITIONS
+from fedpriv.deploy.device.policy import load_policy
+from fedpriv.errors import UserError
+from fedpriv.experiment.run import run_experiment
+from fedpriv.flower.messages import method_name
+from fedpriv.methods import METHODS, DPFedAvg, client_part
+from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
+from fedpriv.plugins import Registry
+from fedpriv.sweeps.config import load_sweep
+from fedpriv.sweeps.run import run_sweep
+from fedpriv.tasks.models import MODELS
+
+OWN = '''
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fedpriv.bounding import Clip
+from fedpriv.data.dataset import Dataset
+from fedpriv.methods.memoryless import Memoryless
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfClip(Memoryless):
+    """Clips to a half."""
+
+    server_lr: float = 1.0
+
+    @property
+    def bounded(self) -> Clip:
+        return Clip(clip_norm=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One layer without a bias."""
+
+    dense: ClassVar[bool] = True
+    scale: float = 0.1
+
+    def parameters(self, input_shape, classes):
+        return input_shape[0] * classes
+
+    def build(self, input_shape, classes, seed):
+        layer = nn.Linear(input_shape[0], classes, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(self.scale * torch.eye(classes, input_shape[0]))
+        return nn.Sequential(nn.Flatten(), layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripes:
+    """Which of three features is largest."""
+
+    natural: ClassVar[bool] = False
+    test: ClassVar[str] = "public"
+    examples: int = 60
+
+    def load(self, data_root: Path | None) -> Dataset:
+        inputs = torch.rand(self.examples, 3, generator=torch.Generator().manual_seed(0))
+        labels = inputs.argmax(1)
+        return Dataset(
+            name="stripes", train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels, classes=3
+        )
+'''
+CONFIG = """
+name = "own"
+seed = 1
+[data]
+name = "./own.py:Stripes"
+examples = 90
+clients = 5
+[model]
+name = "./own.py:Line"
+scale = 0.2
+[method]
+name = "./own.py:HalfClip"
+server_lr = 0.5
+[training]
+rounds = 2
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """An experiment whose data, model and method lie in a file beside it."""
+    (tmp_path / "own.py").write_text(OWN)
+    path = tmp_path / "own.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def registered(text: str) -> list[Any]:
+    scope: dict[str, Any] = {"__name__": __name__}
+    exec(text, scope)  # the classes of OWN, as a program would define them
+    return [scope[name] for name in ("HalfClip", "Line", "Stripes")]
+
+
+def test_every_built_in_name_leads_to_its_class_and_back() -> None:
+    for registry in (METHODS, MODELS, DATASETS, PARTITIONS):
+        assert list(registry)
+        for name, kind in registry.items():
+            assert isinstance(kind, type)
+            assert dataclasses.is_dataclass(kind)
+            assert registry.name_of(object.__new__(kind)) == name
+    assert METHODS["dp-fedavg"] is DPFedAvg is Defined
+
+
+def test_a_method_a_model_and_a_data_set_of_a_file_run_resume_and_sweep(config: Path, tmp_path: Path) -> None:
+    read = load_config(config)
+    assert method_name(read.method) == f"{tmp_path / 'own.py'}:HalfClip"
+    assert read.method.bounded.l2_bound == 0.5
+    written = {}
+    for engine in ("loop", "vectorized"):
+        out = tmp_path / engine
+        run_experiment(read, out, engine=engine)
+        run_experiment(load_config(out / "config.toml"), out, engine=engine, resume=True)
+        written[engine] = (out / "model.safetensors").read_bytes()
+    assert load_config(tmp_path / "loop" / "config.toml").digest == read.digest
+    assert written["loop"] == written["vectorized"]
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text('name = "s"\nbase = "own.toml"\n[[axis]]\nkey = "method.server_lr"\nvalues = [0.5, 1.0]\n')
+    table = run_sweep(load_sweep(sweep), tmp_path / "sweep", jobs=2)  # in processes that know nothing but names
+    assert list(table["status"]) == ["done", "done"], table["reason"].tolist()
+
+
+def test_one_class_and_one_line_add_a_method_a_model_and_a_data_set(tmp_path: Path) -> None:
+    half, line, stripes = registered(OWN)
+    METHODS.add("half-clip", half)
+    MODELS.add("line", line)
+    DATASETS.add("stripes", stripes)
+    try:
+        tables: dict[str, Any] = {
+            "name": "own",
+            "seed": 1,
+            "data": {"name": "stripes", "clients": 5},
+            "model": {"name": "line"},
+            "method": {"name": "half-clip"},
+            "training": {"rounds": 1},
+        }
+        run_experiment(load_config(tables), tmp_path / "out", engine="loop")
+        assert load_config(tmp_path / "out" / "config.toml").tables["method"] == {"name": "half-clip", "server_lr": 1.0}
+    finally:
+        for registry, name in ((METHODS, "half-clip"), (MODELS, "line"), (DATASETS, "stripes")):
+            registry.remove(name)
+    with pytest.raises(UserError, match="expected a known name, got 'half-clip'"):
+        load_config(tables)
+
+
+def test_a_class_of_a_package_is_named_by_its_module() -> None:
+    tables: dict[str, Any] = {"name": "fedpriv.methods.clip21:Clip21"}
+    base = {"name": "a", "seed": 1, "data": {"name": "digits", "clients": 2}, "model": {"name": "softmax"}}
+    read = load_config({**base, "method": tables, "training": {"rounds": 1}})
+    assert read.tables["method"]["name"] == "clip21"  # what has a name keeps it: the same experiment
+
+
+def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint(name="theirs", value="fedpriv.methods.dp_fedavg:DPFedAvg", group="some.group")
+    monkeypatch.setattr(plugins, "_installed", lambda group: {"theirs": point} if group == "some.group" else {})
+    found: Registry[Any] = Registry("method", {}, group="some.group")
+    assert list(found) == ["theirs"]
+    assert found.resolve("theirs", "method.name") is DPFedAvg
+    assert found.name_of(DPFedAvg()) == "theirs"
+    with pytest.raises(UserError, match="Known: theirs"):
+        found.resolve("x", "method.name")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no.such.module:Method", "a class that can be imported, got 'no.such.module:Method'"),
+        ("fedpriv.methods.clip21:Clip22", "a class that can be imported"),
+        ("./missing.py:Method", "a class that can be imported"),
+        ("fedpriv.errors:nearest", "a dataclass that is a method"),
+        ("fedpriv.vectors:Layout.nothing", "a class that can be imported"),
+        (":", "a class that can be imported"),
+        ("clip-21", "Did you mean 'clip21'"),
+        (7, "a known name, got 7"),
+        (["clip21"], "a known name"),
+    ],
+)
+def test_what_leads_nowhere_is_one_line(name: object, said: str) -> None:
+    with pytest.raises(UserError, match="expected") as caught:
+        METHODS.resolve(name, "method.name")
+    assert said in str(caught.value)
+
+
+@pytest.mark.usefixtures("config")
+def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy of a device may name a class of its owner; a server can then name it, too, and no other."""
+    stranger, own = f"{tmp_path / 'stranger.py'}:Method", f"{tmp_path / 'own.py'}:HalfClip"
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
+    with pytest.raises(UserError, match="a known name"):
+        METHODS.known(stranger, "method")
+    with pytest.raises(UserError, match="a known name"):
+        METHODS.known("os:system", "method")
+    monkeypatch.setattr(METHODS, "_referred", {})
+    with pytest.raises(UserError, match="a known name"):
+        METHODS.known(own, "method")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(f'[accepts]\nmethods = ["{own}"]\n[limits]\nepsilon = 1.0\ndelta = 1e-5\n')
+    assert load_policy(policy).accepts.methods == (own,)
+    assert METHODS.known(own, "method").__name__ == "HalfClip"
+
+
+def test_a_file_that_fails_is_loaded_again_once_it_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_module_at_all\n")
+    with pytest.raises(UserError, match="no_such_module_at_all"):
+        METHODS.resolve(f"{path}:HalfClip", "method.name")
+    path.write_text(OWN)
+    kind = METHODS.resolve(f"{path}:HalfClip", "method.name")
+    assert client_part(kind()).client_rule  # type: ignore[attr-defined]
+    assert torch.equal(kind().init_server(torch.ones(2)).model, torch.ones(2))
