@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, nearest
 
@@ -118,7 +118,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return {} if self._group is None else _installed(self._group)
 
 
-def is_reference(name: object) -> bool:
+def is_reference(name: object) -> TypeGuard[str]:
     """Whether a name says where its class is: `"package.module:Class"` or `"folder/file.py:Class"`."""
     return isinstance(name, str) and ":" in name
 

@@ -158,7 +158,7 @@ def test_one_class_and_one_line_add_a_method_a_model_and_a_data_set(tmp_path: Pa
     finally:
         for registry, name in ((METHODS, "half-clip"), (MODELS, "line"), (DATASETS, "stripes")):
             registry.remove(name)
-    with pytest.raises(UserError, match="expected a known name, got 'half-clip'"):
+    with pytest.raises(UserError, match="expected a known name, got 'stripes'"):
         load_config(tables)
 
 
