@@ -66,14 +66,14 @@ class ClientRules:
         bound, grid = self.method.bounded.l2_bound, self.release_grid
         return bound if grid is None else max_level(bound, self.noise_stddev) * grid
 
-    def release(self, round: int, client: int) -> Release | None:  # noqa: A002
+    def release(self, round: int, client: int) -> Release | None:
         """Return the function that noises the message `[params]` of one client in `round`; None without noise."""
         if self.noise_stddev == 0.0:
             return None
         level = max_level(self.method.bounded.l2_bound, self.noise_stddev)
         return lambda message: release_message(self.streams, self.noise_stddev, level, message, round, client)
 
-    def release_rows(self, round: int, clients: Sequence[int]) -> Release | None:  # noqa: A002
+    def release_rows(self, round: int, clients: Sequence[int]) -> Release | None:
         """Return the same for the messages `[clients, params]` of several clients."""
         if self.noise_stddev == 0.0:
             return None
@@ -177,7 +177,7 @@ def agree(
     )
 
 
-def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:  # noqa: A002
+def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:
     """What the server sends in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
     return Broadcast(round, state.model, cohort, capacity_of(rules.sampling))
@@ -194,7 +194,8 @@ def client_round(
     client: int,
     state: ClientState,
     signal: Tensor,
-    round: int,  # noqa: A002
+    round: int,
+    turn: int | None = None,
 ) -> tuple[Tensor, ClientState]:
     """One client's message `[params]` and its new state.
 
@@ -204,8 +205,10 @@ def client_round(
         state: What it kept from earlier rounds.
         signal: What it would send without privacy, `[params]`.
         round: The current round, from 1.
+        turn: What addresses the noise where rounds are tried again, as deployments do; None for the round.
     """
-    return apply_client_rule(rules.method, state, signal, rules.release(round, client), round)
+    release = rules.release(round if turn is None else turn, client)
+    return apply_client_rule(rules.method, state, signal, release, round)
 
 
 def apply_client_rule(
@@ -213,7 +216,7 @@ def apply_client_rule(
     state: ClientState,
     signal: Tensor,
     release: Release | None,
-    round: int,  # noqa: A002
+    round: int,
 ) -> tuple[Tensor, ClientState]:
     """The method's client rule, for one client or for a cohort; refuses a message that is not shaped like the signal.
 
@@ -225,7 +228,7 @@ def apply_client_rule(
     return message, state
 
 
-def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:  # noqa: A002
+def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:
     """The server's next state from the sum of the messages, float64 `[params]`.
 
     Noise is added exactly, on a grid (`fedpriv.mechanisms.noise`); all that follows is post-processing. The sum is

@@ -69,7 +69,7 @@ class Source(Words, Protocol):
 class Streams(Protocol):
     """Gives the source of randomness at an address."""
 
-    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Source:  # noqa: A002
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Source:
         """The source for `purpose` in `round` (from 1; 0 is before the first) at `client`."""
         ...
 
@@ -129,7 +129,7 @@ class SeededStreams:
     noise_id: str = ""
     own_cohorts: bool = False
 
-    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:  # noqa: A002
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:
         """See `Streams.source`."""
         address = (int(purpose), int(round), int(client))
         own = purpose in _NOISE or (self.own_cohorts and purpose is Purpose.COHORT)
@@ -163,7 +163,7 @@ class SystemSource:
             self._cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
         return np.frombuffer(self._cipher.update(bytes(8 * size)), dtype=np.uint64)
 
-    def more(self, position: int, number: int) -> int:  # noqa: ARG002
+    def more(self, position: int, number: int) -> int:
         """See `Words.more`."""
         return int.from_bytes(os.urandom(8), "little")
 
@@ -181,6 +181,6 @@ class SystemSource:
 class SystemStreams:
     """Secret streams for deployment: the address is ignored, nothing can be drawn twice."""
 
-    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SystemSource:  # noqa: A002, ARG002
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SystemSource:
         """See `Streams.source`."""
         return SystemSource()

@@ -211,7 +211,7 @@ class MethodStrategy(Strategy):
     def configure_train(
         self,
         server_round: int,
-        arrays: ArrayRecord,  # noqa: ARG002
+        arrays: ArrayRecord,
         config: ConfigRecord,
         grid: Grid,
     ) -> Iterable[Message]:
@@ -270,7 +270,7 @@ class MethodStrategy(Strategy):
         server_round: int,
         arrays: ArrayRecord,
         config: ConfigRecord,
-        grid: Grid,  # noqa: ARG002
+        grid: Grid,
     ) -> Iterable[Message]:
         """One message to every client if federated evaluation is on, else none."""
         if not self._evaluate:

@@ -131,7 +131,7 @@ def damping_of(method: Method) -> float:
     return float(getattr(client_part(method), "damping", 0.0))
 
 
-def memories_after(method: Method, state: Any, round: int) -> Tensor:  # noqa: A002
+def memories_after(method: Method, state: Any, round: int) -> Tensor:
     """The clients' memories `[clients, params]` as they count after `round`, skipped rounds included."""
     if "updated" not in state._fields:
         return state.memory

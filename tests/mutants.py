@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(
         "no noise at the client",
         ROUNDS,
-        "apply_client_rule(rules.method, state, signal, rules.release(round, client), round)",
-        "apply_client_rule(rules.method, state, signal, None, round)",
+        "return apply_client_rule(rules.method, state, signal, release, round)",
+        "return apply_client_rule(rules.method, state, signal, None, round)",
         CORE,
     ),
     Mutant("noise of the wrong size", NOISE, "rounded_noise(exact, stddev,", "rounded_noise(exact, stddev**0.5,", CORE),
@@ -1519,9 +1519,9 @@ MUTANTS = [
     ),
     Mutant(
         "a client whose memory is not finite is not counted",
-        STEP,
-        "self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()",
-        "self._norms += norms.flatten().tolist()",
+        "fedpriv/engines/base.py",
+        "return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()",
+        "return norms.flatten().tolist()",
         "tests/engines/test_engines_in_place.py",
     ),
     Mutant(

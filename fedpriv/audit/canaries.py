@@ -85,11 +85,11 @@ class Canaries:
         """Signs in the rounds that a candidate takes part in, 0 in others; float64 `[candidates, rounds]`."""
         return self.signs * self.takes_part.astype(np.float64)
 
-    def cohort(self, round: int) -> np.ndarray:  # noqa: A002
+    def cohort(self, round: int) -> np.ndarray:
         """Which of `planted` take part in `round` (from 1), ascending int64."""
         return np.flatnonzero(self.takes_part[self.planted, round - 1])
 
-    def push(self, candidate: int, round: int) -> Tensor:  # noqa: A002
+    def push(self, candidate: int, round: int) -> Tensor:
         """The direction of a candidate's message in `round`, a new tensor `[params]` of length 1, or 0."""
         amplitude = float(self.coins[candidate]) * float(self.signs[candidate, round - 1])
         if candidate < self.isotropic:
@@ -189,7 +189,7 @@ class CanaryPopulation(Population):
     first: int
     scale: float
 
-    def signal(self, client: int, model: Tensor, round: int) -> Tensor:  # noqa: A002
+    def signal(self, client: int, model: Tensor, round: int) -> Tensor:
         """See `Population.signal`; the model does not matter."""
         push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
         return (push * self.scale).to(model.device, model.dtype)
@@ -198,5 +198,5 @@ class CanaryPopulation(Population):
 class VectorizedCanaries(VectorizedEngine):
     """The vectorized engine for canaries: chunks, client steps and sums are its own, signals are not computed."""
 
-    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:  # noqa: A002
+    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
         return torch.stack([self._population.signal(client, model, round) for client in clients])

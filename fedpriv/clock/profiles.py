@@ -86,7 +86,7 @@ class Same:
         """See `Devices.keep_hours`."""
         return self.available < 1.0
 
-    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
         """See `Devices.profile`."""
         return Profile(self.speed, self.download, self.upload, self.available, float(rng.random()), self.dropout)
 
@@ -130,7 +130,7 @@ class LogNormal:
         """See `Devices.keep_hours`."""
         return self.available < 1.0
 
-    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
         """See `Devices.profile`."""
         medians = np.array([self.speed, self.download, self.upload])
         spreads = np.array([self.speed_spread, self.download_spread, self.upload_spread])
@@ -173,7 +173,7 @@ class Uniform:
         """See `Devices.keep_hours`."""
         return self.available < 1.0
 
-    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:  # noqa: ARG002
+    def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
         """See `Devices.profile`."""
         low, high = zip(self.speed, self.download, self.upload, strict=True)
         speed, download, upload = rng.uniform(low, high)

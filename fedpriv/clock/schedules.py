@@ -109,12 +109,12 @@ class Synchronous:
         """See `Schedule.draws_cohorts`."""
         return self.over_select == 1.0
 
-    def check(self, sampling: Sampling, *, memory: bool) -> None:  # noqa: ARG002
+    def check(self, sampling: Sampling, *, memory: bool) -> None:
         """See `Schedule.check`."""
         if not self.draws_cohorts:
             self._asked(sampling)
 
-    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:  # noqa: ARG002
+    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
         """See `Schedule.timeline`. The sum is divided by the expected cohort, as if all who are asked counted."""
         (asked, places), lasts = self._asked(sampling), self._lasts(clock, hidden=hidden)
         rounds: list[Step] = []
@@ -225,7 +225,7 @@ class FedBuff:
             got, remedy = self.staleness_exponent, "A weighed message would part the server's memory from the clients'"
             raise UserError("schedule.staleness_exponent", "0, or nothing, for a method with memory", got, remedy)
 
-    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:  # noqa: ARG002
+    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
         """See `Schedule.timeline`."""
         usual = 0.0 if memory else 0.5
         exponent = usual if self.staleness_exponent is None else self.staleness_exponent
@@ -262,11 +262,11 @@ class FedFix:
         """No."""
         return False
 
-    def check(self, sampling: Sampling, *, memory: bool) -> None:  # noqa: ARG002
+    def check(self, sampling: Sampling, *, memory: bool) -> None:
         """See `Schedule.check`."""
         _check_everyone("fedfix", sampling)
 
-    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:  # noqa: ARG002
+    def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
         """See `Schedule.timeline`."""
         population = sampling.population
         return Timeline(

@@ -63,7 +63,7 @@ class Digits:
     natural: ClassVar[bool] = False
     test: ClassVar[Whose] = "public"
 
-    def load(self, data_root: Path | None) -> Dataset:  # noqa: ARG002
+    def load(self, data_root: Path | None) -> Dataset:
         """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
         from sklearn.datasets import load_digits
 

@@ -56,7 +56,7 @@ class Iid:
     def split(
         self,
         labels: np.ndarray,
-        groups: np.ndarray | None,  # noqa: ARG002
+        groups: np.ndarray | None,
         clients: int | None,
         rng: np.random.Generator,
     ) -> list[np.ndarray]:
@@ -93,7 +93,7 @@ class Dirichlet:
     def split(
         self,
         labels: np.ndarray,
-        groups: np.ndarray | None,  # noqa: ARG002
+        groups: np.ndarray | None,
         clients: int | None,
         rng: np.random.Generator,
     ) -> list[np.ndarray]:
@@ -132,7 +132,7 @@ class LabelShards:
     def split(
         self,
         labels: np.ndarray,
-        groups: np.ndarray | None,  # noqa: ARG002
+        groups: np.ndarray | None,
         clients: int | None,
         rng: np.random.Generator,
     ) -> list[np.ndarray]:
@@ -173,7 +173,7 @@ class QuantitySkew:
     def split(
         self,
         labels: np.ndarray,
-        groups: np.ndarray | None,  # noqa: ARG002
+        groups: np.ndarray | None,
         clients: int | None,
         rng: np.random.Generator,
     ) -> list[np.ndarray]:
@@ -195,10 +195,10 @@ class Natural:
 
     def split(
         self,
-        labels: np.ndarray,  # noqa: ARG002
+        labels: np.ndarray,
         groups: np.ndarray | None,
         clients: int | None,
-        rng: np.random.Generator,  # noqa: ARG002
+        rng: np.random.Generator,
     ) -> list[np.ndarray]:
         """See `Partition.split`; uses no randomness."""
         return self.split_among(groups, 0 if groups is None else int(groups.max()) + 1, clients)
@@ -239,7 +239,7 @@ class Resampled:
     def split(
         self,
         labels: np.ndarray,
-        groups: np.ndarray | None,  # noqa: ARG002
+        groups: np.ndarray | None,
         clients: int | None,
         rng: np.random.Generator,
     ) -> list[np.ndarray]:

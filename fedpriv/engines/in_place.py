@@ -4,7 +4,6 @@ A method's `client_rule` is the definition. Where it has the form of `fedpriv.fe
 run here on the memory that is there already: residual, norm, message, memory and sum, with nothing allocated.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fedpriv.aggregation.exact import ExactSum
 from fedpriv.bounding import row_norms
+from fedpriv.engines.base import counted_norms, total_of
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.engines.states import StateStore
 from fedpriv.feedback import Feedback, Release, sent_message
@@ -64,7 +64,7 @@ class ClientStep:
             state: Fields `[clients, ...]`.
         """
         norms = row_norms(signals)
-        round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)  # noqa: A001
+        round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)
         if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
             signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
             state = type(state)(*(part[0] for part in state))
@@ -74,8 +74,7 @@ class ClientStep:
         else:
             sent, decisive = _feed_back_(self._feedback, signals, norms, state, release, round)
             self._sum.add(sent)
-        # A memory that is not finite makes a message of nothing as a signal does, and is counted as one.
-        self._norms += torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
+        self._norms += counted_norms(norms, decisive)
 
     def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
         """Does as `take` for one client, in C where that is possible.
@@ -114,9 +113,7 @@ class ClientStep:
 
     def total(self) -> Total:
         """What the round's clients sent together."""
-        finite = [norm for norm in self._norms if math.isfinite(norm)]
-        mean = math.fsum(finite) / len(finite) if finite else math.nan
-        return Total(self._sum.value, len(self._norms), len(self._norms) - len(finite), mean)
+        return total_of(self._sum, self._norms)
 
     def _by_rule(self, signals: Tensor, state: ClientState, release: Release | None) -> None:
         """Any rule. Its message and its new state may be made of the old state's own tensors."""
@@ -132,7 +129,7 @@ def _feed_back_(
     norms: Tensor,
     state: ClientState,
     release: Release | None,
-    round: int,  # noqa: A002
+    round: int,
 ) -> tuple[Tensor, Tensor]:
     """The messages, in place of the signals, and the norms of what was bounded; memories are moved in place.
 

@@ -1,11 +1,12 @@
-"""The loop engine: a `for` over the cohort. Every other engine is tested against it."""
+"""The loop engine: a `for` over the cohort, and `client_round` for each. Every other engine is tested against it."""
 
 from torch import Tensor
 
-from fedpriv.engines.base import Population, keep_freed_memory, one_thread
-from fedpriv.engines.in_place import ClientStep
+from fedpriv.bounding import row_norms
+from fedpriv.engines.base import Population, counted_norms, keep_freed_memory, one_thread, total_of
 from fedpriv.engines.states import StateStore
-from fedpriv.rounds import Broadcast, Total
+from fedpriv.methods import ClientState
+from fedpriv.rounds import Broadcast, Total, client_round
 
 __all__ = ["LoopEngine"]
 
@@ -27,15 +28,19 @@ class LoopEngine:
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
-        population = self._population
-        model = broadcast.model.to(population.task.device)
-        step = ClientStep(population.rules, broadcast, model.device)
+        population, round = self._population, broadcast.round
+        rules, model = population.rules, broadcast.model.to(population.task.device)
+        total, norms = broadcast.empty_sum(rules, model.device), []
         with one_thread():
             for client in broadcast.cohort.tolist():
-                signal = population.signal(client, model, broadcast.round)
-                with self._states.borrowed([client]) as state:
-                    step.take([client], signal.unsqueeze(0), state)
-        return step.total()
+                signal = population.signal(client, model, round)
+                with self._states.borrowed([client]) as kept:
+                    state = type(kept)(*(field[0] for field in kept))
+                    norms += _counted_norm(signal, state)
+                    message, new = client_round(rules, client, state, signal, round)
+                    total.add(message)
+                    _write(state, new)
+        return total_of(total, norms)
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""
@@ -47,3 +52,14 @@ class LoopEngine:
 
     def close(self) -> None:
         """Nothing was started."""
+
+
+def _counted_norm(signal: Tensor, state: ClientState) -> list[float]:
+    norm = row_norms(signal.unsqueeze(0))
+    return counted_norms(norm, sum((row_norms(field.double().reshape(1, -1)) for field in state), norm))
+
+
+def _write(state: ClientState, new: ClientState) -> None:
+    """Copies the new state over the old one, of whose own tensors it may be made."""
+    for target, source in zip(state, [field.clone() for field in new], strict=True):
+        target.copy_(source)

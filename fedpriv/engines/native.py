@@ -47,7 +47,7 @@ class FeedbackInC:
         total: Tensor,
         rule: Feedback,
         shift: float,
-        round: int,  # noqa: A002
+        round: int,
     ) -> None:
         self._figures = _Figures(
             total.data_ptr(),

@@ -67,7 +67,7 @@ class VectorizedEngine:
         self._cache, self._next_cache, self._cached_floats = self._next_cache, {}, 0
         return step.total()
 
-    def _batch(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:  # noqa: A002
+    def _batch(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:
         signals = self._signals(model, clients, round)
         rows = self._rows_at_once(len(clients))
         if rows == 1:
@@ -79,7 +79,7 @@ class VectorizedEngine:
             with self._states.borrowed(few) as state:
                 step.take(few, signals[start : start + rows], state)
 
-    def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:  # noqa: A002
+    def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:
         for client, following in zip(clients, [*clients[1:], None], strict=True):
             step.take_alone(client, self._population.signal(client, model, round), self._states, following)
 
@@ -119,7 +119,7 @@ class VectorizedEngine:
             start += count
         return chunks
 
-    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:  # noqa: A002
+    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
         people = self._population
         rows = [people.federation.rows_of(client) for client in clients]
         plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]

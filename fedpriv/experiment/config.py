@@ -131,7 +131,7 @@ class Training:
         if self.evaluate_every < 1:
             raise UserError("training.evaluate_every", "at least 1", self.evaluate_every, "1 evaluates every round")
 
-    def evaluates(self, round: int) -> bool:  # noqa: A002
+    def evaluates(self, round: int) -> bool:
         """Whether the model after `round` is evaluated."""
         return round in (0, self.rounds) or round % self.evaluate_every == 0
 

@@ -95,7 +95,7 @@ class Journal:
             self.directory.write_json(HETEROGENEITY_FILE, measured)
         self._round_began = time.monotonic()
 
-    def initial(self, model: Tensor, round: int = 0) -> None:  # noqa: A002
+    def initial(self, model: Tensor, round: int = 0) -> None:
         """Records the model before the first round, or after one that a crash left without a row."""
         released = {"round": round, **self._promise(round), **self._evaluation(model, round)}
         self._record({**released, **self._clock(round, released=True)}, {"round": round})
@@ -117,7 +117,7 @@ class Journal:
 
     def after_round(
         self,
-        round: int,  # noqa: A002
+        round: int,
         state: ServerState,
         total: Total,
         client_states: Callable[[], dict[str, Tensor]] | None,
@@ -193,7 +193,7 @@ class Journal:
     def _keeps_ledger(self) -> bool:
         return self.experiment.plan is not None and self.experiment.plan.trust == "local"
 
-    def _clock(self, round: int, *, released: bool) -> dict[str, Any]:  # noqa: A002
+    def _clock(self, round: int, *, released: bool) -> dict[str, Any]:
         """What the virtual clock says of a round, for the rows of what is released or for the others."""
         timeline = self.experiment.timeline
         if timeline is None:
@@ -202,25 +202,25 @@ class Journal:
         row = clock_row(step) if clock_is_public(self.experiment.config) == released else {}
         return row if released or step is None else {**row, **lateness_row(step)}
 
-    def _count(self, round: int) -> None:  # noqa: A002
+    def _count(self, round: int) -> None:
         if self.experiment.timeline is not None:
             self._taken.update(self.experiment.timeline.step(round).sent.tolist())
             return
         state = self.experiment.config.method.init_server(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
-    def _checkpoint_due(self, round: int) -> bool:  # noqa: A002
+    def _checkpoint_due(self, round: int) -> bool:
         if round == self.experiment.config.training.rounds:
             return False
         if self.checkpoint_every is not None:
             return round % self.checkpoint_every == 0
         return time.monotonic() - self._saved_at >= self.checkpoint_seconds
 
-    def _promise(self, round: int) -> dict[str, Any]:  # noqa: A002
+    def _promise(self, round: int) -> dict[str, Any]:
         plan = self.experiment.plan
         return {"epsilon": None if plan is None else plan.epsilon_after(round)}
 
-    def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:  # noqa: A002
+    def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:
         looks = self.experiment.config.training.evaluates(round)
         loss, accuracy = self.experiment.evaluate(model) if looks else (None, None)
         row = {"test_accuracy": accuracy, "test_loss": loss}
@@ -229,7 +229,7 @@ class Journal:
             row |= {"validation_accuracy": accuracy, "validation_loss": loss}
         return {**row, **self._marks}
 
-    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:  # noqa: A002
+    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:
         population = self.experiment.population
         if self.deployed and self.experiment.plan is not None:  # nothing of a sum without its noise
             rate = total.messages / max(seconds, 1e-9)
@@ -250,7 +250,7 @@ class Journal:
             **self._clock(round, released=False),
         }
 
-    def _weight(self, round: int) -> float:  # noqa: A002
+    def _weight(self, round: int) -> float:
         """Root mean square of the weights of a round's messages."""
         if self.experiment.timeline is None:
             return 1.0

@@ -149,7 +149,7 @@ class Checkpoint:
         self,
         digest: str,
         promise: str,
-        round: int,  # noqa: A002
+        round: int,
         server: dict[str, Tensor],
         client: dict[str, Tensor],
     ) -> None:

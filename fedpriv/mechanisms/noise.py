@@ -46,7 +46,7 @@ def max_level(l2_bound: float, stddev: float) -> int:
     return min(math.ceil((l2_bound + 16.0 * stddev) / release_grid(stddev)) + 1, _MAX_LEVEL)
 
 
-def release_sum(streams: Streams, stddev: float, total: Tensor, round: int) -> Tensor:  # noqa: A002
+def release_sum(streams: Streams, stddev: float, total: Tensor, round: int) -> Tensor:
     """Return the sum of a round's messages with the server's noise; float64 `[params]`, multiples of the grid.
 
     Args:
@@ -62,7 +62,7 @@ def release_clients_sum(
     streams: Streams,
     stddev: float,
     total: Tensor,
-    round: int,  # noqa: A002
+    round: int,
     clients: int,
     part: int = 0,
 ) -> Tensor:
@@ -90,7 +90,7 @@ def release_message(
     stddev: float,
     level: int,
     message: Tensor,
-    round: int,  # noqa: A002
+    round: int,
     client: int,
 ) -> Tensor:
     """Return one client's message with its noise: multiples of the grid, `[params]`, in the message's number format.
@@ -112,7 +112,7 @@ def release_rows(
     stddev: float,
     level: int,
     messages: Tensor,
-    round: int,  # noqa: A002
+    round: int,
     clients: Sequence[int],
 ) -> Tensor:
     """Return `release_message` of each row of `[clients, params]`."""

@@ -112,7 +112,7 @@ class AlphaNormEC:
         return ClientMemory(torch.zeros(size), torch.zeros(1))
 
     def init_server(self, model: Tensor) -> ServerMemory:
-        """V = 0."""
+        """v = 0."""
         return ServerMemory(model, torch.zeros_like(model))
 
     def client_rule(
@@ -120,7 +120,7 @@ class AlphaNormEC:
         state: ClientMemory,
         signal: Tensor,
         release: Release | None,
-        round: int,  # noqa: A002
+        round: int,
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         memory = decayed(state.memory, self.damping, round - 1 - state.updated)

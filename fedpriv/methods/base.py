@@ -74,7 +74,7 @@ class Method(Protocol):
         state: ClientState,
         signal: Tensor,
         release: Release | None,
-        round: int,  # noqa: A002
+        round: int,
     ) -> tuple[Tensor, ClientState]:
         """Return the message and the new state.
 
@@ -138,7 +138,7 @@ def has_memory(method: Method) -> bool:
 
 
 def direction(vector: Tensor) -> Tensor:
-    """V / ||v||_2 of `[params]`; zero where v is zero."""
+    """v / ||v||_2 of `[params]`; zero where v is zero."""
     exact = vector.double()
     norm = torch.linalg.vector_norm(exact)
     return (exact / norm).to(vector.dtype) if float(norm) > 0.0 else torch.zeros_like(vector)

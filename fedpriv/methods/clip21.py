@@ -84,7 +84,7 @@ class Clip21:
         return ClientMemory(torch.zeros(size))
 
     def init_server(self, model: Tensor) -> ServerMemory:
-        """V = 0."""
+        """v = 0."""
         return ServerMemory(model, torch.zeros_like(model))
 
     def client_rule(
@@ -92,7 +92,7 @@ class Clip21:
         state: ClientMemory,
         signal: Tensor,
         release: Release | None,
-        round: int,  # noqa: A002, ARG002
+        round: int,
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         message = bounded_residual(self.bounded, state.memory, signal)

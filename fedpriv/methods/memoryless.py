@@ -45,7 +45,7 @@ class Memoryless:
         """Nothing is lost."""
         return "start-afresh"
 
-    def init_client(self, size: int) -> NoMemory:  # noqa: ARG002
+    def init_client(self, size: int) -> NoMemory:
         """Nothing."""
         return NoMemory()
 
@@ -58,7 +58,7 @@ class Memoryless:
         state: NoMemory,
         signal: Tensor,
         release: Release | None,
-        round: int,  # noqa: A002, ARG002
+        round: int,
     ) -> tuple[Tensor, NoMemory]:
         """See `Method.client_rule`."""
         return sent_message(self.bounded(signal), release), state
@@ -67,7 +67,7 @@ class Memoryless:
         self: _Hyperparameters,
         state: ModelOnly,
         mean_message: Tensor,
-        sampling_prob: float,  # noqa: ARG002
+        sampling_prob: float,
     ) -> ModelOnly:
         """See `Method.server_rule`."""
         return ModelOnly(state.model - self.server_lr * mean_message)

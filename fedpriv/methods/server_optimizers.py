@@ -264,7 +264,7 @@ class ServerOptimized:
         state: ClientState,
         signal: Tensor,
         release: Release | None,
-        round: int,  # noqa: A002
+        round: int,
     ) -> tuple[Tensor, ClientState]:
         """The method's."""
         return self.method.client_rule(state, signal, release, round)

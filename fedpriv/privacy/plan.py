@@ -162,12 +162,12 @@ class PrivacyPlan:
 
     @property
     def gaussian_dp_mu(self) -> float | None:
-        """Mu for which the whole run is mu-Gaussian-DP; see `mu_after`."""
+        """mu for which the whole run is mu-Gaussian-DP; see `mu_after`."""
         return self.mu_after(self.rounds)
 
     @property
     def zcdp_rho(self) -> float | None:
-        """Rho = mu^2 / 2 for which the run is rho-zCDP (Bun, Steinke 2016); None if there is no exact mu."""
+        """rho = mu^2 / 2 for which the run is rho-zCDP (Bun, Steinke 2016); None if there is no exact mu."""
         mu = self.gaussian_dp_mu
         return None if mu is None else 0.5 * mu * mu
 

@@ -49,7 +49,7 @@ class Everyone:
         """Expected number of clients in a round: n."""
         return float(self.population)
 
-    def cohort(self, source: Source) -> np.ndarray:  # noqa: ARG002
+    def cohort(self, source: Source) -> np.ndarray:
         """All client ids, ascending int64, `[n]`; uses no randomness."""
         return np.arange(self.population, dtype=np.int64)
 
@@ -235,7 +235,7 @@ class Scheduled:
             raise ValueError(f"a timeline of {len(self.squares)} steps does not tell what {steps} cost")
         return float((self.sent if each_message else self.squares)[steps - 1]) if steps else 0.0
 
-    def cohort(self, source: Source) -> np.ndarray:  # noqa: ARG002
+    def cohort(self, source: Source) -> np.ndarray:
         """Nobody is drawn.
 
         Raises:

@@ -47,7 +47,7 @@ class Median:
     def __post_init__(self) -> None:
         _at_least_one(self, "grace", "least", "every")
 
-    def looks(self, round: int) -> bool:  # noqa: A002
+    def looks(self, round: int) -> bool:
         """Whether it decides after this round."""
         return round >= self.grace and (round - self.grace) % self.every == 0
 
@@ -55,7 +55,7 @@ class Median:
         """Whether the trial in a folder is one of those that others are compared with: the finished ones."""
         return folder.file("summary.json").exists()
 
-    def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:  # noqa: A002
+    def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:
         """Why a trial is stopped after a round, or None."""
         averages = [statistics.fmean(part) for part in (_until(other, round) for other in others) if part]
         figures = _until(own, round)
@@ -90,7 +90,7 @@ class Halving:
         if self.factor < 2:
             raise UserError("stop.factor", "at least 2", self.factor, "3 keeps the best third at each rung")
 
-    def looks(self, round: int) -> bool:  # noqa: A002
+    def looks(self, round: int) -> bool:
         """Whether it decides after this round."""
         rung = self.grace
         while rung < round:
@@ -101,7 +101,7 @@ class Halving:
         """Whether the trial in a folder is one of those that others are compared with: all that have begun."""
         return folder.file("rounds.jsonl").exists()
 
-    def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:  # noqa: A002
+    def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:
         """Why a trial is stopped after a round, or None."""
         reached = [part[-1] for part in (_until(other, round) for other in others) if part]
         figures = _until(own, round)

@@ -62,7 +62,7 @@ class FullGradient:
         """One gradient."""
         return
 
-    def batches(self, examples: int, rng: np.random.Generator) -> Batches:  # noqa: ARG002
+    def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """All examples, once."""
         return [None]
 
@@ -178,7 +178,7 @@ def batches_of(
     work: LocalWork,
     streams: SeededStreams,
     examples: int,
-    round: int,  # noqa: A002
+    round: int,
     client: int,
 ) -> Batches:
     """The examples of each of the client's steps in this round: the same in every engine."""

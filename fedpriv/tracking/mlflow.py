@@ -60,7 +60,7 @@ class Tracker:
             self._client.log_batch(self._run, params=parameters[start : start + _AT_ONCE])
         return Taken({})
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+    def row(self, round: int, figures: Mapping[str, float]) -> None:
         """Metrics at step `round`."""
         now = time.time_ns() // 1_000_000
         self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in figures.items()])

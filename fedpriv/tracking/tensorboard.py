@@ -46,7 +46,7 @@ class Tracker:
                 writer.add_summary(part)
         return Taken(sent, finished=ended)
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+    def row(self, round: int, figures: Mapping[str, float]) -> None:
         """Scalars at step `round`."""
         if self._writer is not None:
             for key, value in figures.items():

@@ -80,7 +80,7 @@ class Tracker(Protocol):
         """Takes the run up, or begins it."""
         ...
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+    def row(self, round: int, figures: Mapping[str, float]) -> None:
         """Takes figures of a round."""
         ...
 

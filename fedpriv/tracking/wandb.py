@@ -56,7 +56,7 @@ class Tracker:
         self._directory.write_json(FILE, self._known)
         return Taken({}, rounds=int(self._known["round"]))
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:  # noqa: A002
+    def row(self, round: int, figures: Mapping[str, float]) -> None:
         """Metrics at step `round`, noted down before they are handed over."""
         self._known["round"] = round
         self._directory.write_json(FILE, self._known)

@@ -45,7 +45,7 @@ METHODS = {
 class PreparedTask(ConstantTask):
     """Hands out one vector; only for engines that leave it as it is, as the C step does."""
 
-    def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Task.gradient`."""
         if not hasattr(self, "prepared"):
             self.prepared = torch.full_like(model, CONSTANT)
@@ -55,7 +55,7 @@ class PreparedTask(ConstantTask):
 class GivenPopulation(Population):
     """Clients whose signal is there already."""
 
-    def signal(self, client: int, model: Tensor, round: int) -> Tensor:  # noqa: A002, ARG002
+    def signal(self, client: int, model: Tensor, round: int) -> Tensor:
         """See `Population.signal`."""
         return self.task.gradient(model, self.inputs, self.labels)
 

@@ -77,11 +77,11 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 class ConstantTask(Task):
     """Clients that compute nothing: every gradient is the same constant."""
 
-    def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Task.gradient`."""
         return torch.full_like(model, CONSTANT)
 
-    def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
+    def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """See `Task.gradients`."""
         return torch.full((len(inputs), models.shape[-1]), CONSTANT)
 

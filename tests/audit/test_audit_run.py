@@ -74,7 +74,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Purpose, int, int]]:
     counted: Counter[tuple[Purpose, int, int]] = Counter()
     source = SeededStreams.source
 
-    def counting(self: SeededStreams, purpose: Purpose, round: int = 0, client: int = 0) -> Any:  # noqa: A002
+    def counting(self: SeededStreams, purpose: Purpose, round: int = 0, client: int = 0) -> Any:
         counted[purpose, int(round), int(client)] += 1
         return source(self, purpose, round, client)
 
@@ -150,7 +150,7 @@ def noise_of(rules: ServerRules, number: int, total: Tensor) -> Tensor:
     """The noise of a round on a sum, by the rules of the run without an audit, from the step of plain descent."""
 
     class Descent:
-        def server_rule(self, state: Any, mean: Tensor, sampling_prob: float) -> Any:  # noqa: ARG002
+        def server_rule(self, state: Any, mean: Tensor, sampling_prob: float) -> Any:
             return state._replace(model=mean)
 
     bare: Any = Descent()

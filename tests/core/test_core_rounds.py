@@ -315,7 +315,7 @@ def test_a_broadcast_says_nothing_of_who_else_might_have_come() -> None:
 
 def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_parameters() -> None:
     class Shrunk(DPFedAvg):
-        def client_rule(self, state, signal, release, round):  # noqa: A002
+        def client_rule(self, state, signal, release, round):
             message, state = super().client_rule(state, signal, release, round)
             return message[..., :1], state
 

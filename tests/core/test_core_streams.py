@@ -37,7 +37,7 @@ def correlated(first: np.ndarray, second: np.ndarray) -> bool:
 @brief
 @given(address=addresses)
 def test_the_same_address_gives_the_same_numbers(address: tuple[int, Purpose, int, int]) -> None:
-    seed, purpose, round, client = address  # noqa: A001
+    seed, purpose, round, client = address
     first, again = SeededStreams(seed), SeededStreams(seed)
     assert draws(first.source(purpose, round, client)) == draws(again.source(purpose, round, client))
     assert draws(first.source(purpose, np.int64(round), np.int64(client))) == draws(  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def test_every_part_of_the_address_counts() -> None:
     values = (0, 1, 2, 255, 2**16, 2**31, 2**32)
     found = [
         SeededStreams(seed).source(purpose, round, client).words(4).tobytes()
-        for seed, purpose, round, client in itertools.product((0, 1, 2**32), Purpose, (0, 1, 2, 3, 1000), values)  # noqa: A001
+        for seed, purpose, round, client in itertools.product((0, 1, 2**32), Purpose, (0, 1, 2, 3, 1000), values)
     ]
     assert len(set(found)) == len(found)
 
@@ -70,7 +70,7 @@ def test_rounds_and_clients_are_not_interchangeable() -> None:
 
 def test_different_addresses_are_uncorrelated() -> None:
     reference = SeededStreams(5).source(Purpose.CLIENT_NOISE, 1, 1).uniform(SAMPLES)
-    for seed, purpose, round, client in (  # noqa: A001
+    for seed, purpose, round, client in (
         (6, Purpose.CLIENT_NOISE, 1, 1),
         (5, Purpose.SERVER_NOISE, 1, 1),
         (5, Purpose.CLIENT_NOISE, 2, 1),

@@ -143,7 +143,7 @@ class Draws(Streams):
     rng: np.random.Generator
     made: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
 
-    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Any:  # noqa: A002
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Any:
         outer = self
 
         class Source:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -105,6 +105,24 @@ def test_every_method_with_every_local_work_is_the_loop_up_to_rounding(name: str
     assert moved > 1e-5
     apart = [float((first - second).abs().max()) for first, second in zip(one, other, strict=True)]
     assert max(apart) <= min(1e-6, 0.01 * moved)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_loop_asks_the_method_once_per_client_and_round(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is the paper: its client rule, for one client at a time, and nothing in its place."""
+    made, asked = setting(EXAMPLES[name], sampling=COHORTS["fixed"]), []
+    kind = type(made.population.rules.method)
+    rule = kind.client_rule
+
+    def counted(self: Method, state: Any, signal: Tensor, release: Any, round: int) -> Any:
+        asked.append((round, tuple(signal.shape), [tuple(field.shape) for field in state]))
+        return rule(self, state, signal, release, round)
+
+    monkeypatch.setattr(kind, "client_rule", counted)
+    size = len(made.initial_model)
+    shapes = [tuple(field.shape) for field in made.population.rules.method.init_client(size)]
+    models_of(made, LoopEngine, rounds=3)
+    assert asked == [(number, (size,), shapes) for number in (1, 2, 3) for _ in range(4)]
 
 
 def test_the_covering_covers() -> None:
@@ -272,11 +290,11 @@ class KeepSignal(DPFedAvg):
     def init_client(self, size: int) -> Kept:  # type: ignore[override]
         return Kept(torch.zeros(size))
 
-    def client_rule(self, state, signal, release, round):  # type: ignore[no-untyped-def,override]  # noqa: A002, ARG002
+    def client_rule(self, state, signal, release, round):  # type: ignore[no-untyped-def,override]
         return Clip(clip_norm=self.clip_norm)(signal), Kept(signal)
 
 
-def signals_of(made: Setting, make: MakeEngine, cohort: list[int], round: int = 1) -> dict[int, Tensor]:  # noqa: A002
+def signals_of(made: Setting, make: MakeEngine, cohort: list[int], round: int = 1) -> dict[int, Tensor]:
     """Each client's signal as the engine computed it."""
     engine = make(made.population)
     engine.sum_messages(Broadcast(round, made.initial_model, np.array(cohort, dtype=np.int64)))
@@ -471,7 +489,7 @@ def test_local_work_sends_the_way_that_the_client_walked() -> None:
         assert float((signals_of(made, make, [2], 4)[2] - (model - local)).abs().max()) <= 1e-6
 
 
-def _rng(seed: int, round: int, client: int) -> np.random.Generator:  # noqa: A002
+def _rng(seed: int, round: int, client: int) -> np.random.Generator:
     from fedpriv.streams import Purpose
 
     return SeededStreams(seed).source(Purpose.LOCAL_WORK, round, client).rng
@@ -489,7 +507,7 @@ def test_batches_differ_between_rounds_and_clients_and_are_of_the_clients_own_ex
     made = setting(KeepSignal(), work=MinibatchGradient(batch_size=5))
     work: LocalWork = made.population.work
     found = []
-    for round, client in ((1, 0), (2, 0), (1, 1)):  # noqa: A001
+    for round, client in ((1, 0), (2, 0), (1, 1)):
         (batch,) = work.batches(40, _rng(5, round, client))
         assert batch is not None
         assert len(np.unique(batch)) == 5

@@ -103,7 +103,7 @@ def test_every_method_of_ours_runs_in_place() -> None:
 
 def test_a_subclass_with_a_rule_of_its_own_is_not_taken_for_its_parent() -> None:
     class Louder(DPFedAvg):
-        def client_rule(self, state, signal, release, round):  # noqa: A002, ARG002
+        def client_rule(self, state, signal, release, round):
             return torch.ones_like(signal), state
 
     assert feedback_of(Louder()) is None
@@ -218,7 +218,7 @@ class Shifts(DPFedAvg):
     def init_client(self, size: int) -> Any:
         return Two(torch.zeros(size), torch.zeros(size))
 
-    def client_rule(self, state: Any, signal, release, round) -> Any:  # noqa: A002, ARG002
+    def client_rule(self, state: Any, signal, release, round) -> Any:
         return state.previous, Two(self.bounded(signal), state.memory)
 
 

@@ -148,7 +148,7 @@ def test_the_loop_inside_workers_is_the_loop_to_the_bit(case: str) -> None:
     assert ray.is_initialized()
 
 
-def _cohort(made: Setting, round: int) -> np.ndarray:  # noqa: A002
+def _cohort(made: Setting, round: int) -> np.ndarray:
     from fedpriv.rounds import begin_round
 
     return begin_round(made.server, start_of(made), round).cohort
@@ -209,7 +209,7 @@ def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: 
     """Before any snapshot, in the round of one, right after it, and twice in one round; in memory and in files."""
     made, rounds = setting(EXAMPLES["alpha-normec damped"], trust="central", sampling=FixedSize(CLIENTS, 10)), 9
     kept = tmp_path / "snapshots" if folder else None
-    mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)  # noqa: A006
+    mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)
     for number in (2, 7) if folder else (1, 3, 4, 8):
         (tmp_path / str(number)).touch()
     with over_ray(made, mortal, snapshot_every=3, snapshot_share=math.inf, snapshot_folder=kept) as engine:
@@ -229,7 +229,7 @@ def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: 
 def test_without_memory_a_killed_worker_costs_a_round_and_nothing_else(tmp_path: Path) -> None:
     """And an empty cohort sums to zero, and a cohort without a capacity has that of the whole cohort."""
     made = CASES["no memory"]
-    mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)  # noqa: A006
+    mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)
     (tmp_path / "3").touch()
     with over_ray(made, mortal) as engine:
         assert all_same(models_of(made, lambda _: engine, 5), models_of(made, rounds=5))
@@ -248,7 +248,7 @@ def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tm
     made, cause, log = CASES["everyone"], tmp_path / "cause", tmp_path / "log"
     log.touch()
 
-    def trouble(round: int) -> None:  # noqa: A002
+    def trouble(round: int) -> None:
         if round == 2 and cause.exists():
             with log.open("a") as file:
                 file.write("x")
@@ -269,7 +269,7 @@ def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tm
 def test_want_of_memory_is_named_and_passes_if_it_was_short(tmp_path: Path) -> None:
     made, always = CASES["everyone"], tmp_path / "always"
 
-    def trouble(round: int) -> None:  # noqa: A002
+    def trouble(round: int) -> None:
         if taken(tmp_path / str(round)) or always.exists():
             raise MemoryError("cannot hold it")
 
@@ -294,7 +294,7 @@ def test_what_clients_raise_comes_out_as_itself_and_is_not_tried_again(tmp_path:
     made, log = CASES["everyone"], tmp_path / "log"
     log.touch()
 
-    def trouble(round: int) -> None:  # noqa: A002
+    def trouble(round: int) -> None:
         if round < 6 and not (tmp_path / "mended").exists():
             with log.open("a") as file:
                 file.write(str(round))
@@ -371,7 +371,7 @@ def test_a_machine_that_goes_away_in_the_middle_of_a_round_changes_nothing(tmp_p
         other = cluster.add_node(num_cpus=1)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def trouble(round: int) -> None:  # noqa: A002
+    def trouble(round: int) -> None:
         if round == 4 and not (tmp_path / "gone").exists():
             (tmp_path / f"at-work-{os.getpid()}").touch()
             until = time.monotonic() + 60.0

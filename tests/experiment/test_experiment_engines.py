@@ -378,7 +378,7 @@ def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:
 
 def test_a_rule_of_its_own_form_with_a_memory_is_not_trusted_to_forget_noise() -> None:
     class Remembers(Clip21):
-        def client_rule(self, state, signal, release, round):  # noqa: A002
+        def client_rule(self, state, signal, release, round):
             sent, _ = super().client_rule(state, signal, release, round)
             return sent, type(state)(sent)
 

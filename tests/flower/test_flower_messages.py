@@ -112,7 +112,7 @@ def test_a_clients_state_is_kept_to_the_bit():
     assert torch.equal(loaded.updated, state.updated)
 
 
-def answered(context, round, last_round, value):  # noqa: A002
+def answered(context, round, last_round, value):
     """Plays a client's part: loads its state, and keeps another as that of after the round."""
     order = Order(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
     before = load_state(context, order, 2)

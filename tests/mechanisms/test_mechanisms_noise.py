@@ -18,12 +18,12 @@ SIZE = 200_000
 LEVEL = 2**62
 
 
-def server_noise(streams: Streams, stddev: float, size: int, round: int) -> Tensor:  # noqa: A002
+def server_noise(streams: Streams, stddev: float, size: int, round: int) -> Tensor:
     """The noise on a sum of zero."""
     return release_sum(streams, stddev, torch.zeros(size, dtype=torch.float64), round)
 
 
-def client_noise(streams: Streams, stddev: float, size: int, round: int, client: int) -> Tensor:  # noqa: A002
+def client_noise(streams: Streams, stddev: float, size: int, round: int, client: int) -> Tensor:
     """The noise on a message of zero."""
     return release_message(streams, stddev, LEVEL, torch.zeros(size), round, client)
 
@@ -118,8 +118,8 @@ def test_a_level_is_clamped_and_an_honest_one_never_is() -> None:
 def test_every_round_every_client_and_the_server_have_noise_of_their_own() -> None:
     streams = SeededStreams(0)
     rounds = range(1, 6)
-    found = [server_noise(streams, 1.0, 64, round).float() for round in rounds]  # noqa: A001
-    found += [client_noise(streams, 1.0, 64, round, client) for round, client in itertools.product(rounds, range(6))]  # noqa: A001
+    found = [server_noise(streams, 1.0, 64, round).float() for round in rounds]
+    found += [client_noise(streams, 1.0, 64, round, client) for round, client in itertools.product(rounds, range(6))]
     assert len({tuple(noise.tolist()) for noise in found}) == len(found)
     alike = np.corrcoef(torch.stack(found).numpy()) - np.eye(len(found))
     assert np.abs(alike).max() < 0.75

@@ -122,7 +122,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
 
 def test_a_rule_that_does_not_run_in_place_does_not_do_so_with_an_optimiser_either() -> None:
     class Louder(DPFedAvg):
-        def client_rule(self, state, signal, release, round):  # noqa: A002, ARG002
+        def client_rule(self, state, signal, release, round):
             return torch.ones_like(signal), state
 
     assert feedback_of(optimized(Louder(), Adam())) is None

@@ -51,7 +51,7 @@ class Scripted(UniformOnly):
         return np.full(size, self.values.pop(0))
 
 
-def source(seed: int, round: int = 1) -> Source:  # noqa: A002
+def source(seed: int, round: int = 1) -> Source:
     return SeededStreams(seed).source(Purpose.COHORT, round)
 
 
@@ -86,7 +86,7 @@ def test_the_same_source_gives_the_same_cohort(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize("sampling", [Poisson(50, 0.4), FixedSize(50, 20)])
 def test_cohorts_differ_from_round_to_round(sampling: Sampling) -> None:
-    cohorts = {sampling.cohort(source(7, round)).tobytes() for round in range(1, 101)}  # noqa: A001
+    cohorts = {sampling.cohort(source(7, round)).tobytes() for round in range(1, 101)}
     assert len(cohorts) == 100
 
 
@@ -123,7 +123,7 @@ def test_poisson_keeps_its_law_across_blocks_of_gaps() -> None:
 
 def test_poisson_of_one_client_is_a_coin() -> None:
     rounds, prob = 20_000, 0.3
-    sizes = [len(Poisson(1, prob).cohort(source(9, round))) for round in range(rounds)]  # noqa: A001
+    sizes = [len(Poisson(1, prob).cohort(source(9, round))) for round in range(rounds)]
     assert accepts_count(sum(sizes), rounds, prob)
 
 
@@ -234,10 +234,7 @@ def test_cohorts_of_a_seed_stay_what_they_were_before_coins_were_exact() -> None
 @every_kind
 def test_every_fixed_size_cohort_is_equally_likely(streams: Streams) -> None:
     rounds = 6000
-    cohorts = [
-        tuple(FixedSize(5, 2).cohort(streams.source(Purpose.COHORT, round)))
-        for round in range(rounds)  # noqa: A001
-    ]
+    cohorts = [tuple(FixedSize(5, 2).cohort(streams.source(Purpose.COHORT, round))) for round in range(rounds)]
     seen = Counter(cohorts)
     counts = [seen[pair] for pair in combinations(range(5), 2)]
     assert sum(counts) == rounds

@@ -18,7 +18,7 @@ from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, Loca
 ENGINES = {"loop": LoopEngine, "vectorized": VectorizedEngine}
 
 
-def passes_of(work: LocalEpochs, examples: int, round: int = 1, client: int = 0) -> list[list[np.ndarray]]:  # noqa: A002
+def passes_of(work: LocalEpochs, examples: int, round: int = 1, client: int = 0) -> list[list[np.ndarray]]:
     """The batches of each pass."""
     batches = batches_of(work, SeededStreams(3), examples, round, client)
     each = len(batches) // work.epochs
@@ -41,7 +41,7 @@ def test_a_pass_uses_every_example_once(order: str, examples: int, size: int | N
 
 def test_a_fixed_order_is_that_of_the_data_in_every_pass_round_and_client() -> None:
     work = LocalEpochs(epochs=2, client_lr=0.1, batch_size=4, order="fixed")
-    for round, client in ((1, 0), (2, 0), (1, 5)):  # noqa: A001
+    for round, client in ((1, 0), (2, 0), (1, 5)):
         for batches in passes_of(work, 10, round, client):
             assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
@@ -50,7 +50,7 @@ def test_a_reshuffled_order_is_another_one_in_every_pass_round_and_client_and_is
     work = LocalEpochs(epochs=2, client_lr=0.1, batch_size=4)
     found = [
         tuple(np.concatenate(batches).tolist())
-        for round, client in ((1, 0), (2, 0), (1, 5))  # noqa: A001
+        for round, client in ((1, 0), (2, 0), (1, 5))
         for batches in passes_of(work, 40, round, client)
     ]
     assert len(set(found)) == 6
@@ -61,7 +61,7 @@ def of_works(*works: LocalWork) -> list[Setting]:
     return [setting(AlphaNormEC(), work=work) for work in works]
 
 
-def signals(made: Setting, round: int = 2) -> torch.Tensor:  # noqa: A002
+def signals(made: Setting, round: int = 2) -> torch.Tensor:
     """All clients' signals `[clients, params]` away from the start."""
     model = made.initial_model + 0.1 * torch.sin(torch.arange(len(made.initial_model)))
     people = made.population

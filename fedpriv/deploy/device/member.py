@@ -36,7 +36,7 @@ from fedpriv.errors import UserError
 from fedpriv.flower.messages import Order, Terms, method_name
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, has_memory
-from fedpriv.rounds import apply_client_rule
+from fedpriv.rounds import client_round
 from fedpriv.streams import Streams, SystemStreams
 
 __all__ = ["Member"]
@@ -190,8 +190,8 @@ class Member:
             raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
-        release = replace(order.rules, streams=self.streams).release(terms.turn, order.client)
-        message, after = apply_client_rule(order.method, state, signal.cpu(), release, order.round)
+        rules = replace(order.rules, streams=self.streams)
+        message, after = client_round(rules, order.client, state, signal.cpu(), order.round, turn=terms.turn)
         return message.contiguous(), after
 
 

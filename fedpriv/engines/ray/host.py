@@ -109,7 +109,7 @@ class Host:
         """
         return _caught(lambda: self._start(population, threads, gpu, path))
 
-    def run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial | Failure:  # noqa: A002
+    def run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial | Failure:
         """Runs groups of clients on the model `[params]`, each group as a cohort of its own."""
         return _caught(lambda: self._run(round, model, capacity, groups))
 
@@ -130,7 +130,7 @@ class Host:
         people, make_local = unpack(population)
         self._local = make_local(people, torch.device("cuda" if gpu else "cpu"))
 
-    def _run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial:  # noqa: A002
+    def _run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial:
         began = time.perf_counter()
         vector = _view(model)
         totals = [self._local.sum_messages(Broadcast(round, vector, np.array(g), capacity)) for g in groups]

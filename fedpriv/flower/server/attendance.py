@@ -64,7 +64,7 @@ class Attendance:
 
     def finish(
         self,
-        round: int,  # noqa: A002
+        round: int,
         counted: Collection[int],
         failures: Mapping[int, str],
         lost: Collection[int] = (),
@@ -95,7 +95,7 @@ class Attendance:
             got += f"; the first failures: {in_words(self.failed)}" if self.failed else "; no client was asked"
             raise UserError("the run", "messages that count", got, "The model is the first one, and noise at most")
 
-    def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:  # noqa: A002
+    def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
         asked = len(counted) + len(failures)
         expected = f"answers from at least {asked - self._tolerated(asked)} of {asked} clients"
         if self.secret and self.max_failures is None:

@@ -43,7 +43,7 @@ class Timer:
         self._job, self._module, self._out = job, module, out
         self._start, self._clock, self._done = flat(module), Clock(job), False
 
-    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:  # noqa: ARG002
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Marks the end of a round."""
         self._clock.tick()
         if self._clock.done() and not self._done:

@@ -33,13 +33,13 @@ class Data:
     def __init__(self, job: Job) -> None:
         self._inputs, self._labels = job.workload.data(job.seed)
 
-    def get_dataset(self, type_, cid):  # noqa: ARG002, D102
+    def get_dataset(self, type_, cid):  # noqa: D102
         return None
 
     def set_dataset(self, type_, cid, dataset) -> None:  # noqa: D102
         pass
 
-    def get_dataloader(self, type_, cid, batch_size, generator):  # noqa: ARG002, D102
+    def get_dataloader(self, type_, cid, batch_size, generator):  # noqa: D102
         return Loader([(self._inputs[cid], self._labels[cid])])
 
 
@@ -49,7 +49,7 @@ class Selector:
     def __init__(self, work: Workload) -> None:
         self._work = work
 
-    def select_model(self, model_name):  # noqa: ARG002, D102
+    def select_model(self, model_name):  # noqa: D102
         return self._work.module()
 
 
@@ -69,7 +69,7 @@ class Server(FedAvgBaseServerHandler):
 class ConstantTrainer(FedAvgBaseClientTrainer):
     """Clients that compute nothing."""
 
-    def train(self, model_parameters, train_loader, cid):  # noqa: ARG002, D102
+    def train(self, model_parameters, train_loader, cid):  # noqa: D102
         deserialize_model(self.model, model_parameters)
         return FedAvgUplinkPackage(cid, serialize_model(self.model).sub_(CONSTANT), 1)
 

@@ -86,7 +86,7 @@ class Trainer(SyncTrainer):
     clock: Clock
     last = None
 
-    def stop_fl_training(self, *, epoch, round, num_rounds_in_epoch) -> bool:  # noqa: A002, ARG002
+    def stop_fl_training(self, *, epoch, round, num_rounds_in_epoch) -> bool:
         """Marks the end of each round, and leaves when enough is measured; asked twice where an epoch ends."""
         if (epoch, round) != self.last:
             self.last = (epoch, round)

@@ -30,7 +30,7 @@ class PrivateServer(Server):
     work: Workload
 
     @torch.no_grad()
-    def aggregate(self, eligible, client_models) -> None:  # noqa: ARG002, D102
+    def aggregate(self, eligible, client_models) -> None:  # noqa: D102
         common.private_step(
             [p.data for p in self.model.parameters()],
             ([p.data for p in model.parameters()] for model in client_models),
@@ -41,7 +41,7 @@ class PrivateServer(Server):
 class ConstantClient(Client):
     """A client that computes nothing."""
 
-    def fit(self, override_local_epochs: int = 0) -> float:  # noqa: ARG002
+    def fit(self, override_local_epochs: int = 0) -> float:
         """Moves its model by a constant."""
         with torch.no_grad():
             torch._foreach_sub_([p.data for p in self.model.parameters()], CONSTANT)
@@ -54,7 +54,7 @@ class Timer:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def end_round(self, round: int) -> None:  # noqa: A002, ARG002
+    def end_round(self, round: int) -> None:
         """See fluke's observers."""
         self._clock.tick()
         if self._clock.done():

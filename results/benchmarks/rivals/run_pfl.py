@@ -38,7 +38,7 @@ class Model(nn.Module):
         """Mean loss."""
         return cross_entropy(self.module(inputs), labels)
 
-    def metrics(self, inputs: Tensor, labels: Tensor) -> dict:  # noqa: ARG002
+    def metrics(self, inputs: Tensor, labels: Tensor) -> dict:
         """None: evaluation is off."""
         return {}
 
@@ -48,7 +48,7 @@ class ConstantAveraging(FederatedAveraging):
 
     _update = None
 
-    def train_one_user(self, initial_model_state, model, user_dataset, central_context):  # noqa: ARG002, D102
+    def train_one_user(self, initial_model_state, model, user_dataset, central_context):  # noqa: D102
         if self._update is None:
             self._update = {name: torch.empty_like(value) for name, value in model.variable_map.items()}
         for value in self._update.values():
@@ -62,11 +62,11 @@ class Timer(TrainingProcessCallback):
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
-    def on_train_begin(self, *, model) -> Metrics:  # noqa: ARG002, D102
+    def on_train_begin(self, *, model) -> Metrics:  # noqa: D102
         self._clock.tick()
         return Metrics()
 
-    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):  # noqa: ARG002, D102
+    def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):  # noqa: D102
         self._clock.tick()
         return _agreed(self._clock.done()), Metrics()
 
