@@ -82,7 +82,9 @@ class Loopback:
 
     def ends(self, name: str, seconds: float) -> int:
         """Waits until `server` or `node-I` has ended; returns its exit code."""
-        return self._processes.pop(name).wait(timeout=seconds)
+        code = self._processes[name].wait(timeout=seconds)
+        del self._processes[name]
+        return code
 
     def processes(self, name: str) -> list[str]:
         """The commands of all processes of `server` or `node-I`."""

@@ -1,7 +1,6 @@
 """The report's page in a real browser: quiet, whole at every width, and its controls do what they say."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,11 @@ def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> 
     until(browser, lambda: curves(browser))
 
 
-def until(browser: Any, holds: Callable[[], Any]) -> Any:
+def until(browser: Any, holds: Callable[[], Any], seconds: float = 20.0) -> Any:
     """What `holds` returns as soon as it is true."""
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda _: holds())
+    return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
 
 
 def one(browser: Any, selector: str) -> Any:
@@ -254,10 +253,8 @@ def test_what_is_saved_is_the_table_that_lies_beside_the_page(browser: Any, page
         button = one(browser, f"button[data-table={name}]")
         browser.execute_script("arguments[0].closest('details')?.setAttribute('open', '')", button)
         browser.execute_script("arguments[0].click()", button)
-        file = tmp_path / f"{name}.csv"
-        until(browser, lambda file=file: file.exists())
-        time.sleep(0.05)
-        assert file.read_bytes() == (page.parent / "tables" / file.name).read_bytes()
+        file, wanted = tmp_path / f"{name}.csv", (page.parent / "tables" / f"{name}.csv").read_bytes()
+        until(browser, lambda file=file, wanted=wanted: file.exists() and file.read_bytes() == wanted, seconds=90.0)
 
 
 def test_without_scripts_all_numbers_are_there(browser: Any, page: Path) -> None:
