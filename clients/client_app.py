@@ -10,7 +10,6 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.own_data import own_signal
@@ -29,13 +28,12 @@ from fedpriv.flower.messages import (
     refusal_record,
 )
 from fedpriv.flower.refusals import Refusal
-from fedpriv.flower.run_config import RunConfig
+from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.streams import SeededStreams, Streams
 
-__all__ = ["TEST_SEEDED", "app"]
+from .guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
 
-TEST_SEEDED = "FEDPRIV_TEST_SEEDED"
-"""The environment variable that lets a seed decide the noise of a deployment: for tests, never for people."""
+__all__ = ["app"]
 
 _log = logging.getLogger("flwr")
 

@@ -26,12 +26,13 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
-from clients.guard import Guard, content_of, guard_of
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
+
+from .guard import Guard, content_of, guard_of
 
 __all__ = ["private_mod"]
 

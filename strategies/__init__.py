@@ -1,8 +1,9 @@
 """Flower's server side: strategies that run fedpriv's methods, and the ServerApp of its experiments."""
 
 from fedpriv.flower.trained import frozen_arrays
-from strategies.method_strategy import Agreement, MethodStrategy
-from strategies.named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
+
+from .method_strategy import Agreement, MethodStrategy
+from .named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 __all__ = [
     "Agreement",

@@ -18,7 +18,8 @@ from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimi
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams, SystemStreams
-from strategies.method_strategy import Agreement, MethodStrategy
+
+from .method_strategy import Agreement, MethodStrategy
 
 __all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "FedAlphaNormEC", "NamedStrategy", "NormalizedSGD", "Privacy"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from clients.client_app import TEST_SEEDED
 from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.server import run_turns, take_up
 from fedpriv.errors import UserError
@@ -20,9 +19,10 @@ from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.recorder import Journal
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.messages import ARRAYS, ModelArrays
-from fedpriv.flower.run_config import RunConfig
+from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.streams import SystemStreams
-from strategies.method_strategy import Agreement, MethodStrategy
+
+from .method_strategy import Agreement, MethodStrategy
 
 __all__ = ["app"]
 

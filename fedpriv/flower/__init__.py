@@ -1,1 +1,62 @@
-"""What lies between fedpriv and Flower: messages, bundles, and what Flower does not publish."""
+"""fedpriv for Flower: what makes an own Flower app private.
+
+    from fedpriv.flower import private_mod                    # in the ClientApp
+    from fedpriv.flower import AlphaNormEC, Privacy           # in the ServerApp
+
+The strategies and the mod lie in the packages `strategies` and `clients` beside fedpriv. An app may have packages of
+these names, too: then ours are imported by other names (`fedpriv.flower.beside`).
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clients import private_mod
+    from strategies import (
+        Agreement,
+        AlphaNormEC,
+        Clip21,
+        DPFedAvg,
+        FedAlphaNormEC,
+        MethodStrategy,
+        NormalizedSGD,
+        Privacy,
+        frozen_arrays,
+    )
+
+__all__ = [
+    "Agreement",
+    "AlphaNormEC",
+    "Clip21",
+    "DPFedAvg",
+    "FedAlphaNormEC",
+    "MethodStrategy",
+    "NormalizedSGD",
+    "Privacy",
+    "frozen_arrays",
+    "private_mod",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first asked for: processes that only carry messages need no strategy."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_ours("clients" if name == "private_mod" else "strategies"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return sorted({*globals(), *__all__})
+
+
+def _ours(package: str) -> ModuleType:
+    """The package beside fedpriv, whatever an app has under the same name."""
+    file = Path(__file__).parents[2] / package / "__init__.py"
+    spec = importlib.util.find_spec(package)
+    if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file.resolve():
+        return importlib.import_module(package)
+    return importlib.import_module(f"fedpriv.flower.beside.{package}")

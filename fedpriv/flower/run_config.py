@@ -14,7 +14,10 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble, assemble_clients
 from fedpriv.experiment.config import Config, load_config, parse_config, read_config_text
 
-__all__ = ["RunConfig"]
+__all__ = ["TEST_SEEDED", "RunConfig"]
+
+TEST_SEEDED = "FEDPRIV_TEST_SEEDED"
+"""The environment variable that lets a seed decide the noise of a deployment: for tests, never for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
