@@ -870,6 +870,13 @@ MUTANTS = [
         GUARD,
     ),
     Mutant(
+        "guard: a server that is not trusted is told that an app failed",
+        "clients/guard.py",
+        'if terms.trust == "local" else make_signal',
+        "if False else make_signal",
+        GUARD,
+    ),
+    Mutant(
         "guard: metrics leave a private run that says it is not",
         "clients/policy.py",
         "        if not order.private:\n",
