@@ -33,6 +33,9 @@ class Privacy:
         delta: Chance of failure, in (0, 1).
         trust: Who adds noise: `central`, the server; `local`, every client.
         adjacency: `add-or-remove` or `replace`; None for the default of the trust.
+        app_memory: Whether a client of the app may remember earlier rounds: in `context.state`, in files, in layers of
+            its own. Only where it is known not to (False) do cohorts of a fixed size count for the promise, and only
+            with a method without memory; see `fedpriv.privacy.PrivacyPlan`.
     """
 
     epsilon: float | None = None
@@ -40,15 +43,17 @@ class Privacy:
     delta: float = 1e-5
     trust: str = "central"
     adjacency: str | None = None
+    app_memory: bool = True
 
     def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
         """The plan for `rounds` rounds of `method`."""
+        promised = {key: value for key, value in asdict(self).items() if key != "app_memory"}
         return make_plan(
-            **asdict(self),
+            **promised,
             sampling=sampling,
             rounds=rounds,
             l2_bound=method.bounded.l2_bound,
-            client_memory=has_memory(method),
+            client_memory=self.app_memory or has_memory(method),
         )
 
 

@@ -877,6 +877,13 @@ MUTANTS = [
         GUARD,
     ),
     Mutant(
+        "drop-in: an app is taken to remember nothing if its method does not",
+        "strategies/named.py",
+        "client_memory=self.app_memory or has_memory(method)",
+        "client_memory=has_memory(method)",
+        "tests/flower/test_flower_drop_in.py",
+    ),
+    Mutant(
         "guard: metrics leave a private run that says it is not",
         "clients/policy.py",
         "        if not order.private:\n",

@@ -297,7 +297,7 @@ def _cohorts(plan: PrivacyPlan) -> str:
         how = "every client takes part in every round"
     credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
     if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.client_memory:
-        credit += " No amplification by sampling is claimed, because clients remember earlier rounds."
+        credit += " No amplification by sampling is claimed, because clients may remember earlier rounds."
     if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.adjacency == "add-or-remove":
         credit += " The number of clients is public; a removed client is one whose message is zero."
     return f"Cohorts: of {sampling.population} clients, {how}. {credit}"

@@ -15,8 +15,9 @@ from clients import private_mod
 from clients.wire import ARRAYS, FEDPRIV, asks_who
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
+from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server import Adam
-from fedpriv.privacy import Everyone, Poisson
+from fedpriv.privacy import Everyone, FixedSize, Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
@@ -380,3 +381,24 @@ def test_a_half_precision_model_still_gets_messages_within_their_bound():
     strategy = DPFedAvg(clip_norm=0.1, privacy=Privacy(epsilon=8.0), num_clients=CLIENTS)
     result = start(strategy, InProcessGrid(half, CLIENTS), rounds=3, arrays=arrays)
     assert {array.dtype for array in result.arrays.values()} == {"float16"}
+
+
+def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_nothing():
+    """What an app keeps tells how often each client took part before, and so how often an absent one did."""
+    cohort, rules = FixedSize(1000, 20), DPFedAvgRules()
+    charged, without, whole = (
+        privacy.plan(rules, of, 50)
+        for privacy, of in (
+            (Privacy(noise_multiplier=2.0), cohort),
+            (Privacy(noise_multiplier=2.0, app_memory=False), cohort),
+            (Privacy(noise_multiplier=2.0), Everyone(1000)),
+        )
+    )
+    assert charged.epsilon == whole.epsilon
+    assert not charged.amplification
+    assert without.amplification
+    assert without.epsilon < 0.1 * charged.epsilon
+    with_memory = Privacy(noise_multiplier=2.0, app_memory=False).plan(AlphaNormECRules(), cohort, 50)
+    assert with_memory.epsilon == whole.epsilon
+    drawn = [Privacy(noise_multiplier=2.0, app_memory=known).plan(rules, Poisson(1000, 0.02), 50) for known in (0, 1)]
+    assert drawn[0].epsilon == drawn[1].epsilon < charged.epsilon
