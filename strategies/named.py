@@ -7,6 +7,7 @@ with `ClientApp(mods=[private_mod])` on the other side. A method's hyperparamete
 described where the method is, in `fedpriv.methods`.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,7 +73,7 @@ class NamedStrategy(MethodStrategy):
         cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
         num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
-            must be where real people take part.
+            must be where real people take part. Runs that differ in anything but the app and its data share no noise.
         evaluate: See `MethodStrategy`.
         join_timeout: See `MethodStrategy`.
         max_failures: See `MethodStrategy`.
@@ -127,9 +128,17 @@ class NamedStrategy(MethodStrategy):
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
         if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
-            done = (self.method, sampling, plan, rounds, self.arrays.trained)
+            begun = self._settings, self._digest_of_first_model
+            done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
         return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
+
+    @property
+    def _digest_of_first_model(self) -> str:
+        hashed = hashlib.sha256()
+        for name, array in self._initial.items():
+            hashed.update(repr((name, array.dtype, tuple(array.shape))).encode() + array.data)
+        return hashed.hexdigest()
 
 
 class AlphaNormEC(NamedStrategy):

@@ -884,6 +884,13 @@ MUTANTS = [
         "tests/flower/test_flower_drop_in.py",
     ),
     Mutant(
+        "drop-in: runs of one seed with other settings share their noise",
+        "strategies/named.py",
+        "begun = self._settings, self._digest_of_first_model",
+        "begun = (self._digest_of_first_model,)",
+        "tests/flower/test_flower_drop_in.py",
+    ),
+    Mutant(
         "guard: metrics leave a private run that says it is not",
         "clients/policy.py",
         "        if not order.private:\n",

@@ -54,7 +54,7 @@ _NOT_COVERED = (
 _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
     "with real people the randomness must come from the operating system. Two runs of one experiment with one seed "
-    "share their noise: if the data changed in between, the difference of their models has none"
+    "share their noise: if the data, or an app of your own, changed in between, the difference of their models has none"
 )
 
 _CLIENTS = {

@@ -334,6 +334,29 @@ def test_streams_follow_the_seed():
     assert AlphaNormEC().streams == SystemStreams()
 
 
+@pytest.mark.parametrize("changed", ["settings", "first model", "nothing"])
+def test_two_runs_with_one_seed_share_no_noise_if_settings_or_the_first_model_differ(changed):
+    def end(lr, net):
+        strategy = DPFedAvg(privacy=Privacy(noise_multiplier=1e4), num_clients=CLIENTS, seed=1)
+        with inside_a_run():
+            strategy.start(
+                InProcessGrid(app, CLIENTS),
+                ArrayRecord(net.state_dict()),
+                num_rounds=1,
+                timeout=5.0,
+                train_config=settings.setdefault(lr, ConfigRecord({"lr": lr})),
+            )
+        return strategy.state.model
+
+    settings = {}  # Flower writes the number of the round into what it was given
+    other = initial_net()
+    if changed == "first model":
+        torch.nn.init.zeros_(other.scale)
+    apart = end(0.1, initial_net()) - end(0.2 if changed == "settings" else 0.1, other)
+    noise = 1e4 / CLIENTS * math.sqrt(len(apart))
+    assert (float(apart.norm()) > 0.3 * noise) == (changed != "nothing")
+
+
 def test_a_strategy_starts_once_because_two_runs_cost_twice():
     strategy = DPFedAvg(privacy=Privacy(epsilon=8.0), num_clients=CLIENTS, seed=1)
     start(strategy, InProcessGrid(app, CLIENTS), rounds=1)
