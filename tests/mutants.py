@@ -891,6 +891,13 @@ MUTANTS = [
         "tests/flower/test_flower_drop_in.py",
     ),
     Mutant(
+        "statement: noise that is drawn at once is said to be on every message",
+        "fedpriv/privacy/statement.py",
+        "*([_fill(_FUSED)] if fused else []),",
+        "",
+        ENGINES_TESTED,
+    ),
+    Mutant(
         "guard: metrics leave a private run that says it is not",
         "clients/policy.py",
         "        if not order.private:\n",

@@ -109,6 +109,12 @@ _DEPLOYED = (
     "and participation.jsonl names them",
 )
 
+_FUSED = (
+    "Noise drawn at once: in this simulation the noise of a round's clients was one draw with the law of the sum of "
+    "theirs, put on the sum of their messages. No single message got noise here. What is said of single messages holds "
+    "where each client draws its own, as on devices and with --client-noise faithful; the models have the same law."
+)
+
 _SECRET = (
     "Noise and cohorts come from the operating systems of those who draw them, and are kept nowhere. A client that "
     "does not answer is one whose message is zero; the noise that hides a client does not depend on how many answer, "
@@ -169,6 +175,7 @@ def privacy_statement(
     evaluated: bool = False,
     app: Literal["fixed", "supplied"] | None = None,
     size: int | None = None,
+    fused: bool = False,
 ) -> str:
     """The statement of a run.
 
@@ -184,6 +191,7 @@ def privacy_statement(
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
         size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
+        fused: Whether clients' noise was one draw a round, on the sum of their messages.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -207,6 +215,7 @@ def privacy_statement(
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
+        *([_fill(_FUSED)] if fused else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
