@@ -119,7 +119,7 @@ def guard_of(context: Context) -> Guard | None:
         if write_default_policy(path):
             _log.warning("%s had no policy: the default one was written there. Read it.", path)
         return Guard(Member.at(path), own_id(context))
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # in whose words may stand what is on the disk
         raise Refusal.because("trouble", str(error)) from None
 
 

@@ -309,6 +309,17 @@ def test_what_a_client_s_disk_holds_is_not_told(home: Path) -> None:
     assert "operator's log" in reason
 
 
+def test_a_home_that_cannot_be_entered_is_not_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("clients.guard.write_default_policy", closed)
+    assert said(ask(context(home), order(), terms())).endswith("its operator's log says more")
+    assert f"Permission denied: '{home}'" in caplog.text
+
+
 def test_a_home_is_an_absolute_path(untouched: ClientApp, caplog: pytest.LogCaptureFixture) -> None:
     said(ask(context(Path("somewhere")), order(), terms(), played=untouched))
     assert "--node-config fedpriv-home: expected an absolute path" in caplog.text
