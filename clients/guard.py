@@ -9,14 +9,21 @@ never by a message or a run config:
    once, and the same order gets the same bytes. Nothing else is answered, but evaluations if the policy accepts them.
 2. A process that plays clients (`fedpriv.flower.simulation`) follows every order, seeded ones included.
 3. Any other node answers nothing.
+
+Whether an app fails can depend on the data, so that an error in place of a message would tell the server of them, for
+nothing and as often as it asks. Where trust is local, an app that fails therefore counts as one whose update is zero:
+the message is noise, it is paid for, and only the client's own log says so.
 """
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
@@ -64,7 +71,8 @@ class Guard:
             order: The order in it.
             model: How arrays are laid out.
             start: x, `[params]`.
-            make_signal: Gives what the client would send without privacy, `[params]`.
+            make_signal: Gives what the client would send without privacy, `[params]`; a Refusal of the kind `app` if
+                the app fails.
 
         Raises:
             Refusal: If the order is not followed.
@@ -74,7 +82,8 @@ class Guard:
             raise Refusal("model", "order", f"one for client {self.client}", order.client, "It is another's")
         self.member.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
-        answer = self.member.answer(order, terms, start, make_signal, shown, settings)
+        signal = partial(_signal_or_nothing, make_signal, order, start) if terms.trust == "local" else make_signal
+        answer = self.member.answer(order, terms, start, signal, shown, settings)
         return answer_content(self.member, order, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
@@ -110,7 +119,7 @@ def guard_of(context: Context) -> Guard | None:
         if write_default_policy(path):
             _log.warning("%s had no policy: the default one was written there. Read it.", path)
         return Guard(Member.at(path), own_id(context))
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:  # in whose words may stand what is on the disk
         raise Refusal.because("trouble", str(error)) from None
 
 
@@ -156,6 +165,18 @@ def answer_content(member: Member, order: Order, model: ModelArrays, answer: Ten
     """Return the content of an answer: the message `[params]`, and the signed head of the client's ledger."""
     head, records = member.head(), model.message(answer, MessageFormat.of(order.rules))
     return RecordDict({**records} if head is None else {**records, HEAD: head.to_record()})
+
+
+def _signal_or_nothing(make_signal: Callable[[], Tensor], order: Order, start: Tensor) -> Tensor:
+    """Return the signal of an app; one that is not finite, and so counts as nothing, if the app fails."""
+    try:
+        return make_signal()
+    except Refusal as no:
+        if no.kind != "app":
+            raise
+        words = "client %d: its app failed (%s). The server is not told: a message that holds noise alone goes out."
+        _log.error(words, order.client, no, exc_info=no.__cause__)
+        return torch.full_like(start, math.nan)
 
 
 def _settings(content: RecordDict) -> str:

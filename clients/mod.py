@@ -11,7 +11,8 @@ simulations only, and keeps the memory in `context.state`. `clients.guard` has t
 
 Of everything else in the answer nothing leaves the client in a private run: losses, accuracies and numbers of examples
 are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) Nor
-does the text of an exception: the client logs it, and a fixed line is sent. In a run without privacy the app's metrics
+does the text of an exception: the client logs it, and a fixed line is sent, or, by a guarded client under local trust,
+a message as of an update of zero (`clients.guard`). In a run without privacy the app's metrics
 are passed on.
 
 Put it first in the list of mods: it is then the last to touch what is sent. Mods behind it see the local model, and
@@ -99,12 +100,12 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
 
 
 def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
-    """The signal; of an app that fails, nothing that it says is told to the server."""
+    """The signal; a refusal of the kind `app` if the app fails, of which the server hears no word that the app says."""
     try:
         return make_signal()
     except Refusal:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refusal.because("app", f"{type(error).__name__}: {error}") from error
 
 

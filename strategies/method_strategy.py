@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -53,6 +53,9 @@ from fedpriv.streams import SeededStreams
 __all__ = ["Agreement", "MethodStrategy"]
 
 _log = logging.getLogger("flwr")
+
+# The key of an app's settings under which it finds the number of the round.
+_ROUND = "server-round"
 
 
 class Agreement(NamedTuple):
@@ -122,6 +125,7 @@ class MethodStrategy(Strategy):
         self._join_timeout = join_timeout
         self._max_failures = max_failures
         self._declared = trainable, frozen
+        self._settings: list[tuple[str, Any]] = []
         self._timeout = math.inf
         self._nodes: list[int] = []
         self._seen: set[int] = set()
@@ -152,6 +156,7 @@ class MethodStrategy(Strategy):
             UserError: If the model cannot be trained privately, if clients are missing at the start, if too many fail,
                 or if nothing was learned from any of them.
         """
+        self._settings = sorted((key, value) for key, value in (train_config or {}).items() if key != _ROUND)
         self.prepare(grid, initial_arrays, num_rounds, timeout)
         try:
             found = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
@@ -218,7 +223,7 @@ class MethodStrategy(Strategy):
         """One message to each client of the round's cohort, in the order of their ids."""
         self._nodes = find_rejoined(grid, self._nodes, self._seen)
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
-        config["server-round"] = server_round
+        config[_ROUND] = server_round
         shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
         last_round = self.attendance.last_round
         terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
@@ -275,7 +280,7 @@ class MethodStrategy(Strategy):
         """One message to every client if federated evaluation is on, else none."""
         if not self._evaluate:
             return []
-        config["server-round"] = server_round
+        config[_ROUND] = server_round
         content = RecordDict({ARRAYS: arrays, CONFIG: config})
         self._asked = {
             client: Message(content, node, MessageType.EVALUATE, group_id=str(server_round))

@@ -7,6 +7,7 @@ with `ClientApp(mods=[private_mod])` on the other side. A method's hyperparamete
 described where the method is, in `fedpriv.methods`.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +35,9 @@ class Privacy:
         delta: Chance of failure, in (0, 1).
         trust: Who adds noise: `central`, the server; `local`, every client.
         adjacency: `add-or-remove` or `replace`; None for the default of the trust.
+        app_memory: Whether a client of the app may remember earlier rounds: in `context.state`, in files, in layers of
+            its own. Only where it is known not to (False) do cohorts of a fixed size count for the promise, and only
+            with a method without memory; see `fedpriv.privacy.PrivacyPlan`.
     """
 
     epsilon: float | None = None
@@ -41,15 +45,17 @@ class Privacy:
     delta: float = 1e-5
     trust: str = "central"
     adjacency: str | None = None
+    app_memory: bool = True
 
     def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
         """The plan for `rounds` rounds of `method`."""
+        promised = {key: value for key, value in asdict(self).items() if key != "app_memory"}
         return make_plan(
-            **asdict(self),
+            **promised,
             sampling=sampling,
             rounds=rounds,
             l2_bound=method.bounded.l2_bound,
-            client_memory=has_memory(method),
+            client_memory=self.app_memory or has_memory(method),
         )
 
 
@@ -69,7 +75,7 @@ class NamedStrategy(MethodStrategy):
         cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
         num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
-            must be where real people take part.
+            must be where real people take part. Runs that differ in anything but the app and its data share no noise.
         evaluate: See `MethodStrategy`.
         join_timeout: See `MethodStrategy`.
         max_failures: See `MethodStrategy`.
@@ -124,9 +130,17 @@ class NamedStrategy(MethodStrategy):
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
         if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
-            done = (self.method, sampling, plan, rounds, self.arrays.trained)
+            begun = self._settings, self._digest_of_first_model
+            done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
         return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
+
+    @property
+    def _digest_of_first_model(self) -> str:
+        hashed = hashlib.sha256()
+        for name, array in self._initial.items():
+            hashed.update(repr((name, array.dtype, tuple(array.shape))).encode() + array.data)
+        return hashed.hexdigest()
 
 
 class AlphaNormEC(NamedStrategy):

@@ -82,6 +82,7 @@ class Journal:
             recorded=True,
             app="fixed" if self.deployed else None,
             size=size,
+            fused=self.ran.get("client_noise") == "fused",
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:

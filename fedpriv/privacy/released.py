@@ -68,7 +68,7 @@ OUTPUTS = (
     Output(
         "trials.csv",
         Kind.RELEASED,
-        "a sweep's trials with settings, released scores, timings, and why one failed",
+        "a sweep's trials with settings and released scores; not covered: timings, and the words with which one failed",
         "sweep",
     ),
     Output("tuning.json", Kind.RELEASED, "the trial that a tuning chose, and what the choice promises", "sweep"),

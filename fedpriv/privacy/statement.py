@@ -54,7 +54,7 @@ _NOT_COVERED = (
 _SEEDED = (
     "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
     "with real people the randomness must come from the operating system. Two runs of one experiment with one seed "
-    "share their noise: if the data changed in between, the difference of their models has none"
+    "share their noise: if the data, or an app of your own, changed in between, the difference of their models has none"
 )
 
 _CLIENTS = {
@@ -107,6 +107,12 @@ _EVALUATED_ITEM = (
 _DEPLOYED = (
     "who is asked in a round, and who answers: the server knows it, whoever watches the network or the clients may, "
     "and participation.jsonl names them",
+)
+
+_FUSED = (
+    "Noise drawn at once: in this simulation the noise of a round's clients was one draw with the law of the sum of "
+    "theirs, put on the sum of their messages. No single message got noise here. What is said of single messages holds "
+    "where each client draws its own, as on devices and with --client-noise faithful; the models have the same law."
 )
 
 _SECRET = (
@@ -169,6 +175,7 @@ def privacy_statement(
     evaluated: bool = False,
     app: Literal["fixed", "supplied"] | None = None,
     size: int | None = None,
+    fused: bool = False,
 ) -> str:
     """The statement of a run.
 
@@ -184,6 +191,7 @@ def privacy_statement(
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
         size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
+        fused: Whether clients' noise was one draw a round, on the sum of their messages.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -207,6 +215,7 @@ def privacy_statement(
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
+        *([_fill(_FUSED)] if fused else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
@@ -297,7 +306,7 @@ def _cohorts(plan: PrivacyPlan) -> str:
         how = "every client takes part in every round"
     credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
     if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.client_memory:
-        credit += " No amplification by sampling is claimed, because clients remember earlier rounds."
+        credit += " No amplification by sampling is claimed, because clients may remember earlier rounds."
     if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.adjacency == "add-or-remove":
         credit += " The number of clients is public; a removed client is one whose message is zero."
     return f"Cohorts: of {sampling.population} clients, {how}. {credit}"

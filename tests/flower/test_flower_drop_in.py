@@ -15,8 +15,9 @@ from clients import private_mod
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_who
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
+from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
-from fedpriv.privacy import Everyone, Poisson
+from fedpriv.privacy import Everyone, FixedSize, Poisson
 from fedpriv.rounds import agree, begin_round, client_round, finish_round
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
@@ -333,6 +334,29 @@ def test_streams_follow_the_seed():
     assert AlphaNormEC().streams == SystemStreams()
 
 
+@pytest.mark.parametrize("changed", ["settings", "first model", "nothing"])
+def test_two_runs_with_one_seed_share_no_noise_if_settings_or_the_first_model_differ(changed):
+    def end(lr, net):
+        strategy = DPFedAvg(privacy=Privacy(noise_multiplier=1e4), num_clients=CLIENTS, seed=1)
+        with inside_a_run():
+            strategy.start(
+                InProcessGrid(app, CLIENTS),
+                ArrayRecord(net.state_dict()),
+                num_rounds=1,
+                timeout=5.0,
+                train_config=settings.setdefault(lr, ConfigRecord({"lr": lr})),
+            )
+        return strategy.state.model
+
+    settings = {}  # Flower writes the number of the round into what it was given
+    other = initial_net()
+    if changed == "first model":
+        torch.nn.init.zeros_(other.scale)
+    apart = end(0.1, initial_net()) - end(0.2 if changed == "settings" else 0.1, other)
+    noise = 1e4 / CLIENTS * math.sqrt(len(apart))
+    assert (float(apart.norm()) > 0.3 * noise) == (changed != "nothing")
+
+
 def test_a_strategy_starts_once_because_two_runs_cost_twice():
     strategy = DPFedAvg(privacy=Privacy(epsilon=8.0), num_clients=CLIENTS, seed=1)
     start(strategy, InProcessGrid(app, CLIENTS), rounds=1)
@@ -380,3 +404,24 @@ def test_a_half_precision_model_still_gets_messages_within_their_bound():
     strategy = DPFedAvg(clip_norm=0.1, privacy=Privacy(epsilon=8.0), num_clients=CLIENTS)
     result = start(strategy, InProcessGrid(half, CLIENTS), rounds=3, arrays=arrays)
     assert {array.dtype for array in result.arrays.values()} == {"float16"}
+
+
+def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_nothing():
+    """What an app keeps tells how often each client took part before, and so how often an absent one did."""
+    cohort, rules = FixedSize(1000, 20), DPFedAvgRules()
+    charged, without, whole = (
+        privacy.plan(rules, of, 50)
+        for privacy, of in (
+            (Privacy(noise_multiplier=2.0), cohort),
+            (Privacy(noise_multiplier=2.0, app_memory=False), cohort),
+            (Privacy(noise_multiplier=2.0), Everyone(1000)),
+        )
+    )
+    assert charged.epsilon == whole.epsilon
+    assert not charged.amplification
+    assert without.amplification
+    assert without.epsilon < 0.1 * charged.epsilon
+    with_memory = Privacy(noise_multiplier=2.0, app_memory=False).plan(AlphaNormECRules(), cohort, 50)
+    assert with_memory.epsilon == whole.epsilon
+    drawn = [Privacy(noise_multiplier=2.0, app_memory=known).plan(rules, Poisson(1000, 0.02), 50) for known in (0, 1)]
+    assert drawn[0].epsilon == drawn[1].epsilon < charged.epsilon

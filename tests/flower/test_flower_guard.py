@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flower_existing_app import CLIENTS, app, initial_net, train
@@ -232,6 +233,8 @@ def failing(how: str) -> ClientApp:
     def fail(message: Message, node: Context) -> Message:
         if how == "raises":
             raise KeyError(SECRET)
+        if how == "exits":
+            raise SystemExit(SECRET)
         if how == "says so":
             return Message(Error(code=0, reason=SECRET), reply_to=message)
         answer = train(message, node)
@@ -247,21 +250,41 @@ def failing(how: str) -> ClientApp:
     return made
 
 
-FAILURES = ["raises", "says so", "two models", "another model"]
+FAILURES = ["raises", "exits", "says so", "two models", "another model"]
 
 
 @pytest.mark.parametrize("how", FAILURES)
 def test_nothing_that_an_app_says_when_it_fails_leaves_a_guarded_client(
     how: str, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    accept(home, trust='"central"')
+    told = terms(trust="central", adjacency="add-or-remove")
     with caplog.at_level(logging.WARNING, "flwr"):
-        reason = said(ask(context(home), order(), terms(), played=failing(how)))
+        reason = said(ask(context(home), order(noise_stddev=0.0), told, played=failing(how)))
     assert reason == "private_mod: its app failed; its operator's log says more"
     assert SECRET in caplog.text
     assert ledger(home) == []
     accept(home, evaluation="true")
     if how in ("raises", "says so"):
         assert SECRET not in said(ask(context(home), order(), terms(), "evaluate", failing(how)))
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_under_local_trust_a_server_does_not_even_learn_that_an_app_failed(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it does can be made to depend on the data: unpaid, a bit of them for each order."""
+    sound = ask(context(tmp_path / "sound"), order(), terms())
+    with caplog.at_level(logging.WARNING, "flwr"):
+        failed = ask(context(tmp_path / "failed"), order(), terms(), played=failing(how))
+    assert list(failed.content) == list(sound.content)
+    assert failed.content[FEDPRIV] == sound.content[FEDPRIV]
+    arrays = failed.content[ARRAYS], sound.content[ARRAYS]
+    assert len({tuple((name, a.dtype, tuple(a.shape)) for name, a in of.items()) for of in arrays}) == 1
+    assert failed.content[ARRAYS] != sound.content[ARRAYS]
+    assert any(np.any(array.numpy()) for array in failed.content[ARRAYS].values())
+    assert [entry.turn for entry in ledger(tmp_path / "failed")] == [1]
+    assert SECRET in caplog.text
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -284,6 +307,17 @@ def test_what_a_client_s_disk_holds_is_not_told(home: Path) -> None:
     (home / POLICY_FILE).write_text("[limits]\nepsilon = 'much'\n")
     assert str(home) not in (reason := said(ask(context(home), order(), terms(run="r3"))))
     assert "operator's log" in reason
+
+
+def test_a_home_that_cannot_be_entered_is_not_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("clients.guard.write_default_policy", closed)
+    assert said(ask(context(home), order(), terms())).endswith("its operator's log says more")
+    assert f"Permission denied: '{home}'" in caplog.text
 
 
 def test_a_home_is_an_absolute_path(untouched: ClientApp, caplog: pytest.LogCaptureFixture) -> None:
