@@ -66,6 +66,7 @@ PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
 FAILURES, TRAINED = "tests/flower/test_flower_failures.py", "tests/flower/test_flower_trained.py"
+PACED = "tests/flower/test_flower_pace.py"
 
 MUTANTS = [
     Mutant(
@@ -1429,6 +1430,27 @@ MUTANTS = [
         "            max_failures=MAX_FAILURES if limit is None and not secret else limit,",
         "            max_failures=MAX_FAILURES if limit is None else limit,",
         FAILURES,
+    ),
+    Mutant(
+        "drop-in: a round of a stated length ends with its last answer",
+        "strategies/pace.py",
+        "        time.sleep(max(left, 0.0))",
+        "        time.sleep(0.0)",
+        PACED,
+    ),
+    Mutant(
+        "drop-in: a round of a stated length waits for a client that hangs",
+        "strategies/pace.py",
+        "        return self._grid.send_and_receive(asked, timeout=left if timeout is None else min(timeout, left))",
+        "        return self._grid.send_and_receive(asked, timeout=timeout)",
+        PACED,
+    ),
+    Mutant(
+        "drop-in: the statement does not say that a round's length shows who took part",
+        "strategies/drop_in_statement.py",
+        "        timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None",
+        "        timed = _SECRET if round_seconds is None",
+        PACED,
     ),
     Mutant(
         "drop-in: a lost memory shows that its client was in a secret cohort",
