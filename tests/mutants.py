@@ -1607,6 +1607,20 @@ MUTANTS = [
         COORDINATOR,
     ),
     Mutant(
+        "deployment: a lost memory shows that its client was in a secret cohort",
+        "strategies/coordinator.py",
+        "believed = [] if self.secret_cohorts else believed_losses",
+        "believed = believed_losses",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: a lost memory may end a run of secret cohorts",
+        "strategies/coordinator.py",
+        'self.choice.lost_memory in ("re-base", "stop"):',
+        "False:",
+        COORDINATOR,
+    ),
+    Mutant(
         "deployment: a turn with a secret cohort ends with its last answer",
         "strategies/deployment.py",
         "        if coordinator.secret_cohorts:\n            # Neither",
