@@ -603,7 +603,7 @@ MUTANTS = [
     Mutant(
         "a run goes on under other noise",
         "fedpriv/experiment/journal.py",
-        'if self.ran.get("client_noise") == "fused" else ""',
+        'if self._fused else ""',
         'if False else ""',
         ENGINES_TESTED,
     ),
@@ -1430,6 +1430,13 @@ MUTANTS = [
         "            max_failures=MAX_FAILURES if limit is None and not secret else limit,",
         "            max_failures=MAX_FAILURES if limit is None else limit,",
         FAILURES,
+    ),
+    Mutant(
+        "a statement hides that a simulation noised the sum and not each message",
+        "fedpriv/experiment/journal.py",
+        "            fused=self._fused,\n",
+        "",
+        ENGINES_TESTED,
     ),
     Mutant(
         "drop-in: a round of a stated length ends with its last answer",

@@ -120,6 +120,12 @@ _SECRET_COHORTS = (
     "from the adversary."
 )
 
+_FUSED = (
+    "Simulated noise: this run drew one noise a round for the sum of its messages, distributed as the sum of all "
+    "clients' own noises is, and not one for each message (--client-noise fused); devices noise each message before it "
+    "leaves."
+)
+
 
 _FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
 
@@ -169,6 +175,7 @@ def privacy_statement(
     evaluated: bool = False,
     app: Literal["fixed", "supplied"] | None = None,
     size: int | None = None,
+    fused: bool = False,
 ) -> str:
     """The statement of a run.
 
@@ -184,6 +191,7 @@ def privacy_statement(
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
         size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
+        fused: Whether a simulation drew one noise for the sum of a round's messages, where clients draw their own.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -207,6 +215,7 @@ def privacy_statement(
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
+        *([_fill(_FUSED)] if fused and plan.trust == "local" else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
