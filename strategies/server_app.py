@@ -21,6 +21,7 @@ from fedpriv.experiment.assemble import Experiment
 from fedpriv.experiment.journal import Journal
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.streams import SystemStreams
+from strategies.attendance import Attendance
 from strategies.deployment import run_turns, take_up
 from strategies.method_strategy import Agreement, MethodStrategy
 
@@ -128,6 +129,10 @@ class RecordedStrategy(MethodStrategy):
 
     def refuse_nothing_learned(self) -> None:
         """Leave it to the journal, which records the run in any case."""
+
+    def _new_attendance(self, rounds: int) -> Attendance:
+        remedy = "Fix it and start again with another --out, or with --engine loop, which needs no Flower"
+        return replace(super()._new_attendance(rounds), remedy=remedy)
 
 
 def make_strategy(experiment: Experiment) -> MethodStrategy:
