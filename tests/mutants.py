@@ -1572,6 +1572,13 @@ MUTANTS = [
         "tests/deploy/test_deploy_keys.py",
     ),
     Mutant(
+        "deployment: a node lives on without what it has started",
+        "clients/supernode_internals.py",
+        "        os.kill(os.getpid(), signal.SIGINT)\n        if not self._over",
+        "        if not self._over",
+        "tests/deploy/test_deploy_node.py",
+    ),
+    Mutant(
         "deployment: Flower's processes outlive a killed node",
         "clients/companion.py",
         "            fcntl.flock(file, fcntl.LOCK_SH)\n            os.kill(os.getpid(), signal.SIGKILL)",
