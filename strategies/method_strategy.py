@@ -42,7 +42,8 @@ from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement
 from fedpriv.flower.server.faults import message_fault, norm_limit
 from fedpriv.flower.server.metrics import average_metrics
-from fedpriv.flower.server.nodes import MAX_REASON, find_clients, find_rejoined, in_words, sort_answers
+from fedpriv.flower.server.nodes import MAX_REASON, REJOIN_SECONDS, find_clients, find_rejoined, in_words, sort_answers
+from fedpriv.flower.server.pace import Pace
 from fedpriv.flower.server.rescue import rescue
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
@@ -96,6 +97,9 @@ class MethodStrategy(Strategy):
         frozen: Names or patterns of the arrays that it does not train. Give one of the two if not all are trained.
         heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
             for this run alone. See `fedpriv.deploy.device.heads`.
+        round_seconds: How long every round lasts, and every evaluation by clients: an answer counts that is there 5 s
+            and a twentieth before the end. None for as long as answers take, which shows who took part: where epsilon
+            relies on nobody knowing that, the statement then excepts whoever can time rounds.
     """
 
     rescue_folder = Path()
@@ -111,6 +115,7 @@ class MethodStrategy(Strategy):
         trainable: Patterns | None = None,
         frozen: Patterns | None = None,
         heads: str | Path | None = None,
+        round_seconds: float | None = None,
     ) -> None:
         whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
         if num_clients is not None and not (whole and num_clients >= 1):
@@ -126,6 +131,7 @@ class MethodStrategy(Strategy):
         self._max_failures = max_failures
         self._declared = trainable, frozen
         self._settings: list[tuple[str, Any]] = []
+        self._pace = Pace(round_seconds)
         self._timeout = math.inf
         self._nodes: list[int] = []
         self._seen: set[int] = set()
@@ -150,7 +156,9 @@ class MethodStrategy(Strategy):
     ) -> Result:
         """Runs all rounds; see `flwr.serverapp.strategy.Strategy.start`.
 
-        Whatever ends the run before its time, the model of the last finished round is stored first.
+        Whatever ends the run before its time, the model of the last finished round is stored first. `timeout` is how
+        long a round waits for a client that does not answer, and so what one that hangs costs, unless `round_seconds`
+        was given and ends the round before.
 
         Raises:
             UserError: If the model cannot be trained privately, if clients are missing at the start, if too many fail,
@@ -159,7 +167,10 @@ class MethodStrategy(Strategy):
         self._settings = sorted((key, value) for key, value in (train_config or {}).items() if key != _ROUND)
         self.prepare(grid, initial_arrays, num_rounds, timeout)
         try:
-            found = super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+            paced = self._pace.on(grid)
+            found = super().start(
+                paced, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
             self.refuse_nothing_learned()
         except BaseException:
             rescue(self.result.arrays, self._finished, self.rescue_folder)
@@ -181,7 +192,7 @@ class MethodStrategy(Strategy):
         trained = self.arrays.part(initial_arrays)
         self._layout = ModelArrays.of(trained)
         model = self._layout.vector(trained)
-        self._timeout = timeout
+        self._timeout = min(timeout, self._pace.window)
         self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
         self.agreement = self._agree(len(self._nodes), num_rounds)
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
@@ -199,6 +210,7 @@ class MethodStrategy(Strategy):
             size=self._layout.layout.size,
             app="supplied" if self._randomness == "system" else None,
             evaluated=self._evaluate,
+            round_seconds=self._pace.seconds,
         )
 
     def summary(self) -> None:
@@ -221,7 +233,8 @@ class MethodStrategy(Strategy):
         grid: Grid,
     ) -> Iterable[Message]:
         """One message to each client of the round's cohort, in the order of their ids."""
-        self._nodes = find_rejoined(grid, self._nodes, self._seen)
+        self._pace.begin()
+        self._nodes = find_rejoined(grid, self._nodes, self._seen, min(REJOIN_SECONDS, 0.25 * self._pace.window))
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config[_ROUND] = server_round
         shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
@@ -239,6 +252,7 @@ class MethodStrategy(Strategy):
                 ),
                 self._nodes[client],
                 MessageType.TRAIN,
+                ttl=self._pace.ttl,
                 group_id=str(server_round),
             )
             for client in self.attendance.asked(broadcast.cohort.tolist())
@@ -268,6 +282,7 @@ class MethodStrategy(Strategy):
         metrics = self._average({c: _metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
         if metrics is not None:
             self.result.train_metrics_clientapp[server_round] = metrics
+        self._pace.end()
         return self.result.arrays, metrics
 
     def configure_evaluate(
@@ -280,10 +295,11 @@ class MethodStrategy(Strategy):
         """One message to every client if federated evaluation is on, else none."""
         if not self._evaluate:
             return []
+        self._pace.begin()
         config[_ROUND] = server_round
         content = RecordDict({ARRAYS: arrays, CONFIG: config})
         self._asked = {
-            client: Message(content, node, MessageType.EVALUATE, group_id=str(server_round))
+            client: Message(content, node, MessageType.EVALUATE, ttl=self._pace.ttl, group_id=str(server_round))
             for client, node in enumerate(self._nodes)
         }
         return list(self._asked.values())
@@ -306,6 +322,7 @@ class MethodStrategy(Strategy):
             _log.warning("%s: there are no metrics to average", what)
         else:
             self.result.evaluate_metrics_clientapp[server_round] = metrics
+        self._pace.end()
         return metrics
 
     def refuse_nothing_learned(self) -> None:

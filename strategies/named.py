@@ -61,7 +61,7 @@ class Privacy:
 
 _OWN = (
     *("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout"),
-    *("max_failures", "trainable", "frozen", "heads"),
+    *("max_failures", "trainable", "frozen", "heads", "round_seconds"),
 )
 
 
@@ -82,6 +82,7 @@ class NamedStrategy(MethodStrategy):
         trainable: See `MethodStrategy`.
         frozen: See `MethodStrategy`.
         heads: See `MethodStrategy`.
+        round_seconds: See `MethodStrategy`.
         hyperparameters: The method's.
 
     Raises:
@@ -104,6 +105,7 @@ class NamedStrategy(MethodStrategy):
         trainable: Patterns | None = None,
         frozen: Patterns | None = None,
         heads: str | Path | None = None,
+        round_seconds: float | None = None,
         **hyperparameters: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -124,6 +126,7 @@ class NamedStrategy(MethodStrategy):
             trainable=trainable,
             frozen=frozen,
             heads=heads,
+            round_seconds=round_seconds,
         )
 
     def _make(self, population: int, rounds: int) -> Agreement:

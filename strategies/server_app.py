@@ -20,6 +20,7 @@ from fedpriv.experiment.recorder import Journal
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
+from fedpriv.flower.server.attendance import Attendance
 from fedpriv.streams import SystemStreams
 
 from .method_strategy import Agreement, MethodStrategy
@@ -128,6 +129,10 @@ class RecordedStrategy(MethodStrategy):
 
     def refuse_nothing_learned(self) -> None:
         """Leave it to the journal, which records the run in any case."""
+
+    def _new_attendance(self, rounds: int) -> Attendance:
+        remedy = "Fix it and start again with another --out, or with --engine loop, which needs no Flower"
+        return replace(super()._new_attendance(rounds), remedy=remedy)
 
 
 def make_strategy(experiment: Experiment) -> MethodStrategy:

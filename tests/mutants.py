@@ -69,6 +69,7 @@ PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
 FAILURES, TRAINED = "tests/flower/test_flower_failures.py", "tests/flower/test_flower_trained.py"
+PACED = "tests/flower/test_flower_pace.py"
 
 MUTANTS = [
     Mutant(
@@ -605,7 +606,7 @@ MUTANTS = [
     Mutant(
         "a run goes on under other noise",
         "fedpriv/experiment/recorder.py",
-        'if self.ran.get("client_noise") == "fused" else ""',
+        'if self._fused else ""',
         'if False else ""',
         ENGINES_TESTED,
     ),
@@ -892,13 +893,6 @@ MUTANTS = [
         "begun = self._settings, self._digest_of_first_model",
         "begun = (self._digest_of_first_model,)",
         "tests/flower/test_flower_drop_in.py",
-    ),
-    Mutant(
-        "statement: noise that is drawn at once is said to be on every message",
-        "fedpriv/privacy/statement.py",
-        "*([_fill(_FUSED)] if fused else []),",
-        "",
-        ENGINES_TESTED,
     ),
     Mutant(
         "guard: metrics leave a private run that says it is not",
@@ -1462,6 +1456,34 @@ MUTANTS = [
         FAILURES,
     ),
     Mutant(
+        "a statement hides that a simulation noised the sum and not each message",
+        "fedpriv/experiment/recorder.py",
+        "            fused=self._fused,\n",
+        "",
+        ENGINES_TESTED,
+    ),
+    Mutant(
+        "drop-in: a round of a stated length ends with its last answer",
+        "fedpriv/flower/server/pace.py",
+        "        time.sleep(max(left, 0.0))",
+        "        time.sleep(0.0)",
+        PACED,
+    ),
+    Mutant(
+        "drop-in: a round of a stated length waits for a client that hangs",
+        "fedpriv/flower/server/pace.py",
+        "        return self._grid.send_and_receive(asked, timeout=left if timeout is None else min(timeout, left))",
+        "        return self._grid.send_and_receive(asked, timeout=timeout)",
+        PACED,
+    ),
+    Mutant(
+        "drop-in: the statement does not say that a round's length shows who took part",
+        "fedpriv/flower/server/drop_in_statement.py",
+        "        timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None",
+        "        timed = _SECRET if round_seconds is None",
+        PACED,
+    ),
+    Mutant(
         "drop-in: a lost memory shows that its client was in a secret cohort",
         "fedpriv/flower/server/attendance.py",
         "believed = [] if self.secret else believed_losses",
@@ -1574,6 +1596,13 @@ MUTANTS = [
         "tests/deploy/test_deploy_keys.py",
     ),
     Mutant(
+        "deployment: a node lives on without what it has started",
+        "fedpriv/flower/internals/supernode.py",
+        "        os.kill(os.getpid(), signal.SIGINT)\n        if not self._over",
+        "        if not self._over",
+        "tests/deploy/test_deploy_node.py",
+    ),
+    Mutant(
         "deployment: Flower's processes outlive a killed node",
         "fedpriv/flower/companion.py",
         "            fcntl.flock(file, fcntl.LOCK_SH)\n            os.kill(os.getpid(), signal.SIGKILL)",
@@ -1613,6 +1642,20 @@ MUTANTS = [
         "fedpriv/experiment/deployment.py",
         'if self.lost_memory == "start-afresh" and method.lost_memory != "start-afresh":',
         "if False:",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: a lost memory shows that its client was in a secret cohort",
+        "fedpriv/deploy/coordinator.py",
+        "believed = [] if self.secret_cohorts else believed_losses",
+        "believed = believed_losses",
+        COORDINATOR,
+    ),
+    Mutant(
+        "deployment: a lost memory may end a run of secret cohorts",
+        "fedpriv/deploy/coordinator.py",
+        'self.choice.lost_memory in ("re-base", "stop"):',
+        "False:",
         COORDINATOR,
     ),
     Mutant(

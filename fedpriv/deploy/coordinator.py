@@ -122,6 +122,10 @@ class Coordinator:
             )
             expected = "1 where epsilon relies on nobody knowing who takes part"
             raise UserError("deployment.min_participants", expected, self.choice.min_participants, remedy)
+        if self.secret_cohorts and self.choice.lost_memory in ("re-base", "stop"):
+            expected = "another rule where epsilon relies on nobody knowing who takes part"
+            remedy = 'Choose "leave-out", or leave it out: what all can see when one memory is lost shows who was asked'
+            raise UserError("deployment.lost_memory", expected, f'"{self.choice.lost_memory}"', remedy)
 
     @property
     def done(self) -> bool:
@@ -274,13 +278,15 @@ class Coordinator:
     def _memories_are_lost(self, lost: list[int]) -> bool:
         """Follows the rule for lost memories; whether all begin anew.
 
-        A client whose loss is not believed (`believed_losses`) is left out.
+        A client whose loss is not believed (`believed_losses`) is left out. Where cohorts are secret, none is believed:
+        that all begin anew would show in the model that this client was asked, and whoever is left out looks like one
+        whose messages are zero. The server's memory keeps what it holds of that client, as does the mean of all.
         """
         self.losses.update(lost)
         if self.lost_memory == "start-afresh":
             self.last_turn |= dict.fromkeys(lost, 0)
             return False
-        believed = believed_losses(lost, self.losses, self.epoch, self.turns)
+        believed = [] if self.secret_cohorts else believed_losses(lost, self.losses, self.epoch, self.turns)
         if self.lost_memory == "leave-out" or not believed:
             self.left_out |= set(lost)
             if len(self.left_out) >= self.server.sampling.population:

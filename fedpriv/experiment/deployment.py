@@ -23,9 +23,10 @@ class DeploymentChoice:
             60 where cohorts are secret.
         min_participants: Valid messages without which nothing of a turn is used.
         too_few: skip: the turn is spent and the next one begins. stop: the run ends, and goes on with --resume.
-        lost_memory: What happens when a client has lost its memory. method: what the method says. start-afresh: that
-            client begins anew; refused where the server would hold what was lost for ever. re-base: all memories begin
-            anew. leave-out: that client is asked no more. stop: the run ends.
+        lost_memory: What happens when a client has lost its memory. method: what the method says, but leave-out instead
+            of re-base where cohorts are secret. start-afresh: that client begins anew; refused where the server would
+            hold what was lost for ever. re-base: all memories begin anew. leave-out: that client is asked no more.
+            stop: the run ends. re-base and stop are refused where cohorts are secret.
         join_timeout: Seconds to wait at the start until `min_participants` clients are there.
     """
 

@@ -82,7 +82,7 @@ class Journal:
             recorded=True,
             app="fixed" if self.deployed else None,
             size=size,
-            fused=self.ran.get("client_noise") == "fused",
+            fused=self._fused,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -177,8 +177,13 @@ class Journal:
             data += f", {self.ran['precision']}"
         if self.experiment.timeline is not None:
             data += f", timeline {self.experiment.timeline.fingerprint}"
-        drawn = ", one draw of clients' noise a round" if self.ran.get("client_noise") == "fused" else ""
+        drawn = ", one draw of clients' noise a round" if self._fused else ""
         return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
+
+    @property
+    def _fused(self) -> bool:
+        """Whether one noise a round was drawn for the sum of clients' messages, and none for each of them."""
+        return self.ran.get("client_noise") == "fused"
 
     @property
     def _marks(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +10,9 @@ from matplotlib.figure import Figure
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import PrivacyPlan, rounded_up
+from fedpriv.privacy.gaussian import gaussian_tradeoff
 
-__all__ = ["envelope", "gaussian_curve", "plot_trade_off", "trade_off"]
+__all__ = ["envelope", "plot_trade_off", "trade_off"]
 
 # Small deltas bound the ends of the curve, large ones its middle.
 _DELTAS = (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04)
@@ -22,13 +22,6 @@ _TYPE_I = np.linspace(0.0, 1.0, 501)
 
 # Of exp, with room for what it is multiplied by.
 _MAX_EXPONENT = 700.0
-
-
-def gaussian_curve(mu: float, type_i: np.ndarray) -> np.ndarray:
-    """Return the least type II error of any test of N(0, 1) against N(mu, 1), at each type I error."""
-    normal = NormalDist()
-    inner = [normal.cdf(normal.inv_cdf(1.0 - error) - mu) if 0.0 < error < 1.0 else 1.0 - error for error in type_i]
-    return np.array(inner)
 
 
 def envelope(bounds: Iterable[tuple[float, float]], type_i: np.ndarray) -> np.ndarray:
@@ -56,7 +49,7 @@ def trade_off(plan: PrivacyPlan) -> tuple[np.ndarray, np.ndarray]:
     """
     mu = plan.gaussian_dp_mu
     if mu is not None:
-        return _TYPE_I, gaussian_curve(mu, _TYPE_I)
+        return _TYPE_I, gaussian_tradeoff(_TYPE_I, mu)
     bounds = [(epsilon, delta) for delta, epsilon in plan.epsilons(_DELTAS).items()]
     return _TYPE_I, envelope(bounds, _TYPE_I)
 

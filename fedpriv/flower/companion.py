@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +33,18 @@ def companion_of(lock: str, command: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", __file__, lock, *command]
 
 
-def starting_companions(lock: str) -> Any:
-    """Return a stand-in for the module `subprocess` that starts Flower's programs as companions."""
+def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[bytes]], None] = lambda *_: None) -> Any:
+    """Return a stand-in for the module `subprocess` that starts Flower's programs as companions.
+
+    Args:
+        lock: See `companion_of`.
+        started: Called with each program's name and its process.
+    """
 
     def start(command: Sequence[str], **options: Any) -> Any:
-        return subprocess.Popen(companion_of(lock, command), **options)
+        process = subprocess.Popen(companion_of(lock, command), **options)
+        started(command[0], process)
+        return process
 
     return SimpleNamespace(**{**vars(subprocess), "Popen": start})
 

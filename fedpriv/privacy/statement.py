@@ -109,12 +109,6 @@ _DEPLOYED = (
     "and participation.jsonl names them",
 )
 
-_FUSED = (
-    "Noise drawn at once: in this simulation the noise of a round's clients was one draw with the law of the sum of "
-    "theirs, put on the sum of their messages. No single message got noise here. What is said of single messages holds "
-    "where each client draws its own, as on devices and with --client-noise faithful; the models have the same law."
-)
-
 _SECRET = (
     "Noise and cohorts come from the operating systems of those who draw them, and are kept nowhere. A client that "
     "does not answer is one whose message is zero; the noise that hides a client does not depend on how many answer, "
@@ -124,6 +118,13 @@ _SECRET = (
 _SECRET_COHORTS = (
     " Here epsilon relies on nobody knowing who took part: keep participation.jsonl, logs and the network's traffic "
     "from the adversary."
+)
+
+_FUSED = (
+    "Simulated noise: this run drew one noise a round for the sum of its clients' messages, distributed as the sum of "
+    "their own noises is (--client-noise fused). No single message got noise here. What is said of single messages "
+    "holds where each client draws its own, as on devices and with --client-noise faithful; the models are distributed "
+    "alike."
 )
 
 
@@ -191,7 +192,7 @@ def privacy_statement(
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
         size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
-        fused: Whether clients' noise was one draw a round, on the sum of their messages.
+        fused: Whether a simulation drew one noise for the sum of a round's messages, where clients draw their own.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -215,7 +216,7 @@ def privacy_statement(
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
         _fill(_mechanism(plan)),
-        *([_fill(_FUSED)] if fused else []),
+        *([_fill(_FUSED)] if fused and plan.trust == "local" else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),

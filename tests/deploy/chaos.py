@@ -216,6 +216,7 @@ class World:
         self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
         self.outcomes: list[Any] = []
         self.lost: set[int] = set()
+        self.gone: dict[int, Tensor] = {}  # what clients of secret cohorts remembered that are asked no more
         self.crashed: set[tuple[int, int]] = set()  # (client, turn) in which the client's machine stopped
 
     def run(self) -> None:
@@ -302,6 +303,9 @@ class World:
 
     def check(self) -> None:
         """What must hold after every turn."""
+        if self.server.secret_cohorts:
+            assert self.server.epoch == 0, "that all memories begin anew shows whose was lost"
+            assert self.server.left_out <= set(self.gone)
         for (client, turn), messages in self.sent.items():
             assert len(messages) == 1, f"client {client} answered turn {turn} with {len(messages)} messages"
         for client in range(CLIENTS):
@@ -319,25 +323,32 @@ class World:
 
     @property
     def exact(self) -> bool:
-        """Whether the server's memory must be the clients': where none was lost since all began anew."""
+        """Whether the server's memory must be the clients': where none was lost since all began anew.
+
+        Where cohorts are secret a lost memory makes nobody begin anew: the server's keeps what it holds of it.
+        """
         return not self.lost
 
     def expected_memory(self) -> Tensor:
         """The mean of the clients' committed memories, plus the noise that the server's holds."""
         total = torch.zeros(SIZE)
         for client in range(CLIENTS):
-            record = MemoryFile(self.members[client].folder, self.server.run, client).read()
-            last = self.server.last_turn.get(client, 0)
-            if record is None or last == 0 or record.epoch != self.server.epoch:
-                assert last == 0
-                continue
-            settled = record.settled(last)
-            assert settled is not None
-            memory = settled.committed["memory"]
-            if "updated" in settled.committed:
-                memory = decayed(memory, self.method.damping, self.server.applied - settled.committed["updated"])
-            total += memory
+            total += self.gone[client] if client in self.gone else self._remembered(client)
         return total / CLIENTS + self.noise_only.memory
+
+    def _remembered(self, client: int) -> Tensor:
+        """A client's committed memory."""
+        record = MemoryFile(self.members[client].folder, self.server.run, client).read()
+        last = self.server.last_turn.get(client, 0)
+        if record is None or last == 0 or record.epoch != self.server.epoch:
+            assert last == 0
+            return torch.zeros(SIZE)
+        settled = record.settled(last)
+        assert settled is not None
+        memory = settled.committed["memory"]
+        if "updated" in settled.committed:
+            memory = decayed(memory, self.method.damping, self.server.applied - settled.committed["updated"])
+        return memory
 
     def _follow_noise(self, outcome: Any) -> None:
         """What the noise alone would have done to the server's memory."""
@@ -386,7 +397,13 @@ class World:
     def _lose_disk(self, client: int) -> None:
         """The memory is gone; the ledger was backed up."""
         folder = self.members[client].folder / f"{self.server.run}-{client}"
-        if folder.exists():
-            shutil.rmtree(folder)
-            if self.server.last_turn.get(client, 0):
-                self.lost.add(client)
+        if not folder.exists():
+            return
+        left_out = self.server.secret_cohorts and self.method.lost_memory == "re-base"
+        if left_out and len(self.gone) == CLIENTS - 1:
+            return  # a run without any client would end
+        if self.server.last_turn.get(client, 0) and left_out and client not in self.gone:
+            self.gone[client] = self._remembered(client)
+        elif self.server.last_turn.get(client, 0) and not left_out:
+            self.lost.add(client)
+        shutil.rmtree(folder)

@@ -16,7 +16,7 @@ from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
 from fedpriv.rounds import agree
-from fedpriv.streams import SystemStreams
+from fedpriv.streams import SeededStreams, SystemStreams
 
 SIZE, CLIENTS = 4, 5
 UNDAMPED, DAMPED = AlphaNormEC(alpha=1.0, beta=0.5), AlphaNormEC(alpha=1.0, beta=0.5, damping=0.2)
@@ -311,6 +311,73 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
     one.begin()
     assert one.finish({}, {}).happened == "applied"
     assert torch.count_nonzero(one.state.model) > SIZE / 2  # the grid has a zero, too
+
+
+def secretly(method: Any, **rules: Any) -> Coordinator:
+    sampling = Poisson(CLIENTS, 0.999)
+    plan = make_plan(
+        trust="central",
+        sampling=sampling,
+        rounds=20,
+        delta=1e-5,
+        l2_bound=method.bounded.l2_bound,
+        noise_multiplier=1.0,
+        client_memory=has_memory(method),
+    )
+    assert plan.amplification
+    server, client = agree(method, sampling, plan, SeededStreams(7))
+    choice = DeploymentChoice(**rules)
+    state = method.init_server(torch.zeros(SIZE))
+    return Coordinator(server=server, client=client, plan=plan, choice=choice, turns=20, digest="d", state=state)
+
+
+@pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0)])
+@pytest.mark.parametrize("rules", [{}, {"lost_memory": "leave-out"}], ids=["method", "leave-out"])
+def test_a_lost_memory_in_a_secret_cohort_does_not_show(method: Any, rules: dict[str, Any]) -> None:
+    """The server goes on as if that client had sent zeros from then on, the turn of the loss included."""
+    with_loss, absent = secretly(method, **rules), secretly(method, **rules)
+    for turn in range(1, 6):
+        loses = turn in (2, 4)
+        for one in (with_loss, absent):
+            one.begin()
+            assert 2 in one.asked() or one.left_out
+            answers = messages(*(range(CLIENTS) if turn == 1 else (0, 1, 3, 4)))
+            refusals = lost(2) if loses and one is with_loss and 2 in one.asked() else {}
+            assert one.finish(answers, refusals).happened == "applied"
+        assert all(torch.equal(a, b) for a, b in zip(with_loss.state, absent.state, strict=True))
+    assert (with_loss.left_out, with_loss.epoch, absent.left_out) == ({2}, 0, set())
+    assert with_loss.last_turn == absent.last_turn
+    again = secretly(method, **rules)
+    again.restore(type(with_loss.state)(**with_loss.state._asdict()), with_loss.save())
+    again.begin()
+    assert 2 not in again.asked()
+
+
+def test_a_lost_memory_that_fades_starts_one_client_afresh_in_a_secret_cohort_too() -> None:
+    server = secretly(DAMPED)
+    server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
+    assert server.finish(messages(0, 1, 3, 4), lost(2)).happened == "applied"
+    assert (server.left_out, server.last_turn[2], server.last_turn[0]) == (set(), 0, 2)
+
+
+@pytest.mark.parametrize("rule", ["re-base", "stop"])
+def test_what_would_show_a_lost_memory_is_refused_where_cohorts_are_secret(rule: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^deployment\.lost_memory: expected another rule where epsilon relies on nobody"
+    ):
+        secretly(UNDAMPED, lost_memory=rule)
+    assert coordinator(UNDAMPED, "central", lost_memory=rule).lost_memory == rule
+
+
+def test_a_run_of_secret_cohorts_all_of_whose_clients_are_left_out_ends() -> None:
+    server = secretly(UNDAMPED)
+    server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    server.begin()
+    with pytest.raises(UserError, match="its memory of earlier turns, got none"):
+        server.finish({}, lost(*range(CLIENTS)))
 
 
 def test_a_turn_with_a_secret_cohort_has_a_length_of_its_own() -> None:

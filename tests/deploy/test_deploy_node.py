@@ -2,7 +2,11 @@ import fcntl
 import hashlib
 import os
 import signal
+import subprocess
+import sys
+import time
 import tomllib
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,6 +21,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.exit.exit_handler import trigger_exit_handlers
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -29,7 +34,9 @@ from fedpriv import __version__
 from fedpriv.cli import main
 from fedpriv.deploy.checks import WrongServerError
 from fedpriv.deploy.setup import supernode as node
+from fedpriv.deploy.setup import texts as deploy_texts
 from fedpriv.errors import UserError
+from fedpriv.flower import companion
 from fedpriv.flower.bundle import app_files, app_hash
 from fedpriv.flower.internals import supernode as supernode_internals
 from fedpriv.flower.internals.app import inside_a_run
@@ -283,6 +290,87 @@ def test_a_node_that_the_server_never_took_was_not_removed(monkeypatch):
     monkeypatch.setattr(supernode_internals, "flower_supernode", program)
     with pytest.raises(UserError, match="Set this machine's clock"):
         supernode_internals.run_supernode([], set())
+
+
+def with_a_child(monkeypatch, code, meanwhile):
+    """Run a node that starts a process, which runs Python `code`, and does `meanwhile`; give its exit code."""
+    started = []
+
+    def stop(*_):
+        raise SystemExit(0)  # as Flower's handler does, once it has logged that the node ended gracefully
+
+    def start(_):
+        started.append(subprocess.Popen([sys.executable, "-c", code]))
+        return started[-1]
+
+    def program():
+        supernode.subprocess.Popen(["flower-superexec", "--insecure"])
+        meanwhile(started[0])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(companion, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(supernode_internals, "_ENDING_SECONDS", 0.3)
+    monkeypatch.setattr(supernode_internals, "flower_supernode", program)
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        return supernode_internals.run_supernode([], set())
+    finally:
+        signal.signal(signal.SIGINT, before)
+        started[0].kill()
+        started[0].wait()
+
+
+WAITING = "import time; time.sleep(60)"
+
+
+def kill_and_wait(child):
+    child.kill()
+    time.sleep(30.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "meanwhile", "how"),
+    [
+        (WAITING, kill_and_wait, "was ended by signal 9"),
+        ("raise SystemExit(3)", lambda _: time.sleep(30.0), "ended with exit code 3"),
+    ],
+    ids=["killed", "ended"],
+)
+def test_a_node_whose_superexec_ends_says_so_in_one_line_and_ends(monkeypatch, capsys, code, meanwhile, how):
+    """Its exit code lets systemd start it again; with 2 it would not."""
+    assert "RestartPreventExitStatus=2" in deploy_texts.SERVICE.template
+    began = time.monotonic()
+    assert with_a_child(monkeypatch, code, meanwhile) == 1
+    assert time.monotonic() - began < 20.0
+    said = capsys.readouterr().err
+    line = "fedpriv: this node: expected flower-superexec to run as long as the node does, got one that "
+    assert said.startswith(f"{line}{how}. Start the node again")
+    assert said.count("\n") == 1
+
+
+def test_a_node_that_hangs_as_it_ends_is_ended_with_the_same_line_and_code(monkeypatch, capsys):
+    codes = []
+
+    def hang(child):
+        try:
+            kill_and_wait(child)
+        finally:
+            time.sleep(1.5)
+
+    monkeypatch.setattr(supernode_internals.os, "_exit", codes.append)
+    with_a_child(monkeypatch, WAITING, hang)
+    assert codes == [1]
+    assert "was ended by signal 9" in capsys.readouterr().err
+
+
+def test_a_node_that_is_ended_does_not_complain_of_what_ends_with_it(monkeypatch, capsys):
+    def end(child):
+        child.kill()
+        trigger_exit_handlers(run_before_force_exit=True)  # as Flower does when a signal comes
+        time.sleep(1.0)
+
+    assert with_a_child(monkeypatch, WAITING, end) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_flowers_client_asks_through_what_is_replaced_and_gets_it_back(monkeypatch):

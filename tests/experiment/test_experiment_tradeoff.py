@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.tradeoff import envelope, gaussian_curve, plot_trade_off, trade_off
+from fedpriv.experiment.tradeoff import envelope, plot_trade_off, trade_off
 from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, Sampling
+from fedpriv.privacy.gaussian import gaussian_tradeoff
 
 GRID = np.linspace(0.0, 1.0, 101)
 
@@ -29,8 +30,8 @@ def test_the_gaussian_curve_is_that_of_a_threshold_test() -> None:
     normal = NormalDist()
     for threshold in (-1.0, 0.0, 0.7, 2.0):
         alarm, miss = 1.0 - normal.cdf(threshold), normal.cdf(threshold - 1.3)
-        assert gaussian_curve(1.3, np.array([alarm]))[0] == pytest.approx(miss)
-    assert gaussian_curve(0.0, GRID) == pytest.approx(1.0 - GRID)
+        assert gaussian_tradeoff(np.array([alarm]), 1.3)[0] == pytest.approx(miss)
+    assert gaussian_tradeoff(GRID, 0.0) == pytest.approx(1.0 - GRID)
 
 
 def test_one_bound_is_two_lines_that_meet_on_the_diagonal() -> None:
@@ -44,7 +45,7 @@ def test_one_bound_is_two_lines_that_meet_on_the_diagonal() -> None:
 def test_the_envelope_of_a_gaussian_plan_is_below_its_exact_curve_and_touches_it() -> None:
     made = plan(Everyone(50))
     alarms, misses = trade_off(made)
-    assert misses == pytest.approx(gaussian_curve(1.0, alarms))
+    assert misses == pytest.approx(gaussian_tradeoff(alarms, 1.0))
     bounds = [(epsilon, delta) for delta, epsilon in made.epsilons((0.03, 0.1, 0.2, 0.3)).items()]
     gap = misses - envelope(bounds, alarms)
     assert gap.min() > -1e-9

@@ -10,9 +10,10 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from clients.client_app import app
 from fedpriv.engines import LoopEngine
+from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.flower.messages import ARRAYS
+from fedpriv.flower.messages import ARRAYS, asks_who
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, ServerState
 from fedpriv.rounds import Total, begin_round, finish_round
 from strategies.server_app import make_strategy
@@ -131,3 +132,22 @@ def test_a_client_of_another_experiment_is_told_apart(tmp_path):
             ArrayRecord({ARRAYS: experiment.initial_model}),
             train_config=ConfigRecord({"experiment": experiment.config.digest}),
         )
+
+
+def test_a_client_that_fails_ends_an_experiments_run_with_what_can_be_done_there(tmp_path, monkeypatch):
+    """`max_failures` is a keyword of drop-in strategies; an experiment has no such key."""
+    monkeypatch.chdir(tmp_path)
+    experiment = make_experiment({"name": "clip21"}, COHORTS[0], None)
+    (tmp_path / "config.toml").write_text(experiment.config.to_toml())
+    grid = InProcessGrid(
+        app, 7, {"config": str(tmp_path / "config.toml")}, hook=lambda who, m: who != 3 or asks_who(m.content)
+    )
+    with inside_a_run(), pytest.raises(UserError) as caught:
+        make_strategy(experiment).start(
+            grid,
+            ArrayRecord({ARRAYS: experiment.initial_model}),
+            train_config=ConfigRecord({"experiment": experiment.config.digest}),
+        )
+    expected = "round 1: expected an answer from each of 7 clients, got client 3: no answer within 3600 s. Fix it and "
+    assert str(caught.value).startswith(expected + "start again with another --out, or with --engine loop")
+    assert "max_failures" not in str(caught.value)

@@ -9,6 +9,7 @@ nothing to run even if Flower no longer asked. `tests/deploy/test_deploy_node.py
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeat
 from flwr.supercore import log, telemetry
 from flwr.supercore.constant import TaskType
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.exit import ExitCode, flwr_exit
+from flwr.supercore.exit import ExitCode, add_exit_handler, flwr_exit
 from flwr.supercore.fab import Fab
 from flwr.supercore.run import Run
 from flwr.supernode import start_client_internal as supernode
@@ -50,6 +51,11 @@ QUIET = {
 # Flower's servers wait for two heartbeats, of 30 s, before they believe that a node is gone.
 _PATIENCE_SECONDS = 75.0
 _PAUSE_SECONDS = 5.0
+
+# Who ends a node may end what it has started a moment before. Flower ends a node that does not end after 5 s, with 0.
+_ENDING_SECONDS = 3.0
+
+_Started = Callable[[str, subprocess.Popen[bytes]], None]
 
 _MARK = "valid_license"
 _TRUSTED = {"fedpriv": "bundles by their hash"}
@@ -137,7 +143,8 @@ def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
     Raises:
         UserError: If the server answers that it does not take this node, or takes it no more.
     """
-    with accepting_only(accepted), accompanied(supernode), _patient(), _listening() as heard:
+    watch = _Watch()
+    with accepting_only(accepted), accompanied(supernode, watch.started), watch, _patient(), _listening() as heard:
         try:
             code = run_flower("flower-supernode", _supernode, options)
         except httpx.HTTPStatusError as error:
@@ -150,22 +157,64 @@ def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
             raise _explained(heard.refused)
         print(f"fedpriv: {_explained(heard.refused)}", file=sys.stderr)
         return 1  # it may be right again, and the node started again
-    return code
+    return code if watch.fallen is None else watch.say()
 
 
 @contextmanager
-def accompanied(starter: Any) -> Iterator[None]:
+def accompanied(starter: Any, started: _Started = lambda *_: None) -> Iterator[None]:
     """Makes the processes that a module of Flower's starts end with this one, which holds the lock in FLWR_HOME.
 
     Args:
         starter: The module; it calls `subprocess.Popen`.
+        started: Called with each program's name and its process.
     """
     before = starter.subprocess
-    starter.subprocess = starting_companions(str(Path(os.environ.get("FLWR_HOME", ""), LOCK)))
+    starter.subprocess = starting_companions(str(Path(os.environ.get("FLWR_HOME", ""), LOCK)), started)
     try:
         yield
     finally:
         starter.subprocess = before
+
+
+class _Watch:
+    """Ends this process, a node, as Ctrl-C does, if a process that it has started ends before it.
+
+    A node without its SuperExec would stay with its server and answer nothing.
+
+    Attributes:
+        fallen: What to say about the process that ended before its time; None if none did.
+    """
+
+    def __init__(self) -> None:
+        self.fallen: UserError | None = None
+        self._ending, self._over = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        add_exit_handler(self._ending.set, run_before_force_exit=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._over.set()
+
+    def say(self) -> int:
+        """Say in one line what ended, and return the exit code with which systemd starts the node again."""
+        print(f"fedpriv: {self.fallen}", file=sys.stderr, flush=True)
+        return 1
+
+    def started(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        """Watches a process from now on."""
+        threading.Thread(target=self._wait, args=(name, process), daemon=True).start()
+
+    def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        if self._ending.wait(_ENDING_SECONDS):
+            return
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        remedy = "Start the node again, if systemd does not; its log may say more"
+        self.fallen = UserError("this node", f"{name} to run as long as the node does", f"one that {how}", remedy)
+        os.kill(os.getpid(), signal.SIGINT)
+        if not self._over.wait(_ENDING_SECONDS):
+            os._exit(self.say())
 
 
 def _supernode() -> None:

@@ -44,6 +44,7 @@ class Attendance:
         resets: How often all memories began again.
         counted: Number of messages that counted.
         failed: By client, its first failure.
+        remedy: What to do about too many failures; empty for what a strategy's user can do.
     """
 
     population: int
@@ -57,6 +58,7 @@ class Attendance:
     resets: int = 0
     counted: int = 0
     failed: dict[int, str] = field(default_factory=dict)
+    remedy: str = ""
 
     def asked(self, cohort: Iterable[int]) -> list[int]:
         """Return the clients of a cohort that are asked."""
@@ -108,7 +110,7 @@ class Attendance:
             expected = f"an answer from each of {asked} clients"
         remedy = "Fix these clients and start the run again"
         remedy += ", or raise max_failures" if self.max_failures is not None and self.max_failures < 1.0 else ""
-        raise UserError(f"round {round}", expected, in_words(failures), remedy)
+        raise UserError(f"round {round}", expected, in_words(failures), self.remedy or remedy)
 
     def _tolerated(self, asked: int) -> int:
         return asked if self.max_failures is None else math.floor(self.max_failures * asked + 1e-9)

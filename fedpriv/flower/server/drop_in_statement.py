@@ -1,4 +1,4 @@
-"""The privacy statement of a run of somebody's own app: which arrays it covers, and what failing clients change."""
+"""The privacy statement of a run of somebody's own app: the arrays that it covers, and what failures and time show."""
 
 import textwrap
 from typing import Literal
@@ -25,6 +25,14 @@ _SECRET = (
     "network's traffic from the adversary."
 )
 
+_EQUALLY_LONG = "Time: every round lasts {seconds:g} s, whoever takes part; a late answer is a message of zero."
+
+_AS_LONG_AS_ANSWERS_TAKE = (
+    "Time: a round lasts until its last answer, and how long that takes shows who took part. So the promise is against "
+    "an adversary who sees models alone, as in a simulation, and not against one who can time rounds; round_seconds of "
+    "the strategy makes all rounds equally long."
+)
+
 
 def drop_in_statement(
     plan: PrivacyPlan | None,
@@ -35,6 +43,7 @@ def drop_in_statement(
     size: int,
     app: Literal["fixed", "supplied"] | None = None,
     evaluated: bool = False,
+    round_seconds: float | None = None,
 ) -> str:
     """Return the statement of a run.
 
@@ -46,6 +55,7 @@ def drop_in_statement(
         size: How many numbers these hold.
         app: See `privacy_statement`.
         evaluated: See `privacy_statement`.
+        round_seconds: How long every round lasts; None for as long as answers take.
     """
     statement = privacy_statement(plan, method=method, randomness=randomness, app=app, evaluated=evaluated)
     if plan is None or not plan.private:
@@ -53,6 +63,9 @@ def drop_in_statement(
     fixed = _FIXED.format(names=", ".join(arrays.fixed)) if arrays.fixed else ""
     covered = _COVERED.format(trained=_trained(arrays), size=size, fixed=fixed)
     paragraphs = [covered, _FAILURES + (_SECRET if plan.amplification else "")]
+    if plan.amplification:
+        timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None else _EQUALLY_LONG.format(seconds=round_seconds)
+        paragraphs.append(timed)
     return statement + "".join("\n" + textwrap.fill(text, width=100) + "\n" for text in paragraphs)
 
 

@@ -11,7 +11,7 @@ from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
 from fedpriv.flower.messages import Introduction, introduction, printable
 
-__all__ = ["MAX_REASON", "find_clients", "find_rejoined", "in_words", "sort_answers"]
+__all__ = ["MAX_REASON", "REJOIN_SECONDS", "find_clients", "find_rejoined", "in_words", "sort_answers"]
 
 _log = logging.getLogger("flwr")
 
@@ -21,7 +21,9 @@ MAX_REASON = 600
 # Nodes join one after the other. Without a number to wait for, they are all there when none came for so long.
 _SETTLED_SECONDS = 3.0
 _POLL_SECONDS = 0.1
-_REJOIN_SECONDS = 60.0
+
+REJOIN_SECONDS = 60.0
+"""How long is waited for nodes that came later to say who they are."""
 
 _MAX_LISTED = 3
 _MAX_KEYS = 10
@@ -56,7 +58,7 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
     return _numbered(nodes, [_introduced(contents[node], f"node {node}").client for node in nodes])
 
 
-def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]:
+def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int], seconds: float = REJOIN_SECONDS) -> list[int]:
     """Return the node of each client after clients whose node is gone have been looked for under new node ids.
 
     A node that restarts may come back with another id. It is asked who it is, and is recognized by its `partition-id`.
@@ -65,6 +67,7 @@ def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]
         grid: Reaches the nodes.
         nodes: The node of each client, by client id.
         seen: Nodes that were asked before; those that are asked now are added.
+        seconds: How long to wait for their answers.
     """
     online = set(grid.get_node_ids())
     new = [] if online.issuperset(nodes) else sorted(online - set(nodes) - seen)
@@ -72,7 +75,7 @@ def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int]) -> list[int]
         return list(nodes)
     seen.update(new)
     asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
-    contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=_REJOIN_SECONDS), 0.0)
+    contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=seconds), 0.0)
     found = list(nodes)
     for node, content in contents.items():
         who = Introduction.of_answer(content)
