@@ -56,6 +56,7 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 SCHEDULES, TIMELINE = "fedpriv/devices/schedules.py", "fedpriv/devices/timeline.py"
 TIMED, CHARGED = "tests/devices/test_devices_timeline.py", "tests/devices/test_devices_privacy.py"
 CLOCKED = "tests/devices/test_devices_run.py"
+SCORING, TUNED = "fedpriv/experiment/tuning_score.py", "tests/experiment/test_experiment_tuning.py"
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/streams.py"
@@ -1366,6 +1367,55 @@ MUTANTS = [
         'or found.get("digest") != digest',
         "or False",
         "tests/experiment/test_experiment_tuning.py",
+    ),
+    Mutant(
+        "tuning: a score on clients' examples has no noise",
+        SCORING,
+        "rounded_noise(np.array([total / UNITS]), noise.stddev, source)",
+        "np.rint(np.array([total / UNITS]) / release_grid(noise.stddev))",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a score has half the noise that is charged",
+        SCORING,
+        "noise.stddev, source)",
+        "0.5 * noise.stddev, source)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a noised score costs nothing",
+        "fedpriv/privacy/tuning.py",
+        "training if score is None else score.after(training)",
+        "training",
+        "tests/privacy/test_privacy_tuning.py",
+    ),
+    Mutant(
+        "tuning: a sweep that goes on draws its scores again",
+        SCORING,
+        "left = runs.keys() - scores.keys()",
+        "left = set(runs)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: scores that were lost after a selection are drawn again",
+        SCORING,
+        "if left and released:",
+        "if False:",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a client counts in a score with each of its examples",
+        SCORING,
+        "math.floor(accuracy * UNITS)",
+        "math.floor(accuracy * UNITS) * len(rows)",
+        "tests/experiment/test_experiment_neighbors.py",
+    ),
+    Mutant(
+        "tuning: a client's number in a score follows from who holds something",
+        "fedpriv/learning/validation.py",
+        "HeldOut(dataset.test_groups, dataset.natural_population)",
+        "HeldOut(dataset.test_groups, len(np.unique(dataset.test_groups)))",
+        "tests/experiment/test_experiment_neighbors.py",
     ),
     Mutant(
         "drop-in: frozen arrays are noised like the others",

@@ -37,6 +37,7 @@ __all__ = [
     "Digits",
     "FashionMnist",
     "HeartDisease",
+    "HeldOut",
     "Libsvm",
     "Mnist",
     "MnistByWriter",
@@ -54,6 +55,18 @@ WRITER_FILE = "qmnist-train-labels-idx2-int"
 # Inputs and labels of a split.
 Examples = tuple[np.ndarray, np.ndarray]
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+class HeldOut(NamedTuple):
+    """Whose examples those are that are held out of natural clients.
+
+    Args:
+        owners: int64 `[examples]`, the client of each, from 0 to `clients - 1`.
+        clients: How many clients may hold some; it depends on no client's examples.
+    """
+
+    owners: np.ndarray
+    clients: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +87,8 @@ class Dataset:
             to no natural client.
         validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
         validation_labels: Their labels.
+        tested: Whose test examples those are; None if they are nobody's. See `evaluated_on`.
+        validated: The same of what is held out for validation.
 
     Raises:
         UserError: If shapes, types or ranges are others.
@@ -90,6 +105,8 @@ class Dataset:
     test_groups: np.ndarray | None = None
     validation_inputs: Tensor | None = None
     validation_labels: Tensor | None = None
+    tested: HeldOut | None = None
+    validated: HeldOut | None = None
 
     def __post_init__(self) -> None:
         self._check_examples("train", self.train_inputs, self.train_labels)

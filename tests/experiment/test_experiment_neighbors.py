@@ -17,8 +17,9 @@ import torch
 from helpers import same
 
 from fedpriv.engines import LoopEngine
-from fedpriv.experiment.assemble import assemble, make_federation
+from fedpriv.experiment.assemble import assemble, make_federation, task_of
 from fedpriv.experiment.config import Config, parse_config
+from fedpriv.experiment.tuning_score import UNITS, sum_of_accuracies
 from fedpriv.learning.datasets import DATASETS, Dataset, DatasetSource
 from fedpriv.learning.federation import Federation
 from fedpriv.learning.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
@@ -244,6 +245,48 @@ def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
         broadcast = begin_round(experiment.server, state, 1)
         sums.append(LoopEngine(experiment.population).sum_messages(broadcast).sum.double())
     assert torch.linalg.vector_norm(sums[0] - sums[1]) <= bounds[0] * (1.0 + 1e-6)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples(
+    name: str, change: str, roots: dict[tuple[str, str], Path]
+) -> None:
+    """Of any model, also where a client's held-out examples come or go; and what divides the sum does not move."""
+    moves = []
+    for options in options_of(name):
+        config = config_of(name, **options)
+        pair = federations(roots, name, change, config)
+        task, datasets = task_of(config, pair[0], "cpu"), [federation.dataset for federation in pair]
+        parts = {"test": [(d.test_inputs, d.test_labels, d.tested) for d in datasets]}
+        parts |= {"validation": [(d.validation_inputs, d.validation_labels, d.validated) for d in datasets]}
+        for seed, (one, other) in itertools.product(range(40), parts.values()):
+            if one[2] is None:
+                assert other[2] is None
+                continue
+            model = torch.randn(task.layout.size, generator=torch.Generator().manual_seed(seed))
+            assert one[2].clients == other[2].clients
+            found = [sum_of_accuracies(task, model, *part) for part in (one, other)]
+            assert all(0 <= total <= UNITS * one[2].clients for total in found)
+            moves.append(abs(found[0] - found[1]))
+    assert 0 < max(moves) <= UNITS
+
+
+def test_a_client_counts_with_its_share_of_right_answers_however_many_examples_it_has(
+    roots: dict[tuple[str, str], Path],
+) -> None:
+    """And its examples go through the model without those of others."""
+    config = config_of("mnist-by-writer", test="within")
+    experiment = assemble(config, data_root=roots["mnist-by-writer", "nothing"])
+    dataset, task = experiment.population.federation.dataset, experiment.population.task
+    assert dataset.tested is not None
+    model = torch.randn(task.layout.size, generator=torch.Generator().manual_seed(1))
+    right = (task.logits(model, dataset.test_inputs).argmax(dim=1) == dataset.test_labels).numpy()
+    owners = dataset.tested.owners
+    shares = [right[owners == client].mean() for client in np.unique(owners)]
+    assert len(set(np.bincount(owners).tolist())) > 1
+    total = sum_of_accuracies(task, model, dataset.test_inputs, dataset.test_labels, dataset.tested)
+    assert 0.0 < sum(shares) - total / UNITS + 1e-9 < dataset.tested.clients / UNITS
 
 
 def test_a_client_without_data_sends_zeros(roots: dict[tuple[str, str], Path]) -> None:
