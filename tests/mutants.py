@@ -63,6 +63,7 @@ GAUSSIAN, TAILS, STREAMS = "fedpriv/gaussian.py", "fedpriv/tails.py", "fedpriv/s
 SAMPLING = "fedpriv/privacy/sampling.py"
 SAMPLED, STREAMED = "tests/core/test_core_gaussian.py", "tests/core/test_core_streams.py"
 SPENDING, SPENT = "fedpriv/experiment/spent.py", "tests/experiment/test_experiment_spent.py"
+SPENDING_TUNED = "fedpriv/experiment/spent_tuning.py"
 PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
@@ -1335,7 +1336,7 @@ MUTANTS = [
     ),
     Mutant(
         "spent: the checkpoint of a killed run is not asked",
-        SPENDING,
+        "fedpriv/experiment/spent_runs.py",
         "return max(recorded, turns, directory.checkpoint.round() or 0)",
         "return max(recorded, turns)",
         SPENT,
@@ -1345,6 +1346,41 @@ MUTANTS = [
         SPENDING,
         "if sharing([run for run, _ in charged]):",
         "if False:",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the trials of a tuning are counted beside it",
+        SPENDING_TUNED,
+        "for run in found.pop(path)}",
+        "for run in found[path]}",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a tuning is believed whatever epsilon it states",
+        SPENDING_TUNED,
+        "not stated >= least * (1.0 - _ROUNDING)",
+        "False",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a tuning hides trials that were not drawn for it",
+        SPENDING_TUNED,
+        'raise _Misfit("one of them was not drawn for it")',
+        "continue",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the scores of a tuning that is added up cost nothing",
+        SPENDING_TUNED,
+        "return [*runs, scores]",
+        "return runs",
+        SPENT,
+    ),
+    Mutant(
+        "spent: tunings that share their noise are composed like others",
+        SPENDING_TUNED,
+        "return self.trials",
+        "return (self,)",
         SPENT,
     ),
     Mutant(

@@ -32,6 +32,7 @@ __all__ = [
     "DRAWN",
     "Tuning",
     "about_tuning",
+    "but_for_bound",
     "choose_best",
     "common_plan",
     "draw_trials",
@@ -96,6 +97,11 @@ class Tuning:
         multiplier = self.score_noise_multiplier
         return None if multiplier is None else ScoreNoise(multiplier=multiplier)
 
+    @property
+    def condition(self) -> str:
+        """Under which its (epsilon, delta) holds; a clause."""
+        return _CONDITION if self.score_noise_multiplier is None else _CONDITION_OF_SCORES
+
 
 def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None) -> PrivacyPlan:
     """Returns the plan of every trial, but for its bound.
@@ -119,8 +125,8 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
         plan = config.plan(sampling)
         assert plan is not None
         plans.append(plan)
-    first = _but_for_bound(plans[0])
-    if any(_but_for_bound(plan) != first for plan in plans):
+    first = but_for_bound(plans[0])
+    if any(but_for_bound(plan) != first for plan in plans):
         remedy = "Give privacy.noise_multiplier instead of privacy.epsilon, or tune such methods apart"
         raise UserError("[tuning]", "trials with the same noise multiplier", "others", remedy)
     if plans[0].trust == "local":
@@ -188,8 +194,11 @@ def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
-    """Memory matters to hidden cohorts of a fixed size alone, and no tuning is credited with those."""
+def but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
+    """Returns the plan that all trials have in common, which may bound messages in their own ways.
+
+    Memory matters to hidden cohorts of a fixed size alone, and no tuning is credited with those.
+    """
     return replace(plan, l2_bound=1.0, client_memory=True)
 
 
@@ -271,7 +280,7 @@ def choose_best(
         "distribution": tuning.distribution,
         "expected_trials": tuning.expected_trials,
         **({} if tuning.eta is None else {"eta": tuning.eta}),
-        "condition": _CONDITION if noise is None else _CONDITION_OF_SCORES,
+        "condition": tuning.condition,
     }
 
 

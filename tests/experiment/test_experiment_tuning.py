@@ -22,6 +22,7 @@ from fedpriv.experiment.config import load_config
 from fedpriv.experiment.records import RunDirectory
 from fedpriv.experiment.report_words import about_choice, about_cost
 from fedpriv.experiment.results import load_model
+from fedpriv.experiment.spent import spent_below
 from fedpriv.experiment.study import load_study
 from fedpriv.experiment.sweep_run import run_sweep
 from fedpriv.experiment.sweeps import load_sweep
@@ -150,6 +151,10 @@ def test_a_tuning_keeps_its_trials_secret_and_says_what_the_selection_promises(
     assert "tuning.json" in (out / "trials" / chosen["selected"] / "privacy.txt").read_text()
     assert "expected_trials" in chosen
     assert str(len(table)) not in {str(value) for key, value in chosen.items() if key != "expected_trials"}
+
+    (group,) = spent_below(out)
+    assert [run.state for run in group.runs] == ["tuning"]
+    assert group.total.epsilon == chosen["epsilon"]
 
     study = load_study(out)
     assert study.runs["privacy"].nunique() == 1
@@ -281,6 +286,7 @@ def test_a_noised_score_selects_and_is_all_that_is_said_of_scores(
     assert f"by noised_validation_accuracy {chosen['score']:.4f}" in said
     assert "which the epsilon of the tuning includes" in said
     assert "every score without noise on clients' examples" in chosen["condition"]
+    assert spent_below(out)[0].total.epsilon == chosen["epsilon"]
 
     bare = []
     for name in scores:
