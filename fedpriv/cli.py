@@ -599,8 +599,7 @@ def _spent_table(group: "Group") -> Table:
         shown.add_column(name, overflow="fold", justify="left" if name in ("run", "state") else "right")
     for run in group.runs:
         delta = "" if run.plan is None else f"{run.plan.delta:g}"
-        spent, rounds = _epsilon(run.epsilon_after(run.rounds)), f"{run.rounds} of {run.planned}"
-        shown.add_row(escape(run.name), run.state, rounds, spent, delta)
+        shown.add_row(escape(run.name), run.state, run.extent, _epsilon(run.epsilon_after(run.rounds)), delta)
     delta = "" if group.total.delta is None else f"{group.total.delta:g}"
     shown.add_row("together", "", "", _epsilon(group.total.epsilon), delta, style="bold")
     return shown

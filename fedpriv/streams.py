@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     DEVICE = 9
     DROPOUT = 10
     ASKING = 11
+    SCORE_NOISE = 12
 
 
 class Words(Protocol):
@@ -76,7 +77,7 @@ class Streams(Protocol):
 
 _MORE = 0x6D6F7265
 _FEW = 256  # Words up to which the operating system itself is faster than a cipher that must be keyed first.
-_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM)
+_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
 
 
 class SeededSource:

@@ -59,12 +59,19 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
 CLOCKED = "tests/clock/test_clock_run.py"
+SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
+TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
+CLOCKED = "tests/clock/test_clock_run.py"
+SCORING, TUNED = "fedpriv/sweeps/tuning_score.py", "tests/sweeps/test_sweeps_tuning.py"
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/mechanisms/gaussian.py", "fedpriv/mechanisms/tails.py", "fedpriv/streams.py"
 SAMPLING = "fedpriv/privacy/sampling.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
 SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
+SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
+SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
+SPENDING_TUNED = "fedpriv/report/spent_tuning.py"
 PROMISED = "tests/privacy/test_privacy_promises.py"
 
 NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/experiment/test_experiment_released.py"
@@ -1359,7 +1366,7 @@ MUTANTS = [
     ),
     Mutant(
         "spent: the checkpoint of a killed run is not asked",
-        SPENDING,
+        "fedpriv/report/spent_runs.py",
         "return max(recorded, turns, directory.checkpoint.round() or 0)",
         "return max(recorded, turns)",
         SPENT,
@@ -1369,6 +1376,41 @@ MUTANTS = [
         SPENDING,
         "if sharing([run for run, _ in charged]):",
         "if False:",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the trials of a tuning are counted beside it",
+        SPENDING_TUNED,
+        "for run in found.pop(path)}",
+        "for run in found[path]}",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a tuning is believed whatever epsilon it states",
+        SPENDING_TUNED,
+        "not stated >= least * (1.0 - _ROUNDING)",
+        "False",
+        SPENT,
+    ),
+    Mutant(
+        "spent: a tuning hides trials that were not drawn for it",
+        SPENDING_TUNED,
+        'raise _Misfit("one of them was not drawn for it")',
+        "continue",
+        SPENT,
+    ),
+    Mutant(
+        "spent: the scores of a tuning that is added up cost nothing",
+        SPENDING_TUNED,
+        "return [*runs, scores]",
+        "return runs",
+        SPENT,
+    ),
+    Mutant(
+        "spent: tunings that share their noise are composed like others",
+        SPENDING_TUNED,
+        "return self.trials",
+        "return (self,)",
         SPENT,
     ),
     Mutant(
@@ -1391,6 +1433,55 @@ MUTANTS = [
         'or found.get("digest") != digest',
         "or False",
         "tests/sweeps/test_sweeps_tuning.py",
+    ),
+    Mutant(
+        "tuning: a score on clients' examples has no noise",
+        SCORING,
+        "rounded_noise(np.array([total / UNITS]), noise.stddev, source)",
+        "np.rint(np.array([total / UNITS]) / release_grid(noise.stddev))",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a score has half the noise that is charged",
+        SCORING,
+        "noise.stddev, source)",
+        "0.5 * noise.stddev, source)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a noised score costs nothing",
+        "fedpriv/privacy/tuning.py",
+        "training if score is None else score.after(training)",
+        "training",
+        "tests/privacy/test_privacy_tuning.py",
+    ),
+    Mutant(
+        "tuning: a sweep that goes on draws its scores again",
+        SCORING,
+        "left = runs.keys() - scores.keys()",
+        "left = set(runs)",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: scores that were lost after a selection are drawn again",
+        SCORING,
+        "if left and released:",
+        "if False:",
+        TUNED,
+    ),
+    Mutant(
+        "tuning: a client counts in a score with each of its examples",
+        SCORING,
+        "math.floor(accuracy * UNITS)",
+        "math.floor(accuracy * UNITS) * len(rows)",
+        "tests/experiment/test_experiment_neighbors.py",
+    ),
+    Mutant(
+        "tuning: a client's number in a score follows from who holds something",
+        "fedpriv/data/validation.py",
+        "HeldOut(dataset.test_groups, dataset.natural_population)",
+        "HeldOut(dataset.test_groups, len(np.unique(dataset.test_groups)))",
+        "tests/experiment/test_experiment_neighbors.py",
     ),
     Mutant(
         "drop-in: frozen arrays are noised like the others",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,19 @@ from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.released import Whose
 
-__all__ = ["DATASETS", "Dataset", "DatasetSource"]
+__all__ = ["DATASETS", "Dataset", "DatasetSource", "HeldOut"]
+
+
+class HeldOut(NamedTuple):
+    """Whose examples those are that are held out of natural clients.
+
+    Args:
+        owners: int64 `[examples]`, the client of each, from 0 to `clients - 1`.
+        clients: How many clients may hold some; it depends on no client's examples.
+    """
+
+    owners: np.ndarray
+    clients: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +45,8 @@ class Dataset:
             to no natural client.
         validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
         validation_labels: Their labels.
+        tested: Whose test examples those are; None if they are nobody's. See `evaluated_on`.
+        validated: The same of what is held out for validation.
 
     Raises:
         UserError: If shapes, types or ranges are others.
@@ -49,6 +63,8 @@ class Dataset:
     test_groups: np.ndarray | None = None
     validation_inputs: Tensor | None = None
     validation_labels: Tensor | None = None
+    tested: HeldOut | None = None
+    validated: HeldOut | None = None
 
     def __post_init__(self) -> None:
         self._check_examples("train", self.train_inputs, self.train_labels)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.data.dataset import Dataset
+from fedpriv.data.dataset import Dataset, HeldOut
 from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
@@ -51,7 +51,8 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         got = f"{held.sum()} of {len(held)} examples at {share:g}"
         raise UserError("data.validation", "a share that is some of the examples", got, "Change data.validation")
     inputs, labels = _rows(dataset, held)
-    return replace(_kept(dataset, ~held), validation_inputs=inputs, validation_labels=labels)
+    validated = None if dataset.groups is None else HeldOut(dataset.groups[held], dataset.natural_population)
+    return replace(_kept(dataset, ~held), validation_inputs=inputs, validation_labels=labels, validated=validated)
 
 
 def evaluated_on(dataset: Dataset, test: Whose, validation: float | None, rng: np.random.Generator) -> Dataset:
@@ -81,9 +82,10 @@ def evaluated_on(dataset: Dataset, test: Whose, validation: float | None, rng: n
         if not held.any():
             remedy = 'Choose "public" or "clients"'
             raise UserError("data.test", "clients of several examples, for 'within'", dataset.examples, remedy)
-        inputs, labels = _rows(dataset, held)
-        dataset = replace(_kept(dataset, ~held), test_inputs=inputs, test_labels=labels)
-    dataset = replace(dataset, test_groups=None)
+        inputs, labels, owners = *_rows(dataset, held), dataset.groups[held]
+        dataset = replace(_kept(dataset, ~held), test_inputs=inputs, test_labels=labels, test_groups=owners)
+    tested = None if dataset.test_groups is None else HeldOut(dataset.test_groups, dataset.natural_population)
+    dataset = replace(dataset, test_groups=None, tested=tested)
     return dataset if validation is None else hold_out(dataset, validation)
 
 
@@ -102,13 +104,19 @@ def _without_some_clients(dataset: Dataset, validation: float | None, rng: np.ra
     if not to_test.any() or not to_train.any() or not (to_validate.any() or validation is None):
         raise UserError("data.test", "clients that hold examples in each part", "none", "Choose another seed")
     inputs, labels = _rows(whole, to_test)
-    made = replace(_kept(whole, to_train), test_inputs=inputs, test_labels=labels)
-    trained = np.sort(chosen[2])
-    made = replace(made, groups=np.searchsorted(trained, _groups(made)), natural_clients=len(trained))
+    tested_on = HeldOut(_numbered(groups[to_test], chosen[0]), tested)
+    made = replace(_kept(whole, to_train), test_inputs=inputs, test_labels=labels, tested=tested_on)
+    made = replace(made, groups=_numbered(_groups(made), chosen[2]), natural_clients=len(chosen[2]))
     if validation is None:
         return made
     inputs, labels = _rows(whole, to_validate)
-    return replace(made, validation_inputs=inputs, validation_labels=labels)
+    validated_on = HeldOut(_numbered(groups[to_validate], chosen[1]), validated)
+    return replace(made, validation_inputs=inputs, validation_labels=labels, validated=validated_on)
+
+
+def _numbered(groups: np.ndarray, clients: np.ndarray) -> np.ndarray:
+    """The place of each example's client among `clients` in ascending order."""
+    return np.searchsorted(np.sort(clients), groups)
 
 
 def _with_own_tests(dataset: Dataset) -> Dataset:

@@ -31,6 +31,7 @@ __all__ = [
     "count_parameters",
     "make_federation",
     "sampling_of",
+    "task_of",
 ]
 
 
@@ -98,7 +99,7 @@ def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
     """
     if not config.rule.draws_cohorts:
         federation = make_federation(config, data_root)
-        timeline = make_timeline(config, federation, _task(config, federation, "cpu").layout.size)
+        timeline = make_timeline(config, federation, task_of(config, federation, "cpu").layout.size)
         return sampling_under(config, federation.population, timeline)
     clients = config.data.clients
     if clients is None:
@@ -130,7 +131,7 @@ def assemble(
     """
     check_device(device)
     federation = federation or make_federation(config, data_root)
-    task = _task(config, federation, device, channels_last=channels_last, precision=precision)
+    task = task_of(config, federation, device, channels_last=channels_last, precision=precision)
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling)
@@ -168,11 +169,12 @@ def assemble_clients(
         dataset = federation.dataset
         check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
-    task = _task(config, federation, device)
+    task = task_of(config, federation, device)
     return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
 
 
-def _task(config: Config, federation: Holders, device: str, **options: Any) -> Task:
+def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:
+    """The config's model and its loss; see `Task` for the options."""
     seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
     module = build_module(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)

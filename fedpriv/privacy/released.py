@@ -73,6 +73,7 @@ OUTPUTS = (
     ),
     Output("tuning.json", Kind.RELEASED, "the trial that a tuning chose, and what the choice promises", "sweep"),
     Output("drawn.json", Kind.OWNER, "the trials that a tuning drew, which stay secret", "sweep"),
+    Output("scores.json", Kind.OWNER, "the noised scores of a tuning's trials, which stay secret", "sweep"),
     Output("stopped.json", Kind.RELEASED, "why a sweep stopped the run, by released scores", "sweep"),
     Output(
         "audit.json",

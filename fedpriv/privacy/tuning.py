@@ -18,17 +18,20 @@ Papernot and Steinke (2022), "Hyperparameter Tuning with Renyi Differential Priv
   K may be 0; then nothing is released, which is an outcome, too.
 
 Trials are ordered by a score that is a function of what they release; ties are broken at random, or by the order in
-which the trials were drawn, which is the same for independent trials.
+which the trials were drawn, which is the same for independent trials. A score on clients' examples has noise of its own
+(`ScoreNoise`): a trial is then the training followed by the release of its score, whose curves add up.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.accounting import releases_of, round_event
+from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.sampling import Poisson
 
@@ -37,6 +40,7 @@ __all__ = [
     "NegativeBinomialTrials",
     "PoissonTrials",
     "RenyiCurve",
+    "ScoreNoise",
     "TrialCount",
     "curve_of",
     "tuning_epsilon",
@@ -48,6 +52,8 @@ MOST_TRIALS = 1_000
 _ORDERS = 1.0 + np.logspace(-4.0, 6.0, 501)
 # The orders at which dp-accounting is asked about sampled rounds: whole ones are finite sums, and large ones take long.
 _SAMPLED_ORDERS = np.array([*range(2, 33), 40, 48, 64, 96, 128, 256, 512], dtype=np.float64)
+_LEAST_SCORE_NOISE = 1e-3
+"""Of scores' noise multipliers: the noise would then be far below what one client moves."""
 _LEAST_GAMMA = 1e-6
 """K is hardly ever above 40 / gamma: nobody means to run more."""
 _UP = 1.0 + 1e-12
@@ -172,12 +178,55 @@ class PoissonTrials:
 TrialCount = NegativeBinomialTrials | PoissonTrials
 
 
-def curve_of(plan: PrivacyPlan) -> RenyiCurve:
-    """Bounds the Renyi divergence of a whole run.
+@dataclass(frozen=True, kw_only=True)
+class ScoreNoise:
+    """Gaussian noise on a sum of one number in [0, 1] from each client: a model's accuracy on the client's examples.
+
+    Args:
+        multiplier: Standard deviation over the sensitivity of the sum, 0.001 to 1e12.
+
+    Raises:
+        UserError: If it is no such number.
+
+    Formal guarantees:
+        The sum has sensitivity 1 under both adjacencies: a client's number follows from the model and its own examples
+        alone, so that under add-or-remove one number becomes or was 0, and under replace one number in [0, 1] becomes
+        another. The sum with its noise, also rounded to a grid (`fedpriv.mechanisms.gaussian`), is (lambda, lambda / (2
+        Z^2))-RDP with Z the multiplier, for every model. The model is what the training has released: the two compose
+        adaptively, and their divergences add up order by order (Mironov 2017, Proposition 1).
+    """
+
+    multiplier: float
+
+    SENSITIVITY: ClassVar[float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not _LEAST_SCORE_NOISE <= self.multiplier <= MOST_NOISE:
+            words = f"a number from {_LEAST_SCORE_NOISE:g} to {MOST_NOISE:g}"
+            raise UserError("tuning.score_noise_multiplier", words, self.multiplier, "For example 5")
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of the noise on the sum."""
+        return self.multiplier * self.SENSITIVITY
+
+    def after(self, training: RenyiCurve) -> RenyiCurve:
+        """The curve of a training and the score of its model."""
+        orders = training.orders
+        return RenyiCurve(orders, (training.epsilons + 0.5 * orders / self.multiplier**2) * _UP)
+
+
+def curve_of(plan: PrivacyPlan, score: ScoreNoise | None = None) -> RenyiCurve:
+    """Bounds the Renyi divergence of a whole run, and of its score if that is noised.
 
     All rounds together are at most one Gaussian mechanism, also if cohorts are hidden: mixtures lower a divergence.
     For hidden Poisson cohorts under add-or-remove dp-accounting's bound stands beside that, and the smaller counts.
     """
+    training = _curve_of_training(plan)
+    return training if score is None else score.after(training)
+
+
+def _curve_of_training(plan: PrivacyPlan) -> RenyiCurve:
     if plan.noise_multiplier <= 0.0:
         return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
     rho = 0.5 * releases_of(plan.trust, plan.sampling, plan.rounds) / plan.noise_multiplier**2
@@ -194,14 +243,15 @@ def curve_of(plan: PrivacyPlan) -> RenyiCurve:
     return RenyiCurve(np.append(_ORDERS, _SAMPLED_ORDERS), np.append(_ORDERS * rho, sampled) * _UP)
 
 
-def tuning_epsilon(plan: PrivacyPlan, count: TrialCount) -> float:
+def tuning_epsilon(plan: PrivacyPlan, count: TrialCount, score: ScoreNoise | None = None) -> float:
     """Returns an epsilon for which the best of K runs of `plan` is (epsilon, `plan.delta`)-differentially private.
 
     Args:
         plan: Of each trial.
         count: The distribution of K.
+        score: The noise of each trial's score; None for a score that is public.
     """
-    return count.after(curve_of(plan)).epsilon(plan.delta)
+    return count.after(curve_of(plan, score)).epsilon(plan.delta)
 
 
 def _check_expected(expected: float, above: float) -> None:

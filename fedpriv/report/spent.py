@@ -1,12 +1,12 @@
 """The privacy that several runs on the same clients spend together, read from their folders.
 
-Runs are read one by one (`read_run`), grouped by the clients that they ran on and by what they promise, and composed
-within each group (`compose`). Nothing is added up across groups: they promise different things, or to other clients.
+Runs are read one by one (`spent_runs`), the trials of a tuning are put together (`spent_tuning`), and what is left is
+grouped by clients and by promise, and composed within each group (`compose`). Nothing is added up across groups: they
+promise different things, or to other clients.
 """
 
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,62 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.config import NOISE_TABLES
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables
-from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled, read_plan
-from fedpriv.sweeps.files import STOPPED
+from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled
+from fedpriv.report.spent_runs import Run, finite, read_run
+from fedpriv.report.spent_tuning import with_tunings
 
-__all__ = ["Group", "Run", "Total", "compose", "notes_on", "read_run", "spent_below"]
-
-# The rounds of real devices, one row each; only a deployment has it.
-_PARTICIPATION = "participation.jsonl"
-
-_STATES = ("finished", "stopped", "unfinished")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run, as far as it has spent anything.
-
-    Args:
-        name: The run's folder, seen from the folder that was searched.
-        clients: What tells its clients from those of other runs; see `clients_of`.
-        state: finished, stopped (by a rule) or unfinished.
-        rounds: Rounds that released something.
-        planned: Rounds of the experiment.
-        plan: What it promises; None if it promises nothing.
-        noise: What decides its noise, if that comes from the seed; None if it comes from the operating system.
-        scores: Test losses by round, to tell equal runs from unequal ones.
-    """
-
-    name: str
-    clients: dict[str, Any]
-    state: str
-    rounds: int
-    planned: int
-    plan: PrivacyPlan | None
-    noise: str | None
-    scores: dict[int, float]
-
-    def epsilon_after(self, rounds: int) -> float:
-        """Spent by so many rounds at the plan's delta; infinite for any round that promises nothing."""
-        if rounds == 0:
-            return 0.0
-        return math.inf if self.plan is None else self.plan.epsilon_after(rounds)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The run's own part, ready for JSON."""
-        epsilon, plan = self.epsilon_after(self.rounds), self.plan
-        return {
-            "run": self.name,
-            "state": self.state,
-            "rounds": self.rounds,
-            "rounds_planned": self.planned,
-            "private": plan is not None and plan.private,
-            "epsilon": _finite(epsilon),
-            "delta": None if plan is None else plan.delta,
-            "gaussian_dp_mu": None if plan is None else _finite(plan.mu_after(self.rounds)),
-        }
+__all__ = ["Group", "Total", "compose", "notes_on", "spent_below"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +95,17 @@ class Group:
             "adversary": self.adversary,
             "adjacency": self.adjacency,
             "private": math.isfinite(total.epsilon) and self.trust is not None,
-            "epsilon": _finite(total.epsilon),
+            "epsilon": finite(total.epsilon),
             "delta": total.delta,
-            "gaussian_dp_mu": _finite(total.mu),
+            "gaussian_dp_mu": finite(total.mu),
             "composition": total.composition,
-            "epsilon_planned": _finite(planned),
+            "epsilon_planned": finite(planned),
             "runs": [run.as_dict() for run in self.runs],
         }
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def spent_below(folder: Path) -> list[Group]:
-    """Read all runs below a folder and group them.
+    """Read all runs below a folder and group them; a tuning counts as one if it is finished and fits its trials.
 
     Raises:
         UserError: If there is no run, or a run's files are damaged.
@@ -169,7 +114,7 @@ def spent_below(folder: Path) -> list[Group]:
     if not found:
         remedy = "Make one with: fedpriv run CONFIG"
         raise UserError(str(folder), "a run directory, or a folder of them", "a folder without runs", remedy)
-    return _grouped([read_run(path, folder) for path in sorted(found)])
+    return _grouped(with_tunings({path: read_run(path, folder) for path in sorted(found)}, folder))
 
 
 def _grouped(runs: Sequence[Run]) -> list[Group]:
@@ -199,8 +144,9 @@ def compose(runs: Iterable[Run], *, planned: bool = False) -> Total:
     Formal guarantees:
         An upper bound for a client that takes part in all runs, also if a run's config was chosen by the results of
         earlier ones. Runs of exact mu_i are together exactly one Gaussian mechanism of mu = sqrt(sum of mu_i^2). All
-        others are charged the sum of their epsilons at the sum of their deltas (basic composition). Both need noise
-        that is drawn independently: runs that share it without being equal are promised nothing.
+        others are charged the sum of their epsilons at the sum of their deltas (basic composition), the best trial of
+        a tuning among them with the tuning's epsilon. All need noise that is drawn independently: runs that share it
+        without being equal are promised nothing.
     """
     charged = [(run, run.planned if planned else run.rounds) for run in runs]
     charged = [(run, rounds) for run, rounds in charged if rounds > 0]
@@ -212,7 +158,7 @@ def compose(runs: Iterable[Run], *, planned: bool = False) -> Total:
         return Total(epsilon=math.inf, delta=min(deltas), mu=None, composition="none: runs that share their noise")
     if len(charged) < 2:
         return _alone(charged)
-    shifts = [None if run.plan is None else run.plan.mu_after(rounds) for run, rounds in charged]
+    shifts = [run.mu_after(rounds) for run, rounds in charged]
     exact = [mu for mu in shifts if mu is not None]
     if len(exact) == len(charged):
         mu, delta = math.sqrt(math.fsum(mu * mu for mu in exact)), min(deltas)
@@ -227,7 +173,7 @@ def _alone(charged: Sequence[tuple[Run, int]]) -> Total:
         return Total(epsilon=0.0, delta=0.0, mu=0.0, composition="gaussian")
     run, rounds = charged[0]
     assert run.plan is not None
-    mu = run.plan.mu_after(rounds)
+    mu = run.mu_after(rounds)
     how = "basic" if mu is None else "gaussian"
     return Total(epsilon=run.epsilon_after(rounds), delta=run.plan.delta, mu=mu, composition=how)
 
@@ -256,7 +202,7 @@ def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """
     first: dict[str, Run] = {}
     pairs = []
-    for run in runs:
+    for run in (part for whole in runs for part in whole.parts):
         if run.noise is None or run.plan is None:
             continue
         other = first.setdefault(run.noise, run)
@@ -264,91 +210,6 @@ def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if any(other.scores[number] != run.scores[number] for number in common):
             pairs.append((other.name, run.name))
     return pairs
-
-
-def read_run(path: Path, root: Path) -> Run:
-    """Read what a run directory says about its clients, its promise and its rounds.
-
-    Raises:
-        UserError: If a file is damaged, or `privacy.json` is missing although something was released.
-    """
-    directory = RunDirectory(path)
-    config = _config(directory.file("config.toml"))
-    deployed, planned = directory.file(_PARTICIPATION).exists(), int(config["training"]["rounds"])
-    state = _state(directory)
-    rows = directory.rows("rounds.jsonl")
-    record = directory.read_json("privacy.json")
-    plan = None if record is None else read_plan(record, str(directory.file("privacy.json")))
-    rounds = planned if state == "finished" else min(_released(directory, rows), planned)
-    if deployed and state != "finished" and plan is not None and plan.trust == "local":
-        rounds = min(rounds + 1, planned)  # messages of the open turn may have left the clients
-    if record is None and rounds > 0:
-        remedy = "Restore the file, or move the run out of the folder"
-        raise UserError(str(directory.file("privacy.json")), "what the run promises", "no such file", remedy)
-    return Run(
-        name=_name(path, root),
-        clients=clients_of(config, deployed=deployed),
-        state=state,
-        rounds=rounds,
-        planned=planned,
-        plan=plan,
-        noise=None if deployed or plan is None else _noise_of(config),
-        scores={row["round"]: row["test_loss"] for row in rows if row["round"] and row.get("test_loss") is not None},
-    )
-
-
-def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
-    """Return what tells a run's clients from those of other runs.
-
-    Simulated clients are made of the whole table `[data]` and the seed. Clients that a data set has by nature, and real
-    devices, are the same whatever the seed and whatever else the table says: runs on some of them are charged to all.
-    """
-    data = config["data"]
-    if deployed:
-        return {"name": data["name"], "clients": "of a deployment"}
-    if data["partition"] == "natural":
-        return {"name": data["name"], "partition": "natural"}
-    return {**data, "seed": config["seed"]}
-
-
-def _noise_of(config: dict[str, Any]) -> str:
-    """The tables and the seed from which a simulation draws its noise, as `Config.noise_id` has them."""
-    tables = {name: config[name] for name in NOISE_TABLES if name in config}
-    return json.dumps([tables, config["training"]["rounds"], config["seed"]], sort_keys=True)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
-        flat = flat_tables(config)
-        missing = [key for key in ("seed", "data.name", "data.partition", "training.rounds") if key not in flat]
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), "a run's TOML file", str(error), "Restore it, or move the run away") from None
-    if missing:
-        raise UserError(str(path), f"a resolved config with {missing[0]}", "one without", "Move the run away")
-    return config
-
-
-def _state(directory: RunDirectory) -> str:
-    finished, stopped, unfinished = _STATES
-    if directory.file("summary.json").exists():
-        return finished
-    return stopped if directory.file(STOPPED).exists() else unfinished
-
-
-def _released(directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> int:
-    """The last round of which anything is recorded: a row, also one that was only begun, or a checkpoint."""
-    recorded = max((row["round"] for row in rows), default=0)
-    file = directory.file("rounds.jsonl")
-    if rows and not file.read_bytes().endswith(b"\n"):
-        recorded += 1
-    turns = max((row["round"] for row in directory.rows(_PARTICIPATION)), default=0)
-    return max(recorded, turns, directory.checkpoint.round() or 0)
-
-
-def _name(path: Path, root: Path) -> str:
-    relative = path.relative_to(root).as_posix()
-    return root.resolve().name if relative == "." else relative
 
 
 def notes_on(groups: Sequence[Group]) -> list[str]:
@@ -376,6 +237,13 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
     ):
         notes.append(
             "Of unfinished runs on a schedule, the record has only the whole timeline: they are charged for it."
+        )
+    notes += dict.fromkeys(run.note for run in runs if run.note)
+    lone = [run.name for run in runs if run.draw is not None and not run.note]
+    if lone:
+        notes.append(
+            f"Trials of a tuning whose folder is elsewhere: {', '.join(lone)}. If one was chosen by its score, that "
+            "costs more than is counted here: tuning.json of the sweep says what."
         )
     for name in sorted({run.name for run in runs if run.plan is None and run.rounds > 0}):
         notes.append(f"{name} is not private: nothing bounds what its clients have spent.")

@@ -28,7 +28,8 @@ from fedpriv.sweeps.jobs import Began, Ended, Job
 from fedpriv.sweeps.stopping import group_of
 from fedpriv.sweeps.table import TrialsTable, label
 from fedpriv.sweeps.trial import DiskTrouble, Manner, run_trial
-from fedpriv.sweeps.tuning import choose_best, common_plan, draw_trials, score_of
+from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials, score_of, scored_on
+from fedpriv.sweeps.tuning_score import noised_scores, streams_of
 from fedpriv.tracking.trackers import check_trackers
 
 __all__ = ["SweepState", "run_sweep"]
@@ -170,9 +171,37 @@ def run_sweep(
             raise
         written = table.write()
         if sweep.tuning is not None and plan is not None:
-            score = score_of(next(iter(trials.values())).config)
-            folder.write_json(CHOSEN, choose_best(sweep.tuning, plan, score, trials, written))
+            chosen = _select(sweep.tuning, plan, trials, written, folder, device, root)
+            folder.write_json(CHOSEN, chosen)
         return written
+
+
+def _select(
+    tuning: Tuning,
+    plan: PrivacyPlan,
+    trials: dict[str, Trial],
+    table: pd.DataFrame,
+    folder: RunDirectory,
+    device: str,
+    root: Path,
+) -> dict[str, Any]:
+    """The best trial, by its score in the table, or by one that is noised first."""
+    config, noise = next(iter(trials.values())).config, tuning.score_noise
+    score = score_of(config, noise)
+    if noise is None:
+        return choose_best(tuning, plan, score, trials, table)
+    scores, clients = noised_scores(
+        folder,
+        {name: folder.file(TRIALS) / name for name in table["trial"][table["status"] == "done"]},
+        trials,
+        on=scored_on(config)[0],
+        noise=noise,
+        streams=streams_of(tuning.seed, folder.read_json(DRAWN)["digest"]),
+        released=folder.file(CHOSEN).exists(),
+        device=device,
+        data_root=root,
+    )
+    return choose_best(tuning, plan, score, trials, table.assign(**{score: table["trial"].map(scores)}), clients)
 
 
 def _check(jobs: int | None, cpus: float, gpus: float) -> None:

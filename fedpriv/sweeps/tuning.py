@@ -15,18 +15,32 @@ from fedpriv.experiment.build import sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import PrivacyPlan, rounded_up
-from fedpriv.privacy.tuning import NegativeBinomialTrials, PoissonTrials, TrialCount, tuning_epsilon
+from fedpriv.privacy.released import Whose
+from fedpriv.privacy.tuning import NegativeBinomialTrials, PoissonTrials, ScoreNoise, TrialCount, tuning_epsilon
 from fedpriv.sweeps.files import DRAWN
 
 if TYPE_CHECKING:
     from fedpriv.sweeps.config import Sweep, Trial
 
-__all__ = ["Tuning", "about_tuning", "choose_best", "common_plan", "draw_trials", "score_of"]
+__all__ = [
+    "Tuning",
+    "about_tuning",
+    "but_for_bound",
+    "choose_best",
+    "common_plan",
+    "draw_trials",
+    "score_of",
+    "scored_on",
+]
 
 # Tables that an axis may change: all others decide the data, the promise, or how long a trial takes.
 _TUNED = ("method", "server", "local", "model")
 _MOST_DRAW = 2**62
 _CONDITION = "if the number of trials and all trials but the selected one stay secret"
+_CONDITION_OF_SCORES = (
+    "if the number of trials, all trials but the selected one, and every score without noise on clients' examples stay "
+    "secret"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +51,17 @@ class Tuning:
         distribution: Of the number of trials K. `negative-binomial` is truncated: never 0.
         expected_trials: E[K].
         eta: Of `negative-binomial`; `geometric` is eta = 1, and `logarithmic` eta = 0.
-        seed: Of K and the trials; None for the operating system's entropy. Who knows the seed knows K, and with it
-            nothing is promised: a seed is for experiments about tuning.
+        seed: Of K, the trials and the noise of scores; None for the operating system's entropy. Who knows the seed
+            knows K, and with it nothing is promised: a seed is for experiments about tuning.
+        score_noise_multiplier: Standard deviation of the noise on the sum of clients' accuracies over its sensitivity,
+            1; where the score is on clients' examples. None for a public score.
     """
 
     distribution: Literal["geometric", "logarithmic", "negative-binomial", "poisson"]
     expected_trials: float
     eta: float | None = None
     seed: int | None = None
+    score_noise_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         if (self.eta is not None) != (self.distribution == "negative-binomial"):
@@ -54,6 +71,7 @@ class Tuning:
             raise UserError("tuning.seed", "a whole number from 0", self.seed, "Take it away for a secret one")
         # Whatever the distribution refuses is refused before anything is drawn.
         self.count.quantile(0.0)
+        _ = self.score_noise
 
     @property
     def count(self) -> TrialCount:
@@ -63,6 +81,17 @@ class Tuning:
         eta = {"geometric": 1.0, "logarithmic": 0.0}.get(self.distribution, self.eta)
         assert eta is not None
         return NegativeBinomialTrials(expected=self.expected_trials, eta=eta)
+
+    @property
+    def score_noise(self) -> ScoreNoise | None:
+        """The noise of each trial's score; None for a public one."""
+        multiplier = self.score_noise_multiplier
+        return None if multiplier is None else ScoreNoise(multiplier=multiplier)
+
+    @property
+    def condition(self) -> str:
+        """Under which its (epsilon, delta) holds; a clause."""
+        return _CONDITION if self.score_noise_multiplier is None else _CONDITION_OF_SCORES
 
 
 def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None) -> PrivacyPlan:
@@ -83,12 +112,12 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
         raise UserError("axes", "a trial", "none", "Give values")
     sampling, plans = sampling_of(grid[0].config, data_root), []
     for config in (trial.config for trial in grid):
-        _check_trial(config)
+        _check_trial(config, sweep.tuning)
         plan = config.plan(sampling)
         assert plan is not None
         plans.append(plan)
-    first = _but_for_bound(plans[0])
-    if any(_but_for_bound(plan) != first for plan in plans):
+    first = but_for_bound(plans[0])
+    if any(but_for_bound(plan) != first for plan in plans):
         remedy = "Give privacy.noise_multiplier instead of privacy.epsilon, or tune such methods apart"
         raise UserError("[tuning]", "trials with the same noise multiplier", "others", remedy)
     if plans[0].trust == "local":
@@ -99,29 +128,40 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
     return plans[0]
 
 
-def _check_trial(config: Config) -> None:
+def _check_trial(config: Config, tuning: Tuning | None) -> None:
     if config.privacy is None:
         raise UserError("[tuning]", "trials with [privacy]", "none", "Take [tuning] away: without privacy it is free")
     if config.privacy.draw is not None:
         raise UserError("privacy.draw", "none beside [tuning]", config.privacy.draw, "Take it away: it is drawn")
     if config.devices is not None:
         raise UserError("[tuning]", "no [devices] beside it", "some", "Tune without a virtual clock")
-    score_of(config)
+    score_of(config, None if tuning is None else tuning.score_noise)
 
 
-def score_of(config: Config) -> str:
-    """The score by which the best trial is chosen: one on public examples.
+def scored_on(config: Config) -> tuple[str, Whose]:
+    """On which examples the best trial is chosen, `test` or `validation`, and whose those are."""
+    facts = config.data.facts
+    return ("test", facts.test) if facts.validation is None else ("validation", facts.validation)
+
+
+def score_of(config: Config, noise: ScoreNoise | None) -> str:
+    """The name of the score by which the best trial is chosen: on public examples, or with noise.
 
     Raises:
-        UserError: If the experiment has none.
+        UserError: If a score on clients' examples is to have no noise, or one on public examples is to have some.
     """
-    facts = config.data.facts
-    on, whose = ("test", facts.test) if facts.validation is None else ("validation", facts.validation)
-    if whose != "public":
+    on, whose = scored_on(config)
+    if whose == "public" and noise is not None:
+        remedy = "Take it away: a score on public examples costs nothing, and noise would only spoil the choice"
+        raise UserError("tuning.score_noise_multiplier", f"none with public {on} examples", noise.multiplier, remedy)
+    if whose != "public" and noise is None:
         of = "protected clients" if whose == "within" else "other clients"
-        remedy = "Choose a data set with public test examples, or hold out validation examples of a pool"
-        raise UserError("[tuning]", "a score on public examples", f"{on} examples of {of}", remedy)
-    return f"{on}_accuracy"
+        remedy = (
+            "Set tuning.score_noise_multiplier, which makes the score itself private; or choose a data set with public "
+            "test examples, or hold out validation examples of a pool"
+        )
+        raise UserError("[tuning]", "a score on public examples, or one with noise", f"{on} examples of {of}", remedy)
+    return f"{on}_accuracy" if noise is None else f"noised_{on}_accuracy"
 
 
 def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
@@ -129,15 +169,27 @@ def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
     name = chosen["selected"]
     epsilon = "none" if chosen["epsilon"] is None else rounded_up(chosen["epsilon"])
     what = "none, every trial failed" if name is None else f"{name} by {chosen['by']} {chosen['score']:.4f}"
-    return [
-        f"selected {what}; equal ones by the order in which they were drawn, failed trials as the worst",
-        f"(epsilon, delta) of the tuning: ({epsilon}, {chosen['delta']:g}), {chosen['condition']}; "
-        f"of one trial alone: {rounded_up(chosen['epsilon_of_one_trial'])}",
-    ]
+    alone = f"of one trial alone: {rounded_up(chosen['epsilon_of_one_trial'])}"
+    lines = [f"selected {what}; equal ones by the order in which they were drawn, failed trials as the worst"]
+    if "score_noise_multiplier" in chosen:
+        alone = alone.replace("alone", "alone, without a score")
+        many, deviation = "", ""
+        if name is not None:
+            many, deviation = f"{chosen['score_clients']} ", f" of deviation {chosen['score_noise_stddev']:.2g}"
+        lines.append(
+            f"the score is the mean over {many}clients of each one's accuracy on its own held-out examples, with "
+            f"Gaussian noise{deviation} (multiplier {chosen['score_noise_multiplier']:g}), which the epsilon of the "
+            "tuning includes"
+        )
+    lines.append(f"(epsilon, delta) of the tuning: ({epsilon}, {chosen['delta']:g}), {chosen['condition']}; {alone}")
+    return lines
 
 
-def _but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
-    """Memory matters to hidden cohorts of a fixed size alone, and no tuning is credited with those."""
+def but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
+    """Returns the plan that all trials have in common, which may bound messages in their own ways.
+
+    Memory matters to hidden cohorts of a fixed size alone, and no tuning is credited with those.
+    """
     return replace(plan, l2_bound=1.0, client_memory=True)
 
 
@@ -159,7 +211,10 @@ def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *
         UserError: If the folder holds another sweep.
     """
     assert sweep.tuning is not None
-    tables = [asdict(sweep.tuning), [trial.tables for trial in grid]]
+    drawn = asdict(sweep.tuning)
+    if sweep.tuning.score_noise_multiplier is None:
+        del drawn["score_noise_multiplier"]
+    tables = [drawn, [trial.tables for trial in grid]]
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
     found = folder.read_json(DRAWN)
     if found is None and begun:
@@ -179,7 +234,12 @@ def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *
 
 
 def choose_best(
-    tuning: Tuning, plan: PrivacyPlan, score: str, trials: Mapping[str, "Trial"], table: pd.DataFrame
+    tuning: Tuning,
+    plan: PrivacyPlan,
+    score: str,
+    trials: Mapping[str, "Trial"],
+    table: pd.DataFrame,
+    clients: int | None = None,
 ) -> dict[str, Any]:
     """Returns the trial with the highest score, the first drawn of equal ones, and what the choice promises.
 
@@ -191,7 +251,9 @@ def choose_best(
         score: Its column.
         trials: All, by name, in the order in which they were drawn.
         table: A row a trial, in the same order.
+        clients: Over how many the score is a mean, if it is noised and any trial has one.
     """
+    noise = tuning.score_noise
     done = {str(row["trial"]): float(row[score]) for row in table.to_dict("records") if row["status"] == "done"}
     name = max(done, key=done.__getitem__) if done else None
     return {
@@ -199,7 +261,8 @@ def choose_best(
         "changes": {} if name is None else {k: v for k, v in trials[name].changes.items() if k != "privacy.draw"},
         "by": score,
         "score": None if name is None else done[name],
-        "epsilon": tuning_epsilon(plan, tuning.count),
+        **({} if noise is None else _about_noise(noise, clients)),
+        "epsilon": tuning_epsilon(plan, tuning.count, noise),
         "delta": plan.delta,
         "epsilon_of_one_trial": plan.epsilon,
         "trust": plan.trust,
@@ -208,5 +271,11 @@ def choose_best(
         "distribution": tuning.distribution,
         "expected_trials": tuning.expected_trials,
         **({} if tuning.eta is None else {"eta": tuning.eta}),
-        "condition": _CONDITION,
+        "condition": tuning.condition,
     }
+
+
+def _about_noise(noise: ScoreNoise, clients: int | None) -> dict[str, Any]:
+    """What is known of the noise of the selected score; its deviation is that of the mean over clients."""
+    deviation = None if clients is None else noise.stddev / clients
+    return {"score_noise_multiplier": noise.multiplier, "score_noise_stddev": deviation, "score_clients": clients}

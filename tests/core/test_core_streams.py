@@ -203,7 +203,7 @@ def test_a_forked_process_does_not_repeat_its_parent() -> None:
     assert len(np.unique(words)) == len(words) == 20_000
 
 
-NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM)
+NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
 
 
 def test_experiments_of_one_seed_share_everything_but_their_noise() -> None:
@@ -238,6 +238,7 @@ def test_seeded_numbers_stay_what_they_are() -> None:
         Purpose.SERVER_NOISE: 0.89273427,
         Purpose.CLIENT_NOISE: 0.64071003,
         Purpose.CLIENT_NOISE_SUM: 0.97405391,
+        Purpose.SCORE_NOISE: 0.27219797,
     }
     assert known.keys() == set(Purpose)
     for purpose, number in known.items():

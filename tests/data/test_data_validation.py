@@ -159,6 +159,11 @@ def test_clients_that_are_tested_on_take_no_part_with_any_example(seed, clients,
     assert np.array_equal(np.array(sorted(seen[0]))[split.groups], owners[parts[0]])
     assert split.natural_population == len(seen[0])
     assert split.test_groups is None
+    for part, kept, said in ((1, parts[1], split.tested), (2, parts[2:] and parts[2], split.validated)):
+        assert (said is None) == (part == len(seen))
+        if said is not None:
+            assert said.clients == len(seen[part])
+            assert np.array_equal(np.array(sorted(seen[part]))[said.owners], owners[kept])
 
 
 def test_clients_that_are_tested_on_are_chosen_by_the_seed():
@@ -174,11 +179,19 @@ def test_within_are_the_data_sets_own_test_examples_or_a_fifth_of_each_client():
     out = numbers_of(made.test_inputs)
     assert set(np.bincount(out % 10, minlength=10).tolist()) <= {1, 2}
     assert sorted([*out, *numbers_of(made.train_inputs)]) == list(range(80))
+    for split in (own, made):
+        assert split.tested is not None
+        assert split.tested.clients == 10
+        assert np.array_equal(split.tested.owners, numbers_of(split.test_inputs) % 10)
+        assert split.test_groups is split.validated is None
 
 
 def test_examples_to_test_and_to_validate_on_are_chosen_apart():
     """The same share of the same clients by one draw would be the same places twice."""
     split = evaluated_on(natural(40, own_test=False), "within", 0.2, rng())
+    assert split.validated is not None
+    assert np.array_equal(split.validated.owners, held(split) % 40)
+    assert split.validated.clients == 40
     assert not set(numbers_of(split.test_inputs)) & set(held(split))
     alone = hold_out(natural(40, own_test=False), 0.2)
     assert set(numbers_of(split.test_inputs)) != set(held(alone))
@@ -187,6 +200,7 @@ def test_examples_to_test_and_to_validate_on_are_chosen_apart():
 def test_public_are_the_data_sets_own_unless_they_are_clients():
     public = evaluated_on(natural(own_test=False), "public", None, rng())
     assert numbers_of(public.test_inputs).tolist() == [80]
+    assert public.tested is None
     with pytest.raises(UserError, match=r"^data\.test: expected a data set with public test examples"):
         evaluated_on(natural(), "public", None, rng())
 

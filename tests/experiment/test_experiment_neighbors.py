@@ -5,9 +5,6 @@ Over all data sets with natural clients, on files that the tests make, and all o
 
 import dataclasses
 import itertools
-import random
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,104 +12,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import same
+from natural_clients import CHANGED, KINDS
 
 from fedpriv.data.dataset import DATASETS, Dataset, DatasetSource
 from fedpriv.data.federation import Federation
-from fedpriv.data.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
 from fedpriv.engines import LoopEngine
-from fedpriv.experiment.build import assemble, make_federation
+from fedpriv.experiment.build import assemble, make_federation, task_of
 from fedpriv.experiment.config import Config, parse_config
 from fedpriv.rounds import begin_round
+from fedpriv.sweeps.tuning_score import UNITS, sum_of_accuracies
 
-CHANGED = 1
-"""The client whose data change, by its place among all natural clients."""
-
-# What natural clients hold before any file: of each client its rows, each a row of the file that is written.
-Rows = dict[int, list[Any]]
-
-
-def patient(rng: random.Random) -> str:
-    values = {column: rng.choice(codes) for column, codes in CODES.items()}
-    values |= {column: round(middle + scale * rng.gauss(0, 1), 1) for column, (middle, scale) in QUANTITIES.items()}
-    return ",".join([*("?" if rng.random() < 0.1 else str(values[i]) for i in range(13)), str(rng.randrange(5))])
-
-
-def write_hospitals(root: Path, held: Rows) -> None:
-    (root / "heart_disease").mkdir(parents=True)
-    for number, hospital in enumerate(HOSPITALS):
-        (root / "heart_disease" / f"processed.{hospital}.data").write_text("\n".join(held[number]) + "\n")
-
-
-def sentence(rng: random.Random) -> str:
-    return "".join(rng.choice(ALPHABET[1:]) for _ in range(rng.randrange(4, 12)))
-
-
-def write_play(root: Path, held: Rows) -> None:
-    """Speakers take turns; whoever has nothing left to say still has a heading."""
-    (root / "tinyshakespeare").mkdir(parents=True)
-    turns = itertools.zip_longest(*held.values(), fillvalue="")
-    speeches = [f"{'ABCDEF'[number]}:\n{said}" for turn in turns for number, said in enumerate(turn)]
-    (root / "tinyshakespeare" / "input.txt").write_text("\n\n".join(speeches) + "\n")
-
-
-def image(rng: random.Random) -> tuple[int, bytes]:
-    return rng.randrange(10), rng.randbytes(28 * 28)
-
-
-def idx(array: np.ndarray, kind: int) -> bytes:
-    return struct.pack(">HBB", 0, kind, array.ndim) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
-
-
-def write_writers(root: Path, held: Rows) -> None:
-    """Writers' images one after the other, turn by turn, under numbers with gaps; ten images by others to test on."""
-    for folder in ("MNIST/raw", "QMNIST/raw"):
-        (root / folder).mkdir(parents=True)
-    rows = [(100 + 7 * i, *row) for turn in itertools.zip_longest(*held.values()) for i, row in enumerate(turn) if row]
-    others = [(0, *image(random.Random(number))) for number in range(10)]
-    for split, part in (("train", rows), ("t10k", others)):
-        pixels = np.frombuffer(b"".join(content for *_, content in part), dtype=np.uint8).reshape(-1, 28, 28)
-        labels = np.array([label for _, label, _ in part], dtype=np.uint8)
-        (root / "MNIST" / "raw" / f"{split}-images-idx3-ubyte").write_bytes(idx(pixels, 0x08))
-        (root / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels, 0x08))
-    facts = np.zeros((len(rows), 8), dtype=">i4")
-    facts[:, 0], facts[:, 2] = [label for _, label, _ in rows], [writer for writer, *_ in rows]
-    (root / "QMNIST" / "raw" / "qmnist-train-labels-idx2-int").write_bytes(idx(facts, 0x0C))
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A data set with natural clients: how many, what a row is, how its label is changed, how files are written."""
-
-    clients: int
-    row: Callable[[random.Random], Any]
-    relabelled: Callable[[Any], Any]
-    write: Callable[[Path, Rows], None]
-
-    def held(self) -> Rows:
-        rng = random.Random(5)
-        return {i: [self.row(rng) for _ in range(6 + 3 * i)] for i in range(self.clients)}
-
-    def neighbor(self, change: str) -> Rows:
-        held, rng = self.held(), random.Random(9)
-        rows = held[CHANGED]
-        held[CHANGED] = {
-            "labels": lambda: [self.relabelled(row) for row in rows],
-            "order": lambda: rng.sample(rows, len(rows)),
-            "values": lambda: [self.row(rng) for _ in rows],
-            "fewer": lambda: rows[:4],
-            "more": lambda: [*rows, *(self.row(rng) for _ in range(30))],
-            "none": list,
-        }[change]()
-        return held
-
-
-KINDS = {
-    "heart-disease": Kind(
-        4, patient, lambda row: row[:-1] + "1" if row[-1] == "0" else row[:-1] + "0", write_hospitals
-    ),
-    "tiny-shakespeare": Kind(6, sentence, lambda row: row.swapcase(), write_play),
-    "mnist-by-writer": Kind(6, image, lambda row: ((row[0] + 1) % 10, row[1]), write_writers),
-}
 CHANGES = ("labels", "order", "values", "fewer", "more", "none")
 
 
@@ -244,6 +153,48 @@ def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
         broadcast = begin_round(experiment.server, state, 1)
         sums.append(LoopEngine(experiment.population).sum_messages(broadcast).sum.double())
     assert torch.linalg.vector_norm(sums[0] - sums[1]) <= bounds[0] * (1.0 + 1e-6)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples(
+    name: str, change: str, roots: dict[tuple[str, str], Path]
+) -> None:
+    """Of any model, also where a client's held-out examples come or go; and what divides the sum does not move."""
+    moves = []
+    for options in options_of(name):
+        config = config_of(name, **options)
+        pair = federations(roots, name, change, config)
+        task, datasets = task_of(config, pair[0], "cpu"), [federation.dataset for federation in pair]
+        parts = {"test": [(d.test_inputs, d.test_labels, d.tested) for d in datasets]}
+        parts |= {"validation": [(d.validation_inputs, d.validation_labels, d.validated) for d in datasets]}
+        for seed, (one, other) in itertools.product(range(40), parts.values()):
+            if one[2] is None:
+                assert other[2] is None
+                continue
+            model = torch.randn(task.layout.size, generator=torch.Generator().manual_seed(seed))
+            assert one[2].clients == other[2].clients
+            found = [sum_of_accuracies(task, model, *part) for part in (one, other)]
+            assert all(0 <= total <= UNITS * one[2].clients for total in found)
+            moves.append(abs(found[0] - found[1]))
+    assert 0 < max(moves) <= UNITS
+
+
+def test_a_client_counts_with_its_share_of_right_answers_however_many_examples_it_has(
+    roots: dict[tuple[str, str], Path],
+) -> None:
+    """And its examples go through the model without those of others."""
+    config = config_of("mnist-by-writer", test="within")
+    experiment = assemble(config, data_root=roots["mnist-by-writer", "nothing"])
+    dataset, task = experiment.population.federation.dataset, experiment.population.task
+    assert dataset.tested is not None
+    model = torch.randn(task.layout.size, generator=torch.Generator().manual_seed(1))
+    right = (task.logits(model, dataset.test_inputs).argmax(dim=1) == dataset.test_labels).numpy()
+    owners = dataset.tested.owners
+    shares = [right[owners == client].mean() for client in np.unique(owners)]
+    assert len(set(np.bincount(owners).tolist())) > 1
+    total = sum_of_accuracies(task, model, dataset.test_inputs, dataset.test_labels, dataset.tested)
+    assert 0.0 < sum(shares) - total / UNITS + 1e-9 < dataset.tested.clients / UNITS
 
 
 def test_a_client_without_data_sends_zeros(roots: dict[tuple[str, str], Path]) -> None:

@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import asks_who
+from fedpriv.flower.server import pace
 from fedpriv.privacy import Everyone, Poisson
-from strategies import AlphaNormEC, DPFedAvg, Privacy, pace
+from strategies import AlphaNormEC, DPFedAvg, Privacy
 
 CENTRAL = Privacy(noise_multiplier=1.0)
 SECRET = Poisson(CLIENTS, 0.5)

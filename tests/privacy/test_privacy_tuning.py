@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import special
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, Poisson, make_plan
@@ -13,6 +14,7 @@ from fedpriv.privacy.tuning import (
     NegativeBinomialTrials,
     PoissonTrials,
     RenyiCurve,
+    ScoreNoise,
     TrialCount,
     curve_of,
     tuning_epsilon,
@@ -102,6 +104,64 @@ def test_every_term_of_the_poisson_bound_is_needed() -> None:
     counts = [count for count in COUNTS if isinstance(count, PoissonTrials)]
     for name, bound in dropped.items():
         assert max(excess(c, lambda t, c=c, bound=bound: bound(c, t)) for c in counts) > 1e-3, name
+
+
+def rounded_gaussian(moved: float, stddev: float, grid: float, far: float) -> np.ndarray:
+    """The exact law of a number with Gaussian noise, rounded to a grid, and to what lies `far` deviations away."""
+    steps = np.arange(-math.ceil(far * stddev / grid), math.ceil(far * stddev / grid))
+    edges = np.concatenate([[-math.inf], ((steps + 0.5) * grid - moved) / stddev, [math.inf]])
+    below, above = np.diff(special.ndtr(edges)), -np.diff(special.ndtr(-edges))
+    return np.where(edges[1:] > 0.0, above, below)
+
+
+@pytest.mark.parametrize("multiplier", [0.7, 2.0, 10.0])
+def test_the_curve_of_a_training_with_a_noised_score_is_not_exceeded_and_nearly_reached(multiplier: float) -> None:
+    """Against the exact divergence of trials that release two numbers, of which one is the score: p(x) times p(s)."""
+    noise, orders = ScoreNoise(multiplier=multiplier), 1.0 + np.logspace(-1.0, 0.5, 9)
+    scores = [rounded_gaussian(moved, noise.stddev, multiplier / 8.0, 12.0) for moved in (1.0, 0.0)]
+    for p, q in mechanisms()[:12]:
+        training = RenyiCurve(orders, np.maximum(renyi(p, q, orders), renyi(q, p, orders)))
+        both = renyi(np.outer(p, scores[0]).ravel(), np.outer(q, scores[1]).ravel(), orders)
+        back = renyi(np.outer(q, scores[1]).ravel(), np.outer(p, scores[0]).ravel(), orders)
+        composed = noise.after(training).epsilons
+        assert np.all(np.maximum(both, back) <= composed + 1e-9)
+        assert np.all(np.maximum(both, back) >= composed - 0.01 * orders / multiplier**2)
+
+
+@pytest.mark.parametrize("count", COUNTS, ids=repr)
+def test_the_bound_is_not_exceeded_where_the_score_is_part_of_a_trial(count: TrialCount) -> None:
+    """The best of K trials by a noised score, whose outputs are pairs of what was trained and the score."""
+    noise, orders = ScoreNoise(multiplier=1.5), 1.0 + np.logspace(-1.0, 1.3, 12)
+    scores = [rounded_gaussian(moved, noise.stddev, 0.5, 4.0) for moved in (1.0, 0.0)]
+    for p, q in mechanisms()[::5]:
+        training = RenyiCurve(orders, np.maximum(renyi(p, q, orders), renyi(q, p, orders)))
+        bound = count.after(noise.after(training)).epsilons
+        # Worst first: by the score, and then by what was trained.
+        one, other = (selected(np.outer(s, x).ravel(), count) for x, s in ((p, scores[0]), (q, scores[1])))
+        assert np.all(renyi(one, other, orders) <= bound + 1e-6)
+        assert np.all(renyi(other, one, orders) <= bound + 1e-6)
+
+
+def test_a_noised_score_is_part_of_every_term_of_a_tunings_epsilon() -> None:
+    plan = make_plan(trust="central", sampling=Everyone(50), rounds=20, l2_bound=1.0, epsilon=1.0, delta=1e-6)
+    for count in (NegativeBinomialTrials(expected=10.0), PoissonTrials(expected=10.0)):
+        costs = [tuning_epsilon(plan, count, ScoreNoise(multiplier=z)) for z in (1e6, 30.0, 10.0, 3.0)]
+        assert costs[0] == pytest.approx(tuning_epsilon(plan, count), rel=1e-6)
+        assert costs == sorted(costs)
+        # Together they are a Gaussian mechanism like another training.
+        mu = plan.gaussian_dp_mu
+        assert mu is not None
+        more = 1.0 / math.sqrt(mu * mu + 1.0 / 9.0)
+        alike = make_plan(
+            trust="central", sampling=Everyone(50), rounds=1, l2_bound=1.0, noise_multiplier=more, delta=1e-6
+        )
+        assert costs[3] == pytest.approx(tuning_epsilon(alike, count), rel=1e-9)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, 1e-4, math.nan, math.inf])
+def test_a_score_without_noise_worth_the_name_is_refused(multiplier: float) -> None:
+    with pytest.raises(UserError, match=r"tuning\.score_noise_multiplier"):
+        ScoreNoise(multiplier=multiplier)
 
 
 @pytest.mark.parametrize("count", COUNTS, ids=repr)

@@ -3,9 +3,12 @@
 import json
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from fedpriv.experiment.run_directory import Checkpoint, RunDirectory
 from fedpriv.experiment.watching import StopRun
 from fedpriv.privacy import Everyone, make_plan, read_plan
 from fedpriv.report.spent import Group, notes_on, spent_below
+from fedpriv.sweeps.tuning import Tuning, choose_best
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
 NOISE = ["privacy.epsilon=", "privacy.noise_multiplier=3.0"]
@@ -221,6 +225,209 @@ def test_runs_of_a_schedule_are_charged_by_their_timeline(tmp_path: Path) -> Non
     directory.keep_rows("rounds.jsonl", 2)
     assert only(tmp_path).total.mu == pytest.approx(2.0 / 3.0)
     assert any("timeline" in note for note in notes_on(spent_below(tmp_path)))
+
+
+# Tunings
+
+
+def tuned(
+    folder: Path,
+    *settings: str,
+    draws: Sequence[int] = (11, 12, 13),
+    score: float | None = None,
+    failed: bool = False,
+    distribution: Any = "geometric",
+) -> dict[str, Any]:
+    """The folder of a tuning that has come to its end, and what it states."""
+    tuning = Tuning(distribution=distribution, expected_trials=4.0, score_noise_multiplier=score)
+    names = [f"trial-{draw}" for draw in draws]
+    for draw, name in zip(draws, names, strict=True):
+        released = 2 if failed else None
+        trial = record(folder / "trials" / name, f"privacy.draw={draw}", *settings, released=released)
+    plan = read_plan(trial.read_json("privacy.json"), "")
+    assert plan is not None
+    status = "failed" if failed else "done"
+    table = pd.DataFrame({"trial": names, "status": status, "s": [0.1 * (n % 2) for n in range(len(names))]})
+    changes: Any = {name: SimpleNamespace(changes={}) for name in names}
+    chosen = choose_best(tuning, plan, "s", changes, table, None if score is None else 12)
+    directory = RunDirectory(folder)
+    directory.write_json("drawn.json", {"digest": "d", "trials": [{"draw": draw, "place": 0} for draw in draws]})
+    directory.write_json("tuning.json", chosen)
+    if score is not None:
+        kept = {"noise_multiplier": score, "clients": 12, "scores": dict.fromkeys(names, 0.5)}
+        directory.write_json("scores.json", kept)
+    return chosen
+
+
+def noted(folder: Path, words: str) -> bool:
+    return any(words in note for note in notes_on(spent_below(folder)))
+
+
+@pytest.mark.parametrize("score", [None, 4.0])
+@pytest.mark.parametrize("settings", [(), POISSON], ids=["everyone", "poisson"])
+def test_a_tuning_is_one_release_with_its_own_epsilon_and_its_trials_are_not_counted_again(
+    tmp_path: Path, settings: Sequence[str], score: float | None, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    chosen = tuned(tmp_path / "best", *settings, score=score)
+    group = only(tmp_path)
+    assert [run.name for run in group.runs] == ["best"]
+    assert (group.total.epsilon, group.total.delta) == (chosen["epsilon"], 1e-5) == (group.planned.epsilon, 1e-5)
+    (said,) = group.as_dict()["runs"]
+    assert (said["state"], said["selected"]) == ("tuning", "trial-12")
+    assert said["condition"] == chosen["condition"]
+    assert noted(tmp_path, "best is a tuning, counted as one release of its best trial")
+    assert noted(tmp_path, f"its epsilon holds {said['condition']}.")
+    monkeypatch.setenv("COLUMNS", "200")
+    for arguments in ((), ("--json",)):
+        assert call("privacy", "--spent", str(tmp_path), *arguments) == 0
+        text = capsys.readouterr().out
+        assert "tuning" in text
+        assert "trial-11" not in text
+    record(tmp_path / "other", "method.beta=0.2")
+    total = only(tmp_path).total
+    assert total.composition == "basic"
+    assert total.epsilon == pytest.approx(chosen["epsilon"] + only(tmp_path / "other").total.epsilon)
+    assert total.delta == pytest.approx(2e-5)
+    assert only(tmp_path / "best").total.epsilon == chosen["epsilon"]
+
+
+def test_an_unfinished_tuning_is_the_sum_of_all_its_trials(tmp_path: Path) -> None:
+    tuned(tmp_path / "best")
+    (tmp_path / "best" / "tuning.json").unlink()
+    shutil.rmtree(tmp_path / "best" / "trials" / "trial-13")
+    record(tmp_path / "best" / "trials" / "trial-13", "privacy.draw=13", released=2)
+    assert only(tmp_path).total.mu == pytest.approx(math.sqrt((6 + 6 + 2) / 9))
+    assert noted(tmp_path, "best is a tuning without tuning.json, thus unfinished")
+    assert not noted(tmp_path, "elsewhere")
+
+
+def lowered(chosen: dict[str, Any], folder: Path) -> Any:
+    del folder
+    return chosen | {"epsilon": 0.999 * chosen["epsilon"]}
+
+
+def without_drawn(chosen: dict[str, Any], folder: Path) -> Any:
+    (folder / "drawn.json").unlink()
+    return chosen
+
+
+def one_more(chosen: dict[str, Any], folder: Path) -> Any:
+    record(folder / "trials" / "more", "privacy.draw=14")
+    return chosen
+
+
+def a_copy(chosen: dict[str, Any], folder: Path) -> Any:
+    shutil.copytree(folder / "trials" / "trial-11", folder / "trials" / "copy")
+    return chosen
+
+
+def other_noise(chosen: dict[str, Any], folder: Path) -> Any:
+    shutil.rmtree(folder / "trials" / "trial-11")
+    record(folder / "trials" / "trial-11", "privacy.draw=11", "privacy.noise_multiplier=2.5")
+    return chosen
+
+
+def other_data(chosen: dict[str, Any], folder: Path) -> Any:
+    shutil.rmtree(folder / "trials" / "trial-11")
+    record(folder / "trials" / "trial-11", "privacy.draw=11", "seed=8")
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lowered,
+        without_drawn,
+        one_more,
+        a_copy,
+        other_noise,
+        other_data,
+        lambda *_: [],
+        lambda *_: 7,
+        lambda chosen, _: chosen | {"delta": 1e-6},
+        lambda chosen, _: chosen | {"adjacency": "replace"},
+        lambda chosen, _: chosen | {"selected": "gone"},
+        lambda chosen, _: chosen | {"selected": None},
+        lambda chosen, _: chosen | {"selected": []},
+        lambda chosen, _: chosen | {"expected_trials": 8.0},
+        lambda chosen, _: chosen | {"expected_trials": "4"},
+        lambda chosen, _: chosen | {"distribution": "constant"},
+        lambda chosen, _: chosen | {"distribution": "negative-binomial", "eta": 4.0},
+        lambda chosen, _: chosen | {"epsilon": "little"},
+        lambda chosen, _: {key: value for key, value in chosen.items() if key != "unit"},
+    ],
+)
+def test_a_tuning_that_does_not_fit_its_trials_is_their_sum(
+    tmp_path: Path, damage: Callable[[dict[str, Any], Path], Any]
+) -> None:
+    folder = tmp_path / "best"
+    changed = damage(tuned(folder), folder)
+    (folder / "tuning.json").write_text(json.dumps(changed))
+    groups = spent_below(tmp_path)
+    trials = len(list((folder / "trials").iterdir()))
+    assert sum(len(group.runs) for group in groups) == trials
+    if damage is not other_data:
+        expected = (trials - 1) * 6 / 9 + (6 / 6.25 if damage is other_noise else 6 / 9)
+        assert groups[0].total.mu == pytest.approx(math.sqrt(expected))
+    assert noted(tmp_path, "tuning.json does not fit its trials")
+
+
+def test_a_stated_epsilon_above_what_is_due_is_believed(tmp_path: Path) -> None:
+    chosen = tuned(tmp_path / "best")
+    for stated, charged in ((chosen["epsilon"] + 1.0, chosen["epsilon"] + 1.0), (None, math.inf)):
+        RunDirectory(tmp_path / "best").write_json("tuning.json", chosen | {"epsilon": stated})
+        assert only(tmp_path).total.epsilon == charged
+
+
+def test_what_was_released_of_a_tuning_is_counted_as_the_tuning(tmp_path: Path) -> None:
+    chosen = tuned(tmp_path / "best")
+    for name in ("drawn.json", "trials/trial-11", "trials/trial-13"):
+        path = tmp_path / "best" / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert only(tmp_path).total.epsilon == chosen["epsilon"]
+
+
+def test_a_tuning_whose_trials_all_failed_has_its_price(tmp_path: Path) -> None:
+    chosen = tuned(tmp_path / "best", failed=True)
+    assert chosen["selected"] is None
+    assert only(tmp_path).total.epsilon == chosen["epsilon"]
+
+
+def test_scores_of_a_tuning_that_is_not_counted_as_one_are_added_to_its_trials(tmp_path: Path) -> None:
+    folder = RunDirectory(tmp_path / "best")
+    chosen = tuned(folder.path, score=4.0)
+    exact = math.sqrt(3 * 6 / 9 + 3 / 16)
+    folder.write_json("tuning.json", chosen | {"score_noise_multiplier": 400.0, "epsilon": 0.1})
+    assert only(tmp_path).total.mu == pytest.approx(exact)
+    folder.file("tuning.json").unlink()
+    assert only(tmp_path).total.mu == pytest.approx(exact)
+    folder.file("scores.json").unlink()
+    assert only(tmp_path).total.mu == pytest.approx(math.sqrt(3 * 6 / 9))
+    folder.write_json("tuning.json", chosen | {"epsilon": 0.1})
+    assert only(tmp_path).total.mu == pytest.approx(exact)
+    for file in ({"noise_multiplier": 0.0}, {"noise_multiplier": "much"}, []):
+        folder.write_json("scores.json", file)
+        with pytest.raises(UserError, match=r"scores\.json"):
+            spent_below(tmp_path)
+
+
+def test_tunings_that_share_their_noise_are_no_better_than_runs_that_do(tmp_path: Path) -> None:
+    tuned(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert math.isfinite(only(tmp_path).total.epsilon)
+    directory = RunDirectory(tmp_path / "two" / "trials" / "trial-11")
+    rows = directory.rows("rounds.jsonl")
+    rows[4]["test_loss"] += 1e-9
+    directory.file("rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert only(tmp_path).total.epsilon == math.inf
+
+
+def test_trials_without_the_folder_of_their_tuning_are_said_to_be_that(tmp_path: Path) -> None:
+    tuned(tmp_path / "best")
+    folder = tmp_path / "best" / "trials"
+    assert only(folder).total.mu == pytest.approx(math.sqrt(3 * 6 / 9))
+    assert noted(folder, "elsewhere: trial-11, trial-12, trial-13.")
+    assert noted(folder / "trial-11", "elsewhere: trial-11.")
 
 
 def test_real_runs_finished_stopped_and_private_or_not(tmp_path: Path) -> None:

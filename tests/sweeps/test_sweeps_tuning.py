@@ -1,5 +1,6 @@
 """Tuning sweeps: what is drawn, kept secret, selected and charged."""
 
+import hashlib
 import json
 from collections.abc import Generator, Iterable
 from dataclasses import replace
@@ -9,19 +10,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import FALSE_ALARM
+from natural_clients import KINDS, write_hospitals
+from scipy import stats
 
 from fedpriv.cli import main
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import assemble
+from fedpriv.experiment.build import assemble, make_federation, task_of
+from fedpriv.experiment.config import load_config
+from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run_directory import RunDirectory
-from fedpriv.privacy.tuning import PoissonTrials
+from fedpriv.mechanisms.gaussian import release_grid
+from fedpriv.privacy.tuning import PoissonTrials, ScoreNoise, tuning_epsilon
+from fedpriv.report.spent import spent_below
 from fedpriv.report.study import load_study
 from fedpriv.report.words import about_choice, about_cost
-from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.streams import Purpose, SeededStreams, SystemStreams
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.jobs import Began, Ended, Job, call
 from fedpriv.sweeps.run import run_sweep
-from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials
+from fedpriv.sweeps.tuning import Tuning, about_tuning, choose_best, common_plan, draw_trials
+from fedpriv.sweeps.tuning_score import UNITS, streams_of, sum_of_accuracies, with_noise
 
 BASE = """
 name = "base"
@@ -143,6 +152,10 @@ def test_a_tuning_keeps_its_trials_secret_and_says_what_the_selection_promises(
     assert "expected_trials" in chosen
     assert str(len(table)) not in {str(value) for key, value in chosen.items() if key != "expected_trials"}
 
+    (group,) = spent_below(out)
+    assert [run.state for run in group.runs] == ["tuning"]
+    assert group.total.epsilon == chosen["epsilon"]
+
     study = load_study(out)
     assert study.runs["privacy"].nunique() == 1
     settings = pd.DataFrame({"privacy": ["p"], "seeds": [1]})
@@ -234,6 +247,157 @@ def test_a_score_on_clients_examples_is_refused(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(DataChoice, "facts", facts)
         with pytest.raises(UserError, match="public examples"):
             run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out")
+
+
+# Scores with noise
+
+OF_CLIENTS = BASE.replace('name = "digits"\nclients = 6', 'name = "heart-disease"\npartition = "natural"')
+NOISED = f"{AXIS}{TUNING}score_noise_multiplier = 2.5\n"
+UNSEEDED = NOISED.replace("seed = 6\n", "").replace("expected_trials = 4", "expected_trials = 9")
+
+
+def of_clients(folder: Path, text: str = NOISED, test: str = "within") -> tuple[Any, Path]:
+    root = folder / "data"
+    if not root.exists():
+        write_hospitals(root, KINDS["heart-disease"].held())
+    base = OF_CLIENTS.replace("validation = 0.2", f'validation = 0.3\ntest = "{test}"')
+    return load_sweep(sweep_file(folder, text, base)), root
+
+
+@pytest.mark.parametrize(("test", "clients"), [("within", 4), ("clients", 1)])
+def test_a_noised_score_selects_and_is_all_that_is_said_of_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], test: str, clients: int
+) -> None:
+    (sweep, root), out = of_clients(tmp_path, test=test), tmp_path / "out"
+    file = tmp_path / "sweep.toml"
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(file), "--out", str(out), "--jobs", "1", "--data-root", str(root)])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    kept, chosen = (json.loads((out / name).read_text()) for name in ("scores.json", "tuning.json"))
+    assert (out / "scores.json").stat().st_mode & 0o777 == 0o600
+    scores = kept["scores"]
+    assert chosen["score"] == scores[chosen["selected"]] == max(scores.values())
+    assert (chosen["by"], chosen["score_clients"]) == ("noised_validation_accuracy", clients)
+    assert chosen["score_noise_stddev"] == 2.5 / clients
+    plan = common_plan(sweep, sweep.trials(), root)
+    noise, count = ScoreNoise(multiplier=2.5), sweep.tuning.count
+    assert chosen["epsilon"] == tuning_epsilon(plan, count, noise) > tuning_epsilon(plan, count)
+    assert f"by noised_validation_accuracy {chosen['score']:.4f}" in said
+    assert "which the epsilon of the tuning includes" in said
+    assert "every score without noise on clients' examples" in chosen["condition"]
+    assert spent_below(out)[0].total.epsilon == chosen["epsilon"]
+
+    bare = []
+    for name in scores:
+        config = load_config(out / "trials" / name / "config.toml")
+        federation = make_federation(config, root)
+        task, data = task_of(config, federation, "cpu"), federation.dataset
+        assert data.validation_inputs is not None
+        assert data.validation_labels is not None
+        assert data.validated is not None
+        model = task.layout.flatten(load_model(out / "trials" / name))
+        total = sum_of_accuracies(task, model, data.validation_inputs, data.validation_labels, data.validated)
+        bare.append(total / UNITS / clients)
+        summary = json.loads((out / "trials" / name / "summary.json").read_text())
+        assert ("validation_accuracy" in summary.get("not_covered", ())) == (test == "within")
+    moved = np.array(list(scores.values())) - np.array(bare)
+    assert len(moved) > 2
+    assert np.all(np.abs(moved) > 1e-6)
+    assert len(set(np.round(moved, 6))) == len(moved)
+    assert all((score * clients / release_grid(2.5)).is_integer() for score in scores.values())
+    assert not any(f"{score:.4f}" in said for score in [*bare, *scores.values()] if score != chosen["score"])
+
+
+@pytest.mark.parametrize("source", [SeededStreams(3, "a"), SystemStreams()], ids=["seeded", "system"])
+def test_the_noise_of_scores_has_the_deviation_that_is_accounted(source: Any) -> None:
+    noise, clients, total = ScoreNoise(multiplier=3.0), 7, 4 * UNITS + 123
+    found = [with_noise(total, clients, noise, source.source(Purpose.SCORE_NOISE, client=n)) for n in range(4000)]
+    moved = (np.array(found) * clients - total / UNITS) / 3.0
+    rounding = (release_grid(3.0) / 3.0) ** 2 / 12.0
+    assert abs(moved.mean()) < stats.norm.isf(FALSE_ALARM / 2) * np.sqrt((1.0 + rounding) / len(moved))
+    tails = stats.chi2.isf([1.0 - FALSE_ALARM / 2, FALSE_ALARM / 2], len(moved)) / len(moved)
+    assert tails[0] < np.mean(moved**2) / (1.0 + rounding) < tails[1]
+
+
+def test_scores_have_streams_of_their_own_tuning_or_of_the_operating_system() -> None:
+    def drawn(seed: int | None, tuning: str, place: int) -> bytes:
+        return streams_of(seed, tuning).source(Purpose.SCORE_NOISE, client=place).words(2).tobytes()
+
+    assert drawn(1, "a", 0) == drawn(1, "a", 0)
+    assert len({drawn(1, "a", 0), drawn(1, "a", 1), drawn(2, "a", 0), drawn(1, "b", 0)}) == 4
+    assert drawn(None, "a", 0) != drawn(None, "a", 0)
+
+
+def test_scores_are_drawn_once_however_often_a_tuning_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sweep, root), out = of_clients(tmp_path, UNSEEDED), tmp_path / "out"
+    folder = RunDirectory(out)
+    out.mkdir()
+    trials = draw_trials(sweep, sweep.trials(), folder, begun=False)
+    while len(trials) < 3:
+        (out / "drawn.json").unlink()
+        trials = draw_trials(sweep, sweep.trials(), folder, begun=False)
+    calls = []
+
+    def killed_at_the_second(*arguments: Any) -> float:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return with_noise(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedpriv.sweeps.tuning_score.with_noise", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(sweep, out, data_root=root)
+    (first,) = folder.read_json("scores.json")["scores"].items()
+    assert not (out / "tuning.json").exists()
+    run_sweep(sweep, out, data_root=root, resume=True)
+    whole, chosen = (out / "scores.json").read_bytes(), (out / "tuning.json").read_bytes()
+    scores = json.loads(whole)["scores"]
+    assert scores[first[0]] == first[1]
+    assert len(scores) == len(trials)
+    (out / "tuning.json").unlink()
+    for _ in range(2):
+        run_sweep(sweep, out, data_root=root, resume=True)
+        assert ((out / "scores.json").read_bytes(), (out / "tuning.json").read_bytes()) == (whole, chosen)
+    (out / "scores.json").unlink()
+    with pytest.raises(UserError, match=r"scores\.json.*missing"):
+        run_sweep(sweep, out, data_root=root, resume=True)
+    assert not (out / "scores.json").exists()
+    with pytest.raises(UserError, match="another"):
+        run_sweep(of_clients(tmp_path, UNSEEDED.replace("2.5", "9.0"))[0], out, data_root=root, resume=True)
+
+
+def test_noise_is_for_scores_on_clients_examples_and_only_for_those(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path, NOISED))
+    with pytest.raises(UserError, match=r"^tuning\.score_noise_multiplier: expected none with public validation"):
+        run_sweep(sweep, tmp_path / "out")
+    for test in ("within", "clients"):
+        bare, root = of_clients(tmp_path, AXIS + TUNING, test)
+        with pytest.raises(UserError, match=r"Set tuning\.score_noise_multiplier"):
+            run_sweep(bare, tmp_path / "out", data_root=root)
+    for wrong in ("0", "-1.0", "nan", '"much"'):
+        with pytest.raises(UserError, match=r"tuning\.score_noise_multiplier"):
+            load_sweep(sweep_file(tmp_path, NOISED.replace("2.5", wrong)))
+
+
+def test_where_every_trial_fails_there_is_no_score_to_speak_of(tmp_path: Path) -> None:
+    sweep, root = of_clients(tmp_path)
+    assert sweep.tuning is not None
+    table = pd.DataFrame({"trial": ["a"], "status": ["failed"], "s": [None]})
+    chosen = choose_best(sweep.tuning, common_plan(sweep, sweep.trials(), root), "s", {}, table)
+    assert chosen["selected"] is chosen["score"] is chosen["score_clients"] is None
+    assert "over clients" in about_tuning(chosen)[1]
+
+
+def test_a_tuning_without_noised_scores_goes_on_as_it_was_drawn_before_there_were_any(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path))
+    draw_trials(sweep, sweep.trials(), RunDirectory(tmp_path), begun=False)
+    tuning = {"distribution": "geometric", "expected_trials": 4.0, "eta": None, "seed": 6}
+    tables = json.dumps([tuning, [trial.tables for trial in sweep.trials()]], sort_keys=True)
+    assert RunDirectory(tmp_path).read_json("drawn.json")["digest"] == hashlib.sha256(tables.encode()).hexdigest()
 
 
 def test_eta_is_for_the_negative_binomial_alone() -> None:

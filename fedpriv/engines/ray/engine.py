@@ -416,7 +416,7 @@ def _to_ship(population: Population) -> Population:
         return population
     data = population.federation.dataset
     dataset = replace(data, test_inputs=data.test_inputs[:1], test_labels=data.test_labels[:1], groups=None)
-    dataset = replace(dataset, validation_inputs=None, validation_labels=None)
+    dataset = replace(dataset, validation_inputs=None, validation_labels=None, tested=None, validated=None)
     return replace(population, federation=replace(population.federation, dataset=dataset))
 
 

@@ -1,0 +1,208 @@
+"""What a tuning has spent, read from its folder: one release of its best trial, or else the sum of all its trials.
+
+The epsilon of a tuning is far below the sum, but it is proved for a random number of trials of one promise that were
+drawn before the first began. So it counts only if the folder says all that; what does not fit is added up.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpriv.errors import UserError
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.experiment.schema import field_names, read_table
+from fedpriv.privacy import Everyone, PrivacyPlan
+from fedpriv.privacy.tuning import ScoreNoise, tuning_epsilon
+from fedpriv.report.spent_runs import Run, name_of
+from fedpriv.sweeps.files import CHOSEN, DRAWN, TRIALS
+from fedpriv.sweeps.tuning import Tuning, but_for_bound
+from fedpriv.sweeps.tuning_score import SCORES
+
+__all__ = ["TunedRun", "with_tunings"]
+
+_PROMISE = ("trust", "adjacency", "unit", "delta")
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedRun(Run):
+    """The best of a tuning's trials, which is released as one; its plan is that of each trial.
+
+    Args:
+        epsilon: Of the tuning, at the plan's delta.
+        selected: Name of the trial; None if every trial failed.
+        condition: Under which the epsilon holds.
+        trials: All that are here. How many there are, and all but the selected one, is secret.
+    """
+
+    epsilon: float
+    selected: str | None
+    condition: str
+    trials: tuple[Run, ...]
+
+    @property
+    def parts(self) -> tuple[Run, ...]:
+        """See `Run.parts`."""
+        return self.trials
+
+    @property
+    def extent(self) -> str:
+        """See `Run.extent`."""
+        return "the best trial"
+
+    def epsilon_after(self, rounds: int) -> float:
+        """The whole, whatever the number of rounds: something was selected."""
+        return self.epsilon
+
+    def mu_after(self, rounds: int) -> float | None:
+        """None: the best of many is no Gaussian mechanism."""
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """See `Run.as_dict`."""
+        return {**super().as_dict(), "selected": self.selected, "condition": self.condition}
+
+
+class _Misfit(Exception):  # noqa: N818
+    """Why a tuning.json does not fit its trials."""
+
+
+def with_tunings(runs: Mapping[Path, Run], root: Path) -> list[Run]:
+    """Return the runs below a folder, with one in place of all trials of each tuning that is finished and fits.
+
+    Args:
+        runs: By their folders.
+        root: The folder that was searched.
+
+    Raises:
+        UserError: If a tuning's file is damaged.
+    """
+    found = {path: [run] for path, run in runs.items()}
+    for folder in sorted({file.parent for name in (CHOSEN, DRAWN) for file in root.rglob(name)}):
+        paths = [path for path in found if path.parent == folder / TRIALS]
+        if paths:
+            trials = {path.name: run for path in paths for run in found.pop(path)}
+            found[folder] = _counted(RunDirectory(folder), name_of(folder, root), trials)
+    return [run for path in sorted(found) for run in found[path]]
+
+
+def _counted(folder: RunDirectory, name: str, trials: Mapping[str, Run]) -> list[Run]:
+    chosen = folder.read_json(CHOSEN)
+    if chosen is None:
+        why = f"{name} is a tuning without {CHOSEN}, thus unfinished: all of its trials here are added up."
+        return _one_by_one(folder, name, trials, {}, why)
+    try:
+        return [_as_one(name, trials, chosen, folder.read_json(DRAWN))]
+    except _Misfit as misfit:
+        why = f"{name}: its {CHOSEN} does not fit its trials ({misfit}): all of its trials here are added up."
+        return _one_by_one(folder, name, trials, chosen if isinstance(chosen, dict) else {}, why)
+
+
+def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> TunedRun:
+    tuning, stated = _record(chosen)
+    selected = chosen["selected"]
+    _check_drawn(trials, selected, drawn)
+    finished = {trial for trial, run in trials.items() if run.state == "finished"}
+    if selected not in finished and (selected is not None or finished):
+        raise _Misfit("the selected trial is not here, finished")
+    plan = _common_plan(trials)
+    if any(chosen[key] != getattr(plan, key) for key in _PROMISE):
+        raise _Misfit("its promise is another than theirs")
+    least = tuning_epsilon(plan, tuning.count, tuning.score_noise)
+    if plan.trust != "central" or not stated >= least * (1.0 - _ROUNDING):
+        raise _Misfit("its epsilon is less than such trials cost")
+    rounds = max(plan.rounds, 1)
+    return TunedRun(
+        name=name,
+        clients=next(iter(trials.values())).clients,
+        state="tuning",
+        rounds=rounds,
+        planned=rounds,
+        plan=plan,
+        noise=None,
+        scores={},
+        note=f"{name} is a tuning, counted as one release of its best trial: its epsilon holds {tuning.condition}.",
+        epsilon=stated,
+        selected=selected,
+        condition=tuning.condition,
+        trials=tuple(trials.values()),
+    )
+
+
+def _record(chosen: Any) -> tuple[Tuning, float]:
+    """How trials were drawn, and the epsilon that is stated."""
+    try:
+        tuning = read_table(Tuning, {key: chosen[key] for key in field_names(Tuning) if key in chosen}, "tuning")
+        stated = math.inf if chosen["epsilon"] is None else float(chosen["epsilon"])
+        if isinstance(chosen["selected"], str | None) and all(key in chosen for key in _PROMISE):
+            return tuning, stated
+    except (UserError, KeyError, TypeError, ValueError):
+        pass
+    raise _Misfit("it is not the record of a tuning")
+
+
+def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: Any) -> None:
+    """That all trials were drawn before the first began; of what was released, the selected one alone is left."""
+    if drawn is None and set(trials) == {selected} and all(run.draw is not None for run in trials.values()):
+        return
+    try:
+        left = {row["draw"] for row in drawn["trials"]}
+    except (TypeError, KeyError):
+        raise _Misfit(f"there is no {DRAWN} that says that they were drawn") from None
+    for run in trials.values():
+        if run.draw not in left:
+            raise _Misfit("one of them was not drawn for it")
+        left.remove(run.draw)
+
+
+def _common_plan(trials: Mapping[str, Run]) -> PrivacyPlan:
+    """The plan of every trial, but for its bound."""
+    begun = [run for run in trials.values() if run.plan is not None or run.rounds > 0]
+    plans = [None if run.plan is None else but_for_bound(run.plan) for run in begun]
+    if not plans or any(plan is None or plan != plans[0] for plan in plans):
+        raise _Misfit("they do not have one promise")
+    first = next(iter(trials.values()))
+    if any(run.clients != first.clients for run in trials.values()):
+        raise _Misfit("they are not on the same clients")
+    assert plans[0] is not None
+    return plans[0]
+
+
+def _one_by_one(
+    folder: RunDirectory, name: str, trials: Mapping[str, Run], chosen: Mapping[str, Any], why: str
+) -> list[Run]:
+    """All trials, and beside them their scores, if those were made of clients' examples."""
+    runs = [replace(run, note=why) for run in trials.values()]
+    kept = folder.read_json(SCORES)
+    multiplier = chosen.get("score_noise_multiplier")
+    if kept is not None:
+        multiplier = kept.get("noise_multiplier") if isinstance(kept, dict) else repr(kept)
+    first = next((run for run in runs if run.plan is not None), None)
+    if multiplier is None or first is None or first.plan is None:
+        return runs
+    try:
+        noise = ScoreNoise(multiplier=multiplier)
+    except (UserError, TypeError):
+        file, remedy = folder.file(CHOSEN if kept is None else SCORES), "Restore the file, or move the tuning away"
+        raise UserError(str(file), "the noise multiplier of scores", repr(multiplier), remedy) from None
+    everyone = Everyone(first.plan.sampling.population)
+    scores = Run(
+        name=f"{name}/{SCORES}",
+        clients=first.clients,
+        state=first.state,
+        rounds=sum(run.state == "finished" for run in runs),
+        planned=len(runs),
+        plan=replace(
+            first.plan,
+            sampling=everyone,
+            rounds=len(runs),
+            l2_bound=ScoreNoise.SENSITIVITY,
+            noise_multiplier=noise.multiplier,
+        ),
+        noise=None,
+        scores={},
+        note=why,
+    )
+    return [*runs, scores]
