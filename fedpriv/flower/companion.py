@@ -42,7 +42,7 @@ def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[byte
     """
 
     def start(command: Sequence[str], **options: Any) -> Any:
-        process = subprocess.Popen(companion_of(lock, command), **options)
+        process: Any = subprocess.Popen(companion_of(lock, command), **options)
         started(command[0], process)
         return process
 

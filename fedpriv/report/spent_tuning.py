@@ -147,8 +147,9 @@ def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: Any) ->
     """That all trials were drawn before the first began; of what was released, the selected one alone is left."""
     if drawn is None and set(trials) == {selected} and all(run.draw is not None for run in trials.values()):
         return
+    kept: Any = {} if drawn is None else drawn
     try:
-        left = {row["draw"] for row in drawn["trials"]}
+        left = {row["draw"] for row in kept["trials"]}
     except (TypeError, KeyError):
         raise _Misfit(f"there is no {DRAWN} that says that they were drawn") from None
     for run in trials.values():
@@ -176,7 +177,7 @@ def _one_by_one(
     """All trials, and beside them their scores, if those were made of clients' examples."""
     runs = [replace(run, note=why) for run in trials.values()]
     kept = folder.read_json(SCORES)
-    multiplier = chosen.get("score_noise_multiplier")
+    multiplier: Any = chosen.get("score_noise_multiplier")
     if kept is not None:
         multiplier = kept.get("noise_multiplier") if isinstance(kept, dict) else repr(kept)
     first = next((run for run in runs if run.plan is not None), None)

@@ -304,7 +304,9 @@ def with_a_child(monkeypatch, code, meanwhile):
         return started[-1]
 
     def program():
-        supernode.subprocess.Popen(["flower-superexec", "--insecure"])
+        supernode.subprocess.Popen(  # pyright: ignore[reportPrivateImportUsage]
+            ["flower-superexec", "--insecure"]
+        )
         meanwhile(started[0])
         raise SystemExit(0)
 

@@ -22,7 +22,7 @@ from fedpriv.experiment.config import PrivacyChoice, Training, parse_config
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.execution import Execution, start_engine
 from fedpriv.experiment.timing import Versions
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.privacy import SAMPLINGS, Everyone, Poisson, make_plan
 from fedpriv.rounds import agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
@@ -179,7 +179,7 @@ def test_numbers_at_the_limits_move_the_model(server_lr: float, federation: Hold
 
 def test_a_model_that_leaves_float32_ends_the_run_in_one_line() -> None:
     """Each number is within its limits, and their product is not."""
-    method = METHODS["dp-fedavg"](clip_norm=1e20, server_lr=1e20)
+    method = DPFedAvg(clip_norm=1e20, server_lr=1e20)
     plan = make_plan(trust="central", sampling=Everyone(3), rounds=1, delta=1e-5, l2_bound=1e20, noise_multiplier=1.0)
     server, _ = agree(method, Everyone(3), plan, SeededStreams(1))
     state = method.init_server(torch.zeros(4))

@@ -423,5 +423,7 @@ def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_
     assert without.epsilon < 0.1 * charged.epsilon
     with_memory = Privacy(noise_multiplier=2.0, app_memory=False).plan(AlphaNormECRules(), cohort, 50)
     assert with_memory.epsilon == whole.epsilon
-    drawn = [Privacy(noise_multiplier=2.0, app_memory=known).plan(rules, Poisson(1000, 0.02), 50) for known in (0, 1)]
+    drawn = [
+        Privacy(noise_multiplier=2.0, app_memory=known).plan(rules, Poisson(1000, 0.02), 50) for known in (False, True)
+    ]
     assert drawn[0].epsilon == drawn[1].epsilon < charged.epsilon

@@ -50,7 +50,7 @@ class ClockedGrid(InProcessGrid):
             return answers
         self.waits.append(timeout)
         needed = {m.metadata.dst_node_id: self.seconds[self.order.index(m.metadata.dst_node_id)] for m in asked}
-        end = POLL * math.ceil(min(timeout, max(needed.values())) / POLL)
+        end = POLL * math.ceil(min(math.inf if timeout is None else timeout, max(needed.values())) / POLL)
         self.clock.now += end
         return [answer for answer in answers if needed[answer.metadata.src_node_id] <= end]
 
@@ -119,13 +119,15 @@ def test_evaluation_by_clients_lasts_its_time_too(clock):
     assert moments == pytest.approx([2.0 * SECONDS * k for k in range(ROUNDS + 1)])
 
 
-def test_a_round_that_takes_longer_than_its_time_is_said(clock, caplog):
-    def add(*_):
-        clock.now += 30.0
-        return add.before(*_)
-
+def test_a_round_that_takes_longer_than_its_time_is_said(clock, caplog, monkeypatch):
     strategy = DPFedAvg(num_clients=CLIENTS, seed=4, privacy=CENTRAL, cohort=SECRET, round_seconds=SECONDS)
-    add.before, strategy._read = strategy._read, add
+    read = strategy._read
+
+    def slowly(replies):
+        clock.now += 30.0
+        return read(replies)
+
+    monkeypatch.setattr(strategy, "_read", slowly)
     with inside_a_run(), caplog.at_level(logging.WARNING, "flwr"):
         strategy.start(
             ClockedGrid(clock, [40.0] * CLIENTS),

@@ -241,10 +241,12 @@ def tuned(
     """The folder of a tuning that has come to its end, and what it states."""
     tuning = Tuning(distribution=distribution, expected_trials=4.0, score_noise_multiplier=score)
     names = [f"trial-{draw}" for draw in draws]
-    for draw, name in zip(draws, names, strict=True):
-        released = 2 if failed else None
-        trial = record(folder / "trials" / name, f"privacy.draw={draw}", *settings, released=released)
-    plan = read_plan(trial.read_json("privacy.json"), "")
+    released = 2 if failed else None
+    trials = [
+        record(folder / "trials" / name, f"privacy.draw={draw}", *settings, released=released)
+        for draw, name in zip(draws, names, strict=True)
+    ]
+    plan = read_plan(trials[-1].read_json("privacy.json"), "")
     assert plan is not None
     status = "failed" if failed else "done"
     table = pd.DataFrame({"trial": names, "status": status, "s": [0.1 * (n % 2) for n in range(len(names))]})
