@@ -31,7 +31,8 @@ from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, jsonable, write_atomically
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, jsonable
+from fedpriv.files import write_atomically
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY

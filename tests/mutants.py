@@ -734,7 +734,7 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: records are not on the disk when the message leaves",
-        "fedpriv/deploy/device/files.py",
+        "fedpriv/files.py",
         "                _write_all(file, line)\n                os.fsync(file)",
         "                _write_all(file, line)",
         MEMBER,
@@ -1142,7 +1142,7 @@ MUTANTS = [
     ),
     Mutant(
         "a part that a crash left is written to as it is",
-        "fedpriv/experiment/run_directory.py",
+        "fedpriv/files.py",
         "part.unlink(missing_ok=True)  # one that a crash left keeps its mode",
         "part.touch(); os.O_EXCL = 0",
         RELEASED,
@@ -1164,8 +1164,8 @@ MUTANTS = [
     Mutant(
         "snapshots of states are open to all",
         "fedpriv/engines/ray/snapshots.py",
-        "os.O_CREAT | os.O_EXCL, 0o600)",
-        "os.O_CREAT | os.O_EXCL, 0o644)",
+        "[content], 0o600, durable=False)",
+        "[content], 0o644, durable=False)",
         RELEASED,
     ),
     Mutant(

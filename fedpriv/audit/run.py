@@ -16,7 +16,8 @@ from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.run_directory import RunDirectory, jsonable, write_atomically
+from fedpriv.experiment.run_directory import RunDirectory, jsonable
+from fedpriv.files import write_atomically
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.version import __version__

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedpriv.deploy.device.heads import Head
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.files import write_atomically
 
 __all__ = ["HEADS_FILE", "HeadBook", "newer_heads"]
 

@@ -1,14 +1,14 @@
-"""The run directory: what a run writes, atomically, and how it is read back."""
+"""The run directory: what a run writes, and how it is read back."""
 
 import fcntl
 import json
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.errors import UserError
+from fedpriv.files import open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
 
@@ -25,10 +26,7 @@ __all__ = [
     "RunDirectory",
     "flat_tables",
     "jsonable",
-    "make_owners_folder",
-    "open_to_append",
-    "sync_folder",
-    "write_atomically",
+    "safetensors_pieces",
 ]
 
 FILES = tuple(output.name for output in OUTPUTS if output.left)
@@ -39,52 +37,6 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 
 HETEROGENEITY_FILE = "heterogeneity.json"
 """How much the clients of a simulated run differ."""
-
-
-def write_atomically(path: Path, content: bytes | str, mode: int | None = None) -> None:
-    """Writes a file that appears whole or not at all, also if the machine stops in between.
-
-    Args:
-        path: The file.
-        content: What it holds.
-        mode: Who may read it, from its first byte on; None leaves that to the umask.
-    """
-    write_pieces_atomically(path, [content.encode() if isinstance(content, str) else content], mode)
-
-
-def write_pieces_atomically(path: Path, pieces: Iterable[bytes | memoryview], mode: int | None = None) -> None:
-    """The same for a content that comes in pieces, of which only one is in memory at a time."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)  # one that a crash left keeps its mode
-    with os.fdopen(
-        os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _ANYONE if mode is None else mode), "wb"
-    ) as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def open_to_append(path: Path, mode: int | None = None) -> BinaryIO:
-    """A file to add to, created with `mode`, or as the umask says, if it is not there."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _ANYONE if mode is None else mode), "ab")
-
-
-def make_owners_folder(path: Path) -> None:
-    """Makes a folder that its owner alone can enter, or closes one to others before more is written to it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
-
-
-def sync_folder(path: Path) -> None:
-    """Puts on the disk which files a folder holds."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
@@ -105,10 +57,6 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     for name in names:
         flat = tensors[name].reshape(-1)
         yield flat.view(torch.uint8).numpy().data if len(flat) else b""
-
-
-# What the umask is taken off.
-_ANYONE = 0o666
 
 
 def jsonable(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.files import write_atomically
 from fedpriv.version import __version__
 
 __all__ = ["CLIENT_MODULE", "SERVER_MODULE", "app_files", "app_hash", "write_app"]

@@ -31,8 +31,9 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.execution import cores
-from fedpriv.experiment.run_directory import RunDirectory, open_to_append
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
+from fedpriv.files import open_to_append
 from fedpriv.flower.bundle import CLIENT_MODULE, SERVER_MODULE
 from fedpriv.privacy.released import OWNER_ONLY
 

@@ -15,7 +15,8 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import jsonable, write_atomically
+from fedpriv.experiment.run_directory import jsonable
+from fedpriv.files import write_atomically
 from fedpriv.privacy import rounded_up
 from fedpriv.report import figures as report_figures
 from fedpriv.report import words

@@ -18,7 +18,8 @@ import pandas as pd
 from fedpriv.data.files import default_data_root
 from fedpriv.errors import UserError
 from fedpriv.experiment.execution import cores
-from fedpriv.experiment.run_directory import RunDirectory, make_owners_folder
+from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.files import make_owners_folder
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.sweeps import local_jobs

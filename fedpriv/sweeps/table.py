@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables, write_atomically
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.files import write_atomically
 from fedpriv.sweeps.config import Trial
 from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
 

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from fedpriv.experiment.run_directory import make_owners_folder
+from fedpriv.files import make_owners_folder
 from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]

@@ -7,7 +7,8 @@ from typing import Any
 
 import wandb
 
-from fedpriv.experiment.run_directory import RunDirectory, flat_tables, make_owners_folder
+from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.files import make_owners_folder
 from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]

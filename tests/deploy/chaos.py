@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fedpriv.deploy.device.files
+import fedpriv.files
 import fedpriv.mechanisms.noise
 from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.deploy.device.ledger import Ledger, spent
@@ -111,12 +111,12 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
         def fsync(self, file: int) -> None:
             pass
 
-    before, synced = fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder
-    fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
+    before, synced = fedpriv.files.os, fedpriv.files.sync_folder
+    fedpriv.files.os, fedpriv.files.sync_folder = Os(), disk.sync_folder  # type: ignore[assignment]
     try:
         yield
     finally:
-        fedpriv.deploy.device.files.os, fedpriv.deploy.device.files.sync_folder = before, synced
+        fedpriv.files.os, fedpriv.files.sync_folder = before, synced
 
 
 @contextmanager

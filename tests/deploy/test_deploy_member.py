@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fedpriv.deploy.device.files
+import fedpriv.files
 from fedpriv.deploy.device.ledger import Ledger, account_of, in_words, spent, surely_within
 from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.memory import MemoryFile
@@ -214,7 +214,7 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(
-        fedpriv.deploy.device.files.os,
+        fedpriv.files.os,
         "fsync",
         lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f)),
     )
@@ -254,7 +254,7 @@ def test_a_full_disk_is_said_and_no_memory_is_lost(
             raise OSError(28, "No space left on device")
         return real(file, content)
 
-    monkeypatch.setattr(fedpriv.deploy.device.files.os, "write", write)
+    monkeypatch.setattr(fedpriv.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left") as caught:
         ask(member, *turn(2, 1))
     assert caught.value.kind == "trouble"
@@ -281,7 +281,7 @@ def test_a_full_disk_charges_no_message_that_never_left(
             raise OSError(28, "No space left on device")
         return real(file, content)
 
-    monkeypatch.setattr(fedpriv.deploy.device.files.os, "write", write)
+    monkeypatch.setattr(fedpriv.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left"):
         ask(member, *turn(2, 1))
     assert len(calls) > full_at
@@ -311,7 +311,7 @@ def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message
         if len(done) == stop_at + 1:
             raise Stopped
 
-    monkeypatch.setattr(fedpriv.deploy.device.files.os, "fsync", fsync)
+    monkeypatch.setattr(fedpriv.files.os, "fsync", fsync)
     with pytest.raises(Stopped):
         ask(member, *turn(2, 1))
     monkeypatch.undo()

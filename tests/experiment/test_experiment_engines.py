@@ -19,7 +19,8 @@ from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.execution import Execution, bytes_of, choose_compute, start_engine
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import safetensors_pieces, write_pieces_atomically
+from fedpriv.experiment.run_directory import safetensors_pieces
+from fedpriv.files import write_pieces_atomically
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.rounds import ClientRules, begin_round, client_round
 from fedpriv.streams import SeededStreams

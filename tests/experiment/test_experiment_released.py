@@ -28,8 +28,9 @@ from fedpriv.experiment.plots import plot_curves
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import RunDirectory, write_atomically
+from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import StopRun
+from fedpriv.files import write_atomically
 from fedpriv.methods import Clip21
 from fedpriv.privacy import Everyone, privacy_statement
 from fedpriv.privacy.released import OUTPUTS, OWNER_ONLY, VALUES, Kind, mode_of

@@ -25,7 +25,8 @@ from fedpriv.experiment import run_directory as records
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import FILES, RunDirectory, write_atomically
+from fedpriv.experiment.run_directory import FILES, RunDirectory
+from fedpriv.files import write_atomically
 from fedpriv.privacy import accounting
 from fedpriv.rounds import begin_round, finish_round
 from fedpriv.streams import Purpose, SeededStreams

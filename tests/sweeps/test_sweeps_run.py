@@ -22,7 +22,7 @@ from fedpriv.cli import main
 from fedpriv.engines.ray.cluster import connect, remove_abandoned
 from fedpriv.errors import UserError
 from fedpriv.experiment.results import compare_runs
-from fedpriv.experiment.run_directory import write_pieces_atomically
+from fedpriv.files import write_pieces_atomically
 from fedpriv.sweeps import local_jobs, ray_jobs
 from fedpriv.sweeps.config import Axis, load_sweep
 from fedpriv.sweeps.jobs import Ended, Job, JobDied
@@ -361,7 +361,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
         write(file, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedpriv.experiment.run_directory.write_pieces_atomically", written)
+        patched.setattr("fedpriv.files.write_pieces_atomically", written)
         with pytest.raises(SystemExit) as caught:
             main(["sweep", str(path), "--out", str(out)])
     assert caught.value.code == 2

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from flwr.app import ConfigRecord, RecordDict
 
-from fedpriv.deploy.device.files import make_private_folder, replace_durably
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table
+from fedpriv.files import make_private_folder, replace_durably
 
 __all__ = ["HEAD", "KEY_FILE", "Head", "LedgerKey"]
 

@@ -14,15 +14,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedpriv.deploy.device.files import (
-    append_durably,
-    finish_replacing,
-    make_private_folder,
-    only_one,
-    prepare_replacing,
-)
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError
+from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.promise import Promise
 from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
 

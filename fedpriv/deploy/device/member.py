@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpriv.deploy.device.files import make_private_folder, only_one
 from fedpriv.deploy.device.heads import Head, LedgerKey
 from fedpriv.deploy.device.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
 from fedpriv.deploy.device.memory import MemoryFile, Record, remembered_ledgers
 from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
+from fedpriv.files import make_private_folder, only_one
 from fedpriv.flower.messages import Order, Terms, method_name
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, has_memory

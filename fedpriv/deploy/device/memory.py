@@ -30,8 +30,8 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fedpriv.deploy.device.files import finish_replacing, make_private_folder, prepare_replacing, unfinished
 from fedpriv.errors import UserError
+from fedpriv.files import finish_replacing, make_private_folder, prepare_replacing, unfinished
 from fedpriv.flower.refusals import Refusal
 
 __all__ = ["Fields", "MemoryFile", "Record", "remembered_ledgers"]

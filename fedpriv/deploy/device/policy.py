@@ -6,10 +6,10 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from fedpriv.deploy.device.files import make_private_folder, replace_durably
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
+from fedpriv.files import make_private_folder, replace_durably
 from fedpriv.flower.messages import Order, Terms, method_name
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedpriv.deploy.setup.provision import seal_again
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.files import write_atomically
 from fedpriv.flower.internals.superlink import KnownNode, administering
 
 __all__ = ["Comparison", "compared", "register_nodes", "remove_node"]

@@ -29,8 +29,8 @@ from fedpriv.deploy.setup.texts import (
 )
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
-from fedpriv.experiment.run_directory import write_atomically
 from fedpriv.experiment.schema import read_table
+from fedpriv.files import write_atomically
 
 __all__ = [
     "BUNDLES",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.files import write_atomically
 
 __all__ = ["CONNECTION", "REMOVED", "Roster", "key_in"]
 

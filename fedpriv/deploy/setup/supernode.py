@@ -17,7 +17,7 @@ import tomli_w
 from fedpriv.deploy.checks import WrongServerError, call_server, refuse_wrong, split_address
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import write_atomically
+from fedpriv.files import write_atomically
 from fedpriv.flower.bundle import app_hash
 from fedpriv.flower.companion import LOCK
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedpriv.engines.ray.host import merged
 from fedpriv.errors import UserError
+from fedpriv.files import write_pieces_atomically
 from fedpriv.rounds import Broadcast
 
 __all__ = ["Snapshots"]
@@ -82,15 +83,11 @@ class Snapshots:
     def _write(self, folder: Path, place: int, part: dict[str, Tensor]) -> Path:
         """One file, which appears whole or not at all, and which its owner alone can read."""
         path = folder / f"states-{os.getpid()}-{self._number}-{place}.safetensors"
-        unfinished = path.with_suffix(".part")
+        content = safetensors_bytes({name: tensor.contiguous() for name, tensor in part.items()})
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            unfinished.unlink(missing_ok=True)
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(safetensors_bytes({name: tensor.contiguous() for name, tensor in part.items()}))
-            unfinished.replace(path)
+            write_pieces_atomically(path, [content], 0o600, durable=False)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             remedy = "Make room, or choose another folder"
