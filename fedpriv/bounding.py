@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedpriv.errors import UserError
+from fedpriv.checks import require_representable
 
 __all__ = [
     "IN_PLACE",
@@ -28,7 +28,6 @@ __all__ = [
     "InPlace",
     "SmoothedNormalization",
     "finite_rows",
-    "require_representable",
     "row_norms",
 ]
 
@@ -199,16 +198,3 @@ def row_norms(vectors: Tensor) -> Tensor:
 def finite_rows(vectors: Tensor) -> Tensor:
     """Which rows of `[..., params]` hold no NaN and no infinity, as bool `[..., 1]`."""
     return torch.isfinite(vectors).all(dim=-1, keepdim=True)
-
-
-def require_representable(key: str, value: float) -> None:
-    """Raises UserError for a number so small or large that float32 cannot hold what is multiplied with it."""
-    require_positive(key, value)
-    if not 1e-20 <= value <= 1e20:
-        raise UserError(key, "a number from 1e-20 to 1e20", value, "Beyond that, float32 rounds to zero or infinity")
-
-
-def require_positive(key: str, value: float) -> None:
-    """Raises UserError unless `value` is a positive finite number."""
-    if not 0.0 < value < math.inf:
-        raise UserError(key, "a positive number", value, "Give a number above zero")

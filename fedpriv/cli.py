@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedpriv.checks import at_least_one
 from fedpriv.clock import DEVICES, SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
@@ -146,8 +147,8 @@ def run(
     """Run an experiment and fill its run directory."""
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / experiment.name
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise UserError("--checkpoint-every", "at least 1", checkpoint_every, "Give a number of rounds")
+    if checkpoint_every is not None:
+        at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")
     execution = Execution(
         engine=engine,
         compute=compute,

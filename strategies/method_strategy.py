@@ -10,7 +10,6 @@ import math
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fedpriv.checks import is_whole
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook
 from fedpriv.errors import UserError
@@ -117,8 +117,7 @@ class MethodStrategy(Strategy):
         heads: str | Path | None = None,
         round_seconds: float | None = None,
     ) -> None:
-        whole = isinstance(num_clients, Integral) and not isinstance(num_clients, bool)
-        if num_clients is not None and not (whole and num_clients >= 1):
+        if num_clients is not None and not is_whole(num_clients, 1):
             remedy = "Give the number of clients, or leave it out for as many as there are"
             raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:

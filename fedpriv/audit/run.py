@@ -13,6 +13,7 @@ from fedpriv.audit.evidence import attack_central, attack_local
 from fedpriv.audit.picture import plot_audit
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
+from fedpriv.checks import whole_from, whole_within
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
@@ -54,13 +55,10 @@ class AuditChoice:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not MIN_CANARIES <= self.canaries <= MAX_CANARIES:
-            expected = f"a whole number from {MIN_CANARIES} to {MAX_CANARIES}"
-            raise UserError("--canaries", expected, self.canaries, "A few hundred are enough")
+        whole_within("--canaries", self.canaries, MIN_CANARIES, MAX_CANARIES, "A few hundred are enough")
         if not 0.5 < self.confidence < 1.0:
             raise UserError("--confidence", "above 0.5 and below 1", self.confidence, "Give a number such as 0.95")
-        if self.seed < 0:
-            raise UserError("--audit-seed", "a whole number from 0", self.seed, "Give a seed such as 1")
+        whole_from("--audit-seed", self.seed, 0, "Give a seed such as 1")
         if self.engine not in ("auto", *CANARY_ENGINES):
             remedy = "Other engines sum the same messages to the same bits, so --engine loop audits them as well"
             raise UserError("--engine", " or ".join(["auto", *CANARY_ENGINES]), repr(self.engine), remedy)

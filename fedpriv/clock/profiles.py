@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from fedpriv.checks import real_within
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
@@ -121,9 +122,8 @@ class LogNormal:
         _check(self.speed, self.download, self.upload)
         _check_habits(self.available, self.dropout, self.day)
         for key in ("speed_spread", "download_spread", "upload_spread"):
-            if not 0.0 <= getattr(self, key) <= 5.0:
-                remedy = "1 spreads devices over a factor of ten, 2 over a hundred"
-                raise UserError(f"devices.{key}", "a number from 0 to 5", getattr(self, key), remedy)
+            remedy = "1 spreads devices over a factor of ten, 2 over a hundred"
+            real_within(f"devices.{key}", getattr(self, key), 0, 5, remedy)
 
     @property
     def keep_hours(self) -> bool:

@@ -26,6 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedpriv.checks import at_least_one, real_from
 from fedpriv.clock.participation import Clock, Participation
 from fedpriv.clock.timeline import Group, Step, Timeline
 from fedpriv.errors import UserError
@@ -203,11 +204,10 @@ class FedBuff:
 
     def __post_init__(self) -> None:
         for key in ("buffer_size", "concurrency"):
-            if getattr(self, key) < 1:
-                raise UserError(f"schedule.{key}", "at least 1", getattr(self, key), "Give a number of clients")
-        if self.staleness_exponent is not None and not 0.0 <= self.staleness_exponent <= 100.0:
+            at_least_one(f"schedule.{key}", getattr(self, key), "Give a number of clients")
+        if self.staleness_exponent is not None:
             remedy = "0.5 is usual; 0 weighs all messages the same"
-            raise UserError("schedule.staleness_exponent", "a number from 0", self.staleness_exponent, remedy)
+            real_from("schedule.staleness_exponent", self.staleness_exponent, 0, remedy, most=100.0)
 
     @property
     def draws_cohorts(self) -> bool:

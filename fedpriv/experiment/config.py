@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from fedpriv.checks import at_least_one, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Resampled
@@ -108,8 +109,8 @@ class PrivacyChoice:
     draw: int | None = None
 
     def __post_init__(self) -> None:
-        if self.draw is not None and self.draw < 0:
-            raise UserError("privacy.draw", "a whole number from 0", self.draw, "Take it away: a tuning gives it")
+        if self.draw is not None:
+            whole_from("privacy.draw", self.draw, 0, "Take it away: a tuning gives it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +129,7 @@ class Training:
         if not 0 <= self.rounds <= MAX_ROUNDS:
             expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
             raise UserError("training.rounds", expected, self.rounds, "Give the number of rounds")
-        if self.evaluate_every < 1:
-            raise UserError("training.evaluate_every", "at least 1", self.evaluate_every, "1 evaluates every round")
+        at_least_one("training.evaluate_every", self.evaluate_every, "1 evaluates every round")
 
     def evaluates(self, round: int) -> bool:
         """Whether the model after `round` is evaluated."""
@@ -397,8 +397,7 @@ class _Top:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError("seed", "a whole number from 0", self.seed, "Give a seed such as 7")
+        whole_from("seed", self.seed, 0, "Give a seed such as 7")
         if self.name in ("", ".", "..") or any(c in self.name for c in "/\\\0\n"):
             raise UserError("name", "a short name that can be a folder's", repr(self.name), "Change the name")
 
@@ -439,8 +438,8 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
     dataset_kind = DATASETS.resolve(options.pop("name", "nothing"), "data.name")
     partition_kind = PARTITIONS.resolve(options.pop("partition", "iid"), "data.partition")
     clients = options.pop("clients", None)
-    if clients is not None and (not isinstance(clients, int) or isinstance(clients, bool) or clients < 1):
-        raise UserError("data.clients", "a whole number of at least 1", repr(clients), "Give the number of clients")
+    if clients is not None:
+        positive_int("data.clients", clients, "Give the number of clients")
     shift_kind = SHIFTS.resolve(options.pop("shift"), "data.shift") if "shift" in options else None
     validation = options.pop("validation", None)
     if validation is not None and (isinstance(validation, bool) or not isinstance(validation, int | float)):

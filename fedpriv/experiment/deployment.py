@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpriv.checks import at_least_one
 from fedpriv.errors import UserError
 from fedpriv.methods import Method
 
@@ -41,8 +42,7 @@ class DeploymentChoice:
             seconds = getattr(self, key)
             if seconds is not None and not 0.0 < seconds < 1e9:
                 raise UserError(f"deployment.{key}", "seconds above 0", seconds, "Give some minutes")
-        if self.min_participants < 1:
-            raise UserError("deployment.min_participants", "at least 1", self.min_participants, "Give a number")
+        at_least_one("deployment.min_participants", self.min_participants, "Give a number")
 
     def seconds(self, *, secret_cohorts: bool) -> float:
         """Return the seconds from a broadcast to the end of its turn.

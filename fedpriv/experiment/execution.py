@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.checks import at_least_one, real_from
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.errors import UserError, nearest
@@ -96,10 +97,10 @@ class Execution:
         _choose("--compute", self.compute, ["auto", *_COMPUTES])
         _choose("--client-noise", self.client_noise or "fused", ["fused", "faithful"])
         _choose("--precision", self.precision or "float32", PRECISIONS)
-        if self.workers is not None and self.workers < 1:
-            raise UserError("--workers", "at least 1", self.workers, "Give the number of workers")
-        if self.gpus_per_worker is not None and not 0.0 <= self.gpus_per_worker <= 64.0:
-            raise UserError("--gpus-per-worker", "a number from 0", self.gpus_per_worker, "0.25 puts four on a GPU")
+        if self.workers is not None:
+            at_least_one("--workers", self.workers, "Give the number of workers")
+        if self.gpus_per_worker is not None:
+            real_from("--gpus-per-worker", self.gpus_per_worker, 0, "0.25 puts four on a GPU", most=64.0)
         if self.engine in ("loop", "vectorized", "flower"):
             self._refuse("ray", "workers", "gpus_per_worker", "ray_address")
         if self.engine == "flower":

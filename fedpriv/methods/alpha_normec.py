@@ -33,10 +33,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import SmoothedNormalization, require_representable
+from fedpriv.bounding import SmoothedNormalization
+from fedpriv.checks import require_fraction, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
-from fedpriv.methods.base import direction, require_fraction
+from fedpriv.methods.base import direction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import IN_PLACE, Bounded
-from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release
 from fedpriv.plugins import Registry
 
@@ -19,7 +18,6 @@ __all__ = [
     "direction",
     "feedback_of",
     "has_memory",
-    "require_fraction",
 ]
 
 
@@ -142,9 +140,3 @@ def direction(vector: Tensor) -> Tensor:
     exact = vector.double()
     norm = torch.linalg.vector_norm(exact)
     return (exact / norm).to(vector.dtype) if float(norm) > 0.0 else torch.zeros_like(vector)
-
-
-def require_fraction(key: str, value: float) -> None:
-    """Raises UserError unless 0 <= value < 1."""
-    if not 0.0 <= value < 1.0:
-        raise UserError(key, "a number from 0 up to but not including 1", value, "0 switches it off")

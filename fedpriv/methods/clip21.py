@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Clip, require_representable
+from fedpriv.bounding import Clip
+from fedpriv.checks import require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]

@@ -13,7 +13,8 @@ pseudo-gradient. With one full gradient as the signal it is DP-FedSGD.
 
 from dataclasses import dataclass
 
-from fedpriv.bounding import Clip, require_representable
+from fedpriv.bounding import Clip
+from fedpriv.checks import require_representable
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["DPFedAvg"]

@@ -12,7 +12,8 @@ x <- x - gamma mean_i m_i. Where clients' gradients do not vanish at the optimum
 
 from dataclasses import dataclass
 
-from fedpriv.bounding import SmoothedNormalization, require_representable
+from fedpriv.bounding import SmoothedNormalization
+from fedpriv.checks import require_representable
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["NormalizedSGD"]

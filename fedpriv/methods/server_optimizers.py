@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Bounded
+from fedpriv.checks import real_within, require_fraction
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release
-from fedpriv.methods.base import ClientState, Method, ServerState, client_part, require_fraction
+from fedpriv.methods.base import ClientState, Method, ServerState, client_part
 from fedpriv.plugins import Registry
 
 __all__ = [
@@ -303,7 +304,5 @@ def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
 def _check(optimizer: Adam | Yogi | Adagrad) -> None:
     for key in ("beta1", "beta2"):
         require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
-    if not SMALLEST_TAU <= optimizer.tau <= LARGEST_TAU:
-        remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-        expected = f"a number from {SMALLEST_TAU:g} to {LARGEST_TAU:g}"
-        raise UserError("server.tau", expected, optimizer.tau, remedy)
+    remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
+    real_within("server.tau", optimizer.tau, SMALLEST_TAU, LARGEST_TAU, remedy)

@@ -6,9 +6,9 @@ No other code multiplies a bound, a noise multiplier and an epsilon.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy.gaussian import MOST_NOISE
@@ -78,7 +78,7 @@ class PrivacyPlan:
         _check_names(self.trust, self.adjacency, self.unit)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
         _check_neighbours(self.sampling, self.adjacency)
-        if not (_is_number(self.noise_multiplier) and 0.0 <= self.noise_multiplier <= MOST_NOISE):
+        if not is_real(self.noise_multiplier, 0.0, MOST_NOISE):
             expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
 
@@ -372,22 +372,18 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
-
-
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not isinstance(rounds, Integral) or isinstance(rounds, bool) or not 0 <= rounds <= MOST_ROUNDS:
+    if not is_whole(rounds, 0, MOST_ROUNDS):
         expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
         raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
-    if not (_is_number(delta) and 1e-100 <= delta < 1.0):
+    if not (is_real(delta, 1e-100) and delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
-    if not (_is_number(l2_bound) and l2_bound > 0.0):
+    if not (is_real(l2_bound) and l2_bound > 0.0):
         raise ValueError(f"a method's bound is positive and finite, not {l2_bound}")
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if not (epsilon is not None and _is_number(epsilon) and epsilon >= SMALLEST_EPSILON):
+    if epsilon is None or not is_real(epsilon, SMALLEST_EPSILON):
         expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
         raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from itertools import count, pairwise
-from numbers import Integral, Real
 from typing import ClassVar
 
 import numpy as np
 
+from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.streams import Source
@@ -256,25 +256,20 @@ SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
 )
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _check_population(population: object) -> None:
-    if not _whole(population) or not 1 <= population <= LARGEST_POPULATION:  # type: ignore[operator]
+    if not is_whole(population, 1, LARGEST_POPULATION):
         expected = f"a whole number of clients from 1 to {LARGEST_POPULATION}"
         raise UserError("data.clients", expected, repr(population), "Set the number of clients")
 
 
 def _check_probability(probability: object) -> None:
-    real = isinstance(probability, Real) and not isinstance(probability, bool)
-    if not real or not 1e-100 <= float(probability) <= 1.0:  # type: ignore[arg-type]
+    if not is_real(probability, 1e-100, 1.0):
         expected = "a probability above 0 (from 1e-100) and at most 1"
         remedy = "It is the chance that one client takes part in one round; cohort size / clients is typical"
         raise UserError("cohort.probability", expected, repr(probability), remedy)
 
 
 def _check_size(size: object, population: int) -> None:
-    if not _whole(size) or not 1 <= size <= population:  # type: ignore[operator]
+    if not is_whole(size, 1, population):
         expected = f"a whole number of clients from 1 to {population}"
         raise UserError("cohort.size", expected, repr(size), "Lower cohort.size or raise data.clients")

@@ -29,6 +29,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedpriv.checks import real_within
 from fedpriv.errors import UserError
 from fedpriv.privacy.accounting import releases_of, round_event
 from fedpriv.privacy.gaussian import MOST_NOISE
@@ -201,9 +202,7 @@ class ScoreNoise:
     SENSITIVITY: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        if not _LEAST_SCORE_NOISE <= self.multiplier <= MOST_NOISE:
-            words = f"a number from {_LEAST_SCORE_NOISE:g} to {MOST_NOISE:g}"
-            raise UserError("tuning.score_noise_multiplier", words, self.multiplier, "For example 5")
+        real_within("tuning.score_noise_multiplier", self.multiplier, _LEAST_SCORE_NOISE, MOST_NOISE, "For example 5")
 
     @property
     def stddev(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedpriv.checks import at_least_one, real_from
 from fedpriv.data.files import default_data_root
 from fedpriv.errors import UserError
 from fedpriv.experiment.execution import cores
@@ -206,12 +207,10 @@ def _select(
 
 
 def _check(jobs: int | None, cpus: float, gpus: float) -> None:
-    if jobs is not None and jobs < 1:
-        raise UserError("--jobs", "at least 1", jobs, "Give the number of trials at a time")
-    if not 0.01 <= cpus <= 4096.0:
-        raise UserError("--cpus-per-trial", "a number from 0.01", cpus, "0.5 puts two trials on a core")
-    if not 0.0 <= gpus <= 64.0:
-        raise UserError("--gpus-per-trial", "a number from 0", gpus, "0.25 puts four on a GPU")
+    if jobs is not None:
+        at_least_one("--jobs", jobs, "Give the number of trials at a time")
+    real_from("--cpus-per-trial", cpus, 0.01, "0.5 puts two trials on a core", most=4096.0)
+    real_from("--gpus-per-trial", gpus, 0, "0.25 puts four on a GPU", most=64.0)
 
 
 def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:

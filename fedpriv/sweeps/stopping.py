@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpriv.checks import at_least_one
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
@@ -209,5 +210,4 @@ def _until(curve: Curve, last: int) -> list[float]:
 
 def _at_least_one(rule: StopRule, *names: str) -> None:
     for name in names:
-        if getattr(rule, name) < 1:
-            raise UserError(f"stop.{name}", "at least 1", getattr(rule, name), "Give a whole number from 1")
+        at_least_one(f"stop.{name}", getattr(rule, name), "Give a whole number from 1")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from fedpriv.checks import whole_from
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import sampling_of
 from fedpriv.experiment.config import Config
@@ -67,8 +68,8 @@ class Tuning:
         if (self.eta is not None) != (self.distribution == "negative-binomial"):
             expected = "a number for negative-binomial, and for no other distribution"
             raise UserError("tuning.eta", expected, self.eta, "1 is geometric, 0 logarithmic")
-        if self.seed is not None and self.seed < 0:
-            raise UserError("tuning.seed", "a whole number from 0", self.seed, "Take it away for a secret one")
+        if self.seed is not None:
+            whole_from("tuning.seed", self.seed, 0, "Take it away for a secret one")
         # Whatever the distribution refuses is refused before anything is drawn.
         self.count.quantile(0.0)
         _ = self.score_noise

@@ -6,7 +6,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from torch import Tensor
 
-from fedpriv.bounding import require_representable
+from fedpriv.checks import positive_int, require_representable
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
@@ -266,8 +266,7 @@ def _draw(examples: int, size: int | None, rng: np.random.Generator) -> np.ndarr
 
 
 def _require_count(key: str, value: int, most: int | None = None) -> None:
-    if value < 1:
-        raise UserError(key, "a whole number of at least 1", value, "Give a larger number")
+    positive_int(key, value, "Give a larger number")
     if most is not None and value > most:
         raise UserError(key, f"at most {most:,}", value, "A client does all of them in one round: give less")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
+from fedpriv.checks import positive_real, real_from
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
@@ -109,12 +110,10 @@ class Limits:
     adjacency: Literal["replace", "add-or-remove"] = "replace"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0.0):
-            raise UserError("limits.epsilon", "a finite number above 0", self.epsilon, "Give the budget")
+        positive_real("limits.epsilon", self.epsilon, "Give the budget")
         if not 0.0 < self.delta < 1.0:
             raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
-        if not (math.isfinite(self.min_noise_multiplier) and self.min_noise_multiplier >= 0.0):
-            raise UserError("limits.min_noise_multiplier", "a number from 0", self.min_noise_multiplier, "Mend it")
+        real_from("limits.min_noise_multiplier", self.min_noise_multiplier, 0, "Mend it")
         if not self.max_l2_bound > 0.0:
             raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Mend it")
 

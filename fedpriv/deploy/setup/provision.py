@@ -10,6 +10,7 @@ from typing import Literal
 
 import tomli_w
 
+from fedpriv.checks import at_least_one, positive_real, real_within, whole_within
 from fedpriv.deploy.checks import MANIFEST, VERSIONS, load_certificate, manifest_of, versions
 from fedpriv.deploy.device.folder import NODE_TOML
 from fedpriv.deploy.device.policy import POLICY_FILE
@@ -72,12 +73,9 @@ class Deployment:
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
-        if not 1 <= self.nodes <= _MOST_NODES:
-            raise UserError("--nodes", f"a whole number from 1 to {_MOST_NODES}", self.nodes, "Give one a client")
-        if not 1 <= self.port < 65536:
-            raise UserError("--port", "a number from 1 to 65535", self.port, "9092 is usual")
-        if not 0.0 < self.epsilon < float("inf"):
-            raise UserError("--epsilon", "a finite number above 0", self.epsilon, "Give each client's whole budget")
+        whole_within("--nodes", self.nodes, 1, _MOST_NODES, "Give one a client")
+        real_within("--port", self.port, 1, 65535, "9092 is usual")
+        positive_real("--epsilon", self.epsilon, "Give each client's whole budget")
         if not 0.0 < self.delta < 1.0:
             raise UserError("--delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
 
@@ -138,8 +136,7 @@ def add_nodes(folder: Path, count: int) -> list[str]:
         UserError: If `folder` is not one that `init_deployment` made.
     """
     deployment = _read(folder)
-    if count < 1:
-        raise UserError("--nodes", "at least 1", count, "Give how many to add")
+    at_least_one("--nodes", count, "Give how many to add")
     larger = Deployment(**{**asdict(deployment), "nodes": deployment.nodes + count})
     added = range(deployment.nodes, larger.nodes)
     _authority(folder)
@@ -180,8 +177,7 @@ def seal_again(folder: Path) -> None:
 
 
 def _refuse_days(days: int) -> None:
-    if not 1 <= days <= 3650:
-        raise UserError("--days", "a whole number from 1 to 3650", days, "365 is usual")
+    whole_within("--days", days, 1, 3650, "365 is usual")
 
 
 def _read(folder: Path) -> Deployment:

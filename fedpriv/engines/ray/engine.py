@@ -32,6 +32,7 @@ from ray.exceptions import (
 )
 from torch import Tensor
 
+from fedpriv.checks import at_least_one
 from fedpriv.data.federation import Federation
 from fedpriv.engines.base import Population
 from fedpriv.engines.ray.cluster import Need, connect, quiet, room
@@ -421,8 +422,7 @@ def _to_ship(population: Population) -> Population:
 
 
 def _needs(workers: int, cpus: float, gpus: float | Sequence[float]) -> list[Need]:
-    if workers < 1:
-        raise UserError("workers", "at least 1", workers, "Give a number of workers")
+    at_least_one("workers", workers, "Give a number of workers")
     shares = [float(gpus)] * workers if isinstance(gpus, int | float) else [float(share) for share in gpus]
     if len(shares) != workers:
         raise UserError("GPUs of the workers", f"{workers} numbers", len(shares), "Give one for each worker")

@@ -24,6 +24,7 @@ from typing import Any
 
 from flwr.app import Array, Message
 
+from fedpriv.checks import at_least_one
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.flower.apps.folder import import_component
@@ -63,8 +64,7 @@ class Workers:
 
     def check(self) -> None:
         """Raises a `UserError` if this cannot be asked for."""
-        if self.count < 1:
-            raise UserError("--workers", "at least 1", self.count, "Give a number of processes")
+        at_least_one("--workers", self.count, "Give a number of processes")
         if not (math.isfinite(self.gpus_each) and self.gpus_each >= 0):
             raise UserError("--gpus-per-worker", "0 or more", self.gpus_each, "Give each worker a share, such as 0.25")
         if self.gpus_each and not self.need_ray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
+from fedpriv.checks import at_least_one
 from fedpriv.errors import UserError
 from fedpriv.flower.apps.folder import AppFolder, import_component, imports_from, last_line_in
 from fedpriv.flower.apps.grid import AppGrid, Backend
@@ -79,8 +80,7 @@ def run_app(folder: Path, clients: int, overrides: Sequence[str] = (), workers: 
         UserError: If the app cannot be loaded, raises, or has no client that answers; if the workers cannot be had.
     """
     workers = workers or Workers()
-    if clients < 1:
-        raise UserError("--clients", "at least 1", clients, "Give the number of clients")
+    at_least_one("--clients", clients, "Give the number of clients")
     workers.check()
     app = AppFolder.read(folder, overrides)
     run_id = secrets.randbits(62)
