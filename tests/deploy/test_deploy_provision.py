@@ -1,9 +1,13 @@
 import hashlib
 import os
+import re
 import shutil
 import ssl
 import stat
 import subprocess
+import tomllib
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
@@ -224,3 +228,31 @@ def test_without_the_cas_key_nothing_is_renewed_or_added(deployment):
         with pytest.raises(UserError, match="Bring the folder ca/ back"):
             change()
     assert not (deployment / "node-2").exists()
+
+
+def test_every_template_is_a_file_of_the_package_and_filled_in(made):
+    written = {
+        "config.toml": "admin/config.toml",
+        "Dockerfile": "server/Dockerfile",
+        "node.toml": "node-0/node.toml",
+        "README.md": "README.md",
+        "register.sh": "admin/register.sh",
+        "server.toml": "server/server.toml",
+        "fedpriv.service": "node-1/fedpriv-node.service",
+        "start.sh": "node-1/start-node.sh",
+    }
+    templates = files("fedpriv.deploy.setup") / "templates"
+    assert {file.name for file in templates.iterdir()} == set(written)
+    shipped = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert shipped["tool"]["setuptools"]["package-data"]["fedpriv.deploy.setup"] == ["templates/*"]
+    for name, place in written.items():
+        fixed = re.split(r"\$(?:[a-z]+|\$)", (templates / name).read_text(encoding="utf-8"))
+        left = (made / place).read_text(encoding="utf-8")
+        for part in fixed:
+            before, found, left = left.partition(part)
+            assert found == part, (name, part)
+            assert "\n" not in before, (name, before)
+        assert left == ""
+    start = (made / "node-1" / "start-node.sh").read_text(encoding="utf-8")
+    assert 'cd "$(dirname "$0")"\n: "${FEDPRIV:=fedpriv}"\n' in start
+    assert start.endswith('exec "$FEDPRIV" deploy node .\n')
