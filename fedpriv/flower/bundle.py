@@ -1,7 +1,7 @@
-"""The one Flower app that a deployment runs: a few lines that call what is installed, the same on every machine.
+"""The Flower app that runs an experiment, in a deployment or in a simulation: a few lines that call what is installed.
 
-Its bundle therefore has a hash that each node can work out by itself. A node that accepts this bundle only runs its own
-installed fedpriv, and never code that came from a server.
+A deployment's is the same on every machine, so that its bundle has a hash that each node can work out by itself. A node
+that accepts this bundle only runs its own installed fedpriv, and never code that came from a server.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import tomli_w
 from fedpriv.files import write_atomically
 from fedpriv.version import __version__
 
-__all__ = ["CLIENT_MODULE", "SERVER_MODULE", "app_files", "app_hash", "write_app"]
+__all__ = ["app_files", "app_hash", "write_app"]
 
 SERVER_MODULE = "from strategies.server_app import app\n\n__all__ = ['app']\n"
 CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"

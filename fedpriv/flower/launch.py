@@ -34,7 +34,7 @@ from fedpriv.experiment.execution import cores
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
 from fedpriv.files import open_to_append
-from fedpriv.flower.bundle import CLIENT_MODULE, SERVER_MODULE
+from fedpriv.flower.bundle import write_app
 from fedpriv.privacy.released import OWNER_ONLY
 
 __all__ = ["RecordedRounds", "failure_in", "run_with_flower"]
@@ -150,16 +150,8 @@ class FlowerRun:
 
     def write_app(self, run_config: dict[str, Any]) -> None:
         """Writes the app that is submitted, and an empty working directory."""
-        for folder in ("app", "work"):
-            (self.home / folder).mkdir()
-        components = {"serverapp": "fedpriv_server:app", "clientapp": "fedpriv_client:app"}
-        tables = {
-            "project": {"name": "fedpriv-run", "version": "1.0.0", "license": "Apache-2.0", "description": "One run"},
-            "tool": {"flwr": {"app": {"publisher": "fedpriv", "components": components, "config": run_config}}},
-        }
-        (self.home / "app" / "pyproject.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
-        (self.home / "app" / "fedpriv_server.py").write_text(SERVER_MODULE, encoding="utf-8")
-        (self.home / "app" / "fedpriv_client.py").write_text(CLIENT_MODULE, encoding="utf-8")
+        (self.home / "work").mkdir()
+        write_app(self.home / "app", run_config)
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:

@@ -16,7 +16,7 @@ from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory
-from fedpriv.flower import launch
+from fedpriv.flower import bundle, launch
 from fedpriv.flower.launch import run_with_flower
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.privacy.released import OUTPUTS, Kind
@@ -114,8 +114,21 @@ def train(message, context):
 """
 
 
+def test_a_simulations_app_is_a_deployments_with_another_run_config(tmp_path):
+    run_config = {"config": "/somewhere/config.toml", "claimed": True}
+    launch.FlowerRun(tmp_path, 3, "cpu", tmp_path / "flower.log").write_app(run_config)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "app").iterdir()}
+    deployed = bundle.app_files()
+    tables, theirs = (tomllib.loads(files.pop("pyproject.toml").decode()) for files in (written, deployed))
+    assert written == deployed
+    assert tables["tool"]["flwr"]["app"].pop("config") == run_config
+    assert theirs["tool"]["flwr"]["app"].pop("config")["deployed"]
+    assert tables == theirs
+    assert (tmp_path / "work").is_dir()
+
+
 def test_a_failing_client_ends_the_run_with_its_reason_in_one_line(toml, tmp_path, home, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "CLIENT_MODULE", FAILING)
+    monkeypatch.setattr(bundle, "CLIENT_MODULE", FAILING)
     arguments = ["run", str(toml), "--engine", "flower", "--out", str(tmp_path / "out"), "-s", "cohort.sampling="]
     with pytest.raises(SystemExit) as leaving:
         main([*arguments, "-s", "cohort.probability="])
