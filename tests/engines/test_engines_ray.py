@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -648,3 +649,28 @@ def test_a_full_disk_under_snapshots_is_one_line_and_the_last_snapshot_stays(
     assert same_states(kept, part)
     snapshots.clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_one_function_starts_and_joins_ray() -> None:
+    root = Path(__file__).parents[2]
+    files = [path for folder in ("fedpriv", "strategies", "clients") for path in (root / folder).rglob("*.py")]
+    starting = {path.relative_to(root).as_posix() for path in files if re.search(r"\bray\.init\b", path.read_text())}
+    assert starting == {"fedpriv/engines/ray/cluster.py"}
+
+
+@pytest.mark.parametrize(("address", "cpus"), [("auto", None), (None, None), (None, 3)])
+def test_what_ray_is_asked_for(address: str | None, cpus: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    connection = connect(address, cpus=cpus)
+    connection.close()
+    (options,) = asked
+    if address is None:
+        assert (options["address"], options["num_cpus"], options["object_store_memory"]) == ("local", cpus, None)
+        assert connection.folder is not None
+        assert not Path(connection.folder).exists()
+    else:
+        assert options["address"] == "auto"
+        assert not {"num_cpus", "object_store_memory"} & set(options)

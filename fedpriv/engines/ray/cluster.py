@@ -60,12 +60,15 @@ class Connection(NamedTuple):
             self.alive.close()
 
 
-def connect(address: str | None, store_bytes: int) -> Connection:
+def connect(address: str | None, store_bytes: int | None = None, cpus: int | None = None) -> Connection:
     """Uses the Ray that this process has, else joins the one at `address`, else starts one on this machine.
 
+    Nothing else in fedpriv starts or joins a Ray.
+
     Args:
-        address: HOST:PORT as `ray start --head` prints it; None for a Ray of one's own.
-        store_bytes: Room for shared objects in a Ray of one's own.
+        address: HOST:PORT as `ray start --head` prints it, or `auto` for one on this machine; None for one's own.
+        store_bytes: Room for shared objects in a Ray of one's own; None for Ray's own choice.
+        cpus: How many cores a Ray of one's own says it has; None for as many as there are.
 
     Raises:
         UserError: If there is no Ray at `address`, or another version of it.
@@ -86,6 +89,7 @@ def connect(address: str | None, store_bytes: int) -> Connection:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                num_cpus=cpus,
                 object_store_memory=store_bytes,
                 _temp_dir=folder,
             )
@@ -134,10 +138,12 @@ def room(needs: Sequence[Need]) -> int:
 
 
 def _join(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise _no_ray(address, "HOST:PORT of a running Ray", repr(address))
-    reason = _probe(host, int(port), address)
+    reason = None
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if "/" in address or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise _no_ray(address, "HOST:PORT of a running Ray", repr(address))
+        reason = _probe(host, int(port), address)
     if reason is None:
         with quiet(), _environment(RAY_USAGE_STATS_ENABLED="0"):
             try:

@@ -1,26 +1,23 @@
 """Clients of a Flower app on Ray's workers: processes that each own some of the clients, with their contexts.
 
 Client j belongs to worker j mod K. A context never travels; a model that is sent to many clients travels once to each
-worker; replies come back one by one, while the worker goes on. Ray is imported only here, and only when it is used.
+worker; replies come back one by one, while the worker goes on. Ray is imported only when it is used.
 """
 
 import logging
 import math
 import os
 import pickle
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Array, Message
 
@@ -31,6 +28,9 @@ from fedpriv.flower.apps.folder import import_component
 from fedpriv.flower.apps.virtual_clients import FIRST_NODE, Population, VirtualClients
 from fedpriv.flower.internals.app import copy_message
 
+if TYPE_CHECKING:
+    from fedpriv.engines.ray.cluster import Connection
+
 __all__ = ["RayClients", "Workers"]
 
 _log = logging.getLogger("flwr")
@@ -38,9 +38,6 @@ _log = logging.getLogger("flwr")
 _CONNECT_SECONDS = 5.0
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 1.0
-
-# Ray puts sockets some 70 characters below its folder, and a socket's path has at most 107.
-_LONGEST_FOR_SOCKETS = 36
 
 
 @dataclass(frozen=True)
@@ -137,11 +134,12 @@ class RayClients:
     def __init__(self, folder: Path, component: str, population: Population, workers: Workers) -> None:
         self.workers = min(workers.count, population.size)
         self._ray = _import_ray()
-        self._home = _start_ray(self._ray, workers, self.workers)
+        self._connection = _connected(self._ray, workers, self.workers)
         self._streams: dict[Any, int] = {}
         self._former = _leave_on_termination()
         try:
-            actor = self._ray.remote(num_cpus=1, num_gpus=workers.gpus_each)(_Worker)
+            there = {"env_vars": {"PYTHONPATH": os.pathsep.join(_import_paths())}}
+            actor = self._ray.remote(num_cpus=1, num_gpus=workers.gpus_each, runtime_env=there)(_Worker)
             self._actors = [actor.remote() for _ in range(self.workers)]
             loading = [a.load.remote(folder, component, population, os.getcwd()) for a in self._actors]  # noqa: PTH109
             self._loaded(loading)
@@ -182,7 +180,8 @@ class RayClients:
 
     def close(self) -> None:
         """Ends the workers, and Ray if it was started here."""
-        _stop_ray(self._ray, self._home)
+        self._actors = []  # which ends them where Ray itself stays
+        self._connection.close()
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
 
@@ -220,40 +219,24 @@ def _import_ray() -> Any:
     return ray
 
 
-def _start_ray(ray: Any, workers: Workers, count: int) -> str:
-    """Starts or joins Ray; returns the folder that a Ray of our own uses, empty if it is another's."""
+def _connected(ray: Any, workers: Workers, count: int) -> "Connection":
+    """Starts or joins a Ray that has room for the workers."""
+    from fedpriv.engines.ray.cluster import connect
+
     if workers.address:
         _probe(workers.address)
-    home = "" if workers.address else tempfile.mkdtemp(prefix="fp-", dir=_folder_for_sockets())
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own = {"address": "local", "num_cpus": count, "include_dashboard": False, "_temp_dir": home}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                **({"address": workers.address} if workers.address else own),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(_import_paths())}},
-            )
-        _check_resources(ray, workers, count)
+        connection = connect(workers.address or None, cpus=count)
     except UserError:
-        _stop_ray(ray, home)
         raise
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            "--ray-address" if workers.address else "Ray",
-            "a Ray that answers" if workers.address else "one that starts",
-            _first_line(error),
-            "Leave the option out for a Ray of the run's own" if workers.address else "Try without --workers",
-        ) from None
-    return home
-
-
-def _stop_ray(ray: Any, home: str) -> None:
-    ray.shutdown()
-    if home:
-        shutil.rmtree(home, ignore_errors=True)
+        raise UserError("Ray", "one that starts", _first_line(error), "Try without --workers") from None
+    try:
+        _check_resources(ray, workers, count)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _leave_on_termination() -> Any:
@@ -304,10 +287,6 @@ def _import_paths() -> list[str]:
     """Where workers find what this process finds, the app's folder aside."""
     here = str(Path(__file__).parents[3])
     return [here, *(path for path in sys.path if path and path != here and Path(path).is_dir())]
-
-
-def _folder_for_sockets() -> str:
-    return tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_FOR_SOCKETS - 12 else "/tmp"
 
 
 def _first_line(error: BaseException) -> str:
