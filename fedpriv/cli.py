@@ -109,7 +109,7 @@ def run(
         float | None, typer.Option(help="Each Ray worker's share of a GPU, such as 0.25.", show_default=False)
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
+        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
     ] = None,
     state_memory: Annotated[
         str | None,
@@ -219,7 +219,7 @@ def sweep(
     gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25; on Ray.")] = 0.0,
     ray: Annotated[bool, typer.Option("--ray", help="Ray deals out cores, too; else processes of our own.")] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running Ray; else one is started.", show_default=False)
+        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
     ] = None,
     data_root: DataRoot = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,

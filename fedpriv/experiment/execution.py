@@ -73,7 +73,7 @@ class Execution:
             used; or `faithful`, a draw for each client, as on devices. None begins runs with `fused`.
         workers: Ray workers; None for one on each core, or GPU.
         gpus_per_worker: Share of a GPU of each Ray worker; None for none on `--device cpu` and else one.
-        ray_address: HOST:PORT of a running Ray; None starts one.
+        ray_address: HOST:PORT of a running Ray, or auto; None starts one.
         state_memory: Most bytes of client states in memory, of all workers together; None for no bound. A checkpoint of
             a run on Ray gathers all states in this process.
         state_folder: Where states beyond that go; None for the system's temporary folder.
