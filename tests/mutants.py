@@ -1,6 +1,6 @@
 """Seeded faults, each of which some test must kill.
 
-    python tests/mutants.py [WORDS ...] [--jobs N]      all faults, or those whose name holds one of the words
+    python tests/mutants.py [WORDS ...] [--jobs N] [--tested]   all faults, or those whose name holds one of the words
 
 Each fault is a change of one place in the product. The program copies the working tree to a temporary folder, puts
 one fault in, runs the tests named beside it there, and reports a fault that no test notices. Exit code 1 if any
@@ -1806,11 +1806,12 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def main(words: list[str], jobs: int) -> int:
+def main(words: list[str], jobs: int, *, tested: bool) -> int:
     """Runs the faults whose names hold one of `words`; returns the exit code."""
     began = time.monotonic()
     chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
-    refuse_failing_tests({mutant.tests for mutant in chosen}, jobs)
+    if not tested:
+        refuse_failing_tests({mutant.tests for mutant in chosen}, jobs)
     dead = 0
     with ThreadPoolExecutor(jobs) as pool:
         for mutant, found in zip(chosen, pool.map(verdict, chosen), strict=True):
@@ -1824,5 +1825,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("words", nargs="*", help="words of which a fault's name holds one; all faults without")
     parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--tested", action="store_true", help="all tests have just passed without a fault")
     arguments = parser.parse_args()
-    raise SystemExit(main(arguments.words, arguments.jobs))
+    raise SystemExit(main(arguments.words, arguments.jobs, tested=arguments.tested))
