@@ -114,13 +114,13 @@ WantedBy=multi-user.target
 
 DOCKERFILE = Template("""\
 # The image holds programs only; this folder, with its keys and memory, stays outside and is mounted.
-#   cp /path/to/fedpriv-*.whl .       (made by `pip wheel --no-deps .` in fedpriv's sources)
+#   cp /path/to/$wheel .    (made by `pip wheel --no-deps .` in fedpriv's sources)
 #   docker build -t $unit .
 #   docker run --init --user "$$(id -u):$$(id -g)"$options -v "$$PWD:/home/fedpriv" $unit
 FROM python:$python-slim
-COPY fedpriv-*.whl /tmp/
+COPY $wheel /tmp/
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==$torch \\
-    && pip install --no-cache-dir /tmp/fedpriv-*.whl flwr==$flwr
+    && pip install --no-cache-dir "/tmp/$wheel[deploy,data,report]" flwr==$flwr torch==$torch
 ENV HOME=/home/fedpriv PYTHONDONTWRITEBYTECODE=1
 WORKDIR /home/fedpriv
 ENTRYPOINT ["fedpriv", "deploy", "$command", "/home/fedpriv"]
