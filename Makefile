@@ -1,12 +1,14 @@
 # make demo: set up, and train a private model on real data. make test: set up, and pass every check and test.
+# make check: style, layers and the fast tests, in two minutes. make test-all: also what takes long, and the seeded faults.
 # make bench: speed, beside a bare PyTorch loop and beside other frameworks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
+FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/tasks tests/data
 
-.PHONY: demo test lint unit bench mutants setup browser clean
+.PHONY: demo test check test-all lint style unit bench mutants setup browser clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -14,14 +16,24 @@ demo: $(STAMP)
 
 test: lint unit
 
-lint: setup
+check: style
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(FAST)
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --jobs 2 --tested
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+lint: style
 	$(BIN)/pyright
 
+# Three for two cores: tests of real processes wait most of their time.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
 
 bench: setup
 	$(BIN)/python results/benchmarks/make.py

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpriv.errors import require_extra
 from fedpriv.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ _HOMES = {
     "track": "fedpriv.tracking.trackers",
     "write_report": "fedpriv.report.write",
 }
+_EXTRAS = {"write_report": "report"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public function when it is first asked for, so that `import fedpriv` stays cheap."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fedpriv' has no attribute {name!r}")
+    if name in _EXTRAS:
+        require_extra(f"fedpriv.{name}", _EXTRAS[name])
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -1,9 +1,10 @@
-"""The command line: fedpriv run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
+"""The command line: fedpriv new | run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
 
 import dataclasses
 import io
 import json
 import math
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,8 @@ from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
 from fedpriv.data.heterogeneity import figures_of
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
-from fedpriv.errors import UserError
+from fedpriv.engines.native import feedback_in_c
+from fedpriv.errors import UserError, has_extra, require_extra
 from fedpriv.experiment.build import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import ENGINES, Execution, bytes_of
@@ -34,7 +36,9 @@ from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, jsonable
 from fedpriv.files import write_atomically
+from fedpriv.mechanisms.gaussian import noise_is_in_c
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
+from fedpriv.native import about_compiled
 from fedpriv.privacy import NOT_PROMISED, SAMPLINGS, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.rounds import agree
@@ -91,6 +95,18 @@ LogDiagnostics = Annotated[
         show_default="of runs without privacy",
     ),
 ]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the experiment is called.", show_default=False)],
+    source: Annotated[str, typer.Option("--from", help="The shipped experiment to begin with.")] = "quickstart",
+) -> None:
+    """Write NAME.toml, a first experiment, into the folder where you are."""
+    from fedpriv.experiment.starter import write_starter
+
+    path = write_starter(name, source)
+    print(f"made        {path}\nnext        fedpriv run {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -323,6 +339,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one page about many runs: the best of each method, curves, robustness, privacy; figures and tables."""
+    require_extra("fedpriv report", "report")
     from fedpriv.report.write import write_report
 
     page = write_report(folder, out, select=select)
@@ -382,13 +399,23 @@ def flower(
     ] = "",
 ) -> None:
     """Run a Flower app as it is, without Flower's servers. What it writes under relative names lands where you are."""
+    require_extra("fedpriv flower", "flower", ["flwr"])
     from fedpriv.flower.apps.run import Workers, run_app
 
-    print(run_app(app_dir, clients, run_config or (), Workers(workers, gpus_per_worker, ray_address)))
+    asked = Workers(workers, gpus_per_worker, ray_address)
+    if asked.need_ray:
+        require_extra("fedpriv flower --workers", "flower")
+    print(run_app(app_dir, clients, run_config or (), asked))
 
 
 deploy = typer.Typer(help="Set up, check and run a server and nodes on machines of their own.", no_args_is_help=True)
 app.add_typer(deploy, name="deploy")
+
+
+@deploy.callback()
+def _for_all_of_deploy() -> None:
+    require_extra("fedpriv deploy", "deploy")
+
 
 DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.", show_default=False)]
 Days = Annotated[int, typer.Option(help="How long the server's certificate is valid.")]
@@ -640,17 +667,23 @@ def data(
 
 def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    table, picture = who_holds_what(federation), io.BytesIO()
-    plot_who_holds_what(federation, picture, partition=experiment.tables["data"]["partition"])
+    table = who_holds_what(federation)
     write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
-    write_atomically(directory / "clients.png", picture.getvalue(), OWNER_ONLY)
+    if has_extra("report"):
+        picture = io.BytesIO()
+        plot_who_holds_what(federation, picture, partition=experiment.tables["data"]["partition"])
+        write_atomically(directory / "clients.png", picture.getvalue(), OWNER_ONLY)
     print(table.to_string(index=False, max_rows=24))
-    print(f"\ntable    {directory / 'clients.csv'}\npicture  {directory / 'clients.png'}\n")
+    print(f"\ntable    {directory / 'clients.csv'}\npicture  {_picture(directory / 'clients.png')}\n")
+
+
+def _picture(path: Path) -> str:
+    return str(path) if has_extra("report") else "none: pip install 'fedpriv[report]' draws it"
 
 
 @app.command(name="list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List methods, data, models, engines and what else a config can name."""
+    """List methods, data, models, engines and what else a config can name; and what of it runs in C here."""
     kinds = {
         "methods": _describe(METHODS),
         "server": _describe(SERVER_OPTIMIZERS),
@@ -663,6 +696,10 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
         "devices": _describe(DEVICES),
         "schedules": _describe(SCHEDULES),
         "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
+        "in C": {
+            "client step": {"about": about_compiled(feedback_in_c() is not None), "keys": {}},
+            "noise": {"about": about_compiled(noise_is_in_c()), "keys": {}},
+        },
     }
     if as_json:
         print(json.dumps(kinds, indent=2))
@@ -715,7 +752,7 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
         f"epsilon     {promise}\n"
         f"{_clock_line(summary, directory)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
-        f"picture     {directory / 'curves.png'}\n"
+        f"picture     {_picture(directory / 'curves.png')}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
 

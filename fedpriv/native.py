@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["native_library"]
+__all__ = ["about_compiled", "native_library"]
 
 # No flag may change a rounding: no contraction, no reordering.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -35,9 +35,32 @@ def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctyp
     return library
 
 
+def about_compiled(there: bool) -> str:
+    """Whether C is used on this machine, in words; if not, why.
+
+    Args:
+        there: Whether `native_library` returned something, and it is used.
+    """
+    if there:
+        return "compiled"
+    if os.environ.get("FEDPRIV_NATIVE", "1") == "0":
+        reason = "FEDPRIV_NATIVE is 0"
+    elif sys.platform == "win32":
+        reason = "not on Windows"
+    elif _compiler() is None:
+        reason = "no C compiler here; install gcc or clang"
+    else:
+        reason = "the C compiler here does not make it"
+    return f"missing ({reason}): torch and numpy do the same, more slowly"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def _compiled(source: Path) -> Path:
     """The compiled file, kept in the user's cache under a name that says what it was made of."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     command = [compiler, *_FLAGS]

@@ -10,11 +10,10 @@ from typing import Any
 from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
 from fedpriv.audit.evidence import attack_central, attack_local
-from fedpriv.audit.picture import plot_audit
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.checks import whole_from, whole_within
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.run_directory import RunDirectory, jsonable
@@ -84,8 +83,11 @@ def run_audit(
         watch: Called with the number of every finished round.
 
     Raises:
-        UserError: If there is no promise to attack, or the attack is not offered for it.
+        UserError: If there is no promise to attack, the attack is not offered for it, or its picture cannot be drawn.
     """
+    require_extra("an audit", "report")
+    from fedpriv.audit.picture import plot_audit
+
     choice, directory = choice or AuditChoice(), RunDirectory(Path(out))
     config = config if isinstance(config, Config) else load_config(config)
     _refuse_what_is_not_offered(config)

@@ -26,7 +26,7 @@ from fedpriv.data.natural_files import (
     read_patients,
     read_speeches,
 )
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.privacy.released import Whose
 
 __all__ = [
@@ -65,6 +65,7 @@ class Digits:
 
     def load(self, data_root: Path | None) -> Dataset:
         """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
+        require_extra("data.name = 'digits'", "data")
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)

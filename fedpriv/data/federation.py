@@ -10,7 +10,7 @@ import numpy as np
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,7 +206,11 @@ def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition
         federation: What to show. Not private: it shows counts of single clients.
         path: The file, whose folder must exist; or an open one.
         partition: Name of the partition, for the title.
+
+    Raises:
+        UserError: If the packages that draw are not installed.
     """
+    require_extra("the picture of who holds what", "report")
     from matplotlib.figure import Figure
 
     counts = federation.label_counts()

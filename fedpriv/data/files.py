@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedpriv.data import torchvision_cpu
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, has_extra, require_extra
 
 __all__ = [
     "DATA_ROOT_VARIABLE",
@@ -103,8 +103,10 @@ def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
     Column i holds index i of the file, so column 0 is empty where indices count from one, as they should.
 
     Raises:
-        UserError: If the file is missing, empty, not in this format, or holds numbers that are not finite.
+        UserError: If the file is missing, empty, not in this format, or holds numbers that are not finite; without
+            scikit-learn.
     """
+    require_extra("data.name = 'libsvm'", "data")
     from sklearn.datasets import load_svmlight_file
 
     if not path.is_file():
@@ -132,6 +134,8 @@ def _plain_or_packed(path: Path) -> Path | None:
 
 def _download_failure(source: str, data_root: Path) -> str | None:
     """Why the download failed, in one line; None if it did not."""
+    if not has_extra("vision"):
+        return "pip install 'fedpriv[vision]' makes it possible"
     try:
         torchvision_cpu.download(source, data_root)
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
@@ -175,6 +175,7 @@ def run_deployed(
     Raises:
         UserError: On anything that the user can mend. What was saved stays, and `resume` goes on with it.
     """
+    require_extra("--deploy", "deploy")
     config.check_deployable()
     way = Connection.of(connection)
     out = Path(out).resolve()

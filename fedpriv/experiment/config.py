@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 
 from fedpriv.checks import at_least_one, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.dataset import DATASETS, DatasetSource
-from fedpriv.data.partitions import PARTITIONS, Natural, Resampled
-from fedpriv.data.shifts import SHIFTS
+from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
+from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
@@ -26,9 +26,11 @@ from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Schedul
 from fedpriv.privacy.released import Whose
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
-from fedpriv.tasks.models import MODELS
+from fedpriv.tasks.models import MODELS, ModelSource
 
 __all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
+
+T = TypeVar("T")
 
 MAX_ROUNDS = 10**9
 
@@ -62,10 +64,10 @@ class DataChoice:
     `test` says on whose examples natural clients' models are tested (`validation.TESTS`); None for simulated clients.
     """
 
-    dataset: Any
-    partition: Any
+    dataset: DatasetSource
+    partition: Partition
     clients: int | None
-    shift: Any = None
+    shift: Shift | None = None
     validation: float | None = None
     test: Whose | None = None
 
@@ -143,7 +145,7 @@ class Config:
     name: str
     seed: int
     data: DataChoice
-    model: Any
+    model: ModelSource
     local: LocalWork
     cohort: CohortChoice
     method: Method
@@ -408,7 +410,7 @@ def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
     return tables[table]
 
 
-def _read_named(kinds: Registry[Any], table: dict[str, Any], where: str, key: str) -> Any:
+def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str) -> T:
     if key not in table:
         raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "nothing", f"Add {key} to [{where}]")
     kind = kinds.resolve(table[key], f"{where}.{key}")

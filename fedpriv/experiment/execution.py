@@ -17,7 +17,7 @@ from torch import Tensor
 from fedpriv.checks import at_least_one, real_from
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, has_extra, nearest, require_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import FixedSize, Scheduled
@@ -106,6 +106,8 @@ class Execution:
         if self.engine == "flower":
             in_process = ("client_noise", "state_memory", "state_folder", "channels_last", "precision")
             self._refuse("one in process", *in_process)
+        if self.engine in ("ray", "flower"):
+            require_extra(f"--engine {self.engine}", self.engine)
 
     def _refuse(self, engine: str, *options: str) -> None:
         for option in options:
@@ -269,7 +271,7 @@ def _engine_and_workers(
     room = execution.workers or _room_for_workers(experiment, execution)
     if execution.engine == "ray":
         return "ray", room
-    if execution.workers is None and _workers_pay(experiment, room, seconds_per_client):
+    if execution.workers is None and has_extra("ray") and _workers_pay(experiment, room, seconds_per_client):
         return "ray", room
     return "here", 1
 

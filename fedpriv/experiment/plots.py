@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from fedpriv.errors import require_extra
 
 __all__ = ["plot_curves"]
 
@@ -27,7 +25,15 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         rows: The released rows of a run, by round; scores that `not_covered` names are marked.
         path: Where to.
         title: What stands above.
+
+    Raises:
+        UserError: If the packages that draw are not installed.
     """
+    require_extra("the picture of a run", "report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.errors import has_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
@@ -158,10 +159,11 @@ class Journal:
         self._round_began = time.monotonic()
 
     def finish(self, state: ServerState) -> dict[str, Any]:
-        """Writes the final model, the picture and, last of all, the summary; returns the summary."""
+        """Writes the final model, the picture if it can be drawn and, last of all, the summary; returns the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
+        if has_extra("report"):  # else the run is as good, and the command line says what to install
+            plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
         rows = self.directory.rows("diagnostics.jsonl")
         self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
         summary = self._summary(rounds[-1], rows)

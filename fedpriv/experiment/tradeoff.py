@@ -5,10 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_tradeoff
 
@@ -63,8 +61,12 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
         name: The experiment's name, for the title.
 
     Raises:
-        UserError: If nothing is promised, or the file is no PNG.
+        UserError: If nothing is promised, the file is no PNG, or the packages that draw are not installed.
     """
+    require_extra("--plot", "report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if path.suffix.lower() != ".png":
         raise UserError("--plot", "a file that ends in .png", str(path), "Rename the file")
     if plan is None or not plan.private:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fedpriv.errors import require_extra
+
 if TYPE_CHECKING:
     from clients import private_mod
     from strategies import (
@@ -45,6 +47,7 @@ def __getattr__(name: str) -> Any:
     """Imports a name when it is first asked for: processes that only carry messages need no strategy."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_extra(f"from {__name__} import {name}", "flower", ["flwr"])
     return getattr(_ours("clients" if name == "private_mod" else "strategies"), name)
 
 

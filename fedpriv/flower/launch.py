@@ -27,7 +27,7 @@ from typing import Any
 
 import tomli_w
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.execution import cores
@@ -75,6 +75,7 @@ def run_with_flower(
     Raises:
         UserError: On anything that the user can mend, failing clients included; no process is left behind.
     """
+    require_extra("--engine flower", "flower")
     config.check_unclocked()
     out = Path(out).resolve()
     population = assemble(config, device=device, data_root=data_root).population.federation.population

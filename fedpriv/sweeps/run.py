@@ -17,7 +17,7 @@ import pandas as pd
 
 from fedpriv.checks import at_least_one, real_from
 from fedpriv.data.files import default_data_root
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.execution import cores
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.files import make_owners_folder
@@ -126,6 +126,8 @@ def run_sweep(
         OSError: If the disk is full, or cannot be written to.
     """
     _check(jobs, cpus_per_trial, gpus_per_trial)
+    if ray or gpus_per_trial or ray_address is not None:
+        require_extra("--ray", "ray")
     _check_tuning(sweep, retry=retry, logs=logs)
     stores = check_trackers(logs)
     folder = RunDirectory(out)

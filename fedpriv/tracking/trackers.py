@@ -4,7 +4,6 @@ What a tracker has is asked of the tracker's own store, figure by figure, so tha
 nothing twice, and what a crash or a broken connection left out is sent later, from the files.
 """
 
-import importlib.util
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
 from fedpriv.experiment.watching import StopRun, Watcher
@@ -28,11 +27,11 @@ DIAGNOSTICS, NOT_COVERED = "diagnostics/", "not_covered/"
 # Of a summary, how long things took.
 TIMINGS = tuple(key for key, kind in VALUES.items() if kind is Kind.TIMING and key != "execution")
 
-# Name of a tracker, the package that it needs, and the module with its `prepare` and `Tracker`.
-TRACKERS: dict[str, tuple[str, str]] = {
-    "tensorboard": ("tensorboard", "fedpriv.tracking.tensorboard"),
-    "mlflow": ("mlflow", "fedpriv.tracking.mlflow"),
-    "wandb": ("wandb", "fedpriv.tracking.wandb"),
+# Name of a tracker, which is that of the extra that it needs, and the module with its `prepare` and `Tracker`.
+TRACKERS: dict[str, str] = {
+    "tensorboard": "fedpriv.tracking.tensorboard",
+    "mlflow": "fedpriv.tracking.mlflow",
+    "wandb": "fedpriv.tracking.wandb",
 }
 
 
@@ -99,13 +98,9 @@ def check_trackers(names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if name not in TRACKERS:
             raise UserError("--log", "a known tracker", repr(name), nearest(name, TRACKERS))
-        package, module = TRACKERS[name]
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--log {name}", f"the package {package}", "none", f"Install it with pip install 'fedpriv[{name}]'"
-            )
+        require_extra(f"--log {name}", name)
         try:
-            stores[name] = import_module(module).prepare()
+            stores[name] = import_module(TRACKERS[name]).prepare()
         except Exception as error:
             raise UserError(f"--log {name}", "a store that answers", _first_line(error), "Mend or drop it") from None
     return stores
@@ -193,7 +188,7 @@ class _Sender:
 
     def __init__(self, name: str, run: Tracked) -> None:
         self._name, self._run = name, run
-        self._tracker: Tracker = import_module(TRACKERS[name][1]).Tracker()
+        self._tracker: Tracker = import_module(TRACKERS[name]).Tracker()
         self._taken: Taken | None = None
         self._broken = False
         self.complaints: list[str] = []

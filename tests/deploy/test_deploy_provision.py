@@ -1,6 +1,7 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import ssl
 import stat
@@ -133,6 +134,23 @@ def test_a_start_script_without_fedpriv_says_so(made):
     ended = subprocess.run([made / "node-0" / "start-node.sh"], env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "expected fedpriv on the PATH" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["server", "node-0"])
+def test_the_image_holds_the_versions_that_the_folder_asks_for(made, name):
+    """Else the container would refuse to start, by its own check of versions."""
+    text = (made / name / "Dockerfile").read_text()
+    wanted = tomllib.loads((made / name / "versions.toml").read_text())
+    assert re.findall(r"^FROM python:(\S+)-slim$", text, re.MULTILINE) == [wanted["python"]]
+    first, second = re.findall(r"pip install (.*)", text)
+    assert first.split()[-2:] == [f"torch=={wanted['torch']}", "\\"]
+    assert "download.pytorch.org/whl/cpu" in first
+    wheel = f"fedpriv-{wanted['fedpriv']}-py3-none-any.whl"
+    assert f"COPY {wheel} /tmp/\n" in text
+    _, installed, *pins = second.split()
+    assert shlex.split(installed) == [f"/tmp/{wheel}[deploy,data,report]"]
+    assert pins == [f"flwr=={wanted['flwr']}", f"torch=={wanted['torch']}"]
+    assert not re.search(r"\$(?!PWD|\(id)", text)
 
 
 def test_the_apps_hash_depends_on_nothing_but_the_app(tmp_path):

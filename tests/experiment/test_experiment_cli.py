@@ -1,11 +1,14 @@
 """The command line: exit codes, one line on stderr, JSON that others build on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fedpriv.cli import main
+from fedpriv.engines.native import feedback_in_c
+from fedpriv.mechanisms.gaussian import _rounding
 
 QUICKSTART = str(Path(__file__).parents[2] / "sim_configs" / "quickstart.toml")
 
@@ -85,6 +88,39 @@ def test_the_list_names_everything_a_config_can(capsys):
     assert {"softmax", "mlp", "cnn", "resnet20"} <= set(names["models"])
     assert {"loop", "vectorized", "flower"} <= set(names["engines"])
     assert call("list") == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"FEDPRIV_NATIVE": "0"}, "missing (FEDPRIV_NATIVE is 0)"),
+        ({"FEDPRIV_NATIVE": "1", "CC": "", "PATH": ""}, "missing (no C compiler here; install gcc or clang)"),
+        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here does not make it)"),
+    ],
+)
+def test_the_list_says_what_is_not_compiled_and_why(
+    environment: dict[str, str], says: str, capsys, tmp_path, monkeypatch
+):
+    for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("fedpriv.cli.feedback_in_c", feedback_in_c.__wrapped__)
+    monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
+    assert call("list", "--json") == 0
+    in_c = json.loads(capsys.readouterr().out)["in C"]
+    assert {name: entry["about"].partition(":")[0] for name, entry in in_c.items()} == {
+        "client step": says,
+        "noise": says,
+    }
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_list_says_what_is_compiled(capsys, monkeypatch):
+    monkeypatch.delenv("FEDPRIV_NATIVE", raising=False)
+    monkeypatch.setattr("fedpriv.cli.feedback_in_c", feedback_in_c.__wrapped__)
+    monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
+    assert call("list", "--json") == 0
+    in_c = json.loads(capsys.readouterr().out)["in C"]
+    assert {entry["about"] for entry in in_c.values()} == {"compiled"}
 
 
 def test_who_holds_what_is_a_table_and_a_picture(tmp_path: Path, capsys):

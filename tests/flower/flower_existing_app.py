@@ -6,8 +6,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from clients import private_mod  # the first line
-from strategies import AlphaNormEC, Privacy
+from fedpriv.flower import AlphaNormEC, Privacy, private_mod  # the first line
 
 CLIENTS = 5
 ROUNDS = 4

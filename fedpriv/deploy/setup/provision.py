@@ -237,7 +237,8 @@ def _write_programs(folder: Path, start: str, unit: str, command: str, home: str
     # A server in a container of its own network would see its administrator come from another address.
     options = " --network host" if command == "server" else ""
     _write(folder / start, START.substitute(what=what, command=command), _PROGRAM)
-    names = {"unit": unit, "command": command, "home": home, "what": command, "options": options}
+    wheel = f"fedpriv-{made['fedpriv']}-py3-none-any.whl"
+    names = {"unit": unit, "command": command, "home": home, "what": command, "options": options, "wheel": wheel}
     _write(folder / f"{unit}.service", SERVICE.substitute(names))
     _write(folder / "Dockerfile", DOCKERFILE.substitute(names, **made))
     _write(folder / VERSIONS, tomli_w.dumps(made))

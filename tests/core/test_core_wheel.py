@@ -1,0 +1,147 @@
+"""The wheel: what is in it, what it asks for, and that it runs from where it is unpacked."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import HeaderParser
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from fedpriv.errors import EXTRAS
+from fedpriv.version import __version__
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("fedpriv", "strategies", "clients", "sim_configs")
+# What may not come with an extra that does not name it.
+HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb"}
+MAY = {
+    "": set(),
+    "flower": {"flwr", "ray"},
+    "deploy": {"flwr"},
+    "ray": {"ray"},
+    "report": {"matplotlib"},
+    "data": {"scikit-learn"},
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in a copy, as pip builds it, offline."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, folder / "src")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "-w", folder, folder / "src"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def requirements(wheel: Path) -> list[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"fedpriv-{__version__}.dist-info/METADATA").decode()
+    return [Requirement(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist", [])]
+
+
+def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
+    """All that is asked for with an extra, by whatever that asks for, too, as far as it is installed here."""
+    found, left = [], [(Requirement(str(r)), extra) for r in requirements]
+    seen = set()
+    while left:
+        requirement, within = left.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": within}):
+            continue
+        found.append(requirement)
+        for inner in ("", *sorted(requirement.extras)):
+            if (requirement.name.lower(), inner) not in seen:
+                seen.add((requirement.name.lower(), inner))
+                left += [(Requirement(line), inner) for line in lines_of(requirement.name, requirements)]
+    return found
+
+
+def lines_of(package: str, ours: list[Requirement]) -> list[str]:
+    """What a package asks for; nothing if it is not installed here."""
+    if package == "fedpriv":
+        return [str(requirement) for requirement in ours]
+    try:
+        return requires(package) or []
+    except PackageNotFoundError:
+        return []
+
+
+def test_it_holds_packages_types_c_the_page_and_the_shipped_experiments(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    suffixes = {".py", ".c", ".typed", ".html", ".css", ".js", ".toml", ".csv"}
+    files = {path for part in PARTS for path in (ROOT / part).rglob("*") if "__pycache__" not in path.parts}
+    wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}
+    assert {f"{part}/py.typed" for part in PARTS[:3]} < wanted
+    assert not wanted - held
+    left = {path.suffix for path in files if path.is_file()} - suffixes
+    assert not left, "a kind of file that the wheel may not have"
+    tops = {name.split("/")[0] for name in held}
+    assert tops == {*PARTS, f"fedpriv-{__version__}.dist-info"}
+
+
+def test_unpacked_it_lists_its_experiments_and_begins_a_new_one(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "here").mkdir()
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from fedpriv.cli import main; main()"
+    call = [sys.executable, "-P", "-c", program, str(tmp_path / "site"), "new", "mine"]
+    done = subprocess.run(call, cwd=tmp_path / "here", capture_output=True, text=True, check=False)
+    assert done.stdout == "made        mine.toml\nnext        fedpriv run mine.toml\n", done.stderr
+    assert tomllib.loads((tmp_path / "here" / "mine.toml").read_text())["name"] == "mine"
+
+
+@pytest.mark.parametrize("extra", MAY)
+def test_an_installed_torch_stays(extra: str, requirements: list[Requirement]) -> None:
+    found = asked_for(requirements, extra)
+    assert {requirement.name.lower() for requirement in found} & HEAVY == MAY[extra]
+    torch = [requirement for requirement in found if requirement.name == "torch"]
+    assert torch
+    for requirement in torch:
+        assert {part.operator for part in requirement.specifier} <= {">=", "!="}, requirement
+
+
+def test_torchvision_alone_asks_for_one_version_of_torch_and_constraints_name_both(
+    requirements: list[Requirement],
+) -> None:
+    for extra in ("vision", "all", "dev"):
+        assert "torchvision" in {requirement.name for requirement in asked_for(requirements, extra)}
+    pins = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^torch==", pins, re.MULTILINE)
+    assert re.search(r"^torchvision==", pins, re.MULTILINE)
+    assert "-c constraints.txt" in (ROOT / "README.md").read_text()
+
+
+def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras) == {*EXTRAS, "all", "dev"}
+    (everything,) = (Requirement(line) for line in extras["all"])
+    assert everything.extras == set(EXTRAS)
+    assert "fedpriv[all]" in extras["dev"]
+    named = {"sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}
+    for extra, packages in EXTRAS.items():
+        brought = asked_for(requirements, extra)
+        assert {named.get(package, package) for package in packages} <= {r.name.lower() for r in brought}, extra
+
+
+def test_what_is_installed_for_the_tests_is_within_the_wheels_ranges(wheel: Path, tmp_path: Path) -> None:
+    """pip, offline, would install nothing but the wheel itself."""
+    report = tmp_path / "report.json"
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", report]
+    done = subprocess.run([*pip, f"{wheel}[all]"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]} <= {"fedpriv"}
