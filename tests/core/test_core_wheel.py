@@ -79,15 +79,18 @@ def lines_of(package: str, ours: list[Requirement]) -> list[str]:
         return []
 
 
-def test_it_holds_packages_types_c_the_page_and_the_shipped_experiments(wheel: Path) -> None:
+def test_it_holds_packages_types_c_page_templates_and_the_shipped_experiments(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    suffixes = {".py", ".c", ".typed", ".html", ".css", ".js", ".toml", ".csv"}
-    files = {path for part in PARTS for path in (ROOT / part).rglob("*") if "__pycache__" not in path.parts}
+    templates = {".md", ".service", ".sh", ""}
+    suffixes = {".py", ".c", ".typed", ".html", ".css", ".js", ".toml", ".csv", *templates}
+    paths = [path for part in PARTS for path in (ROOT / part).rglob("*") if "__pycache__" not in path.parts]
+    files = {path for path in paths if path.is_file()}
     wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}
     assert {f"{part}/py.typed" for part in PARTS[:3]} < wanted
+    assert "fedpriv/deploy/setup/templates/Dockerfile" in wanted
     assert not wanted - held
-    left = {path.suffix for path in files if path.is_file()} - suffixes
+    left = {path.suffix for path in files} - suffixes
     assert not left, "a kind of file that the wheel may not have"
     tops = {name.split("/")[0] for name in held}
     assert tops == {*PARTS, f"fedpriv-{__version__}.dist-info"}
