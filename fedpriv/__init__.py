@@ -9,8 +9,8 @@ from fedpriv.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedpriv.experiment.config import load_config
     from fedpriv.experiment.results import load_model, load_results
-    from fedpriv.experiment.run import run_experiment
     from fedpriv.report.write import write_report
+    from fedpriv.runners import run_experiment
     from fedpriv.tracking.trackers import track
 
 __all__ = ["load_config", "load_model", "load_results", "run_experiment", "track", "write_report"]
@@ -19,7 +19,7 @@ _HOMES = {
     "load_config": "fedpriv.experiment.config",
     "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
-    "run_experiment": "fedpriv.experiment.run",
+    "run_experiment": "fedpriv.runners",
     "track": "fedpriv.tracking.trackers",
     "write_report": "fedpriv.report.write",
 }

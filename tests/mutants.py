@@ -1627,7 +1627,7 @@ MUTANTS = [
     ),
     Mutant(
         "a run that learned nothing exits as if it had",
-        "fedpriv/cli.py",
+        "fedpriv/cli/run.py",
         "    if learned_nothing(rows):",
         "    if False:",
         "tests/experiment/test_experiment_learned.py",

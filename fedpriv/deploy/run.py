@@ -39,11 +39,13 @@ class Connection:
         home: The folder of Flower's `config.toml`.
         name: The connection's name in it.
         address: Host and port.
+        seeded: For tests: cohorts and noise from the config's seed, where server and nodes allow that.
     """
 
     home: Path
     name: str
     address: str
+    seeded: bool = False
 
     @classmethod
     def of(cls, given: str) -> "Connection":
@@ -149,12 +151,11 @@ class _FlowerRun:
 def run_deployed(
     config: Config,
     out: Path,
-    connection: str,
+    connection: str | Connection,
     *,
     device: str = "cpu",
     data_root: Path | None = None,
     resume: bool = False,
-    seeded: bool = False,
     watch: Watcher | None = None,
 ) -> dict[str, Any] | None:
     """Runs an experiment on the devices of a deployment.
@@ -162,11 +163,10 @@ def run_deployed(
     Args:
         config: The experiment.
         out: The run directory, on the SuperLink's machine.
-        connection: See `Connection.of`.
+        connection: To the SuperLink, or what `Connection.of` makes one of.
         device: Where devices compute that do not say it themselves.
         data_root: Where data sets lie, on the SuperLink's machine and on devices that do not say it themselves.
         resume: Whether `out` may hold a part of this run, which is then gone on with.
-        seeded: For tests: cohorts and noise from the config's seed, where server and nodes allow that.
         watch: Called after every round with what was recorded, where the SuperLink is on this machine.
 
     Returns:
@@ -177,7 +177,7 @@ def run_deployed(
     """
     require_extra("--deploy", "deploy")
     config.check_deployable()
-    way = Connection.of(connection)
+    way = Connection.of(connection) if isinstance(connection, str) else connection
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:
         folder = Path(name)
@@ -195,7 +195,7 @@ def run_deployed(
                 "data-root": str(data_root.resolve()) if data_root else "",
                 "resume": resume,
                 "failure-report": str(report),
-                "test-seeded": seeded,
+                "test-seeded": way.seeded,
             }
         )
         try:

@@ -123,7 +123,7 @@ class Execution:
             begun: Whether there is something to go on with. A run without a record drew noise for each client.
         """
         if self.engine == "flower":
-            remedy = "Use fedpriv run --engine flower, or fedpriv.flower.launch"
+            remedy = "Use fedpriv run --engine flower, or fedpriv.run_experiment"
             raise UserError("--engine", "an engine in process", "'flower'", remedy)
         before = recorded or ({"client_noise": "faithful"} if begun else {})
         changes: dict[str, Any] = {

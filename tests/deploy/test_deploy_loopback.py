@@ -76,6 +76,7 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(3), 2)
 
 
+@pytest.mark.slow
 def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, tmp_path: Path) -> None:
     config, out = _config(tmp_path, rounds=3), tmp_path / "devices"
     directory = RunDirectory(out)

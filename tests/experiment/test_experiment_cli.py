@@ -103,7 +103,7 @@ def test_the_list_says_what_is_not_compiled_and_why(
 ):
     for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fedpriv.cli.feedback_in_c", feedback_in_c.__wrapped__)
+    monkeypatch.setattr("fedpriv.cli.data.feedback_in_c", feedback_in_c.__wrapped__)
     monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
     assert call("list", "--json") == 0
     in_c = json.loads(capsys.readouterr().out)["in C"]
@@ -116,7 +116,7 @@ def test_the_list_says_what_is_not_compiled_and_why(
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_list_says_what_is_compiled(capsys, monkeypatch):
     monkeypatch.delenv("FEDPRIV_NATIVE", raising=False)
-    monkeypatch.setattr("fedpriv.cli.feedback_in_c", feedback_in_c.__wrapped__)
+    monkeypatch.setattr("fedpriv.cli.data.feedback_in_c", feedback_in_c.__wrapped__)
     monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
     assert call("list", "--json") == 0
     in_c = json.loads(capsys.readouterr().out)["in C"]

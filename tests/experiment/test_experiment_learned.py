@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fedpriv.cli import main, trial_warnings
+from fedpriv.cli import main
+from fedpriv.cli.sweep import trial_warnings
 from fedpriv.experiment.learned import Complaints, learned_nothing, warnings_of
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory

@@ -185,6 +185,7 @@ def large_study(trials: int, rounds: int) -> Study:
     return Study(name="large", trials=told, runs=runs, rounds=frame.reset_index(drop=True), statements=statements)
 
 
+@pytest.mark.slow
 def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_out(tmp_path: Path) -> None:
     study = large_study(2000, 90)
     page = report_on(study, tmp_path)

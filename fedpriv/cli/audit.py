@@ -1,0 +1,48 @@
+"""Attacking a promise."""
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+from fedpriv.experiment.config import load_config
+from fedpriv.experiment.progress import RoundProgress
+from fedpriv.privacy import rounded_up
+
+
+@app.command()
+def audit(
+    config: ConfigFile,
+    canaries: Annotated[int, typer.Option(help="How many clients are planted.")] = 300,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound on epsilon.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="The folder; else runs/NAME-audit.", show_default=False)] = None,
+    settings: Settings = None,
+    engine: Annotated[str, typer.Option(help="auto (measures), loop or vectorized.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    data_root: DataRoot = None,
+    audit_seed: Annotated[int, typer.Option(help="Seed of the canaries; another seed is another attack.")] = 0,
+) -> None:
+    """Attack an experiment's promise with planted clients in one run; exit code 1 if it is found guilty."""
+    from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+
+    experiment = load_config(config, settings or ())
+    directory = out or Path("runs") / f"{experiment.name}-audit"
+    choice = AuditChoice(canaries=canaries, confidence=confidence, seed=audit_seed, engine=engine, device=device)
+    with RoundProgress(experiment.training.rounds) as progress:
+        found = run_audit(
+            experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})
+        )
+    level = f"{100 * found['confidence']:g} %"
+    print(
+        f"verdict     {found['verdict']}\n"
+        f"claimed     epsilon {rounded_up(found['epsilon_claimed'])} at delta = {found['delta']:g}, "
+        f"{found['adjacency']} adjacency\n"
+        f"measured    at least {found['epsilon_lower']:.2f} at {level} confidence; estimate "
+        f"{found['epsilon_estimate']:.2f}\n"
+        f"adversary   {found['adversary']}\n"
+        f"picture     {directory / PICTURE_FILE}\n"
+        f"record      {directory / AUDIT_FILE}\n\n{textwrap.fill(found['words'], width=100)}"
+    )
+    raise typer.Exit(1 if found["verdict"] == "guilty" else 0)

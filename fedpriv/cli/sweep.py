@@ -1,0 +1,149 @@
+"""Many experiments: running them, and reading what came out."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedpriv.cli.app import DataRoot, LogDiagnostics, Logs, app
+from fedpriv.errors import require_extra
+from fedpriv.experiment.learned import warnings_of
+from fedpriv.experiment.run_directory import RunDirectory
+
+__all__ = ["trial_warnings"]
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's TOML file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; else runs/NAME.", show_default=False)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trials at a time; else as many as there is room for.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="In each trial: auto, loop or vectorized.")] = "vectorized",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    cpus_per_trial: Annotated[float, typer.Option(help="Cores that each trial needs, and PyTorch's threads.")] = 1.0,
+    gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25; on Ray.")] = 0.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Ray deals out cores, too; else processes of our own.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
+    ] = None,
+    data_root: DataRoot = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Go on, and try failed trials again.")] = False,
+    no_stop: Annotated[
+        bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
+    ] = False,
+    log: Logs = None,
+    log_diagnostics: LogDiagnostics = None,
+) -> None:
+    """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
+    from fedpriv.sweeps.config import load_sweep
+    from fedpriv.sweeps.files import CHOSEN, TRIALS
+    from fedpriv.sweeps.live import SweepTable
+    from fedpriv.sweeps.run import SweepState, run_sweep
+    from fedpriv.sweeps.table import other_trials
+    from fedpriv.sweeps.tuning import about_tuning
+
+    plan = load_sweep(file)
+    folder = out or Path("runs") / plan.name
+    complaints: dict[str, list[str]] = {}
+    with SweepTable() as table:
+
+        def watch(state: SweepState) -> None:
+            complaints.update(state.complaints)
+            table(state)
+
+        trials = run_sweep(
+            plan,
+            folder,
+            jobs=jobs,
+            engine=engine,
+            device=device,
+            data_root=data_root,
+            resume=resume or retry,
+            retry=retry,
+            stop=not no_stop,
+            cpus_per_trial=cpus_per_trial,
+            gpus_per_trial=gpus_per_trial,
+            ray=ray,
+            ray_address=ray_address,
+            logs=log or (),
+            log_diagnostics=log_diagnostics,
+            watch=watch,
+        )
+    failed = trials[trials["status"] == "failed"]
+    for name, reason in list(zip(failed["trial"], failed["reason"], strict=True))[:5]:
+        print(f"failed      {name or 'no experiment'}: {reason}")
+    for name, lines in list(complaints.items())[:5]:
+        print(f"not logged  {name}: {lines[-1]}")
+    for line in islice(trial_warnings(folder / TRIALS, trials["trial"]), 5):
+        print(line)
+    stopped = list(trials["status"]).count("stopped")
+    counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
+    counts += f", {stopped} stopped early" if stopped else ""
+    others = other_trials(trials, folder / TRIALS)
+    if others:
+        what = "trial that" if others == 1 else "trials that"
+        print(f"others      {others} {what} {file} does not have; kept in {folder / TRIALS}, not in the table")
+    print(
+        f"trials      {len(trials)}: {counts}\n"
+        f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
+    )
+    if plan.tuning is not None:
+        for sentence in about_tuning(json.loads((folder / CHOSEN).read_bytes())):
+            print(f"tuning      {sentence}")
+    if len(failed) == len(trials):
+        raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run directories.", show_default=False)],
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+) -> None:
+    """Show finished runs side by side: what differs in their configs, and what came out."""
+    from fedpriv.experiment.results import compare_runs
+
+    table = compare_runs(runs)
+    if as_csv:
+        print(table.to_csv(), end="")
+        return
+    console = Console()
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", *table.columns):
+        shown.add_column(name, overflow="fold")
+    for name, row in table.iterrows():
+        shown.add_row(str(name), *("" if value is None or value != value else str(value) for value in row))
+    console.print(shown)
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A sweep's folder, or any of run directories.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where to; else DIR/report.", show_default=False)] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(help="test or validation chooses the best; else validation if all have it.", show_default=False),
+    ] = None,
+) -> None:
+    """Make one page about many runs: the best of each method, curves, robustness, privacy; figures and tables."""
+    require_extra("fedpriv report", "report")
+    from fedpriv.report.write import write_report
+
+    page = write_report(folder, out, select=select)
+    print(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
+
+
+def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each warning that trials of a sweep give cause to."""
+    for name in filter(None, names):
+        for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
+            yield f"warning     {name}: {warning}"

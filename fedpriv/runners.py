@@ -1,0 +1,65 @@
+"""Running an experiment, whoever runs its clients: this process, Ray, Flower's simulation, or real devices."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpriv.checks import at_least_one
+from fedpriv.experiment import run
+from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.execution import Execution
+from fedpriv.experiment.watching import Watcher
+
+if TYPE_CHECKING:
+    from fedpriv.deploy.run import Connection
+
+__all__ = ["run_experiment"]
+
+
+def run_experiment(
+    config: Config | Path | str,
+    out: Path | str,
+    *,
+    engine: str = "auto",
+    device: str = "cpu",
+    data_root: Path | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+    checkpoint_every: int | None = None,
+    execution: Execution | None = None,
+    deploy: "str | Connection | None" = None,
+) -> dict[str, Any] | None:
+    """Runs an experiment and returns its summary.
+
+    Args:
+        config: The experiment, or the path of its TOML file.
+        out: The run directory.
+        engine: `auto`, `loop`, `vectorized`, `ray` or `flower` (Flower's simulation); `auto` measures and chooses.
+        device: Where gradients are computed: `cpu`, `cuda`, `cuda:1`, ...
+        data_root: Where data sets lie; None for the environment's choice.
+        resume: Whether `out` may hold a part of this experiment, which is then gone on with.
+        watch: Called after every round with what was recorded; `StopRun` from it ends the run there, saved.
+        checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
+        execution: Workers, memory, noise and precision, for engines in process and Ray; its engine is `engine`.
+        deploy: The folder `admin` of a deployment, or the name of a Flower connection: real devices take part then.
+
+    Returns:
+        What `summary.json` holds; None where the run directory is on another machine, that of a deployment's server.
+
+    Raises:
+        UserError: On anything that the user can mend; nothing of an earlier run is lost.
+    """
+    config = config if isinstance(config, Config) else load_config(config)
+    if checkpoint_every is not None:
+        at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")
+    common: dict[str, Any] = {"device": device, "data_root": data_root, "resume": resume, "watch": watch}
+    if deploy is not None:
+        from fedpriv.deploy.run import run_deployed
+
+        return run_deployed(config, Path(out), deploy, **common)
+    if engine == "flower":
+        from fedpriv.flower.launch import run_with_flower
+
+        return run_with_flower(config, Path(out), **common)
+    return run.run_experiment(
+        config, out, engine=engine, checkpoint_every=checkpoint_every, execution=execution, **common
+    )
