@@ -189,7 +189,7 @@ MUTANTS = [
     ),
     Mutant(
         "every client's inputs are shifted alike",
-        "fedpriv/data/shifts.py",
+        "fedpriv/data/federation.py",
         "streams.source(Purpose.SHIFT, client=client)",
         "streams.source(Purpose.SHIFT)",
         DATA,

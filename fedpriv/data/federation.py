@@ -1,16 +1,19 @@
 """A federation: a data set and who of the population holds which of its training examples."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+import torch
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
+from fedpriv.data.shifts import Shift
 from fedpriv.errors import UserError, require_extra
+from fedpriv.streams import Purpose, SeededStreams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +24,7 @@ __all__ = [
     "ResampledFederation",
     "federate",
     "plot_who_holds_what",
+    "shifted",
     "spread",
     "who_holds_what",
 ]
@@ -273,3 +277,30 @@ def _whole_bins(sizes: np.ndarray) -> np.ndarray:
     """Edges of at most 40 bins that hold equally many whole numbers each."""
     step = -(-int(np.ptp(sizes) + 1) // 40)
     return np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5
+
+
+def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federation:
+    """The federation with each client's training inputs shifted, and its data set in the clients' order.
+
+    Examples that nobody holds are left out. Takes one more copy of the training inputs while it works, none afterwards.
+
+    Args:
+        federation: Who holds what.
+        shift: What is done to a client's inputs.
+        streams: Where a client's draws come from.
+
+    Raises:
+        UserError: If clients share examples, or the shift means nothing for such inputs.
+    """
+    if not isinstance(federation, Federation):
+        remedy = "Choose another data.partition, or take data.shift away"
+        raise UserError("data.shift", "a partition that gives each example one client", "'resampled'", remedy)
+    dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
+    shift.check(dataset.input_shape)
+    inputs = torch.empty(len(rows), *dataset.input_shape)
+    for client in range(federation.population):
+        own = slice(*federation.offsets[client : client + 2].tolist())
+        rng = streams.source(Purpose.SHIFT, client=client).rng
+        inputs[own] = shift.apply(dataset.train_inputs[rows[own]], rng)
+    moved = replace(dataset, train_inputs=inputs, train_labels=dataset.train_labels[rows], groups=None)
+    return Federation(dataset=moved, offsets=federation.offsets, rows=np.arange(len(rows)))

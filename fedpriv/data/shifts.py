@@ -7,7 +7,7 @@ validation inputs stay as they are, so that accuracy is that on inputs of nobody
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedpriv.checks import real_within
-from fedpriv.data.federation import Federation, Holders
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
-from fedpriv.streams import Purpose, SeededStreams
 
-__all__ = ["SHIFTS", "NoiseLevels", "Rotation", "Shift", "Style", "shifted"]
+__all__ = ["SHIFTS", "NoiseLevels", "Rotation", "Shift", "Style"]
 
 
 class Shift(Protocol):
@@ -140,33 +138,6 @@ class Style:
 SHIFTS: Registry[Shift] = Registry(
     "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, group="fedpriv.shifts"
 )
-
-
-def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federation:
-    """The federation with each client's training inputs shifted, and its data set in the clients' order.
-
-    Examples that nobody holds are left out. Takes one more copy of the training inputs while it works, none afterwards.
-
-    Args:
-        federation: Who holds what.
-        shift: What is done to a client's inputs.
-        streams: Where a client's draws come from.
-
-    Raises:
-        UserError: If clients share examples, or the shift means nothing for such inputs.
-    """
-    if not isinstance(federation, Federation):
-        remedy = "Choose another data.partition, or take data.shift away"
-        raise UserError("data.shift", "a partition that gives each example one client", "'resampled'", remedy)
-    dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
-    shift.check(dataset.input_shape)
-    inputs = torch.empty(len(rows), *dataset.input_shape)
-    for client in range(federation.population):
-        own = slice(*federation.offsets[client : client + 2].tolist())
-        rng = streams.source(Purpose.SHIFT, client=client).rng
-        inputs[own] = shift.apply(dataset.train_inputs[rows[own]], rng)
-    moved = replace(dataset, train_inputs=inputs, train_labels=dataset.train_labels[rows], groups=None)
-    return Federation(dataset=moved, offsets=federation.offsets, rows=np.arange(len(rows)))
 
 
 def turned(images: Tensor, degrees: float) -> Tensor:

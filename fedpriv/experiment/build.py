@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.clock import Timeline
-from fedpriv.data.federation import Holders, spread
-from fedpriv.data.shifts import shifted
+from fedpriv.data.federation import Holders, shifted, spread
 from fedpriv.data.validation import evaluated_on, hold_out
 from fedpriv.engines import Population
 from fedpriv.errors import UserError

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.datasets import Digits
-from fedpriv.data.federation import Federation, federate, spread
+from fedpriv.data.federation import Federation, federate, shifted, spread
 from fedpriv.data.partitions import Dirichlet, Natural, Resampled
-from fedpriv.data.shifts import SHIFTS, NoiseLevels, Rotation, Shift, Style, shifted, turned
+from fedpriv.data.shifts import SHIFTS, NoiseLevels, Rotation, Shift, Style, turned
 from fedpriv.errors import UserError
 from fedpriv.streams import Purpose, SeededStreams
 

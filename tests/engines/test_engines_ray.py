@@ -25,7 +25,8 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
-from fedpriv.data.shifts import Rotation, shifted
+from fedpriv.data.federation import shifted
+from fedpriv.data.shifts import Rotation
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.ray.cluster import Connection, connect, quiet
 from fedpriv.engines.ray.engine import RayEngine
