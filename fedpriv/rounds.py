@@ -160,17 +160,14 @@ def agree(
             raise ValueError(f"the plan is for another method or cohort: {plan}, {method}, {sampling}")
         if has_memory(method) and not plan.client_memory:
             raise ValueError(f"the plan is for clients without memory, and {method} has one: {plan}")
-        if plan.trust == "local":
-            client_stddev = plan.noise_stddev
-        elif method.needs_client_noise:
+        if method.needs_client_noise and not plan.trust_rules.clients_add_noise:
             raise UserError(
                 "method.memory",
                 'privacy.trust = "local" with sent memory',
                 f'privacy.trust = "{plan.trust}"',
                 "Sent memory remembers each client's own noise; choose trust local or noiseless memory",
             )
-        else:
-            server_stddev = plan.noise_stddev
+        server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
     return (
         ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
         ClientRules(method=client_part(method), noise_stddev=client_stddev, streams=streams),

@@ -434,7 +434,7 @@ class MethodStrategy(Strategy):
             found.append(drowned)
         if self._randomness == "seeded":
             found.append("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
-        elif plan is not None and plan.trust == "local" and not self.arrays.declared:
+        elif plan is not None and not plan.trust_rules.trusts_server and not self.arrays.declared:
             found.append(
                 "No array is declared frozen or trainable, so all get noise. Clients do not tell a server that is not "
                 "trusted if some are not trained: declare them."

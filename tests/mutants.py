@@ -66,7 +66,7 @@ SCORING, TUNED = "fedpriv/sweeps/tuning_score.py", "tests/sweeps/test_sweeps_tun
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/mechanisms/gaussian.py", "fedpriv/mechanisms/tails.py", "fedpriv/streams.py"
-SAMPLING = "fedpriv/privacy/sampling.py"
+SAMPLING, TRUST = "fedpriv/privacy/sampling.py", "fedpriv/privacy/trust.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
 SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant(
         "a timeline is charged by its steps",
         ACCOUNTING,
-        'return sampling.charge(rounds, each_message=trust == "local")',
+        "return sampling.charge(rounds, each_message=trust_of(trust).shows_messages)",
         "return float(rounds)",
         CHARGED,
     ),
@@ -383,14 +383,14 @@ MUTANTS = [
     ),
     Mutant(
         "noise on both sides",
-        ROUNDS,
-        "client_stddev = plan.noise_stddev\n",
-        "client_stddev = server_stddev = plan.noise_stddev\n",
+        TRUST,
+        "Shares(server=0.0, client=stddev)",
+        "Shares(stddev, stddev)",
         CORE,
     ),
-    Mutant("noise on the wrong side", ROUNDS, 'if plan.trust == "local":', 'if plan.trust != "local":', CORE),
+    Mutant("noise on the wrong side", TRUST, "Shares(server=0.0, client=stddev)", "Shares(stddev, 0.0)", CORE),
     Mutant(
-        "sent memory where the server adds the noise", ROUNDS, "elif method.needs_client_noise:", "elif False:", CORE
+        "sent memory where the server adds the noise", ROUNDS, "if method.needs_client_noise and", "if False and", CORE
     ),
     Mutant(
         "noiseless memory sees the noise",
@@ -449,7 +449,7 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        'if trust == "local" or q >= 1.0',
+        "if not trust_of(trust).hides_cohorts or q >= 1.0",
         "if q >= 1.0",
         PRIVACY,
     ),
@@ -883,7 +883,7 @@ MUTANTS = [
     Mutant(
         "guard: a server that is not trusted is told that an app failed",
         "clients/guard.py",
-        'if terms.trust == "local" else make_signal',
+        "if terms.against_server else make_signal",
         "if False else make_signal",
         GUARD,
     ),

@@ -39,6 +39,7 @@ from fedpriv.errors import UserError
 from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.privacy.trust import trust_of
 from fedpriv.version import __version__
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def round_event(
     import dp_accounting as dpa  # takes a second, and only tests ask
 
     relations, replace = dpa.NeighboringRelation, adjacency == "replace"
-    if trust == "local" or isinstance(sampling, Everyone | Scheduled):
+    if not trust_of(trust).hides_cohorts or isinstance(sampling, Everyone | Scheduled):
         return dpa.GaussianDpEvent(noise_multiplier), relations.ADD_OR_REMOVE_ONE
     if isinstance(sampling, Poisson):
         noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
@@ -246,7 +247,7 @@ def calibrate(
 def releases_of(trust: str, sampling: Sampling, rounds: int) -> float:
     """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
     if isinstance(sampling, Scheduled):
-        return sampling.charge(rounds, each_message=trust == "local")
+        return sampling.charge(rounds, each_message=trust_of(trust).shows_messages)
     return float(rounds)
 
 
@@ -257,7 +258,7 @@ Direction = tuple[Half, Half]
 def _pairs(trust: str, adjacency: str, sampling: Sampling, *, client_memory: bool) -> tuple[Direction, ...]:
     """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
     q, replace = _hiding_prob(sampling), adjacency == "replace"
-    if trust == "local" or q >= 1.0 or not isinstance(sampling, Poisson | FixedSize):
+    if not trust_of(trust).hides_cohorts or q >= 1.0 or not isinstance(sampling, Poisson | FixedSize):
         return ()
     if isinstance(sampling, Poisson):
         gone, come, other = Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0, 2.0)
@@ -382,7 +383,7 @@ def _share_left(low: float, high: float) -> float:
 
 
 def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
-    hidden = trust == "central" and not isinstance(sampling, Scheduled)
+    hidden = trust_of(trust).hides_cohorts and not isinstance(sampling, Scheduled)
     chance = min(1.0, rounds * sampling.sampling_prob) if hidden else 1.0
     if delta >= chance:
         expected = f"a delta below {chance:g}, the chance that a given client ever takes part"

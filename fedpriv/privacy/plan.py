@@ -13,12 +13,14 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
+from fedpriv.privacy.trust import Trust, trust_of
+from fedpriv.privacy.unit import unit_of
 
 # The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound
 
-__all__ = ["ADVERSARIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
+__all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
@@ -34,13 +36,7 @@ DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
 NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
 """The entries of `PrivacyPlan.as_dict` that list promises, for a run that promises nothing."""
 
-ADVERSARIES = {
-    "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
-    "local": "the server itself, or anyone who sees every message and knows whose it is",
-}
-
-_DEFAULT_ADJACENCY = {"central": "add-or-remove", "local": "replace"}
-_ADJACENCIES = ("add-or-remove", "replace")
+ADJACENCIES = ("add-or-remove", "replace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +79,11 @@ class PrivacyPlan:
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
 
     @property
+    def trust_rules(self) -> Trust:
+        """What follows from who adds the noise."""
+        return trust_of(self.trust)
+
+    @property
     def l2_sensitivity(self) -> float:
         """Most that one client can move a sum of messages: B for add-or-remove, 2 B for replace."""
         return self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)
@@ -118,7 +119,7 @@ class PrivacyPlan:
     @property
     def adversary(self) -> str:
         """Against whom; one clause."""
-        return ADVERSARIES[self.trust]
+        return self.trust_rules.adversary
 
     @property
     def private(self) -> bool:
@@ -140,7 +141,7 @@ class PrivacyPlan:
         Raises:
             ValueError: Where trust is central: who takes part is then part of what protects.
         """
-        if self.trust != "local":
+        if not self.trust_rules.charges_participations:
             raise ValueError("only where trust is local is a client charged for its own participations")
         return self._bound(count, Everyone(self.sampling.population)).epsilon
 
@@ -155,7 +156,7 @@ class PrivacyPlan:
             return None
         releases: float = rounds
         if isinstance(self.sampling, Scheduled):
-            releases = self.sampling.charge(rounds, each_message=self.trust == "local")
+            releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
         if releases == 0:
             return 0.0
         return math.sqrt(releases) / self.noise_multiplier if self.noise_multiplier > 0.0 else math.inf
@@ -249,7 +250,7 @@ class PrivacyPlan:
     @property
     def _credits_sampling(self) -> bool:
         """Whether the accountant may credit sampling: only then does epsilon not follow from one exact mu."""
-        if self.trust == "local" or isinstance(self.sampling, Everyone | Scheduled):
+        if not self.trust_rules.hides_cohorts or isinstance(self.sampling, Everyone | Scheduled):
             return False
         remembered = isinstance(self.sampling, FixedSize) and self.client_memory
         return self.sampling.sampling_prob < 1.0 and not remembered
@@ -314,7 +315,7 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "The one follows from the other: set what you must promise, or what you can afford"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
-    default = "replace" if isinstance(sampling, Scheduled) else _DEFAULT_ADJACENCY.get(trust, _ADJACENCIES[0])
+    default = "replace" if isinstance(sampling, Scheduled) else trust_of(trust).default_adjacency
     adjacency = adjacency or default
     _check_names(trust, adjacency, unit)
     _check_neighbours(sampling, adjacency)
@@ -346,19 +347,10 @@ def make_plan(
 
 
 def _check_names(trust: str, adjacency: str, unit: str) -> None:
-    if unit == "example":
-        remedy = 'Not offered yet: use unit = "client", which protects all examples of a client together'
-        raise UserError("privacy.unit", '"client"', '"example"', remedy)
-    if trust == "aggregator":
-        remedy = 'Secure aggregation is not offered yet: use "local", or "central" with a server that you trust'
-        raise UserError("privacy.trust", '"central" or "local"', '"aggregator"', remedy)
-    for key, value, known in (
-        ("privacy.unit", unit, ("client",)),
-        ("privacy.trust", trust, tuple(ADVERSARIES)),
-        ("privacy.adjacency", adjacency, _ADJACENCIES),
-    ):
-        if value not in known:
-            raise UserError(key, "a known name", repr(value), nearest(str(value), known))
+    unit_of(unit)
+    trust_of(trust)
+    if adjacency not in ADJACENCIES:
+        raise UserError("privacy.adjacency", "a known name", repr(adjacency), nearest(str(adjacency), ADJACENCIES))
 
 
 def _check_neighbours(sampling: Sampling, adjacency: str) -> None:

@@ -230,7 +230,8 @@ def _curve_of_training(plan: PrivacyPlan) -> RenyiCurve:
     if plan.noise_multiplier <= 0.0:
         return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
     rho = 0.5 * releases_of(plan.trust, plan.sampling, plan.rounds) / plan.noise_multiplier**2
-    if not (isinstance(plan.sampling, Poisson) and plan.trust == "central" and plan.adjacency == "add-or-remove"):
+    hidden = isinstance(plan.sampling, Poisson) and plan.trust_rules.hides_cohorts
+    if not (hidden and plan.adjacency == "add-or-remove"):
         return RenyiCurve(_ORDERS, _ORDERS * rho * _UP)
     import dp_accounting as dpa  # takes a second
 

@@ -42,12 +42,12 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
         size: Number of parameters that are trained.
     """
     expected, population = plan.sampling.expected_size, plan.sampling.population
-    added = 1.0 if plan.trust == "central" else expected
-    ratio = plan.noise_stddev * math.sqrt(size * added) / expected / plan.l2_bound
+    trust = plan.trust_rules
+    ratio = plan.noise_stddev * math.sqrt(size * trust.noises(expected)) / expected / plan.l2_bound
     if ratio <= MAX_RATIO:
         return NoiseAgainstSignal(ratio=ratio, clients=None, epsilon=None)
     excess = ratio / MAX_RATIO
-    clients = math.ceil(population * (excess if plan.trust == "central" else excess**2))
+    clients = math.ceil(population * trust.more_clients(excess))
     epsilon = replace(plan, noise_multiplier=plan.noise_multiplier / excess).epsilon
     return NoiseAgainstSignal(ratio=ratio, clients=clients, epsilon=epsilon if math.isfinite(epsilon) else None)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled
+from fedpriv.privacy import Central, Everyone, PrivacyPlan, Scheduled
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
 
@@ -183,7 +183,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == 0.0 or math.isinf(mu):
         return mu
     one = PrivacyPlan(
-        trust="central",
+        trust=Central.name,
         adjacency="add-or-remove",
         sampling=Everyone(1),
         rounds=1,

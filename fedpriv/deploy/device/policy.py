@@ -11,10 +11,11 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.flower.messages import Order, Terms, method_name
+from fedpriv.flower.promise import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
-from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+from fedpriv.privacy import REPLACE_FACTOR, TRUSTS, PrivacyPlan
 
 __all__ = [
     "POLICY_FILE",
@@ -62,6 +63,9 @@ _TOLERANCE = 1e-9
 
 _MOST = 1e18
 
+# From the trust that relies on nobody to no promise: who accepts one accepts those before it.
+_TRUSTS = (*sorted(TRUSTS, key=lambda name: TRUSTS[name].reliance), NO_PROMISE)
+
 # Less noise than that over the sensitivity is none, whatever a policy says.
 _LEAST_NOISE = 1e-6
 
@@ -86,6 +90,11 @@ class Accepts:
     data: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
+
+    @property
+    def unpromised(self) -> bool:
+        """Whether runs that promise nothing are followed, too."""
+        return self.trust == NO_PROMISE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,22 +190,22 @@ class Policy:
         bound = order.method.bounded.l2_bound
         if not bound <= self.limits.max_l2_bound:
             raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
-        accepted = ("local", "central", "none")[: 1 + ("local", "central", "none").index(self.accepts.trust)]
+        accepted = _TRUSTS[: 1 + _TRUSTS.index(self.accepts.trust)]
         if terms.trust not in accepted:
             raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
-        if terms.trust == "none":
+        if terms.trust_rules is None:
             return None
         if not order.private:
             raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
         plan = _plan(order, terms)
         multiplier = plan.noise_multiplier
-        if plan.trust == "local":
+        if plan.trust_rules.charges_participations:
             multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
         least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
-        needed = plan.noise_stddev if plan.trust == "local" else 0.0
+        needed = plan.trust_rules.split(plan.noise_stddev, plan.sampling.expected_size).client
         if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
             raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
         return plan
@@ -235,7 +244,7 @@ def write_default_policy(home: Path) -> bool:
     if path.exists():
         return False
     make_private_folder(home)
-    replace_durably(path, POLICY_TEXT.substitute(trust="local", epsilon=8.0, delta=1e-5).encode())
+    replace_durably(path, POLICY_TEXT.substitute(trust=Accepts().trust, epsilon=8.0, delta=1e-5).encode())
     return True
 
 

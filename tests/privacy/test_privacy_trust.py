@@ -1,0 +1,114 @@
+"""Who adds the noise, and whose data are protected: objects that answer for themselves, words in files."""
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from fedpriv.errors import UserError
+from fedpriv.methods import AlphaNormEC, NormalizedSGD
+from fedpriv.privacy import (
+    ADJACENCIES,
+    TRUSTS,
+    UNITS,
+    Everyone,
+    Poisson,
+    PrivacyPlan,
+    Trust,
+    make_plan,
+    noise_against_signal,
+    privacy_statement,
+    trust_of,
+    unit_of,
+)
+from fedpriv.rounds import agree
+from fedpriv.streams import SystemStreams
+
+BOUND = NormalizedSGD().bounded.l2_bound
+every_trust = pytest.mark.parametrize("trust", [trust_of(name) for name in TRUSTS], ids=list(TRUSTS))
+
+
+def plan_of(trust: str, **facts: Any) -> PrivacyPlan:
+    known: dict[str, Any] = {"rounds": 20, "delta": 1e-6, "l2_bound": BOUND, "noise_multiplier": 3.0}
+    return make_plan(**{**known, "trust": trust, "sampling": Everyone(100), **facts})
+
+
+def test_every_name_is_that_of_its_object() -> None:
+    assert [trust_of(name).name for name in TRUSTS] == list(TRUSTS)
+    assert [unit_of(name).name for name in UNITS] == list(UNITS)
+    assert trust_of("local") == trust_of("local") != trust_of("central")
+    with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
+        trust_of("local").name = "central"  # type: ignore[misc]
+
+
+@every_trust
+def test_the_shares_of_the_noise_add_up_to_the_plans_on_whatever_is_noised(trust: Trust) -> None:
+    server, client = trust.split(2.0, 10.0)
+    assert server**2 + 10.0 * client**2 == pytest.approx(4.0 * trust.noises(10.0))
+    assert (client > 0.0) == trust.clients_add_noise
+    method = NormalizedSGD()
+    rules = agree(method, Everyone(100), plan_of(trust.name), SystemStreams())
+    assert (rules[0].noise_stddev, rules[1].noise_stddev) == trust.split(plan_of(trust.name).noise_stddev, 100.0)
+
+
+@every_trust
+def test_what_an_adversary_sees_of_single_messages_tells_it_who_took_part(trust: Trust) -> None:
+    assert not (trust.shows_messages and trust.hides_cohorts)
+    assert trust.trusts_server or trust.clients_add_noise
+    assert trust.clients_add_noise or not trust.charges_participations
+    sampled = Poisson(1000, 0.01)
+    assert plan_of(trust.name, sampling=sampled, adjacency="replace").amplification == trust.hides_cohorts
+
+
+@every_trust
+def test_a_client_is_charged_for_its_own_messages_where_its_own_noise_protects_it(trust: Trust) -> None:
+    plan = plan_of(trust.name)
+    if trust.charges_participations:
+        assert plan.epsilon_of_participations(20) == plan.epsilon
+    else:
+        with pytest.raises(ValueError, match="own participations"):
+            plan.epsilon_of_participations(20)
+
+
+@every_trust
+def test_so_many_more_clients_bring_the_noise_down_to_what_is_wanted(trust: Trust) -> None:
+    plan, size = plan_of(trust.name), 10**6
+    found = noise_against_signal(plan, size)
+    assert found.clients is not None
+    more = replace(plan, sampling=Everyone(found.clients))
+    assert noise_against_signal(more, size).ratio == pytest.approx(3.0, rel=0.02)
+
+
+@every_trust
+def test_a_statement_names_the_trusts_adversary_and_the_units_neighbors(trust: Trust) -> None:
+    for adjacency in ADJACENCIES:
+        text = " ".join(privacy_statement(plan_of(trust.name, adjacency=adjacency), method="m", randomness="x").split())
+        assert f"Adversary: {trust.adversary}." in text
+        assert f"is added to {trust.noised} (" in text
+        assert unit_of("client").neighbors[adjacency] in text
+        assert unit_of("client").over(20) in text
+
+
+@every_trust
+def test_a_memory_of_noise_asks_for_noise_at_the_client(trust: Trust) -> None:
+    method = AlphaNormEC(memory="sent")
+    plan = plan_of(trust.name, l2_bound=method.bounded.l2_bound)
+    if trust.clients_add_noise:
+        agree(method, Everyone(100), plan, SystemStreams())
+    else:
+        with pytest.raises(UserError, match=rf'got privacy\.trust = "{trust.name}"'):
+            agree(method, Everyone(100), plan, SystemStreams())
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "words"),
+    [
+        (trust_of, "privacy.trust", {"aggregator": "not offered yet", "locl": "Did you mean 'local'", "none": "Known"}),
+        (unit_of, "privacy.unit", {"example": "Not offered yet", "clients": "Did you mean 'client'"}),
+    ],
+)
+def test_other_words_are_refused_in_one_line(make: Any, where: str, words: dict[str, str]) -> None:
+    for name, expected in words.items():
+        with pytest.raises(UserError, match=expected) as refusal:
+            make(name)
+        assert refusal.value.where == where
