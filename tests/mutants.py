@@ -123,9 +123,9 @@ MUTANTS = [
     ),
     Mutant(
         "a timeline that a removed client would change",
-        PLAN,
-        'if isinstance(sampling, Scheduled) and adjacency != "replace":',
-        "if False:",
+        SAMPLING,
+        'adjacencies: ClassVar[tuple[str, ...]] = ("replace",)',
+        "adjacencies: ClassVar[tuple[str, ...]] = ADJACENCIES",
         CHARGED,
     ),
     Mutant(
@@ -229,9 +229,9 @@ MUTANTS = [
     ),
     Mutant(
         "amplification of fixed-size cohorts with memory",
-        ACCOUNTING,
-        "    elif client_memory:",
-        "    elif False:",
+        SAMPLING,
+        "self.sampling_prob < 1.0 and not client_memory",
+        "self.sampling_prob < 1.0",
         PRIVACY,
     ),
     Mutant(
@@ -449,8 +449,8 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        "if not trust_of(trust).hides_cohorts or q >= 1.0",
-        "if q >= 1.0",
+        "if not trust_of(trust).hides_cohorts or not sampling",
+        "if not sampling",
         PRIVACY,
     ),
     Mutant(
@@ -470,8 +470,8 @@ MUTANTS = [
     Mutant(
         "fixed-size replace in the wrong units",
         ACCOUNTING,
-        "gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
-        "gone, come, other = Half(q, 1.0, 1.0), Half(q, 1.0, 1.0), Half(q, 1.0, 2.0)",
+        "gone, come, other = Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)",
+        "gone, come, other = Half(q, 1.0, 1.0), Half(q, stead, 1.0), Half(q, 1.0, 2.0)",
         PRIVACY,
     ),
     Mutant(
@@ -1311,8 +1311,8 @@ MUTANTS = [
     Mutant(
         "the client in one's place sends nothing",
         ACCOUNTING,
-        "Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
-        "Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 2.0, 2.0)",
+        "Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)",
+        "Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0 + stead, 2.0)",
         "tests/privacy/test_privacy_losses.py",
     ),
     Mutant(
@@ -1325,8 +1325,8 @@ MUTANTS = [
     Mutant(
         "one order of neighbours is composed",
         ACCOUNTING,
-        "    return ((other, other),) if replace else ((gone, come), (come, gone))",
-        "    return ((other, other),) if replace else ((come, gone),)",
+        " else ((gone, come), (come, gone))",
+        " else ((come, gone),)",
         "tests/privacy",
     ),
     Mutant(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy import SAMPLINGS, TRUSTS, FixedSize, PrivacyPlan, Sampling, Trust, trust_of
+from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
 
 __all__ = ["NO_PROMISE", "Promise", "promised"]
 
@@ -60,17 +60,13 @@ class Promise:
 
     def plan(self, l2_bound: float) -> PrivacyPlan:
         """The plan for messages of at most that norm; a `UserError` if there is none."""
-        options: dict[str, dict[str, Any]] = {
-            "everyone": {},
-            "poisson": {"probability": self.probability},
-            "fixed": {"size": self.cohort_size},
-        }
-        if self.sampling not in options:
-            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, options))
+        if self.sampling not in SAMPLINGS:
+            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
+        cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
         return PrivacyPlan(
             trust=self.trust,
             adjacency=self.adjacency,
-            sampling=SAMPLINGS[self.sampling](self.population, **options[self.sampling]),
+            sampling=SAMPLINGS[self.sampling].recorded(cohorts),
             rounds=self.rounds,
             delta=self.delta,
             l2_bound=l2_bound,
@@ -98,5 +94,5 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
         "sampling": sampling.name,
         "population": sampling.population,
         "probability": sampling.sampling_prob,
-        "cohort_size": sampling.size if isinstance(sampling, FixedSize) else 0,
+        "cohort_size": sampling.cohort_size,
     }

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedpriv.errors import UserError
 from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
-from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import trust_of
 from fedpriv.version import __version__
 
@@ -138,14 +138,13 @@ def least_bound(
         return Bound(0.0, GAUSSIAN, False)
     if noise_multiplier == 0.0:
         return Bound(math.inf, NO_NOISE, False)
-    if isinstance(sampling, Scheduled) and adjacency != "replace":
-        raise ValueError("a client that is gone would change everybody's timeline: only replace can be accounted")
+    sampling.check_neighbors(adjacency)
     releases = releases_of(trust, sampling, rounds)
     whole = Bound(gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta), GAUSSIAN, False)
     pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
     if whole.epsilon == 0.0 or not pairs:
         return whole
-    if rounds * _hiding_prob(sampling) <= delta:  # the client takes part at all with at most that probability
+    if rounds * sampling.hiding_prob <= delta:  # the client takes part at all with at most that probability
         return Bound(0.0, PLD, True)
     noise = min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)
     if noise * LARGEST_SHIFT < 1.0:
@@ -167,18 +166,9 @@ def round_event(
         sampling: Gives the event its probability (Poisson) or its sizes (fixed size).
         noise_multiplier: Noise std / l2_sensitivity, above 0.
     """
-    import dp_accounting as dpa  # takes a second, and only tests ask
-
-    relations, replace = dpa.NeighboringRelation, adjacency == "replace"
-    if not trust_of(trust).hides_cohorts or isinstance(sampling, Everyone | Scheduled):
-        return dpa.GaussianDpEvent(noise_multiplier), relations.ADD_OR_REMOVE_ONE
-    if isinstance(sampling, Poisson):
-        noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
-        relation = relations.REPLACE_ONE if replace else relations.ADD_OR_REMOVE_ONE
-        return dpa.PoissonSampledDpEvent(sampling.sampling_prob, noise), relation
-    noise = dpa.GaussianDpEvent(noise_multiplier if replace else 0.5 * noise_multiplier)
-    event = dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
-    return event, relations.REPLACE_ONE
+    if not trust_of(trust).hides_cohorts:
+        return gaussian_event(noise_multiplier)
+    return sampling.event(noise_multiplier, replace=adjacency == "replace")
 
 
 def calibrate(
@@ -246,9 +236,7 @@ def calibrate(
 
 def releases_of(trust: str, sampling: Sampling, rounds: int) -> float:
     """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
-    if isinstance(sampling, Scheduled):
-        return sampling.charge(rounds, each_message=trust_of(trust).shows_messages)
-    return float(rounds)
+    return sampling.charge(rounds, each_message=trust_of(trust).shows_messages)
 
 
 Direction = tuple[Half, Half]
@@ -257,22 +245,11 @@ Direction = tuple[Half, Half]
 
 def _pairs(trust: str, adjacency: str, sampling: Sampling, *, client_memory: bool) -> tuple[Direction, ...]:
     """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
-    q, replace = _hiding_prob(sampling), adjacency == "replace"
-    if not trust_of(trust).hides_cohorts or q >= 1.0 or not isinstance(sampling, Poisson | FixedSize):
+    if not trust_of(trust).hides_cohorts or not sampling.amplifies(client_memory=client_memory):
         return ()
-    if isinstance(sampling, Poisson):
-        gone, come, other = Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0, 2.0)
-    elif client_memory:
-        return ()
-    else:
-        gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)
-    return ((other, other),) if replace else ((gone, come), (come, gone))
-
-
-def _hiding_prob(sampling: Sampling) -> float:
-    """The probability that a client takes part, never below what is drawn: Poisson coins are exact, m / n rounds."""
-    exact = sampling.sampling_prob
-    return math.nextafter(exact, 1.0) if isinstance(sampling, FixedSize) else exact
+    q, stead = sampling.hiding_prob, sampling.stead
+    gone, come, other = Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)
+    return ((other, other),) if adjacency == "replace" else ((gone, come), (come, gone))
 
 
 def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:
@@ -383,7 +360,7 @@ def _share_left(low: float, high: float) -> float:
 
 
 def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
-    hidden = trust_of(trust).hides_cohorts and not isinstance(sampling, Scheduled)
+    hidden = trust_of(trust).hides_cohorts and sampling.draws_cohorts
     chance = min(1.0, rounds * sampling.sampling_prob) if hidden else 1.0
     if delta >= chance:
         expected = f"a delta below {chance:g}, the chance that a given client ever takes part"

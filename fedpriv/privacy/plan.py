@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy.gaussian import MOST_NOISE
-from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
+from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, trust_of
-from fedpriv.privacy.unit import unit_of
+from fedpriv.privacy.unit import ADJACENCIES, unit_of
 
 # The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
 
 NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
 """The entries of `PrivacyPlan.as_dict` that list promises, for a run that promises nothing."""
-
-ADJACENCIES = ("add-or-remove", "replace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        _check_neighbours(self.sampling, self.adjacency)
+        self.sampling.check_neighbors(self.adjacency)
         if not (_is_number(self.noise_multiplier) and 0.0 <= self.noise_multiplier <= MOST_NOISE):
             expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
@@ -154,9 +152,7 @@ class PrivacyPlan:
         _check_numbers(rounds, self.delta, self.l2_bound)
         if self._credits_sampling:
             return None
-        releases: float = rounds
-        if isinstance(self.sampling, Scheduled):
-            releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
+        releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
         if releases == 0:
             return 0.0
         return math.sqrt(releases) / self.noise_multiplier if self.noise_multiplier > 0.0 else math.inf
@@ -209,11 +205,6 @@ class PrivacyPlan:
             thorough: If the plan credits sampling, report epsilon at `DELTAS` and under `replace` too, which takes up
                 to seconds. Other plans always report them.
         """
-        sampling = self.sampling
-        size = {"size": sampling.size} if isinstance(sampling, FixedSize) else {}
-        if isinstance(sampling, Scheduled):
-            size = {"scheme": sampling.scheme, "most_squared_weights": sampling.squares[-1]}
-            size |= {"most_messages_sent": sampling.sent[-1]}
         epsilons = self.epsilons(DELTAS if thorough or not self._credits_sampling else ())
         return {
             "private": self.private,
@@ -230,13 +221,7 @@ class PrivacyPlan:
             "trust": self.trust,
             "adversary": self.adversary,
             "adjacency": self.adjacency,
-            "sampling": {
-                "name": sampling.name,
-                "population": sampling.population,
-                "sampling_prob": sampling.sampling_prob,
-                "expected_size": sampling.expected_size,
-                **size,
-            },
+            "sampling": self.sampling.as_dict(),
             "rounds": self.rounds,
             "accountant": self.accountant,
             "amplification": self.amplification,
@@ -250,10 +235,7 @@ class PrivacyPlan:
     @property
     def _credits_sampling(self) -> bool:
         """Whether the accountant may credit sampling: only then does epsilon not follow from one exact mu."""
-        if not self.trust_rules.hides_cohorts or isinstance(self.sampling, Everyone | Scheduled):
-            return False
-        remembered = isinstance(self.sampling, FixedSize) and self.client_memory
-        return self.sampling.sampling_prob < 1.0 and not remembered
+        return self.trust_rules.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
 
     def _promise(self) -> dict[str, Any]:
         return {
@@ -315,10 +297,9 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "The one follows from the other: set what you must promise, or what you can afford"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
-    default = "replace" if isinstance(sampling, Scheduled) else trust_of(trust).default_adjacency
-    adjacency = adjacency or default
+    adjacency = adjacency or _default_adjacency(trust_of(trust), sampling)
     _check_names(trust, adjacency, unit)
-    _check_neighbours(sampling, adjacency)
+    sampling.check_neighbors(adjacency)
     _check_numbers(rounds, delta, l2_bound)
     if noise_multiplier is None:
         from fedpriv.privacy.accounting import calibrate
@@ -353,11 +334,10 @@ def _check_names(trust: str, adjacency: str, unit: str) -> None:
         raise UserError("privacy.adjacency", "a known name", repr(adjacency), nearest(str(adjacency), ADJACENCIES))
 
 
-def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
-    if isinstance(sampling, Scheduled) and adjacency != "replace":
-        got = f'"{adjacency}" with {sampling.scheme}'
-        remedy = "A client that is not there would leave its place to others and shift the steps in which they count"
-        raise UserError("privacy.adjacency", '"replace"', got, remedy)
+def _default_adjacency(trust: Trust, sampling: Sampling) -> str:
+    """The trust's, where the sampling can be accounted under it."""
+    default = trust.default_adjacency
+    return default if default in sampling.adjacencies else sampling.adjacencies[0]
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
-from fedpriv.privacy.sampling import FixedSize, Poisson, Scheduled
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import signal_warning
 
@@ -19,14 +18,6 @@ This run is NOT private. No noise was added and nothing is promised about the da
 _NO_NOISE = """\
 This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next \
 to nothing hides them."""
-
-_MOST_SCHEDULED = (
-    "Epsilon is that of the client that sends most messages by this timeline; a client that sends fewer has spent less."
-)
-_MOST = (
-    "Epsilon is that of a client that takes part in every round, the worst case; a client that takes part less often "
-    "has spent less."
-)
 
 _NOT_COVERED = (
     "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
@@ -133,12 +124,6 @@ _ROLLED_BACK = (
     "but can keep it back"
 )
 
-_SCHEMES = {
-    "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
-    "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
-    "fedfix": "the server moves at fixed times, by whatever has arrived (FedFix)",
-}
-
 _CLOCK = (
     "Clock: devices, the numbers of examples that clients hold and when clients answer are taken as public, and as the "
     "same in both populations; none of them may depend on the values of anybody's data."
@@ -192,17 +177,16 @@ def privacy_statement(
     not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
     not_covered += [_ROLLED_BACK] if app else []
     trust, unit = plan.trust_rules, unit_of(plan.unit)
-    most = _MOST_SCHEDULED if isinstance(plan.sampling, Scheduled) else _MOST
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
-        _fill(trust.who(most)),
+        _fill(trust.who(plan.sampling.most)),
         *([_fill(_WHOSE_APP[app])] if app and not trust.trusts_server else []),
         _fill(unit.over(plan.rounds)),
         _fill(unit.neighbors[plan.adjacency]),
         _fill(_cohorts(plan)),
-        *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
+        *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if clock else []),
         _fill(_mechanism(plan)),
         *([_fill(_FUSED)] if fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
@@ -276,48 +260,21 @@ def rounded_up(epsilon: float) -> str:
 
 def _cohorts(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
-    if isinstance(sampling, Scheduled):
-        most = sampling.charge(plan.rounds, each_message=plan.trust_rules.shows_messages)
-        charged = f"whose messages' squared weights add up to most, {most:g}"
-        if plan.trust_rules.shows_messages:
-            charged = f"who sends most messages, {most:g}, those included that came too late"
-        return (
-            f"Cohorts: of {sampling.population} clients, {_SCHEMES[sampling.scheme]}. Who counts in which step, and "
-            "with which weight, is settled before the run by a timeline that is taken as known to everybody: "
-            "participation is visible, and no amplification by sampling is claimed. Epsilon is that of the client "
-            f"{charged}."
-        )
-    if isinstance(sampling, Poisson):
-        how = f"each client takes part in each round independently with probability {sampling.sampling_prob:g}"
-    elif isinstance(sampling, FixedSize):
-        how = f"each round takes a uniformly random set of {sampling.size} clients"
-    else:
-        how = "every client takes part in every round"
     credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
-    if isinstance(sampling, FixedSize) and plan.trust_rules.hides_cohorts and plan.client_memory:
-        credit += " No amplification by sampling is claimed, because clients may remember earlier rounds."
-    if isinstance(sampling, FixedSize) and plan.trust_rules.hides_cohorts and plan.adjacency == "add-or-remove":
-        credit += " The number of clients is public; a removed client is one whose message is zero."
-    return f"Cohorts: of {sampling.population} clients, {how}. {credit}"
+    caveats = sampling.caveats(
+        trust=plan.trust_rules, adjacency=plan.adjacency, client_memory=plan.client_memory, rounds=plan.rounds
+    )
+    return f"Cohorts: of {sampling.population} clients, {sampling.how}. {credit} {caveats}"
 
 
 def _mechanism(plan: PrivacyPlan) -> str:
-    what = plan.trust_rules.noised
-    if isinstance(plan.sampling, Scheduled):
-        weighed = "" if plan.trust_rules.shows_messages else ", times the weight of its message,"
-        return (
-            f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at "
-            f"most {plan.l2_sensitivity:g}{weighed} in a step. Gaussian noise of standard deviation "
-            f"{plan.noise_stddev:.6g} per coordinate is added to {what} ({plan.noise_multiplier:.6g} times the "
-            f"sensitivity), in {plan.rounds} steps. {_grid(plan)} Sums are divided by a public number, "
-            f"{plan.sampling.expected_size:g}."
-        )
+    sampling = plan.sampling
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
-        f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
-        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. "
-        f"{_grid(plan)} Sums are divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the "
-        "actual one."
+        f"{plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
+        f"{plan.noise_stddev:.6g} per coordinate is added to {plan.trust_rules.noised} ({plan.noise_multiplier:.6g} "
+        f"times the sensitivity), in {plan.rounds} {sampling.turns}. {_grid(plan)} Sums are divided by "
+        f"{sampling.divisor}."
     )
 
 

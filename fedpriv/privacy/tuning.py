@@ -33,7 +33,6 @@ from fedpriv.errors import UserError
 from fedpriv.privacy.accounting import releases_of, round_event
 from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import Poisson
 
 __all__ = [
     "MOST_TRIALS",
@@ -230,7 +229,7 @@ def _curve_of_training(plan: PrivacyPlan) -> RenyiCurve:
     if plan.noise_multiplier <= 0.0:
         return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
     rho = 0.5 * releases_of(plan.trust, plan.sampling, plan.rounds) / plan.noise_multiplier**2
-    hidden = isinstance(plan.sampling, Poisson) and plan.trust_rules.hides_cohorts
+    hidden = plan.sampling.by_coins and plan.trust_rules.hides_cohorts
     if not (hidden and plan.adjacency == "add-or-remove"):
         return RenyiCurve(_ORDERS, _ORDERS * rho * _UP)
     import dp_accounting as dpa  # takes a second

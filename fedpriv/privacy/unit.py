@@ -8,7 +8,10 @@ from typing import ClassVar, Protocol
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 
-__all__ = ["UNITS", "Client", "Unit", "unit_of"]
+__all__ = ["ADJACENCIES", "UNITS", "Client", "Unit", "unit_of"]
+
+ADJACENCIES = ("add-or-remove", "replace")
+"""How two neighboring populations differ; see `Unit.neighbors`."""
 
 
 class Unit(Protocol):

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import Scheduled
 
 __all__ = ["MAX_RATIO", "NoiseAgainstSignal", "noise_against_signal", "signal_warning"]
 
@@ -64,7 +63,7 @@ def signal_warning(plan: PrivacyPlan, size: int) -> str | None:
     found = noise_against_signal(plan, size)
     if found.clients is None:
         return None
-    more = f"{found.clients:,} clients" if not isinstance(plan.sampling, Scheduled) else "more clients at work"
+    more = plan.sampling.more_clients(found.clients)
     other = f", or an epsilon of {found.epsilon:.3g}" if found.epsilon is not None else ""
     return (
         f"The noise of the mean message is {found.ratio:.2g} times its bound: next to nothing will be learned. About "

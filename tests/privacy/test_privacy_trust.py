@@ -1,6 +1,8 @@
 """Who adds the noise, and whose data are protected: objects that answer for themselves, words in files."""
 
+import re
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from fedpriv.privacy import (
     TRUSTS,
     UNITS,
     Everyone,
+    FixedSize,
     Poisson,
     PrivacyPlan,
+    Sampling,
+    Scheduled,
     Trust,
     make_plan,
     noise_against_signal,
@@ -21,6 +26,7 @@ from fedpriv.privacy import (
     trust_of,
     unit_of,
 )
+from fedpriv.privacy.sampling import read_sampling
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
 
@@ -112,3 +118,60 @@ def test_other_words_are_refused_in_one_line(make: Any, where: str, words: dict[
         with pytest.raises(UserError, match=expected) as refusal:
             make(name)
         assert refusal.value.where == where
+
+
+TIMELINE = Scheduled(16, 4.0, "fedbuff", (1.0, 1.5, 2.25), (1, 2, 4))
+every_sampling = pytest.mark.parametrize(
+    "sampling",
+    [Everyone(9), Poisson(100, 0.05), Poisson(9, 1.0), FixedSize(100, 7), FixedSize(9, 9), TIMELINE],
+    ids=repr,
+)
+
+
+@every_sampling
+def test_a_sampling_is_read_back_from_its_record(sampling: Sampling) -> None:
+    record = sampling.as_dict()
+    again = read_sampling(record, 3)
+    assert again.as_dict() == record
+    assert (again == sampling) == sampling.draws_cohorts
+    assert all(again.charge(3, each_message=seen) == sampling.charge(3, each_message=seen) for seen in (True, False))
+
+
+@every_sampling
+@every_trust
+def test_only_a_hidden_cohort_that_leaves_somebody_out_earns_credit(sampling: Sampling, trust: Trust) -> None:
+    for memory in (True, False):
+        plan = plan_of(trust.name, sampling=sampling, rounds=3, adjacency="replace", client_memory=memory)
+        assert plan.amplification == (trust.hides_cohorts and sampling.amplifies(client_memory=memory))
+        assert not plan.amplification or sampling.sampling_prob < 1.0
+        if not plan.amplification:
+            releases = sampling.charge(3, each_message=trust.shows_messages)
+            assert plan.mu_after(3) == pytest.approx(releases**0.5 / 3.0)
+
+
+@every_sampling
+def test_a_trusts_neighbors_are_the_default_wherever_the_sampling_can_be_accounted_under_them(
+    sampling: Sampling,
+) -> None:
+    for trust in map(trust_of, TRUSTS):
+        default = plan_of(trust.name, sampling=sampling, rounds=3).adjacency
+        assert default == trust.default_adjacency or trust.default_adjacency not in sampling.adjacencies
+        assert default in sampling.adjacencies
+    for adjacency in ADJACENCIES:
+        if adjacency not in sampling.adjacencies:
+            with pytest.raises(UserError, match=r"privacy\.adjacency"):
+                plan_of("central", sampling=sampling, rounds=3, adjacency=adjacency)
+
+
+def test_no_part_of_the_code_asks_for_the_class_of_a_sampling_or_the_name_of_a_trust() -> None:
+    """What follows from either is a member of it, so that a third trust is one class."""
+    root = Path(__file__).parents[2]
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for folder in ("fedpriv", "strategies", "clients")
+        for path in sorted((root / folder).rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"isinstance\(.*\b(Everyone|Poisson|FixedSize|Scheduled)\b", line)
+        or re.search(r"\btrust *(==|!=) *[\"']", line)
+    ]
+    assert not found
