@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant(
         "a timeline is charged by its steps",
         ACCOUNTING,
-        "return sampling.charge(rounds, each_message=trust_of(trust).shows_messages)",
+        "return self.sampling.charge(rounds, each_message=self.trust.shows_messages)",
         "return float(rounds)",
         CHARGED,
     ),
@@ -449,22 +449,22 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        "if not trust_of(trust).hides_cohorts or not sampling",
-        "if not sampling",
+        "if not self.trust.hides_cohorts or not self.sampling",
+        "if not self.sampling",
         PRIVACY,
     ),
     Mutant(
         "composition forgotten",
         ACCOUNTING,
-        "gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta)",
-        "gaussian_epsilon(1.0 / noise_multiplier, delta)",
+        "shift = math.sqrt(releases.charged(rounds)) / noise_multiplier",
+        "shift = 1.0 / noise_multiplier",
         PRIVACY,
     ),
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        'min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
-        'min(noise_multiplier * (4.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
+        "min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity**2, MOST_HIDING_NOISE)",
         PRIVACY,
     ),
     Mutant(

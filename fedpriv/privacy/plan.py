@@ -16,9 +16,9 @@ from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, unit_of
 
-# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the late import.
 if TYPE_CHECKING:
-    from fedpriv.privacy.accounting import Bound
+    from fedpriv.privacy.accounting import Bound, Releases
 
 __all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
@@ -50,7 +50,7 @@ class PrivacyPlan:
         delta: In (0, 1).
         l2_bound: Bound B on the l2 norm of one message.
         noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 promises nothing.
-        client_memory: Whether clients keep a state from round to round; see `accounting.epsilon_spent`.
+        client_memory: Whether clients keep a state from round to round; see `accounting.Releases`.
         unit: Whose data may change; only `client` for now.
 
     Formal guarantee: with noise of `noise_stddev` in each coordinate, on the sum where trust is central and on every
@@ -70,8 +70,8 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
-        _check_numbers(self.rounds, self.delta, self.l2_bound)
         self.sampling.check_neighbors(self.adjacency)
+        _check_numbers(self.rounds, self.delta, self.l2_bound)
         if not (_is_number(self.noise_multiplier) and 0.0 <= self.noise_multiplier <= MOST_NOISE):
             expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
@@ -80,6 +80,19 @@ class PrivacyPlan:
     def trust_rules(self) -> Trust:
         """What follows from who adds the noise."""
         return trust_of(self.trust)
+
+    @property
+    def releases(self) -> "Releases":
+        """What accounting needs to know of it."""
+        from fedpriv.privacy.accounting import Releases
+
+        return Releases(
+            trust=self.trust_rules,
+            adjacency=self.adjacency,
+            sampling=self.sampling,
+            delta=self.delta,
+            client_memory=self.client_memory,
+        )
 
     @property
     def l2_sensitivity(self) -> float:
@@ -248,18 +261,8 @@ class PrivacyPlan:
         }
 
     def _bound(self, rounds: int, sampling: Sampling | None = None) -> "Bound":
-        from fedpriv.privacy.accounting import least_bound
-
-        return least_bound(
-            trust=self.trust,
-            adjacency=self.adjacency,
-            sampling=sampling or self.sampling,
-            noise_multiplier=self.noise_multiplier,
-            rounds=rounds,
-            delta=self.delta,
-            horizon=max(self.rounds, rounds),
-            client_memory=self.client_memory,
-        )
+        releases = self.releases if sampling is None else replace(self.releases, sampling=sampling)
+        return releases.bound(self.noise_multiplier, rounds, max(self.rounds, rounds))
 
 
 def make_plan(
@@ -297,34 +300,20 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "The one follows from the other: set what you must promise, or what you can afford"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
-    adjacency = adjacency or _default_adjacency(trust_of(trust), sampling)
-    _check_names(trust, adjacency, unit)
-    sampling.check_neighbors(adjacency)
-    _check_numbers(rounds, delta, l2_bound)
-    if noise_multiplier is None:
-        from fedpriv.privacy.accounting import calibrate
-
-        target = _check_epsilon(epsilon)
-        noise_multiplier = calibrate(
-            trust=trust,
-            adjacency=adjacency,
-            sampling=sampling,
-            rounds=rounds,
-            delta=delta,
-            epsilon=target,
-            client_memory=client_memory,
-        )
-    return PrivacyPlan(
+    plan = PrivacyPlan(
         trust=trust,
-        adjacency=adjacency,
+        adjacency=adjacency or _default_adjacency(trust_of(trust), sampling),
         sampling=sampling,
         rounds=rounds,
         delta=delta,
         l2_bound=l2_bound,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=0.0 if noise_multiplier is None else noise_multiplier,
         client_memory=client_memory,
         unit=unit,
     )
+    if noise_multiplier is not None:
+        return plan
+    return replace(plan, noise_multiplier=plan.releases.calibrate(_check_epsilon(epsilon), rounds))
 
 
 def _check_names(trust: str, adjacency: str, unit: str) -> None:
