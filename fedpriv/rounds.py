@@ -27,6 +27,7 @@ from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
 
 __all__ = [
+    "Agreement",
     "Broadcast",
     "ClientRules",
     "ServerRules",
@@ -98,6 +99,14 @@ class ServerRules:
     streams: Streams
 
 
+class Agreement(NamedTuple):
+    """What both sides hold to: the server's rules, the clients' rules, and what is promised (None: nothing)."""
+
+    server: ServerRules
+    client: ClientRules
+    plan: PrivacyPlan | None
+
+
 # Rounding to the grid may lengthen a message by this share of its bound, which the bounded maps leave free.
 _LONGER = 2.0**-22
 
@@ -145,10 +154,8 @@ class Total(NamedTuple):
     signal_norm: float
 
 
-def agree(
-    method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams
-) -> tuple[ServerRules, ClientRules]:
-    """The two halves of one agreement: the plan's noise goes to exactly one of them, by trust.
+def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
+    """The agreement of server and clients: the plan's noise goes to either as its trust says.
 
     Raises:
         UserError: If the method needs noise at the client and the plan puts it at the server, or if plan and
@@ -168,9 +175,10 @@ def agree(
                 "Sent memory remembers each client's own noise; choose trust local or noiseless memory",
             )
         server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
-    return (
+    return Agreement(
         ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
         ClientRules(method=client_part(method), noise_stddev=client_stddev, streams=streams),
+        plan,
     )
 
 

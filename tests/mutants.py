@@ -330,8 +330,8 @@ MUTANTS = [
     Mutant(
         "experiments with one seed share their noise",
         "fedpriv/experiment/build.py",
-        "streams = config.streams\n    server",
-        "streams = SeededStreams(config.seed)\n    server",
+        "streams = config.streams\n    agreed",
+        "streams = SeededStreams(config.seed)\n    agreed",
         "tests/privacy/test_privacy_floats.py",
     ),
     Mutant(
