@@ -5,7 +5,7 @@ from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
-from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, trust_of
+from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, by_reliance, trust_of
 from fedpriv.privacy.unit import UNITS, Unit, unit_of
 from fedpriv.privacy.warning import noise_against_signal, signal_warning
 
@@ -28,6 +28,7 @@ __all__ = [
     "Shares",
     "Trust",
     "Unit",
+    "by_reliance",
     "make_plan",
     "noise_against_signal",
     "privacy_statement",

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 
-__all__ = ["TRUSTS", "Central", "Local", "Shares", "Trust", "trust_of"]
+__all__ = ["TRUSTS", "Central", "Local", "Shares", "Trust", "by_reliance", "trust_of"]
 
 
 class Shares(NamedTuple):
@@ -150,6 +150,11 @@ class Local:
 
 
 TRUSTS: Registry[Trust] = Registry("trust", {"central": Central, "local": Local})
+
+
+def by_reliance() -> tuple[str, ...]:
+    """All names, from the trust that relies on nobody on: who accepts one accepts those before it."""
+    return tuple(sorted(TRUSTS, key=lambda name: TRUSTS[name].reliance))
 
 
 def trust_of(name: str) -> Trust:

@@ -1,25 +1,33 @@
 """Who adds the noise, and whose data are protected: objects that answer for themselves, words in files."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trusts import Pooled
 
+from fedpriv.audit.words import knowledge_of
+from fedpriv.deploy.device.policy import Accepts
 from fedpriv.errors import UserError
+from fedpriv.flower.promise import NO_PROMISE, Promise, promised
 from fedpriv.methods import AlphaNormEC, NormalizedSGD
 from fedpriv.privacy import (
     ADJACENCIES,
     TRUSTS,
     UNITS,
+    Central,
     Everyone,
     FixedSize,
+    Local,
     Poisson,
     PrivacyPlan,
     Sampling,
     Scheduled,
     Trust,
+    by_reliance,
     make_plan,
     noise_against_signal,
     privacy_statement,
@@ -31,7 +39,15 @@ from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
 
 BOUND = NormalizedSGD().bounded.l2_bound
-every_trust = pytest.mark.parametrize("trust", [trust_of(name) for name in TRUSTS], ids=list(TRUSTS))
+every_trust = pytest.mark.parametrize("trust", [Central(), Local(), Pooled()], ids=lambda trust: trust.name)
+
+
+@pytest.fixture(autouse=True)
+def a_third_trust() -> Iterator[None]:
+    """What holds of two trusts holds of a third, which is a class and a name."""
+    TRUSTS.add(Pooled.name, Pooled)
+    yield
+    TRUSTS.remove(Pooled.name)
 
 
 def plan_of(trust: str, **facts: Any) -> PrivacyPlan:
@@ -153,7 +169,7 @@ def test_only_a_hidden_cohort_that_leaves_somebody_out_earns_credit(sampling: Sa
 def test_a_trusts_neighbors_are_the_default_wherever_the_sampling_can_be_accounted_under_them(
     sampling: Sampling,
 ) -> None:
-    for trust in map(trust_of, TRUSTS):
+    for trust in (Central(), Local(), Pooled()):
         default = plan_of(trust.name, sampling=sampling, rounds=3).adjacency
         assert default == trust.default_adjacency or trust.default_adjacency not in sampling.adjacencies
         assert default in sampling.adjacencies
@@ -175,3 +191,30 @@ def test_no_part_of_the_code_asks_for_the_class_of_a_sampling_or_the_name_of_a_t
         or re.search(r"\btrust *(==|!=) *[\"']", line)
     ]
     assert not found
+
+
+def test_who_accepts_a_trust_accepts_those_that_rely_on_less() -> None:
+    assert by_reliance() == ("local", "pooled", "central")
+    accepted = {trust: Accepts(trust=trust).trusts for trust in (*by_reliance(), NO_PROMISE)}
+    assert accepted["local"] == ("local",)
+    assert accepted["pooled"] == ("local", "pooled")
+    assert accepted["none"] == ("local", "pooled", "central", "none")
+    with pytest.raises(UserError, match=r'accepts\.trust: expected "local" or "pooled" or "central" or "none"'):
+        Accepts(trust="nobody")
+
+
+def test_a_promise_of_a_third_trust_is_one_on_the_wire() -> None:
+    made = plan_of("pooled")
+    promise = Promise(**promised(made, made.sampling, made.rounds))
+    assert promise.plan(BOUND) == made
+    assert promise.trust_rules == Pooled()
+    assert promise.against_server
+    assert not promise.charges_participations
+    unknown = replace(promise, trust="nobody")
+    assert unknown.trust_rules is None
+    assert not unknown.against_server
+
+
+@every_trust
+def test_what_an_auditor_sees_is_the_trusts_own_clause(trust: Trust) -> None:
+    assert trust.seen in knowledge_of(plan_of(trust.name), hidden=False)

@@ -15,7 +15,7 @@ from fedpriv.flower.promise import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
-from fedpriv.privacy import REPLACE_FACTOR, TRUSTS, PrivacyPlan
+from fedpriv.privacy import REPLACE_FACTOR, Local, PrivacyPlan, by_reliance
 
 __all__ = [
     "POLICY_FILE",
@@ -63,9 +63,6 @@ _TOLERANCE = 1e-9
 
 _MOST = 1e18
 
-# From the trust that relies on nobody to no promise: who accepts one accepts those before it.
-_TRUSTS = (*sorted(TRUSTS, key=lambda name: TRUSTS[name].reliance), NO_PROMISE)
-
 # Less noise than that over the sensitivity is none, whatever a policy says.
 _LEAST_NOISE = 1e-6
 
@@ -84,12 +81,24 @@ class Accepts:
         evaluation: Whether the metrics of an app's evaluation may leave: nothing bounds or hides them.
     """
 
-    trust: Literal["local", "central", "none"] = "local"
+    trust: str = Local.name
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
+
+    def __post_init__(self) -> None:
+        words = (*by_reliance(), NO_PROMISE)
+        if self.trust not in words:
+            expected = " or ".join(f'"{word}"' for word in words)
+            raise UserError("accepts.trust", expected, repr(self.trust), "Change the value")
+
+    @property
+    def trusts(self) -> tuple[str, ...]:
+        """The trusts of runs that are followed, in words."""
+        words = (*by_reliance(), NO_PROMISE)
+        return words[: 1 + words.index(self.trust)]
 
     @property
     def unpromised(self) -> bool:
@@ -190,9 +199,8 @@ class Policy:
         bound = order.method.bounded.l2_bound
         if not bound <= self.limits.max_l2_bound:
             raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
-        accepted = _TRUSTS[: 1 + _TRUSTS.index(self.accepts.trust)]
-        if terms.trust not in accepted:
-            raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
+        if terms.trust not in self.accepts.trusts:
+            raise _no("accepts.trust", " or ".join(self.accepts.trusts), repr(terms.trust))
         if terms.trust_rules is None:
             return None
         if not order.private:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
 
@@ -31,6 +30,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.run_directory import write_atomically
 from fedpriv.experiment.schema import read_table
+from fedpriv.privacy import Local, by_reliance
 
 __all__ = [
     "BUNDLES",
@@ -66,12 +66,15 @@ class Deployment:
     host: str
     port: int = 9092
     nodes: int
-    trust: Literal["local", "central"] = "local"
+    trust: str = Local.name
     epsilon: float = 8.0
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
+        if self.trust not in by_reliance():
+            expected = " or ".join(f'"{name}"' for name in by_reliance())
+            raise UserError("trust", expected, repr(self.trust), "Change the value")
         if not 1 <= self.nodes <= _MOST_NODES:
             raise UserError("--nodes", f"a whole number from 1 to {_MOST_NODES}", self.nodes, "Give one a client")
         if not 1 <= self.port < 65536:
