@@ -82,13 +82,13 @@ class Guard:
             raise Refusal("model", "order", f"one for client {self.client}", order.client, "It is another's")
         self.member.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
-        signal = partial(_signal_or_nothing, make_signal, order, start) if terms.trust == "local" else make_signal
+        signal = partial(_signal_or_nothing, make_signal, order, start) if terms.against_server else make_signal
         answer = self.member.answer(order, terms, start, signal, shown, settings)
         return answer_content(self.member, order, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
         """Return whether the app's metrics may leave: if the run promises nothing, and the policy accepts that."""
-        return terms_of(message).trust == "none" and self.member.policy.accepts.trust == "none"
+        return terms_of(message).trust_rules is None and self.member.policy.accepts.unpromised
 
     def evaluate(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Return the answer to a message of another type: the metrics of an evaluation, if the policy accepts it.

@@ -27,6 +27,7 @@ from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
 
 __all__ = [
+    "Agreement",
     "Broadcast",
     "ClientRules",
     "ServerRules",
@@ -98,6 +99,14 @@ class ServerRules:
     streams: Streams
 
 
+class Agreement(NamedTuple):
+    """What both sides hold to: the server's rules, the clients' rules, and what is promised (None: nothing)."""
+
+    server: ServerRules
+    client: ClientRules
+    plan: PrivacyPlan | None
+
+
 # Rounding to the grid may lengthen a message by this share of its bound, which the bounded maps leave free.
 _LONGER = 2.0**-22
 
@@ -145,10 +154,8 @@ class Total(NamedTuple):
     signal_norm: float
 
 
-def agree(
-    method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams
-) -> tuple[ServerRules, ClientRules]:
-    """The two halves of one agreement: the plan's noise goes to exactly one of them, by trust.
+def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
+    """The agreement of server and clients: the plan's noise goes to either as its trust says.
 
     Raises:
         UserError: If the method needs noise at the client and the plan puts it at the server, or if plan and
@@ -160,20 +167,18 @@ def agree(
             raise ValueError(f"the plan is for another method or cohort: {plan}, {method}, {sampling}")
         if has_memory(method) and not plan.client_memory:
             raise ValueError(f"the plan is for clients without memory, and {method} has one: {plan}")
-        if plan.trust == "local":
-            client_stddev = plan.noise_stddev
-        elif method.needs_client_noise:
+        if method.needs_client_noise and not plan.trust_rules.clients_add_noise:
             raise UserError(
                 "method.memory",
                 'privacy.trust = "local" with sent memory',
                 f'privacy.trust = "{plan.trust}"',
                 "Sent memory remembers each client's own noise; choose trust local or noiseless memory",
             )
-        else:
-            server_stddev = plan.noise_stddev
-    return (
+        server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
+    return Agreement(
         ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
         ClientRules(method=client_part(method), noise_stddev=client_stddev, streams=streams),
+        plan,
     )
 
 

@@ -1,8 +1,9 @@
 """Flower's server side: strategies that run fedpriv's methods, and the ServerApp of its experiments."""
 
 from fedpriv.flower.trained import frozen_arrays
+from fedpriv.rounds import Agreement
 
-from .method_strategy import Agreement, MethodStrategy
+from .method_strategy import MethodStrategy
 from .named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 __all__ = [

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -48,23 +48,15 @@ from fedpriv.flower.server.rescue import rescue
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
-from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round
+from fedpriv.rounds import Agreement, Total, begin_round, finish_round
 from fedpriv.streams import SeededStreams
 
-__all__ = ["Agreement", "MethodStrategy"]
+__all__ = ["MethodStrategy"]
 
 _log = logging.getLogger("flwr")
 
 # The key of an app's settings under which it finds the number of the round.
 _ROUND = "server-round"
-
-
-class Agreement(NamedTuple):
-    """What both sides hold to: the server's rules, the clients' rules, and what is promised (None: nothing)."""
-
-    server: ServerRules
-    client: ClientRules
-    plan: PrivacyPlan | None
 
 
 class MethodStrategy(Strategy):
@@ -433,7 +425,7 @@ class MethodStrategy(Strategy):
             found.append(drowned)
         if self._randomness == "seeded":
             found.append("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
-        elif plan is not None and plan.trust == "local" and not self.arrays.declared:
+        elif plan is not None and not plan.trust_rules.trusts_server and not self.arrays.declared:
             found.append(
                 "No array is declared frozen or trainable, so all get noise. Clients do not tell a server that is not "
                 "trusted if some are not trained: declare them."

@@ -17,10 +17,10 @@ from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
 from fedpriv.flower.trained import Patterns
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
-from fedpriv.rounds import agree
+from fedpriv.rounds import Agreement, agree
 from fedpriv.streams import SeededStreams, SystemStreams
 
-from .method_strategy import Agreement, MethodStrategy
+from .method_strategy import MethodStrategy
 
 __all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "FedAlphaNormEC", "NamedStrategy", "NormalizedSGD", "Privacy"]
 
@@ -136,7 +136,7 @@ class NamedStrategy(MethodStrategy):
             begun = self._settings, self._digest_of_first_model
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
-        return Agreement(*agree(self.method, sampling, plan, self.streams), plan)
+        return agree(self.method, sampling, plan, self.streams)
 
     @property
     def _digest_of_first_model(self) -> str:

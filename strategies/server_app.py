@@ -23,7 +23,7 @@ from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.server.attendance import Attendance
 from fedpriv.streams import SystemStreams
 
-from .method_strategy import Agreement, MethodStrategy
+from .method_strategy import MethodStrategy
 
 __all__ = ["app"]
 
@@ -137,9 +137,12 @@ class RecordedStrategy(MethodStrategy):
 
 def make_strategy(experiment: Experiment) -> MethodStrategy:
     """The strategy under the experiment's own agreement."""
-    agreement = Agreement(experiment.server, experiment.population.rules, experiment.plan)
-    population = experiment.population.federation.population
-    return RecordedStrategy(lambda *_: agreement, num_clients=population, join_timeout=_JOIN_SECONDS, max_failures=0.0)
+    return RecordedStrategy(
+        lambda *_: experiment.agreement,
+        num_clients=experiment.population.federation.population,
+        join_timeout=_JOIN_SECONDS,
+        max_failures=0.0,
+    )
 
 
 def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:

@@ -100,7 +100,7 @@ def setting(
             l2_bound=method.bounded.l2_bound,
             noise_multiplier=noise_multiplier,
         )
-    server, client = agree(method, sampling, plan, streams)
+    server, client, _ = agree(method, sampling, plan, streams)
     population = Population(
         rules=client,
         task=task,

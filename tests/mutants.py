@@ -68,7 +68,7 @@ SCORING, TUNED = "fedpriv/sweeps/tuning_score.py", "tests/sweeps/test_sweeps_tun
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
 GAUSSIAN, TAILS, STREAMS = "fedpriv/mechanisms/gaussian.py", "fedpriv/mechanisms/tails.py", "fedpriv/streams.py"
-SAMPLING = "fedpriv/privacy/sampling.py"
+SAMPLING, TRUST = "fedpriv/privacy/sampling.py", "fedpriv/privacy/trust.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
 SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
@@ -119,15 +119,15 @@ MUTANTS = [
     Mutant(
         "a timeline is charged by its steps",
         ACCOUNTING,
-        'return sampling.charge(rounds, each_message=trust == "local")',
+        "return self.sampling.charge(rounds, each_message=self.trust.shows_messages)",
         "return float(rounds)",
         CHARGED,
     ),
     Mutant(
         "a timeline that a removed client would change",
-        PLAN,
-        'if isinstance(sampling, Scheduled) and adjacency != "replace":',
-        "if False:",
+        SAMPLING,
+        'adjacencies: ClassVar[tuple[str, ...]] = ("replace",)',
+        "adjacencies: ClassVar[tuple[str, ...]] = ADJACENCIES",
         CHARGED,
     ),
     Mutant(
@@ -231,9 +231,9 @@ MUTANTS = [
     ),
     Mutant(
         "amplification of fixed-size cohorts with memory",
-        ACCOUNTING,
-        "    elif client_memory:",
-        "    elif False:",
+        SAMPLING,
+        "self.sampling_prob < 1.0 and not client_memory",
+        "self.sampling_prob < 1.0",
         PRIVACY,
     ),
     Mutant(
@@ -332,8 +332,8 @@ MUTANTS = [
     Mutant(
         "experiments with one seed share their noise",
         "fedpriv/experiment/build.py",
-        "streams = config.streams\n    server",
-        "streams = SeededStreams(config.seed)\n    server",
+        "streams = config.streams\n    agreed",
+        "streams = SeededStreams(config.seed)\n    agreed",
         "tests/privacy/test_privacy_floats.py",
     ),
     Mutant(
@@ -385,14 +385,14 @@ MUTANTS = [
     ),
     Mutant(
         "noise on both sides",
-        ROUNDS,
-        "client_stddev = plan.noise_stddev\n",
-        "client_stddev = server_stddev = plan.noise_stddev\n",
+        TRUST,
+        "Shares(server=0.0, client=stddev)",
+        "Shares(stddev, stddev)",
         CORE,
     ),
-    Mutant("noise on the wrong side", ROUNDS, 'if plan.trust == "local":', 'if plan.trust != "local":', CORE),
+    Mutant("noise on the wrong side", TRUST, "Shares(server=0.0, client=stddev)", "Shares(stddev, 0.0)", CORE),
     Mutant(
-        "sent memory where the server adds the noise", ROUNDS, "elif method.needs_client_noise:", "elif False:", CORE
+        "sent memory where the server adds the noise", ROUNDS, "if method.needs_client_noise and", "if False and", CORE
     ),
     Mutant(
         "noiseless memory sees the noise",
@@ -451,29 +451,29 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        'if trust == "local" or q >= 1.0',
-        "if q >= 1.0",
+        "if not self.trust.hides_cohorts or not self.sampling",
+        "if not self.sampling",
         PRIVACY,
     ),
     Mutant(
         "composition forgotten",
         ACCOUNTING,
-        "gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta)",
-        "gaussian_epsilon(1.0 / noise_multiplier, delta)",
+        "shift = math.sqrt(releases.charged(rounds)) / noise_multiplier",
+        "shift = 1.0 / noise_multiplier",
         PRIVACY,
     ),
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        'min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
-        'min(noise_multiplier * (4.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)',
+        "min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity**2, MOST_HIDING_NOISE)",
         PRIVACY,
     ),
     Mutant(
         "fixed-size replace in the wrong units",
         ACCOUNTING,
-        "gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
-        "gone, come, other = Half(q, 1.0, 1.0), Half(q, 1.0, 1.0), Half(q, 1.0, 2.0)",
+        "gone, come, other = Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)",
+        "gone, come, other = Half(q, 1.0, 1.0), Half(q, stead, 1.0), Half(q, 1.0, 2.0)",
         PRIVACY,
     ),
     Mutant(
@@ -777,6 +777,34 @@ MUTANTS = [
         MEMBER,
     ),
     Mutant(
+        "deployment: whoever accepts a trust accepts all",
+        "fedpriv/deploy/device/policy.py",
+        "return words[: 1 + words.index(self.trust)]",
+        "return words",
+        MEMBER,
+    ),
+    Mutant(
+        "deployment: an unknown trust costs nothing",
+        "fedpriv/deploy/device/ledger.py",
+        "    if any(entry.trust_rules is None for entry in entries):\n        return math.inf\n",
+        "",
+        MEMBER,
+    ),
+    Mutant(
+        "a server that sees messages is charged by its weights",
+        ACCOUNTING,
+        "each_message=self.trust.shows_messages)",
+        "each_message=False)",
+        CHARGED,
+    ),
+    Mutant(
+        "a share m / n is rounded down",
+        SAMPLING,
+        "return math.nextafter(self.sampling_prob, 1.0)",
+        "return self.sampling_prob",
+        "tests/privacy/test_privacy_losses.py",
+    ),
+    Mutant(
         "deployment: the floor on noise is not looked at",
         "fedpriv/deploy/device/policy.py",
         "        if not multiplier >= least:\n",
@@ -885,7 +913,7 @@ MUTANTS = [
     Mutant(
         "guard: a server that is not trusted is told that an app failed",
         "clients/guard.py",
-        'if terms.trust == "local" else make_signal',
+        "if terms.against_server else make_signal",
         "if False else make_signal",
         GUARD,
     ),
@@ -1313,8 +1341,8 @@ MUTANTS = [
     Mutant(
         "the client in one's place sends nothing",
         ACCOUNTING,
-        "Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)",
-        "Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 2.0, 2.0)",
+        "Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)",
+        "Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0 + stead, 2.0)",
         "tests/privacy/test_privacy_losses.py",
     ),
     Mutant(
@@ -1327,8 +1355,8 @@ MUTANTS = [
     Mutant(
         "one order of neighbours is composed",
         ACCOUNTING,
-        "    return ((other, other),) if replace else ((gone, come), (come, gone))",
-        "    return ((other, other),) if replace else ((come, gone),)",
+        " else ((gone, come), (come, gone))",
+        " else ((come, gone),)",
         "tests/privacy",
     ),
     Mutant(

@@ -118,7 +118,7 @@ def audit_experiment(
     plan = _promise_of(experiment)
     canaries = _draw(experiment, plan, choice)
     with start_attack(experiment, canaries, choice.engine) as attack:
-        evidence = (attack_local if plan.trust == "local" else attack_central)(attack, watch)
+        evidence = (attack_local if plan.trust_rules.shows_messages else attack_central)(attack, watch)
         engine = attack.clients.name
     findings = judge(canaries, evidence, plan, choice.confidence)
     record = _record(experiment, plan, choice, canaries, findings) | {"engine": engine}
@@ -157,7 +157,7 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         rounds=rounds,
         sampling_prob=experiment.server.sampling.sampling_prob,
         replace=plan.adjacency == "replace",
-        local=plan.trust == "local",
+        local=plan.trust_rules.shows_messages,
     )
     if len(canaries.seen) < _LEAST_SEEN:
         expected = f"at least {_LEAST_SEEN} canaries that take part in some round"
@@ -167,7 +167,7 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
 
 def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> float:
     """Variance that the other canaries add to a score, over the noise's; 0 if every message is seen alone."""
-    if plan.trust == "local":
+    if plan.trust_rules.shows_messages:
         return 0.0
     bound = plan.l2_bound / plan.noise_stddev
     sampled = experiment.server.sampling.sampling_prob * len(canaries.planted)

@@ -6,11 +6,6 @@ from fedpriv.privacy import PrivacyPlan, rounded_up
 
 __all__ = ["claim_of", "in_words", "knowledge_of"]
 
-_SEES = {
-    "central": "every noised sum of messages, which tells at least as much as the models made from it",
-    "local": "every noised message of every canary and whose it is",
-}
-
 
 def claim_of(hidden: bool) -> str:
     """Return which epsilon is attacked; one clause.
@@ -31,7 +26,7 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
         hidden: See `claim_of`.
     """
     known = "the direction and the signs of every canary" + (" and the cohort of every round" if hidden else "")
-    return f"sees {_SEES[plan.trust]}; knows {known}; does not know the noise"
+    return f"sees {plan.trust_rules.seen}; knows {known}; does not know the noise"
 
 
 def in_words(record: dict[str, Any]) -> str:

@@ -171,16 +171,16 @@ class Synchronous:
         """Who is asked, and how many of them count; None for all."""
         if self.draws_cohorts:
             return sampling, None
-        if not isinstance(sampling, FixedSize):
+        if not sampling.cohort_size:
             remedy = "Set sampling and size in [cohort], or leave out over_select"
             raise UserError("schedule.over_select", 'cohort.sampling = "fixed"', f'"{sampling.name}"', remedy)
         # 1.1 times 50 is 55, which floats make a little more.
-        more = math.ceil(self.over_select * sampling.size * (1.0 - 1e-12))
+        more = math.ceil(self.over_select * sampling.cohort_size * (1.0 - 1e-12))
         if more > sampling.population:
-            expected = f"at most {sampling.population / sampling.size:g} with {sampling.size} places"
+            expected = f"at most {sampling.population / sampling.cohort_size:g} with {sampling.cohort_size} places"
             remedy = f"There are {sampling.population} clients to ask"
             raise UserError("schedule.over_select", expected, self.over_select, remedy)
-        return FixedSize(sampling.population, more), sampling.size
+        return FixedSize(sampling.population, more), sampling.cohort_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +431,7 @@ def _check_seconds(key: str, value: float) -> None:
 
 
 def _check_everyone(schedule: str, sampling: Sampling) -> None:
-    if not isinstance(sampling, Everyone):
+    if sampling.name != Everyone.name:
         remedy = "The schedule says who is asked; leave out [cohort]"
         got = f'"{sampling.name}"'
         raise UserError("cohort.sampling", f'"everyone" with schedule.kind = "{schedule}"', got, remedy)

@@ -17,7 +17,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.privacy import PrivacyPlan, Sampling
-from fedpriv.rounds import ClientRules, ServerRules, agree
+from fedpriv.rounds import Agreement, ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.task import Task
 
@@ -54,6 +54,11 @@ class Experiment:
     initial_model: Tensor
     timeline: Timeline | None = None
 
+    @property
+    def agreement(self) -> Agreement:
+        """What server and clients hold to."""
+        return Agreement(self.server, self.population.rules, self.plan)
+
     def evaluate(self, model: Tensor) -> tuple[float, float]:
         """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
         dataset = self.population.federation.dataset
@@ -74,9 +79,9 @@ class Experiment:
             sampling = sampling_under(config, federation.population, timeline)
         plan = config.plan(sampling)
         streams = config.streams
-        server, client = agree(config.method, sampling, plan, streams)
-        population = replace(self.population, rules=client, streams=streams)
-        return replace(self, config=config, population=population, server=server, plan=plan, timeline=timeline)
+        agreed = agree(config.method, sampling, plan, streams)
+        population = replace(self.population, rules=agreed.client, streams=streams)
+        return replace(self, config=config, population=population, server=agreed.server, plan=plan, timeline=timeline)
 
 
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
@@ -135,12 +140,12 @@ def assemble(
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling)
     streams = config.streams
-    server, client = agree(config.method, sampling, plan, streams)
-    population = Population(rules=client, task=task, federation=federation, work=config.local, streams=streams)
+    agreed = agree(config.method, sampling, plan, streams)
+    population = Population(rules=agreed.client, task=task, federation=federation, work=config.local, streams=streams)
     return Experiment(
         config=config,
         population=population,
-        server=server,
+        server=agreed.server,
         plan=plan,
         initial_model=task.initial_model(),
         timeline=timeline,

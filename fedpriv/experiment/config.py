@@ -22,7 +22,7 @@ from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
 from fedpriv.plugins import Registry, whole_reference
-from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, Scheduled, make_plan
+from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan
 from fedpriv.privacy.released import Whose
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
@@ -260,7 +260,7 @@ class Config:
         Raises:
             ValueError: If the schedule settles who counts, and the sampling is not its timeline's.
         """
-        if isinstance(sampling, Scheduled) == self.rule.draws_cohorts:
+        if sampling.draws_cohorts != self.rule.draws_cohorts:
             raise ValueError(f"{self.rule} is not accounted by {sampling.name}")
         if self.privacy is None:
             return None

@@ -20,7 +20,7 @@ from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.errors import UserError, has_extra, nearest, require_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.run_directory import RunDirectory
-from fedpriv.privacy import FixedSize, Scheduled
+from fedpriv.privacy import FixedSize
 from fedpriv.rounds import Broadcast, ServerRules, begin_round
 from fedpriv.tasks.task import PRECISIONS
 
@@ -340,7 +340,7 @@ def choose_compute(population: Population, server: ServerRules, initial_model: T
 
 def _chosen(experiment: Experiment) -> tuple[str, dict[str, float]]:
     server = experiment.server
-    if isinstance(server.sampling, Scheduled):  # any clients do to be measured
+    if not server.sampling.draws_cohorts:  # any clients do to be measured
         several = FixedSize(server.sampling.population, math.ceil(server.sampling.expected_size))
         server = replace(server, sampling=several)
     return choose_compute(experiment.population, server, experiment.initial_model)

@@ -199,7 +199,7 @@ class Journal:
 
     @property
     def _keeps_ledger(self) -> bool:
-        return self.experiment.plan is not None and self.experiment.plan.trust == "local"
+        return self.experiment.plan is not None and self.experiment.plan.trust_rules.charges_participations
 
     def _clock(self, round: int, *, released: bool) -> dict[str, Any]:
         """What the virtual clock says of a round, for the rows of what is released or for the others."""

@@ -15,7 +15,7 @@ from fedpriv.engines import Engine
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.methods import has_memory
-from fedpriv.privacy import Everyone, Sampling
+from fedpriv.privacy import Everyone, Sampling, trust_of
 from fedpriv.rounds import Broadcast, ServerRules, Total, capacity_of
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalWork
@@ -84,7 +84,7 @@ def clock_is_public(config: Config) -> bool:
     Not where the account relies on a cohort that nobody knows: how long a round took says who was in it.
     """
     sampled = config.rule.draws_cohorts and config.cohort.sampling != Everyone.name
-    return not (sampled and config.privacy is not None and config.privacy.trust != "local")
+    return not (sampled and config.privacy is not None and trust_of(config.privacy.trust).hides_cohorts)
 
 
 def sampling_under(config: Config, population: int, timeline: Timeline | None) -> Sampling:

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy import SAMPLINGS, FixedSize, PrivacyPlan, Sampling
+from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
 
-__all__ = ["Promise", "promised"]
+__all__ = ["NO_PROMISE", "Promise", "promised"]
+
+NO_PROMISE = "none"
+"""The trust of a run that promises nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,30 @@ class Promise:
     client_memory: bool = True
     unit: str = "client"
 
+    @property
+    def trust_rules(self) -> Trust | None:
+        """What follows from who adds the noise; None if nothing is promised, or nothing that is known."""
+        return trust_of(self.trust) if self.trust in TRUSTS else None
+
+    @property
+    def against_server(self) -> bool:
+        """Whether something is promised against the server itself."""
+        return self.trust_rules is not None and not self.trust_rules.trusts_server
+
+    @property
+    def charges_participations(self) -> bool:
+        """Whether a client pays for its own messages: its own noise protects it."""
+        return self.trust_rules is not None and self.trust_rules.charges_participations
+
     def plan(self, l2_bound: float) -> PrivacyPlan:
         """The plan for messages of at most that norm; a `UserError` if there is none."""
-        options: dict[str, dict[str, Any]] = {
-            "everyone": {},
-            "poisson": {"probability": self.probability},
-            "fixed": {"size": self.cohort_size},
-        }
-        if self.sampling not in options:
-            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, options))
+        if self.sampling not in SAMPLINGS:
+            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
+        cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
         return PrivacyPlan(
             trust=self.trust,
             adjacency=self.adjacency,
-            sampling=SAMPLINGS[self.sampling](self.population, **options[self.sampling]),
+            sampling=SAMPLINGS[self.sampling].recorded(cohorts),
             rounds=self.rounds,
             delta=self.delta,
             l2_bound=l2_bound,
@@ -70,15 +84,15 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
         sampling: The cohorts.
         rounds: Number of turns.
     """
-    facts: dict[str, Any] = {"trust": "none", "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
+    facts: dict[str, Any] = {"trust": NO_PROMISE, "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
     if plan is not None:
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}
-        facts["trust"] = plan.trust if plan.private else "none"
+        facts["trust"] = plan.trust if plan.private else NO_PROMISE
     return {
         **facts,
         "rounds": rounds,
         "sampling": sampling.name,
         "population": sampling.population,
         "probability": sampling.sampling_prob,
-        "cohort_size": sampling.size if isinstance(sampling, FixedSize) else 0,
+        "cohort_size": sampling.cohort_size,
     }

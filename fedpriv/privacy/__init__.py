@@ -1,28 +1,40 @@
 """What is promised, to whom, and why it holds."""
 
-from fedpriv.privacy.plan import ADVERSARIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
+from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import privacy_statement, rounded_up
+from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, by_reliance, trust_of
+from fedpriv.privacy.unit import UNITS, Unit, unit_of
 from fedpriv.privacy.warning import noise_against_signal, signal_warning
 
 __all__ = [
-    "ADVERSARIES",
+    "ADJACENCIES",
     "NOT_PROMISED",
     "REPLACE_FACTOR",
     "SAMPLINGS",
+    "TRUSTS",
+    "UNITS",
+    "Central",
     "DataFacts",
     "Everyone",
     "FixedSize",
+    "Local",
     "Poisson",
     "PrivacyPlan",
     "Sampling",
     "Scheduled",
+    "Shares",
+    "Trust",
+    "Unit",
+    "by_reliance",
     "make_plan",
     "noise_against_signal",
     "privacy_statement",
     "read_plan",
     "rounded_up",
     "signal_warning",
+    "trust_of",
+    "unit_of",
 ]

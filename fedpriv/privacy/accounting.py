@@ -19,8 +19,8 @@ Nothing here can make epsilon too small:
    the smaller of two valid bounds is valid.
 
 The tests hold it against exact Gaussians down to delta = 1e-100, integrals of one round, the true mechanism of few
-clients twice, and dp-accounting, whose own bounds are pessimistic too. `round_event` is a round as dp-accounting sees
-it, and it counts noise in other units, and not in the same ones everywhere:
+clients twice, and dp-accounting, whose own bounds are pessimistic too. `Releases.event` is a round as dp-accounting
+sees it, and it counts noise in other units, and not in the same ones everywhere:
 
 | event, neighbouring relation                    | its noise multiplier is | in ours, add-or-remove | replace |
 |---|---|---|---|
@@ -32,19 +32,21 @@ it, and it counts noise in other units, and not in the same ones everywhere:
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
-from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.privacy.sampling import Sampling, gaussian_event
+from fedpriv.privacy.trust import Trust
 from fedpriv.version import __version__
 
 if TYPE_CHECKING:
     import dp_accounting
 
-__all__ = ["Bound", "calibrate", "epsilon_spent", "least_bound", "releases_of", "round_event"]
+__all__ = ["Bound", "Releases"]
 
 PLD = f"PLD (fedpriv {__version__})"
 GAUSSIAN = f"one Gaussian, exactly (fedpriv {__version__})"
@@ -71,207 +73,158 @@ class Bound(NamedTuple):
     amplified: bool
 
 
-def epsilon_spent(
-    *,
-    trust: str,
-    adjacency: str,
-    sampling: Sampling,
-    noise_multiplier: float,
-    rounds: int,
-    delta: float,
-    horizon: int | None = None,
-    client_memory: bool = False,
-) -> float:
-    """Returns an epsilon for which the first `rounds` rounds are (epsilon, `delta`)-differentially private.
-
-    Args:
-        trust: central: only noised sums (or what follows from them) are seen. local: every message is seen, and whose
-            it is; a client is then charged for all `rounds` rounds, whatever the sampling.
-        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
-        sampling: Who takes part; the object that also draws the cohorts.
-        noise_multiplier: Noise std / l2_sensitivity, at least 0.
-        rounds: Number of rounds charged, at least 0.
-        delta: In (0, 1).
-        horizon: Number of rounds for which the accountant's grid is laid out (default: `rounds`). Asked about many
-            `rounds` at one horizon, the answers share one grid and never fall.
-        client_memory: Whether clients remember earlier rounds. No amplification is then claimed for fixed-size
-            cohorts: who took part decides who else did, the others' memories keep it, and their later messages show
-            it. (Poisson cohorts are safe: there the others' participation says nothing about a client's own.)
-
-    Returns:
-        At least 0; `math.inf` if rounds happened and nothing is guaranteed.
-
-    Formal guarantees:
-        An upper bound, adaptive composition included. For everyone, and for every local plan, it is the exact epsilon
-        of the Gaussian mechanism. For hidden Poisson cohorts it is within 0.1 % of the best that the composition of
-        single rounds allows, for every delta. Fixed-size sampling under add-or-remove has a public n, so that a
-        removed client is one whose message became zero. It never falls as rounds are added, and never rises with
-        noise or delta, but for 0.1 %, by which grids of different plans may differ.
-    """
-    return least_bound(
-        trust=trust,
-        adjacency=adjacency,
-        sampling=sampling,
-        noise_multiplier=noise_multiplier,
-        rounds=rounds,
-        delta=delta,
-        horizon=horizon,
-        client_memory=client_memory,
-    ).epsilon
-
-
-@lru_cache(maxsize=2**15)
-def least_bound(
-    *,
-    trust: str,
-    adjacency: str,
-    sampling: Sampling,
-    noise_multiplier: float,
-    rounds: int,
-    delta: float,
-    horizon: int | None = None,
-    client_memory: bool = False,
-) -> Bound:
-    """The smallest proven bound, with its accountant. Arguments and guarantees are those of `epsilon_spent`."""
-    if rounds == 0:
-        return Bound(0.0, GAUSSIAN, False)
-    if noise_multiplier == 0.0:
-        return Bound(math.inf, NO_NOISE, False)
-    if isinstance(sampling, Scheduled) and adjacency != "replace":
-        raise ValueError("a client that is gone would change everybody's timeline: only replace can be accounted")
-    releases = releases_of(trust, sampling, rounds)
-    whole = Bound(gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta), GAUSSIAN, False)
-    pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
-    if whole.epsilon == 0.0 or not pairs:
-        return whole
-    if rounds * _hiding_prob(sampling) <= delta:  # the client takes part at all with at most that probability
-        return Bound(0.0, PLD, True)
-    noise = min(noise_multiplier * (2.0 if adjacency == "replace" else 1.0), MOST_HIDING_NOISE)
-    if noise * LARGEST_SHIFT < 1.0:
-        return whole
-    sampled = _sampled_epsilon(pairs, noise, rounds, delta, horizon or rounds)
-    return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
-
-
-def round_event(
-    *, trust: str, adjacency: str, sampling: Sampling, noise_multiplier: float
-) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
-    """One round as dp-accounting sees it, in the units of the table above: its event and neighbouring relation.
-
-    For whoever wants a second opinion; what is reported does not ask for one.
-
-    Args:
-        trust: As for `epsilon_spent`. Local: no sampling event, for the server sees who took part.
-        adjacency: As for `epsilon_spent`.
-        sampling: Gives the event its probability (Poisson) or its sizes (fixed size).
-        noise_multiplier: Noise std / l2_sensitivity, above 0.
-    """
-    import dp_accounting as dpa  # takes a second, and only tests ask
-
-    relations, replace = dpa.NeighboringRelation, adjacency == "replace"
-    if trust == "local" or isinstance(sampling, Everyone | Scheduled):
-        return dpa.GaussianDpEvent(noise_multiplier), relations.ADD_OR_REMOVE_ONE
-    if isinstance(sampling, Poisson):
-        noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
-        relation = relations.REPLACE_ONE if replace else relations.ADD_OR_REMOVE_ONE
-        return dpa.PoissonSampledDpEvent(sampling.sampling_prob, noise), relation
-    noise = dpa.GaussianDpEvent(noise_multiplier if replace else 0.5 * noise_multiplier)
-    event = dpa.SampledWithoutReplacementDpEvent(int(sampling.population), int(sampling.size), noise)
-    return event, relations.REPLACE_ONE
-
-
-def calibrate(
-    *,
-    trust: str,
-    adjacency: str,
-    sampling: Sampling,
-    rounds: int,
-    delta: float,
-    epsilon: float,
-    client_memory: bool = False,
-) -> float:
-    """Returns the smallest noise multiplier whose `epsilon_spent` is at most `epsilon`, to within 0.1 % of epsilon.
-
-    Args:
-        trust: As for `epsilon_spent`.
-        adjacency: As for `epsilon_spent`.
-        sampling: As for `epsilon_spent`.
-        rounds: Number of rounds; 0 is calibrated as 1.
-        delta: In (0, 1).
-        epsilon: Target, finite and above 0.
-        client_memory: As for `epsilon_spent`.
-
-    Raises:
-        UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than the
-            chance that a given client ever takes part. Sending some clients' data in the clear would then be
-            (0, delta)-private, and no noise would be asked for.
-
-    Formal guarantees:
-        The result has been evaluated by `epsilon_spent` itself and found at most `epsilon`: a search that ends early
-        ends with too much noise, never with too little.
-    """
-    rounds = max(rounds, 1)
-    releases = releases_of(trust, sampling, rounds)
-    if releases == 0.0:
-        raise ValueError("no client ever sends anything that counts: there is nothing to calibrate for")
-    _check_target(trust, sampling, rounds, delta, epsilon)
-
-    def within(noise_multiplier: float) -> float:
-        """Target over spent: at least 1 is private enough."""
-        spent = epsilon_spent(
-            trust=trust,
-            adjacency=adjacency,
-            sampling=sampling,
-            noise_multiplier=noise_multiplier,
-            rounds=rounds,
-            delta=delta,
-            client_memory=client_memory,
-        )
-        return epsilon / spent if spent > 0.0 else math.inf
-
-    enough = _noise_of_one_gaussian(releases, delta, epsilon)
-    if enough > MOST_NOISE or within(enough) < 1.0:
-        remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
-        raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
-    pairs = _pairs(trust, adjacency, sampling, client_memory=client_memory)
-    if not pairs:
-        return enough
-    fewer, factor = _noise_by_moments(pairs, adjacency, rounds, delta, epsilon, enough), 1.05
-    enough = fewer if within(fewer) >= 1.0 else enough
-    while within(enough / factor) >= 1.0:
-        enough, factor = enough / factor, factor**2
-    return _narrow(within, enough / factor, enough)
-
-
-def releases_of(trust: str, sampling: Sampling, rounds: int) -> float:
-    """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
-    if isinstance(sampling, Scheduled):
-        return sampling.charge(rounds, each_message=trust == "local")
-    return float(rounds)
-
-
 Direction = tuple[Half, Half]
 """Larger and smaller losses of neighbours in one order, in bounds of a message; see `losses`."""
 
 
-def _pairs(trust: str, adjacency: str, sampling: Sampling, *, client_memory: bool) -> tuple[Direction, ...]:
-    """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
-    q, replace = _hiding_prob(sampling), adjacency == "replace"
-    if trust == "local" or q >= 1.0 or not isinstance(sampling, Poisson | FixedSize):
-        return ()
-    if isinstance(sampling, Poisson):
-        gone, come, other = Half(q, 1.0, 1.0), Half(q, 0.0, 1.0), Half(q, 1.0, 2.0)
-    elif client_memory:
-        return ()
-    else:
-        gone, come, other = Half(q, 2.0, 1.0), Half(q, 1.0, 1.0), Half(q, 2.0, 2.0)
-    return ((other, other),) if replace else ((gone, come), (come, gone))
+@dataclass(frozen=True, kw_only=True)
+class Releases:
+    """What a run releases, and to whom: all that epsilon depends on but the noise and the number of rounds.
+
+    Args:
+        trust: Where only noised sums (or what follows from them) are seen, hidden cohorts count. Where every message is
+            seen, and whose it is, a client is charged for all rounds, whatever the sampling.
+        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
+        sampling: Who takes part; the object that also draws the cohorts.
+        delta: In (0, 1).
+        client_memory: Whether clients remember earlier rounds. No amplification is then claimed for fixed-size
+            cohorts: who took part decides who else did, the others' memories keep it, and their later messages show
+            it. (Poisson cohorts are safe: there the others' participation says nothing about a client's own.)
+    """
+
+    trust: Trust
+    adjacency: str
+    sampling: Sampling
+    delta: float
+    client_memory: bool = True
+
+    @property
+    def sensitivity(self) -> float:
+        """Most that one client moves a sum of messages, in bounds of a message."""
+        return 2.0 if self.adjacency == "replace" else 1.0
+
+    @property
+    def pairs(self) -> tuple[Direction, ...]:
+        """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
+        if not self.trust.hides_cohorts or not self.sampling.amplifies(client_memory=self.client_memory):
+            return ()
+        q, stead = self.sampling.hiding_prob, self.sampling.stead
+        gone, come, other = Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)
+        return ((other, other),) if self.adjacency == "replace" else ((gone, come), (come, gone))
+
+    def charged(self, rounds: int) -> float:
+        """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
+        return self.sampling.charge(rounds, each_message=self.trust.shows_messages)
+
+    def epsilon(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> float:
+        """Return an epsilon for which the first `rounds` rounds are (epsilon, delta)-differentially private.
+
+        Args:
+            noise_multiplier: Noise std / l2_sensitivity, at least 0.
+            rounds: Number of rounds charged, at least 0.
+            horizon: Number of rounds for which the accountant's grid is laid out (default: `rounds`). Asked about many
+                `rounds` at one horizon, the answers share one grid and never fall.
+
+        Returns:
+            At least 0; `math.inf` if rounds happened and nothing is guaranteed.
+
+        Formal guarantees:
+            An upper bound, adaptive composition included. For everyone, and for every local plan, it is the exact
+            epsilon of the Gaussian mechanism. For hidden Poisson cohorts it is within 0.1 % of the best that the
+            composition of single rounds allows, for every delta. Fixed-size sampling under add-or-remove has a public
+            n, so that a removed client is one whose message became zero. It never falls as rounds are added, and never
+            rises with noise or delta, but for 0.1 %, by which grids of different plans may differ.
+        """
+        return self.bound(noise_multiplier, rounds, horizon).epsilon
+
+    def bound(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> Bound:
+        """The smallest proven bound, with its accountant; arguments and guarantees are those of `epsilon`."""
+        return _least_bound(self, noise_multiplier, rounds, horizon or rounds)
+
+    def calibrate(self, epsilon: float, rounds: int) -> float:
+        """Return the smallest noise multiplier that spends at most `epsilon`, to within 0.1 % of epsilon.
+
+        Args:
+            epsilon: Target, finite and above 0.
+            rounds: Number of rounds; 0 is calibrated as 1.
+
+        Raises:
+            UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than
+                the chance that a given client ever takes part. Sending some clients' data in the clear would then be
+                (0, delta)-private, and no noise would be asked for.
+
+        Formal guarantees:
+            The result has been evaluated by `epsilon` itself and found at most the target: a search that ends early
+            ends with too much noise, never with too little.
+        """
+        rounds = max(rounds, 1)
+        charged = self.charged(rounds)
+        if charged == 0.0:
+            raise ValueError("no client ever sends anything that counts: there is nothing to calibrate for")
+        self._check_target(epsilon, rounds)
+
+        def within(noise_multiplier: float) -> float:
+            """Target over spent: at least 1 is private enough."""
+            spent = self.epsilon(noise_multiplier, rounds)
+            return epsilon / spent if spent > 0.0 else math.inf
+
+        enough = _noise_of_one_gaussian(charged, self.delta, epsilon)
+        if enough > MOST_NOISE or within(enough) < 1.0:
+            remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
+            raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
+        if not self.pairs:
+            return enough
+        fewer, factor = _noise_by_moments(self, epsilon, rounds, enough), 1.05
+        enough = fewer if within(fewer) >= 1.0 else enough
+        while within(enough / factor) >= 1.0:
+            enough, factor = enough / factor, factor**2
+        return _narrow(within, enough / factor, enough)
+
+    def event(self, noise_multiplier: float) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
+        """One round as dp-accounting sees it, in the units of the table above: its event and neighbouring relation.
+
+        For whoever wants a second opinion; what is reported of a run does not ask for one. Where cohorts are seen,
+        there is no sampling event.
+
+        Args:
+            noise_multiplier: Noise std / l2_sensitivity, above 0.
+        """
+        if not self.trust.hides_cohorts:
+            return gaussian_event(noise_multiplier)
+        return self.sampling.event(noise_multiplier, replace=self.adjacency == "replace")
+
+    def _check_target(self, epsilon: float, rounds: int) -> None:
+        hidden = self.trust.hides_cohorts and self.sampling.draws_cohorts
+        chance = min(1.0, rounds * self.sampling.sampling_prob) if hidden else 1.0
+        if self.delta >= chance:
+            expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
+            raise UserError(
+                "privacy.delta", expected, self.delta, "Lower privacy.delta; well below 1 / clients is usual"
+            )
+        if not 0.0 < epsilon <= LARGEST_TARGET:
+            expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
+            raise UserError("privacy.epsilon", expected, epsilon, "Below 10 is usual; above it little is promised")
 
 
-def _hiding_prob(sampling: Sampling) -> float:
-    """The probability that a client takes part, never below what is drawn: Poisson coins are exact, m / n rounds."""
-    exact = sampling.sampling_prob
-    return math.nextafter(exact, 1.0) if isinstance(sampling, FixedSize) else exact
+@lru_cache(maxsize=2**15)
+def _least_bound(releases: Releases, noise_multiplier: float, rounds: int, horizon: int) -> Bound:
+    if rounds == 0:
+        return Bound(0.0, GAUSSIAN, False)
+    if noise_multiplier == 0.0:
+        return Bound(math.inf, NO_NOISE, False)
+    sampling, delta = releases.sampling, releases.delta
+    sampling.check_neighbors(releases.adjacency)
+    shift = math.sqrt(releases.charged(rounds)) / noise_multiplier
+    whole = Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
+    if whole.epsilon == 0.0 or not releases.pairs:
+        return whole
+    if rounds * sampling.hiding_prob <= delta:  # the client takes part at all with at most that probability
+        return Bound(0.0, PLD, True)
+    noise = min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)
+    if noise * LARGEST_SHIFT < 1.0:
+        return whole
+    sampled = _sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
+    return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
 
 
 def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:
@@ -344,11 +297,10 @@ def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> flo
     return math.sqrt(releases) / small if small > 0.0 else math.inf
 
 
-def _noise_by_moments(
-    pairs: tuple[Direction, ...], adjacency: str, rounds: int, delta: float, epsilon: float, enough: float
-) -> float:
+def _noise_by_moments(releases: Releases, epsilon: float, rounds: int, enough: float) -> float:
     """About the noise multiplier at which moments on a coarse grid prove `epsilon`; `enough` at most."""
-    cut, in_bounds = _negligible(delta, rounds), 2.0 if adjacency == "replace" else 1.0
+    pairs, delta, in_bounds = releases.pairs, releases.delta, releases.sensitivity
+    cut = _negligible(delta, rounds)
     low, high = max(1e-3 * enough, 1.0 / LARGEST_SHIFT / in_bounds), enough
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
@@ -379,14 +331,3 @@ def _share_left(low: float, high: float) -> float:
     """How far from the safe end to look, in shares of the bracket: where the line reaches 1.0002."""
     down, up = (math.log(min(max(ratio, 1e-3), 1e3) / 1.0002) for ratio in (low, high))
     return min(max(up / (up - down), 0.02), 0.98)
-
-
-def _check_target(trust: str, sampling: Sampling, rounds: int, delta: float, epsilon: float) -> None:
-    hidden = trust == "central" and not isinstance(sampling, Scheduled)
-    chance = min(1.0, rounds * sampling.sampling_prob) if hidden else 1.0
-    if delta >= chance:
-        expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
-        raise UserError("privacy.delta", expected, delta, "Lower privacy.delta; well below 1 / clients is usual")
-    if not 0.0 < epsilon <= LARGEST_TARGET:
-        expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
-        raise UserError("privacy.epsilon", expected, epsilon, "Below 10 is usual; above it little is promised")

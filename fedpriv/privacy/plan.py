@@ -12,13 +12,15 @@ from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy.gaussian import MOST_NOISE
-from fedpriv.privacy.sampling import Everyone, FixedSize, Sampling, Scheduled
+from fedpriv.privacy.sampling import Everyone, Sampling
+from fedpriv.privacy.trust import Trust, trust_of
+from fedpriv.privacy.unit import ADJACENCIES, unit_of
 
-# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the two late imports.
+# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the late import.
 if TYPE_CHECKING:
-    from fedpriv.privacy.accounting import Bound
+    from fedpriv.privacy.accounting import Bound, Releases
 
-__all__ = ["ADVERSARIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
+__all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
@@ -34,14 +36,6 @@ DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
 NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
 """The entries of `PrivacyPlan.as_dict` that list promises, for a run that promises nothing."""
 
-ADVERSARIES = {
-    "central": "anyone who sees the models (after every round) and knows all other clients; the server is trusted",
-    "local": "the server itself, or anyone who sees every message and knows whose it is",
-}
-
-_DEFAULT_ADJACENCY = {"central": "add-or-remove", "local": "replace"}
-_ADJACENCIES = ("add-or-remove", "replace")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
@@ -56,7 +50,7 @@ class PrivacyPlan:
         delta: In (0, 1).
         l2_bound: Bound B on the l2 norm of one message.
         noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 promises nothing.
-        client_memory: Whether clients keep a state from round to round; see `accounting.epsilon_spent`.
+        client_memory: Whether clients keep a state from round to round; see `accounting.Releases`.
         unit: Whose data may change; only `client` for now.
 
     Formal guarantee: with noise of `noise_stddev` in each coordinate, on the sum where trust is central and on every
@@ -76,11 +70,29 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
+        self.sampling.check_neighbors(self.adjacency)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        _check_neighbours(self.sampling, self.adjacency)
         if not is_real(self.noise_multiplier, 0.0, MOST_NOISE):
             expected = f"a number from 0 to {MOST_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
+
+    @property
+    def trust_rules(self) -> Trust:
+        """What follows from who adds the noise."""
+        return trust_of(self.trust)
+
+    @property
+    def releases(self) -> "Releases":
+        """What accounting needs to know of it."""
+        from fedpriv.privacy.accounting import Releases
+
+        return Releases(
+            trust=self.trust_rules,
+            adjacency=self.adjacency,
+            sampling=self.sampling,
+            delta=self.delta,
+            client_memory=self.client_memory,
+        )
 
     @property
     def l2_sensitivity(self) -> float:
@@ -118,7 +130,7 @@ class PrivacyPlan:
     @property
     def adversary(self) -> str:
         """Against whom; one clause."""
-        return ADVERSARIES[self.trust]
+        return self.trust_rules.adversary
 
     @property
     def private(self) -> bool:
@@ -140,7 +152,7 @@ class PrivacyPlan:
         Raises:
             ValueError: Where trust is central: who takes part is then part of what protects.
         """
-        if self.trust != "local":
+        if not self.trust_rules.charges_participations:
             raise ValueError("only where trust is local is a client charged for its own participations")
         return self._bound(count, Everyone(self.sampling.population)).epsilon
 
@@ -153,9 +165,7 @@ class PrivacyPlan:
         _check_numbers(rounds, self.delta, self.l2_bound)
         if self._credits_sampling:
             return None
-        releases: float = rounds
-        if isinstance(self.sampling, Scheduled):
-            releases = self.sampling.charge(rounds, each_message=self.trust == "local")
+        releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
         if releases == 0:
             return 0.0
         return math.sqrt(releases) / self.noise_multiplier if self.noise_multiplier > 0.0 else math.inf
@@ -208,11 +218,6 @@ class PrivacyPlan:
             thorough: If the plan credits sampling, report epsilon at `DELTAS` and under `replace` too, which takes up
                 to seconds. Other plans always report them.
         """
-        sampling = self.sampling
-        size = {"size": sampling.size} if isinstance(sampling, FixedSize) else {}
-        if isinstance(sampling, Scheduled):
-            size = {"scheme": sampling.scheme, "most_squared_weights": sampling.squares[-1]}
-            size |= {"most_messages_sent": sampling.sent[-1]}
         epsilons = self.epsilons(DELTAS if thorough or not self._credits_sampling else ())
         return {
             "private": self.private,
@@ -229,13 +234,7 @@ class PrivacyPlan:
             "trust": self.trust,
             "adversary": self.adversary,
             "adjacency": self.adjacency,
-            "sampling": {
-                "name": sampling.name,
-                "population": sampling.population,
-                "sampling_prob": sampling.sampling_prob,
-                "expected_size": sampling.expected_size,
-                **size,
-            },
+            "sampling": self.sampling.as_dict(),
             "rounds": self.rounds,
             "accountant": self.accountant,
             "amplification": self.amplification,
@@ -249,10 +248,7 @@ class PrivacyPlan:
     @property
     def _credits_sampling(self) -> bool:
         """Whether the accountant may credit sampling: only then does epsilon not follow from one exact mu."""
-        if self.trust == "local" or isinstance(self.sampling, Everyone | Scheduled):
-            return False
-        remembered = isinstance(self.sampling, FixedSize) and self.client_memory
-        return self.sampling.sampling_prob < 1.0 and not remembered
+        return self.trust_rules.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
 
     def _promise(self) -> dict[str, Any]:
         return {
@@ -265,18 +261,8 @@ class PrivacyPlan:
         }
 
     def _bound(self, rounds: int, sampling: Sampling | None = None) -> "Bound":
-        from fedpriv.privacy.accounting import least_bound
-
-        return least_bound(
-            trust=self.trust,
-            adjacency=self.adjacency,
-            sampling=sampling or self.sampling,
-            noise_multiplier=self.noise_multiplier,
-            rounds=rounds,
-            delta=self.delta,
-            horizon=max(self.rounds, rounds),
-            client_memory=self.client_memory,
-        )
+        releases = self.releases if sampling is None else replace(self.releases, sampling=sampling)
+        return releases.bound(self.noise_multiplier, rounds, max(self.rounds, rounds))
 
 
 def make_plan(
@@ -314,58 +300,33 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "The one follows from the other: set what you must promise, or what you can afford"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
-    default = "replace" if isinstance(sampling, Scheduled) else _DEFAULT_ADJACENCY.get(trust, _ADJACENCIES[0])
-    adjacency = adjacency or default
-    _check_names(trust, adjacency, unit)
-    _check_neighbours(sampling, adjacency)
-    _check_numbers(rounds, delta, l2_bound)
-    if noise_multiplier is None:
-        from fedpriv.privacy.accounting import calibrate
-
-        target = _check_epsilon(epsilon)
-        noise_multiplier = calibrate(
-            trust=trust,
-            adjacency=adjacency,
-            sampling=sampling,
-            rounds=rounds,
-            delta=delta,
-            epsilon=target,
-            client_memory=client_memory,
-        )
-    return PrivacyPlan(
+    plan = PrivacyPlan(
         trust=trust,
-        adjacency=adjacency,
+        adjacency=adjacency or _default_adjacency(trust_of(trust), sampling),
         sampling=sampling,
         rounds=rounds,
         delta=delta,
         l2_bound=l2_bound,
-        noise_multiplier=noise_multiplier,
+        noise_multiplier=0.0 if noise_multiplier is None else noise_multiplier,
         client_memory=client_memory,
         unit=unit,
     )
+    if noise_multiplier is not None:
+        return plan
+    return replace(plan, noise_multiplier=plan.releases.calibrate(_check_epsilon(epsilon), rounds))
 
 
 def _check_names(trust: str, adjacency: str, unit: str) -> None:
-    if unit == "example":
-        remedy = 'Not offered yet: use unit = "client", which protects all examples of a client together'
-        raise UserError("privacy.unit", '"client"', '"example"', remedy)
-    if trust == "aggregator":
-        remedy = 'Secure aggregation is not offered yet: use "local", or "central" with a server that you trust'
-        raise UserError("privacy.trust", '"central" or "local"', '"aggregator"', remedy)
-    for key, value, known in (
-        ("privacy.unit", unit, ("client",)),
-        ("privacy.trust", trust, tuple(ADVERSARIES)),
-        ("privacy.adjacency", adjacency, _ADJACENCIES),
-    ):
-        if value not in known:
-            raise UserError(key, "a known name", repr(value), nearest(str(value), known))
+    unit_of(unit)
+    trust_of(trust)
+    if adjacency not in ADJACENCIES:
+        raise UserError("privacy.adjacency", "a known name", repr(adjacency), nearest(str(adjacency), ADJACENCIES))
 
 
-def _check_neighbours(sampling: Sampling, adjacency: str) -> None:
-    if isinstance(sampling, Scheduled) and adjacency != "replace":
-        got = f'"{adjacency}" with {sampling.scheme}'
-        remedy = "A client that is not there would leave its place to others and shift the steps in which they count"
-        raise UserError("privacy.adjacency", '"replace"', got, remedy)
+def _default_adjacency(trust: Trust, sampling: Sampling) -> str:
+    """The trust's, where the sampling can be accounted under it."""
+    default = trust.default_adjacency
+    return default if default in sampling.adjacencies else sampling.adjacencies[0]
 
 
 def _finite(value: float | None) -> float | None:

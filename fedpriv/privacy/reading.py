@@ -5,7 +5,7 @@ from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.privacy.sampling import read_sampling
 
 __all__ = ["read_plan"]
 
@@ -33,7 +33,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
         return PrivacyPlan(
             trust=table["trust"],
             adjacency=table["adjacency"],
-            sampling=_sampling(table["sampling"], rounds),
+            sampling=read_sampling(table["sampling"], rounds),
             rounds=rounds,
             delta=table["delta"],
             l2_bound=table["l2_bound"],
@@ -44,23 +44,3 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore the file, or move the run out of the folder"
         raise UserError(where, "the record of a privacy plan", repr(error), remedy) from None
-
-
-def _sampling(table: Mapping[str, Any], rounds: int) -> Sampling:
-    name, population = table["name"], table["population"]
-    if name == Everyone.name:
-        return Everyone(population)
-    if name == Poisson.name:
-        return Poisson(population, table["sampling_prob"])
-    if name == FixedSize.name:
-        return FixedSize(population, table["size"])
-    if name != Scheduled.name:
-        raise ValueError(f"no sampling is called {name!r}")
-    steps = max(rounds, 1)
-    return Scheduled(
-        population=population,
-        expected_size=table["expected_size"],
-        scheme=table["scheme"],
-        squares=(table["most_squared_weights"],) * steps,
-        sent=(table["most_messages_sent"],) * steps,
-    )

@@ -1,19 +1,38 @@
-"""Who takes part in a round. The object that draws the cohort is the object that the accountant is asked about."""
+"""Who takes part in a round. The object that draws the cohort is the object that the accountant is asked about.
+
+A sampling answers for itself: what accounting needs, its words in statements and its record. Nobody else asks for its
+class.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from itertools import count, pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
+from fedpriv.privacy.trust import Trust
+from fedpriv.privacy.unit import ADJACENCIES
 from fedpriv.streams import Source
 
-__all__ = ["SAMPLINGS", "Everyone", "FixedSize", "Poisson", "Sampling", "Scheduled"]
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent, NeighboringRelation
+
+__all__ = [
+    "SAMPLINGS",
+    "Everyone",
+    "FixedSize",
+    "Poisson",
+    "Sampling",
+    "Scheduled",
+    "gaussian_event",
+    "read_sampling",
+]
 
 LARGEST_POPULATION = 10**12
 """More clients than people, and still far from where a running sum of gaps between client ids could overflow."""
@@ -21,9 +40,182 @@ LARGEST_POPULATION = 10**12
 BLOCK = 2**16
 """Most gaps drawn at once, so that a cohort of millions does not need them all in memory twice."""
 
+_SCHEMES = {
+    "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
+    "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
+    "fedfix": "the server moves at fixed times, by whatever has arrived (FedFix)",
+}
+
+
+class Sampling(Protocol):
+    """Who takes part in a round: a frozen dataclass.
+
+    Attributes:
+        name: The word in configs, records, orders and ledgers.
+        draws_cohorts: Whether cohorts are drawn by chance; else a timeline has settled who counts.
+        by_coins: Whether clients take part independently of each other, so that one's part says nothing of others'.
+        stead: Bound, in bounds of a message, of what a round has in the place of a client that is not drawn: 0 for
+            nothing, 1 for another client's message.
+        adjacencies: Neighbors under which it can be accounted.
+        turns: What rounds are called.
+        most: Whose epsilon it is where participation is seen; a sentence or two.
+    """
+
+    name: ClassVar[str]
+    draws_cohorts: ClassVar[bool]
+    by_coins: ClassVar[bool]
+    stead: ClassVar[float]
+    adjacencies: ClassVar[tuple[str, ...]]
+    turns: ClassVar[str]
+    most: ClassVar[str]
+
+    @property
+    def population(self) -> int:
+        """Number of clients n."""
+        ...
+
+    @property
+    def sampling_prob(self) -> float:
+        """Probability that a given client takes part in a given round."""
+        ...
+
+    @property
+    def hiding_prob(self) -> float:
+        """The same, never below what is drawn."""
+        ...
+
+    @property
+    def expected_size(self) -> float:
+        """Expected number of clients in a round: what sums of messages are divided by."""
+        ...
+
+    @property
+    def cohort_size(self) -> int:
+        """Number of clients in a round if it is fixed; otherwise 0."""
+        ...
+
+    @property
+    def how(self) -> str:
+        """Who takes part, in words."""
+        ...
+
+    @property
+    def divisor(self) -> str:
+        """What sums are divided by, in words."""
+        ...
+
+    def cohort(self, source: Source) -> np.ndarray:
+        """Client ids of one round, ascending int64, `[cohort]`."""
+        ...
+
+    def charge(self, rounds: int, *, each_message: bool) -> float:
+        """How many Gaussian releases of a message of weight 1 the first rounds cost whoever pays most, without credit.
+
+        Args:
+            rounds: At least 0.
+            each_message: Whether the adversary sees every message by itself.
+        """
+        ...
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Whether a cohort that nobody knows hides its clients, and epsilon may be owed to that.
+
+        Args:
+            client_memory: Whether clients remember earlier rounds.
+        """
+        ...
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """One round with a hidden cohort as dp-accounting sees it; see the units in `fedpriv.privacy.accounting`.
+
+        Args:
+            noise_multiplier: Noise std / l2_sensitivity, above 0.
+            replace: Whether the neighbors are those of `replace`.
+        """
+        ...
+
+    def check_neighbors(self, adjacency: str) -> None:
+        """Raises UserError if it cannot be accounted under these neighbors."""
+        ...
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its record, for JSON."""
+        ...
+
+    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+        """What a statement has to say about the cohorts besides; sentences, or nothing.
+
+        Args:
+            trust: Of the plan, as are the next three.
+            adjacency: Whose neighbors.
+            client_memory: Whether clients remember.
+            rounds: Number of rounds.
+        """
+        ...
+
+    def moved(self, trust: Trust) -> str:
+        """What the sum is moved by, beyond one message, in words that follow the sensitivity."""
+        ...
+
+    def more_clients(self, count: int) -> str:
+        """Words for a population of `count` with the same chance to take part."""
+        ...
+
+
+class _Drawn:
+    """What samplings have in common that draw a cohort by chance in each round."""
+
+    draws_cohorts: ClassVar[bool] = True
+    by_coins: ClassVar[bool] = False
+    stead: ClassVar[float] = 0.0
+    adjacencies: ClassVar[tuple[str, ...]] = ADJACENCIES
+    turns: ClassVar[str] = "rounds"
+    most: ClassVar[str] = (
+        "Epsilon is that of a client that takes part in every round, the worst case; a client that takes part less "
+        "often has spent less."
+    )
+
+    @property
+    def hiding_prob(self: Sampling) -> float:
+        """The sampling probability, which is exactly what is drawn."""
+        return self.sampling_prob
+
+    @property
+    def cohort_size(self) -> int:
+        """0: it is not fixed."""
+        return 0
+
+    @property
+    def divisor(self: Sampling) -> str:
+        """The expected cohort size."""
+        return f"the expected cohort size, {self.expected_size:g}, never by the actual one"
+
+    def charge(self, rounds: int, *, each_message: bool) -> float:
+        """One release a round: a client may be in all of them."""
+        return float(rounds)
+
+    def check_neighbors(self, adjacency: str) -> None:
+        """All will do."""
+
+    def as_dict(self: Sampling) -> dict[str, Any]:
+        """See `Sampling.as_dict`."""
+        return _record(self)
+
+    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+        """None."""
+        return ""
+
+    def moved(self, trust: Trust) -> str:
+        """Nothing."""
+        return ""
+
+    def more_clients(self, count: int) -> str:
+        """So many clients."""
+        return f"{count:,} clients"
+
 
 @dataclass(frozen=True)
-class Everyone:
+class Everyone(_Drawn):
     """Every client takes part in every round.
 
     Args:
@@ -49,13 +241,31 @@ class Everyone:
         """Expected number of clients in a round: n."""
         return float(self.population)
 
+    @property
+    def how(self) -> str:
+        """See `Sampling.how`."""
+        return "every client takes part in every round"
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Nobody is hidden."""
+        return False
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """See `Sampling.event`."""
+        return gaussian_event(noise_multiplier)
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Everyone":
+        """What the record was made of."""
+        return cls(record["population"])
+
     def cohort(self, source: Source) -> np.ndarray:
         """All client ids, ascending int64, `[n]`; uses no randomness."""
         return np.arange(self.population, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Poisson:
+class Poisson(_Drawn):
     """Each client takes part in each round independently with the same probability; a round may be empty.
 
     Args:
@@ -74,6 +284,7 @@ class Poisson:
     population: int
     probability: float
     name: ClassVar[str] = "poisson"
+    by_coins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_population(self.population)
@@ -88,6 +299,29 @@ class Poisson:
     def expected_size(self) -> float:
         """Expected number of clients in a round: q n. The number by which sums of messages are divided."""
         return self.sampling_prob * self.population
+
+    @property
+    def how(self) -> str:
+        """See `Sampling.how`."""
+        return f"each client takes part in each round independently with probability {self.sampling_prob:g}"
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Whether coins can fall both ways. What others remember of their coins says nothing about a client's own."""
+        return self.sampling_prob < 1.0
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """See `Sampling.event`."""
+        import dp_accounting as dpa  # takes a second
+
+        noise = dpa.GaussianDpEvent(2.0 * noise_multiplier if replace else noise_multiplier)
+        relations = dpa.NeighboringRelation
+        relation = relations.REPLACE_ONE if replace else relations.ADD_OR_REMOVE_ONE
+        return dpa.PoissonSampledDpEvent(self.sampling_prob, noise), relation
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Poisson":
+        """What the record was made of."""
+        return cls(record["population"], record["sampling_prob"])
 
     def cohort(self, source: Source) -> np.ndarray:
         """Client ids of one round, ascending int64, `[cohort]`; work and memory follow the cohort, never n."""
@@ -142,7 +376,7 @@ class Poisson:
 
 
 @dataclass(frozen=True)
-class FixedSize:
+class FixedSize(_Drawn):
     """A uniformly random set of exactly m of the n clients takes part in each round.
 
     Args:
@@ -159,6 +393,7 @@ class FixedSize:
     population: int
     size: int
     name: ClassVar[str] = "fixed"
+    stead: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         _check_population(self.population)
@@ -173,6 +408,54 @@ class FixedSize:
     def expected_size(self) -> float:
         """Number of clients in a round: m."""
         return float(self.size)
+
+    @property
+    def hiding_prob(self) -> float:
+        """m / n from above, which floats round."""
+        return math.nextafter(self.sampling_prob, 1.0)
+
+    @property
+    def cohort_size(self) -> int:
+        """Number of clients in a round: m."""
+        return self.size
+
+    @property
+    def how(self) -> str:
+        """See `Sampling.how`."""
+        return f"each round takes a uniformly random set of {self.size} clients"
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Not where clients remember.
+
+        Who took part decides who else did, the others' memories keep it, and their later messages show it.
+        """
+        return self.sampling_prob < 1.0 and not client_memory
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """See `Sampling.event`."""
+        import dp_accounting as dpa  # takes a second
+
+        noise = dpa.GaussianDpEvent(noise_multiplier if replace else 0.5 * noise_multiplier)
+        event = dpa.SampledWithoutReplacementDpEvent(int(self.population), int(self.size), noise)
+        return event, dpa.NeighboringRelation.REPLACE_ONE
+
+    def as_dict(self) -> dict[str, Any]:
+        """See `Sampling.as_dict`."""
+        return {**_record(self), "size": self.size}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "FixedSize":
+        """What the record was made of."""
+        return cls(record["population"], record["size"])
+
+    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+        """What memories and neighbors have to do with it where cohorts are hidden."""
+        said = ""
+        if trust.hides_cohorts and client_memory:
+            said += "No amplification by sampling is claimed, because clients may remember earlier rounds."
+        if trust.hides_cohorts and adjacency == "add-or-remove":
+            said += " The number of clients is public; a removed client is one whose message is zero."
+        return said
 
     def cohort(self, source: Source) -> np.ndarray:
         """Client ids of one round, ascending int64, `[m]`."""
@@ -208,6 +491,15 @@ class Scheduled:
     squares: tuple[float, ...]
     sent: tuple[int, ...]
     name: ClassVar[str] = "scheduled"
+    draws_cohorts: ClassVar[bool] = False
+    by_coins: ClassVar[bool] = False
+    stead: ClassVar[float] = 0.0
+    adjacencies: ClassVar[tuple[str, ...]] = ("replace",)
+    turns: ClassVar[str] = "steps"
+    most: ClassVar[str] = (
+        "Epsilon is that of the client that sends most messages by this timeline; a client that sends fewer has spent "
+        "less."
+    )
 
     def __post_init__(self) -> None:
         _check_population(self.population)
@@ -223,17 +515,91 @@ class Scheduled:
         """Expected messages over clients; no probability that hides anybody."""
         return self.expected_size / self.population
 
-    def charge(self, steps: int, *, each_message: bool) -> float:
+    @property
+    def hiding_prob(self) -> float:
+        """1: nobody is hidden."""
+        return 1.0
+
+    @property
+    def cohort_size(self) -> int:
+        """0: it is not fixed."""
+        return 0
+
+    @property
+    def how(self) -> str:
+        """See `Sampling.how`."""
+        return _SCHEMES[self.scheme]
+
+    @property
+    def divisor(self) -> str:
+        """See `Sampling.divisor`."""
+        return f"a public number, {self.expected_size:g}"
+
+    def charge(self, rounds: int, *, each_message: bool) -> float:
         """How many Gaussian releases of a message of weight 1 the first steps cost whoever pays most.
 
         Args:
-            steps: From 0 to as many as there are.
+            rounds: Number of steps, from 0 to as many as there are.
             each_message: Whether the adversary sees every message by itself (local trust): weights come after that, and
                 a message that was sent in vain was seen too. Else only weighted sums with their noise are seen.
         """
-        if not 0 <= steps <= len(self.squares):
-            raise ValueError(f"a timeline of {len(self.squares)} steps does not tell what {steps} cost")
-        return float((self.sent if each_message else self.squares)[steps - 1]) if steps else 0.0
+        if not 0 <= rounds <= len(self.squares):
+            raise ValueError(f"a timeline of {len(self.squares)} steps does not tell what {rounds} cost")
+        return float((self.sent if each_message else self.squares)[rounds - 1]) if rounds else 0.0
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Nobody is hidden."""
+        return False
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """A message of weight 1."""
+        return gaussian_event(noise_multiplier)
+
+    def check_neighbors(self, adjacency: str) -> None:
+        """Raises UserError under add-or-remove."""
+        if adjacency not in self.adjacencies:
+            got = f'"{adjacency}" with {self.scheme}'
+            remedy = (
+                "A client that is not there would leave its place to others and shift the steps in which they count"
+            )
+            raise UserError("privacy.adjacency", '"replace"', got, remedy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """See `Sampling.as_dict`; of the charges, the last."""
+        last = {"most_squared_weights": self.squares[-1], "most_messages_sent": self.sent[-1]}
+        return {**_record(self), "scheme": self.scheme, **last}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Scheduled":
+        """A timeline each of whose steps is charged as the whole, which is never too little."""
+        steps = max(record["rounds"], 1)
+        return cls(
+            population=record["population"],
+            expected_size=record["expected_size"],
+            scheme=record["scheme"],
+            squares=(record["most_squared_weights"],) * steps,
+            sent=(record["most_messages_sent"],) * steps,
+        )
+
+    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+        """That participation is known, and who is charged most."""
+        most = self.charge(rounds, each_message=trust.shows_messages)
+        charged = f"whose messages' squared weights add up to most, {most:g}"
+        if trust.shows_messages:
+            charged = f"who sends most messages, {most:g}, those included that came too late"
+        return (
+            "Who counts in which step, and with which weight, is settled before the run by a timeline that is taken as "
+            "known to everybody: participation is visible, and no amplification by sampling is claimed. Epsilon is "
+            f"that of the client {charged}."
+        )
+
+    def moved(self, trust: Trust) -> str:
+        """Weights come after the noise on single messages."""
+        return ("" if trust.shows_messages else ", times the weight of its message,") + " in a step"
+
+    def more_clients(self, count: int) -> str:
+        """A larger population alone would not do."""
+        return "more clients at work"
 
     def cohort(self, source: Source) -> np.ndarray:
         """Nobody is drawn.
@@ -244,8 +610,6 @@ class Scheduled:
         raise ValueError("the timeline says who counts; nobody is drawn")
 
 
-Sampling = Everyone | Poisson | FixedSize | Scheduled
-
 SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
     "sampling",
     {
@@ -254,6 +618,41 @@ SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
         "fixed": FixedSize,
     },
 )
+
+
+_RECORDED = {kind.name: kind for kind in (Everyone, Poisson, FixedSize, Scheduled)}
+
+
+def read_sampling(record: Mapping[str, Any], rounds: int) -> Sampling:
+    """The sampling of which `record` is the `as_dict`, from this version or an earlier one.
+
+    Args:
+        record: Its record; KeyError if a value is missing.
+        rounds: How many rounds the plan is for.
+
+    Raises:
+        ValueError: If no sampling has its name.
+    """
+    name = record["name"]
+    if name not in _RECORDED:
+        raise ValueError(f"no sampling is called {name!r}")
+    return _RECORDED[name].recorded({**record, "rounds": rounds})
+
+
+def gaussian_event(noise_multiplier: float) -> "tuple[DpEvent, NeighboringRelation]":
+    """One round without a hidden cohort as dp-accounting sees it, whatever the neighbors."""
+    import dp_accounting as dpa  # takes a second
+
+    return dpa.GaussianDpEvent(noise_multiplier), dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+def _record(sampling: Sampling) -> dict[str, Any]:
+    return {
+        "name": sampling.name,
+        "population": sampling.population,
+        "sampling_prob": sampling.sampling_prob,
+        "expected_size": sampling.expected_size,
+    }
 
 
 def _check_population(population: object) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
-from fedpriv.privacy.sampling import FixedSize, Poisson, Scheduled
+from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import signal_warning
 
 __all__ = ["privacy_statement", "rounded_up"]
@@ -18,28 +18,6 @@ This run is NOT private. No noise was added and nothing is promised about the da
 _NO_NOISE = """\
 This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next \
 to nothing hides them."""
-
-_WHO = {
-    "central": "Adversary: {adversary}. The server sees every message as it is, adds the noise to their sum, and "
-    "releases nothing but what it makes of the noised sums. Against the server itself nothing is promised.",
-    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server "
-    "sees who took part, so no amplification by sampling is claimed. Epsilon is that of a client that takes part in "
-    "every round, the worst case; a client that takes part less often has spent less.",
-}
-
-_WHO_SCHEDULED = {
-    "central": _WHO["central"],
-    "local": "Adversary: {adversary}. Every client adds the noise to its own message before it leaves. The server "
-    "sees who took part, so no amplification by sampling is claimed. Epsilon is that of the client that sends most "
-    "messages by this timeline; a client that sends fewer has spent less.",
-}
-
-_NEIGHBOURS = {
-    "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is there in "
-    "the one and zero in the other.",
-    "replace": "Neighbours (replace): two populations that differ in all the data of one client, whose message is any "
-    "bounded message in the one and any other in the other.",
-}
 
 _NOT_COVERED = (
     "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
@@ -146,12 +124,6 @@ _ROLLED_BACK = (
     "but can keep it back"
 )
 
-_SCHEMES = {
-    "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
-    "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
-    "fedfix": "the server moves at fixed times, by whatever has arrived (FedFix)",
-}
-
 _CLOCK = (
     "Clock: devices, the numbers of examples that clients hold and when clients answer are taken as public, and as the "
     "same in both populations; none of them may depend on the values of anybody's data."
@@ -204,19 +176,19 @@ def privacy_statement(
     not_covered = [*_NOT_COVERED, *((_SEEDED,) if randomness == "seeded" else ()), *(_DEPLOYED if deployed else ())]
     not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
     not_covered += [_ROLLED_BACK] if app else []
-    who = _WHO_SCHEDULED if isinstance(plan.sampling, Scheduled) else _WHO
+    trust, unit = plan.trust_rules, unit_of(plan.unit)
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
-        _fill(who[plan.trust].format(adversary=plan.adversary)),
-        *([_fill(_WHOSE_APP[app])] if app and plan.trust == "local" else []),
-        _fill(f"Unit: one client, that is all of its data, in all of its {plan.rounds} rounds together."),
-        _fill(_NEIGHBOURS[plan.adjacency]),
+        _fill(trust.who(plan.sampling.most)),
+        *([_fill(_WHOSE_APP[app])] if app and not trust.trusts_server else []),
+        _fill(unit.over(plan.rounds)),
+        _fill(unit.neighbors[plan.adjacency]),
         _fill(_cohorts(plan)),
-        *([_fill(_CLOCK + ("" if isinstance(plan.sampling, Scheduled) else _IN_TIME))] if clock else []),
+        *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if clock else []),
         _fill(_mechanism(plan)),
-        *([_fill(_FUSED)] if fused and plan.trust == "local" else []),
+        *([_fill(_FUSED)] if fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),
@@ -274,7 +246,7 @@ def _promise(plan: PrivacyPlan) -> str:
         )
     return (
         f"Promise: against {against}, the run is (epsilon, delta)-differentially private with epsilon = {epsilon} at "
-        f"delta = {plan.delta:g}, for each client.{weak}"
+        f"delta = {plan.delta:g}, for each {unit_of(plan.unit).one}.{weak}"
     )
 
 
@@ -288,48 +260,21 @@ def rounded_up(epsilon: float) -> str:
 
 def _cohorts(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
-    if isinstance(sampling, Scheduled):
-        most = sampling.charge(plan.rounds, each_message=plan.trust == "local")
-        charged = f"whose messages' squared weights add up to most, {most:g}"
-        if plan.trust == "local":
-            charged = f"who sends most messages, {most:g}, those included that came too late"
-        return (
-            f"Cohorts: of {sampling.population} clients, {_SCHEMES[sampling.scheme]}. Who counts in which step, and "
-            "with which weight, is settled before the run by a timeline that is taken as known to everybody: "
-            "participation is visible, and no amplification by sampling is claimed. Epsilon is that of the client "
-            f"{charged}."
-        )
-    if isinstance(sampling, Poisson):
-        how = f"each client takes part in each round independently with probability {sampling.sampling_prob:g}"
-    elif isinstance(sampling, FixedSize):
-        how = f"each round takes a uniformly random set of {sampling.size} clients"
-    else:
-        how = "every client takes part in every round"
     credit = "Epsilon relies on the adversary not knowing who took part." if plan.amplification else ""
-    if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.client_memory:
-        credit += " No amplification by sampling is claimed, because clients may remember earlier rounds."
-    if isinstance(sampling, FixedSize) and plan.trust == "central" and plan.adjacency == "add-or-remove":
-        credit += " The number of clients is public; a removed client is one whose message is zero."
-    return f"Cohorts: of {sampling.population} clients, {how}. {credit}"
+    caveats = sampling.caveats(
+        trust=plan.trust_rules, adjacency=plan.adjacency, client_memory=plan.client_memory, rounds=plan.rounds
+    )
+    return f"Cohorts: of {sampling.population} clients, {sampling.how}. {credit} {caveats}"
 
 
 def _mechanism(plan: PrivacyPlan) -> str:
-    what = "the sum of a round's messages" if plan.trust == "central" else "every message"
-    if isinstance(plan.sampling, Scheduled):
-        weighed = ", times the weight of its message," if plan.trust == "central" else ""
-        return (
-            f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at "
-            f"most {plan.l2_sensitivity:g}{weighed} in a step. Gaussian noise of standard deviation "
-            f"{plan.noise_stddev:.6g} per coordinate is added to {what} ({plan.noise_multiplier:.6g} times the "
-            f"sensitivity), in {plan.rounds} steps. {_grid(plan)} Sums are divided by a public number, "
-            f"{plan.sampling.expected_size:g}."
-        )
+    sampling = plan.sampling
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
-        f"{plan.l2_sensitivity:g}. Gaussian noise of standard deviation {plan.noise_stddev:.6g} per coordinate is "
-        f"added to {what} ({plan.noise_multiplier:.6g} times the sensitivity), in {plan.rounds} rounds. "
-        f"{_grid(plan)} Sums are divided by the expected cohort size, {plan.sampling.expected_size:g}, never by the "
-        "actual one."
+        f"{plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
+        f"{plan.noise_stddev:.6g} per coordinate is added to {plan.trust_rules.noised} ({plan.noise_multiplier:.6g} "
+        f"times the sensitivity), in {plan.rounds} {sampling.turns}. {_grid(plan)} Sums are divided by "
+        f"{sampling.divisor}."
     )
 
 

@@ -31,10 +31,8 @@ import numpy as np
 
 from fedpriv.checks import real_within
 from fedpriv.errors import UserError
-from fedpriv.privacy.accounting import releases_of, round_event
 from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import Poisson
 
 __all__ = [
     "MOST_TRIALS",
@@ -228,14 +226,13 @@ def curve_of(plan: PrivacyPlan, score: ScoreNoise | None = None) -> RenyiCurve:
 def _curve_of_training(plan: PrivacyPlan) -> RenyiCurve:
     if plan.noise_multiplier <= 0.0:
         return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
-    rho = 0.5 * releases_of(plan.trust, plan.sampling, plan.rounds) / plan.noise_multiplier**2
-    if not (isinstance(plan.sampling, Poisson) and plan.trust == "central" and plan.adjacency == "add-or-remove"):
+    rho = 0.5 * plan.releases.charged(plan.rounds) / plan.noise_multiplier**2
+    hidden = plan.sampling.by_coins and plan.trust_rules.hides_cohorts
+    if not (hidden and plan.adjacency == "add-or-remove"):
         return RenyiCurve(_ORDERS, _ORDERS * rho * _UP)
     import dp_accounting as dpa  # takes a second
 
-    event, relation = round_event(
-        trust=plan.trust, adjacency=plan.adjacency, sampling=plan.sampling, noise_multiplier=plan.noise_multiplier
-    )
+    event, relation = plan.releases.event(plan.noise_multiplier)
     accountant = dpa.rdp.RdpAccountant(_SAMPLED_ORDERS.tolist(), relation)
     sampled = np.asarray(accountant.compose(event, plan.rounds)._rdp)
     sampled = np.minimum(sampled, _SAMPLED_ORDERS * rho)

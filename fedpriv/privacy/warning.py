@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpriv.privacy.plan import PrivacyPlan
-from fedpriv.privacy.sampling import Scheduled
 
 __all__ = ["MAX_RATIO", "NoiseAgainstSignal", "noise_against_signal", "signal_warning"]
 
@@ -42,12 +41,12 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
         size: Number of parameters that are trained.
     """
     expected, population = plan.sampling.expected_size, plan.sampling.population
-    added = 1.0 if plan.trust == "central" else expected
-    ratio = plan.noise_stddev * math.sqrt(size * added) / expected / plan.l2_bound
+    trust = plan.trust_rules
+    ratio = plan.noise_stddev * math.sqrt(size * trust.noises(expected)) / expected / plan.l2_bound
     if ratio <= MAX_RATIO:
         return NoiseAgainstSignal(ratio=ratio, clients=None, epsilon=None)
     excess = ratio / MAX_RATIO
-    clients = math.ceil(population * (excess if plan.trust == "central" else excess**2))
+    clients = math.ceil(population * trust.more_clients(excess))
     epsilon = replace(plan, noise_multiplier=plan.noise_multiplier / excess).epsilon
     return NoiseAgainstSignal(ratio=ratio, clients=clients, epsilon=epsilon if math.isfinite(epsilon) else None)
 
@@ -64,7 +63,7 @@ def signal_warning(plan: PrivacyPlan, size: int) -> str | None:
     found = noise_against_signal(plan, size)
     if found.clients is None:
         return None
-    more = f"{found.clients:,} clients" if not isinstance(plan.sampling, Scheduled) else "more clients at work"
+    more = plan.sampling.more_clients(found.clients)
     other = f", or an epsilon of {found.epsilon:.3g}" if found.epsilon is not None else ""
     return (
         f"The noise of the mean message is {found.ratio:.2g} times its bound: next to nothing will be learned. About "

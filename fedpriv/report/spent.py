@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, PrivacyPlan, Scheduled
+from fedpriv.privacy import Central, Everyone, PrivacyPlan
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
 
@@ -183,7 +183,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == 0.0 or math.isinf(mu):
         return mu
     one = PrivacyPlan(
-        trust="central",
+        trust=Central.name,
         adjacency="add-or-remove",
         sampling=Everyone(1),
         rounds=1,
@@ -232,9 +232,7 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
             "Runs that are not finished are charged for the rounds that they released. If results decided when a run "
             "ended, a proof may only rely on all of its planned rounds (epsilon_planned in --json)."
         )
-    if any(
-        run.plan is not None and isinstance(run.plan.sampling, Scheduled) and run.rounds < run.planned for run in runs
-    ):
+    if any(run.plan is not None and not run.plan.sampling.draws_cohorts and run.rounds < run.planned for run in runs):
         notes.append(
             "Of unfinished runs on a schedule, the record has only the whole timeline: they are charged for it."
         )

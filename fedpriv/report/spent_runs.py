@@ -104,7 +104,7 @@ def read_run(path: Path, root: Path) -> Run:
     record = directory.read_json("privacy.json")
     plan = None if record is None else read_plan(record, str(directory.file("privacy.json")))
     rounds = planned if state == "finished" else min(_released(directory, rows), planned)
-    if deployed and state != "finished" and plan is not None and plan.trust == "local":
+    if deployed and state != "finished" and plan is not None and not plan.trust_rules.trusts_server:
         rounds = min(rounds + 1, planned)  # messages of the open turn may have left the clients
     if record is None and rounds > 0:
         remedy = "Restore the file, or move the run out of the folder"

@@ -111,7 +111,7 @@ def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> Tu
     if any(chosen[key] != getattr(plan, key) for key in _PROMISE):
         raise _Misfit("its promise is another than theirs")
     least = tuning_epsilon(plan, tuning.count, tuning.score_noise)
-    if plan.trust != "central" or not stated >= least * (1.0 - _ROUNDING):
+    if not plan.trust_rules.trusts_server or not stated >= least * (1.0 - _ROUNDING):
         raise _Misfit("its epsilon is less than such trials cost")
     rounds = max(plan.rounds, 1)
     return TunedRun(

@@ -121,9 +121,9 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
     if any(but_for_bound(plan) != first for plan in plans):
         remedy = "Give privacy.noise_multiplier instead of privacy.epsilon, or tune such methods apart"
         raise UserError("[tuning]", "trials with the same noise multiplier", "others", remedy)
-    if plans[0].trust == "local":
+    if not plans[0].trust_rules.trusts_server:
         remedy = "Choose trust central: with trust local the server sees every trial, and each is charged in full"
-        raise UserError("[tuning]", 'privacy.trust = "central"', '"local"', remedy)
+        raise UserError("[tuning]", 'privacy.trust = "central"', f'"{plans[0].trust}"', remedy)
     if not plans[0].private:
         raise UserError("[tuning]", "trials that promise something", "none", "Give privacy.epsilon")
     return plans[0]

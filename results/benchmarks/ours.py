@@ -172,7 +172,7 @@ def build(
         client_memory=has_memory(method),
     )
     streams = SeededStreams(seed)
-    server, client = agree(method, sampling, plan, streams)
+    server, client, _ = agree(method, sampling, plan, streams)
     task = kind(module, device, **for_task)
     people = kind_of_population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
     made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)

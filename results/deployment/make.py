@@ -136,7 +136,7 @@ def sizes() -> pd.DataFrame:
     rows = []
     method, sampling = AlphaNormEC(), Everyone(NODES)
     plan = make_plan(trust="local", sampling=sampling, rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
-    server, client = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = agree(method, sampling, plan, SystemStreams())
     for size in SIZES:
         state = method.init_server(torch.randn(size))
         coordinator = Coordinator(

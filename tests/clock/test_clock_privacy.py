@@ -20,7 +20,6 @@ from fedpriv.experiment.timing import Versions
 from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
-from fedpriv.privacy.accounting import epsilon_spent
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total
 from fedpriv.streams import SeededStreams
 
@@ -121,14 +120,7 @@ def test_only_replace_is_offered_and_is_the_default(name: str, trust: str) -> No
     with pytest.raises(UserError, match=r"privacy\.adjacency"):
         plan_of(scheduled, 25, trust, adjacency="add-or-remove")
     with pytest.raises(ValueError, match="replace"):
-        epsilon_spent(
-            trust=trust,
-            adjacency="add-or-remove",
-            sampling=scheduled,
-            noise_multiplier=1.0,
-            rounds=3,
-            delta=1e-5,
-        )
+        replace(plan_of(scheduled, 25, trust).releases, adjacency="add-or-remove").epsilon(1.0, rounds=3)
 
 
 def test_where_the_server_sees_messages_those_it_did_not_use_are_charged() -> None:

@@ -203,7 +203,7 @@ class World:
                 noise_multiplier=1.0,
                 client_memory=has_memory(self.method),
             )
-        self.server_rules, self.client_rules = agree(self.method, sampling, plan, self.draws)
+        self.server_rules, self.client_rules, _ = agree(self.method, sampling, plan, self.draws)
         self.plan = plan
         self.server = self._new_server()
         self.noise_only = self.method.init_server(torch.zeros(SIZE))

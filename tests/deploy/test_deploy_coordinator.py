@@ -34,7 +34,7 @@ def coordinator(method: Any = UNDAMPED, trust: str | None = None, size: int = SI
             noise_multiplier=1.5,
             client_memory=has_memory(method),
         )
-    server, client = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = agree(method, sampling, plan, SystemStreams())
     return Coordinator(
         server=server,
         client=client,
@@ -292,7 +292,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
         client_memory=False,
     )
     assert plan.amplification
-    server, client = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = agree(method, sampling, plan, SystemStreams())
 
     def made(least: int) -> Coordinator:
         return Coordinator(
@@ -325,7 +325,7 @@ def secretly(method: Any, **rules: Any) -> Coordinator:
         client_memory=has_memory(method),
     )
     assert plan.amplification
-    server, client = agree(method, sampling, plan, SeededStreams(7))
+    server, client, _ = agree(method, sampling, plan, SeededStreams(7))
     choice = DeploymentChoice(**rules)
     state = method.init_server(torch.zeros(SIZE))
     return Coordinator(server=server, client=client, plan=plan, choice=choice, turns=20, digest="d", state=state)
@@ -390,7 +390,7 @@ def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> N
     """Cohorts come from the operating system, so only what was saved can bring them back."""
     method = DPFedAvg(clip_norm=1.0)
     sampling = FixedSize(10**6, 3)
-    server_rules, client_rules = agree(method, sampling, None, SystemStreams())
+    server_rules, client_rules, _ = agree(method, sampling, None, SystemStreams())
 
     def fresh() -> Coordinator:
         return Coordinator(
@@ -438,7 +438,7 @@ def test_terms_carry_what_the_promise_rests_on() -> None:
             noise_multiplier=1.0,
             client_memory=False,
         )
-        server, client = agree(method, sampling, plan, SystemStreams())
+        server, client, _ = agree(method, sampling, plan, SystemStreams())
         made = Coordinator(
             server=server,
             client=client,

@@ -36,7 +36,7 @@ def start(strategy, grid, rounds=ROUNDS, timeout=5.0, arrays=None):
 def reference(strategy, rounds=ROUNDS):
     """The same run written out: every client's memory in a dictionary, every signal x - x_local."""
     method, plan = strategy.method, strategy.plan
-    server, client = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
+    server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
     layout = Layout.of(net.state_dict())
     state = method.init_server(layout.flatten(net.state_dict()))

@@ -47,7 +47,7 @@ def start(strategy, grid, rounds=ROUNDS, **given):
 def reference(strategy, absent, rounds=ROUNDS):
     """The same run written out: clients in `absent[k]` are missing from the sum of round k, and keep their memory."""
     method, plan = strategy.method, strategy.plan
-    server, client = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
+    server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
     layout = Layout.of(net.state_dict())
     state = method.init_server(layout.flatten(net.state_dict()))

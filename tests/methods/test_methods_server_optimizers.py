@@ -107,7 +107,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
     assert feedback_of(wrapped) == feedback_of(method) is not None
     assert has_memory(wrapped) == has_memory(method)
     assert type(wrapped.init_client(3)) is type(method.init_client(3))
-    server, client = agree(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
+    server, client, _ = agree(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
     assert server.method is wrapped
     assert client.method is method
     assert client_part(wrapped) is method

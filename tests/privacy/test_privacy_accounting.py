@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from fedpriv.errors import UserError
-from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
-from fedpriv.privacy.accounting import calibrate, epsilon_spent, least_bound, round_event
+from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, trust_of
+from fedpriv.privacy.accounting import Releases
 
 CLIENTS, DELTA = 1000, 1e-5
 TRUSTS, ADJACENCIES = ("central", "local"), ("add-or-remove", "replace")
@@ -32,10 +32,15 @@ GRID = 1e-3
 few = settings(brief, max_examples=12)
 
 
-def spent(noise: float, rounds: int = 1, *, delta: float = DELTA, **plan: Any) -> float:
-    """Epsilon of a central, add-or-remove plan with everyone, but for what `plan` says."""
-    plan = {"trust": "central", "adjacency": "add-or-remove", "sampling": Everyone(CLIENTS), **plan}
-    return epsilon_spent(noise_multiplier=noise, rounds=rounds, delta=delta, **plan)
+def releases(*, trust: str = "central", **plan: Any) -> Releases:
+    """Releases of clients that remember nothing: central, add-or-remove, everyone, but for what `plan` says."""
+    known = {"adjacency": "add-or-remove", "sampling": Everyone(CLIENTS), "delta": DELTA, "client_memory": False}
+    return Releases(**{**known, "trust": trust_of(trust), **plan})
+
+
+def spent(noise: float, rounds: int = 1, **plan: Any) -> float:
+    """Their epsilon."""
+    return releases(**plan).epsilon(noise, rounds)
 
 
 def exact_delta(epsilon: float, shift: float) -> float:
@@ -106,9 +111,7 @@ def test_a_sampling_event_states_the_noise_in_the_units_of_its_relation(adjacenc
     """Poisson events want std / B under either relation, events without replacement std / (2 B)."""
     stddev, bound = 1.7, 1.0
     sensitivity = 2.0 * bound if adjacency == "replace" else bound
-    event, relation = round_event(
-        trust="central", adjacency=adjacency, sampling=SAMPLINGS[name], noise_multiplier=stddev / sensitivity
-    )
+    event, relation = releases(adjacency=adjacency, sampling=SAMPLINGS[name]).event(stddev / sensitivity)
     assert isinstance(event, dpa.PoissonSampledDpEvent | dpa.SampledWithoutReplacementDpEvent)
     assert isinstance(event.event, dpa.GaussianDpEvent)
     assert event.event.noise_multiplier == pytest.approx(stddev / (bound if name == "poisson" else 2.0 * bound))
@@ -119,14 +122,10 @@ def test_a_sampling_event_states_the_noise_in_the_units_of_its_relation(adjacenc
 def test_dp_accountings_own_units_are_as_the_table_says(adjacency: str) -> None:
     """With everyone sampled, each event alone is the Gaussian mechanism of our noise multiplier."""
     exact = exact_epsilon(math.sqrt(10) / 3.0)
-    event, relation = round_event(
-        trust="central", adjacency=adjacency, sampling=Poisson(CLIENTS, 1.0), noise_multiplier=3.0
-    )
+    event, relation = releases(adjacency=adjacency, sampling=Poisson(CLIENTS, 1.0)).event(3.0)
     accountant = dpa.pld.PLDAccountant(relation, value_discretization_interval=1e-3)
     assert exact <= accountant.compose(event, 10).get_epsilon(DELTA) <= 1.01 * exact
-    event, relation = round_event(
-        trust="central", adjacency=adjacency, sampling=FixedSize(CLIENTS, CLIENTS), noise_multiplier=3.0
-    )
+    event, relation = releases(adjacency=adjacency, sampling=FixedSize(CLIENTS, CLIENTS)).event(3.0)
     twice = exact_epsilon(2.0 * math.sqrt(10) / 3.0) if adjacency == "add-or-remove" else exact
     assert twice <= dpa.rdp.RdpAccountant(neighboring_relation=relation).compose(event, 10).get_epsilon(DELTA)
     assert dpa.rdp.RdpAccountant(neighboring_relation=relation).compose(event, 10).get_epsilon(DELTA) <= 1.2 * twice
@@ -157,9 +156,7 @@ def test_no_attack_on_one_round_of_fixed_size_beats_its_epsilon(share: float, st
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
 def test_poisson_over_many_rounds_is_dp_accountings_own_figure(adjacency: str) -> None:
-    event, relation = round_event(
-        trust="central", adjacency=adjacency, sampling=SAMPLINGS["poisson"], noise_multiplier=0.8
-    )
+    event, relation = releases(adjacency=adjacency, sampling=SAMPLINGS["poisson"]).event(0.8)
     accountant = dpa.pld.PLDAccountant(relation, value_discretization_interval=1e-3)
     theirs = accountant.compose(dpa.SelfComposedDpEvent(event, 200)).get_epsilon(DELTA)
     ours = spent(0.8, 200, adjacency=adjacency, sampling=SAMPLINGS["poisson"])
@@ -171,19 +168,11 @@ def test_fixed_size_is_cheaper_than_by_renyi_divergence_and_dearer_than_by_the_p
     noise: float, rounds: int
 ) -> None:
     """All others send -B, and the client B or -B: the sum tells what Poisson cohorts tell at sensitivity 2 B."""
-    event, relation = round_event(
-        trust="central", adjacency="replace", sampling=SAMPLINGS["fixed"], noise_multiplier=noise
-    )
+    fixed = releases(adjacency="replace", sampling=SAMPLINGS["fixed"])
+    event, relation = fixed.event(noise)
     renyi = dpa.rdp.RdpAccountant(neighboring_relation=relation).compose(event, rounds).get_epsilon(DELTA)
     met = spent(noise, rounds, sampling=SAMPLINGS["poisson"])
-    ours = least_bound(
-        trust="central",
-        adjacency="replace",
-        sampling=SAMPLINGS["fixed"],
-        noise_multiplier=noise,
-        rounds=rounds,
-        delta=DELTA,
-    )
+    ours = fixed.bound(noise, rounds)
     assert met * (1.0 - 1e-6) <= ours.epsilon <= min(1.2 * met, 0.8 * renyi)
     assert ours.amplified
 
@@ -195,7 +184,7 @@ def test_calibrated_noise_spends_the_target_within_a_thousandth_and_never_more(
     trust: str, adjacency: str, name: str, rounds: int, target: float
 ) -> None:
     plan = {"trust": trust, "adjacency": adjacency, "sampling": SAMPLINGS[name]}
-    noise = calibrate(rounds=rounds, delta=DELTA, epsilon=target, **plan)
+    noise = releases(**plan).calibrate(target, rounds)
     assert 0.999 * target <= spent(noise, rounds, **plan) <= target
 
 
@@ -213,19 +202,13 @@ def test_calibrated_noise_spends_the_target_within_a_thousandth_and_never_more(
 )
 def test_calibration_reaches_the_ends_of_its_range(target: float, rounds: int, sampling: Sampling) -> None:
     plan = {"trust": "central", "adjacency": "add-or-remove", "sampling": sampling}
-    noise = calibrate(rounds=rounds, delta=DELTA, epsilon=target, **plan)
+    noise = releases(**plan).calibrate(target, rounds)
     assert 0.999 * target <= spent(noise, rounds, **plan) <= target
 
 
 def test_no_rounds_are_calibrated_as_one() -> None:
-    plan = {
-        "trust": "central",
-        "adjacency": "replace",
-        "sampling": SAMPLINGS["poisson"],
-        "delta": DELTA,
-        "epsilon": 2.0,
-    }
-    assert calibrate(rounds=0, **plan) == calibrate(rounds=1, **plan)
+    sampled = releases(adjacency="replace", sampling=SAMPLINGS["poisson"])
+    assert sampled.calibrate(2.0, rounds=0) == sampled.calibrate(2.0, rounds=1)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
@@ -321,8 +304,9 @@ def test_no_rounds_cost_nothing_and_no_noise_promises_nothing() -> None:
     ],
 )
 def test_a_target_that_means_nothing_is_refused_in_one_line(key: str, change: dict) -> None:
-    plan = {"trust": "central", "adjacency": "add-or-remove", "sampling": Everyone(CLIENTS), "rounds": 1}
+    plan = {"epsilon": 1.0, "rounds": 1, **change}
+    target = {name: plan.pop(name) for name in ("epsilon", "rounds")}
     with pytest.raises(UserError) as refusal:
-        calibrate(**{**plan, "delta": DELTA, "epsilon": 1.0, **change})
+        releases(**plan).calibrate(**target)
     assert refusal.value.where == key
     assert "\n" not in str(refusal.value)

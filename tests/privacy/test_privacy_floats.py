@@ -119,13 +119,13 @@ def at_chance(wrong: int) -> bool:
 
 
 def local_attack(plan: PrivacyPlan) -> int:
-    rules = agree(METHOD, Everyone(10), plan, SystemStreams())[1]
+    rules = agree(METHOD, Everyone(10), plan, SystemStreams()).client
     bounded = tuple(METHOD.bounded(message) for message in candidates(APART))
     return wrong_guesses(play_local(rules), (bounded[0], bounded[1]), MESSAGE)
 
 
 def central_attack(plan: PrivacyPlan) -> int:
-    rules = agree(METHOD, Everyone(10), plan, SystemStreams())[0]
+    rules = agree(METHOD, Everyone(10), plan, SystemStreams()).server
     known = torch.from_numpy(np.random.default_rng(4).normal(size=SIZE))
     return wrong_guesses(play_central(rules), (known, known + APART * candidates(APART)[0].double()), MODEL)
 
@@ -155,7 +155,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: str, monkeypatch: pyt
 def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str) -> None:
     """The likelihood ratio of two worlds that are as far apart as the plan allows: no better than its epsilon says."""
     plan = plan_of(trust, epsilon=0.5)
-    server, client = agree(METHOD, Everyone(10), plan, SystemStreams())
+    server, client, _ = agree(METHOD, Everyone(10), plan, SystemStreams())
     stddev, grid = plan.noise_stddev, fedpriv.mechanisms.noise.release_grid(plan.noise_stddev)
     one = torch.zeros(SIZE)
     other = one.clone()

@@ -2,8 +2,8 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 import dp_accounting as dpa
 import numpy as np
@@ -14,8 +14,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedpriv.privacy import FixedSize, Poisson, Sampling
-from fedpriv.privacy.accounting import _pairs, calibrate, epsilon_spent, round_event
+from fedpriv.privacy import FixedSize, Poisson, Sampling, trust_of
+from fedpriv.privacy.accounting import Releases
 from fedpriv.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_tradeoff
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 
@@ -30,14 +30,13 @@ def hockey_stick(first: np.ndarray, second: np.ndarray, epsilon: float, weight: 
 
 
 def spent(sampling: Sampling, noise: float, rounds: int, delta: float, adjacency: str = "add-or-remove") -> float:
-    return epsilon_spent(
-        trust="central",
-        adjacency=adjacency,
-        sampling=sampling,
-        noise_multiplier=noise,
-        rounds=rounds,
-        delta=delta,
-    )
+    return hidden(sampling, adjacency, delta).epsilon(noise, rounds)
+
+
+def hidden(sampling: Sampling, adjacency: str = "add-or-remove", delta: float = 1e-5) -> Releases:
+    """Noised sums alone, of clients that remember nothing."""
+    trust = trust_of("central")
+    return Releases(trust=trust, adjacency=adjacency, sampling=sampling, delta=delta, client_memory=False)
 
 
 @pytest.mark.parametrize("sampling", [Poisson(1000, 0.2), FixedSize(1000, 200)])
@@ -52,7 +51,7 @@ def test_the_losses_above_zero_are_those_of_the_worst_pair_of_mixtures(sampling:
         ("replaced", "replace", 0),
     ):
         present, other, absent = (stats.norm.pdf(grid, place, noise) for place in places[name])
-        pair = _pairs("central", adjacency, sampling, client_memory=False)[order]
+        pair = hidden(sampling, adjacency).pairs[order]
         one = Composition([(losses_of_one_round(*pair, noise, CUT, 1e-3), 1)])
         for epsilon in (0.0, 0.05, 0.3, 1.0, 2.5):
             exact = hockey_stick(0.2 * present + 0.8 * absent, 0.2 * other + 0.8 * absent, epsilon, grid[1] - grid[0])
@@ -100,7 +99,7 @@ def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_
     grid = np.linspace(-size - 7.0 * noise, size + 7.0 * noise, 401)
     weight = grid[1] - grid[0]
     others = list(itertools.combinations_with_replacement((-1.0, 1.0), clients - 1))
-    pairs = _pairs("central", adjacency, FixedSize(clients, size), client_memory=False)
+    pairs = hidden(FixedSize(clients, size), adjacency).pairs
     for order, direction in enumerate(pairs):
         mine = neighbours if order == 0 else neighbours[::-1]
         both = [tuple(cohort_law(grid, (x, *rest), size, noise) for x in mine) for rest in others]
@@ -134,7 +133,7 @@ def test_two_orders_of_neighbours_composed_each_with_itself_are_no_bound_for_a_f
 
     fixed = max(float(answers(*laws[i])[i].sum()) for i in (0, 1))
     turning = float(np.max(answers(*laws[0]), axis=0).sum())
-    pair = _pairs("central", "replace", FixedSize(clients, size), client_memory=False)[0]
+    pair = hidden(FixedSize(clients, size), "replace").pairs[0]
     account = Composition([(losses_of_one_round(*pair, noise, CUT, 1e-3), 2)]).delta(epsilon)
     assert 1.02 * fixed < turning < account
 
@@ -177,7 +176,7 @@ ADJACENCIES = ("add-or-remove", "replace")
 
 
 def renyi(adjacency: str, sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
-    event, relation = round_event(trust="central", adjacency=adjacency, sampling=sampling, noise_multiplier=noise)
+    event, relation = hidden(sampling, adjacency).event(noise)
     orders = [1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128]
     return float(dpa.rdp.RdpAccountant(orders, relation).compose(event, rounds).get_epsilon(delta))
 
@@ -200,8 +199,8 @@ def test_a_smaller_delta_costs_a_little_more_and_nowhere_falls_off_a_cliff(adjac
 
 
 def test_noise_for_a_target_does_not_jump_where_delta_is_small() -> None:
-    plan: dict[str, Any] = {"trust": "central", "adjacency": "add-or-remove", "rounds": 2000, "epsilon": 2.0}
-    noises = [calibrate(sampling=SAMPLED["poisson"], delta=delta, **plan) for delta in (3e-12, 2.1e-12, 1e-12, 1e-18)]
+    deltas = (3e-12, 2.1e-12, 1e-12, 1e-18)
+    noises = [hidden(SAMPLED["poisson"], delta=delta).calibrate(2.0, rounds=2000) for delta in deltas]
     assert all(later / earlier >= 1.0 for earlier, later in itertools.pairwise(noises))
     assert noises[2] < 1.05 * noises[0]
     assert noises[3] < 1.4 * noises[0]
@@ -243,17 +242,17 @@ def test_epsilon_never_wavers_as_delta_noise_and_rounds_change(
 def test_calibrated_noise_never_wavers_as_delta_epsilon_and_rounds_change(
     adjacency: str, name: str, rounds: int, delta: float, epsilon: float, factor: float
 ) -> None:
-    plan: dict[str, Any] = {"trust": "central", "adjacency": adjacency, "sampling": SAMPLED[name]}
-    base = calibrate(rounds=rounds, delta=delta, epsilon=epsilon, **plan)
-    assert calibrate(rounds=rounds, delta=delta / factor, epsilon=epsilon, **plan) >= base / GRID
-    assert calibrate(rounds=rounds, delta=delta, epsilon=epsilon * factor, **plan) <= base * GRID
-    assert calibrate(rounds=int(rounds * factor) + 1, delta=delta, epsilon=epsilon, **plan) >= base / GRID
+    releases = hidden(SAMPLED[name], adjacency, delta)
+    base = releases.calibrate(epsilon, rounds)
+    assert replace(releases, delta=delta / factor).calibrate(epsilon, rounds) >= base / GRID
+    assert releases.calibrate(epsilon * factor, rounds) <= base * GRID
+    assert releases.calibrate(epsilon, int(rounds * factor) + 1) >= base / GRID
 
 
 def test_a_sampling_probability_is_never_accounted_below_what_is_drawn() -> None:
-    assert _pairs("central", "add-or-remove", Poisson(1000, 0.01), client_memory=False)[0][0].prob == 0.01
+    assert hidden(Poisson(1000, 0.01)).pairs[0][0].prob == 0.01
     for clients, size in ((3, 1), (1000, 7), (49, 48)):
-        accounted = _pairs("central", "replace", FixedSize(clients, size), client_memory=False)[0][0].prob
+        accounted = hidden(FixedSize(clients, size), "replace").pairs[0][0].prob
         assert Fraction(size, clients) <= Fraction(accounted) <= Fraction(size, clients) * (1 + Fraction(1, 10**15))
 
 
@@ -293,9 +292,7 @@ def test_over_a_wide_grid_replaced_clients_cost_what_dp_accounting_says(
     prob: float, noise: float, rounds: int, delta: float
 ) -> None:
     ours = spent(Poisson(10**6, prob), noise / 2.0, rounds, delta, "replace")
-    event, relation = round_event(
-        trust="central", adjacency="replace", sampling=Poisson(10**6, prob), noise_multiplier=noise / 2.0
-    )
+    event, relation = hidden(Poisson(10**6, prob), "replace").event(noise / 2.0)
     interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
     theirs = PLDAccountant(relation, value_discretization_interval=interval).compose(event, rounds).get_epsilon(delta)
     assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6)

@@ -15,7 +15,6 @@ from scipy import stats
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling
-from fedpriv.privacy.accounting import round_event
 from fedpriv.privacy.sampling import BLOCK
 from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams
 
@@ -251,7 +250,7 @@ def test_everyone_and_the_extremes_of_sampling_are_all_clients() -> None:
 @every_kind
 @pytest.mark.parametrize("sampling", [Poisson(200, 0.07), FixedSize(200, 14)])
 def test_the_event_counts_what_the_sampler_does(sampling: Sampling, streams: Streams) -> None:
-    event, _ = round_event(trust="central", adjacency="replace", sampling=sampling, noise_multiplier=1.0)
+    event, _ = sampling.event(1.0, replace=True)
     seen = int(taken(sampling, streams)[:, 17].sum())
     assert accepts_count(seen, ROUNDS, event_prob(event))
     assert not accepts_count(seen, ROUNDS, 2.0 * event_prob(event))

@@ -18,7 +18,7 @@ from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.promise import Promise
-from fedpriv.privacy import ADVERSARIES, REPLACE_FACTOR, Everyone, PrivacyPlan, rounded_up
+from fedpriv.privacy import REPLACE_FACTOR, Everyone, Local, PrivacyPlan, rounded_up
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
@@ -179,7 +179,7 @@ def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjace
     rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. An accountant takes seconds to load, and
     its figure, which is lower, matters only near the limit.
     """
-    if any(entry.trust != "local" for entry in entries):
+    if not all(entry.charges_participations for entry in entries):
         return False
     rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries, adjacency))
     return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
@@ -200,10 +200,10 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
     """
     if not entries:
         return 0.0
-    if any(entry.trust == "none" for entry in entries):
+    if any(entry.trust_rules is None for entry in entries):
         return math.inf
-    local = [entry for entry in entries if entry.trust == "local"]
-    central = {(entry.run, entry.client, entry.plan(entry.l2_bound)) for entry in entries if entry.trust == "central"}
+    local = [entry for entry in entries if entry.charges_participations]
+    central = {(e.run, e.client, e.plan(e.l2_bound)) for e in entries if not e.charges_participations}
     left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
@@ -242,13 +242,14 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         last = part[-1]
         alone = (
             "nothing promised"
-            if last.trust == "none"
+            if last.trust_rules is None
             else f"epsilon {in_words(spent(part, delta, adjacency))} on its own"
         )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
-    adversary = ADVERSARIES["central" if any(entry.trust == "central" for entry in entries) else "local"]
+    trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
+    adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary
     all_runs = in_words(spent(entries, delta, adjacency))
     total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
@@ -261,7 +262,7 @@ def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> fl
     mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
     rounds = len(ratios) if same else 1
     plan = PrivacyPlan(
-        trust="local",
+        trust=Local.name,
         adjacency=adjacency,
         sampling=Everyone(1),
         rounds=rounds,

@@ -177,10 +177,10 @@ class Member:
 
     def _afford(self, past: list[Entry], entry: Entry) -> None:
         limits = self.policy.limits
-        if entry.trust == "none":  # which the policy accepts
+        if entry.trust_rules is None:  # which the policy accepts
             return
         # What was once sent without a promise cannot be made up for, unless the client's operator accepts that still.
-        releases = [*(e for e in past if e.trust != "none" or self.policy.accepts.trust != "none"), entry]
+        releases = [*(e for e in past if e.trust_rules is not None or not self.policy.accepts.unpromised), entry]
         if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
             return
         epsilon = spent(releases, limits.delta, limits.adjacency)

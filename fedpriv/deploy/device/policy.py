@@ -12,10 +12,11 @@ from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.files import make_private_folder, replace_durably
 from fedpriv.flower.messages import Order, Terms, method_name
+from fedpriv.flower.promise import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
-from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+from fedpriv.privacy import REPLACE_FACTOR, Local, PrivacyPlan, by_reliance
 
 __all__ = [
     "POLICY_FILE",
@@ -81,12 +82,29 @@ class Accepts:
         evaluation: Whether the metrics of an app's evaluation may leave: nothing bounds or hides them.
     """
 
-    trust: Literal["local", "central", "none"] = "local"
+    trust: str = Local.name
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
+
+    def __post_init__(self) -> None:
+        words = (*by_reliance(), NO_PROMISE)
+        if self.trust not in words:
+            expected = " or ".join(f'"{word}"' for word in words)
+            raise UserError("accepts.trust", expected, repr(self.trust), "Change the value")
+
+    @property
+    def trusts(self) -> tuple[str, ...]:
+        """The trusts of runs that are followed, in words."""
+        words = (*by_reliance(), NO_PROMISE)
+        return words[: 1 + words.index(self.trust)]
+
+    @property
+    def unpromised(self) -> bool:
+        """Whether runs that promise nothing are followed, too."""
+        return self.trust == NO_PROMISE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,22 +198,21 @@ class Policy:
         bound = order.method.bounded.l2_bound
         if not bound <= self.limits.max_l2_bound:
             raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
-        accepted = ("local", "central", "none")[: 1 + ("local", "central", "none").index(self.accepts.trust)]
-        if terms.trust not in accepted:
-            raise _no("accepts.trust", " or ".join(accepted), repr(terms.trust))
-        if terms.trust == "none":
+        if terms.trust not in self.accepts.trusts:
+            raise _no("accepts.trust", " or ".join(self.accepts.trusts), repr(terms.trust))
+        if terms.trust_rules is None:
             return None
         if not order.private:
             raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
         plan = _plan(order, terms)
         multiplier = plan.noise_multiplier
-        if plan.trust == "local":
+        if plan.trust_rules.charges_participations:
             multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
         least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
-        needed = plan.noise_stddev if plan.trust == "local" else 0.0
+        needed = plan.trust_rules.split(plan.noise_stddev, plan.sampling.expected_size).client
         if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
             raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
         return plan
@@ -234,7 +251,7 @@ def write_default_policy(home: Path) -> bool:
     if path.exists():
         return False
     make_private_folder(home)
-    replace_durably(path, POLICY_TEXT.substitute(trust="local", epsilon=8.0, delta=1e-5).encode())
+    replace_durably(path, POLICY_TEXT.substitute(trust=Accepts().trust, epsilon=8.0, delta=1e-5).encode())
     return True
 
 

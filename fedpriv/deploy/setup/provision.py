@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import tomli_w
 
@@ -32,6 +31,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
 from fedpriv.files import write_atomically
+from fedpriv.privacy import Local, by_reliance
 
 __all__ = [
     "BUNDLES",
@@ -67,12 +67,15 @@ class Deployment:
     host: str
     port: int = 9092
     nodes: int
-    trust: Literal["local", "central"] = "local"
+    trust: str = Local.name
     epsilon: float = 8.0
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
+        if self.trust not in by_reliance():
+            expected = " or ".join(f'"{name}"' for name in by_reliance())
+            raise UserError("trust", expected, repr(self.trust), "Change the value")
         whole_within("--nodes", self.nodes, 1, _MOST_NODES, "Give one a client")
         real_within("--port", self.port, 1, 65535, "9092 is usual")
         positive_real("--epsilon", self.epsilon, "Give each client's whole budget")
