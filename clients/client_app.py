@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
+from fedpriv.deploy.device.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.own_data import own_signal
@@ -30,8 +31,6 @@ from fedpriv.flower.messages import (
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.streams import SeededStreams, Streams
-
-from .guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
 
 __all__ = ["app"]
 

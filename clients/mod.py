@@ -7,12 +7,12 @@ over all trained arrays as one vector (`fedpriv.flower.trained`), follows the cl
 (bounds it, adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
 
 On a node with a home the client's own policy, ledger and memory stand behind the mod; without one it works in
-simulations only, and keeps the memory in `context.state`. `clients.guard` has the rule.
+simulations only, and keeps the memory in `context.state`. `fedpriv.deploy.device.guard` has the rule.
 
 Of everything else in the answer nothing leaves the client in a private run: losses, accuracies and numbers of examples
 are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) Nor
 does the text of an exception: the client logs it, and a fixed line is sent, or, by a guarded client under local trust,
-a message as of an update of zero (`clients.guard`). In a run without privacy the app's metrics
+a message as of an update of zero (`fedpriv.deploy.device.guard`). In a run without privacy the app's metrics
 are passed on.
 
 Put it first in the list of mods: it is then the last to touch what is sent. Mods behind it see the local model, and
@@ -27,13 +27,12 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fedpriv.deploy.device.guard import Guard, content_of, guard_of
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
-
-from .guard import Guard, content_of, guard_of
 
 __all__ = ["private_mod"]
 

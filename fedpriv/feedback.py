@@ -6,11 +6,13 @@ every message. Then, without noise, the server's memory is the mean of the clien
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fedpriv.bounding import Bounded, InPlace
+if TYPE_CHECKING:
+    from fedpriv.bounding import Bounded, InPlace
 
 __all__ = ["Feedback", "Release", "bounded_residual", "decayed", "remember", "sent_message"]
 
@@ -30,13 +32,13 @@ class Feedback:
         sent: Whether the message is remembered with its noise.
     """
 
-    bounded: InPlace
+    bounded: "InPlace"
     beta: float | None
     damping: float = 0.0
     sent: bool = False
 
 
-def bounded_residual(bounded: Bounded, memory: Tensor, signal: Tensor) -> Tensor:
+def bounded_residual(bounded: "Bounded", memory: Tensor, signal: Tensor) -> Tensor:
     """B(signal - memory) on the last axis; `[..., params]`, every row within `bounded.l2_bound`."""
     return bounded(signal - memory)
 

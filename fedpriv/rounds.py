@@ -37,8 +37,10 @@ __all__ = [
     "begin_round",
     "capacity_of",
     "client_round",
+    "counted_norms",
     "finish_round",
     "signal_to_noise",
+    "total_of",
 ]
 
 
@@ -231,6 +233,29 @@ def apply_client_rule(
     if message.shape != signal.shape:
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
     return message, state
+
+
+def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
+    """The norms of signals for `total_of`; infinite for those whose message is the bounded map of nothing.
+
+    Args:
+        norms: l2 norms of the signals, `[clients]` or one.
+        decisive: Figures of the same shape that are finite where signal and memory are: a memory that is not finite
+            makes a message of nothing as a signal does, and is counted as one.
+    """
+    return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
+
+
+def total_of(messages: ExactSum, norms: list[float]) -> Total:
+    """What a round's clients sent together.
+
+    Args:
+        messages: The sum of their messages.
+        norms: A figure of `counted_norms` for each of them.
+    """
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    mean = math.fsum(finite) / len(finite) if finite else math.nan
+    return Total(messages.value, len(norms), len(norms) - len(finite), mean)
 
 
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:

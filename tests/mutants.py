@@ -869,7 +869,7 @@ MUTANTS = [
     ),
     Mutant(
         "guard: a node without a home obeys any server",
-        "clients/guard.py",
+        "fedpriv/deploy/device/guard.py",
         "    if not simulated():",
         "    if False:",
         GUARD,
@@ -884,7 +884,7 @@ MUTANTS = [
     ),
     Mutant(
         "guard: a simulation is not guarded even with a home",
-        "clients/guard.py",
+        "fedpriv/deploy/device/guard.py",
         "    if not home:",
         "    if not home or simulated():",
         GUARD,
@@ -912,7 +912,7 @@ MUTANTS = [
     ),
     Mutant(
         "guard: a server that is not trusted is told that an app failed",
-        "clients/guard.py",
+        "fedpriv/deploy/device/guard.py",
         "if terms.against_server else make_signal",
         "if False else make_signal",
         GUARD,
@@ -947,7 +947,7 @@ MUTANTS = [
     ),
     Mutant(
         "guard: another client's order is followed",
-        "clients/guard.py",
+        "fedpriv/deploy/device/guard.py",
         "        if self.client is not None and order.client != self.client:",
         "        if False:",
         GUARD,
@@ -1690,7 +1690,7 @@ MUTANTS = [
     ),
     Mutant(
         "a client whose memory is not finite is not counted",
-        "fedpriv/engines/base.py",
+        ROUNDS,
         "return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()",
         "return norms.flatten().tolist()",
         "tests/engines/test_engines_in_place.py",

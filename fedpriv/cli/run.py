@@ -16,7 +16,6 @@ from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
 from fedpriv.privacy import rounded_up
-from fedpriv.runners import run_experiment
 from fedpriv.tracking.trackers import track, watched_by
 
 if TYPE_CHECKING:
@@ -87,6 +86,8 @@ def run(
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment and fill its run directory."""
+    from fedpriv.runners import run_experiment
+
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / experiment.name
     execution = Execution(

@@ -1,7 +1,6 @@
 """What an engine is: whoever runs the clients of a round."""
 
 import ctypes
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.aggregation.exact import ExactSum
 from fedpriv.data.federation import Federation, Holders
 from fedpriv.engines.states import StateStore
 from fedpriv.rounds import Broadcast, ClientRules, Total
@@ -21,7 +19,7 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalWork, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
-__all__ = ["Engine", "Population", "counted_norms", "keep_freed_memory", "one_thread", "total_of"]
+__all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
 
 # The names M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -152,26 +150,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
-    """The norms of signals for `total_of`; infinite for those whose message is the bounded map of nothing.
-
-    Args:
-        norms: l2 norms of the signals, `[clients]` or one.
-        decisive: Figures of the same shape that are finite where signal and memory are: a memory that is not finite
-            makes a message of nothing as a signal does, and is counted as one.
-    """
-    return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
-
-
-def total_of(messages: ExactSum, norms: list[float]) -> Total:
-    """What a round's clients sent together.
-
-    Args:
-        messages: The sum of their messages.
-        norms: A figure of `counted_norms` for each of them.
-    """
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = math.fsum(finite) / len(finite) if finite else math.nan
-    return Total(messages.value, len(norms), len(norms) - len(finite), mean)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from fedpriv.aggregation.exact import ExactSum
 from fedpriv.bounding import row_norms
-from fedpriv.engines.base import counted_norms, total_of
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.engines.states import StateStore
 from fedpriv.feedback import Feedback, Release, sent_message
 from fedpriv.methods import ClientState, feedback_of
-from fedpriv.rounds import Broadcast, ClientRules, Total, apply_client_rule
+from fedpriv.rounds import Broadcast, ClientRules, Total, apply_client_rule, counted_norms, total_of
 
 __all__ = ["ClientStep"]
 

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from fedpriv.bounding import row_norms
-from fedpriv.engines.base import Population, counted_norms, keep_freed_memory, one_thread, total_of
+from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.methods import ClientState
-from fedpriv.rounds import Broadcast, Total, client_round
+from fedpriv.rounds import Broadcast, Total, client_round, counted_norms, total_of
 
 __all__ = ["LoopEngine"]
 

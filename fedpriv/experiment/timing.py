@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import fsum, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from fedpriv.clock import Clock, Fleet, Step, Timeline
 from fedpriv.data.federation import Holders
-from fedpriv.engines import Engine
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.methods import has_memory
@@ -19,6 +18,9 @@ from fedpriv.privacy import Everyone, Sampling, trust_of
 from fedpriv.rounds import Broadcast, ServerRules, Total, capacity_of
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalWork
+
+if TYPE_CHECKING:
+    from fedpriv.engines import Engine
 
 __all__ = [
     "Versions",
@@ -130,7 +132,7 @@ class Versions:
         """What must be saved beside the newest model."""
         return {start: model for start, model in self.kept.items() if start < number}
 
-    def total(self, engine: Engine, server: ServerRules, number: int) -> Total:
+    def total(self, engine: "Engine", server: ServerRules, number: int) -> Total:
         """The weighted sum of the messages that count in a step.
 
         Each group of clients is a broadcast of the model that they started from; a client's noise and batches belong

@@ -315,7 +315,7 @@ def test_a_home_that_cannot_be_entered_is_not_told(
     def closed(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("clients.guard.write_default_policy", closed)
+    monkeypatch.setattr("fedpriv.deploy.device.guard.write_default_policy", closed)
     assert said(ask(context(home), order(), terms())).endswith("its operator's log says more")
     assert f"Permission denied: '{home}'" in caplog.text
 
