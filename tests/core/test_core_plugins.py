@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import strategies
 from fedpriv import load_config, plugins
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
-from fedpriv.deploy.device.policy import load_policy
+from fedpriv.deploy.device.policy import POLICY_FILE, load_policy, write_default_policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
@@ -178,6 +179,15 @@ def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.name_of(DPFedAvg()) == "theirs"
     with pytest.raises(UserError, match="Known: theirs"):
         found.resolve("x", "method.name")
+
+
+def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_default_policy(tmp_path: Path) -> None:
+    kinds = (getattr(strategies, name) for name in strategies.__all__)
+    named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
+    rows = (Path(__file__).parents[2] / "README.md").read_text().split("## Methods")[1].split("\n\n")[1].splitlines()
+    assert named == set(METHODS) == {row.split("`")[1] for row in rows[2:]}
+    assert write_default_policy(tmp_path)
+    assert set(load_policy(tmp_path / POLICY_FILE).accepts.methods) == set(METHODS)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ __all__ = [
 
 POLICY_FILE = "fedpriv-client.toml"
 
-POLICY_TEXT = Template("""\
+_POLICY = """\
 # What this client agrees to. Only its operator decides: no server can change or read this file.
 
 [accepts]
@@ -39,7 +39,7 @@ POLICY_TEXT = Template("""\
 # "central": bare bounded messages may go to the server, which is trusted to add noise.
 trust = "$trust"
 # Names from `fedpriv list`; an empty list accepts any.
-methods = ["alpha-normec", "clip21", "dp-fedavg", "fed-alpha-normec", "normalized-sgd"]
+methods = [@methods@]
 models = []                 # names from `fedpriv list`; empty: any
 data = []                   # names from `fedpriv list`; empty: any
 max_parameters = 10000000   # largest model
@@ -57,7 +57,10 @@ adjacency = "replace"
 
 [data]
 own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
-""")
+"""
+
+POLICY_TEXT = Template(_POLICY.replace("@methods@", ", ".join(f'"{name}"' for name in sorted(METHODS))))
+"""A policy for `trust`, `epsilon` and `delta`, which accepts every method there is."""
 
 # What the server says it adds must be what the promise needs, up to the last digits of a float64.
 _TOLERANCE = 1e-9
