@@ -64,7 +64,9 @@ def interrupted(config: Config, out: Path, tracker: str, after: int, **options: 
 
 def finished(config: Config, out: Path, tracker: str, **options: Any) -> dict[str, Any]:
     with track([tracker], config, out, **options) as log:
-        return fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=log)
+        summary = fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=log)
+    assert summary is not None
+    return summary
 
 
 def expected(out: Path) -> dict[str, dict[int, float]]:
