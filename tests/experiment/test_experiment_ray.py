@@ -107,6 +107,7 @@ def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_pa
     assert workers_of(run.pid) == []
 
 
+@pytest.mark.slow
 def test_a_run_on_workers_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
     """SIGKILL of everything, then --resume without a word about the engine: engine.json knows it."""
     config = config_in(tmp_path, 300)

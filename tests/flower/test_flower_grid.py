@@ -275,6 +275,7 @@ def test_a_package_named_like_one_of_ours_is_refused_instead_of_mistaken(plain, 
     assert "packages of other names than fedpriv's own, got clients" in refused(capsys, plain, "--clients", 2)
 
 
+@pytest.mark.slow
 def test_ray_refuses_more_than_it_has(plain, tmp_path):
     arguments = [plain, "--clients", 4, "--workers", 2, "--gpus-per-worker", 1000]
     process = in_a_process(*arguments, cwd=tmp_path)
@@ -296,6 +297,7 @@ def test_a_worker_that_dies_ends_the_run_since_its_clients_forgot(tmp_path):
     assert processes_with(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_run_that_is_stopped_takes_its_workers_with_it(tmp_path):
     sleeping = CLIENT.replace(

@@ -127,6 +127,7 @@ def test_a_simulations_app_is_a_deployments_with_another_run_config(tmp_path):
     assert (tmp_path / "work").is_dir()
 
 
+@pytest.mark.slow
 def test_a_failing_client_ends_the_run_with_its_reason_in_one_line(toml, tmp_path, home, monkeypatch, capsys):
     monkeypatch.setattr(bundle, "CLIENT_MODULE", FAILING)
     arguments = ["run", str(toml), "--engine", "flower", "--out", str(tmp_path / "out"), "-s", "cohort.sampling="]
@@ -140,6 +141,7 @@ def test_a_failing_client_ends_the_run_with_its_reason_in_one_line(toml, tmp_pat
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_run_that_is_stopped_takes_its_processes_with_it(toml, tmp_path, home):
     process = fedpriv("run", toml, "--engine", "flower", "--out", "out", cwd=tmp_path)
