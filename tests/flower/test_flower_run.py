@@ -210,3 +210,23 @@ def test_settings_change_the_experiment_of_the_run_config(toml):
     run = RunConfig(config=str(toml), settings='training.rounds=9 name="two words"')
     assert run.load().training.rounds == 9
     assert json.dumps(run.load().name) == '"two words"'
+
+
+def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch):
+    """The bundle that Flower makes of a clone carries all that its processes need."""
+    home, out, start = tmp_path / "home", tmp_path / "out", launch.FlowerRun._start
+    (home / "work").mkdir(parents=True)
+    (home / "app").symlink_to(ROOT)
+    settings = "training.rounds=2 data.clients=6 cohort.sampling= cohort.probability="
+
+    def with_settings(self, arguments, *more):
+        asked = ["-c", f'settings="{settings}" out="{out}"'] if arguments[0] == "run" else []
+        return start(self, [*arguments, *asked], *more)
+
+    monkeypatch.setattr(launch.FlowerRun, "_start", with_settings)
+    run = launch.FlowerRun(home, 6, "cpu", tmp_path / "flower.log")
+    with run.running() as process:
+        assert process.wait(timeout=240) == 0, run.log.read_text()
+    summary = RunDirectory(out).read_json("summary.json")
+    assert summary is not None, run.log.read_text()
+    assert (summary["engine"], summary["rounds"], summary["population"]) == ("flower", 2, 6)
