@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, nearest
 
-__all__ = ["Registry", "is_reference", "whole_reference"]
+__all__ = ["Registry", "is_reference", "only_known", "whole_reference"]
+
+_ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     Args:
         kind: What errors call one of them, such as `method`.
         builtin: Classes by name, or where they are: `"package.module:Class"`.
-        group: The group of entry points of packages that add some; None if none can.
+        group: The group of entry points of packages that add some; None if all there are are built in.
     """
 
     def __init__(self, kind: str, builtin: Mapping[str, type[T] | str], group: str | None = None) -> None:
@@ -91,9 +95,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             where: The key that holds it, for the error.
 
         Raises:
-            UserError: If there is no such class.
+            UserError: If there is no such class, or under `only_known` if this process does not have it already.
         """
-        if not is_reference(name) or name in self:
+        if self._group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
             return self.known(name, where)
         found = _imported(name, where, name)
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
@@ -116,6 +120,16 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     @property
     def _entry_points(self) -> Mapping[str, EntryPoint]:
         return {} if self._group is None else _installed(self._group)
+
+
+@contextmanager
+def only_known() -> Iterator[None]:
+    """Makes every `resolve` a `known` meanwhile, so that nothing is imported that a stranger names."""
+    token = _ONLY_KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_KNOWN.reset(token)
 
 
 def is_reference(name: object) -> TypeGuard[str]:

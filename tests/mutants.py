@@ -82,6 +82,13 @@ PACED = "tests/flower/test_flower_pace.py"
 
 MUTANTS = [
     Mutant(
+        "a server's config makes a device import what it names",
+        "fedpriv/deploy/device/own_data.py",
+        "    with only_known():",
+        "    if True:",
+        "tests/deploy/test_deploy_app.py",
+    ),
+    Mutant(
         "a slow client's weight is not charged",
         TIMELINE,
         "squares.charge(group.clients.tolist(), group.weight**2)",

@@ -328,7 +328,6 @@ SCHEDULES: Registry[Schedule] = Registry(
         "fedbuff": FedBuff,
         "fedfix": FedFix,
     },
-    group="fedpriv.schedules",
 )
 
 

@@ -190,9 +190,10 @@ class ScoreNoise:
     Formal guarantees:
         The sum has sensitivity 1 under both adjacencies: a client's number follows from the model and its own examples
         alone, so that under add-or-remove one number becomes or was 0, and under replace one number in [0, 1] becomes
-        another. The sum with its noise, also rounded to a grid (`fedpriv.mechanisms.gaussian`), is (lambda, lambda / (2
-        Z^2))-RDP with Z the multiplier, for every model. The model is what the training has released: the two compose
-        adaptively, and their divergences add up order by order (Mironov 2017, Proposition 1).
+        another. The sum with its noise, also rounded to a grid (`fedpriv.mechanisms.gaussian`), is
+        (lambda, lambda / (2 Z^2))-RDP with Z the multiplier, for every model. The model is what the training has
+        released: the two compose adaptively, and their divergences add up order by order (Mironov 2017,
+        Proposition 1).
     """
 
     multiplier: float

@@ -10,6 +10,7 @@ import torch
 
 import strategies
 from fedpriv import load_config, plugins
+from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.deploy.device.policy import POLICY_FILE, load_policy, write_default_policy
@@ -19,6 +20,8 @@ from fedpriv.flower.messages import method_name
 from fedpriv.methods import METHODS, DPFedAvg, client_part
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
 from fedpriv.plugins import Registry
+from fedpriv.privacy import SAMPLINGS
+from fedpriv.privacy.trust import TRUSTS
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
 from fedpriv.tasks.models import MODELS
@@ -226,6 +229,14 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
     policy.write_text(f'[accepts]\nmethods = ["{own}"]\n[limits]\nepsilon = 1.0\ndelta = 1e-5\n')
     assert load_policy(policy).accepts.methods == (own,)
     assert METHODS.known(own, "method").__name__ == "HalfClip"
+
+
+def test_what_answers_for_its_own_privacy_is_built_in(tmp_path: Path) -> None:
+    """A sampling, a schedule or a trust from elsewhere could claim any epsilon."""
+    (tmp_path / "mine.py").write_text(OWN)
+    for registry in (SAMPLINGS, SCHEDULES, TRUSTS):
+        with pytest.raises(UserError, match="a known name"):
+            registry.resolve(f"{tmp_path / 'mine.py'}:HalfClip", "key")
 
 
 def test_a_file_that_fails_is_loaded_again_once_it_is_mended(tmp_path: Path) -> None:

@@ -549,6 +549,36 @@ def test_a_file_elsewhere_on_the_client_is_not_read(tmp_path: Path) -> None:
     assert "files below this client's folder" in row["refused"]["0"]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ("model", 'name = "softmax"'),
+        ("data", 'name = "digits"'),
+        ("method", 'name = "alpha-normec"'),
+        ("local", 'work = "minibatch-gradient"'),
+    ],
+)
+def test_a_servers_config_makes_no_device_import_what_it_names(table: str, line: str, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    toml = config(rounds=1)
+    assert line in toml, table
+    toml = toml.replace(line, f'{line.split()[0]} = "{tmp_path / "theirs.py"}:Anything"')
+
+    class Lying(DeploymentGrid):
+        """The server sends another config to the devices than it uses."""
+
+        def _play(self, message: Message) -> Message | None:
+            for context in self.contexts.values():
+                context.run_config = {**context.run_config, "config-toml": toml}
+            return super()._play(message)
+
+    run_server(Lying(tmp_path / "nodes", 4, {}, trust="local"), config(rounds=1), tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    assert set(row["refused"]) == {"0", "1", "2", "3"}
+    assert not ran.exists()
+
+
 def test_a_node_without_a_home_does_not_take_part_in_deployments(tmp_path: Path) -> None:
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local")
     for context in grid.contexts.values():

@@ -15,6 +15,7 @@ from fedpriv.experiment.config import Config
 from fedpriv.flower.messages import Order, Terms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
+from fedpriv.plugins import only_known
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import batches_of, make_signal
 from fedpriv.tasks.task import Task
@@ -29,7 +30,8 @@ def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model
         Refusal: If the experiment is not the one that the terms name, or not one that the policy accepts.
         UserError: If the data are not there.
     """
-    config = run.load()
+    with only_known():  # the server wrote the text: it may name no module for this device to import
+        config = run.load()
     if config.digest != terms.digest:
         got = f"another one, {config.digest[:12]}"
         raise Refusal("model", "experiment", f"the one of the terms, {terms.digest[:12]}", got, "Start the run again")

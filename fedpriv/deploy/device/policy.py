@@ -7,6 +7,7 @@ from string import Template
 from typing import Literal
 
 from fedpriv.checks import positive_real, real_from
+from fedpriv.data.dataset import DATASETS
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
@@ -17,6 +18,7 @@ from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
 from fedpriv.privacy import REPLACE_FACTOR, Local, PrivacyPlan, by_reliance
+from fedpriv.tasks.models import MODELS
 
 __all__ = [
     "POLICY_FILE",
@@ -236,10 +238,12 @@ def load_policy(path: Path) -> Policy:
     if "limits" not in tables:
         raise UserError(str(path), "a table [limits] with epsilon and delta", "none", "Say what may be spent at most")
     policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
+    accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS))
+    for key, registry in accepted:
+        for name in filter(is_reference, getattr(policy.accepts, key)):
+            registry.resolve(name, f"accepts.{key}")  # from here on orders may name it
     for name in policy.accepts.methods:
-        if is_reference(name):
-            METHODS.resolve(name, "accepts.methods")  # from here on orders may name it
-        elif name not in METHODS:
+        if name not in METHODS:
             raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Mend {path}")
     return policy
 
