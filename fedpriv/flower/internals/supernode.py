@@ -298,18 +298,21 @@ def _listening() -> Iterator[_Heard]:
             heard.taken = heard.taken or isinstance(request, ActivateNodeRequest)
             return answer
         except httpx.HTTPStatusError as error:
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:
+            refused = error.response.status_code == httpx.codes.UNAUTHORIZED
+            if refused and not isinstance(request, SendNodeHeartbeatRequest):
                 heard.note(self, error.response)
             raise
 
     def beat_quietly(self: FleetHttpClient, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
-        """In a thread of its own, where Flower would print a traceback after it has ended the node."""
+        """Leaves it to the main thread to hear of a refusal, which asks every few seconds, and then ends the node.
+
+        A second end, from the heartbeat's thread, would come like a second Ctrl-C, which stops the first one halfway.
+        """
         try:
             return beat(self, request)
-        except httpx.HTTPStatusError:
-            if heard.refused is None:
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.UNAUTHORIZED:
                 raise
-            os.kill(os.getpid(), signal.SIGINT)
             return SendNodeHeartbeatResponse(success=True)
 
     FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat = ask_and_listen, beat_quietly
