@@ -17,7 +17,7 @@ import torch
 
 from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
-from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
+from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_digits, read_idx, read_libsvm
 from fedpriv.data.natural_files import (
     ALPHABET,
     HOSPITALS,
@@ -26,7 +26,7 @@ from fedpriv.data.natural_files import (
     read_patients,
     read_speeches,
 )
-from fedpriv.errors import UserError, require_extra
+from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
 __all__ = [
@@ -64,13 +64,10 @@ class Digits:
     test: ClassVar[Whose] = "public"
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
-        require_extra("data.name = 'digits'", "data")
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        inputs = (np.asarray(pixels) / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
-        return _split("digits", inputs, np.asarray(labels, dtype=np.int64), 10)
+        """Reads the file that scikit-learn brings; see `DatasetSource.load`."""
+        table = read_digits()
+        inputs = (table[:, :-1] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+        return _split("digits", inputs, table[:, -1].astype(np.int64), 10)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,12 @@ Each reader returns arrays or raises a `UserError` that names the file; none exe
 """
 
 import gzip
+import importlib.util
 import io
 import math
 import os
 import pickle
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ __all__ = [
     "default_data_root",
     "locate",
     "read_cifar_batch",
+    "read_digits",
     "read_idx",
     "read_libsvm",
 ]
@@ -95,6 +98,29 @@ def read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not sound or labels.min() < 0 or labels.max() > 9:
         raise _damaged(path, "one label of 0 to 9 for each image of bytes", "something else")
     return images, labels.astype(np.int64)
+
+
+def read_digits() -> np.ndarray:
+    """Return the digits of the installed scikit-learn: float64 `[1797, 65]`, 64 pixels from 0 to 16 and the label.
+
+    The file is read without importing scikit-learn, which takes longer than importing torch.
+
+    Raises:
+        UserError: If scikit-learn is not installed, or its file is missing or damaged.
+    """
+    require_extra("data.name = 'digits'", "data")
+    package = importlib.util.find_spec("sklearn")
+    folders = package.submodule_search_locations if package else None
+    path = Path(next(iter(folders or ()), ""), "datasets", "data", "digits.csv.gz")
+    try:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # an empty file is one
+            table = np.loadtxt(path, delimiter=",")
+    except (OSError, EOFError, ValueError, UserWarning, zlib.error) as error:
+        remedy = "Install scikit-learn again"
+        raise UserError(str(path), "scikit-learn's digits", f"{type(error).__name__}: {error}", remedy) from None
+    if table.shape != (1797, 65):
+        raise _damaged(path, "1,797 rows of 65 numbers", f"an array of shape {table.shape}")
+    return table
 
 
 def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:

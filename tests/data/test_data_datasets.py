@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.data import torchvision_cpu
+from fedpriv.data import files, torchvision_cpu
 from fedpriv.data.dataset import DATASETS, Dataset
 from fedpriv.data.datasets import (
     IDX_FILES,
@@ -26,7 +27,7 @@ from fedpriv.data.datasets import (
     MnistByWriter,
     every_fifth_of_each_label,
 )
-from fedpriv.data.files import default_data_root, read_cifar_batch, read_idx
+from fedpriv.data.files import default_data_root, read_cifar_batch, read_digits, read_idx
 from fedpriv.errors import UserError
 
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -114,6 +115,31 @@ def test_digits_need_no_file_and_are_split_for_good():
     assert torch.equal(one.train_inputs, two.train_inputs)
     assert one.train_inputs.min() == 0
     assert one.train_inputs.max() == 1
+
+
+def test_digits_are_scikit_learns_and_do_not_import_it():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    table = read_digits()
+    assert np.array_equal(table[:, :-1], pixels)
+    assert np.array_equal(table[:, -1], labels)
+    code = "import sys; from fedpriv.data.datasets import Digits; Digits().load(None); print('sklearn' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"1,2\n3,4\n", b"a,b\n"])
+def test_damaged_digits_are_one_line(monkeypatch, tmp_path, content):
+    place = tmp_path / "datasets" / "data"
+    place.mkdir(parents=True)
+    if content is not None:
+        (place / "digits.csv.gz").write_bytes(gzip.compress(content))
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(files, "require_extra", lambda *_: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: package)
+    with pytest.raises(UserError, match=r"digits\.csv\.gz"):
+        read_digits()
 
 
 def test_every_digit_has_a_fifth_of_its_examples_held_out():
