@@ -34,9 +34,10 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6))
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
     for axes, (key, label, colour) in zip(figure.subplots(1, 3), PANELS, strict=True):
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
