@@ -10,10 +10,11 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "refuse_buffers"]
+__all__ = ["Layout", "refuse_buffers", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,22 @@ class Layout:
 
     @classmethod
     def of_module(cls, module: nn.Module) -> "Layout":
-        """The layout of a module's parameters.
+        """Return the layout of a module's trainable parameters; see `trainable`.
 
         Raises:
-            UserError: If the module has buffers (BatchNorm's statistics would be released without noise).
+            UserError: If a layer keeps statistics of the examples that it sees, as BatchNorm does, or a trainable
+                parameter is not float32.
         """
-        refuse_buffers(name for name, _ in module.named_buffers())
-        return cls.of(dict(module.named_parameters()))
+        layers = dict(module.named_modules())
+        norms = {name: layer for name, layer in layers.items() if isinstance(layer, _NormBase)}
+        kept = (name for name, layer in norms.items() if layer.track_running_stats and layer.training)
+        refuse_buffers(f"{name}.{buffer}".lstrip(".") for name in kept for buffer, _ in layers[name].named_buffers())
+        parameters = trainable(module)
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                remedy = "Train it in float32, or freeze it with requires_grad_(False)"
+                raise UserError(f"model parameter {name}", "torch.float32", parameter.dtype, remedy)
+        return cls.of(parameters)
 
     @property
     def size(self) -> int:
@@ -67,6 +77,11 @@ class Layout:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}{list(shape)}" for name, shape in self.entries)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's trainable parameters by name: frozen ones are left out, and shared ones are there once."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def refuse_buffers(names: Iterable[str]) -> None:

@@ -491,10 +491,31 @@ MUTANTS = [
         PRIVACY,
     ),
     Mutant(
+        "runs with another source share their noise",
+        "fedpriv/experiment/config.py",
+        '"devices", "schedule", "sources")\n',
+        '"devices", "schedule")\n',
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
+        "frozen parameters are sent and noised",
+        "fedpriv/vectors.py",
+        "for name, parameter in module.named_parameters() if parameter.requires_grad}",
+        "for name, parameter in module.named_parameters()}",
+        "tests/core/test_core_vectors.py",
+    ),
+    Mutant(
+        "rows of a data function that are not finite are taken",
+        "fedpriv/data/own.py",
+        "if not np.isfinite(array).all():",
+        "if False:",
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
         "buffers leave un-noised",
         "fedpriv/vectors.py",
-        "refuse_buffers(name for name, _ in module.named_buffers())",
-        "",
+        "if layer.track_running_stats and layer.training)",
+        "if False)",
         CORE,
     ),
     Mutant(

@@ -146,4 +146,5 @@ DATASETS: Registry[DatasetSource] = Registry(
         "libsvm": "fedpriv.data.datasets:Libsvm",
     },
     group="fedpriv.datasets",
+    wrap="fedpriv.data.own:OwnData",
 )

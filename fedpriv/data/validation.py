@@ -18,7 +18,7 @@ from fedpriv.data.dataset import Dataset, HeldOut
 from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
-__all__ = ["TESTS", "evaluated_on", "hold_out"]
+__all__ = ["TESTS", "evaluated_on", "hold_out", "test_rows_within"]
 
 TESTS: tuple[Whose, ...] = get_args(Whose)
 """On whose examples a model of natural clients can be tested; see `evaluated_on`."""
@@ -27,6 +27,15 @@ TESTS: tuple[Whose, ...] = get_args(Whose)
 _TEST_SHARE = 0.2
 # Set apart what is held out for one purpose from what is held out for another.
 _TO_TEST, _TO_VALIDATE = 0, 1
+
+
+def test_rows_within(groups: np.ndarray) -> np.ndarray:
+    """Return which examples, bool `[examples]`, are held out to test on: a fifth of each natural client's own.
+
+    Args:
+        groups: int64 `[examples]`, the natural client of each.
+    """
+    return _held_out_of_clients(groups, _TEST_SHARE, _TO_TEST)
 
 
 def hold_out(dataset: Dataset, share: float) -> Dataset:
@@ -78,7 +87,7 @@ def evaluated_on(dataset: Dataset, test: Whose, validation: float | None, rng: n
         remedy = 'Choose "clients" or "within"'
         raise UserError("data.test", f"a data set with public test examples, for {test!r}", dataset.name, remedy)
     if test == "within" and dataset.test_groups is None:
-        held = _held_out_of_clients(dataset.groups, _TEST_SHARE, _TO_TEST)
+        held = test_rows_within(dataset.groups)
         if not held.any():
             remedy = 'Choose "public" or "clients"'
             raise UserError("data.test", "clients of several examples, for 'within'", dataset.examples, remedy)

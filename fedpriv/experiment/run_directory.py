@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 from fedpriv.files import open_to_append, write_atomically, write_pieces_atomically
+from fedpriv.plugins import bare_reference
 from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
 
@@ -161,8 +162,11 @@ def _difference(config: Path, toml: str) -> str:
         return "its config.toml cannot be read"
     ours = flat_tables(tomllib.loads(toml))
     for key in (*ours, *theirs):
-        if ours.get(key) != theirs.get(key):
-            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        there, here = theirs.get(key), ours.get(key)
+        if key.startswith("sources.") and isinstance(there, dict) and isinstance(here, dict):
+            there, here = there.get("sha256"), here.get("sha256")
+        if bare_reference(there) != bare_reference(here):
+            return f"{key} is {there!r} there and {here!r} here"
     return "made by another version"
 
 
