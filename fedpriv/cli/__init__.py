@@ -1,4 +1,4 @@
-"""The command line: fedpriv new | run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
+"""The command line, `fedpriv COMMAND`: each module holds some of the commands."""
 
 import sys
 
@@ -7,12 +7,12 @@ import click
 from fedpriv.cli.app import app
 from fedpriv.errors import UserError
 
-from fedpriv.cli import run, sweep, audit, flower, deploy, privacy, data  # isort: skip
+from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data  # isort: skip
 
 __all__ = ["app", "main"]
 
 # The order in which they are imported is the order of the help.
-_COMMANDS = (run, sweep, audit, flower, deploy, privacy, data)
+_COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data)
 
 
 def main(arguments: list[str] | None = None) -> None:

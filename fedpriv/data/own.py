@@ -145,11 +145,12 @@ def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
         row = _first_row(array, lambda value: not isinstance(value, int | float | np.number))
         got = f"{array.dtype} ({_shown(array, row)})"
         raise UserError(f"dataset {name}", f"{key} that are numbers", got, "Encode categories as numbers")
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         row = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
         remedy = "Fill in or leave out missing values, by a rule that does not look at other clients"
-        raise UserError(f"dataset {name}", f"finite {key}", f"NaN or infinity in row {row}", remedy)
+        raise UserError(f"dataset {name}", f"finite float32 {key}", f"NaN or infinity in row {row}", remedy)
     return array
 
 
