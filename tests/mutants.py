@@ -505,6 +505,13 @@ MUTANTS = [
         "tests/core/test_core_vectors.py",
     ),
     Mutant(
+        "a table's numbers are scaled by what all rows hold",
+        "fedpriv/data/user_files.py",
+        "shift, scale = self.numeric[name]",
+        "shift, scale = np.nanmean(numbers), np.nanstd(numbers) + 1e-9",
+        "tests/data/test_data_user_files.py",
+    ),
+    Mutant(
         "rows of a data function that are not finite are taken",
         "fedpriv/data/own.py",
         "if not np.isfinite(array).all():",

@@ -142,10 +142,12 @@ def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
     try:
         loaded = load_svmlight_file(str(path), **options)
     except Exception as error:
-        raise _damaged(path, "LIBSVM text", f"{type(error).__name__}: {error}") from None
+        got = f"{type(error).__name__}: {error}"
+        raise _damaged(path, "LIBSVM text with indices below 2^31", got, "Correct the file") from None
     matrix, labels = loaded[0], np.asarray(loaded[1], dtype=np.float64)
     if len(labels) == 0 or not (np.isfinite(matrix.data).all() and np.isfinite(labels).all()):
-        raise _damaged(path, "at least one example and finite numbers", "none, or NaN or infinity")
+        got = "none, or NaN or infinity"
+        raise _damaged(path, "at least one example and finite numbers", got, "Correct the file")
     return matrix, labels
 
 
@@ -177,8 +179,8 @@ def _missing(data_root: Path, place: Path, missing: list[str], reason: str | Non
     return UserError("data.name", f"the files {files} (plain or .gz) in {place}", got, remedy)
 
 
-def _damaged(path: Path, expected: str, got: str) -> UserError:
-    return UserError(str(path), expected, got, REPLACE)
+def _damaged(path: Path, expected: str, got: str, remedy: str = REPLACE) -> UserError:
+    return UserError(str(path), expected, got, remedy)
 
 
 def content_of(path: Path) -> bytes:

@@ -63,11 +63,16 @@ def read_patients(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if table.ndim != 2 or table.shape[1] != 14 or np.isinf(table).any():
         raise UserError(str(path), expected, f"others, of shape {table.shape}", REPLACE)
     diagnoses = table[:, 13]
+    table = np.where(table == _MISSING, np.nan, table)
     if not np.isin(diagnoses, range(5)).all():
         raise UserError(str(path), "diagnoses 0 to 4", "others", REPLACE)
     columns = [_quantity(table[:, i], *scale, never_zero=i in NEVER_ZERO) for i, scale in QUANTITIES.items()]
     columns += [_codes(table[:, i], codes, path) for i, codes in CODES.items()]
     return np.concatenate(columns, axis=1).astype(np.float32), (diagnoses > 0).astype(np.int64)
+
+
+# Stands for a missing value in the unprocessed files, and in what people make of them; no attribute can be so small.
+_MISSING = -9.0
 
 
 def _quantity(values: np.ndarray, middle: float, scale: float, *, never_zero: bool) -> np.ndarray:

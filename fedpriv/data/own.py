@@ -15,12 +15,12 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import line_of, settings_of
 from fedpriv.privacy.released import Whose
 
-__all__ = ["OwnData", "dataset_of"]
+__all__ = ["OwnData", "dataset_of", "labelled_arrays"]
 
 _KEY = "data.name"
 # Keys of [data] that do not belong to the data set.
 _RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
-_ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes")
+_ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,10 @@ def dataset_of(found: Any, name: str) -> Dataset:
     Args:
         found: A `Dataset`; or a mapping with `inputs` (numbers, `[examples, *input_shape]`) and `labels` (whole numbers
             from 0, `[examples]`). Optional are `client_ids` (the natural client of each example: whole numbers or
-            texts), `test_inputs` and `test_labels` (which count as public), and `classes` (the number of labels; by
-            default one more than the largest). All are arrays of numpy or torch, or lists. Without test arrays, a fifth
-            of each natural client's own examples is held out, or of each label's.
+            texts), `clients` (the ids of all clients, if some hold no example), `test_inputs` and `test_labels` (which
+            count as public), and `classes` (the number of labels; by default one more than the largest). All are arrays
+            of numpy or torch, or lists. Without test arrays, a fifth of each natural client's own examples is held
+            out, or of each label's.
         name: What to call the data set.
 
     Raises:
@@ -85,17 +86,14 @@ def dataset_of(found: Any, name: str) -> Dataset:
     for key in found:
         if key not in _ARRAYS:
             raise UserError(f"dataset {name}", "known arrays", repr(key), nearest(str(key), _ARRAYS))
-    for key in ("inputs", "labels"):
-        if found.get(key) is None:
-            remedy = "Return it from the function"
-            raise UserError(f"dataset {name}", f"an array {key!r}", f"only {', '.join(map(str, found))}", remedy)
-    inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
-    _same_length(name, "labels", labels, len(inputs))
-    groups = None if found.get("client_ids") is None else _clients(name, found["client_ids"], len(inputs))
+    inputs, labels, _ = labelled_arrays(found, name)
+    groups, population = None, None
+    if found.get("client_ids") is not None:
+        groups, population = _clients(name, found["client_ids"], found.get("clients"), len(inputs))
     given = [key for key in ("test_inputs", "test_labels") if found.get(key) is not None]
     if len(given) == 1:
         raise UserError(f"dataset {name}", "both test_inputs and test_labels", f"only {given[0]}", "Return both")
-    test_groups, population = None, None if groups is None else int(groups.max()) + 1
+    test_groups = None
     if given:
         test = _numbers(name, found, "test_inputs"), _whole_numbers(name, found, "test_labels")
         _same_length(name, "test_labels", test[1], len(test[0]))
@@ -123,6 +121,25 @@ def dataset_of(found: Any, name: str) -> Dataset:
         natural_clients=population,
         test_groups=test_groups,
     )
+
+
+def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return inputs float32 `[examples, *input_shape]`, labels int64 `[examples]` and the number of labels.
+
+    Args:
+        found: The mapping that `dataset_of` takes.
+        name: What to call it in errors.
+
+    Raises:
+        UserError: If an array is missing, or has a wrong shape, type or value; it names the first row.
+    """
+    for key in ("inputs", "labels"):
+        if found.get(key) is None:
+            got = f"only {', '.join(map(str, found))}" if found else "none"
+            raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
+    inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
+    _same_length(name, "labels", labels, len(inputs))
+    return inputs, labels, _classes(name, found.get("classes"), labels)
 
 
 def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
@@ -171,27 +188,35 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _clients(name: str, ids: Any, examples: int) -> np.ndarray:
-    """The rank of each example's client among all, int64 `[examples]`."""
-    array = _array(name, {"client_ids": ids}, "client_ids")
+def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
+    """The rank of each example's client among all, int64 `[examples]`, and the number of clients."""
+    array, remedy = (
+        _array(name, {"client_ids": ids}, "client_ids"),
+        "Give each example the number or name of its client",
+    )
     if array.ndim != 1 or array.dtype.kind not in "biuUSO":
         got = f"{array.dtype} of shape {array.shape}"
-        remedy = "Give each example the number or the name of its client"
         raise UserError(f"dataset {name}", "client_ids that are whole numbers or texts", got, remedy)
     _same_length(name, "client_ids", array, examples)
     if array.dtype.kind == "O":
         missing = _first_row(array, lambda value: not isinstance(value, str | int))
         if missing is not None:
-            remedy = "Give each example the number or the name of its client"
             raise UserError(f"dataset {name}", "a client for each example", _shown(array, missing), remedy)
         array = array.astype(str)
-    return np.unique(array, return_inverse=True)[1].astype(np.int64).reshape(-1)
+    known = np.unique(array if everyone is None else np.asarray(everyone))
+    at = np.minimum(np.searchsorted(known, array), len(known) - 1)
+    if (known[at] != array).any():
+        row = int(np.argmax(known[at] != array))
+        raise UserError(f"dataset {name}", "client_ids that are in clients", _shown(array, row), "Add it to clients")
+    return at.astype(np.int64), len(known)
 
 
 def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
     found = max(int(part.max()) for part in labels) + 1
     if given is None:
         return max(found, 2)
+    if isinstance(given, float | np.floating) and float(given).is_integer():
+        given = int(given)
     if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < found:
         raise UserError(f"dataset {name}", f"classes of at least {found}", repr(given), "Correct classes or the labels")
     return int(given)

@@ -64,6 +64,13 @@ def test_missing_attributes_are_zeros_and_missing_quantities_are_marked(tmp_path
     assert np.array_equal(inputs[0], inputs[1])  # a pressure of zero was not measured
 
 
+def test_what_the_unprocessed_files_write_for_a_missing_value_is_one(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text(SICK + "\n" + SICK.replace("?", "-9") + "\n")
+    inputs, _ = read_patients(path)
+    assert np.array_equal(inputs[0], inputs[1])
+
+
 @settings(deadline=None)
 @given(others=st.lists(st.sampled_from([HEALTHY, SICK, SICK.replace("50", "29")]), max_size=6))
 def test_a_patient_is_encoded_the_same_whoever_else_is_there(tmp_path_factory, others):

@@ -1,12 +1,13 @@
 """What a device trains on: a file of its own, or its part of the experiment's data set."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.own import labelled_arrays
+from fedpriv.data.user_files import read_arrays
 from fedpriv.deploy.device.member import Member
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
@@ -21,6 +22,8 @@ from fedpriv.tasks.local_work import batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["own_signal", "read_own_data"]
+
+ARRAYS = ("inputs", "labels", "classes")
 
 
 def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model: Tensor) -> Tensor:
@@ -49,23 +52,23 @@ def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
-    """Inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of classes.
+    """Return inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of labels.
 
     Raises:
-        UserError: If the file is not an .npz with `inputs`, `labels` and `classes`.
+        UserError: If the file is not an .npz with `inputs` (floats), `labels` (whole numbers from 0) and `classes`; it
+            names the first row that is wrong.
     """
-    expected = "an .npz file with inputs (floats), labels (whole numbers from 0) and classes (a whole number)"
+    found = read_arrays(path)
     remedy = "Write it with numpy.savez(path, inputs=..., labels=..., classes=...)"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            inputs, labels, classes = file["inputs"], file["labels"], int(file["classes"])
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(str(path), expected, str(error), remedy) from None
-    sound = inputs.ndim >= 2 and labels.shape == inputs.shape[:1] and len(labels) > 0 and labels.dtype.kind in "iu"
-    if not sound or not np.isfinite(inputs).all() or labels.min() < 0 or labels.max() >= classes:
-        got = f"inputs {list(inputs.shape)}, labels {list(labels.shape)} of {labels.dtype}, {classes} classes"
+    if "classes" not in found:
+        raise UserError(str(path), "inputs, labels and classes", f"only {', '.join(found) or 'nothing'}", remedy)
+    inputs = found.get("inputs")
+    if isinstance(inputs, np.ndarray) and (inputs.ndim < 2 or inputs.dtype.kind in "iu"):
+        got = f"{inputs.dtype} of shape {list(inputs.shape)}"
+        expected = "inputs of floats, [examples, ...], scaled as all clients scale them"
         raise UserError(str(path), expected, got, remedy)
-    return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64)), classes
+    inputs, labels, classes = labelled_arrays({name: found.get(name) for name in ARRAYS}, str(path))
+    return torch.from_numpy(inputs), torch.from_numpy(labels), classes
 
 
 def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, terms: Terms, model: Tensor) -> Tensor:
