@@ -108,7 +108,7 @@ def read_digits() -> np.ndarray:
     Raises:
         UserError: If scikit-learn is not installed, or its file is missing or damaged.
     """
-    require_extra("data.name = 'digits'", "data")
+    require_extra("data.name = 'digits'", "data", ["sklearn"])
     package = importlib.util.find_spec("sklearn")
     folders = package.submodule_search_locations if package else None
     path = Path(next(iter(folders or ()), ""), "datasets", "data", "digits.csv.gz")
@@ -132,7 +132,7 @@ def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
         UserError: If the file is missing, empty, not in this format, or holds numbers that are not finite; without
             scikit-learn.
     """
-    require_extra("data.name = 'libsvm'", "data")
+    require_extra("data.name = 'libsvm'", "data", ["sklearn"])
     from sklearn.datasets import load_svmlight_file
 
     if not path.is_file():

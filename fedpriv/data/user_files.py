@@ -18,7 +18,7 @@ from fedpriv.checks import refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
 from fedpriv.data.own import dataset_of
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.privacy.released import Whose
 
 if TYPE_CHECKING:
@@ -247,15 +247,14 @@ class Csv(_Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(_Table):
-    """A Parquet file of one's own, declared like a CSV file; needs the package pyarrow."""
+    """A Parquet file of one's own, declared like a CSV file."""
 
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
         import pandas as pd
 
+        require_extra("data.name = 'parquet'", "parquet")
         try:
             frame = pd.read_parquet(path)
-        except ImportError:
-            raise UserError("data.name = 'parquet'", "the package pyarrow", "none", "pip install pyarrow") from None
         except (ValueError, OSError) as error:
             raise _damaged(path, "a Parquet file", error) from None
         return frame if names is None else frame.set_axis(names, axis=1)
@@ -350,6 +349,7 @@ class ImageFolder(_Files):
     labels: list[str] | None = None
 
     def _read(self, path: Path) -> dict[str, Any]:
+        require_extra("data.name = 'image-folder'", "data", ["PIL"])
         from PIL import Image, UnidentifiedImageError
 
         if not path.is_dir():

@@ -135,7 +135,7 @@ def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) 
     (everything,) = (Requirement(line) for line in extras["all"])
     assert everything.extras == set(EXTRAS)
     assert "fedpriv[all]" in extras["dev"]
-    named = {"sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}
+    named = {"sklearn": "scikit-learn", "PIL": "pillow", "mlflow": "mlflow-skinny"}
     for extra, packages in EXTRAS.items():
         brought = asked_for(requirements, extra)
         assert {named.get(package, package) for package in packages} <= {r.name.lower() for r in brought}, extra

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from fedpriv import load_config
 from fedpriv.cli import main
-from fedpriv.data.user_files import Csv, ImageFolder, Leaf, Npz
+from fedpriv.data.user_files import Csv, ImageFolder, Leaf, Npz, Parquet
 from fedpriv.deploy.device.own_data import read_own_data
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import make_federation
@@ -147,6 +148,18 @@ def test_the_command_line_says_it_with_exit_code_2(folder, capsys, monkeypatch):
         main(["check", "own.toml", "--data-root", "."])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("fedpriv: people.csv: expected a number in column 'age', got a missing")
+
+
+def test_a_parquet_file_is_read_like_the_same_table_in_csv(folder):
+    frame = pd.DataFrame({"age": [40, 55.0, 25, None], "job": ["clerk", None, "smith", "clerk"]})
+    frame = frame.assign(place=["north", "south"] * 2, income=["low", "high"] * 2)
+    frame.to_parquet(folder / "people.parquet")
+    chosen = {key: value for key, value in DECLARED.items() if key not in ("name", "partition", "test", "missing")}
+    found = Parquet(**(chosen | {"file": "people.parquet"}))._read(folder / "people.parquet")
+    expected = table()._read(folder / "people.csv")
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(UserError, match=r"people\.csv: expected a Parquet file, got ArrowInvalid"):
+        Parquet(**chosen).load(folder)
 
 
 def leaf(**changes):
