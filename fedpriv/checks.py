@@ -88,13 +88,13 @@ def positive_real(where: str, value: object, remedy: str | None = None) -> None:
         raise UserError(where, "a finite number above 0", repr(value), remedy or f"Correct {where}")
 
 
-def real_from(where: str, value: float, low: float, remedy: str, most: float = math.inf) -> None:
+def real_from(where: str, value: float, low: float, remedy: str, high: float = math.inf) -> None:
     """Refuses what is not a finite number from `low` on, or is one beyond all sense.
 
     Raises:
         UserError: At `where`, the configuration key or option.
     """
-    if not is_real(value, low, most):
+    if not is_real(value, low, high):
         raise UserError(where, f"a number from {low:g}", value, remedy)
 
 

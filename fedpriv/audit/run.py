@@ -27,7 +27,7 @@ __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run
 AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
 # Fewer canaries might leave nothing to compare after their coins are tossed.
 MIN_CANARIES, MAX_CANARIES = 20, 100_000
-_LEAST_SEEN = 5
+_MIN_SEEN = 5
 # Share of a canary's own noise that the others may add before the words say so.
 _CROWDED = 0.1
 
@@ -159,8 +159,8 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         replace=plan.adjacency == "replace",
         local=plan.trust_rules.shows_messages,
     )
-    if len(canaries.seen) < _LEAST_SEEN:
-        expected = f"at least {_LEAST_SEEN} canaries that take part in some round"
+    if len(canaries.seen) < _MIN_SEEN:
+        expected = f"at least {_MIN_SEEN} canaries that take part in some round"
         raise UserError("--canaries", expected, len(canaries.seen), "Give more canaries or more rounds")
     return canaries
 

@@ -29,7 +29,7 @@ __all__ = ["Null", "coordinate_scores", "gram", "projections"]
 # Columns that are converted to float64 at once.
 _COLUMNS = 2**15
 # Smallest variance that is told from rounding, as a share of the largest.
-_LEAST_VARIANCE = 1e-10
+_MIN_VARIANCE = 1e-10
 # With fewer parameters for each round, eigenvalues of Sigma are drawn to their mean before they are inverted.
 _AMPLE = 3
 
@@ -56,7 +56,7 @@ class Null:
     """The law of projections on a direction that had no part in the releases: N(0, Sigma).
 
     Args:
-        values: Eigenvalues of Sigma, at least `_LEAST_VARIANCE` of the largest.
+        values: Eigenvalues of Sigma, at least `_MIN_VARIANCE` of the largest.
         vectors: Its eigenvectors, in columns.
         inverses: What stands for the inverse of each eigenvalue in whitening weights.
     """
@@ -69,7 +69,7 @@ class Null:
     def of(cls, gram: np.ndarray, size: int) -> "Null":
         """Return the null of releases with this Gram matrix and `size` parameters."""
         values, vectors = np.linalg.eigh(gram / size)
-        values = np.maximum(values, max(float(values[-1]) * _LEAST_VARIANCE, 1e-300))
+        values = np.maximum(values, max(float(values[-1]) * _MIN_VARIANCE, 1e-300))
         rounds = len(values)
         drawn = rounds / (rounds + size) if size < _AMPLE * rounds else 0.0
         return cls(values=values, vectors=vectors, inverses=1.0 / ((1.0 - drawn) * values + drawn * values.mean()))

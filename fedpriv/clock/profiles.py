@@ -21,7 +21,7 @@ __all__ = ["DEVICES", "Devices", "Fleet", "LogNormal", "Profile", "Same", "Trace
 # Beyond these a clock in float64 seconds would no longer tell one participation from the next.
 _SLOWEST, _FASTEST = 1e-6, 1e15
 # A client that answers less often keeps a buffer waiting for ever.
-_MOST_DROPOUT = 0.99
+_MAX_DROPOUT = 0.99
 
 
 class Profile(NamedTuple):
@@ -330,8 +330,8 @@ def _check_habits(available: float, dropout: float, day: float, where: str = "de
     if not 0.0 < available <= 1.0:
         remedy = "1 is the whole day; leave out clients that are never there"
         raise UserError(f"{where}available", "a share of the day above 0, at most 1", available, remedy)
-    if not 0.0 <= dropout <= _MOST_DROPOUT:
+    if not 0.0 <= dropout <= _MAX_DROPOUT:
         remedy = "Leave out clients that never answer"
-        raise UserError(f"{where}dropout", f"a probability from 0 to {_MOST_DROPOUT}", dropout, remedy)
+        raise UserError(f"{where}dropout", f"a probability from 0 to {_MAX_DROPOUT}", dropout, remedy)
     if not (1e-3 <= day <= 1e9 and math.isfinite(day)):
         raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", day, "A day has 86400")

@@ -207,7 +207,7 @@ class FedBuff:
             at_least_one(f"schedule.{key}", getattr(self, key), "Give a number of clients")
         if self.staleness_exponent is not None:
             remedy = "0.5 is usual; 0 weighs all messages the same"
-            real_from("schedule.staleness_exponent", self.staleness_exponent, 0, remedy, most=100.0)
+            real_from("schedule.staleness_exponent", self.staleness_exponent, 0, remedy, high=100.0)
 
     @property
     def draws_cohorts(self) -> bool:

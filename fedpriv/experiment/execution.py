@@ -100,7 +100,7 @@ class Execution:
         if self.workers is not None:
             at_least_one("--workers", self.workers, "Give the number of workers")
         if self.gpus_per_worker is not None:
-            real_from("--gpus-per-worker", self.gpus_per_worker, 0, "0.25 puts four on a GPU", most=64.0)
+            real_from("--gpus-per-worker", self.gpus_per_worker, 0, "0.25 puts four on a GPU", high=64.0)
         if self.engine in ("loop", "vectorized", "flower"):
             self._refuse("ray", "workers", "gpus_per_worker", "ray_address")
         if self.engine == "flower":

@@ -17,7 +17,7 @@ _NOTE = "Not private: computed from the clients' own data. For simulations only.
 # Clients whose gradients are compared, and the fewest of a larger population that say something about it.
 _MOST_CLIENTS, _FEWEST_CLIENTS = 200, 10
 # Clients whose labels are counted where that takes a draw for each.
-_MOST_DRAWN = 2_000
+_MAX_DRAWN = 2_000
 # Share of a run's gradients that the figures may cost, and floating-point operations that they may cost in any run:
 # about a second on a core.
 _SHARE_OF_RUN, _FREE_OPERATIONS = 0.01, 2e10
@@ -41,7 +41,7 @@ def measure_heterogeneity(config: Config, population: Population, *, bounded: bo
     """
     federation = population.federation
     everyone = isinstance(federation, Federation)
-    counted = evenly_chosen(federation.population, federation.population if everyone else _MOST_DRAWN)
+    counted = evenly_chosen(federation.population, federation.population if everyone else _MAX_DRAWN)
     return {
         "note": _NOTE,
         "population": federation.population,

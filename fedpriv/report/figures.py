@@ -29,7 +29,7 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "12 4", "4 1 1 1 1 1")
 MARKERS = "osD^vP"
 _INK, _LINE, _HEAT = "#1a1b1c", "#d0d1d2", "BuGn"
 _WIDTH = 4.2
-MOST_SERIES = 20
+MAX_SERIES = 20
 
 _STYLE: Any = {
     "text.color": _INK,
@@ -105,8 +105,8 @@ def draw_best(
 def draw_against(
     table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str = "test accuracy"
 ) -> Figure:
-    """Accuracy against a quantity, a line a series; see `analysis.against`. At most `MOST_SERIES`, the best ones."""
-    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MOST_SERIES]
+    """Accuracy against a quantity, a line a series; see `analysis.against`. At most `MAX_SERIES`, the best ones."""
+    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MAX_SERIES]
     table = table[table["series"].isin(list(chosen))]
     finite = table[table["x"] != np.inf]
     texts = [] if pd.api.types.is_numeric_dtype(finite["x"]) else sorted(finite["x"].astype(str).unique())

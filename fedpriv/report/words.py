@@ -8,7 +8,7 @@ import pandas as pd
 
 from fedpriv.privacy import rounded_up
 from fedpriv.report.analysis import Judge, Quantity
-from fedpriv.report.figures import MOST_SERIES
+from fedpriv.report.figures import MAX_SERIES
 from fedpriv.report.study import Study, as_text
 from fedpriv.sweeps.tuning import about_tuning
 
@@ -157,8 +157,8 @@ def caption(quantity: Quantity, table: pd.DataFrame, same: str, *, released: boo
         if (table["x"] == math.inf).any():
             parts.append("Dotted lines: without any privacy.")
     count = table["series"].nunique()
-    if count > MOST_SERIES:
-        parts.append(f"Of {count} series the {MOST_SERIES} with the best accuracy are drawn; the table has all.")
+    if count > MAX_SERIES:
+        parts.append(f"Of {count} series the {MAX_SERIES} with the best accuracy are drawn; the table has all.")
     return " ".join(parts)
 
 

@@ -51,11 +51,11 @@ from fedpriv.version import __version__
 __all__ = ["report_on", "write_report"]
 
 # Bounds of what is on the page; the files in tables/ hold everything.
-MOST_CURVES = 200
-MOST_POINTS = 60
-MOST_ROWS = 200
-MOST_MAPS = 40
-MOST_MAP_FIGURES = 12
+MAX_CURVES = 200
+MAX_POINTS = 60
+MAX_ROWS = 200
+MAX_MAPS = 40
+MAX_MAP_FIGURES = 12
 POINTS = (1.0, 2.0, 5.0, 10.0)
 
 # What marks figures that only a simulation has, and that are not private: in labels, and in names of columns.
@@ -80,7 +80,7 @@ _TITLES = {
     "simulated_time": "What accuracy costs in simulated time",
     "bytes": "What accuracy costs in bytes",
 }
-_FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MOST_MAP_FIGURES + 1)))
+_FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MAX_MAP_FIGURES + 1)))
 _TABLE_FILES = ("best", "settings", "trials", "near_best", "heat_maps", "curves", "privacy", "failed", *_TITLES)
 
 
@@ -333,14 +333,14 @@ class _Report:
             x = "not private" if row["x"] == math.inf else words.figure(row["x"])
             spread = words.plus_minus(row["accuracy"], row["std"])
             rows.append([row["series"], x, spread, str(row["seeds"]), names.loc[row["setting"]] or "–"])
-        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+        return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
     def _draw_curves(self) -> str:
         series = self.best.set_index("setting")["series"]
         rows = self.curves[self.curves["setting"].isin(list(series.index))]
         table = rows.assign(series=rows["setting"].map(series))
         chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
-        table = table[table["series"].isin(list(chosen[: report_figures.MOST_SERIES]))]
+        table = table[table["series"].isin(list(chosen[: report_figures.MAX_SERIES]))]
         self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
         drawn = report_figures.draw_curves(table, self.look, self.labels["test_accuracy"])
         return report_figures.save_figure(drawn, self.figures, "curves")
@@ -355,10 +355,10 @@ class _Report:
         told = {row["setting"]: row for row in self.settings.to_dict("records")}
         names = list(self.look)
         kept, longest = [], 0
-        for setting in order[:MOST_CURVES]:
+        for setting in order[:MAX_CURVES]:
             rows = by_setting[setting]
             longest = max(longest, len(rows))
-            rows = rows.iloc[thinned(len(rows), MOST_POINTS)]
+            rows = rows.iloc[thinned(len(rows), MAX_POINTS)]
             keys = [key for key in (*_X, *_METRICS, "low", "high") if rows[key].notna().any()]
             values = {key: [words.brief(value) for value in rows[key].tolist()] for key in keys}
             if "epsilon" in values:
@@ -378,7 +378,7 @@ class _Report:
             {"name": n, "colour": self.look[n].colour, "dash": self.look[n].dash, "best": best_names.get(n, "")}
             for n in names
         ]
-        text = words.about_curves(len(order), MOST_CURVES, longest, MOST_POINTS)
+        text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS)
         return {"curves": kept, "series": series}, text
 
     def _near(self) -> dict[str, Any]:
@@ -399,12 +399,12 @@ class _Report:
 
     def _maps(self) -> tuple[list[dict[str, Any]], int]:
         maps = heat_maps(self.study, self.settings)
-        for number, one in enumerate(maps[:MOST_MAP_FIGURES], 1):
+        for number, one in enumerate(maps[:MAX_MAP_FIGURES], 1):
             figure = report_figures.draw_heat_map(one, self.short, self.labels[f"{self.judge}_accuracy"])
             report_figures.save_figure(figure, self.figures, f"heat_map_{number}")
         if maps:
             self.tables["heat_maps"] = _numbers(pd.concat([_long(one) for one in maps], ignore_index=True))
-        return [self._map(one) for one in maps[:MOST_MAPS]], max(len(maps) - MOST_MAPS, 0)
+        return [self._map(one) for one in maps[:MAX_MAPS]], max(len(maps) - MAX_MAPS, 0)
 
     def _map(self, one: HeatMap) -> dict[str, Any]:
         row_key, column_key = (self.short[key] for key in one.keys)
@@ -478,7 +478,7 @@ class _Report:
         columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
         columns += [_Column("epsilon", "n")]
         rows = []
-        for row in ordered.head(MOST_ROWS).to_dict("records"):
+        for row in ordered.head(MAX_ROWS).to_dict("records"):
             cells = [
                 str(row["setting"]),
                 *(row[name] for name in groups),
@@ -492,7 +492,7 @@ class _Report:
                 words.figure(row["test_loss_mean"]),
             ]
             rows.append([*cells, words.epsilon_delta(row)[0]])
-        return _Shown(columns, rows, max(len(ordered) - MOST_ROWS, 0))
+        return _Shown(columns, rows, max(len(ordered) - MAX_ROWS, 0))
 
     def _failed(self) -> _Shown:
         failed = self.study.trials[self.study.trials["status"] == "failed"].reset_index(drop=True)
@@ -503,7 +503,7 @@ class _Report:
         self.tables["failed"] = failed
         rows = [[row["trial"] or "–", row["changes"] or "–", row["reason"]] for row in failed.to_dict("records")]
         columns = [_Column("trial", "nowrap"), _Column("what it changes", "w"), _Column("why it failed", "w")]
-        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+        return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
     def _trials(self) -> None:
         figures = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]

@@ -18,7 +18,7 @@ from fedpriv.sweeps.tuning import Tuning
 __all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
 
 # More trials than anybody means to run.
-MOST_TRIALS = 100_000
+MAX_TRIALS = 100_000
 _ABSENT = object()
 
 
@@ -82,8 +82,8 @@ class Axis:
         assert self.first is not None
         assert self.to is not None
         assert self.count is not None
-        if len(self.keys) > 1 or not 1 <= self.count <= MOST_TRIALS:
-            expected = f"one key and a count from 1 to {MOST_TRIALS:,}"
+        if len(self.keys) > 1 or not 1 <= self.count <= MAX_TRIALS:
+            expected = f"one key and a count from 1 to {MAX_TRIALS:,}"
             raise UserError(f"axis {self.name}", expected, "others", "Give values for several keys")
         if not (math.isfinite(self.first) and math.isfinite(self.to)):
             raise UserError(f"axis {self.name}", "finite ends", f"{self.first} and {self.to}", "Mend the range")
@@ -150,9 +150,9 @@ class Sweep:
         Raises:
             UserError: If there are too many, an axis overwrites another, or one waits for a key that no trial has.
         """
-        found = list(itertools.islice(self._along({}, self.base, self.axes), MOST_TRIALS + 1))
-        if len(found) > MOST_TRIALS:
-            raise UserError("axes", f"at most {MOST_TRIALS:,} trials", "more", "Give fewer values")
+        found = list(itertools.islice(self._along({}, self.base, self.axes), MAX_TRIALS + 1))
+        if len(found) > MAX_TRIALS:
+            raise UserError("axes", f"at most {MAX_TRIALS:,} trials", "more", "Give fewer values")
         for where, key in ((axis.name, key) for axis in self.axes for key in axis.when):
             if all(_get(trial.tables, key) is _ABSENT for trial in found):
                 raise UserError(f"axis {where}.when", "a key of some trial", key, "Mend it, or set the key")
@@ -207,7 +207,7 @@ def load_sweep(path: Path | str) -> Sweep:
 
 def _seeds(given: Any, first: Any) -> tuple[int, ...]:
     if type(given) is int and given >= 1 and type(first) is int:
-        return tuple(range(first, first + min(given, MOST_TRIALS + 1)))
+        return tuple(range(first, first + min(given, MAX_TRIALS + 1)))
     if isinstance(given, list) and given and all(type(seed) is int for seed in given):
         return tuple(given)
     expected = "how many, from the base's seed on, or a list of seeds"

@@ -36,7 +36,7 @@ __all__ = [
 
 # Tables that an axis may change: all others decide the data, the promise, or how long a trial takes.
 _TUNED = ("method", "server", "local", "model")
-_MOST_DRAW = 2**62
+_MAX_DRAW = 2**62
 _CONDITION = "if the number of trials and all trials but the selected one stay secret"
 _CONDITION_OF_SCORES = (
     "if the number of trials, all trials but the selected one, and every score without noise on clients' examples stay "
@@ -228,7 +228,7 @@ def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *
         return found["trials"]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(sweep.tuning.seed)))
     count = sweep.tuning.count.quantile(float(rng.random()))
-    draws, places = rng.integers(_MOST_DRAW, size=count).tolist(), rng.integers(len(grid), size=count).tolist()
+    draws, places = rng.integers(_MAX_DRAW, size=count).tolist(), rng.integers(len(grid), size=count).tolist()
     trials = [{"draw": draw, "place": place} for draw, place in zip(draws, places, strict=True)]
     folder.write_json(DRAWN, {"digest": digest, "trials": trials})
     return trials

@@ -22,7 +22,7 @@ __all__ = ["Tracker", "prepare"]
 
 # Where a run directory keeps which run of which store is its own.
 FILE = "mlflow.json"
-_LONGEST = 500
+_MAX_LENGTH = 500
 _AT_ONCE = 100
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "killed": "KILLED"}
 
@@ -92,4 +92,4 @@ def _experiment(client: MlflowClient) -> str:
 
 
 def _text(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:_LONGEST]
+    return (value if isinstance(value, str) else json.dumps(value))[:_MAX_LENGTH]

@@ -41,7 +41,7 @@ def test_real_numbers(value: object) -> None:
         (checks.positive_real, 1e-300, math.nan, "a finite number above 0, got nan. Correct key."),
         (checks.positive_real, 1, 0.0, "a finite number above 0, got 0.0. Correct key."),
         (lambda k, v: checks.real_from(k, v, 0, "Mend it"), 0.0, math.inf, "a number from 0, got inf. Mend it."),
-        (lambda k, v: checks.real_from(k, v, 0.01, "Mend it", most=8), 8.0, 9.0, "a number from 0.01, got 9.0."),
+        (lambda k, v: checks.real_from(k, v, 0.01, "Mend it", high=8), 8.0, 9.0, "a number from 0.01, got 9.0."),
         (lambda k, v: checks.real_within(k, v, 1, 65535), 65535, 65536, "a number from 1 to 65535, got 65536."),
         (checks.require_representable, 1e-20, 0.0, "a positive number, got 0.0."),
         (checks.require_representable, 1e20, 1e21, "a number from 1e-20 to 1e20, got 1e+21."),

@@ -17,7 +17,7 @@ from fedpriv import load_results, write_report
 from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.report.study import Study, load_study
-from fedpriv.report.write import MOST_CURVES, MOST_POINTS, report_on
+from fedpriv.report.write import MAX_CURVES, MAX_POINTS, report_on
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -191,11 +191,11 @@ def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_ou
     page = report_on(study, tmp_path)
     assert page.stat().st_size < 4e6
     data, text = data_of(page), page.read_text(encoding="utf-8")
-    assert len(data["curves"]) == MOST_CURVES
-    assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MOST_POINTS}
+    assert len(data["curves"]) == MAX_CURVES
+    assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MAX_POINTS}
     assert {(curve["values"]["round"][0], curve["values"]["round"][-1]) for curve in data["curves"]} == {(1, 90)}
-    assert f"Of 400 settings the page holds the curves of {MOST_CURVES}" in text
-    assert f"Of up to 90 recorded rounds a curve shows {MOST_POINTS}" in text
+    assert f"Of 400 settings the page holds the curves of {MAX_CURVES}" in text
+    assert f"Of up to 90 recorded rounds a curve shows {MAX_POINTS}" in text
     # The best of each is among them, and its kept points are the means over seeds.
     best = pd.read_csv(tmp_path / "tables" / "best.csv")["setting"]
     kept = {curve["setting"]: curve for curve in data["curves"] if curve["best"]}
