@@ -1,8 +1,8 @@
-"""Names that an experiment uses, and the classes that they stand for.
+"""Resolve the names in a config to classes.
 
-Every name in a config, an order to a device or a job of a sweep is resolved by a `Registry`: built-in names, names that
-installed packages add (entry points such as the group `fedpriv.methods`), `"package.module:Class"`, and
-`"folder/file.py:Class"`. A class is imported when it is first asked for.
+A `Registry` resolves every name in a config, an instruction to a device or a job of a sweep. A name is built in, comes
+from an installed package (entry points such as the group `fedpriv.methods`), or is a reference:
+`"package.module:Class"` or `"folder/file.py:Class"`. A class is imported on first use.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """The classes of one kind by name; a mapping of the built-in names and those that packages or programs add.
+    """The classes of one kind by name: a mapping of built-in names and those that packages or programs add.
 
     Args:
-        kind: What errors call one of them, such as `method`.
-        builtin: Classes by name, or where they are: `"package.module:Class"`.
-        group: The group of entry points of packages that add some; None if all there are are built in.
+        kind: The noun for one of them in error messages, such as `method`.
+        builtin: Classes by name, or their locations: `"package.module:Class"`.
+        group: The entry point group in which packages add classes; None if all are built in.
     """
 
     def __init__(self, kind: str, builtin: Mapping[str, type[T] | str], group: str | None = None) -> None:
@@ -65,37 +65,37 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return sum(1 for _ in self)
 
     def add(self, name: str, kind: type[T]) -> None:
-        """Adds a class for this process, or replaces one."""
+        """Register a class in this process, replacing any class of that name."""
         self._known[name] = kind
 
     def remove(self, name: str) -> None:
-        """Takes away a name that `add` has added."""
+        """Remove a name that `add` registered."""
         del self._known[name]
 
     def known(self, name: object, where: str) -> type[T]:
-        """The class that a name stands for, if this process has it already: nothing is imported for a stranger.
+        """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, one of an entry point, or a reference that `resolve` was asked for before.
-            where: The key that holds it, for the error.
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If it is another.
+            UserError: If the name is unknown.
         """
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]
 
     def resolve(self, name: object, where: str) -> type[T]:
-        """The class that a name or a reference stands for.
+        """Return the class for a name or a reference.
 
         Args:
             name: A known name, `"package.module:Class"` or `"folder/file.py:Class"`. A reference runs the code of that
-                module: take none from others.
-            where: The key that holds it, for the error.
+                module: use only references you trust.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If there is no such class, or under `only_known` if this process does not have it already.
+            UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
         if self._group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
             return self.known(name, where)
@@ -107,7 +107,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return self._referred[name]
 
     def name_of(self, instance: object) -> str:
-        """The name of the class of an instance; its reference if it has been resolved by one."""
+        """Return the name of an instance's class, or the reference that resolved it."""
         kind = type(instance)
         for name, known in self._known.items():
             if known is kind or known == f"{kind.__module__}:{kind.__qualname__}":
@@ -115,7 +115,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for name in (*self._referred, *self):
             if self[name] is kind:
                 return name
-        raise KeyError(f"{kind.__qualname__} is no {self.kind} with a name")
+        raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
 
     @property
     def _entry_points(self) -> Mapping[str, EntryPoint]:
@@ -124,7 +124,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 @contextmanager
 def only_known() -> Iterator[None]:
-    """Makes every `resolve` a `known` meanwhile, so that nothing is imported that a stranger names."""
+    """Turn every `resolve` into `known` within the context, so that untrusted names import nothing."""
     token = _ONLY_KNOWN.set(True)
     try:
         yield
@@ -133,16 +133,16 @@ def only_known() -> Iterator[None]:
 
 
 def is_reference(name: object) -> TypeGuard[str]:
-    """Whether a name says where its class is: `"package.module:Class"` or `"folder/file.py:Class"`."""
+    """Return True for a reference: `"package.module:Class"` or `"folder/file.py:Class"`."""
     return isinstance(name, str) and ":" in name
 
 
 def whole_reference(name: Any, folder: Path) -> Any:
-    """A `"file.py:Class"` with the file's absolute path; anything else as it is.
+    """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
-        name: A name, a reference, or what a file has in place of one.
-        folder: Where a relative path begins.
+        name: A name, a reference, or any other value that a file has in its place.
+        folder: The folder that relative paths start from.
     """
     if not is_reference(name):
         return name
@@ -169,7 +169,7 @@ def _imported(reference: str, where: str, shown: str) -> Any:
 
 
 def _module_of_file(path: Path) -> Any:
-    """The module that a file holds, loaded once a process under a name of its own."""
+    """Load a file as a module, once per process, under a unique name."""
     path = path.resolve(strict=True)
     name = f"fedpriv_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:

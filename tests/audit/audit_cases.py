@@ -117,7 +117,7 @@ def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Released) -> None:
 
 def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:
     """Lets messages be `times` as long as the bound that is accounted."""
-    scale, numbers = SmoothedNormalization._scale, SmoothedNormalization.figures.fget
+    scale, numbers = SmoothedNormalization._scale, SmoothedNormalization.coefficients.fget
     assert numbers is not None
     patch.setattr(SmoothedNormalization, "_scale", lambda self, *norms: times * scale(self, *norms))
 
@@ -125,4 +125,4 @@ def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:
         p, q, r, t = numbers(self)
         return times * p, q, times * r, times * t
 
-    patch.setattr(SmoothedNormalization, "figures", property(longer))
+    patch.setattr(SmoothedNormalization, "coefficients", property(longer))
