@@ -68,7 +68,7 @@ def require_extra(where: str, extra: str, packages: Iterable[str] | None = None)
     absent = _absent(EXTRAS[extra] if packages is None else packages)
     if absent:
         remedy = f"Install it with pip install 'fedpriv[{extra}]'"
-        raise UserError(where, f"the package {absent[0]}", "no such package", remedy)
+        raise UserError(where, f"an installed package {absent[0]}", "a missing one", remedy)
 
 
 def _absent(packages: Iterable[str]) -> list[str]:

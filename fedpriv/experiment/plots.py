@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ _WARNING = "#B00020"
 
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Writes accuracy, loss and epsilon over rounds as one PNG.
+    """Write accuracy, loss and epsilon over rounds as one PNG.
 
     Args:
-        rows: The released rows of a run, by round; scores that `not_covered` names are marked.
-        path: Where to.
-        title: What stands above.
+        rows: The released rows of a run, by round; the scores in `not_covered` are marked.
+        path: The file to write.
+        title: The title above the panels.
 
     Raises:
-        UserError: If the packages that draw are not installed.
+        UserError: If the plotting packages are not installed.
     """
-    require_extra("the picture of a run", "report")
+    require_extra("the plot of a run", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Running an experiment in process: the loop over rounds, checkpoint and resumption."""
+"""Run an experiment in process: the loop over rounds, checkpoints and resumption."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -33,21 +33,21 @@ def run_experiment(
     checkpoint_every: int | None = None,
     execution: Execution | None = None,
 ) -> dict[str, Any]:
-    """Runs an experiment and returns its summary.
+    """Run an experiment and return its summary.
 
     Args:
         config: The experiment, or the path of its TOML file.
         out: The run directory.
         engine: `auto`, `loop`, `vectorized` or `ray`; `auto` measures and chooses.
-        device: Where gradients are computed.
-        data_root: Where data sets lie; None for the environment's choice.
-        resume: Whether `out` may hold a part of this experiment, which is then gone on with.
-        watch: Called after every round with what was recorded. `journal.StopRun` from it ends the run there, saved.
-        checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
+        device: The device that computes gradients.
+        data_root: The folder of the data sets; None uses the environment's setting.
+        resume: Resume from the checkpoint in `out`, if there is one.
+        watch: Called after every round with the recorded values. Raise `StopRun` in it to save and end the run.
+        checkpoint_every: Rounds between checkpoints; None writes one about every ten seconds.
         execution: Workers, memory, noise and precision; its engine is `engine`.
 
     Raises:
-        UserError: On anything that the user can mend; nothing of an earlier run is lost.
+        UserError: For any mistake that the user can fix. Earlier results are never lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
     directory = RunDirectory(Path(out))
@@ -90,8 +90,9 @@ def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: Ru
 def _take_up(
     experiment: Experiment, engine: Engine, directory: RunDirectory, promise: str
 ) -> tuple[int, ServerState, Versions | None]:
-    """The last round that is safe, the state after it, and on the virtual clock the models that are still worked on;
-    clients' states go back to the engine.
+    """Return the last saved round, the state after it and, on the virtual clock, the models still in use by clients.
+
+    Restores the clients' states in the engine.
     """
     last, state = 0, experiment.config.method.init_server(experiment.initial_model)
     older: dict[int, Tensor] = {}

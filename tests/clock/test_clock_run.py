@@ -332,7 +332,7 @@ MISTAKES = [
     (
         ["devices.kind=uniform", "devices.speed=[2,1]", "devices.download=[1,1]", "devices.upload=[1,1]"],
         "speed",
-        "least",
+        "min, max",
     ),
     (["devices.kind=trace", "devices.file=/nowhere.csv"], "devices.file", "nowhere"),
     (["devices=3"], "devices", "table"),
@@ -346,8 +346,8 @@ MISTAKES = [
     ([*PHONES, "schedule.kind=synchronous", "schedule.deadline=-1"], "schedule.deadline", "-1"),
     ([*PHONES, "schedule.kind=synchronous", "schedule.over_select=1.5"], "schedule.over_select", "fixed"),
     ([*PHONES, *FEDFIX, "privacy.adjacency=add-or-remove"], "privacy.adjacency", "replace"),
-    ([*PHONES, "schedule.kind=synchronous", "schedule.deadline=1e-5"], "[schedule]", "none in"),
-    ([*PHONES, "schedule.kind=fedfix", "schedule.window=1e-5", "privacy.adjacency="], "[schedule]", "none in"),
+    ([*PHONES, "schedule.kind=synchronous", "schedule.deadline=1e-5"], "[schedule]", "0 in"),
+    ([*PHONES, "schedule.kind=fedfix", "schedule.window=1e-5", "privacy.adjacency="], "[schedule]", "0 in"),
 ]
 
 

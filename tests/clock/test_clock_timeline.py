@@ -81,8 +81,8 @@ def test_a_trace_may_leave_out_habits(tmp_path: Path) -> None:
         ("speed,download,upload,dropout\n1,2,3,1\n", "dropout"),
         ("speed,download,upload,available\n1,2,3,0\n", "available"),
         ("speed,download,upload,phase\n1,2,3,2\n", "phase"),
-        ("speed,download,upload\n", "none"),
-        ("", "nothing"),
+        ("speed,download,upload\n", "no rows"),
+        ("", "an empty file"),
     ],
 )
 def test_a_mistake_in_a_trace_is_one_line(tmp_path: Path, text: str, says: str) -> None:

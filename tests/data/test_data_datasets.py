@@ -403,7 +403,7 @@ def test_a_damaged_libsvm_file_is_named(tmp_path, text):
 @pytest.mark.parametrize("text", ["1 1:1\n" * 10, "".join(f"{i / 7} 1:1\n" for i in range(10))])
 def test_a_libsvm_problem_that_is_no_classification_is_refused(tmp_path, text):
     (tmp_path / "train.txt").write_text(text)
-    with pytest.raises(UserError, match=r"two or more labels that are whole numbers"):
+    with pytest.raises(UserError, match=r"two or more labels, all whole numbers"):
         Libsvm(file="train.txt").load(tmp_path)
 
 

@@ -129,7 +129,7 @@ def test_resampled_clients_hold_what_their_number_says(digits):
 
 
 def test_resampled_clients_need_a_number_and_are_told_apart(digits):
-    with pytest.raises(UserError, match=r"data\.clients: expected a whole number, got nothing"):
+    with pytest.raises(UserError, match=r"data\.clients: expected a whole number, got a missing key"):
         spread(digits, Resampled(), None, rng())
     with pytest.raises(UserError, match=r"data\.examples"):
         Resampled(examples=0)

@@ -180,7 +180,7 @@ def test_rotation_refuses_inputs_that_are_no_images():
 
 def test_clients_that_share_examples_cannot_be_shifted():
     federation = spread(made(6, 1, 4, 4), Resampled(examples=3), 4, np.random.default_rng(0))
-    with pytest.raises(UserError, match=r"^data\.shift: expected a partition that gives each example one client"):
+    with pytest.raises(UserError, match=r"^data\.shift: expected a partition that assigns each example to one client"):
         shifted(federation, Rotation(), STREAMS)
 
 

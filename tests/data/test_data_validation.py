@@ -131,10 +131,10 @@ def test_what_is_held_out_is_the_same_for_everyone_who_asks():
 def test_a_share_that_is_none_or_all_of_the_examples_is_refused(share):
     labels = np.zeros(3, dtype=np.int64)
     if share > 0.5:
-        with pytest.raises(UserError, match=r"^data\.validation: expected a share that is some"):
+        with pytest.raises(UserError, match=r"^data\.validation: expected a share that holds out some"):
             hold_out(dataset(labels), 1.0 - 1e-12)
     else:
-        with pytest.raises(UserError, match=r"^data\.validation: expected a share that is some"):
+        with pytest.raises(UserError, match=r"^data\.validation: expected a share that holds out some"):
             hold_out(dataset(labels), share)
 
 
@@ -207,5 +207,5 @@ def test_public_are_the_data_sets_own_unless_they_are_clients():
 
 @pytest.mark.parametrize(("clients", "validation"), [(1, None), (2, 0.1), (3, 0.9)])
 def test_too_few_clients_to_hold_some_out_are_refused(clients, validation):
-    with pytest.raises(UserError, match=r"^data\.test: expected clients that are left to train on"):
+    with pytest.raises(UserError, match=r"^data\.test: expected clients left for training"):
         evaluated_on(natural(clients), "clients", validation, rng())

@@ -92,7 +92,7 @@ def test_a_population_that_shares_examples_is_not_shifted(capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         main(["run", str(QUICKSTART), "--out", str(tmp_path / "run"), *arguments])
     assert stopped.value.code == 2
-    assert "data.shift: expected a partition that gives each example one client" in capsys.readouterr().err
+    assert "data.shift: expected a partition that assigns each example to one client" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

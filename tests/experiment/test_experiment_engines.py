@@ -373,9 +373,9 @@ def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None
 
 
 def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--engine: expected an engine in process"):
+    with pytest.raises(UserError, match="--engine: expected an in-process engine"):
         run_experiment(config_of(), tmp_path, engine="flower")
-    with pytest.raises(UserError, match="--state-memory: expected --engine one in process"):
+    with pytest.raises(UserError, match="--state-memory: expected --engine auto, loop, vectorized or ray"):
         Execution(engine="flower", state_memory=5)
 
 

@@ -280,11 +280,11 @@ def test_rounds_are_not_gone_on_with_under_another_noise(tmp_path: Path, monkeyp
 def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
     run_experiment(small(), tmp_path)
     (tmp_path / "config.toml").unlink()
-    with pytest.raises(UserError, match="a folder without them"):
+    with pytest.raises(UserError, match="a folder without a run's files"):
         run_experiment(small("seed=8"), tmp_path)
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "digest.txt").write_text(small("seed=8").digest)
-    with pytest.raises(UserError, match="another's"):
+    with pytest.raises(UserError, match="another experiment's"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
 
 

@@ -34,7 +34,7 @@ def test_what_is_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text("mine")
     assert call("new", "mine") == 2
-    assert "mine.toml: expected no such file yet" in capsys.readouterr().err
+    assert "mine.toml: expected a new file" in capsys.readouterr().err
     assert (tmp_path / "mine.toml").read_text() == "mine"
 
 
