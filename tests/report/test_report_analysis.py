@@ -76,7 +76,9 @@ def test_validation_chooses_where_every_run_has_it_and_test_accuracy_otherwise()
     assert best_of(study_of(a, b), "test")["method.lr"].tolist() == [0.1]
     without = {"method.lr": 0.3, "accuracy": 0.1}
     assert best_of(study_of(a, b, without))["method.lr"].tolist() == [0.1]
-    with pytest.raises(UserError, match="--select validation: expected runs with a validation accuracy, got none in 1"):
+    with pytest.raises(
+        UserError, match="--select validation: expected runs with a validation accuracy, got 1 without it"
+    ):
         judge_of(study_of(a, b, without), "validation")
 
 

@@ -130,7 +130,7 @@ def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path)
     alone = write_report(run).parent
     assert alone == run / "report"
     assert {file.stem for file in (alone / "figures").iterdir()} == {"best", "curves"}
-    assert "nothing was chosen here" in (alone / "report.html").read_text(encoding="utf-8")
+    assert "nothing was selected here" in (alone / "report.html").read_text(encoding="utf-8")
     # The report lies in the run directory, and the next one does not take it for a run.
     before = (alone / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before
@@ -138,9 +138,9 @@ def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path)
 
 def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "because no run has a validation accuracy. The choice looked at the test data" in text
+    assert "because no run has a validation accuracy. The selection looked at the test data" in text
     assert "Tuning is not free under privacy" in text
-    assert "does not include the choice of hyperparameters" in text
+    assert "does not include the selection of hyperparameters" in text
     (tmp_path / "trials").mkdir()
     for server_lr in (0.5, 1.0):
         run_trial(tmp_path, fedavg(server_lr), rounds=1, data={"validation": 0.2})
@@ -153,7 +153,7 @@ def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Pa
     best = pd.read_csv(validated.parent / "tables" / "best.csv")
     assert best["validation_accuracy_mean"].tolist() == [table["validation_accuracy_mean"].max()]
     asked = write_report(tmp_path, select="test").read_text(encoding="utf-8")
-    assert "because that was asked for. The choice looked at the test data" in asked
+    assert "because that was requested. The selection looked at the test data" in asked
 
 
 def large_study(trials: int, rounds: int) -> Study:
@@ -218,7 +218,7 @@ def test_what_an_earlier_report_left_goes_and_what_is_others_stays(tmp_path: Pat
     assert not (out / "figures" / "epsilon.png").exists()
     assert not (out / "tables" / "failed.csv").exists()
     assert (out / "tables" / "mine.csv").read_text() == (out / "notes.txt").read_text() == "old"
-    with pytest.raises(UserError, match="expected a folder for the report alone, got a run directory"):
+    with pytest.raises(UserError, match="expected a folder only for the report, got a run directory"):
         write_report(run, run)
 
 

@@ -144,7 +144,7 @@ def test_a_killed_run_is_charged_for_the_rounds_that_it_released(tmp_path: Path,
     assert group.total.epsilon == plan.epsilon_after(released)
     assert group.planned.epsilon == plan.epsilon
     assert group.as_dict()["runs"][0]["state"] == "unfinished"
-    assert any("not finished" in note for note in notes_on([group]))
+    assert any("Unfinished runs" in note for note in notes_on([group]))
 
 
 def test_a_checkpoint_or_a_torn_row_that_knows_more_rounds_is_believed(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_an_unfinished_tuning_is_the_sum_of_all_its_trials(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "best" / "trials" / "trial-13")
     record(tmp_path / "best" / "trials" / "trial-13", "privacy.draw=13", released=2)
     assert only(tmp_path).total.mu == pytest.approx(math.sqrt((6 + 6 + 2) / 9))
-    assert noted(tmp_path, "best is a tuning without tuning.json, thus unfinished")
+    assert noted(tmp_path, "best is an unfinished tuning, without tuning.json")
     assert not noted(tmp_path, "elsewhere")
 
 
@@ -453,7 +453,7 @@ def test_a_checkpoint_tells_its_round_without_being_read(tmp_path: Path) -> None
     checkpoint.write("digest", "promise", 7, {"model": torch.zeros(3)}, {})
     assert checkpoint.round() == 7
     checkpoint.path.write_bytes(b"torn")
-    with pytest.raises(UserError, match="whole checkpoint"):
+    with pytest.raises(UserError, match="undamaged checkpoint"):
         checkpoint.round()
 
 

@@ -147,13 +147,13 @@ def test_set_changes_all_trials(tmp_path: Path) -> None:
             '[[axis]]\nkey = "data.clients"\nvalues = [2]\n[[axis]]\nkey = "data"\nvalues = [{name = "digits"}]\n',
             "overwrites",
         ),
-        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected a place that keeps seed"),
+        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected keys that leave seed as it is"),
         (
             '[[axis]]\nkey = "seed"\nvalues = [1]\nwhen = {"method.nam" = "x"}\n',
             "axis seed.when: expected a key of some",
         ),
-        ("seeds = 0\n", "seeds: expected how many"),
-        ("seeds = []\n", "seeds: expected how many"),
+        ("seeds = 0\n", "seeds: expected a number of seeds"),
+        ("seeds = []\n", "seeds: expected a number of seeds"),
         ("stop = 3\n", "stop: expected a table"),
         ("[stop]\ngrace = 3\n", "stop.rule: expected a known name"),
         ('[stop]\nrule = "medium"\n', "Did you mean 'median'"),
@@ -297,11 +297,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path, some_ray: str) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
-    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got none"):
+    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got smaller machines"):
         run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True, ray_address=some_ray)
     with pytest.raises(UserError, match=r"--cpus-per-trial: expected a machine with 4000 CPU, got [0-9]"):
         run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
-    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
+    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got smaller machines"):
         run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
 
 
@@ -375,7 +375,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
 @pytest.mark.usefixtures("in_process")
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, "seeds = 1\n")
-    with pytest.raises(UserError, match="a folder to write to"):
+    with pytest.raises(UserError, match="a writable folder"):
         run_sweep(load_sweep(path), path / "out")
 
 

@@ -316,7 +316,8 @@ def test_a_tracker_that_is_not_there_is_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["run", str(tmp_path / "base.toml"), "--out", str(tmp_path / "run"), "--log", "wandb"])
     assert caught.value.code == 2
-    line = "fedpriv: --log wandb: expected the package wandb, got none. Install it with pip install 'fedpriv[wandb]'.\n"
+    remedy = "Install it with pip install 'fedpriv[wandb]'"
+    line = f"fedpriv: --log wandb: expected an installed package wandb, got a missing one. {remedy}.\n"
     assert capsys.readouterr().err == line
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this: it adds the curves, and what selects and sorts. It loads and sends nothing.
+// The page is complete without this script: it adds the curves and the controls. It loads and sends nothing.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
@@ -69,7 +69,7 @@
   const which = byId("which");
   const words = byId("words");
   const hidden = new Set();
-  const HINT = "Point at a curve, or choose the chart and use the arrow keys, to read its values.";
+  const HINT = "Point at a curve, or focus the chart and use the arrow keys, to read its values.";
   let shown = [];
   let place = null; // { curve, point }
 
@@ -244,7 +244,7 @@
     const xs = [...new Set(shown.flatMap((item) => item.points.map((p) => p.x)))].sort((a, b) => a - b);
     const count = Math.min(xs.length, 8);
     const some = Array.from({ length: count }, (_, i) => xs[Math.round((i * (xs.length - 1)) / Math.max(count - 1, 1))]);
-    element("caption", box, `${yAxis.selectedOptions[0].textContent}, the last value up to each ${xAxis.selectedOptions[0].textContent}`);
+    element("caption", box, `${yAxis.selectedOptions[0].textContent}, the latest value at each ${xAxis.selectedOptions[0].textContent}`);
     const head = element("tr", element("thead", box));
     for (const title of ["", "setting", ...some.map((x) => format(xAxis.value, x, some.at(-1)))]) element("th", head, title).scope = "col";
     const body = element("tbody", box);
