@@ -78,7 +78,7 @@ class Clip:
     """clip_C(u) = min(1, C / ||u||_2) u, the projection onto the ball of radius C.
 
     Args:
-        clip_norm: C, from 1e-20 to 1e20, where float32 can hold the product of bound and direction.
+        clip_norm: C, from 1e-20 to 1e20, so that float32 can hold the product of bound and direction.
     """
 
     clip_norm: float
@@ -120,7 +120,7 @@ class SmoothedNormalization:
     Source: arXiv 2502.13482, section 3. It is the gradient of ||u|| - alpha log(1 + ||u|| / alpha).
 
     Args:
-        alpha: Smoothing, from 1e-20 to 1e20, where float32 can hold 1 / alpha.
+        alpha: Smoothing, from 1e-20 to 1e20, so that float32 can hold 1 / alpha.
     """
 
     alpha: float
@@ -156,7 +156,7 @@ class SmoothedNormalization:
 
 
 IN_PLACE = (Clip, SmoothedNormalization)
-"""The maps whose in-place form is known to be equivalent. Subclasses are excluded: they may bound differently."""
+"""The maps with an in-place form known to be equivalent. Subclasses are excluded: they may bound differently."""
 
 
 def _scale_rows(

@@ -1,4 +1,4 @@
-"""The one exception for user mistakes: the key at fault, what was expected, the value found, and the remedy."""
+"""The one exception for user mistakes: the key at fault, the expected value, the value found, and the remedy."""
 
 import difflib
 import importlib.util
@@ -63,7 +63,7 @@ def require_extra(where: str, extra: str, packages: Iterable[str] | None = None)
         packages: The required packages of the extra; None requires all of them.
 
     Raises:
-        UserError: If a package is missing; the message says what to install.
+        UserError: If a package is missing; the message names the extra to install.
     """
     absent = _absent(EXTRAS[extra] if packages is None else packages)
     if absent:

@@ -50,8 +50,8 @@ def about_compiled(there: bool) -> str:
     elif _compiler() is None:
         reason = "no C compiler here; install gcc or clang"
     else:
-        reason = "the C compiler here does not make it"
-    return f"missing ({reason}): torch and numpy do the same, more slowly"
+        reason = "the C compiler here cannot compile it"
+    return f"missing ({reason}): torch and numpy do the same work more slowly"
 
 
 def _compiler() -> str | None:

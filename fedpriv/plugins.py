@@ -101,7 +101,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             return self.known(name, where)
         found = _imported(name, where, name)
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-            remedy = f"Make it a class with @dataclass(frozen=True), whose fields are the keys of the {self.kind}"
+            remedy = f"Make it a class with @dataclass(frozen=True) and a field for each key of the {self.kind}"
             raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
         self._referred[name] = cast(type[T], found)
         return self._referred[name]

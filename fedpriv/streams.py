@@ -48,7 +48,7 @@ class Words(Protocol):
         ...
 
     def more(self, position: int, number: int) -> int:
-        """Return 64 further bits of the real number whose first bits are the word at `position`.
+        """Return 64 further bits of the real number that the word at `position` begins.
 
         The bits are independent of all other words and of every other draw. Request each word once, in order.
 
@@ -72,7 +72,7 @@ class Source(Words, Protocol):
 
 
 class Streams(Protocol):
-    """Provide a random source for each address."""
+    """A random source for each address."""
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Source:
         """Return the source for `purpose` in `round` (from 1; 0 is before the first round) for `client`."""

@@ -48,7 +48,7 @@ class Canaries:
         takes_part: True if a candidate, if it takes part at all, is in a round's cohort, bool `[candidates, rounds]`.
         coins: 0 or 1 (add-or-remove), or -1 or 1 (replace), int8 `[candidates]`; 1 for coordinates and
             steady canaries.
-        absent_send: True if candidates with coin 0 send a zero message (trust local, where it consists of noise).
+        absent_send: True if candidates with coin 0 send a zero message (trust local: the message is pure noise).
     """
 
     seed: int

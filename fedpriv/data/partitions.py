@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Partition(Protocol):
-    """Assigns examples to clients; read from the table `[data]`."""
+    """A rule that assigns examples to clients; read from the table `[data]`."""
 
     def split(
         self, labels: np.ndarray, groups: np.ndarray | None, clients: int | None, rng: np.random.Generator

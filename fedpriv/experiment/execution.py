@@ -222,7 +222,7 @@ _COMPUTES: dict[str, Callable[[Population, int | None, Path | None], Engine]] = 
 
 @dataclass(frozen=True)
 class _Local:
-    """Builds the engine inside a Ray worker."""
+    """A picklable function that builds the engine inside a Ray worker."""
 
     compute: str
     memory: int | None

@@ -15,7 +15,7 @@ _CAUSE = "Lower local.client_lr or method.server_lr, or look at the clients' inp
 
 
 class Complaints:
-    """Report rounds with non-finite updates as they happen; call it with every row of diagnostics.
+    """A callable that reports rounds with non-finite updates as they happen; call it with every row of diagnostics.
 
     It reports the first round with such an update, and the first in which no update is finite.
     """

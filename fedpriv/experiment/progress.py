@@ -14,7 +14,7 @@ __all__ = ["RoundProgress"]
 
 
 class RoundProgress:
-    """Show the rounds of a run on stderr as they are recorded; call it with the two rows of every round.
+    """A progress bar on stderr; call it with the two rows of every recorded round.
 
     Args:
         rounds: Total number of rounds.

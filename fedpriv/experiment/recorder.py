@@ -42,7 +42,7 @@ OLDER = "model-after-"
 
 @dataclass
 class Journal:
-    """Writes a run's records.
+    """The writer of a run's records.
 
     Args:
         experiment: The experiment.

@@ -10,4 +10,4 @@ Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 class StopRun(Exception):  # noqa: N818
-    """Raised by a watcher to save and end the run after this round; resuming gives bit-identical results."""
+    """Raise this in a watcher to save and end the run after this round. Resuming gives bit-identical results."""

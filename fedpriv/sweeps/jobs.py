@@ -10,7 +10,7 @@ __all__ = ["Began", "Ended", "Job", "JobDied", "call"]
 
 
 class JobDied(Exception):  # noqa: N818
-    """Raised if a job's process ends before the job does, for example because memory runs out."""
+    """The error of a job with a process that ended before the job did, for example because memory ran out."""
 
 
 class Job(NamedTuple):

@@ -17,7 +17,7 @@ _SHOWN = 12
 
 
 class SweepTable:
-    """Show a sweep on stderr; call it with the sweep's state."""
+    """A table of a sweep on stderr; call it with the sweep's state."""
 
     def __init__(self) -> None:
         self._live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)

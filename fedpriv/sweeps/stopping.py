@@ -31,7 +31,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Median:
-    """Stops a trial if its best score so far is below the median of the finished trials' averages up to that round.
+    """A rule that stops a trial if its best score is below the median of the finished trials' averages up to that round.
 
     Source: Golovin et al., Google Vizier, KDD 2017, section 3.2.2, the median stopping rule.
 
@@ -70,7 +70,7 @@ class Median:
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """Stops a trial unless it is among the best of all trials that have reached the same rung.
+    """A rule that stops a trial unless it is among the best of all trials that have reached the same rung.
 
     Rungs are the rounds grace, grace x factor, grace x factor^2, ... At each rung, the best 1/factor of the trials that
     have reached it continue, this one included and at least one. Source: Li et al., A System for Massively Parallel
@@ -137,7 +137,7 @@ def group_of(config: Config) -> str:
 
 @dataclass
 class Stopping:
-    """Watches a trial and stops it if the rule says so: writes `stopped.json`, then has the run saved.
+    """A watcher that stops a trial if the rule says so: it writes `stopped.json`, then has the run saved.
 
     Args:
         rule: The stopping rule.

@@ -150,7 +150,7 @@ def watched_by(*watchers: Watcher) -> Watcher:
 
 
 class RunLog:
-    """Sends each recorded round and, on exit, missing rows, the summary and the privacy statement."""
+    """A watcher that sends each recorded round and, on exit, missing rows, the summary and the privacy statement."""
 
     def __init__(self, senders: Sequence["_Sender"], out: Path) -> None:
         self._senders, self._directory = senders, RunDirectory(out)
@@ -186,7 +186,7 @@ class RunLog:
 
 
 class _Sender:
-    """Sends rows to one tracker. Errors do not end the run: they are reported, and the rows are sent at the end."""
+    """A sender of rows to one tracker. Errors do not end the run: they are reported, and rows are sent at the end."""
 
     def __init__(self, name: str, run: Tracked) -> None:
         self._name, self._run = name, run

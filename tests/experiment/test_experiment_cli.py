@@ -95,7 +95,7 @@ def test_the_list_names_everything_a_config_can(capsys):
     [
         ({"FEDPRIV_NATIVE": "0"}, "missing (FEDPRIV_NATIVE is 0)"),
         ({"FEDPRIV_NATIVE": "1", "CC": "", "PATH": ""}, "missing (no C compiler here; install gcc or clang)"),
-        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here does not make it)"),
+        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here cannot compile it)"),
     ],
 )
 def test_the_list_says_what_is_not_compiled_and_why(
