@@ -25,7 +25,7 @@ from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
-__all__ = ["OLDER", "Journal"]
+__all__ = ["OLDER", "Recorder"]
 
 _log = logging.getLogger("fedpriv")
 
@@ -41,7 +41,7 @@ OLDER = "model-after-"
 
 
 @dataclass
-class Journal:
+class Recorder:
     """The writer of a run's records.
 
     Args:

@@ -11,7 +11,7 @@ from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import ENGINE_FILE, Execution, read_record, start_engine
-from fedpriv.experiment.recorder import OLDER, Journal
+from fedpriv.experiment.recorder import OLDER, Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
 from fedpriv.experiment.watching import Watcher
@@ -63,17 +63,17 @@ def run_experiment(
         runner, ran = start_engine(experiment, execution)
         with closing(runner):
             record = {**ran.as_dict(), "device": device, **options}
-            journal = Journal(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
-            return _run(experiment, runner, journal, directory)
+            recorder = Recorder(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
+            return _run(experiment, runner, recorder, directory)
 
 
-def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
-    start, state, versions = _take_up(experiment, engine, directory, journal.promise)
-    directory.write_json(ENGINE_FILE, journal.ran)
-    journal.begin()
-    journal.replayed(start)
+def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: RunDirectory) -> dict[str, Any]:
+    start, state, versions = _take_up(experiment, engine, directory, recorder.promise)
+    directory.write_json(ENGINE_FILE, recorder.ran)
+    recorder.begin()
+    recorder.replayed(start)
     if start == 0 and not directory.rows("rounds.jsonl"):
-        journal.initial(state.model)
+        recorder.initial(state.model)
     for number in range(start + 1, experiment.config.training.rounds + 1):
         if versions is None:
             total = engine.sum_messages(begin_round(experiment.server, state, number))
@@ -83,8 +83,8 @@ def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: Ru
         if versions is not None:
             versions.moved(number, state.model)
         older = {} if versions is None else versions.older_than(number)
-        journal.after_round(number, state, total, engine.save, older=older)
-    return journal.finish(state)
+        recorder.after_round(number, state, total, engine.save, older=older)
+    return recorder.finish(state)
 
 
 def _take_up(

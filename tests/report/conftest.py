@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
 
-from fedpriv.experiment import recorder as journal
+from fedpriv.experiment import recorder
 from fedpriv.report.write import write_report
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of single runs take longer than the runs."""
-    monkeypatch.setattr(journal, "plot_curves", lambda *_, **__: None)
+    monkeypatch.setattr(recorder, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     private: dict[str, Any] = {"privacy": {**CENTRAL, "epsilon": 8.0}}
     promises: list[dict[str, Any]] = [{}, private, {"privacy": {**CENTRAL, "epsilon": 2.0}}]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "plot_curves", lambda *_, **__: None)
+        patch.setattr(recorder, "plot_curves", lambda *_, **__: None)
         for method in methods:
             for promise in promises:
                 for seed in (1, 2):
