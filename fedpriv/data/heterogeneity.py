@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["evenly_chosen", "figures_of", "gini", "gradient_figures", "size_figures"]
+__all__ = ["evenly_chosen", "gini", "gradient_metrics", "metrics_of", "size_metrics"]
 
 
 def evenly_chosen(population: int, maximum: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def gini(sizes: np.ndarray) -> float:
     return float(2.0 * (ranks * held).sum() / (len(held) * held.sum()) - (len(held) + 1) / len(held))
 
 
-def size_figures(sizes: np.ndarray) -> dict[str, float]:
+def size_metrics(sizes: np.ndarray) -> dict[str, float]:
     """Return the minimum, median and maximum size, the coefficient of variation and the Gini coefficient.
 
     Args:
@@ -41,7 +41,7 @@ def size_figures(sizes: np.ndarray) -> dict[str, float]:
     }
 
 
-def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
+def gradient_metrics(gradients: Iterable[Tensor]) -> dict[str, float]:
     """Return how far clients' gradients g_i are from their mean g, with equal weights.
 
     `gradient_norm` is ||g||. `gradient_spread` is zeta = sqrt(mean_i ||g_i - g||^2), as in Koloskova et al., A Unified
@@ -64,6 +64,6 @@ def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
     return {"gradient_norm": norm, "gradient_spread": spread, "gradient_dissimilarity": ratio}
 
 
-def figures_of(measured: dict[str, Any]) -> dict[str, Any]:
+def metrics_of(measured: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers in the contents of `heterogeneity.json`."""
     return {key: value for key, value in measured.items() if not isinstance(value, str)}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fedpriv.data.federation import Federation
-from fedpriv.data.heterogeneity import evenly_chosen, gradient_figures, size_figures
+from fedpriv.data.heterogeneity import evenly_chosen, gradient_metrics, size_metrics
 from fedpriv.data.partitions import mean_total_variation
 from fedpriv.engines import Population, one_thread
 from fedpriv.experiment.config import Config
@@ -37,7 +37,7 @@ def measure_heterogeneity(config: Config, population: Population, *, bounded: bo
         bounded: Limit the cost of gradients as above.
 
     Returns:
-        A dict for JSON: `label_tv` (see `mean_total_variation`), the values of `size_figures` and `gradient_figures`,
+        A dict for JSON: `label_tv` (see `mean_total_variation`), the values of `size_metrics` and `gradient_metrics`,
         and the numbers of clients they cover. `gradients_skipped` gives the reason if there are no gradients.
     """
     federation = population.federation
@@ -46,7 +46,7 @@ def measure_heterogeneity(config: Config, population: Population, *, bounded: bo
     return {
         "note": _NOTE,
         "population": federation.population,
-        **size_figures(federation.sizes),
+        **size_metrics(federation.sizes),
         "label_tv": mean_total_variation(federation.label_counts() if everyone else _counts(population, counted)),
         "label_clients": len(counted),
         **_gradients(config, population, bounded=bounded),
@@ -75,7 +75,7 @@ def _gradients(config: Config, population: Population, *, bounded: bool) -> dict
     rows = (torch.from_numpy(federation.rows_of(client)) for client in clients.tolist())
     held = ((data.train_inputs[at].to(task.device), data.train_labels[at].to(task.device)) for at in rows)
     with one_thread():
-        metrics = gradient_figures(task.gradient(model, inputs, labels) for inputs, labels in held)
+        metrics = gradient_metrics(task.gradient(model, inputs, labels) for inputs, labels in held)
     return {"gradient_clients": len(clients), **metrics}
 
 

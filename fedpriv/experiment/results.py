@@ -9,7 +9,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedpriv.data.heterogeneity import figures_of
+from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
@@ -113,7 +113,7 @@ def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     table = released.merge(diagnostics, on="round", how="left")
     config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
     summary = directory.read_json("summary.json") or {}
-    measured = figures_of(directory.read_json(HETEROGENEITY_FILE) or {})
+    measured = metrics_of(directory.read_json(HETEROGENEITY_FILE) or {})
     clients_differ = {f"heterogeneity.{key}": value for key, value in measured.items()}
     constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config, **clients_differ}
     return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)

@@ -31,7 +31,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Median:
-    """A rule that stops a trial if its best score is below the median of the finished trials' averages up to that round.
+    """A rule that stops a trial if its best score is below the median of the finished trials' averages up to then.
 
     Source: Golovin et al., Google Vizier, KDD 2017, section 3.2.2, the median stopping rule.
 
