@@ -1,4 +1,4 @@
-"""Checks of single values: what is a number, and the one line that refuses another."""
+"""Checks of single values: valid numbers pass, and each error is one line."""
 
 import math
 from collections.abc import Callable

@@ -86,7 +86,7 @@ def write_cifar(root: Path, protocol: int = 4, as_bytes: bool = False) -> Path:
 
 
 def python2_batch(data: np.ndarray, labels: list[int]) -> bytes:
-    """The pickle that numpy wrote under Python 2, as in the original files: byte strings and old module names."""
+    """Return a pickle as numpy wrote it under Python 2, like the original files: byte strings, old module names."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -133,7 +133,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     assert every_fifth_of_each_label(np.array(labels, dtype=np.int64)).tolist() == expected
 
 
-# MNIST and its like
+# MNIST and similar data sets
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -424,7 +424,7 @@ def test_libsvm_settings_without_meaning_are_refused(fields):
         Libsvm(**fields)
 
 
-# What holds for all
+# All data sets
 
 
 def dataset(**changes: Any) -> Dataset:

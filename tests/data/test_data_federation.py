@@ -109,7 +109,7 @@ def test_every_federation_can_be_drawn(tmp_path, classes, clients):
 
 
 def test_resampled_clients_hold_what_their_number_says(digits):
-    """Any number of clients on few examples; the same rows each time they are asked for, and as a list."""
+    """Any number of clients on few examples; the same rows on every access, and as a list."""
     rule = Resampled(examples=15)
     many = spread(digits, rule, 1_000_000, rng())
     assert (many.population, many.sizes.shape, many.sizes.strides) == (1_000_000, (1_000_000,), (0,))

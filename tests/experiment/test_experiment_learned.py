@@ -1,4 +1,4 @@
-"""A run whose updates were not finite says so as it happens, records it, and ends as an error if it learned nothing."""
+"""A run with non-finite updates reports them as they happen, records them, and fails if it learned nothing."""
 
 import json
 
@@ -41,7 +41,7 @@ def rows(*counts):
 
 
 def recorded(folder):
-    """The warnings among a run's diagnostics: in a file of their own, or in the summary."""
+    """Return the warnings in a run's diagnostics: in a separate file, or in the summary."""
     own = folder / "diagnostics.json"
     return json.loads(own.read_text())["warnings"] if own.exists() else summary_of(folder)["diagnostics"]["warnings"]
 
@@ -68,7 +68,7 @@ def test_a_run_that_learned_nothing_exits_with_an_error_and_loses_nothing(config
     assert "warning     round 1: 4 of 4 updates were not finite and counted as zero" in said.err
     assert said.err.count("warning     round") == 1
     assert said.err.splitlines()[-1].startswith(
-        "fedpriv: the run: expected updates of finite numbers, got none. All 12"
+        "fedpriv: the run: expected updates of finite numbers, got none. None of 12"
     )
     assert "accuracy" in said.out
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -95,7 +95,7 @@ def test_a_sweep_names_the_trials_that_learned_nothing(tmp_path):
         for row in rows((4, bad), (4, bad)):
             RunDirectory(tmp_path / name).append("diagnostics.jsonl", row)
     (line,) = trial_warnings(tmp_path, ["one", "", "two", "not begun"])
-    assert line.startswith("warning     two: All 8 updates were not finite")
+    assert line.startswith("warning     two: None of 8 updates was finite")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fedpriv new`: a first experiment that runs as it is, from the shipped ones."""
+"""`fedpriv new`: a first experiment from the shipped ones, ready to run."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a study says: means over seeds choose, promises are not mixed, shares and fronts are what they are called."""
+"""Analysis of a study: means over seeds select, guarantees are not mixed, shares and fronts are correct."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ EPSILON = next(quantity for quantity in QUANTITIES if quantity.name == "epsilon"
 
 
 def study_of(*runs: dict[str, Any]) -> Study:
-    """A study of finished runs, each given by what is not the same in all."""
+    """Return a study of finished runs, each given by the values that vary."""
     rows = []
     for number, given_ in enumerate(runs):
         run = {"method.name": "m", "method.lr": 1.0, "seed": 0, "accuracy": 0.5, "epsilon": float("nan"), **given_}

@@ -1,4 +1,4 @@
-"""The report's page: made of the runs and of nothing else, the same each time, safe whatever runs are called."""
+"""The report's page: built only from the runs, reproducible, and safe for any run names."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("report")
 
 
 class Elements(HTMLParser):
-    """Counts a page's elements, and keeps the texts of its scripts and what its attributes name."""
+    """Counts a page's elements, and collects its scripts and the targets of its attributes."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path)
     assert alone == run / "report"
     assert {file.stem for file in (alone / "figures").iterdir()} == {"best", "curves"}
     assert "nothing was selected here" in (alone / "report.html").read_text(encoding="utf-8")
-    # The report lies in the run directory, and the next one does not take it for a run.
+    # The report is inside the run directory, and the next report does not mistake it for a run.
     before = (alone / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before
 
@@ -157,7 +157,7 @@ def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Pa
 
 
 def large_study(trials: int, rounds: int) -> Study:
-    """A study like that of a sweep over three hyperparameters, five seeds and two promises."""
+    """Return a study like that of a sweep over three hyperparameters, five seeds and two guarantees."""
     rng = np.random.default_rng(0)
     number = np.arange(trials)
     setting = number // 5
@@ -196,7 +196,7 @@ def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_ou
     assert {(curve["values"]["round"][0], curve["values"]["round"][-1]) for curve in data["curves"]} == {(1, 90)}
     assert f"Of 400 settings the page holds the curves of {MAX_CURVES}" in text
     assert f"Of up to 90 recorded rounds a curve shows {MAX_POINTS}" in text
-    # The best of each is among them, and its kept points are the means over seeds.
+    # The best of each is among them, and its points are the means over seeds.
     best = pd.read_csv(tmp_path / "tables" / "best.csv")["setting"]
     kept = {curve["setting"]: curve for curve in data["curves"] if curve["best"]}
     assert sorted(kept) == sorted(best)

@@ -1,4 +1,4 @@
-"""What runs on the same clients spend together: who is added up with whom, how, and for which rounds."""
+"""The total privacy cost of runs on the same clients: grouping, composition, and the charged rounds."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def config(*settings: str) -> Config:
 
 
 def record(folder: Path, *settings: str, released: int | None = None, population: int = 12) -> RunDirectory:
-    """The files of a run, finished or killed after `released` rounds, without running it."""
+    """Write the files of a run, finished or killed after `released` rounds, without running it."""
     experiment, directory = config(*settings), RunDirectory(folder)
     folder.mkdir(parents=True)
     directory.claim(experiment.to_toml(), experiment.digest, resume=False)
@@ -238,7 +238,7 @@ def tuned(
     failed: bool = False,
     distribution: Any = "geometric",
 ) -> dict[str, Any]:
-    """The folder of a tuning that has come to its end, and what it states."""
+    """Write the folder of a finished tuning; return it with the stated values."""
     tuning = Tuning(distribution=distribution, expected_trials=4.0, score_noise_multiplier=score)
     names = [f"trial-{draw}" for draw in draws]
     released = 2 if failed else None

@@ -1,4 +1,4 @@
-"""Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
+"""Sweeps: the trials, each run exactly once, and failures, kills and resumption that change nothing."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ __all__ = ["in_process"]
 
 @pytest.fixture(scope="module")
 def some_ray() -> Iterator[str]:
-    """The address of one Ray for all that need it; a sweep uses it as it is."""
+    """Return the address of one Ray for all tests that need it; a sweep uses it unchanged."""
     connection = connect(None, 2**27)
     yield ray.get_runtime_context().gcs_address
     connection.close()
@@ -119,7 +119,7 @@ def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
 
 
 def test_set_changes_all_trials(tmp_path: Path) -> None:
-    """Also where TOML reads a table: what it does not name stays as it is."""
+    """Also if TOML reads a table: keys that it does not name stay as they are."""
     text = '[set]\n"training.rounds" = 9\ntraining.evaluate_every = 3\nmethod.server_lr = 0.25\n'
     text += '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
     trials = load_sweep(sweep_file(tmp_path, text)).trials()
@@ -190,7 +190,7 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 
 
 def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, some_ray: str) -> None:
-    """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
+    """Twelve combinations: four experiments; the rest are duplicates or have too many clients."""
     states: list[tuple[int, int]] = []
     plan = load_sweep(sweep_file(tmp_path, GRID))
     needs = {"jobs": 2, "cpus_per_trial": 0.5, "ray_address": some_ray}
@@ -235,7 +235,7 @@ values = [1, 2, 3, 4, 5, 6]
 
 
 def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
-    """First as by Ctrl-C, in one line; then by a signal that nothing can be done about, to the driver alone."""
+    """First by Ctrl-C, with one line; then by an uncatchable signal, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
     whole = run_sweep(load_sweep(path), tmp_path / "whole", jobs=2)
     out = tmp_path / "out"

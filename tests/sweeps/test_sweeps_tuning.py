@@ -1,4 +1,4 @@
-"""Tuning sweeps: what is drawn, kept secret, selected and charged."""
+"""Tuning sweeps: draws, secrecy, selection and privacy cost."""
 
 import hashlib
 import json
@@ -414,7 +414,7 @@ def test_no_trial_at_all_is_an_outcome_of_poisson(tmp_path: Path, monkeypatch: p
         patched.setattr(PoissonTrials, "quantile", lambda *_: 0)
         with pytest.raises(UserError, match="0 was drawn"):
             run_sweep(sweep, tmp_path / "out")
-    with pytest.raises(UserError, match="0 was drawn"):  # It stays so.
+    with pytest.raises(UserError, match="0 was drawn"):  # The draw is kept.
         run_sweep(sweep, tmp_path / "out", resume=True)
 
 
