@@ -36,7 +36,7 @@ def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctyp
 
 
 def about_compiled(there: bool) -> str:
-    """Return a phrase that says if compiled C code is in use and, if not, why.
+    """Return "compiled" if compiled C code is in use, otherwise the reason why not.
 
     Args:
         there: True if `native_library` returned a library that is in use.

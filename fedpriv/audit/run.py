@@ -139,7 +139,7 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         )
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
-        raise UserError("[devices]", "no such table in an audit", "a virtual clock", remedy)
+        raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)
 
 
 def _promise_of(experiment: Experiment) -> PrivacyPlan:

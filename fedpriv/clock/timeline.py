@@ -71,10 +71,10 @@ class Timeline:
     """All steps of a run.
 
     Args:
-        scheme: Which rule made it, in one word.
         scheme: The rule that produced the timeline, in one word.
         population: Number of clients.
         expected_size: The divisor of a step's weighted sum.
+        steps: The steps in order, numbered from 1.
 
     Raises:
         ValueError: If a client counts twice in one step. Its weights would add up before they are squared, and it would

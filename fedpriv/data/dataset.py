@@ -120,7 +120,7 @@ class Dataset:
 class DatasetSource(Protocol):
     """Settings that locate a data set; read from the table `[data]`.
 
-    `natural` says if it has natural clients, and `test` names the default test examples of experiments: see
+    `natural` is True if it has natural clients. `test` names the default test examples of experiments: see
     `validation.evaluated_on`.
     """
 

@@ -397,7 +397,7 @@ def _idx_examples(image_file: Path, label_file: Path) -> tuple[np.ndarray, np.nd
         raise UserError(
             str(label_file),
             expected,
-            f"labels of shape {labels.shape}, {labels.min()} to {labels.max()}",
+            f"other labels, of shape {labels.shape}",
             "Replace both files",
         )
     return images[:, None], labels.astype(np.int64)

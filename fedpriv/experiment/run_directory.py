@@ -126,8 +126,8 @@ class Checkpoint:
         """Return round, server tensors and client tensors; None if there is no checkpoint yet.
 
         Raises:
-            UserError: If the file is damaged, belongs to another experiment, or was written under another promise. In
-                the last case, other data or another version's noise would be mixed into the run.
+            UserError: If the file is damaged, belongs to another experiment, or was written under other privacy terms.
+                Otherwise other data, or another version's noise, would be mixed into the run.
         """
         if not self.path.exists():
             return None
@@ -146,7 +146,7 @@ class Checkpoint:
             ours, theirs = (text.partition(", ") for text in (promise, str(metadata.get("promise"))))
             # The first part is a checksum of the data, which must never reach the screen or a log.
             expected, got = (f"({ours[2]})", f"({theirs[2]})") if ours[0] == theirs[0] else ("", "other data")
-            raise UserError(str(self.path), f"the same promise and data {expected}", got, remedy)
+            raise UserError(str(self.path), f"the same privacy terms and data {expected}", got, remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
 
