@@ -37,7 +37,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)
-    for axes, (key, label, colour) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    for axes, (key, label, color) in zip(figure.subplots(1, 3), PANELS, strict=True):
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
@@ -48,7 +48,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             axes.set(xticks=[], yticks=[])
             continue
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3)
         if key == "test_accuracy":
             axes.set(ylim=(0, 1), title=f"{label}: {points[-1][1]:.3f} at the end")
         if any(key in row.get("not_covered", ()) for row in rows):

@@ -24,7 +24,7 @@ from fedpriv.report.analysis import HeatMap, Quantity
 __all__ = ["Look", "draw_against", "draw_best", "draw_curves", "draw_heat_map", "looks", "save_figure"]
 
 # The palette, with the colors most visible on white first.
-COLOURS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
+COLORS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "12 4", "4 1 1 1 1 1")
 MARKERS = "osD^vP"
 _INK, _LINE, _HEAT = "#1a1b1c", "#d0d1d2", "BuGn"
@@ -53,7 +53,7 @@ _STYLE: Any = {
 class Look:
     """The look of a series in every figure and on the page: indices of its color, and of its dashes and marker."""
 
-    colour: int
+    color: int
     dash: int
 
     @property
@@ -61,7 +61,7 @@ class Look:
         """The look as Matplotlib options."""
         pattern = tuple(float(part) for part in DASHES[self.dash].split())
         style = (0, pattern) if pattern else "-"
-        return {"color": COLOURS[self.colour], "linestyle": style, "marker": MARKERS[self.dash]}
+        return {"color": COLORS[self.color], "linestyle": style, "marker": MARKERS[self.dash]}
 
 
 def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
@@ -76,8 +76,8 @@ def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
     for name in series:
         number = seen.setdefault(series[name], 0)
         seen[series[name]] += 1
-        colour, dash = (methods.index(series[name]), number) if len(methods) > 1 else (number, number // len(COLOURS))
-        made[name] = Look(colour % len(COLOURS), dash % len(DASHES))
+        color, dash = (methods.index(series[name]), number) if len(methods) > 1 else (number, number // len(COLORS))
+        made[name] = Look(color % len(COLORS), dash % len(DASHES))
     return made
 
 
@@ -91,9 +91,9 @@ def draw_best(
         figure, axes = _figure(0.9 + 0.17 * (lines.sum() + 0.5 * len(lines)))
         heights = (-np.cumsum(lines + 0.5) + lines / 2).astype(float)
         for height, row in zip(heights, best.to_dict("records"), strict=True):
-            colour = COLOURS[look[row["series"]].colour]
-            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=colour, lw=1.5)
-            axes.plot(row["test_accuracy_mean"], height, "o", color=colour, ms=5)
+            color = COLORS[look[row["series"]].color]
+            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=color, lw=1.5)
+            axes.plot(row["test_accuracy_mean"], height, "o", color=color, ms=5)
         axes.set_yticks(heights, wrapped)
         axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
         axes.xaxis.set_major_formatter(_in_percent)
@@ -158,8 +158,8 @@ def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accurac
         middle = (np.nanmin(map_.accuracy) + np.nanmax(map_.accuracy)) / 2
         for (row, column), value in np.ndenumerate(map_.accuracy):
             if value == value:
-                colour = "#ffffff" if value > middle else "#000000"
-                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=colour)
+                color = "#ffffff" if value > middle else "#000000"
+                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=color)
         figure.colorbar(image, ax=axes, label=f"{label}, %")
     return figure
 
@@ -192,10 +192,10 @@ def _for_page(svg: str, name: str) -> str:
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     head = f'<svg {names} {box[0]} aria-hidden="true">'
     inner = re.sub(r"^<svg[^>]*>", head, inner)
-    colours = {_INK: "var(--ink)", _LINE: "var(--line)"}
-    colours |= {colour.lower(): f"var(--c{number})" for number, colour in enumerate(COLOURS)}
-    for colour, variable in colours.items():
-        inner = inner.replace(colour, variable)
+    colors = {_INK: "var(--ink)", _LINE: "var(--line)"}
+    colors |= {color.lower(): f"var(--c{number})" for number, color in enumerate(COLORS)}
+    for color, variable in colors.items():
+        inner = inner.replace(color, variable)
     return inner
 
 

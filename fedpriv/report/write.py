@@ -281,7 +281,7 @@ class _Report:
                         "mean": place["mean"],
                         "words": f"test accuracy {told[-2]} %, {told[-1]} %",
                     },
-                    "colour": self.look[row["series"]].colour,
+                    "color": self.look[row["series"]].color,
                 }
             )
         columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
@@ -314,11 +314,11 @@ class _Report:
             hidden = unreleased(self.settings[self.settings["setting"].isin(list(table["setting"]))], quantity.column)
             same = held(self.settings, table, quantity)
             caption = words.caption(quantity, table, same, released=not hidden)
-            labelled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
-            figure = report_figures.draw_against(table, labelled, look, self.labels["test_accuracy"])
+            labeled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
+            figure = report_figures.draw_against(table, labeled, look, self.labels["test_accuracy"])
             svg = report_figures.save_figure(figure, self.figures, quantity.name)
             self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
-            shown = self._shown_against(table, labelled)
+            shown = self._shown_against(table, labeled)
             title = _TITLES[quantity.name]
             made.append({"name": quantity.name, "title": title, "svg": svg, "caption": caption, "table": shown})
         return made
@@ -375,7 +375,7 @@ class _Report:
             )
         best_names = dict(zip(self.best["series"], self.best["hyperparameters"], strict=True))
         series = [
-            {"name": n, "colour": self.look[n].colour, "dash": self.look[n].dash, "best": best_names.get(n, "")}
+            {"name": n, "color": self.look[n].color, "dash": self.look[n].dash, "best": best_names.get(n, "")}
             for n in names
         ]
         text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS)
@@ -517,7 +517,7 @@ class _Report:
 
 
 def _contents(figures: bool, failed: bool) -> list[tuple[str, str]]:
-    all_ = [("what", "Runs"), ("best", "Best of each method"), ("figures", "Accuracy and its factors")]
+    all_ = [("what", "Runs"), ("best", "Best of each method"), ("figures", "Accuracy by factor")]
     all_ += [("curves", "Curves"), ("robustness", "Hyperparameters"), ("privacy", "Privacy guarantees")]
     all_ += [("settings", "All settings"), ("failed", "Failed trials")]
     return [(key, title) for key, title in all_ if (key != "figures" or figures) and (key != "failed" or failed)]

@@ -141,7 +141,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     ("source", "folder", "mean", "std"),
     [(Mnist(), "MNIST", 0.1307, 0.3081), (FashionMnist(), "FashionMNIST", 0.2860, 0.3530)],
 )
-def test_idx_images_are_standardised_by_published_constants(tmp_path, source, folder, mean, std, packed):
+def test_idx_images_are_normalized_by_published_constants(tmp_path, source, folder, mean, std, packed):
     write_mnist(tmp_path, folder, packed)
     data = source.load(tmp_path)
     expected = (torch.from_numpy(images(12)).double() / 255 - mean) / std
