@@ -1,8 +1,8 @@
-"""Names that an experiment uses, and the classes that they stand for.
+"""Resolve the names in a config to classes.
 
-Every name in a config, an order to a device or a job of a sweep is resolved by a `Registry`: built-in names, names that
-installed packages add (entry points such as the group `fedpriv.methods`), `"package.module:Class"`, and
-`"folder/file.py:Class"`. A class is imported when it is first asked for.
+A `Registry` resolves every name in a config, an instruction to a device or a job of a sweep. A name is built in, comes
+from an installed package (entry points such as the group `fedpriv.methods`), or is a reference:
+`"package.module:Class"` or `"folder/file.py:Class"`. A class is imported on first use.
 """
 
 import copy
@@ -45,15 +45,15 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """The classes of one kind by name; a mapping of the built-in names and those that packages or programs add.
+    """The classes of one kind by name: a mapping of built-in names and those that packages or programs add.
 
     Args:
-        kind: What errors call one of them, such as `method`.
-        builtin: Classes by name, or where they are: `"package.module:Class"`.
-        group: The group of entry points of packages that add some; None if all there are are built in.
-        wrap: Where the class is that makes others fit: `"package.module:Class"`, a dataclass with a method
-            `of(found, where, name)`. It returns a dataclass of this kind for an imported function or class that is
-            none, or raises UserError. None to refuse those.
+        kind: The noun for one of them in error messages, such as `method`.
+        builtin: Classes by name, or their locations: `"package.module:Class"`.
+        group: The entry point group in which packages add classes; None if all are built in.
+        wrap: Location of an adapter, `"package.module:Class"`, whose method `of(found, where, name)` returns a
+            dataclass of this kind for an imported function or a class that is not a dataclass, or raises UserError.
+            None to refuse these.
     """
 
     def __init__(
@@ -89,37 +89,37 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return sum(1 for _ in self)
 
     def add(self, name: str, kind: type[T]) -> None:
-        """Adds a class for this process, or replaces one."""
+        """Register a class in this process, replacing any class of that name."""
         self._known[name] = kind
 
     def remove(self, name: str) -> None:
-        """Takes away a name that `add` has added."""
+        """Remove a name that `add` registered."""
         del self._known[name]
 
     def known(self, name: object, where: str) -> type[T]:
-        """The class that a name stands for, if this process has it already: nothing is imported for a stranger.
+        """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, one of an entry point, or a reference that `resolve` was asked for before.
-            where: The key that holds it, for the error.
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If it is another.
+            UserError: If the name is unknown.
         """
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]
 
     def resolve(self, name: object, where: str) -> type[T]:
-        """The class that a name or a reference stands for.
+        """Return the class for a name or a reference.
 
         Args:
             name: A known name, `"package.module:Class"` or `"folder/file.py:Class"`. A reference runs the code of that
-                module: take none from others.
-            where: The key that holds it, for the error.
+                module: use only references you trust.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If there is no such class, or under `only_known` if this process does not have it already.
+            UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
         if self._group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
             return self.known(name, where)
@@ -127,7 +127,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return self._referred[name]
 
     def name_of(self, instance: object) -> str:
-        """The name of the class of an instance; its reference if it has been resolved by one."""
+        """Return the name of an instance's class, or the reference that resolved it."""
         kind = type(instance)
         for name, known in self._known.items():
             if known is kind or known == f"{kind.__module__}:{kind.__qualname__}":
@@ -135,7 +135,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for name in (*self._referred, *self):
             if self[name] is kind:
                 return name
-        raise KeyError(f"{kind.__qualname__} is no {self.kind} with a name")
+        raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
 
     def _fitting(self, found: Any, where: str, name: str) -> type[T]:
         """Return an imported class as a dataclass of this kind."""
@@ -143,7 +143,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             return cast(type[T], found)
         if self._wrap is not None:
             return cast(type[T], _imported(self._wrap, where, self._wrap).of(found, where, name))
-        remedy = f"Make it a class with @dataclass(frozen=True), whose fields are the keys of the {self.kind}"
+        remedy = f"Make it a class with @dataclass(frozen=True) and a field for each key of the {self.kind}"
         raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
 
     @property
@@ -162,7 +162,7 @@ def settings_of(
         called: The function or class. Its parameters need types or defaults.
         where: The key that names it, for errors.
         given: Parameters that the program passes itself, if there are such.
-        reserved: Keys of the table that mean something else.
+        reserved: Keys of the table that have another meaning.
 
     Raises:
         UserError: If a parameter has a reserved name, no type, or a type that a TOML value cannot have.
@@ -231,8 +231,8 @@ def line_of(error: BaseException, source: Any) -> str:
     """Return an exception in one line, with the file and line of the user's code where it arose.
 
     Args:
-        error: It.
-        source: The function or class that was called.
+        error: The exception.
+        source: The user's function or class that was called.
     """
     reason = (str(error).splitlines() or [""])[0][:300]
     text = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
@@ -246,11 +246,11 @@ def source_of(kind: type) -> dict[str, str] | None:
     """Return where a class comes from: its `module`, the package's `version` and the `sha256` of the module's file.
 
     Args:
-        kind: A class of a registry. One that `settings_of` has made comes from where its function does.
+        kind: A class of a registry; for one made by `settings_of`, its function's module counts.
 
     Returns:
-        None for classes of fedpriv. A module that no file holds has no `sha256`, a file outside of packages no
-        `version`. What the module imports is not looked at.
+        None for classes of fedpriv. `sha256` is absent if the module has no file, and `version` if the file belongs
+        to no package. Modules that it imports are not covered.
     """
     name = getattr(kind, "called", kind).__module__
     if name.partition(".")[0] == __package__:
@@ -270,7 +270,7 @@ def _version(package: str) -> str | None:
 
 @contextmanager
 def only_known() -> Iterator[None]:
-    """Makes every `resolve` a `known` meanwhile, so that nothing is imported that a stranger names."""
+    """Turn every `resolve` into `known` within the context, so that untrusted names import nothing."""
     token = _ONLY_KNOWN.set(True)
     try:
         yield
@@ -279,16 +279,16 @@ def only_known() -> Iterator[None]:
 
 
 def is_reference(name: object) -> TypeGuard[str]:
-    """Whether a name says where its class is: `"package.module:Class"` or `"folder/file.py:Class"`."""
+    """Return True for a reference: `"package.module:Class"` or `"folder/file.py:Class"`."""
     return isinstance(name, str) and ":" in name
 
 
 def whole_reference(name: Any, folder: Path) -> Any:
-    """A `"file.py:Class"` with the file's absolute path; anything else as it is.
+    """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
-        name: A name, a reference, or what a file has in place of one.
-        folder: Where a relative path begins.
+        name: A name, a reference, or any other value that a file has in its place.
+        folder: The folder that relative paths start from.
     """
     if not is_reference(name):
         return name
@@ -326,7 +326,7 @@ def _imported(reference: str, where: str, shown: str) -> Any:
 
 
 def _module_of_file(path: Path) -> Any:
-    """The module that a file holds, loaded once a process under a name of its own."""
+    """Load a file as a module, once per process, under a unique name."""
     path = path.resolve(strict=True)
     name = f"{_OF_FILE}{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:

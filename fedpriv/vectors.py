@@ -1,7 +1,7 @@
-"""Flat parameter vectors, and the layout that ties them to the tensors of a module.
+"""Flat parameter vectors, and the layout that maps them to the tensors of a module.
 
-Norms, noise and error feedback are statements about one vector of R^d, so the core sees a model as `[params]`
-and the same thing for every client of a cohort as `[clients, params]`.
+Norms, noise and error feedback act on one vector of R^d. The core therefore represents a model as `[params]` and one
+such vector for every client of a cohort as `[clients, params]`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ __all__ = ["Layout", "refuse_buffers", "trainable"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors that lie one after the other in a flat vector.
+    """Names and shapes of the tensors that are concatenated in a flat vector.
 
     Args:
         entries: Name and shape of each tensor, in order.
@@ -29,7 +29,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
-        """The layout of named tensors, in their order."""
+        """Return the layout of named tensors, in their order."""
         return cls(tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
 
     @classmethod
@@ -57,20 +57,20 @@ class Layout:
         return sum(prod(shape) for _, shape in self.entries)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The vector `[params]` of tensors that have this layout.
+        """Concatenate tensors of this layout into one vector `[params]`.
 
         Raises:
             UserError: If a name or a shape differs.
         """
         found = Layout.of(tensors)
         if found != self:
-            raise UserError("model", f"tensors {self}", str(found), "Send and return the same model")
+            raise UserError("model", f"tensors {self}", str(found), "Return the tensors of the model that was sent")
         if not self.entries:
             return torch.zeros(0)
         return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
+        """Return views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
         parts = vector.split([prod(shape) for _, shape in self.entries], dim=-1)
         lead = vector.shape[:-1]
         return {name: part.reshape((*lead, *shape)) for (name, shape), part in zip(self.entries, parts, strict=True)}
@@ -85,7 +85,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def refuse_buffers(names: Iterable[str]) -> None:
-    """Raises UserError if a model has buffers: they are data that leave a client without bound or noise."""
+    """Raise UserError if a model has buffers: their values would leave a client without bound or noise."""
     found = list(names)
     if found:
         raise UserError(

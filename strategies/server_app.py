@@ -16,7 +16,7 @@ from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.server import run_turns, take_up
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
-from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
@@ -66,8 +66,8 @@ def _run(grid: Grid, context: Context) -> None:
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
     with directory.locked():
         directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
-        journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
-        journal.begin()
+        recorder = Recorder(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
+        recorder.begin()
         strategy = make_strategy(experiment)
         strategy.rescue_folder = directory.path
         strategy.start(
@@ -75,9 +75,9 @@ def _run(grid: Grid, context: Context) -> None:
             ArrayRecord({ARRAYS: experiment.initial_model}),
             num_rounds=config.training.rounds,
             train_config=ConfigRecord({"experiment": config.digest}),
-            evaluate_fn=_recorder(journal, strategy),
+            evaluate_fn=_recorder(recorder, strategy),
         )
-        journal.finish(strategy.state)
+        recorder.finish(strategy.state)
     _log.info("The run is in %s", directory.path)
 
 
@@ -96,11 +96,11 @@ def _run_deployed(grid: Grid, context: Context) -> None:
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
         ran = {"engine": "deployment", "client_noise": "faithful"}
-        journal = Journal(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
-        coordinator = take_up(experiment, directory, journal)
+        recorder = Recorder(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
+        coordinator = take_up(experiment, directory, recorder)
         _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
-        run_turns(grid, experiment, coordinator, arrays, journal, directory)
+        run_turns(grid, experiment, coordinator, arrays, recorder, directory)
     _log.info("The run is in %s", directory.path)
 
 
@@ -125,10 +125,10 @@ def _with_secret_streams(experiment: Experiment) -> Experiment:
 
 
 class RecordedStrategy(MethodStrategy):
-    """The strategy of an experiment: as with any engine, every client has to answer, and the journal says the rest."""
+    """The strategy of an experiment: as with any engine, every client has to answer, and the recorder says the rest."""
 
     def refuse_nothing_learned(self) -> None:
-        """Leave it to the journal, which records the run in any case."""
+        """Leave it to the recorder, which records the run in any case."""
 
     def _new_attendance(self, rounds: int) -> Attendance:
         remedy = "Fix it and start again with another --out, or with --engine loop, which needs no Flower"
@@ -145,13 +145,13 @@ def make_strategy(experiment: Experiment) -> MethodStrategy:
     )
 
 
-def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+def _recorder(recorder: Recorder, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
     """What Flower calls with the first model and after every round: writes the records."""
 
     def record(server_round: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
         if server_round == 0:
-            journal.initial(strategy.state.model)
+            recorder.initial(strategy.state.model)
         else:
-            journal.after_round(server_round, strategy.state, strategy.total, None)
+            recorder.after_round(server_round, strategy.state, strategy.total, None)
 
     return record

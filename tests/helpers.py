@@ -139,7 +139,7 @@ def memories_after(method: Method, state: Any, round: int) -> Tensor:
 
 
 def accepts_variance(samples: np.ndarray, variance: float) -> bool:
-    """Two-sided chi-square test that independent centred normal samples have `variance`, at `FALSE_ALARM`."""
+    """Two-sided chi-square test that independent centered normal samples have `variance`, at `FALSE_ALARM`."""
     samples = np.asarray(samples, dtype=np.float64).ravel()
     below = stats.chi2.cdf((samples**2).sum() / variance, len(samples))
     return bool(FALSE_ALARM / 2 < below < 1.0 - FALSE_ALARM / 2)

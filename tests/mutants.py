@@ -1208,7 +1208,7 @@ MUTANTS = [
     Mutant(
         "a part that a crash left is written to as it is",
         "fedpriv/files.py",
-        "part.unlink(missing_ok=True)  # one that a crash left keeps its mode",
+        "part.unlink(missing_ok=True)  # a leftover of a crash would keep its mode",
         "part.touch(); os.O_EXCL = 0",
         RELEASED,
     ),

@@ -15,7 +15,7 @@ from fedpriv.cli.app import DataRoot, Settings, app, picture
 from fedpriv.clock import DEVICES, SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
-from fedpriv.data.heterogeneity import figures_of
+from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
 from fedpriv.engines.native import feedback_in_c
@@ -49,7 +49,7 @@ def data(
     for path in configs:
         experiment = load_config(path, settings or ())
         population = assemble_clients(experiment, data_root=data_root)
-        columns[str(path)] = figures_of(measure_heterogeneity(experiment, population, bounded=not all_gradients))
+        columns[str(path)] = metrics_of(measure_heterogeneity(experiment, population, bounded=not all_gradients))
         if len(configs) == 1:
             _show_clients(experiment, population.federation, out or Path("runs") / f"{experiment.name}-data")
     shown = Table(box=None, padding=(0, 2, 0, 0))

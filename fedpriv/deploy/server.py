@@ -17,7 +17,7 @@ from fedpriv.deploy.heads import HeadBook, newer_heads
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.internals.app import SERVER_NODE, reason_in_short
 from fedpriv.flower.messages import (
@@ -188,7 +188,7 @@ class Network:
             self.nodes[found.client] = node
 
 
-def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -> Coordinator:
+def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder) -> Coordinator:
     """The run as it was saved last, or at its beginning; the records agree with it.
 
     A turn is saved before its row is written, so that nothing of it is published that a crash could undo; a row that is
@@ -204,7 +204,7 @@ def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -
         digest=config.digest,
         state=config.method.init_server(experiment.initial_model),
     )
-    saved = directory.checkpoint.read(config.digest, journal.promise)
+    saved = directory.checkpoint.read(config.digest, recorder.promise)
     if saved is not None:
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
@@ -212,11 +212,11 @@ def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -
         expected, got = "the checkpoint of the rounds that are recorded", "none"
         remedy = "Put it back: clients have paid for these rounds, and a new run needs a new --out"
         raise UserError(str(directory.checkpoint.path), expected, got, remedy)
-    journal.begin()
+    recorder.begin()
     directory.keep_rows(PARTICIPATION, coordinator.turn)
-    journal.replayed(coordinator.turn, coordinator.asked_times)
+    recorder.replayed(coordinator.turn, coordinator.asked_times)
     if len(directory.rows("rounds.jsonl")) <= coordinator.turn:
-        journal.initial(coordinator.state.model, coordinator.turn)
+        recorder.initial(coordinator.state.model, coordinator.turn)
     return coordinator
 
 
@@ -225,7 +225,7 @@ def run_turns(
     experiment: Experiment,
     coordinator: Coordinator,
     arrays: ModelArrays,
-    journal: Journal,
+    recorder: Recorder,
     directory: RunDirectory,
 ) -> dict[str, Any]:
     """Runs the turns that are left, and returns the summary.
@@ -242,7 +242,7 @@ def run_turns(
 
     def save() -> None:
         directory.checkpoint.write(
-            coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
+            coordinator.digest, recorder.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
         book.keep(coordinator.heads)
 
@@ -269,8 +269,8 @@ def run_turns(
             _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
         _tell(outcome, failed)
-        journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
-    return journal.finish(coordinator.state)
+        recorder.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
+    return recorder.finish(coordinator.state)
 
 
 def _sleep_until(moment: float) -> None:

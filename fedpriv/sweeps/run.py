@@ -211,8 +211,8 @@ def _select(
 def _check(jobs: int | None, cpus: float, gpus: float) -> None:
     if jobs is not None:
         at_least_one("--jobs", jobs, "Give the number of trials at a time")
-    real_from("--cpus-per-trial", cpus, 0.01, "0.5 puts two trials on a core", most=4096.0)
-    real_from("--gpus-per-trial", gpus, 0, "0.25 puts four on a GPU", most=64.0)
+    real_from("--cpus-per-trial", cpus, 0.01, "0.5 puts two trials on a core", high=4096.0)
+    real_from("--gpus-per-trial", gpus, 0, "0.25 puts four on a GPU", high=64.0)
 
 
 def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:

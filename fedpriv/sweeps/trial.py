@@ -1,4 +1,4 @@
-"""One trial of a sweep, in whatever process it runs."""
+"""One trial of a sweep, in any process."""
 
 import errno
 import gc
@@ -22,20 +22,20 @@ from fedpriv.tracking.trackers import track, watched_by
 __all__ = ["DiskTrouble", "Manner", "run_trial"]
 
 _LOCKED_SECONDS = 120.0
-# Nothing that another trial would not meet as well.
+# Errors that every other trial would meet as well.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How every trial is run.
+    """The common options of all trials.
 
     Args:
-        options: For `run_experiment`.
-        threads: Of PyTorch.
-        rule: When a trial is stopped; None for never.
-        logs: What rows are sent to beside the run directory, and where that writes.
-        tracked: For `track`.
+        options: Options of `run_experiment`.
+        threads: PyTorch threads.
+        rule: The rule that stops trials early; None for none.
+        logs: Trackers that receive rows, and their stores.
+        tracked: Options of `track`.
     """
 
     options: dict[str, Any]
@@ -47,7 +47,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class DiskTrouble:
-    """Why no other trial could write either."""
+    """An error that prevents every trial from writing."""
 
     number: int
     words: str
@@ -55,7 +55,7 @@ class DiskTrouble:
 
 
 def run_trial(tables: dict[str, Any], folder: Path, called: str, manner: Manner) -> list[str] | DiskTrouble:
-    """One trial in a worker's process, and what trackers complained of. What a killed one left is gone on with."""
+    """Run one trial in a worker process, resuming a killed one; return the trackers' complaints."""
     torch.set_num_threads(manner.threads)
     complaints: list[str] = []
     try:
@@ -91,14 +91,14 @@ def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: Ma
             finally:
                 complaints += log.complaints
         except UserError as error:
-            # The process of a sweep that was killed may still hold the folder for a while.
+            # The process of a killed sweep may still hold the folder for a while.
             if "another run at work" not in str(error) or time.monotonic() > end:
                 raise
         time.sleep(0.2)
 
 
 def _comparable(folder: Path) -> list[Path]:
-    """The folders of a trial's group but its own."""
+    """Return the folders of the other trials in a trial's group."""
     file = folder.parents[1] / GROUPS
     groups = _groups(file, file.stat().st_mtime_ns)
     mine = groups.get(folder.name)
@@ -107,6 +107,6 @@ def _comparable(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _groups(file: Path, written: int) -> dict[str, str]:
-    """The groups of a sweep's trials, read once a process."""
+    """Return the groups of a sweep's trials, read once per process."""
     del written
     return json.loads(file.read_bytes())

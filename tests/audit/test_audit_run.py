@@ -1,4 +1,4 @@
-"""The attacked run is the experiment's own, and the command leaves a record that others can build on."""
+"""The attacked run is the original experiment, and the command writes a record for other programs."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def canaries_for(experiment: Experiment, count: int = 40, seed: int = 0) -> Cana
 
 @dataclasses.dataclass
 class Watched:
-    """An engine, with what it was asked and what it answered."""
+    """An engine that records its requests and answers."""
 
     engine: Engine
     asked: list[Broadcast] = dataclasses.field(default_factory=list)
@@ -70,7 +70,7 @@ class Watched:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Purpose, int, int]]:
-    """How often each address of the experiment's streams was asked for."""
+    """Count the requests for each address of the experiment's streams."""
     counted: Counter[tuple[Purpose, int, int]] = Counter()
     source = SeededStreams.source
 
@@ -83,7 +83,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Purpose, int, int]]:
 
 
 def plain_run(experiment: Experiment) -> tuple[Watched, list[Tensor]]:
-    """The run without an audit: its engine, and the models after each round."""
+    """Return the run without an audit: its engine, and the models after each round."""
     engine = Watched(make_engine("loop", experiment))
     state, models = experiment.config.method.init_server(experiment.initial_model), []
     for number in range(1, experiment.config.training.rounds + 1):
@@ -94,7 +94,7 @@ def plain_run(experiment: Experiment) -> tuple[Watched, list[Tensor]]:
 
 
 def run_attack(attack: Attack) -> tuple[Watched, Watched, Tensor]:
-    """Both engines of an attacked run, and the noised sums."""
+    """Return both engines of an attacked run, and the noisy sums."""
     clients, planted = Watched(attack.clients), Watched(attack.planted)
     watched = dataclasses.replace(attack, clients=clients, planted=planted)
     apart = None
@@ -107,7 +107,7 @@ def run_attack(attack: Attack) -> tuple[Watched, Watched, Tensor]:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_not_one_draw_of_the_experiment_changes(plan: Changes, drawn: Counter[tuple[Purpose, int, int]]) -> None:
-    """Data, first model, cohorts, batches and noise have the same addresses; canaries add noise of their own."""
+    """Data, first model, cohorts, batches and noise keep their addresses; canaries add separate noise."""
     experiment = quick_experiment(FEW | plan)
     drawn.clear()
     plain, _ = plain_run(experiment)
@@ -147,7 +147,7 @@ def test_the_noise_on_the_sum_is_the_noise_of_the_run_without_an_audit(plan: Cha
 
 
 def noise_of(rules: ServerRules, number: int, total: Tensor) -> Tensor:
-    """The noise of a round on a sum, by the rules of the run without an audit, from the step of plain descent."""
+    """Return a round's noise on a sum, by the rules without an audit, derived from a step of plain descent."""
 
     class Descent:
         def server_rule(self, state: Any, mean: Tensor, sampling_prob: float) -> Any:

@@ -1,4 +1,4 @@
-"""What a timeline costs: each client for what it did, at its weights; and what rounds with a deadline cost."""
+"""The privacy cost of a timeline: per client, by participations and weights; and of rounds with a deadline."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def plan_of(sampling: Sampling, rounds: int, trust: str = "central", **change: A
 
 
 def composed(noise_multiplier: float, weights: list[float], delta: float = 1e-5) -> float:
-    """Epsilon of Gaussian releases one after the other, by dp-accounting, sensitivity `weight` each."""
+    """Return epsilon of sequential Gaussian releases, by dp-accounting, with sensitivity `weight` each."""
     accountant = PLDAccountant(value_discretization_interval=1e-3)
     events: list[dpa.DpEvent] = [dpa.GaussianDpEvent(noise_multiplier / weight) for weight in weights]
     return accountant.compose(dpa.ComposedDpEvent(events)).get_epsilon(delta)
@@ -162,7 +162,7 @@ def test_rounds_with_a_deadline_keep_the_account_of_their_cohorts(sampling: Samp
 
 
 def test_a_release_moves_by_exactly_what_is_charged() -> None:
-    """Two populations differ in one client, whose messages are B e and -B e: what all sums move by, squared."""
+    """Two populations differ in one client with messages B e and -B e: return the squared move of all sums."""
     for name in FREE:
         made = timeline(name)
         worst = max(_moved(made, client) for client in range(16))
@@ -171,7 +171,7 @@ def test_a_release_moves_by_exactly_what_is_charged() -> None:
 
 @dataclass
 class _Told:
-    """An engine whose clients send 1, but for one who sends the opposite."""
+    """An engine with clients that send 1, except for one that sends the opposite."""
 
     other: int | None
     name: str = "told"

@@ -1,4 +1,4 @@
-"""What works without the extras, and that all else says in one line which to install."""
+"""Features that work without the extras; all others name the extra to install, in one line."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ privacy = { trust = "central", adjacency = "add-or-remove", epsilon = 8.0, delta
 training = { rounds = 2 }
 """
 
-# A process in which nothing but the core can be imported; it runs an experiment of the user's own.
+# A process that can import only the core; it runs a user-defined experiment.
 CORE_ALONE = f"""
 import json, sys
 for name in {PACKAGES!r}:

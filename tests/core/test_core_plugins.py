@@ -1,4 +1,4 @@
-"""Names that lead to classes: built in, of a package, of a file; one class and one name are all that a kind takes."""
+"""Names resolve to classes: built in, from a package, from a file; a new kind needs only one class and one name."""
 
 import dataclasses
 from importlib.metadata import EntryPoint
@@ -102,7 +102,7 @@ rounds = 2
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """An experiment whose data, model and method lie in a file beside it."""
+    """Write an experiment with its data, model and method in a file next to it."""
     (tmp_path / "own.py").write_text(OWN)
     path = tmp_path / "own.toml"
     path.write_text(CONFIG)
@@ -139,7 +139,7 @@ def test_a_method_a_model_and_a_data_set_of_a_file_run_resume_and_sweep(config: 
     assert written["loop"] == written["vectorized"]
     sweep = tmp_path / "sweep.toml"
     sweep.write_text('name = "s"\nbase = "own.toml"\n[[axis]]\nkey = "method.server_lr"\nvalues = [0.5, 1.0]\n')
-    table = run_sweep(load_sweep(sweep), tmp_path / "sweep", jobs=2)  # in processes that know nothing but names
+    table = run_sweep(load_sweep(sweep), tmp_path / "sweep", jobs=2)  # in processes that know only names
     assert list(table["status"]) == ["done", "done"], table["reason"].tolist()
 
 
@@ -170,7 +170,7 @@ def test_a_class_of_a_package_is_named_by_its_module() -> None:
     tables: dict[str, Any] = {"name": "fedpriv.methods.clip21:Clip21"}
     base = {"name": "a", "seed": 1, "data": {"name": "digits", "clients": 2}, "model": {"name": "softmax"}}
     read = load_config({**base, "method": tables, "training": {"rounds": 1}})
-    assert read.tables["method"]["name"] == "clip21"  # what has a name keeps it: the same experiment
+    assert read.tables["method"]["name"] == "clip21"  # named classes keep their names, so the experiment is the same
 
 
 def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_what_leads_nowhere_is_one_line(name: object, said: str) -> None:
 
 @pytest.mark.usefixtures("config")
 def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy of a device may name a class of its owner; a server can then name it, too, and no other."""
+    """A device's policy may name a class of its owner; a server can then name this class, and no other."""
     stranger, own = f"{tmp_path / 'stranger.py'}:Method", f"{tmp_path / 'own.py'}:HalfClip"
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
     with pytest.raises(UserError, match="a known name"):
@@ -232,7 +232,7 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_answers_for_its_own_privacy_is_built_in(tmp_path: Path) -> None:
-    """A sampling, a schedule or a trust from elsewhere could claim any epsilon."""
+    """A sampling, a schedule or a trust from a plug-in could claim any epsilon."""
     (tmp_path / "mine.py").write_text(OWN)
     for registry in (SAMPLINGS, SCHEDULES, TRUSTS):
         with pytest.raises(UserError, match="a known name"):

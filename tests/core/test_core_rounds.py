@@ -189,7 +189,7 @@ class TestFinish:
         assert all(torch.allclose(one, other, rtol=1e-6) for one, other in zip(found, wanted, strict=True))
 
     def test_an_unlucky_cohort_is_still_divided_by_the_expected_one(self) -> None:
-        """Messages of length one in one direction: the step tells how many there were, over q n and not over them."""
+        """Messages of length one in one direction: the step shows how many there were, and that q n divides them."""
         method, sampling = DPFedAvg(clip_norm=1.0, server_lr=1.0), Poisson(60, 0.1)
         made = setting(method, federation=None, sampling=Poisson(12, 0.25))
         assert made.server.sampling.expected_size == 3.0
@@ -206,7 +206,7 @@ class TestFinish:
         assert max(sizes) > 8
 
     def test_a_sum_is_not_rounded_before_the_noise_is_on_it(self) -> None:
-        """One message beside a hundred million still counts by what it is, up to the one rounding at the end."""
+        """One message among a hundred million counts in full, up to the one rounding at the end."""
         rules = ServerRules(method=DPFedAvg(server_lr=1.0), sampling=Everyone(10**8), noise_stddev=0.3, streams=STREAMS)
         state = rules.method.init_server(torch.zeros(1000, dtype=torch.float64))
         total = torch.full((1000,), 1e8, dtype=torch.float64)
@@ -303,7 +303,7 @@ def test_a_cohort_under_local_trust_carries_the_noise_of_its_members() -> None:
 
 
 def _independent(found: list[Tensor]) -> bool:
-    """Whether vectors of forty numbers on the grid are all different, and no two alike."""
+    """Return True if vectors of forty numbers on the grid are all different."""
     together = torch.stack(found).double()
     likeness = np.corrcoef(together.numpy()) - np.eye(len(found))
     return len(together.unique(dim=0)) == len(found) and bool(np.abs(likeness).max() < 0.9)
@@ -333,7 +333,7 @@ def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_para
 
 
 def test_a_plan_for_clients_without_memory_is_refused_for_a_method_that_has_one() -> None:
-    """Fixed-size cohorts are amplified only without memory: such a plan would promise too small an epsilon."""
+    """Fixed-size cohorts are amplified only without memory: otherwise the plan would promise too small an epsilon."""
     sampling = FixedSize(100, 5)
     plan = make_plan(
         trust="central",

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it asks for, and that it runs from where it is unpacked."""
+"""The wheel: its contents, its requirements, and that it runs from where it is unpacked."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from fedpriv.version import __version__
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("fedpriv", "strategies", "clients", "sim_configs")
-# What may not come with an extra that does not name it.
+# Packages that may not come with an extra that does not name them.
 HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb"}
 MAY = {
     "": set(),
@@ -33,7 +33,7 @@ MAY = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, as pip builds it, offline."""
+    """Build the wheel in a copy, as pip does, offline."""
     folder = tmp_path_factory.mktemp("wheel")
     for part in PARTS:
         shutil.copytree(ROOT / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +54,7 @@ def requirements(wheel: Path) -> list[Requirement]:
 
 
 def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
-    """All that is asked for with an extra, by whatever that asks for, too, as far as it is installed here."""
+    """Return the requirements of an extra, including indirect ones, as far as they are installed here."""
     found, left = [], [(Requirement(str(r)), extra) for r in requirements]
     seen = set()
     while left:
@@ -70,7 +70,7 @@ def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
 
 
 def lines_of(package: str, ours: list[Requirement]) -> list[str]:
-    """What a package asks for; nothing if it is not installed here."""
+    """Return a package's requirements; none if it is not installed here."""
     if package == "fedpriv":
         return [str(requirement) for requirement in ours]
     try:
@@ -142,7 +142,7 @@ def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) 
 
 
 def test_what_is_installed_for_the_tests_is_within_the_wheels_ranges(wheel: Path, tmp_path: Path) -> None:
-    """pip, offline, would install nothing but the wheel itself."""
+    """Offline, pip would install only the wheel itself."""
     report = tmp_path / "report.json"
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", report]
     done = subprocess.run([*pip, f"{wheel}[all]"], capture_output=True, text=True, check=False)

@@ -87,7 +87,7 @@ def write_cifar(root: Path, protocol: int = 4, as_bytes: bool = False) -> Path:
 
 
 def python2_batch(data: np.ndarray, labels: list[int]) -> bytes:
-    """The pickle that numpy wrote under Python 2, as in the original files: byte strings and old module names."""
+    """Return a pickle as numpy wrote it under Python 2, like the original files: byte strings, old module names."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -159,7 +159,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     assert every_fifth_of_each_label(np.array(labels, dtype=np.int64)).tolist() == expected
 
 
-# MNIST and its like
+# MNIST and similar data sets
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -167,7 +167,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     ("source", "folder", "mean", "std"),
     [(Mnist(), "MNIST", 0.1307, 0.3081), (FashionMnist(), "FashionMNIST", 0.2860, 0.3530)],
 )
-def test_idx_images_are_standardised_by_published_constants(tmp_path, source, folder, mean, std, packed):
+def test_idx_images_are_normalized_by_published_constants(tmp_path, source, folder, mean, std, packed):
     write_mnist(tmp_path, folder, packed)
     data = source.load(tmp_path)
     expected = (torch.from_numpy(images(12)).double() / 255 - mean) / std
@@ -429,7 +429,7 @@ def test_a_damaged_libsvm_file_is_named(tmp_path, text):
 @pytest.mark.parametrize("text", ["1 1:1\n" * 10, "".join(f"{i / 7} 1:1\n" for i in range(10))])
 def test_a_libsvm_problem_that_is_no_classification_is_refused(tmp_path, text):
     (tmp_path / "train.txt").write_text(text)
-    with pytest.raises(UserError, match=r"two or more labels that are whole numbers"):
+    with pytest.raises(UserError, match=r"two or more labels, all whole numbers"):
         Libsvm(file="train.txt").load(tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_libsvm_settings_without_meaning_are_refused(fields):
         Libsvm(**fields)
 
 
-# What holds for all
+# All data sets
 
 
 def dataset(**changes: Any) -> Dataset:

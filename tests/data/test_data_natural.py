@@ -1,4 +1,4 @@
-"""Hospitals and speakers: data sets whose clients are there by nature, on files that the tests make."""
+"""Hospitals and speakers: data sets with natural clients, on files written by the tests."""
 
 import gzip
 from pathlib import Path

@@ -191,7 +191,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
 
 @pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0), AlphaNormEC(alpha=1.0, beta=0.5, damping=1e-9)])
 def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_for_ever(method: Any) -> None:
-    line = r"^deployment\.lost_memory: expected another rule with a method whose memory does not fade"
+    line = r"^deployment\.lost_memory: expected another rule, because this method's memory does not fade"
     with pytest.raises(UserError, match=line):
         coordinator(method, lost_memory="start-afresh")
     with pytest.raises(UserError, match=line):

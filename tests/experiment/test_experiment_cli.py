@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line on stderr, JSON that others build on."""
+"""The command line: exit codes, one line on stderr, JSON for other programs."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def call(*arguments: str) -> int:
         (("run", QUICKSTART, "-s", "method.memory=sent"), "local"),
         (("run", QUICKSTART, "--device", "meta"), "--device"),
         (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[1000000000]"), "[model]"),
-        (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[200000, 200000]"), "GiB are free"),
+        (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[200000, 200000]"), "GiB free"),
         (("run", QUICKSTART, "-s", "privacy.epsilon=", "-s", "privacy.noise_multiplier=1e300"), "noise_multiplier"),
         (("privacy", QUICKSTART, "-s", "privacy.delta=1e-320"), "privacy.delta"),
         (("privacy", QUICKSTART, "-s", "method.memory=sent"), "local"),
@@ -95,7 +95,7 @@ def test_the_list_names_everything_a_config_can(capsys):
     [
         ({"FEDPRIV_NATIVE": "0"}, "missing (FEDPRIV_NATIVE is 0)"),
         ({"FEDPRIV_NATIVE": "1", "CC": "", "PATH": ""}, "missing (no C compiler here; install gcc or clang)"),
-        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here does not make it)"),
+        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here cannot compile it)"),
     ],
 )
 def test_the_list_says_what_is_not_compiled_and_why(

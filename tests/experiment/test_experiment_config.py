@@ -1,4 +1,4 @@
-"""Strict TOML: what is wrong is said in one line that names the key and the nearest known one."""
+"""Strict TOML: each mistake is one line that names the key and the nearest known one."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ DIGESTS = {
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_an_experiment_keeps_its_digest_when_configs_learn_new_keys(name: str):
-    """Else runs of it could not be resumed, or compared with new ones. A new digest here is a changed experiment."""
+    """Otherwise runs could not be resumed, or compared with new ones. A new digest here is a changed experiment."""
     assert load_config(QUICKSTART.parent / f"{name}.toml").digest == DIGESTS[name]
 
 

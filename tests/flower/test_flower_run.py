@@ -159,7 +159,7 @@ def test_a_run_that_is_stopped_takes_its_processes_with_it(toml, tmp_path, home)
 
 def test_a_part_of_a_run_is_not_gone_on_with(config, tmp_path):
     RunDirectory(tmp_path).claim(config.to_toml(), config.digest, resume=False)
-    with pytest.raises(ValueError, match="this experiment, begun or done"):
+    with pytest.raises(ValueError, match="this experiment, started or finished"):
         run_with_flower(config, tmp_path)
     with pytest.raises(ValueError, match="Clients' memories live only as long as their Flower run"):
         run_with_flower(config, tmp_path, resume=True)

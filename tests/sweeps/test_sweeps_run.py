@@ -1,4 +1,4 @@
-"""Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
+"""Sweeps: the trials, each run exactly once, and failures, kills and resumption that change nothing."""
 
 import errno
 import fcntl
@@ -36,7 +36,7 @@ __all__ = ["in_process"]
 
 @pytest.fixture(scope="module")
 def some_ray() -> Iterator[str]:
-    """The address of one Ray for all that need it; a sweep uses it as it is."""
+    """Return the address of one Ray for all tests that need it; a sweep uses it unchanged."""
     connection = connect(None, 2**27)
     yield ray.get_runtime_context().gcs_address
     connection.close()
@@ -119,7 +119,7 @@ def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
 
 
 def test_set_changes_all_trials(tmp_path: Path) -> None:
-    """Also where TOML reads a table: what it does not name stays as it is."""
+    """Also if TOML reads a table: keys that it does not name stay as they are."""
     text = '[set]\n"training.rounds" = 9\ntraining.evaluate_every = 3\nmethod.server_lr = 0.25\n'
     text += '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
     trials = load_sweep(sweep_file(tmp_path, text)).trials()
@@ -147,13 +147,13 @@ def test_set_changes_all_trials(tmp_path: Path) -> None:
             '[[axis]]\nkey = "data.clients"\nvalues = [2]\n[[axis]]\nkey = "data"\nvalues = [{name = "digits"}]\n',
             "overwrites",
         ),
-        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected a place that keeps seed"),
+        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected keys that leave seed as it is"),
         (
             '[[axis]]\nkey = "seed"\nvalues = [1]\nwhen = {"method.nam" = "x"}\n',
             "axis seed.when: expected a key of some",
         ),
-        ("seeds = 0\n", "seeds: expected how many"),
-        ("seeds = []\n", "seeds: expected how many"),
+        ("seeds = 0\n", "seeds: expected a number of seeds"),
+        ("seeds = []\n", "seeds: expected a number of seeds"),
         ("stop = 3\n", "stop: expected a table"),
         ("[stop]\ngrace = 3\n", "stop.rule: expected a known name"),
         ('[stop]\nrule = "medium"\n', "Did you mean 'median'"),
@@ -190,7 +190,7 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 
 
 def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, some_ray: str) -> None:
-    """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
+    """Twelve combinations: four experiments; the rest are duplicates or have too many clients."""
     states: list[tuple[int, int]] = []
     plan = load_sweep(sweep_file(tmp_path, GRID))
     needs = {"jobs": 2, "cpus_per_trial": 0.5, "ray_address": some_ray}
@@ -235,7 +235,7 @@ values = [1, 2, 3, 4, 5, 6]
 
 
 def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
-    """First as by Ctrl-C, in one line; then by a signal that nothing can be done about, to the driver alone."""
+    """First by Ctrl-C, with one line; then by an uncatchable signal, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
     whole = run_sweep(load_sweep(path), tmp_path / "whole", jobs=2)
     out = tmp_path / "out"
@@ -297,11 +297,11 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path, some_ray: str) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
-    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got none"):
+    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got smaller machines"):
         run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True, ray_address=some_ray)
     with pytest.raises(UserError, match=r"--cpus-per-trial: expected a machine with 4000 CPU, got [0-9]"):
         run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
-    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
+    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got smaller machines"):
         run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
 
 
@@ -375,7 +375,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
 @pytest.mark.usefixtures("in_process")
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, "seeds = 1\n")
-    with pytest.raises(UserError, match="a folder to write to"):
+    with pytest.raises(UserError, match="a writable folder"):
         run_sweep(load_sweep(path), path / "out")
 
 
