@@ -30,7 +30,15 @@ from torch import Tensor
 from fedpriv.deploy.device.guard import Guard, content_of, guard_of
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
-from fedpriv.flower.messages import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
+from fedpriv.flower.messages import (
+    ARRAYS,
+    FEDPRIV,
+    ClientInstructions,
+    ModelArrays,
+    NodeInfo,
+    asks_node_info,
+    refusal_record,
+)
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
 
@@ -65,10 +73,10 @@ def private_mod(message: Message, context: Context, call_next: ClientAppCallable
 
 
 def _train(message: Message, context: Context, call_next: ClientAppCallable, guard: Guard | None) -> Message:
-    if asks_who(message.content):
-        return Message(Introduction.of_node(context.node_config).to_content(), reply_to=message)
+    if asks_node_info(message.content):
+        return Message(NodeInfo.of_node(context.node_config).to_content(), reply_to=message)
     try:
-        order = Order.of(message.content)
+        instructions = ClientInstructions.of(message.content)
         received = _only_model(message.content, "message")
         arrays = TrainedArrays.of_message(message.content, received)
         model = ModelArrays.of(arrays.part(received))
@@ -84,17 +92,17 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         returned = _only_model(content, "answer of the train function")
         signal = start - model.vector(arrays.part(returned))
         try:
-            check_training(arrays, order, model, fixed, returned, signal)
+            check_training(arrays, instructions, model, fixed, returned, signal)
         except UserError as error:  # which it raises only if that tells nothing to an adversary
             raise Refusal.because("model", str(error)) from None
         return signal
 
     if guard is None:
-        signal = _in_private(make_signal) if order.private else make_signal()
-        content = send_message(order, signal, model, context)
+        signal = _in_private(make_signal) if instructions.private else make_signal()
+        content = send_message(instructions, signal, model, context)
     else:
-        content = guard.train(message, order, model, start, lambda: _in_private(make_signal))
-    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics
+        content = guard.train(message, instructions, model, start, lambda: _in_private(make_signal))
+    released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics
     return Message(RecordDict({**released, **content}), reply_to=message)
 
 

@@ -121,12 +121,12 @@ def ledger(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
 ) -> None:
     """Show what has left a node, run by run, and what its data have been spent."""
+    from fedpriv.deploy.device.device import Device
     from fedpriv.deploy.device.ledger import account_of
-    from fedpriv.deploy.device.member import Member
 
-    member = Member.at(bundle)
-    limits = member.policy.limits
-    print(account_of(member.folder, limits.epsilon, limits.delta, limits.adjacency))
+    device = Device.at(bundle)
+    limits = device.policy.limits
+    print(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency))
 
 
 @deploy.command()

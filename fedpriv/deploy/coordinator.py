@@ -28,8 +28,8 @@ from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.heads import newer_heads
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.flower.messages import Order, Terms
-from fedpriv.flower.promise import promised
+from fedpriv.flower.messages import ClientInstructions, RunTerms
+from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import believed_losses
 from fedpriv.flower.server.faults import message_fault
 from fedpriv.methods import ServerState
@@ -158,11 +158,11 @@ class Coordinator:
         """Who is asked in the open turn: its cohort but for those who are left out."""
         return [client for client in self._broadcast.cohort.tolist() if client not in self.left_out]
 
-    def order(self, client: int) -> tuple[Order, Terms]:
+    def instructions(self, client: int) -> tuple[ClientInstructions, RunTerms]:
         """What one client is told in the open turn."""
         rules, plan, sampling = self.client, self.plan, self.server.sampling
         seeded = isinstance(rules.streams, SeededStreams) and rules.noise_stddev > 0.0
-        order = Order(
+        instructions = ClientInstructions(
             method=rules.method,
             round=self.applied + 1,
             client=client,
@@ -171,7 +171,7 @@ class Coordinator:
             noise_id=rules.streams.noise_id if seeded else "",  # type: ignore[union-attr]
             private=plan is not None,
         )
-        terms = Terms(
+        terms = RunTerms(
             run=self.run,
             turn=self._broadcast.round,
             last_turn=self.last_turn.get(client, 0),
@@ -179,7 +179,7 @@ class Coordinator:
             digest=self.digest,
             **promised(plan, sampling, self.turns),
         )
-        return order, terms
+        return instructions, terms
 
     def finish(
         self,

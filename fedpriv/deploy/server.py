@@ -25,10 +25,10 @@ from fedpriv.flower.messages import (
     CONFIG,
     FEDPRIV,
     TERMS,
-    Introduction,
     MessageFormat,
     ModelArrays,
-    introduction,
+    NodeInfo,
+    ask_node_info,
     printable,
     refused,
 )
@@ -40,7 +40,7 @@ PARTICIPATION = "participation.jsonl"
 _log = logging.getLogger("flwr")
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
-_INTRODUCTION_SECONDS = 30.0
+_QUESTION_SECONDS = 30.0
 
 # After the deadline of a turn with a secret cohort, what reading and adding its answers may take, and always does.
 _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
@@ -62,7 +62,7 @@ class Network:
     population: int
     nodes: dict[int, int] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
-    _introductions: dict[str, int] = field(default_factory=dict)
+    _questions: dict[str, int] = field(default_factory=dict)
 
     def meet(self) -> None:
         """Asks nodes that are new who they are, and takes note of those who said it, and of those who left.
@@ -73,16 +73,16 @@ class Network:
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
         self._asked_at = {node: at for node, at in self._asked_at.items() if node in online}
         known = set(self.nodes.values())
-        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _INTRODUCTION_SECONDS)
-        sent = self._push({node: Message(introduction(), node, MessageType.TRAIN) for node in new})
-        self._introductions |= sent
+        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _QUESTION_SECONDS)
+        sent = self._push({node: Message(ask_node_info(), node, MessageType.TRAIN) for node in new})
+        self._questions |= sent
         self._asked_at |= dict.fromkeys(new, now)
-        for message_id, answer in self._pull(self._introductions):
-            node = self._introductions.pop(message_id)
+        for message_id, answer in self._pull(self._questions):
+            node = self._questions.pop(message_id)
             if isinstance(answer, str):
                 _log.warning("node %d: %s", node, answer)
             else:
-                self._introduce(node, answer)
+                self._note_node(node, answer)
 
     def wait_for(self, clients: int, seconds: float) -> None:
         """Waits until so many clients are there.
@@ -174,11 +174,11 @@ class Network:
             return [(message_id, f"an answer that cannot be read ({type(error).__name__})")]
         return [(message_id, answer) for answer in found if answer.metadata.reply_to_message_id == message_id]
 
-    def _introduce(self, node: int, answer: Message) -> None:
+    def _note_node(self, node: int, answer: Message) -> None:
         if answer.has_error():
             _log.warning("node %d: %s", node, printable(reason_in_short(answer.error)))
             return
-        found = Introduction.of_answer(answer.content)
+        found = NodeInfo.of_answer(answer.content)
         if found is None or found.client is None or not 0 <= found.client < self.population:
             given = None if found is None else found.client
             _log.warning("node %d: partition-id %s, expected 0 to %d: not used", node, given, self.population - 1)
@@ -257,9 +257,11 @@ def run_turns(
         shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
         contents = {}
         for client in coordinator.asked():
-            order, terms = coordinator.order(client)
+            instructions, terms = coordinator.instructions(client)
             shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
-            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
+            contents[client] = RecordDict(
+                {**shared, FEDPRIV: instructions.to_record(), TERMS: terms.to_record(), **shown}
+            )
         answers = network.exchange(contents, seconds, str(broadcast.round))
         replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
         outcome = coordinator.finish(replies, refusals, _heads(answers))

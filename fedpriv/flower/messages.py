@@ -1,10 +1,10 @@
 """What travels between a strategy and its clients.
 
-| message | holds | the answer holds |
+| message | its records | records of the answer |
 |---|---|---|
-| introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
-| training | `arrays`: the model; `config`: the app's; `fedpriv`: an `Order` | `arrays`: the message; its scale |
-| training of a deployment | the same, and `terms`: the `Terms` | the same, or `fedpriv`: a refusal |
+| question | `fedpriv`: the question | `fedpriv`: a `NodeInfo` |
+| training | `arrays`: the model; `config`: the app's; `fedpriv`: `ClientInstructions` | `arrays`: the message; scale |
+| training in a deployment | also `terms`: `RunTerms` | the same, or `fedpriv`: a refusal |
 
 A message with a client's noise is a multiple of the grid of `fedpriv.mechanisms.noise` in each coordinate. It travels
 as small integers and that scale, in at most half the bytes of float32.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
-from fedpriv.flower.promise import Promise
+from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.methods import METHODS, Method, client_part
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
@@ -37,13 +37,13 @@ __all__ = [
     "DIAGNOSTICS",
     "FEDPRIV",
     "TERMS",
-    "Introduction",
+    "ClientInstructions",
     "MessageFormat",
     "ModelArrays",
-    "Order",
-    "Terms",
-    "asks_who",
-    "introduction",
+    "NodeInfo",
+    "RunTerms",
+    "ask_node_info",
+    "asks_node_info",
     "method_name",
     "printable",
     "refusal_record",
@@ -195,7 +195,7 @@ def _no_message(got: str) -> UserError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ClientInstructions:
     """What one client is told about its part in one round.
 
     Args:
@@ -235,7 +235,7 @@ class Order:
         return ConfigRecord(table)
 
     @classmethod
-    def of(cls, content: RecordDict) -> "Order":
+    def of(cls, content: RecordDict) -> "ClientInstructions":
         """The order in a message.
 
         Raises:
@@ -256,7 +256,7 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms(Promise):
+class RunTerms(PrivacyTerms):
     """What a deployment tells a client besides its order: where both stand, and the promise.
 
     A turn is one broadcast with its answers, numbered from 1 and never repeated; a round of the method is a turn that
@@ -281,7 +281,7 @@ class Terms(Promise):
         return ConfigRecord(write_table(self))
 
     @classmethod
-    def of(cls, content: RecordDict) -> "Terms | None":
+    def of(cls, content: RecordDict) -> "RunTerms | None":
         """The terms in a message; None in one of a simulation."""
         record = content.config_records.get(TERMS)
         return None if record is None else read_table(cls, dict(record), TERMS)
@@ -315,7 +315,7 @@ def method_name(method: Method) -> str:
 
 
 @dataclass(frozen=True)
-class Introduction:
+class NodeInfo:
     """What a node says of itself: the client id that its operator gave it; None if none was given."""
 
     client: int | None
@@ -325,7 +325,7 @@ class Introduction:
         return RecordDict({FEDPRIV: ConfigRecord({} if self.client is None else {"client": self.client})})
 
     @classmethod
-    def of_node(cls, node_config: Mapping[str, Any]) -> "Introduction":
+    def of_node(cls, node_config: Mapping[str, Any]) -> "NodeInfo":
         """From a node's configuration (`partition-id`).
 
         Raises:
@@ -340,7 +340,7 @@ class Introduction:
             ) from None
 
     @classmethod
-    def of_answer(cls, content: RecordDict) -> "Introduction | None":
+    def of_answer(cls, content: RecordDict) -> "NodeInfo | None":
         """From the content of an answer; None if whoever answered does not know the question."""
         record = content.config_records.get(FEDPRIV)
         if record is None or _ASK in record:
@@ -349,12 +349,12 @@ class Introduction:
         return cls(client if type(client) is int else None)
 
 
-def introduction() -> RecordDict:
+def ask_node_info() -> RecordDict:
     """The content of the question who a node is."""
     return RecordDict({FEDPRIV: ConfigRecord({_ASK: _WHO})})
 
 
-def asks_who(content: RecordDict) -> bool:
+def asks_node_info(content: RecordDict) -> bool:
     """Whether a message is that question."""
     record = content.config_records.get(FEDPRIV)
     return record is not None and _ASK in record

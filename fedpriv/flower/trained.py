@@ -29,7 +29,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.flower.messages import ModelArrays, Order
+from fedpriv.flower.messages import ClientInstructions, ModelArrays
 
 __all__ = ["TRAINED", "Patterns", "TrainedArrays", "check_training", "frozen_arrays"]
 
@@ -151,7 +151,7 @@ class TrainedArrays:
 
 def check_training(
     arrays: TrainedArrays,
-    order: Order,
+    instructions: ClientInstructions,
     model: ModelArrays,
     fixed: Mapping[str, Array],
     answer: ArrayRecord,
@@ -161,7 +161,7 @@ def check_training(
 
     Args:
         arrays: The division of the model.
-        order: The client's part in the round.
+        instructions: The client's part in the round.
         model: Layout of the trained arrays.
         fixed: The other arrays, as they were received.
         answer: What the train function returned.
@@ -172,12 +172,12 @@ def check_training(
             refusing tells nothing to an adversary.
     """
     troubles = [_changed(name) for name, array in fixed.items() if name in answer and not _equal(array, answer[name])]
-    if order.private and not arrays.declared and order.last_round == 0:
+    if instructions.private and not arrays.declared and instructions.last_round == 0:
         troubles += _unchanged(model, signal)
     for trouble in troubles[:1]:
-        if order.noise_stddev == 0.0 or order.diagnostics:
+        if instructions.noise_stddev == 0.0 or instructions.diagnostics:
             raise trouble
-        _log.error("client %d: %s (The server is not told.)", order.client, trouble)
+        _log.error("client %d: %s (The server is not told.)", instructions.client, trouble)
 
 
 def frozen_arrays(module: nn.Module) -> list[str]:

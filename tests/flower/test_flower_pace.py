@@ -10,7 +10,7 @@ from flower_in_process import InProcessGrid, inside_a_run
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import asks_who
+from fedpriv.flower.messages import asks_node_info
 from fedpriv.flower.server import pace
 from fedpriv.privacy import Everyone, Poisson
 from strategies import AlphaNormEC, DPFedAvg, Privacy
@@ -46,7 +46,7 @@ class ClockedGrid(InProcessGrid):
     def send_and_receive(self, messages, *, timeout=None):
         asked = list(messages)
         answers = super().send_and_receive(asked, timeout=timeout)
-        if not asked or asks_who(asked[0].content):
+        if not asked or asks_node_info(asked[0].content):
             return answers
         self.waits.append(timeout)
         needed = {m.metadata.dst_node_id: self.seconds[self.order.index(m.metadata.dst_node_id)] for m in asked}
@@ -101,7 +101,7 @@ def test_an_answer_after_the_window_is_a_message_of_zero(clock, caplog):
     assert 3 not in late.attendance.last_round
     assert f"client 3: no answer within {WINDOW:g} s" in caplog.text
     assert set(grid.waits) == {WINDOW}
-    sent = [message for message in grid.seen if not asks_who(message.content)]
+    sent = [message for message in grid.seen if not asks_node_info(message.content)]
     assert {message.metadata.ttl for message in sent} == {WINDOW}
     fast = [*slow[:3], WINDOW - POLL, *slow[4:]]
     in_time, _, _ = run(clock, fast, privacy=CENTRAL, cohort=SECRET, round_seconds=SECONDS)
@@ -177,7 +177,7 @@ def test_a_node_that_comes_back_takes_no_more_than_its_share_of_a_round(clock):
 
     def sending(messages, *, timeout=None):
         asked = list(messages)
-        if asked and asks_who(asked[0].content):
+        if asked and asks_node_info(asked[0].content):
             introduced.append(timeout)
             if len(introduced) > 1:
                 clock.now += timeout

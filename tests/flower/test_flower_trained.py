@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clients import private_mod
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, asks_who
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, asks_node_info
 from fedpriv.flower.trained import TRAINED, TrainedArrays
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SystemStreams
@@ -387,6 +387,6 @@ def test_noise_that_drowns_the_signal_is_said_before_training(caplog):
 def test_the_order_of_a_client_names_what_is_trained():
     grid = InProcessGrid(app_of(), CLIENTS)
     start(make(frozen=FROZEN), grid=grid, rounds=1)
-    (message, *_) = [m for m in grid.seen if not asks_who(m.content)]
+    (message, *_) = [m for m in grid.seen if not asks_node_info(m.content)]
     assert message.content[TRAINED]["names"] == TRAINED_ONES
     assert list(message.content) == [ARRAYS, "config", TRAINED, FEDPRIV, TERMS]

@@ -5,7 +5,7 @@ never by a message or a run config:
 
 1. A node with a home is guarded. Its operator names the home: `--node-config 'fedpriv-home="/absolute/path"'`. The
    policy in it, `fedpriv-client.toml`, is written with strict defaults if there is none (trust local, epsilon 8).
-   Orders are followed as in a deployment (`fedpriv.deploy.device.member`): within the policy and the budget, each turn
+   Orders are followed as in a deployment (`fedpriv.deploy.device.device`): within the policy and the budget, each turn
    once, and the same order gets the same bytes. Nothing else is answered, but evaluations if the policy accepts them.
 2. A process that plays clients (`fedpriv.flower.simulation`) follows every order, seeded ones included.
 3. Any other node answers nothing.
@@ -28,11 +28,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD, Head
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.policy import write_default_policy
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import FEDPRIV, TERMS, Introduction, MessageFormat, ModelArrays, Order, Terms
+from fedpriv.flower.messages import FEDPRIV, TERMS, ClientInstructions, MessageFormat, ModelArrays, NodeInfo, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.simulation import simulated
 
@@ -53,13 +53,13 @@ class Guard:
         client: The id that its operator gave it; None if none was given.
     """
 
-    member: Member
+    device: Device
     client: int | None
 
     def train(
         self,
         message: Message,
-        order: Order,
+        instructions: ClientInstructions,
         model: ModelArrays,
         start: Tensor,
         make_signal: Callable[[], Tensor],
@@ -68,7 +68,7 @@ class Guard:
 
         Args:
             message: What came.
-            order: The order in it.
+            instructions: The order in it.
             model: How arrays are laid out.
             start: x, `[params]`.
             make_signal: Gives what the client would send without privacy, `[params]`; a Refusal of the kind `app` if
@@ -78,17 +78,17 @@ class Guard:
             Refusal: If the order is not followed.
         """
         terms = terms_of(message)
-        if self.client is not None and order.client != self.client:
-            raise Refusal("model", "order", f"one for client {self.client}", order.client, "It is another's")
-        self.member.policy.check_app()
+        if self.client is not None and instructions.client != self.client:
+            raise Refusal("model", "order", f"one for client {self.client}", instructions.client, "It is another's")
+        self.device.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
-        signal = partial(_signal_or_nothing, make_signal, order, start) if terms.against_server else make_signal
-        answer = self.member.answer(order, terms, start, signal, shown, settings)
-        return answer_content(self.member, order, model, answer)
+        signal = partial(_signal_or_nothing, make_signal, instructions, start) if terms.against_server else make_signal
+        answer = self.device.answer(instructions, terms, start, signal, shown, settings)
+        return answer_content(self.device, instructions, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
         """Return whether the app's metrics may leave: if the run promises nothing, and the policy accepts that."""
-        return terms_of(message).trust_rules is None and self.member.policy.accepts.unpromised
+        return terms_of(message).trust_rules is None and self.device.policy.accepts.unpromised
 
     def evaluate(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Return the answer to a message of another type: the metrics of an evaluation, if the policy accepts it.
@@ -96,7 +96,7 @@ class Guard:
         Raises:
             Refusal: If it does not.
         """
-        self.member.policy.check_evaluation(message.metadata.message_type.split(".")[0])
+        self.device.policy.check_evaluation(message.metadata.message_type.split(".")[0])
         metrics = content_of(call_next(message, context)).metric_records
         return Message(RecordDict({**metrics}), reply_to=message)
 
@@ -118,7 +118,7 @@ def guard_of(context: Context) -> Guard | None:
             raise UserError(f"--node-config {HOME}", "an absolute path", str(path), "Flower's processes work elsewhere")
         if write_default_policy(path):
             _log.warning("%s had no policy: the default one was written there. Read it.", path)
-        return Guard(Member.at(path), own_id(context))
+        return Guard(Device.at(path), own_id(context))
     except (UserError, OSError, ValueError) as error:  # in whose words may stand what is on the disk
         raise Refusal.because("trouble", str(error)) from None
 
@@ -142,17 +142,17 @@ def content_of(answer: Message) -> RecordDict:
 
 def own_id(context: Context) -> int | None:
     """Return the client id that a node's operator gave it; None if none was given."""
-    return Introduction.of_node(context.node_config).client
+    return NodeInfo.of_node(context.node_config).client
 
 
-def terms_of(message: Message) -> Terms:
+def terms_of(message: Message) -> RunTerms:
     """Return the terms in a message.
 
     Raises:
         Refusal: If there are none, or none that can be understood.
     """
     try:
-        terms = Terms.of(message.content)
+        terms = RunTerms.of(message.content)
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
     if terms is None:
@@ -161,13 +161,13 @@ def terms_of(message: Message) -> Terms:
     return terms
 
 
-def answer_content(member: Member, order: Order, model: ModelArrays, answer: Tensor) -> RecordDict:
+def answer_content(device: Device, instructions: ClientInstructions, model: ModelArrays, answer: Tensor) -> RecordDict:
     """Return the content of an answer: the message `[params]`, and the signed head of the client's ledger."""
-    head, records = member.head(), model.message(answer, MessageFormat.of(order.rules))
+    head, records = device.head(), model.message(answer, MessageFormat.of(instructions.rules))
     return RecordDict({**records} if head is None else {**records, HEAD: head.to_record()})
 
 
-def _signal_or_nothing(make_signal: Callable[[], Tensor], order: Order, start: Tensor) -> Tensor:
+def _signal_or_nothing(make_signal: Callable[[], Tensor], instructions: ClientInstructions, start: Tensor) -> Tensor:
     """Return the signal of an app; one that is not finite, and so counts as nothing, if the app fails."""
     try:
         return make_signal()
@@ -175,7 +175,7 @@ def _signal_or_nothing(make_signal: Callable[[], Tensor], order: Order, start: T
         if no.kind != "app":
             raise
         words = "client %d: its app failed (%s). The server is not told: a message that holds noise alone goes out."
-        _log.error(words, order.client, no, exc_info=no.__cause__)
+        _log.error(words, instructions.client, no, exc_info=no.__cause__)
         return torch.full_like(start, math.nan)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
-from fedpriv.flower.promise import Promise
+from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.privacy import REPLACE_FACTOR, Everyone, Local, PrivacyPlan, rounded_up
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
@@ -29,7 +29,7 @@ _FIRST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry(Promise):
+class Entry(PrivacyTerms):
     """One release, and the promise that it was made under.
 
     Args:

@@ -12,8 +12,8 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.files import make_private_folder, replace_durably
-from fedpriv.flower.messages import Order, Terms, method_name
-from fedpriv.flower.promise import NO_PROMISE
+from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
+from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
@@ -184,42 +184,44 @@ class Policy:
         if not self.accepts.evaluation:
             raise _no("accepts.evaluation", "messages that ask for training", repr(asked))
 
-    def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
+    def check(self, instructions: ClientInstructions, terms: RunTerms, parameters: int) -> PrivacyPlan | None:
         """The plan that the terms promise; None if they promise nothing.
 
         Raises:
             Refusal: If the order asks for more than the policy allows, or for less noise than the terms promise.
         """
-        _refuse_odd_numbers(order, terms)
+        _refuse_odd_numbers(instructions, terms)
         if not terms.rounds <= self.limits.max_rounds:
             raise _no("limits.max_rounds", f"at most {self.limits.max_rounds:,}", f"{terms.rounds:,}")
-        if order.seed is not None:
+        if instructions.seed is not None:
             raise _no("seed", "noise from this client's own operating system", "a seed in the order")
-        if order.diagnostics:
+        if instructions.diagnostics:
             raise _no("diagnostics", "orders for messages alone", "one for norms of bare signals")
-        _among("accepts.methods", method_name(order.method), self.accepts.methods)
+        _among("accepts.methods", method_name(instructions.method), self.accepts.methods)
         if not 1 <= parameters <= self.accepts.max_parameters:
             raise _no("accepts.max_parameters", f"at most {self.accepts.max_parameters:,}", f"{parameters:,}")
-        bound = order.method.bounded.l2_bound
+        bound = instructions.method.bounded.l2_bound
         if not bound <= self.limits.max_l2_bound:
             raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
         if terms.trust not in self.accepts.trusts:
             raise _no("accepts.trust", " or ".join(self.accepts.trusts), repr(terms.trust))
         if terms.trust_rules is None:
             return None
-        if not order.private:
+        if not instructions.private:
             raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
-        plan = _plan(order, terms)
+        plan = _plan(instructions, terms)
         multiplier = plan.noise_multiplier
         if plan.trust_rules.charges_participations:
-            multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
+            multiplier = instructions.noise_stddev / (
+                bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0)
+            )
         least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
         needed = plan.trust_rules.split(plan.noise_stddev, plan.sampling.expected_size).client
-        if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
-            raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
+        if not abs(instructions.noise_stddev - needed) <= _TOLERANCE * needed:
+            raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{instructions.noise_stddev:g}")
         return plan
 
 
@@ -262,21 +264,21 @@ def write_default_policy(home: Path) -> bool:
     return True
 
 
-def _plan(order: Order, terms: Terms) -> PrivacyPlan:
-    if has_memory(order.method) and not terms.client_memory:
+def _plan(instructions: ClientInstructions, terms: RunTerms) -> PrivacyPlan:
+    if has_memory(instructions.method) and not terms.client_memory:
         raise _no("client_memory", "true with a method that has a memory", "false")
     try:
-        return terms.plan(order.method.bounded.l2_bound)
+        return terms.plan(instructions.method.bounded.l2_bound)
     except UserError as error:
         raise Refusal(
             "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"
         ) from None
 
 
-def _refuse_odd_numbers(order: Order, terms: Terms) -> None:
+def _refuse_odd_numbers(instructions: ClientInstructions, terms: RunTerms) -> None:
     """Raises Refusal for what no server that is well would send."""
-    asked = {"bound": order.method.bounded.l2_bound, "round": order.round, "client": order.client}
-    for name, value in {**asdict(terms), **asked, "noise_stddev": order.noise_stddev}.items():
+    asked = {"bound": instructions.method.bounded.l2_bound, "round": instructions.round, "client": instructions.client}
+    for name, value in {**asdict(terms), **asked, "noise_stddev": instructions.noise_stddev}.items():
         if isinstance(value, int | float) and not 0 <= value < _MOST:
             raise _no(name, "a number from 0, and finite", value)
 

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
-from fedpriv.flower.messages import Introduction, introduction, printable
+from fedpriv.flower.messages import NodeInfo, ask_node_info, printable
 
 __all__ = ["MAX_REASON", "REJOIN_SECONDS", "find_clients", "find_rejoined", "in_words", "sort_answers"]
 
@@ -46,7 +46,7 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
             not 0 to n - 1. Nothing is spent then.
     """
     nodes = _joined(grid, expected, join_timeout)
-    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in nodes}
+    asked = {node: Message(ask_node_info(), node, MessageType.TRAIN) for node in nodes}
     contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
     if failures:
         raise UserError(
@@ -74,11 +74,11 @@ def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int], seconds: flo
     if not new:
         return list(nodes)
     seen.update(new)
-    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
+    asked = {node: Message(ask_node_info(), node, MessageType.TRAIN) for node in new}
     contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=seconds), 0.0)
     found = list(nodes)
     for node, content in contents.items():
-        who = Introduction.of_answer(content)
+        who = NodeInfo.of_answer(content)
         client = None if who is None else who.client
         if client is not None and 0 <= client < len(found) and found[client] not in online:
             _log.info("client %d is back as node %d", client, node)
@@ -167,8 +167,8 @@ def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remed
     return found
 
 
-def _introduced(content: RecordDict, who: str) -> Introduction:
-    found = Introduction.of_answer(content)
+def _introduced(content: RecordDict, who: str) -> NodeInfo:
+    found = NodeInfo.of_answer(content)
     if found is None:
         raise UserError(who, "a ClientApp with private_mod", "one without", "Write ClientApp(mods=[private_mod])")
     return found

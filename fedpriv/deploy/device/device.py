@@ -33,13 +33,13 @@ from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.files import make_private_folder, only_one
-from fedpriv.flower.messages import Order, Terms, method_name
+from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, has_memory
 from fedpriv.rounds import client_round
 from fedpriv.streams import Streams, SystemStreams
 
-__all__ = ["Member"]
+__all__ = ["Device"]
 
 STATE_FOLDER = "state"
 
@@ -47,7 +47,7 @@ _log = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
-class Member:
+class Device:
     """The client whose home is a folder with its policy; its memories and its ledger are in `state` below it.
 
     Args:
@@ -61,14 +61,14 @@ class Member:
     streams: Streams = field(default_factory=SystemStreams)
 
     @classmethod
-    def at(cls, home: Path, streams: Streams | None = None) -> "Member":
+    def at(cls, home: Path, streams: Streams | None = None) -> "Device":
         """The client at home in a folder; a `UserError` if its policy cannot be read."""
         return cls(load_policy(home / POLICY_FILE), home / STATE_FOLDER, streams or SystemStreams())
 
     def answer(
         self,
-        order: Order,
-        terms: Terms,
+        instructions: ClientInstructions,
+        terms: RunTerms,
         model: Tensor,
         make_signal: Callable[[], Tensor],
         shown: Head | None = None,
@@ -77,7 +77,7 @@ class Member:
         """The message `[params]` for an order, on the disk before it is returned.
 
         Args:
-            order: What is asked.
+            instructions: What is asked.
             terms: Where the server stands, and what it promises.
             model: x, `[params]`.
             make_signal: Gives what the client would send without privacy, `[params]`; called only if a message is made.
@@ -89,7 +89,7 @@ class Member:
             Refusal: If the order is not followed; nothing is sent and no memory moves.
         """
         try:
-            return self._answer(order, terms, model, make_signal, shown, settings)
+            return self._answer(instructions, terms, model, make_signal, shown, settings)
         except Refusal:
             raise
         except UserError as error:
@@ -115,33 +115,33 @@ class Member:
 
     def _answer(
         self,
-        order: Order,
-        terms: Terms,
+        instructions: ClientInstructions,
+        terms: RunTerms,
         model: Tensor,
         make_signal: Callable[[], Tensor],
         shown: Head | None,
         settings: str,
     ) -> Tensor:
-        self._check(order, terms, model)
-        request = _digest(order, terms, model, settings)
-        memory, ledger = MemoryFile(self.folder, terms.run, order.client), Ledger(self.folder)
+        self._check(instructions, terms, model)
+        request = _digest(instructions, terms, model, settings)
+        memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
         make_private_folder(self.folder)
         with only_one(self.folder / LOCK_FILE):
             memory.complete(ledger.holds)
             record = _in_epoch(memory.read(), terms)
             if terms.turn <= record.latest_turn:
                 return _given_before(record, terms, request)
-            past, entry = ledger.entries(), _entry(order, terms, request)
+            past, entry = ledger.entries(), _entry(instructions, terms, request)
             self._refuse_forgotten(ledger, shown)
-            settled = _settled(order, terms, record)
-            state = _state(order, settled, len(model))
+            settled = _settled(instructions, terms, record)
+            state = _state(instructions, settled, len(model))
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
                 signal = make_signal().float().reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
-                    _log.warning("client %d: its update is not finite and counts as nothing", order.client)
-                message, after = self._make(order, terms, state, signal)
+                    _log.warning("client %d: its update is not finite and counts as nothing", instructions.client)
+                message, after = self._make(instructions, terms, state, signal)
             line = ledger.drafted(entry)
             answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
             memory.prepare(answered)
@@ -153,11 +153,16 @@ class Member:
             memory.finish()
         return message
 
-    def _check(self, order: Order, terms: Terms, model: Tensor) -> None:
-        if terms.turn < 1 or not 0 <= terms.last_turn < terms.turn or terms.turn > terms.rounds or order.round < 1:
+    def _check(self, instructions: ClientInstructions, terms: RunTerms, model: Tensor) -> None:
+        if (
+            terms.turn < 1
+            or not 0 <= terms.last_turn < terms.turn
+            or terms.turn > terms.rounds
+            or instructions.round < 1
+        ):
             got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
             raise Refusal("model", "turn", "one after the other", got, "Ask the server's operator")
-        self.policy.check(order, terms, model.numel())
+        self.policy.check(instructions, terms, model.numel())
         if not bool(torch.isfinite(model).all()):
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a sound model"
@@ -189,13 +194,17 @@ class Member:
             remedy = f"The budget of this client is used up; its operator decides in {POLICY_FILE}"
             raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
-    def _make(self, order: Order, terms: Terms, state: ClientState, signal: Tensor) -> tuple[Tensor, ClientState]:
-        rules = replace(order.rules, streams=self.streams)
-        message, after = client_round(rules, order.client, state, signal.cpu(), order.round, turn=terms.turn)
+    def _make(
+        self, instructions: ClientInstructions, terms: RunTerms, state: ClientState, signal: Tensor
+    ) -> tuple[Tensor, ClientState]:
+        rules = replace(instructions.rules, streams=self.streams)
+        message, after = client_round(
+            rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn
+        )
         return message.contiguous(), after
 
 
-def _in_epoch(record: Record | None, terms: Terms) -> Record:
+def _in_epoch(record: Record | None, terms: RunTerms) -> Record:
     """The record, or a fresh one if all memories were started anew since."""
     record = record or Record(epoch=terms.epoch)
     if terms.epoch < record.epoch:
@@ -207,7 +216,7 @@ def _in_epoch(record: Record | None, terms: Terms) -> Record:
     return Record(epoch=terms.epoch, committed_turn=record.latest_turn, **ledger)
 
 
-def _given_before(record: Record, terms: Terms, request: str) -> Tensor:
+def _given_before(record: Record, terms: RunTerms, request: str) -> Tensor:
     """The message that answered the same request."""
     if terms.turn == record.pending_turn and request == record.request and record.reply is not None:
         return record.reply
@@ -222,21 +231,21 @@ def _refuse_released(past: list[Entry], entry: Entry) -> None:
         raise Refusal("stale", "turn", expected, entry.turn, "Its message is lost, and no turn is noised twice")
 
 
-def _settled(order: Order, terms: Terms, record: Record) -> Record:
+def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) -> Record:
     """The record once it is known which turn counted last."""
     settled = record.settled(terms.last_turn)
-    if settled is None and not has_memory(order.method):
+    if settled is None and not has_memory(instructions.method):
         return Record(epoch=record.epoch, committed_turn=terms.last_turn)
     if settled is None:
-        where, expected = f"memory of client {order.client}", f"its state after turn {terms.last_turn}"
+        where, expected = f"memory of client {instructions.client}", f"its state after turn {terms.last_turn}"
         got = f"that after turn {record.latest_turn}" if record.latest_turn else "none"
         raise Refusal("lost", where, expected, got, "The server goes by its rule for lost memories")
     return settled
 
 
-def _state(order: Order, record: Record, size: int) -> ClientState:
+def _state(instructions: ClientInstructions, record: Record, size: int) -> ClientState:
     """The state that the order goes on from."""
-    fresh = order.method.init_client(size)
+    fresh = instructions.method.init_client(size)
     if record.committed_turn == 0 or not fresh._fields:
         return fresh
     shapes = {name: tuple(field.shape) for name, field in fresh._asdict().items()}
@@ -244,27 +253,27 @@ def _state(order: Order, record: Record, size: int) -> ClientState:
     if kept != shapes:
         raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
     if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
-        where, remedy = f"memory of client {order.client}", "The server goes by its rule for lost memories"
+        where, remedy = f"memory of client {instructions.client}", "The server goes by its rule for lost memories"
         raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
     return type(fresh)(**record.committed)
 
 
-def _digest(order: Order, terms: Terms, model: Tensor, settings: str) -> str:
+def _digest(instructions: ClientInstructions, terms: RunTerms, model: Tensor, settings: str) -> str:
     """Of everything that an answer depends on but the client's own data and memory."""
-    asked = {**asdict(replace(order, last_round=0)), "name": method_name(order.method), **asdict(terms)}
+    asked = {**asdict(replace(instructions, last_round=0)), "name": method_name(instructions.method), **asdict(terms)}
     asked |= {"settings": settings} if settings else {}
     hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())
     hashed.update(model.detach().cpu().contiguous().numpy().tobytes())
     return hashed.hexdigest()
 
 
-def _entry(order: Order, terms: Terms, request: str) -> Entry:
+def _entry(instructions: ClientInstructions, terms: RunTerms, request: str) -> Entry:
     shared = {k: v for k, v in asdict(terms).items() if k in Entry.__dataclass_fields__}
     return Entry(
         **shared,
-        client=order.client,
+        client=instructions.client,
         request=request,
-        method=method_name(order.method),
-        l2_bound=order.method.bounded.l2_bound,
-        noise_stddev=order.noise_stddev,
+        method=method_name(instructions.method),
+        l2_bound=instructions.method.bounded.l2_bound,
+        noise_stddev=instructions.noise_stddev,
     )

@@ -6,14 +6,14 @@ from typing import Any
 from fedpriv.errors import UserError, nearest
 from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
 
-__all__ = ["NO_PROMISE", "Promise", "promised"]
+__all__ = ["NO_PROMISE", "PrivacyTerms", "promised"]
 
 NO_PROMISE = "none"
 """The trust of a run that promises nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promise:
+class PrivacyTerms:
     """A privacy plan but for the method's bound: every fact that its epsilon depends on.
 
     Args:
@@ -77,7 +77,7 @@ class Promise:
 
 
 def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[str, Any]:
-    """Return the fields of the `Promise` that a server makes.
+    """Return the fields of the `PrivacyTerms` that a server makes.
 
     Args:
         plan: Its plan; None if it promises nothing.
