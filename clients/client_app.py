@@ -1,4 +1,4 @@
-"""The ClientApp that runs fedpriv's experiments: `clientapp = "clients.client_app:app"`."""
+"""ClientApp that runs fedpriv's experiments: `clientapp = "clients.client_app:app"`."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answers with the client's message of one round, or says which client it is."""
+    """Return the client's message of one round, or its id if the server asks for it."""
     try:
         if asks_node_info(message.content):
             return Message(NodeInfo.of_node(context.node_config).to_content(), reply_to=message)
@@ -55,14 +55,14 @@ def _train(message: Message, context: Context) -> Message:
     if home:
         try:
             return _deployed(message, context, Path(str(home)))
-        except Exception:  # what it says may speak of data, and Flower would send it to the server
-            _log.exception("the order could not be followed")
+        except Exception:  # its text may mention data, and Flower would send it to the server
+            _log.exception("the instructions could not be followed")
             return Message(refusal_record("trouble", Refusal.because("trouble", "").told), reply_to=message)
     refuse_unless_simulated()
     instructions = ClientInstructions.of(message.content)
     if message.content.config_records.get(TERMS, {}).get("digest"):  # the terms of strategies name no experiment
         remedy = "Start nodes of a deployment with: fedpriv deploy node BUNDLE"
-        raise UserError("node", "one with a home of its own, and a policy in it", "one without", remedy)
+        raise UserError("node", "a home with a policy", "a node without a home", remedy)
     received = message.content.array_records[ARRAYS]
     model = ModelArrays.of(received)
     population = _population_of(message, context)
@@ -73,11 +73,12 @@ def _train(message: Message, context: Context) -> Message:
 
 
 def _deployed(message: Message, context: Context, home: Path) -> Message:
-    """The answer of a device that guards itself; a refusal is an answer, too."""
+    """Return the answer of a device that follows its own policy; a refusal is an answer, too."""
     try:
         instructions, terms = _instructions_of(message)
         if instructions.client != own_id(context):
-            raise Refusal("model", "order", f"one for client {own_id(context)}", instructions.client, "It is another's")
+            remedy = "Check the partition-id of the nodes"
+            raise Refusal("model", "instructions", f"client {own_id(context)}", instructions.client, remedy)
         instructions, streams = _streams(instructions)
         device = Device.at(home, streams)
         received, model = _model_of(message)
@@ -111,13 +112,13 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
         received = message.content.array_records[ARRAYS]
         return received, ModelArrays.of(received)
     except KeyError:
-        raise Refusal("model", "order", f"the model, a record {ARRAYS!r}", "none", "Start the run again") from None
+        raise Refusal("model", "instructions", f"a record {ARRAYS!r}", "none", "Start the run again") from None
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
 
 
 def _streams(instructions: ClientInstructions) -> tuple[ClientInstructions, Streams | None]:
-    """The order and where its noise comes from: a seed is followed only where a test has switched that on."""
+    """Return the instructions and the source of their noise: a seed counts only if a test has enabled that."""
     if instructions.seed is not None and os.environ.get(TEST_SEEDED) == "1":
         return replace(instructions, seed=None), SeededStreams(instructions.seed, instructions.noise_id)
     return instructions, None
@@ -130,13 +131,13 @@ def _population_of(message: Message, context: Context) -> Population:
 
 @lru_cache(maxsize=1)
 def _load(digest: str, run: RunConfig) -> Population:
-    """The experiment's clients; loaded once in a process, however many of them it plays."""
+    """Return the experiment's clients, which each process loads once."""
     config = run.load()
     if config.digest != digest:
         raise UserError(
             str(Path(run.config)),
             f"the server's experiment {digest[:12]}",
-            f"another one, {config.digest[:12]}",
+            f"experiment {config.digest[:12]}",
             "Give clients and server the same config and settings",
         )
     return run.assemble_clients(config)

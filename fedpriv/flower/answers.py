@@ -1,4 +1,4 @@
-"""One client's answer to a training message, whoever made its signal."""
+"""Answers of clients to training messages."""
 
 import logging
 import math
@@ -19,13 +19,13 @@ _log = logging.getLogger("flwr")
 
 
 def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelArrays, context: Context) -> RecordDict:
-    """The content of the answer: the message as arrays, and what the order asks for besides.
+    """Return the content of an answer: the message as arrays, and diagnostics if the server asks for them.
 
     Args:
-        instructions: The client's part in the round.
-        signal: What it would send without privacy, `[params]`.
-        model: How the message is laid out in arrays.
-        context: Keeps the client's state.
+        instructions: Instructions to the client for this round.
+        signal: The message without privacy, `[params]`.
+        model: Layout of the message in arrays.
+        context: Stores the client's state.
     """
     with one_thread():
         state = load_state(context, instructions, model.layout.size)
@@ -34,8 +34,8 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
         norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64)) if sound else math.inf
     keep_state(context, instructions, state)
     if not math.isfinite(norm):
-        what = "update" if sound else "memory"
-        _log.warning("client %d: its %s is not finite, and its message counts as nothing", instructions.client, what)
+        part = "update" if sound else "memory"
+        _log.warning("client %d: its %s is not finite and counts as zero", instructions.client, part)
     content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
         **model.message(message, MessageFormat.of(instructions.rules))
     }
@@ -45,5 +45,5 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
 
 
 def refusal(message: Message, reason: str) -> Message:
-    """The answer of a client that cannot take part."""
+    """Return the answer of a client that cannot take part."""
     return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason), reply_to=message)

@@ -1,15 +1,15 @@
-"""A client's state between rounds, in Flower's `context.state`; to the bit, and in two phases.
+"""Client state between rounds in Flower's `context.state`, exact to the bit and committed in two phases.
 
-A client that has answered does not know whether its message counted: it may come too late, be lost, or be one that the
-server cannot use. So it keeps the committed state, from before, and the pending one, from after. The server's next
-order says which round's message counted last, and that settles it, as in a deployment (`fedpriv.deploy.device.memory`):
+After a client has answered, it does not know whether its message counted: the message may be late, lost or invalid. The
+client therefore keeps both the committed state from before the round and the pending state from after it. The next
+instructions name the last round that counted, which decides, as in a deployment (`fedpriv.deploy.device.memory`):
 
-| the order says | then |
+| last round that counted | action |
 |---|---|
-| the pending round counted | the pending state is committed |
-| the committed round counted last | the pending state is dropped |
-| no round counted yet, 0 | the client starts afresh |
-| anything else | the memories have parted: the client says so, and the server goes by its rule for lost memories |
+| the pending round | the pending state is committed |
+| the committed round | the pending state is dropped |
+| 0: no round counted yet | the client restarts with a new state |
+| any other | the memories diverge: the client refuses, and the server applies its rule for lost memories |
 
 Flower keeps `context.state` in memory only: a node that restarts has lost it.
 """
@@ -32,10 +32,10 @@ _Fields = dict[str, Array]
 
 
 def load_state(context: Context, instructions: ClientInstructions, size: int) -> ClientState:
-    """Return the client's state before the order's round; a fresh one for a model of `size` parameters in its first.
+    """Return the client's state before this round; before its first, a new state for `size` parameters.
 
     Raises:
-        Refusal: If it has no state of the round whose message of this client counted last.
+        Refusal: If the client has no state from the last round in which its message counted.
     """
     fresh = instructions.method.init_client(size)
     if not fresh._fields:
@@ -45,7 +45,7 @@ def load_state(context: Context, instructions: ClientInstructions, size: int) ->
 
 
 def keep_state(context: Context, instructions: ClientInstructions, state: ClientState) -> None:
-    """Keep the client's state after the order's round as pending, beside the one that is committed."""
+    """Store the client's state after this round as pending, next to the committed one."""
     if not state._fields:
         return
     committed_round, committed = _settled(context, instructions)
@@ -56,7 +56,7 @@ def keep_state(context: Context, instructions: ClientInstructions, state: Client
 
 
 def _settled(context: Context, instructions: ClientInstructions) -> tuple[int, _Fields]:
-    """Return the round that is known to have counted last, and the state after it; empty for a fresh one."""
+    """Return the last round known to have counted, and the state after it; empty for a new state."""
     if instructions.last_round == 0:
         return 0, {}
     record = context.state.array_records.get(FEDPRIV)
@@ -69,5 +69,5 @@ def _settled(context: Context, instructions: ClientInstructions) -> tuple[int, _
         f"memory of client {instructions.client}",
         f"its state after round {instructions.last_round}",
         f"that after round {max(committed, pending)}" if record is not None else "none",
-        "A node that restarts has lost it; the server goes by its rule for lost memories",
+        "The server applies its rule for lost memories; a node loses its memory when it restarts",
     )
