@@ -112,7 +112,9 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
         received = message.content.array_records[ARRAYS]
         return received, ModelArrays.of(received)
     except KeyError:
-        raise Refusal("model", "instructions", f"a record {ARRAYS!r}", "none", "Start the run again") from None
+        raise Refusal(
+            "model", "instructions", f"a record {ARRAYS!r}", "no such record", "Start the run again"
+        ) from None
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
 

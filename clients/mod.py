@@ -132,6 +132,6 @@ def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> M
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:
     if len(content.array_records) != 1:
-        found = ", ".join(content.array_records) or "none"
+        found = ", ".join(content.array_records) or "0 records"
         raise UserError(where, "one ArrayRecord", found, f"Send the model as RecordDict({{{ARRAYS!r}: ...}})")
     return next(iter(content.array_records.values()))

@@ -849,7 +849,7 @@ MUTANTS = [
     Mutant(
         "deployment: lost memories are not started anew",
         "fedpriv/deploy/coordinator.py",
-        "        self._start_anew()\n        return True",
+        "        self._reset_memories()\n        return True",
         "        return True",
         COORDINATOR,
     ),
@@ -1740,7 +1740,7 @@ MUTANTS = [
     Mutant(
         "deployment: a full disk is not looked at",
         "fedpriv/deploy/checks.py",
-        "    if free < max(least, _LEAST_FREE):",
+        "    if free < max(least, _MIN_FREE):",
         "    if False:",
         "tests/deploy/test_deploy_check.py",
     ),
@@ -1789,8 +1789,8 @@ MUTANTS = [
     Mutant(
         "deployment: a turn with a secret cohort ends with its last answer",
         "fedpriv/deploy/server.py",
-        "        if coordinator.secret_cohorts:\n            # Neither",
-        "        if False:\n            # Neither",
+        "        if coordinator.secret_cohorts:\n            # The times",
+        "        if False:\n            # The times",
         APPS,
     ),
 ]

@@ -129,7 +129,7 @@ def node(
 def ledger(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="Folder of the node.", show_default=False)],
 ) -> None:
-    """Show what a node has sent in each run, and the privacy budget it has spent."""
+    """Show the messages that a node has sent in each run, and the privacy budget it has spent."""
     from fedpriv.deploy.device.device import Device
     from fedpriv.deploy.device.ledger import account_of
 

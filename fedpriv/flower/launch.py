@@ -108,7 +108,7 @@ def _claim(directory: RunDirectory, config: Config, resume: bool) -> dict[str, A
         raise UserError(
             str(directory.path),
             "an empty folder, or a finished run of this experiment",
-            "an unfinished run, whose client memories are lost",
+            "an unfinished run without its client memories",
             "Choose another --out",
         )
     return summary
@@ -119,7 +119,7 @@ class FlowerRun:
     """Processes of one simulation.
 
     Args:
-        home: Their separate folder, whose path marks all of them.
+        home: Their separate folder; its path, in their environment, identifies all of them.
         population: Number of nodes.
         device: Device for gradients.
         log: File for their output.
@@ -310,7 +310,7 @@ class RecordedRounds:
 
 @contextmanager
 def _on_signal(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
-    """Handle signals within the block; do nothing outside the main thread, where this is impossible."""
+    """Handle signals within the block; do nothing outside the main thread, which Python does not support."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -342,7 +342,7 @@ def _answers(url: str) -> bool:
 
 
 def _processes_with(mark: bytes) -> list[int]:
-    """Return the ids of the processes, except zombies, whose environment holds `mark`."""
+    """Return the ids of the processes, except zombies, with `mark` in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

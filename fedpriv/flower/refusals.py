@@ -15,7 +15,7 @@ KINDS = {
 }
 
 
-# Refusals whose full line may leave: it mentions the instructions and limits, never data, files or past runs.
+# The full line of these refusals may leave: it mentions the instructions and limits, never data, files or past runs.
 _OPEN = ("policy", "model", "stale", "lost")
 
 

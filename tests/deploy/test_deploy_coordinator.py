@@ -235,7 +235,7 @@ def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got none"):
+    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got a lost memory"):
         server.finish(messages(0, 1), lost(4))
 
 
@@ -305,7 +305,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
             state=method.init_server(torch.zeros(SIZE)),
         )
 
-    with pytest.raises(UserError, match=r"deployment.min_participants: expected 1 where epsilon relies on nobody"):
+    with pytest.raises(UserError, match=r"deployment.min_participants: expected 1 if epsilon requires secret cohorts"):
         made(2)
     one = made(1)
     one.begin()
@@ -365,7 +365,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh_in_a_secret_cohort_to
 @pytest.mark.parametrize("rule", ["re-base", "stop"])
 def test_what_would_show_a_lost_memory_is_refused_where_cohorts_are_secret(rule: str) -> None:
     with pytest.raises(
-        UserError, match=r"^deployment\.lost_memory: expected another rule where epsilon relies on nobody"
+        UserError, match=r"^deployment\.lost_memory: expected another rule if epsilon requires secret cohorts"
     ):
         secretly(UNDAMPED, lost_memory=rule)
     assert coordinator(UNDAMPED, "central", lost_memory=rule).lost_memory == rule
@@ -376,7 +376,7 @@ def test_a_run_of_secret_cohorts_all_of_whose_clients_are_left_out_ends() -> Non
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    with pytest.raises(UserError, match="its memory of earlier turns, got none"):
+    with pytest.raises(UserError, match="its memory of earlier turns, got a lost memory"):
         server.finish({}, lost(*range(CLIENTS)))
 
 

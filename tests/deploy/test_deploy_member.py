@@ -61,7 +61,7 @@ def device(tmp_path: Path) -> Device:
 
 def test_noise_comes_from_the_operating_system_unless_a_test_says_otherwise(device: Device) -> None:
     assert type(device.streams) is SystemStreams
-    with pytest.raises(Refusal, match=r"seed: expected noise from this client's own operating system"):
+    with pytest.raises(Refusal, match=r"seed: expected noise from this client's operating system"):
         ask(device, instructions(seed=3), terms())
 
 
@@ -80,12 +80,18 @@ STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]]
     ("nothing promised", {"trust": "central"}, {"noise_stddev": 0.0}, {"trust": "none"}, "accepts.trust"),
     ("another method", {"methods": ("clip21",)}, {}, {}, "accepts.methods: expected clip21"),
     ("another model's size", {"max_parameters": 4}, {}, {}, "accepts.max_parameters: expected at most 4, got 5"),
-    ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected orders for messages alone"),
-    ("no multiplier that can be", {}, {}, {"noise_multiplier": float("nan")}, "noise_multiplier: expected a number"),
+    ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected requests for messages only"),
+    (
+        "no multiplier that can be",
+        {},
+        {},
+        {"noise_multiplier": float("nan")},
+        "noise_multiplier: expected a finite number",
+    ),
     ("an unknown trust", {"trust": "none"}, {}, {"trust": "nobody"}, "accepts.trust"),
-    ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected a promise"),
-    ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected one after the other"),
-    ("more turns than promised", {}, {}, {"turn": 10}, "turn: expected one after the other"),
+    ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected privacy terms"),
+    ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected consecutive turns"),
+    ("more turns than promised", {}, {}, {"turn": 10}, "turn: expected consecutive turns"),
 ]
 
 
@@ -109,7 +115,7 @@ def test_a_model_that_is_not_finite_is_refused(device: Device, value: float) -> 
 
 def test_a_run_does_not_change_its_model_s_size(device: Device) -> None:
     ask(device, *turn(1, 0))
-    with pytest.raises(Refusal, match=r"model: expected one whose memory has the shapes"):
+    with pytest.raises(Refusal, match=r"model: expected a model with memory of the shapes"):
         ask(device, *turn(2, 1), torch.zeros(9), torch.ones(9))
 
 
@@ -118,7 +124,7 @@ def test_the_same_request_gets_the_same_bytes_and_another_one_none(device: Devic
     again = ask(Device(device.policy, device.folder), *turn(1, 0), signal=torch.full((SIZE,), 7.0))
     assert torch.equal(first, again)
     assert len(Ledger(device.folder).entries()) == 1
-    with pytest.raises(Refusal, match=r"turn: expected a turn after 1, or what was asked in it"):
+    with pytest.raises(Refusal, match=r"turn: expected a turn after 1, or the same request again"):
         ask(device, *turn(1, 0), torch.ones(SIZE))
 
 
@@ -146,7 +152,7 @@ def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(devic
     ask(device, *turn(1, 0))
     ask(device, *turn(2, 1))
     MemoryFile(device.folder, "r1", 0).path.unlink()
-    with pytest.raises(Refusal, match="expected its state after turn 2, got none") as caught:
+    with pytest.raises(Refusal, match="expected its state after turn 2, got no memory") as caught:
         ask(device, *turn(3, 2))
     assert caught.value.kind == "lost"
     ask(device, *turn(4, 0))
@@ -236,7 +242,7 @@ def test_a_damaged_memory_is_never_used(device: Device, damage: str) -> None:
         content[-3] ^= 1
     damaged = {"flipped": bytes(content), "short": bytes(content[:-9]), "empty": b""}
     path.write_bytes(damaged.get(damage, content.replace(b"fedpriv-memory 1", b"fedpriv-memory 2")))
-    with pytest.raises(Refusal, match="expected a whole memory file") as caught:
+    with pytest.raises(Refusal, match="expected an intact memory file") as caught:
         ask(device, *turn(2, 1))
     assert caught.value.kind == "trouble"
     assert len(Ledger(device.folder).entries()) == 1
@@ -336,7 +342,7 @@ def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(device: 
         ask(other, *turn(number, number - 1))
     for content in (MemoryFile(other.folder, "r1", 0).path.read_bytes(), before[:-3], b""):
         path.with_name("memory.part").write_bytes(content)
-        with pytest.raises(Refusal, match="Each turn is answered once"):
+        with pytest.raises(Refusal, match="each turn is answered once"):
             ask(device, *turn(1, 0), torch.ones(SIZE))
         assert path.read_bytes() == before
 
@@ -354,7 +360,7 @@ def test_a_ledger_that_was_changed_stops_everything(device: Device, damage: str)
     else:
         lines[0] = b"none\n"
     path.write_bytes(b"".join(lines))
-    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
+    with pytest.raises(Refusal, match="expected the original line") as caught:
         ask(device, *turn(4, 3))
     assert caught.value.kind == "trouble"
 
@@ -490,7 +496,7 @@ def test_a_ledger_that_got_shorter_stops_everything(device: Device, damage: str)
         path.unlink()
     if damage == "all but memory gone":
         path.with_name("ledger.head").unlink()
-    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
+    with pytest.raises(Refusal, match="expected the original line") as caught:
         ask(device, *turn(4, 3))
     assert caught.value.kind == "trouble"
 
@@ -510,7 +516,7 @@ def test_a_new_epoch_does_not_hide_that_the_ledger_is_gone(device: Device) -> No
     ask(device, *turn(1, 0))
     for name in ("ledger.jsonl", "ledger.head"):
         (device.folder / name).unlink()
-    with pytest.raises(Refusal, match="expected the line as it was written"):
+    with pytest.raises(Refusal, match="expected the original line"):
         ask(device, instructions(), terms(turn=2, epoch=1))
 
 

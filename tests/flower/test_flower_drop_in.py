@@ -186,7 +186,7 @@ def answering(content_of):
 @pytest.mark.parametrize(
     ("content_of", "reason"),
     [
-        (lambda _: RecordDict({"metrics": MetricRecord({"loss": 1.0})}), "expected one ArrayRecord, got none"),
+        (lambda _: RecordDict({"metrics": MetricRecord({"loss": 1.0})}), "expected one ArrayRecord, got 0 records"),
         (lambda m: RecordDict({"a": m.content["arrays"], "b": m.content["arrays"]}), "one ArrayRecord, got a, b"),
         (lambda _: RecordDict({"arrays": ArrayRecord(nn.Linear(2, 2).state_dict())}), "the same model"),
     ],
@@ -225,7 +225,9 @@ def test_a_node_that_lost_its_memory_ends_a_run_that_tolerates_nothing():
         return True
 
     grid.hook = restart
-    with pytest.raises(ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got none"):
+    with pytest.raises(
+        ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got no memory"
+    ):
         start(AlphaNormEC(num_clients=CLIENTS, max_failures=0.0), grid)
 
 

@@ -1,19 +1,18 @@
-"""A client of a deployment: guards itself, remembers durably, and never noises a message twice.
+"""Client of a deployment, which enforces its own policy, stores its memory durably and never noises a message twice.
 
-What happens to an order, and what is on the disk when it is interrupted there:
+A device handles instructions in these steps; each line also gives the state on disk if the step is interrupted:
 
-1. It is checked against the client's policy, and its turn against the client's record: nothing has changed.
-2. The message is made: nothing has changed, and the same order may be followed anew.
-3. The message and the memory after it are written beside the memory, which still holds. Only this takes up room: a disk
-   that is full ends it here, or in the next step, and nothing is charged.
-4. The release is written to the ledger: it is counted, though nothing was sent. The ledger is never too low. The next
-   order finds the message that is in the ledger, and takes the fifth step.
-5. What was written beside the memory takes its place: from now on the same request gets the same message.
-6. The message is sent, and with it the signed head of the ledger.
+1. It checks the instructions against the client's policy, and the turn against the client's record. Nothing changes.
+2. It computes the message. Nothing changes, and the device may follow the same instructions again.
+3. It writes the message and the new memory next to the current memory, which stays valid. Only this step needs space: a
+   full disk stops the device here or in the next step, and nothing is charged.
+4. It writes the release to the ledger. The release counts even if it is never sent, so the ledger never underestimates.
+   With the next instructions, the device finds the message of the last ledger entry and continues with step 5.
+5. It replaces the memory by the new one. From now on, the same request gets the same message.
+6. It sends the message together with the signed head of the ledger.
 
-Before 2, the ledger is compared with every witness of how long it was: the memory file of each run, and the head that
-the server shows (`fedpriv.deploy.device.heads`). A ledger that was lost, or is an older copy, stops every run, not only
-its own.
+Before step 2, the device compares the ledger with every record of its length: the memory file of each run, and the head
+that the server sends (`fedpriv.deploy.device.heads`). A lost ledger, or an older copy of it, stops all runs.
 """
 
 import hashlib
@@ -48,12 +47,12 @@ _log = logging.getLogger("flwr")
 
 @dataclass(frozen=True)
 class Device:
-    """The client whose home is a folder with its policy; its memories and its ledger are in `state` below it.
+    """Client with a home folder that holds its policy; its memories and its ledger are in the subfolder `state`.
 
     Args:
-        policy: What it agrees to.
-        folder: Where its records are.
-        streams: Where its noise comes from; anything but the operating system is for tests.
+        policy: Policy of the client.
+        folder: Folder of its records.
+        streams: Source of its noise; any source other than the operating system is for tests.
     """
 
     policy: Policy
@@ -62,7 +61,11 @@ class Device:
 
     @classmethod
     def at(cls, home: Path, streams: Streams | None = None) -> "Device":
-        """The client at home in a folder; a `UserError` if its policy cannot be read."""
+        """Return the client with a home folder.
+
+        Raises:
+            UserError: If its policy cannot be read.
+        """
         return cls(load_policy(home / POLICY_FILE), home / STATE_FOLDER, streams or SystemStreams())
 
     def answer(
@@ -74,19 +77,19 @@ class Device:
         shown: Head | None = None,
         settings: str = "",
     ) -> Tensor:
-        """The message `[params]` for an order, on the disk before it is returned.
+        """Return the message `[params]` for some instructions; it is on disk before this returns.
 
         Args:
-            instructions: What is asked.
-            terms: Where the server stands, and what it promises.
+            instructions: Instructions from the server.
+            terms: State of the run, and the server's privacy terms.
             model: x, `[params]`.
-            make_signal: Gives what the client would send without privacy, `[params]`; called only if a message is made.
-            shown: The head of this client's ledger that the server shows; None if it shows none, as servers of before
-                heads did: then only the client's own files say how long the ledger was.
-            settings: Anything else that was asked and that the signal depends on.
+            make_signal: Returns the message without privacy, `[params]`; called only if a new message is needed.
+            shown: Head of this client's ledger from the server; None if the server sends none, like servers before
+                heads existed. Then only the client's own files bear witness to the length of the ledger.
+            settings: Digest of any other input of the signal.
 
         Raises:
-            Refusal: If the order is not followed; nothing is sent and no memory moves.
+            Refusal: If the device does not follow the instructions; nothing is sent, and no memory changes.
         """
         try:
             return self._answer(instructions, terms, model, make_signal, shown, settings)
@@ -101,10 +104,10 @@ class Device:
             raise Refusal.because("trouble", f"{type(error).__name__}: {error}") from error
 
     def head(self) -> Head | None:
-        """Return the signed head of the ledger, for the server to keep; None while nothing was released.
+        """Return the signed head of the ledger for the server; None before the first release.
 
         Raises:
-            UserError: If the key or the ledger's own note of its length cannot be read.
+            UserError: If the key, or the file with the ledger's length, cannot be read.
         """
         last = Ledger(self.folder).noted()
         return None if last is None or last[0] < 1 else self._key.sign(*last)
@@ -140,7 +143,7 @@ class Device:
             with one_thread():
                 signal = make_signal().float().reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
-                    _log.warning("client %d: its update is not finite and counts as nothing", instructions.client)
+                    _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
                 message, after = self._make(instructions, terms, state, signal)
             line = ledger.drafted(entry)
             answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
@@ -161,37 +164,37 @@ class Device:
             or instructions.round < 1
         ):
             got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
-            raise Refusal("model", "turn", "one after the other", got, "Ask the server's operator")
+            raise Refusal("model", "turn", "consecutive turns", got, "Ask the server's operator")
         self.policy.check(instructions, terms, model.numel())
         if not bool(torch.isfinite(model).all()):
             raise Refusal(
-                "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a sound model"
+                "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"
             )
 
     def _refuse_forgotten(self, ledger: Ledger, shown: Head | None) -> None:
-        """Raises UserError if any witness knows of releases that the ledger does not."""
+        """Raise a `UserError` if any witness knows of releases that are missing in the ledger."""
         for path, lines, digest in remembered_ledgers(self.folder):
-            ledger.refuse_without(lines, digest, f", as {path} remembers it")
+            ledger.refuse_without(lines, digest, f" according to {path}")
         key = self._key
         if shown is None:
             return
         if shown.key == key.public and shown.valid:
-            ledger.refuse_without(shown.lines, shown.hash, ", as this client has signed it and the server shows it")
+            ledger.refuse_without(shown.lines, shown.hash, " according to this client's signed head from the server")
         else:
-            _log.warning("the server shows a ledger of this client that another key has signed: not believed")
+            _log.warning("the server sends a head of this client's ledger with another key's signature: ignored")
 
     def _afford(self, past: list[Entry], entry: Entry) -> None:
         limits = self.policy.limits
-        if entry.trust_rules is None:  # which the policy accepts
+        if entry.trust_rules is None:  # accepted by the policy
             return
-        # What was once sent without a promise cannot be made up for, unless the client's operator accepts that still.
+        # A release without a guarantee has infinite epsilon, unless the client's operator still accepts such releases.
         releases = [*(e for e in past if e.trust_rules is not None or not self.policy.accepts.unpromised), entry]
         if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
             return
         epsilon = spent(releases, limits.delta, limits.adjacency)
         if not epsilon <= limits.epsilon:
             expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
-            remedy = f"The budget of this client is used up; its operator decides in {POLICY_FILE}"
+            remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
             raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(
@@ -205,61 +208,68 @@ class Device:
 
 
 def _in_epoch(record: Record | None, terms: RunTerms) -> Record:
-    """The record, or a fresh one if all memories were started anew since."""
+    """Return the record, or a new one if all memories have been reset since."""
     record = record or Record(epoch=terms.epoch)
     if terms.epoch < record.epoch:
-        raise Refusal("stale", "epoch", f"at least {record.epoch}", terms.epoch, "An order from before a new start")
+        remedy = "Drop these instructions: they are from before a reset"
+        raise Refusal("stale", "epoch", f"at least {record.epoch}", terms.epoch, remedy)
     if terms.epoch == record.epoch:
         return record
-    # What was answered before stays known, so that no old order is answered again.
+    # Earlier turns stay recorded, so that the client never answers old instructions again.
     ledger = {"ledger_lines": record.ledger_lines, "ledger_hash": record.ledger_hash}
     return Record(epoch=terms.epoch, committed_turn=record.latest_turn, **ledger)
 
 
 def _given_before(record: Record, terms: RunTerms, request: str) -> Tensor:
-    """The message that answered the same request."""
+    """Return the earlier message for the same request.
+
+    Raises:
+        Refusal: If this turn, or a later one, had another request.
+    """
     if terms.turn == record.pending_turn and request == record.request and record.reply is not None:
         return record.reply
-    expected = f"a turn after {record.latest_turn}, or what was asked in it"
-    raise Refusal("stale", "turn", expected, terms.turn, "Each turn is answered once")
+    expected = f"a turn after {record.latest_turn}, or the same request again"
+    raise Refusal("stale", "turn", expected, terms.turn, "Send a new turn: each turn is answered once")
 
 
 def _refuse_released(past: list[Entry], entry: Entry) -> None:
-    """Raises Refusal if a message of this turn was written down, and may have been sent, that is not there any more."""
+    """Raise a `Refusal` if the ledger has a message of this turn, which may have been sent and is now lost."""
     if any(e.run == entry.run and e.client == entry.client and e.turn >= entry.turn for e in past):
         expected = f"a turn after {entry.turn}, which is in the ledger"
-        raise Refusal("stale", "turn", expected, entry.turn, "Its message is lost, and no turn is noised twice")
+        remedy = "Send a new turn: the message of this one is lost, and no turn is noised twice"
+        raise Refusal("stale", "turn", expected, entry.turn, remedy)
 
 
 def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) -> Record:
-    """The record once it is known which turn counted last."""
+    """Return the record after the server has named the last turn that counted."""
     settled = record.settled(terms.last_turn)
     if settled is None and not has_memory(instructions.method):
         return Record(epoch=record.epoch, committed_turn=terms.last_turn)
     if settled is None:
         where, expected = f"memory of client {instructions.client}", f"its state after turn {terms.last_turn}"
-        got = f"that after turn {record.latest_turn}" if record.latest_turn else "none"
-        raise Refusal("lost", where, expected, got, "The server goes by its rule for lost memories")
+        got = f"its state after turn {record.latest_turn}" if record.latest_turn else "no memory"
+        raise Refusal("lost", where, expected, got, "The server applies its rule for lost memories")
     return settled
 
 
 def _state(instructions: ClientInstructions, record: Record, size: int) -> ClientState:
-    """The state that the order goes on from."""
+    """Return the client's state before this turn."""
     fresh = instructions.method.init_client(size)
     if record.committed_turn == 0 or not fresh._fields:
         return fresh
     shapes = {name: tuple(field.shape) for name, field in fresh._asdict().items()}
     kept = {name: tuple(field.shape) for name, field in record.committed.items()}
     if kept != shapes:
-        raise Refusal("model", "model", f"one whose memory has the shapes {kept}", shapes, "Start a new run for it")
+        expected = f"a model with memory of the shapes {kept}"
+        raise Refusal("model", "model", expected, shapes, "Start a new run for this model")
     if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
-        where, remedy = f"memory of client {instructions.client}", "The server goes by its rule for lost memories"
+        where, remedy = f"memory of client {instructions.client}", "The server applies its rule for lost memories"
         raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
     return type(fresh)(**record.committed)
 
 
 def _digest(instructions: ClientInstructions, terms: RunTerms, model: Tensor, settings: str) -> str:
-    """Of everything that an answer depends on but the client's own data and memory."""
+    """Return a digest of every input of an answer except the client's own data and memory."""
     asked = {**asdict(replace(instructions, last_round=0)), "name": method_name(instructions.method), **asdict(terms)}
     asked |= {"settings": settings} if settings else {}
     hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())

@@ -1,4 +1,4 @@
-"""What a device trains on: a file of its own, or its part of the experiment's data set."""
+"""Training data of a device: its own file, or its part of the experiment's data set."""
 
 import zipfile
 from pathlib import Path
@@ -26,35 +26,36 @@ __all__ = ["own_signal", "read_own_data"]
 def own_signal(
     device: Device, run: RunConfig, instructions: ClientInstructions, terms: RunTerms, model: Tensor
 ) -> Tensor:
-    """What the client would send without privacy, `[params]`, on the CPU.
+    """Return the client's message without privacy, `[params]`, on the CPU.
 
     Raises:
-        Refusal: If the experiment is not the one that the terms name, or not one that the policy accepts.
-        UserError: If the data are not there.
+        Refusal: If the experiment differs from the one in the terms, or the policy does not accept it.
+        UserError: If the data are missing.
     """
-    with only_known():  # the server wrote the text: it may name no module for this device to import
+    with only_known():  # the server wrote the text, which must not name modules for this device to import
         config = run.load()
     if config.digest != terms.digest:
-        got = f"another one, {config.digest[:12]}"
-        raise Refusal("model", "experiment", f"the one of the terms, {terms.digest[:12]}", got, "Start the run again")
+        expected = f"experiment {terms.digest[:12]} of the terms"
+        raise Refusal("model", "experiment", expected, f"experiment {config.digest[:12]}", "Start the run again")
     device.policy.check_experiment(config)
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
             return _signal_of_file(path, run, config, instructions, terms, model)
-        # The server wrote the config: nothing is made of a model that is not the one that it sent.
+        # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not instructions.client < population.federation.population:
             expected = f"a client below {population.federation.population}"
-            raise Refusal("model", "order", expected, instructions.client, "Start nodes with the ids of the experiment")
+            remedy = "Start the nodes with the client ids of the experiment"
+            raise Refusal("model", "instructions", expected, instructions.client, remedy)
         return population.signal(instructions.client, model.to(population.task.device), terms.turn).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
-    """Inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of classes.
+    """Return inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of classes.
 
     Raises:
-        UserError: If the file is not an .npz with `inputs`, `labels` and `classes`.
+        UserError: If the file is not an .npz file with valid `inputs`, `labels` and `classes`.
     """
     expected = "an .npz file with inputs (floats), labels (whole numbers from 0) and classes (a whole number)"
     remedy = "Write it with numpy.savez(path, inputs=..., labels=..., classes=...)"

@@ -192,6 +192,6 @@ def _is_own(folder: Path, file: str) -> bool:
 
 
 def last_line_in(folder: Path, error: BaseException) -> str:
-    """Return the place in the app's own files where an exception was raised; empty if it was raised elsewhere."""
+    """Return the place of an exception in the app's own files; empty if it was raised elsewhere."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(folder, frame.filename)]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""

@@ -1,8 +1,8 @@
 """Flower `Grid` on which an unmodified ServerApp talks to clients in this process or on Ray workers.
 
 This grid passes each message directly to its client and returns the reply. It skips the overhead of `flwr run` (a
-scanned store, two polls, pickling in both directions). An app sees no difference, except that replies, whose order is
-random in Flower, come in the order of the messages.
+scanned store, two polls, pickling in both directions). An app sees only one difference: replies come in the order of
+the messages, and not in a random order.
 """
 
 import logging

@@ -114,7 +114,7 @@ def error_of_exception(exception: BaseException) -> Error:
 
 
 def error_reply(message: Message, reason: str) -> Message:
-    """Return the reply for a client whose answer is unusable."""
+    """Return the reply for a client with an unusable answer."""
     return Message(Error(code=ErrorCode.UNKNOWN, reason=reason), reply_to=message)
 
 

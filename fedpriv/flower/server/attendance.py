@@ -3,7 +3,7 @@
 A client that does not answer, or sends an unusable message, counts as a client with a zero message. Every round
 therefore counts, however few clients answer, and the noise stays correct. Under central trust, the noise has the plan's
 standard deviation on the sum of any number of messages. Under local trust, each message carries noise itself. The sum
-is divided by the expected cohort size. A client whose message does not count drops the memory of it
+is divided by the expected cohort size. If a message does not count, its client drops the memory of it
 (`fedpriv.flower.state`), so that error feedback also stays correct.
 
 A run ends if more than a given share of a round's clients fail, because the user asked for a run with more clients. If
@@ -93,7 +93,7 @@ class Attendance:
     def refuse_nothing(self) -> None:
         """Raise a `UserError` if no message counted in the whole run."""
         if self.counted == 0 and self.rounds > 0:
-            got = f"none in {self.rounds} rounds"
+            got = f"0 messages in {self.rounds} rounds"
             got += f"; the first failures: {in_words(self.failed)}" if self.failed else "; no client was asked"
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)

@@ -1,4 +1,4 @@
-"""Privacy statement of a run of a user's app: the arrays that it covers, and what failures and timing reveal."""
+"""Privacy statement of a run of a user's app, including its arrays, failures and timing."""
 
 import textwrap
 from typing import Literal

@@ -23,7 +23,7 @@ _MIN_SECONDS = 10.0
 
 @dataclass
 class Pace:
-    """Duration of a run's rounds, each of which lies between `begin` and `end`.
+    """Duration of a run's rounds. A round starts with `begin` and ends with `end`.
 
     Args:
         seconds: Duration of every round; None if a round ends with its last answer.
@@ -35,7 +35,7 @@ class Pace:
     def __post_init__(self) -> None:
         if self.seconds is not None and not _MIN_SECONDS <= self.seconds < 1e9:
             remedy = "Set it to a few seconds more than the slowest client needs, or remove it"
-            raise UserError("round_seconds", f"at least {_MIN_SECONDS:g} seconds", self.seconds, remedy)
+            raise UserError("round_seconds", f"seconds from {_MIN_SECONDS:g} to 1e9", self.seconds, remedy)
 
     @property
     def window(self) -> float:
