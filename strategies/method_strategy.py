@@ -29,15 +29,15 @@ from fedpriv.flower.messages import (
     DIAGNOSTICS,
     FEDPRIV,
     TERMS,
+    ClientInstructions,
     MessageFormat,
     ModelArrays,
-    Order,
-    Terms,
+    RunTerms,
     method_name,
     printable,
     refused,
 )
-from fedpriv.flower.promise import promised
+from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement
 from fedpriv.flower.server.faults import message_fault, norm_limit
@@ -236,7 +236,7 @@ class MethodStrategy(Strategy):
                 RecordDict(
                     {
                         **shared,
-                        FEDPRIV: self._order(client, server_round).to_record(),
+                        FEDPRIV: self._instructions(client, server_round).to_record(),
                         TERMS: terms[last_round.get(client, 0)],
                         **self._shown(client),
                     }
@@ -369,7 +369,7 @@ class MethodStrategy(Strategy):
 
     def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
         """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
-        terms = Terms(
+        terms = RunTerms(
             run=self._run,
             turn=server_round,
             last_turn=last_round,
@@ -383,11 +383,11 @@ class MethodStrategy(Strategy):
         head = self._heads.heads.get(client)
         return {} if head is None else {HEAD: head.to_record()}
 
-    def _order(self, client: int, server_round: int) -> Order:
+    def _instructions(self, client: int, server_round: int) -> ClientInstructions:
         rules = self.agreement.client
         streams = rules.streams if rules.noise_stddev > 0.0 else None
         seeded = isinstance(streams, SeededStreams)
-        return Order(
+        return ClientInstructions(
             method=rules.method,
             round=server_round,
             client=client,

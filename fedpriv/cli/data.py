@@ -1,4 +1,4 @@
-"""Who holds what, and all that a config can name."""
+"""The commands `fedpriv data` and `fedpriv list`."""
 
 import dataclasses
 import io
@@ -38,13 +38,16 @@ from fedpriv.tasks.models import MODELS
 def data(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG ...", help="TOML files.", show_default=False)],
     settings: Settings = None,
-    out: Annotated[Path | None, typer.Option(help="Where to; else runs/NAME-data.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="runs/NAME-data")] = None,
     data_root: DataRoot = None,
     all_gradients: Annotated[
-        bool, typer.Option("--all-gradients", help="Compare gradients whatever it costs, of up to 200 clients.")
+        bool, typer.Option("--all-gradients", help="Compare the gradients of up to 200 clients at any cost.")
     ] = False,
 ) -> None:
-    """Show who holds what, as a table and a picture, and how much clients differ; of several, the latter alone."""
+    """Show each client's data as a table and a picture, and how much clients differ.
+
+    With several configs, show only how much clients differ, side by side.
+    """
     columns = {}
     for path in configs:
         experiment = load_config(path, settings or ())
@@ -56,8 +59,8 @@ def data(
     shown.add_column("", no_wrap=True)
     for name in columns:
         shown.add_column(name, overflow="fold")
-    for key in dict.fromkeys(key for figures in columns.values() for key in figures):
-        shown.add_row(key, *("" if key not in figures else f"{figures[key]:.6g}" for figures in columns.values()))
+    for key in dict.fromkeys(key for measures in columns.values() for key in measures):
+        shown.add_row(key, *("" if key not in measures else f"{measures[key]:.6g}" for measures in columns.values()))
     Console().print(shown)
 
 
@@ -74,8 +77,8 @@ def _show_clients(experiment: Config, federation: Holders, directory: Path) -> N
 
 
 @app.command(name="list")
-def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List methods, data, models, engines and what else a config can name; and what of it runs in C here."""
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List everything a config can name, such as methods, data sets, models and engines, and which parts run in C."""
     kinds = {
         "methods": _describe(METHODS),
         "server": _describe(SERVER_OPTIMIZERS),
@@ -99,7 +102,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fa
     console = Console()
     for title, entries in kinds.items():
         table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        for column in ("name", "what it is", "keys"):
+        for column in ("name", "description", "keys"):
             table.add_column(column, overflow="fold")
         for name, entry in entries.items():
             keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in entry["keys"].items())

@@ -1,4 +1,4 @@
-"""What an experiment promises, and what runs have spent."""
+"""The command `fedpriv privacy`."""
 
 import json
 import math
@@ -26,23 +26,26 @@ if TYPE_CHECKING:
 @app.command()
 def privacy(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="The experiment's TOML file.", show_default=False)
+        Path | None, typer.Argument(metavar="CONFIG", help="TOML file of the experiment.", show_default=False)
     ] = None,
     settings: Settings = None,
     data_root: DataRoot = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan, or what was spent, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw the trade-off curve, type I against type II error."),
+        typer.Option(metavar="FILE.png", help="Draw the trade-off curve of type I and type II error."),
     ] = None,
     spent: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Instead of a config: add up what the runs below a folder have spent."),
+        typer.Option(metavar="DIR", help="Instead of CONFIG: add up the privacy spent by all runs below DIR."),
     ] = None,
 ) -> None:
-    """Show what an experiment promises: noise, epsilon, statement; or what runs have spent. Trains nothing."""
+    """Show the noise, epsilon and privacy statement of an experiment, or the privacy that runs have spent.
+
+    Nothing is trained.
+    """
     if (config is None) == (spent is None) or (spent is not None and (settings or plot)):
-        remedy = "Name an experiment's TOML file (with -s and --plot if you like), or --spent DIR alone"
+        remedy = "Give either CONFIG, with -s and --plot if needed, or --spent DIR alone"
         raise UserError("CONFIG", "either a config or --spent", "both" if spent else "neither", remedy)
     if spent is not None:
         _show_spent(spent, as_json=as_json)
@@ -52,7 +55,7 @@ def privacy(
 
 
 def _size_of(experiment: Config, data_root: Path | None) -> int | None:
-    """The number of parameters; None if the data set, which decides about it, is not on this machine."""
+    """Return the number of parameters; None if this machine lacks the data set, on which it depends."""
     try:
         return assemble_clients(experiment, data_root=data_root).task.layout.size
     except UserError:
@@ -76,13 +79,13 @@ def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             found |= noise_against_signal(plan, size).as_dict()
         print(json.dumps(jsonable(found), indent=2))
     else:
-        told: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "size": size,
             "clock": experiment.devices is not None,
             "data": experiment.data.facts,
             "recorded": True,
         }
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
+        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **facts))
         if plot is not None:
             print(f"picture     {plot}")
 

@@ -1,4 +1,4 @@
-"""Running an experiment, and beginning one."""
+"""The commands `fedpriv new` and `fedpriv run`."""
 
 import shlex
 import sys
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the experiment is called.", show_default=False)],
-    source: Annotated[str, typer.Option("--from", help="The shipped experiment to begin with.")] = "quickstart",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the experiment.", show_default=False)],
+    source: Annotated[str, typer.Option("--from", help="Shipped experiment to copy.")] = "quickstart",
 ) -> None:
-    """Write NAME.toml, a first experiment, into the folder where you are."""
+    """Write NAME.toml, a first experiment, to the current directory."""
     from fedpriv.experiment.starter import write_starter
 
     path = write_starter(name, source)
@@ -37,55 +37,59 @@ def new(
 @app.command()
 def run(
     config: ConfigFile,
-    out: Annotated[Path | None, typer.Option(help="The run directory; else runs/NAME.", show_default=False)] = None,
-    engine: Annotated[str, typer.Option(help="auto (measures), loop, vectorized, ray or flower.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME")] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto (the fastest by measurement), loop, vectorized, ray or flower.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     data_root: DataRoot = None,
     settings: Settings = None,
     workers: Annotated[
-        int | None, typer.Option(help="Ray workers; else one a core, or a GPU.", show_default=False)
+        int | None, typer.Option(help="Number of Ray workers.", show_default="one per core or GPU")
     ] = None,
-    compute: Annotated[str, typer.Option(help="In a Ray worker: auto, loop or vectorized.")] = "auto",
+    compute: Annotated[str, typer.Option(help="Engine inside a Ray worker: auto, loop or vectorized.")] = "auto",
     gpus_per_worker: Annotated[
-        float | None, typer.Option(help="Each Ray worker's share of a GPU, such as 0.25.", show_default=False)
+        float | None, typer.Option(help="Share of a GPU for each Ray worker, such as 0.25.", show_default=False)
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
+        str | None,
+        typer.Option(help="HOST:PORT of a running Ray cluster, or auto.", show_default="start one"),
     ] = None,
     state_memory: Annotated[
         str | None,
-        typer.Option(help="Most memory of client states, such as 8GB; more goes to the disk.", show_default=False),
+        typer.Option(help="Memory limit for client states, such as 8GB; the rest is kept on disk.", show_default=False),
     ] = None,
     state_folder: Annotated[
-        Path | None, typer.Option(help="Where those states go; else the temporary folder.", show_default=False)
+        Path | None, typer.Option(help="Folder for states on disk.", show_default="the temporary folder")
     ] = None,
     client_noise: Annotated[
         str | None,
         typer.Option(
-            help="With trust local: fused (one draw a round, the same law) or faithful.", show_default="fused"
+            help="With trust local: fused (one draw per round, same distribution) or faithful (one per client).",
+            show_default="fused",
         ),
     ] = None,
     channels_last: Annotated[
-        bool | None, typer.Option("--channels-last", help="Channels innermost: faster convolutions on CPUs.")
+        bool | None, typer.Option("--channels-last", help="Store channels last: faster convolutions on CPUs.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, or bfloat16: faster, coarser gradients.", show_default="float32")
+        str | None, typer.Option(help="float32, or bfloat16 for faster but coarser gradients.", show_default="float32")
     ] = None,
     deploy: Annotated[
         str | None,
         typer.Option(
-            metavar="CONNECTION", help="Run on real devices: a deployment's folder admin, or a Flower connection."
+            metavar="CONNECTION", help="Run on real devices: the folder admin of a deployment, or a Flower connection."
         ),
     ] = None,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
+        int | None, typer.Option(help="Rounds between checkpoints.", show_default="one every 10 s")
     ] = None,
     log: Logs = None,
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
-    """Run an experiment and fill its run directory."""
+    """Run an experiment and record it in its run directory."""
     from fedpriv.runners import run_experiment
 
     experiment = load_config(config, settings or ())
@@ -103,7 +107,7 @@ def run(
         precision=precision,
     )
     if log and deploy is not None:
-        raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two")
+        raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two options")
     with (
         track(log or (), experiment, directory, diagnostics=log_diagnostics) as sent,
         RoundProgress(experiment.training.rounds) as progress,
@@ -136,7 +140,7 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
         promise = "none: this run is not private"
     if summary.get("validation_accuracy") is not None:
         unprotected = _mark(summary, "validation_accuracy")
-        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by{unprotected}")
+        print(f"validation  {summary['validation_accuracy']:.4f} on the held-out examples, to choose by{unprotected}")
     print(
         f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
         f"{_mark(summary, 'test_accuracy')}\n"
@@ -149,25 +153,29 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
 
 
 def _print_warnings(directory: Path) -> None:
-    """Print what a run's diagnostics give cause to say; a UserError if nothing was learned, which is all recorded."""
+    """Print the warnings in the diagnostics of a run.
+
+    Raises:
+        UserError: If no update was finite, so that nothing was learned. The records are complete in that case, too.
+    """
     rows = RunDirectory(directory).rows("diagnostics.jsonl")
     warnings = warnings_of(rows)
     if learned_nothing(rows):
         remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
-        raise UserError("the run", "updates of finite numbers", "none", remedy)
+        raise UserError("the run", "updates of finite numbers", "no such update", remedy)
     for warning in warnings:
         print(f"warning     {warning}", file=sys.stderr)
 
 
 def _mark(summary: dict[str, Any], score: str) -> str:
-    """A warning at a score that is computed on protected clients' own examples."""
+    """Return the warning for a score that is computed on the examples of protected clients; empty for other scores."""
     return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
 
 
 def _clock_line(summary: dict[str, Any], directory: Path) -> str:
-    """How long the run would have taken on its devices; nothing without a virtual clock."""
-    beside = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # its clock may show who took part
-    found = {**beside, **summary}
+    """Return the line on the simulated duration and traffic of a run; empty without a virtual clock."""
+    unreleased = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # the clock may reveal who took part
+    found = {**unreleased, **summary}
     if "simulated_seconds" not in found:
         return ""
     hours, rest = divmod(round(found["simulated_seconds"]), 3600)
@@ -176,7 +184,7 @@ def _clock_line(summary: dict[str, Any], directory: Path) -> str:
 
 
 def _engine_line(summary: dict[str, Any]) -> str:
-    """Which engine ran, and what it was measured against if it was chosen by measuring."""
+    """Return the engine that ran, with the measured times if it was chosen by measurement."""
     ran, line = summary["execution"], summary["engine"]
     if ran.get("workers", 1) > 1:
         line += f" with {ran['workers']} workers, {ran['compute']} inside"

@@ -161,7 +161,7 @@ def test_a_part_of_a_run_is_not_gone_on_with(config, tmp_path):
     RunDirectory(tmp_path).claim(config.to_toml(), config.digest, resume=False)
     with pytest.raises(ValueError, match="this experiment, started or finished"):
         run_with_flower(config, tmp_path)
-    with pytest.raises(ValueError, match="Clients' memories live only as long as their Flower run"):
+    with pytest.raises(ValueError, match="an unfinished run without its client memories"):
         run_with_flower(config, tmp_path, resume=True)
 
 

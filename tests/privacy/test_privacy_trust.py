@@ -12,7 +12,7 @@ from trusts import Pooled
 from fedpriv.audit.words import knowledge_of
 from fedpriv.deploy.device.policy import Accepts
 from fedpriv.errors import UserError
-from fedpriv.flower.promise import NO_PROMISE, Promise, promised
+from fedpriv.flower.privacy_terms import NO_PROMISE, Promise, promised
 from fedpriv.methods import AlphaNormEC, NormalizedSGD
 from fedpriv.privacy import (
     ADJACENCIES,

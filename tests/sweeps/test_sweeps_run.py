@@ -388,7 +388,7 @@ def test_a_sweep_whose_file_has_changed_keeps_what_it_has(tmp_path: Path, capsys
     with pytest.raises(SystemExit) as caught:
         main(["sweep", str(path), "--out", str(out), "--resume"])
     assert caught.value.code == 0
-    assert "others      1 trial that" in capsys.readouterr().out
+    assert "others      1 trial not in" in capsys.readouterr().out
     second = pd.read_csv(out / "trials.csv")
     assert list(second["seed"]) == [2, 3, 4]
     assert second["trial"][0] == first["trial"][1]

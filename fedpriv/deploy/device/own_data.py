@@ -1,4 +1,4 @@
-"""What a device trains on: a file of its own, or its part of the experiment's data set."""
+"""Training data of a device: its own file, or its part of the experiment's data set."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
-from fedpriv.deploy.device.member import Member
+from fedpriv.deploy.device.device import Device
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import build_module, check_device, count_parameters
 from fedpriv.experiment.config import Config
-from fedpriv.flower.messages import Order, Terms
+from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.plugins import only_known
@@ -26,29 +26,32 @@ __all__ = ["own_signal", "read_own_data"]
 ARRAYS = ("inputs", "labels", "classes")
 
 
-def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model: Tensor) -> Tensor:
-    """What the client would send without privacy, `[params]`, on the CPU.
+def own_signal(
+    device: Device, run: RunConfig, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+) -> Tensor:
+    """Return the client's message without privacy, `[params]`, on the CPU.
 
     Raises:
-        Refusal: If the experiment is not the one that the terms name, or not one that the policy accepts.
-        UserError: If the data are not there.
+        Refusal: If the experiment differs from the one in the terms, or the policy does not accept it.
+        UserError: If the data are missing.
     """
-    with only_known():  # the server wrote the text: it may name no module for this device to import
+    with only_known():  # the server wrote the text, which must not name modules for this device to import
         config = run.load()
     if config.digest != terms.digest:
-        got = f"another one, {config.digest[:12]}"
-        raise Refusal("model", "experiment", f"the one of the terms, {terms.digest[:12]}", got, "Start the run again")
-    member.policy.check_experiment(config)
+        expected = f"experiment {terms.digest[:12]} of the terms"
+        raise Refusal("model", "experiment", expected, f"experiment {config.digest[:12]}", "Start the run again")
+    device.policy.check_experiment(config)
     with one_thread():
-        if member.policy.data.own:
-            path = member.folder.parent / Path(member.policy.data.own).expanduser()
-            return _signal_of_file(path, run, config, order, terms, model)
-        # The server wrote the config: nothing is made of a model that is not the one that it sent.
+        if device.policy.data.own:
+            path = device.folder.parent / Path(device.policy.data.own).expanduser()
+            return _signal_of_file(path, run, config, instructions, terms, model)
+        # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
-        if not order.client < population.federation.population:
+        if not instructions.client < population.federation.population:
             expected = f"a client below {population.federation.population}"
-            raise Refusal("model", "order", expected, order.client, "Start nodes with the ids of the experiment")
-        return population.signal(order.client, model.to(population.task.device), terms.turn).cpu()
+            remedy = "Start the nodes with the client ids of the experiment"
+            raise Refusal("model", "instructions", expected, instructions.client, remedy)
+        return population.signal(instructions.client, model.to(population.task.device), terms.turn).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
@@ -71,13 +74,15 @@ def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(inputs), torch.from_numpy(labels), classes
 
 
-def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, terms: Terms, model: Tensor) -> Tensor:
+def _signal_of_file(
+    path: Path, run: RunConfig, config: Config, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+) -> Tensor:
     check_device(run.device)
     inputs, labels, classes = read_own_data(path)
     shape = tuple(inputs.shape[1:])
     _refuse_other_size(count_parameters(config, shape, classes), model)
     task = Task(build_module(config, shape, classes, 0), run.device)
-    batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, order.client)
+    batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, instructions.client)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     return make_signal(task, at, *given, config.local, batches).cpu()

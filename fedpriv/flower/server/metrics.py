@@ -1,14 +1,14 @@
-"""The average of metrics that clients report, and what is said of those that cannot be averaged.
+"""Average of the metrics that clients report, and the reasons why some of them do not count.
 
-| a client reports | then |
+| a client reports | effect |
 |---|---|
 | `num-examples` above 0 | its metrics count with that weight |
-| `num-examples` 0 | none of its metrics counts, as it has nothing to measure them on |
-| no `num-examples`, or one that is negative or not finite | none of its metrics counts |
-| a metric that is not finite, or has another length than other clients' | this metric of its does not count |
-| some of the metrics only | each metric is averaged over the clients that report it |
+| `num-examples` 0 | none of its metrics counts, because it has no examples to measure them on |
+| no `num-examples`, or a negative or non-finite value | none of its metrics counts |
+| a metric that is not finite, or has another length than on other clients | this metric does not count |
+| only some of the metrics | each metric is averaged over the clients that report it |
 
-Nothing is left out silently.
+Every omission is reported.
 """
 
 import math
@@ -24,13 +24,13 @@ Value = int | float | list[int] | list[float]
 
 
 def average_metrics(answers: Mapping[int, RecordDict]) -> tuple[MetricRecord | None, dict[int, str]]:
-    """Return the average over clients by number of examples, and what does not count, by client.
+    """Return the average over clients, weighted by number of examples, and for each client the metrics left out.
 
     Args:
-        answers: The contents of answers, by client; of several records of metrics, the first that has a metric counts.
+        answers: Contents of answers by client. If several records have the same metric, the first one counts.
 
     Returns:
-        None if there is nothing to average.
+        The average, None without metrics; and by client, one line about its metrics that do not count.
     """
     reported = {client: _merged(content) for client, content in answers.items()}
     if not any(reported.values()):
