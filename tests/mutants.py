@@ -1586,8 +1586,8 @@ MUTANTS = [
     Mutant(
         "a statement hides that a simulation noised the sum and not each message",
         "fedpriv/experiment/recorder.py",
-        "            fused=self._fused,\n",
-        "",
+        "timeline is not None, fused=self._fused)",
+        "timeline is not None)",
         ENGINES_TESTED,
     ),
     Mutant(

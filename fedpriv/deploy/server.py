@@ -4,13 +4,15 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.coordinator import Coordinator, Outcome
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
@@ -32,8 +34,9 @@ from fedpriv.flower.messages import (
     printable,
     refused,
 )
+from fedpriv.streams import SystemStreams
 
-__all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
+__all__ = ["PARTICIPATION", "Network", "refuse_full_disk", "run_turns", "take_up", "with_secret_streams"]
 
 PARTICIPATION = "participation.jsonl"
 
@@ -186,6 +189,26 @@ class Network:
             _log.warning("node %d: client %d is there already: not used", node, found.client)
         else:
             self.nodes[found.client] = node
+
+
+def refuse_full_disk(path: Path, experiment: Experiment) -> None:
+    """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
+    model = experiment.initial_model
+    state = experiment.config.method.init_server(model)
+    # A checkpoint is written beside the former one; the first model and the last one stay.
+    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    (space,) = check_space(path, 0.0, "", least=wanted)
+    if space.state == "wrong":
+        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
+        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
+
+
+def with_secret_streams(experiment: Experiment) -> Experiment:
+    """Cohorts and noise from the operating system; what needs no secrecy (batches) stays as the seed says."""
+    streams = SystemStreams()
+    rules = replace(experiment.population.rules, streams=streams)
+    population = replace(experiment.population, rules=rules)
+    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
 def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -> Coordinator:

@@ -296,6 +296,7 @@ def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float
 
 def _ray(experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int) -> Engine:
     from fedpriv.engines.ray.engine import RayEngine
+    from fedpriv.engines.ray.snapshots import KeepSnapshots
 
     gpus = execution.gpus_per_worker
     if gpus is None:
@@ -304,6 +305,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
     unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
     memory = None if execution.state_memory is None else execution.state_memory // workers
+    folder = None if memory is None else execution.state_folder or Path(tempfile.gettempdir())
     return RayEngine(
         population.on(torch.device("cpu")).in_client_order(),
         _Local(compute, memory, execution.state_folder),
@@ -311,7 +313,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
         gpus_per_worker=gpus,
         unit=unit,
         address=execution.ray_address,
-        snapshot_folder=None if memory is None else execution.state_folder or Path(tempfile.gettempdir()),
+        snapshots=KeepSnapshots(folder=folder),
     )
 
 

@@ -19,7 +19,16 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
 from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import DPFedAvg
-from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
+from fedpriv.privacy import (
+    Everyone,
+    FixedSize,
+    PrivacyPlan,
+    Sampling,
+    Scheduled,
+    Simulated,
+    make_plan,
+    privacy_statement,
+)
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total
 from fedpriv.streams import SeededStreams
 
@@ -219,7 +228,9 @@ def test_every_part_of_a_step_has_noise_of_its_own() -> None:
 @pytest.mark.parametrize("trust", ["central", "local"])
 def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str, trust: str) -> None:
     plan = plan_of(timeline(name).scheduled(), 25, trust, noise_multiplier=8.0)
-    text = " ".join(privacy_statement(plan, method="a method", randomness="seeded", clock=True).split())
+    text = " ".join(
+        privacy_statement(plan, method="a method", randomness="seeded", simulated=Simulated(clock=True)).split()
+    )
     words = {"over-selection": "the first to answer count", "fedbuff": "FedBuff", "fedfix": "FedFix"}
     assert words[timeline(name).scheme] in text
     for part in ("no amplification by sampling", "participation is visible", "numbers of examples", "public"):
