@@ -33,12 +33,16 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     Args:
         kind: What errors call one of them, such as `method`.
         builtin: Classes by name, or where they are: `"package.module:Class"`.
+        protocol: What each of them has; one from elsewhere without it is refused. None to take what there is.
         group: The group of entry points of packages that add some; None if all there are are built in.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, type[T] | str], group: str | None = None) -> None:
+    def __init__(
+        self, kind: str, builtin: Mapping[str, type[T] | str], protocol: type | None = None, group: str | None = None
+    ) -> None:
         self.kind = kind
         self._group = group
+        self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
 
@@ -103,6 +107,11 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
             remedy = f"Make it a class with @dataclass(frozen=True), whose fields are the keys of the {self.kind}"
             raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
+        missing = self._members - {*dir(found), *(field.name for field in dataclasses.fields(found))}
+        if missing:
+            remedy = f"Give it: fedpriv's own classes of this kind, such as {next(iter(self))!r}, have all of them"
+            expected = f"a {self.kind} with {', '.join(sorted(missing))}"
+            raise UserError(where, expected, f"{name!r}, which has none", remedy)
         self._referred[name] = cast(type[T], found)
         return self._referred[name]
 
@@ -148,6 +157,12 @@ def whole_reference(name: Any, folder: Path) -> Any:
         return name
     place, _, found = name.rpartition(":")
     return f"{(folder / place).resolve()}:{found}" if place.endswith(".py") else name
+
+
+def _members(protocol: type | None) -> frozenset[str]:
+    """Names of what a protocol asks for."""
+    found = () if protocol is None else (*vars(protocol), *protocol.__annotations__)
+    return frozenset(name for name in found if not name.startswith("_"))
 
 
 @cache

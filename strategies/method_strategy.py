@@ -188,7 +188,7 @@ class MethodStrategy(Strategy):
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
         self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
-        self.state: ServerState = self.agreement.server.method.init_server(model)
+        self.state: ServerState = self.agreement.server.init(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
         self._run = secrets.token_hex(16)
         self._turns = num_rounds
@@ -266,7 +266,7 @@ class MethodStrategy(Strategy):
         else:
             _log.warning("round %d: memories are lost: all begin again, and nothing of the round is used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
-            self.state = self.agreement.server.method.init_server(self.state.model)
+            self.state = self.agreement.server.begin_anew(self.state)
         self._say_what_was_learned(server_round)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
         metrics = self._average({c: metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")

@@ -260,6 +260,7 @@ DEVICES: Registry[Devices] = Registry(
         "uniform": Uniform,
         "trace": Trace,
     },
+    protocol=Devices,
     group="fedpriv.devices",
 )
 

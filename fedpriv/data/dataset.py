@@ -145,5 +145,6 @@ DATASETS: Registry[DatasetSource] = Registry(
         "tiny-shakespeare": "fedpriv.data.datasets:TinyShakespeare",
         "libsvm": "fedpriv.data.datasets:Libsvm",
     },
+    protocol=DatasetSource,
     group="fedpriv.datasets",
 )

@@ -305,7 +305,7 @@ class Coordinator:
 
     def _start_anew(self) -> None:
         """Fresh memories on both sides; the model stays."""
-        self.state = self.server.method.init_server(self.state.model)
+        self.state = self.server.begin_anew(self.state)
         self.epoch += 1
         self.last_turn = {}
 

@@ -194,7 +194,7 @@ class Network:
 def refuse_full_disk(path: Path, experiment: Experiment) -> None:
     """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
     model = experiment.initial_model
-    state = experiment.config.method.init_server(model)
+    state = experiment.server.init(model)
     # A checkpoint is written beside the former one; the first model and the last one stay.
     wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
     (space,) = check_space(path, 0.0, "", least=wanted)
@@ -225,7 +225,7 @@ def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -
         choice=config.deployment or DeploymentChoice(),
         turns=config.training.rounds,
         digest=config.digest,
-        state=config.method.init_server(experiment.initial_model),
+        state=experiment.server.init(experiment.initial_model),
     )
     saved = directory.checkpoint.read(config.digest, journal.promise)
     if saved is not None:

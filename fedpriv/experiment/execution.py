@@ -328,7 +328,7 @@ def choose_compute(population: Population, server: ServerRules, initial_model: T
         initial_model: What they work on, `[params]`.
     """
     population = without_noise(population)
-    broadcast = begin_round(server, server.method.init_server(initial_model), 1)
+    broadcast = begin_round(server, server.init(initial_model), 1)
     clients = broadcast.cohort if len(broadcast.cohort) else np.zeros(1, dtype=np.int64)
     loop, vectorized = LoopEngine(population), VectorizedEngine(population)
     chunk = np.sort(vectorized.first_chunk(clients))

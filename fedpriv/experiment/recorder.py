@@ -213,7 +213,7 @@ class Journal:
         if self.experiment.timeline is not None:
             self._taken.update(self.experiment.timeline.step(round).sent.tolist())
             return
-        state = self.experiment.config.method.init_server(torch.zeros(1))
+        state = self.experiment.server.init(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
     def _checkpoint_due(self, round: int) -> bool:

@@ -93,7 +93,7 @@ def _take_up(
     """The last round that is safe, the state after it, and on the virtual clock the models that are still worked on;
     clients' states go back to the engine.
     """
-    last, state = 0, experiment.config.method.init_server(experiment.initial_model)
+    last, state = 0, experiment.server.init(experiment.initial_model)
     older: dict[int, Tensor] = {}
     saved = directory.checkpoint.read(experiment.config.digest, promise)
     if saved is not None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
+from fedpriv.methods.base import PlainMethod
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
@@ -45,7 +46,7 @@ class ServerMemory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip21:
+class Clip21(PlainMethod):
     """Clipped residuals with a noiseless memory.
 
     Args:
@@ -64,11 +65,6 @@ class Clip21:
     def bounded(self) -> Clip:
         """clip_tau."""
         return Clip(clip_norm=self.clip_norm)
-
-    @property
-    def needs_client_noise(self) -> bool:
-        """No."""
-        return False
 
     @property
     def feedback(self) -> Feedback:
@@ -99,7 +95,9 @@ class Clip21:
         message = bounded_residual(self.bounded, state.memory, signal)
         return sent_message(message, release), ClientMemory(remember(state.memory, message, 1.0))
 
-    def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
+    def server_rule(
+        self, state: ServerMemory, mean_message: Tensor, sampling_prob: float
+    ) -> tuple[Tensor, ServerMemory]:
         """See `Method.server_rule`."""
         memory = remember(state.memory, mean_message, sampling_prob)
-        return ServerMemory(state.model - self.server_lr * memory, memory)
+        return memory, ServerMemory(state.model, memory)

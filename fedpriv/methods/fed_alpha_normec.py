@@ -28,7 +28,6 @@ the mean of all v_i.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
 
@@ -48,4 +47,7 @@ class FedAlphaNormEC(AlphaNormEC):
         damping: See `AlphaNormEC`; ours.
     """
 
-    needs_gradient_scale: ClassVar[bool] = True
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """The paper's d_i is a move over eta."""
+        return True

@@ -157,7 +157,10 @@ class ResNet20(_Made):
 
 
 MODELS: Registry[ModelSource] = Registry(
-    "model", {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20}, group="fedpriv.models"
+    "model",
+    {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20},
+    protocol=ModelSource,
+    group="fedpriv.models",
 )
 
 

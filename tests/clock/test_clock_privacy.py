@@ -17,7 +17,7 @@ from fedpriv.clock import FedBuff, FedFix, Synchronous, Timeline
 from fedpriv.engines.fused_noise import FusedNoise
 from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
-from fedpriv.mechanisms.noise import release_clients_sum
+from fedpriv.mechanisms.noise import Gaussian, release_clients_sum
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import (
     Everyone,
@@ -200,7 +200,7 @@ class _Told:
 
 def _moved(made: Timeline, client: int) -> float:
     rules = ServerRules(
-        method=DPFedAvg(clip_norm=1.0), sampling=made.scheduled(), noise_stddev=0.0, streams=SeededStreams(0)
+        method=DPFedAvg(clip_norm=1.0), sampling=made.scheduled(), mechanism=Gaussian(0.0), streams=SeededStreams(0)
     )
     squared = 0.0
     versions = Versions(made)

@@ -13,17 +13,19 @@ from fedpriv import load_config, plugins
 from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
 from fedpriv.deploy.device.policy import POLICY_FILE, load_policy, write_default_policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
-from fedpriv.methods import METHODS, DPFedAvg, client_part
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
 from fedpriv.plugins import Registry
 from fedpriv.privacy import SAMPLINGS
 from fedpriv.privacy.trust import TRUSTS
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.tasks.local_work import LOCAL_WORKS
 from fedpriv.tasks.models import MODELS
 
 OWN = '''
@@ -231,6 +233,27 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
     assert METHODS.known(own, "method").__name__ == "HalfClip"
 
 
+def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path) -> None:
+    """Else it would be noticed in the middle of a run."""
+    path = tmp_path / "half.py"
+    path.write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"
+        "    def batches(self, examples, rng): ...\n"
+    )
+    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*server_rule, got"):
+        METHODS.resolve(f"{path}:Half", "method.name")
+    with pytest.raises(UserError, match="with batch_size, client_lr, signal, walked, got"):
+        LOCAL_WORKS.resolve(f"{path}:Half", "local.work")
+    with pytest.raises(UserError, match="with build, dense, parameters, got"):
+        MODELS.resolve(f"{path}:Half", "model.name")
+
+
+@pytest.mark.parametrize("registry", [METHODS, MODELS, DATASETS, PARTITIONS, LOCAL_WORKS, SERVER_OPTIMIZERS, SHIFTS])
+def test_fedprivs_own_classes_have_what_is_asked_of_others(registry: Registry[Any]) -> None:
+    for kind in registry.values():
+        assert registry.resolve(f"{kind.__module__}:{kind.__name__}", "key") is kind
+
+
 def test_what_answers_for_its_own_privacy_is_built_in(tmp_path: Path) -> None:
     """A sampling, a schedule or a trust from elsewhere could claim any epsilon."""
     (tmp_path / "mine.py").write_text(OWN)
@@ -246,5 +269,5 @@ def test_a_file_that_fails_is_loaded_again_once_it_is_mended(tmp_path: Path) -> 
         METHODS.resolve(f"{path}:HalfClip", "method.name")
     path.write_text(OWN)
     kind = METHODS.resolve(f"{path}:HalfClip", "method.name")
-    assert client_part(kind()).client_rule  # type: ignore[attr-defined]
+    assert kind().client_part.client_rule  # type: ignore[attr-defined]
     assert torch.equal(kind().init_server(torch.ones(2)).model, torch.ones(2))

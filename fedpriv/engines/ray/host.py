@@ -208,8 +208,11 @@ def _failure(error: Exception) -> Failure:
         return Failure("user", error.where, str(error), b"")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return Failure("memory", "workers", _first_line(error) + place, b"")
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return Failure("disk", str(getattr(error, "filename", None) or "disk"), _first_line(error) + place, b"")
+    full, file = "No space left" in str(error), None
+    if isinstance(error, OSError):
+        full, file = full or error.errno in (errno.ENOSPC, errno.EDQUOT), error.filename
+    if full:
+        return Failure("disk", str(file or "disk"), _first_line(error) + place, b"")
     return Failure("other", "", "".join(traceback.format_exception(error)), _survivor(error))
 
 
