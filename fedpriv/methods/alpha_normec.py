@@ -28,7 +28,7 @@ the v_i; a client that skipped rounds first shrinks its memory as often as the s
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from fedpriv.bounding import SmoothedNormalization
 from fedpriv.checks import require_fraction, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
-from fedpriv.methods.base import PlainMethod, direction
+from fedpriv.methods.base import PlainMethod, Row, direction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 
@@ -72,6 +72,13 @@ class AlphaNormEC(PlainMethod):
         memory: What a client adds to its memory: its `noiseless` message, or what it `sent`.
         damping: lambda, how much of both memories is forgotten each round.
     """
+
+    row: ClassVar[Row] = Row(
+        "N_alpha(g_i - v_i), N_alpha(u) = u / (alpha + ||u||)",
+        memory="v_i += beta message",
+        server="v += beta/n sum; x -= lr v/||v||, or lr v",
+        source="arXiv 2502.13482",
+    )
 
     alpha: float = 1.0
     beta: float = 0.1

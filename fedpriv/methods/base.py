@@ -1,6 +1,6 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ __all__ = [
     "ClientState",
     "Method",
     "PlainMethod",
+    "Row",
     "ServerState",
     "direction",
     "feedback_of",
@@ -29,6 +30,15 @@ ClientState = Any
 ServerState = Any
 
 
+class Row(NamedTuple):
+    """A method's row in the README's table: what client i sends and remembers, what the server does, whose it is."""
+
+    message: str
+    memory: str = "-"
+    server: str = "x -= lr mean"
+    source: str = "-"
+
+
 class Method(Protocol):
     """A frozen dataclass of hyperparameters with the two rules of a paper.
 
@@ -39,6 +49,8 @@ class Method(Protocol):
     is at most `bounded.l2_bound` for every state and signal, and otherwise the message is `release` of that message,
     called once.
     """
+
+    row: ClassVar[Row]
 
     @property
     def bounded(self) -> Bounded:
@@ -122,6 +134,8 @@ class Method(Protocol):
 
 class PlainMethod:
     """What a method says of itself unless it says otherwise: clients run it as it is, whoever adds the noise."""
+
+    row: ClassVar[Row] = Row("see its file", memory="?", server="?")
 
     @property
     def client_part(self: Self) -> Self:

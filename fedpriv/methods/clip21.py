@@ -19,7 +19,7 @@ method is gradient descent from then on.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
-from fedpriv.methods.base import PlainMethod
+from fedpriv.methods.base import PlainMethod, Row
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
@@ -53,6 +53,10 @@ class Clip21(PlainMethod):
         clip_norm: tau, the longest message.
         server_lr: gamma.
     """
+
+    row: ClassVar[Row] = Row(
+        "clip(g_i - v_i)", memory="v_i += message", server="v += 1/n sum; x -= lr v", source="arXiv 2305.18929"
+    )
 
     clip_norm: float = 1.0
     server_lr: float = 0.1

@@ -28,8 +28,10 @@ the mean of all v_i.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
+from fedpriv.methods.base import Row
 
 __all__ = ["FedAlphaNormEC"]
 
@@ -46,6 +48,13 @@ class FedAlphaNormEC(AlphaNormEC):
         memory: See `AlphaNormEC`; ours.
         damping: See `AlphaNormEC`; ours.
     """
+
+    row: ClassVar[Row] = Row(
+        "`alpha-normec` with g_i the sum or mean of the gradients of local steps",
+        memory="v_i += beta message",
+        server="as `alpha-normec`; some clients a round",
+        source="arXiv 2512.21521",
+    )
 
     @property
     def needs_gradient_scale(self) -> bool:

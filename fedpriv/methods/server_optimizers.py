@@ -29,7 +29,7 @@ coordinate's step is near gamma m / (its standard deviation), whatever the data.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from torch import Tensor
 from fedpriv.bounding import Bounded
 from fedpriv.checks import real_within, require_fraction
 from fedpriv.feedback import Feedback, Release
-from fedpriv.methods.base import ClientState, Method, ServerState
+from fedpriv.methods.base import ClientState, Method, Row, ServerState
 from fedpriv.plugins import Registry
 from fedpriv.vectors import joined, parted
 
@@ -222,6 +222,8 @@ class ServerOptimized:
         method: Has a `server_lr`, the size of the step.
         optimizer: Makes the direction.
     """
+
+    row: ClassVar[Row] = Row("the method's", memory="the method's", server="momentum, Adam, Yogi or Adagrad")
 
     method: Method
     optimizer: ServerOptimizer

@@ -20,6 +20,7 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
+from fedpriv.methods.table import methods_table
 from fedpriv.plugins import Registry
 from fedpriv.privacy import SAMPLINGS
 from fedpriv.privacy.trust import TRUSTS
@@ -189,8 +190,9 @@ def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_default_policy(tmp_path: Path) -> None:
     kinds = (getattr(strategies, name) for name in strategies.__all__)
     named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
-    rows = (Path(__file__).parents[2] / "README.md").read_text().split("## Methods")[1].split("\n\n")[1].splitlines()
-    assert named == set(METHODS) == {row.split("`")[1] for row in rows[2:]}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.methods.table"
+    assert named == set(METHODS) == {row.split("`")[1] for row in methods_table().splitlines()[2:]}
     assert write_default_policy(tmp_path)
     assert set(load_policy(tmp_path / POLICY_FILE).accepts.methods) == set(METHODS)
 
