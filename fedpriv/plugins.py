@@ -16,13 +16,17 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, nearest
 
-__all__ = ["Registry", "is_reference", "only_known", "whole_reference"]
+__all__ = ["Registry", "is_reference", "modules_of_files", "only_known", "whole_reference"]
 
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
+
+# What the names of modules begin with that were loaded from a file.
+_OF_A_FILE = "fedpriv_file_"
 
 T = TypeVar("T")
 
@@ -165,6 +169,11 @@ def _members(protocol: type | None) -> frozenset[str]:
     return frozenset(name for name in found if not name.startswith("_"))
 
 
+def modules_of_files() -> list[ModuleType]:
+    """The modules of classes that were named by a file: another process cannot import them by their names."""
+    return [module for name, module in sys.modules.items() if name.startswith(_OF_A_FILE)]
+
+
 @cache
 def _installed(group: str) -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}
@@ -186,7 +195,7 @@ def _imported(reference: str, where: str, shown: str) -> Any:
 def _module_of_file(path: Path) -> Any:
     """The module that a file holds, loaded once a process under a name of its own."""
     path = path.resolve(strict=True)
-    name = f"fedpriv_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    name = f"{_OF_A_FILE}{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

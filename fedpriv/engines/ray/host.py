@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedpriv.engines.base import Engine, Population
 from fedpriv.errors import UserError
+from fedpriv.plugins import modules_of_files
 from fedpriv.rounds import Broadcast
 
 __all__ = ["Failure", "Host", "MakeLocal", "Partial", "Shipment", "Versions", "merged", "pack", "unpack"]
@@ -231,6 +232,8 @@ def _survivor(error: Exception) -> bytes:
 
 
 def _pickled(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    for module in modules_of_files():
+        cloudpickle.register_pickle_by_value(module)
     file = io.BytesIO()
     _Pickler(file, protocol=5, buffer_callback=buffer_callback).dump(value)
     return file.getvalue()
