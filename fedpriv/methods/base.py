@@ -164,6 +164,9 @@ def server_step(method: Method, state: ServerState, mean_message: Tensor, sampli
     Nothing else moves a model. Arguments are those of `Method.server_rule`.
     """
     direction, after = method.server_rule(state, mean_message, sampling_prob)
+    if direction.shape != state.model.shape:
+        given, expected = list(direction.shape), list(state.model.shape)
+        raise ValueError(f"{method}: a direction of shape {given} for a model of {expected}")
     return after._replace(model=state.model - method.server_lr * direction.to(state.model.dtype))
 
 

@@ -206,6 +206,15 @@ class TestFinish:
         assert min(sizes) < 4
         assert max(sizes) > 8
 
+    def test_a_direction_that_is_not_shaped_like_the_model_is_refused(self) -> None:
+        class Mean(DPFedAvg):
+            def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> Any:
+                return mean_message.mean(), state
+
+        rules = ServerRules(method=Mean(), sampling=Everyone(2), mechanism=Gaussian(0.0), streams=STREAMS)
+        with pytest.raises(ValueError, match=r"direction of shape \[\] for a model of \[3\]"):
+            finish_round(rules, rules.init(torch.zeros(3)), 1, torch.ones(3))
+
     def test_a_sum_is_not_rounded_before_the_noise_is_on_it(self) -> None:
         """One message beside a hundred million still counts by what it is, up to the one rounding at the end."""
         rules = ServerRules(
