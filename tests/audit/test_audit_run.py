@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from audit_cases import CLIENTS, PRIVACY, Changes, quick_audit, quick_config, quick_experiment
-from helpers import EXAMPLES, same
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.audit import AuditChoice, run_audit

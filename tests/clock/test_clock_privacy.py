@@ -9,8 +9,8 @@ import dp_accounting as dpa
 import numpy as np
 import pytest
 import torch
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
 from dp_accounting.pld import PLDAccountant
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
 from torch import Tensor
 
 from fedpriv.clock import FedBuff, FedFix, Synchronous, Timeline

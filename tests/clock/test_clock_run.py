@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
-from federations import ragged_digits, setting
-from helpers import WITH_MEMORY, memories_after
 from safetensors.torch import load_file
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
+from support.federations import ragged_digits, setting
+from support.helpers import WITH_MEMORY, memories_after
 
 from fedpriv import load_results
 from fedpriv.cli import main

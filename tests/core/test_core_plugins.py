@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_classes import OWN, own_config
+from support.own_classes import OWN, own_config
 
 import strategies
 from fedpriv import load_config, plugins

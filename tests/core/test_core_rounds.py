@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import advance, client_rules, models_of, setting
-from helpers import EXAMPLES, FALSE_ALARM, LINEAR, accepts_variance, fresh_clients, same
+from support.federations import advance, client_rules, models_of, setting
+from support.helpers import EXAMPLES, FALSE_ALARM, LINEAR, accepts_variance, fresh_clients, same
 from torch import Tensor
 
 import strategies

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from federations import Setting, advance, models_of, ragged_digits, setting
-from helpers import EXAMPLES, same
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from support.federations import Setting, advance, models_of, ragged_digits, setting
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.data.federation import shifted
@@ -427,8 +427,8 @@ def test_an_address_where_no_ray_answers_is_one_line(monkeypatch: pytest.MonkeyP
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from federations import setting
-from helpers import EXAMPLES
+from support.federations import setting
+from support.helpers import EXAMPLES
 from fedpriv.engines import LoopEngine
 from fedpriv.engines.ray.engine import RayEngine
 from fedpriv.rounds import Broadcast

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import same
-from own_classes import own_config
+from support.helpers import same
+from support.own_classes import own_config
 
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from natural_clients import KINDS, write_hospitals
 from safetensors import safe_open
-from sweep_files import BASE, in_process, sweep_file
+from support.natural_clients import KINDS, write_hospitals
+from support.sweep_files import BASE, in_process, sweep_file
 
 import fedpriv
 from fedpriv.cli import main

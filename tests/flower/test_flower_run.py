@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from own_classes import own_config
+from support.own_classes import own_config
 
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config

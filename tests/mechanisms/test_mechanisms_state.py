@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import same
+from support.helpers import same
 from torch import Tensor
 
 import fedpriv.rounds

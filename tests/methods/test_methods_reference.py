@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-import reference
 import torch
-from federations import models_of, ragged_digits, setting
-from helpers import adding, fresh_clients
-from reference import Rounds, SoftmaxRegression
+from support import reference
+from support.federations import models_of, ragged_digits, setting
+from support.helpers import adding, fresh_clients
+from support.reference import Rounds, SoftmaxRegression
 
 from fedpriv.engines import LoopEngine
 from fedpriv.methods import (

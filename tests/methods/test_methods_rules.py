@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import (
     EXAMPLES,
     LINEAR,
     NON_FINITE,
@@ -22,8 +24,6 @@ from helpers import (
     same,
     within,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
@@ -61,7 +61,7 @@ def reached(method: Method, seed: int, dtype: torch.dtype = torch.float64, round
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_an_example(name: str) -> None:
-    assert name in EXAMPLES, f"add an instance of {name!r} to EXAMPLES in tests/helpers.py"
+    assert name in EXAMPLES, f"add an instance of {name!r} to EXAMPLES in tests/support/helpers.py"
     assert all(type(method.client_part) is METHODS[key.split(" ")[0]] for key, method in EXAMPLES.items())
 
 

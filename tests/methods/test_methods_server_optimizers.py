@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from federations import Setting, advance, ragged_digits, setting
-from helpers import EXAMPLES, same
+from support.federations import Setting, advance, ragged_digits, setting
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.engines import LoopEngine

@@ -25,9 +25,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from torch import Tensor
 
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step

@@ -6,9 +6,9 @@ import math
 from typing import Any, get_args
 
 import pytest
-from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief
 
 import fedpriv
 import fedpriv.privacy as privacy

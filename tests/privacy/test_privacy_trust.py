@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trusts import Pooled
+from support.trusts import Pooled
 
 from fedpriv.audit.words import knowledge_of
 from fedpriv.deploy.device.policy import Accepts

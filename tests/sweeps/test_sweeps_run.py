@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 
 from fedpriv import load_results
 from fedpriv.cli import main

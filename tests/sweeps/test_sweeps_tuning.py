@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FALSE_ALARM
-from natural_clients import KINDS, write_hospitals
 from scipy import stats
+from support.helpers import FALSE_ALARM
+from support.natural_clients import KINDS, write_hospitals
 
 from fedpriv.cli import main
 from fedpriv.errors import UserError

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import Setting, models_of, ragged_digits, setting
-from helpers import same
+from support.federations import Setting, models_of, ragged_digits, setting
+from support.helpers import same
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError

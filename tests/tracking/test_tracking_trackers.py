@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
