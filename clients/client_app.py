@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
@@ -59,13 +58,14 @@ def _train(message: Message, context: Context) -> Message:
             _log.exception("the instructions could not be followed")
             return Message(refusal_record("trouble", Refusal.because("trouble", "").told), reply_to=message)
     refuse_unless_simulated()
-    instructions = ClientInstructions.of(message.content)
     if message.content.config_records.get(TERMS, {}).get("digest"):  # the terms of strategies name no experiment
         remedy = "Start nodes of a deployment with: fedpriv deploy node BUNDLE"
         raise UserError("node", "a home with a policy", "a node without a home", remedy)
     received = message.content.array_records[ARRAYS]
     model = ModelArrays.of(received)
     population = _population_of(message, context)
+    # It may name a class of a file, which is known once the experiment is read.
+    instructions = ClientInstructions.of(message.content)
     with one_thread():
         x = model.vector(received).to(population.task.device)
         signal = population.signal(instructions.client, x, instructions.round).cpu()
@@ -127,8 +127,11 @@ def _streams(instructions: ClientInstructions) -> tuple[ClientInstructions, Stre
 
 
 def _population_of(message: Message, context: Context) -> Population:
-    digest: Any = message.content.config_records[CONFIG]["experiment"]
-    return _load(digest, RunConfig.of(context.run_config, context.node_config))
+    digest = message.content.config_records.get(CONFIG, {}).get("experiment")
+    if digest is None:
+        remedy = "Use fedpriv's own ServerApp, or private_mod with the ClientApp of your app"
+        raise UserError("message", "the digest of an experiment", "none", remedy)
+    return _load(str(digest), RunConfig.of(context.run_config, context.node_config))
 
 
 @lru_cache(maxsize=1)

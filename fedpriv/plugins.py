@@ -21,6 +21,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from importlib.metadata import version as version_of
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, nearest
@@ -30,6 +31,7 @@ __all__ = [
     "bare_reference",
     "is_reference",
     "line_of",
+    "modules_of_files",
     "only_known",
     "settings_of",
     "source_of",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 _OF_FILE = "fedpriv_file_"
-"""Begins the name of a module that a file outside of packages holds."""
+"""Prefix of the names of modules loaded from a file."""
 
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
@@ -50,6 +52,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     Args:
         kind: The noun for one of them in error messages, such as `method`.
         builtin: Classes by name, or their locations: `"package.module:Class"`.
+        protocol: What each of them has; one from elsewhere without it is refused. None to take all.
         group: The entry point group in which packages add classes; None if all are built in.
         wrap: Location of an adapter, `"package.module:Class"`, whose method `of(found, where, name)` returns a
             dataclass of this kind for an imported function or a class that is not a dataclass, or raises UserError.
@@ -57,11 +60,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     """
 
     def __init__(
-        self, kind: str, builtin: Mapping[str, type[T] | str], group: str | None = None, wrap: str | None = None
+        self,
+        kind: str,
+        builtin: Mapping[str, type[T] | str],
+        protocol: type | None = None,
+        group: str | None = None,
+        wrap: str | None = None,
     ) -> None:
         self.kind = kind
         self._group = group
         self._wrap = wrap
+        self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
 
@@ -140,6 +149,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def _fitting(self, found: Any, where: str, name: str) -> type[T]:
         """Return an imported class as a dataclass of this kind."""
         if isinstance(found, type) and dataclasses.is_dataclass(found):
+            missing = self._members - {*dir(found), *(field.name for field in dataclasses.fields(found))}
+            if missing:
+                remedy = f"Add them; built-in classes of this kind, such as {next(iter(self))!r}, have all of them"
+                raise UserError(where, f"a {self.kind} with {', '.join(sorted(missing))}", repr(name), remedy)
             return cast(type[T], found)
         if self._wrap is not None:
             return cast(type[T], _imported(self._wrap, where, self._wrap).of(found, where, name))
@@ -302,6 +315,17 @@ def bare_reference(name: Any) -> Any:
         return name
     place, _, found = name.rpartition(":")
     return f"{Path(place).name}:{found}" if place.endswith(".py") else name
+
+
+def modules_of_files() -> list[ModuleType]:
+    """Return the modules that were loaded from files: another process cannot import them by their names."""
+    return [module for name, module in sys.modules.items() if name.startswith(_OF_FILE)]
+
+
+def _members(protocol: type | None) -> frozenset[str]:
+    """Return the names of the members that a protocol requires."""
+    found = () if protocol is None else (*vars(protocol), *protocol.__annotations__)
+    return frozenset(name for name in found if not name.startswith("_"))
 
 
 @cache

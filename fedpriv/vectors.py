@@ -4,9 +4,12 @@ Norms, noise and error feedback act on one vector of R^d. The core therefore rep
 such vector for every client of a cohort as `[clients, params]`.
 """
 
+from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "refuse_buffers", "trainable"]
+__all__ = ["Layout", "joined", "parted", "refuse_buffers", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,22 @@ def refuse_buffers(names: Iterable[str]) -> None:
             f"the buffers {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}",
             "Replace BatchNorm by GroupNorm: batch statistics mix examples and would be released without noise",
         )
+
+
+def joined(first: Any, second: Any) -> Any:
+    """One NamedTuple of the fields of two; the first itself if the second has none.
+
+    So one state holds what a method, its server's optimiser and a mechanism of noise remember, and is saved as one.
+    """
+    return _kind(first._fields + second._fields)(*first, *second) if second._fields else first
+
+
+def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """What `joined` has put together, given any two of the kinds that it was made of."""
+    cut = len(first._fields)
+    return type(first)(*state[:cut]), type(second)(*state[cut:])
+
+
+@cache
+def _kind(fields: tuple[str, ...]) -> type:
+    return namedtuple("State", fields)

@@ -12,8 +12,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedpriv.deploy.checks import check_space
-from fedpriv.deploy.server import run_turns, take_up
+from fedpriv.deploy.server import refuse_full_disk, run_turns, take_up, with_secret_streams
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.recorder import Recorder
@@ -21,7 +20,6 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.server.attendance import Attendance
-from fedpriv.streams import SystemStreams
 
 from .method_strategy import MethodStrategy
 
@@ -89,9 +87,9 @@ def _run_deployed(grid: Grid, context: Context) -> None:
     seeded = bool(context.run_config.get("test-seeded", False)) and os.environ.get(TEST_SEEDED) == "1"
     experiment = run.assemble(config)
     if not seeded:
-        experiment = _with_secret_streams(experiment)
+        experiment = with_secret_streams(experiment)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
-    _refuse_full_disk(directory.path, experiment)
+    refuse_full_disk(directory.path, experiment)
     with directory.locked():
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
@@ -102,26 +100,6 @@ def _run_deployed(grid: Grid, context: Context) -> None:
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
         run_turns(grid, experiment, coordinator, arrays, recorder, directory)
     _log.info("The run is in %s", directory.path)
-
-
-def _refuse_full_disk(path: Path, experiment: Experiment) -> None:
-    """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
-    model = experiment.initial_model
-    state = experiment.config.method.init_server(model)
-    # A checkpoint is written beside the former one; the first model and the last one stay.
-    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
-    (space,) = check_space(path, 0.0, "", least=wanted)
-    if space.state == "wrong":
-        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
-        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
-
-
-def _with_secret_streams(experiment: Experiment) -> Experiment:
-    """Cohorts and noise from the operating system; what needs no secrecy (batches) stays as the seed says."""
-    streams = SystemStreams()
-    rules = replace(experiment.population.rules, streams=streams)
-    population = replace(experiment.population, rules=rules)
-    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
 class RecordedStrategy(MethodStrategy):

@@ -44,7 +44,7 @@ PRIVACY, FLOWER, CONFIG = (
     "tests/experiment/test_experiment_config.py",
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/mechanisms/noise.py"
-STEP = "fedpriv/engines/in_place.py"
+STEP, METHOD = "fedpriv/engines/in_place.py", "fedpriv/methods/base.py"
 LOCAL, OPTIMIZERS = "tests/tasks/test_tasks_local_work.py", "tests/methods/test_methods_server_optimizers.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "the sum is rounded before the noise",
         ROUNDS,
-        "rules.noise_stddev, total.double(), round)",
-        "rules.noise_stddev, total.float().double(), round)",
+        "noise, total.double(), rules.streams, round)",
+        "noise, total.float().double(), rules.streams, round)",
         CORE,
     ),
     Mutant(
@@ -309,7 +309,7 @@ MUTANTS = [
     Mutant(
         "no noise at the server",
         ROUNDS,
-        "noisy = release_sum(rules.streams, rules.noise_stddev, total.double(), round)",
+        "noisy, noise = rules.mechanism.noise(noise, total.double(), rules.streams, round)",
         "noisy = total.double()",
         CORE,
     ),
@@ -446,7 +446,7 @@ MUTANTS = [
         "ClientMemory(torch.ones(size), torch.zeros(1))",
         CORE,
     ),
-    Mutant("steps uphill", NORMEC, "state.model - self.server_lr * step", "state.model + self.server_lr * step", CORE),
+    Mutant("steps uphill", METHOD, "state.model - method.server_lr * ", "state.model + method.server_lr * ", CORE),
     Mutant(
         "server normalization always",
         NORMEC,
@@ -587,8 +587,8 @@ MUTANTS = [
     Mutant(
         "server optimiser: nothing is remembered",
         "fedpriv/methods/server_optimizers.py",
-        "past = learned(*(getattr(state, name).double() for name in learned._fields))",
-        "past = self.optimizer.init(exact)",
+        "return direction, joined(own, kept)",
+        "return direction, joined(own, past)",
         OPTIMIZERS,
     ),
     Mutant(
@@ -601,7 +601,7 @@ MUTANTS = [
     Mutant(
         "server optimiser: clients are told of it",
         ROUNDS,
-        "ClientRules(method=client_part(method), ",
+        "ClientRules(method=method.client_part, ",
         "ClientRules(method=method, ",
         OPTIMIZERS,
     ),
@@ -657,7 +657,7 @@ MUTANTS = [
     Mutant(
         "a derived bound is taken for its parent's",
         "fedpriv/methods/base.py",
-        "return found if type(found.bounded) in IN_PLACE else None",
+        "return found if found is not None and type(found.bounded) in IN_PLACE else None",
         "return found",
         ENGINES,
     ),
@@ -1614,8 +1614,8 @@ MUTANTS = [
     Mutant(
         "a statement hides that a simulation noised the sum and not each message",
         "fedpriv/experiment/recorder.py",
-        "            fused=self._fused,\n",
-        "",
+        "timeline is not None, fused=self._fused)",
+        "timeline is not None)",
         ENGINES_TESTED,
     ),
     Mutant(

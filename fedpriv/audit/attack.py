@@ -60,7 +60,7 @@ class _Observed:
         self._divisor = divisor
         self._rounds = 0
 
-    def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> Any:
+    def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, Any]:
         """See `Method.server_rule`."""
         self._released[self._rounds] = mean_message.double() * self._divisor
         self._rounds += 1
@@ -117,7 +117,7 @@ class Attack:
         sums = torch.empty(rounds, len(first))
         observer = _Observed(self.server.method, sums, self.server.sampling.expected_size)
         server = replace(self.server, method=cast(Method, observer))
-        state = self.experiment.config.method.init_server(first)
+        state = self.server.init(first)
         for number in range(1, rounds + 1):
             broadcast = begin_round(self.experiment.server, state, number)
             broadcast = broadcast._replace(capacity=capacity_of(server.sampling))

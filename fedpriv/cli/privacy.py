@@ -15,7 +15,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, sampling_of
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.run_directory import jsonable
-from fedpriv.privacy import NOT_PROMISED, noise_against_signal, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams
 
@@ -81,7 +81,7 @@ def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     else:
         facts: dict[str, Any] = {
             "size": size,
-            "clock": experiment.devices is not None,
+            "simulated": Simulated(clock=experiment.devices is not None),
             "data": experiment.data.facts,
             "recorded": True,
         }

@@ -49,6 +49,7 @@ def sweep(
     from fedpriv.sweeps.live import SweepTable
     from fedpriv.sweeps.run import SweepState, run_sweep
     from fedpriv.sweeps.table import other_trials
+    from fedpriv.sweeps.trial import Tracking, TrialExecution
     from fedpriv.sweeps.tuning import about_tuning
 
     plan = load_sweep(file)
@@ -64,18 +65,19 @@ def sweep(
             plan,
             folder,
             jobs=jobs,
-            engine=engine,
-            device=device,
+            execution=TrialExecution(
+                engine=engine,
+                device=device,
+                cpus=cpus_per_trial,
+                gpus=gpus_per_trial,
+                ray=ray,
+                ray_address=ray_address,
+            ),
             data_root=data_root,
             resume=resume or retry,
             retry=retry,
             stop=not no_stop,
-            cpus_per_trial=cpus_per_trial,
-            gpus_per_trial=gpus_per_trial,
-            ray=ray,
-            ray_address=ray_address,
-            logs=log or (),
-            log_diagnostics=log_diagnostics,
+            tracking=Tracking(log or (), log_diagnostics),
             watch=watch,
         )
     failed = trials[trials["status"] == "failed"]

@@ -262,6 +262,7 @@ DEVICES: Registry[Devices] = Registry(
         "uniform": Uniform,
         "trace": Trace,
     },
+    protocol=Devices,
     group="fedpriv.devices",
 )
 

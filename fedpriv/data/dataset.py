@@ -149,6 +149,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         "leaf": "fedpriv.data.user_files:Leaf",
         "image-folder": "fedpriv.data.user_files:ImageFolder",
     },
+    protocol=DatasetSource,
     group="fedpriv.datasets",
     wrap="fedpriv.data.own:OwnData",
 )

@@ -270,6 +270,7 @@ PARTITIONS: Registry[Partition] = Registry(
         "natural": Natural,
         "resampled": Resampled,
     },
+    protocol=Partition,
     group="fedpriv.partitions",
 )
 

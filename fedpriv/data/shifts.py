@@ -136,7 +136,7 @@ class Style:
 
 
 SHIFTS: Registry[Shift] = Registry(
-    "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, group="fedpriv.shifts"
+    "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, protocol=Shift, group="fedpriv.shifts"
 )
 
 

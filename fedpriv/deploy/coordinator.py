@@ -303,7 +303,7 @@ class Coordinator:
 
     def _reset_memories(self) -> None:
         """Reset the memories on both sides; the model stays."""
-        self.state = self.server.method.init_server(self.state.model)
+        self.state = self.server.begin_anew(self.state)
         self.epoch += 1
         self.last_turn = {}
 

@@ -4,13 +4,15 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.coordinator import Coordinator, Outcome
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
@@ -32,8 +34,9 @@ from fedpriv.flower.messages import (
     printable,
     refused,
 )
+from fedpriv.streams import SystemStreams
 
-__all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
+__all__ = ["PARTICIPATION", "Network", "refuse_full_disk", "run_turns", "take_up", "with_secret_streams"]
 
 PARTICIPATION = "participation.jsonl"
 
@@ -189,6 +192,26 @@ class Network:
             self.nodes[found.client] = node
 
 
+def refuse_full_disk(path: Path, experiment: Experiment) -> None:
+    """Raise UserError if a run's checkpoints and models cannot fit on the disk: clients would be charged in vain."""
+    model = experiment.initial_model
+    state = experiment.server.init(model)
+    # A checkpoint is written beside the former one; the first model and the last one stay.
+    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    (space,) = check_space(path, 0.0, "", least=wanted)
+    if space.state == "wrong":
+        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
+        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
+
+
+def with_secret_streams(experiment: Experiment) -> Experiment:
+    """Return the experiment with cohorts and noise from the operating system; batches still follow from the seed."""
+    streams = SystemStreams()
+    rules = replace(experiment.population.rules, streams=streams)
+    population = replace(experiment.population, rules=rules)
+    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
+
+
 def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder) -> Coordinator:
     """Return the run in its last saved state, or in its initial state, with consistent records.
 
@@ -206,7 +229,7 @@ def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder)
         choice=config.deployment or DeploymentChoice(),
         turns=config.training.rounds,
         digest=config.digest,
-        state=config.method.init_server(experiment.initial_model),
+        state=experiment.server.init(experiment.initial_model),
     )
     saved = directory.checkpoint.read(config.digest, recorder.promise)
     if saved is not None:

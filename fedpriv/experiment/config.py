@@ -20,7 +20,7 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan
 from fedpriv.privacy.released import Whose
@@ -183,7 +183,7 @@ class Config:
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(client_part(self.method))},
+            "method": {"name": self.method_name, **write_table(self.method.client_part)},
             **server,
             **privacy,
             "training": write_table(self.training),
@@ -205,7 +205,7 @@ class Config:
             "data.shift": self.data.shift,
             "model.name": self.model,
             "local.work": self.local,
-            "method.name": client_part(self.method),
+            "method.name": self.method.client_part,
             "server.optimizer": optimizer,
             "devices.kind": self.devices,
         }
@@ -215,7 +215,7 @@ class Config:
     @property
     def method_name(self) -> str:
         """The method's name in the table of methods."""
-        return METHODS.name_of(client_part(self.method))
+        return METHODS.name_of(self.method.client_part)
 
     @property
     def rule(self) -> Schedule:
@@ -465,7 +465,7 @@ def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str)
 
 def _read_method(tables: dict[str, Any], local: LocalWork) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
-    if getattr(method, "needs_gradient_scale", False) and getattr(local, "signal", None) == "move":
+    if method.needs_gradient_scale and local.signal == "move":
         name = tables["method"]["name"]
         expected = f'"gradient-sum" or "gradient-mean" with {name}, which divides by client_lr'
         raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")

@@ -297,6 +297,7 @@ def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float
 
 def _ray(experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int) -> Engine:
     from fedpriv.engines.ray.engine import RayEngine
+    from fedpriv.engines.ray.snapshots import KeepSnapshots
 
     gpus = execution.gpus_per_worker
     if gpus is None:
@@ -305,6 +306,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
     unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
     memory = None if execution.state_memory is None else execution.state_memory // workers
+    folder = None if memory is None else execution.state_folder or Path(tempfile.gettempdir())
     return RayEngine(
         population.on(torch.device("cpu")).in_client_order(),
         _Local(compute, memory, execution.state_folder),
@@ -312,7 +314,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
         gpus_per_worker=gpus,
         unit=unit,
         address=execution.ray_address,
-        snapshot_folder=None if memory is None else execution.state_folder or Path(tempfile.gettempdir()),
+        snapshots=KeepSnapshots(folder=folder),
     )
 
 
@@ -327,7 +329,7 @@ def choose_compute(population: Population, server: ServerRules, initial_model: T
         initial_model: The broadcast model, `[params]`.
     """
     population = without_noise(population)
-    broadcast = begin_round(server, server.method.init_server(initial_model), 1)
+    broadcast = begin_round(server, server.init(initial_model), 1)
     clients = broadcast.cohort if len(broadcast.cohort) else np.zeros(1, dtype=np.int64)
     loop, vectorized = LoopEngine(population), VectorizedEngine(population)
     chunk = np.sort(vectorized.first_chunk(clients))

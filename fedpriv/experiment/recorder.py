@@ -21,7 +21,7 @@ from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FIL
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
-from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
+from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
@@ -78,12 +78,11 @@ class Recorder:
             method=experiment.config.method_name,
             randomness=self.randomness,
             deployed=self.deployed,
-            clock=experiment.timeline is not None,
+            simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
             data=experiment.config.data.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
             size=size,
-            fused=self._fused,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -214,7 +213,7 @@ class Recorder:
         if self.experiment.timeline is not None:
             self._taken.update(self.experiment.timeline.step(round).sent.tolist())
             return
-        state = self.experiment.config.method.init_server(torch.zeros(1))
+        state = self.experiment.server.init(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
     def _checkpoint_due(self, round: int) -> bool:

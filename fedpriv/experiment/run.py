@@ -94,7 +94,7 @@ def _take_up(
 
     Restores the clients' states in the engine.
     """
-    last, state = 0, experiment.config.method.init_server(experiment.initial_model)
+    last, state = 0, experiment.server.init(experiment.initial_model)
     older: dict[int, Tensor] = {}
     saved = directory.checkpoint.read(experiment.config.digest, promise)
     if saved is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
 from fedpriv.flower.privacy_terms import PrivacyTerms
-from fedpriv.methods import METHODS, Method, client_part
+from fedpriv.methods import METHODS, Method
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout, refuse_buffers
@@ -315,7 +315,7 @@ _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "
 
 def method_name(method: Method) -> str:
     """Return the method's name in the table of methods, without its server optimizer."""
-    return METHODS.name_of(client_part(method))
+    return METHODS.name_of(method.client_part)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import errno
 import gc
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedpriv.checks import real_from
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.run import run_experiment
@@ -19,11 +21,59 @@ from fedpriv.sweeps.files import GROUPS
 from fedpriv.sweeps.stopping import Stopping, StopRule
 from fedpriv.tracking.trackers import track, watched_by
 
-__all__ = ["DiskTrouble", "Manner", "run_trial"]
+__all__ = ["DiskTrouble", "Manner", "Tracking", "TrialExecution", "run_trial"]
 
 _LOCKED_SECONDS = 120.0
 # Errors that every other trial would meet as well.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialExecution:
+    """How each trial of a sweep runs, and what it needs of a machine; no trial's experiment depends on it.
+
+    Args:
+        engine: One in process: `auto`, `loop` or `vectorized`.
+        device: Where gradients are computed.
+        cpus: Cores that a trial needs; PyTorch uses as many threads, and one at least.
+        gpus: Share of a GPU that a trial needs; above 0 a Ray is started that deals them out.
+        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
+        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
+    """
+
+    engine: str = "vectorized"
+    device: str = "cpu"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    ray: bool = False
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        real_from("--cpus-per-trial", self.cpus, 0.01, "0.5 puts two trials on a core", most=4096.0)
+        real_from("--gpus-per-trial", self.gpus, 0, "0.25 puts four on a GPU", most=64.0)
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether Ray runs the trials, and not processes of our own."""
+        return self.ray or self.gpus > 0 or self.ray_address is not None
+
+    @property
+    def threads(self) -> int:
+        """Threads of PyTorch in each trial."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Who gets each trial's rows beside its run directory.
+
+    Args:
+        logs: Names of `tracking.TRACKERS`.
+        diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
+    """
+
+    logs: Sequence[str] = ()
+    diagnostics: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,6 +187,7 @@ class C4Cnn(_Made):
 MODELS: Registry[ModelSource] = Registry(
     "model",
     {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20, "c4-cnn": C4Cnn},
+    protocol=ModelSource,
     group="fedpriv.models",
     wrap="fedpriv.tasks.own:OwnModule",
 )

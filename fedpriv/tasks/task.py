@@ -147,8 +147,8 @@ class Task:
 
         def count(layer: nn.Module, _: object, output: Tensor) -> None:
             nonlocal found
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, Tensor):
+            weight = dict(layer.named_parameters(recurse=False)).get("weight")
+            if weight is not None:
                 found += 2 * weight.numel() * (output.numel() // weight.shape[0])
 
         hooks = [layer.register_forward_hook(count) for layer in self._module.modules()]

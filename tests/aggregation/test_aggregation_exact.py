@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import same
 
 from fedpriv.aggregation.exact import ExactSum, grid_step
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from audit_cases import CLIENTS, PRIVACY, Changes, quick_audit, quick_config, quick_experiment
-from helpers import EXAMPLES, same
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.audit import AuditChoice, run_audit
@@ -20,6 +20,8 @@ from fedpriv.cli import main
 from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.execution import make_engine
+from fedpriv.methods import DPFedAvg
+from fedpriv.methods.memoryless import ModelOnly
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import Purpose, SeededStreams
 
@@ -147,16 +149,11 @@ def test_the_noise_on_the_sum_is_the_noise_of_the_run_without_an_audit(plan: Cha
 
 
 def noise_of(rules: ServerRules, number: int, total: Tensor) -> Tensor:
-    """Return a round's noise on a sum, by the rules without an audit, derived from a step of plain descent."""
-
-    class Descent:
-        def server_rule(self, state: Any, mean: Tensor, sampling_prob: float) -> Any:
-            return state._replace(model=mean)
-
-    bare: Any = Descent()
+    """The noise of a round on a sum, by the rules of the run without an audit, from a step of plain descent."""
     state = experiment_state()
-    step = finish_round(dataclasses.replace(rules, method=bare), state, number, total).model
-    return step.double() * rules.sampling.expected_size - total
+    bare = dataclasses.replace(rules, method=DPFedAvg(server_lr=1.0))
+    step = finish_round(bare, ModelOnly(torch.zeros_like(state.model)), number, total).model
+    return -step.double() * rules.sampling.expected_size - total
 
 
 def experiment_state() -> Any:
@@ -199,7 +196,7 @@ def test_candidates_that_take_no_part_enter_nothing(plan: str) -> None:
 def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_remembers(name: str, engine: str) -> None:
     experiment, rounds = quick_experiment(FEW), 20
     method = EXAMPLES[name]
-    rules = ClientRules(method=getattr(method, "client_part", method), noise_stddev=0.0, streams=SeededStreams(0))
+    rules = ClientRules(method=method.client_part, noise_stddev=0.0, streams=SeededStreams(0))
     canaries = draw_canaries(seed=1, count=20, size=SIZE, rounds=rounds, sampling_prob=0.7, replace=False, local=True)
     with start_attack(experiment, canaries, engine) as attack:
         federation = attack.planted._population.federation  # type: ignore[attr-defined]

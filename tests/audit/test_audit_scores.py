@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_law, accepts_variance
 from scipy import stats
+from support.helpers import accepts_law, accepts_variance
 from torch import Tensor
 
 from fedpriv.audit.scores import Null, coordinate_scores, gram, projections

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from helpers import FALSE_ALARM
 from scipy import stats
+from support.helpers import FALSE_ALARM
 
 from fedpriv.audit.canaries import draw_canaries
 from fedpriv.audit.scores import Null, gram, projections

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
-from federations import ragged_digits, setting
-from helpers import WITH_MEMORY, memories_after
 from safetensors.torch import load_file
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, timeline
+from support.federations import ragged_digits, setting
+from support.helpers import WITH_MEMORY, memories_after
 
 from fedpriv import load_results
 from fedpriv.cli import main
@@ -21,6 +21,7 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import Checkpoint
 from fedpriv.experiment.timing import Versions, gradient_examples, make_timeline
 from fedpriv.flower.run_config import RunConfig
+from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Scheduled
 from fedpriv.rounds import finish_round
@@ -102,7 +103,7 @@ def test_engines_agree_on_every_schedule(name: str, trust: str | None) -> None:
         rules = replace(prepared.population.rules, noise_stddev=0.1)
         prepared = replace(prepared, population=replace(prepared.population, rules=rules))
     if trust == "central":
-        prepared = replace(prepared, server=replace(prepared.server, noise_stddev=0.1))
+        prepared = replace(prepared, server=replace(prepared.server, mechanism=Gaussian(0.1)))
     models = []
     for make in (LoopEngine, VectorizedEngine):
         engine, versions, state = make(prepared.population), Versions(made), method.init_server(prepared.initial_model)

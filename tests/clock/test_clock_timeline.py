@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
-from helpers import FALSE_ALARM, accepts_law
 from scipy import stats
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
+from support.helpers import FALSE_ALARM, accepts_law
 
 from fedpriv.clock import Clock, FedBuff, FedFix, Fleet, Group, Profile, Step, Synchronous, Timeline
 from fedpriv.clock.profiles import LogNormal, Same, Trace, Uniform

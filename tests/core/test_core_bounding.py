@@ -5,9 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import NON_FINITE, brief, numbers, rows, same, squared_norm, thorough, within
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.helpers import NON_FINITE, brief, numbers, rows, same, squared_norm, thorough, within
 from torch import Tensor
 
 from fedpriv.bounding import Bounded, Clip, SmoothedNormalization, finite_rows

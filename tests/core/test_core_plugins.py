@@ -7,106 +7,33 @@ from typing import Any
 
 import pytest
 import torch
+from support.own_classes import OWN, own_config
 
 import strategies
 from fedpriv import load_config, plugins
 from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
 from fedpriv.deploy.device.policy import POLICY_FILE, load_policy, write_default_policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
-from fedpriv.methods import METHODS, DPFedAvg, client_part
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
+from fedpriv.methods.table import methods_table
 from fedpriv.plugins import Registry
 from fedpriv.privacy import SAMPLINGS
 from fedpriv.privacy.trust import TRUSTS
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.tasks.local_work import LOCAL_WORKS
 from fedpriv.tasks.models import MODELS
-
-OWN = '''
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-import torch
-from torch import nn
-
-from fedpriv.bounding import Clip
-from fedpriv.data.dataset import Dataset
-from fedpriv.methods.memoryless import Memoryless
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalfClip(Memoryless):
-    """Clips to a half."""
-
-    server_lr: float = 1.0
-
-    @property
-    def bounded(self) -> Clip:
-        return Clip(clip_norm=0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One layer without a bias."""
-
-    dense: ClassVar[bool] = True
-    scale: float = 0.1
-
-    def parameters(self, input_shape, classes):
-        return input_shape[0] * classes
-
-    def build(self, input_shape, classes, seed):
-        layer = nn.Linear(input_shape[0], classes, bias=False)
-        with torch.no_grad():
-            layer.weight.copy_(self.scale * torch.eye(classes, input_shape[0]))
-        return nn.Sequential(nn.Flatten(), layer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stripes:
-    """Which of three features is largest."""
-
-    natural: ClassVar[bool] = False
-    test: ClassVar[str] = "public"
-    examples: int = 60
-
-    def load(self, data_root: Path | None) -> Dataset:
-        inputs = torch.rand(self.examples, 3, generator=torch.Generator().manual_seed(0))
-        labels = inputs.argmax(1)
-        return Dataset(
-            name="stripes", train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels, classes=3
-        )
-'''
-CONFIG = """
-name = "own"
-seed = 1
-[data]
-name = "./own.py:Stripes"
-examples = 90
-clients = 5
-[model]
-name = "./own.py:Line"
-scale = 0.2
-[method]
-name = "./own.py:HalfClip"
-server_lr = 0.5
-[training]
-rounds = 2
-"""
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Write an experiment with its data, model and method in a file next to it."""
-    (tmp_path / "own.py").write_text(OWN)
-    path = tmp_path / "own.toml"
-    path.write_text(CONFIG)
-    return path
+    return own_config(tmp_path)
 
 
 def registered(text: str) -> list[Any]:
@@ -187,8 +114,9 @@ def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_default_policy(tmp_path: Path) -> None:
     kinds = (getattr(strategies, name) for name in strategies.__all__)
     named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
-    rows = (Path(__file__).parents[2] / "README.md").read_text().split("## Methods")[1].split("\n\n")[1].splitlines()
-    assert named == set(METHODS) == {row.split("`")[1] for row in rows[2:]}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.methods.table"
+    assert named == set(METHODS) == {row.split("`")[1] for row in methods_table().splitlines()[2:]}
     assert write_default_policy(tmp_path)
     assert set(load_policy(tmp_path / POLICY_FILE).accepts.methods) == set(METHODS)
 
@@ -231,6 +159,27 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
     assert METHODS.known(own, "method").__name__ == "HalfClip"
 
 
+def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path) -> None:
+    """Else it would be noticed in the middle of a run."""
+    path = tmp_path / "half.py"
+    path.write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"
+        "    def batches(self, examples, rng): ...\n"
+    )
+    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*server_rule, got"):
+        METHODS.resolve(f"{path}:Half", "method.name")
+    with pytest.raises(UserError, match="with batch_size, client_lr, signal, walked, got"):
+        LOCAL_WORKS.resolve(f"{path}:Half", "local.work")
+    with pytest.raises(UserError, match="with build, dense, parameters, got"):
+        MODELS.resolve(f"{path}:Half", "model.name")
+
+
+@pytest.mark.parametrize("registry", [METHODS, MODELS, DATASETS, PARTITIONS, LOCAL_WORKS, SERVER_OPTIMIZERS, SHIFTS])
+def test_fedprivs_own_classes_have_what_is_asked_of_others(registry: Registry[Any]) -> None:
+    for kind in registry.values():
+        assert registry.resolve(f"{kind.__module__}:{kind.__name__}", "key") is kind
+
+
 def test_what_answers_for_its_own_privacy_is_built_in(tmp_path: Path) -> None:
     """A sampling, a schedule or a trust from a plug-in could claim any epsilon."""
     (tmp_path / "mine.py").write_text(OWN)
@@ -246,5 +195,5 @@ def test_a_file_that_fails_is_loaded_again_once_it_is_mended(tmp_path: Path) -> 
         METHODS.resolve(f"{path}:HalfClip", "method.name")
     path.write_text(OWN)
     kind = METHODS.resolve(f"{path}:HalfClip", "method.name")
-    assert client_part(kind()).client_rule  # type: ignore[attr-defined]
+    assert kind().client_part.client_rule  # type: ignore[attr-defined]
     assert torch.equal(kind().init_server(torch.ones(2)).model, torch.ones(2))

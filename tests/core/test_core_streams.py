@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from support.helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
 
 from fedpriv import streams as streams_module
 from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams

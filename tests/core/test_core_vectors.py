@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import brief, same
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief, same
 from torch import Tensor, nn
 
 from fedpriv.errors import UserError, nearest

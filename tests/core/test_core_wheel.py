@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from email.parser import HeaderParser
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,24 @@ def test_an_installed_torch_stays(extra: str, requirements: list[Requirement]) -
     assert torch
     for requirement in torch:
         assert {part.operator for part in requirement.specifier} <= {">=", "!="}, requirement
+
+
+@pytest.mark.slow
+def test_pip_leaves_an_installed_torch_alone(wheel: Path, tmp_path: Path) -> None:
+    """What pip would install, from its index, where a torch for CPUs and nothing else is there: its metadata alone."""
+    here = tmp_path / "there"
+    venv.create(here, with_pip=False)
+    (site,) = here.glob("lib/python*/site-packages")
+    metadata = Path(str(distribution("torch").locate_file("."))) / f"torch-{version('torch')}.dist-info"
+    shutil.copytree(metadata, site / metadata.name)
+    report = tmp_path / "report.json"
+    pip = [sys.executable, "-m", "pip", "--python", here / "bin" / "python", "--disable-pip-version-check"]
+    asked = [f"{wheel}[flower,ray,deploy,report]", "--dry-run", "--quiet", "--report", report]
+    done = subprocess.run([*pip, "install", *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
+    assert {"fedpriv", "flwr", "ray", "matplotlib", "numpy"} <= names
+    assert not {name for name in names if name in ("torch", "torchvision", "triton") or name.startswith("nvidia")}
 
 
 def test_torchvision_alone_asks_for_one_version_of_torch_and_constraints_name_both(

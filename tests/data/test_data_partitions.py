@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from helpers import accepts_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import accepts_variance
 
 from fedpriv.data.partitions import (
     PARTITIONS,

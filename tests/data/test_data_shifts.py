@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_law, accepts_variance, same
 from scipy import stats
+from support.helpers import accepts_law, accepts_variance, same
 from torch import Tensor
 
 from fedpriv.data.dataset import Dataset

@@ -28,7 +28,7 @@ from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.feedback import decayed
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import has_memory
+from fedpriv.methods import has_memory, server_step
 from fedpriv.privacy import Poisson, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import Purpose, Streams
@@ -372,7 +372,7 @@ class World:
             for client in outcome.counted:
                 noise += self.client_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, client][-1])
         size, prob = self.server_rules.sampling.expected_size, self.server_rules.sampling.sampling_prob
-        self.noise_only = self.method.server_rule(self.noise_only, noise / size, prob)
+        self.noise_only = server_step(self.method, self.noise_only, noise / size, prob)
 
     def _new_server(self) -> Coordinator:
         return Coordinator(

@@ -70,7 +70,7 @@ def test_a_client_that_lost_its_ledger_is_noticed_by_a_run_of_another_name(devic
     assert caught.value.kind == "trouble"
     assert "r1" not in caught.value.told
     assert Ledger(device.folder).lines == before
-    with pytest.raises(UserError, match="according to .*r1-0/memory"):
+    with pytest.raises(UserError, match=r"according to .*r1-0/memory"):
         account_of(device.folder, 8.0, 1e-5, "replace")
 
 
@@ -81,7 +81,7 @@ def test_any_run_s_memory_is_a_witness_not_only_the_newest(device: Device) -> No
     for run in ("r1", "r2"):
         shutil.rmtree(device.folder / f"{run}-0")
     forget(device, "rolled back")
-    with pytest.raises(Refusal, match="according to .*r3-0/memory"):
+    with pytest.raises(Refusal, match=r"according to .*r3-0/memory"):
         ask(device, instructions(), terms(run="r4"))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import EXAMPLES, WITH_MEMORY, same
+from support.helpers import EXAMPLES, WITH_MEMORY, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same
+from support.helpers import same
 
 import fedpriv
 from fedpriv.cli import main

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXAMPLES, same
 from safetensors import safe_open
+from support.helpers import EXAMPLES, same
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise

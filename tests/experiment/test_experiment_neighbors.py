@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import same
-from natural_clients import CHANGED, KINDS
+from support.helpers import same
+from support.natural_clients import CHANGED, KINDS
 
 from fedpriv.data.dataset import DATASETS, Dataset, DatasetSource
 from fedpriv.data.federation import Federation

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import same
+from support.helpers import same
+from support.own_classes import own_config
 
 from fedpriv.experiment.results import load_model
+from fedpriv.experiment.run import run_experiment
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -162,3 +164,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     done(fedpriv(config, tmp_path / "full", *options, "--resume"))
     done(fedpriv(config, tmp_path / "whole", *options))
     assert_same_model(tmp_path / "full", tmp_path / "whole")
+
+
+def test_classes_of_a_users_own_file_run_on_workers_to_the_bit(tmp_path: Path) -> None:
+    """Their module has no name that a worker could import."""
+    config = own_config(tmp_path)
+    run_experiment(config, tmp_path / "loop", engine="loop")
+    done(fedpriv(config, tmp_path / "ray", "--engine", "ray", "--workers", "2"))
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("loop", "ray")]
+    assert models[0] == models[1]
+    assert json.loads((tmp_path / "ray" / "engine.json").read_text())["workers"] == 2

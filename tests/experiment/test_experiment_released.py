@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from natural_clients import KINDS, write_hospitals
 from safetensors import safe_open
-from sweep_files import BASE, in_process, sweep_file
+from support.natural_clients import KINDS, write_hospitals
+from support.sweep_files import BASE, in_process, sweep_file
 
 import fedpriv
 from fedpriv.cli import main
-from fedpriv.engines.ray.snapshots import Snapshots
+from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.engines.states import StateStore
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config, parse_config
@@ -238,7 +238,7 @@ def test_states_of_clients_that_do_not_fit_in_memory_are_their_owners_alone(
 
 
 def test_snapshots_of_clients_states_are_their_owners_alone(tmp_path: Path) -> None:
-    snapshots = Snapshots(1, tmp_path / "states", 1.0)
+    snapshots = Snapshots(KeepSnapshots(every=1, share=1.0, folder=tmp_path / "states"))
     snapshots.keep([{"clients": torch.arange(2), "memory": torch.ones(2, 3)}])
     [file] = (tmp_path / "states").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == OWNER_ONLY

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.own_classes import own_config
 
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
@@ -97,6 +98,16 @@ def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, t
     }
     assert "flower.log" in owners
     assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
+
+
+def test_classes_of_a_users_own_file_run_in_flowers_processes_to_the_bit(tmp_path):
+    toml = own_config(tmp_path)
+    run_experiment(toml, tmp_path / "loop", engine="loop")
+    process = fedpriv("run", toml, "--engine", "flower", "--out", "flower", cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for name in ("model.safetensors", "config.toml", "rounds.jsonl"):
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "flower" / name).read_bytes(), name
 
 
 FAILING = """

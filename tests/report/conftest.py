@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
+from support.report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
 
 from fedpriv.experiment import recorder
 from fedpriv.report.write import write_report

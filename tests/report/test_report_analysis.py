@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief
 
 from fedpriv.errors import UserError
 from fedpriv.report.analysis import (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from report_runs import CENTRAL, HOSTILE, fedavg, run_trial
+from support.report_runs import CENTRAL, HOSTILE, fedavg, run_trial
 
 from fedpriv import load_results, write_report
 from fedpriv.cli import main

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from report_runs import CENTRAL, DEVICES, fedavg, run_trial
+from support.report_runs import CENTRAL, DEVICES, fedavg, run_trial
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config

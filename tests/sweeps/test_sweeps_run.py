@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 
 from fedpriv import load_results
 from fedpriv.cli import main
@@ -28,6 +28,7 @@ from fedpriv.sweeps.config import Axis, load_sweep
 from fedpriv.sweeps.jobs import Ended, Job, JobDied
 from fedpriv.sweeps.live import SweepTable
 from fedpriv.sweeps.run import SweepState, run_sweep
+from fedpriv.sweeps.trial import Tracking, TrialExecution
 
 SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
 pytestmark = pytest.mark.xdist_group("ray")
@@ -193,7 +194,7 @@ def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, som
     """Twelve combinations: four experiments; the rest are duplicates or have too many clients."""
     states: list[tuple[int, int]] = []
     plan = load_sweep(sweep_file(tmp_path, GRID))
-    needs = {"jobs": 2, "cpus_per_trial": 0.5, "ray_address": some_ray}
+    needs: dict[str, Any] = {"jobs": 2, "execution": TrialExecution(cpus=0.5, ray_address=some_ray)}
     table = run_sweep(plan, tmp_path / "out", watch=lambda s: states.append((s.done, s.failed)), **needs)
     assert list(table["status"]).count("done") == 4
     reasons = [row["reason"] for row in table.to_dict(orient="records") if row["status"] == "failed"]
@@ -221,7 +222,7 @@ def test_ray_deals_out_cores_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
         yield None
 
     monkeypatch.setattr("fedpriv.sweeps.ray_jobs.side_by_side", no_jobs)
-    run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", ray=True, cpus_per_trial=0.5)
+    run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", execution=TrialExecution(ray=True, cpus=0.5))
     assert asked == [{"cpus": 0.5, "gpus": 0.0, "address": None}]
 
 
@@ -297,21 +298,28 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path, some_ray: str) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
+    execution = TrialExecution(cpus=4000.0, ray_address=some_ray)
     with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got smaller machines"):
-        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True, ray_address=some_ray)
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=execution)
     with pytest.raises(UserError, match=r"--cpus-per-trial: expected a machine with 4000 CPU, got [0-9]"):
-        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=TrialExecution(cpus=4000.0))
     with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got smaller machines"):
-        run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=TrialExecution(gpus=64.0))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"jobs": 0}, {"cpus_per_trial": 0.0}, {"gpus_per_trial": -1.0}, {"logs": ["tensorbored"]}]
+    "wrong",
+    [
+        lambda: {"jobs": 0},
+        lambda: {"execution": TrialExecution(cpus=0.0)},
+        lambda: {"execution": TrialExecution(gpus=-1.0)},
+        lambda: {"tracking": Tracking(["tensorbored"])},
+    ],
 )
-def test_options_that_make_no_sense_are_one_line(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_make_no_sense_are_one_line(wrong: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
     with pytest.raises(UserError, match=r"--jobs|--cpus-per-trial|--gpus-per-trial|--log.*'tensorboard'"):
-        run_sweep(load_sweep(path), tmp_path / "out", **wrong)
+        run_sweep(load_sweep(path), tmp_path / "out", **wrong())
 
 
 @pytest.mark.parametrize("where", ["local", "ray"])

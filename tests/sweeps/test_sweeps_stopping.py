@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import in_process, sweep_file
+from support.sweep_files import in_process, sweep_file
 
 from fedpriv import load_results, run_experiment
 from fedpriv.cli import main

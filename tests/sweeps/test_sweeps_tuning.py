@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FALSE_ALARM
-from natural_clients import KINDS, write_hospitals
 from scipy import stats
+from support.helpers import FALSE_ALARM
+from support.natural_clients import KINDS, write_hospitals
 
 from fedpriv.cli import main
 from fedpriv.errors import UserError
@@ -29,6 +29,7 @@ from fedpriv.streams import Purpose, SeededStreams, SystemStreams
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.jobs import Began, Ended, Job, call
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.trial import Tracking
 from fedpriv.sweeps.tuning import Tuning, about_tuning, choose_best, common_plan, draw_trials
 from fedpriv.sweeps.tuning_score import UNITS, streams_of, sum_of_accuracies, with_noise
 
@@ -233,7 +234,7 @@ def test_what_would_break_the_promise_of_a_tuning_is_refused(
     assert not (tmp_path / "out" / "drawn.json").exists()
 
 
-@pytest.mark.parametrize("options", [{"retry": True, "resume": True}, {"logs": ["tensorboard"]}])
+@pytest.mark.parametrize("options", [{"retry": True, "resume": True}, {"tracking": Tracking(["tensorboard"])}])
 def test_options_that_would_show_or_repeat_trials_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="tuning"):
         run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out", **options)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
@@ -23,6 +23,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import DataFacts
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.trial import Tracking
 from fedpriv.tracking.trackers import check_trackers, track, watched_by
 
 __all__ = ["in_process"]
@@ -326,7 +327,7 @@ def test_a_tracker_that_is_not_there_is_one_line(
 def test_a_sweep_sends_each_trial_to_a_run_of_its_own(tmp_path: Path) -> None:
     text = '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.5]\n'
     plan = load_sweep(sweep_file(tmp_path, text, (tmp_path / "base.toml").read_text()))
-    run_sweep(plan, tmp_path / "out", logs=["mlflow", "tensorboard"])
+    run_sweep(plan, tmp_path / "out", tracking=Tracking(["mlflow", "tensorboard"]))
     for folder in (tmp_path / "out" / "trials").iterdir():
         check(mlflow_rows(folder), folder)
         check(tensorboard_rows(folder), folder)

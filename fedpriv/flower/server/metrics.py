@@ -15,8 +15,12 @@ import math
 from collections.abc import Mapping
 
 from flwr.app import MetricRecord, RecordDict
+from torch import Tensor
 
-__all__ = ["WEIGHT", "average_metrics"]
+from fedpriv.flower.messages import DIAGNOSTICS
+from fedpriv.rounds import Total
+
+__all__ = ["WEIGHT", "average_metrics", "metrics_of_app", "total_of_answers"]
 
 WEIGHT = "num-examples"
 
@@ -94,3 +98,17 @@ def _mean(values: Mapping[int, Value], weights: Mapping[int, float]) -> float | 
     rows = [value if isinstance(value, list) else [value] for value in values.values()]
     means = [math.fsum(w * x for w, x in zip(shares, column, strict=True)) for column in zip(*rows, strict=True)]
     return means if isinstance(next(iter(values.values())), list) else means[0]
+
+
+def total_of_answers(summed: Tensor, answers: list[RecordDict]) -> Total:
+    """The sum with the figures that clients reported about their signals, if they were asked to."""
+    reports = [content.metric_records.get(DIAGNOSTICS, MetricRecord()).get("signal-norm") for content in answers]
+    norms = [float(norm) for norm in reports if isinstance(norm, int | float)]
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    mean = math.fsum(finite) / len(finite) if finite else math.nan
+    return Total(summed, len(answers), len(norms) - len(finite), mean)
+
+
+def metrics_of_app(content: RecordDict) -> RecordDict:
+    """An answer's metrics but for those that fedpriv's own client adds."""
+    return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})
