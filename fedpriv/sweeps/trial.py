@@ -49,8 +49,8 @@ class TrialExecution:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        real_from("--cpus-per-trial", self.cpus, 0.01, "0.5 puts two trials on a core", most=4096.0)
-        real_from("--gpus-per-trial", self.gpus, 0, "0.25 puts four on a GPU", most=64.0)
+        real_from("--cpus-per-trial", self.cpus, 0.01, "0.5 puts two trials on a core", high=4096.0)
+        real_from("--gpus-per-trial", self.gpus, 0, "0.25 puts four on a GPU", high=64.0)
 
     @property
     def on_ray(self) -> bool:
