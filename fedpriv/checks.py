@@ -10,6 +10,7 @@ from fedpriv.errors import UserError
 
 __all__ = [
     "at_least_one",
+    "folder_name",
     "free_memory",
     "is_real",
     "is_whole",
@@ -86,6 +87,16 @@ def positive_real(where: str, value: object, remedy: str | None = None) -> None:
     """
     if not is_real(value) or not value > 0:  # type: ignore[operator]
         raise UserError(where, "a finite number above 0", repr(value), remedy or f"Change {where}")
+
+
+def folder_name(where: str, value: str) -> None:
+    """Raise UserError unless a text can be the name of a folder.
+
+    Raises:
+        UserError: As described.
+    """
+    if value in ("", ".", "..") or any(c in value for c in "/\\\0\n"):
+        raise UserError(where, "a short name that can be a folder's", repr(value), "Change the name")
 
 
 def real_from(where: str, value: float, low: float, remedy: str, high: float = math.inf) -> None:

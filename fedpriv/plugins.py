@@ -68,7 +68,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         wrap: str | None = None,
     ) -> None:
         self.kind = kind
-        self._group = group
+        self.group = group
         self._wrap = wrap
         self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
@@ -130,7 +130,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Raises:
             UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
-        if self._group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
+        if self.group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
             return self.known(name, where)
         self._referred[name] = self._fitting(_imported(name, where, name), where, name)
         return self._referred[name]
@@ -161,7 +161,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     @property
     def _entry_points(self) -> Mapping[str, EntryPoint]:
-        return {} if self._group is None else _installed(self._group)
+        return {} if self.group is None else _installed(self.group)
 
 
 def settings_of(

@@ -13,7 +13,6 @@ __all__ = ["ConfigFile", "DataRoot", "LogDiagnostics", "Logs", "Settings", "app"
 
 app = typer.Typer(
     help="Differentially private federated learning.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

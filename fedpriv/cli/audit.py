@@ -7,9 +7,6 @@ from typing import Annotated
 import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
-from fedpriv.experiment.config import load_config
-from fedpriv.experiment.progress import RoundProgress
-from fedpriv.privacy import rounded_up
 
 
 @app.command()
@@ -28,6 +25,9 @@ def audit(
 ) -> None:
     """Test the claimed epsilon of an experiment by an attack with planted clients; exit code 1 if it is refuted."""
     from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.progress import RoundProgress
+    from fedpriv.privacy import rounded_up
 
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / f"{experiment.name}-audit"

@@ -1,37 +1,18 @@
 """The commands `fedpriv data` and `fedpriv list`."""
 
-import dataclasses
 import io
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fedpriv.cli.app import DataRoot, Settings, app, picture
-from fedpriv.clock import DEVICES, SCHEDULES
-from fedpriv.data.dataset import DATASETS
-from fedpriv.data.federation import Holders, plot_who_holds_what, who_holds_what
-from fedpriv.data.heterogeneity import metrics_of
-from fedpriv.data.partitions import PARTITIONS
-from fedpriv.data.shifts import SHIFTS
-from fedpriv.engines.native import feedback_in_c
 from fedpriv.errors import has_extra
-from fedpriv.experiment.build import assemble_clients
-from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.execution import ENGINES
-from fedpriv.experiment.heterogeneity import measure_heterogeneity
-from fedpriv.files import write_atomically
-from fedpriv.mechanisms.gaussian import noise_is_in_c
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
-from fedpriv.native import about_compiled
-from fedpriv.privacy import SAMPLINGS
-from fedpriv.privacy.released import OWNER_ONLY
-from fedpriv.tasks.local_work import LOCAL_WORKS
-from fedpriv.tasks.models import MODELS
+
+if TYPE_CHECKING:
+    from fedpriv.data.federation import Holders
+    from fedpriv.experiment.config import Config
 
 
 @app.command()
@@ -48,6 +29,14 @@ def data(
 
     With several configs, show only how much clients differ, side by side.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedpriv.data.heterogeneity import metrics_of
+    from fedpriv.experiment.build import assemble_clients
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.heterogeneity import measure_heterogeneity
+
     columns = {}
     for path in configs:
         experiment = load_config(path, settings or ())
@@ -64,7 +53,11 @@ def data(
     Console().print(shown)
 
 
-def _show_clients(experiment: Config, federation: Holders, directory: Path) -> None:
+def _show_clients(experiment: "Config", federation: "Holders", directory: Path) -> None:
+    from fedpriv.data.federation import plot_who_holds_what, who_holds_what
+    from fedpriv.files import write_atomically
+    from fedpriv.privacy.released import OWNER_ONLY
+
     directory.mkdir(parents=True, exist_ok=True)
     table = who_holds_what(federation)
     write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
@@ -79,23 +72,12 @@ def _show_clients(experiment: Config, federation: Holders, directory: Path) -> N
 @app.command(name="list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List everything a config can name, such as methods, data sets, models and engines, and which parts run in C."""
-    kinds = {
-        "methods": _describe(METHODS),
-        "server": _describe(SERVER_OPTIMIZERS),
-        "data": _describe(DATASETS),
-        "partitions": _describe(PARTITIONS),
-        "shifts": _describe(SHIFTS),
-        "models": _describe(MODELS),
-        "local": _describe(LOCAL_WORKS),
-        "cohorts": _describe(SAMPLINGS, hidden=("population",)),
-        "devices": _describe(DEVICES),
-        "schedules": _describe(SCHEDULES),
-        "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
-        "in C": {
-            "client step": {"about": about_compiled(feedback_in_c() is not None), "keys": {}},
-            "noise": {"about": about_compiled(noise_is_in_c()), "keys": {}},
-        },
-    }
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedpriv.cli.catalogue import catalogue
+
+    kinds = catalogue()
     if as_json:
         print(json.dumps(kinds, indent=2))
         return
@@ -109,23 +91,3 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] =
             table.add_row(name, entry["about"], keys)
         console.print(table)
         console.print()
-
-
-def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "about": _first_line(kind),
-            "keys": {f.name: _default(f) for f in dataclasses.fields(kind) if f.init and f.name not in hidden},
-        }
-        for name, kind in kinds.items()
-    }
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return "required" if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0]

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fedpriv.cli.app import DataRoot, LogDiagnostics, Logs, app
 from fedpriv.errors import require_extra
-from fedpriv.experiment.learned import warnings_of
-from fedpriv.experiment.run_directory import RunDirectory
 
 __all__ = ["trial_warnings"]
 
@@ -111,6 +107,9 @@ def compare(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
     """Compare finished runs side by side: how their configs differ, and their results."""
+    from rich.console import Console
+    from rich.table import Table
+
     from fedpriv.experiment.results import compare_runs
 
     table = compare_runs(runs)
@@ -150,6 +149,9 @@ def report(
 
 def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
     """Yield a line for each warning in the diagnostics of a sweep's trials."""
+    from fedpriv.experiment.learned import warnings_of
+    from fedpriv.experiment.run_directory import RunDirectory
+
     for name in filter(None, names):
         for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
             yield f"warning     {name}: {warning}"

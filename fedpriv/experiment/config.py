@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from fedpriv.checks import at_least_one, positive_int, whole_from
+from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
@@ -444,8 +444,7 @@ class _Top:
 
     def __post_init__(self) -> None:
         whole_from("seed", self.seed, 0, "Give a seed such as 7")
-        if self.name in ("", ".", "..") or any(c in self.name for c in "/\\\0\n"):
-            raise UserError("name", "a short name that can be a folder's", repr(self.name), "Change the name")
+        folder_name("name", self.name)
 
 
 def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:

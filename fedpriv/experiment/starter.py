@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from fedpriv.checks import folder_name
 from fedpriv.errors import UserError, nearest
-from fedpriv.experiment.config import parse_config, read_config_text
 
 __all__ = ["SHIPPED", "starters", "write_starter"]
 
@@ -35,11 +35,11 @@ def write_starter(name: str, source: str = "quickstart", folder: Path | None = N
     Raises:
         UserError: If there is no such experiment, the name is invalid, or the file exists.
     """
+    folder_name("name", name)
     known = starters()
     if source not in known:
         raise UserError("--from", "a shipped experiment", repr(source), nearest(source, known))
     text = _NAME.sub(lambda _: f"name = {json.dumps(name, ensure_ascii=False)}", known[source], count=1)
-    parse_config(read_config_text(text, "NAME"))
     path = Path(f"{name}.toml") if folder is None else folder / f"{name}.toml"
     try:
         with path.open("x", encoding="utf-8") as file:

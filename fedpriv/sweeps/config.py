@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fedpriv.checks import folder_name
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
@@ -196,8 +197,7 @@ def load_sweep(path: Path | str) -> Sweep:
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):
             raise UserError(key, f"a string such as {example}", repr(tables.get(key)), f"Add {key} to {path}")
-    if tables["name"] in ("", ".", "..") or any(c in tables["name"] for c in "/\\\0\n"):
-        raise UserError("name", "a short name that is valid as a folder name", repr(tables["name"]), "Change the name")
+    folder_name("name", tables["name"])
     for key in ("set", "axis", "stop", "tuning"):
         kind, words = (list, "tables [[axis]]") if key == "axis" else (dict, "a table")
         if not isinstance(tables.get(key, kind()), kind):
