@@ -1690,7 +1690,7 @@ MUTANTS = [
     ),
     Mutant(
         "a run that learned nothing exits as if it had",
-        "fedpriv/cli/run.py",
+        "fedpriv/cli/print_run.py",
         "    if learned_nothing(rows):",
         "    if False:",
         "tests/experiment/test_experiment_learned.py",

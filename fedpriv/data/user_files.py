@@ -112,8 +112,8 @@ class _Table(_Files):
         if twice:
             raise UserError(f"data.{twice[0]}", "a column with one meaning", "two", "Declare it once")
         for name, (shift, scale) in self.numeric.items():
-            if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0.0):
-                expected = f"two finite numbers for {name}, the second above 0"
+            if not (math.isfinite(shift) and _is_scale(scale)):
+                expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
                 remedy = "Give what is subtracted, and what the rest is divided by"
                 raise UserError("data.numeric", expected, [shift, scale], remedy)
         for name in self.fill:
@@ -173,7 +173,9 @@ class _Table(_Files):
             got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
-        return (((np.where(absent, self.fill.get(name, 0.0), numbers)) - shift) / scale).astype(np.float32)[:, None]
+        filled = np.where(absent, self.fill.get(name, 0.0), numbers)
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+            return ((filled - shift) / scale).astype(np.float32)[:, None]
 
     def _one_hot(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
         """float32 `[rows, categories]`."""
@@ -274,8 +276,9 @@ class Npz(_Files):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.scale) and self.scale > 0.0):
-            raise UserError("data.scale", "a finite number above 0", self.scale, "Give what inputs are divided by")
+        if not _is_scale(self.scale):
+            remedy = "Give what inputs are divided by"
+            raise UserError("data.scale", "a number from 1e-20 to 1e20", self.scale, remedy)
 
     def _read(self, path: Path) -> dict[str, Any]:
         found = read_arrays(path)
@@ -287,7 +290,8 @@ class Npz(_Files):
                 remedy = "Set data.scale = 255, or convert them to float32 in the file"
                 raise UserError("data.scale", f"a scale for {key} that are bytes", "none", remedy)
             if array.dtype.kind in "biuf":
-                found[key] = array / np.float32(self.scale)
+                with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+                    found[key] = array / np.float32(self.scale)
         return found
 
 
@@ -348,6 +352,13 @@ class ImageFolder(_Files):
     std: list[float] = field(default_factory=list)
     labels: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(abs(number) <= 1e20 for number in self.mean):
+            raise UserError("data.mean", "numbers from -1e20 to 1e20", self.mean, "Give one for each channel")
+        if not all(_is_scale(number) for number in self.std):
+            raise UserError("data.std", "numbers from 1e-20 to 1e20", self.std, "Give one for each channel")
+
     def _read(self, path: Path) -> dict[str, Any]:
         require_extra("data.name = 'image-folder'", "data", ["PIL"])
         from PIL import Image, UnidentifiedImageError
@@ -400,6 +411,11 @@ def read_arrays(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise _damaged(path, "a file of numpy.savez without objects", error) from None
     return {name: array.item() if array.ndim == 0 else array for name, array in found.items()}
+
+
+def _is_scale(number: float) -> bool:
+    """Return True for a number that float32 inputs can be divided by."""
+    return 1e-20 <= number <= 1e20
 
 
 def _existing(root: Path, file: str, key: str) -> Path:

@@ -114,7 +114,7 @@ def test_a_table_goes_through_a_config_and_back(folder):
             r"a label in column 'income', got 'low' in row 0\. List the values of 'income' in data\.labels",
         ),
         ({"target": "incom"}, r"a column 'incom', got age, job, place, income\. Did you mean 'income'"),
-        ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second above 0"),
+        ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second from 1e-20"),
         ({"numeric": {"age": [40]}}, r"^data\.numeric: expected"),
         ({"fill": {"aeg": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got aeg\. Did you mean 'age'"),
         ({"categories": {"age": ["1"]}}, r"^data\.age: expected a column with one meaning"),
@@ -239,6 +239,28 @@ def test_what_is_wrong_with_a_devices_own_file_is_one_line(tmp_path, changes, li
 def test_labels_that_mean_whole_numbers_are_taken(tmp_path, labels):
     np.savez(tmp_path / "a.npz", inputs=np.ones((3, 2), dtype=">f8"), labels=labels, classes=np.float64(3))
     assert read_own_data(tmp_path / "a.npz")[1].tolist() == [0, 1, 2]
+
+
+EXTREMES = (1e39, 1e308, -1e39, 1e-46, 5e-324, float("inf"), float("nan"), 0.0, -1.0, 10**30)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_scales_are_refused_or_give_finite_inputs(folder, extreme):
+    np.savez(folder / "a.npz", inputs=np.full((10, 2), 3e38), labels=np.arange(10) % 2)
+    makers = [
+        lambda: Npz(file="a.npz", scale=extreme).load(folder),
+        lambda: table(file="many.csv", numeric={"age": (extreme, 1.0)}).load(folder),
+        lambda: table(file="many.csv", numeric={"age": (1.0, extreme)}).load(folder),
+        lambda: table(file="many.csv", fill={"age": extreme}).load(folder),
+        lambda: ImageFolder(file="absent", mean=[extreme]).load(folder),
+        lambda: ImageFolder(file="absent", std=[extreme]).load(folder),
+    ]
+    for make in makers:
+        try:
+            made = make()
+        except UserError:  # one line, by its constructor
+            continue
+        assert made.train_inputs.isfinite().all()
 
 
 def test_a_folder_of_images_by_client_and_label(tmp_path):
