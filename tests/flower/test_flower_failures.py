@@ -511,7 +511,7 @@ def test_a_grid_whose_nodes_are_all_there_is_not_waited_for(clients):
 
 @pytest.mark.parametrize("clients", [0, -1, 2.5, True])
 def test_a_number_of_clients_is_one(clients):
-    with pytest.raises(UserError, match="num_clients: expected a whole number of at least 1, got"):
+    with pytest.raises(UserError, match="num_clients: expected a whole number from 1, got"):
         DPFedAvg(num_clients=clients)
     DPFedAvg(num_clients=np.int64(3))  # type: ignore[arg-type]
 
