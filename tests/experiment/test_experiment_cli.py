@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line on stderr, JSON that others build on."""
+"""Command line: exit codes, one line on stderr, JSON for other programs."""
 
 import json
 import shutil
