@@ -89,7 +89,7 @@ def by_partition(replies):
 
 
 class Sorted(FedAvg):
-    """Adds up in the order of partitions: floats do not forgive another one."""
+    """Add messages in the order of partitions, because the rounding of floats depends on it."""
 
     def aggregate_train(self, server_round, replies):
         return super().aggregate_train(server_round, by_partition(replies))
