@@ -486,7 +486,7 @@ def test_answers_to_what_was_not_asked_or_by_others_are_not_used(tmp_path: Path)
 
 
 def test_a_question_who_a_node_is_that_was_lost_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_INTRODUCTION_SECONDS", 0.1)
+    monkeypatch.setattr(deployment, "_QUESTION_SECONDS", 0.1)
     asked: list[int] = []
 
     def hook(partition: int, message: Message) -> bool:  # noqa: ARG001
