@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.checks import require_representable
+from fedpriv.vectors import norm
 
 __all__ = [
     "IN_PLACE",
@@ -186,13 +187,13 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
     largest = safe.abs().amax(dim=-1, keepdim=True)
     ratio = torch.where(largest < _HUGE, 1.0, largest)
     rows = safe / ratio
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-300)
-    return (rows * scale_of(norm, ratio)).to(vectors.dtype)
+    norms = norm(rows, -1, keepdim=True).clamp(min=1e-300)
+    return (rows * scale_of(norms, ratio)).to(vectors.dtype)
 
 
 def row_norms(vectors: Tensor) -> Tensor:
     """Return the l2 norms of rows, float64 `[..., 1]`."""
-    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
+    return norm(vectors, -1, keepdim=True, exact=True)
 
 
 def finite_rows(vectors: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ the server needs, which makes it the boundary of secure aggregation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from fedpriv.mechanisms.noise import Gaussian, max_level, release_message, relea
 from fedpriv.methods import ClientState, Method, ServerState, has_memory, server_step
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
-from fedpriv.vectors import joined, parted
+from fedpriv.vectors import joined, norm, parted
 
 __all__ = [
     "Agreement",
@@ -263,7 +263,8 @@ def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
         decisive: Figures of the same shape that are finite where signal and memory are: a memory that is not finite
             makes a message of nothing as a signal does, and is counted as one.
     """
-    return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()
+    counted = torch.where(torch.isfinite(decisive), norms, math.inf).flatten()
+    return cast(list[float], counted.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def total_of(messages: ExactSum, norms: list[float]) -> Total:
@@ -306,7 +307,7 @@ def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) ->
     uses nothing but what was released.
     """
     size = total.sum.shape[-1]
-    squared = float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)) ** 2
+    squared = float(norm(total.sum, exact=True)) ** 2
     if server_stddev > 0.0:
         return (squared / (server_stddev**2 * size)) ** 0.5
     if client_stddev > 0.0 and total.messages:

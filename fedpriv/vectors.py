@@ -9,15 +9,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "joined", "parted", "refuse_buffers", "trainable"]
+__all__ = ["Layout", "joined", "norm", "parted", "refuse_buffers", "trainable"]
+
+
+_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""Layers that can keep statistics of the examples they see."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,8 @@ class Layout:
             UserError: If a layer keeps statistics of the examples that it sees, as BatchNorm does, or a trainable
                 parameter is not float32.
         """
-        layers = dict(module.named_modules())
-        norms = {name: layer for name, layer in layers.items() if isinstance(layer, _NormBase)}
+        layers: dict[str, nn.Module] = dict(module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+        norms = {name: layer for name, layer in layers.items() if isinstance(layer, _NORMS)}
         kept = (name for name, layer in norms.items() if layer.track_running_stats and layer.training)
         refuse_buffers(f"{name}.{buffer}".lstrip(".") for name in kept for buffer, _ in layers[name].named_buffers())
         parameters = trainable(module)
@@ -74,12 +85,31 @@ class Layout:
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
-        parts = vector.split([prod(shape) for _, shape in self.entries], dim=-1)
+        sizes = [prod(shape) for _, shape in self.entries]
+        parts: tuple[Tensor, ...] = torch.split(vector, sizes, dim=-1)
         lead = vector.shape[:-1]
         return {name: part.reshape((*lead, *shape)) for (name, shape), part in zip(self.entries, parts, strict=True)}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}{list(shape)}" for name, shape in self.entries)
+
+
+def norm(vectors: Tensor, dim: int | None = None, *, keepdim: bool = False, exact: bool = False) -> Tensor:
+    """Return l2 norms: of all numbers, or along one axis.
+
+    Args:
+        vectors: Any shape.
+        dim: The axis; None for all numbers.
+        keepdim: Keep the axis, with length 1.
+        exact: Compute in float64.
+    """
+    dtype = torch.float64 if exact else None
+    return cast(
+        Tensor,
+        torch.linalg.vector_norm(  # pyright: ignore[reportUnknownMemberType]
+            vectors, dim=dim, keepdim=keepdim, dtype=dtype
+        ),
+    )
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,4 +145,4 @@ def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
 
 @cache
 def _kind(fields: tuple[str, ...]) -> type:
-    return namedtuple("State", fields)
+    return namedtuple("State", fields)  # pyright: ignore[reportUntypedNamedTuple]

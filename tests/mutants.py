@@ -345,7 +345,7 @@ MUTANTS = [
     Mutant(
         "noise is not rounded to a grid",
         NOISE,
-        "torch.from_numpy(np.clip(levels, -level, level).astype(np.float64) * grid)",
+        "torch.as_tensor(np.clip(levels, -level, level).astype(np.float64) * grid)",
         "values.double() + torch.randn(values.shape, dtype=torch.float64) * stddev",
         "tests/privacy/test_privacy_floats.py",
     ),
@@ -1747,8 +1747,8 @@ MUTANTS = [
     Mutant(
         "a client whose memory is not finite is not counted",
         ROUNDS,
-        "return torch.where(torch.isfinite(decisive), norms, math.inf).flatten().tolist()",
-        "return norms.flatten().tolist()",
+        "counted = torch.where(torch.isfinite(decisive), norms, math.inf).flatten()",
+        "counted = norms.flatten()",
         "tests/engines/test_engines_in_place.py",
     ),
     Mutant(

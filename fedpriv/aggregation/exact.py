@@ -52,8 +52,9 @@ class ExactSum:
         """Add one message `[params]`, or each row of `[clients, params]`."""
         if messages.dim() == 1:
             messages = messages.unsqueeze(0)
-        rows = messages.split(self._block if messages.device.type == "cpu" else max(len(messages), 1))
-        for block in rows:
+        size = self._block if messages.device.type == "cpu" else max(len(messages), 1)
+        blocks: tuple[Tensor, ...] = torch.split(messages, size)
+        for block in blocks:
             if self._rounded.shape != block.shape:
                 self._rounded = torch.empty_like(block, dtype=torch.float64)
             rounded = self._rounded.copy_(block).add_(self.shift).sub_(self.shift)

@@ -165,4 +165,4 @@ def _released(
     exact = values.detach().cpu().double().numpy()
     grid = release_grid(stddev) if grid is None else grid
     levels = rounded_noise(exact, stddev, streams.source(purpose, *address), grid)
-    return torch.from_numpy(np.clip(levels, -level, level).astype(np.float64) * grid)
+    return torch.as_tensor(np.clip(levels, -level, level).astype(np.float64) * grid)

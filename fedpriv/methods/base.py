@@ -8,6 +8,7 @@ from torch import Tensor
 from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.feedback import Feedback, Release
 from fedpriv.plugins import Registry
+from fedpriv.vectors import norm
 
 __all__ = [
     "METHODS",
@@ -208,5 +209,5 @@ def has_memory(method: Method) -> bool:
 def direction(vector: Tensor) -> Tensor:
     """v / ||v||_2 of `[params]`; zero where v is zero."""
     exact = vector.double()
-    norm = torch.linalg.vector_norm(exact)
-    return (exact / norm).to(vector.dtype) if float(norm) > 0.0 else torch.zeros_like(vector)
+    length = norm(exact)
+    return (exact / length).to(vector.dtype) if float(length) > 0.0 else torch.zeros_like(vector)

@@ -30,6 +30,8 @@ sees it, and it counts noise in other units, and not in the same ones everywhere
 | SampledWithoutReplacement(Gaussian), REPLACE_ONE (RDP) | std / (2 B)      | 1/2                    | 1       |
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -6,6 +6,8 @@ adaptive ones, cost no more than one of shift sqrt(sum of mu_k^2). All functions
 Source: Balle and Wang 2018, Theorem 8; Dong, Roth and Su 2022, Definition 2.6 and Corollary 2.13.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 
 import numpy as np

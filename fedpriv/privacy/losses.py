@@ -40,6 +40,8 @@ its mean is where epsilon will be: rounding is then relative to delta itself, ho
 wraps around and what is cut off are bounded and added to delta.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

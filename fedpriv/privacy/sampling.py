@@ -4,6 +4,8 @@ A sampling answers for itself: what accounting needs, its words in statements an
 class.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -327,7 +329,8 @@ class Poisson(_Drawn):
         """Client ids of one round, ascending int64, `[cohort]`; work and memory follow the cohort, never n."""
         if self.sampling_prob == 1.0:
             return np.arange(self.population, dtype=np.int64)
-        blocks, last = [], -1
+        blocks: list[np.ndarray] = []
+        last = -1
         while last < self.population:
             ids = last + np.cumsum(self._steps(source))
             blocks.append(ids)

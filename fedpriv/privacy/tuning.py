@@ -22,6 +22,8 @@ which the trials were drawn, which is the same for independent trials. A score o
 (`ScoreNoise`): a trial is then the training followed by the release of its score, whose curves add up.
 """
 
+# pyright: reportMissingTypeStubs=false
+
 import math
 from dataclasses import dataclass
 from functools import cached_property
