@@ -1,6 +1,5 @@
 """The run directory: what a run writes, and how it is read back."""
 
-import fcntl
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.files import open_to_append, write_atomically, write_pieces_atomically
+from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
 
@@ -252,7 +251,7 @@ class RunDirectory:
             raise UserError(str(self.path), "a folder to write to", error.strerror, "Choose another --out") from None
         with self.file(".lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock, wait=False)
             except OSError:
                 raise UserError(
                     str(self.path), "a folder to itself", "another run at work in it", "Wait, or choose another --out"

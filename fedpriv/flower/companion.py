@@ -9,7 +9,6 @@ whether a process of that number is there, and do not hear the answer while they
 It is run by its path and imports nothing of fedpriv: the app that the program loads may have packages of those names.
 """
 
-import fcntl
 import importlib
 import importlib.metadata
 import os
@@ -51,6 +50,7 @@ def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[byte
 
 def end_with(lock: str) -> None:
     """Ends this process, whatever it is doing, once nobody holds `lock` any more."""
+    import fcntl  # Windows has none, and reads results without
 
     def wait() -> None:
         with Path(lock).open() as file:
