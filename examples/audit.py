@@ -1,6 +1,6 @@
 """Attack your own promise: plant canary clients in a run, and try to tell from its releases which of them took part.
 
-python examples/audit.py [FOLDER]
+    python examples/audit.py [FOLDER]
 
 The auditor knows more than any real adversary: each canary's direction, and who took part in which round.
 """

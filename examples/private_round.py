@@ -2,8 +2,8 @@
 
     python examples/private_round.py
 
-A hundred clients each hold ten points around their own center. The server learns the mean of all points; the models that
-it releases protect each client's points.
+A hundred clients each hold ten points around their own center. The server learns the mean of all points; the
+models that it releases protect each client's points.
 """
 
 import torch
