@@ -33,14 +33,14 @@ CONSTRUCTIONS = {
     "else": r"(?:[;,:]|\band|\bor|\bbut) else\b|\belse (?:it|they|the|a|an|its|no)\b",
     "lies": r"\b(?:lies|lie|lay)\b(?! detector)",
     "own": r"\bof (?:its|their|his|her|one's|the \w+'s) own\b",
-    "anew": r"\banew\b|\bafresh\b|\bmend(?:s|ed|ing)?\b|\bthe same bits\b",
+    "anew": r"\banew\b|\bafresh\b|\bmend(?:s|ed|ing)?\b",
     "told": r"\b(?:told|tells?|telling)\b",
     "goes on": r"\b(?:go|goes|gone|went|going) on\b",
     "whether": r"^\s*Whether\b",
     # Error messages: "got nothing", "got others".
     "got nothing": r"\bgot (?:nothing|none|others|another|no\b)",
     "spelling": (
-        r"\b\w*(?:optimis|normalis|initialis|minimis|maximis|randomis|regularis|summaris|serialis|synchronis|organis|"
+        r"\b\w*(?:optimis(?!ti|m)|normalis|initialis|minimis|maximis|randomis|regularis|summaris|serialis|synchronis|organis|"
         r"recognis|generalis|capitalis|materialis|realis(?=e|i)|standardis|factoris|neighbour|behaviour|colour|favour|"
         r"honour|labell|modell|cancell(?=ed|ing)|travell|centre|licence|judgement|grey)\w*"
     ),
