@@ -10,6 +10,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+TABLE = "<!-- the table of README.md -->"
 SHOWN = (".md", ".png", ".csv", ".svg")
 _CODE = re.compile(r"(^```.*?^```|^~~~.*?^~~~|`+[^`]*`+)", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
@@ -29,11 +30,17 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     return files
 
 
+def methods_table() -> str:
+    """Return the table of methods, which a test compares with the registered ones in README.md."""
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Methods\n\n")[1].split("\n\n")[0]
+
+
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Write formulas outside of code as MathML, which browsers draw without a script, and lead links to `results/`.
 
     In the repository `results/` is beside `docs/`; in the site it is within.
     """
+    markdown = markdown.replace(TABLE, methods_table())
     if not page.file.src_uri.startswith("results/"):
         up = "../" * page.file.src_uri.count("/")
         markdown = markdown.replace(f"]({up}../results/", f"]({up}results/")
@@ -43,5 +50,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def _formulas(text: str) -> str:
-    text = _BLOCK.sub(lambda found: f"\n{convert(found[1].strip(), display='block')}\n", text)
-    return _INLINE.sub(lambda found: convert(found[1]), text)
+    def block(found: re.Match[str]) -> str:
+        return f'\n<div class="formula">{convert(found[1].strip(), display="block")}</div>\n'
+
+    # A span is never taken for a block of its own, also at the beginning of a line.
+    return _INLINE.sub(lambda found: f'<span class="formula">{convert(found[1])}</span>', _BLOCK.sub(block, text))

@@ -13,6 +13,8 @@ from urllib.parse import urlparse
 import pytest
 from english import DOCUMENTS, rates
 
+from fedpriv.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
@@ -69,6 +71,7 @@ def test_nothing_is_loaded_from_another_server(site: Path) -> None:
 def test_formulas_are_mathml(site: Path) -> None:
     page = (site / "concepts" / "round" / "index.html").read_text(encoding="utf-8")
     assert page.count("<math") >= 8
+    assert page.count("<math") == page.count('class="formula"><math')  # so that none begins a paragraph by itself
     assert "$" not in re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
 
 
@@ -78,6 +81,11 @@ def test_results_and_changelog_are_pages(site: Path) -> None:
     }
     assert (site / "results" / "devices" / "figure.png").is_file()
     assert (site / "changelog" / "index.html").is_file()
+
+
+def test_the_table_of_methods_is_that_of_the_readme(site: Path) -> None:
+    page = (site / "methods" / "index.html").read_text(encoding="utf-8")
+    assert all(f"<code>{name}</code>" in page for name in METHODS)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
