@@ -1,4 +1,4 @@
-"""Attack your own promise: plant canary clients in a run, and try to tell from its releases which of them took part.
+"""Attack your own promise: plant canary clients in a run, and try to infer from its releases which took part.
 
     python examples/audit.py [FOLDER]
 

@@ -24,7 +24,7 @@ name = "softmax"
 name = "dp-fedavg"
 [privacy]
 trust = "local"
-epsilon = 100.0  # two clients cannot hide each other: this shows the steps, and protects nobody
+epsilon = 100.0  # two clients cannot hide each other: this shows the steps, and is no protection
 [training]
 rounds = 2
 [deployment]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedpriv", "strategies", "clients")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples")
 
 # Name: pattern. A pattern is matched in one sentence with its line breaks replaced by spaces.
 CONSTRUCTIONS = {

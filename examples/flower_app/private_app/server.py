@@ -13,7 +13,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train, print what was promised, and save the model."""
+    """Train, print the promise, and save the model."""
     config = context.run_config
     strategy = DPFedAvg(  # the second line
         clip_norm=1.0, server_lr=1.0, num_clients=int(config["clients"]), privacy=Privacy(epsilon=8.0, delta=1e-5)
