@@ -1,4 +1,4 @@
-"""Flower's client side: the mod that makes an app private, and the app that runs fedpriv's own experiments."""
+"""Client side for Flower: the mod that makes an app private, and the app that runs fedpriv's experiments."""
 
 from .mod import private_mod
 

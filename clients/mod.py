@@ -1,22 +1,22 @@
-"""The mod that makes an existing Flower app private.
+"""Mod that makes an existing Flower app private.
 
     app = ClientApp(mods=[private_mod])
 
-The app trains as ever and answers with its new local model. The mod takes what the app learned, the signal x - x_local
-over all trained arrays as one vector (`fedpriv.flower.trained`), follows the client rule of the strategy's method
-(bounds it, adds noise where trust is local, keeps the memory) and sends that message in place of the local model.
+The app trains as before and returns its local model. The mod computes the signal x - x_local over all trained arrays as
+one vector (`fedpriv.flower.trained`). It applies the client rule of the strategy's method: it bounds the signal, adds
+noise if trust is local, and keeps the memory. It sends the resulting message instead of the local model.
 
-On a node with a home the client's own policy, ledger and memory stand behind the mod; without one it works in
-simulations only, and keeps the memory in `context.state`. `fedpriv.deploy.device.guard` has the rule.
+On a node with a home, the mod enforces the client's own policy, ledger and memory. Without a home it works only in
+simulations and keeps the memory in `context.state`. See `fedpriv.deploy.device.guard`.
 
-Of everything else in the answer nothing leaves the client in a private run: losses, accuracies and numbers of examples
-are not protected by the message's bound and noise. (The strategies weigh all clients alike and need none of them.) Nor
-does the text of an exception: the client logs it, and a fixed line is sent, or, by a guarded client under local trust,
-a message as of an update of zero (`fedpriv.deploy.device.guard`). In a run without privacy the app's metrics
-are passed on.
+In a private run, nothing else in the answer leaves the client. Losses, accuracies and numbers of examples are not
+protected by the bound and noise of the message. (The strategies give all clients equal weight and need none of them.)
+The text of an exception does not leave either: the client logs it and sends a fixed line. Under local trust, a guarded
+client instead sends a message as for an update of zero (`fedpriv.deploy.device.guard`). In a run without privacy, the
+mod passes the app's metrics on.
 
-Put it first in the list of mods: it is then the last to touch what is sent. Mods behind it see the local model, and
-what they change is bounded with the rest.
+Put this mod first in the list of mods, so that it processes the answer last. The mods after it see the local model, and
+their changes are bounded together with the rest.
 """
 
 import logging
@@ -30,7 +30,15 @@ from torch import Tensor
 from fedpriv.deploy.device.guard import Guard, content_of, guard_of
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
-from fedpriv.flower.messages import ARRAYS, FEDPRIV, Introduction, ModelArrays, Order, asks_who, refusal_record
+from fedpriv.flower.messages import (
+    ARRAYS,
+    FEDPRIV,
+    ClientInstructions,
+    ModelArrays,
+    NodeInfo,
+    asks_node_info,
+    refusal_record,
+)
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
 
@@ -40,11 +48,11 @@ _log = logging.getLogger("flwr")
 
 
 def private_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Bounds what a ClientApp's train function sends, as the strategy's method says.
+    """Bound the answer of a ClientApp's train function by the client rule of the strategy's method.
 
-    A training message that does not come from one of fedpriv's strategies, or an answer that does not hold one model
-    like the one received, is refused. Messages of other types pass through in simulations; a node with a
-    home answers evaluations if its policy accepts them, and nothing else.
+    The mod refuses training messages that do not come from a fedpriv strategy, and answers that do not hold exactly one
+    model like the one received. In simulations, messages of other types pass through. A node with a home answers
+    evaluations if its policy accepts them, and no other type.
     """
     guard = None
     try:
@@ -65,17 +73,17 @@ def private_mod(message: Message, context: Context, call_next: ClientAppCallable
 
 
 def _train(message: Message, context: Context, call_next: ClientAppCallable, guard: Guard | None) -> Message:
-    if asks_who(message.content):
-        return Message(Introduction.of_node(context.node_config).to_content(), reply_to=message)
+    if asks_node_info(message.content):
+        return Message(NodeInfo.of_node(context.node_config).to_content(), reply_to=message)
     try:
-        order = Order.of(message.content)
+        instructions = ClientInstructions.of(message.content)
         received = _only_model(message.content, "message")
         arrays = TrainedArrays.of_message(message.content, received)
         model = ModelArrays.of(arrays.part(received))
         start = model.vector(arrays.part(received))
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
-    fixed = {name: received[name] for name in arrays.fixed}  # before an app may change it
+    fixed = {name: received[name] for name in arrays.fixed}  # copied before the app can change them
     metrics: dict[str, Any] = {}
 
     def make_signal() -> Tensor:
@@ -84,22 +92,26 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         returned = _only_model(content, "answer of the train function")
         signal = start - model.vector(arrays.part(returned))
         try:
-            check_training(arrays, order, model, fixed, returned, signal)
-        except UserError as error:  # which it raises only if that tells nothing to an adversary
+            check_training(arrays, instructions, model, fixed, returned, signal)
+        except UserError as error:  # raised only if it reveals nothing to an adversary
             raise Refusal.because("model", str(error)) from None
         return signal
 
     if guard is None:
-        signal = _in_private(make_signal) if order.private else make_signal()
-        content = send_message(order, signal, model, context)
+        signal = _in_private(make_signal) if instructions.private else make_signal()
+        content = send_message(instructions, signal, model, context)
     else:
-        content = guard.train(message, order, model, start, lambda: _in_private(make_signal))
-    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics
+        content = guard.train(message, instructions, model, start, lambda: _in_private(make_signal))
+    released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics
     return Message(RecordDict({**released, **content}), reply_to=message)
 
 
 def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
-    """The signal; a refusal of the kind `app` if the app fails, of which the server hears no word that the app says."""
+    """Return the signal.
+
+    Raises:
+        Refusal: Of kind `app` if the app fails. The server does not see the app's error text.
+    """
     try:
         return make_signal()
     except Refusal:
@@ -109,17 +121,17 @@ def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:
 
 
 def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> Message:
-    """The answer of a client that does not follow an order. Its own log has the whole reason."""
+    """Return the answer of a client that refuses. Its own log has the full reason."""
     client = message.content.config_records.get(FEDPRIV, {}).get("client", "?")
     _log.warning("client %s refused (%s): %s", client, no.kind, no, exc_info=cause or no.__cause__)
     told = f"private_mod: {no.told}"
-    if FEDPRIV not in message.content.config_records:  # a strategy of somebody else's, which knows errors alone
+    if FEDPRIV not in message.content.config_records:  # another strategy, which understands only errors
         return refusal(message, told)
     return Message(refusal_record(no.kind, told), reply_to=message)
 
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:
     if len(content.array_records) != 1:
-        found = ", ".join(content.array_records) or "none"
+        found = ", ".join(content.array_records) or "0 records"
         raise UserError(where, "one ArrayRecord", found, f"Send the model as RecordDict({{{ARRAYS!r}: ...}})")
     return next(iter(content.array_records.values()))

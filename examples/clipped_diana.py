@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip
 from fedpriv.feedback import Release, sent_message
+from fedpriv.methods import PlainMethod
 
 
 class Shift(NamedTuple):
@@ -42,7 +43,7 @@ class Server(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedDiana:
+class ClippedDiana(PlainMethod):
     """DIANA with clipping in place of compression.
 
     Args:
@@ -59,11 +60,6 @@ class ClippedDiana:
     def bounded(self) -> Clip:
         """The map that bounds a message."""
         return Clip(clip_norm=self.clip_norm)
-
-    @property
-    def needs_client_noise(self) -> bool:
-        """False: the memory is noiseless, so the noise may be added by the server."""
-        return False
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
@@ -83,7 +79,7 @@ class ClippedDiana:
         message = self.bounded(signal - state.shift)
         return sent_message(message, release), Shift(state.shift + self.beta * message)
 
-    def server_rule(self, state: Server, mean_message: Tensor, sampling_prob: float) -> Server:
-        """Step along the shift and the mean message."""
-        model = state.model - self.server_lr * (state.shift + mean_message)
-        return Server(model, state.shift + self.beta * sampling_prob * mean_message)
+    def server_rule(self, state: Server, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, Server]:
+        """Return the direction of the step, and the new shift; the caller moves the model."""
+        shift = state.shift + self.beta * sampling_prob * mean_message
+        return state.shift + mean_message, Server(state.model, shift)

@@ -1,4 +1,4 @@
-"""Differentially private federated learning: one method file for every engine and for Flower, and a true epsilon."""
+"""Differentially private federated learning: write a method once, and run it in simulation, on Ray or on Flower."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ _EXTRAS = {"write_report": "report"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public function when it is first asked for, so that `import fedpriv` stays cheap."""
+    """Import a public function on first use, so that `import fedpriv` stays cheap."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fedpriv' has no attribute {name!r}")
     if name in _EXTRAS:
@@ -36,5 +36,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion."""
+    """Return the public names, for completion."""
     return sorted([*globals(), *_HOMES])

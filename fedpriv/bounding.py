@@ -1,6 +1,6 @@
-"""Bounded maps: what a message may be at most, whatever the data were.
+"""Bounded maps: limit the norm of a message for any data.
 
-Edge cases, each with a test of the same words:
+Edge cases; tests are named after each:
 
 | input row | output row |
 |---|---|
@@ -8,7 +8,7 @@ Edge cases, each with a test of the same words:
 | zero | zero |
 | subnormal | finite, within the bound |
 | huge (its squares overflow) | finite, within the bound, the right direction |
-| beside other rows | what it would be alone |
+| next to other rows | the same as alone |
 """
 
 import math
@@ -31,10 +31,10 @@ __all__ = [
     "row_norms",
 ]
 
-# Rounding to float32 may lengthen a vector by a few parts in 2**24; this much less is a proof of the bound.
+# Rounding to float32 may lengthen a vector by a few parts in 2**24; this margin guarantees the bound.
 _SHRINK = 1.0 - 2.0**-21
 _HUGE = 2.0**96
-# Below this a float32 scale may be subnormal, and then it is too coarse to keep the bound.
+# Below this, a float32 scale may be subnormal and then too coarse to keep the bound.
 _TINY = 2.0**-96
 
 
@@ -56,20 +56,20 @@ class Bounded(Protocol):
         ...
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Bounds each row of `[..., params]`."""
+        """Bound each row of `[..., params]`."""
         ...
 
 
 class InPlace(Bounded, Protocol):
-    """A bounded map whose work engines may do in place, or in C; exactly the classes in `IN_PLACE`."""
+    """A bounded map that engines may compute in place or in C; exactly the classes in `IN_PLACE`."""
 
     def bound_(self, vectors: Tensor, norms: Tensor | None = None) -> None:
-        """Bounds rows in place; `norms` are their l2 norms, float64 `[..., 1]`, where they are known."""
+        """Bound rows in place; `norms` are their l2 norms, float64 `[..., 1]`, if they are known."""
         ...
 
     @property
-    def figures(self) -> tuple[float, float, float, float]:
-        """(p, q, r, t): a row of ordinary norm n is multiplied with min(p / (q + n), r, t / n)."""
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """(p, q, r, t): a row of ordinary norm n is multiplied by min(p / (q + n), r, t / n)."""
         ...
 
 
@@ -78,7 +78,7 @@ class Clip:
     """clip_C(u) = min(1, C / ||u||_2) u, the projection onto the ball of radius C.
 
     Args:
-        clip_norm: C, from 1e-20 to 1e20, where float32 can hold the product of bound and direction.
+        clip_norm: C, from 1e-20 to 1e20, so that float32 can hold the product of bound and direction.
     """
 
     clip_norm: float
@@ -93,7 +93,7 @@ class Clip:
 
     @property
     def lipschitz(self) -> float:
-        """A projection onto a convex set moves no two points apart."""
+        """1: a projection onto a convex set never increases the distance of two points."""
         return 1.0
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -105,8 +105,8 @@ class Clip:
         _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
-    def figures(self) -> tuple[float, float, float, float]:
-        """See `InPlace.figures`."""
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """See `InPlace.coefficients`."""
         return self.clip_norm * _SHRINK, 0.0, 1.0, math.inf
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
@@ -115,12 +115,12 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothedNormalization:
-    """N_alpha(u) = u / (alpha + ||u||_2): length below one, direction kept, no threshold to tune.
+    """N_alpha(u) = u / (alpha + ||u||_2): norm below one, same direction, no threshold to tune.
 
     Source: arXiv 2502.13482, section 3. It is the gradient of ||u|| - alpha log(1 + ||u|| / alpha).
 
     Args:
-        alpha: Smoothing, from 1e-20 to 1e20, where float32 can hold 1 / alpha.
+        alpha: Smoothing, from 1e-20 to 1e20, so that float32 can hold 1 / alpha.
     """
 
     alpha: float
@@ -147,8 +147,8 @@ class SmoothedNormalization:
         _scale_rows(vectors, self._scale, norms, out=vectors)
 
     @property
-    def figures(self) -> tuple[float, float, float, float]:
-        """See `InPlace.figures`."""
+    def coefficients(self) -> tuple[float, float, float, float]:
+        """See `InPlace.coefficients`."""
         return 1.0, self.alpha, math.inf, _SHRINK
 
     def _scale(self, norm: Tensor, ratio: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class SmoothedNormalization:
 
 
 IN_PLACE = (Clip, SmoothedNormalization)
-"""The maps that are known to be the same in place. A class derived of them is not: it may bound otherwise."""
+"""The maps with an in-place form known to be equivalent. Subclasses are excluded: they may bound differently."""
 
 
 def _scale_rows(
@@ -165,10 +165,10 @@ def _scale_rows(
     norm: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiplies each row u by a scale of its norm; a row that is not finite becomes zero. `out` may be `vectors`.
+    """Multiply each row u by a scale of its norm; a row that is not finite becomes zero. `out` may be `vectors`.
 
-    `scale_of(norm, ratio)` sees the float64 norm of u / ratio, the ratio chosen by row so that nothing overflows,
-    and returns the scale that turns u / ratio into the output.
+    `scale_of(norm, ratio)` receives the float64 norm of u / ratio and returns the scale that turns u / ratio into the
+    output. The ratio is chosen per row so that nothing overflows.
     """
     if norm is None:
         norm = row_norms(vectors)
@@ -191,10 +191,10 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
 
 
 def row_norms(vectors: Tensor) -> Tensor:
-    """The l2 norms of rows, float64 `[..., 1]`."""
+    """Return the l2 norms of rows, float64 `[..., 1]`."""
     return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def finite_rows(vectors: Tensor) -> Tensor:
-    """Which rows of `[..., params]` hold no NaN and no infinity, as bool `[..., 1]`."""
+    """Return a bool mask `[..., 1]` of the rows of `[..., params]` without NaN or infinity."""
     return torch.isfinite(vectors).all(dim=-1, keepdim=True)

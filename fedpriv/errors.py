@@ -1,4 +1,4 @@
-"""The one shape of error for what a user can cause: where, expected what, got what, what to do."""
+"""The one exception for user mistakes: the key at fault, the expected value, the value found, and the remedy."""
 
 import difflib
 import importlib.util
@@ -11,23 +11,24 @@ EXTRAS = {
     "deploy": ("flwr",),
     "ray": ("ray",),
     "report": ("matplotlib", "jinja2"),
-    "data": ("sklearn",),
+    "data": ("sklearn", "PIL"),
+    "parquet": ("pyarrow",),
     "vision": ("torchvision",),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
 }
-"""What `pip install 'fedpriv[EXTRA]'` adds, by the names under which it is imported."""
+"""The packages that `pip install 'fedpriv[EXTRA]'` adds, by import name."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend, as one clear line.
+    """A mistake that the user can fix, reported as one line.
 
     Args:
         where: The key, file or argument that is at fault.
-        expected: What would have been right.
-        got: What was found.
-        remedy: What to do about it; a full sentence without its full stop.
+        expected: Description of a valid value.
+        got: The value that was found.
+        remedy: The fix, as an imperative sentence without its full stop.
     """
 
     def __init__(self, where: str, expected: str, got: object, remedy: str) -> None:
@@ -37,7 +38,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy that names the known name nearest to `name`, or all known names if none is near."""
+    """Return a remedy that suggests the known name closest to `name`, or lists all known names if none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -46,29 +47,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def has_extra(extra: str) -> bool:
-    """Whether the packages of an extra are installed; imports none of them.
+    """Return True if all packages of an extra are installed. Imports none of them.
 
     Args:
-        extra: Of `EXTRAS`.
+        extra: A key of `EXTRAS`.
     """
     return not _absent(EXTRAS[extra])
 
 
 def require_extra(where: str, extra: str, packages: Iterable[str] | None = None) -> None:
-    """Refuses to go on without an extra; imports nothing.
+    """Raise UserError unless the packages of an extra are installed. Imports none of them.
 
     Args:
-        where: The command, option or key that needs it.
-        extra: Of `EXTRAS`.
-        packages: Those of its packages that are needed; None for all.
+        where: The command, option or key that needs the extra.
+        extra: A key of `EXTRAS`.
+        packages: The required packages of the extra; None requires all of them.
 
     Raises:
-        UserError: If one of the packages is not installed; says what to install.
+        UserError: If a package is missing; the message names the extra to install.
     """
     absent = _absent(EXTRAS[extra] if packages is None else packages)
     if absent:
         remedy = f"Install it with pip install 'fedpriv[{extra}]'"
-        raise UserError(where, f"the package {absent[0]}", "none", remedy)
+        raise UserError(where, f"an installed package {absent[0]}", "a missing one", remedy)
 
 
 def _absent(packages: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Files that survive a crash: whole or not there, with their mode from the first byte on, and on the disk.
+"""Durable files: complete or absent after a crash, with their mode set from the first byte.
 
-Each is written beside its place, as `NAME.part`, and then takes it. What a run writes raises `OSError` where it cannot
-be written; what a client of a deployment keeps (`make_private_folder` to `only_one`) is its owner's alone, and a full
-disk is one `UserError`.
+Each file is written next to its destination as `NAME.part`, then renamed. Functions for run outputs raise `OSError` if
+a file cannot be written. Functions for a deployment client's files (`make_private_folder` to `only_one`) create
+owner-only files and report a full disk as one `UserError`.
 """
 
 import errno
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _OWNER_ONLY = 0o600
-# What the umask is taken off.
+# The mode before the umask is applied.
 _ANYONE = 0o666
 # Windows cannot open a folder, and needs no flush of one.
 _FOLDERS_OPEN = os.name != "nt"
@@ -41,12 +41,12 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def write_atomically(path: Path, content: bytes | str, mode: int | None = None) -> None:
-    """Writes a file that appears whole or not at all, also if the machine stops in between.
+    """Write a file atomically: after a crash it is complete or absent.
 
     Args:
         path: The file.
-        content: What it holds.
-        mode: Who may read it, from its first byte on; None leaves that to the umask.
+        content: Its contents.
+        mode: Permissions, set from the first byte on; None leaves them to the umask.
     """
     write_pieces_atomically(path, [content.encode() if isinstance(content, str) else content], mode)
 
@@ -54,32 +54,32 @@ def write_atomically(path: Path, content: bytes | str, mode: int | None = None) 
 def write_pieces_atomically(
     path: Path, pieces: Iterable[bytes | memoryview], mode: int | None = None, *, durable: bool = True
 ) -> None:
-    """The same for a content that comes in pieces, of which only one is in memory at a time.
+    """Write a file atomically from pieces, with only one piece in memory at a time.
 
     Args:
         path: The file.
-        pieces: What it holds, one after the other.
+        pieces: Its contents, in order.
         mode: As in `write_atomically`.
-        durable: Whether it must outlive a stop of the machine; False is faster, for what is worth nothing after one.
+        durable: Sync the file to disk. False is faster, for files that are worthless after a system crash.
     """
     _write_beside(path, pieces, _ANYONE if mode is None else mode, durable)
     _take_place(path, durable)
 
 
 def open_to_append(path: Path, mode: int | None = None) -> BinaryIO:
-    """A file to add to, created with `mode`, or as the umask says, if it is not there."""
+    """Open a file for appending. If it is missing, create it with `mode`, or as the umask says if `mode` is None."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY
     return os.fdopen(os.open(path, flags, _ANYONE if mode is None else mode), "ab")
 
 
 def make_owners_folder(path: Path) -> None:
-    """Makes a folder that its owner alone can enter, or closes one to others before more is written to it."""
+    """Create a folder with owner-only access, or restrict an existing one before more is written to it."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 
 
 def sync_folder(path: Path) -> None:
-    """Puts on the disk which files a folder holds."""
+    """Sync a folder's list of files to disk."""
     if not _FOLDERS_OPEN:
         return
     folder = os.open(path, os.O_RDONLY)
@@ -90,7 +90,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are missing; only their owner can enter them."""
+    """Create a folder and its missing parents with owner-only access."""
     with _explained(path):
         for folder in reversed([path, *path.parents]):
             if not folder.exists():
@@ -99,7 +99,7 @@ def make_private_folder(path: Path) -> None:
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Replaces a file by another content, or leaves it as it was.
+    """Replace a file's contents atomically, or leave it as it was.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
@@ -109,7 +109,7 @@ def replace_durably(path: Path, content: bytes) -> None:
 
 
 def prepare_replacing(path: Path, content: bytes) -> None:
-    """Writes a file's new content beside it. Only this takes up room, and only `finish_replacing` changes the file.
+    """Write a file's new contents next to it. Only this step needs space; only `finish_replacing` changes the file.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
@@ -119,18 +119,18 @@ def prepare_replacing(path: Path, content: bytes) -> None:
 
 
 def finish_replacing(path: Path) -> None:
-    """Gives a file the content that `prepare_replacing` wrote beside it."""
+    """Replace a file by the contents that `prepare_replacing` wrote next to it."""
     with _explained(path):
         _take_place(path)
 
 
 def unfinished(path: Path) -> Path:
-    """Where the new content of a file is until it takes the file's place."""
+    """Return the path that holds a file's new contents until they replace the file."""
     return path.with_name(path.name + ".part")
 
 
 def append_durably(path: Path, line: bytes, length: int) -> None:
-    """Adds a line to a file of `length` bytes; what a crash left beyond them is taken off, as is what fails half way.
+    """Append a line to a file of `length` bytes. Truncates leftovers of a crash beyond `length`, and a failed write.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
@@ -171,7 +171,7 @@ def lock_file(file: IO[Any] | int, *, wait: bool = True) -> None:
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Holds a lock file meanwhile; another process waits for it."""
+    """Hold a lock file within the context; other processes wait for it."""
     with _explained(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT, _OWNER_ONLY)
     try:
@@ -182,9 +182,9 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def _write_beside(path: Path, pieces: Iterable[bytes | memoryview], mode: int, durable: bool = True) -> None:
-    """Writes what shall take the place of `path`; what fails half way takes up no room."""
+    """Write the file that will replace `path`; delete it if writing fails."""
     part = unfinished(path)
-    part.unlink(missing_ok=True)  # one that a crash left keeps its mode
+    part.unlink(missing_ok=True)  # a leftover of a crash would keep its mode
     file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
     try:
         for piece in pieces:
@@ -216,5 +216,5 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        remedy = "Free some space, or mend the folder; nothing was sent and nothing is lost"
+        remedy = "Free some space, or repair the folder; nothing was sent and nothing is lost"
         raise UserError(str(path), "room for the client's records", reason, remedy) from None

@@ -1,4 +1,4 @@
-"""C files that are compiled once on the user's machine, if it has a C compiler; every one of them has a Python form."""
+"""Compile C files once on the user's machine, if it has a C compiler. Every C file has a Python equivalent."""
 
 import ctypes
 import hashlib
@@ -13,17 +13,17 @@ from pathlib import Path
 
 __all__ = ["about_compiled", "native_library"]
 
-# No flag may change a rounding: no contraction, no reordering.
+# No flag may change rounding: no contraction, no reordering.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _COMPILE_SECONDS = 60.0
 
 
 def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
-    """Return a compiled C file; None without a compiler, or where FEDPRIV_NATIVE is 0.
+    """Return a compiled C file, or None if there is no compiler or FEDPRIV_NATIVE is 0.
 
     Args:
         source: The C file.
-        declare: Sets the types of its functions.
+        declare: Declares the types of its functions.
     """
     if os.environ.get("FEDPRIV_NATIVE", "1") == "0" or sys.platform == "win32":
         return None
@@ -36,10 +36,10 @@ def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctyp
 
 
 def about_compiled(there: bool) -> str:
-    """Whether C is used on this machine, in words; if not, why.
+    """Return "compiled" if compiled C code is in use, otherwise the reason why not.
 
     Args:
-        there: Whether `native_library` returned something, and it is used.
+        there: True if `native_library` returned a library that is in use.
     """
     if there:
         return "compiled"
@@ -50,8 +50,8 @@ def about_compiled(there: bool) -> str:
     elif _compiler() is None:
         reason = "no C compiler here; install gcc or clang"
     else:
-        reason = "the C compiler here does not make it"
-    return f"missing ({reason}): torch and numpy do the same, more slowly"
+        reason = "the C compiler here cannot compile it"
+    return f"missing ({reason}): torch and numpy do the same work more slowly"
 
 
 def _compiler() -> str | None:
@@ -59,7 +59,7 @@ def _compiler() -> str | None:
 
 
 def _compiled(source: Path) -> Path:
-    """The compiled file, kept in the user's cache under a name that says what it was made of."""
+    """Return the path of the compiled file, cached per user under a hash of its inputs."""
     compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C compiler")
@@ -79,7 +79,7 @@ def _compiled(source: Path) -> Path:
 
 
 def _cpu() -> str:
-    """What the compiler's `native` depends on."""
+    """Return the CPU features that the compiler's `native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), "")

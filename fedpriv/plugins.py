@@ -1,26 +1,45 @@
-"""Names that an experiment uses, and the classes that they stand for.
+"""Resolve the names in a config to classes.
 
-Every name in a config, an order to a device or a job of a sweep is resolved by a `Registry`: built-in names, names that
-installed packages add (entry points such as the group `fedpriv.methods`), `"package.module:Class"`, and
-`"folder/file.py:Class"`. A class is imported when it is first asked for.
+A `Registry` resolves every name in a config, an instruction to a device or a job of a sweep. A name is built in, comes
+from an installed package (entry points such as the group `fedpriv.methods`), or is a reference:
+`"package.module:Class"` or `"folder/file.py:Class"`. A class is imported on first use.
 """
 
+import copy
 import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from importlib.metadata import version as version_of
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, nearest
 
-__all__ = ["Registry", "is_reference", "only_known", "whole_reference"]
+__all__ = [
+    "Registry",
+    "bare_reference",
+    "is_reference",
+    "line_of",
+    "modules_of_files",
+    "only_known",
+    "settings_of",
+    "source_of",
+    "whole_reference",
+]
+
+_OF_FILE = "fedpriv_file_"
+"""Prefix of the names of modules loaded from a file."""
 
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
@@ -28,17 +47,30 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """The classes of one kind by name; a mapping of the built-in names and those that packages or programs add.
+    """The classes of one kind by name: a mapping of built-in names and those that packages or programs add.
 
     Args:
-        kind: What errors call one of them, such as `method`.
-        builtin: Classes by name, or where they are: `"package.module:Class"`.
-        group: The group of entry points of packages that add some; None if all there are are built in.
+        kind: The noun for one of them in error messages, such as `method`.
+        builtin: Classes by name, or their locations: `"package.module:Class"`.
+        protocol: What each of them has; one from elsewhere without it is refused. None to take all.
+        group: The entry point group in which packages add classes; None if all are built in.
+        wrap: Location of an adapter, `"package.module:Class"`, whose method `of(found, where, name)` returns a
+            dataclass of this kind for an imported function or a class that is not a dataclass, or raises UserError.
+            None to refuse these.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, type[T] | str], group: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        builtin: Mapping[str, type[T] | str],
+        protocol: type | None = None,
+        group: str | None = None,
+        wrap: str | None = None,
+    ) -> None:
         self.kind = kind
-        self._group = group
+        self.group = group
+        self._wrap = wrap
+        self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
 
@@ -49,7 +81,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 return self._referred[name]
             if name not in self._entry_points:
                 raise KeyError(name)
-            return cast(type[T], self._entry_points[name].load())
+            self._referred[name] = self._fitting(self._entry_points[name].load(), self.kind, name)
+            return self._referred[name]
         if isinstance(found, str):
             found = self._known[name] = cast(type[T], _imported(found, self.kind, found))
         return found
@@ -65,49 +98,45 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return sum(1 for _ in self)
 
     def add(self, name: str, kind: type[T]) -> None:
-        """Adds a class for this process, or replaces one."""
+        """Register a class in this process, replacing any class of that name."""
         self._known[name] = kind
 
     def remove(self, name: str) -> None:
-        """Takes away a name that `add` has added."""
+        """Remove a name that `add` registered."""
         del self._known[name]
 
     def known(self, name: object, where: str) -> type[T]:
-        """The class that a name stands for, if this process has it already: nothing is imported for a stranger.
+        """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, one of an entry point, or a reference that `resolve` was asked for before.
-            where: The key that holds it, for the error.
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If it is another.
+            UserError: If the name is unknown.
         """
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]
 
     def resolve(self, name: object, where: str) -> type[T]:
-        """The class that a name or a reference stands for.
+        """Return the class for a name or a reference.
 
         Args:
             name: A known name, `"package.module:Class"` or `"folder/file.py:Class"`. A reference runs the code of that
-                module: take none from others.
-            where: The key that holds it, for the error.
+                module: use only references you trust.
+            where: The key that holds the name, for the error.
 
         Raises:
-            UserError: If there is no such class, or under `only_known` if this process does not have it already.
+            UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
-        if self._group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
+        if self.group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
             return self.known(name, where)
-        found = _imported(name, where, name)
-        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-            remedy = f"Make it a class with @dataclass(frozen=True), whose fields are the keys of the {self.kind}"
-            raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
-        self._referred[name] = cast(type[T], found)
+        self._referred[name] = self._fitting(_imported(name, where, name), where, name)
         return self._referred[name]
 
     def name_of(self, instance: object) -> str:
-        """The name of the class of an instance; its reference if it has been resolved by one."""
+        """Return the name of an instance's class, or the reference that resolved it."""
         kind = type(instance)
         for name, known in self._known.items():
             if known is kind or known == f"{kind.__module__}:{kind.__qualname__}":
@@ -115,16 +144,146 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for name in (*self._referred, *self):
             if self[name] is kind:
                 return name
-        raise KeyError(f"{kind.__qualname__} is no {self.kind} with a name")
+        raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
+
+    def _fitting(self, found: Any, where: str, name: str) -> type[T]:
+        """Return an imported class as a dataclass of this kind."""
+        if isinstance(found, type) and dataclasses.is_dataclass(found):
+            missing = self._members - {*dir(found), *(field.name for field in dataclasses.fields(found))}
+            if missing:
+                remedy = f"Add them; built-in classes of this kind, such as {next(iter(self))!r}, have all of them"
+                raise UserError(where, f"a {self.kind} with {', '.join(sorted(missing))}", repr(name), remedy)
+            return cast(type[T], found)
+        if self._wrap is not None:
+            return cast(type[T], _imported(self._wrap, where, self._wrap).of(found, where, name))
+        remedy = f"Make it a class with @dataclass(frozen=True) and a field for each key of the {self.kind}"
+        raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
 
     @property
     def _entry_points(self) -> Mapping[str, EntryPoint]:
-        return {} if self._group is None else _installed(self._group)
+        return {} if self.group is None else _installed(self.group)
+
+
+def settings_of(
+    base: type[T], called: Callable[..., Any], where: str, *, given: Collection[str], reserved: Collection[str]
+) -> type[T]:
+    """Return a frozen dataclass whose fields are the parameters of a function or a class, read as strictly as others.
+
+    Args:
+        base: The dataclass to derive it from; the function becomes its class attribute `called`, and those names of
+            `given` that the function has become `asked`.
+        called: The function or class. Its parameters need types or defaults.
+        where: The key that names it, for errors.
+        given: Parameters that the program passes itself, if there are such.
+        reserved: Keys of the table that have another meaning.
+
+    Raises:
+        UserError: If a parameter has a reserved name, no type, or a type that a TOML value cannot have.
+    """
+    signature = _signature(called, where)
+    hints = _hints(called)
+    fields: list[tuple[str, Any, Any]] = []
+    for parameter in signature.parameters.values():
+        name, default = parameter.name, parameter.default
+        if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UserError(where, "parameters that can be given by name", f"{name}, /", "Remove the slash")
+        if name in reserved:
+            table = where.partition(".")[0]
+            raise UserError(where, f"parameters with other names than the keys of [{table}]", name, "Rename it")
+        if default is parameter.empty:
+            fields.append((name, _readable(hints.get(name), name, where), dataclasses.field()))
+            continue
+        hint = hints.get(name) or (None if default is None else type(default))
+        fields.append((name, _readable(hint, name, where), _default(default)))
+    made = dataclasses.make_dataclass(
+        getattr(called, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
+    )
+    made.__module__ = called.__module__
+    made.called = staticmethod(called)
+    made.asked = tuple(name for name in given if name in signature.parameters)
+    return made
+
+
+def _signature(called: Callable[..., Any], where: str) -> inspect.Signature:
+    try:
+        return inspect.signature(called)
+    except (TypeError, ValueError) as error:
+        raise UserError(where, "a function or class with named parameters", str(error), "Wrap it in one") from None
+
+
+def _hints(called: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(called.__init__ if isinstance(called, type) else called)
+    except (NameError, TypeError):
+        return {}
+
+
+def _default(value: Any) -> Any:
+    if isinstance(value, list | dict | set):
+        return dataclasses.field(default_factory=lambda: copy.copy(value))
+    return dataclasses.field(default=value)
+
+
+def _readable(hint: Any, name: str, where: str) -> Any:
+    from pydantic import TypeAdapter
+    from pydantic.errors import PydanticSchemaGenerationError
+
+    if hint is None:
+        raise UserError(where, f"a type for its parameter {name}", "none", f"Write it as {name}: int, for instance")
+    try:
+        TypeAdapter(hint)
+    except PydanticSchemaGenerationError:
+        remedy = "Use int, float, str, bool or lists of them"
+        raise UserError(where, f"a type for its parameter {name} that a config can hold", hint, remedy) from None
+    return hint
+
+
+def line_of(error: BaseException, source: Any) -> str:
+    """Return an exception in one line, with the file and line of the user's code where it arose.
+
+    Args:
+        error: The exception.
+        source: The user's function or class that was called.
+    """
+    reason = (str(error).splitlines() or [""])[0][:300]
+    text = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    file = getattr(sys.modules.get(source.__module__), "__file__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+
+
+def source_of(kind: type) -> dict[str, str] | None:
+    """Return where a class comes from: its `module`, the package's `version` and the `sha256` of the module's file.
+
+    Args:
+        kind: A class of a registry; for one made by `settings_of`, its function's module counts.
+
+    Returns:
+        None for classes of fedpriv. `sha256` is absent if the module has no file, and `version` if the file belongs
+        to no package. Modules that it imports are not covered.
+    """
+    name = getattr(kind, "called", kind).__module__
+    if name.partition(".")[0] == __package__:
+        return None
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    found = {"module": file.name if name.startswith(_OF_FILE) else name}
+    version = None if name.startswith(_OF_FILE) else _version(name.partition(".")[0])
+    found |= {} if version is None else {"version": version}
+    return found | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {})
+
+
+@cache
+def _version(package: str) -> str | None:
+    names = packages_distributions().get(package)
+    return version_of(names[0]) if names else None
 
 
 @contextmanager
 def only_known() -> Iterator[None]:
-    """Makes every `resolve` a `known` meanwhile, so that nothing is imported that a stranger names."""
+    """Turn every `resolve` into `known` within the context, so that untrusted names import nothing."""
     token = _ONLY_KNOWN.set(True)
     try:
         yield
@@ -133,21 +292,40 @@ def only_known() -> Iterator[None]:
 
 
 def is_reference(name: object) -> TypeGuard[str]:
-    """Whether a name says where its class is: `"package.module:Class"` or `"folder/file.py:Class"`."""
+    """Return True for a reference: `"package.module:Class"` or `"folder/file.py:Class"`."""
     return isinstance(name, str) and ":" in name
 
 
 def whole_reference(name: Any, folder: Path) -> Any:
-    """A `"file.py:Class"` with the file's absolute path; anything else as it is.
+    """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
-        name: A name, a reference, or what a file has in place of one.
-        folder: Where a relative path begins.
+        name: A name, a reference, or any other value that a file has in its place.
+        folder: The folder that relative paths start from.
     """
     if not is_reference(name):
         return name
     place, _, found = name.rpartition(":")
     return f"{(folder / place).resolve()}:{found}" if place.endswith(".py") else name
+
+
+def bare_reference(name: Any) -> Any:
+    """Return a `"folder/file.py:Class"` without its folder; anything else as it is."""
+    if not is_reference(name):
+        return name
+    place, _, found = name.rpartition(":")
+    return f"{Path(place).name}:{found}" if place.endswith(".py") else name
+
+
+def modules_of_files() -> list[ModuleType]:
+    """Return the modules that were loaded from files: another process cannot import them by their names."""
+    return [module for name, module in sys.modules.items() if name.startswith(_OF_FILE)]
+
+
+def _members(protocol: type | None) -> frozenset[str]:
+    """Return the names of the members that a protocol requires."""
+    found = () if protocol is None else (*vars(protocol), *protocol.__annotations__)
+    return frozenset(name for name in found if not name.startswith("_"))
 
 
 @cache
@@ -163,15 +341,18 @@ def _imported(reference: str, where: str, shown: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
         return found
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        remedy = 'Write "package.module:Class" or "./file.py:Class"'
-        raise UserError(where, "a class that can be imported", f"{shown!r} ({error})", remedy) from error
+    except UserError:
+        raise
+    except Exception as error:
+        got = f"{shown!r} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        remedy = 'Write "package.module:Class" or "./file.py:Class", and see that the module can be imported'
+        raise UserError(where, "a class that can be imported", got, remedy) from error
 
 
 def _module_of_file(path: Path) -> Any:
-    """The module that a file holds, loaded once a process under a name of its own."""
+    """Load a file as a module, once per process, under a unique name."""
     path = path.resolve(strict=True)
-    name = f"fedpriv_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    name = f"{_OF_FILE}{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

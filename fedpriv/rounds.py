@@ -20,11 +20,13 @@ from torch import Tensor
 from fedpriv.aggregation.exact import ExactSum, grid_step
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release
+from fedpriv.mechanisms.base import Mechanism, MechanismState
 from fedpriv.mechanisms.gaussian import release_grid
-from fedpriv.mechanisms.noise import max_level, release_message, release_rows, release_sum
-from fedpriv.methods import ClientState, Method, ServerState, client_part, has_memory
+from fedpriv.mechanisms.noise import Gaussian, max_level, release_message, release_rows
+from fedpriv.methods import ClientState, Method, ServerState, has_memory, server_step
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.streams import Purpose, Streams
+from fedpriv.vectors import joined, parted
 
 __all__ = [
     "Agreement",
@@ -91,14 +93,32 @@ class ServerRules:
     Args:
         method: Whose server rule it follows.
         sampling: Who takes part in a round.
-        noise_stddev: Standard deviation per coordinate of the noise that it adds to the sum; 0 for none.
+        mechanism: Adds its noise to the sum.
         streams: Where cohorts and its noise come from.
     """
 
     method: Method
     sampling: Sampling
-    noise_stddev: float
+    mechanism: Mechanism
     streams: Streams
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation per coordinate of the noise that the server adds to the sum; 0 for none."""
+        return self.mechanism.stddev
+
+    def init(self, model: Tensor) -> ServerState:
+        """The server's state before the first round, from the model `[params]`: the method's, and the mechanism's."""
+        return joined(self.method.init_server(model), self.mechanism.init(len(model)))
+
+    def begin_anew(self, state: ServerState) -> ServerState:
+        """The state where all memories begin anew and the model stays; noise goes on from what it remembers."""
+        _, noise = self.parts(state)
+        return joined(self.method.init_server(state.model), noise)
+
+    def parts(self, state: ServerState) -> tuple[ServerState, MechanismState]:
+        """What the method and its optimiser remember, and what the mechanism does."""
+        return parted(state, self.method.init_server(state.model[:0]), self.mechanism.init(0))
 
 
 class Agreement(NamedTuple):
@@ -178,8 +198,8 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
             )
         server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
     return Agreement(
-        ServerRules(method=method, sampling=sampling, noise_stddev=server_stddev, streams=streams),
-        ClientRules(method=client_part(method), noise_stddev=client_stddev, streams=streams),
+        ServerRules(method=method, sampling=sampling, mechanism=Gaussian(server_stddev), streams=streams),
+        ClientRules(method=method.client_part, noise_stddev=client_stddev, streams=streams),
         plan,
     )
 
@@ -267,15 +287,16 @@ def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tens
     Raises:
         UserError: If the model leaves float32. Bounded messages make that a matter of the hyperparameters.
     """
-    noisy = release_sum(rules.streams, rules.noise_stddev, total.double(), round)
+    own, noise = rules.parts(state)
+    noisy, noise = rules.mechanism.noise(noise, total.double(), rules.streams, round)
     mean = (noisy / rules.sampling.expected_size).to(state.model.dtype)
-    after = rules.method.server_rule(state, mean, rules.sampling.sampling_prob)
+    after = server_step(rules.method, own, mean, rules.sampling.sampling_prob)
     if not bool(torch.isfinite(after.model).all()):
         remedy = (
             "Lower method.server_lr and what it is multiplied with: beta, the bound, the noise over the cohort's size"
         )
         raise UserError(f"the model after round {round}", "finite numbers", "NaN or infinity", remedy)
-    return after
+    return joined(after, noise)
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Running an experiment, whoever runs its clients: this process, Ray, Flower's simulation, or real devices."""
+"""Run an experiment in this process, on Ray, in Flower's simulation, or on real devices."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,25 +28,25 @@ def run_experiment(
     execution: Execution | None = None,
     deploy: "str | Connection | None" = None,
 ) -> dict[str, Any] | None:
-    """Runs an experiment and returns its summary.
+    """Run an experiment and return its summary.
 
     Args:
         config: The experiment, or the path of its TOML file.
         out: The run directory.
         engine: `auto`, `loop`, `vectorized`, `ray` or `flower` (Flower's simulation); `auto` measures and chooses.
-        device: Where gradients are computed: `cpu`, `cuda`, `cuda:1`, ...
-        data_root: Where data sets lie; None for the environment's choice.
-        resume: Whether `out` may hold a part of this experiment, which is then gone on with.
-        watch: Called after every round with what was recorded; `StopRun` from it ends the run there, saved.
-        checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
-        execution: Workers, memory, noise and precision, for engines in process and Ray; its engine is `engine`.
-        deploy: The folder `admin` of a deployment, or the name of a Flower connection: real devices take part then.
+        device: The device that computes gradients: `cpu`, `cuda`, `cuda:1`, ...
+        data_root: The folder of the data sets; None uses the environment's setting.
+        resume: Resume from the checkpoint in `out`, if there is one.
+        watch: Called after every round with the recorded values; raise `StopRun` in it to save and end the run.
+        checkpoint_every: Rounds between checkpoints; None writes one about every ten seconds.
+        execution: Workers, memory, noise and precision for the in-process and Ray engines; its engine is `engine`.
+        deploy: The folder `admin` of a deployment, or the name of a Flower connection, to run on real devices.
 
     Returns:
-        What `summary.json` holds; None where the run directory is on another machine, that of a deployment's server.
+        The contents of `summary.json`; None if the run directory is on the server of a deployment, another machine.
 
     Raises:
-        UserError: On anything that the user can mend; nothing of an earlier run is lost.
+        UserError: For any mistake that the user can fix. Earlier results are never lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
     if checkpoint_every is not None:

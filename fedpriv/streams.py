@@ -1,6 +1,6 @@
-"""Randomness by address: what a draw is for, in which round, for which client; or from the operating system.
+"""Random streams addressed by purpose, round and client, or drawn from the operating system.
 
-A seeded draw depends on its address alone, never on who asks first. That gives engine equality, reproducible
+A seeded draw depends on its address alone, never on the order of requests. That gives engine equality, reproducible
 cohorts and exact resumption without storing a generator's state.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams", "Wo
 
 
 class Purpose(IntEnum):
-    """What a stream is for. Values are part of every seeded result: never renumber, only append."""
+    """The purpose of a stream. Values are part of every seeded result: never renumber, only append."""
 
     MODEL = 0
     PARTITION = 1
@@ -36,21 +36,25 @@ class Purpose(IntEnum):
 
 
 class Words(Protocol):
-    """A stream of uniform real numbers of which as many bits are drawn as are needed."""
+    """A stream of uniform real numbers, drawn to as many bits as needed."""
 
     @property
     def position(self) -> int:
-        """How many words the source has given."""
+        """Number of words drawn so far."""
         ...
 
     def words(self, size: int) -> np.ndarray:
-        """The next uniform 64-bit numbers, uint64 `[size]`: each the first bits of a uniform real number."""
+        """Return the next uniform 64-bit numbers, uint64 `[size]`: each is the first bits of a uniform real number."""
         ...
 
     def more(self, position: int, number: int) -> int:
-        """64 further bits of the real number that the word at `position` begins: its word `number`, from 1.
+        """Return 64 further bits of the real number that the word at `position` begins.
 
-        Ask for every word once, in order. Independent of all other words and of every other draw.
+        The bits are independent of all other words and of every other draw. Request each word once, in order.
+
+        Args:
+            position: Position of the number's first word.
+            number: Index of the further word, from 1.
         """
         ...
 
@@ -59,29 +63,29 @@ class Source(Words, Protocol):
     """A stream of random numbers with the three laws that privacy rests on."""
 
     def uniform(self, size: int) -> np.ndarray:
-        """Independent uniform multiples of 2^-53 in [0, 1), float64 `[size]`."""
+        """Return independent uniform multiples of 2^-53 in [0, 1), float64 `[size]`."""
         ...
 
     def subset(self, population: int, size: int) -> np.ndarray:
-        """A uniformly random subset of `range(population)`, ascending int64, `[size]`, in O(size) work."""
+        """Return a uniformly random subset of `range(population)`, ascending int64 `[size]`, in O(size) work."""
         ...
 
 
 class Streams(Protocol):
-    """Gives the source of randomness at an address."""
+    """A random source for each address."""
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Source:
-        """The source for `purpose` in `round` (from 1; 0 is before the first) at `client`."""
+        """Return the source for `purpose` in `round` (from 1; 0 is before the first round) for `client`."""
         ...
 
 
 _MORE = 0x6D6F7265
-_FEW = 256  # Words up to which the operating system itself is faster than a cipher that must be keyed first.
+_FEW = 256  # Up to this many words, the operating system is faster than keying a cipher.
 _NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
 
 
 class SeededSource:
-    """A Philox generator. `rng` is open for draws that need no secrecy (partitions, minibatches)."""
+    """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches)."""
 
     def __init__(self, sequence: np.random.SeedSequence) -> None:
         self._sequence, self._given = sequence, 0
@@ -99,7 +103,7 @@ class SeededSource:
 
     def more(self, position: int, number: int) -> int:
         """See `Words.more`; depends on address, position and number alone."""
-        # Longer than any address, so that it is the key of none.
+        # Longer than any address, so it never equals one.
         key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
         child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
         return int(np.random.Philox(child).random_raw(number)[-1])
@@ -115,15 +119,15 @@ class SeededSource:
 
 @dataclass(frozen=True)
 class SeededStreams:
-    """Reproducible streams for simulation: equal seed and address, equal numbers.
+    """Reproducible streams for simulation: equal seeds and addresses give equal numbers.
 
-    Whoever knows the seed can subtract the noise, so nothing drawn from here protects a real person.
+    Anyone who knows the seed can subtract the noise, so draws from these streams protect no real person.
 
     Args:
-        seed: Of every draw.
-        noise_id: Which experiment the noise belongs to. Experiments of one seed share data, cohorts and batches, and
-            never noise: the difference of two releases with the same noise would be free of it.
-        own_cohorts: Whether the experiment shares no cohorts either.
+        seed: The seed of every draw.
+        noise_id: Identifies the experiment that the noise belongs to. Experiments with one seed share data, cohorts and
+            batches, but never noise: the difference of two releases with the same noise would be noise-free.
+        own_cohorts: If True, the experiment does not share cohorts either.
     """
 
     seed: int
@@ -142,7 +146,7 @@ class SeededStreams:
 
 
 class SystemSource:
-    """Numbers made of the operating system's entropy; every draw is new."""
+    """Random numbers from the operating system's entropy; every draw is new."""
 
     def __init__(self) -> None:
         self._given = 0
@@ -155,11 +159,11 @@ class SystemSource:
         return self._given
 
     def words(self, size: int) -> np.ndarray:
-        """See `Words.words`: the key stream of AES-256 in counter mode under a key of this source alone."""
+        """See `Words.words`: the key stream of AES-256 in counter mode, under a key that only this source uses."""
         self._given += size
         if self._cipher is None and size <= _FEW:
             return np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
-        if self._cipher is None or self._process != os.getpid():  # A forked process must not repeat its parent's.
+        if self._cipher is None or self._process != os.getpid():  # never repeat a parent's stream
             self._process = os.getpid()
             self._cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
         return np.frombuffer(self._cipher.update(bytes(8 * size)), dtype=np.uint64)
@@ -180,7 +184,7 @@ class SystemSource:
 
 @dataclass(frozen=True)
 class SystemStreams:
-    """Secret streams for deployment: the address is ignored, nothing can be drawn twice."""
+    """Secret streams for deployment: the address is ignored, and no draw can be repeated."""
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SystemSource:
         """See `Streams.source`."""

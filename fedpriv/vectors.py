@@ -1,24 +1,28 @@
-"""Flat parameter vectors, and the layout that ties them to the tensors of a module.
+"""Flat parameter vectors, and the layout that maps them to the tensors of a module.
 
-Norms, noise and error feedback are statements about one vector of R^d, so the core sees a model as `[params]`
-and the same thing for every client of a cohort as `[clients, params]`.
+Norms, noise and error feedback act on one vector of R^d. The core therefore represents a model as `[params]` and one
+such vector for every client of a cohort as `[clients, params]`.
 """
 
+from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "refuse_buffers"]
+__all__ = ["Layout", "joined", "parted", "refuse_buffers", "trainable"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors that lie one after the other in a flat vector.
+    """Names and shapes of the tensors that are concatenated in a flat vector.
 
     Args:
         entries: Name and shape of each tensor, in order.
@@ -28,18 +32,27 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
-        """The layout of named tensors, in their order."""
+        """Return the layout of named tensors, in their order."""
         return cls(tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
 
     @classmethod
     def of_module(cls, module: nn.Module) -> "Layout":
-        """The layout of a module's parameters.
+        """Return the layout of a module's trainable parameters; see `trainable`.
 
         Raises:
-            UserError: If the module has buffers (BatchNorm's statistics would be released without noise).
+            UserError: If a layer keeps statistics of the examples that it sees, as BatchNorm does, or a trainable
+                parameter is not float32.
         """
-        refuse_buffers(name for name, _ in module.named_buffers())
-        return cls.of(dict(module.named_parameters()))
+        layers = dict(module.named_modules())
+        norms = {name: layer for name, layer in layers.items() if isinstance(layer, _NormBase)}
+        kept = (name for name, layer in norms.items() if layer.track_running_stats and layer.training)
+        refuse_buffers(f"{name}.{buffer}".lstrip(".") for name in kept for buffer, _ in layers[name].named_buffers())
+        parameters = trainable(module)
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                remedy = "Train it in float32, or freeze it with requires_grad_(False)"
+                raise UserError(f"model parameter {name}", "torch.float32", parameter.dtype, remedy)
+        return cls.of(parameters)
 
     @property
     def size(self) -> int:
@@ -47,20 +60,20 @@ class Layout:
         return sum(prod(shape) for _, shape in self.entries)
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The vector `[params]` of tensors that have this layout.
+        """Concatenate tensors of this layout into one vector `[params]`.
 
         Raises:
             UserError: If a name or a shape differs.
         """
         found = Layout.of(tensors)
         if found != self:
-            raise UserError("model", f"tensors {self}", str(found), "Send and return the same model")
+            raise UserError("model", f"tensors {self}", str(found), "Return the tensors of the model that was sent")
         if not self.entries:
             return torch.zeros(0)
         return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
+        """Return views of `vector` `[..., params]` as named tensors `[..., *shape]`."""
         parts = vector.split([prod(shape) for _, shape in self.entries], dim=-1)
         lead = vector.shape[:-1]
         return {name: part.reshape((*lead, *shape)) for (name, shape), part in zip(self.entries, parts, strict=True)}
@@ -69,8 +82,13 @@ class Layout:
         return ", ".join(f"{name}{list(shape)}" for name, shape in self.entries)
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's trainable parameters by name: frozen ones are left out, and shared ones are there once."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def refuse_buffers(names: Iterable[str]) -> None:
-    """Raises UserError if a model has buffers: they are data that leave a client without bound or noise."""
+    """Raise UserError if a model has buffers: their values would leave a client without bound or noise."""
     found = list(names)
     if found:
         raise UserError(
@@ -79,3 +97,22 @@ def refuse_buffers(names: Iterable[str]) -> None:
             f"the buffers {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}",
             "Replace BatchNorm by GroupNorm: batch statistics mix examples and would be released without noise",
         )
+
+
+def joined(first: Any, second: Any) -> Any:
+    """One NamedTuple of the fields of two; the first itself if the second has none.
+
+    So one state holds what a method, its server's optimiser and a mechanism of noise remember, and is saved as one.
+    """
+    return _kind(first._fields + second._fields)(*first, *second) if second._fields else first
+
+
+def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
+    """What `joined` has put together, given any two of the kinds that it was made of."""
+    cut = len(first._fields)
+    return type(first)(*state[:cut]), type(second)(*state[cut:])
+
+
+@cache
+def _kind(fields: tuple[str, ...]) -> type:
+    return namedtuple("State", fields)

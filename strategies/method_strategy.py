@@ -26,22 +26,21 @@ from fedpriv.errors import UserError
 from fedpriv.flower.messages import (
     ARRAYS,
     CONFIG,
-    DIAGNOSTICS,
     FEDPRIV,
     TERMS,
+    ClientInstructions,
     MessageFormat,
     ModelArrays,
-    Order,
-    Terms,
+    RunTerms,
     method_name,
     printable,
     refused,
 )
-from fedpriv.flower.promise import promised
+from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement
 from fedpriv.flower.server.faults import message_fault, norm_limit
-from fedpriv.flower.server.metrics import average_metrics
+from fedpriv.flower.server.metrics import average_metrics, metrics_of_app, total_of_answers
 from fedpriv.flower.server.nodes import MAX_REASON, REJOIN_SECONDS, find_clients, find_rejoined, in_words, sort_answers
 from fedpriv.flower.server.pace import Pace
 from fedpriv.flower.server.rescue import rescue
@@ -189,7 +188,7 @@ class MethodStrategy(Strategy):
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
         self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
-        self.state: ServerState = self.agreement.server.method.init_server(model)
+        self.state: ServerState = self.agreement.server.init(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
         self._run = secrets.token_hex(16)
         self._turns = num_rounds
@@ -236,7 +235,7 @@ class MethodStrategy(Strategy):
                 RecordDict(
                     {
                         **shared,
-                        FEDPRIV: self._order(client, server_round).to_record(),
+                        FEDPRIV: self._instructions(client, server_round).to_record(),
                         TERMS: terms[last_round.get(client, 0)],
                         **self._shown(client),
                     }
@@ -262,15 +261,15 @@ class MethodStrategy(Strategy):
             summed = self._broadcast.empty_sum(self.agreement.client)
             for message in messages.values():
                 summed.add(message)
-            self.total = _total(summed.value, [contents[client] for client in messages])
+            self.total = total_of_answers(summed.value, [contents[client] for client in messages])
             self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         else:
             _log.warning("round %d: memories are lost: all begin again, and nothing of the round is used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
-            self.state = self.agreement.server.method.init_server(self.state.model)
+            self.state = self.agreement.server.begin_anew(self.state)
         self._say_what_was_learned(server_round)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
-        metrics = self._average({c: _metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
+        metrics = self._average({c: metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
         if metrics is not None:
             self.result.train_metrics_clientapp[server_round] = metrics
         self._pace.end()
@@ -369,7 +368,7 @@ class MethodStrategy(Strategy):
 
     def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
         """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
-        terms = Terms(
+        terms = RunTerms(
             run=self._run,
             turn=server_round,
             last_turn=last_round,
@@ -383,11 +382,11 @@ class MethodStrategy(Strategy):
         head = self._heads.heads.get(client)
         return {} if head is None else {HEAD: head.to_record()}
 
-    def _order(self, client: int, server_round: int) -> Order:
+    def _instructions(self, client: int, server_round: int) -> ClientInstructions:
         rules = self.agreement.client
         streams = rules.streams if rules.noise_stddev > 0.0 else None
         seeded = isinstance(streams, SeededStreams)
-        return Order(
+        return ClientInstructions(
             method=rules.method,
             round=server_round,
             client=client,
@@ -448,16 +447,3 @@ class MethodStrategy(Strategy):
 
 def _by_client(reasons: dict[int, str]) -> dict[int, str]:
     return {client: f"client {client}: {reason}" for client, reason in reasons.items()}
-
-
-def _total(summed: Tensor, answers: list[RecordDict]) -> Total:
-    """The sum with the figures that clients reported about their signals, if they were asked to."""
-    reports = [content.metric_records.get(DIAGNOSTICS, MetricRecord()).get("signal-norm") for content in answers]
-    norms = [float(norm) for norm in reports if isinstance(norm, int | float)]
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    mean = math.fsum(finite) / len(finite) if finite else math.nan
-    return Total(summed, len(answers), len(norms) - len(finite), mean)
-
-
-def _metrics_of_app(content: RecordDict) -> RecordDict:
-    return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})

@@ -9,12 +9,11 @@ described where the method is, in `fedpriv.methods`.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from inspect import signature
 from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
-from fedpriv.flower.trained import Patterns
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
 from fedpriv.rounds import Agreement, agree
@@ -59,10 +58,8 @@ class Privacy:
         )
 
 
-_OWN = (
-    *("privacy", "server_optimizer", "cohort", "num_clients", "seed", "evaluate", "join_timeout"),
-    *("max_failures", "trainable", "frozen", "heads", "round_seconds"),
-)
+_OWN = ("privacy", "server_optimizer", "cohort", "seed")
+_NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
 class NamedStrategy(MethodStrategy):
@@ -76,17 +73,11 @@ class NamedStrategy(MethodStrategy):
         num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
             must be where real people take part. Runs that differ in anything but the app and its data share no noise.
-        evaluate: See `MethodStrategy`.
-        join_timeout: See `MethodStrategy`.
-        max_failures: See `MethodStrategy`.
-        trainable: See `MethodStrategy`.
-        frozen: See `MethodStrategy`.
-        heads: See `MethodStrategy`.
-        round_seconds: See `MethodStrategy`.
-        hyperparameters: The method's.
+        options: The method's hyperparameters, and what `MethodStrategy` has beside these: `evaluate`, `join_timeout`,
+            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
 
     Raises:
-        UserError: If a hyperparameter is unknown or has a value out of range.
+        UserError: If an option is unknown, or has a value out of range.
     """
 
     method_name: ClassVar[str]
@@ -99,35 +90,19 @@ class NamedStrategy(MethodStrategy):
         cohort: Sampling | None = None,
         num_clients: int | None = None,
         seed: int | None = None,
-        evaluate: bool = False,
-        join_timeout: float = 120.0,
-        max_failures: float | None = None,
-        trainable: Patterns | None = None,
-        frozen: Patterns | None = None,
-        heads: str | Path | None = None,
-        round_seconds: float | None = None,
-        **hyperparameters: Any,
+        **options: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Give one")
         kind, name = METHODS[self.method_name], type(self).__name__
-        refuse_unknown(hyperparameters, [*field_names(kind), *_OWN], name)
-        self.method: Method = optimized(read_table(kind, hyperparameters, name), server_optimizer)
+        refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
+        network = {key: options.pop(key) for key in _NETWORK if key in options}
+        self.method: Method = optimized(read_table(kind, options, name), server_optimizer)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         expected = num_clients if cohort is None else cohort.population
-        super().__init__(
-            self._make,
-            num_clients=expected,
-            evaluate=evaluate,
-            join_timeout=join_timeout,
-            max_failures=max_failures,
-            trainable=trainable,
-            frozen=frozen,
-            heads=heads,
-            round_seconds=round_seconds,
-        )
+        super().__init__(self._make, num_clients=expected, **network)
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)

@@ -12,16 +12,14 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedpriv.deploy.checks import check_space
-from fedpriv.deploy.server import run_turns, take_up
+from fedpriv.deploy.server import refuse_full_disk, run_turns, take_up, with_secret_streams
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
-from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.server.attendance import Attendance
-from fedpriv.streams import SystemStreams
 
 from .method_strategy import MethodStrategy
 
@@ -66,8 +64,8 @@ def _run(grid: Grid, context: Context) -> None:
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
     with directory.locked():
         directory.claim(config.to_toml(), config.digest, resume=bool(context.run_config.get("claimed", False)))
-        journal = Journal(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
-        journal.begin()
+        recorder = Recorder(experiment, directory, {"engine": "flower", "client_noise": "faithful"})
+        recorder.begin()
         strategy = make_strategy(experiment)
         strategy.rescue_folder = directory.path
         strategy.start(
@@ -75,9 +73,9 @@ def _run(grid: Grid, context: Context) -> None:
             ArrayRecord({ARRAYS: experiment.initial_model}),
             num_rounds=config.training.rounds,
             train_config=ConfigRecord({"experiment": config.digest}),
-            evaluate_fn=_recorder(journal, strategy),
+            evaluate_fn=_recorder(recorder, strategy),
         )
-        journal.finish(strategy.state)
+        recorder.finish(strategy.state)
     _log.info("The run is in %s", directory.path)
 
 
@@ -89,46 +87,26 @@ def _run_deployed(grid: Grid, context: Context) -> None:
     seeded = bool(context.run_config.get("test-seeded", False)) and os.environ.get(TEST_SEEDED) == "1"
     experiment = run.assemble(config)
     if not seeded:
-        experiment = _with_secret_streams(experiment)
+        experiment = with_secret_streams(experiment)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
-    _refuse_full_disk(directory.path, experiment)
+    refuse_full_disk(directory.path, experiment)
     with directory.locked():
         if directory.claim(config.to_toml(), config.digest, resume=resume) is not None:
             return
         ran = {"engine": "deployment", "client_noise": "faithful"}
-        journal = Journal(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
-        coordinator = take_up(experiment, directory, journal)
+        recorder = Recorder(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
+        coordinator = take_up(experiment, directory, recorder)
         _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
-        run_turns(grid, experiment, coordinator, arrays, journal, directory)
+        run_turns(grid, experiment, coordinator, arrays, recorder, directory)
     _log.info("The run is in %s", directory.path)
 
 
-def _refuse_full_disk(path: Path, experiment: Experiment) -> None:
-    """Raises a UserError if a run's checkpoints and models surely have no room: clients would be charged in vain."""
-    model = experiment.initial_model
-    state = experiment.config.method.init_server(model)
-    # A checkpoint is written beside the former one; the first model and the last one stay.
-    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
-    (space,) = check_space(path, 0.0, "", least=wanted)
-    if space.state == "wrong":
-        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
-        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
-
-
-def _with_secret_streams(experiment: Experiment) -> Experiment:
-    """Cohorts and noise from the operating system; what needs no secrecy (batches) stays as the seed says."""
-    streams = SystemStreams()
-    rules = replace(experiment.population.rules, streams=streams)
-    population = replace(experiment.population, rules=rules)
-    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
-
-
 class RecordedStrategy(MethodStrategy):
-    """The strategy of an experiment: as with any engine, every client has to answer, and the journal says the rest."""
+    """The strategy of an experiment: as with any engine, every client has to answer, and the recorder says the rest."""
 
     def refuse_nothing_learned(self) -> None:
-        """Leave it to the journal, which records the run in any case."""
+        """Leave it to the recorder, which records the run in any case."""
 
     def _new_attendance(self, rounds: int) -> Attendance:
         remedy = "Fix it and start again with another --out, or with --engine loop, which needs no Flower"
@@ -145,13 +123,13 @@ def make_strategy(experiment: Experiment) -> MethodStrategy:
     )
 
 
-def _recorder(journal: Journal, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+def _recorder(recorder: Recorder, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
     """What Flower calls with the first model and after every round: writes the records."""
 
     def record(server_round: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
         if server_round == 0:
-            journal.initial(strategy.state.model)
+            recorder.initial(strategy.state.model)
         else:
-            journal.after_round(server_round, strategy.state, strategy.total, None)
+            recorder.after_round(server_round, strategy.state, strategy.total, None)
 
     return record

@@ -44,7 +44,7 @@ PRIVACY, FLOWER, CONFIG = (
     "tests/experiment/test_experiment_config.py",
 )
 ROUNDS, NORMEC, NOISE = "fedpriv/rounds.py", "fedpriv/methods/alpha_normec.py", "fedpriv/mechanisms/noise.py"
-STEP = "fedpriv/engines/in_place.py"
+STEP, METHOD = "fedpriv/engines/in_place.py", "fedpriv/methods/base.py"
 LOCAL, OPTIMIZERS = "tests/tasks/test_tasks_local_work.py", "tests/methods/test_methods_server_optimizers.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
@@ -232,8 +232,8 @@ MUTANTS = [
     Mutant(
         "the sum is rounded before the noise",
         ROUNDS,
-        "rules.noise_stddev, total.double(), round)",
-        "rules.noise_stddev, total.float().double(), round)",
+        "noise, total.double(), rules.streams, round)",
+        "noise, total.float().double(), rules.streams, round)",
         CORE,
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant(
         "a client's metrics leave a private run",
         "clients/mod.py",
-        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics",
         "    released = metrics",
         FLOWER,
     ),
@@ -295,7 +295,7 @@ MUTANTS = [
     Mutant(
         "a client that lost its memory goes on",
         "fedpriv/flower/state.py",
-        "if record is not None and order.last_round in (committed, pending):",
+        "if record is not None and instructions.last_round in (committed, pending):",
         "if record is not None:",
         "tests/flower/test_flower_messages.py",
     ),
@@ -309,7 +309,7 @@ MUTANTS = [
     Mutant(
         "no noise at the server",
         ROUNDS,
-        "noisy = release_sum(rules.streams, rules.noise_stddev, total.double(), round)",
+        "noisy, noise = rules.mechanism.noise(noise, total.double(), rules.streams, round)",
         "noisy = total.double()",
         CORE,
     ),
@@ -446,7 +446,7 @@ MUTANTS = [
         "ClientMemory(torch.ones(size), torch.zeros(1))",
         CORE,
     ),
-    Mutant("steps uphill", NORMEC, "state.model - self.server_lr * step", "state.model + self.server_lr * step", CORE),
+    Mutant("steps uphill", METHOD, "state.model - method.server_lr * ", "state.model + method.server_lr * ", CORE),
     Mutant(
         "server normalization always",
         NORMEC,
@@ -491,10 +491,38 @@ MUTANTS = [
         PRIVACY,
     ),
     Mutant(
+        "runs with another source share their noise",
+        "fedpriv/experiment/config.py",
+        '"devices", "schedule", "sources")\n',
+        '"devices", "schedule")\n',
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
+        "frozen parameters are sent and noised",
+        "fedpriv/vectors.py",
+        "for name, parameter in module.named_parameters() if parameter.requires_grad}",
+        "for name, parameter in module.named_parameters()}",
+        "tests/core/test_core_vectors.py",
+    ),
+    Mutant(
+        "a table's numbers are scaled by what all rows hold",
+        "fedpriv/data/user_files.py",
+        "shift, scale = self.numeric[name]",
+        "shift, scale = np.nanmean(numbers), np.nanstd(numbers) + 1e-9",
+        "tests/data/test_data_user_files.py",
+    ),
+    Mutant(
+        "rows of a data function that are not finite are taken",
+        "fedpriv/data/own.py",
+        "if not np.isfinite(array).all():",
+        "if False:",
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
         "buffers leave un-noised",
         "fedpriv/vectors.py",
-        "refuse_buffers(name for name, _ in module.named_buffers())",
-        "",
+        "if layer.track_running_stats and layer.training)",
+        "if False)",
         CORE,
     ),
     Mutant(
@@ -559,8 +587,8 @@ MUTANTS = [
     Mutant(
         "server optimiser: nothing is remembered",
         "fedpriv/methods/server_optimizers.py",
-        "past = learned(*(getattr(state, name).double() for name in learned._fields))",
-        "past = self.optimizer.init(exact)",
+        "return direction, joined(own, kept)",
+        "return direction, joined(own, past)",
         OPTIMIZERS,
     ),
     Mutant(
@@ -573,7 +601,7 @@ MUTANTS = [
     Mutant(
         "server optimiser: clients are told of it",
         ROUNDS,
-        "ClientRules(method=client_part(method), ",
+        "ClientRules(method=method.client_part, ",
         "ClientRules(method=method, ",
         OPTIMIZERS,
     ),
@@ -629,7 +657,7 @@ MUTANTS = [
     Mutant(
         "a derived bound is taken for its parent's",
         "fedpriv/methods/base.py",
-        "return found if type(found.bounded) in IN_PLACE else None",
+        "return found if found is not None and type(found.bounded) in IN_PLACE else None",
         "return found",
         ENGINES,
     ),
@@ -701,21 +729,21 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: a repeated request is noised afresh",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "return _given_before(record, terms, request)",
         "pass",
         MEMBER,
     ),
     Mutant(
         "deployment: a turn whose message is lost is noised again",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "            _refuse_released(past, entry)\n",
         "",
         CHAOS,
     ),
     Mutant(
         "deployment: a release is not written to the ledger",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "                ledger.append(line)\n",
         "                pass\n",
         MEMBER,
@@ -750,7 +778,7 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: the budget is not looked at",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "if not epsilon <= limits.epsilon:",
         "if False:",
         MEMBER,
@@ -772,14 +800,14 @@ MUTANTS = [
     Mutant(
         "deployment: a client follows a seed",
         "fedpriv/deploy/device/policy.py",
-        "if order.seed is not None:",
+        "if instructions.seed is not None:",
         "if False:",
         MEMBER,
     ),
     Mutant(
         "deployment: less noise than promised is accepted",
         "fedpriv/deploy/device/policy.py",
-        "if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:",
+        "if not abs(instructions.noise_stddev - needed) <= _TOLERANCE * needed:",
         "if False:",
         MEMBER,
     ),
@@ -849,7 +877,7 @@ MUTANTS = [
     Mutant(
         "deployment: lost memories are not started anew",
         "fedpriv/deploy/coordinator.py",
-        "        self._start_anew()\n        return True",
+        "        self._reset_memories()\n        return True",
         "        return True",
         COORDINATOR,
     ),
@@ -941,41 +969,41 @@ MUTANTS = [
     Mutant(
         "guard: metrics leave a private run that says it is not",
         "fedpriv/deploy/device/policy.py",
-        "        if not order.private:\n",
+        "        if not instructions.private:\n",
         "        if False:\n",
         GUARD,
     ),
     Mutant(
         "guard: metrics leave because the order says so",
         "clients/mod.py",
-        "    released = {} if order.private or (guard and not guard.releases_metrics(message)) else metrics",
+        "    released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics",
         "    released = metrics",
         GUARD,
     ),
     Mutant(
         "guard: another client's order is followed",
         "fedpriv/deploy/device/guard.py",
-        "        if self.client is not None and order.client != self.client:",
+        "        if self.client is not None and instructions.client != self.client:",
         "        if False:",
         GUARD,
     ),
     Mutant(
         "ledger: only the run's own memory is asked",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "        for path, lines, digest in remembered_ledgers(self.folder):",
         "        for path, lines, digest in ():",
         LEDGER,
     ),
     Mutant(
         "ledger: the head that the server shows is not looked at",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "        if shown is None:\n",
         "        if True:\n",
         LEDGER,
     ),
     Mutant(
         "ledger: a head is believed whoever signed it",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "        if shown.key == key.public and shown.valid:",
         "        if True:",
         LEDGER,
@@ -1010,7 +1038,7 @@ MUTANTS = [
     ),
     Mutant(
         "promise: whether clients remember is not said",
-        "fedpriv/flower/promise.py",
+        "fedpriv/flower/privacy_terms.py",
         "            client_memory=self.client_memory,\n",
         "",
         PROMISE,
@@ -1018,7 +1046,7 @@ MUTANTS = [
     Mutant(
         "promise: a server denies its method's memory",
         "fedpriv/deploy/device/policy.py",
-        "    if has_memory(order.method) and not terms.client_memory:",
+        "    if has_memory(instructions.method) and not terms.client_memory:",
         "    if False:",
         PROMISE,
     ),
@@ -1180,7 +1208,7 @@ MUTANTS = [
     Mutant(
         "a part that a crash left is written to as it is",
         "fedpriv/files.py",
-        "part.unlink(missing_ok=True)  # one that a crash left keeps its mode",
+        "part.unlink(missing_ok=True)  # a leftover of a crash would keep its mode",
         "part.touch(); os.O_EXCL = 0",
         RELEASED,
     ),
@@ -1530,14 +1558,14 @@ MUTANTS = [
     Mutant(
         "drop-in: arrays that training leaves alone are noised without a word",
         "fedpriv/flower/trained.py",
-        "    if order.private and not arrays.declared and order.last_round == 0:",
+        "    if instructions.private and not arrays.declared and instructions.last_round == 0:",
         "    if False:",
         TRAINED,
     ),
     Mutant(
         "drop-in: a server that is the adversary is told what training changed",
         "fedpriv/flower/trained.py",
-        "        if order.noise_stddev == 0.0 or order.diagnostics:",
+        "        if instructions.noise_stddev == 0.0 or instructions.diagnostics:",
         "        if True:",
         TRAINED,
     ),
@@ -1558,7 +1586,7 @@ MUTANTS = [
     Mutant(
         "drop-in: a client remembers a message that was lost",
         "fedpriv/flower/state.py",
-        "side = _PENDING if order.last_round == pending else _COMMITTED",
+        "side = _PENDING if instructions.last_round == pending else _COMMITTED",
         "side = _PENDING",
         f"{FAILURES} tests/flower/test_flower_messages.py",
     ),
@@ -1586,8 +1614,8 @@ MUTANTS = [
     Mutant(
         "a statement hides that a simulation noised the sum and not each message",
         "fedpriv/experiment/recorder.py",
-        "            fused=self._fused,\n",
-        "",
+        "timeline is not None, fused=self._fused)",
+        "timeline is not None)",
         ENGINES_TESTED,
     ),
     Mutant(
@@ -1662,21 +1690,21 @@ MUTANTS = [
     ),
     Mutant(
         "a run that learned nothing exits as if it had",
-        "fedpriv/cli/run.py",
+        "fedpriv/cli/print_run.py",
         "    if learned_nothing(rows):",
         "    if False:",
         "tests/experiment/test_experiment_learned.py",
     ),
     Mutant(
         "deployment: a full disk charges a message that never left",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "            memory.prepare(answered)\n            try:\n                ledger.append(line)",
         "            try:\n                ledger.append(line)\n                memory.prepare(answered)",
         MEMBER,
     ),
     Mutant(
         "deployment: what a crash left unfinished is thrown away",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "            memory.complete(ledger.holds)\n",
         "",
         MEMBER,
@@ -1690,7 +1718,7 @@ MUTANTS = [
     ),
     Mutant(
         "deployment: a memory that is not finite is used",
-        "fedpriv/deploy/device/member.py",
+        "fedpriv/deploy/device/device.py",
         "    if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):",
         "    if False:",
         MEMBER,
@@ -1740,7 +1768,7 @@ MUTANTS = [
     Mutant(
         "deployment: a full disk is not looked at",
         "fedpriv/deploy/checks.py",
-        "    if free < max(least, _LEAST_FREE):",
+        "    if free < max(least, _MIN_FREE):",
         "    if False:",
         "tests/deploy/test_deploy_check.py",
     ),
@@ -1789,8 +1817,8 @@ MUTANTS = [
     Mutant(
         "deployment: a turn with a secret cohort ends with its last answer",
         "fedpriv/deploy/server.py",
-        "        if coordinator.secret_cohorts:\n            # Neither",
-        "        if False:\n            # Neither",
+        "        if coordinator.secret_cohorts:\n            # The times",
+        "        if False:\n            # The times",
         APPS,
     ),
 ]

@@ -1,8 +1,8 @@
-"""Sums that do not depend on order: messages are rounded to one grid, on which float64 addition is exact.
+"""Order-independent sums: messages are rounded to one grid on which float64 addition is exact.
 
-Whoever adds a round's messages (a loop, batches, actors, a server that hears them as they come) gets the same bits for
-every order and every division of the cohort. The grid follows from what is known before the round: the largest
-coordinate that a message may have, and how many messages there may be.
+The sum of a round's messages has the same bits in every order and for every division of the cohort (a loop, batches,
+actors, a server that receives messages one by one). The grid depends only on values known before the round: the largest
+possible coordinate of a message and the maximum number of messages.
 """
 
 import math
@@ -12,18 +12,18 @@ from torch import Tensor
 
 __all__ = ["ExactSum", "grid_step"]
 
-# Rows of a batch that are rounded at once: half a MiB in float64.
+# Number of float64 values rounded at once: half a MiB.
 _BLOCK_FLOATS = 2**16
 
 
 def grid_step(limit: float, messages: int) -> float:
-    """The distance of two points of the grid, a power of two.
+    """Return the distance between grid points, a power of two.
 
-    The sum of `messages` numbers of at most `limit` is below 2^51 steps, so that float64 holds every partial sum.
+    The sum of `messages` numbers of at most `limit` is below 2^51 steps, so float64 holds every partial sum exactly.
 
     Args:
         limit: Largest absolute value of a coordinate.
-        messages: How many there may be.
+        messages: Maximum number of messages.
     """
     return 2.0 ** (math.ceil(math.log2(limit * max(messages, 1))) - 51)
 
@@ -31,25 +31,25 @@ def grid_step(limit: float, messages: int) -> float:
 class ExactSum:
     """The sum `[params]` of a round's messages, each rounded to the grid; the same for every order and grouping.
 
-    A message of 50 clients is rounded by less than 2^-45 of `limit`, which is finer than float32 resolves its own
-    coordinates unless they are 2^-21 of the limit or less. A coordinate beyond `limit` costs exactness, not the sum.
+    With 50 clients, a message is rounded by less than 2^-45 of `limit`. That is finer than float32 resolves its
+    coordinates, unless they are 2^-21 of the limit or less. A coordinate beyond `limit` costs exactness, not the sum.
 
     Args:
         size: Number of parameters.
         limit: Largest absolute value of a coordinate; see `ClientRules.message_limit`.
-        messages: How many messages the whole round may have, wherever they are added.
-        device: Where they lie.
+        messages: Maximum number of messages in the whole round, on all workers together.
+        device: The device of the messages.
     """
 
     def __init__(self, size: int, limit: float, messages: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
-        # Adding and taking off 1.5 * 2^52 steps rounds to whole steps.
+        # Adding and subtracting 1.5 * 2^52 steps rounds to whole steps.
         self.shift = 1.5 * 2.0**52 * grid_step(limit, messages)
         self._block = max(_BLOCK_FLOATS // max(size, 1), 1)
         self._rounded = torch.empty(0, dtype=torch.float64, device=device)
 
     def add(self, messages: Tensor) -> None:
-        """Adds one message `[params]`, or each row of `[clients, params]`."""
+        """Add one message `[params]`, or each row of `[clients, params]`."""
         if messages.dim() == 1:
             messages = messages.unsqueeze(0)
         rows = messages.split(self._block if messages.device.type == "cpu" else max(len(messages), 1))
@@ -61,10 +61,10 @@ class ExactSum:
 
     @property
     def running(self) -> Tensor:
-        """The sum so far, for those who add `(message + shift) - shift` to it themselves; float64 `[params]`."""
+        """The sum so far, float64 `[params]`, for callers that add `(message + shift) - shift` to it themselves."""
         return self._sum
 
     @property
     def value(self) -> Tensor:
-        """The sum, float64 `[params]` on the CPU; sums of parts of a round can be added without rounding."""
+        """The sum, float64 `[params]` on the CPU. Sums of parts of a round can be added without rounding."""
         return self._sum.cpu()

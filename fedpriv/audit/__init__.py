@@ -1,4 +1,4 @@
-"""Audits: one run of an experiment with planted clients, and what they show of its promise."""
+"""Audits: attack one run of an experiment with planted clients, and judge its privacy guarantee."""
 
 from fedpriv.audit.run import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
 

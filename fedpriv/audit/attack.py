@@ -1,16 +1,16 @@
-"""The attacked run: the experiment itself, with canaries among its clients and an observer behind its noise.
+"""The attacked run: the unmodified experiment, with canaries among its clients and an observer after its noise.
 
-The experiment's engine runs the real clients, on the experiment's own streams. A second engine of the same class runs
-the canaries by the same client rules, and the two sums are added: sums of parts of a cohort add up to the sum of the
-whole, to the bit (`fedpriv.aggregation.exact`). So not one draw of the experiment changes. There are only more clients:
+The experiment's engine runs the real clients, on the experiment's random streams. A second engine of the same class
+runs the canaries with the same client rules, and the two sums are added. Sums of parts of a cohort add up to the sum of
+the whole, to the bit (`fedpriv.aggregation.exact`), so no draw of the experiment changes. There are only more clients:
 
-| with m canaries beside n clients | without an audit |
+| with m canaries next to n clients | without an audit |
 |---|---|
-| population n + m, expected cohort q (n + m), by which sums are divided; capacity and grid of the sums to match | n |
+| population n + m; expected cohort q (n + m), which divides sums; capacity and grid of the sums to match | n |
 | noise multiplier, q and claim | the same |
 
-The observer is put around the server's rule and records what the rule is given: the noised sum over the expected
-cohort. If trust is local, each canary is asked for its messages alone, and the engine's sum is the message itself.
+The observer wraps the server's rule and records its input: the noisy sum over the expected cohort. If trust is local,
+each canary's messages are requested separately, and the engine's sum is the message itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,16 +34,16 @@ from fedpriv.rounds import Broadcast, ServerRules, Total, begin_round, capacity_
 
 __all__ = ["CANARY_ENGINES", "Attack", "Released", "start_attack"]
 
-# By the name of the engine that runs the real clients.
+# By name of the engine that runs the real clients.
 CANARY_ENGINES: dict[str, Callable[[Population], Engine]] = {"loop": LoopEngine, "vectorized": VectorizedCanaries}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Released:
-    """What an attacked run has shown.
+    """The releases of an attacked run.
 
     Args:
-        sums: The noised sum of each round's messages, float32 `[rounds, params]`.
+        sums: The noisy sum of each round's messages, float32 `[rounds, params]`.
         move: The last model minus the first, float64 `[params]`.
     """
 
@@ -52,7 +52,7 @@ class Released:
 
 
 class _Observed:
-    """A method whose server rule is watched: `released` holds each mean message that it was given."""
+    """A method with a wrapped server rule: `released` stores each mean message that the rule receives."""
 
     def __init__(self, method: Method, released: Tensor, divisor: float) -> None:
         self._method = method
@@ -60,7 +60,7 @@ class _Observed:
         self._divisor = divisor
         self._rounds = 0
 
-    def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> Any:
+    def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, Any]:
         """See `Method.server_rule`."""
         self._released[self._rounds] = mean_message.double() * self._divisor
         self._rounds += 1
@@ -72,13 +72,13 @@ class _Observed:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attack:
-    """A run with canaries, ready to begin; made by `start_attack`.
+    """A run with canaries, ready to start; created by `start_attack`.
 
     Args:
-        experiment: What is attacked, as it is without an audit.
-        canaries: Who is planted.
-        clients: Runs the real clients.
-        planted: Runs the canaries.
+        experiment: The experiment, as it is without an audit.
+        canaries: The planted canaries.
+        clients: The engine of the real clients.
+        planted: The engine of the canaries.
         server: The server's rules with the canaries in the population.
     """
 
@@ -94,10 +94,11 @@ class Attack:
         return self.experiment.population.federation.population
 
     def messages(self, position: int) -> Tensor:
-        """The messages of one canary as its server sees them, float64 `[rounds that it takes part in, params]`.
+        """Return the messages of one canary as its server sees them, float64 `[its rounds, params]`.
 
         Args:
-            position: Which of `canaries.planted`. A canary's messages depend on nobody else; ask once for each.
+            position: Index into `canaries.planted`. A canary's messages do not depend on other clients; call once for
+                each.
         """
         rounds = 1 + np.flatnonzero(self.canaries.takes_part[self.canaries.planted[position]])
         alone = np.array([self.first_canary + position], dtype=np.int64)
@@ -106,17 +107,17 @@ class Attack:
         return torch.stack(sent) if sent else model.new_zeros(0, len(model), dtype=torch.float64)
 
     def run(self, apart: Tensor | None = None, watch: Callable[[int], None] = lambda _: None) -> Released:
-        """Run all rounds and return what they released.
+        """Run all rounds and return the releases.
 
         Args:
-            apart: Sums of the canaries' messages by round `[rounds, params]`, if they were asked for one by one.
+            apart: Sums of the canaries' messages by round `[rounds, params]`, if they were requested separately.
             watch: Called with the number of every finished round.
         """
         first, rounds = self.experiment.initial_model, self.experiment.config.training.rounds
         sums = torch.empty(rounds, len(first))
         observer = _Observed(self.server.method, sums, self.server.sampling.expected_size)
         server = replace(self.server, method=cast(Method, observer))
-        state = self.experiment.config.method.init_server(first)
+        state = self.server.init(first)
         for number in range(1, rounds + 1):
             broadcast = begin_round(self.experiment.server, state, number)
             broadcast = broadcast._replace(capacity=capacity_of(server.sampling))
@@ -127,7 +128,7 @@ class Attack:
         return Released(sums=sums, move=state.model.double() - first.double())
 
     def _planted(self, broadcast: Broadcast) -> Tensor:
-        """The sum of the canaries' messages in a round, float64 `[params]`."""
+        """Return the sum of the canaries' messages in a round, float64 `[params]`."""
         cohort = self.first_canary + self.canaries.cohort(broadcast.round)
         return self.planted.sum_messages(broadcast._replace(cohort=cohort)).sum
 
@@ -138,11 +139,11 @@ def _with(total: Total, planted: Tensor) -> Total:
 
 @contextmanager
 def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Iterator[Attack]:
-    """Start both engines; ends them afterwards.
+    """Start both engines; close them on exit.
 
     Args:
-        experiment: What is attacked.
-        canaries: Who is planted.
+        experiment: The experiment to attack.
+        canaries: The canaries to plant.
         engine: `loop`, `vectorized`, or `auto`, which measures the real clients.
     """
     people, sampling = experiment.population, experiment.server.sampling
@@ -172,12 +173,12 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Ite
 
 
 def _holders(people: Population, population: int) -> ResampledFederation:
-    """Stand-in data for canaries, who use none: engines ask only how many examples each client has."""
+    """Return placeholder data for canaries, which use none: engines need only each client's number of examples."""
     return ResampledFederation(
         dataset=people.federation.dataset, population=population, partition=Resampled(examples=1), seed=0
     )
 
 
 def bytes_needed(params: int, rounds: int, candidates: int) -> int:
-    """Return about how much memory an attack takes beside the run itself: releases, directions, memories, signs."""
+    """Return the approximate memory of an attack besides the run itself: releases, directions, memories, signs."""
     return 12 * params * (rounds + candidates) + 32 * candidates * rounds

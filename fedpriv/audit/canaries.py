@@ -1,15 +1,16 @@
-"""Canaries: clients whose every message is known to the auditor, and how an engine runs them.
+"""Canaries: clients with messages known to the auditor, and the engine that runs them.
 
-A canary pushes along one direction `u` of length 1 for as long as its bound allows, with a random sign of its own in
-every round. Signs make scores sharp: what clients send in common, and noise that repeats, is not correlated with them.
+A canary pushes along one direction `u` of length 1, as far as its bound allows, with a random sign in every round.
+Signs make scores sharp: they are uncorrelated with clients' common messages and with repeated noise.
 
     signal in round k:  coin * sign_k * scale * u        message:  coin * sign_k * B u
 
-`scale` is a million times all that a memory can hold, so that the residual points along the signal whatever the memory.
+`scale` is a million times the largest possible memory, so the residual points along the signal for every memory.
 
-The coin decides what the auditor must guess. Under add-or-remove it says whether the canary takes part: candidates are
-twice the canaries that are asked for, and a fair coin for each picks about half. Under replace all candidates take
-part, and the coin is a sign on all of a canary's messages. Both are the secret bits that one-run bounds need.
+The coin decides the secret that the auditor must guess. Under add-or-remove it decides if the canary takes part: there
+are twice as many candidates as requested canaries, and a fair coin for each picks about half. Under replace all
+candidates take part, and the coin is a sign on all of a canary's messages. Both are the secret bits that one-run bounds
+need.
 """
 
 import math
@@ -26,11 +27,11 @@ from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
 
-# Sets the auditor's addresses apart from all that an experiment draws (`fedpriv.streams.Purpose`).
+# Separates the auditor's addresses from all draws of an experiment (`fedpriv.streams.Purpose`).
 _AUDIT = 0x61756469
 _DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(7)
-# One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only; and one in
-# ten keeps its sign, because random signs cancel in the last model.
+# One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only. One in ten
+# keeps its sign, because random signs cancel in the last model.
 _SHARE = 0.1
 
 
@@ -39,15 +40,15 @@ class Canaries:
     """All candidates of one audit: first those along random directions, then those along coordinates, then steady ones.
 
     Args:
-        seed: The audit's own; equal seeds and settings give equal candidates.
+        seed: The audit's seed; equal seeds and settings give equal candidates.
         directions: Unit vectors, float32 `[isotropic, params]`.
         coordinates: Indices of parameters, int64 `[coordinate canaries]`, all different.
-        steady: Directions of canaries whose sign is always 1, float32 `[steady canaries, params]`.
+        steady: Directions of canaries with constant sign 1, float32 `[steady canaries, params]`.
         signs: 1 or -1 for each candidate and round, int8 `[candidates, rounds]`.
-        takes_part: Whether a candidate is in a round's cohort if it takes part at all, bool `[candidates, rounds]`.
+        takes_part: True if a candidate, if it takes part at all, is in a round's cohort, bool `[candidates, rounds]`.
         coins: 0 or 1 (add-or-remove), or -1 or 1 (replace), int8 `[candidates]`; 1 for coordinates and
             steady canaries.
-        absent_send: Whether candidates with coin 0 send a message of zero (trust local, where noise is all of it).
+        absent_send: True if candidates with coin 0 send a zero message (trust local: the message is pure noise).
     """
 
     seed: int
@@ -82,15 +83,15 @@ class Canaries:
 
     @cached_property
     def patterns(self) -> np.ndarray:
-        """Signs in the rounds that a candidate takes part in, 0 in others; float64 `[candidates, rounds]`."""
+        """Signs in the rounds of a candidate, 0 in other rounds; float64 `[candidates, rounds]`."""
         return self.signs * self.takes_part.astype(np.float64)
 
     def cohort(self, round: int) -> np.ndarray:
-        """Which of `planted` take part in `round` (from 1), ascending int64."""
+        """Return the indices into `planted` of the canaries in `round` (from 1), ascending int64."""
         return np.flatnonzero(self.takes_part[self.planted, round - 1])
 
     def push(self, candidate: int, round: int) -> Tensor:
-        """The direction of a candidate's message in `round`, a new tensor `[params]` of length 1, or 0."""
+        """Return the direction of a candidate's message in `round`: a new tensor `[params]` of length 1, or 0."""
         amplitude = float(self.coins[candidate]) * float(self.signs[candidate, round - 1])
         if candidate < self.isotropic:
             return self.directions[candidate] * amplitude
@@ -102,11 +103,11 @@ class Canaries:
         return push
 
     def unseen(self, count: int, turn: int = 0) -> tuple[Tensor, np.ndarray]:
-        """Unit vectors `[count, params]` and signs `[count, rounds]` of candidates that are in no run at all.
+        """Return unit vectors `[count, params]` and signs `[count, rounds]` of candidates that are in no run.
 
         Args:
-            count: How many.
-            turn: Tells calls apart; each gives others.
+            count: Number of candidates.
+            turn: Distinguishes calls; each value gives different candidates.
         """
         rng = generator(self.seed, _UNSEEN, turn)
         directions = torch.from_numpy(_unit_rows(rng, count, self.directions.shape[1]))
@@ -119,13 +120,13 @@ def draw_canaries(
     """Return the candidates of an audit.
 
     Args:
-        seed: The audit's.
-        count: How many canaries take part, about: see the coins.
+        seed: The audit's seed.
+        count: Approximate number of canaries that take part; it depends on the coins.
         size: Number of parameters.
         rounds: Number of rounds.
-        sampling_prob: Probability with which each takes part in a round.
-        replace: Whether adjacency is replace.
-        local: Whether trust is local.
+        sampling_prob: Probability that a canary takes part in a round.
+        replace: True if adjacency is replace.
+        local: True if trust is local.
     """
     steady = max(round(_SHARE * count), 2)
     along = min(steady, size)
@@ -165,9 +166,9 @@ def _unit_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 
 
 def signal_scale(rules: ClientRules, size: int, rounds: int) -> float:
-    """Return a length of signals of which no memory can turn the residual by more than a millionth.
+    """Return a signal length at which no memory turns the residual by more than a millionth.
 
-    A memory holds at most `beta` times every message of the run, its noise included where that is remembered.
+    A memory holds at most `beta` times every message of the run, including its noise if the method remembers it.
     """
     rule, bounded = feedback_of(rules.method), rules.method.bounded
     beta = 1.0 if rule is None or rule.beta is None else max(rule.beta, 1.0)
@@ -177,10 +178,10 @@ def signal_scale(rules: ClientRules, size: int, rounds: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryPopulation(Population):
-    """Clients that are canaries: rules, streams and devices are those of the others, signals the auditor's.
+    """Clients that are canaries: with the rules, streams and devices of other clients, and the auditor's signals.
 
     Args:
-        canaries: Who they are.
+        canaries: The canaries.
         first: The id of the first of `canaries.planted`.
         scale: Length of a signal; see `signal_scale`.
     """
@@ -190,13 +191,13 @@ class CanaryPopulation(Population):
     scale: float
 
     def signal(self, client: int, model: Tensor, round: int) -> Tensor:
-        """See `Population.signal`; the model does not matter."""
+        """See `Population.signal`; independent of the model."""
         push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
         return (push * self.scale).to(model.device, model.dtype)
 
 
 class VectorizedCanaries(VectorizedEngine):
-    """The vectorized engine for canaries: chunks, client steps and sums are its own, signals are not computed."""
+    """The vectorized engine for canaries: same chunks, client steps and sums, but signals are not computed."""
 
     def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
         return torch.stack([self._population.signal(client, model, round) for client in clients])

@@ -13,8 +13,8 @@ from fedpriv.audit.scores import Null, coordinate_scores, gram, projections
 
 __all__ = ["Evidence", "attack_central", "attack_local"]
 
-# Directions that are in no run, to check the null with; fewer of them if they are long.
-_UNSEEN, _FEWEST_UNSEEN, _UNSEEN_FLOATS = 10_000, 1_000, 2**26
+# Directions that are in no run, to check the null distribution; fewer of them if they are long.
+_UNSEEN, _MIN_UNSEEN, _UNSEEN_FLOATS = 10_000, 1_000, 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,11 @@ class Evidence:
     Args:
         whitened: See `fedpriv.audit.scores`, `[candidates]`.
         matched: Likewise.
-        coordinate: Of canaries along coordinates, `[coordinate canaries]`.
-        unseen: Whitened scores of directions that were in no run, `[unseen]`.
-        unaware: Whitened scores of an auditor that does not know the cohorts, `[candidates]`; None if all know them.
-        final: Scores of steady canaries in the last model alone, `[steady canaries]`.
+        coordinate: Scores of canaries along coordinates, `[coordinate canaries]`.
+        unseen: Whitened scores of directions that are in no run, `[unseen]`.
+        unaware: Whitened scores for an auditor who does not know the cohorts, `[candidates]`; None if cohorts are
+            public.
+        final: Scores of steady canaries from the last model alone, `[steady canaries]`.
     """
 
     whitened: np.ndarray
@@ -39,7 +40,7 @@ class Evidence:
 
 
 def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
-    """Run the attack on a server that adds the noise, and score what it releases: the noised sums."""
+    """Run the attack on a server that adds the noise, and score the noisy sums that it releases."""
     canaries, released = attack.canaries, attack.run(watch=watch)
     sums, patterns = released.sums, canaries.patterns[: canaries.isotropic]
     null = Null.of(gram(sums), sums.shape[1])
@@ -59,7 +60,7 @@ def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
 
 
 def attack_local(attack: Attack, watch: Callable[[int], None]) -> Evidence:
-    """Run the attack on clients that add the noise themselves, and score every canary by its own messages."""
+    """Run the attack on clients that add the noise themselves, and score every canary by its messages."""
     canaries, size = attack.canaries, attack.canaries.directions.shape[1]
     rounds, along = canaries.signs.shape[1], canaries.isotropic
     each = math.ceil(_unseen_count(size) / len(canaries.planted))
@@ -95,13 +96,13 @@ def attack_local(attack: Attack, watch: Callable[[int], None]) -> Evidence:
 
 
 def _unseen_count(size: int) -> int:
-    return max(min(_UNSEEN, _UNSEEN_FLOATS // size), _FEWEST_UNSEEN)
+    return max(min(_UNSEEN, _UNSEEN_FLOATS // size), _MIN_UNSEEN)
 
 
 def _unseen_scores(
     null: Null, canaries: Canaries, releases: torch.Tensor, count: int, turn: int, present: np.ndarray | None = None
 ) -> np.ndarray:
-    """Whitened scores of candidates that are in no run, in the rounds `present` (None: in a candidate's)."""
+    """Return whitened scores of candidates in no run, in the rounds `present` (None: in a candidate's rounds)."""
     directions, signs = canaries.unseen(count, turn)
     if present is not None:
         patterns = signs[:, present]
@@ -111,6 +112,6 @@ def _unseen_scores(
 
 
 def _final_scores(canaries: Canaries, released: Released) -> np.ndarray:
-    """Scores of steady canaries in the last model alone: a server steps against what clients send."""
+    """Return scores of steady canaries from the last model alone: a server steps against the clients' messages."""
     length = max(float(torch.linalg.vector_norm(released.move)), 1e-300)
     return (canaries.steady.double() @ released.move).numpy() * -math.sqrt(len(released.move)) / length

@@ -1,4 +1,4 @@
-"""The picture of an audit: what canaries scored, and what that says about epsilon."""
+"""The plot of an audit: scores of canaries, and the resulting bounds on epsilon."""
 
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_audit"]
 
-# Of Okabe and Ito's scheme, which the color-blind can tell apart; one dark, one light.
+# From Okabe and Ito's scheme, suitable for color-blind readers; one dark, one light.
 NULL, SEEN, CLAIM = "#56B4E9", "#D55E00", "#000000"
 
 
 def plot_audit(findings: "Findings", record: dict[str, Any]) -> bytes:
-    """Return histograms of scores, and lower bounds beside the claim, as one PNG.
+    """Return histograms of scores, and lower bounds next to the claim, as one PNG.
 
     Args:
-        findings: What was found.
-        record: The content of `audit.json`.
+        findings: The findings.
+        record: The contents of `audit.json`.
     """
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -50,14 +50,14 @@ def _draw_scores(axes: Axes, findings: "Findings") -> None:
     for mean, style, label in curves:
         density = np.exp(-0.5 * (grid - mean) ** 2) / np.sqrt(2.0 * np.pi)
         axes.plot(grid, density, color=CLAIM, linestyle=style, linewidth=1.4, label=label)
-    axes.set(xlabel="whitened score (deviations of the null)", ylabel="density", title="What canaries scored")
+    axes.set(xlabel="whitened score (deviations of the null)", ylabel="density", title="Scores of canaries")
     axes.set_ylim(0.0, axes.get_ylim()[1] * 1.25)
     axes.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bins(scores: np.ndarray, span: float) -> list[float]:
-    """Edges of bins for these scores, none of them narrower than a sixtieth of the whole axis."""
+    """Return bin edges for these scores, none of them closer than a sixtieth of the whole axis."""
     fine = np.histogram_bin_edges(scores, "fd")
     width = max(float(fine[1] - fine[0]), span / 60.0)
     return (float(scores.min()) - 0.5 * width + width * np.arange(int(np.ptp(scores) / width) + 3)).tolist()

@@ -1,4 +1,4 @@
-"""An audit: attack an experiment once, judge its promise, write down both."""
+"""An audit: attack an experiment once, judge its privacy guarantee, and write a report."""
 
 import json
 import os
@@ -25,26 +25,26 @@ from fedpriv.version import __version__
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
 
 AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
-# Fewer canaries might leave nothing to compare after their coins are tossed.
+# With fewer canaries, the coin flips might leave nothing to compare.
 MIN_CANARIES, MAX_CANARIES = 20, 100_000
-_LEAST_SEEN = 5
-# Share of a canary's own noise that the others may add before the words say so.
+_MIN_SEEN = 5
+# Share of a canary's noise that the other canaries may add before the report mentions it.
 _CROWDED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditChoice:
-    """How to attack.
+    """The options of an attack.
 
     Args:
-        canaries: How many canaries take part; under add-or-remove as many on average.
-        confidence: Of the lower bounds, in (0.5, 1).
-        seed: Of the canaries. Different seeds are different attacks on the same run.
+        canaries: Number of canaries that take part; under add-or-remove, on average.
+        confidence: Confidence of the lower bounds, in (0.5, 1).
+        seed: Seed of the canaries. Different seeds are different attacks on the same run.
         engine: `auto`, `loop` or `vectorized`.
-        device: Where gradients are computed.
+        device: The device that computes gradients.
 
     Raises:
-        UserError: If a number is out of range, or the engine is not offered.
+        UserError: If a number is out of range, or the engine is unavailable in audits.
     """
 
     canaries: int = 300
@@ -54,12 +54,14 @@ class AuditChoice:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        whole_within("--canaries", self.canaries, MIN_CANARIES, MAX_CANARIES, "A few hundred are enough")
+        whole_within("--canaries", self.canaries, MIN_CANARIES, MAX_CANARIES, "Choose a few hundred")
         if not 0.5 < self.confidence < 1.0:
-            raise UserError("--confidence", "above 0.5 and below 1", self.confidence, "Give a number such as 0.95")
-        whole_from("--audit-seed", self.seed, 0, "Give a seed such as 1")
+            raise UserError(
+                "--confidence", "above 0.5 and below 1", self.confidence, "Set --confidence to a number such as 0.95"
+            )
+        whole_from("--audit-seed", self.seed, 0, "Set --audit-seed to a number such as 1")
         if self.engine not in ("auto", *CANARY_ENGINES):
-            remedy = "Other engines sum the same messages to the same bits, so --engine loop audits them as well"
+            remedy = "Use --engine loop, which audits the other engines as well: their sums are bit-identical"
             raise UserError("--engine", " or ".join(["auto", *CANARY_ENGINES]), repr(self.engine), remedy)
 
 
@@ -73,17 +75,18 @@ def run_audit(
 ) -> dict[str, Any]:
     """Attack the experiment with canary clients, write `audit.json` and `audit.png`, and return the former.
 
-    Both files can be read by their owner alone.
+    Both files are readable by their owner only.
 
     Args:
         config: The experiment, or the path of its TOML file.
-        out: The folder for both files; must not hold an audit already.
-        choice: How to attack; None for the defaults.
-        data_root: Where data sets are stored; None for the environment's choice.
+        out: The folder for both files; must not contain an audit already.
+        choice: The options of the attack; None for the defaults.
+        data_root: The folder of the data sets; None uses the environment's setting.
         watch: Called with the number of every finished round.
 
     Raises:
-        UserError: If there is no promise to attack, the attack is not offered for it, or its picture cannot be drawn.
+        UserError: If the experiment has no guarantee to attack, audits do not support it, or plotting packages are
+            missing.
     """
     require_extra("an audit", "report")
     from fedpriv.audit.picture import plot_audit
@@ -100,7 +103,7 @@ def run_audit(
             (PICTURE_FILE, plot_audit(findings, record)),
             (AUDIT_FILE, json.dumps(jsonable(record), indent=2) + "\n"),
         ):
-            # The noise is that of the run without an audit, whose epsilon does not cover a second look at it.
+            # The noise is that of the run without an audit, and that run's epsilon does not cover a second release.
             write_atomically(directory.file(name), content, OWNER_ONLY)
     return record
 
@@ -108,11 +111,11 @@ def run_audit(
 def audit_experiment(
     experiment: Experiment, choice: AuditChoice, watch: Callable[[int], None] = lambda _: None
 ) -> tuple[Findings, dict[str, Any]]:
-    """Attack an experiment, and return what was found and the content of `audit.json`; writes nothing.
+    """Attack an experiment; return the findings and the contents of `audit.json`. Writes no files.
 
     Args:
-        experiment: What is attacked.
-        choice: How.
+        experiment: The experiment to attack.
+        choice: The options.
         watch: See `run_audit`.
     """
     plan = _promise_of(experiment)
@@ -127,24 +130,28 @@ def audit_experiment(
 
 def _refuse_what_is_not_offered(config: Config) -> None:
     if config.privacy is None:
-        raise UserError("[privacy]", "a promise to attack", "none", "Add [privacy] with an epsilon to audit it")
+        raise UserError(
+            "[privacy]", "a guarantee to attack", "a non-private config", "Add [privacy] with an epsilon to audit it"
+        )
     if config.training.rounds < 1:
-        raise UserError("training.rounds", "at least 1 in an audit", config.training.rounds, "Give a number of rounds")
+        raise UserError(
+            "training.rounds", "at least 1 in an audit", config.training.rounds, "Set training.rounds to 1 or more"
+        )
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
-        raise UserError("[devices]", "none in an audit", "a virtual clock", remedy)
+        raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)
 
 
 def _promise_of(experiment: Experiment) -> PrivacyPlan:
     plan = experiment.plan
     if plan is None or not plan.private:
-        remedy = "Without noise there is no promise to attack; set privacy.epsilon"
-        raise UserError("privacy.noise_multiplier", "noise that promises a finite epsilon", "none", remedy)
+        remedy = "Set privacy.epsilon: without noise there is no guarantee to attack"
+        raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "no noise", remedy)
     return plan
 
 
 def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Canaries:
-    """The candidates of an audit, if there is room for them."""
+    """Return the candidates of an audit, if they fit in memory."""
     size, rounds = experiment.population.task.layout.size, experiment.config.training.rounds
     needed, room = bytes_needed(size, rounds, 2 * choice.canaries), _memory()
     if needed > room:
@@ -159,14 +166,14 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         replace=plan.adjacency == "replace",
         local=plan.trust_rules.shows_messages,
     )
-    if len(canaries.seen) < _LEAST_SEEN:
-        expected = f"at least {_LEAST_SEEN} canaries that take part in some round"
-        raise UserError("--canaries", expected, len(canaries.seen), "Give more canaries or more rounds")
+    if len(canaries.seen) < _MIN_SEEN:
+        expected = f"at least {_MIN_SEEN} canaries that take part in some round"
+        raise UserError("--canaries", expected, len(canaries.seen), "Raise --canaries or training.rounds")
     return canaries
 
 
 def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> float:
-    """Variance that the other canaries add to a score, over the noise's; 0 if every message is seen alone."""
+    """Return the variance that other canaries add to a score, over the noise's; 0 if messages are seen one by one."""
     if plan.trust_rules.shows_messages:
         return 0.0
     bound = plan.l2_bound / plan.noise_stddev
@@ -175,14 +182,14 @@ def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> 
 
 
 def _memory() -> float:
-    """Bytes of this machine's memory."""
+    """Return this machine's memory in bytes."""
     return float(os.sysconf("SC_PAGE_SIZE")) * float(os.sysconf("SC_PHYS_PAGES"))
 
 
 def _record(
     experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice, canaries: Canaries, findings: Findings
 ) -> dict[str, Any]:
-    """The content of `audit.json`, but for its words."""
+    """Return the contents of `audit.json`, without its words."""
     best, config = findings.best, experiment.config
     taken = canaries.takes_part[canaries.seen].sum(axis=1)
     hidden = experiment.server.sampling.sampling_prob < 1.0

@@ -1,20 +1,20 @@
-"""Scores of canaries: how far releases point along a canary's pushes, in units of their own exact null.
+"""Scores of canaries: the projections of releases on a canary's pushes, in units of their exact null distribution.
 
-Let S_1, ..., S_K be what was released and u a random direction of length 1 that had no part in it. Given the releases,
+Let S_1, ..., S_K be the releases and u a random direction of length 1 that was not part of the run. Given the releases,
 the projections t_k = <u, S_k> have mean 0 and the covariance
 
     Sigma_kl = <S_k, S_l> / d
 
-exactly, whatever clients sent and whatever the noise was, and they are normal up to terms of order 1 / d. So for any
-weights w that do not depend on u, a canary that took no part has a score w't / sqrt(w' Sigma w) of law N(0, 1). Two
-choices of weights:
+exactly, for any messages and any noise, and they are normal up to terms of order 1 / d. So for any weights w that do
+not depend on u, a canary that took no part has a score w't / sqrt(w' Sigma w) of distribution N(0, 1). Two choices of
+weights:
 
-* whitened, w = Sigma^-1 p with p the canary's signs: the best linear test. It finds noise that is missing in some
-  rounds, too small, or repeated, because Sigma then has directions with next to no variance.
-* matched, w = p: as good if the noise is independent and clients are quiet, and free of the estimate of Sigma^-1, which
+* whitened, w = Sigma^-1 p with p the canary's signs: the best linear test. It detects noise that is missing in some
+  rounds, too small, or repeated, because Sigma then has directions with almost no variance.
+* matched, w = p: as good if the noise is independent and clients are quiet. It avoids the estimate of Sigma^-1, which
   costs the whitened score a factor of about sqrt(1 - K / d).
 
-A canary along one coordinate has no random direction, but random signs: given releases that it had no part in,
+A canary along one coordinate has no random direction, but random signs. Given releases without it,
 sum_k p_k S_k[j] / sqrt(sum_k S_k[j]^2) has mean 0, variance 1 and the tails of N(0, 1) (Hoeffding 1963).
 """
 
@@ -26,11 +26,11 @@ from torch import Tensor
 
 __all__ = ["Null", "coordinate_scores", "gram", "projections"]
 
-# Columns that are converted to float64 at once.
+# Number of columns converted to float64 at once.
 _COLUMNS = 2**15
-# Smallest variance that is told from rounding, as a share of the largest.
-_LEAST_VARIANCE = 1e-10
-# With fewer parameters for each round, eigenvalues of Sigma are drawn to their mean before they are inverted.
+# Smallest variance distinguishable from rounding errors, as a share of the largest.
+_MIN_VARIANCE = 1e-10
+# With fewer parameters than this per round, eigenvalues of Sigma are shrunk toward their mean before inversion.
 _AMPLE = 3
 
 
@@ -53,12 +53,12 @@ def projections(directions: Tensor, releases: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Null:
-    """The law of projections on a direction that had no part in the releases: N(0, Sigma).
+    """The distribution of projections on a direction that was not part of the run: N(0, Sigma).
 
     Args:
-        values: Eigenvalues of Sigma, at least `_LEAST_VARIANCE` of the largest.
+        values: Eigenvalues of Sigma, at least `_MIN_VARIANCE` of the largest.
         vectors: Its eigenvectors, in columns.
-        inverses: What stands for the inverse of each eigenvalue in whitening weights.
+        inverses: The inverse eigenvalues, after shrinkage, for whitening weights.
     """
 
     values: np.ndarray
@@ -67,9 +67,9 @@ class Null:
 
     @classmethod
     def of(cls, gram: np.ndarray, size: int) -> "Null":
-        """Return the null of releases with this Gram matrix and `size` parameters."""
+        """Return the null distribution of releases with this Gram matrix and `size` parameters."""
         values, vectors = np.linalg.eigh(gram / size)
-        values = np.maximum(values, max(float(values[-1]) * _LEAST_VARIANCE, 1e-300))
+        values = np.maximum(values, max(float(values[-1]) * _MIN_VARIANCE, 1e-300))
         rounds = len(values)
         drawn = rounds / (rounds + size) if size < _AMPLE * rounds else 0.0
         return cls(values=values, vectors=vectors, inverses=1.0 / ((1.0 - drawn) * values + drawn * values.mean()))
@@ -92,11 +92,11 @@ def coordinate_scores(columns: np.ndarray, patterns: np.ndarray) -> np.ndarray:
 
     Args:
         columns: The releases' coordinates S_k[j], `[candidates, rounds]`.
-        patterns: The canaries' signs, 0 where they did not take part.
+        patterns: The canaries' signs, 0 in rounds without them.
     """
     return _ratio(np.einsum("ck,ck->c", patterns, columns), ((patterns * columns) ** 2).sum(axis=1))
 
 
 def _ratio(sums: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """Return sums over their deviations; 0 for a candidate that never took part."""
+    """Return sums divided by their deviations; 0 for a candidate that never took part."""
     return np.where(variances > 0.0, sums / np.sqrt(np.maximum(variances, 1e-300)), 0.0)

@@ -1,8 +1,9 @@
-"""From scores of canaries to lower bounds on mu and on epsilon.
+"""Compute lower bounds on mu and epsilon from scores of canaries.
 
-A mechanism is mu-GDP (Dong, Roth & Su 2022) if no test tells two neighboring populations apart better than one draw of
-N(0, 1) from one of N(mu, 1). A Gaussian plan of K releases with noise multiplier z is mu-GDP with mu = sqrt(K) / z, and
-nothing smaller. Scores are made so that a canary that took no part scores N(0, 1); see `fedpriv.audit.scores`.
+A mechanism is mu-GDP (Dong, Roth & Su 2022) if no test distinguishes two neighboring populations better than one draw
+from N(0, 1) can be distinguished from one from N(mu, 1). A Gaussian plan of K releases with noise multiplier z is
+mu-GDP with mu = sqrt(K) / z, and for no smaller mu. Scores are constructed so that a canary that took no part scores
+N(0, 1); see `fedpriv.audit.scores`.
 
 Sources: mu and (epsilon, delta): Balle & Wang 2018, Theorem 8. One-run bounds that hold for every mechanism: Steinke,
 Nasr & Jagielski 2023 (arXiv 2305.08846) and Mahloujifar, Melis & Chaudhuri 2024 (arXiv 2410.22235).
@@ -24,9 +25,9 @@ __all__ = [
     "one_run_lower",
 ]
 
-# Far above every mu that d parameters allow to be seen; where `mu_of` stops.
+# Far above every mu that d parameters can reveal; the upper end of the search in `mu_of`.
 MAX_MU = 1e4
-# Largest epsilon that the one-run bounds look for.
+# Upper end of the search of the one-run bounds.
 MAX_EPSILON = 100.0
 
 
@@ -61,8 +62,8 @@ def mean_lower(scores: np.ndarray, significance: float) -> float:
     """Return a lower bound on the mean score, by Student's t.
 
     Args:
-        scores: Of canaries that took part; at least two.
-        significance: Probability with which the bound may be too high.
+        scores: Scores of canaries that took part; at least two.
+        significance: Probability that the bound is too high.
     """
     count = len(scores)
     error = float(np.std(scores, ddof=1)) / math.sqrt(count)
@@ -70,29 +71,29 @@ def mean_lower(scores: np.ndarray, significance: float) -> float:
 
 
 def largest_lower(scores: np.ndarray, scale: np.ndarray, significance: float) -> float:
-    """Return a lower bound on mu from the largest score alone, which finds a fault that few canaries meet.
+    """Return a lower bound on mu from the largest score alone, which detects faults that affect few canaries.
 
     Args:
-        scores: Of canaries that took part.
-        scale: The mu asked about over each canary's own mu, if the claim holds; 1 if all took part equally often.
-        significance: Probability with which the bound may be too high.
+        scores: Scores of canaries that took part.
+        scale: The mu in question divided by each canary's mu, if the claim holds; 1 if all took part equally often.
+        significance: Probability that the bound is too high.
 
     Formal guarantee: if each canary is protected by its mu-GDP and would score at most like N(0, 1) without taking
-    part, then P(score > x) <= Phi(mu - x) for each, and the union bound over all gives the result. Nothing is assumed
-    about how scores depend on each other.
+    part, then P(score > x) <= Phi(mu - x) for each, and the union bound over all gives the result. The dependence
+    between scores is arbitrary.
     """
     return float(np.max((scores + float(special.ndtri(significance / len(scores)))) * scale))
 
 
 def one_run_lower(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
-    """Return the largest epsilon that is refuted by guesses in one run (Steinke et al. 2023, Theorem 5.2).
+    """Return the largest epsilon that the guesses in one run refute (Steinke et al. 2023, Theorem 5.2).
 
     Args:
         canaries: Number of fair coins.
-        guesses: How many of them were guessed, chosen by the scores.
-        correct: How many guesses were right.
+        guesses: Number of coins that were guessed, chosen by the scores.
+        correct: Number of correct guesses.
         delta: The delta of the claim.
-        significance: Probability with which the bound may be too high.
+        significance: Probability that the bound is too high.
     """
 
     def p_value(epsilon: float) -> float:
@@ -110,7 +111,7 @@ def one_run_lower(canaries: int, guesses: int, correct: int, delta: float, signi
 def f_dp_lower(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
     """Return the largest epsilon for which one run's guesses refute mu-GDP (Mahloujifar et al. 2024).
 
-    Arguments are those of `one_run_lower`. The trade-off curve is that of the Gaussian mechanism of (epsilon, delta).
+    Arguments are those of `one_run_lower`. The trade-off curve is that of the Gaussian mechanism for (epsilon, delta).
     """
 
     def excess(epsilon: float) -> float:
@@ -128,7 +129,7 @@ def f_dp_lower(canaries: int, guesses: int, correct: int, delta: float, signific
 
 
 def _largest_refuted(excess: Callable[[float], float]) -> float:
-    """Return the largest epsilon whose `excess` is positive, 0 if none is; `excess` falls with epsilon."""
+    """Return the largest epsilon with a positive `excess`, 0 if there is none; `excess` decreases with epsilon."""
     low = 1e-6
     if excess(low) <= 0.0:
         return 0.0

@@ -1,7 +1,7 @@
-"""The verdict: lower bounds on epsilon from every score, each beside the claim that it attacks.
+"""The verdict: lower bounds on epsilon from every score, each compared with the claim that it attacks.
 
-Two levels. Bounds are reported at the confidence that was asked for. A mechanism is found guilty only at 99.9 %, shared
-by all scores (Bonferroni), because one correct run in twenty exceeds a bound at 95 %.
+There are two levels. Bounds are reported at the requested confidence. A mechanism is found guilty only at 99.9 %,
+shared by all scores (Bonferroni), because one correct run in twenty exceeds a bound at 95 %.
 """
 
 import math
@@ -29,21 +29,21 @@ __all__ = ["CONVICTION", "Finding", "Findings", "judge"]
 CONVICTION = 0.999
 """Confidence at which a mechanism is found guilty, over all scores together."""
 
-# Shares of the candidates that the one-run bounds guess; the best is taken, at a third of the significance each.
+# Shares of the candidates that the one-run bounds guess; the best counts, each at a third of the significance.
 _GUESSED = (1 / 8, 1 / 4, 1 / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one score says about epsilon.
+    """The result of one score.
 
     Args:
-        name: The score's.
-        about: What it is; one clause.
-        certified: Whether the bound holds for every mechanism, and not for Gaussian ones alone.
-        estimate: Epsilon as the score has it, without allowance for chance; None if there is no such thing.
-        lower: Lower bound at the confidence that was asked for.
-        convicting: Lower bound at this score's part of `CONVICTION`.
+        name: The score's name.
+        about: Its description, as a clause.
+        certified: True if the bound holds for every mechanism, not only for Gaussian ones.
+        estimate: Epsilon according to the score, without allowance for chance; None if the score gives no estimate.
+        lower: Lower bound at the requested confidence.
+        convicting: Lower bound at this score's share of `CONVICTION`.
         claimed: The epsilon that the score attacks.
     """
 
@@ -57,11 +57,11 @@ class Finding:
 
     @property
     def guilty(self) -> bool:
-        """Whether the claim is refuted."""
+        """True if the score refutes the claim."""
         return self.convicting > self.claimed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return {
             "name": self.name,
             "about": self.about,
@@ -79,13 +79,13 @@ class Findings:
     """All scores of one audit.
 
     Args:
-        scores: Those that the verdict rests on.
+        scores: The scores that decide the verdict.
         claimed: The epsilon under attack.
         score_claimed: Mean of `whitened` if the claim is exact and the attack loses nothing.
         whitened: Scores of the canaries along random directions that took part.
-        null: The same score of directions that were in no run.
-        final_model: Epsilon as the last model alone shows it: an estimate, and a lower bound.
-        without_cohorts: Epsilon as an auditor estimates it that does not know the cohorts; None if all know them.
+        null: The same score for directions that are in no run.
+        final_model: Epsilon from the last model alone: an estimate, and a lower bound.
+        without_cohorts: Epsilon estimated by an auditor who does not know the cohorts; None if they are public.
     """
 
     scores: tuple[Finding, ...]
@@ -98,22 +98,22 @@ class Findings:
 
     @property
     def best(self) -> Finding:
-        """The tighter of the two means, which share the confidence: it gives the audit's own estimate and bound."""
+        """The tighter of the two means, which share the confidence: it gives the audit's main estimate and bound."""
         return max(self.scores[:2], key=lambda finding: finding.lower)
 
     @property
     def guilty(self) -> bool:
-        """Whether any score refutes its claim."""
+        """True if any score refutes its claim."""
         return any(finding.guilty for finding in self.scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Claims:
-    """What a plan claims of canaries that took part so often, and what scores say about epsilon.
+    """A plan's claims about canaries by their participations, and epsilon by score.
 
     Args:
-        plan: What is promised.
-        everyone: Whether all canaries took part in all rounds, as the plan's epsilon has it.
+        plan: The privacy plan.
+        everyone: True if all canaries took part in all rounds, as the plan's epsilon assumes.
     """
 
     plan: PrivacyPlan
@@ -121,7 +121,7 @@ class _Claims:
 
     @property
     def distance(self) -> float:
-        """How far apart neighbors are if a client and its absence are 1 apart: 2 under replace."""
+        """Distance of neighbors if a client and its absence are 1 apart: 2 under replace."""
         return REPLACE_FACTOR if self.plan.adjacency == "replace" else 1.0
 
     def epsilon(self, score: float) -> float:
@@ -129,7 +129,7 @@ class _Claims:
         return epsilon_of(self.distance * score, self.plan.delta)
 
     def score(self, root: float) -> float:
-        """Return the claimed mean score of canaries if the root of their number of participations is `root`."""
+        """Return the claimed mean score of canaries; `root` is the root of their number of participations."""
         return root / self.plan.noise_multiplier / self.distance
 
     def claimed(self, root: float) -> float:
@@ -138,7 +138,7 @@ class _Claims:
 
 
 class _Score(NamedTuple):
-    """A score before it is asked for a bound: `lower` gives one on epsilon, by its significance."""
+    """A score from which `lower` computes a bound on epsilon, given a significance."""
 
     name: str
     certified: bool
@@ -152,10 +152,10 @@ def judge(canaries: Canaries, evidence: "Evidence", plan: PrivacyPlan, confidenc
     """Return the findings of an attacked run.
 
     Args:
-        canaries: Who took part.
-        evidence: How they scored.
-        plan: What is promised, as without an audit.
-        confidence: Of the lower bounds.
+        canaries: The canaries.
+        evidence: Their scores.
+        plan: The privacy plan, as without an audit.
+        confidence: Confidence of the lower bounds.
     """
     claims = _Claims(plan=plan, everyone=bool(canaries.takes_part.all()))
     seen, roots = canaries.seen, np.sqrt(canaries.takes_part.sum(axis=1))
@@ -193,8 +193,8 @@ def _found(score: _Score, risk: float, share: float) -> Finding:
 
 
 _MEANS = {
-    "whitened": "mean score, weighed by the inverse of the releases' own covariance; for Gaussian plans",
-    "matched": "mean score, weighed by the canaries' signs alone; for Gaussian plans",
+    "whitened": "mean score, weighted by the inverse of the releases' covariance; for Gaussian plans",
+    "matched": "mean score, weighted only by the canaries' signs; for Gaussian plans",
 }
 _LARGEST = {
     "largest": "the most visible canary alone; for Gaussian plans",
@@ -214,7 +214,7 @@ def _mean(name: str, scores: np.ndarray, root: float, claims: _Claims) -> _Score
 
 
 def _largest(name: str, scores: np.ndarray, roots: np.ndarray, claims: _Claims) -> _Score:
-    """Scores of canaries that took part in more or fewer rounds are brought to the mean number of rounds."""
+    """Return a score from the largest one; canaries are scaled to the mean number of rounds they took part in."""
     root = float(roots.mean())
 
     def lower(significance: float) -> float:
@@ -230,7 +230,7 @@ def _one_run(
     evidence: "Evidence",
     claims: _Claims,
 ) -> _Score:
-    """The best of three numbers of guesses; the claim is that of the canary that took part most often."""
+    """Return the best of three numbers of guesses; the claim is that of the most frequent canary."""
     candidates = canaries.isotropic
     coins, root = canaries.coins[:candidates], math.sqrt(float(canaries.takes_part[:candidates].sum(axis=1).max()))
     guessed = [max(round(share * candidates), 1) for share in _GUESSED]
@@ -245,7 +245,7 @@ def _one_run(
 
 
 def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
-    """How many of so many guesses are right: the sign of the largest scores, or presence at both ends."""
+    """Return the number of correct guesses: the sign of the largest scores, or presence at both ends."""
     if (coins < 0).any():
         chosen = np.argsort(-np.abs(scores), kind="stable")[:guesses]
         return int((np.sign(scores[chosen]) == coins[chosen]).sum())
@@ -255,8 +255,9 @@ def _right_guesses(scores: np.ndarray, coins: np.ndarray, guesses: int) -> int:
 
 
 def _without_cohorts(evidence: "Evidence", canaries: Canaries, claims: _Claims) -> float | None:
-    """Epsilon of two Gaussians of deviation 1, as far apart as the scores of an auditor without cohorts (Andrew et al.
-    2023, arXiv 2302.03098). An estimate: a sampled mechanism is no Gaussian one.
+    """Return the epsilon of two Gaussians of deviation 1, as far apart as an auditor's scores without cohorts.
+
+    Source: Andrew et al. 2023, arXiv 2302.03098. An estimate: a sampled mechanism is not Gaussian.
     """
     if evidence.unaware is None:
         return None

@@ -1,4 +1,4 @@
-"""The command line: fedpriv new | run | sweep | compare | report | audit | flower | deploy | privacy | data | list."""
+"""Command line `fedpriv COMMAND`; each module defines some of the commands."""
 
 import sys
 
@@ -7,30 +7,30 @@ import click
 from fedpriv.cli.app import app
 from fedpriv.errors import UserError
 
-from fedpriv.cli import run, sweep, audit, flower, deploy, privacy, data  # isort: skip
+from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data  # isort: skip
 
 __all__ = ["app", "main"]
 
-# The order in which they are imported is the order of the help.
-_COMMANDS = (run, sweep, audit, flower, deploy, privacy, data)
+# `--help` lists the commands in the order of these imports.
+_COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; a mistake of the user's is one line on stderr and exit code 2."""
+    """Run the command line. A `UserError` becomes one line on stderr and exit code 2."""
     try:
         code = app(args=arguments, standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C
+        if code == 130:  # typer turns Ctrl-C into this exit code
             raise KeyboardInterrupt
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):
-        print("fedpriv: stopped. Runs in process go on from the last checkpoint with --resume.", file=sys.stderr)
+        print("fedpriv: stopped. Add --resume to continue a run from its last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         where = error.filename or "file system"
-        _fail(f"{where}: {error.strerror or error}. Mend it and run again; a run goes on with --resume")
+        _fail(f"{where}: {error.strerror or error}. Fix this and run again; add --resume to continue a run")
     else:
         raise SystemExit(code if isinstance(code, int) else 0)
 

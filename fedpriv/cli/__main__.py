@@ -1,4 +1,4 @@
-"""`python -m fedpriv.cli` is `fedpriv`."""
+"""Entry point of `python -m fedpriv.cli`, which is the same as `fedpriv`."""
 
 from fedpriv.cli import main
 

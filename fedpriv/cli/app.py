@@ -1,4 +1,4 @@
-"""The program and what all of its commands share."""
+"""The Typer application and the options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,6 @@ __all__ = ["ConfigFile", "DataRoot", "LogDiagnostics", "Logs", "Settings", "app"
 
 app = typer.Typer(
     help="Differentially private federated learning.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -22,7 +21,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def version(
     context: typer.Context,
-    show: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
+    show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Differentially private federated learning."""
     if show:
@@ -33,28 +32,29 @@ def version(
         raise typer.Exit(2)
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's TOML file.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file of the experiment.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("-s", "--set", metavar="table.key=value", help="Change a key of the config; empty value removes it."),
+    typer.Option("-s", "--set", metavar="table.key=value", help="Override a config key; an empty value removes it."),
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Where data sets lie; else FEDPRIV_DATA, else ./data.", show_default=False)
+    Path | None,
+    typer.Option(help="Folder of the data sets.", show_default="$FEDPRIV_DATA, otherwise ./data"),
 ]
 Logs = Annotated[
     list[str] | None,
-    typer.Option("--log", metavar="TRACKER", help="Send rounds to tensorboard, mlflow or wandb too; may be repeated."),
+    typer.Option("--log", metavar="TRACKER", help="Also log to tensorboard, mlflow or wandb; repeatable."),
 ]
 LogDiagnostics = Annotated[
     bool | None,
     typer.Option(
         "--log-diagnostics/--no-log-diagnostics",
-        help="Whether what is not released is sent there as well.",
-        show_default="of runs without privacy",
+        help="Also send unreleased diagnostics to the trackers.",
+        show_default="only for non-private runs",
     ),
 ]
 
 
 def picture(path: Path) -> str:
-    """A picture's path, or what draws it."""
-    return str(path) if has_extra("report") else "none: pip install 'fedpriv[report]' draws it"
+    """Return the path of a picture, or how to install the package that draws it."""
+    return str(path) if has_extra("report") else "none: install 'fedpriv[report]' to draw it"

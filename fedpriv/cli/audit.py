@@ -1,4 +1,4 @@
-"""Attacking a promise."""
+"""The command `fedpriv audit`."""
 
 import textwrap
 from pathlib import Path
@@ -7,25 +7,27 @@ from typing import Annotated
 import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
-from fedpriv.experiment.config import load_config
-from fedpriv.experiment.progress import RoundProgress
-from fedpriv.privacy import rounded_up
 
 
 @app.command()
 def audit(
     config: ConfigFile,
-    canaries: Annotated[int, typer.Option(help="How many clients are planted.")] = 300,
-    confidence: Annotated[float, typer.Option(help="Of the lower bound on epsilon.")] = 0.95,
-    out: Annotated[Path | None, typer.Option(help="The folder; else runs/NAME-audit.", show_default=False)] = None,
+    canaries: Annotated[int, typer.Option(help="Number of planted clients.")] = 300,
+    confidence: Annotated[float, typer.Option(help="Confidence level of the lower bound on epsilon.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="runs/NAME-audit")] = None,
     settings: Settings = None,
-    engine: Annotated[str, typer.Option(help="auto (measures), loop or vectorized.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto (the fastest by measurement), loop or vectorized.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     data_root: DataRoot = None,
-    audit_seed: Annotated[int, typer.Option(help="Seed of the canaries; another seed is another attack.")] = 0,
+    audit_seed: Annotated[
+        int, typer.Option(help="Seed of the planted clients; each seed gives a different attack.")
+    ] = 0,
 ) -> None:
-    """Attack an experiment's promise with planted clients in one run; exit code 1 if it is found guilty."""
+    """Test the claimed epsilon of an experiment by an attack with planted clients; exit code 1 if it is refuted."""
     from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.progress import RoundProgress
+    from fedpriv.privacy import rounded_up
 
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / f"{experiment.name}-audit"

@@ -1,4 +1,4 @@
-"""Setting up deployments and running their processes."""
+"""The commands `fedpriv deploy ...`: set up deployments and run their processes."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from fedpriv.cli.app import app
 from fedpriv.errors import require_extra
 
-deploy = typer.Typer(help="Set up, check and run a server and nodes on machines of their own.", no_args_is_help=True)
+deploy = typer.Typer(help="Set up, check and run a server and nodes on separate machines.", no_args_is_help=True)
 app.add_typer(deploy, name="deploy")
 
 
@@ -18,22 +18,24 @@ def _for_all_of_deploy() -> None:
     require_extra("fedpriv deploy", "deploy")
 
 
-DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.", show_default=False)]
-Days = Annotated[int, typer.Option(help="How long the server's certificate is valid.")]
+DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
+Days = Annotated[int, typer.Option(help="Validity of the server's certificate, in days.")]
 
 
 @deploy.command()
 def init(
     folder: DeployDir,
-    nodes: Annotated[int, typer.Option(help="How many nodes: one a client.", show_default=False)],
-    host: Annotated[str, typer.Option(help="What nodes call the server: a name or an address.", show_default=False)],
-    port: Annotated[int, typer.Option(help="The server's port.")] = 9092,
+    nodes: Annotated[int, typer.Option(help="Number of nodes, one for each client.", show_default=False)],
+    host: Annotated[
+        str, typer.Option(help="Host name or IP address at which nodes reach the server.", show_default=False)
+    ],
+    port: Annotated[int, typer.Option(help="Port of the server.")] = 9092,
     days: Days = 365,
-    trust: Annotated[str, typer.Option(help="In the nodes' policies: local or central.")] = "local",
-    epsilon: Annotated[float, typer.Option(help="In the nodes' policies: most that may be spent.")] = 8.0,
-    delta: Annotated[float, typer.Option(help="In the nodes' policies: the delta of that.")] = 1e-5,
+    trust: Annotated[str, typer.Option(help="Trust in the nodes' policies: local or central.")] = "local",
+    epsilon: Annotated[float, typer.Option(help="Privacy budget in the nodes' policies.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="Delta of that budget.")] = 1e-5,
 ) -> None:
-    """Make the folders of a deployment: keys, certificates, policies, scripts, and a README on what goes where."""
+    """Create the folders of a deployment: keys, certificates, policies, scripts and a README."""
     from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 
     deployment = make_deployment(host=host, port=port, nodes=nodes, trust=trust, epsilon=epsilon, delta=delta)
@@ -43,9 +45,9 @@ def init(
 
 @deploy.command()
 def add(
-    folder: DeployDir, nodes: Annotated[int, typer.Option(help="How many nodes to add.", show_default=False)]
+    folder: DeployDir, nodes: Annotated[int, typer.Option(help="Number of nodes to add.", show_default=False)]
 ) -> None:
-    """Make the folders of further nodes."""
+    """Create the folders of additional nodes."""
     from fedpriv.deploy.setup.provision import add_nodes
 
     added = add_nodes(folder, nodes)
@@ -54,7 +56,7 @@ def add(
 
 @deploy.command()
 def register(folder: DeployDir = Path()) -> None:
-    """Tell the server the keys of the nodes in admin/nodes/. DIR is the deployment's folder, or admin in it."""
+    """Register the keys in admin/nodes/ with the server. DIR is the folder of the deployment, or admin in it."""
     from fedpriv.deploy.setup.keys import register_nodes
 
     lines, faults = register_nodes(folder)
@@ -68,38 +70,45 @@ def register(folder: DeployDir = Path()) -> None:
 
 @deploy.command()
 def remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The node's name, such as node-3.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the node, such as node-3.", show_default=False)],
     folder: DeployDir = Path(),
 ) -> None:
-    """Take a node away for good, by its name. DIR is the deployment's folder, or admin in it; else where you are."""
+    """Remove a node permanently. DIR is the folder of the deployment, or admin in it; by default the current one."""
     from fedpriv.deploy.setup.keys import remove_node
 
     print(remove_node(name, folder))
-    print("A run that has begun continues without it: its messages are missing, the number of clients stays what the")
-    print("plan says, and each turn that asks it lasts until the deadline.")
+    print("A run in progress continues without it. Its messages are missing, the number of clients stays as planned,")
+    print("and each turn that asks it lasts until the deadline.")
 
 
 @deploy.command()
 def renew(
     folder: DeployDir,
     days: Days = 365,
-    host: Annotated[str | None, typer.Option(help="Another name of the server.", show_default=False)] = None,
+    host: Annotated[
+        str | None, typer.Option(help="New host name or IP address of the server.", show_default=False)
+    ] = None,
 ) -> None:
-    """Make a new key and certificate for the server."""
+    """Create a new key and certificate for the server."""
     from fedpriv.deploy.setup.provision import renew_certificate
 
     renew_certificate(folder, days, host)
-    print(f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server, restart it")
+    print(
+        f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server and restart it"
+    )
 
 
 @deploy.command()
 def check(
     folder: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A deployment, or its server, admin or node-I.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="PATH", help="Folder of a deployment, or server, admin or node-I in it.", show_default=False
+        ),
     ],
-    connect: Annotated[bool, typer.Option("--connect/--no-connect", help="Whether to call the server.")] = True,
+    connect: Annotated[bool, typer.Option("--connect/--no-connect", help="Connect to the server.")] = True,
 ) -> None:
-    """Check a folder of a deployment: files, keys, certificates, versions, policy, and the way to the server."""
+    """Check a folder of a deployment: files, keys, certificates, versions, policy and the connection to the server."""
     from fedpriv.deploy.setup.check import check_folder, print_findings
 
     if not print_findings(check_folder(folder, connect)):
@@ -108,9 +117,9 @@ def check(
 
 @deploy.command()
 def node(
-    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="Folder of the node.", show_default=False)],
 ) -> None:
-    """Run a node. It runs its own installed fedpriv, within its own policy, and no code that a server sends."""
+    """Run a node. It runs its own installed fedpriv, follows its own policy and executes no code from a server."""
     from fedpriv.deploy.setup.supernode import run_node
 
     raise typer.Exit(run_node(bundle))
@@ -118,20 +127,20 @@ def node(
 
 @deploy.command()
 def ledger(
-    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="The node's folder.", show_default=False)],
+    bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="Folder of the node.", show_default=False)],
 ) -> None:
-    """Show what has left a node, run by run, and what its data have been spent."""
+    """Show the messages that a node has sent in each run, and the privacy budget it has spent."""
+    from fedpriv.deploy.device.device import Device
     from fedpriv.deploy.device.ledger import account_of
-    from fedpriv.deploy.device.member import Member
 
-    member = Member.at(bundle)
-    limits = member.policy.limits
-    print(account_of(member.folder, limits.epsilon, limits.delta, limits.adjacency))
+    device = Device.at(bundle)
+    limits = device.policy.limits
+    print(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency))
 
 
 @deploy.command()
 def server(
-    folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="The server's folder.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="Folder of the server.", show_default=False)],
 ) -> None:
     """Run the server of a deployment."""
     from fedpriv.deploy.setup.superlink import run_server

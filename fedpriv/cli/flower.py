@@ -1,4 +1,4 @@
-"""Running other people's Flower apps."""
+"""The command `fedpriv flower`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,21 +11,24 @@ from fedpriv.errors import require_extra
 
 @app.command()
 def flower(
-    app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="The Flower app's folder.", show_default=False)],
-    clients: Annotated[int, typer.Option(help="How many clients: partition ids 0 to N - 1.", show_default=False)],
+    app_dir: Annotated[Path, typer.Argument(metavar="APP_DIR", help="Folder of the Flower app.", show_default=False)],
+    clients: Annotated[int, typer.Option(help="Number of clients N: partition ids 0 to N - 1.", show_default=False)],
     run_config: Annotated[
         list[str] | None,
         typer.Option(
-            "-c", "--run-config", metavar="key=value", help="Change a key of the app's config, as flwr run does."
+            "-c", "--run-config", metavar="key=value", help="Override a key of the app's run config, as flwr run does."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that run clients; above 1, Ray's.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(help="Each worker's share of a GPU, such as 0.25.")] = 0.0,
+    workers: Annotated[
+        int, typer.Option(help="Number of processes that run clients; above 1, they are Ray actors.")
+    ] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(help="Share of a GPU for each worker, such as 0.25.")] = 0.0,
     ray_address: Annotated[
-        str, typer.Option(help="A Ray cluster's HOST:PORT or auto; else a Ray of the run's own.", show_default=False)
+        str,
+        typer.Option(help="HOST:PORT of a Ray cluster, or auto.", show_default="start Ray for this run"),
     ] = "",
 ) -> None:
-    """Run a Flower app as it is, without Flower's servers. What it writes under relative names lands where you are."""
+    """Run a Flower app unchanged, without Flower's servers. Its relative paths start at the current directory."""
     require_extra("fedpriv flower", "flower", ["flwr"])
     from fedpriv.flower.apps.run import Workers, run_app
 

@@ -1,123 +1,43 @@
-"""What an experiment promises, and what runs have spent."""
+"""The command `fedpriv privacy`."""
 
-import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fedpriv.cli.app import DataRoot, Settings, app
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import assemble_clients, sampling_of
-from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.run_directory import jsonable
-from fedpriv.privacy import NOT_PROMISED, noise_against_signal, privacy_statement, rounded_up
-from fedpriv.rounds import agree
-from fedpriv.streams import SeededStreams
-
-if TYPE_CHECKING:
-    from fedpriv.report.spent import Group
 
 
 @app.command()
 def privacy(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="The experiment's TOML file.", show_default=False)
+        Path | None, typer.Argument(metavar="CONFIG", help="TOML file of the experiment.", show_default=False)
     ] = None,
     settings: Settings = None,
     data_root: DataRoot = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan, or what was spent, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", help="Draw the trade-off curve, type I against type II error."),
+        typer.Option(metavar="FILE.png", help="Draw the trade-off curve of type I and type II error."),
     ] = None,
     spent: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Instead of a config: add up what the runs below a folder have spent."),
+        typer.Option(metavar="DIR", help="Instead of CONFIG: add up the privacy spent by all runs below DIR."),
     ] = None,
 ) -> None:
-    """Show what an experiment promises: noise, epsilon, statement; or what runs have spent. Trains nothing."""
+    """Show the noise, epsilon and privacy statement of an experiment, or the privacy that runs have spent.
+
+    Nothing is trained.
+    """
     if (config is None) == (spent is None) or (spent is not None and (settings or plot)):
-        remedy = "Name an experiment's TOML file (with -s and --plot if you like), or --spent DIR alone"
+        remedy = "Give either CONFIG, with -s and --plot if needed, or --spent DIR alone"
         raise UserError("CONFIG", "either a config or --spent", "both" if spent else "neither", remedy)
+    from fedpriv.cli.print_privacy import print_plan, print_spent
+    from fedpriv.experiment.config import load_config
+
     if spent is not None:
-        _show_spent(spent, as_json=as_json)
+        print_spent(spent, as_json=as_json)
     else:
         assert config is not None
-        _show_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)
-
-
-def _size_of(experiment: Config, data_root: Path | None) -> int | None:
-    """The number of parameters; None if the data set, which decides about it, is not on this machine."""
-    try:
-        return assemble_clients(experiment, data_root=data_root).task.layout.size
-    except UserError:
-        return None
-
-
-def _show_plan(experiment: Config, data_root: Path | None, plot: Path | None, *, as_json: bool) -> None:
-    sampling = sampling_of(experiment, data_root)
-    plan = experiment.plan(sampling)
-    agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
-    size = None if plan is None else _size_of(experiment, data_root)
-    if plot is not None:
-        from fedpriv.experiment.tradeoff import plot_trade_off
-
-        plot_trade_off(plan, plot, experiment.name)
-    if as_json:
-        absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
-        absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
-        found = absent if plan is None else plan.as_dict(thorough=True)
-        if plan is not None and plan.private and size is not None:
-            found |= noise_against_signal(plan, size).as_dict()
-        print(json.dumps(jsonable(found), indent=2))
-    else:
-        told: dict[str, Any] = {
-            "size": size,
-            "clock": experiment.devices is not None,
-            "data": experiment.data.facts,
-            "recorded": True,
-        }
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **told))
-        if plot is not None:
-            print(f"picture     {plot}")
-
-
-def _show_spent(folder: Path, *, as_json: bool) -> None:
-    from fedpriv.report.spent import notes_on, spent_below
-
-    groups = spent_below(folder)
-    if as_json:
-        found = {"folder": str(folder), "groups": [group.as_dict() for group in groups], "notes": notes_on(groups)}
-        print(json.dumps(jsonable(found), indent=2))
-        return
-    console = Console()
-    for group in groups:
-        promise = "no privacy" if group.trust is None else f"trust {group.trust}, {group.adjacency}"
-        console.print(f"{group.label}: {promise}", markup=False, highlight=False)
-        if group.adversary is not None:
-            console.print(f"adversary: {group.adversary}", markup=False, highlight=False)
-        console.print(_spent_table(group))
-        console.print(f"composition: {group.total.how}\n", markup=False, highlight=False)
-    for note in notes_on(groups):
-        console.print(f"* {note}", markup=False, highlight=False)
-
-
-def _spent_table(group: "Group") -> Table:
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("run", "state", "rounds", "epsilon", "delta"):
-        shown.add_column(name, overflow="fold", justify="left" if name in ("run", "state") else "right")
-    for run in group.runs:
-        delta = "" if run.plan is None else f"{run.plan.delta:g}"
-        shown.add_row(escape(run.name), run.state, run.extent, _epsilon(run.epsilon_after(run.rounds)), delta)
-    delta = "" if group.total.delta is None else f"{group.total.delta:g}"
-    shown.add_row("together", "", "", _epsilon(group.total.epsilon), delta, style="bold")
-    return shown
-
-
-def _epsilon(epsilon: float) -> str:
-    return rounded_up(epsilon) if math.isfinite(epsilon) else "infinite"
+        print_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)

@@ -1,22 +1,14 @@
-"""Running an experiment, and beginning one."""
+"""The commands `fedpriv new` and `fedpriv run`."""
 
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpriv.cli.app import ConfigFile, DataRoot, LogDiagnostics, Logs, Settings, app, picture
+from fedpriv.cli.app import ConfigFile, DataRoot, LogDiagnostics, Logs, Settings, app
 from fedpriv.errors import UserError, require_extra
-from fedpriv.experiment.config import load_config
-from fedpriv.experiment.execution import Execution, bytes_of
-from fedpriv.experiment.learned import learned_nothing, warnings_of
-from fedpriv.experiment.progress import RoundProgress
-from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
-from fedpriv.privacy import rounded_up
-from fedpriv.tracking.trackers import track, watched_by
 
 if TYPE_CHECKING:
     from fedpriv.deploy.run import Connection
@@ -24,10 +16,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the experiment is called.", show_default=False)],
-    source: Annotated[str, typer.Option("--from", help="The shipped experiment to begin with.")] = "quickstart",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the experiment.", show_default=False)],
+    source: Annotated[str, typer.Option("--from", help="Shipped experiment to copy.")] = "quickstart",
 ) -> None:
-    """Write NAME.toml, a first experiment, into the folder where you are."""
+    """Write NAME.toml, a first experiment, to the current directory."""
     from fedpriv.experiment.starter import write_starter
 
     path = write_starter(name, source)
@@ -37,56 +29,65 @@ def new(
 @app.command()
 def run(
     config: ConfigFile,
-    out: Annotated[Path | None, typer.Option(help="The run directory; else runs/NAME.", show_default=False)] = None,
-    engine: Annotated[str, typer.Option(help="auto (measures), loop, vectorized, ray or flower.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME")] = None,
+    engine: Annotated[
+        str, typer.Option(help="auto (the fastest by measurement), loop, vectorized, ray or flower.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     data_root: DataRoot = None,
     settings: Settings = None,
     workers: Annotated[
-        int | None, typer.Option(help="Ray workers; else one a core, or a GPU.", show_default=False)
+        int | None, typer.Option(help="Number of Ray workers.", show_default="one per core or GPU")
     ] = None,
-    compute: Annotated[str, typer.Option(help="In a Ray worker: auto, loop or vectorized.")] = "auto",
+    compute: Annotated[str, typer.Option(help="Engine inside a Ray worker: auto, loop or vectorized.")] = "auto",
     gpus_per_worker: Annotated[
-        float | None, typer.Option(help="Each Ray worker's share of a GPU, such as 0.25.", show_default=False)
+        float | None, typer.Option(help="Share of a GPU for each Ray worker, such as 0.25.", show_default=False)
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
+        str | None,
+        typer.Option(help="HOST:PORT of a running Ray cluster, or auto.", show_default="start one"),
     ] = None,
     state_memory: Annotated[
         str | None,
-        typer.Option(help="Most memory of client states, such as 8GB; more goes to the disk.", show_default=False),
+        typer.Option(help="Memory limit for client states, such as 8GB; the rest is kept on disk.", show_default=False),
     ] = None,
     state_folder: Annotated[
-        Path | None, typer.Option(help="Where those states go; else the temporary folder.", show_default=False)
+        Path | None, typer.Option(help="Folder for states on disk.", show_default="the temporary folder")
     ] = None,
     client_noise: Annotated[
         str | None,
         typer.Option(
-            help="With trust local: fused (one draw a round, the same law) or faithful.", show_default="fused"
+            help="With trust local: fused (one draw per round, same distribution) or faithful (one per client).",
+            show_default="fused",
         ),
     ] = None,
     channels_last: Annotated[
-        bool | None, typer.Option("--channels-last", help="Channels innermost: faster convolutions on CPUs.")
+        bool | None, typer.Option("--channels-last", help="Store channels last: faster convolutions on CPUs.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, or bfloat16: faster, coarser gradients.", show_default="float32")
+        str | None, typer.Option(help="float32, or bfloat16 for faster but coarser gradients.", show_default="float32")
     ] = None,
     deploy: Annotated[
         str | None,
         typer.Option(
-            metavar="CONNECTION", help="Run on real devices: a deployment's folder admin, or a Flower connection."
+            metavar="CONNECTION", help="Run on real devices: the folder admin of a deployment, or a Flower connection."
         ),
     ] = None,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Rounds between checkpoints; else one every ten seconds.", show_default=False)
+        int | None, typer.Option(help="Rounds between checkpoints.", show_default="one every 10 s")
     ] = None,
     log: Logs = None,
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
-    """Run an experiment and fill its run directory."""
+    """Run an experiment and record it in its run directory."""
+    from fedpriv.cli.print_run import print_summary, print_warnings
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.execution import Execution, bytes_of
+    from fedpriv.experiment.progress import RoundProgress
     from fedpriv.runners import run_experiment
+    from fedpriv.tracking.trackers import track, watched_by
 
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / experiment.name
@@ -103,7 +104,7 @@ def run(
         precision=precision,
     )
     if log and deploy is not None:
-        raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two")
+        raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two options")
     with (
         track(log or (), experiment, directory, diagnostics=log_diagnostics) as sent,
         RoundProgress(experiment.training.rounds) as progress,
@@ -123,67 +124,8 @@ def run(
     if summary is None:
         print(f"done        the run directory is on the server: {directory.resolve()}")
     else:
-        _print_summary(summary, directory)
-        _print_warnings(directory)
-
-
-def _print_summary(summary: dict[str, Any], directory: Path) -> None:
-    accuracy, loss = summary["test_accuracy"], summary["test_loss"]
-    if summary["private"]:
-        promise = f"{rounded_up(summary['epsilon'])} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
-        promise += f"\nadversary   {summary['adversary']}"
-    else:
-        promise = "none: this run is not private"
-    if summary.get("validation_accuracy") is not None:
-        unprotected = _mark(summary, "validation_accuracy")
-        print(f"validation  {summary['validation_accuracy']:.4f} on the examples held out, to choose by{unprotected}")
-    print(
-        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
-        f"{_mark(summary, 'test_accuracy')}\n"
-        f"epsilon     {promise}\n"
-        f"{_clock_line(summary, directory)}"
-        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
-        f"picture     {picture(directory / 'curves.png')}\n"
-        f"statement   {directory / 'privacy.txt'}"
-    )
-
-
-def _print_warnings(directory: Path) -> None:
-    """Print what a run's diagnostics give cause to say; a UserError if nothing was learned, which is all recorded."""
-    rows = RunDirectory(directory).rows("diagnostics.jsonl")
-    warnings = warnings_of(rows)
-    if learned_nothing(rows):
-        remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
-        raise UserError("the run", "updates of finite numbers", "none", remedy)
-    for warning in warnings:
-        print(f"warning     {warning}", file=sys.stderr)
-
-
-def _mark(summary: dict[str, Any], score: str) -> str:
-    """A warning at a score that is computed on protected clients' own examples."""
-    return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
-
-
-def _clock_line(summary: dict[str, Any], directory: Path) -> str:
-    """How long the run would have taken on its devices; nothing without a virtual clock."""
-    beside = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # its clock may show who took part
-    found = {**beside, **summary}
-    if "simulated_seconds" not in found:
-        return ""
-    hours, rest = divmod(round(found["simulated_seconds"]), 3600)
-    down, up = (found[key] / 1e6 for key in ("bytes_down", "bytes_up"))
-    return f"clock       {hours} h {rest // 60} min {rest % 60} s, {down:.1f} MB down, {up:.1f} MB up (simulated)\n"
-
-
-def _engine_line(summary: dict[str, Any]) -> str:
-    """Which engine ran, and what it was measured against if it was chosen by measuring."""
-    ran, line = summary["execution"], summary["engine"]
-    if ran.get("workers", 1) > 1:
-        line += f" with {ran['workers']} workers, {ran['compute']} inside"
-    if ran.get("seconds_per_client"):
-        each = ", ".join(f"{name} {1e3 * seconds:.2g}" for name, seconds in ran["seconds_per_client"].items())
-        line += f" (measured, ms a client: {each})"
-    return line
+        print_summary(summary, directory)
+        print_warnings(directory)
 
 
 def _connection(given: str, *, seeded: bool) -> "Connection":

@@ -1,4 +1,4 @@
-"""Many experiments: running them, and reading what came out."""
+"""The commands `fedpriv sweep`, `compare` and `report`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,47 +7,45 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fedpriv.cli.app import DataRoot, LogDiagnostics, Logs, app
 from fedpriv.errors import require_extra
-from fedpriv.experiment.learned import warnings_of
-from fedpriv.experiment.run_directory import RunDirectory
 
 __all__ = ["trial_warnings"]
 
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep's TOML file.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The sweep's folder; else runs/NAME.", show_default=False)] = None,
-    jobs: Annotated[
-        int | None, typer.Option(help="Trials at a time; else as many as there is room for.", show_default=False)
-    ] = None,
-    engine: Annotated[str, typer.Option(help="In each trial: auto, loop or vectorized.")] = "vectorized",
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="TOML file of the sweep.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="runs/NAME")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Number of parallel trials.", show_default="as many as fit")] = None,
+    engine: Annotated[str, typer.Option(help="Engine of each trial: auto, loop or vectorized.")] = "vectorized",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    cpus_per_trial: Annotated[float, typer.Option(help="Cores that each trial needs, and PyTorch's threads.")] = 1.0,
-    gpus_per_trial: Annotated[float, typer.Option(help="Each trial's share of a GPU, such as 0.25; on Ray.")] = 0.0,
-    ray: Annotated[bool, typer.Option("--ray", help="Ray deals out cores, too; else processes of our own.")] = False,
+    cpus_per_trial: Annotated[float, typer.Option(help="Cores, and PyTorch threads, for each trial.")] = 1.0,
+    gpus_per_trial: Annotated[
+        float, typer.Option(help="Share of a GPU for each trial, such as 0.25; requires Ray.")
+    ] = 0.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Schedule trials with Ray instead of local processes.")] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running Ray, or auto; else one is started.", show_default=False)
+        str | None,
+        typer.Option(help="HOST:PORT of a running Ray cluster, or auto.", show_default="start one"),
     ] = None,
     data_root: DataRoot = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Go on, and try failed trials again.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the sweep in the output folder.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Resume, and run failed trials again.")] = False,
     no_stop: Annotated[
-        bool, typer.Option("--no-stop", help="Go on, stop no trial early, and finish those that were.")
+        bool, typer.Option("--no-stop", help="Do not stop trials early; with --resume, also finish stopped trials.")
     ] = False,
     log: Logs = None,
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
-    """Run an experiment for all values along some axes, trials side by side; failed trials do not stop it."""
+    """Run an experiment for each combination of a sweep's values, in parallel. Failed trials do not stop the sweep."""
     from fedpriv.sweeps.config import load_sweep
     from fedpriv.sweeps.files import CHOSEN, TRIALS
     from fedpriv.sweeps.live import SweepTable
     from fedpriv.sweeps.run import SweepState, run_sweep
     from fedpriv.sweeps.table import other_trials
+    from fedpriv.sweeps.trial import Tracking, TrialExecution
     from fedpriv.sweeps.tuning import about_tuning
 
     plan = load_sweep(file)
@@ -63,18 +61,19 @@ def sweep(
             plan,
             folder,
             jobs=jobs,
-            engine=engine,
-            device=device,
+            execution=TrialExecution(
+                engine=engine,
+                device=device,
+                cpus=cpus_per_trial,
+                gpus=gpus_per_trial,
+                ray=ray,
+                ray_address=ray_address,
+            ),
             data_root=data_root,
             resume=resume or retry,
             retry=retry,
             stop=not no_stop,
-            cpus_per_trial=cpus_per_trial,
-            gpus_per_trial=gpus_per_trial,
-            ray=ray,
-            ray_address=ray_address,
-            logs=log or (),
-            log_diagnostics=log_diagnostics,
+            tracking=Tracking(log or (), log_diagnostics),
             watch=watch,
         )
     failed = trials[trials["status"] == "failed"]
@@ -89,8 +88,8 @@ def sweep(
     counts += f", {stopped} stopped early" if stopped else ""
     others = other_trials(trials, folder / TRIALS)
     if others:
-        what = "trial that" if others == 1 else "trials that"
-        print(f"others      {others} {what} {file} does not have; kept in {folder / TRIALS}, not in the table")
+        noun = "trial" if others == 1 else "trials"
+        print(f"others      {others} {noun} not in {file}; kept in {folder / TRIALS}, left out of the table")
     print(
         f"trials      {len(trials)}: {counts}\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
@@ -105,9 +104,12 @@ def sweep(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run directories.", show_default=False)],
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Show finished runs side by side: what differs in their configs, and what came out."""
+    """Compare finished runs side by side: how their configs differ, and their results."""
+    from rich.console import Console
+    from rich.table import Table
+
     from fedpriv.experiment.results import compare_runs
 
     table = compare_runs(runs)
@@ -126,15 +128,18 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A sweep's folder, or any of run directories.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="Folder of a sweep, or of run directories.", show_default=False)
     ],
-    out: Annotated[Path | None, typer.Option(help="Where to; else DIR/report.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.", show_default="DIR/report")] = None,
     select: Annotated[
         str | None,
-        typer.Option(help="test or validation chooses the best; else validation if all have it.", show_default=False),
+        typer.Option(
+            help="Choose the best runs by test or validation.",
+            show_default="validation if all runs have it",
+        ),
     ] = None,
 ) -> None:
-    """Make one page about many runs: the best of each method, curves, robustness, privacy; figures and tables."""
+    """Write a web page about many runs: the best of each method, curves, robustness, privacy, figures and tables."""
     require_extra("fedpriv report", "report")
     from fedpriv.report.write import write_report
 
@@ -143,7 +148,10 @@ def report(
 
 
 def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """Yield a line for each warning that trials of a sweep give cause to."""
+    """Yield a line for each warning in the diagnostics of a sweep's trials."""
+    from fedpriv.experiment.learned import warnings_of
+    from fedpriv.experiment.run_directory import RunDirectory
+
     for name in filter(None, names):
         for warning in warnings_of(RunDirectory(folder / name).rows("diagnostics.jsonl")):
             yield f"warning     {name}: {warning}"

@@ -1,4 +1,4 @@
-"""Unequal devices on a virtual clock: who counts in which step of the server, known before anything is trained."""
+"""Heterogeneous devices on a virtual clock. The clients of every server step are known before training starts."""
 
 from fedpriv.clock.participation import Clock
 from fedpriv.clock.profiles import DEVICES, Devices, Fleet, Profile

@@ -1,4 +1,4 @@
-"""How long a participation takes, in seconds that nobody waits."""
+"""Durations of participations, in simulated seconds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ __all__ = ["Clock", "Participation"]
 
 
 class Participation(NamedTuple):
-    """One client from being asked to its answer.
+    """One client's participation, from the request to its answer.
 
-    `begins` and `ends` are simulated seconds since the run began: when it takes the model, and when its message is
-    there. One that `drops` never answers; the server notices at `ends`.
+    `begins` and `ends` are simulated seconds since the run began: the client takes the model at `begins`, and its
+    message arrives at `ends`. A client that `drops` never answers; the server notices at `ends`.
     """
 
     client: int
@@ -25,13 +25,13 @@ class Participation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """What decides when clients answer: devices, numbers of examples, the model's size, a seed. No data, no model.
+    """Everything that decides when clients answer: devices, numbers of examples, the model's size, a seed. No data.
 
     Args:
         fleet: The devices.
-        examples: How many examples of gradient work a client does in one participation, by its id; public.
+        examples: Number of example gradients that a client computes in one participation, by client id; public.
         model_bytes: Bytes of the model, and of a message.
-        streams: Where it comes from who drops out, and who is asked.
+        streams: Random streams that decide dropouts and requests.
     """
 
     fleet: Fleet
@@ -45,15 +45,15 @@ class Clock:
         return self.fleet.population
 
     def participation(self, client: int, asked: float, attempt: int) -> Participation:
-        """What comes of asking a client.
+        """Return the participation that follows from asking a client.
 
-        It waits until it is available, takes the model, works and sends. What it has begun it ends, also beyond its
-        hours.
+        The client waits until it is available, downloads the model, works and sends. It completes work that it has
+        started, even beyond its hours.
 
         Args:
-            client: Who.
-            asked: When, in seconds.
-            attempt: Which time it is that this client is asked, whatever counts them: addresses the dropout.
+            client: The client's id.
+            asked: The time of the request, in seconds.
+            attempt: Number of the request, counted in any way that is unique per client; it addresses the dropout.
         """
         device, begins = self.fleet.profile(client), self.fleet.begins(client, asked)
         seconds = self.model_bytes / device.download + self.examples(client) / device.speed

@@ -1,4 +1,4 @@
-"""What devices can do: speed, bandwidth, hours, reliability; drawn from stated laws, or read from a file."""
+"""Device profiles: speed, bandwidth, hours and reliability, drawn from distributions or read from a file."""
 
 import csv
 import math
@@ -18,18 +18,18 @@ from fedpriv.streams import Purpose, SeededStreams
 
 __all__ = ["DEVICES", "Devices", "Fleet", "LogNormal", "Profile", "Same", "Trace", "Uniform"]
 
-# Beyond these a clock in float64 seconds would no longer tell one participation from the next.
+# Beyond these limits, float64 seconds could not distinguish one participation from the next.
 _SLOWEST, _FASTEST = 1e-6, 1e15
-# A client that answers less often keeps a buffer waiting for ever.
-_MOST_DROPOUT = 0.99
+# A client that answers less often could keep a buffer waiting forever.
+_MAX_DROPOUT = 0.99
 
 
 class Profile(NamedTuple):
-    """One device. All of it is public: it says when a client counts, and nothing of what it sends.
+    """One device. All fields are public: they determine when a client counts, and nothing of the data it sends.
 
-    `speed` is in examples of gradient work a second; `download` and `upload` in bytes a second; `available` the share
-    of the day in which it takes up work, one stretch that begins at `phase` (share of the day); `dropout` the
-    probability that it is asked and never answers.
+    `speed` is in example gradients per second; `download` and `upload` are in bytes per second. `available` is the
+    share of the day in which it accepts work, one interval that begins at `phase` (share of the day). `dropout` is the
+    probability that it never answers a request.
     """
 
     speed: float
@@ -41,34 +41,34 @@ class Profile(NamedTuple):
 
 
 class Devices(Protocol):
-    """A frozen dataclass that gives each client its device."""
+    """A frozen dataclass that assigns a device to each client."""
 
     @property
     def day(self) -> float:
-        """Seconds after which availability repeats."""
+        """Length of a day in seconds; availability repeats daily."""
         ...
 
     @property
     def keep_hours(self) -> bool:
-        """Whether any of them is at times not available."""
+        """True if any device is unavailable at times."""
         ...
 
     def profile(self, client: int, population: int, rng: np.random.Generator) -> Profile:
-        """The device of one client, by its own generator."""
+        """Return the device of one client, drawn with the client's generator."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Same:
-    """All devices are alike, but for the hour at which they become available.
+    """Identical devices, except for the hour at which they become available.
 
     Args:
-        speed: Examples of gradient work a second.
-        download: Bytes a second from the server.
-        upload: Bytes a second to the server.
-        available: Share of the day in which a client takes up work; it begins at an hour drawn uniformly.
-        dropout: Probability that a client that is asked never answers.
-        day: Seconds of a day.
+        speed: Example gradients per second.
+        download: Bytes per second from the server.
+        upload: Bytes per second to the server.
+        available: Share of the day in which a client accepts work; the starting hour is drawn uniformly.
+        dropout: Probability that a client never answers a request.
+        day: Length of a day in seconds.
     """
 
     speed: float
@@ -94,15 +94,15 @@ class Same:
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal:
-    """Speed and bandwidths are log-normal and independent: median times exp(spread * N(0, 1)).
+    """Devices with independent log-normal speed and bandwidths: median times exp(spread * N(0, 1)).
 
     Args:
-        speed: Median, examples of gradient work a second.
-        download: Median, bytes a second from the server.
-        upload: Median, bytes a second to the server.
+        speed: Median, example gradients per second.
+        download: Median, bytes per second from the server.
+        upload: Median, bytes per second to the server.
         speed_spread: Standard deviation of the logarithm; at 1, one device in six is 2.7 times slower than the median.
-        download_spread: The same of `download`.
-        upload_spread: The same of `upload`.
+        download_spread: The same for `download`.
+        upload_spread: The same for `upload`.
         available: See `Same`.
         dropout: See `Same`.
         day: See `Same`.
@@ -122,7 +122,7 @@ class LogNormal:
         _check(self.speed, self.download, self.upload)
         _check_habits(self.available, self.dropout, self.day)
         for key in ("speed_spread", "download_spread", "upload_spread"):
-            remedy = "1 spreads devices over a factor of ten, 2 over a hundred"
+            remedy = "Choose 1 for a spread of about ten, 2 for about a hundred"
             real_within(f"devices.{key}", getattr(self, key), 0, 5, remedy)
 
     @property
@@ -141,12 +141,12 @@ class LogNormal:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Speed and bandwidths are uniform between two ends, and independent.
+    """Devices with independent, uniformly distributed speed and bandwidths.
 
     Args:
-        speed: Least and most, examples of gradient work a second.
-        download: Least and most, bytes a second from the server.
-        upload: Least and most, bytes a second to the server.
+        speed: Minimum and maximum, example gradients per second.
+        download: Minimum and maximum, bytes per second from the server.
+        upload: Minimum and maximum, bytes per second to the server.
         available: See `Same`.
         dropout: See `Same`.
         day: See `Same`.
@@ -163,7 +163,7 @@ class Uniform:
         for key in ("speed", "download", "upload"):
             low, high = getattr(self, key)
             if not low <= high:
-                raise UserError(f"devices.{key}", "[least, most]", [low, high], "Put the smaller number first")
+                raise UserError(f"devices.{key}", "[min, max]", [low, high], "Put the smaller number first")
         _check(self.speed[0], self.download[0], self.upload[0])
         _check(self.speed[1], self.download[1], self.upload[1])
         _check_habits(self.available, self.dropout, self.day)
@@ -183,20 +183,20 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Devices that were measured: a CSV file, a row each.
+    """Measured devices from a CSV file, one per row.
 
-    Columns `speed`, `download`, `upload` (as in `Same`), and, where the file has them, `available`, `phase`, `dropout`
-    (shares from 0 to 1; without them 1, 0 and 0). Client i has row i, from 0; where there are more clients than rows,
-    each client's row is drawn with replacement.
+    Columns are `speed`, `download` and `upload` (as in `Same`) and, optionally, `available`, `phase` and `dropout`
+    (shares from 0 to 1; 1, 0 and 0 by default). Client i has row i, from 0. If there are more clients than rows, each
+    client's row is drawn with replacement.
 
     Args:
-        file: The file; a relative path starts where the program runs.
+        file: The file; a relative path is resolved against the current directory.
         day: See `Same`.
-        checksum: Of the rows. Taken of the file where it is not given: the devices are what the file says, and an
-            experiment with others is another one.
+        checksum: Checksum of the rows; None computes it from the file. It makes the file's contents part of the
+            experiment: an experiment with other devices is a different one.
 
     Raises:
-        UserError: If the file cannot be read, a row of it is no device, or its rows have another checksum.
+        UserError: If the file cannot be read, a row is not a valid device, or the rows have another checksum.
     """
 
     file: str
@@ -205,9 +205,9 @@ class Trace:
 
     def __post_init__(self) -> None:
         _check_habits(1.0, 0.0, self.day)
-        found = self.fingerprint  # read now, so that a mistake is found before anything runs
+        found = self.fingerprint  # read now, to report mistakes before anything runs
         if self.checksum not in (None, found):
-            expected, remedy = f"rows of checksum {self.checksum}", "Give that file, or take devices.checksum away"
+            expected, remedy = f"rows of checksum {self.checksum}", "Give that file, or remove devices.checksum"
             raise UserError("devices.file", expected, f"{self.file!r} ({found})", remedy)
         object.__setattr__(self, "checksum", found)
 
@@ -221,24 +221,26 @@ class Trace:
                 known = list(Profile._fields)
                 for name in names:
                     if name not in known or names.count(name) > 1:
-                        raise UserError(self.file, "known columns, each once", repr(name), nearest(name, known))
+                        raise UserError(self.file, "known columns, each at most once", repr(name), nearest(name, known))
                 for name in known[:3]:
                     if name not in names:
-                        raise UserError(self.file, f"a column {name}", ", ".join(names) or "nothing", "Add it")
+                        raise UserError(
+                            self.file, f"a column {name}", ", ".join(names) or "an empty file", "Add the column"
+                        )
                 rows = tuple(_device(f"{self.file}: line {table.line_num}", row) for row in table)
         except OSError as error:
             reason = error.strerror or str(error)
-            remedy = "A relative path starts where the program runs"
+            remedy = "Check the path; a relative one is resolved against the current directory"
             raise UserError("devices.file", "a CSV file", f"{self.file!r} ({reason})", remedy) from None
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(self.file, "a CSV file", str(error), "Mend the file") from None
+            raise UserError(self.file, "a CSV file", str(error), "Fix the file") from None
         if not rows:
-            raise UserError(self.file, "a row for each device", "none", "Add one")
+            raise UserError(self.file, "one row per device", "no rows", "Add a row")
         return rows
 
     @property
     def fingerprint(self) -> str:
-        """A checksum of what the file says, row by row."""
+        """A checksum of the devices, row by row."""
         return f"{zlib.crc32(repr(self.rows).encode()):08x}"
 
     @property
@@ -260,18 +262,19 @@ DEVICES: Registry[Devices] = Registry(
         "uniform": Uniform,
         "trace": Trace,
     },
+    protocol=Devices,
     group="fedpriv.devices",
 )
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """Every client's device, drawn when first asked about: costs follow the clients that take part.
+    """The devices of all clients, drawn on first use: cost scales with the participating clients.
 
     Args:
-        devices: What they are drawn from.
+        devices: The distribution or file of devices.
         population: Number of clients.
-        streams: By address, so that a client's device depends on the seed and its id alone.
+        streams: Random streams by address, so a client's device depends only on the seed and its id.
     """
 
     devices: Devices
@@ -280,7 +283,7 @@ class Fleet:
     _known: dict[int, Profile] = field(default_factory=dict, repr=False)
 
     def profile(self, client: int) -> Profile:
-        """The device of one client.
+        """Return the device of one client.
 
         Raises:
             IndexError: If there is no such client.
@@ -293,7 +296,7 @@ class Fleet:
         return self._known[client]
 
     def begins(self, client: int, asked: float) -> float:
-        """When a client that is asked at a time (seconds) takes up work: at once, or when its hours begin."""
+        """Return when a client asked at `asked` (seconds) starts work: at once, or when its hours begin."""
         device, day = self.profile(client), self.devices.day
         if device.available >= 1.0:
             return asked
@@ -305,16 +308,18 @@ def _device(where: str, row: Mapping[str | None, str | None]) -> Profile:
     values: dict[str, float] = {}
     for name, text in row.items():
         if name is None or text is None:
-            raise UserError(where, "one value for each column", "more or fewer", "Mend the row")
+            raise UserError(where, "one value for each column", "more or fewer", "Fix the row")
         try:
             values[name] = float(text)
         except ValueError:
-            raise UserError(f"{where}, {name}", "a number", repr(text), "Mend the row") from None
+            raise UserError(f"{where}, {name}", "a number", repr(text), "Fix the row") from None
     device = Profile(**values)
     _check(device.speed, device.download, device.upload, f"{where}, ")
     _check_habits(device.available, device.dropout, 1.0, f"{where}, ")
     if not 0.0 <= device.phase <= 1.0:
-        raise UserError(f"{where}, phase", "a share of the day from 0 to 1", device.phase, "0.5 is noon")
+        raise UserError(
+            f"{where}, phase", "a share of the day from 0 to 1", device.phase, "Choose a share; 0.5 is noon"
+        )
     return device
 
 
@@ -323,15 +328,15 @@ def _check(speed: float, download: float, upload: float, where: str = "devices."
         if not _SLOWEST <= value <= _FASTEST:
             unit = "examples" if key == "speed" else "bytes"
             expected = f"{unit} a second, from {_SLOWEST:g} to {_FASTEST:g}"
-            raise UserError(f"{where}{key}", expected, value, "Give a number above 0")
+            raise UserError(f"{where}{key}", expected, value, "Choose a number in this range")
 
 
 def _check_habits(available: float, dropout: float, day: float, where: str = "devices.") -> None:
     if not 0.0 < available <= 1.0:
-        remedy = "1 is the whole day; leave out clients that are never there"
+        remedy = "Choose 1 for the whole day, and leave out clients that are never available"
         raise UserError(f"{where}available", "a share of the day above 0, at most 1", available, remedy)
-    if not 0.0 <= dropout <= _MOST_DROPOUT:
+    if not 0.0 <= dropout <= _MAX_DROPOUT:
         remedy = "Leave out clients that never answer"
-        raise UserError(f"{where}dropout", f"a probability from 0 to {_MOST_DROPOUT}", dropout, remedy)
+        raise UserError(f"{where}dropout", f"a probability from 0 to {_MAX_DROPOUT}", dropout, remedy)
     if not (1e-3 <= day <= 1e9 and math.isfinite(day)):
-        raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", day, "A day has 86400")
+        raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", day, "Choose 86400 for a real day")

@@ -1,20 +1,22 @@
-"""When the server moves: after rounds, after so many answers, or after so many seconds. Each is a pure scheduler.
+"""Schedules decide when the server moves: after rounds, after a number of answers, or after some seconds.
 
-A client is asked again only once the step in which its last message counts is done. So it counts at most once in a
-step, its draws of noise and of batches (addressed by step and client) are never the same twice, and it can be told what
-became of its message before it moves its memory again. A client that dropped out or came too late has not moved it.
+Each schedule is a pure function of public values. A client is asked again only when the step in which its last message
+counts is done. It therefore counts at most once per step. Its draws of noise and batches (addressed by step and client)
+never repeat. It can learn if its message counted before it updates its memory again. A client that dropped out or was
+late has not updated its memory.
 
-Messages that are still on their way when the last step is done come too late: their clients have taken a model, and
-nothing stops them. They are `late` in that step, where rounds have them in the round that ended without them.
+Messages still on the way when the last step is done are late: their clients have taken a model, and nothing stops them.
+They are `late` in that step; with rounds, they are late in the round that ended without them.
 
-Weights and memory: where clients have an error-feedback memory, every message weighs 1. The server's memory moves by
-beta / n for each message as the client's own moves by beta, and only so does it stay the mean of theirs; a message
-weighed down on its way would part them for ever. Nothing is lost by it: weights exist because a slow client's voice is
-heard too seldom or too late, and the mean of memories holds every client's last word at equal weight, however long ago
-it was spoken.
+Weights and memory: if clients have an error-feedback memory, every message has weight 1. For each message, the server's
+memory moves by beta / n and the client's memory by beta. Only then does the server's memory stay the mean of the
+clients' memories: down-weighting a message would make client and server memories diverge permanently. Nothing is lost
+by it. Weights exist because a slow client is heard too rarely or too late, and the mean of memories holds every
+client's last message at equal weight, regardless of its age.
 
-What no real client could know when it begins: the step in which its message is going to count. Its batches and its
-noise are addressed by that step, and a damped memory decays up to it. A timeline that is known beforehand can say it.
+A simulation knows one thing that a real client cannot know when it starts: the step in which its message will count.
+The client's batches and noise are addressed by that step, and a damped memory decays up to it. A timeline that is known
+in advance provides it.
 """
 
 import heapq
@@ -38,30 +40,30 @@ __all__ = ["SCHEDULES", "FedBuff", "FedFix", "Schedule", "Synchronous"]
 
 
 class Schedule(Protocol):
-    """A frozen dataclass: a rule of who is asked when, and when the server moves."""
+    """A frozen dataclass that decides which clients are asked when, and when the server moves."""
 
     @property
     def draws_cohorts(self) -> bool:
-        """Whether cohorts are drawn and accounted as `[cohort]` says. Else the timeline is (`Scheduled`)."""
+        """True if cohorts are drawn and accounted as in `[cohort]`; otherwise the timeline is (`Scheduled`)."""
         ...
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:
-        """Refuses a cohort or a method that the schedule cannot serve.
+        """Raise UserError for a cohort or a method that the schedule does not support.
 
         Raises:
-            UserError: With the key that is at fault.
+            UserError: Names the key at fault.
         """
         ...
 
     def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
-        """The first `steps` steps.
+        """Return the first `steps` steps.
 
         Args:
-            clock: How long clients take.
-            sampling: Who is asked, where cohorts are drawn.
-            steps: How many.
-            memory: Whether clients have a memory, so that all messages weigh 1.
-            hidden: Whether it must not be seen from the clock who was asked; see `Synchronous`.
+            clock: Determines how long clients take.
+            sampling: Selects the clients to ask, if cohorts are drawn.
+            steps: Number of steps.
+            memory: True if clients have a memory, so that all messages have weight 1.
+            hidden: True if the clock must not reveal which clients were asked; see `Synchronous`.
         """
         ...
 
@@ -70,29 +72,31 @@ class Schedule(Protocol):
 class Synchronous:
     """Rounds: ask a cohort, wait, move.
 
-    A round ends when all who were asked have answered, or were noticed to have dropped out; at the latest after
-    `deadline`. With over-selection it ends when as many have answered as the cohort has places. Who has not answered by
-    then is too late and does not count.
+    A round ends when all clients that were asked have answered or were noticed to have dropped out, and at the latest
+    after `deadline`. With over-selection it ends when as many clients have answered as the cohort has places. A client
+    that has not answered by then is late and does not count.
 
     Args:
-        deadline: Seconds after which a round ends, whoever is missing; None for none.
-        over_select: Asks for this many times the places of a cohort of fixed size.
+        deadline: Seconds after which a round ends, even if clients are missing; None for no deadline.
+        over_select: Asks this many times the places of a cohort of fixed size.
 
-    Privacy: without over-selection, whether a client that is asked counts depends on itself alone: on its device, its
-    number of examples, its hours and its own dropouts, all of which are independent of data and of other clients. Given
-    that, a round in which it would not count is one in which its message is zero, so that every round is at most what
-    the sampling's accounting takes it for, amplification included (thinning). Three cases:
+    Privacy: without over-selection, whether an asked client counts depends only on the client itself: on its device,
+    its number of examples, its hours and its dropouts. All of these are independent of the data and of other clients.
+    Given them, a round in which the client would not count is one in which its message is zero. The sampling's
+    accounting is therefore an upper bound for every round, amplification included (thinning). Three cases:
 
-    *   With a deadline and hours of availability, when a round begins decides who is in time. So every round lasts
-        until its deadline, and the k-th begins at the same hour whoever is asked and however fast they are.
-    *   With a deadline and devices that are always there, being in time does not depend on when a round begins. It may
-        end before its deadline, unless the cohort is `hidden`: the clock must then say nothing of who was asked.
-    *   Without a deadline a round waits for the last of those asked: when it ends, and so when the next begins, depends
-        on all of them, but nobody is late. Who counts is who was asked and does not drop out, which is drawn by client
-        and round, at whatever hour.
+    *   With a deadline and hours of availability, the start of a round decides which clients are in time. So every
+        round lasts until its deadline, and round k begins at the same hour regardless of the clients asked and their
+        speed.
+    *   With a deadline and devices that are always available, being in time does not depend on the start of the round.
+        The round may end before its deadline, unless the cohort is `hidden`: the clock must then reveal nothing about
+        which clients were asked.
+    *   Without a deadline a round waits for the last of the clients asked. Its end, and so the start of the next round,
+        depends on all of them, but no client is late. The clients that count are those asked that do not drop out, and
+        dropouts are drawn by client and round, independently of the hour.
 
-    With over-selection who counts depends on the others; the timeline is then taken as public and accounted
-    (`Scheduled`), without amplification.
+    With over-selection, the clients that count depend on the others; the timeline is then treated as public and
+    accounted (`Scheduled`), without amplification.
     """
 
     deadline: float | None = None
@@ -102,7 +106,7 @@ class Synchronous:
         if self.deadline is not None:
             _check_seconds("schedule.deadline", self.deadline)
         if not 1.0 <= self.over_select <= 100.0:
-            remedy = "1.3 asks 30 % more clients than a round has places; 1 asks as many"
+            remedy = "Choose 1.3 to ask 30 % more clients than a round has places, or 1 to ask as many"
             raise UserError("schedule.over_select", "a factor from 1 to 100", self.over_select, remedy)
 
     @property
@@ -116,7 +120,7 @@ class Synchronous:
             self._asked(sampling)
 
     def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
-        """See `Schedule.timeline`. The sum is divided by the expected cohort, as if all who are asked counted."""
+        """See `Schedule.timeline`. The sum is divided by the expected cohort, as if all clients asked counted."""
         (asked, places), lasts = self._asked(sampling), self._lasts(clock, hidden=hidden)
         rounds: list[Step] = []
         for number in range(1, steps + 1):
@@ -132,7 +136,7 @@ class Synchronous:
         )
 
     def _lasts(self, clock: Clock, *, hidden: bool) -> bool:
-        """Whether every round lasts until its deadline; see Privacy above."""
+        """Return True if every round lasts until its deadline; see Privacy above."""
         return self.draws_cohorts and self.deadline is not None and (hidden or clock.fleet.devices.keep_hours)
 
     def _round(
@@ -168,34 +172,34 @@ class Synchronous:
         )
 
     def _asked(self, sampling: Sampling) -> tuple[Sampling, int | None]:
-        """Who is asked, and how many of them count; None for all."""
+        """Return the sampling of clients to ask, and how many of them count; None for all."""
         if self.draws_cohorts:
             return sampling, None
         if not sampling.cohort_size:
-            remedy = "Set sampling and size in [cohort], or leave out over_select"
+            remedy = "Set sampling and size in [cohort], or remove over_select"
             raise UserError("schedule.over_select", 'cohort.sampling = "fixed"', f'"{sampling.name}"', remedy)
-        # 1.1 times 50 is 55, which floats make a little more.
+        # 1.1 times 50 is 55, but slightly more in floating point.
         more = math.ceil(self.over_select * sampling.cohort_size * (1.0 - 1e-12))
         if more > sampling.population:
             expected = f"at most {sampling.population / sampling.cohort_size:g} with {sampling.cohort_size} places"
-            remedy = f"There are {sampling.population} clients to ask"
+            remedy = f"Lower schedule.over_select: there are {sampling.population} clients to ask"
             raise UserError("schedule.over_select", expected, self.over_select, remedy)
         return FixedSize(sampling.population, more), sampling.cohort_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedBuff:
-    """A step whenever K messages have arrived, while others go on working; K = 1 is plain asynchronous averaging.
+    """A step whenever K messages have arrived, while other clients keep working; K = 1 is plain asynchronous averaging.
 
-    Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation", arXiv 2106.06639. So many clients
-    are at work at any time as `concurrency` says (fewer if all others wait for the step in which they count); whoever
-    answers or is noticed to have dropped out makes room for another, drawn uniformly from those who neither work nor
-    wait. A message that is s steps behind weighs (1 + s)^-a; the weighted sum is divided by K.
+    Nguyen et al. 2022, "Federated Learning with Buffered Asynchronous Aggregation", arXiv 2106.06639. `concurrency`
+    clients work at any time (fewer if all others wait for the step in which they count). When a client answers or is
+    noticed to have dropped out, it makes room for another, drawn uniformly from the clients that neither work nor wait.
+    A message that is s steps behind has weight (1 + s)^-a; the weighted sum is divided by K.
 
     Args:
         buffer_size: K.
-        concurrency: Clients at work at a time.
-        staleness_exponent: a; None is 1/2, and 0 for methods with memory, whose messages must weigh the same.
+        concurrency: Number of clients at work at a time.
+        staleness_exponent: a; None is 1/2, or 0 for methods with memory, which require equal weights.
     """
 
     buffer_size: int
@@ -204,14 +208,14 @@ class FedBuff:
 
     def __post_init__(self) -> None:
         for key in ("buffer_size", "concurrency"):
-            at_least_one(f"schedule.{key}", getattr(self, key), "Give a number of clients")
+            at_least_one(f"schedule.{key}", getattr(self, key), "Set it to a number of clients")
         if self.staleness_exponent is not None:
-            remedy = "0.5 is usual; 0 weighs all messages the same"
-            real_from("schedule.staleness_exponent", self.staleness_exponent, 0, remedy, most=100.0)
+            remedy = "Choose 0.5, the usual value, or 0 for equal weights"
+            real_from("schedule.staleness_exponent", self.staleness_exponent, 0, remedy, high=100.0)
 
     @property
     def draws_cohorts(self) -> bool:
-        """No."""
+        """False: the timeline is accounted."""
         return False
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:
@@ -220,10 +224,16 @@ class FedBuff:
         for key in ("buffer_size", "concurrency"):
             if getattr(self, key) > sampling.population:
                 expected = f"at most {sampling.population}, the number of clients"
-                raise UserError(f"schedule.{key}", expected, getattr(self, key), "A client counts once in a step")
+                raise UserError(
+                    f"schedule.{key}",
+                    expected,
+                    getattr(self, key),
+                    "Lower it, because a client counts at most once in a step",
+                )
         if memory and self.staleness_exponent:
-            got, remedy = self.staleness_exponent, "A weighed message would part the server's memory from the clients'"
-            raise UserError("schedule.staleness_exponent", "0, or nothing, for a method with memory", got, remedy)
+            expected = "0, or no value, for a method with memory"
+            remedy = "Remove it: down-weighted messages would make the server's memory diverge from the clients'"
+            raise UserError("schedule.staleness_exponent", expected, self.staleness_exponent, remedy)
 
     def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
         """See `Schedule.timeline`."""
@@ -239,14 +249,14 @@ class FedBuff:
 
 @dataclass(frozen=True, kw_only=True)
 class FedFix:
-    """A step every `window` seconds, from whatever has arrived; everybody is always at work.
+    """A step every `window` seconds, from the messages that have arrived; all clients are always at work.
 
     Fraboni, Vidal, Kameni, Lorenzi 2023, "A General Theory for Federated Optimization with Asynchronous and
-    Heterogeneous Clients Updates", arXiv 2206.10189: x += eta sum_i d_i (w_i - x_start_i) over those who arrived, with
-    d_i = ceil(tau_i / Dt) p_i, tau_i the time of client i's work and p_i = 1 / n. Here tau_i includes the wait for a
-    client's hours, and 1 / n is the division by the expected weight of a step, n. A slow client speaks seldom and then
-    louder; it is also the one whose privacy costs most. With memory every message weighs 1, which the mean of memories
-    makes fair already.
+    Heterogeneous Clients Updates", arXiv 2206.10189: x += eta sum_i d_i (w_i - x_start_i) over the arrived messages,
+    with d_i = ceil(tau_i / Dt) p_i, tau_i the time of client i's work and p_i = 1 / n. Here tau_i includes the wait for
+    a client's hours, and 1 / n is the division by the expected weight of a step, n. A slow client counts rarely and
+    then with a larger weight; it also has the highest privacy cost. With memory every message has weight 1, and the
+    mean of memories already makes clients equal.
 
     Args:
         window: Dt in simulated seconds.
@@ -259,7 +269,7 @@ class FedFix:
 
     @property
     def draws_cohorts(self) -> bool:
-        """No."""
+        """False: the timeline is accounted."""
         return False
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:
@@ -277,9 +287,9 @@ class FedFix:
         )
 
     def _windows(self, clock: Clock, population: int, steps: int, *, equal: bool) -> Iterator[Step]:
-        free: dict[int, list[int]] = defaultdict(list)  # after which step: who can be asked
-        takes: dict[int, int] = defaultdict(int)  # in which window: how many take a model
-        ends: dict[int, list[tuple[Participation, int]]] = defaultdict(list)  # in which: who answers, asked after which
+        free: dict[int, list[int]] = defaultdict(list)  # clients that can be asked, by the last step
+        takes: dict[int, int] = defaultdict(int)  # number of downloads, by window
+        ends: dict[int, list[tuple[Participation, int]]] = defaultdict(list)  # answers with the step before, by window
         attempts: dict[int, int] = defaultdict(int)
         free[0] = list(range(population))
         down = up = 0
@@ -312,11 +322,11 @@ class FedFix:
             )
 
     def _within(self, seconds: float) -> int:
-        """In which window, from 1, a time lies; it ends the earlier of two."""
+        """Return the window, from 1, that contains a time; a boundary belongs to the earlier window."""
         return math.ceil(seconds / self.window)
 
     def _under_way(self, ends: dict[int, list[tuple[Participation, int]]], number: int) -> list[int]:
-        """Who has taken a model until the end of a window, and is going to answer after it."""
+        """Return the clients that took a model by the end of a window and will answer after it."""
         expected = [one for answers in ends.values() for one, _ in answers]
         return [one.client for one in expected if self._within(one.begins) <= number and not one.drops]
 
@@ -333,22 +343,22 @@ SCHEDULES: Registry[Schedule] = Registry(
 
 @dataclass
 class _Buffer:
-    """The events of FedBuff, in order of time and then of when they were foreseen."""
+    """The events of FedBuff, ordered by time and then by when they were scheduled."""
 
     clock: Clock
     size: int
     concurrency: int
     exponent: float
     _events: list[tuple[float, int, bool, Participation]] = field(default_factory=list)
-    _busy: set[int] = field(default_factory=set)  # at work, or waiting for the step in which they count
-    _starts: dict[int, int] = field(default_factory=dict)  # of those at work: the number of the model they took
+    _busy: set[int] = field(default_factory=set)  # at work, or waiting for their step
+    _starts: dict[int, int] = field(default_factory=dict)  # model numbers of clients at work
     _attempts: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _at_work: int = 0
     _asks: int = 0
     _foreseen: int = 0
 
     def run(self, steps: int) -> Iterator[Step]:
-        """So many steps."""
+        """Yield `steps` steps."""
         done = down = up = 0
         waiting: dict[int, list[int]] = defaultdict(list)  # by the model that they took
         asked, dropped = self._ask(0.0), []
@@ -380,11 +390,11 @@ class _Buffer:
             asked += self._ask(now)
 
     def _under_way(self) -> list[int]:
-        """Who has taken a model and is going to answer."""
+        """Return the clients that have taken a model and will answer."""
         return [one.client for _, _, answers, one in self._events if answers and not one.drops]
 
     def _ask(self, now: float) -> list[int]:
-        """Puts clients to work until there are enough; returns whom."""
+        """Put clients to work until enough are working; return them."""
         asked = []
         while self._at_work < self.concurrency and len(self._busy) < self.clock.population:
             client = self._draw()
@@ -397,7 +407,7 @@ class _Buffer:
         return asked
 
     def _draw(self) -> int:
-        """One of those who are not busy, uniformly: draws from all until it is one of them."""
+        """Draw uniformly from the clients that are not busy, by rejection."""
         self._asks += 1
         source, everyone = self.clock.streams.source(Purpose.ASKING, self._asks), self.clock.population
         while True:
@@ -411,7 +421,7 @@ class _Buffer:
 
 
 def _groups(weighed: dict[tuple[int, float], list[int]], number: int) -> tuple[Group, ...]:
-    """In a fixed order; where nobody counts, one group without clients, from the newest model."""
+    """Return groups in a fixed order; if no client counts, one empty group with the newest model."""
     found = [Group(start, weight, _ids(clients)) for (start, weight), clients in sorted(weighed.items())]
     return tuple(found) or (Group(number - 1, 1.0, _ids(())),)
 
@@ -426,11 +436,16 @@ def _bytes(step: Step) -> tuple[int, int]:
 
 def _check_seconds(key: str, value: float) -> None:
     if not 1e-6 <= value <= 1e12:
-        raise UserError(key, "simulated seconds, from 1e-06 to 1e+12", value, "A participation lasts seconds to hours")
+        raise UserError(
+            key,
+            "simulated seconds, from 1e-06 to 1e+12",
+            value,
+            "Choose seconds to hours, the duration of a participation",
+        )
 
 
 def _check_everyone(schedule: str, sampling: Sampling) -> None:
     if sampling.name != Everyone.name:
-        remedy = "The schedule says who is asked; leave out [cohort]"
+        remedy = "Remove [cohort], because the schedule selects the clients"
         got = f'"{sampling.name}"'
         raise UserError("cohort.sampling", f'"everyone" with schedule.kind = "{schedule}"', got, remedy)

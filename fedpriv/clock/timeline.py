@@ -1,4 +1,4 @@
-"""The server's steps: who counts in which, from which model, with what weight; known before anything is trained."""
+"""The server's steps, known before training: the clients that count in each, their start models and weights."""
 
 import zlib
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ __all__ = ["Group", "Ledger", "Step", "Timeline"]
 
 
 class Group(NamedTuple):
-    """Clients that count in one step alike.
+    """Clients that count in a step with the same start model and weight.
 
-    `start` is how many steps were done when they took their model, so that it is the model after step `start`; a
-    message's `weight` multiplies it in the sum; `clients` are ascending int64 `[clients]`.
+    `start` is the number of steps done when they took the model: it is the model after step `start`. `weight`
+    multiplies their messages in the sum. `clients` are ascending int64 `[clients]`.
     """
 
     start: int
@@ -26,12 +26,12 @@ class Group(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of the server, from 1. Clients are int64, ascending; in `asked` and `dropped` one may stand twice.
+    """One step of the server, numbered from 1. Clients are ascending int64; `asked` and `dropped` may repeat a client.
 
-    `seconds` is the simulated time since the run began at which the step ends. `dropped` never answered. `late` sent
-    their message, and it was not used; in the last step they are also those whose message is then still on its way.
-    Others that were asked and do not count (yet) were not available, or are still at work. `bytes_down` and `bytes_up`
-    count from the beginning of the run.
+    `seconds` is the simulated time from the start of the run to the end of the step. `dropped` clients never answered.
+    `late` clients sent a message that was not used; in the last step, they include clients with messages still on the
+    way. Other clients that were asked and do not count (yet) were unavailable or are still at work. `bytes_down` and
+    `bytes_up` count from the start of the run.
     """
 
     number: int
@@ -45,17 +45,17 @@ class Step(NamedTuple):
 
     @property
     def counted(self) -> np.ndarray:
-        """Whose messages the step uses, ascending int64."""
+        """The senders of the messages that the step uses, ascending int64."""
         return np.sort(np.concatenate([group.clients for group in self.groups]))
 
     @property
     def sent(self) -> np.ndarray:
-        """Whose messages it uses, or are lost on it (`late`), ascending int64; every message is in one step's."""
+        """The senders of messages that the step uses or discards (`late`), ascending int64; every message once."""
         return np.sort(np.concatenate([self.counted, self.late]))
 
     @property
     def staleness(self) -> float | None:
-        """Mean number of steps between the model a counted client took and the one its message moves."""
+        """Mean number of steps between the model that a counted client took and the model that its message updates."""
         counted = sum(len(group.clients) for group in self.groups)
         behind = sum(len(group.clients) * (self.number - 1 - group.start) for group in self.groups)
         return behind / counted if counted else None
@@ -71,14 +71,14 @@ class Timeline:
     """All steps of a run.
 
     Args:
-        scheme: Which rule made it, in one word.
+        scheme: The rule that produced the timeline, in one word.
         population: Number of clients.
-        expected_size: By which a step's weighted sum is divided.
-        steps: In order, numbered from 1.
+        expected_size: The divisor of a step's weighted sum.
+        steps: The steps in order, numbered from 1.
 
     Raises:
-        ValueError: If a client counts twice in one step. Its weights would add up before they are squared, its batches
-            and its noise would be the same twice, and the account would be wrong.
+        ValueError: If a client counts twice in one step. Its weights would add up before they are squared, and it would
+            use the same batches and noise twice, so the accounting would be wrong.
     """
 
     scheme: str
@@ -93,18 +93,19 @@ class Timeline:
                 raise ValueError(f"a client counts twice in step {step.number}")
 
     def step(self, number: int) -> Step:
-        """The step of that number, from 1."""
+        """Return step `number`, from 1."""
         return self.steps[number - 1]
 
     @cached_property
     def last_use(self) -> dict[int, int]:
-        """Of each model that somebody starts from, by its number: the last step in which such a message counts."""
+        """For each start model, by its number: the last step in which a message from it counts."""
         return {group.start: step.number for step in self.steps for group in step.groups}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum of who counts when and how much, and of who sends in vain; not of seconds, whose last digit may be
-        another machine's.
+        """A checksum of the clients that count in each step, their weights, and the late clients.
+
+        It ignores seconds, because their last digits may differ between machines.
         """
         found = 0
         for step in self.steps:
@@ -116,7 +117,7 @@ class Timeline:
         return f"{found:08x}"
 
     def scheduled(self) -> Scheduled:
-        """What accounting needs of it."""
+        """Return the sampling that accounting uses."""
         squares, sent = Ledger(), Ledger()
         for step in self.steps:
             for group in step.groups:
@@ -129,7 +130,7 @@ class Timeline:
 
 
 class Ledger:
-    """What each client has been charged, and after each step the most that anyone has."""
+    """The charges of each client, and the maximum over clients after each step."""
 
     def __init__(self) -> None:
         self.most: list[float] = []
@@ -137,11 +138,11 @@ class Ledger:
         self._worst = 0.0
 
     def charge(self, clients: Iterable[int], amount: float) -> None:
-        """Charges each client."""
+        """Charge each client."""
         for client in clients:
             self._spent[client] = self._spent.get(client, 0.0) + amount
             self._worst = max(self._worst, self._spent[client])
 
     def close(self) -> None:
-        """Ends a step."""
+        """End a step."""
         self.most.append(self._worst)

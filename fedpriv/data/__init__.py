@@ -1,1 +1,1 @@
-"""Data sets, and how clients come to hold them."""
+"""Data sets, and their distribution among clients."""

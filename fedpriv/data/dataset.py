@@ -1,4 +1,4 @@
-"""Examples in memory, and where they come from."""
+"""Examples in memory, and the interface of data set loaders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ __all__ = ["DATASETS", "Dataset", "DatasetSource", "HeldOut"]
 
 
 class HeldOut(NamedTuple):
-    """Whose examples those are that are held out of natural clients.
+    """The owners of examples that are held out from natural clients.
 
     Args:
-        owners: int64 `[examples]`, the client of each, from 0 to `clients - 1`.
-        clients: How many clients may hold some; it depends on no client's examples.
+        owners: int64 `[examples]`, the client of each example, from 0 to `clients - 1`.
+        clients: Maximum number of clients that hold some; independent of the clients' examples.
     """
 
     owners: np.ndarray
@@ -32,24 +32,23 @@ class Dataset:
     """Training and test examples for classification.
 
     Args:
-        name: What reports call it.
+        name: The name in reports.
         train_inputs: float32 `[examples, *input_shape]`.
         train_labels: int64 `[examples]`, 0 to `classes - 1`.
         test_inputs: float32 `[test_examples, *input_shape]`.
         test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
         classes: Number of labels, at least 2.
-        groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None without any.
-        natural_clients: Number g of natural clients, with those that hold no example; None if every one of them holds
-            some.
-        test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples belong
-            to no natural client.
-        validation_inputs: Inputs held out of the training examples, float32; None without any. See `hold_out`.
+        groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None if there are none.
+        natural_clients: Number g of natural clients, including those without examples; None if each of them has some.
+        test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples
+            belong to no client.
+        validation_inputs: Inputs held out of the training examples, float32; None if there are none. See `hold_out`.
         validation_labels: Their labels.
-        tested: Whose test examples those are; None if they are nobody's. See `evaluated_on`.
-        validated: The same of what is held out for validation.
+        tested: The owners of the test examples; None if they belong to no client. See `evaluated_on`.
+        validated: The owners of the validation examples, likewise.
 
     Raises:
-        UserError: If shapes, types or ranges are others.
+        UserError: If shapes, types or ranges are wrong.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Dataset:
         if self.groups is not None:
             self._check_groups("training", self.groups, self.examples)
             if self.natural_clients is None and not np.bincount(self.groups).all():
-                raise self._wrong("natural clients numbered from 0 without gaps", "others")
+                raise self._wrong("natural clients numbered from 0 without gaps", "numbers with gaps")
         if self.groups is not None and self.test_groups is not None:
             self._check_groups("test", self.test_groups, len(self.test_labels))
 
@@ -115,21 +114,21 @@ class Dataset:
             )
 
     def _wrong(self, expected: str, got: object) -> UserError:
-        return UserError(f"dataset {self.name}", expected, got, "Correct the arrays that it is made of")
+        return UserError(f"dataset {self.name}", expected, got, "Correct the arrays of the data set")
 
 
 class DatasetSource(Protocol):
-    """Settings that say where a data set comes from; filled from the table `[data]`.
+    """Settings that locate a data set; read from the table `[data]`.
 
-    `natural` says whether it has natural clients, and `test` on whose examples a model is then tested unless the
-    experiment says otherwise: see `validation.evaluated_on`.
+    `natural` is True if it has natural clients. `test` names the default test examples of experiments: see
+    `validation.evaluated_on`.
     """
 
     natural: ClassVar[bool]
     test: ClassVar[Whose]
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads the data set; `data_root` None means FEDPRIV_DATA, else `./data`."""
+        """Load the data set; `data_root` None means FEDPRIV_DATA, or `./data` if that is not set."""
         ...
 
 
@@ -144,6 +143,13 @@ DATASETS: Registry[DatasetSource] = Registry(
         "heart-disease": "fedpriv.data.datasets:HeartDisease",
         "tiny-shakespeare": "fedpriv.data.datasets:TinyShakespeare",
         "libsvm": "fedpriv.data.datasets:Libsvm",
+        "csv": "fedpriv.data.user_files:Csv",
+        "parquet": "fedpriv.data.user_files:Parquet",
+        "npz": "fedpriv.data.user_files:Npz",
+        "leaf": "fedpriv.data.user_files:Leaf",
+        "image-folder": "fedpriv.data.user_files:ImageFolder",
     },
+    protocol=DatasetSource,
     group="fedpriv.datasets",
+    wrap="fedpriv.data.own:OwnData",
 )

@@ -1,10 +1,10 @@
-"""Data sets in memory: one frozen dataclass each, which loads what is on the disk.
+"""Data sets in memory: one frozen dataclass per data set, which loads it from disk.
 
-Images are standardised with published constants of each data set, never with statistics of the loaded
-examples, so that loading releases nothing about any client. (Of a LIBSVM file the number of features and the labels are
-read off the data and count as public; `features` states the first of them.) The data sets' own splits into training and
-test examples are fixed: they depend neither on the experiment's seed nor on its population. Of natural clients an
-experiment can test on other examples; see `fedpriv.data.validation`.
+Images are normalized with published constants of each data set, never with statistics of the loaded examples, so
+loading releases nothing about any client. (For a LIBSVM file, the number of features and the labels are read from the
+data and count as public; `features` can state the former.) The data sets' standard splits into training and test
+examples are fixed: they depend on neither the experiment's seed nor its population. With natural clients, an experiment
+can test on other examples; see `fedpriv.data.validation`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 
 from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
-from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_idx, read_libsvm
+from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_digits, read_idx, read_libsvm
 from fedpriv.data.natural_files import (
     ALPHABET,
     HOSPITALS,
@@ -26,7 +26,7 @@ from fedpriv.data.natural_files import (
     read_patients,
     read_speeches,
 )
-from fedpriv.errors import UserError, require_extra
+from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
 __all__ = [
@@ -64,25 +64,22 @@ class Digits:
     test: ClassVar[Whose] = "public"
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads the digits out of scikit-learn; see `DatasetSource.load`."""
-        require_extra("data.name = 'digits'", "data")
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        inputs = (np.asarray(pixels) / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
-        return _split("digits", inputs, np.asarray(labels, dtype=np.int64), 10)
+        """Load the digits from the file in scikit-learn; see `DatasetSource.load`."""
+        table = read_digits()
+        inputs = (table[:, :-1] / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
+        return _split("digits", inputs, table[:, -1].astype(np.int64), 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageSource:
-    """What data sets of images have in common: a part of them can be taken, for studies at a smaller size.
+    """Common settings of image data sets: use only some of the examples, for smaller studies.
 
     Args:
-        train_examples: Take the first so many training examples; None for all.
-        test_examples: Likewise.
+        train_examples: Use only this many training examples, from the first; None for all.
+        test_examples: The same for test examples.
 
     Raises:
-        UserError: If a number is not positive; on loading, if there are not so many.
+        UserError: If a number is not positive or, on loading, exceeds the number of examples.
     """
 
     natural: ClassVar[bool] = False
@@ -101,14 +98,14 @@ class _ImageSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Mnist(_ImageSource):
-    """MNIST: 60,000 + 10,000 handwritten digits `[1, 28, 28]`, standardised.
+    """MNIST: 60,000 + 10,000 handwritten digits `[1, 28, 28]`, normalized.
 
     Mean 0.1307, deviation 0.3081. Source: LeCun, Bottou, Bengio and Haffner, Gradient-based learning applied
     to document recognition, 1998.
     """
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+        """Load `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
 
         Raises:
             UserError: If files are missing and cannot be downloaded, or are damaged.
@@ -118,13 +115,13 @@ class Mnist(_ImageSource):
 
 @dataclass(frozen=True, kw_only=True)
 class FashionMnist(_ImageSource):
-    """Fashion-MNIST: 60,000 + 10,000 articles of clothing `[1, 28, 28]`, standardised.
+    """Fashion-MNIST: 60,000 + 10,000 articles of clothing `[1, 28, 28]`, normalized.
 
     Mean 0.2860, deviation 0.3530. Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747.
     """
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
+        """Load `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
 
         Raises:
             UserError: If files are missing and cannot be downloaded, or are damaged.
@@ -137,7 +134,7 @@ class FashionMnist(_ImageSource):
 class MnistByWriter:
     """MNIST with the writer of each training image as its natural client: 539 writers of 19 to 131 images.
 
-    Test: MNIST's own test images, which are by other writers.
+    Test examples: MNIST's standard test images, by other writers.
 
     Source: Yadav and Bottou, Cold Case: the Lost MNIST Digits, NeurIPS 2019 (QMNIST, label column 2).
     """
@@ -146,7 +143,7 @@ class MnistByWriter:
     test: ClassVar[Whose] = "public"
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
+        """Load `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
 
         Raises:
             UserError: If files are missing and cannot be downloaded, are damaged, or describe other images.
@@ -157,50 +154,51 @@ class MnistByWriter:
         facts = read_idx(path)
         if facts.shape != (images.examples, 8) or (facts[:, 0] != images.train_labels.numpy()).any():
             expected = f"{images.examples} rows of 8 facts, each with the label of its MNIST image"
-            raise UserError(str(path), expected, f"others, of shape {facts.shape}", "Replace the file")
+            raise UserError(str(path), expected, f"rows of shape {facts.shape}", "Replace the file")
         groups = np.unique(facts[:, 2], return_inverse=True)[1].astype(np.int64)
         return Dataset(**{**vars(images), "groups": groups})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10(_ImageSource):
-    """CIFAR-10: 50,000 + 10,000 colour images `[3, 32, 32]`, standardised channel by channel.
+    """CIFAR-10: 50,000 + 10,000 color images `[3, 32, 32]`, normalized per channel.
 
     Means 0.4914, 0.4822, 0.4465; deviations 0.2470, 0.2435, 0.2616. Source: Krizhevsky, Learning
     Multiple Layers of Features from Tiny Images, 2009.
     """
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
+        """Load `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
 
         Raises:
-            UserError: If files are missing and cannot be downloaded, are damaged, or hold more than arrays.
+            UserError: If files are missing and cannot be downloaded, are damaged, or contain anything but arrays.
         """
         root = data_root or default_data_root()
         paths = locate(root, "cifar-10-batches-py", CIFAR10_FILES, "CIFAR10")
         images, labels = zip(*map(read_cifar_batch, paths), strict=True)
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         parts = self._taken((np.concatenate(images[:-1]), np.concatenate(labels[:-1])), (images[-1], labels[-1]))
-        train, test = ((_standardised(pixels, mean, std), labels) for pixels, labels in parts)
+        train, test = ((_normalized(pixels, mean, std), labels) for pixels, labels in parts)
         return _dataset("cifar10", train, test, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeartDisease:
-    """Patients of four hospitals, which are its natural clients: 33 numbers each, and whether the heart is diseased.
+    """Patients of four hospitals, the natural clients: 33 numbers each; the label is heart disease.
 
-    Cleveland, Budapest, Zurich with Basel, and Long Beach: 303, 294, 123 and 200 patients. Test: a fixed fifth of each
-    hospital's sick and of its healthy, unless `[data] test` says otherwise. Missing attributes are zeros, and scales
-    are round numbers of medical practice: nothing is filled or scaled by what the data hold; see `read_patients` in
-    `natural_files`. Source: Detrano et al., International application of a new probability algorithm for the diagnosis
-    of coronary artery disease, American Journal of Cardiology 64, 1989; UCI, 1988, CC BY 4.0.
+    Cleveland, Budapest, Zurich with Basel, and Long Beach: 303, 294, 123 and 200 patients. Test examples: a fixed fifth
+    of each hospital's sick and of its healthy patients, unless `[data] test` says otherwise. Missing attributes are
+    zeros and scales are round numbers of medical practice, so nothing is imputed or scaled by statistics of the data;
+    see `read_patients` in `natural_files`. Source: Detrano et al., International application of a new probability
+    algorithm for the diagnosis of coronary artery disease, American Journal of Cardiology 64, 1989; UCI, 1988, CC BY
+    4.0.
     """
 
     natural: ClassVar[bool] = True
     test: ClassVar[Whose] = "within"
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `heart_disease/processed.*.data`; see `DatasetSource.load`.
+        """Load `heart_disease/processed.*.data`; see `DatasetSource.load`.
 
         Raises:
             UserError: If files are missing or damaged.
@@ -212,25 +210,27 @@ class HeartDisease:
         test = every_fifth_of_each_label(labels + 2 * groups)
         if not test.any():
             remedy = "Replace the files by the published ones"
-            raise UserError("dataset heart-disease", "five alike patients of a hospital", len(labels), remedy)
+            raise UserError(
+                "dataset heart-disease", "five patients of one hospital with the same label", len(labels), remedy
+            )
         train, held = (inputs[~test], labels[~test]), (inputs[test], labels[test])
         return _dataset("heart-disease", train, held, 2, Owners(groups[~test], groups[test], len(HOSPITALS)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyShakespeare:
-    """The next character of what a speaker of Shakespeare's says: 65 characters, 299 speakers as natural clients.
+    """Prediction of the next character in a speech by Shakespeare: 65 characters, 299 speakers as natural clients.
 
-    An input is the speaker's last `context` characters, `[context, 65]` of zeros and a one each; zeros alone stand for
-    what is before the first. Of each speaker at most `speaker_examples` are taken, evenly spaced over what is said.
-    Test: all examples of a fifth of the speakers, who take no part; with `[data] test = "within"`, or if the clients
-    are no speakers, the last fifth of each speaker's. A name is a speaker, also if plays share it (`First Citizen`).
-    Source: Karpathy, The Unreasonable Effectiveness of Recurrent Neural Networks, 2015; speakers as clients: McMahan et
-    al., AISTATS 2017.
+    An input is the speaker's last `context` characters, one-hot encoded as `[context, 65]`; all zeros stand for
+    positions before the first character. At most `speaker_examples` are taken of each speaker, evenly spaced over the
+    speeches. Test examples: all examples of a fifth of the speakers, who do not take part in training. With `[data]
+    test = "within"`, or if the clients are not speakers: the last fifth of each speaker's examples. Equal names are one
+    speaker, even across plays (`First Citizen`). Source: Karpathy, The Unreasonable Effectiveness of Recurrent Neural
+    Networks, 2015; speakers as clients: McMahan et al., AISTATS 2017.
 
     Args:
-        context: Characters that are seen, 1 to 64.
-        speaker_examples: Most examples of a speaker, at least 1.
+        context: Number of preceding characters, 1 to 64.
+        speaker_examples: Maximum number of examples per speaker, at least 1.
 
     Raises:
         UserError: If a number is out of range.
@@ -247,7 +247,7 @@ class TinyShakespeare:
         real_within("data.context", self.context, 1, 64)
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads `tinyshakespeare/input.txt`; see `DatasetSource.load`.
+        """Load `tinyshakespeare/input.txt`; see `DatasetSource.load`.
 
         Raises:
             UserError: If the file is missing or damaged.
@@ -264,7 +264,9 @@ class TinyShakespeare:
                 owner += [speaker] * len(following[rows])
         train, test = ((one_hot_contexts(rows[:, :-1]), rows[:, -1]) for rows in map(np.concatenate, parts))
         if not len(test[1]):
-            raise UserError(str(path), "a speaker of five characters", "none", "Replace the file")
+            raise UserError(
+                str(path), "a speaker with at least five characters", "shorter speeches only", "Replace the file"
+            )
         in_train, in_test = (np.array(part, dtype=np.int64) for part in groups)
         owners = Owners(in_train, in_test, len(speakers))
         return _dataset("tiny-shakespeare", train, test, len(ALPHABET), owners)
@@ -272,15 +274,15 @@ class TinyShakespeare:
 
 @dataclass(frozen=True, kw_only=True)
 class Libsvm:
-    """A classification problem in LIBSVM's sparse text format, made dense; sorted labels become 0, 1, ...
+    """A classification problem in LIBSVM's sparse text format, stored densely; sorted labels become 0, 1, ...
 
     Args:
-        file: The training examples; a path from the data root.
-        test_file: The test examples; without it, a fixed fifth of `file` is held out.
-        features: Number of features; None means the largest index found.
+        file: The training examples; a path relative to the data root.
+        test_file: The test examples; None holds out a fixed fifth of `file`.
+        features: Number of features; None uses the largest index in the files.
 
     Raises:
-        UserError: If a value is of another type.
+        UserError: If a value has the wrong type.
     """
 
     natural: ClassVar[bool] = False
@@ -291,15 +293,15 @@ class Libsvm:
 
     def __post_init__(self) -> None:
         if not isinstance(self.file, str) or not self.file:
-            raise UserError("data.file", "a path from the data root", repr(self.file), "Name a LIBSVM text file")
+            raise UserError("data.file", "a path relative to the data root", repr(self.file), "Name a LIBSVM text file")
         if self.features is not None:
             positive_int("data.features", self.features)
 
     def load(self, data_root: Path | None) -> Dataset:
-        """Reads the file or files; see `DatasetSource.load`.
+        """Load the file or files; see `DatasetSource.load`.
 
         Raises:
-            UserError: If a file is missing or damaged, labels are no whole numbers, or features too few.
+            UserError: If a file is missing or damaged, labels are not whole numbers, or `features` is too small.
         """
         root = data_root or default_data_root()
         parts = [read_libsvm(root / file) for file in (self.file, self.test_file) if file]
@@ -312,7 +314,7 @@ class Libsvm:
 
 
 def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:
-    """Which examples to test on: the fifth, tenth, ... of each label; bool `[examples]`.
+    """Return a bool mask `[examples]` that selects the fifth, tenth, ... example of each label for testing.
 
     Args:
         labels: int64 `[examples]`.
@@ -326,7 +328,7 @@ def every_fifth_of_each_label(labels: np.ndarray) -> np.ndarray:
 
 
 class Owners(NamedTuple):
-    """The natural client of each training and of each test example, and how many natural clients there are."""
+    """The natural client of each training and of each test example, and the number of natural clients."""
 
     train: np.ndarray
     test: np.ndarray
@@ -351,8 +353,8 @@ def _dataset(
 def _split(name: str, inputs: np.ndarray, labels: np.ndarray, classes: int) -> Dataset:
     test = every_fifth_of_each_label(labels)
     if not test.any():
-        remedy = "Give a data.test_file, or more examples"
-        raise UserError(f"dataset {name}", "five examples of a label, one of them to test", len(labels), remedy)
+        remedy = "Set data.test_file, or add examples"
+        raise UserError(f"dataset {name}", "five examples of one label, one of them for testing", len(labels), remedy)
     return _dataset(name, (inputs[~test], labels[~test]), (inputs[test], labels[test]), classes)
 
 
@@ -363,7 +365,7 @@ def _all(train: Examples, test: Examples) -> tuple[Examples, Examples]:
 def _first(split: str, examples: Examples, number: int | None) -> Examples:
     inputs, labels = examples
     if number is not None and number > len(labels):
-        remedy = f"Lower data.{split}_examples, or leave it out to take all"
+        remedy = f"Lower data.{split}_examples, or remove it to use all"
         raise UserError(f"data.{split}_examples", f"at most {len(labels):,}", f"{number:,}", remedy)
     return inputs[:number], labels[:number]
 
@@ -378,23 +380,28 @@ def _idx_images(
 ) -> Dataset:
     paths = locate(data_root, f"{folder}/raw", IDX_FILES, source=folder)
     parts = taken(_idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3]))
-    standardised = [(_standardised(images, (mean,), (std,)), labels) for images, labels in parts]
-    return _dataset(name, standardised[0], standardised[1], 10)
+    normalized = [(_normalized(images, (mean,), (std,)), labels) for images, labels in parts]
+    return _dataset(name, normalized[0], normalized[1], 10)
 
 
 def _idx_examples(image_file: Path, label_file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[examples, 1, height, width]` and labels int64 `[examples]`."""
+    """Return images uint8 `[examples, 1, height, width]` and labels int64 `[examples]`."""
     images, labels = read_idx(image_file), read_idx(label_file)
     if images.dtype != np.uint8 or images.ndim != 3 or len(images) == 0:
         raise UserError(str(image_file), "images of bytes", f"shape {images.shape}", "Replace the file")
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
-        expected = f"{len(images)} labels of 0 to 9, one for each image of {image_file.name}"
-        raise UserError(str(label_file), expected, f"others, of shape {labels.shape}", "Replace both files")
+        expected = f"{len(images)} labels from 0 to 9, one for each image of {image_file.name}"
+        raise UserError(
+            str(label_file),
+            expected,
+            f"other labels, of shape {labels.shape}",
+            "Replace both files",
+        )
     return images[:, None], labels.astype(np.int64)
 
 
-def _standardised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """float32 (pixel / 255 - mean) / std, `[examples, channels, height, width]`, channel by channel."""
+def _normalized(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Return float32 (pixel / 255 - mean) / std, `[examples, channels, height, width]`, per channel."""
     pixels = images.astype(np.float32)
     pixels /= 255
     pixels -= np.array(mean, dtype=np.float32)[:, None, None]
@@ -403,23 +410,25 @@ def _standardised(images: np.ndarray, mean: tuple[float, ...], std: tuple[float,
 
 
 def _dense(matrices: list[Any], features: int | None) -> list[np.ndarray]:
-    """float32 `[examples, features]` of each; indices count from one unless some file uses index 0."""
+    """Return float32 `[examples, features]` for each matrix; indices start at one unless some file uses index 0."""
     first = 0 if any((matrix.indices == 0).any() for matrix in matrices) else 1
     found = max(matrix.shape[1] for matrix in matrices) - first
     if features is not None and features < found:
-        raise UserError("data.features", f"at least {found}, the largest index", features, "Correct data.features")
+        raise UserError(
+            "data.features", f"at least {found}, the largest index", features, "Raise data.features, or remove it"
+        )
     width = max(features or found, 1) + first
     rows = sum(matrix.shape[0] for matrix in matrices)
-    refuse_beyond_memory("data.features", 4 * rows * width, "Choose fewer features, or a file of lower indices")
+    refuse_beyond_memory("data.features", 4 * rows * width, "Choose fewer features, or a file with smaller indices")
     for matrix in matrices:
         matrix.resize(matrix.shape[0], width)
     return [matrix.toarray()[:, first:] for matrix in matrices]
 
 
 def _numbered(labels: list[np.ndarray], file: str) -> tuple[list[np.ndarray], int]:
-    """The int64 rank of each label among all values, and the number of values."""
+    """Return the int64 rank of each label among all values, and the number of values."""
     values = np.unique(np.concatenate(labels))
     if len(values) < 2 or (values != np.round(values)).any():
         got = f"{len(values)} values, {values[0]:g} to {values[-1]:g}"
-        raise UserError(f"data.file {file}", "two or more labels that are whole numbers", got, "Choose another file")
+        raise UserError(f"data.file {file}", "two or more labels, all whole numbers", got, "Choose another file")
     return [np.searchsorted(values, part).astype(np.int64) for part in labels], len(values)

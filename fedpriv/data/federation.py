@@ -1,4 +1,4 @@
-"""A federation: a data set and who of the population holds which of its training examples."""
+"""A federation: a data set and the assignment of its training examples to clients."""
 
 import zlib
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ PALETTE = (
     "#AA4499",
     "#BBBBBB",
 )
-"""Paul Tol's muted scheme, which the colour-blind can tell apart."""
+"""Paul Tol's muted scheme, suitable for color-blind readers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,12 +50,11 @@ class Federation:
 
     Args:
         dataset: The examples.
-        offsets: int64 `[clients + 1]`, from 0 to the number of held rows, ascending. A client that holds nothing sends
-            zeros.
+        offsets: int64 `[clients + 1]`, ascending from 0 to the number of rows. A client without rows sends zeros.
         rows: int64 `[held]`, disjoint rows of the training examples.
 
     Raises:
-        UserError: If nobody holds anything, or an example has two owners or does not exist.
+        UserError: If no client holds an example, or an example has two owners or does not exist.
     """
 
     dataset: Dataset
@@ -66,7 +65,7 @@ class Federation:
         if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.rows):
             raise _wrong("offsets from 0 to the number of rows")
         if (self.sizes < 0).any() or not len(self.rows):
-            raise _wrong("ascending offsets, and an example that somebody holds")
+            raise _wrong("ascending offsets, and a client with an example")
         if self.rows.min() < 0 or np.bincount(self.rows).max() > 1 or self.rows.max() >= self.dataset.examples:
             raise _wrong("rows of the training examples, each at most once")
 
@@ -82,13 +81,14 @@ class Federation:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells other data, or another spread of them, apart: a checksum of who holds what, of all labels, and of a
-        thousand evenly spaced inputs. It finds mistakes, not forgeries.
+        """A checksum of the assignment, of all labels, and of a thousand evenly spaced inputs.
+
+        It detects other data or another assignment by mistake, not forgeries.
         """
         return _fingerprint(self.dataset, self.offsets, self.rows)
 
     def rows_of(self, client: int) -> np.ndarray:
-        """The training rows that `client` holds, int64 `[size]`, ascending.
+        """Return the training rows of `client`, int64 `[size]`, ascending.
 
         Raises:
             IndexError: If there is no such client.
@@ -97,7 +97,7 @@ class Federation:
         return self.rows[self.offsets[client] : self.offsets[client + 1]]
 
     def label_counts(self) -> np.ndarray:
-        """How many examples of each label each client holds, int64 `[clients, classes]`."""
+        """Return the number of examples of each label at each client, int64 `[clients, classes]`."""
         classes = self.dataset.classes
         holder = np.repeat(np.arange(self.population), self.sizes)
         cells = holder * classes + self.dataset.train_labels.numpy()[self.rows]
@@ -106,13 +106,13 @@ class Federation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResampledFederation:
-    """Clients that draw their examples with replacement; takes no memory by client.
+    """Clients that draw their examples with replacement; needs no memory per client.
 
     Args:
         dataset: The examples.
         population: Number of clients.
-        partition: How many each draws.
-        seed: Of all draws.
+        partition: The number of draws per client.
+        seed: The seed of all draws.
     """
 
     dataset: Dataset
@@ -122,7 +122,7 @@ class ResampledFederation:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Number of examples of each client, int64 `[clients]`, one number seen from everywhere."""
+        """Number of examples of each client, int64 `[clients]`: a broadcast view of one number."""
         return np.broadcast_to(np.int64(self.partition.examples), (self.population,))
 
     @cached_property
@@ -131,7 +131,7 @@ class ResampledFederation:
         return _fingerprint(self.dataset, np.array([self.population, self.partition.examples, self.seed]))
 
     def rows_of(self, client: int) -> np.ndarray:
-        """The training rows of `client`, int64 `[size]`, ascending, with repetitions.
+        """Return the training rows of `client`, int64 `[size]`, ascending, with repetitions.
 
         Raises:
             IndexError: If there is no such client.
@@ -140,7 +140,7 @@ class ResampledFederation:
         return self.partition.rows_of(client, self.dataset.examples, self.seed)
 
     def label_counts(self) -> np.ndarray:
-        """How many examples of each label each client holds, int64 `[clients, classes]`."""
+        """Return the number of examples of each label at each client, int64 `[clients, classes]`."""
         labels, classes = self.dataset.train_labels.numpy(), self.dataset.classes
         counts = (np.bincount(labels[self.rows_of(c)], minlength=classes) for c in range(self.population))
         return np.fromiter(counts, dtype=(np.int64, classes), count=self.population)
@@ -151,19 +151,19 @@ def _check_client(client: int, population: int) -> None:
         raise IndexError(f"client {client} of a population of {population}")
 
 
-def _fingerprint(dataset: Dataset, *who_holds_what: np.ndarray) -> str:
+def _fingerprint(dataset: Dataset, *assignment: np.ndarray) -> str:
     step = max(len(dataset.train_labels) // 1000, 1)
     tensors = (dataset.train_labels, dataset.test_labels, dataset.train_inputs[::step])
-    arrays = (*who_holds_what, *(tensor.numpy() for tensor in tensors))
+    arrays = (*assignment, *(tensor.numpy() for tensor in tensors))
     return f"{reduce(lambda sum_, array: zlib.crc32(np.ascontiguousarray(array).tobytes(), sum_), arrays, 0):08x}"
 
 
 Holders = Federation | ResampledFederation
-"""Who of a population holds which examples of a data set."""
+"""A data set and the examples of each client."""
 
 
 def spread(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Holders:
-    """The data set among clients, by whatever rule; see `federate`, which divides it."""
+    """Distribute a data set among clients by any rule; see `federate` for rules that divide it."""
     if not isinstance(partition, Resampled):
         return federate(dataset, partition, clients, rng)
     population, seed = given_clients(clients), int(rng.integers(2**63))
@@ -171,16 +171,16 @@ def spread(dataset: Dataset, partition: Partition, clients: int | None, rng: np.
 
 
 def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: np.random.Generator) -> Federation:
-    """The data set divided by `partition`.
+    """Divide a data set among clients by `partition`.
 
     Args:
         dataset: The examples.
-        partition: The rule that divides them.
-        clients: Number of clients; None is for natural clients only, and means all of them.
-        rng: All randomness of the partition.
+        partition: The rule.
+        clients: Number of clients; None is allowed for natural clients only, and means all of them.
+        rng: The only source of randomness.
 
     Raises:
-        UserError: If the rule cannot serve so many clients; see `Partition.split`.
+        UserError: If the rule does not suit this number of clients; see `Partition.split`.
     """
     if isinstance(partition, Natural):
         parts = partition.split_among(dataset.groups, dataset.natural_population, clients)
@@ -192,7 +192,7 @@ def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: n
 
 
 def who_holds_what(federation: Holders) -> "pd.DataFrame":
-    """A row for each client: `client`, `examples`, and how many of each label: `label_0`, `label_1`, ..."""
+    """Return one row per client: `client`, `examples`, and the count of each label: `label_0`, `label_1`, ..."""
     import pandas as pd
 
     counts = federation.label_counts()
@@ -201,20 +201,20 @@ def who_holds_what(federation: Holders) -> "pd.DataFrame":
 
 
 def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition: str = "") -> None:
-    """Writes a picture of who holds which labels to `path`; its suffix decides the format, PNG without one.
+    """Plot each client's labels to `path`; the suffix decides the format, PNG by default.
 
-    Up to 100 clients and 10 labels are stacked bars; more are a heat map of clients, sorted by main label,
-    and a histogram of their sizes.
+    Up to 100 clients and 10 labels are stacked bars. More are a heat map of clients, sorted by main label, and a
+    histogram of their sizes.
 
     Args:
-        federation: What to show. Not private: it shows counts of single clients.
-        path: The file, whose folder must exist; or an open one.
+        federation: The federation to show. Not private: the plot shows counts of single clients.
+        path: The file, in an existing folder; or an open file.
         partition: Name of the partition, for the title.
 
     Raises:
-        UserError: If the packages that draw are not installed.
+        UserError: If the plotting packages are not installed.
     """
-    require_extra("the picture of who holds what", "report")
+    require_extra("the plot of clients' labels", "report")
     from matplotlib.figure import Figure
 
     counts = federation.label_counts()
@@ -227,7 +227,7 @@ def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition
 
 
 def _wrong(expected: str) -> UserError:
-    return UserError("federation", expected, "others", "Make it with federate(...)")
+    return UserError("federation", expected, "other arrays", "Create it with federate(...)")
 
 
 def _title(federation: Holders, counts: np.ndarray, partition: str) -> str:
@@ -267,34 +267,34 @@ def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
     right.spines[["top", "right"]].set_visible(False)
 
 
-def _whole_ticks(most: int) -> Any:
+def _whole_ticks(maximum: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    return MaxNLocator(maximum, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def _whole_bins(sizes: np.ndarray) -> np.ndarray:
-    """Edges of at most 40 bins that hold equally many whole numbers each."""
+    """Return the edges of at most 40 bins that each hold the same number of whole numbers."""
     step = -(-int(np.ptp(sizes) + 1) // 40)
     return np.arange(sizes.min(), sizes.max() + step + 1, step) - 0.5
 
 
 def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federation:
-    """The federation with each client's training inputs shifted, and its data set in the clients' order.
+    """Return the federation with each client's training inputs shifted, and its data set in the clients' order.
 
-    Examples that nobody holds are left out. Takes one more copy of the training inputs while it works, none afterwards.
+    Examples without an owner are left out. Needs memory for one more copy of the training inputs, temporarily.
 
     Args:
-        federation: Who holds what.
-        shift: What is done to a client's inputs.
-        streams: Where a client's draws come from.
+        federation: The clients' examples.
+        shift: The transformation of each client's inputs.
+        streams: The source of the clients' draws.
 
     Raises:
-        UserError: If clients share examples, or the shift means nothing for such inputs.
+        UserError: If clients share examples, or the shift is undefined for such inputs.
     """
     if not isinstance(federation, Federation):
-        remedy = "Choose another data.partition, or take data.shift away"
-        raise UserError("data.shift", "a partition that gives each example one client", "'resampled'", remedy)
+        remedy = "Choose another data.partition, or remove data.shift"
+        raise UserError("data.shift", "a partition that assigns each example to one client", "'resampled'", remedy)
     dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
     shift.check(dataset.input_shape)
     inputs = torch.empty(len(rows), *dataset.input_shape)

@@ -1,13 +1,15 @@
-"""Files of the usual public data sets: where they lie, and readers that trust nothing they read.
+"""Locate the files of common public data sets, and read them without trusting their contents.
 
-Each reader returns arrays or raises a `UserError` that names the file; none executes what a file contains.
+Each reader returns arrays or raises a `UserError` that names the file. No reader executes code from a file.
 """
 
 import gzip
+import importlib.util
 import io
 import math
 import os
 import pickle
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,31 +27,32 @@ __all__ = [
     "default_data_root",
     "locate",
     "read_cifar_batch",
+    "read_digits",
     "read_idx",
     "read_libsvm",
 ]
 
 DATA_ROOT_VARIABLE = "FEDPRIV_DATA"
-REPLACE = "Replace the file, or delete it to have it downloaded again where that is possible"
+REPLACE = "Replace the file, or delete it to download it again if possible"
 IDX_TYPES = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 
 
 def default_data_root() -> Path:
-    """The folder of the data: the environment variable FEDPRIV_DATA, else `data` in the working directory."""
+    """Return the data folder: the environment variable FEDPRIV_DATA, or `data` in the working directory."""
     return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data").expanduser()
 
 
 def locate(data_root: Path, folder: str, names: Sequence[str], source: str | None) -> list[Path]:
-    """The paths of `names` in `data_root / folder`, each plain or with .gz added, downloaded if missing.
+    """Return the paths of `names` in `data_root / folder`, each plain or with .gz added; download missing files.
 
     Args:
         data_root: The folder of all data.
         folder: The data set's folder in it.
         names: Names of the plain files.
-        source: The torchvision class that can download them; None where none can.
+        source: The torchvision class that can download them; None if there is none.
 
     Raises:
-        UserError: If a file is missing and cannot be downloaded; says which files to put where.
+        UserError: If a file is missing and cannot be downloaded; the message lists the files and their folder.
     """
     place = data_root / folder
     reason = None if source is None or _all_present(place, names) else _download_failure(source, data_root)
@@ -60,10 +63,10 @@ def locate(data_root: Path, folder: str, names: Sequence[str], source: str | Non
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an idx file (LeCun's format for MNIST), plain or gzipped: uint8 or int32.
+    """Return the array in an idx file (LeCun's format for MNIST), plain or gzipped: uint8 or int32.
 
     Raises:
-        UserError: If the file is damaged, truncated, or of another type of number.
+        UserError: If the file is damaged, truncated, or has another number type.
     """
     content = content_of(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
@@ -77,12 +80,12 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[examples, 3, 32, 32]` and labels int64 `[examples]` of one CIFAR-10 batch (a pickle).
+    """Return images uint8 `[examples, 3, 32, 32]` and labels int64 `[examples]` of one CIFAR-10 batch (a pickle).
 
-    Only numpy arrays are unpickled: a file that names anything else is refused before it can act.
+    Only numpy arrays are unpickled: a file that names anything else is rejected before any of its code runs.
 
     Raises:
-        UserError: If the file is damaged, truncated, or no such batch.
+        UserError: If the file is damaged, truncated, or not a CIFAR-10 batch.
     """
     batch = _unpickle(path)
     try:
@@ -93,33 +96,58 @@ def read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise _damaged(path, "a CIFAR-10 batch", f"{type(error).__name__}: {error}") from None
     sound = images.dtype == np.uint8 and labels.dtype.kind in "iu" and labels.shape == images.shape[:1] != (0,)
     if not sound or labels.min() < 0 or labels.max() > 9:
-        raise _damaged(path, "one label of 0 to 9 for each image of bytes", "something else")
+        raise _damaged(path, "byte images, each with a label from 0 to 9", "other contents")
     return images, labels.astype(np.int64)
 
 
-def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
-    """The sparse float32 matrix `[examples, 1 + largest index]` and the float64 labels of a LIBSVM text file.
+def read_digits() -> np.ndarray:
+    """Return the digits of the installed scikit-learn: float64 `[1797, 65]`, 64 pixels from 0 to 16 and the label.
 
-    Column i holds index i of the file, so column 0 is empty where indices count from one, as they should.
+    The file is read without importing scikit-learn, which takes longer than importing torch.
 
     Raises:
-        UserError: If the file is missing, empty, not in this format, or holds numbers that are not finite; without
-            scikit-learn.
+        UserError: If scikit-learn is not installed, or its file is missing or damaged.
     """
-    require_extra("data.name = 'libsvm'", "data")
+    require_extra("data.name = 'digits'", "data", ["sklearn"])
+    package = importlib.util.find_spec("sklearn")
+    folders = package.submodule_search_locations if package else None
+    path = Path(next(iter(folders or ()), ""), "datasets", "data", "digits.csv.gz")
+    try:
+        with warnings.catch_warnings(action="error", category=UserWarning):  # an empty file is one
+            table = np.loadtxt(path, delimiter=",")
+    except (OSError, EOFError, ValueError, UserWarning, zlib.error) as error:
+        remedy = "Install scikit-learn again"
+        raise UserError(str(path), "scikit-learn's digits", f"{type(error).__name__}: {error}", remedy) from None
+    if table.shape != (1797, 65):
+        raise _damaged(path, "1,797 rows of 65 numbers", f"an array of shape {table.shape}")
+    return table
+
+
+def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
+    """Return the sparse float32 matrix `[examples, 1 + largest index]` and float64 labels of a LIBSVM text file.
+
+    Column i holds index i of the file, so column 0 is empty if indices start at one, as they should.
+
+    Raises:
+        UserError: If the file is missing, empty, in another format, or has non-finite numbers; if scikit-learn is
+            missing.
+    """
+    require_extra("data.name = 'libsvm'", "data", ["sklearn"])
     from sklearn.datasets import load_svmlight_file
 
     if not path.is_file():
-        remedy = f"Paths start at the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
+        remedy = f"Set the data root, from which paths start, with --data-root or {DATA_ROOT_VARIABLE}"
         raise UserError("data.file", "a LIBSVM text file", f"no file {path}", remedy)
     options: dict[str, Any] = {"dtype": np.float32, "zero_based": True}
     try:
         loaded = load_svmlight_file(str(path), **options)
     except Exception as error:
-        raise _damaged(path, "LIBSVM text", f"{type(error).__name__}: {error}") from None
+        got = f"{type(error).__name__}: {error}"
+        raise _damaged(path, "LIBSVM text with indices below 2^31", got, "Correct the file") from None
     matrix, labels = loaded[0], np.asarray(loaded[1], dtype=np.float64)
     if len(labels) == 0 or not (np.isfinite(matrix.data).all() and np.isfinite(labels).all()):
-        raise _damaged(path, "at least one example and finite numbers", "none, or NaN or infinity")
+        got = "an empty file, NaN or infinity"
+        raise _damaged(path, "at least one example and finite numbers", got, "Correct the file")
     return matrix, labels
 
 
@@ -133,9 +161,9 @@ def _plain_or_packed(path: Path) -> Path | None:
 
 
 def _download_failure(source: str, data_root: Path) -> str | None:
-    """Why the download failed, in one line; None if it did not."""
+    """Return the reason why the download failed, in one line; None if it succeeded."""
     if not has_extra("vision"):
-        return "pip install 'fedpriv[vision]' makes it possible"
+        return "downloading needs pip install 'fedpriv[vision]'"
     try:
         torchvision_cpu.download(source, data_root)
     except Exception as error:
@@ -147,16 +175,16 @@ def _download_failure(source: str, data_root: Path) -> str | None:
 def _missing(data_root: Path, place: Path, missing: list[str], reason: str | None) -> UserError:
     files = ", ".join(missing)
     got = f"{len(missing)} missing, and the download failed ({reason})" if reason else f"{len(missing)} missing"
-    remedy = f"Put them there; the data root is {data_root}, and --data-root or {DATA_ROOT_VARIABLE} sets it"
+    remedy = f"Put them there, or change the data root {data_root} with --data-root or {DATA_ROOT_VARIABLE}"
     return UserError("data.name", f"the files {files} (plain or .gz) in {place}", got, remedy)
 
 
-def _damaged(path: Path, expected: str, got: str) -> UserError:
-    return UserError(str(path), expected, got, REPLACE)
+def _damaged(path: Path, expected: str, got: str, remedy: str = REPLACE) -> UserError:
+    return UserError(str(path), expected, got, remedy)
 
 
 def content_of(path: Path) -> bytes:
-    """What a file holds, unpacked if its name ends in .gz.
+    """Return a file's contents, unpacked if its name ends in .gz.
 
     Raises:
         UserError: If it cannot be read or unpacked.
@@ -173,23 +201,23 @@ def _unpickle(path: Path) -> Any:
         return _ArraysOnly(io.BytesIO(content_of(path)), encoding="latin1").load()
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way
+    except Exception as error:  # a damaged pickle may raise any exception
         raise _damaged(path, "a pickle of numpy arrays", f"{type(error).__name__}: {error}") from None
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that knows numpy's array constructors and no other global."""
+    """An unpickler that allows numpy's array constructors and no other global."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The constructor; nothing is imported on the file's behalf."""
+        """Return the constructor; never imports anything that the file names."""
         known = _array_constructors()
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+            raise pickle.UnpicklingError(f"it requires {module}.{name}, which no array needs")
         return known[module, name]
 
 
 def _array_constructors() -> dict[tuple[str, str], Any]:
-    """What an array's pickle calls, under the names that numpy before and since version 2 writes."""
+    """Return the constructors in an array's pickle, under the names used by numpy 1 and numpy 2."""
     reconstruct = np.empty(0).__reduce__()[0]
     from_buffer = np.empty(0).__reduce_ex__(5)[0]
     return {

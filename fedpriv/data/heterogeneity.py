@@ -1,4 +1,4 @@
-"""How much clients differ: in what they hold, and in the gradients with which they begin."""
+"""Measures of how much clients differ in their examples and in their initial gradients."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["evenly_chosen", "figures_of", "gini", "gradient_figures", "size_figures"]
+__all__ = ["evenly_chosen", "gini", "gradient_metrics", "metrics_of", "size_metrics"]
 
 
-def evenly_chosen(population: int, most: int) -> np.ndarray:
-    """At most `most` clients, evenly spaced from first to last: ascending int64, all of them if there are few."""
-    return np.unique(np.linspace(0, population - 1, min(population, most)).round().astype(np.int64))
+def evenly_chosen(population: int, maximum: int) -> np.ndarray:
+    """Return at most `maximum` clients, evenly spaced from first to last; ascending int64."""
+    return np.unique(np.linspace(0, population - 1, min(population, maximum)).round().astype(np.int64))
 
 
 def gini(sizes: np.ndarray) -> float:
-    """The Gini coefficient of sizes: 0 if all are equal, towards 1 if one client has nearly everything.
+    """Return the Gini coefficient of sizes: 0 if all are equal, near 1 if one client has nearly everything.
 
     Args:
         sizes: `[clients]`, from 0, at least one of them above 0.
@@ -26,8 +26,8 @@ def gini(sizes: np.ndarray) -> float:
     return float(2.0 * (ranks * held).sum() / (len(held) * held.sum()) - (len(held) + 1) / len(held))
 
 
-def size_figures(sizes: np.ndarray) -> dict[str, float]:
-    """Smallest, median and largest size, the coefficient of variation and the Gini coefficient.
+def size_metrics(sizes: np.ndarray) -> dict[str, float]:
+    """Return the minimum, median and maximum size, the coefficient of variation and the Gini coefficient.
 
     Args:
         sizes: Examples of each client, `[clients]`, from 0, at least one of them above 0.
@@ -41,19 +41,19 @@ def size_figures(sizes: np.ndarray) -> dict[str, float]:
     }
 
 
-def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
-    """How far clients' gradients g_i are from their mean g, every client counting the same.
+def gradient_metrics(gradients: Iterable[Tensor]) -> dict[str, float]:
+    """Return how far clients' gradients g_i are from their mean g, with equal weights.
 
-    `gradient_norm` is ||g||; `gradient_spread` is zeta = sqrt(mean_i ||g_i - g||^2), as in Koloskova et al., A Unified
-    Theory of Decentralized SGD, ICML 2020, assumption 3b; `gradient_dissimilarity` is zeta / ||g||, which is
+    `gradient_norm` is ||g||. `gradient_spread` is zeta = sqrt(mean_i ||g_i - g||^2), as in Koloskova et al., A Unified
+    Theory of Decentralized SGD, ICML 2020, assumption 3b. `gradient_dissimilarity` is zeta / ||g||, which is
     sqrt(B^2 - 1) for the local dissimilarity B of Li et al., Federated Optimization in Heterogeneous Networks, MLSys
-    2020, definition 3: 0 if all agree, not a number if the mean is zero.
+    2020, definition 3: 0 if all gradients agree, NaN if the mean is zero.
 
     Args:
-        gradients: One after the other, `[params]` each, at least one; only two vectors of float64 are kept.
+        gradients: An iterable of at least one `[params]`; only two float64 vectors are kept in memory.
     """
     mean, squares, count = torch.zeros(0), 0.0, 0
-    for gradient in gradients:  # Welford's: no difference of large numbers
+    for gradient in gradients:  # Welford's algorithm avoids cancellation
         exact, count = gradient.double(), count + 1
         mean = torch.zeros_like(exact) if count == 1 else mean
         off = exact - mean
@@ -64,6 +64,6 @@ def gradient_figures(gradients: Iterable[Tensor]) -> dict[str, float]:
     return {"gradient_norm": norm, "gradient_spread": spread, "gradient_dissimilarity": ratio}
 
 
-def figures_of(measured: dict[str, Any]) -> dict[str, Any]:
-    """The numbers among the figures that `heterogeneity.json` holds."""
+def metrics_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers in the contents of `heterogeneity.json`."""
     return {key: value for key, value in measured.items() if not isinstance(value, str)}

@@ -1,7 +1,7 @@
-"""Files of data sets with natural clients: readers that trust nothing they read, and encodings that hold no statistics.
+"""Readers for data sets with natural clients. They validate all input and use fixed encodings, no statistics.
 
-What an attribute or a character becomes is written down here and does not depend on the data that are loaded, so that
-loading releases nothing about any client.
+The encoding of every attribute and character is fixed in this file and independent of the loaded data, so loading
+releases nothing about any client.
 """
 
 from pathlib import Path
@@ -15,13 +15,12 @@ __all__ = ["ALPHABET", "HOSPITALS", "SILENT", "next_characters", "one_hot_contex
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 
-# Column, and the round number that is taken off and the one that it is then divided by: years, mm Hg, mg/dl, beats a
-# minute, mm.
+# By column, the round number to subtract and the one to divide by: years, mm Hg, mg/dl, beats a minute, mm.
 QUANTITIES = {0: (50, 10), 3: (120, 20), 4: (200, 50), 7: (150, 25), 9: (1, 1)}
-# Resting blood pressure and cholesterol: zero was written where nothing was measured.
+# Resting blood pressure and cholesterol: the file has zero for missing measurements.
 NEVER_ZERO = (3, 4)
-# Column, and the codes that it may hold: sex, chest pain, fasting blood sugar, resting electrocardiogram, angina on
-# exercise, slope of the ST segment, coloured vessels, thallium scan.
+# By column, the valid codes: sex, chest pain, fasting blood sugar, resting electrocardiogram, angina on exercise, slope
+# of the ST segment, colored vessels, thallium scan.
 CODES = {1: (0, 1), 2: (1, 2, 3, 4), 5: (0, 1), 6: (0, 1, 2), 8: (0, 1), 10: (1, 2, 3), 11: (0, 1, 2, 3), 12: (3, 6, 7)}
 
 ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -39,35 +38,40 @@ SILENT = (
     "Ghost of LADY ANNE:",
     "Ghost of BUCKINGHAM:",
 )
-"""The names of the published text below which nothing stands. They are no clients, whatever a file has below them."""
+"""Names without any text below them in the published file. They are never clients, in any version of the file."""
 
 
 def read_patients(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs float32 `[patients, 33]` and labels int64 `[patients]`, 1 for disease, of one hospital's file.
+    """Return inputs float32 `[patients, 33]` and labels int64 `[patients]` of one hospital's file; 1 means disease.
 
     A quantity becomes two numbers: (value - a) / b with fixed a and b, and 0; if it is missing, 0 and 1. An attribute
-    of several codes becomes a 1 at its own among zeros; a missing one, zeros.
+    with several codes is one-hot encoded; a missing one is all zeros.
 
     Args:
-        path: Rows of 13 attributes and the diagnosis 0 to 4, with commas between; ? for what is missing.
+        path: Comma-separated rows of 13 attributes and the diagnosis 0 to 4; ? marks a missing value.
 
     Raises:
-        UserError: If the file is damaged or holds codes that the attribute does not have.
+        UserError: If the file is damaged or contains codes that the attribute does not have.
     """
-    expected = "rows of 14 numbers with commas between them, ? for a missing one"
+    expected = "comma-separated rows of 14 numbers, ? for a missing one"
     try:
         rows = [line.split(",") for line in content_of(path).decode("ascii").splitlines() if line.strip()]
         table = np.array([[np.nan if cell.strip() == "?" else float(cell) for cell in row] for row in rows])
     except ValueError as error:
         raise UserError(str(path), expected, str(error), REPLACE) from None
     if table.ndim != 2 or table.shape[1] != 14 or np.isinf(table).any():
-        raise UserError(str(path), expected, f"others, of shape {table.shape}", REPLACE)
+        raise UserError(str(path), expected, f"a table of shape {table.shape}", REPLACE)
     diagnoses = table[:, 13]
+    table = np.where(table == _MISSING, np.nan, table)
     if not np.isin(diagnoses, range(5)).all():
-        raise UserError(str(path), "diagnoses 0 to 4", "others", REPLACE)
+        raise UserError(str(path), "diagnoses 0 to 4", "another diagnosis", REPLACE)
     columns = [_quantity(table[:, i], *scale, never_zero=i in NEVER_ZERO) for i, scale in QUANTITIES.items()]
     columns += [_codes(table[:, i], codes, path) for i, codes in CODES.items()]
     return np.concatenate(columns, axis=1).astype(np.float32), (diagnoses > 0).astype(np.int64)
+
+
+# Stands for a missing value in the unprocessed files, and in what people make of them; no attribute can be so small.
+_MISSING = -9.0
 
 
 def _quantity(values: np.ndarray, middle: float, scale: float, *, never_zero: bool) -> np.ndarray:
@@ -77,21 +81,21 @@ def _quantity(values: np.ndarray, middle: float, scale: float, *, never_zero: bo
 
 def _codes(values: np.ndarray, codes: tuple[int, ...], path: Path) -> np.ndarray:
     if not (np.isnan(values) | np.isin(values, codes)).all():
-        raise UserError(str(path), f"codes {codes}", "others", REPLACE)
+        raise UserError(str(path), f"codes {codes}", "another code", REPLACE)
     return values[:, None] == np.array(codes)
 
 
 def read_speeches(path: Path) -> dict[str, np.ndarray]:
-    """What each speaker says, as places in `ALPHABET`: int64 `[characters]`, speeches with a line end between them.
+    """Return each speaker's speeches as indices into `ALPHABET`, int64 `[characters]`, joined by newlines.
 
-    Speakers are in the order of their first headings. A speaker who says nothing keeps the place, with no characters:
-    otherwise the words of one client would decide about the numbers of others. `SILENT` names are left out.
+    Speakers are in the order of their first headings. A speaker without words keeps the index, with no characters:
+    otherwise one client's words would decide the numbers of other clients. `SILENT` names are left out.
 
     Args:
-        path: Speeches with empty lines between them, each the speaker's name and a colon, and what is said below.
+        path: Speeches separated by empty lines, each a line with the speaker's name and a colon, then the text.
 
     Raises:
-        UserError: If the file is damaged, not of this form, or has other characters.
+        UserError: If the file is damaged, has another form, or contains other characters.
     """
     try:
         text = content_of(path).decode("ascii")
@@ -109,28 +113,29 @@ def read_speeches(path: Path) -> dict[str, np.ndarray]:
         if name not in SILENT:
             said.setdefault(name, []).extend([words] if words else [])
     if not any(said.values()):
-        raise UserError(str(path), "speeches", "none", REPLACE)
+        raise UserError(str(path), "speeches", "a file without any", REPLACE)
     return {name: _places("\n".join(speeches)) for name, speeches in said.items()}
 
 
-def next_characters(said: np.ndarray, context: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` examples of a text, evenly spaced.
+def next_characters(said: np.ndarray, context: int, maximum: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most `maximum` examples of a text, evenly spaced.
 
-    What was said before, int64 `[examples, context]`, -1 before the first character; and the character that follows,
-    int64 `[examples]`.
+    An example is the preceding context, int64 `[examples, context]` with -1 before the first character, and the next
+    character, int64 `[examples]`.
 
     Args:
         said: int64 `[characters]`.
-        context: How many characters before.
-        most: How many examples.
+        context: Number of preceding characters.
+        maximum: Maximum number of examples.
     """
-    chosen = np.arange(len(said)) if len(said) <= most else np.arange(most) * len(said) // most
+    everything = len(said) <= maximum
+    chosen = np.arange(len(said)) if everything else np.arange(maximum) * len(said) // maximum
     padded = np.concatenate([np.full(context, -1, dtype=np.int64), said])
     return padded[chosen[:, None] + np.arange(context)], said[chosen]
 
 
 def one_hot_contexts(seen: np.ndarray) -> np.ndarray:
-    """float32 `[examples, context, 65]` of `[examples, context]` places in `ALPHABET`; zeros for -1."""
+    """Return one-hot vectors, float32 `[examples, context, 65]`, of indices `[examples, context]`; zeros for -1."""
     table = np.concatenate([np.eye(len(ALPHABET), dtype=np.float32), np.zeros((1, len(ALPHABET)), dtype=np.float32)])
     return table[seen]
 

@@ -1,8 +1,8 @@
-"""Feature shifts: how one client's inputs look other than another's, though the labels mean the same.
+"""Feature shifts: clients' inputs look different, while labels keep their meaning.
 
-What a client's inputs undergo is drawn from the experiment's seed and the client's number alone, and is done once, when
-the data are spread: whoever runs the clients then finds the same inputs. Only training inputs are shifted. Test and
-validation inputs stay as they are, so that accuracy is that on inputs of nobody in particular.
+A client's shift depends only on the experiment's seed and the client's number. It is applied once, when the data are
+distributed, so all engines see the same inputs. Only training inputs are shifted. Test and validation inputs stay
+unchanged, so accuracy is measured on inputs that belong to no particular client.
 """
 
 import math
@@ -23,38 +23,38 @@ __all__ = ["SHIFTS", "NoiseLevels", "Rotation", "Shift", "Style"]
 
 
 class Shift(Protocol):
-    """What a client's inputs undergo; filled from the table `[data]`."""
+    """A transformation of a client's inputs; read from the table `[data]`."""
 
     def check(self, input_shape: Sequence[int]) -> None:
-        """Refuses inputs of a shape `[*input_shape]` that it means nothing for.
+        """Raise UserError if the shift is undefined for inputs of shape `[*input_shape]`.
 
         Raises:
-            UserError: At `data.shift`.
+            UserError: Names `data.shift`.
         """
         ...
 
     def apply(self, inputs: Tensor, rng: np.random.Generator) -> Tensor:
-        """One client's inputs `[examples, *input_shape]`, shifted; the argument stays as it is.
+        """Return one client's inputs `[examples, *input_shape]`, shifted; leaves the argument unchanged.
 
         Args:
             inputs: float32, on the CPU.
-            rng: All randomness; equal states give equal shifts.
+            rng: The only source of randomness; equal states give equal shifts.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Images turned by an angle of the client's own, uniform between plus and minus `shift_angle`.
+    """Images rotated by an angle per client, uniform between plus and minus `shift_angle`.
 
-    Bilinear, about the centre; what comes from beyond the border is the border's nearest pixel. Source: Ghosh et al.,
-    An Efficient Framework for Clustered Federated Learning, NeurIPS 2020, with a continuum of angles in place of four.
+    Bilinear, about the center; pixels from beyond the border repeat the nearest border pixel. Source: Ghosh et al., An
+    Efficient Framework for Clustered Federated Learning, NeurIPS 2020, with a continuum of angles instead of four.
 
     Args:
         shift_angle: Largest angle, in degrees, 0 to 180.
 
     Raises:
-        UserError: If it is out of range.
+        UserError: If the angle is out of range.
     """
 
     shift_angle: float = 45.0
@@ -63,7 +63,7 @@ class Rotation:
         real_within("data.shift_angle", self.shift_angle, 0, 180)
 
     def check(self, input_shape: Sequence[int]) -> None:
-        """See `Shift.check`: images `[channels, height, width]` alone."""
+        """See `Shift.check`: only images `[channels, height, width]`."""
         if len(input_shape) != 3:
             expected, remedy = "images [channels, height, width] for 'rotation'", "Choose 'noise' or 'style'"
             raise UserError("data.shift", expected, f"inputs of shape {list(input_shape)}", remedy)
@@ -75,10 +75,10 @@ class Rotation:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseLevels:
-    """Gaussian noise on every input, once and for all, of a deviation of the client's own: uniform up to `shift_noise`.
+    """Fixed Gaussian noise on every input; each client's standard deviation is uniform from 0 to `shift_noise`.
 
     Source: Li, Diao, Chen and He, Federated Learning on Non-IID Data Silos: An Experimental Study, ICDE 2022, section
-    IV.B, where the variance grows from client to client.
+    IV.B, in which the variance grows from client to client.
 
     Args:
         shift_noise: Largest standard deviation, 0 to 100, in units of the inputs.
@@ -103,18 +103,18 @@ class NoiseLevels:
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """Contrast and brightness of the client's own, channel by channel: x becomes gain * x + offset.
+    """Contrast and brightness per client and channel: x becomes gain * x + offset.
 
     For each client and channel, gain = exp(shift_contrast * z) and offset = shift_brightness * z', with z and z'
-    standard normal; inputs that are no images `[channels, height, width]` have one channel. It stands for cameras and
-    scanners that differ, the feature shift that Li et al., FedBN, ICLR 2021, speak of.
+    standard normal. Inputs other than images `[channels, height, width]` have one channel. The shift represents
+    different cameras and scanners, the feature shift of Li et al., FedBN, ICLR 2021.
 
     Args:
         shift_contrast: Standard deviation of a gain's logarithm, 0 to 2.
         shift_brightness: Standard deviation of an offset, 0 to 10, in units of the inputs.
 
     Raises:
-        UserError: If one is out of range.
+        UserError: If a value is out of range.
     """
 
     shift_contrast: float = 0.3
@@ -136,15 +136,15 @@ class Style:
 
 
 SHIFTS: Registry[Shift] = Registry(
-    "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, group="fedpriv.shifts"
+    "shift", {"rotation": Rotation, "noise": NoiseLevels, "style": Style}, protocol=Shift, group="fedpriv.shifts"
 )
 
 
 def turned(images: Tensor, degrees: float) -> Tensor:
-    """Images `[examples, channels, height, width]` turned counterclockwise about their centre, bilinearly."""
+    """Rotate images `[examples, channels, height, width]` counterclockwise about their center, bilinearly."""
     height, width = images.shape[2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # The grid's coordinates run from -1 to 1 along either side, however long it is.
+    # The grid's coordinates run from -1 to 1 along each side, regardless of its length.
     turn = torch.tensor([[[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]])
     grid = functional.affine_grid(turn, [1, 1, height, width], align_corners=False)
     everywhere = grid.expand(len(images), -1, -1, -1)

@@ -1,7 +1,7 @@
-"""The one door to torchvision: imported late, only to download, also beside a torch without its operators.
+"""Import torchvision lazily, only to download, even if its operators do not match the installed torch.
 
-A torchvision built for CUDA cannot be imported beside a CPU build of torch, because it describes operators
-(`nms`) that it could not load. Data sets need none of them: declaring the missing ones by name is enough.
+A torchvision built for CUDA cannot be imported with a CPU build of torch, because it describes operators (`nms`) that
+it cannot load. Data sets need none of them, so declaring the missing ones by name is enough.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 __all__ = ["CONNECTION_TIMEOUT", "download", "torchvision_datasets"]
 
 CONNECTION_TIMEOUT = 10.0
-"""Seconds without an answer after which a download is given up."""
+"""Seconds without an answer after which a download is abandoned."""
 
 OPERATORS = ("nms", "qnms")
 DOWNLOADS = {
@@ -30,18 +30,18 @@ DOWNLOADS = {
     "CIFAR10": {"train": True},
     "QMNIST": {"what": "train"},
 }
-"""What to ask of torchvision for each of its classes; all but QMNIST fetch train and test files at once."""
+"""Download arguments of each torchvision class; all but QMNIST fetch training and test files at once."""
 
 
 def download(source: str, data_root: Path) -> None:
-    """Fetches a data set into `data_root` with torchvision, silently; a server that is silent is given up.
+    """Download a data set into `data_root` with torchvision, without output. Gives up on unresponsive servers.
 
     Args:
         source: The torchvision class, a key of `DOWNLOADS`.
-        data_root: Where torchvision makes its usual folders; made if it does not exist.
+        data_root: The folder in which torchvision creates its usual folders; created if missing.
 
     Raises:
-        OSError, RuntimeError: If the files could not be fetched, or torchvision not imported.
+        OSError, RuntimeError: If the download fails, or torchvision cannot be imported.
     """
     logging.getLogger(__name__).info("downloading %s into %s", source, data_root)
     with _silence(), _timeout(CONNECTION_TIMEOUT):
@@ -49,10 +49,10 @@ def download(source: str, data_root: Path) -> None:
 
 
 def torchvision_datasets() -> ModuleType:
-    """The module `torchvision.datasets`, with or without torchvision's compiled operators.
+    """Return the module `torchvision.datasets`, with or without torchvision's compiled operators.
 
     Raises:
-        ImportError, RuntimeError: If torchvision is missing, or broken in another way.
+        ImportError, RuntimeError: If torchvision is missing, or fails for another reason.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,7 +73,7 @@ def _forget_torchvision() -> None:
 
 @functools.cache
 def _declare_operators() -> torch.library.Library:
-    """The declarations, which live as long as this object: the cache keeps it."""
+    """Declare the operators. The cache keeps the library object alive, and with it the declarations."""
     library = torch.library.Library("torchvision", "DEF")
     for operator in OPERATORS:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,10 +1,10 @@
-"""Examples held out of training: to test, and to choose by without looking at the test data.
+"""Hold examples out of training, for testing and for model selection without the test data.
 
-From natural clients they are held out in one of three ways; see `evaluated_on`. None of them lets one client decide
-about another: which examples are held out of a client follows from its number and its number of examples alone, and
-which clients are held out as a whole, from the seed and the number of clients.
+With natural clients there are three ways to hold out; see `evaluated_on`. In none of them does one client's data affect
+another client. The examples held out from a client depend only on its number and its number of examples. The clients
+held out as a whole depend only on the seed and the number of clients.
 
-Clients that are simulated share a pool. What is held out of the pool, before it is divided, is nobody's.
+Simulated clients share a pool. Examples held out from the pool before it is divided belong to no client.
 """
 
 from dataclasses import replace
@@ -18,30 +18,39 @@ from fedpriv.data.dataset import Dataset, HeldOut
 from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
-__all__ = ["TESTS", "evaluated_on", "hold_out"]
+__all__ = ["TESTS", "evaluated_on", "hold_out", "test_rows_within"]
 
 TESTS: tuple[Whose, ...] = get_args(Whose)
-"""On whose examples a model of natural clients can be tested; see `evaluated_on`."""
+"""The possible sources of test examples for a model of natural clients; see `evaluated_on`."""
 
-# Share of the clients, or of each client's examples, that are held out to test on.
+# Share of the clients, or of each client's examples, held out for testing.
 _TEST_SHARE = 0.2
-# Set apart what is held out for one purpose from what is held out for another.
+# Keep the random choices for the two purposes independent.
 _TO_TEST, _TO_VALIDATE = 0, 1
 
 
-def hold_out(dataset: Dataset, share: float) -> Dataset:
-    """The data set with a share of its training examples moved to `validation_inputs` and `validation_labels`.
+def test_rows_within(groups: np.ndarray) -> np.ndarray:
+    """Return which examples, bool `[examples]`, are held out to test on: a fifth of each natural client's own.
 
-    Which ones is fixed: neither the experiment's seed nor its population matters, so that all runs are compared on the
-    same examples. A natural client gives its share of its own examples, and keeps one at least. Without natural
-    clients, each label gives its share.
+    Args:
+        groups: int64 `[examples]`, the natural client of each.
+    """
+    return _held_out_of_clients(groups, _TEST_SHARE, _TO_TEST)
+
+
+def hold_out(dataset: Dataset, share: float) -> Dataset:
+    """Return the data set with a share of its training examples moved to `validation_inputs` and `validation_labels`.
+
+    The choice is fixed: it depends on neither the experiment's seed nor its population, so all runs are compared on the
+    same examples. Each natural client gives this share of its examples and keeps at least one. Without natural clients,
+    each label gives this share.
 
     Args:
         dataset: The examples.
-        share: Of the training examples, above 0 and below 1.
+        share: Share of the training examples, above 0 and below 1.
 
     Raises:
-        UserError: If that is none of the examples, or all.
+        UserError: If no example, or every example, would be held out.
     """
     if dataset.groups is None:
         held = _held_out_of_labels(dataset.train_labels.numpy(), share)
@@ -49,39 +58,41 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         held = _held_out_of_clients(dataset.groups, share, _TO_VALIDATE)
     if not 0 < held.sum() < len(held):
         got = f"{held.sum()} of {len(held)} examples at {share:g}"
-        raise UserError("data.validation", "a share that is some of the examples", got, "Change data.validation")
+        raise UserError(
+            "data.validation", "a share that holds out some but not all examples", got, "Change data.validation"
+        )
     inputs, labels = _rows(dataset, held)
     validated = None if dataset.groups is None else HeldOut(dataset.groups[held], dataset.natural_population)
     return replace(_kept(dataset, ~held), validation_inputs=inputs, validation_labels=labels, validated=validated)
 
 
 def evaluated_on(dataset: Dataset, test: Whose, validation: float | None, rng: np.random.Generator) -> Dataset:
-    """The data set of natural clients, with examples held out to test on and, if asked for, to validate on.
+    """Return the data set of natural clients, with examples held out for testing and, on request, for validation.
 
     Args:
         dataset: The examples, each with its natural client.
-        test: `public`: the data set's own test examples, which belong to no client. `clients`: all examples of a fifth
-            of the clients, who take no part. `within`: some of each client's own, those that the data set names or
-            otherwise a fifth.
-        validation: Share held out to choose by, None for none: with `clients` of the clients, who take no part either,
-            otherwise of each client's own examples.
-        rng: Chooses the clients that take no part.
+        test: `public`: the data set's standard test examples, which belong to no client. `clients`: all examples of a
+            fifth of the clients, who do not train. `within`: some of each client's examples, as defined by the data set
+            or otherwise a fifth.
+        validation: Share held out for validation; None for none. With `clients`, a share of the clients, who do not
+            train either; otherwise a share of each client's examples.
+        rng: Selects the clients to hold out.
 
     Raises:
         UserError: If there are no such test examples, or too few clients or examples.
     """
     if dataset.groups is None:
-        return dataset  # which the partition refuses
+        return dataset  # the partition raises the error
     if test == "clients":
         return _without_some_clients(dataset, validation, rng)
     if test == "public" and dataset.test_groups is not None:
         remedy = 'Choose "clients" or "within"'
         raise UserError("data.test", f"a data set with public test examples, for {test!r}", dataset.name, remedy)
     if test == "within" and dataset.test_groups is None:
-        held = _held_out_of_clients(dataset.groups, _TEST_SHARE, _TO_TEST)
+        held = test_rows_within(dataset.groups)
         if not held.any():
             remedy = 'Choose "public" or "clients"'
-            raise UserError("data.test", "clients of several examples, for 'within'", dataset.examples, remedy)
+            raise UserError("data.test", "clients with several examples, for 'within'", dataset.examples, remedy)
         inputs, labels, owners = *_rows(dataset, held), dataset.groups[held]
         dataset = replace(_kept(dataset, ~held), test_inputs=inputs, test_labels=labels, test_groups=owners)
     tested = None if dataset.test_groups is None else HeldOut(dataset.test_groups, dataset.natural_population)
@@ -90,19 +101,19 @@ def evaluated_on(dataset: Dataset, test: Whose, validation: float | None, rng: n
 
 
 def _without_some_clients(dataset: Dataset, validation: float | None, rng: np.random.Generator) -> Dataset:
-    """Tests on a fifth of the clients, validates on a share of them, and numbers the others in their order."""
+    """Test on a fifth of the clients, validate on a share of them, and renumber the others in order."""
     whole, found = _with_own_tests(dataset), dataset.natural_population
     tested = max(round(_TEST_SHARE * found), 1)
     validated = 0 if validation is None else max(round(validation * found), 1)
     if tested + validated >= found:
-        got = f"{found} natural clients, of whom {tested + validated} would be held out"
+        got = f"{found} natural clients, {tested + validated} of them held out"
         remedy = 'Lower data.validation, or choose data.test = "within"'
-        raise UserError("data.test", "clients that are left to train on", got, remedy)
+        raise UserError("data.test", "clients left for training", got, remedy)
     chosen = np.split(rng.permutation(found), [tested, tested + validated])
     groups = _groups(whole)
     to_test, to_validate, to_train = (np.isin(groups, clients) for clients in chosen)
     if not to_test.any() or not to_train.any() or not (to_validate.any() or validation is None):
-        raise UserError("data.test", "clients that hold examples in each part", "none", "Choose another seed")
+        raise UserError("data.test", "clients with examples in each part", "an empty part", "Choose another seed")
     inputs, labels = _rows(whole, to_test)
     tested_on = HeldOut(_numbered(groups[to_test], chosen[0]), tested)
     made = replace(_kept(whole, to_train), test_inputs=inputs, test_labels=labels, tested=tested_on)
@@ -115,12 +126,12 @@ def _without_some_clients(dataset: Dataset, validation: float | None, rng: np.ra
 
 
 def _numbered(groups: np.ndarray, clients: np.ndarray) -> np.ndarray:
-    """The place of each example's client among `clients` in ascending order."""
+    """Return the index of each example's client among `clients` in ascending order."""
     return np.searchsorted(np.sort(clients), groups)
 
 
 def _with_own_tests(dataset: Dataset) -> Dataset:
-    """All that clients hold as training examples, those included that the data set would test on."""
+    """Return the data set with its test examples added to the clients' training examples."""
     groups, of_test = _groups(dataset), dataset.test_groups
     if of_test is None:
         return dataset
@@ -141,13 +152,13 @@ def _groups(dataset: Dataset) -> np.ndarray:
 
 
 def _rows(dataset: Dataset, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of the chosen training examples, bool `[examples]`."""
+    """Return inputs and labels of the training examples selected by the bool mask `[examples]`."""
     at = torch.from_numpy(np.flatnonzero(chosen))
     return dataset.train_inputs[at], dataset.train_labels[at]
 
 
 def _kept(dataset: Dataset, chosen: np.ndarray) -> Dataset:
-    """The data set with the chosen training examples alone, of as many natural clients as before."""
+    """Return the data set with only the selected training examples and an unchanged number of natural clients."""
     inputs, labels = _rows(dataset, chosen)
     made = {"train_inputs": inputs, "train_labels": labels}
     if dataset.groups is None:
@@ -156,21 +167,21 @@ def _kept(dataset: Dataset, chosen: np.ndarray) -> Dataset:
 
 
 def _held_out_of_labels(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which examples, bool `[examples]`: evenly spaced in each label."""
+    """Return a bool mask `[examples]` of evenly spaced examples of each label."""
     order = np.argsort(labels, kind="stable")
     in_order = labels[order]
     place = np.arange(len(labels)) - np.searchsorted(in_order, in_order)
     held = np.zeros(len(labels), dtype=bool)
-    # The least that makes 0.1 of ten examples one example in floating point.
+    # The smallest margin for which 0.1 of ten examples is one example in floating point.
     held[order] = np.floor((place + 1) * share + 1e-9) > np.floor(place * share + 1e-9)
     return held
 
 
 def _held_out_of_clients(groups: np.ndarray, share: float, purpose: int) -> np.ndarray:
-    """Which examples, bool `[examples]`, by the client's number and its number of examples alone.
+    """Return a bool mask `[examples]` that depends only on the clients' numbers and their numbers of examples.
 
-    Of n examples share * n are held out in the mean over clients, so that small clients give their part, too; one at
-    least is kept.
+    Of n examples, share * n are held out on average over clients, so small clients contribute too. Each client keeps at
+    least one example.
     """
     held = np.zeros(len(groups), dtype=bool)
     order = np.argsort(groups, kind="stable")

@@ -1,1 +1,1 @@
-"""Deployments on real devices: the protocol, the devices' side, the setting up."""
+"""Deployments on real devices: the protocol, the devices' side and the setup."""

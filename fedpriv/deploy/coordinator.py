@@ -1,4 +1,4 @@
-"""The server of a deployment, but for the network: turns, what counted in them, and what is owed to whom.
+"""Server of a deployment without the network: turns, counted messages and instructions to clients.
 
     turn = coordinator.begin()              cohort and model of the turn
     (save)                                  before anything is sent
@@ -6,10 +6,10 @@
     outcome = coordinator.finish(replies, refusals)
     (save)                                  before anything else is sent or published
 
-A turn is one broadcast. It counts, and is a round of the method, if enough clients answered; else nothing of it is
-used, and it is spent all the same: the plan's number of rounds is a number of turns. `save` and `restore` make a crash
-between any two lines harmless: an unfinished turn is begun again with the same cohort and the same model, so that
-clients answer with what they sent before, and a turn's noise is drawn anew only if nobody has seen anything of it.
+A turn is one broadcast. If enough clients answer, the turn counts as a round of the method; otherwise none of its
+messages are used. In both cases it is spent: the plan's number of rounds is a number of turns. `save` and `restore`
+make a crash between any two lines harmless. An unfinished turn restarts with the same cohort and the same model, so
+that clients repeat their earlier answers. A turn's noise is drawn again only if no part of it has been seen.
 """
 
 import json
@@ -28,8 +28,8 @@ from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.heads import newer_heads
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.flower.messages import Order, Terms
-from fedpriv.flower.promise import promised
+from fedpriv.flower.messages import ClientInstructions, RunTerms
+from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import believed_losses
 from fedpriv.flower.server.faults import message_fault
 from fedpriv.methods import ServerState
@@ -42,16 +42,16 @@ __all__ = ["Coordinator", "Outcome"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a turn.
+    """Outcome of a turn.
 
     Args:
-        turn: Its number.
-        asked: Who was asked, ascending.
-        counted: Whose messages are in the sum.
-        refused: By client, kind and reason.
-        invalid: By client, what was wrong with the message.
+        turn: Number of the turn.
+        asked: Clients that were asked, ascending.
+        counted: Clients with a message in the sum.
+        refused: Kind and reason by client.
+        invalid: Fault of the message by client.
         happened: `applied`, `too few` or `re-based`.
-        total: The sum, and figures about it.
+        total: The sum, and metrics about it.
     """
 
     turn: int
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def silent(self) -> list[int]:
-        """Who was asked and did not answer in time."""
+        """Clients that were asked and did not answer in time."""
         known = {*self.counted, *self.refused, *self.invalid, *self._unused}
         return [client for client in self.asked if client not in known]
 
@@ -73,25 +73,25 @@ class Outcome:
 
 @dataclass
 class Coordinator:
-    """See the module.
+    """Server of a deployment; see the module.
 
     Args:
-        server: The server's half of the agreement.
-        client: The clients' half.
-        plan: What is promised; None for nothing.
-        choice: How many must answer, and what happens where memories are lost.
-        turns: How many turns the run has.
-        digest: The experiment.
-        state: The server's state.
-        run: The run's name; drawn at random.
-        turn: The last finished turn.
-        applied: How many turns counted.
-        epoch: How often all memories began anew.
-        last_turn: By client, the last turn in which its message counted.
-        left_out: Who is asked no more.
-        asked_times: By client, how often it was asked: at most so often did it send a message.
-        losses: By client, how often it said that its memory was lost.
-        heads: By client, the newest signed head of its ledger, to be shown with its orders.
+        server: Server's half of the agreement.
+        client: Clients' half of the agreement.
+        plan: Privacy plan; None without a privacy guarantee.
+        choice: Minimum number of answers, and rule for lost memories.
+        turns: Number of turns of the run.
+        digest: Digest of the experiment.
+        state: State of the server.
+        run: Name of the run, drawn at random.
+        turn: Last finished turn.
+        applied: Number of turns that counted.
+        epoch: Number of times that all memories were reset.
+        last_turn: Last turn in which each client's message counted.
+        left_out: Clients that are no longer asked.
+        asked_times: Number of requests sent to each client, an upper bound on its messages.
+        losses: Number of times that each client reported a lost memory.
+        heads: Newest signed head of each client's ledger, sent with its instructions.
     """
 
     server: ServerRules
@@ -117,52 +117,50 @@ class Coordinator:
         if self.plan is not None and self.plan.rounds != self.turns:
             raise ValueError(f"the plan is for {self.plan.rounds} turns, and the run has {self.turns}")
         if self.secret_cohorts and self.choice.min_participants > 1:
-            remedy = (
-                "Set it to 1, or choose another sampling: a round that fails for want of answers shows who was away"
-            )
-            expected = "1 where epsilon relies on nobody knowing who takes part"
+            remedy = "Set it to 1, or choose another sampling: a round that fails reveals who was absent"
+            expected = "1 if epsilon requires secret cohorts"
             raise UserError("deployment.min_participants", expected, self.choice.min_participants, remedy)
         if self.secret_cohorts and self.choice.lost_memory in ("re-base", "stop"):
-            expected = "another rule where epsilon relies on nobody knowing who takes part"
-            remedy = 'Choose "leave-out", or leave it out: what all can see when one memory is lost shows who was asked'
+            expected = "another rule if epsilon requires secret cohorts"
+            remedy = 'Set it to "leave-out" or remove it: a visible reaction to a lost memory reveals who was asked'
             raise UserError("deployment.lost_memory", expected, f'"{self.choice.lost_memory}"', remedy)
 
     @property
     def done(self) -> bool:
-        """Whether all turns are finished."""
+        """True if all turns are finished."""
         return self.turn >= self.turns and self._open is None
 
     @property
     def secret_cohorts(self) -> bool:
-        """Whether epsilon relies on nobody knowing who takes part in a turn."""
+        """True if epsilon holds only while the adversary does not know who takes part in a turn."""
         return self.plan is not None and self.plan.private and self.plan.amplification
 
     @property
     def turn_seconds(self) -> float:
-        """Seconds from a broadcast until answers count no more."""
+        """Seconds from a broadcast until answers no longer count."""
         return self.choice.seconds(secret_cohorts=self.secret_cohorts)
 
     @property
     def lost_memory(self) -> str:
-        """What happens when a client has lost its memory."""
+        """Rule for a client that has lost its memory."""
         return self.server.method.lost_memory if self.choice.lost_memory == "method" else self.choice.lost_memory
 
     def begin(self) -> Broadcast:
-        """The next turn, or the one that was begun before a crash."""
+        """Begin the next turn, or resume the turn that was interrupted by a crash."""
         if self._open is None:
             self._open = begin_round(self.server, self.state, self.turn + 1)
             self.asked_times.update(self.asked())
         return self._open
 
     def asked(self) -> list[int]:
-        """Who is asked in the open turn: its cohort but for those who are left out."""
+        """Return the clients asked in the open turn: its cohort without the clients that are left out."""
         return [client for client in self._broadcast.cohort.tolist() if client not in self.left_out]
 
-    def order(self, client: int) -> tuple[Order, Terms]:
-        """What one client is told in the open turn."""
+    def instructions(self, client: int) -> tuple[ClientInstructions, RunTerms]:
+        """Return the instructions and terms for one client in the open turn."""
         rules, plan, sampling = self.client, self.plan, self.server.sampling
         seeded = isinstance(rules.streams, SeededStreams) and rules.noise_stddev > 0.0
-        order = Order(
+        instructions = ClientInstructions(
             method=rules.method,
             round=self.applied + 1,
             client=client,
@@ -171,7 +169,7 @@ class Coordinator:
             noise_id=rules.streams.noise_id if seeded else "",  # type: ignore[union-attr]
             private=plan is not None,
         )
-        terms = Terms(
+        terms = RunTerms(
             run=self.run,
             turn=self._broadcast.round,
             last_turn=self.last_turn.get(client, 0),
@@ -179,7 +177,7 @@ class Coordinator:
             digest=self.digest,
             **promised(plan, sampling, self.turns),
         )
-        return order, terms
+        return instructions, terms
 
     def finish(
         self,
@@ -187,20 +185,20 @@ class Coordinator:
         refusals: Mapping[int, tuple[str, str]],
         heads: Mapping[int, Head] | None = None,
     ) -> Outcome:
-        """Ends the open turn with what came back in time.
+        """End the open turn with the answers that arrived in time.
 
-        The noise is right however few answer. Where trust is central, its standard deviation on the sum is the plan's,
-        for any number of messages: a client that does not answer is one whose message is zero, and moves the sum by at
-        most the bound. Where trust is local, each message carries its own noise. The sum is divided by the expected
-        cohort size, never by the actual one.
+        The noise is correct for any number of answers. Under central trust, its standard deviation on the sum is the
+        plan's for any number of messages: a client that does not answer counts as a client with a zero message, and
+        moves the sum by at most the bound. Under local trust, each message carries noise itself. The sum is divided by
+        the expected cohort size, never by the actual one.
 
         Args:
             replies: Messages `[params]` by client.
             refusals: Kind and reason by client.
-            heads: The heads of clients' ledgers that came, whatever else did.
+            heads: Heads of clients' ledgers in any of the answers.
 
         Raises:
-            UserError: If a memory is lost and the rule is to stop, or too few answered and that stops the run.
+            UserError: If a lost memory, or a lack of answers, stops the run according to its rules.
         """
         broadcast, asked = self._broadcast, self.asked()
         self.heads = newer_heads(self.heads, heads or {})
@@ -235,7 +233,7 @@ class Coordinator:
         )
 
     def save(self) -> dict[str, Tensor]:
-        """All but the server's state, as tensors; see `restore`."""
+        """Return everything except the server's state, as tensors; see `restore`."""
         facts: dict[str, Any] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
         facts |= {"last_turn": {str(k): v for k, v in self.last_turn.items()}, "left_out": sorted(self.left_out)}
         facts |= {"asked_times": {str(k): v for k, v in self.asked_times.items()}}
@@ -245,7 +243,7 @@ class Coordinator:
         return {"coordinator": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
 
     def restore(self, state: ServerState, tensors: dict[str, Tensor]) -> None:
-        """Goes on from what was saved, with the server's state of then."""
+        """Restore the saved tensors, together with the server's state from the same time."""
         facts = json.loads(tensors["coordinator"].numpy().tobytes())
         self.state, self.run = state, facts["run"]
         self.turn, self.applied, self.epoch = facts["turn"], facts["applied"], facts["epoch"]
@@ -268,19 +266,19 @@ class Coordinator:
 
     @property
     def _needed(self) -> int:
-        """Without how many messages nothing of a turn is used.
+        """Minimum number of messages for a turn to count.
 
-        Where cohorts are secret every turn counts, also an empty one: the noise is right anyway, and whether a turn
-        counted must not show who was in it.
+        If cohorts are secret, every turn counts, including an empty one: the noise is correct in any case, and a turn
+        that does not count would reveal who was in it.
         """
         return 0 if self.secret_cohorts else self.choice.min_participants
 
     def _memories_are_lost(self, lost: list[int]) -> bool:
-        """Follows the rule for lost memories; whether all begin anew.
+        """Apply the rule for lost memories, and return whether all memories are reset.
 
-        A client whose loss is not believed (`believed_losses`) is left out. Where cohorts are secret, none is believed:
-        that all begin anew would show in the model that this client was asked, and whoever is left out looks like one
-        whose messages are zero. The server's memory keeps what it holds of that client, as does the mean of all.
+        If a loss is not believed (`believed_losses`), its client is left out. If cohorts are secret, none is believed:
+        a reset would reveal in the model that this client was asked, while a client that is left out looks like a
+        client with zero messages. The server's memory keeps the contribution of that client, as does the mean of all.
         """
         self.losses.update(lost)
         if self.lost_memory == "start-afresh":
@@ -293,24 +291,24 @@ class Coordinator:
                 raise _stopped(sorted(self.left_out))
             return False
         self.left_out |= set(lost) - set(believed)
-        self._start_anew()
+        self._reset_memories()
         return True
 
     def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
         expected = f"at least {self.choice.min_participants} valid messages"
         reasons = [f"client {i} refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())]
         got = f"{len(valid)}" + (f" ({'; '.join(reasons[:2])})" if reasons else "")
-        remedy = "Mend the clients and go on with --resume, or change [deployment]"
+        remedy = "Fix the clients and continue with --resume, or change [deployment]"
         return UserError(f"turn {self._broadcast.round}", expected, got, remedy)
 
-    def _start_anew(self) -> None:
-        """Fresh memories on both sides; the model stays."""
-        self.state = self.server.method.init_server(self.state.model)
+    def _reset_memories(self) -> None:
+        """Reset the memories on both sides; the model stays."""
+        self.state = self.server.begin_anew(self.state)
         self.epoch += 1
         self.last_turn = {}
 
     def _fault(self, message: Tensor) -> str:
-        """Return why a message cannot be used; empty if it can."""
+        """Return the reason why a message is unusable; empty if it is usable."""
         return message_fault(message, self.client, len(self.state.model))
 
     def _sum(self, broadcast: Broadcast, replies: Mapping[int, Tensor], counted: list[int]) -> Total:
@@ -322,5 +320,5 @@ class Coordinator:
 
 def _stopped(lost: list[int]) -> UserError:
     where = ", ".join(f"client {i}" for i in lost[:3])
-    remedy = 'Put back its state folder, or set deployment.lost_memory = "leave-out" or "re-base"'
-    return UserError(where, "its memory of earlier turns", "none", remedy)
+    remedy = 'Restore its state folder, or set deployment.lost_memory = "leave-out" or "re-base"'
+    return UserError(where, "its memory of earlier turns", "a lost memory", remedy)

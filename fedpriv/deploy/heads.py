@@ -1,7 +1,7 @@
-"""A server's memory of its clients' ledgers: the newest signed head of each, over all runs of a deployment.
+"""Newest signed head of each client's ledger, kept by the server over all runs of a deployment.
 
-A client that shows up with a ledger that is behind its own head refuses (`fedpriv.deploy.device.heads`). The file is
-not secret, and nobody can forge an entry. Where it is lost, clients are only as safe as their own files.
+A client refuses if its ledger is behind its signed head (`fedpriv.deploy.device.heads`). The file of heads is not
+secret, and its entries cannot be forged. If it is lost, clients rely on their own files alone.
 """
 
 import json
@@ -25,18 +25,18 @@ _log = logging.getLogger("flwr")
 def newer_heads(known: Mapping[int, Head], found: Mapping[int, Head]) -> dict[int, Head]:
     """Return the newest head of each client.
 
-    Of two by one key the longer is newer. A head by another key replaces what was known, with a line in the log: the
-    client's folder, and with it its ledger, may be lost.
+    Of two heads with the same key, the longer one is newer. A head with another key replaces the known one, with a
+    warning in the log: the client's folder, and with it its ledger, may be lost.
 
     Args:
-        known: By client.
-        found: The same, seen later.
+        known: Known heads by client.
+        found: Heads seen later, by client.
     """
     newest = dict(known)
     for client, head in found.items():
         before = newest.get(client, head)
         if before.key != head.key:
-            _log.warning("client %d signs its ledger with another key than before: the former may be lost", client)
+            _log.warning("client %d signs its ledger with a new key: the previous ledger may be lost", client)
         if before.key != head.key or head.lines >= before.lines:
             newest[client] = head
     return newest
@@ -44,11 +44,11 @@ def newer_heads(known: Mapping[int, Head], found: Mapping[int, Head]) -> dict[in
 
 @dataclass
 class HeadBook:
-    """The newest heads, in a file or, without one, for as long as this object lives.
+    """Collection of the newest heads, stored in a file, or in memory only.
 
     Args:
-        path: The file; None for none.
-        heads: By client.
+        path: File of the heads; None for memory only.
+        heads: Heads by client.
     """
 
     path: Path | None = None
@@ -59,16 +59,16 @@ class HeadBook:
 
     @classmethod
     def of_deployment(cls, run_directory: Path) -> "HeadBook":
-        """Return the book of a deployment: in the server's own folder, or beside the run directory where there is none.
+        """Return the heads of a deployment, stored in $FLWR_HOME or, if that is not set, next to the run directory.
 
         Args:
-            run_directory: Where the run is recorded.
+            run_directory: Run directory of the deployment.
         """
         home = os.environ.get("FLWR_HOME")
         return cls((Path(home) if home else run_directory.parent) / HEADS_FILE)
 
     def keep(self, found: Mapping[int, Head]) -> None:
-        """Take note of heads; they are on the disk when this returns.
+        """Record heads; they are on disk when this returns.
 
         Raises:
             UserError: If the file cannot be read or written.
@@ -77,7 +77,7 @@ class HeadBook:
             self.heads = newer_heads(self.heads, found)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:  # another run of the deployment may write, too
+        with self.path.with_suffix(".lock").open("w") as lock:  # other runs of the deployment may also write
             lock_file(lock)
             self.heads = newer_heads(self._read(), found)
             rows = {str(client): head.to_json() for client, head in sorted(self.heads.items())}
@@ -90,6 +90,6 @@ class HeadBook:
             rows = json.loads(self.path.read_bytes())
             found = {int(client): Head.of_json(row) for client, row in rows.items()}
         except (ValueError, AttributeError):
-            remedy = "Put back a copy, or remove it: clients then go by their own files alone"
-            raise UserError(str(self.path), "the heads of clients' ledgers", "something else", remedy) from None
+            remedy = "Restore a copy, or remove the file: clients then rely on their own files alone"
+            raise UserError(str(self.path), "the heads of clients' ledgers", "invalid content", remedy) from None
         return {client: head for client, head in found.items() if head is not None}

@@ -1,7 +1,7 @@
-"""`fedpriv run CONFIG --deploy CONNECTION`: a run on devices, started, watched, and stopped if the user stops it.
+"""`fedpriv run CONFIG --deploy CONNECTION`: start and follow a run on devices, and stop it if the user interrupts.
 
-The server's half runs where the SuperLink is, and its run directory lies there. On that machine rounds are shown as
-they are recorded; from another one, Flower's log is.
+The server's half runs on the SuperLink's machine, which also has the run directory. On that machine, rounds are shown
+as they are recorded; on other machines, Flower's log is shown.
 """
 
 import json
@@ -33,13 +33,13 @@ _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 @dataclass(frozen=True)
 class Connection:
-    """A way to a SuperLink.
+    """Connection to a SuperLink.
 
     Args:
-        home: The folder of Flower's `config.toml`.
-        name: The connection's name in it.
+        home: Folder of Flower's `config.toml`.
+        name: Name of the connection in it.
         address: Host and port.
-        seeded: For tests: cohorts and noise from the config's seed, where server and nodes allow that.
+        seeded: For tests: cohorts and noise follow the config's seed, if server and nodes allow that.
     """
 
     home: Path
@@ -49,7 +49,7 @@ class Connection:
 
     @classmethod
     def of(cls, given: str) -> "Connection":
-        """From the folder `admin` of a deployment, or from the name of a connection in $FLWR_HOME/config.toml.
+        """Read it from the folder `admin` of a deployment, or by its name from $FLWR_HOME/config.toml.
 
         Raises:
             UserError: If there is no such connection, or if it is not encrypted.
@@ -64,7 +64,7 @@ class Connection:
             remedy = f"Give the folder admin of a deployment, or a connection of {home / 'config.toml'}: {known}"
             raise UserError("--deploy", "a connection with an address", repr(given), remedy)
         if found.get("insecure"):
-            remedy = "Set up TLS with fedpriv deploy init; for simulations there is --engine flower"
+            remedy = "Set up TLS with fedpriv deploy init, or use --engine flower for a simulation"
             raise UserError(f"connection {name}", "TLS", "insecure = true", remedy)
         return cls(home, name, str(found["address"]))
 
@@ -89,7 +89,7 @@ class _FlowerRun:
         }
 
     def start(self, run_config: dict[str, Any]) -> None:
-        """Submits the app.
+        """Submit the app.
 
         Raises:
             UserError: If the SuperLink does not answer.
@@ -110,16 +110,16 @@ class _FlowerRun:
             )
 
     def row(self) -> dict[str, Any]:
-        """What Flower says of this run; empty if it knows none."""
+        """Return Flower's description of this run; empty if Flower does not know the run."""
         return next((run for run in self._runs() if str(run["run-id"]) not in self._known), {})
 
     def alive(self) -> bool:
-        """Whether the run may still be going on."""
+        """Return whether the run may still be in progress."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """Ends the run at the server, too."""
-        with suppress(UserError):  # a server that is gone has nothing to stop, and must not hide why this ends
+        """End the run, also on the server."""
+        with suppress(UserError):  # a server that is gone must not hide the reason for the end
             if self.alive() and (row := self.row()):
                 self._flwr(["stop", str(row["run-id"]), self.connection.name])
         if self._process is not None:
@@ -134,8 +134,10 @@ class _FlowerRun:
             answer = {"success": False, "error-message": text.strip().splitlines()[-1] if text.strip() else "no answer"}
         if not answer.get("success", True):
             reason = " ".join(str(answer.get("error-message", "")).split())[:200]
-            remedy = f"Start it, and see what is wrong with: fedpriv deploy check {self.connection.home}"
-            raise UserError(f"SuperLink {self.connection.address}", "an answer", reason.rstrip(".") or "none", remedy)
+            remedy = f"Start it, and run: fedpriv deploy check {self.connection.home}"
+            raise UserError(
+                f"SuperLink {self.connection.address}", "an answer", reason.rstrip(".") or "no answer", remedy
+            )
         return answer.get("runs", [])
 
     def _flwr(self, arguments: Sequence[str]) -> str:
@@ -158,22 +160,22 @@ def run_deployed(
     resume: bool = False,
     watch: Watcher | None = None,
 ) -> dict[str, Any] | None:
-    """Runs an experiment on the devices of a deployment.
+    """Run an experiment on the devices of a deployment.
 
     Args:
         config: The experiment.
         out: The run directory, on the SuperLink's machine.
-        connection: To the SuperLink, or what `Connection.of` makes one of.
-        device: Where devices compute that do not say it themselves.
-        data_root: Where data sets lie, on the SuperLink's machine and on devices that do not say it themselves.
-        resume: Whether `out` may hold a part of this run, which is then gone on with.
-        watch: Called after every round with what was recorded, where the SuperLink is on this machine.
+        connection: Connection to the SuperLink, or an argument of `Connection.of`.
+        device: Compute device of nodes that do not set one themselves.
+        data_root: Folder of the data sets, on the SuperLink's machine and on nodes that do not set one themselves.
+        resume: Resume this run from `out`, if `out` holds a part of it.
+        watch: Called after every round with its records, if the SuperLink is on this machine.
 
     Returns:
         The summary; None if the SuperLink, and with it the run directory, is on another machine.
 
     Raises:
-        UserError: On anything that the user can mend. What was saved stays, and `resume` goes on with it.
+        UserError: On any error that the user can fix. Saved turns are kept, and `resume` continues from them.
     """
     require_extra("--deploy", "deploy")
     config.check_deployable()
@@ -185,8 +187,8 @@ def run_deployed(
         run = _FlowerRun(way, folder, folder / "flower.log")
         directory = RunDirectory(out)
         if directory.file("digest.txt").exists() and not resume:
-            remedy = "Add --resume to go on with it, or choose another --out"
-            raise UserError(str(out), "a folder without a run", "one that is begun or done", remedy)
+            remedy = "Add --resume to continue the run, or choose another --out"
+            raise UserError(str(out), "a folder without a run", "a run in progress or finished", remedy)
         run.start(
             {
                 "config-toml": config.to_toml(),
@@ -207,7 +209,7 @@ def run_deployed(
 def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> dict[str, Any] | None:
     rounds, shown = RecordedRounds(directory, watch), 0
     while run.alive():
-        if directory.file("digest.txt").exists():  # the SuperLink works on this machine
+        if directory.file("digest.txt").exists():  # the SuperLink runs on this machine
             rounds.show()
         else:
             shown = _print_log(run.log, shown)

@@ -1,23 +1,25 @@
-"""A deployment over Flower's network: who is there, who answers in time, and what the run directory learns of it."""
+"""Deployment over Flower's network: connected nodes, answers in time, and their records in the run directory."""
 
 import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.coordinator import Coordinator, Outcome
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.recorder import Journal
+from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.internals.app import SERVER_NODE, reason_in_short
 from fedpriv.flower.messages import (
@@ -25,70 +27,71 @@ from fedpriv.flower.messages import (
     CONFIG,
     FEDPRIV,
     TERMS,
-    Introduction,
     MessageFormat,
     ModelArrays,
-    introduction,
+    NodeInfo,
+    ask_node_info,
     printable,
     refused,
 )
+from fedpriv.streams import SystemStreams
 
-__all__ = ["PARTICIPATION", "Network", "run_turns", "take_up"]
+__all__ = ["PARTICIPATION", "Network", "refuse_full_disk", "run_turns", "take_up", "with_secret_streams"]
 
 PARTICIPATION = "participation.jsonl"
 
 _log = logging.getLogger("flwr")
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
-_INTRODUCTION_SECONDS = 30.0
+_QUESTION_SECONDS = 30.0
 
-# After the deadline of a turn with a secret cohort, what reading and adding its answers may take, and always does.
+# Fixed time, after the deadline of a turn with a secret cohort, for reading and summing its answers.
 _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
 
 
 @dataclass
 class Network:
-    """The nodes of a Flower run, by client id.
+    """Nodes of a Flower run, by client id.
 
-    A node is asked once who it is. One that comes back after a restart has another node id and is asked again. Two
-    nodes with the same client id are one too many: the one that came first stays.
+    The server asks each node once for its client id. A node that restarts gets another node id and is asked again. If
+    two nodes have the same client id, the first one stays.
 
     Args:
-        grid: Reaches the nodes.
-        population: How many clients there may be.
+        grid: Connection to the nodes.
+        population: Maximum number of clients.
     """
 
     grid: Grid
     population: int
     nodes: dict[int, int] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
-    _introductions: dict[str, int] = field(default_factory=dict)
+    _questions: dict[str, int] = field(default_factory=dict)
 
     def meet(self) -> None:
-        """Asks nodes that are new who they are, and takes note of those who said it, and of those who left.
+        """Ask new nodes for their client ids, and record the nodes that answered and the nodes that left.
 
-        A node that does not say it is asked again: the question may be lost with a process that was killed.
+        A node that does not answer is asked again, because a killed process may have lost the question.
         """
         online, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
         self._asked_at = {node: at for node, at in self._asked_at.items() if node in online}
         known = set(self.nodes.values())
-        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _INTRODUCTION_SECONDS)
-        sent = self._push({node: Message(introduction(), node, MessageType.TRAIN) for node in new})
-        self._introductions |= sent
+        new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _QUESTION_SECONDS)
+        sent = self._push({node: Message(ask_node_info(), node, MessageType.TRAIN) for node in new})
+        self._questions |= sent
         self._asked_at |= dict.fromkeys(new, now)
-        for message_id, answer in self._pull(self._introductions):
-            node = self._introductions.pop(message_id)
+        for message_id, answer in self._pull(self._questions):
+            node = self._questions.pop(message_id)
             if isinstance(answer, str):
                 _log.warning("node %d: %s", node, answer)
             else:
-                self._introduce(node, answer)
+                self._note_node(node, answer)
 
     def wait_for(self, clients: int, seconds: float) -> None:
-        """Waits until so many clients are there.
+        """Wait until at least `clients` clients are connected.
 
         Raises:
-            UserError: If they are not after so many seconds.
+            UserError: If they are not connected after `seconds` seconds.
         """
         end = time.monotonic() + seconds
         while True:
@@ -102,19 +105,19 @@ class Network:
             time.sleep(_POLL_SECONDS)
 
     def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message | str]:
-        """Sends each client its content, and gives the answers that came in time, by client.
+        """Send each client its content, and return the answers that arrive in time, by client.
 
-        A client that joins, or comes back, before the deadline is sent its content then, and one that is silent is
-        asked again at half time: it answers the same request with the same bytes. An order lives no longer than its
-        turn, so that no client works, and pays, for a turn that is over.
+        A client that joins or returns before the deadline gets its content then. A silent client is asked again at half
+        time: it answers the same request with the same bytes. Instructions expire with their turn, so that no client
+        works, and pays, for a turn that is over.
 
         Args:
-            contents: By client.
-            seconds: Until the deadline.
-            group: The turn, for Flower's log.
+            contents: Contents by client.
+            seconds: Time until the deadline.
+            group: Name of the turn in Flower's log.
 
         Returns:
-            Answers; a text for one that cannot be read.
+            Answers by client, with a text in place of an unreadable answer.
         """
         end = time.monotonic() + seconds
         again = max(seconds / 2.0, _RETRY_SECONDS)
@@ -135,28 +138,29 @@ class Network:
                 client = waiting.pop(message_id)
                 by = asked[message_id] if isinstance(answer, str) else answer.metadata.src_node_id
                 if not isinstance(answer, str) and answer.has_error() and by == SERVER_NODE:
-                    send_at[client] = min(send_at[client], now + _RETRY_SECONDS)  # its node is gone, and may come back
+                    send_at[client] = min(send_at[client], now + _RETRY_SECONDS)  # its node is gone but may return
                 elif by == asked[message_id]:
                     answers.setdefault(client, answer)
                 else:
-                    _log.warning("node %d answers what another was asked: not used", by)
+                    _log.warning("node %d answered a message for another node: ignored", by)
             waiting = {message_id: client for message_id, client in waiting.items() if client not in answers}
             time.sleep(_POLL_SECONDS)
         return answers
 
     def _push(self, messages: dict[int, Message]) -> dict[str, int]:
-        """Sends messages; the keys of those that Flower took, by the ids that it gave them."""
+        """Send messages, and return the keys of those that Flower accepted, by their message ids."""
         if not messages:
             return {}
         ids = list(self.grid.push_messages(list(messages.values())))
         if not ids:
-            remedy = "It does not take messages so large: choose a smaller model"
-            raise UserError("SuperLink", f"{len(messages)} messages taken", "none", remedy)
+            remedy = "Choose a smaller model: the messages may be too large"
+            raise UserError("SuperLink", f"it to accept {len(messages)} messages", "none accepted", remedy)
         return {message_id: key for message_id, key in zip(ids, messages, strict=False) if message_id}
 
     def _pull(self, waiting: Mapping[str, int]) -> list[tuple[str, Message | str]]:
-        """What came in answer to messages, by their ids; a text where it cannot be read. Nodes write what comes, ids
-        included: nothing of it is believed.
+        """Return the answers to messages with the ids of those messages; a text in place of an unreadable answer.
+
+        Answers, including their ids, come from nodes and are not trusted.
         """
         if not waiting:
             return []
@@ -174,25 +178,48 @@ class Network:
             return [(message_id, f"an answer that cannot be read ({type(error).__name__})")]
         return [(message_id, answer) for answer in found if answer.metadata.reply_to_message_id == message_id]
 
-    def _introduce(self, node: int, answer: Message) -> None:
+    def _note_node(self, node: int, answer: Message) -> None:
         if answer.has_error():
             _log.warning("node %d: %s", node, printable(reason_in_short(answer.error)))
             return
-        found = Introduction.of_answer(answer.content)
+        found = NodeInfo.of_answer(answer.content)
         if found is None or found.client is None or not 0 <= found.client < self.population:
             given = None if found is None else found.client
-            _log.warning("node %d: partition-id %s, expected 0 to %d: not used", node, given, self.population - 1)
+            _log.warning("node %d: partition-id %s, expected 0 to %d: ignored", node, given, self.population - 1)
         elif self.nodes.get(found.client, node) != node:
-            _log.warning("node %d: client %d is there already: not used", node, found.client)
+            _log.warning("node %d: client %d is already connected: ignored", node, found.client)
         else:
             self.nodes[found.client] = node
 
 
-def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -> Coordinator:
-    """The run as it was saved last, or at its beginning; the records agree with it.
+def refuse_full_disk(path: Path, experiment: Experiment) -> None:
+    """Raise UserError if a run's checkpoints and models cannot fit on the disk: clients would be charged in vain."""
+    model = experiment.initial_model
+    state = experiment.server.init(model)
+    # A checkpoint is written beside the former one; the first model and the last one stay.
+    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    (space,) = check_space(path, 0.0, "", least=wanted)
+    if space.state == "wrong":
+        expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
+        raise UserError(str(path), expected, space.line.split(";")[0], remedy)
 
-    A turn is saved before its row is written, so that nothing of it is published that a crash could undo; a row that is
-    missing for that reason is written now.
+
+def with_secret_streams(experiment: Experiment) -> Experiment:
+    """Return the experiment with cohorts and noise from the operating system; batches still follow from the seed."""
+    streams = SystemStreams()
+    rules = replace(experiment.population.rules, streams=streams)
+    population = replace(experiment.population, rules=rules)
+    return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
+
+
+def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder) -> Coordinator:
+    """Return the run in its last saved state, or in its initial state, with consistent records.
+
+    A turn is saved before its row is written, so that a crash cannot undo published results. A row that is missing for
+    that reason is written now.
+
+    Raises:
+        UserError: If rounds are recorded but their checkpoint is missing.
     """
     config = experiment.config
     coordinator = Coordinator(
@@ -202,21 +229,21 @@ def take_up(experiment: Experiment, directory: RunDirectory, journal: Journal) -
         choice=config.deployment or DeploymentChoice(),
         turns=config.training.rounds,
         digest=config.digest,
-        state=config.method.init_server(experiment.initial_model),
+        state=experiment.server.init(experiment.initial_model),
     )
-    saved = directory.checkpoint.read(config.digest, journal.promise)
+    saved = directory.checkpoint.read(config.digest, recorder.promise)
     if saved is not None:
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
     elif any(row["round"] > 0 for name in (PARTICIPATION, "rounds.jsonl") for row in directory.rows(name)):
-        expected, got = "the checkpoint of the rounds that are recorded", "none"
-        remedy = "Put it back: clients have paid for these rounds, and a new run needs a new --out"
+        expected, got = "the checkpoint of the recorded rounds", "no file"
+        remedy = "Restore it, since clients have paid for these rounds, or choose a new --out for a new run"
         raise UserError(str(directory.checkpoint.path), expected, got, remedy)
-    journal.begin()
+    recorder.begin()
     directory.keep_rows(PARTICIPATION, coordinator.turn)
-    journal.replayed(coordinator.turn, coordinator.asked_times)
+    recorder.replayed(coordinator.turn, coordinator.asked_times)
     if len(directory.rows("rounds.jsonl")) <= coordinator.turn:
-        journal.initial(coordinator.state.model, coordinator.turn)
+        recorder.initial(coordinator.state.model, coordinator.turn)
     return coordinator
 
 
@@ -225,13 +252,13 @@ def run_turns(
     experiment: Experiment,
     coordinator: Coordinator,
     arrays: ModelArrays,
-    journal: Journal,
+    recorder: Recorder,
     directory: RunDirectory,
 ) -> dict[str, Any]:
-    """Runs the turns that are left, and returns the summary.
+    """Run the remaining turns, and return the summary.
 
     Raises:
-        UserError: If clients are missing at the start, or a turn stops the run; it goes on with --resume.
+        UserError: If clients are missing at the start, or a turn stops the run; --resume continues it.
     """
     choice = experiment.config.deployment or DeploymentChoice()
     network = Network(grid, experiment.population.federation.population)
@@ -242,14 +269,14 @@ def run_turns(
 
     def save() -> None:
         directory.checkpoint.write(
-            coordinator.digest, journal.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
+            coordinator.digest, recorder.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
         book.keep(coordinator.heads)
 
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:
         left = coordinator.turns - coordinator.turn
-        _log.info("Every turn lasts %g s, whoever takes part (deployment.deadline): %d turns are left", seconds, left)
+        _log.info("Every turn lasts %g s, regardless of who takes part (deployment.deadline); %d remain", seconds, left)
     while not coordinator.done:
         broadcast = coordinator.begin()
         save()
@@ -257,20 +284,22 @@ def run_turns(
         shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
         contents = {}
         for client in coordinator.asked():
-            order, terms = coordinator.order(client)
+            instructions, terms = coordinator.instructions(client)
             shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
-            contents[client] = RecordDict({**shared, FEDPRIV: order.to_record(), TERMS: terms.to_record(), **shown})
+            contents[client] = RecordDict(
+                {**shared, FEDPRIV: instructions.to_record(), TERMS: terms.to_record(), **shown}
+            )
         answers = network.exchange(contents, seconds, str(broadcast.round))
         replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
         outcome = coordinator.finish(replies, refusals, _heads(answers))
         save()
         if coordinator.secret_cohorts:
-            # Neither who answers nor how long the sum takes shows in when the model is there, and the next turn begins.
+            # The times of the model and of the next turn must not depend on who answers or on the time of the sum.
             _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
-        _tell(outcome, failed)
-        journal.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
-    return journal.finish(coordinator.state)
+        _report(outcome, failed)
+        recorder.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
+    return recorder.finish(coordinator.state)
 
 
 def _sleep_until(moment: float) -> None:
@@ -284,7 +313,7 @@ def _message(content: RecordDict, node: int, seconds: float, group: str) -> Mess
 def _read(
     answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
 ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
-    """Messages, refusals and failures, by client. Whatever a client sends, it is one of the three."""
+    """Return messages, refusals and failures by client; every answer is one of the three."""
     replies: dict[int, Tensor] = {}
     refusals: dict[int, tuple[str, str]] = {}
     failed: dict[int, str] = {}
@@ -306,7 +335,7 @@ def _read(
 
 
 def _heads(answers: Mapping[int, Message | str]) -> dict[int, Head]:
-    """The heads of ledgers in answers, by client."""
+    """Return the heads of ledgers in answers, by client."""
     contents = {i: a.content for i, a in answers.items() if not isinstance(a, str) and a.has_content()}
     heads = {client: Head.of(content) for client, content in contents.items()}
     return {client: head for client, head in heads.items() if head is not None}
@@ -327,9 +356,9 @@ def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str
     }
 
 
-def _tell(outcome: Outcome, failed: dict[int, str]) -> None:
+def _report(outcome: Outcome, failed: dict[int, str]) -> None:
     if outcome.happened != "applied":
-        _log.warning("turn %d: %s; nothing of it is used", outcome.turn, outcome.happened)
+        _log.warning("turn %d: %s; its messages are not used", outcome.turn, outcome.happened)
     for client, (kind, why) in outcome.refused.items():
         _log.warning("turn %d: client %d refuses (%s): %s", outcome.turn, client, kind, why)
     for client, why in {**outcome.invalid, **failed}.items():

@@ -52,7 +52,7 @@ class FeedbackInC:
         self._figures = _Figures(
             total.data_ptr(),
             total.numel(),
-            (ctypes.c_double * 4)(*rule.bounded.figures),
+            (ctypes.c_double * 4)(*rule.bounded.coefficients),
             shift,
             1.0 - rule.damping,
             rule.beta or 0.0,

@@ -1,1 +1,1 @@
-"""An experiment: its config, its run, its records."""
+"""An experiment: its config, its run and its records."""

@@ -1,4 +1,4 @@
-"""From a config to the things it names: data, model, the two halves of the agreement, an engine."""
+"""Build the parts of an experiment from its config: data, model, the two halves of the agreement, a plan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,15 +36,15 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that a run needs, made from its config.
+    """Everything that a run needs, built from its config.
 
     Args:
         config: The experiment.
         population: The clients.
         server: The server's half of the agreement.
-        plan: What is promised; None for a non-private run.
+        plan: The privacy plan; None for a non-private run.
         initial_model: x before the first round, `[params]`.
-        timeline: Who counts in which step, on the virtual clock; None without one.
+        timeline: The clients that count in each step of the virtual clock; None without a clock.
     """
 
     config: Config
@@ -56,23 +56,23 @@ class Experiment:
 
     @property
     def agreement(self) -> Agreement:
-        """What server and clients hold to."""
+        """The rules that server and clients follow."""
         return Agreement(self.server, self.population.rules, self.plan)
 
     def evaluate(self, model: Tensor) -> tuple[float, float]:
-        """Test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
+        """Return test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
 
     def validate(self, model: Tensor) -> tuple[float, float] | None:
-        """The same on the examples held out for validation; None without any."""
+        """Return loss and accuracy on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
         if dataset.validation_inputs is None or dataset.validation_labels is None:
             return None
         return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
 
     def with_method(self, config: Config) -> "Experiment":
-        """The same data, model and cohorts under the method and the privacy of another config."""
+        """Return an experiment with the same data, model and cohorts, and another config's method and privacy."""
         federation, sampling, timeline = self.population.federation, self.server.sampling, self.timeline
         if timeline is not None:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
@@ -85,7 +85,7 @@ class Experiment:
 
 
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
-    """Loads the data and spreads them over the clients, as the config and its seed say."""
+    """Load the data and split them among the clients, as the config and its seed say."""
     choice, streams = config.data, SeededStreams(config.seed)
     dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
     if choice.test is not None:
@@ -97,9 +97,10 @@ def make_federation(config: Config, data_root: Path | None = None) -> Holders:
 
 
 def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
-    """The sampling of the config's population; reads the data only if the config leaves their number to them.
+    """Return the sampling for the config's population.
 
-    Where a timeline is accounted, it is made: it needs the numbers of examples and the model's size.
+    Reads the data only if they determine the number of clients, or if a timeline is accounted. A timeline needs the
+    numbers of examples and the model's size.
     """
     if not config.rule.draws_cohorts:
         federation = make_federation(config, data_root)
@@ -120,18 +121,18 @@ def assemble(
     channels_last: bool = False,
     precision: str = "float32",
 ) -> Experiment:
-    """Makes everything that a run of `config` needs.
+    """Build everything that a run of `config` needs.
 
     Args:
         config: The experiment.
-        device: Where gradients are computed, such as `cpu` or `cuda`.
-        data_root: Where data sets lie; None for the environment's choice.
-        federation: Who holds which data, where the caller has that already; else made as the config says.
+        device: The device that computes gradients, such as `cpu` or `cuda`.
+        data_root: The folder of the data sets; None uses the environment's setting.
+        federation: The clients' data, if the caller has them already; None builds them from the config.
         channels_last: See `Task`.
         precision: See `Task`.
 
     Raises:
-        UserError: If the data, the device or the combination of method and privacy is not to be had.
+        UserError: If data or device are unavailable, or method and privacy cannot be combined.
     """
     check_device(device)
     federation = federation or make_federation(config, data_root)
@@ -159,13 +160,13 @@ def assemble_clients(
     data_root: Path | None = None,
     check_size: Callable[[int], None] | None = None,
 ) -> Population:
-    """The clients alone, who follow what they are told: no noise is calibrated, and none is added.
+    """Build the clients alone, without noise calibration: they add no noise and follow the server's instructions.
 
     Args:
         config: The experiment.
         device: See `assemble`.
         data_root: See `assemble`.
-        check_size: Called with the model's number of parameters before the model is made; what it raises is raised.
+        check_size: Called with the number of parameters before the model is built; its exceptions propagate.
     """
     check_device(device)
     federation, streams = make_federation(config, data_root), SeededStreams(config.seed)
@@ -178,7 +179,7 @@ def assemble_clients(
 
 
 def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:
-    """The config's model and its loss; see `Task` for the options."""
+    """Return the config's model with its loss; see `Task` for the options."""
     seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
     module = build_module(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
@@ -190,10 +191,10 @@ _BYTES_A_PARAMETER = 24
 
 
 def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int) -> int:
-    """Return the number of parameters of the config's model for inputs of a shape; nothing of it is made.
+    """Return the number of parameters of the config's model for an input shape, without building the model.
 
     Raises:
-        UserError: If there is no such model, or none that could be counted.
+        UserError: If the model is invalid or too large to count.
     """
     try:
         return config.model.parameters(input_shape, classes)
@@ -202,9 +203,9 @@ def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int)
 
 
 def build_module(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-    """The config's model for inputs of a shape; a `UserError` if there is no room for it."""
+    """Build the config's model for an input shape; raise UserError if it does not fit in memory."""
     count = count_parameters(config, input_shape, classes)
-    remedy = f"Its {count:,} parameters are needed several times: make the model smaller"
+    remedy = f"Make the model smaller: a run holds several copies of its {count:,} parameters"
     refuse_beyond_memory("[model]", _BYTES_A_PARAMETER * count, remedy)
     try:
         return config.model.build(input_shape, classes, seed)
@@ -218,9 +219,11 @@ def _too_large(error: Exception) -> UserError:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError if torch cannot use `device`."""
+    """Raise UserError if torch cannot use `device`."""
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError("--device", "a device of this machine", f"{device!r} ({reason})", "Use --device cpu") from None
+        raise UserError(
+            "--device", "a device that torch can use here", f"{device!r} ({reason})", "Use --device cpu"
+        ) from None

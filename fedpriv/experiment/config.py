@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 
-from fedpriv.checks import at_least_one, positive_int, whole_from
+from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
@@ -20,8 +20,8 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, client_part, has_memory, optimized
-from fedpriv.plugins import Registry, whole_reference
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
+from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan
 from fedpriv.privacy.released import Whose
 from fedpriv.streams import SeededStreams
@@ -49,11 +49,11 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment")
+TABLES += ("devices", "schedule", "deployment", "sources")
 
 # Tables that change what clients send or how much noise is on it. Experiments that differ in one of them, or in the
 # number of rounds, have independent noise. A name, the times of evaluation and the deployment change none of it.
-NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule")
+NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,18 +183,39 @@ class Config:
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(client_part(self.method))},
+            "method": {"name": self.method_name, **write_table(self.method.client_part)},
             **server,
             **privacy,
             "training": write_table(self.training),
             **clock,
             **deployment,
+            **({"sources": self.sources} if self.sources else {}),
         }
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Where the classes come from that are not of fedpriv, by the key that names them; see `plugins.source_of`.
+
+        They are part of the experiment: one with another source is another experiment.
+        """
+        optimizer = self.method.optimizer if isinstance(self.method, ServerOptimized) else None
+        named = {
+            "data.name": self.data.dataset,
+            "data.partition": self.data.partition,
+            "data.shift": self.data.shift,
+            "model.name": self.model,
+            "local.work": self.local,
+            "method.name": self.method.client_part,
+            "server.optimizer": optimizer,
+            "devices.kind": self.devices,
+        }
+        found = {key: source_of(type(instance)) for key, instance in named.items() if instance is not None}
+        return {key: source for key, source in found.items() if source is not None}
 
     @property
     def method_name(self) -> str:
         """The method's name in the table of methods."""
-        return METHODS.name_of(client_part(self.method))
+        return METHODS.name_of(self.method.client_part)
 
     @property
     def rule(self) -> Schedule:
@@ -208,8 +229,11 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment."""
-        return _hash({name: table for name, table in self.tables.items() if name != "deployment"})
+        """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment.
+
+        The folder of a file that holds a class does not matter; its content does.
+        """
+        return _hash({name: table for name, table in self._identity.items() if name != "deployment"})
 
     @property
     def noise_id(self) -> str:
@@ -218,8 +242,13 @@ class Config:
         Two experiments with one seed would otherwise share their noise, and the difference of their models would
         have none. Equal experiments keep equal bits.
         """
-        tables = {name: self.tables[name] for name in NOISE_TABLES if name in self.tables}
+        tables = {name: table for name, table in self._identity.items() if name in NOISE_TABLES}
         return _hash({**tables, "rounds": self.training.rounds})
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """The tables, with the bare names of files."""
+        return _with_names(self.tables, bare_reference)
 
     @property
     def streams(self) -> SeededStreams:
@@ -313,12 +342,16 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
 
 def _with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tables with the file of every `"file.py:Class"` as an absolute path."""
+    return _with_names(tables, lambda name: whole_reference(name, folder))
+
+
+def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The tables with every name of a class changed."""
     changed = dict(tables)
     for table, keys in _NAMES.items():
         found = tables.get(table)
         if isinstance(found, Mapping):
-            names = {key: found[key] for key in keys if key in found}
-            changed[table] = {**found, **{key: whole_reference(name, folder) for key, name in names.items()}}
+            changed[table] = {**found, **{key: change(found[key]) for key in keys if key in found}}
     return changed
 
 
@@ -379,9 +412,20 @@ def parse_config(tables: dict[str, Any]) -> Config:
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
     _check_schedule(config)
+    _check_sources(config, tables.get("sources", {}))
     if config.deployment is not None:
         config.deployment.check(config.method)
     return config
+
+
+def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
+    """Refuses to take a class whose source differs from what a run has recorded in its `config.toml`."""
+    for key, source in config.sources.items():
+        expected = recorded.get(key, source)
+        if expected != source:
+            got = f"another one ({', '.join(f'{part} {source[part][:12]}' for part in sorted(source))})"
+            remedy = "Restore the source, or remove the table [sources] for another experiment"
+            raise UserError(f'sources."{key}"', "the source that this experiment was run with", got, remedy)
 
 
 def _check_schedule(config: Config) -> None:
@@ -400,8 +444,7 @@ class _Top:
 
     def __post_init__(self) -> None:
         whole_from("seed", self.seed, 0, "Give a seed such as 7")
-        if self.name in ("", ".", "..") or any(c in self.name for c in "/\\\0\n"):
-            raise UserError("name", "a short name that can be a folder's", repr(self.name), "Change the name")
+        folder_name("name", self.name)
 
 
 def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
@@ -421,7 +464,7 @@ def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str)
 
 def _read_method(tables: dict[str, Any], local: LocalWork) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
-    if getattr(method, "needs_gradient_scale", False) and getattr(local, "signal", None) == "move":
+    if method.needs_gradient_scale and local.signal == "move":
         name = tables["method"]["name"]
         expected = f'"gradient-sum" or "gradient-mean" with {name}, which divides by client_lr'
         raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")
@@ -450,6 +493,10 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
         raise UserError("data.validation", "above 0 and below 1", validation, "Give a share such as 0.1")
     for_dataset, for_partition = field_names(dataset_kind), field_names(partition_kind)
     for_shift = [] if shift_kind is None else field_names(shift_kind)
+    for key in for_dataset:
+        if key in (*for_partition, *for_shift):
+            remedy = "Rename the data set's"
+            raise UserError(f"data.{key}", "a key of one thing", "one of the data set and of its partition", remedy)
     known = ["name", "clients", "partition", "shift", "validation", "test", *for_dataset, *for_partition, *for_shift]
     refuse_unknown(options, known, "data")
     return DataChoice(

@@ -1,4 +1,4 @@
-"""The table `[deployment]`: what a run asks of real devices."""
+"""The table `[deployment]`: how a run on real devices waits for clients and handles failures."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,25 +10,25 @@ from fedpriv.methods import Method
 __all__ = ["DeploymentChoice"]
 
 _SECONDS = 300.0
-# A turn with a secret cohort takes all of it: enough for devices that start a process for each message.
+# A turn with a secret cohort always takes this long: enough for devices that start a process for each message.
 _SECRET_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentChoice:
-    """How long is waited, for how many, and what happens otherwise. Simulations leave it out of account.
+    """Deadlines, the minimum number of clients, and the handling of failures. Simulations ignore this table.
 
     Args:
-        deadline: Seconds from a broadcast to the end of its turn; who answers later has not answered. A turn ends when
-            the last answer is there, but where cohorts are secret it lasts until then, whoever was asked. None: 300, or
-            60 where cohorts are secret.
-        min_participants: Valid messages without which nothing of a turn is used.
-        too_few: skip: the turn is spent and the next one begins. stop: the run ends, and goes on with --resume.
-        lost_memory: What happens when a client has lost its memory. method: what the method says, but leave-out instead
-            of re-base where cohorts are secret. start-afresh: that client begins anew; refused where the server would
-            hold what was lost for ever. re-base: all memories begin anew. leave-out: that client is asked no more.
-            stop: the run ends. re-base and stop are refused where cohorts are secret.
-        join_timeout: Seconds to wait at the start until `min_participants` clients are there.
+        deadline: Seconds from a broadcast to the end of its turn; later answers do not count. A turn ends with its last
+            answer. If cohorts are secret, it lasts until the deadline, regardless of which clients were asked. None:
+            300, or 60 if cohorts are secret.
+        min_participants: Minimum number of valid messages in a turn; with fewer, the turn is discarded.
+        too_few: skip: the turn is spent and the next one begins. stop: the run ends, and resumes with --resume.
+        lost_memory: The action when a client has lost its memory. method: follow the method, but leave-out instead of
+            re-base if cohorts are secret. start-afresh: reset that client's memory; refused if the server would keep
+            the lost part forever. re-base: reset all memories. leave-out: stop asking that client. stop: end the run.
+            re-base and stop are refused if cohorts are secret.
+        join_timeout: Seconds to wait at the start for `min_participants` clients.
     """
 
     deadline: float | None = None
@@ -41,22 +41,24 @@ class DeploymentChoice:
         for key in ("deadline", "join_timeout"):
             seconds = getattr(self, key)
             if seconds is not None and not 0.0 < seconds < 1e9:
-                raise UserError(f"deployment.{key}", "seconds above 0", seconds, "Give some minutes")
-        at_least_one("deployment.min_participants", self.min_participants, "Give a number")
+                raise UserError(
+                    f"deployment.{key}", "seconds above 0", seconds, f"Set deployment.{key} to some minutes"
+                )
+        at_least_one("deployment.min_participants", self.min_participants, "Set it to 1 or more")
 
     def seconds(self, *, secret_cohorts: bool) -> float:
         """Return the seconds from a broadcast to the end of its turn.
 
         Args:
-            secret_cohorts: Whether epsilon relies on nobody knowing who takes part.
+            secret_cohorts: True if epsilon relies on the cohort being secret.
         """
         if self.deadline is not None:
             return self.deadline
         return _SECRET_SECONDS if secret_cohorts else _SECONDS
 
     def check(self, method: Method) -> None:
-        """Raises UserError unless the rule for lost memories is one for this method."""
+        """Raise UserError unless the rule for lost memories suits this method."""
         if self.lost_memory == "start-afresh" and method.lost_memory != "start-afresh":
-            expected = "another rule with a method whose memory does not fade"
-            remedy = 'What is lost would stay in the server\'s memory for ever: choose "re-base", or set method.damping'
+            expected = "another rule, because this method's memory does not fade"
+            remedy = 'Choose "re-base", or set method.damping: the server would keep the lost part forever'
             raise UserError("deployment.lost_memory", expected, '"start-afresh"', remedy)

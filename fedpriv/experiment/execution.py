@@ -1,4 +1,4 @@
-"""How an experiment is run, which is no part of it: engine, workers, memory, noise; and the choice by measuring."""
+"""Execution options, which are not part of an experiment: engine, workers, memory, noise; and the measured choice."""
 
 import math
 import os
@@ -40,43 +40,44 @@ __all__ = [
 ENGINE_FILE = "engine.json"
 
 ENGINES: dict[str, str] = {
-    "loop": "One client after the other, on one thread; every other engine is tested against it.",
+    "loop": "One client at a time on one thread; the reference for every other engine.",
     "vectorized": "Chunks of clients of similar size on one device; equal to the loop engine up to rounding.",
-    "ray": "Workers that own clients, on CPUs and GPUs of one machine or of many.",
+    "ray": "Workers that each own clients, on the CPUs and GPUs of one or more machines.",
     "flower": "Flower's simulation: the same rules as messages between a ServerApp and ClientApps.",
 }
 
-# Workers pay if they save this share of the time, starting and talking included.
+# Workers are worthwhile if they reduce the time to this share, including startup and communication.
 _WORTH_WORKERS = 0.9
 _RAY_START_SECONDS = 10.0
 _RAY_ROUND_SECONDS = 0.01
-# A batch must beat the loop by this to be taken: measurements are not exact, and the loop is the simpler.
+# The vectorized engine must beat the loop by this factor: measurements are noisy, and the loop is simpler.
 _WORTH_BATCHES = 0.95
-# Measuring stops once it has taken this long.
+# Stop measuring after this time.
 _MEASURE_SECONDS = 0.25
-# Classes of clients, each a batch on one of Ray's workers: about so many clients each. Their number does not depend
-# on the number of workers.
+# On Ray, clients are grouped into classes of about this many, each computed as one batch. The number of classes does
+# not depend on the number of workers.
 _CLASS_CLIENTS = 64
 _FEWEST_CLASSES, _MOST_CLASSES = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """What a user may say about how clients are run. None of it changes a result beyond what is stated.
+    """The user's choices for running clients. None of them changes a result beyond the stated tolerance.
 
-    What is None, or `auto`, is as it was when the run began that is gone on with, and else chosen.
+    On resume, options left at None or `auto` keep the values recorded in `engine.json`; otherwise they are chosen
+    automatically.
 
     Args:
-        engine: `auto`, `loop`, `vectorized` or `ray`. Workers, or an address, make `auto` mean `ray`.
-        compute: What a Ray worker runs inside: `auto`, `loop` or `vectorized`.
-        client_noise: `fused`, one draw a round with the law of the sum of all clients' noises, where only the sum is
-            used; or `faithful`, a draw for each client, as on devices. None begins runs with `fused`.
-        workers: Ray workers; None for one on each core, or GPU.
-        gpus_per_worker: Share of a GPU of each Ray worker; None for none on `--device cpu` and else one.
-        ray_address: HOST:PORT of a running Ray, or auto; None starts one.
-        state_memory: Most bytes of client states in memory, of all workers together; None for no bound. A checkpoint of
-            a run on Ray gathers all states in this process.
-        state_folder: Where states beyond that go; None for the system's temporary folder.
+        engine: `auto`, `loop`, `vectorized` or `ray`. With workers or an address, `auto` means `ray`.
+        compute: The engine inside each Ray worker: `auto`, `loop` or `vectorized`.
+        client_noise: `fused` draws once per round, from the distribution of the sum of all clients' noise, if only the
+            sum is used. `faithful` draws for each client, as devices do. None starts runs with `fused`.
+        workers: Number of Ray workers; None for one per core or GPU.
+        gpus_per_worker: GPU share of each Ray worker; None for 0 with `--device cpu`, otherwise 1.
+        ray_address: HOST:PORT of a running Ray, or auto; None starts Ray.
+        state_memory: Maximum bytes of client states in memory, over all workers; None for no limit. A checkpoint of a
+            run on Ray gathers all states in this process.
+        state_folder: Folder for the states beyond that limit; None for the system's temporary folder.
         channels_last: See `Task`; None is False.
         precision: See `Task`; None is `float32`.
     """
@@ -98,14 +99,14 @@ class Execution:
         _choose("--client-noise", self.client_noise or "fused", ["fused", "faithful"])
         _choose("--precision", self.precision or "float32", PRECISIONS)
         if self.workers is not None:
-            at_least_one("--workers", self.workers, "Give the number of workers")
+            at_least_one("--workers", self.workers, "Set --workers to 1 or more")
         if self.gpus_per_worker is not None:
-            real_from("--gpus-per-worker", self.gpus_per_worker, 0, "0.25 puts four on a GPU", most=64.0)
+            real_from("--gpus-per-worker", self.gpus_per_worker, 0, "Set it to 0.25 to place four on a GPU", high=64.0)
         if self.engine in ("loop", "vectorized", "flower"):
             self._refuse("ray", "workers", "gpus_per_worker", "ray_address")
         if self.engine == "flower":
             in_process = ("client_noise", "state_memory", "state_folder", "channels_last", "precision")
-            self._refuse("one in process", *in_process)
+            self._refuse("auto, loop, vectorized or ray", *in_process)
         if self.engine in ("ray", "flower"):
             require_extra(f"--engine {self.engine}", self.engine)
 
@@ -116,15 +117,15 @@ class Execution:
                 raise UserError(where, f"--engine {engine}", f"--engine {self.engine}", f"Drop {where}")
 
     def completed(self, recorded: dict[str, Any] | None, *, begun: bool) -> "Execution":
-        """With what a run that is gone on with was begun with, and the defaults.
+        """Return these options, completed by those of the run to resume and by the defaults.
 
         Args:
-            recorded: What `engine.json` says, see `read_record`; None without it.
-            begun: Whether there is something to go on with. A run without a record drew noise for each client.
+            recorded: The contents of `engine.json`, see `read_record`; None if there is no such file.
+            begun: True if there is a run to resume. A run without a record drew noise for each client.
         """
         if self.engine == "flower":
-            remedy = "Use fedpriv run --engine flower, or fedpriv.run_experiment"
-            raise UserError("--engine", "an engine in process", "'flower'", remedy)
+            remedy = "Run it with fedpriv run --engine flower, or fedpriv.run_experiment"
+            raise UserError("--engine", "an in-process engine", "'flower'", remedy)
         before = recorded or ({"client_noise": "faithful"} if begun else {})
         changes: dict[str, Any] = {
             "client_noise": self.client_noise or before.get("client_noise", "fused"),
@@ -143,7 +144,7 @@ class Execution:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -153,10 +154,10 @@ def _choose(where: str, given: str, known: list[str]) -> None:
 
 
 def read_record(directory: RunDirectory) -> dict[str, Any] | None:
-    """What `engine.json` of a run says; None if there is none.
+    """Return the contents of a run's `engine.json`; None if there is no such file.
 
     Raises:
-        UserError: If it is damaged.
+        UserError: If the file is damaged.
     """
     found = directory.read_json(ENGINE_FILE)
     if found is None:
@@ -171,7 +172,7 @@ def read_record(directory: RunDirectory) -> dict[str, Any] | None:
     }
     if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in kinds.items()):
         where = str(directory.file(ENGINE_FILE))
-        raise UserError(where, "what a run was begun with", "something else", "Start again in a new --out")
+        raise UserError(where, "the options of a run", "other contents", "Start again with a new --out")
     return {key: found[key] for key in kinds}
 
 
@@ -180,10 +181,10 @@ _UNITS |= {"K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB"
 
 
 def bytes_of(text: str) -> int:
-    """A number of bytes such as 8GB, 512 MiB or 1000000.
+    """Parse a number of bytes such as 8GB, 512 MiB or 1000000.
 
     Raises:
-        UserError: If it is none.
+        UserError: If the text is not a size.
     """
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{0,15})?)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].upper() not in _UNITS:
@@ -192,7 +193,7 @@ def bytes_of(text: str) -> int:
 
 
 class Ran(NamedTuple):
-    """How a run is really run, for its records: an engine, what computes, how many workers, how noise is drawn."""
+    """The execution of a run as recorded: engine, compute, number of workers, and how noise is drawn."""
 
     engine: str
     compute: str
@@ -201,7 +202,7 @@ class Ran(NamedTuple):
     seconds_per_client: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a dict for JSON."""
         return self._asdict()
 
 
@@ -221,7 +222,7 @@ _COMPUTES: dict[str, Callable[[Population, int | None, Path | None], Engine]] = 
 
 @dataclass(frozen=True)
 class _Local:
-    """Makes the engine inside a Ray worker."""
+    """A picklable function that builds the engine inside a Ray worker."""
 
     compute: str
     memory: int | None
@@ -232,7 +233,7 @@ class _Local:
 
 
 def make_engine(name: str, experiment: Experiment) -> Engine:
-    """The engine called `name`, in this process, with a draw of noise for each client; `auto` measures."""
+    """Return the engine `name` in this process, with a noise draw for each client; `auto` measures."""
     execution = Execution(engine=name, client_noise="faithful")
     if name == "auto":
         execution = replace(execution, engine=_chosen(experiment)[0])
@@ -240,10 +241,10 @@ def make_engine(name: str, experiment: Experiment) -> Engine:
 
 
 def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, Ran]:
-    """The engine that an execution asks for, and what that came to.
+    """Return the engine for an execution, and the options that were chosen.
 
     Raises:
-        UserError: If there is no such engine here, or the machine has no room for it.
+        UserError: If the engine is unavailable here, or does not fit in memory.
     """
     seconds: dict[str, float] = {}
     compute = execution.engine if execution.engine in _COMPUTES else execution.compute
@@ -265,7 +266,7 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
 def _engine_and_workers(
     experiment: Experiment, execution: Execution, seconds_per_client: float | None
 ) -> tuple[str, int]:
-    """`ray` and its workers, or `here` and 1."""
+    """Return `ray` and its number of workers, or `here` and 1."""
     if execution.engine in _COMPUTES:
         return "here", 1
     room = execution.workers or _room_for_workers(experiment, execution)
@@ -277,7 +278,7 @@ def _engine_and_workers(
 
 
 def _room_for_workers(experiment: Experiment, execution: Execution) -> int:
-    """As many workers as there are cores or GPUs, and no more than clients in a round."""
+    """Return the number of cores or GPUs, but at most the expected number of clients in a round."""
     if execution.gpus_per_worker or experiment.population.task.device.type == "cuda":
         room = max(int(torch.cuda.device_count() / (execution.gpus_per_worker or 1.0)), 1)
     else:
@@ -286,7 +287,7 @@ def _room_for_workers(experiment: Experiment, execution: Execution) -> int:
 
 
 def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float | None) -> bool:
-    """Whether workers would end the run earlier, by what one client was measured to take."""
+    """Return True if workers would finish the run earlier, given the measured time per client."""
     if seconds_per_client is None or workers < 2 or experiment.population.task.device.type != "cpu":
         return False
     rounds = experiment.config.training.rounds
@@ -296,6 +297,7 @@ def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float
 
 def _ray(experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int) -> Engine:
     from fedpriv.engines.ray.engine import RayEngine
+    from fedpriv.engines.ray.snapshots import KeepSnapshots
 
     gpus = execution.gpus_per_worker
     if gpus is None:
@@ -304,6 +306,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
     batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
     unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
     memory = None if execution.state_memory is None else execution.state_memory // workers
+    folder = None if memory is None else execution.state_folder or Path(tempfile.gettempdir())
     return RayEngine(
         population.on(torch.device("cpu")).in_client_order(),
         _Local(compute, memory, execution.state_folder),
@@ -311,22 +314,22 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
         gpus_per_worker=gpus,
         unit=unit,
         address=execution.ray_address,
-        snapshot_folder=None if memory is None else execution.state_folder or Path(tempfile.gettempdir()),
+        snapshots=KeepSnapshots(folder=folder),
     )
 
 
 def choose_compute(population: Population, server: ServerRules, initial_model: Tensor) -> tuple[str, dict[str, float]]:
-    """The faster of loop and batches on a first chunk of clients, and the seconds per client of each.
+    """Return the faster of loop and batches on a first chunk of clients, and the seconds per client of each.
 
-    Both run a part of the first round on engines that are then thrown away: no state and no result is touched.
+    Both run part of the first round on temporary engines, so no state and no result changes.
 
     Args:
         population: The clients.
-        server: Says who takes part.
-        initial_model: What they work on, `[params]`.
+        server: Determines the cohort.
+        initial_model: The broadcast model, `[params]`.
     """
     population = without_noise(population)
-    broadcast = begin_round(server, server.method.init_server(initial_model), 1)
+    broadcast = begin_round(server, server.init(initial_model), 1)
     clients = broadcast.cohort if len(broadcast.cohort) else np.zeros(1, dtype=np.int64)
     loop, vectorized = LoopEngine(population), VectorizedEngine(population)
     chunk = np.sort(vectorized.first_chunk(clients))
@@ -340,14 +343,14 @@ def choose_compute(population: Population, server: ServerRules, initial_model: T
 
 def _chosen(experiment: Experiment) -> tuple[str, dict[str, float]]:
     server = experiment.server
-    if not server.sampling.draws_cohorts:  # any clients do to be measured
+    if not server.sampling.draws_cohorts:  # any clients serve for measuring
         several = FixedSize(server.sampling.population, math.ceil(server.sampling.expected_size))
         server = replace(server, sampling=several)
     return choose_compute(experiment.population, server, experiment.initial_model)
 
 
 def _few(loop: Engine, model: Tensor, chunk: np.ndarray) -> np.ndarray:
-    """As many of the clients as a loop runs in a short time."""
+    """Return as many of the clients as the loop engine runs in a short time."""
     began = time.perf_counter()
     loop.sum_messages(Broadcast(1, model, chunk[:1]))
     once = max(time.perf_counter() - began, 1e-6)
@@ -355,7 +358,7 @@ def _few(loop: Engine, model: Tensor, chunk: np.ndarray) -> np.ndarray:
 
 
 def _seconds_per_client(engine: Engine, model: Tensor, clients: np.ndarray) -> float:
-    """The best of up to three runs after a first one, which makes what later ones use again."""
+    """Return the best of up to three runs after a warm-up run."""
     best, began = float("inf"), time.perf_counter()
     engine.sum_messages(Broadcast(1, model, clients))
     for _ in range(3):

@@ -1,7 +1,7 @@
-"""What is said of a run whose clients' updates were not finite, or from which nothing was learned.
+"""Warnings for runs with non-finite client updates, or that learned nothing.
 
-An update that is not finite counts as zero, so that a run in which every one diverged would otherwise end like any
-other, with a model that is noise alone. All of it is made of `diagnostics.jsonl`, which is for simulations only.
+An update that is not finite counts as zero. Without a warning, a run in which every update diverged would end like any
+other, with a model that is pure noise. All warnings derive from `diagnostics.jsonl`, which is for simulations only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,24 +15,24 @@ _CAUSE = "Lower local.client_lr or method.server_lr, or look at the clients' inp
 
 
 class Complaints:
-    """Says in which rounds updates are not finite, as it happens; call it with every row of diagnostics.
+    """A callable that reports rounds with non-finite updates as they happen; call it with every row of diagnostics.
 
-    It speaks at the first round with such an update, and at the first in which no update is finite.
+    It reports the first round with such an update, and the first in which no update is finite.
     """
 
     def __init__(self) -> None:
         self._any = self._all = False
 
     def __call__(self, row: Row) -> str:
-        """Return a line to show; empty if there is nothing new to say."""
+        """Return a line to show; empty if there is nothing new to report."""
         bad, messages = row.get("non_finite") or 0, row.get("cohort_size") or 0
         new = (bad > 0 and not self._any) or (0 < messages == bad and not self._all)
         self._any, self._all = self._any or bad > 0, self._all or 0 < messages == bad
-        return f"round {row['round']}: {_updates(bad, messages)} not finite and counted as nothing" if new else ""
+        return f"round {row['round']}: {_updates(bad, messages)} not finite and counted as zero" if new else ""
 
 
 def warnings_of(rows: Sequence[Row]) -> list[str]:
-    """Return what a run's diagnostics give cause to say, one sentence or two each; nothing for an ordinary run.
+    """Return the warnings for a run, one or two sentences each; an empty list for an ordinary run.
 
     Args:
         rows: The rows of `diagnostics.jsonl`.
@@ -41,24 +41,24 @@ def warnings_of(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     if messages == 0:
-        return [f"No client's message counted in any of {len(rows)} rounds: the model is noise at most."]
+        return [f"No client's message counted in any of {len(rows)} rounds: the model is at most noise."]
     if learned_nothing(rows):
-        return [f"All {messages} updates were not finite and counted as nothing: the model is noise at most. {_CAUSE}"]
+        return [f"None of {messages} updates was finite; all counted as zero. The model is at most noise. {_CAUSE}"]
     if bad == 0:
         return []
     since = _useless_since(rows)
-    last = f" From round {since} on none was finite." if since is not None else ""
-    return [f"{_updates(bad, messages)} not finite and counted as nothing.{last} {_CAUSE}"]
+    last = f" From round {since} on no update was finite." if since is not None else ""
+    return [f"{_updates(bad, messages)} not finite and counted as zero.{last} {_CAUSE}"]
 
 
 def learned_nothing(rows: Sequence[Row]) -> bool:
-    """Return whether clients sent messages, and none of them was made of a finite update."""
+    """Return True if clients sent messages and none of them came from a finite update."""
     messages = _sum(rows, "cohort_size")
     return 0 < messages == _sum(rows, "non_finite")
 
 
 def _useless_since(rows: Sequence[Row]) -> int | None:
-    """Return the first round of those at the end in which no update was finite; None if the last one had some."""
+    """Return the first of the final rounds in which no update was finite; None if the last round had a finite one."""
     since = None
     for row in reversed(rows):
         if (row.get("cohort_size") or 0) > (row.get("non_finite") or 0):

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run."""
 
 import warnings
 from collections.abc import Sequence
@@ -19,25 +19,26 @@ _WARNING = "#B00020"
 
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Writes accuracy, loss and epsilon over rounds as one PNG.
+    """Write accuracy, loss and epsilon over rounds as one PNG.
 
     Args:
-        rows: The released rows of a run, by round; scores that `not_covered` names are marked.
-        path: Where to.
-        title: What stands above.
+        rows: The released rows of a run, by round; the scores in `not_covered` are marked.
+        path: The file to write.
+        title: The title above the panels.
 
     Raises:
-        UserError: If the packages that draw are not installed.
+        UserError: If the plotting packages are not installed.
     """
-    require_extra("the picture of a run", "report")
+    require_extra("the plot of a run", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.6))
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)
-    for axes, (key, label, colour) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
+    for axes, (key, label, color) in zip(figure.subplots(1, 3), PANELS, strict=True):
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
@@ -48,7 +49,7 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             axes.set(xticks=[], yticks=[])
             continue
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3)
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3)
         if key == "test_accuracy":
             axes.set(ylim=(0, 1), title=f"{label}: {points[-1][1]:.3f} at the end")
         if any(key in row.get("not_covered", ()) for row in rows):

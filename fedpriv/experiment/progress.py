@@ -1,4 +1,4 @@
-"""A progress bar for a run: round, loss, accuracy, epsilon spent, clients a second, time left; and warnings."""
+"""A progress bar for a run: round, loss, accuracy, epsilon spent, clients per second, time left; and warnings."""
 
 import math
 from types import TracebackType
@@ -14,10 +14,10 @@ __all__ = ["RoundProgress"]
 
 
 class RoundProgress:
-    """Shows the rounds of a run on stderr as they are recorded; call it with every round's two rows.
+    """A progress bar on stderr; call it with the two rows of every recorded round.
 
     Args:
-        rounds: How many there will be.
+        rounds: Total number of rounds.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -43,7 +43,7 @@ class RoundProgress:
             self._progress.stop()
 
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-        """Shows one recorded round; nothing is shown before the first, so that an early error is the only line."""
+        """Show one recorded round. Nothing is shown before the first, so an early error is the only output."""
         self._progress.start()
         complaint = self._complaints(diagnostics)
         if complaint:
@@ -52,10 +52,10 @@ class RoundProgress:
         self._progress.update(self._task, completed=released["round"], description=self._description())
 
     def _description(self) -> str:
-        told = dict(self._latest)
-        if math.isfinite(told.get("epsilon", math.inf)):
-            told["epsilon"] = rounded_up(told["epsilon"])
-        figures = (
+        shown = dict(self._latest)
+        if math.isfinite(shown.get("epsilon", math.inf)):
+            shown["epsilon"] = rounded_up(shown["epsilon"])
+        metrics = (
             ("loss {:.3f}", "test_loss"),
             ("accuracy {:.3f}", "test_accuracy"),
             ("eps {}", "epsilon"),
@@ -64,7 +64,7 @@ class RoundProgress:
         )
         unprotected = self._latest.get("not_covered", ())
         return " ".join(
-            form.format(told[key]) + (" (not covered)" if key in unprotected else "")
-            for form, key in figures
-            if key in told
+            form.format(shown[key]) + (" (not covered)" if key in unprotected else "")
+            for form, key in metrics
+            if key in shown
         )

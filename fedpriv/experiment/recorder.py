@@ -1,4 +1,4 @@
-"""What is recorded of a run, round by round, whoever runs it: an engine here, or Flower."""
+"""Records a run round by round, both on the engines here and on Flower."""
 
 import logging
 import math
@@ -21,38 +21,38 @@ from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FIL
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
-from fedpriv.privacy import NOT_PROMISED, privacy_statement, rounded_up, signal_warning
+from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.vectors import Layout
 
-__all__ = ["OLDER", "Journal"]
+__all__ = ["OLDER", "Recorder"]
 
 _log = logging.getLogger("fedpriv")
 
 _OF_A_TUNING = """
 One trial of a tuning
 
-  The epsilon above is that of one run, whatever came out. If this run was chosen from among others by its score,
-  the choice costs more: what is promised then is in tuning.json of the sweep.
+  The epsilon above is that of this one run, regardless of its result. If this run was selected from several by its
+  score, the selection costs more: tuning.json of the sweep states the guarantee in that case.
 """
 
-# In a checkpoint, what stands before the number of a model that somebody still works on.
+# In a checkpoint, the prefix of a model that some client still works on; its number follows.
 OLDER = "model-after-"
 
 
 @dataclass
-class Journal:
-    """Writes a run's records.
+class Recorder:
+    """The writer of a run's records.
 
     Args:
-        experiment: What is run.
-        directory: Where to.
-        ran: How it is run, for the summary: at least the `engine`.
+        experiment: The experiment.
+        directory: The run directory.
+        ran: The execution of the run, for the summary; contains at least `engine`.
         watch: Called with every round's rows, if given.
-        checkpoint_seconds: Shortest time between two checkpoints.
-        checkpoint_every: Rounds between two checkpoints; overrides `checkpoint_seconds`.
-        randomness: Where noise and cohorts come from: `seeded` or `system`.
-        deployed: Whether real devices take part; of a private run, nothing of a sum without its noise is then written.
+        checkpoint_seconds: Minimum time between checkpoints.
+        checkpoint_every: Rounds between checkpoints; overrides `checkpoint_seconds`.
+        randomness: The source of noise and cohorts: `seeded` or `system`.
+        deployed: True on real devices. Nothing about a noiseless sum of a private run is then written.
     """
 
     experiment: Experiment
@@ -68,7 +68,7 @@ class Journal:
     _round_began: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
-        """Writes what is known before the first round."""
+        """Write everything known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         size = experiment.population.task.layout.size
         if plan is not None and (drowned := signal_warning(plan, size)):
@@ -78,12 +78,11 @@ class Journal:
             method=experiment.config.method_name,
             randomness=self.randomness,
             deployed=self.deployed,
-            clock=experiment.timeline is not None,
+            simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
             data=experiment.config.data.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
             size=size,
-            fused=self._fused,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -98,16 +97,16 @@ class Journal:
         self._round_began = time.monotonic()
 
     def initial(self, model: Tensor, round: int = 0) -> None:
-        """Records the model before the first round, or after one that a crash left without a row."""
+        """Record the model before the first round, or after a round that a crash left without a row."""
         released = {"round": round, **self._promise(round), **self._evaluation(model, round)}
         self._record({**released, **self._clock(round, released=True)}, {"round": round})
 
     def replayed(self, last_round: int, taken: Mapping[int, int] | None = None) -> None:
-        """Takes up again after `last_round`: forgets later rows, and recounts who took part.
+        """Resume after `last_round`: drop later rows and recount participations.
 
         Args:
-            last_round: The last round that is safe.
-            taken: How often each client took part; None where the cohorts can be drawn again.
+            last_round: The last saved round.
+            taken: How often each client took part; None if the cohorts can be redrawn.
         """
         for name in ("rounds.jsonl", "diagnostics.jsonl"):
             self.directory.keep_rows(name, last_round)
@@ -126,15 +125,15 @@ class Journal:
         taken: Mapping[int, int] | None = None,
         older: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Records a round, and writes a checkpoint if one is due and clients' states can be had.
+        """Record a round, and write a checkpoint if one is due and the clients' states are available.
 
         Args:
             round: Its number.
-            state: The server's, after it.
-            total: What came in.
-            client_states: Gives all clients' states; None where they are elsewhere.
-            taken: How often each client took part, where the caller knows better.
-            older: Models that somebody still works on, by the number of the round after which they were the newest.
+            state: The server's state after it.
+            total: The sum of the messages.
+            client_states: Returns all clients' states; None if they are elsewhere.
+            taken: How often each client took part, if the caller knows; None counts the drawn cohorts.
+            older: Models that clients still work on, by the number of the round that produced them.
         """
         seconds = time.monotonic() - self._round_began
         if taken is not None:
@@ -159,10 +158,10 @@ class Journal:
         self._round_began = time.monotonic()
 
     def finish(self, state: ServerState) -> dict[str, Any]:
-        """Writes the final model, the picture if it can be drawn and, last of all, the summary; returns the summary."""
+        """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        if has_extra("report"):  # else the run is as good, and the command line says what to install
+        if has_extra("report"):  # otherwise the command line suggests the extra
             plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
         rows = self.directory.rows("diagnostics.jsonl")
         self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
@@ -173,7 +172,7 @@ class Journal:
 
     @property
     def promise(self) -> str:
-        """What all rounds of a run must have in common beside its config: data, noise, and who accounts for it."""
+        """The facts that all rounds of a run must share besides its config: data, noise and accountant."""
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
         if self.ran.get("precision", "float32") != "float32":
             data += f", {self.ran['precision']}"
@@ -184,12 +183,12 @@ class Journal:
 
     @property
     def _fused(self) -> bool:
-        """Whether one noise a round was drawn for the sum of clients' messages, and none for each of them."""
+        """True if one noise vector per round was drawn for the sum of the messages, instead of one for each message."""
         return self.ran.get("client_noise") == "fused"
 
     @property
     def _marks(self) -> dict[str, Any]:
-        """Names the scores that the promise does not cover, if there are any."""
+        """The scores that the privacy guarantee does not cover, if any."""
         names = self.experiment.config.not_covered
         return {"not_covered": list(names)} if names else {}
 
@@ -202,7 +201,7 @@ class Journal:
         return self.experiment.plan is not None and self.experiment.plan.trust_rules.charges_participations
 
     def _clock(self, round: int, *, released: bool) -> dict[str, Any]:
-        """What the virtual clock says of a round, for the rows of what is released or for the others."""
+        """Return a round's values of the virtual clock, either the released ones or the others."""
         timeline = self.experiment.timeline
         if timeline is None:
             return {}
@@ -214,7 +213,7 @@ class Journal:
         if self.experiment.timeline is not None:
             self._taken.update(self.experiment.timeline.step(round).sent.tolist())
             return
-        state = self.experiment.config.method.init_server(torch.zeros(1))
+        state = self.experiment.server.init(torch.zeros(1))
         self._taken.update(begin_round(self.experiment.server, state, round).cohort.tolist())
 
     def _checkpoint_due(self, round: int) -> bool:
@@ -239,7 +238,7 @@ class Journal:
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:
         population = self.experiment.population
-        if self.deployed and self.experiment.plan is not None:  # nothing of a sum without its noise
+        if self.deployed and self.experiment.plan is not None:  # record nothing about a noiseless sum
             rate = total.messages / max(seconds, 1e-9)
             plain = {"round": round, "cohort_size": total.messages, "non_finite": 0, "seconds": seconds}
             return {**plain, "clients_per_second": rate}
@@ -259,7 +258,7 @@ class Journal:
         }
 
     def _weight(self, round: int) -> float:
-        """Root mean square of the weights of a round's messages."""
+        """Return the root mean square of the weights of a round's messages."""
         if self.experiment.timeline is None:
             return 1.0
         step = self.experiment.timeline.step(round)
@@ -283,7 +282,7 @@ class Journal:
         config, plan = self.experiment.config, self.experiment.plan
         seconds = sum(row["seconds"] for row in diagnostics)
         expected = self.experiment.server.sampling.expected_size
-        # Of a private run the messages that were expected: how many there were may show who took part.
+        # For a private run, use the expected number of messages: the actual number may show who took part.
         messages = sum(row["cohort_size"] if plan is None else expected for row in diagnostics)
         promise = _no_promise() if plan is None else plan.as_dict()
         keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
@@ -310,7 +309,7 @@ class Journal:
         }
 
     def _diagnostics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What belongs to the summary and is not released."""
+        """Return the totals that accompany the summary and are not released."""
         return {
             "data_fingerprint": self.experiment.population.federation.fingerprint,
             "messages": sum(row["cohort_size"] for row in rows),
@@ -328,15 +327,15 @@ class Journal:
         return {key: value for key, value in row.items() if key != "counted"}
 
     def _ledger(self) -> dict[str, Any]:
-        """What single clients really spent, by how often each took part."""
+        """Return the epsilon that single clients actually spent, by how often each took part."""
         plan = self.experiment.plan
         counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
         for client, times in self._taken.items():
             counts[client] = times
-        figures = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
+        counts_of = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
         return {
             who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}
-            for who, times in figures.items()
+            for who, times in counts_of.items()
         }
 
 

@@ -1,4 +1,4 @@
-"""Reading runs back, as tidy tables."""
+"""Read runs back as tidy tables."""
 
 import json
 import tomllib
@@ -9,7 +9,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedpriv.data.heterogeneity import figures_of
+from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
@@ -19,16 +19,16 @@ __all__ = ["compare_runs", "load_model", "load_results"]
 
 
 def load_results(path: Path | str) -> pd.DataFrame:
-    """One row per recorded round of one run, or of all runs below a folder.
+    """Return one row per recorded round of one run, or of all runs below a folder.
 
     Args:
-        path: A run directory, or a folder that holds run directories at any depth.
+        path: A run directory, or a folder that contains run directories at any depth.
 
     Returns:
-        Columns `run` (the directory's path relative to `path`), every key of the config as `table.key`, `engine`,
-        the figures of `heterogeneity.json` as `heterogeneity.label_tv` and so on, and the columns of `rounds.jsonl` and
-        `diagnostics.jsonl`; what a row lacks is NaN. `not_covered` names the scores that a run's epsilon does not
-        cover, with commas between them.
+        Columns `run` (the directory's path relative to `path`), every key of the config as `table.key`, `engine`, the
+        values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, and the columns of `rounds.jsonl` and
+        `diagnostics.jsonl`; missing values are NaN. `not_covered` lists the scores that a run's epsilon does not cover,
+        separated by commas.
 
     Raises:
         UserError: If there is no run.
@@ -36,18 +36,19 @@ def load_results(path: Path | str) -> pd.DataFrame:
     root = Path(path)
     directories = sorted(file.parent for file in root.rglob("config.toml") if (file.parent / "rounds.jsonl").exists())
     if not directories:
-        raise UserError(str(root), "a run directory, or a folder of them", "none", "Make one with: fedpriv run CONFIG")
+        expected = "a run directory, or a folder of run directories"
+        raise UserError(str(root), expected, "a folder without runs", "Create one with: fedpriv run CONFIG")
     return pd.concat([_one_run(folder, root) for folder in directories], ignore_index=True)
 
 
 def load_model(path: Path | str) -> dict[str, Tensor]:
-    """The final model of a run as named tensors, ready for `module.load_state_dict`.
+    """Return the final model of a run as named tensors, ready for `module.load_state_dict`.
 
     Args:
         path: A run directory.
 
     Raises:
-        UserError: If there is no finished run.
+        UserError: If the run is not finished.
     """
     file = Path(path) / "model.safetensors"
     try:
@@ -55,22 +56,24 @@ def load_model(path: Path | str) -> dict[str, Tensor]:
             entries = json.loads(content.metadata()["layout"])
             vector = content.get_tensor("model")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(str(file), "the model of a finished run", repr(error), "Finish it with --resume") from None
+        raise UserError(
+            str(file), "the model of a finished run", repr(error), "Finish the run with fedpriv run ... --resume"
+        ) from None
     return Layout(tuple((name, tuple(shape)) for name, shape in entries)).unflatten(vector)
 
 
 def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
-    """Finished runs side by side.
+    """Compare finished runs in one table.
 
     Args:
         paths: Run directories.
 
     Returns:
-        A column a run; rows are the keys of the configs that differ, then values of the summaries, epsilon rounded up;
-        `not_covered` names the scores that a run's epsilon does not cover.
+        One column per run. Rows are the config keys that differ, then values of the summaries, with epsilon rounded up.
+        `not_covered` lists the scores that a run's epsilon does not cover.
 
     Raises:
-        UserError: If one is not a finished run.
+        UserError: If a run is not finished.
     """
     columns: dict[str, dict[str, object]] = {}
     configs = {}
@@ -78,7 +81,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         directory = RunDirectory(Path(path))
         summary = directory.read_json("summary.json")
         if summary is None:
-            raise UserError(str(path), "a finished run", "none", "Finish it with fedpriv run ... --resume")
+            raise UserError(str(path), "a finished run", "an unfinished one", "Finish it with fedpriv run ... --resume")
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
         columns[str(path)] = {key: _shown(key, summary.get(key)) for key in _COMPARED}
         columns[str(path)] |= {key: _shown(key, summary[key]) for key in _IF_THERE if key in summary}
@@ -110,7 +113,7 @@ def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     table = released.merge(diagnostics, on="round", how="left")
     config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
     summary = directory.read_json("summary.json") or {}
-    measured = figures_of(directory.read_json(HETEROGENEITY_FILE) or {})
+    measured = metrics_of(directory.read_json(HETEROGENEITY_FILE) or {})
     clients_differ = {f"heterogeneity.{key}": value for key, value in measured.items()}
     constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config, **clients_differ}
     return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)

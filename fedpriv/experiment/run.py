@@ -1,4 +1,4 @@
-"""Running an experiment in process: the loop over rounds, checkpoint and resumption."""
+"""Run an experiment in process: the loop over rounds, checkpoints and resumption."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +11,7 @@ from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import ENGINE_FILE, Execution, read_record, start_engine
-from fedpriv.experiment.recorder import OLDER, Journal
+from fedpriv.experiment.recorder import OLDER, Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
 from fedpriv.experiment.watching import Watcher
@@ -33,21 +33,21 @@ def run_experiment(
     checkpoint_every: int | None = None,
     execution: Execution | None = None,
 ) -> dict[str, Any]:
-    """Runs an experiment and returns its summary.
+    """Run an experiment and return its summary.
 
     Args:
         config: The experiment, or the path of its TOML file.
         out: The run directory.
         engine: `auto`, `loop`, `vectorized` or `ray`; `auto` measures and chooses.
-        device: Where gradients are computed.
-        data_root: Where data sets lie; None for the environment's choice.
-        resume: Whether `out` may hold a part of this experiment, which is then gone on with.
-        watch: Called after every round with what was recorded. `journal.StopRun` from it ends the run there, saved.
-        checkpoint_every: Rounds from one checkpoint to the next; None writes one about every ten seconds.
+        device: The device that computes gradients.
+        data_root: The folder of the data sets; None uses the environment's setting.
+        resume: Resume from the checkpoint in `out`, if there is one.
+        watch: Called after every round with the recorded values. Raise `StopRun` in it to save and end the run.
+        checkpoint_every: Rounds between checkpoints; None writes one about every ten seconds.
         execution: Workers, memory, noise and precision; its engine is `engine`.
 
     Raises:
-        UserError: On anything that the user can mend; nothing of an earlier run is lost.
+        UserError: For any mistake that the user can fix. Earlier results are never lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
     directory = RunDirectory(Path(out))
@@ -63,17 +63,17 @@ def run_experiment(
         runner, ran = start_engine(experiment, execution)
         with closing(runner):
             record = {**ran.as_dict(), "device": device, **options}
-            journal = Journal(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
-            return _run(experiment, runner, journal, directory)
+            recorder = Recorder(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
+            return _run(experiment, runner, recorder, directory)
 
 
-def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: RunDirectory) -> dict[str, Any]:
-    start, state, versions = _take_up(experiment, engine, directory, journal.promise)
-    directory.write_json(ENGINE_FILE, journal.ran)
-    journal.begin()
-    journal.replayed(start)
+def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: RunDirectory) -> dict[str, Any]:
+    start, state, versions = _take_up(experiment, engine, directory, recorder.promise)
+    directory.write_json(ENGINE_FILE, recorder.ran)
+    recorder.begin()
+    recorder.replayed(start)
     if start == 0 and not directory.rows("rounds.jsonl"):
-        journal.initial(state.model)
+        recorder.initial(state.model)
     for number in range(start + 1, experiment.config.training.rounds + 1):
         if versions is None:
             total = engine.sum_messages(begin_round(experiment.server, state, number))
@@ -83,17 +83,18 @@ def _run(experiment: Experiment, engine: Engine, journal: Journal, directory: Ru
         if versions is not None:
             versions.moved(number, state.model)
         older = {} if versions is None else versions.older_than(number)
-        journal.after_round(number, state, total, engine.save, older=older)
-    return journal.finish(state)
+        recorder.after_round(number, state, total, engine.save, older=older)
+    return recorder.finish(state)
 
 
 def _take_up(
     experiment: Experiment, engine: Engine, directory: RunDirectory, promise: str
 ) -> tuple[int, ServerState, Versions | None]:
-    """The last round that is safe, the state after it, and on the virtual clock the models that are still worked on;
-    clients' states go back to the engine.
+    """Return the last saved round, the state after it and, on the virtual clock, the models still in use by clients.
+
+    Restores the clients' states in the engine.
     """
-    last, state = 0, experiment.config.method.init_server(experiment.initial_model)
+    last, state = 0, experiment.server.init(experiment.initial_model)
     older: dict[int, Tensor] = {}
     saved = directory.checkpoint.read(experiment.config.digest, promise)
     if saved is not None:

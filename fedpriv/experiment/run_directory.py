@@ -1,4 +1,4 @@
-"""The run directory: what a run writes, and how it is read back."""
+"""The run directory: the files that a run writes, and how to read them back."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
+from fedpriv.plugins import bare_reference
 from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
 
@@ -35,13 +36,13 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 """The totals of a finished run that are not released, and a checksum of its data."""
 
 HETEROGENEITY_FILE = "heterogeneity.json"
-"""How much the clients of a simulated run differ."""
+"""Measures of how much the clients of a simulated run differ."""
 
 
 def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: its library makes the whole file in memory, which states may not fit.
+    """Yield a safetensors file in pieces, because the library builds the whole file in memory and states may not fit.
 
-    Source: the format's description, version 0.x: header length (8 bytes), JSON header, tensors one after the other.
+    Source: the format's description, version 0.x: header length (8 bytes), JSON header, then the tensors in order.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -59,7 +60,7 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def jsonable(value: Any) -> Any:
-    """The value with every number that JSON cannot hold (infinite, not a number) as null."""
+    """Return the value with every number that JSON cannot represent (infinite, NaN) replaced by None."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -82,9 +83,9 @@ _SAFETENSORS_TYPES = {
 
 
 class Checkpoint:
-    """One file with everything that a run needs to go on: the server's state, the clients' states, the round.
+    """One file with everything needed to resume a run: the server's state, the clients' states, the round.
 
-    Tensors are named `server.FIELD` and `client.FIELD`; the round and the digest are in the file's metadata.
+    Tensors are named `server.FIELD` and `client.FIELD`; round and digest are in the file's metadata.
     """
 
     VERSION = "1"
@@ -100,7 +101,7 @@ class Checkpoint:
         server: dict[str, Tensor],
         client: dict[str, Tensor],
     ) -> None:
-        """Replaces the checkpoint by the state after `round`; `promise` is what must not change until the end."""
+        """Replace the checkpoint by the state after `round`; `promise` must stay the same until the end of the run."""
         tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
         metadata = {"version": self.VERSION, "digest": digest, "promise": promise, "round": str(round)}
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -118,15 +119,15 @@ class Checkpoint:
             with safe_open(str(self.path), framework="pt") as file:
                 return int((file.metadata() or {})["round"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            remedy = "Restore the file, or start the run again in a new --out"
-            raise UserError(str(self.path), "a whole checkpoint", str(error), remedy) from None
+            remedy = "Restore the file, or start the run again with a new --out"
+            raise UserError(str(self.path), "an undamaged checkpoint", str(error), remedy) from None
 
     def read(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-        """Round, server tensors and client tensors; None if there is no checkpoint yet.
+        """Return round, server tensors and client tensors; None if there is no checkpoint yet.
 
         Raises:
-            UserError: If the file is damaged, is another experiment's, or was written under another promise: then
-                other data, or another version with other noise, would be mixed into the run.
+            UserError: If the file is damaged, belongs to another experiment, or was written under other privacy terms.
+                Otherwise other data, or another version's noise, would be mixed into the run.
         """
         if not self.path.exists():
             return None
@@ -135,15 +136,17 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(str(self.path), "a whole checkpoint", str(error), "Start again in a new --out") from None
+            raise UserError(
+                str(self.path), "an undamaged checkpoint", str(error), "Start again with a new --out"
+            ) from None
         if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
         if metadata.get("promise") != promise:
-            remedy = "Go on with the versions, data and options that began the run, or start again in a new --out"
+            remedy = "Resume with the run's original versions, data and options, or start again with a new --out"
             ours, theirs = (text.partition(", ") for text in (promise, str(metadata.get("promise"))))
-            # The first part is a checksum of the data: no line for the screen or a log may hold it.
+            # The first part is a checksum of the data, which must never reach the screen or a log.
             expected, got = (f"({ours[2]})", f"({theirs[2]})") if ours[0] == theirs[0] else ("", "other data")
-            raise UserError(str(self.path), f"the same promise and data {expected}", got, remedy)
+            raise UserError(str(self.path), f"the same privacy terms and data {expected}", got, remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
 
@@ -153,20 +156,23 @@ def _part(tensors: dict[str, Tensor], side: str) -> dict[str, Tensor]:
 
 
 def _difference(config: Path, toml: str) -> str:
-    """The first key in which a run's config differs from another, with both values."""
+    """Describe the first key in which two configs differ, with both values."""
     try:
         theirs = flat_tables(tomllib.loads(config.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return "its config.toml cannot be read"
     ours = flat_tables(tomllib.loads(toml))
     for key in (*ours, *theirs):
-        if ours.get(key) != theirs.get(key):
-            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-    return "made by another version"
+        there, here = theirs.get(key), ours.get(key)
+        if key.startswith("sources.") and isinstance(there, dict) and isinstance(here, dict):
+            there, here = there.get("sha256"), here.get("sha256")
+        if bare_reference(there) != bare_reference(here):
+            return f"{key} is {there!r} there and {here!r} here"
+    return "written by another version"
 
 
 def flat_tables(tables: dict[str, Any]) -> dict[str, Any]:
-    """TOML tables with `table.key` as keys."""
+    """Flatten TOML tables to keys `table.key`."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
@@ -177,14 +183,14 @@ def _read_json(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:
-        raise UserError(str(path), "JSON", str(error), "Mend the file, or start again in a new --out") from None
+        raise UserError(str(path), "JSON", str(error), "Repair the file, or start again with a new --out") from None
 
 
 class RunDirectory:
     """The files of one run.
 
     Args:
-        path: The directory; made if it is not there.
+        path: The directory; created if missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,13 +198,13 @@ class RunDirectory:
         self.checkpoint = Checkpoint(path / "checkpoint.safetensors")
 
     def file(self, name: str) -> Path:
-        """The path of one of the run's files."""
+        """Return the path of one of the run's files."""
         return self.path / name
 
     def claim(self, toml: str, digest: str, *, resume: bool) -> dict[str, Any] | None:
-        """Makes the directory this experiment's, or refuses; returns the summary of a run that is finished.
+        """Claim the directory for this experiment; return the summary if the run is finished, otherwise None.
 
-        Call it while the directory is locked, or two runs may claim it at once.
+        Call it while the directory is locked; otherwise two runs may claim it at once.
 
         Raises:
             UserError: If it holds another experiment, or this one and `resume` is not set.
@@ -213,20 +219,22 @@ class RunDirectory:
                 raise UserError(
                     str(self.path),
                     "a folder without a run",
-                    "this experiment, begun or done",
-                    "Add --resume to go on with it, or choose another --out",
+                    "this experiment, started or finished",
+                    "Add --resume to continue it, or choose another --out",
                 )
             self._shut()
             return self._finished(digest)
         foreign = [name for name in (*FILES, self.checkpoint.path.name) if self.file(name).exists()]
         if foreign:
-            raise UserError(str(self.path), "a folder without them", ", ".join(foreign), "Choose another --out")
+            raise UserError(
+                str(self.path), "a folder without a run's files", ", ".join(foreign), "Choose another --out"
+            )
         self.write_text(stamp.name, digest + "\n")
         self.write_text(config.name, toml)
         return None
 
     def _shut(self) -> None:
-        """Closes to others what an older version wrote for anyone to read."""
+        """Restrict files that an older version left readable by others."""
         for file in (self.file(output.name) for output in OUTPUTS):
             if (mode := mode_of(file.name)) is not None and file.exists() and file.stat().st_mode & 0o077:
                 file.chmod(mode)
@@ -235,71 +243,74 @@ class RunDirectory:
         summary = self.read_json("summary.json")
         if summary is not None and (not isinstance(summary, dict) or summary.get("digest") != digest):
             where = str(self.file("summary.json"))
-            raise UserError(where, "this experiment's summary", "another's", "Choose another --out")
+            raise UserError(where, "this experiment's summary", "another experiment's", "Choose another --out")
         return summary
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the directory, and keeps other runs out of it meanwhile.
+        """Create the directory and lock it against other runs within the context.
 
         Raises:
-            UserError: If it cannot be written to, or another run is writing there now.
+            UserError: If it is not writable, or another run is writing to it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(str(self.path), "a folder to write to", error.strerror, "Choose another --out") from None
+            raise UserError(str(self.path), "a writable folder", error.strerror, "Choose another --out") from None
         with self.file(".lock").open("w") as lock:
             try:
                 lock_file(lock, wait=False)
             except OSError:
                 raise UserError(
-                    str(self.path), "a folder to itself", "another run at work in it", "Wait, or choose another --out"
+                    str(self.path),
+                    "a folder that no other run uses",
+                    "another run at work in it",
+                    "Wait, or choose another --out",
                 ) from None
             yield
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file."""
+        """Write a text file."""
         write_atomically(self.file(name), text, mode_of(name))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes a JSON file."""
+        """Write a JSON file."""
         self.write_text(name, json.dumps(jsonable(value), indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Reads a JSON file; None if it is not there, a `UserError` if it is damaged."""
+        """Return the contents of a JSON file; None if it is missing. Raise UserError if it is damaged."""
         path = self.file(name)
         return _read_json(path, path.read_bytes()) if path.exists() else None
 
     def write_model(self, name: str, model: Tensor, layout: Layout) -> None:
-        """Writes one tensor `model`, `[params]` float32; names and shapes of its parts are in the file's metadata."""
+        """Write one tensor `model`, `[params]` float32, with its parts' names and shapes in the metadata."""
         metadata = {"layout": json.dumps(layout.entries)}
         tensors = {"model": model.detach().cpu().to(torch.float32).contiguous()}
         write_atomically(self.file(name), safetensors_bytes(tensors, metadata), mode_of(name))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Adds one row to a JSON-lines file."""
+        """Append one row to a JSON-lines file."""
         with open_to_append(self.file(name), mode_of(name)) as file:
             file.write((json.dumps(jsonable(row)) + "\n").encode())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The whole rows of a JSON-lines file; a torn last line is left out, a damaged one is a `UserError`."""
+        """Return the complete rows of a JSON-lines file. Skips a torn last line; raises UserError for a damaged one."""
         path = self.file(name)
         if not path.exists():
             return []
         rows = [_read_json(path, line) for line in path.read_bytes().split(b"\n")[:-1]]
         if not all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows):
-            raise UserError(str(path), "rows with a round", "others", "Start again in a new --out")
+            raise UserError(str(path), "rows with a round", "a row without one", "Start again with a new --out")
         return rows
 
     def sync(self, *names: str) -> None:
-        """Makes sure that files are on the disk, and not only on their way."""
+        """Sync files to disk."""
         for name in names:
             with self.file(name).open("rb") as file:
                 os.fsync(file.fileno())
 
     def keep_rows(self, name: str, last_round: int) -> list[dict[str, Any]]:
-        """Drops the rows of rounds after `last_round`, and returns the others."""
+        """Drop the rows of rounds after `last_round` and return the remaining ones."""
         kept = [row for row in self.rows(name) if row["round"] <= last_round]
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in kept))
         return kept

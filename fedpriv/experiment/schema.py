@@ -1,4 +1,4 @@
-"""Strict reading of one TOML table into one frozen dataclass, with errors that name the key."""
+"""Strict parsing of a TOML table into a frozen dataclass, with errors that name the key."""
 
 import dataclasses
 import json
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 def field_names(kind: type, given: tuple[str, ...] = ()) -> list[str]:
-    """The fields that a table may set: all but those that the program gives itself."""
+    """Return the fields that a table may set: all but those in `given`, which the program sets."""
     return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in given]
 
 
 def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: object) -> T:
-    """An instance of the dataclass `kind`, made of a TOML table.
+    """Return an instance of the dataclass `kind` from a TOML table.
 
     Args:
         kind: The dataclass.
-        table: Key by key what the file says.
+        table: The values by key.
         where: The table's name, for errors.
-        given: Fields that the program fills in itself.
+        given: Fields that the program sets.
 
     Raises:
-        UserError: On an unknown key, a missing key or a value of another type.
+        UserError: For an unknown key, a missing key or a value of the wrong type.
     """
     known = field_names(kind, tuple(given))
     refuse_unknown(table, known, where)
@@ -45,12 +45,12 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: obj
             values[field.name] = _typed(hints[field.name], table[field.name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             place = f"to [{where}]" if where else "at the top of the file"
-            raise UserError(key, _describe(hints[field.name]), "nothing", f"Add {field.name} {place}")
+            raise UserError(key, _describe(hints[field.name]), "a missing key", f"Add {field.name} {place}")
     return kind(**values, **given)
 
 
 def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint: str = "") -> None:
-    """Raises UserError, with the nearest known key and a hint, if the table holds a key that is not known."""
+    """Raise UserError for an unknown key in the table; suggests the nearest known key, followed by `hint`."""
     for key in table:
         if key not in known:
             raise UserError(
@@ -59,10 +59,10 @@ def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint:
 
 
 def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The TOML table that `read_table` would make `instance` from, with every default spelled out.
+    """Return the TOML table that `read_table` would read as `instance`, with every default spelled out.
 
-    But for the default of a field with `metadata={"absent_by_default": True}`: one that came after experiments were
-    run without it, which keep their digest so.
+    The default of a field with `metadata={"absent_by_default": True}` is omitted: the field was added later, and
+    experiments that ran without it keep their digest.
     """
     names = field_names(type(instance), given)
     values = {name: getattr(instance, name) for name in names}
@@ -76,10 +76,10 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError):
-        raise UserError(key, _describe(hint), repr(value), "Change the value") from None
+        raise UserError(key, _describe(hint), repr(value), f"Change {key}") from None
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+_WORDS = {int: "a whole number", float: "a number", str: "a quoted string", bool: "true or false"}
 
 
 def _describe(hint: Any) -> str:

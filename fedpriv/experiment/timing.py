@@ -1,4 +1,4 @@
-"""An experiment on the virtual clock: its timeline, and its steps run by any engine."""
+"""An experiment on the virtual clock: its timeline, and its steps on any engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,18 +37,18 @@ _BYTES = 4
 
 
 def make_timeline(config: Config, federation: Holders, parameters: int) -> Timeline | None:
-    """All steps of a run, from what is public: devices, numbers of examples, the model's size, the seed.
+    """Compute all steps of a run from public values: devices, numbers of examples, the model's size, the seed.
 
     Args:
         config: The experiment.
-        federation: Gives the clients' numbers of examples.
-        parameters: The model's.
+        federation: Provides the clients' numbers of examples.
+        parameters: The model's number of parameters.
 
     Returns:
-        None without `[devices]`: there is no clock then. Else at least one step, also for a run of none.
+        None without `[devices]`, because there is no clock then. Otherwise at least one step, even for a run of zero.
 
     Raises:
-        UserError: If the schedule cannot serve the cohort or the method, or nobody is ever in time.
+        UserError: If the schedule does not suit the cohort or the method, or no client is ever in time.
     """
     if config.devices is None:
         return None
@@ -69,35 +69,35 @@ def make_timeline(config: Config, federation: Holders, parameters: int) -> Timel
     steps, hidden = max(config.training.rounds, 1), not clock_is_public(config)
     timeline = config.rule.timeline(clock, sampling, steps, memory=memory, hidden=hidden)
     if any(len(step.asked) for step in timeline.steps) and not any(len(step.counted) for step in timeline.steps):
-        remedy = "Give clients more time in [schedule], or faster [devices]"
-        raise UserError("[schedule]", "a client whose message counts", f"none in {steps} steps", remedy)
+        remedy = "Allow more time in [schedule], or faster [devices]"
+        raise UserError("[schedule]", "a message that counts", f"0 in {steps} steps", remedy)
     return timeline
 
 
 def gradient_examples(work: LocalWork, examples: int) -> int:
-    """How many examples of gradient work a client with so many does in one participation, over all its steps."""
+    """Return the number of example gradients that a client with `examples` computes in one participation."""
     batches = work.batches(examples, np.random.default_rng(0))
     return sum(examples if batch is None else len(batch) for batch in batches)
 
 
 def clock_is_public(config: Config) -> bool:
-    """Whether the clock and the number of messages may be shown with what is released.
+    """Return True if the clock and the number of messages may appear among the released values.
 
-    Not where the account relies on a cohort that nobody knows: how long a round took says who was in it.
+    They may not if the account relies on a secret cohort: the duration of a round would show who was in it.
     """
     sampled = config.rule.draws_cohorts and config.cohort.sampling != Everyone.name
     return not (sampled and config.privacy is not None and trust_of(config.privacy.trust).hides_cohorts)
 
 
 def sampling_under(config: Config, population: int, timeline: Timeline | None) -> Sampling:
-    """What is accounted: the cohorts that are drawn, or the timeline."""
+    """Return the sampling to account for: the drawn cohorts, or the timeline."""
     if timeline is None or config.rule.draws_cohorts:
         return config.cohort.of(population)
     return timeline.scheduled()
 
 
 def clock_row(step: Step | None) -> dict[str, Any]:
-    """The clock after a step, and what was sent since the run began; None is before the first."""
+    """Return the clock after a step, and the totals sent since the run began; None is before the first step."""
     if step is None:
         return {"simulated_seconds": 0.0, "bytes_down": 0, "bytes_up": 0, "counted": 0}
     sent = {"bytes_down": step.bytes_down, "bytes_up": step.bytes_up}
@@ -105,17 +105,17 @@ def clock_row(step: Step | None) -> dict[str, Any]:
 
 
 def lateness_row(step: Step) -> dict[str, Any]:
-    """How many were asked, never answered, and answered in vain; and how many steps behind those were who counted."""
+    """Return how many clients were asked, dropped out or answered too late, and how stale the counted ones were."""
     many = {"asked": len(step.asked), "late": len(step.late), "dropped": len(step.dropped)}
     return {**many, "staleness": step.staleness}
 
 
 @dataclass
 class Versions:
-    """The models that some message is still to be made from, by the number of steps before them.
+    """The models that clients still work on, by the number of steps before each.
 
     Args:
-        timeline: Says until when each is needed.
+        timeline: Determines how long each model is needed.
         kept: The models `[params]`.
     """
 
@@ -123,21 +123,21 @@ class Versions:
     kept: dict[int, Tensor] = field(default_factory=dict)
 
     def moved(self, number: int, model: Tensor) -> None:
-        """Takes up the model after a step, and forgets those from which nothing is made any more."""
+        """Add the model after a step, and drop those that no client works on any more."""
         self.kept[number] = model
         last = self.timeline.last_use
         self.kept = {start: kept for start, kept in self.kept.items() if last.get(start, 0) > number}
 
     def older_than(self, number: int) -> Mapping[int, Tensor]:
-        """What must be saved beside the newest model."""
+        """Return the models to save besides the newest one."""
         return {start: model for start, model in self.kept.items() if start < number}
 
     def total(self, engine: "Engine", server: ServerRules, number: int) -> Total:
-        """The weighted sum of the messages that count in a step.
+        """Return the weighted sum of the messages that count in a step.
 
-        Each group of clients is a broadcast of the model that they started from; a client's noise and batches belong
-        to the step in which it counts. Sums on the grid are weighed and added in float64, in the timeline's order: what
-        that rounds is some 2^-53 of the sum, far below what bounded maps leave free, and nothing where weights are 1.
+        Each group of clients is a broadcast of the model that they started from. A client's noise and batches belong to
+        the step in which it counts. Sums on the grid are weighted and added in float64, in the timeline's order. The
+        rounding error is about 2^-53 of the sum, far below the slack of bounded maps, and zero if all weights are 1.
         """
         capacity, parts = capacity_of(server.sampling), []
         for part, group in enumerate(self.timeline.step(number).groups):

@@ -1,4 +1,4 @@
-"""The trade-off curve of a plan: how well the best test can tell whether one client's data are those it thinks."""
+"""The trade-off curve of a plan: how well the best test can detect one client's data."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ _DELTAS += (0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.3, 0.5, 0.8)
 
 _TYPE_I = np.linspace(0.0, 1.0, 501)
 
-# Of exp, with room for what it is multiplied by.
+# The largest argument of `exp`, with room for the factors that multiply its result.
 _MAX_EXPONENT = 700.0
 
 
@@ -43,7 +43,7 @@ def envelope(bounds: Iterable[tuple[float, float]], type_i: np.ndarray) -> np.nd
 def trade_off(plan: PrivacyPlan) -> tuple[np.ndarray, np.ndarray]:
     """Return type I errors from 0 to 1 and, for each, a lower bound on the type II error of the plan's adversary.
 
-    The exact Gaussian curve if the plan has an exact mu; otherwise the envelope of its epsilons at several deltas.
+    Uses the exact Gaussian curve if the plan has an exact mu; otherwise the envelope of its epsilons at several deltas.
     """
     mu = plan.gaussian_dp_mu
     if mu is not None:
@@ -56,12 +56,12 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
     """Draw a plan's trade-off curve as a PNG.
 
     Args:
-        plan: The plan; None promises nothing.
+        plan: The plan; None for a non-private experiment.
         path: The file to write; ends in `.png`.
         name: The experiment's name, for the title.
 
     Raises:
-        UserError: If nothing is promised, the file is no PNG, or the packages that draw are not installed.
+        UserError: If the experiment is not private, the file is not a PNG, or the plotting packages are missing.
     """
     require_extra("--plot", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +70,9 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
     if path.suffix.lower() != ".png":
         raise UserError("--plot", "a file that ends in .png", str(path), "Rename the file")
     if plan is None or not plan.private:
-        raise UserError("--plot", "a private experiment", "one that promises nothing", "Add [privacy] with an epsilon")
+        raise UserError(
+            "--plot", "a private experiment", "one without a privacy guarantee", "Add [privacy] with an epsilon"
+        )
     type_i, type_ii = trade_off(plan)
     figure = Figure(figsize=(5.6, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -89,7 +91,7 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
 
 def _title(plan: PrivacyPlan, name: str) -> str:
     promise = f"epsilon {rounded_up(plan.epsilon)} at delta {plan.delta:g}, {plan.adjacency}"
-    return f"{name}: telling one client's data from others\ntrust {plan.trust}, {promise}, {plan.rounds} rounds"
+    return f"{name}: detecting one client's data\ntrust {plan.trust}, {promise}, {plan.rounds} rounds"
 
 
 def _label(plan: PrivacyPlan) -> str:

@@ -1,13 +1,13 @@
-"""Who looks on while an experiment runs, and may stop it."""
+"""The interface of callbacks that watch a run and may stop it."""
 
 from collections.abc import Callable
 from typing import Any
 
 __all__ = ["StopRun", "Watcher"]
 
-# Sees every recorded round as it happens: the released row and the diagnostics row. It may raise `StopRun`.
+# Called with the released row and the diagnostics row of every recorded round. May raise `StopRun`.
 Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 class StopRun(Exception):  # noqa: N818
-    """Raised by a watcher: the run ends after this round, saved, and can be gone on with to the same bits."""
+    """Raise this in a watcher to save and end the run after this round. Resuming gives bit-identical results."""

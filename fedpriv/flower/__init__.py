@@ -1,10 +1,10 @@
-"""fedpriv for Flower: what makes an own Flower app private.
+"""Public names for making a Flower app private.
 
     from fedpriv.flower import private_mod                    # in the ClientApp
     from fedpriv.flower import AlphaNormEC, Privacy           # in the ServerApp
 
-The strategies and the mod lie in the packages `strategies` and `clients` beside fedpriv. An app may have packages of
-these names, too: then ours are imported by other names (`fedpriv.flower.beside`).
+The strategies and the mod are in the packages `strategies` and `clients` next to fedpriv. If an app has packages of the
+same names, ours are imported under other names (`fedpriv.flower.beside`).
 """
 
 import importlib
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first asked for: processes that only carry messages need no strategy."""
+    """Import a name on first access: processes that only transfer messages need no strategy."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_extra(f"from {__name__} import {name}", "flower", ["flwr"])
@@ -52,12 +52,12 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion."""
+    """Return the public names, for completion."""
     return sorted({*globals(), *__all__})
 
 
 def _ours(package: str) -> ModuleType:
-    """The package beside fedpriv, whatever an app has under the same name."""
+    """Return the package next to fedpriv, even if an app has a package of the same name."""
     file = Path(__file__).parents[2] / package / "__init__.py"
     spec = importlib.util.find_spec(package)
     if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == file.resolve():

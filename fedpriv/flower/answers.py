@@ -1,4 +1,4 @@
-"""One client's answer to a training message, whoever made its signal."""
+"""Answers of clients to training messages."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedpriv.engines import one_thread
-from fedpriv.flower.messages import DIAGNOSTICS, MessageFormat, ModelArrays, Order
+from fedpriv.flower.messages import DIAGNOSTICS, ClientInstructions, MessageFormat, ModelArrays
 from fedpriv.flower.state import keep_state, load_state
 from fedpriv.rounds import client_round
 
@@ -18,32 +18,32 @@ __all__ = ["refusal", "send_message"]
 _log = logging.getLogger("flwr")
 
 
-def send_message(order: Order, signal: Tensor, model: ModelArrays, context: Context) -> RecordDict:
-    """The content of the answer: the message as arrays, and what the order asks for besides.
+def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelArrays, context: Context) -> RecordDict:
+    """Return the content of an answer: the message as arrays, and diagnostics if the server asks for them.
 
     Args:
-        order: The client's part in the round.
-        signal: What it would send without privacy, `[params]`.
-        model: How the message is laid out in arrays.
-        context: Keeps the client's state.
+        instructions: Instructions to the client for this round.
+        signal: The message without privacy, `[params]`.
+        model: Layout of the message in arrays.
+        context: Stores the client's state.
     """
     with one_thread():
-        state = load_state(context, order, model.layout.size)
+        state = load_state(context, instructions, model.layout.size)
         sound = all(bool(torch.isfinite(field).all()) for field in state)
-        message, state = client_round(order.rules, order.client, state, signal, order.round)
+        message, state = client_round(instructions.rules, instructions.client, state, signal, instructions.round)
         norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64)) if sound else math.inf
-    keep_state(context, order, state)
+    keep_state(context, instructions, state)
     if not math.isfinite(norm):
-        what = "update" if sound else "memory"
-        _log.warning("client %d: its %s is not finite, and its message counts as nothing", order.client, what)
+        part = "update" if sound else "memory"
+        _log.warning("client %d: its %s is not finite and counts as zero", instructions.client, part)
     content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
-        **model.message(message, MessageFormat.of(order.rules))
+        **model.message(message, MessageFormat.of(instructions.rules))
     }
-    if order.diagnostics:
+    if instructions.diagnostics:
         content[DIAGNOSTICS] = MetricRecord({"signal-norm": norm})
     return RecordDict(content)
 
 
 def refusal(message: Message, reason: str) -> Message:
-    """The answer of a client that cannot take part."""
+    """Return the answer of a client that cannot take part."""
     return Message(Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason), reply_to=message)

@@ -1,6 +1,6 @@
-"""The packages beside fedpriv under a name that no app can have: `fedpriv.flower.beside.strategies` is `strategies`.
+"""Packages next to fedpriv under names that no app can have: `fedpriv.flower.beside.strategies` is `strategies`.
 
-A process that gets a pickled function of them finds it by that name, too.
+A process that unpickles one of their functions finds it by that name, too.
 """
 
 from pathlib import Path

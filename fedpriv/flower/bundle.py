@@ -1,7 +1,7 @@
-"""The Flower app that runs an experiment, in a deployment or in a simulation: a few lines that call what is installed.
+"""Flower app that runs an experiment in a deployment or a simulation: a few lines that call the installed fedpriv.
 
-A deployment's is the same on every machine, so that its bundle has a hash that each node can work out by itself. A node
-that accepts this bundle only runs its own installed fedpriv, and never code that came from a server.
+In a deployment the app is identical on every machine, so that each node can compute the hash of its bundle. A node that
+accepts only this bundle runs its own installed fedpriv and never executes code from a server.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["app_files", "app_hash", "write_app"]
 SERVER_MODULE = "from strategies.server_app import app\n\n__all__ = ['app']\n"
 CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"
 
-# What the run config of a deployment may set, and what holds if it does not.
+# Keys of the run config in a deployment, with their defaults.
 _DEPLOYED: dict[str, Any] = {
     "config-toml": "",
     "out": "",
@@ -33,10 +33,10 @@ _DEPLOYED: dict[str, Any] = {
 
 
 def app_files(run_config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-    """The app's files, by name.
+    """Return the app's files by name.
 
     Args:
-        run_config: Another table `[tool.flwr.app.config]`; None for that of a deployment.
+        run_config: The table `[tool.flwr.app.config]`; None for that of a deployment.
     """
     components = {"serverapp": "fedpriv_server:app", "clientapp": "fedpriv_client:app"}
     config = dict(_DEPLOYED if run_config is None else run_config)
@@ -52,11 +52,11 @@ def app_files(run_config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
 
 
 def write_app(folder: Path, run_config: Mapping[str, Any] | None = None) -> None:
-    """Writes the app.
+    """Write the app.
 
     Args:
-        folder: Where to; it is made if it is not there.
-        run_config: As in `app_files`.
+        folder: The app's folder, which is created if it does not exist.
+        run_config: See `app_files`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in app_files(run_config).items():
@@ -64,7 +64,7 @@ def write_app(folder: Path, run_config: Mapping[str, Any] | None = None) -> None
 
 
 def app_hash() -> str:
-    """The SHA-256 of the bundle that Flower makes of a deployment's app: the same wherever and whenever it is made."""
+    """Return the SHA-256 of the bundle that Flower builds from a deployment's app; it is reproducible."""
     from fedpriv.flower.internals.supernode import bundle_hash
 
     return bundle_hash(app_files())

@@ -1,4 +1,4 @@
-"""The exception behind an error reply of a client, as Flower's simulation, its SuperNodes and our own grid write it."""
+"""Exceptions behind error replies of clients, as written by Flower's simulation, its SuperNodes and fedpriv's grid."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,14 @@ _PACKAGES = "site-packages"
 _CAUSE_OF = "\n\nThe above exception was the direct cause of the following exception:\n\n"
 _DURING = "\n\nDuring handling of the above exception, another exception occurred:\n\n"
 
-# What Flower writes around an exception: its class, in simulation the words of its own exception, and a traceback.
+# Flower wraps an exception: its class, in simulations the text of Flower's own exception, and a traceback.
 _IN_ITS_CLASS = re.compile(r"<class '(?P<kind>[^']*)'>:<'(?P<text>.*)'>\s*", re.DOTALL)
 _WRAPPED = re.compile(r"(?:[\w.]*ClientAppException: *\n+)?Exception ClientAppException occurred\. Message: ?")
 _FRAME = re.compile(r'^ +File "(?P<file>.*)", line (?P<line>\d+), in ', re.MULTILINE)
 
 
 def reason_in_short(error: Error) -> str:
-    """Return the exception behind an error reply as one line: its class and all of its words, without its traceback."""
+    """Return the exception behind an error reply as one line: its class and text, without the traceback."""
     inner = _inner(error)
     traceback_ = traceback_of(error)
     if traceback_:
@@ -31,7 +31,7 @@ def reason_in_short(error: Error) -> str:
 
 
 def traceback_of(error: Error) -> str:
-    """Return the traceback of the exception behind an error reply, with its words; empty if there is none."""
+    """Return the traceback of the exception behind an error reply, with its text; empty if there is none."""
     inner = _inner(error)
     wrapped = _WRAPPED.search(inner)
     if wrapped is None:
@@ -41,14 +41,14 @@ def traceback_of(error: Error) -> str:
 
 
 def place_of(error: Error, folder: Path) -> str:
-    """Return where in an app's own files, or otherwise where at all, the exception behind an error reply was raised.
+    """Return the place at which the exception behind an error reply was raised, if possible in the app's own files.
 
     Args:
         error: The error.
         folder: The app's folder.
 
     Returns:
-        File and line; empty if the error does not say.
+        File and line; empty if the error has no traceback.
     """
     frames = [
         (Path(frame["file"]), frame["line"]) for frame in _FRAME.finditer(_frames_and_words(traceback_of(error))[0])
@@ -62,24 +62,24 @@ def _is_own(folder: Path, file: Path) -> bool:
 
 
 def _place(folder: Path, file: Path, line: str) -> str:
-    """Return file and line, the file from the app's folder on or from that of installed packages."""
+    """Return file and line, with the file relative to the app's folder or to that of installed packages."""
     parts = file.relative_to(folder).parts if _is_own(folder, file) else file.parts
     parts = parts[parts.index(_PACKAGES) + 1 :] if _PACKAGES in parts else parts
     return f"{Path(*parts)}, line {line}"
 
 
 def _inner(error: Error) -> str:
-    """Return what Flower wrote, without the class around it."""
+    """Return Flower's text without the class around it."""
     reason = error.reason or ""
     known = _IN_ITS_CLASS.fullmatch(reason)
     return known["text"] if known else reason
 
 
 def _frames_and_words(text: str) -> tuple[str, str]:
-    """Return the frames of the last exception in a traceback, and its class and words.
+    """Return the frames of the last exception in a traceback, and its class and text.
 
-    The frames of a traceback are indented, and the words of an exception begin behind them, at the margin. They may
-    have any number of lines, indented or not, and hold a traceback themselves.
+    The frames of a traceback are indented. The text of the exception follows at the margin. It may have any number of
+    lines, indented or not, and may itself contain a traceback.
     """
     last = max(text.rfind(between) + len(between) if between in text else 0 for between in (_CAUSE_OF, _DURING))
     lines = text[last:].splitlines()

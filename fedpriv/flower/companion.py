@@ -1,12 +1,12 @@
-"""One of Flower's programs, which ends with the node or server that it works for, however that ends.
+"""Program that runs one of Flower's programs and ends with the node or server that started it.
 
     python -P companion.py LOCK PROGRAM [ARGUMENTS ...]
 
-The node or server holds the file LOCK. The operating system lets go of it when that process is gone, also when it was
-killed and could tell nobody; whoever waits for the file then ends at once. Flower's own programs ask every now and then
-whether a process of that number is there, and do not hear the answer while they wait for the server that is gone.
+The node or server holds the lock of the file LOCK. The operating system releases the lock when that process ends, even
+if it is killed, and the companion then ends at once. Flower's own programs only poll for a process of a given number,
+and miss the answer while they wait for a server that is gone.
 
-It is run by its path and imports nothing of fedpriv: the app that the program loads may have packages of those names.
+The program is run by its path and imports nothing from fedpriv: the app that it loads may have packages of those names.
 """
 
 import importlib
@@ -24,11 +24,11 @@ from typing import Any
 __all__ = ["LOCK", "companion_of", "end_with", "starting_companions"]
 
 LOCK = "lock"
-"""The name of the file, in the folder of Flower's files, that a node or server holds while it runs."""
+"""Name of the file, in the folder of Flower's files, that a node or server locks while it runs."""
 
 
 def companion_of(lock: str, command: Sequence[str]) -> list[str]:
-    """Return the command that runs one of Flower's programs until nobody holds `lock`."""
+    """Return the command that runs one of Flower's programs until the lock is released."""
     return [sys.executable, "-P", __file__, lock, *command]
 
 
@@ -49,7 +49,7 @@ def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[byte
 
 
 def end_with(lock: str) -> None:
-    """Ends this process, whatever it is doing, once nobody holds `lock` any more."""
+    """Kill this process as soon as the lock is released."""
     import fcntl  # Windows has none, and reads results without
 
     def wait() -> None:
@@ -61,7 +61,7 @@ def end_with(lock: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a program of Flower's in this process."""
+    """Run one of Flower's programs in this process."""
     lock, program, *rest = arguments
     end_with(lock)
     if program == "flower-superexec":

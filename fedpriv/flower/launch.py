@@ -1,11 +1,11 @@
-"""`fedpriv run CONFIG --engine flower`: a whole `flwr run`, started, watched and cleared away.
+"""`fedpriv run CONFIG --engine flower`: start, follow and clean up a complete `flwr run`.
 
-Flower's simulation is a SuperLink (a server), a run that is submitted to it, a process for the run, and Ray's processes
-under that. Here all of them belong to one run: they have a home, a port and a working directory of their own, so that
-they neither meet nor disturb another SuperLink, and none of them outlives the run.
+Flower's simulation consists of a SuperLink (a server), a submitted run, a process for it, and Ray's processes under
+it. Here all of them belong to one run. They have a separate home, port and working directory, so that they do not
+interfere with another SuperLink, and none of them outlives the run.
 
-The app that is submitted is made on the spot, four lines in a temporary folder: it works from a checkout as from an
-installed package, and no file of the user's can get into it.
+The submitted app is four lines in a temporary folder. It works from a checkout and from an installed package, and never
+includes the user's files.
 """
 
 import json
@@ -48,8 +48,8 @@ _STOP_SECONDS = 1.0
 _KILL_SECONDS = 10.0
 _GPU_SHARE = 0.25
 
-# Ray puts sockets some 70 characters below its folder, and a socket's path has at most 107.
-_LONGEST_FOR_SOCKETS = 36
+# Ray adds about 70 characters to its folder for the paths of sockets, which are limited to 107.
+_MAX_FOLDER_FOR_SOCKETS = 36
 
 
 def run_with_flower(
@@ -61,19 +61,19 @@ def run_with_flower(
     resume: bool = False,
     watch: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Runs an experiment in Flower's simulation and returns its summary.
+    """Run an experiment in Flower's simulation and return its summary.
 
     Args:
         config: The experiment.
-        out: The run directory; the run's log is `flower.log` in it.
-        device: Where gradients are computed.
-        data_root: Where data sets lie; None for the environment's choice.
-        resume: Whether `out` may hold this experiment, finished. A part of it cannot be gone on with: the clients'
-            memories lived in the Flower run that ended.
-        watch: Called after every round with what was recorded.
+        out: The run directory, which also holds the log `flower.log`.
+        device: Device for gradients.
+        data_root: Folder of the data sets; None for the environment's choice.
+        resume: Accept this experiment in `out` if it is finished. An unfinished run cannot be resumed, because the
+            clients' memories ended with its Flower run.
+        watch: Called after every round with its records.
 
     Raises:
-        UserError: On anything that the user can mend, failing clients included; no process is left behind.
+        UserError: On any error that the user can fix, including failing clients. No process is left running.
     """
     require_extra("--engine flower", "flower")
     config.check_unclocked()
@@ -100,29 +100,29 @@ def run_with_flower(
 
 
 def _claim(directory: RunDirectory, config: Config, resume: bool) -> dict[str, Any] | None:
-    """Makes the directory this run's; returns the summary of a run that is finished."""
+    """Claim the directory for this run; return the summary if the run is already finished."""
     with directory.locked():
         begun = directory.file("config.toml").exists()
         summary = directory.claim(config.to_toml(), config.digest, resume=resume)
     if begun and summary is None:
         raise UserError(
             str(directory.path),
-            "an empty folder, or this experiment done",
-            "a part of it",
-            "Clients' memories live only as long as their Flower run: choose another --out",
+            "an empty folder, or a finished run of this experiment",
+            "an unfinished run without its client memories",
+            "Choose another --out",
         )
     return summary
 
 
 @dataclass
 class FlowerRun:
-    """The processes of one simulation.
+    """Processes of one simulation.
 
     Args:
-        home: A folder of their own, whose path marks all of them.
-        population: How many nodes.
-        device: Where their gradients are computed.
-        log: The file for what they print.
+        home: Their separate folder; its path, in their environment, identifies all of them.
+        population: Number of nodes.
+        device: Device for gradients.
+        log: File for their output.
     """
 
     home: Path
@@ -133,7 +133,7 @@ class FlowerRun:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What Flower's and Ray's processes find in their environment."""
+        """Environment variables of Flower's and Ray's processes."""
         here = str(Path(__file__).parents[2])
         paths = [] if "site-packages" in here else [here]
         return {
@@ -145,18 +145,18 @@ class FlowerRun:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_ADDRESS": "local",
-            "RAY_TMPDIR": str(self.home) if len(str(self.home)) <= _LONGEST_FOR_SOCKETS else "/tmp",
+            "RAY_TMPDIR": str(self.home) if len(str(self.home)) <= _MAX_FOLDER_FOR_SOCKETS else "/tmp",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
     def write_app(self, run_config: dict[str, Any]) -> None:
-        """Writes the app that is submitted, and an empty working directory."""
+        """Write the submitted app, and create an empty working directory."""
         (self.home / "work").mkdir()
         write_app(self.home / "app", run_config)
 
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        """Starts a SuperLink and the run; yields the process that lives as long as the run does."""
+        """Start a SuperLink and the run; yield the process that lives as long as the run."""
         try:
             address = self._start_superlink()
             connection = {"address": address, "insecure": True}
@@ -168,17 +168,17 @@ class FlowerRun:
                 self._stop()
 
     def end(self) -> None:
-        """Lets a run that has written everything end by itself, for a while."""
+        """Give a run that has written everything some time to end by itself."""
         until = time.monotonic() + _END_SECONDS
         while self.alive() and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
 
     def alive(self) -> bool:
-        """Whether all processes that were started here are still at work."""
+        """Return whether all processes that were started here are still running."""
         return all(process.poll() is None for process in self._processes)
 
     def status_details(self) -> str:
-        """What Flower says about the last run; empty if it says nothing."""
+        """Return Flower's status details of the last run; empty if there are none."""
         command = [*_FLWR, "ls", "--format", "json"]
         try:
             text = subprocess.run(
@@ -195,7 +195,7 @@ class FlowerRun:
         until = time.monotonic() + _START_SECONDS
         while not _answers(f"http://127.0.0.1:{port}/health"):
             if superlink.poll() is not None or time.monotonic() > until:
-                raise UserError("Flower's SuperLink", "one that starts", "none", f"See {self.log}")
+                raise UserError("Flower's SuperLink", "it to start", "no answer", f"See {self.log}")
             time.sleep(_POLL_SECONDS)
         return f"127.0.0.1:{port}"
 
@@ -214,7 +214,7 @@ class FlowerRun:
         return process
 
     def _resources(self) -> str:
-        """One CPU for each client at work, and no more actors than there are clients."""
+        """Return options for one CPU for each active client, and at most as many actors as clients."""
         gpus = _GPU_SHARE if self.device.startswith("cuda") else 0.0
         cpus = min(self.population, cores())
         return (
@@ -223,7 +223,7 @@ class FlowerRun:
         )
 
     def _stop(self) -> None:
-        """Ends every process of this run: politely, and then for certain."""
+        """End every process of this run: terminate it, and kill it if it does not end."""
         for process in self._processes:
             process.terminate()
         began = time.monotonic()
@@ -234,7 +234,7 @@ class FlowerRun:
             time.sleep(_POLL_SECONDS)
 
     def _left(self) -> list[int]:
-        """The processes that are still there. Where /proc is missing, only those that were started here."""
+        """Return the ids of the processes still running; without /proc, only of those that were started here."""
         mark = f"FLWR_HOME={self.home}".encode()
         started = [process.pid for process in self._processes if process.poll() is None]
         return sorted({*started, *_processes_with(mark)})
@@ -245,7 +245,7 @@ _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 
 def _follow(run: FlowerRun, directory: RunDirectory, watch: Watcher | None) -> None:
-    """Runs to the end, and calls `watch` as rounds are recorded."""
+    """Follow the run to its end, and call `watch` as rounds are recorded."""
     rounds = RecordedRounds(directory, watch)
     with run.running():
         while run.alive() and not directory.file("summary.json").exists():
@@ -258,27 +258,27 @@ def _follow(run: FlowerRun, directory: RunDirectory, watch: Watcher | None) -> N
 
 
 def failure_in(report: Path, log: Path, details: str) -> UserError:
-    """Why a run ended without a summary.
+    """Return the reason why a run ended without a summary.
 
     Args:
-        report: The file for the ServerApp's own line.
+        report: File for the error line of the ServerApp.
         log: Flower's log.
-        details: What Flower says about the run.
+        details: Flower's status details of the run.
     """
     if report.exists():
         return _ServerAppError(report.read_text(encoding="utf-8"))
-    reason = first_error(log) or details or "it ended without a reason"
-    return UserError("Flower's run", "one that completes", reason.rstrip("."), f"See {log}")
+    reason = first_error(log) or details or "an end without a reason"
+    return UserError("Flower's run", "it to complete", reason.rstrip("."), f"See {log}")
 
 
 def first_error(log: Path) -> str:
-    """The exception that a log shows first, which is the cause of those below it; empty if it shows none."""
+    """Return the first exception in a log, which is the cause of later ones; empty if there is none."""
     found = re.search(r"^[\w.]+(Error|Exception): .+", log.read_text(errors="replace"), re.MULTILINE)
     return found.group() if found else ""
 
 
 class _ServerAppError(UserError):
-    """A line that the ServerApp has written already."""
+    """An error line that the ServerApp has written."""
 
     def __init__(self, line: str) -> None:
         ValueError.__init__(self, line)
@@ -286,7 +286,7 @@ class _ServerAppError(UserError):
 
 
 class RecordedRounds:
-    """Hands recorded rounds to a watcher, each once."""
+    """Calls a watcher once for each recorded round."""
 
     def __init__(self, directory: RunDirectory, watch: Watcher | None) -> None:
         self._directory = directory
@@ -294,7 +294,7 @@ class RecordedRounds:
         self._shown = 0
 
     def show(self) -> None:
-        """Shows what was recorded since the last time."""
+        """Call the watcher for the rounds recorded since the last call."""
         if self._watch is None:
             return
         released = self._directory.rows("rounds.jsonl")
@@ -310,7 +310,7 @@ class RecordedRounds:
 
 @contextmanager
 def _on_signal(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
-    """Handles signals for a while, where that can be done (the main thread)."""
+    """Handle signals within the block; do nothing outside the main thread, which Python does not support."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -323,7 +323,7 @@ def _on_signal(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.S
 
 
 def _exit(number: int, frame: object) -> None:  # noqa: ARG001
-    """Leaves by an exception, so that whatever was started is cleared away on the way out."""
+    """Raise an exception, so that all started processes are cleaned up."""
     raise SystemExit(128 + number)
 
 
@@ -342,7 +342,7 @@ def _answers(url: str) -> bool:
 
 
 def _processes_with(mark: bytes) -> list[int]:
-    """Ids of the processes, zombies aside, whose environment holds `mark`."""
+    """Return the ids of the processes, except zombies, with `mark` in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

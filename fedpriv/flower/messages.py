@@ -1,15 +1,15 @@
-"""What travels between a strategy and its clients.
+"""Messages between a strategy and its clients.
 
-| message | holds | the answer holds |
+| message | its records | records of the answer |
 |---|---|---|
-| introduction | `fedpriv`: the question | `fedpriv`: the client's id, if the node knows one |
-| training | `arrays`: the model; `config`: the app's; `fedpriv`: an `Order` | `arrays`: the message; its scale |
-| training of a deployment | the same, and `terms`: the `Terms` | the same, or `fedpriv`: a refusal |
+| question | `fedpriv`: the question | `fedpriv`: a `NodeInfo` |
+| training | `arrays`: the model; `config`: the app's; `fedpriv`: `ClientInstructions` | `arrays`: the message; scale |
+| training in a deployment | also `terms`: `RunTerms` | the same, or `fedpriv`: a refusal |
 
-A message with a client's noise is a multiple of the grid of `fedpriv.mechanisms.noise` in each coordinate. It travels
-as small integers and that scale, in at most half the bytes of float32.
+In a message with client noise, each coordinate is a multiple of the grid of `fedpriv.mechanisms.noise`. It is sent as
+small integers and that scale, in at most half the bytes of float32.
 
-Both are Flower messages of type `train`: a mod sees those, and no app has to register anything for them.
+All of them are Flower messages of type `train`: mods see this type, and apps need not register handlers for it.
 """
 
 import io
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
-from fedpriv.flower.promise import Promise
-from fedpriv.methods import METHODS, Method, client_part
+from fedpriv.flower.privacy_terms import PrivacyTerms
+from fedpriv.methods import METHODS, Method
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout, refuse_buffers
@@ -37,13 +37,13 @@ __all__ = [
     "DIAGNOSTICS",
     "FEDPRIV",
     "TERMS",
-    "Introduction",
+    "ClientInstructions",
     "MessageFormat",
     "ModelArrays",
-    "Order",
-    "Terms",
-    "asks_who",
-    "introduction",
+    "NodeInfo",
+    "RunTerms",
+    "ask_node_info",
+    "asks_node_info",
     "method_name",
     "printable",
     "refusal_record",
@@ -57,9 +57,9 @@ FEDPRIV = "fedpriv"
 
 TERMS = "terms"
 
-# Of an array in NumPy's own format, with the number of its dimensions far beyond any model's.
-_LARGEST_HEADER = 1024
-# Largest integer up to which float32 holds all integers.
+# Bytes of the header of an array in NumPy's format, enough for far more dimensions than any model has.
+_MAX_HEADER = 1024
+# float32 holds all integers up to this one.
 _MAX_EXACT = 2**24
 
 _ASK = "ask"
@@ -72,11 +72,11 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class ModelArrays:
-    """How a model lies in an `ArrayRecord`, and back.
+    """Conversion between a model vector and an `ArrayRecord`.
 
     Args:
         layout: Names and shapes.
-        dtypes: Number format of each array, which the clients get back.
+        dtypes: Number format of each array in messages to clients.
     """
 
     layout: Layout
@@ -84,10 +84,10 @@ class ModelArrays:
 
     @classmethod
     def of(cls, record: ArrayRecord) -> "ModelArrays":
-        """The layout of a model.
+        """Return the layout of a model.
 
         Raises:
-            UserError: If an array is not of floating point numbers or is a buffer of BatchNorm.
+            UserError: If an array does not hold floating point numbers, or is a buffer of BatchNorm.
         """
         refuse_buffers(name for name in record if name.rsplit(".", 1)[-1] in _BUFFERS)
         for name, array in record.items():
@@ -102,30 +102,34 @@ class ModelArrays:
         return cls(Layout(entries), tuple(array.dtype for array in record.values()))
 
     def vector(self, record: ArrayRecord) -> Tensor:
-        """The float32 vector `[params]` of arrays in this layout; a `UserError` if they are in another."""
+        """Return the float32 vector `[params]` of arrays in this layout.
+
+        Raises:
+            UserError: If the arrays have another layout.
+        """
         tensors = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
         return self.layout.flatten(tensors)
 
     def received(self, content: RecordDict, form: "MessageFormat") -> Tensor:
-        """Return the message `[params]`, float32, in an answer that need not be trusted.
+        """Return the message `[params]`, float32, in an untrusted answer.
 
         Args:
             content: The answer.
-            form: The number format that the agreement asks for.
+            form: The number format of the agreement.
 
         Raises:
             UserError: If the scale, names, shapes, number formats or lengths are not those of a message in this layout.
         """
         record, facts = content.array_records[ARRAYS], content.config_records.get(FEDPRIV, ConfigRecord())
         if facts.get(_SCALE) != form.scale:
-            raise _no_message(f"numbers in units of {facts.get(_SCALE)!r}, where the plan says {form.scale!r}")
+            raise _no_message(f"numbers in units of {facts.get(_SCALE)!r}, but the plan has {form.scale!r}")
         if list(record) != [name for name, _ in self.layout.entries]:
-            raise _no_message(f"{len(record)} arrays of other names")
+            raise _no_message(f"{len(record)} arrays with other names")
         for (name, shape), array in zip(self.layout.entries, record.values(), strict=True):
             data = bytes(array.data)
             if (array.dtype, tuple(array.shape), array.stype) != (form.dtype, tuple(shape), "numpy.ndarray"):
                 raise _no_message(f"{name} of shape {list(array.shape)[:9]}, {str(array.dtype)[:20]}")
-            if len(data) > form.numpy.itemsize * math.prod(shape) + _LARGEST_HEADER:
+            if len(data) > form.numpy.itemsize * math.prod(shape) + _MAX_HEADER:
                 raise _no_message(f"{len(data):,} bytes for {name}")
             file = io.BytesIO(data)
             try:
@@ -133,18 +137,18 @@ class ModelArrays:
             except Exception:
                 read = False
             if not read or (read[0], read[2]) != (tuple(shape), form.numpy):
-                raise _no_message(f"{name} that is not what it says")
+                raise _no_message(f"{name} with a wrong header")
         vector = self.vector(record)
         return vector if form.scale is None else vector * form.scale
 
     def model(self, vector: Tensor) -> ArrayRecord:
-        """A model `[params]` as arrays, each in its own number format."""
+        """Return a model `[params]` as arrays in their number formats."""
         return self._record(vector, self.dtypes)
 
     def message(self, vector: Tensor, form: "MessageFormat") -> dict[str, ArrayRecord | ConfigRecord]:
         """Return the records of a message `[params]`: float32 arrays, or integers with their scale.
 
-        Another rounding of a message without noise could lengthen it beyond its bound.
+        A message without noise is never rounded again, because rounding could lengthen it beyond its bound.
         """
         if form.scale is None:
             return {ARRAYS: self._record(vector, (form.dtype,) * len(self.dtypes))}
@@ -160,7 +164,7 @@ class ModelArrays:
 
 @dataclass(frozen=True, kw_only=True)
 class MessageFormat:
-    """Number format in which messages travel; both sides derive it from their own half of the agreement.
+    """Number format of messages; server and clients derive it from their halves of the agreement.
 
     Args:
         dtype: Name of the number format of all arrays.
@@ -174,8 +178,8 @@ class MessageFormat:
     def of(cls, rules: ClientRules) -> "MessageFormat":
         """Return float32 for messages without noise, otherwise the smallest integers that hold every message.
 
-        With a multiplier of noise so small that nothing can be promised, levels need not fit into 24 bits: float32
-        then rounds what is already released.
+        If the noise multiplier is too small for any privacy, the levels may exceed 24 bits. The format is then float32,
+        which rounds a message that is already released.
         """
         grid = rules.release_grid
         largest = math.inf if grid is None else rules.message_limit / grid
@@ -191,24 +195,24 @@ class MessageFormat:
 
 def _no_message(got: str) -> UserError:
     expected = "arrays as in the model, in the number format of the plan"
-    return UserError("message", expected, got, "Its client does not run this version")
+    return UserError("message", expected, got, "Install this version of fedpriv on the client")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What one client is told about its part in one round.
+class ClientInstructions:
+    """Instructions to one client for one round.
 
     Args:
-        method: Whose client rule it follows.
-        round: The current round, from 1.
-        client: Its id.
-        last_round: The last round whose message of this client was summed; 0: none.
-        noise_stddev: Standard deviation per coordinate of the noise that it adds; 0 for none.
-        seed: Where its noise comes from in a simulation; None: from its own operating system.
-        noise_id: Keeps the noise of different experiments with one seed apart; see `SeededStreams`.
-        private: Whether anything but the message may leave the client.
-        diagnostics: Whether it reports the norm of its signal, which is not protected: in simulations, and in runs that
-            promise nothing.
+        method: Method whose client rule applies.
+        round: Current round, from 1.
+        client: Id of the client.
+        last_round: Last round that summed a message of this client; 0 for none.
+        noise_stddev: Standard deviation per coordinate of the noise that the client adds; 0 for none.
+        seed: Seed of the noise in a simulation; None for noise from the client's operating system.
+        noise_id: Separates the noise of experiments that share a seed; see `SeededStreams`.
+        private: True if nothing but the message may leave the client.
+        diagnostics: True if the client reports the norm of its signal, which is not protected: in simulations, and in
+            runs without a privacy guarantee.
     """
 
     method: Method
@@ -223,23 +227,23 @@ class Order:
 
     @property
     def rules(self) -> ClientRules:
-        """The client's half of the agreement."""
+        """Client's half of the agreement."""
         streams = SystemStreams() if self.seed is None else SeededStreams(self.seed, self.noise_id)
         return ClientRules(method=self.method, noise_stddev=self.noise_stddev, streams=streams)
 
     def to_record(self) -> ConfigRecord:
-        """As the record `fedpriv`; the seed is in it only if there is one."""
+        """Return the record `fedpriv`, which includes a seed only if there is one."""
         table: dict[str, Any] = {"method": method_name(self.method)}
         table |= {_METHOD + key: value for key, value in write_table(self.method).items()}
         table |= {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
         return ConfigRecord(table)
 
     @classmethod
-    def of(cls, content: RecordDict) -> "Order":
-        """The order in a message.
+    def of(cls, content: RecordDict) -> "ClientInstructions":
+        """Return the instructions in a message.
 
         Raises:
-            UserError: If the message holds none, or one that this version does not understand.
+            UserError: If the message has no instructions, or this version does not understand them.
         """
         record = content.config_records.get(FEDPRIV)
         if record is None or "method" not in record:
@@ -256,18 +260,18 @@ class Order:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms(Promise):
-    """What a deployment tells a client besides its order: where both stand, and the promise.
+class RunTerms(PrivacyTerms):
+    """Terms of a deployment for a client: the state of the run, and the privacy terms.
 
-    A turn is one broadcast with its answers, numbered from 1 and never repeated; a round of the method is a turn that
-    counted. Messages are told apart by turns, noise is drawn by turns, and every turn is paid for.
+    A turn is one broadcast with its answers. Turns are numbered from 1 and never repeated. A round of the method is a
+    turn that counted. Turns identify messages and the draws of noise, and the client pays for every turn.
 
     Args:
-        run: The run's own name, which no other run has; the client's memory is kept under it.
-        turn: The current turn.
-        last_turn: The last turn whose message of this client counted; 0: none, and the client starts afresh.
-        epoch: How often all memories were started anew.
-        digest: The experiment.
+        run: Unique name of the run, under which the client stores its memory.
+        turn: Current turn.
+        last_turn: Last turn in which a message of this client counted; 0 for none, and the client restarts.
+        epoch: Number of times that all memories were reset.
+        digest: Digest of the experiment.
     """
 
     run: str
@@ -277,23 +281,23 @@ class Terms(Promise):
     digest: str
 
     def to_record(self) -> ConfigRecord:
-        """As the record `terms`."""
+        """Return the record `terms`."""
         return ConfigRecord(write_table(self))
 
     @classmethod
-    def of(cls, content: RecordDict) -> "Terms | None":
-        """The terms in a message; None in one of a simulation."""
+    def of(cls, content: RecordDict) -> "RunTerms | None":
+        """Return the terms in a message; None for a message of a simulation."""
         record = content.config_records.get(TERMS)
         return None if record is None else read_table(cls, dict(record), TERMS)
 
 
 def refusal_record(kind: str, reason: str) -> RecordDict:
-    """The content of an answer that says no: what for, and one line for people."""
+    """Return the content of a refusal: its kind, and one line for people."""
     return RecordDict({FEDPRIV: ConfigRecord({_REFUSED: kind, "reason": reason})})
 
 
 def refused(content: RecordDict) -> tuple[str, str] | None:
-    """Kind and reason if an answer says no."""
+    """Return kind and reason of a refusal; None if the answer is not a refusal."""
     record = content.config_records.get(FEDPRIV)
     if record is None or _REFUSED not in record:
         return None
@@ -301,7 +305,7 @@ def refused(content: RecordDict) -> tuple[str, str] | None:
 
 
 def printable(text: object, longest: int = 300) -> str:
-    """One short line of something that somebody else wrote."""
+    """Return untrusted text as one short line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)[: 4 * longest]).split())
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
@@ -310,23 +314,23 @@ _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "
 
 
 def method_name(method: Method) -> str:
-    """The method's name in the table of methods, whatever optimiser its server has."""
-    return METHODS.name_of(client_part(method))
+    """Return the method's name in the table of methods, without its server optimizer."""
+    return METHODS.name_of(method.client_part)
 
 
 @dataclass(frozen=True)
-class Introduction:
-    """What a node says of itself: the client id that its operator gave it; None if none was given."""
+class NodeInfo:
+    """Answer of a node about itself: the client id set by its operator; None if it has none."""
 
     client: int | None
 
     def to_content(self) -> RecordDict:
-        """As the content of an answer."""
+        """Return the content of an answer."""
         return RecordDict({FEDPRIV: ConfigRecord({} if self.client is None else {"client": self.client})})
 
     @classmethod
-    def of_node(cls, node_config: Mapping[str, Any]) -> "Introduction":
-        """From a node's configuration (`partition-id`).
+    def of_node(cls, node_config: Mapping[str, Any]) -> "NodeInfo":
+        """Read it from a node's configuration (`partition-id`).
 
         Raises:
             UserError: If the id is not a whole number.
@@ -336,12 +340,12 @@ class Introduction:
             return cls(None if client is None else int(client))
         except ValueError:
             raise UserError(
-                "--node-config partition-id", "a whole number", repr(client), "Start the node with a number from 0"
+                "--node-config partition-id", "a whole number", repr(client), "Set it to a number from 0"
             ) from None
 
     @classmethod
-    def of_answer(cls, content: RecordDict) -> "Introduction | None":
-        """From the content of an answer; None if whoever answered does not know the question."""
+    def of_answer(cls, content: RecordDict) -> "NodeInfo | None":
+        """Read it from the content of an answer; None if the node did not understand the question."""
         record = content.config_records.get(FEDPRIV)
         if record is None or _ASK in record:
             return None
@@ -349,12 +353,12 @@ class Introduction:
         return cls(client if type(client) is int else None)
 
 
-def introduction() -> RecordDict:
-    """The content of the question who a node is."""
+def ask_node_info() -> RecordDict:
+    """Return the content of the message that asks a node for its `NodeInfo`."""
     return RecordDict({FEDPRIV: ConfigRecord({_ASK: _WHO})})
 
 
-def asks_who(content: RecordDict) -> bool:
-    """Whether a message is that question."""
+def asks_node_info(content: RecordDict) -> bool:
+    """Return whether a message asks for the `NodeInfo`."""
     record = content.config_records.get(FEDPRIV)
     return record is not None and _ASK in record

@@ -1,26 +1,26 @@
-"""How a client says no: a kind that programs read, and a line that people read."""
+"""Refusals of clients: a kind for programs, and a line for people."""
 
 from fedpriv.errors import UserError
 
 __all__ = ["KINDS", "Refusal"]
 
 KINDS = {
-    "policy": "the order is not what this client agreed to",
+    "policy": "this client's policy does not allow these instructions",
     "budget": "its privacy budget does not allow another message",
-    "model": "the model or the order cannot be right",
-    "stale": "an answer to this turn, or a later one, was given already",
-    "lost": "its memory is lost, or is not that of the turn that counted last",
+    "model": "the model or the instructions are invalid",
+    "stale": "it has already answered this turn, or a later one",
+    "lost": "its memory is lost, or belongs to another turn than the last one that counted",
     "trouble": "its records cannot be read or written, or its own code failed",
     "app": "its app failed",
 }
 
 
-# Refusals whose whole line may leave: it speaks of the order and of limits, never of data, files or past runs.
+# The full line of these refusals may leave: it mentions the instructions and limits, never data, files or past runs.
 _OPEN = ("policy", "model", "stale", "lost")
 
 
 class Refusal(UserError):  # noqa: N818
-    """An order that a client does not follow; nothing was sent, and nothing of the client changed.
+    """Refusal of instructions by a client; nothing was sent, and the client's records are unchanged.
 
     Args:
         kind: One of `KINDS`.
@@ -36,12 +36,12 @@ class Refusal(UserError):  # noqa: N818
 
     @property
     def told(self) -> str:
-        """The line for the server: nothing in it that the order, the model or the policy does not say already."""
-        return str(self) if self.kind in _OPEN else f"{KINDS[self.kind]}; its operator's log says more"
+        """Line for the server: it reveals nothing beyond the instructions, the model and the policy."""
+        return str(self) if self.kind in _OPEN else f"{KINDS[self.kind]}; see its operator's log"
 
     @classmethod
     def because(cls, kind: str, line: str) -> "Refusal":
-        """A refusal whose line is written already."""
+        """Return a refusal with a given line."""
         refusal = cls(kind, line.split(":", 1)[0], "", "", "")
         refusal.args = (line,)
         return refusal

@@ -1,12 +1,13 @@
-"""Whether this process plays clients, rather than being one: decided on the client's side, never by a message.
+"""Detection of simulated clients, decided on the client's side and never by a message.
 
-Orders of simulations carry seeds and ask for diagnostics, and are followed only here. A process plays clients if
+Instructions in simulations contain seeds and ask for diagnostics, and only simulated clients follow those. A process
+simulates clients if one of these holds:
 
-* `fedpriv flower` runs clients in it, as it does in Ray's workers: it is inside `playing_clients`;
-* it is an actor of Flower's simulation (`flwr run`, `run_simulation`, `fedpriv run --engine flower`): Ray says so;
-* its environment has FEDPRIV_SIMULATION=1: for programs, such as tests, that call a ClientApp themselves.
+* `fedpriv flower` runs clients in it, also in Ray's workers: it is inside `playing_clients`.
+* It is an actor of Flower's simulation (`flwr run`, `run_simulation`, `fedpriv run --engine flower`), according to Ray.
+* Its environment has FEDPRIV_SIMULATION=1, for programs such as tests that call a ClientApp directly.
 
-Neither a message nor a run config reaches any of these. A node with a home (`fedpriv-home`) is never a simulation.
+Neither a message nor a run config can change any of these. A node with a home (`fedpriv-home`) is never a simulation.
 """
 
 import os
@@ -18,7 +19,7 @@ from contextvars import ContextVar
 __all__ = ["SIMULATION", "playing_clients", "simulated"]
 
 SIMULATION = "FEDPRIV_SIMULATION"
-"""The environment variable by which a program says that it plays clients."""
+"""Environment variable with which a program declares that it simulates clients."""
 
 _FLOWERS_ACTORS = "flwr.simulation."
 
@@ -27,7 +28,7 @@ _playing: ContextVar[bool] = ContextVar("playing_clients", default=False)
 
 @contextmanager
 def playing_clients() -> Iterator[None]:
-    """Marks what runs meanwhile, in this thread, as a simulation."""
+    """Mark the block, in this thread, as a simulation."""
     before = _playing.set(True)
     try:
         yield
@@ -36,12 +37,12 @@ def playing_clients() -> Iterator[None]:
 
 
 def simulated() -> bool:
-    """Return whether this process plays clients; see the module."""
+    """Return whether this process simulates clients; see the module."""
     return _playing.get() or os.environ.get(SIMULATION) == "1" or _in_flowers_simulation()
 
 
 def _in_flowers_simulation() -> bool:
-    """Return whether Ray runs a task of Flower's simulation here. Ray is there already, or it is none."""
+    """Return whether Ray runs a task of Flower's simulation here; false if Ray is not imported."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False

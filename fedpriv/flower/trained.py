@@ -1,22 +1,22 @@
-"""Which arrays of an app's model are trained, and what becomes of the others.
+"""Division of an app's model into trained and fixed arrays.
 
-A message covers the trained arrays: they are one vector that is bounded, noised and summed. The others are fixed. They
-are sent to every client as they were at the start, no noise is ever added to them, and no client sends them back.
+A message covers the trained arrays. They form one vector that is bounded, noised and summed. All other arrays are
+fixed: every client receives them unchanged, no noise is ever added to them, and no client sends them back.
 
-| array | nothing declared | declared `trainable` | declared `frozen` |
+| array | no declaration | declared `trainable` | declared `frozen` |
 |---|---|---|---|
 | floating point | trained; see below | trained | fixed |
 | integers, booleans | fixed | fixed | fixed |
 | statistics of BatchNorm | refused | refused | fixed |
 | anything else, such as complex numbers | refused | refused | fixed |
 
-`trainable=` declares all other arrays frozen. Without a declaration nobody knows which arrays an app leaves alone, and
-noise would destroy them. So a client of a private run then refuses, before it sends its first message, if training has
-left some arrays, but not all, exactly as they were.
+`trainable=` declares all other arrays frozen. Without a declaration, arrays that an app does not train are unknown, and
+noise would destroy them. In a private run, a client therefore refuses before its first message if training has left
+some arrays, but not all, exactly unchanged.
 
-A client whose app changes a fixed array refuses, too. Both refusals depend on the client's data, if only just. If the
-server is the adversary (trust local), a client therefore does not refuse, but writes into its own log, unless the order
-is one of a simulation. A change of a fixed array is then dropped, since it is part of no message.
+A client also refuses if its app changes a fixed array. Both refusals depend on the client's data, if only slightly. If
+the server is the adversary (trust local), a client therefore does not refuse but writes to its own log, except in a
+simulation. A change to a fixed array is then dropped, because no message contains it.
 """
 
 import logging
@@ -29,12 +29,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.flower.messages import ModelArrays, Order
+from fedpriv.flower.messages import ClientInstructions, ModelArrays
 
 __all__ = ["TRAINED", "Patterns", "TrainedArrays", "check_training", "frozen_arrays"]
 
 TRAINED = "trained"
-"""The record of a training message that names the trained arrays."""
+"""Record of a training message that names the trained arrays."""
 
 Patterns = Sequence[str] | str
 
@@ -51,7 +51,7 @@ class TrainedArrays:
     Args:
         names: Names of all arrays, in the model's order.
         trained: Names of the trained ones, in the same order.
-        declared: Whether the app's developer said which these are.
+        declared: True if the app's developer declared them.
     """
 
     names: tuple[str, ...]
@@ -67,13 +67,15 @@ class TrainedArrays:
         Args:
             model: The initial model.
             trainable: Patterns of the names of trained arrays, such as `head.*`; None for no declaration.
-            frozen: Patterns of the names of the others; at most one of the two is given.
+            frozen: Patterns of the names of fixed arrays; give at most one of `trainable` and `frozen`.
 
         Raises:
-            UserError: If both are given, if a pattern matches no array, or if nothing can be trained.
+            UserError: If both are given, if a pattern matches no array, or if no array can be trained.
         """
         if trainable is not None and frozen is not None:
-            raise UserError("trainable, frozen", "at most one of the two", "both", "Leave one out; it follows")
+            raise UserError(
+                "trainable, frozen", "at most one of the two", "both", "Remove one of them; it follows from the other"
+            )
         integers = {name for name, array in model.items() if array.dtype.startswith(_INTEGERS)}
         if trainable is None:
             trained = set(model) - _matching(model, frozen or (), "frozen") - integers
@@ -90,7 +92,7 @@ class TrainedArrays:
             raise UserError(
                 declared,
                 "an array to train",
-                "none",
+                "no match",
                 f"The model has: {_shown(name for name in model if name not in integers)}",
             )
         return cls(
@@ -104,7 +106,7 @@ class TrainedArrays:
         """Return the division of the model in a training message; all arrays are trained if the message names none.
 
         Raises:
-            UserError: If it names arrays that the model does not have, or none.
+            UserError: If the message names no arrays, or arrays that the model does not have.
         """
         record = content.config_records.get(TRAINED)
         if record is None:
@@ -124,14 +126,14 @@ class TrainedArrays:
         return tuple(name for name in self.names if name not in trained)
 
     def to_record(self) -> ConfigRecord:
-        """Return the record that tells clients."""
+        """Return the record `TRAINED` for clients."""
         return ConfigRecord({"names": list(self.trained), "declared": self.declared})
 
     def part(self, record: ArrayRecord) -> ArrayRecord:
-        """Return the trained arrays of the model, or of an answer, which may leave fixed ones out.
+        """Return the trained arrays of the model, or of an answer, which may omit fixed ones.
 
         Raises:
-            UserError: If it does not hold the model's arrays in the model's order.
+            UserError: If `record` does not hold the model's arrays in the model's order.
         """
         if tuple(record) not in (self.names, self.trained):
             raise UserError(
@@ -140,7 +142,7 @@ class TrainedArrays:
         return ArrayRecord({name: record[name] for name in self.trained})
 
     def whole(self, trained: Mapping[str, Array], fixed: Mapping[str, Array]) -> ArrayRecord:
-        """Return the model that consists of its trained and its fixed arrays."""
+        """Return the model that consists of the given trained and fixed arrays."""
         return ArrayRecord({name: trained[name] if name in trained else fixed[name] for name in self.names})
 
     def __str__(self) -> str:
@@ -151,37 +153,37 @@ class TrainedArrays:
 
 def check_training(
     arrays: TrainedArrays,
-    order: Order,
+    instructions: ClientInstructions,
     model: ModelArrays,
     fixed: Mapping[str, Array],
     answer: ArrayRecord,
     signal: Tensor,
 ) -> None:
-    """Check that an app trained the arrays that the server says it trains; see the module for the rule.
+    """Check that an app trained exactly the arrays that the server names; see the module for the rule.
 
     Args:
         arrays: The division of the model.
-        order: The client's part in the round.
+        instructions: Instructions to the client for this round.
         model: Layout of the trained arrays.
-        fixed: The other arrays, as they were received.
-        answer: What the train function returned.
+        fixed: The fixed arrays, as received.
+        answer: Arrays returned by the train function.
         signal: x - x_local of the trained arrays, `[params]`.
 
     Raises:
-        UserError: If a fixed array was changed, or training left a part of the trained arrays as they were, and
-            refusing tells nothing to an adversary.
+        UserError: If a fixed array was changed, or training left some of the trained arrays unchanged, and the refusal
+            reveals nothing to an adversary.
     """
     troubles = [_changed(name) for name, array in fixed.items() if name in answer and not _equal(array, answer[name])]
-    if order.private and not arrays.declared and order.last_round == 0:
+    if instructions.private and not arrays.declared and instructions.last_round == 0:
         troubles += _unchanged(model, signal)
     for trouble in troubles[:1]:
-        if order.noise_stddev == 0.0 or order.diagnostics:
+        if instructions.noise_stddev == 0.0 or instructions.diagnostics:
             raise trouble
-        _log.error("client %d: %s (The server is not told.)", order.client, trouble)
+        _log.error("client %d: %s (This is not reported to the server.)", instructions.client, trouble)
 
 
 def frozen_arrays(module: nn.Module) -> list[str]:
-    """Return the names of the arrays of a module that training leaves alone: `frozen=frozen_arrays(net)`.
+    """Return the names of the arrays of a module that are not trained: `frozen=frozen_arrays(net)`.
 
     These are its buffers and the parameters that do not require a gradient.
     """
@@ -190,26 +192,26 @@ def frozen_arrays(module: nn.Module) -> list[str]:
 
 
 def _changed(name: str) -> UserError:
-    remedy = "Leave it alone in training (BatchNorm in eval mode), or do not declare it frozen"
-    return UserError(f"array {name}", "it as it was sent, since it is not trained", "other values", remedy)
+    remedy = "Do not change it in training (set BatchNorm to eval mode), or do not declare it frozen"
+    return UserError(f"array {name}", "the values that were sent, since it is fixed", "changed values", remedy)
 
 
 def _unchanged(model: ModelArrays, signal: Tensor) -> list[UserError]:
-    """Return a complaint if training left some arrays of the signal at zero, but not all."""
+    """Return an error if training left some arrays of the signal at zero, but not all."""
     parts = {name: part for name, part in model.layout.unflatten(signal).items() if part.numel()}
     idle = [name for name, part in parts.items() if not bool(part.any())]
     if not idle or len(idle) == len(parts):
         return []
     remedy = (
-        "Noise would destroy what is not trained: give the strategy "
-        f"frozen=[{idle[0]!r}, ...], or trainable='*' if training may change it after all"
+        "Give the strategy "
+        f"frozen=[{idle[0]!r}, ...], since noise would destroy untrained arrays, or trainable='*' if they are trained"
     )
-    got = "them exactly as they were sent"
+    got = "the exact values that were sent"
     return [UserError(f"arrays {_shown(idle)}", "arrays that training changes", got, remedy)]
 
 
 def _equal(sent: Array, returned: Array) -> bool:
-    """Return whether an app gave an array back as it was, if perhaps in a number format of its own."""
+    """Return whether an app returned an array unchanged, up to a change of its number format."""
     if sent.data == returned.data:
         return True
     before, after = sent.numpy(), returned.numpy()

@@ -22,7 +22,7 @@ from fedpriv.mechanisms.tails import Tail
 from fedpriv.native import native_library
 from fedpriv.streams import Words
 
-__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "noise_is_in_c", "release_grid", "rounded_noise"]
+__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "release_grid", "rounded_noise"]
 
 MIN_STDDEV, MAX_STDDEV = 2.0**-500, 2.0**500
 """Standard deviations between which grid, quotients and products are normal float64 numbers."""
@@ -161,11 +161,6 @@ class _Release(ctypes.Structure):
         ("ratio", ctypes.c_double),
         ("edge", ctypes.c_double),
     )
-
-
-def noise_is_in_c() -> bool:
-    """Whether noise is rounded in C on this machine; else numpy does it."""
-    return _rounding() is not _round_in_numpy
 
 
 class _RoundInC:

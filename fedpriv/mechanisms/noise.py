@@ -14,15 +14,18 @@ Rounding adds at most 0.6 % to the variance.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.mechanisms.base import NoState
 from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
 from fedpriv.streams import Purpose, Streams
 
 __all__ = [
+    "Gaussian",
     "max_level",
     "release_clients_sum",
     "release_message",
@@ -56,6 +59,34 @@ def release_sum(streams: Streams, stddev: float, total: Tensor, round: int) -> T
         round: The round, from 1; each round has independent noise.
     """
     return _released(streams, Purpose.SERVER_NOISE, stddev, total, (round, 0))
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Fresh Gaussian noise in every round; see `Mechanism`.
+
+    Args:
+        stddev: Standard deviation per coordinate; 0 leaves sums as they are.
+    """
+
+    stddev: float
+
+    def init(self, size: int) -> NoState:
+        """Nothing."""
+        return NoState()
+
+    def noise(self, state: NoState, total: Tensor, streams: Streams, round: int) -> tuple[Tensor, NoState]:
+        """See `Mechanism.noise`."""
+        return release_sum(streams, self.stddev, total, round), state
+
+    def sensitivity(self, moved: float, rounds: float) -> float:
+        """See `Mechanism.sensitivity`: rounds are orthogonal."""
+        return moved * math.sqrt(rounds)
+
+    def event(self, moved: float, rounds: float) -> float:
+        """See `Mechanism.event`."""
+        moved = self.sensitivity(moved, rounds)
+        return moved / self.stddev if self.stddev > 0.0 else math.inf if moved > 0.0 else 0.0
 
 
 def release_clients_sum(

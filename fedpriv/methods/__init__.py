@@ -1,7 +1,16 @@
 """All methods, one paper a file; adding one is its file and one line in `base.METHODS`."""
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
-from fedpriv.methods.base import METHODS, ClientState, Method, ServerState, client_part, feedback_of, has_memory
+from fedpriv.methods.base import (
+    METHODS,
+    ClientState,
+    Method,
+    PlainMethod,
+    ServerState,
+    feedback_of,
+    has_memory,
+    server_step,
+)
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
@@ -18,11 +27,12 @@ __all__ = [
     "FedAlphaNormEC",
     "Method",
     "NormalizedSGD",
+    "PlainMethod",
     "ServerOptimized",
     "ServerOptimizer",
     "ServerState",
-    "client_part",
     "feedback_of",
     "has_memory",
     "optimized",
+    "server_step",
 ]

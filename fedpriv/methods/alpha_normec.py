@@ -28,7 +28,7 @@ the v_i; a client that skipped rounds first shrinks its memory as often as the s
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from fedpriv.bounding import SmoothedNormalization
 from fedpriv.checks import require_fraction, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
-from fedpriv.methods.base import direction
+from fedpriv.methods.base import PlainMethod, Row, direction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 
@@ -61,7 +61,7 @@ class ServerMemory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaNormEC:
+class AlphaNormEC(PlainMethod):
     """alpha-NormEC as published, with two cures for the noise that it accumulates.
 
     Args:
@@ -72,6 +72,13 @@ class AlphaNormEC:
         memory: What a client adds to its memory: its `noiseless` message, or what it `sent`.
         damping: lambda, how much of both memories is forgotten each round.
     """
+
+    row: ClassVar[Row] = Row(
+        "N_alpha(g_i - v_i), N_alpha(u) = u / (alpha + ||u||)",
+        memory="v_i += beta message",
+        server="v += beta/n sum; x -= lr v/||v||, or lr v",
+        source="arXiv 2502.13482",
+    )
 
     alpha: float = 1.0
     beta: float = 0.1
@@ -131,9 +138,10 @@ class AlphaNormEC:
         memory = remember(decayed(memory, self.damping, 1), learned, self.beta)
         return sent, ClientMemory(memory, torch.full_like(state.updated, round))
 
-    def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
+    def server_rule(
+        self, state: ServerMemory, mean_message: Tensor, sampling_prob: float
+    ) -> tuple[Tensor, ServerMemory]:
         """See `Method.server_rule`."""
         memory = decayed(state.memory, self.damping, 1)
         memory = remember(memory, mean_message, self.beta * sampling_prob)
-        step = direction(memory) if self.server_normalization else memory
-        return ServerMemory(state.model - self.server_lr * step, memory)
+        return direction(memory) if self.server_normalization else memory, ServerMemory(state.model, memory)

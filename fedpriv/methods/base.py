@@ -1,6 +1,6 @@
 """What a method is: a client rule and a server rule that act on the last axis, and pure."""
 
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ __all__ = [
     "METHODS",
     "ClientState",
     "Method",
+    "PlainMethod",
+    "Row",
     "ServerState",
-    "client_part",
     "direction",
     "feedback_of",
     "has_memory",
+    "server_step",
 ]
 
 
@@ -26,6 +28,15 @@ ClientState = Any
 
 # A NamedTuple of vectors `[params]`, or figures `[1]`, whose field `model` is the model x.
 ServerState = Any
+
+
+class Row(NamedTuple):
+    """A method's row in the README's table: what client i sends and remembers, what the server does, whose it is."""
+
+    message: str
+    memory: str = "-"
+    server: str = "x -= lr mean"
+    source: str = "-"
 
 
 class Method(Protocol):
@@ -39,9 +50,31 @@ class Method(Protocol):
     called once.
     """
 
+    row: ClassVar[Row]
+
     @property
     def bounded(self) -> Bounded:
         """The map that bounds what is sent."""
+        ...
+
+    @property
+    def server_lr(self) -> float:
+        """gamma: how far the server steps along the direction that its rule gives."""
+        ...
+
+    @property
+    def client_part(self) -> "Method":
+        """What clients run of it: itself, or the method within that a server optimiser is put around."""
+        ...
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """The client rule as figures, if it is of that form; see `feedback_of`."""
+        ...
+
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """Whether the length of local steps has to be taken out of a signal."""
         ...
 
     @property
@@ -85,15 +118,56 @@ class Method(Protocol):
         """
         ...
 
-    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
-        """The server's next state.
+    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ServerState]:
+        """Return the direction d `[params]`, against which `server_step` moves the model, and the new state.
 
         Args:
-            state: Its state.
+            state: The server's state.
             mean_message: Sum of the messages, noise included, over the expected cohort size; `[params]`.
             sampling_prob: Expected cohort size over population.
+
+        Returns:
+            d, and the state after the round but for its model, which is left as it is.
         """
         ...
+
+
+class PlainMethod:
+    """What a method says of itself unless it says otherwise: clients run it as it is, whoever adds the noise."""
+
+    row: ClassVar[Row] = Row("see its file", memory="?", server="?")
+
+    @property
+    def client_part(self: Self) -> Self:
+        """The method itself."""
+        return self
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """The client rule is no figures."""
+        return None
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """No."""
+        return False
+
+
+def server_step(method: Method, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
+    """The server's next state: what its rule remembers, and x <- x - gamma d.
+
+    Nothing else moves a model. Arguments are those of `Method.server_rule`.
+    """
+    direction, after = method.server_rule(state, mean_message, sampling_prob)
+    if direction.shape != state.model.shape:
+        given, expected = list(direction.shape), list(state.model.shape)
+        raise ValueError(f"{method}: a direction of shape {given} for a model of {expected}")
+    return after._replace(model=state.model - method.server_lr * direction.to(state.model.dtype))
 
 
 METHODS: Registry[Method] = Registry(
@@ -105,13 +179,9 @@ METHODS: Registry[Method] = Registry(
         "clip21": "fedpriv.methods.clip21:Clip21",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
     },
+    protocol=Method,
     group="fedpriv.methods",
 )
-
-
-def client_part(method: Method) -> Method:
-    """What clients run of a method: the method itself, or the one within that a server optimiser is put around."""
-    return getattr(method, "client_part", method)
 
 
 def feedback_of(method: Method) -> Feedback | None:
@@ -120,11 +190,11 @@ def feedback_of(method: Method) -> Feedback | None:
     A class that changes `client_rule` and inherits `feedback` does not say so; nor does one whose bounded map is not
     exactly one of those that are known to be the same in place.
     """
-    method = client_part(method)
+    method = method.client_part
     for kind in type(method).__mro__:
         if "feedback" in vars(kind):
-            found = cast(Feedback, method.feedback)  # pyright: ignore[reportAttributeAccessIssue]
-            return found if type(found.bounded) in IN_PLACE else None
+            found = method.feedback
+            return found if found is not None and type(found.bounded) in IN_PLACE else None
         if "client_rule" in vars(kind):
             return None
     return None

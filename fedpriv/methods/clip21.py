@@ -19,7 +19,7 @@ method is gradient descent from then on.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
+from fedpriv.methods.base import PlainMethod, Row
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
@@ -45,13 +46,17 @@ class ServerMemory(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip21:
+class Clip21(PlainMethod):
     """Clipped residuals with a noiseless memory.
 
     Args:
         clip_norm: tau, the longest message.
         server_lr: gamma.
     """
+
+    row: ClassVar[Row] = Row(
+        "clip(g_i - v_i)", memory="v_i += message", server="v += 1/n sum; x -= lr v", source="arXiv 2305.18929"
+    )
 
     clip_norm: float = 1.0
     server_lr: float = 0.1
@@ -64,11 +69,6 @@ class Clip21:
     def bounded(self) -> Clip:
         """clip_tau."""
         return Clip(clip_norm=self.clip_norm)
-
-    @property
-    def needs_client_noise(self) -> bool:
-        """No."""
-        return False
 
     @property
     def feedback(self) -> Feedback:
@@ -99,7 +99,9 @@ class Clip21:
         message = bounded_residual(self.bounded, state.memory, signal)
         return sent_message(message, release), ClientMemory(remember(state.memory, message, 1.0))
 
-    def server_rule(self, state: ServerMemory, mean_message: Tensor, sampling_prob: float) -> ServerMemory:
+    def server_rule(
+        self, state: ServerMemory, mean_message: Tensor, sampling_prob: float
+    ) -> tuple[Tensor, ServerMemory]:
         """See `Method.server_rule`."""
         memory = remember(state.memory, mean_message, sampling_prob)
-        return ServerMemory(state.model - self.server_lr * memory, memory)
+        return memory, ServerMemory(state.model, memory)

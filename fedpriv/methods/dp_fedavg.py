@@ -12,9 +12,11 @@ pseudo-gradient. With one full gradient as the signal it is DP-FedSGD.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
+from fedpriv.methods.base import Row
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["DPFedAvg"]
@@ -28,6 +30,8 @@ class DPFedAvg(Memoryless):
         clip_norm: C, the longest message.
         server_lr: gamma; 1 is FedAvg where the signal is a pseudo-gradient.
     """
+
+    row: ClassVar[Row] = Row("clip(g_i)", source="arXiv 1710.06963; with one gradient: DP-FedSGD")
 
     clip_norm: float = 1.0
     server_lr: float = 1.0

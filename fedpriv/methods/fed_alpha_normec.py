@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
+from fedpriv.methods.base import Row
 
 __all__ = ["FedAlphaNormEC"]
 
@@ -48,4 +49,14 @@ class FedAlphaNormEC(AlphaNormEC):
         damping: See `AlphaNormEC`; ours.
     """
 
-    needs_gradient_scale: ClassVar[bool] = True
+    row: ClassVar[Row] = Row(
+        "`alpha-normec` with g_i the sum or mean of the gradients of local steps",
+        memory="v_i += beta message",
+        server="as `alpha-normec`; some clients a round",
+        source="arXiv 2512.21521",
+    )
+
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """The paper's d_i is a move over eta."""
+        return True

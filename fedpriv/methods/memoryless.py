@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from fedpriv.feedback import Feedback, Release, sent_message
+from fedpriv.methods.base import PlainMethod
 
 __all__ = ["Memoryless", "ModelOnly", "NoMemory"]
 
@@ -23,17 +24,9 @@ class _Hyperparameters(Protocol):
     @property
     def bounded(self) -> Any: ...
 
-    @property
-    def server_lr(self) -> float: ...
 
-
-class Memoryless:
-    """Rules for a frozen dataclass that has `bounded` and `server_lr`."""
-
-    @property
-    def needs_client_noise(self) -> bool:
-        """No."""
-        return False
+class Memoryless(PlainMethod):
+    """Rules for a frozen dataclass that has `bounded` and `server_lr`; d is the mean message."""
 
     @property
     def feedback(self: _Hyperparameters) -> Feedback:
@@ -63,11 +56,6 @@ class Memoryless:
         """See `Method.client_rule`."""
         return sent_message(self.bounded(signal), release), state
 
-    def server_rule(
-        self: _Hyperparameters,
-        state: ModelOnly,
-        mean_message: Tensor,
-        sampling_prob: float,
-    ) -> ModelOnly:
+    def server_rule(self, state: ModelOnly, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ModelOnly]:
         """See `Method.server_rule`."""
-        return ModelOnly(state.model - self.server_lr * mean_message)
+        return mean_message, state

@@ -11,9 +11,11 @@ x <- x - gamma mean_i m_i. Where clients' gradients do not vanish at the optimum
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedpriv.bounding import SmoothedNormalization
 from fedpriv.checks import require_representable
+from fedpriv.methods.base import Row
 from fedpriv.methods.memoryless import Memoryless
 
 __all__ = ["NormalizedSGD"]
@@ -27,6 +29,8 @@ class NormalizedSGD(Memoryless):
         alpha: Smoothing of the normalization.
         server_lr: gamma.
     """
+
+    row: ClassVar[Row] = Row("N_alpha(g_i)", source="arXiv 2502.13482, its baseline")
 
     alpha: float = 1.0
     server_lr: float = 1.0

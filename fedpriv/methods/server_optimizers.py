@@ -16,7 +16,7 @@ with m' = m / (1 - b1^t) and s' = s / (1 - b2^t) after t rounds, as Kingma and B
 |---|---|---|
 | x | `model` | server |
 | gamma (eta) | `server_lr` of the method | server |
-| d (minus Delta) | what the method's server rule moves by, over `server_lr` | nobody |
+| d (minus Delta) | the direction of the method's server rule | nobody |
 | b, m | `optimizer_mean` | server |
 | s (v) | `optimizer_square` | server |
 | t | `optimizer_rounds` | server |
@@ -28,20 +28,18 @@ coordinate's step is near gamma m / (its standard deviation), whatever the data.
 `torch.optim`, not at tau^2.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fedpriv.bounding import Bounded
 from fedpriv.checks import real_within, require_fraction
-from fedpriv.errors import UserError
-from fedpriv.feedback import Release
-from fedpriv.methods.base import ClientState, Method, ServerState, client_part
+from fedpriv.feedback import Feedback, Release
+from fedpriv.methods.base import ClientState, Method, Row, ServerState
 from fedpriv.plugins import Registry
+from fedpriv.vectors import joined, parted
 
 __all__ = [
     "SERVER_OPTIMIZERS",
@@ -138,7 +136,7 @@ class Adam:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self.tau, beta1=self.beta1, beta2=self.beta2)
 
     def init(self, model: Tensor) -> CountedMoments:
         """All zero."""
@@ -168,7 +166,7 @@ class Yogi:
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self.tau, beta1=self.beta1, beta2=self.beta2)
 
     def init(self, model: Tensor) -> Moments:
         """All zero."""
@@ -194,7 +192,7 @@ class Adagrad:
     tau: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self.tau, beta1=self.beta1)
 
     def init(self, model: Tensor) -> Moments:
         """All zero."""
@@ -209,6 +207,7 @@ class Adagrad:
 SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
     "server optimizer",
     {"momentum": Momentum, "adam": Adam, "yogi": Yogi, "adagrad": Adagrad},
+    protocol=ServerOptimizer,
     group="fedpriv.server_optimizers",
 )
 
@@ -224,18 +223,30 @@ class ServerOptimized:
         optimizer: Makes the direction.
     """
 
+    row: ClassVar[Row] = Row("the method's", memory="the method's", server="momentum, Adam, Yogi or Adagrad")
+
     method: Method
     optimizer: ServerOptimizer
-
-    def __post_init__(self) -> None:
-        if not isinstance(getattr(self.method, "server_lr", None), int | float):
-            remedy = "Remove [server], or choose another method"
-            raise UserError("server.optimizer", "a method with a server_lr", type(self.method).__name__, remedy)
 
     @property
     def client_part(self) -> Method:
         """The method."""
-        return client_part(self.method)
+        return self.method.client_part
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """The method's."""
+        return self.method.feedback
+
+    @property
+    def server_lr(self) -> float:
+        """The method's."""
+        return self.method.server_lr
+
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """As the method."""
+        return self.method.needs_gradient_scale
 
     @property
     def bounded(self) -> Bounded:
@@ -258,7 +269,7 @@ class ServerOptimized:
 
     def init_server(self, model: Tensor) -> ServerState:
         """The method's, and the optimiser's zeros."""
-        return _joined(self.method.init_server(model), self.optimizer.init(model))
+        return joined(self.method.init_server(model), self.optimizer.init(model))
 
     def client_rule(
         self,
@@ -270,17 +281,14 @@ class ServerOptimized:
         """The method's."""
         return self.method.client_rule(state, signal, release, round)
 
-    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
-        """See `Method.server_rule`. The method's step is taken in float64, so that the difference is its direction."""
-        kind, learned = type(self.method.init_server(state.model[:0])), type(self.optimizer.init(state.model[:0]))
-        own = kind(*(getattr(state, name) for name in kind._fields))
-        past = learned(*(getattr(state, name).double() for name in learned._fields))
-        exact, lr = state.model.double(), self.method.server_lr  # pyright: ignore[reportAttributeAccessIssue]
-        moved = self.method.server_rule(own._replace(model=exact), mean_message, sampling_prob)
-        direction, past = self.optimizer.step(past, (exact - moved.model) / lr)
-        model = state.model - (lr * direction).to(state.model.dtype)
-        after = moved._asdict() | past._asdict() | {"model": model}
-        return type(state)(*(after[name].to(getattr(state, name).dtype) for name in state._fields))
+    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ServerState]:
+        """See `Method.server_rule`. What the optimiser makes of the method's direction is computed in float64."""
+        nothing = state.model[:0]
+        own, past = parted(state, self.method.init_server(nothing), self.optimizer.init(nothing))
+        direction, own = self.method.server_rule(own, mean_message, sampling_prob)
+        direction, after = self.optimizer.step(type(past)(*(each.double() for each in past)), direction.double())
+        kept = type(past)(*(new.to(old.dtype) for new, old in zip(after, past, strict=True)))
+        return direction, joined(own, kept)
 
 
 def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
@@ -288,21 +296,12 @@ def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
     return method if optimizer is None else ServerOptimized(method=method, optimizer=optimizer)
 
 
-def _joined(own: Any, learned: Any) -> Any:
-    return _kind(own._fields + learned._fields)(*own, *learned)
-
-
-@cache
-def _kind(fields: tuple[str, ...]) -> type:
-    return namedtuple("OptimizedState", fields)
-
-
 def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
     return beta * past + (1.0 - beta) * new
 
 
-def _check(optimizer: Adam | Yogi | Adagrad) -> None:
-    for key in ("beta1", "beta2"):
-        require_fraction(f"server.{key}", getattr(optimizer, key, 0.0))
+def _check(tau: float, **betas: float) -> None:
+    for key, beta in betas.items():
+        require_fraction(f"server.{key}", beta)
     remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-    real_within("server.tau", optimizer.tau, SMALLEST_TAU, LARGEST_TAU, remedy)
+    real_within("server.tau", tau, SMALLEST_TAU, LARGEST_TAU, remedy)

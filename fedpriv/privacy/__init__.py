@@ -4,7 +4,7 @@ from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, Priv
 from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
-from fedpriv.privacy.statement import privacy_statement, rounded_up
+from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
 from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, by_reliance, trust_of
 from fedpriv.privacy.unit import UNITS, Unit, unit_of
 from fedpriv.privacy.warning import noise_against_signal, signal_warning
@@ -26,6 +26,7 @@ __all__ = [
     "Sampling",
     "Scheduled",
     "Shares",
+    "Simulated",
     "Trust",
     "Unit",
     "by_reliance",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
+from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.privacy.gaussian import MOST_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, trust_of
@@ -166,9 +167,7 @@ class PrivacyPlan:
         if self._credits_sampling:
             return None
         releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
-        if releases == 0:
-            return 0.0
-        return math.sqrt(releases) / self.noise_multiplier if self.noise_multiplier > 0.0 else math.inf
+        return Gaussian(self.noise_multiplier).event(moved=1.0, rounds=releases)
 
     @property
     def gaussian_dp_mu(self) -> float | None:

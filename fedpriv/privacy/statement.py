@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
@@ -10,7 +11,7 @@ from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import signal_warning
 
-__all__ = ["privacy_statement", "rounded_up"]
+__all__ = ["Simulated", "privacy_statement", "rounded_up"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
@@ -136,19 +137,31 @@ _IN_TIME = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What only a simulation may do, and its statement says.
+
+    Args:
+        clock: Whether a virtual clock decides who is in time.
+        fused: Whether one noise was drawn for the sum of a round's messages, where clients draw their own.
+    """
+
+    clock: bool = False
+    fused: bool = False
+
+
 def privacy_statement(
     plan: PrivacyPlan | None,
     *,
     method: str,
     randomness: str,
     deployed: bool = False,
-    clock: bool = False,
+    simulated: Simulated | None = None,
     data: DataFacts | None = None,
     recorded: bool = False,
     evaluated: bool = False,
     app: Literal["fixed", "supplied"] | None = None,
     size: int | None = None,
-    fused: bool = False,
 ) -> str:
     """The statement of a run.
 
@@ -157,14 +170,13 @@ def privacy_statement(
         method: The method's name, as in `[method]`.
         randomness: `seeded` or `system`: where noise and cohorts come from.
         deployed: Whether real devices take part.
-        clock: Whether a virtual clock decides who is in time.
+        simulated: What a simulation does that devices do not; None for nothing of it.
         data: Whose examples are used for what; None if that is not known here.
         recorded: Whether the run fills a run directory, of which every file is then listed.
         evaluated: Whether clients evaluate models and report the metrics.
         app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
             server may send it; None in simulations, where nobody is attacked.
         size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
-        fused: Whether a simulation drew one noise for the sum of a round's messages, where clients draw their own.
 
     Returns:
         Paragraphs of plain text; no epsilon stands in it without its adversary.
@@ -176,7 +188,7 @@ def privacy_statement(
     not_covered = [*_NOT_COVERED, *((_SEEDED,) if randomness == "seeded" else ()), *(_DEPLOYED if deployed else ())]
     not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
     not_covered += [_ROLLED_BACK] if app else []
-    trust, unit = plan.trust_rules, unit_of(plan.unit)
+    trust, unit, simulated = plan.trust_rules, unit_of(plan.unit), simulated or Simulated()
     secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
@@ -186,9 +198,9 @@ def privacy_statement(
         _fill(unit.over(plan.rounds)),
         _fill(unit.neighbors[plan.adjacency]),
         _fill(_cohorts(plan)),
-        *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if clock else []),
+        *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if simulated.clock else []),
         _fill(_mechanism(plan)),
-        *([_fill(_FUSED)] if fused and trust.clients_add_noise else []),
+        *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
         *([_fill(secret)] if deployed and randomness == "system" else []),

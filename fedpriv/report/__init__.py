@@ -1,1 +1,1 @@
-"""Reading finished runs: studies, what they spent, and a page about them."""
+"""Reports on finished runs: studies, their total privacy cost, and a page about them."""

@@ -1,7 +1,7 @@
-"""What a study says: best settings, how much of a grid is nearly as good, what accuracy costs. Tables in, tables out.
+"""Analyze a study: best settings, robustness over hyperparameters, the cost of accuracy. Tables in, tables out.
 
-A setting is an experiment without its seed; it is judged by its mean over seeds. Settings are compared with one another
-only where problem and privacy are the same.
+A setting is an experiment without its seed; it is judged by its mean over seeds. Settings are compared only within the
+same problem and privacy.
 """
 
 import itertools
@@ -49,19 +49,19 @@ __all__ = [
 
 Judge = Literal["validation", "test"]
 GROUP = ["problem", "privacy", "method"]
-"""Settings that differ in these are never weighed against each other, but for methods under one promise."""
+"""Columns within which settings are compared; only methods are also compared, under one guarantee."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """Something that accuracy is shown against.
+    """A quantity on the horizontal axis of accuracy.
 
     Args:
-        name: Of the figure.
-        label: Of the axis.
-        column: Of the table of settings.
-        own: Keys of the config that set it: runs are not kept apart by them in its figure.
-        cost: Whether less is better, so that what is shown is the front of what accuracy costs.
+        name: Name of the figure.
+        label: Label of the axis.
+        column: Column of the table of settings.
+        own: Config keys that set the quantity: its figure does not separate runs by them.
+        cost: True if less is better: the figure then shows the front of accuracy and cost.
     """
 
     name: str
@@ -99,11 +99,11 @@ class HeatMap:
 
     Args:
         group: Problem, privacy and method.
-        keys: The config's keys of rows and of columns.
-        rows: Values of the first, ascending, as text.
-        columns: Values of the second.
-        accuracy: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN where nothing ran.
-        seeds: int `[rows, columns]`, seeds of that setting; 0 where nothing ran.
+        keys: The config keys of rows and of columns.
+        rows: Values of the first key, ascending, as text.
+        columns: Values of the second key.
+        accuracy: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN for missing runs.
+        seeds: int `[rows, columns]`, the number of seeds of that setting; 0 for missing runs.
     """
 
     group: tuple[str, str, str]
@@ -115,28 +115,29 @@ class HeatMap:
 
 
 def judge_of(study: Study, wanted: str | None = None) -> Judge:
-    """Which accuracy chooses settings: the wanted one, else validation where every run has it, else test.
+    """Return the accuracy that selects settings: the wanted one, or validation if every run has it, otherwise test.
 
     Raises:
-        UserError: If validation is wanted and a run has none.
+        UserError: If validation is wanted and a run lacks it.
     """
     if wanted not in (None, "test", "validation"):
-        raise UserError("--select", "test or validation", repr(wanted), "Choose one, or leave it out")
+        raise UserError("--select", "test or validation", repr(wanted), "Choose one, or remove --select")
     lacking = study.runs.loc[study.runs["validation_accuracy"].isna(), "run"].tolist()
     if wanted == "validation" and lacking:
-        some = f"none in {len(lacking)} runs, such as {lacking[0]}"
+        some = f"{len(lacking)} without it, such as {lacking[0]}"
         raise UserError("--select validation", "runs with a validation accuracy", some, "Choose --select test")
     return "test" if lacking or wanted == "test" else "validation"
 
 
 def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
-    """A row a setting, by number.
+    """Return one row per setting, by number.
 
     Returns:
         Columns `setting`, `problem`, `privacy`, `method`, `hyperparameters` (those that vary for the method, in words),
-        `seeds` (how many), `METRIC_mean`, `_std` (of the sample; NaN of one seed), `_min` and `_max` of each metric
-        over seeds, `score` (the judging accuracy's mean), `epsilon` (the largest), `delta`, means of costs and
-        distances, `partition` in words, and the keys of the configs. Runs of one setting and seed count as one seed.
+        `seeds` (their number), `METRIC_mean`, `_std` (of the sample; NaN for one seed), `_min` and `_max` of each
+        metric over seeds, `score` (the mean of the judging accuracy), `epsilon` (the largest), `delta`, means of costs
+        and distances, `partition` in words, and the keys of the configs. Runs of one setting and seed count as one
+        seed.
     """
     runs = study.runs
     measured = [*METRICS, *COSTS, "bytes", *(key for key in runs.columns if key.startswith("heterogeneity."))]
@@ -163,11 +164,11 @@ def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
 
 
 def best_settings(settings: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """The best setting of each problem, privacy and method, by mean over seeds; of equals that with the smaller loss.
+    """Return the best setting of each problem, privacy and method, by mean over seeds; ties by the smaller loss.
 
     Returns:
-        Rows of `settings`, and `tried`: among how many each was chosen. By problem, then privacy (not private first,
-        then the weaker promise first), then accuracy.
+        Rows of `settings`, and `tried`: the number of settings it was selected from. Ordered by problem, then privacy
+        (not private first, then weaker guarantees first), then accuracy.
     """
     ranked = _ranked(settings, judge)
     best = ranked.groupby(GROUP, sort=False).head(1).copy()
@@ -181,16 +182,16 @@ def best_settings(settings: pd.DataFrame, judge: Judge) -> pd.DataFrame:
 
 
 def share_near_best(settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0, 5.0, 10.0)) -> pd.DataFrame:
-    """How robust methods are over hyperparameters: the share of settings that come near the best.
+    """Return the robustness of methods over hyperparameters: the share of settings that come near the best.
 
     Args:
         settings: See `settings_table`.
         points: Distances in percentage points of accuracy.
 
     Returns:
-        A row for each problem, privacy, method and distance: `settings` (how many), `points`, and of them the share
-        within that distance of the method's own best (`near_own`) and of the best of all methods of the same problem
-        and privacy (`near_all`).
+        One row for each problem, privacy, method and distance: `settings` (their number), `points`, and the share of
+        settings within that distance of the method's best (`near_own`) and of the best of all methods of the same
+        problem and privacy (`near_all`).
     """
     judged = settings[settings["score"].notna()]
     rows: list[dict[str, Any]] = []
@@ -201,19 +202,19 @@ def share_near_best(settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0,
                     name: float((group["score"] >= best - distance / 100.0 - 1e-12).mean())
                     for name, best in (("near_own", group["score"].max()), ("near_all", rivals["score"].max()))
                 }
-                told = {"problem": problem, "privacy": privacy, "method": method, "settings": len(group)}
-                rows.append({**told, "points": distance, **near})
+                facts = {"problem": problem, "privacy": privacy, "method": method, "settings": len(group)}
+                rows.append({**facts, "points": distance, **near})
     return pd.DataFrame(rows, columns=["problem", "privacy", "method", "settings", "points", "near_own", "near_all"])
 
 
 def against(settings: pd.DataFrame, quantity: Quantity, judge: Judge) -> pd.DataFrame:
-    """Accuracy against a quantity: the best setting at each of its values, or the front if it is a cost.
+    """Return accuracy against a quantity: the best setting at each of its values, or the front if it is a cost.
 
     Returns:
-        Columns `series` (what is kept apart: method, privacy and problem, as far as they differ and the quantity does
-        not set them), `method`, `x` (a number, or a text), `setting`, `seeds`, `accuracy` (test, mean over seeds),
-        `std`, `low`, `high`, `private`; without privacy, `x` is infinite in the figure of epsilon. Series in which the
-        quantity does not vary are left out.
+        Columns `series` (method, privacy and problem, as far as they differ and the quantity does not set them),
+        `method`, `x` (a number, or a text), `setting`, `seeds`, `accuracy` (test, mean over seeds), `std`, `low`,
+        `high`, `private`. In the figure of epsilon, `x` is infinite without privacy. Series with a constant quantity
+        are left out.
     """
     rows = settings.assign(series=_series(settings, quantity), x=settings[quantity.column])
     rows["place"] = words_of(rows, [key for key in quantity.own if key in rows]) if quantity.own else rows["x"]
@@ -232,21 +233,23 @@ def against(settings: pd.DataFrame, quantity: Quantity, judge: Judge) -> pd.Data
         kept = pd.concat([kept, _ranked(free, judge).groupby("series", sort=False).head(1)])
     kept = kept.assign(series=_series(kept, quantity)).sort_values(["series", "x", "setting"])
     names = {"accuracy": "mean", "std": "std", "low": "min", "high": "max"}
-    for name, figure in names.items():
-        kept[name] = kept[f"test_accuracy_{figure}"]
+    for name, statistic in names.items():
+        kept[name] = kept[f"test_accuracy_{statistic}"]
     return kept[["series", "method", "private", "x", "setting", "seeds", *names]].reset_index(drop=True)
 
 
 def front(rows: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
-    """The rows to which no other is preferable: none costs at most as much and is worth more, or less and as much.
+    """Return the rows that no other row dominates.
+
+    A row dominates another if it costs at most as much and is worth more, or costs less and is worth as much.
 
     Args:
         rows: Any table.
-        cost: The column of which less is better.
-        value: The column of which more is better.
+        cost: Name of the cost column; less is better.
+        value: Name of the value column; more is better.
 
     Returns:
-        By ascending cost; of rows equal in both, the first.
+        Rows by ascending cost; of rows equal in both, the first.
     """
     ordered = rows.sort_values([cost, value], ascending=[True, False], kind="stable")
     before = ordered[value].astype(np.float64).cummax().shift(fill_value=-np.inf)
@@ -254,7 +257,7 @@ def front(rows: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
 
 
 def heat_maps(study: Study, settings: pd.DataFrame) -> list[HeatMap]:
-    """A map for each problem, privacy, method and two hyperparameters that both vary there."""
+    """Return a heat map for each problem, privacy, method and pair of hyperparameters that both vary there."""
     made = []
     for group, rows in settings[settings["score"].notna()].groupby(GROUP, sort=True):
         keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
@@ -263,8 +266,8 @@ def heat_maps(study: Study, settings: pd.DataFrame) -> list[HeatMap]:
 
 
 def curves(study: Study) -> pd.DataFrame:
-    """A row for each setting and recorded round: means over runs of metrics, epsilon and costs, and the test
-    accuracy's least and largest (`low`, `high`). Rounds without an accuracy are left out.
+    """Return one row per setting and recorded round: means over runs of metrics, epsilon and costs, and the minimum and
+    maximum test accuracy (`low`, `high`). Rounds without an accuracy are left out.
     """
     rounds = study.rounds[study.rounds["test_accuracy"].notna()]
     grouped = rounds.groupby(["setting", "round"], sort=True)
@@ -274,15 +277,15 @@ def curves(study: Study) -> pd.DataFrame:
     return made.reset_index()
 
 
-def thinned(length: int, most: int) -> np.ndarray:
-    """At most `most` indices below `length`, evenly spread, ascending, with the first and the last; int64."""
-    if length <= most:
+def thinned(length: int, maximum: int) -> np.ndarray:
+    """Return at most `maximum` indices below `length`, evenly spaced, ascending, with the first and the last; int64."""
+    if length <= maximum:
         return np.arange(length)
-    return np.unique(np.linspace(0, length - 1, max(most, 2)).round().astype(np.int64))
+    return np.unique(np.linspace(0, length - 1, max(maximum, 2)).round().astype(np.int64))
 
 
 def _ranked(rows: pd.DataFrame, judge: Judge) -> pd.DataFrame:
-    """Rows with a score, the best first; of equals that with the smaller loss, then the first."""
+    """Return rows with a score, the best first; ties by the smaller loss, then by number."""
     judged = rows[rows["score"].notna()]
     return judged.sort_values(
         ["score", f"{judge}_loss_mean", "setting"], ascending=[False, True, True], na_position="last", kind="stable"
@@ -290,23 +293,23 @@ def _ranked(rows: pd.DataFrame, judge: Judge) -> pd.DataFrame:
 
 
 def _apart(settings: pd.DataFrame, quantity: Quantity) -> tuple[list[str], list[str]]:
-    """Keys of the problem and of the promise by which settings are kept apart in a quantity's figure."""
+    """Return the keys of problem and guarantee that separate the series of a quantity's figure."""
     keys = [key for key in settings.columns if "." in key and not key.startswith("heterogeneity.")]
     varying = [key for key in keys if key not in quantity.own and settings[key].map(as_text).nunique() > 1]
     private = settings[settings["private"]]
-    said = {*_EPSILON, *(f"privacy.{term}" for term in TERMS)}
-    terms = [key for key in varying if key.startswith("privacy.") and key not in said]
+    known = {*_EPSILON, *(f"privacy.{term}" for term in TERMS)}
+    terms = [key for key in varying if key.startswith("privacy.") and key not in known]
     terms += [term for term in TERMS if term in settings]
     problem = telling(settings, [key for key in varying if problem_key(key)])
     return problem, [key for key in terms if private[key].map(as_text).nunique() > 1]
 
 
 def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:
-    """In words, what is kept apart in a quantity's figure."""
+    """Return the series names of a quantity's figure."""
     problem, terms = _apart(settings, quantity)
     if quantity.column == "epsilon":
-        told = zip(words_of(settings, terms), settings["private"], strict=True)
-        privacy = [words if private else "" for words, private in told]
+        pairs = zip(words_of(settings, terms), settings["private"], strict=True)
+        privacy = [words if private else "" for words, private in pairs]
     else:
         privacy = settings["privacy"].tolist() if settings["privacy"].nunique() > 1 else [""] * len(settings)
     parts = zip(settings["method"], privacy, words_of(settings, problem), strict=True)
@@ -314,16 +317,16 @@ def _series(settings: pd.DataFrame, quantity: Quantity) -> list[str]:
 
 
 def held(settings: pd.DataFrame, table: pd.DataFrame, quantity: Quantity) -> str:
-    """In words, what all of a figure's settings have in common and others of the study have not; see `against`."""
+    """Describe the properties that all settings of a figure share and other settings lack; see `against`."""
     shown = settings[settings["setting"].isin(list(table["setting"]))]
     problem, terms = _apart(settings, quantity)
     promised = shown[shown["private"]]
     same = [key for key in problem if shown[key].map(as_text).nunique() == 1]
-    told = terms if quantity.column == "epsilon" and len(promised) else []
-    told = [key for key in told if promised[key].map(as_text).nunique() == 1]
+    shared = terms if quantity.column == "epsilon" and len(promised) else []
+    shared = [key for key in shared if promised[key].map(as_text).nunique() == 1]
     privacy = shown["privacy"].iloc[0] if settings["privacy"].nunique() > shown["privacy"].nunique() == 1 else ""
     return ", ".join(
-        part for part in (privacy, words_of(shown.head(1), same)[0], *words_of(promised.head(1), told)) if part
+        part for part in (privacy, words_of(shown.head(1), same)[0], *words_of(promised.head(1), shared)) if part
     )
 
 

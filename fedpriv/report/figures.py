@@ -1,4 +1,4 @@
-"""A report's figures: drawn once, saved as PNG and SVG, and put into the page in colours that follow its own."""
+"""A report's figures, saved as PNG and SVG, and embedded in the page in its colors."""
 
 import io
 import re
@@ -23,13 +23,13 @@ from fedpriv.report.analysis import HeatMap, Quantity
 
 __all__ = ["Look", "draw_against", "draw_best", "draw_curves", "draw_heat_map", "looks", "save_figure"]
 
-# Of the palette first what is seen best on white.
-COLOURS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
+# The palette, with the colors most visible on white first.
+COLORS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "12 4", "4 1 1 1 1 1")
 MARKERS = "osD^vP"
 _INK, _LINE, _HEAT = "#1a1b1c", "#d0d1d2", "BuGn"
 _WIDTH = 4.2
-MOST_SERIES = 20
+MAX_SERIES = 20
 
 _STYLE: Any = {
     "text.color": _INK,
@@ -51,49 +51,49 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is drawn, in every figure and in the page: numbers of its colour and of its dashes and marker."""
+    """The look of a series in every figure and on the page: indices of its color, and of its dashes and marker."""
 
-    colour: int
+    color: int
     dash: int
 
     @property
     def line(self) -> dict[str, Any]:
-        """The same for Matplotlib."""
+        """The look as Matplotlib options."""
         pattern = tuple(float(part) for part in DASHES[self.dash].split())
         style = (0, pattern) if pattern else "-"
-        return {"color": COLOURS[self.colour], "linestyle": style, "marker": MARKERS[self.dash]}
+        return {"color": COLORS[self.color], "linestyle": style, "marker": MARKERS[self.dash]}
 
 
 def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
-    """A look for each series.
+    """Return a look for each series.
 
     Args:
-        series: Of each series its method, in the order of the legend.
-        methods: All methods of the study; each has a colour of its own if there are several.
+        series: The method of each series, in the order of the legend.
+        methods: All methods of the study; if there are several, each has a color.
     """
     made: dict[str, Look] = {}
     seen: dict[str, int] = {}
     for name in series:
         number = seen.setdefault(series[name], 0)
         seen[series[name]] += 1
-        colour, dash = (methods.index(series[name]), number) if len(methods) > 1 else (number, number // len(COLOURS))
-        made[name] = Look(colour % len(COLOURS), dash % len(DASHES))
+        color, dash = (methods.index(series[name]), number) if len(methods) > 1 else (number, number // len(COLORS))
+        made[name] = Look(color % len(COLORS), dash % len(DASHES))
     return made
 
 
 def draw_best(
     best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look], label: str = "test accuracy"
 ) -> Figure:
-    """The best settings' test accuracies, a line each: mean and range over seeds."""
+    """Draw the best settings' test accuracies, one line each: mean and range over seeds."""
     with _styled():
         wrapped = [_wrapped(name, 30) for name in names]
         lines = np.array([1 + name.count("\n") for name in wrapped])
         figure, axes = _figure(0.9 + 0.17 * (lines.sum() + 0.5 * len(lines)))
         heights = (-np.cumsum(lines + 0.5) + lines / 2).astype(float)
         for height, row in zip(heights, best.to_dict("records"), strict=True):
-            colour = COLOURS[look[row["series"]].colour]
-            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=colour, lw=1.5)
-            axes.plot(row["test_accuracy_mean"], height, "o", color=colour, ms=5)
+            color = COLORS[look[row["series"]].color]
+            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=color, lw=1.5)
+            axes.plot(row["test_accuracy_mean"], height, "o", color=color, ms=5)
         axes.set_yticks(heights, wrapped)
         axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
         axes.xaxis.set_major_formatter(_in_percent)
@@ -105,8 +105,8 @@ def draw_best(
 def draw_against(
     table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str = "test accuracy"
 ) -> Figure:
-    """Accuracy against a quantity, a line a series; see `analysis.against`. At most `MOST_SERIES`, the best ones."""
-    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MOST_SERIES]
+    """Draw accuracy against a quantity, one line per series, the `MAX_SERIES` best; see `analysis.against`."""
+    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MAX_SERIES]
     table = table[table["series"].isin(list(chosen))]
     finite = table[table["x"] != np.inf]
     texts = [] if pd.api.types.is_numeric_dtype(finite["x"]) else sorted(finite["x"].astype(str).unique())
@@ -130,7 +130,7 @@ def draw_against(
 
 
 def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str = "test accuracy") -> Figure:
-    """Test accuracy over rounds, a line a series: columns `series`, `round`, `test_accuracy`, `low`, `high`."""
+    """Draw test accuracy over rounds, per series: columns `series`, `round`, `test_accuracy`, `low`, `high`."""
     with _styled():
         figure, axes = _figure(2.7)
         for name, rows in table.groupby("series", sort=True):
@@ -145,7 +145,7 @@ def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str = "tes
 
 
 def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accuracy") -> Figure:
-    """Accuracy over two hyperparameters, with the numbers in the cells if they are few enough."""
+    """Draw accuracy over two hyperparameters, with the numbers in the cells."""
     rows, columns = map_.accuracy.shape
     with _styled():
         figure, axes = _figure(1.3 + 0.32 * rows, width=max(_WIDTH, 1.6 + 0.5 * columns))
@@ -158,17 +158,17 @@ def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accurac
         middle = (np.nanmin(map_.accuracy) + np.nanmax(map_.accuracy)) / 2
         for (row, column), value in np.ndenumerate(map_.accuracy):
             if value == value:
-                colour = "#ffffff" if value > middle else "#000000"
-                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=colour)
+                color = "#ffffff" if value > middle else "#000000"
+                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=color)
         figure.colorbar(image, ax=axes, label=f"{label}, %")
     return figure
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> str:
-    """Writes `NAME.png` and `NAME.svg`, and returns the SVG for a page.
+    """Write `NAME.png` and `NAME.svg`, and return the SVG for a page.
 
-    The page's has no size and no prologue of its own, identifiers that begin with `name`, and the page's variables
-    `--ink`, `--line` and `--c0` ... in the place of colours. Files hold no date.
+    The returned SVG has no size and no prologue, identifiers that begin with `name`, and the page's variables `--ink`,
+    `--line` and `--c0` ... instead of colors. The files contain no date.
     """
     text = io.StringIO()
     with _styled(), warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
@@ -192,10 +192,10 @@ def _for_page(svg: str, name: str) -> str:
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     head = f'<svg {names} {box[0]} aria-hidden="true">'
     inner = re.sub(r"^<svg[^>]*>", head, inner)
-    colours = {_INK: "var(--ink)", _LINE: "var(--line)"}
-    colours |= {colour.lower(): f"var(--c{number})" for number, colour in enumerate(COLOURS)}
-    for colour, variable in colours.items():
-        inner = inner.replace(colour, variable)
+    colors = {_INK: "var(--ink)", _LINE: "var(--line)"}
+    colors |= {color.lower(): f"var(--c{number})" for number, color in enumerate(COLORS)}
+    for color, variable in colors.items():
+        inner = inner.replace(color, variable)
     return inner
 
 
@@ -218,7 +218,7 @@ def _in_percent(share: float, _: float | None = None) -> str:
 
 
 def _add_legend(figure: Figure) -> None:
-    """A legend below the axes, for which the figure grows."""
+    """Add a legend below the axes, and enlarge the figure for it."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     wrapped = [_wrapped(name, 52) for name in names]
     lines = sum(1 + name.count("\n") for name in wrapped)
@@ -250,6 +250,6 @@ def _set_x(axes: Axes, values: "pd.Series[Any]", texts: Sequence[str], quantity:
 
 
 def _far_apart(values: np.ndarray, *, log: bool) -> bool:
-    """Whether each of the values, ascending, can have its own tick."""
+    """Return True if each of the ascending values can have a separate tick."""
     places = np.log(values) if log else values
     return len(places) <= 8 and bool((np.diff(places) >= 0.11 * (places[-1] - places[0])).all())

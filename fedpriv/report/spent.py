@@ -1,8 +1,8 @@
-"""The privacy that several runs on the same clients spend together, read from their folders.
+"""The total privacy cost of several runs on the same clients, read from their folders.
 
-Runs are read one by one (`spent_runs`), the trials of a tuning are put together (`spent_tuning`), and what is left is
-grouped by clients and by promise, and composed within each group (`compose`). Nothing is added up across groups: they
-promise different things, or to other clients.
+Runs are read one by one (`spent_runs`), and the trials of a tuning are combined (`spent_tuning`). The results are
+grouped by clients and by type of guarantee, and composed within each group (`compose`). Nothing is added up across
+groups: their guarantees differ, or their clients do.
 """
 
 import json
@@ -23,12 +23,12 @@ __all__ = ["Group", "Total", "compose", "notes_on", "spent_below"]
 
 @dataclass(frozen=True, kw_only=True)
 class Total:
-    """What runs spend together.
+    """The joint privacy cost of several runs.
 
     Args:
-        epsilon: Infinite if nothing is promised.
-        delta: None if no run promises anything.
-        mu: Of Gaussian DP, if it is exact for every run.
+        epsilon: Infinite if there is no guarantee.
+        delta: None if no run has a guarantee.
+        mu: The mu of Gaussian DP, if it is exact for every run.
         composition: gaussian, basic, or none with the reason.
     """
 
@@ -49,14 +49,14 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs on the same clients whose promises have one adversary, adjacency and unit.
+    """Runs on the same clients with one adversary, adjacency and unit.
 
     Args:
         clients: See `clients_of`.
-        trust: None if no run promises anything.
+        trust: None if no run has a guarantee.
         adjacency: As `trust`.
         unit: As `trust`.
-        runs: By name; those without privacy are in every group of their clients.
+        runs: Ordered by name; runs without privacy are in every group of their clients.
     """
 
     clients: dict[str, Any]
@@ -67,17 +67,17 @@ class Group:
 
     @cached_property
     def total(self) -> Total:
-        """Spent by the rounds that were released."""
+        """The cost of the released rounds."""
         return compose(self.runs)
 
     @cached_property
     def planned(self) -> Total:
-        """Spent once every run has come to its end."""
+        """The cost once every run has finished."""
         return compose(self.runs, planned=True)
 
     @property
     def adversary(self) -> str | None:
-        """The adversary whom the promise is about."""
+        """The adversary of the guarantee."""
         return next((run.plan.adversary for run in self.runs if run.plan is not None), None)
 
     @property
@@ -86,7 +86,7 @@ class Group:
         return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in self.clients.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """The group, ready for JSON; an infinite epsilon is None."""
+        """Return the group for JSON; an infinite epsilon is None."""
         total, planned = self.total, self.planned.epsilon
         return {
             "clients": self.clients,
@@ -105,15 +105,15 @@ class Group:
 
 
 def spent_below(folder: Path) -> list[Group]:
-    """Read all runs below a folder and group them; a tuning counts as one if it is finished and fits its trials.
+    """Read all runs below a folder and group them. A tuning counts as one run if it is finished and fits its trials.
 
     Raises:
         UserError: If there is no run, or a run's files are damaged.
     """
     found = {file.parent for file in folder.rglob("config.toml") if (file.parent / "digest.txt").exists()}
     if not found:
-        remedy = "Make one with: fedpriv run CONFIG"
-        raise UserError(str(folder), "a run directory, or a folder of them", "a folder without runs", remedy)
+        remedy = "Create one with: fedpriv run CONFIG"
+        raise UserError(str(folder), "a run directory, or a folder of run directories", "a folder without runs", remedy)
     return _grouped(with_tunings({path: read_run(path, folder) for path in sorted(found)}, folder))
 
 
@@ -135,18 +135,18 @@ def _promise_of(plan: PrivacyPlan) -> tuple[str, str, str]:
 
 
 def compose(runs: Iterable[Run], *, planned: bool = False) -> Total:
-    """Return what runs of one adversary, adjacency and unit spend together.
+    """Return the joint cost of runs with one adversary, adjacency and unit.
 
     Args:
         runs: Runs on the same clients.
-        planned: Charge all rounds of every experiment, not only those that were released.
+        planned: Charge all rounds of every experiment, not only the released ones.
 
     Formal guarantees:
-        An upper bound for a client that takes part in all runs, also if a run's config was chosen by the results of
-        earlier ones. Runs of exact mu_i are together exactly one Gaussian mechanism of mu = sqrt(sum of mu_i^2). All
-        others are charged the sum of their epsilons at the sum of their deltas (basic composition), the best trial of
-        a tuning among them with the tuning's epsilon. All need noise that is drawn independently: runs that share it
-        without being equal are promised nothing.
+        An upper bound for a client that takes part in all runs, even if a run's config was chosen by the results of
+        earlier ones. Runs with exact mu_i are together exactly one Gaussian mechanism with mu = sqrt(sum of mu_i^2).
+        All others are charged the sum of their epsilons at the sum of their deltas (basic composition), including the
+        best trial of a tuning, with the tuning's epsilon. The bound requires independently drawn noise: runs that share
+        noise without being equal have no guarantee.
     """
     charged = [(run, run.planned if planned else run.rounds) for run in runs]
     charged = [(run, rounds) for run, rounds in charged if rounds > 0]
@@ -168,7 +168,7 @@ def compose(runs: Iterable[Run], *, planned: bool = False) -> Total:
 
 
 def _alone(charged: Sequence[tuple[Run, int]]) -> Total:
-    """One run, or none: its own promise needs no composition."""
+    """Return the cost of one run, or none: a single guarantee needs no composition."""
     if not charged:
         return Total(epsilon=0.0, delta=0.0, mu=0.0, composition="gaussian")
     run, rounds = charged[0]
@@ -179,7 +179,7 @@ def _alone(charged: Sequence[tuple[Run, int]]) -> Total:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of one Gaussian mechanism of sensitivity over deviation mu, by the accountant of every plan."""
+    """Return the epsilon of one Gaussian mechanism with sensitivity over deviation mu, by the common accountant."""
     if mu == 0.0 or math.isinf(mu):
         return mu
     one = PrivacyPlan(
@@ -195,10 +195,10 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return pairs of private runs whose noise is the same although their results are not.
+    """Return pairs of private runs with the same noise but different results.
 
-    The difference of two such runs has no noise. They are equal experiments with one seed whose data, precision or
-    engine differ. Runs with equal results are copies, which tell nothing more; they are charged all the same.
+    The difference of two such runs has no noise. They are equal experiments with one seed that differ in data,
+    precision or engine. Runs with equal results are copies, which reveal nothing more; they are charged nevertheless.
     """
     first: dict[str, Run] = {}
     pairs = []
@@ -213,39 +213,37 @@ def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def notes_on(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader must know to add up groups, one sentence or two each."""
+    """Return notes that a reader needs to add up groups, one or two sentences each."""
     runs = {run.name: run for group in groups for run in group.runs}.values()
     notes = []
     if len({json.dumps(group.clients, sort_keys=True) for group in groups}) > 1:
         notes.append(
-            "Runs with other data, another partition or another seed are on other clients: they form other groups, and "
-            "nothing is added up across groups."
+            "Runs with other data, another partition or another seed are on other clients: they form separate groups, "
+            "and nothing is added up across groups."
         )
     promises = {json.dumps(group.clients, sort_keys=True) for group in groups}
     if len(promises) < len(groups):
         notes.append(
-            "Runs on the same clients with another trust or adjacency are added up apart: their promises differ. Runs "
-            "with trust local also spend against the adversary of trust central: add them to that total."
+            "Runs on the same clients with another trust or adjacency are added up separately: their guarantees "
+            "differ. Runs with trust local also spend against the adversary of trust central: add them to that total."
         )
     if any(run.rounds < run.planned for run in runs):
         notes.append(
-            "Runs that are not finished are charged for the rounds that they released. If results decided when a run "
-            "ended, a proof may only rely on all of its planned rounds (epsilon_planned in --json)."
+            "Unfinished runs are charged for the rounds that they released. If results decided when a run ended, a "
+            "proof may rely only on all of its planned rounds (epsilon_planned in --json)."
         )
     if any(run.plan is not None and not run.plan.sampling.draws_cohorts and run.rounds < run.planned for run in runs):
-        notes.append(
-            "Of unfinished runs on a schedule, the record has only the whole timeline: they are charged for it."
-        )
+        notes.append("Unfinished runs on a schedule are charged for the whole timeline, because only that is recorded.")
     notes += dict.fromkeys(run.note for run in runs if run.note)
     lone = [run.name for run in runs if run.draw is not None and not run.note]
     if lone:
         notes.append(
-            f"Trials of a tuning whose folder is elsewhere: {', '.join(lone)}. If one was chosen by its score, that "
-            "costs more than is counted here: tuning.json of the sweep says what."
+            f"Trials of a tuning with its folder elsewhere: {', '.join(lone)}. If one was selected by its score, that "
+            "costs more than is counted here: see tuning.json of the sweep."
         )
     for name in sorted({run.name for run in runs if run.plan is None and run.rounds > 0}):
-        notes.append(f"{name} is not private: nothing bounds what its clients have spent.")
+        notes.append(f"{name} is not private: there is no bound on its clients' privacy cost.")
     pairs = sharing([run for run in runs if run.rounds > 0])
     notes += [f"{a} and {b} share their noise but not their results: their difference has no noise." for a, b in pairs]
-    notes.append("Only runs whose folders are here are counted.")
+    notes.append("Only runs with folders here are counted.")
     return notes

@@ -1,4 +1,4 @@
-"""One run of those whose privacy is added up: what its folder says of its clients, its promise and its rounds."""
+"""One run for privacy totals: its clients, guarantee and rounds, according to its folder."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from fedpriv.sweeps.files import STOPPED
 
 __all__ = ["Run", "finite", "name_of", "read_run"]
 
-# The rounds of real devices, one row each; only a deployment has it.
+# The rounds of real devices, one row each; only deployments have this file.
 _PARTICIPATION = "participation.jsonl"
 
 _STATES = ("finished", "stopped", "unfinished")
@@ -24,19 +24,19 @@ _STATES = ("finished", "stopped", "unfinished")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, as far as it has spent anything.
+    """One run and the part of it that has been released.
 
     Args:
-        name: The run's folder, seen from the folder that was searched.
-        clients: What tells its clients from those of other runs; see `clients_of`.
+        name: The run's folder, relative to the folder that was searched.
+        clients: Identifies the run's clients; see `clients_of`.
         state: finished, stopped (by a rule) or unfinished.
-        rounds: Rounds that released something.
-        planned: Rounds of the experiment.
-        plan: What it promises; None if it promises nothing.
-        noise: What decides its noise, if that comes from the seed; None if it comes from the operating system.
-        scores: Test losses by round, to tell equal runs from unequal ones.
-        draw: What tells the trials of a tuning apart; None for other runs.
-        note: What a reader must know of how the run is counted; may be empty.
+        rounds: Number of rounds that released something.
+        planned: Number of rounds of the experiment.
+        plan: The privacy plan; None if there is no guarantee.
+        noise: Identifies the noise, if it comes from the seed; None if it comes from the operating system.
+        scores: Test losses by round, to detect copies of runs.
+        draw: Identifies a trial of a tuning; None for other runs.
+        note: A note on how the run is counted; may be empty.
     """
 
     name: str
@@ -52,26 +52,26 @@ class Run:
 
     @property
     def parts(self) -> "tuple[Run, ...]":
-        """The runs that it stands for."""
+        """The runs that it represents."""
         return (self,)
 
     @property
     def extent(self) -> str:
-        """What it is charged for; a few words."""
+        """The charged rounds, in a few words."""
         return f"{self.rounds} of {self.planned}"
 
     def epsilon_after(self, rounds: int) -> float:
-        """Spent by so many rounds at the plan's delta; infinite for any round that promises nothing."""
+        """Return epsilon after some rounds, at the plan's delta; infinite after any round without a guarantee."""
         if rounds == 0:
             return 0.0
         return math.inf if self.plan is None else self.plan.epsilon_after(rounds)
 
     def mu_after(self, rounds: int) -> float | None:
-        """Mu of Gaussian DP by then; None if none is exact, or nothing is promised."""
+        """Return mu of Gaussian DP after some rounds; None if there is no exact mu or no guarantee."""
         return None if self.plan is None else self.plan.mu_after(rounds)
 
     def as_dict(self) -> dict[str, Any]:
-        """The run's own part, ready for JSON."""
+        """Return the run's entry for JSON."""
         epsilon, plan = self.epsilon_after(self.rounds), self.plan
         return {
             "run": self.name,
@@ -86,12 +86,12 @@ class Run:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None for an infinite one, which JSON does not have."""
+    """Return the number, or None if it is infinite, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def read_run(path: Path, root: Path) -> Run:
-    """Read what a run directory says about its clients, its promise and its rounds.
+    """Read a run's clients, guarantee and rounds from its directory.
 
     Raises:
         UserError: If a file is damaged, or `privacy.json` is missing although something was released.
@@ -108,7 +108,7 @@ def read_run(path: Path, root: Path) -> Run:
         rounds = min(rounds + 1, planned)  # messages of the open turn may have left the clients
     if record is None and rounds > 0:
         remedy = "Restore the file, or move the run out of the folder"
-        raise UserError(str(directory.file("privacy.json")), "what the run promises", "no such file", remedy)
+        raise UserError(str(directory.file("privacy.json")), "the run's privacy plan", "a missing file", remedy)
     return Run(
         name=name_of(path, root),
         clients=clients_of(config, deployed=deployed),
@@ -123,10 +123,10 @@ def read_run(path: Path, root: Path) -> Run:
 
 
 def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
-    """Return what tells a run's clients from those of other runs.
+    """Return values that identify a run's clients.
 
-    Simulated clients are made of the whole table `[data]` and the seed. Clients that a data set has by nature, and real
-    devices, are the same whatever the seed and whatever else the table says: runs on some of them are charged to all.
+    Simulated clients are determined by the whole table `[data]` and the seed. Natural clients of a data set, and real
+    devices, are the same for every seed and every other value of the table: runs on some of them are charged to all.
     """
     data = config["data"]
     if deployed:
@@ -137,7 +137,7 @@ def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
 
 
 def _noise_of(config: dict[str, Any]) -> str:
-    """The tables and the seed from which a simulation draws its noise, as `Config.noise_id` has them."""
+    """Return the tables and the seed that determine a simulation's noise, as in `Config.noise_id`."""
     tables = {name: config[name] for name in NOISE_TABLES if name in config}
     return json.dumps([tables, config["training"]["rounds"], config["seed"]], sort_keys=True)
 
@@ -148,9 +148,9 @@ def _config(path: Path) -> dict[str, Any]:
         flat = flat_tables(config)
         missing = [key for key in ("seed", "data.name", "data.partition", "training.rounds") if key not in flat]
     except (OSError, ValueError) as error:
-        raise UserError(str(path), "a run's TOML file", str(error), "Restore it, or move the run away") from None
+        raise UserError(str(path), "a run's TOML file", str(error), "Restore the file, or move the run away") from None
     if missing:
-        raise UserError(str(path), f"a resolved config with {missing[0]}", "one without", "Move the run away")
+        raise UserError(str(path), f"a resolved config with {missing[0]}", "a config without it", "Move the run away")
     return config
 
 
@@ -162,7 +162,7 @@ def _state(directory: RunDirectory) -> str:
 
 
 def _released(directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> int:
-    """The last round of which anything is recorded: a row, also one that was only begun, or a checkpoint."""
+    """Return the last recorded round: from a row, even an incomplete one, or a checkpoint."""
     recorded = max((row["round"] for row in rows), default=0)
     file = directory.file("rounds.jsonl")
     if rows and not file.read_bytes().endswith(b"\n"):
@@ -172,6 +172,6 @@ def _released(directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> int:
 
 
 def name_of(path: Path, root: Path) -> str:
-    """What a folder is called, seen from the one that was searched."""
+    """Return a folder's name, relative to the folder that was searched."""
     relative = path.relative_to(root).as_posix()
     return root.resolve().name if relative == "." else relative

@@ -1,7 +1,7 @@
-"""What a tuning has spent, read from its folder: one release of its best trial, or else the sum of all its trials.
+"""The privacy cost of a tuning, read from its folder: one release of its best trial, or the sum of all its trials.
 
-The epsilon of a tuning is far below the sum, but it is proved for a random number of trials of one promise that were
-drawn before the first began. So it counts only if the folder says all that; what does not fit is added up.
+The epsilon of a tuning is far below the sum, but it is proved for a random number of trials with one guarantee, all
+drawn before the first began. It counts only if the folder shows all that; otherwise the trials are added up.
 """
 
 import math
@@ -28,13 +28,13 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class TunedRun(Run):
-    """The best of a tuning's trials, which is released as one; its plan is that of each trial.
+    """The best trial of a tuning, released as one run; its plan is that of each trial.
 
     Args:
-        epsilon: Of the tuning, at the plan's delta.
+        epsilon: Epsilon of the tuning, at the plan's delta.
         selected: Name of the trial; None if every trial failed.
-        condition: Under which the epsilon holds.
-        trials: All that are here. How many there are, and all but the selected one, is secret.
+        condition: The condition for the epsilon.
+        trials: All trials in the folder. Their number, and all but the selected one, are secret.
     """
 
     epsilon: float
@@ -53,11 +53,11 @@ class TunedRun(Run):
         return "the best trial"
 
     def epsilon_after(self, rounds: int) -> float:
-        """The whole, whatever the number of rounds: something was selected."""
+        """Return the epsilon of the tuning, for any number of rounds: a selection was released."""
         return self.epsilon
 
     def mu_after(self, rounds: int) -> float | None:
-        """None: the best of many is no Gaussian mechanism."""
+        """Return None: the best of many trials is not a Gaussian mechanism."""
         return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,14 +66,14 @@ class TunedRun(Run):
 
 
 class _Misfit(Exception):  # noqa: N818
-    """Why a tuning.json does not fit its trials."""
+    """The reason why a tuning.json does not fit its trials."""
 
 
 def with_tunings(runs: Mapping[Path, Run], root: Path) -> list[Run]:
-    """Return the runs below a folder, with one in place of all trials of each tuning that is finished and fits.
+    """Return the runs below a folder; all trials of a finished tuning that fits become one run.
 
     Args:
-        runs: By their folders.
+        runs: Runs by folder.
         root: The folder that was searched.
 
     Raises:
@@ -91,12 +91,12 @@ def with_tunings(runs: Mapping[Path, Run], root: Path) -> list[Run]:
 def _counted(folder: RunDirectory, name: str, trials: Mapping[str, Run]) -> list[Run]:
     chosen = folder.read_json(CHOSEN)
     if chosen is None:
-        why = f"{name} is a tuning without {CHOSEN}, thus unfinished: all of its trials here are added up."
+        why = f"{name} is an unfinished tuning, without {CHOSEN}: all its trials here are added up."
         return _one_by_one(folder, name, trials, {}, why)
     try:
         return [_as_one(name, trials, chosen, folder.read_json(DRAWN))]
     except _Misfit as misfit:
-        why = f"{name}: its {CHOSEN} does not fit its trials ({misfit}): all of its trials here are added up."
+        why = f"{name}: its {CHOSEN} does not fit its trials ({misfit}): all its trials here are added up."
         return _one_by_one(folder, name, trials, chosen if isinstance(chosen, dict) else {}, why)
 
 
@@ -106,13 +106,13 @@ def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> Tu
     _check_drawn(trials, selected, drawn)
     finished = {trial for trial, run in trials.items() if run.state == "finished"}
     if selected not in finished and (selected is not None or finished):
-        raise _Misfit("the selected trial is not here, finished")
+        raise _Misfit("the selected trial is not here, or not finished")
     plan = _common_plan(trials)
     if any(chosen[key] != getattr(plan, key) for key in _PROMISE):
-        raise _Misfit("its promise is another than theirs")
+        raise _Misfit("its guarantee differs from theirs")
     least = tuning_epsilon(plan, tuning.count, tuning.score_noise)
     if not plan.trust_rules.trusts_server or not stated >= least * (1.0 - _ROUNDING):
-        raise _Misfit("its epsilon is less than such trials cost")
+        raise _Misfit("its epsilon is less than the cost of such trials")
     rounds = max(plan.rounds, 1)
     return TunedRun(
         name=name,
@@ -132,7 +132,7 @@ def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> Tu
 
 
 def _record(chosen: Any) -> tuple[Tuning, float]:
-    """How trials were drawn, and the epsilon that is stated."""
+    """Return the distribution of trials and the stated epsilon."""
     try:
         tuning = read_table(Tuning, {key: chosen[key] for key in field_names(Tuning) if key in chosen}, "tuning")
         stated = math.inf if chosen["epsilon"] is None else float(chosen["epsilon"])
@@ -144,14 +144,14 @@ def _record(chosen: Any) -> tuple[Tuning, float]:
 
 
 def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: Any) -> None:
-    """That all trials were drawn before the first began; of what was released, the selected one alone is left."""
+    """Check that all trials were drawn before the first began; a released tuning keeps only the selected trial."""
     if drawn is None and set(trials) == {selected} and all(run.draw is not None for run in trials.values()):
         return
     kept: Any = {} if drawn is None else drawn
     try:
         left = {row["draw"] for row in kept["trials"]}
     except (TypeError, KeyError):
-        raise _Misfit(f"there is no {DRAWN} that says that they were drawn") from None
+        raise _Misfit(f"there is no {DRAWN} that lists their draw") from None
     for run in trials.values():
         if run.draw not in left:
             raise _Misfit("one of them was not drawn for it")
@@ -159,14 +159,14 @@ def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: Any) ->
 
 
 def _common_plan(trials: Mapping[str, Run]) -> PrivacyPlan:
-    """The plan of every trial, but for its bound."""
+    """Return the plan of every trial, except for its bound."""
     begun = [run for run in trials.values() if run.plan is not None or run.rounds > 0]
     plans = [None if run.plan is None else but_for_bound(run.plan) for run in begun]
     if not plans or any(plan is None or plan != plans[0] for plan in plans):
-        raise _Misfit("they do not have one promise")
+        raise _Misfit("their guarantees differ")
     first = next(iter(trials.values()))
     if any(run.clients != first.clients for run in trials.values()):
-        raise _Misfit("they are not on the same clients")
+        raise _Misfit("their clients differ")
     assert plans[0] is not None
     return plans[0]
 
@@ -174,7 +174,7 @@ def _common_plan(trials: Mapping[str, Run]) -> PrivacyPlan:
 def _one_by_one(
     folder: RunDirectory, name: str, trials: Mapping[str, Run], chosen: Mapping[str, Any], why: str
 ) -> list[Run]:
-    """All trials, and beside them their scores, if those were made of clients' examples."""
+    """Return all trials and, in addition, their scores if those come from clients' examples."""
     runs = [replace(run, note=why) for run in trials.values()]
     kept = folder.read_json(SCORES)
     multiplier: Any = chosen.get("score_noise_multiplier")

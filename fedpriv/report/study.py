@@ -1,4 +1,4 @@
-"""A study: the runs that are looked at together, read from a sweep's folder or any folder of run directories."""
+"""A study: runs to compare, read from a sweep's folder or any folder of run directories."""
 
 import json
 import tomllib
@@ -32,9 +32,9 @@ __all__ = [
 METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
 TERMS = ("trust", "adjacency", "unit", "delta")
-"""Of a promise, beside its epsilon, what tells it apart: columns with what held, said in the config or a default."""
+"""The properties of a guarantee besides epsilon: columns with the actual values, from the config or defaults."""
 HYPERPARAMETERS = (*(f"{table}." for table in TUNED), "training.")
-"""Tables whose keys are chosen by whoever tunes; all other tables say which problem is solved, or how privately."""
+"""Tables with keys that tuning may change; all other tables define the problem, or its privacy."""
 
 _NOT_SETTING = ("name", "seed", "training.evaluate_every", "privacy.draw")
 _PROMISED = ("private", "epsilon", "delta", "trust", "adjacency", "adversary", "accountant", "population", "rounds")
@@ -42,20 +42,20 @@ _PROMISED = ("private", "epsilon", "delta", "trust", "adjacency", "adversary", "
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Runs that are looked at together.
+    """Runs to compare.
 
     Args:
-        name: What the study is called.
-        trials: A row a trial, also those without a result: `trial`, `status` (done, failed, stopped or left), `reason`,
-            and the keys of its config as far as they are known.
-        runs: A row a finished run: `run`, the keys of its config, `seed`; `setting`, equal where all but the seed is;
-            `method`; `problem` and `privacy`, words that tell different ones apart; what was promised (`epsilon`,
-            `delta`, ...), the last accuracies and losses, `cohort_size` (expected), costs and distances that were
-            recorded, `hidden`: whether its costs are not released, and `not_covered`: the scores that its epsilon does
-            not cover, with commas between them.
-        rounds: A row a recorded round of a finished run: `run`, `setting`, `round`, and what was recorded.
-        statements: The privacy statements, each with the runs that it is of.
-        tuning: The trial that a tuning chose, and what the choice promises; None for other sweeps.
+        name: The study's name.
+        trials: One row per trial, including trials without a result: `trial`, `status` (done, failed, stopped or left),
+            `reason`, and the known keys of its config.
+        runs: One row per finished run: `run`, the keys of its config, `seed`; `setting`, equal for configs that differ
+            only in the seed; `method`; `problem` and `privacy`, words that distinguish them; the guarantee (`epsilon`,
+            `delta`, ...), the last accuracies and losses, `cohort_size` (expected), recorded costs and distances,
+            `hidden`, True if its costs are not released, and `not_covered`, the scores that its epsilon does not cover,
+            separated by commas.
+        rounds: One row per recorded round of a finished run: `run`, `setting`, `round`, and the recorded values.
+        statements: The privacy statements, each with its runs.
+        tuning: The trial selected by a tuning, with its guarantee; None for other sweeps.
     """
 
     name: str
@@ -67,31 +67,33 @@ class Study:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the configs, in the order in which they were first met."""
+        """The keys of the configs, in order of appearance."""
         return [key for key in self.runs.columns if "." in key and not key.startswith("heterogeneity.")]
 
     def varying(self, rows: pd.DataFrame | None = None) -> list[str]:
-        """Those keys that have more than one value; in `rows`, if given."""
+        """Return the keys with more than one value, in `rows` if given."""
         rows = self.runs if rows is None else rows
         return [key for key in self.keys if key not in _NOT_SETTING and rows[key].map(as_text).nunique() > 1]
 
 
 def load_study(path: Path | str) -> Study:
-    """Reads all runs of a sweep's folder, of any folder of run directories, or one run.
+    """Load all runs of a sweep's folder, of any folder of run directories, or one run.
 
     Args:
         path: The folder.
 
     Raises:
-        UserError: If there is no finished run, a file is damaged, or runs of one setting and seed had other data.
+        UserError: If there is no finished run, a file is damaged, or runs of one setting and seed used different data.
     """
     root = Path(path)
     found = {_name(folder, root): folder for folder in _folders(root)}
     trials, configs = _trials(root, found)
     done = [name for name in found if trials[name]["status"] == "done"]
     if not done:
-        words = ", ".join(sorted({str(row["reason"]) for row in trials.values() if row["reason"]})[:1]) or "none"
-        raise UserError(str(root), "at least one finished run", words, "Make one with: fedpriv run or fedpriv sweep")
+        words = (
+            ", ".join(sorted({str(row["reason"]) for row in trials.values() if row["reason"]})[:1]) or "unfinished runs"
+        )
+        raise UserError(str(root), "at least one finished run", words, "Create one with: fedpriv run or fedpriv sweep")
     rounds = load_results(root)
     runs = pd.DataFrame([_run(name, found[name], configs[name]) for name in done])
     _refuse_other_data(runs)
@@ -113,7 +115,7 @@ def load_study(path: Path | str) -> Study:
 
 
 def as_text(value: Any) -> str:
-    """One text for equal values, whatever their type; what is absent is empty."""
+    """Return one text for equal values of any type; empty for missing values."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if isinstance(value, bool):
@@ -124,7 +126,7 @@ def as_text(value: Any) -> str:
 
 
 def unreleased(rows: pd.DataFrame, column: str) -> bool:
-    """Whether a column has figures that are not released: how clients differ, or costs where cohorts are hidden."""
+    """Return True if a column has values that are not released: client heterogeneity, or costs of hidden cohorts."""
     if column.startswith("heterogeneity."):
         return bool(rows[column].notna().any())
     hidden = column in (*COSTS, "bytes") and "hidden" in rows
@@ -132,13 +134,13 @@ def unreleased(rows: pd.DataFrame, column: str) -> bool:
 
 
 def not_covered(rows: pd.DataFrame) -> set[str]:
-    """Names of the scores that the epsilon of some run does not cover."""
+    """Return the names of the scores that some run's epsilon does not cover."""
     texts = rows["not_covered"].unique() if "not_covered" in rows else ()
     return {name for text in texts for name in text.split(", ") if name}
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The keys' last words where these tell them apart, else the whole keys; for a name or a kind, the table's."""
+    """Return each key's last word if these are distinct, otherwise the whole key; for a name or kind, the table's."""
     keys = list(keys)
     parts = [key.rpartition(".") for key in keys]
     last = [table if word in ("kind", "name") and table else word for table, _, word in parts]
@@ -146,12 +148,12 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def problem_key(key: str) -> bool:
-    """Whether a key of the config says which problem is solved."""
+    """Return True if a config key defines the problem."""
     return not key.startswith((*HYPERPARAMETERS, "privacy.", "deployment.")) and key not in _NOT_SETTING
 
 
 def _folders(root: Path) -> list[Path]:
-    """Folders of runs and of trials that failed before they were runs, by path."""
+    """Return the folders of runs, and of trials that failed before they ran, by path."""
     files = (*root.rglob("config.toml"), *root.rglob(FAILURE))
     marks = ("rounds.jsonl", "summary.json", "digest.txt", FAILURE, STOPPED)
     return sorted({file.parent for file in files if any((file.parent / mark).exists() for mark in marks)})
@@ -163,7 +165,7 @@ def _name(folder: Path, root: Path) -> str:
 
 
 def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Rows of all trials by name, and the configs of those that have one."""
+    """Return the rows of all trials by name, and the configs of those that have one."""
     rows: dict[str, dict[str, Any]] = {}
     configs: dict[str, dict[str, Any]] = {}
     for name, folder in found.items():
@@ -185,7 +187,7 @@ def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, 
 
 
 def _listed(path: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's table, which also names trials without a folder; none if there is no table."""
+    """Return the rows of a sweep's table, which also lists trials without a folder; empty if there is no table."""
     if not path.exists():
         return []
     try:
@@ -201,38 +203,38 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         return flat_tables(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(str(path), "a TOML file", str(error), "Start the run again in a new --out") from None
+        raise UserError(str(path), "a TOML file", str(error), "Start the run again with a new --out") from None
 
 
 def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     directory = RunDirectory(folder)
     summary = directory.read_json("summary.json")
     if not isinstance(summary, dict) or not config:
-        raise UserError(str(folder), "config.toml and summary.json of a run", "others", "Start the run again")
+        raise UserError(str(folder), "config.toml and summary.json of a run", "other files", "Start the run again")
     plan = directory.read_json("privacy.json") or {}
-    figures = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
+    metrics = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
     # Older runs have it in their summary.
     known = {**summary, **(directory.read_json(DIAGNOSTICS_FILE) or {})}
-    figures |= {"data_fingerprint": known["data_fingerprint"]} if "data_fingerprint" in known else {}
-    figures["not_covered"] = ", ".join(summary.get("not_covered", ()))
-    figures["unit"] = plan.get("unit")
-    figures["hidden"] = not set(COSTS) & set(summary)
-    figures["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))
+    metrics |= {"data_fingerprint": known["data_fingerprint"]} if "data_fingerprint" in known else {}
+    metrics["not_covered"] = ", ".join(summary.get("not_covered", ()))
+    metrics["unit"] = plan.get("unit")
+    metrics["hidden"] = not set(COSTS) & set(summary)
+    metrics["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))
     apart = {key: value for key, value in config.items() if key not in _NOT_SETTING and key[:11] != "deployment."}
     identity = json.dumps({key: as_text(value) for key, value in apart.items()}, sort_keys=True)
     names = {"run": name, "setting": identity, "method": config.get("method.name", summary.get("method", "?"))}
-    return {**names, **config, **figures}
+    return {**names, **config, **metrics}
 
 
 def _refuse_other_data(runs: pd.DataFrame) -> None:
-    """A mean over runs of one setting and seed is one over equal experiments, or it is none."""
+    """Raise UserError unless runs of one setting and seed used the same data: their mean would be meaningless."""
     if "data_fingerprint" not in runs:
         return
     for _, rows in runs[runs["data_fingerprint"].notna()].groupby(["setting", "seed"], sort=True):
         first = rows.drop_duplicates("data_fingerprint")
         if len(first) > 1:
             one, other = first["run"].iloc[:2]
-            remedy = "Run one of them again, or look at them in different folders"
+            remedy = "Run one of them again, or report on them in different folders"
             raise UserError(f"{one} and {other}", "one setting and seed with the same data", "different data", remedy)
 
 
@@ -241,7 +243,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str]) -> None:
-    """Adds what is told from several runs, and what only the rounds' table has, to the runs' table."""
+    """Add columns to the runs: those derived from several runs, and those that only the rounds have."""
     runs["place"] = runs["run"].map(places)
     distances = [key for key in rounds.columns if key.startswith("heterogeneity.") and key not in runs]
     last = rounds.groupby("run", sort=False).last(skipna=False)
@@ -263,40 +265,40 @@ def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str
 
 
 def telling(rows: pd.DataFrame, keys: Iterable[str]) -> list[str]:
-    """The keys but those that only some rows have, always with one value, and that tell no more rows apart."""
+    """Return the keys that help to distinguish rows: drops constant keys of only some rows."""
     kept: list[str] = []
-    told = [()] * len(rows)
+    known = [()] * len(rows)
     for key in keys:
         texts = rows[key].map(as_text).tolist()
-        more = [(*before, text) for before, text in zip(told, texts, strict=True)]
-        if len(set(texts) - {""}) > 1 or "" not in texts or len(set(more)) > len(set(told)):
+        more = [(*before, text) for before, text in zip(known, texts, strict=True)]
+        if len(set(texts) - {""}) > 1 or "" not in texts or len(set(more)) > len(set(known)):
             kept.append(key)
-            told = more
+            known = more
     return kept
 
 
 def words_of(rows: pd.DataFrame, keys: list[str]) -> list[str]:
-    """`key=value, ...` of each row, for the keys that it has."""
+    """Return `key=value, ...` for each row, with the keys that it has."""
     names = short_names(keys)
     texts = {key: _shown(rows[key]) for key in keys}
     return [", ".join(f"{names[k]}={texts[k][i]}" for k in keys if texts[k][i]) for i in range(len(rows))]
 
 
 def _shown(values: "pd.Series[Any]") -> list[str]:
-    """Texts of four digits where these tell the values apart, else of ten."""
+    """Return texts with four digits if these distinguish the values, otherwise with ten."""
     whole = values.map(as_text)
     brief = values.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else as_text(v))
     return (brief if brief.nunique() == whole.nunique() else whole).tolist()
 
 
 def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
-    """Words for each run's promise: trust and epsilon, and of the rest what is not the same in all private runs.
+    """Describe each run's guarantee: trust and epsilon, and other properties that differ between private runs.
 
-    Of adjacency, unit and delta what held, which the config need not say.
+    Adjacency, unit and delta are the actual values, which the config may leave to defaults.
     """
     private = runs[runs["private"]]
-    told = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.draw", *(f"privacy.{term}" for term in TERMS))
-    rest = [*(key for key in keys if key not in told), *(term for term in TERMS if term != "trust")]
+    shown = ("privacy.epsilon", "privacy.noise_multiplier", "privacy.draw", *(f"privacy.{term}" for term in TERMS))
+    rest = [*(key for key in keys if key not in shown), *(term for term in TERMS if term != "trust")]
     rest = words_of(runs, [key for key in rest if private[key].map(as_text).nunique() > 1])
     return [
         ", ".join(part for part in (f"{row['trust']} trust", epsilon_of(row), others) if part)
@@ -307,7 +309,7 @@ def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
 
 
 def epsilon_of(row: Mapping[Any, Any]) -> str:
-    """A run's epsilon in words: what was asked for, or what came of a given noise, rounded up."""
+    """Return a run's epsilon in words: the requested value, or that of a given noise, rounded up."""
     wanted = row.get("privacy.epsilon")
     if _is_number(wanted) and wanted == wanted:
         return f"ε ≤ {as_text(wanted)}"
@@ -315,7 +317,7 @@ def epsilon_of(row: Mapping[Any, Any]) -> str:
 
 
 def _cohort_size(row: Mapping[Any, Any]) -> float:
-    """How many clients a round is expected to have, of an older run that does not say; NaN if its config does not."""
+    """Return the expected cohort size of an older run without a record; NaN if its config does not define it."""
     schedule = SCHEDULES.get(str(row.get("schedule.kind")))
     if schedule in (FedBuff, FedFix):
         return float(row["schedule.buffer_size"] if schedule is FedBuff else row["population"])
@@ -332,7 +334,7 @@ def _cohort_size(row: Mapping[Any, Any]) -> float:
 
 
 def _rounds(rounds: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Of all rounds those of finished runs, with the columns that curves need."""
+    """Return the rounds of finished runs, with the columns that curves need."""
     names, settings = (dict(zip(runs["place"], runs[key], strict=True)) for key in ("run", "setting"))
     kept = rounds[rounds["run"].isin(list(names))]
     made = pd.DataFrame({"run": kept["run"].map(names), "setting": kept["run"].map(settings), "round": kept["round"]})

@@ -1,4 +1,4 @@
-"""`fedpriv report`: a study as one page that needs nothing else, with its figures and tables as files beside it."""
+"""`fedpriv report`: a study as one self-contained page, with its figures and tables as files next to it."""
 
 import base64
 import hashlib
@@ -50,17 +50,17 @@ from fedpriv.version import __version__
 
 __all__ = ["report_on", "write_report"]
 
-# Bounds of what is on the page; the files in tables/ hold everything.
-MOST_CURVES = 200
-MOST_POINTS = 60
-MOST_ROWS = 200
-MOST_MAPS = 40
-MOST_MAP_FIGURES = 12
+# Limits of the page; the files in tables/ are complete.
+MAX_CURVES = 200
+MAX_POINTS = 60
+MAX_ROWS = 200
+MAX_MAPS = 40
+MAX_MAP_FIGURES = 12
 POINTS = (1.0, 2.0, 5.0, 10.0)
 
-# What marks figures that only a simulation has, and that are not private: in labels, and in names of columns.
+# The mark on values that exist only in simulation and are not private, in labels and in column names.
 MARK, PREFIX = " (not released)", "not_released."
-# What marks scores that some run's epsilon does not cover.
+# The mark on scores that some run's epsilon does not cover.
 UNCOVERED = " (not covered)"
 
 _METRICS = {
@@ -72,15 +72,15 @@ _METRICS = {
 _X = {"round": "round", "epsilon": "epsilon spent", "simulated_seconds": "simulated time", "bytes": "bytes up and down"}
 _TITLES = {
     "epsilon": "Accuracy and epsilon",
-    "label_distance": "Accuracy and how different clients' labels are",
-    "gradient_distance": "Accuracy and how different clients' gradients are",
+    "label_distance": "Accuracy and differences between clients' labels",
+    "gradient_distance": "Accuracy and differences between clients' gradients",
     "partition": "Accuracy and the partition",
     "cohort_size": "Accuracy and the cohort",
     "population": "Accuracy and the population",
-    "simulated_time": "What accuracy costs in simulated time",
-    "bytes": "What accuracy costs in bytes",
+    "simulated_time": "Accuracy and its cost in simulated time",
+    "bytes": "Accuracy and its cost in bytes",
 }
-_FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MOST_MAP_FIGURES + 1)))
+_FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MAX_MAP_FIGURES + 1)))
 _TABLE_FILES = ("best", "settings", "trials", "near_best", "heat_maps", "curves", "privacy", "failed", *_TITLES)
 
 
@@ -96,7 +96,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A table of the page: cells are texts."""
+    """A table of the page, with cells as text."""
 
     columns: list[_Column]
     rows: list[list[str]]
@@ -104,25 +104,25 @@ class _Shown:
 
 
 def write_report(path: Path | str, out: Path | str | None = None, *, select: str | None = None) -> Path:
-    """Writes `report.html`, `figures/` and `tables/` about the runs below a folder; the same runs give the same bytes.
+    """Write `report.html`, `figures/` and `tables/` for the runs below a folder; equal runs give equal bytes.
 
     Args:
         path: A sweep's folder, a folder of run directories, or a run directory.
-        out: Where to; None for `report` in that folder. What an earlier report left there is replaced.
-        select: `test` or `validation`: which accuracy chooses the best settings; None for validation where every run
+        out: The destination; None for `report` in that folder. Files of an earlier report are replaced.
+        select: The accuracy that selects the best settings: `test` or `validation`; None for validation if every run
             has it.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        UserError: If there is no finished run, a file is damaged, `select` cannot be had, or `out` cannot be written.
+        UserError: If there is no finished run, a file is damaged, `select` is unavailable, or `out` is not writable.
     """
     return report_on(load_study(path), Path(path) / "report" if out is None else Path(out), select=select)
 
 
 def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
-    """The same of a study that was read or made already."""
+    """Write a report on a loaded study; see `write_report`."""
     report = _Report(study, judge_of(study, select), folder)
     _clear(folder)
     page = report.page()
@@ -133,9 +133,9 @@ def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Makes the folders, and removes what an earlier report may have left and this one may not write again."""
+    """Create the folders, and remove files of an earlier report."""
     if (folder / "config.toml").exists():
-        raise UserError(str(folder), "a folder for the report alone", "a run directory", "Choose another --out")
+        raise UserError(str(folder), "a folder only for the report", "a run directory", "Choose another --out")
     try:
         for part, names, endings in (("figures", _FIGURE_FILES, ("png", "svg")), ("tables", _TABLE_FILES, ("csv",))):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -143,11 +143,11 @@ def _clear(folder: Path) -> None:
                 file.unlink(missing_ok=True)
     except OSError as error:
         why = error.strerror or str(error)
-        raise UserError(str(folder), "a folder to write to", why, "Choose another --out") from None
+        raise UserError(str(folder), "a writable folder", why, "Choose another --out") from None
 
 
 class _Report:
-    """What the page says; made piece by piece from one study."""
+    """The contents of the page, built step by step from one study."""
 
     def __init__(self, study: Study, judge: Judge, folder: Path) -> None:
         self.study, self.figures = study, folder / "figures"
@@ -168,7 +168,7 @@ class _Report:
         self.tables: dict[str, pd.DataFrame] = {}
 
     def page(self) -> str:
-        """The page; writes the figures and gathers the tables on the way."""
+        """Return the page; writes the figures and collects the tables on the way."""
         parts = files("fedpriv.report") / "page"
         style, script, template = (
             (parts / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js", "html")
@@ -191,7 +191,7 @@ class _Report:
             "statements": self._statements(),
             "settings": self._all_settings(),
             "failed": self._failed(),
-            "footer": f"Made by fedpriv {__version__} from the records of the runs.",
+            "footer": f"Written by fedpriv {__version__} from the records of the runs.",
         }
         content["maps"], content["maps_left_out"] = self._maps()
         drawn, content["curves_text"] = self._drawn_curves()
@@ -213,20 +213,20 @@ class _Report:
         )
 
     def _marked(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with a mark on the names of columns that are not released."""
+        """Return the table with a mark on the names of columns that are not released."""
         return table.rename(columns={key: f"{PREFIX}{key}" for key in self.unreleased})
 
     def _about_unreleased(self) -> list[str]:
-        """What the marks mean, where there are any."""
+        """Return the meanings of the marks, if there are any."""
         marks = [words.about_marks(MARK, PREFIX)] if self.unreleased else []
         return [*marks, *([words.about_uncovered(UNCOVERED, self.uncovered)] if self.uncovered else [])]
 
     def _apart(self, *names: str) -> list[str]:
-        """Those of the columns in which settings differ, and the first in any case."""
+        """Return the columns in which settings differ, and always the first."""
         return [name for name in names if name == names[0] or self.settings[name].nunique() > 1]
 
     def _titles(self, rows: pd.DataFrame) -> list[str]:
-        """What rows of one problem and privacy are shown under; empty where there is nothing to tell apart."""
+        """Return headings for rows of one problem and privacy; empty if there is nothing to distinguish."""
         apart = [name for name in ("privacy", "problem") if self.settings[name].nunique() > 1]
         return _joined(rows, apart) if apart else [""] * len(rows)
 
@@ -247,7 +247,7 @@ class _Report:
         return [(name, value) for name, value in told if value]
 
     def _axes(self) -> list[tuple[str, int, str]]:
-        """Keys that differ between runs, how many values each has, and which."""
+        """Return the keys that differ between runs, with the number of their values, and the values."""
         made = []
         for key in (*self.study.varying(), "seed"):
             count = len({as_text(value) for value in self.study.runs[key]} - {""})
@@ -281,7 +281,7 @@ class _Report:
                         "mean": place["mean"],
                         "words": f"test accuracy {told[-2]} %, {told[-1]} %",
                     },
-                    "colour": self.look[row["series"]].colour,
+                    "color": self.look[row["series"]].color,
                 }
             )
         columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
@@ -292,14 +292,14 @@ class _Report:
         return {"columns": columns, "groups": groups, "legend": words.SPREAD}
 
     def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
-        """Settings as a table for others: what tells them apart, the figures, the keys that vary."""
+        """Return settings as a table for other programs: identifying columns, metrics, and the keys that vary."""
         metrics = [m for m in _METRICS if self.settings[f"{m}_mean"].notna().any()]
-        figures = [f"{metric}_{name}" for metric in metrics for name in ("mean", "std", "min", "max")]
+        statistics = [f"{metric}_{name}" for metric in metrics for name in ("mean", "std", "min", "max")]
         costs = [q.column for q in QUANTITIES if q.column in settings and q.column not in ("epsilon", "partition")]
         costs = [key for key in costs if settings[key].notna().any()]
         first = ["setting", "problem", "privacy", "method", "hyperparameters", *extra, "seeds"]
         marks = ["not_covered"] if self.uncovered else []
-        return settings[[*first, *figures, "epsilon", "delta", *marks, *costs, *self.study.varying()]]
+        return settings[[*first, *statistics, "epsilon", "delta", *marks, *costs, *self.study.varying()]]
 
     def _figures(self) -> list[dict[str, Any]]:
         made = []
@@ -314,11 +314,11 @@ class _Report:
             hidden = unreleased(self.settings[self.settings["setting"].isin(list(table["setting"]))], quantity.column)
             same = held(self.settings, table, quantity)
             caption = words.caption(quantity, table, same, released=not hidden)
-            labelled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
-            figure = report_figures.draw_against(table, labelled, look, self.labels["test_accuracy"])
+            labeled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
+            figure = report_figures.draw_against(table, labeled, look, self.labels["test_accuracy"])
             svg = report_figures.save_figure(figure, self.figures, quantity.name)
             self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
-            shown = self._shown_against(table, labelled)
+            shown = self._shown_against(table, labeled)
             title = _TITLES[quantity.name]
             made.append({"name": quantity.name, "title": title, "svg": svg, "caption": caption, "table": shown})
         return made
@@ -330,23 +330,23 @@ class _Report:
         columns += [_Column("seeds", "n"), _Column("setting", "w")]
         rows = []
         for row in table.to_dict("records"):
-            x = "not private" if row["x"] == math.inf else words.figure(row["x"])
+            x = "not private" if row["x"] == math.inf else words.number(row["x"])
             spread = words.plus_minus(row["accuracy"], row["std"])
             rows.append([row["series"], x, spread, str(row["seeds"]), names.loc[row["setting"]] or "–"])
-        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+        return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
     def _draw_curves(self) -> str:
         series = self.best.set_index("setting")["series"]
         rows = self.curves[self.curves["setting"].isin(list(series.index))]
         table = rows.assign(series=rows["setting"].map(series))
         chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
-        table = table[table["series"].isin(list(chosen[: report_figures.MOST_SERIES]))]
+        table = table[table["series"].isin(list(chosen[: report_figures.MAX_SERIES]))]
         self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
         drawn = report_figures.draw_curves(table, self.look, self.labels["test_accuracy"])
         return report_figures.save_figure(drawn, self.figures, "curves")
 
     def _drawn_curves(self) -> tuple[dict[str, Any], str]:
-        """The curves that the page holds, thinned, and what it says about them."""
+        """Return the curves of the page, thinned, and the text about them."""
         best = self.best["setting"].tolist()
         ranked = self.settings[self.settings["score"].notna()].sort_values("score", ascending=False, kind="stable")
         order = [*best, *(s for s in ranked["setting"] if s not in set(best))]
@@ -355,10 +355,10 @@ class _Report:
         told = {row["setting"]: row for row in self.settings.to_dict("records")}
         names = list(self.look)
         kept, longest = [], 0
-        for setting in order[:MOST_CURVES]:
+        for setting in order[:MAX_CURVES]:
             rows = by_setting[setting]
             longest = max(longest, len(rows))
-            rows = rows.iloc[thinned(len(rows), MOST_POINTS)]
+            rows = rows.iloc[thinned(len(rows), MAX_POINTS)]
             keys = [key for key in (*_X, *_METRICS, "low", "high") if rows[key].notna().any()]
             values = {key: [words.brief(value) for value in rows[key].tolist()] for key in keys}
             if "epsilon" in values:
@@ -375,10 +375,10 @@ class _Report:
             )
         best_names = dict(zip(self.best["series"], self.best["hyperparameters"], strict=True))
         series = [
-            {"name": n, "colour": self.look[n].colour, "dash": self.look[n].dash, "best": best_names.get(n, "")}
+            {"name": n, "color": self.look[n].color, "dash": self.look[n].dash, "best": best_names.get(n, "")}
             for n in names
         ]
-        text = words.about_curves(len(order), MOST_CURVES, longest, MOST_POINTS)
+        text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS)
         return {"curves": kept, "series": series}, text
 
     def _near(self) -> dict[str, Any]:
@@ -399,12 +399,12 @@ class _Report:
 
     def _maps(self) -> tuple[list[dict[str, Any]], int]:
         maps = heat_maps(self.study, self.settings)
-        for number, one in enumerate(maps[:MOST_MAP_FIGURES], 1):
+        for number, one in enumerate(maps[:MAX_MAP_FIGURES], 1):
             figure = report_figures.draw_heat_map(one, self.short, self.labels[f"{self.judge}_accuracy"])
             report_figures.save_figure(figure, self.figures, f"heat_map_{number}")
         if maps:
             self.tables["heat_maps"] = _numbers(pd.concat([_long(one) for one in maps], ignore_index=True))
-        return [self._map(one) for one in maps[:MOST_MAPS]], max(len(maps) - MOST_MAPS, 0)
+        return [self._map(one) for one in maps[:MAX_MAPS]], max(len(maps) - MAX_MAPS, 0)
 
     def _map(self, one: HeatMap) -> dict[str, Any]:
         row_key, column_key = (self.short[key] for key in one.keys)
@@ -478,7 +478,7 @@ class _Report:
         columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
         columns += [_Column("epsilon", "n")]
         rows = []
-        for row in ordered.head(MOST_ROWS).to_dict("records"):
+        for row in ordered.head(MAX_ROWS).to_dict("records"):
             cells = [
                 str(row["setting"]),
                 *(row[name] for name in groups),
@@ -489,10 +489,10 @@ class _Report:
             cells += [
                 words.accuracy(row, "test_accuracy"),
                 words.accuracy_range(row, "test_accuracy"),
-                words.figure(row["test_loss_mean"]),
+                words.number(row["test_loss_mean"]),
             ]
             rows.append([*cells, words.epsilon_delta(row)[0]])
-        return _Shown(columns, rows, max(len(ordered) - MOST_ROWS, 0))
+        return _Shown(columns, rows, max(len(ordered) - MAX_ROWS, 0))
 
     def _failed(self) -> _Shown:
         failed = self.study.trials[self.study.trials["status"] == "failed"].reset_index(drop=True)
@@ -502,14 +502,14 @@ class _Report:
         failed = failed.assign(changes=words_of(failed, keys))[["trial", "changes", "reason"]]
         self.tables["failed"] = failed
         rows = [[row["trial"] or "–", row["changes"] or "–", row["reason"]] for row in failed.to_dict("records")]
-        columns = [_Column("trial", "nowrap"), _Column("what it changes", "w"), _Column("why it failed", "w")]
-        return _Shown(columns, rows[:MOST_ROWS], max(len(rows) - MOST_ROWS, 0))
+        columns = [_Column("trial", "nowrap"), _Column("changes", "w"), _Column("reason", "w")]
+        return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
     def _trials(self) -> None:
-        figures = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]
-        figures += ["not_covered"] if self.uncovered else []
-        figures += ["cohort_size", *(q.column for q in QUANTITIES if q.column in self.study.runs)]
-        runs = self.study.runs[["run", *dict.fromkeys(f for f in figures if self.study.runs[f].notna().any())]]
+        columns = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]
+        columns += ["not_covered"] if self.uncovered else []
+        columns += ["cohort_size", *(q.column for q in QUANTITIES if q.column in self.study.runs)]
+        runs = self.study.runs[["run", *dict.fromkeys(f for f in columns if self.study.runs[f].notna().any())]]
         keys = [key for key in (*self.study.varying(), "seed") if key in self.study.trials]
         trials = self.study.trials[["trial", "status", "reason", *keys]]
         told = trials.merge(runs.rename(columns={"run": "trial"}), on="trial", how="left")
@@ -517,8 +517,8 @@ class _Report:
 
 
 def _contents(figures: bool, failed: bool) -> list[tuple[str, str]]:
-    all_ = [("what", "What was run"), ("best", "Best of each method"), ("figures", "What accuracy depends on")]
-    all_ += [("curves", "Curves"), ("robustness", "Hyperparameters"), ("privacy", "What was promised")]
+    all_ = [("what", "Runs"), ("best", "Best of each method"), ("figures", "Accuracy by factor")]
+    all_ += [("curves", "Curves"), ("robustness", "Hyperparameters"), ("privacy", "Privacy guarantees")]
     all_ += [("settings", "All settings"), ("failed", "Failed trials")]
     return [(key, title) for key, title in all_ if (key != "figures" or figures) and (key != "failed" or failed)]
 
@@ -532,14 +532,14 @@ def _joined(rows: pd.DataFrame, names: Sequence[str]) -> list[str]:
 
 
 def _by_weakness(runs: pd.DataFrame) -> list[str]:
-    """What is promised, in words, the weakest first."""
+    """Return the guarantees in words, the weakest first."""
     epsilon = runs["epsilon"].where(runs["private"], math.inf).fillna(math.inf)
     weakest = runs.assign(weakness=-epsilon).groupby("privacy", sort=True)["weakness"].min()
     return [str(name) for name in weakest.sort_values(kind="stable").index]
 
 
 def _numbers(table: pd.DataFrame) -> pd.DataFrame:
-    """Epsilon rounded up, as everywhere on the page; other figures as they are."""
+    """Return the table with epsilon rounded up, as everywhere on the page."""
     if "epsilon" not in table:
         return table
     up = [float(rounded_up(e)) if e == e and not math.isinf(e) else e for e in table["epsilon"].tolist()]
@@ -562,6 +562,6 @@ def _long(one: HeatMap) -> pd.DataFrame:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that can stand in a page: nothing in it can end the element that it stands in."""
+    """Return JSON that can be embedded in a page: nothing in it can end its element."""
     text = json.dumps(jsonable(data), separators=(",", ":"), ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

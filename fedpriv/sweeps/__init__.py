@@ -1,1 +1,1 @@
-"""Sweeps: many trials of one experiment, side by side."""
+"""Sweeps: many trials of one experiment, in parallel."""

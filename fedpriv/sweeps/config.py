@@ -1,4 +1,4 @@
-"""A sweep: one experiment and the axes along which it is changed, read strictly from one TOML file."""
+"""A sweep: one experiment and the axes along which it varies, parsed strictly from one TOML file."""
 
 import copy
 import itertools
@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fedpriv.checks import folder_name
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
@@ -17,23 +18,23 @@ from fedpriv.sweeps.tuning import Tuning
 
 __all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
 
-# More trials than anybody means to run.
-MOST_TRIALS = 100_000
+# More trials than any real sweep.
+MAX_TRIALS = 100_000
 _ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Values that one place of the config takes, or several places together.
+    """The values of one config key, or of several keys together.
 
     Args:
-        key: `table.key`, to any depth, a whole `table`, or a list of such for values that go together.
-        values: One for each trial along the axis; lists of as many as there are keys.
-        first: Where a range begins (`from` in the file).
-        to: Where it ends.
-        count: How many values it has. They are whole if both ends are and all values come out so.
-        scale: How they lie between: `linear` or `log`.
-        when: The axis is there only where these keys have this value, or one of these; elsewhere it changes nothing.
+        key: `table.key`, to any depth, a whole `table`, or a list of these for values that belong together.
+        values: One per trial along the axis; with several keys, lists of that length.
+        first: Start of a range (`from` in the file).
+        to: End of the range.
+        count: Number of values. They are whole numbers if both ends and all values are.
+        scale: Spacing of the range: `linear` or `log`.
+        when: Use the axis only if these keys have this value, or one of these values; otherwise it changes nothing.
     """
 
     key: str | tuple[str, ...]
@@ -48,33 +49,33 @@ class Axis:
         ranged = (self.first, self.to, self.count)
         if bool(self.values) == any(part is not None for part in ranged) or (not self.values and None in ranged):
             raise UserError(
-                f"axis {self.name}", "values, or from, to and count", "another choice", "Give one of the two"
+                f"axis {self.name}", "values, or from, to and count", "another combination", "Set one of the two"
             )
         if not self.values:
             self._check_range()
         elif len(self.keys) > 1 and not all(isinstance(v, list) and len(v) == len(self.keys) for v in self.values):
             raise UserError(
-                f"axis {self.name}", f"lists of {len(self.keys)} values", "others", "One value for each key"
+                f"axis {self.name}", f"lists of {len(self.keys)} values", "other values", "List one value for each key"
             )
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The places."""
+        """The keys of the axis."""
         return (self.key,) if isinstance(self.key, str) else tuple(self.key)
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """The name in messages."""
         return "+".join(self.keys)
 
     def changes(self) -> list[dict[str, Any]]:
-        """What each trial along the axis changes."""
+        """Return the changes of each trial along the axis."""
         values: Sequence[Any] = self.values or self._range()
         rows: list[Any] = list(values) if len(self.keys) > 1 else [[value] for value in values]
         return [dict(zip(self.keys, row, strict=True)) for row in rows]
 
     def holds(self, tables: Mapping[str, Any]) -> bool:
-        """Whether the axis is there."""
+        """Return True if the axis applies to these tables."""
         wanted = {key: value if isinstance(value, list) else [value] for key, value in self.when.items()}
         return all(_get(tables, key) in accepted for key, accepted in wanted.items())
 
@@ -82,13 +83,19 @@ class Axis:
         assert self.first is not None
         assert self.to is not None
         assert self.count is not None
-        if len(self.keys) > 1 or not 1 <= self.count <= MOST_TRIALS:
-            expected = f"one key and a count from 1 to {MOST_TRIALS:,}"
-            raise UserError(f"axis {self.name}", expected, "others", "Give values for several keys")
+        if len(self.keys) > 1 or not 1 <= self.count <= MAX_TRIALS:
+            expected = f"one key and a count from 1 to {MAX_TRIALS:,}"
+            raise UserError(
+                f"axis {self.name}", expected, f"{len(self.keys)} and {self.count:,}", "Set values for several keys"
+            )
         if not (math.isfinite(self.first) and math.isfinite(self.to)):
-            raise UserError(f"axis {self.name}", "finite ends", f"{self.first} and {self.to}", "Mend the range")
+            raise UserError(
+                f"axis {self.name}", "finite ends", f"{self.first} and {self.to}", "Set finite values of from and to"
+            )
         if self.scale == "log" and not (self.first > 0.0 and self.to > 0.0):
-            raise UserError(f"axis {self.name}", "ends above 0 on a log scale", f"{self.first}, {self.to}", "Mend it")
+            raise UserError(
+                f"axis {self.name}", "ends above 0 on a log scale", f"{self.first}, {self.to}", "Raise them above 0"
+            )
 
     def _range(self) -> Sequence[int | float]:
         assert self.first is not None
@@ -97,7 +104,7 @@ class Axis:
         log = self.scale == "log"
         a, b = (math.log(self.first), math.log(self.to)) if log else (self.first, self.to)
         points = [a + (b - a) * i / max(self.count - 1, 1) for i in range(self.count)]
-        # Twelve digits: 0.1 and not 0.10000000000000002.
+        # Twelve digits, to get 0.1 and not 0.10000000000000002.
         found = [float(f"{math.exp(x) if log else x:.12g}") for x in points]
         whole = isinstance(self.first, int) and isinstance(self.to, int) and all(x.is_integer() for x in found)
         return [int(x) for x in found] if whole else found
@@ -108,8 +115,8 @@ class Trial:
     """One experiment of a sweep.
 
     Args:
-        changes: What it changes, by `table.key`.
-        tables: The experiment's tables.
+        changes: The changed values, by `table.key`.
+        tables: The tables of the trial's config.
     """
 
     changes: dict[str, Any]
@@ -117,25 +124,25 @@ class Trial:
 
     @cached_property
     def config(self) -> Config:
-        """The experiment; a `UserError` if the changes do not make one."""
+        """The trial's config; raises UserError if the changes are invalid."""
         return parse_config(self.tables)
 
     @property
     def name(self) -> str:
-        """Its folder: equal experiments have equal names."""
+        """The name of its folder; equal experiments have equal names."""
         return self.config.digest[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is run.
+    """The contents of a sweep's file.
 
     Args:
-        name: What the sweep is called.
-        base: The tables that all trials change.
-        axes: How, the outermost first.
-        stop: Which trials are not run to their end; None runs all.
-        tuning: How trials are drawn from the grid, of which the best alone is released; None runs the whole grid.
+        name: The sweep's name.
+        base: The tables that the trials change.
+        axes: The axes, the outermost first.
+        stop: The rule that stops trials early; None runs all to their end.
+        tuning: Draw trials from the grid, and release only the best; None runs the whole grid.
     """
 
     name: str
@@ -145,21 +152,21 @@ class Sweep:
     tuning: Tuning | None = None
 
     def trials(self) -> list[Trial]:
-        """All trials, the last axis fastest.
+        """Return all trials; the last axis varies fastest.
 
         Raises:
-            UserError: If there are too many, an axis overwrites another, or one waits for a key that no trial has.
+            UserError: If there are too many, an axis overwrites another, or one depends on a key that no trial has.
         """
-        found = list(itertools.islice(self._along({}, self.base, self.axes), MOST_TRIALS + 1))
-        if len(found) > MOST_TRIALS:
-            raise UserError("axes", f"at most {MOST_TRIALS:,} trials", "more", "Give fewer values")
+        found = list(itertools.islice(self._along({}, self.base, self.axes), MAX_TRIALS + 1))
+        if len(found) > MAX_TRIALS:
+            raise UserError("axes", f"at most {MAX_TRIALS:,} trials", "more", "List fewer values")
         for where, key in ((axis.name, key) for axis in self.axes for key in axis.when):
             if all(_get(trial.tables, key) is _ABSENT for trial in found):
-                raise UserError(f"axis {where}.when", "a key of some trial", key, "Mend it, or set the key")
+                raise UserError(f"axis {where}.when", "a key of some trial", key, "Correct the key, or set it")
         return found
 
     def drawn(self, place: int, draw: int, grid: Sequence[Trial]) -> Trial:
-        """The trial of a tuning that has the settings at a place of the grid, with noise and cohorts of its own."""
+        """Return a tuning's trial with the settings at a place of the grid, with separate noise and cohorts."""
         change = {"privacy.draw": draw}
         return Trial({**grid[place].changes, **change}, _changed(grid[place].tables, change))
 
@@ -175,27 +182,26 @@ class Sweep:
 
 
 def load_sweep(path: Path | str) -> Sweep:
-    """Reads a sweep's TOML file.
+    """Load a sweep's TOML file.
 
-    Keys: `name`; `base`, the config's file, seen from this one; `[set]`, changes for all trials, a table's keys one by
-    one; `seeds`, how many seeds from the base's on, or which, as the last axis; `[[axis]]`, see `Axis`; `[stop]`, see
-    `stopping.RULES`; `[tuning]`, see `Tuning`.
+    Keys: `name`; `base`, the config's file, relative to this one; `[set]`, changes for all trials, merged key by key;
+    `seeds`, the number of seeds from the base's on, or a list of seeds, as the last axis; `[[axis]]`, see `Axis`;
+    `[stop]`, see `stopping.RULES`; `[tuning]`, see `Tuning`.
 
     Raises:
-        UserError: On anything that is not a sweep.
+        UserError: If the file is not a valid sweep.
     """
     path = Path(path)
     tables = read_config_file(path)
     refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):
-            raise UserError(key, f"a text such as {example}", repr(tables.get(key, "nothing")), f"Add {key} to {path}")
-    if tables["name"] in ("", ".", "..") or any(c in tables["name"] for c in "/\\\0\n"):
-        raise UserError("name", "a short name that can be a folder's", repr(tables["name"]), "Change the name")
+            raise UserError(key, f"a string such as {example}", repr(tables.get(key)), f"Add {key} to {path}")
+    folder_name("name", tables["name"])
     for key in ("set", "axis", "stop", "tuning"):
         kind, words = (list, "tables [[axis]]") if key == "axis" else (dict, "a table")
         if not isinstance(tables.get(key, kind()), kind):
-            raise UserError(key, words, repr(tables[key]), f"Mend {path}")
+            raise UserError(key, words, repr(tables[key]), f"Fix {path}")
     base = _changed(read_config_file(path.parent / tables["base"]), _leaves(tables.get("set", {})))
     axes = [_read_axis(number, table) for number, table in enumerate(tables.get("axis", []), 1)]
     if "seeds" in tables:
@@ -207,16 +213,16 @@ def load_sweep(path: Path | str) -> Sweep:
 
 def _seeds(given: Any, first: Any) -> tuple[int, ...]:
     if type(given) is int and given >= 1 and type(first) is int:
-        return tuple(range(first, first + min(given, MOST_TRIALS + 1)))
+        return tuple(range(first, first + min(given, MAX_TRIALS + 1)))
     if isinstance(given, list) and given and all(type(seed) is int for seed in given):
         return tuple(given)
-    expected = "how many, from the base's seed on, or a list of seeds"
-    raise UserError("seeds", expected, repr(given), "For example seeds = 5, or seeds = [1, 2, 3]")
+    expected = "a number of seeds, or a list of seeds"
+    raise UserError("seeds", expected, repr(given), "Write for example seeds = 5, or seeds = [1, 2, 3]")
 
 
 def _read_axis(number: int, table: Any) -> Axis:
     if not isinstance(table, dict):
-        raise UserError(f"axis {number}", "a table", repr(table), "Write [[axis]] and its keys below")
+        raise UserError(f"axis {number}", "a table", repr(table), "Write [[axis]], and its keys below it")
     options = dict(table)
     if "from" in options:
         options["first"] = options.pop("from")
@@ -224,16 +230,18 @@ def _read_axis(number: int, table: Any) -> Axis:
 
 
 def _refuse_overwriting(axis: Axis, changes: Mapping[str, Any]) -> None:
-    """A later axis may change a part of what an earlier one put in, and not the other way round."""
+    """Raise UserError for an axis that overwrites an earlier one; changing a part of an earlier value is allowed."""
     for key in axis.keys:
         lost = [earlier for earlier in changes if earlier == key or earlier.startswith(f"{key}.")]
         if lost:
-            remedy = "Put the wider axis first, or give one of the two another when"
-            raise UserError(f"axis {axis.name}", f"a place that keeps {lost[0]}", "an axis that overwrites it", remedy)
+            remedy = "Put the wider axis first, or change the `when` of one of the two"
+            raise UserError(
+                f"axis {axis.name}", f"keys that leave {lost[0]} as it is", "an axis that overwrites it", remedy
+            )
 
 
 def _leaves(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The keys of tables by address: TOML reads `training.rounds = 9` and [training] rounds = 9 alike."""
+    """Flatten tables to keys by address: TOML reads `training.rounds = 9` and [training] rounds = 9 alike."""
     found: dict[str, Any] = {}
     for key, value in tables.items():
         found |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
@@ -241,7 +249,7 @@ def _leaves(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `tables` with each `table.key`, or each whole table, put in."""
+    """Return a copy of `tables` with each `table.key`, or each whole table, replaced."""
     made = copy.deepcopy(dict(tables))
     for address, value in changes.items():
         *path, last = address.split(".")
@@ -250,7 +258,7 @@ def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 above = ".".join(path[:depth])
-                raise UserError(address, "a table", f"the key {above}", f"Use {above}")
+                raise UserError(address, "a table", f"the key {above}", f"Write {above} instead")
         place[last] = copy.deepcopy(value)
     return made
 

@@ -1,4 +1,4 @@
-"""What lies in the folder of a sweep, and what the files of a trial say about it."""
+"""Names of the files in a sweep's folder, and the status of a trial according to its files."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ CHOSEN = "tuning.json"
 DRAWN = "drawn.json"
 
 FAILURE = "failure.json"
-"""In a trial's directory: why it failed."""
+"""In a trial's directory: the reason why it failed."""
 
 STOPPED = "stopped.json"
-"""In a trial's directory: why it was not worth its remaining rounds."""
+"""In a trial's directory: the reason why it was stopped early."""
 
 TUNED = {"method": "name", "local": "work", "server": "optimizer"}
-"""Tables of a config that whoever tunes chooses, and the key of each that says whose numbers the others are."""
+"""Config tables that tuning may change, and the key of each that identifies the component with those settings."""
 
 
 def status_of(folder: Path) -> str:
-    """`done`, `stopped` or `failed`; empty for a trial that is still to be run, or gone on with."""
+    """Return `done`, `stopped` or `failed`; empty for a trial that has not started or can be resumed."""
     files = (("summary.json", "done"), (STOPPED, "stopped"), (FAILURE, "failed"))
     return next((status for file, status in files if (folder / file).exists()), "")

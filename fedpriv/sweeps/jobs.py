@@ -1,4 +1,4 @@
-"""Functions side by side in other processes, run by `local_jobs` or `ray_jobs`: what goes in, what is said of it."""
+"""Jobs that `local_jobs` or `ray_jobs` run in other processes, and the events that report on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ __all__ = ["Began", "Ended", "Job", "JobDied", "call"]
 
 
 class JobDied(Exception):  # noqa: N818
-    """A job's process ended before the job did, as by the memory of the machine running out."""
+    """The error of a job with a process that ended before the job did, for example because memory ran out."""
 
 
 class Job(NamedTuple):
-    """What is done: a function of a module, and what it is called with."""
+    """A function of a module with its arguments."""
 
     name: str
     function: Callable[..., Any]
@@ -30,14 +30,14 @@ class Began:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job ended, with what it returned or the exception that ended it."""
+    """A job ended, with its return value or its error."""
 
     name: str
     result: Any
 
 
 def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Does a job. Its own mistakes come back as values, in words: an exception may not survive the way."""
+    """Run a job. Return its errors as values with their texts: an exception might not survive pickling."""
     try:
         return function(*arguments)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A live table of a sweep: what runs, how much is done, what failed or was stopped, how long it will take."""
+"""A live table of a sweep: running trials, progress, failures, early stops, and the time left."""
 
 from types import TracebackType
 
@@ -12,12 +12,12 @@ from fedpriv.sweeps.run import SweepState
 
 __all__ = ["SweepTable"]
 
-# Lines of running trials that are shown.
+# Maximum number of running trials in the table.
 _SHOWN = 12
 
 
 class SweepTable:
-    """Shows a sweep on stderr; call it with the sweep's state."""
+    """A table of a sweep on stderr; call it with the sweep's state."""
 
     def __init__(self) -> None:
         self._live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
@@ -32,10 +32,10 @@ class SweepTable:
         if self._started:
             self._live.stop()
             if not self._live.console.is_terminal:
-                self._live.console.print()  # what comes next begins a line
+                self._live.console.print()  # start later output on a new line
 
     def __call__(self, state: SweepState) -> None:
-        """Shows how far it is; nothing before that, so that an early error is the only line."""
+        """Show the progress. Nothing is shown before the first call, so an early error is the only output."""
         if not self._started:
             self._live.start()
             self._started = True

@@ -1,4 +1,4 @@
-"""Functions side by side in processes of this machine, without Ray, which takes seconds to start and cores to run."""
+"""Run functions in parallel processes on this machine, without Ray, which takes seconds to start and needs cores."""
 
 import os
 import pickle
@@ -14,21 +14,21 @@ from fedpriv.sweeps.jobs import Began, Ended, Job, JobDied
 
 __all__ = ["side_by_side"]
 
-# Between two signs of life to whoever shows what goes on; an end is seen at once.
+# Time between two empty events for the live display; ends of jobs are reported at once.
 _WAIT_SECONDS = 0.5
 _END_SECONDS = 10.0
 
 
 def side_by_side(jobs: Iterable[Job], at_once: int, *, threads: int = 1) -> Generator[Began | Ended | None]:
-    """Runs jobs as processes become free. A process does one job after the other, so that it imports once.
+    """Run jobs as processes become free. A process runs many jobs in turn, so it imports modules once.
 
     Args:
-        jobs: In the order in which they begin.
-        at_once: Most at a time.
-        threads: Of OpenMP in each process.
+        jobs: The jobs, in starting order.
+        at_once: Maximum number of parallel jobs.
+        threads: OpenMP threads per process.
 
     Yields:
-        What happens; None whenever nothing has for a moment.
+        Starts and ends of jobs; None after each interval without an event.
     """
     waiting, idle = deque(jobs), []
     busy: dict[Connection, tuple[_Worker, Job]] = {}
@@ -37,7 +37,7 @@ def side_by_side(jobs: Iterable[Job], at_once: int, *, threads: int = 1) -> Gene
         began = []
         while waiting and len(busy) < at_once:
             worker, job = idle.pop() if idle else _Worker(threads), waiting.popleft()
-            if not worker.give(job):  # it died with nothing to do
+            if not worker.give(job):  # it died while idle
                 worker = _Worker(threads)
                 worker.give(job)
             busy[worker.connection] = (worker, job)
@@ -63,7 +63,7 @@ def side_by_side(jobs: Iterable[Job], at_once: int, *, threads: int = 1) -> Gene
 
 
 class _Worker:
-    """A process that waits for jobs. Its own group, so that Ctrl-C is this process's to deal with."""
+    """A process that waits for jobs. It has a separate process group, so that only this process receives Ctrl-C."""
 
     def __init__(self, threads: int) -> None:
         self.connection, theirs = Pipe()
@@ -82,7 +82,7 @@ class _Worker:
         os.close(life)
 
     def give(self, job: Job) -> bool:
-        """Hands it a job; whether it was there to take it."""
+        """Send a job to the process; return False if the process is gone."""
         try:
             self.connection.send((job.function, job.arguments))
         except OSError:
@@ -91,17 +91,17 @@ class _Worker:
         return True
 
     def answer(self) -> Any:
-        """What its job returned, or how the process ended."""
+        """Return the job's result, or the reason why the process ended."""
         try:
             return self.connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self.end()
             how = f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
-            memory = ", as when memory runs out" if code == -signal.SIGKILL else ""
-            return JobDied(f"its process ended before it did: {how}{memory}")
+            memory = ", which may mean that memory ran out" if code == -signal.SIGKILL else ""
+            return JobDied(f"its process ended early: {how}{memory}")
 
     def end(self) -> int:
-        """Ends the process if it has not ended by itself, and says how it did."""
+        """End the process if it still runs, and return its exit code."""
         self.connection.close()
         os.close(self._life)
         try:

@@ -1,4 +1,4 @@
-"""A process that does one job after the other, started by `local_jobs`; it ends when what started it does."""
+"""A process that runs jobs in turn, started by `local_jobs`; it ends when its parent ends."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ __all__ = ["main"]
 
 
 def main(connection: int, life: int) -> None:
-    """Takes jobs until there are none.
+    """Run jobs until the connection closes.
 
     Args:
-        connection: File descriptor that jobs come from, and answers go to.
-        life: One that nothing comes from until the other side has ended, however it did.
+        connection: File descriptor that receives jobs and sends results.
+        life: File descriptor that becomes readable only when the parent ends, for any reason.
     """
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     jobs = Connection(connection)
@@ -24,7 +24,7 @@ def main(connection: int, life: int) -> None:
             function, arguments = jobs.recv()
         except EOFError:
             return
-        except Exception as error:  # what it names cannot be imported here
+        except Exception as error:  # the job cannot be imported here
             jobs.send(RuntimeError(f"{type(error).__name__}: {error}"))
             continue
         jobs.send(call(function, arguments))

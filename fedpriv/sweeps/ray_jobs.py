@@ -1,4 +1,4 @@
-"""Functions side by side on Ray's workers, on one machine or many, each with the share of one that it needs."""
+"""Run functions in parallel on Ray workers, on one or more machines, each with the resources it needs."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -14,9 +14,9 @@ from fedpriv.sweeps.jobs import Began, Ended, Job, JobDied, call
 __all__ = ["side_by_side"]
 
 _STORE_BYTES = 2**27
-# Between two signs of life to whoever shows what goes on; an end is seen at once.
+# Time between two empty events for the live display; ends of jobs are reported at once.
 _WAIT_SECONDS = 0.5
-_STARTS_IN_VAIN = 3
+_MAX_FAILED_STARTS = 3
 
 
 def side_by_side(
@@ -27,17 +27,17 @@ def side_by_side(
     gpus: float = 0.0,
     address: str | None = None,
 ) -> Generator[Began | Ended | None]:
-    """Runs jobs as workers become free. A worker does one job after the other, so that it imports once.
+    """Run jobs as workers become free. A worker runs many jobs in turn, so it imports modules once.
 
     Args:
-        jobs: In the order in which they begin.
-        at_once: Most at a time; None for as many as the machines have room for.
-        cpus: What each one needs.
-        gpus: Likewise.
-        address: HOST:PORT of a running Ray; None for one of our own.
+        jobs: The jobs, in starting order.
+        at_once: Maximum number of parallel jobs; None for as many as fit on the machines.
+        cpus: CPUs per job.
+        gpus: GPUs per job.
+        address: HOST:PORT of a running Ray; None starts Ray.
 
     Yields:
-        What happens; None whenever nothing has for a moment.
+        Starts and ends of jobs; None after each interval without an event.
 
     Raises:
         UserError: If no machine has room for a job, no worker starts, or Ray itself ends.
@@ -49,38 +49,40 @@ def side_by_side(
         if waiting and not places:
             where = "--gpus-per-trial" if gpus else "--cpus-per-trial"
             need = f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU"
-            raise UserError(where, f"a machine with {need}", "none", "Ask for less, or join a Ray that has it")
+            raise UserError(
+                where, f"a machine with {need}", "smaller machines", f"Lower {where}, or join a Ray with such a machine"
+            )
         yield from _Pool(waiting, cpus, gpus).run(places)
     except RayError as error:
-        remedy = "Run again with --resume; what has ended is kept"
-        raise UserError("Ray", "a Ray that stays", _first_line(error), remedy) from None
+        remedy = "Run again with --resume; finished trials are kept"
+        raise UserError("Ray", "a Ray that keeps running", _first_line(error), remedy) from None
     finally:
         connection.close()
 
 
 class _Worker:
-    """What a process of Ray's does; made by Ray."""
+    """The actor that runs in each Ray process."""
 
     def ready(self) -> None:
-        """Answers once the process is there."""
+        """Return once the process runs."""
 
     def do(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """One job."""
+        """Run one job."""
         return call(function, arguments)
 
 
 class _Pool:
-    """Workers, and what each is asked at the moment: a job, or whether it is there."""
+    """Ray workers with their pending calls: a job, or a test that the worker has started."""
 
     def __init__(self, waiting: deque[Job], cpus: float, gpus: float) -> None:
         self._waiting = waiting
         with quiet():
             self._kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
         self._asked: dict[Any, tuple[Any, Job | None]] = {}
-        self._in_vain = 0
+        self._failed_starts = 0
 
     def run(self, places: int) -> Iterator[Began | Ended | None]:
-        """Until all is done."""
+        """Run until all jobs are done."""
         for _ in range(places):
             self._start()
         while self._waiting or any(job is not None for _, job in self._asked.values()):
@@ -95,19 +97,21 @@ class _Pool:
             self._asked[worker.ready.remote()] = (worker, None)
 
     def _take(self, reference: Any) -> list[Began | Ended]:
-        """An answer; its worker is given the next job before anything else is done about it."""
+        """Handle an answer; gives its worker the next job first."""
         worker, job = self._asked.pop(reference)
         result = _result(reference)
         events: list[Began | Ended] = [] if job is None else [Ended(job.name, result)]
         if isinstance(result, JobDied):
             ray.kill(worker)
-            self._in_vain += job is None
-            if self._in_vain == _STARTS_IN_VAIN:
-                raise UserError("Ray", "workers that start", str(result), "Run it with --jobs 1 to see if one does")
+            self._failed_starts += job is None
+            if self._failed_starts == _MAX_FAILED_STARTS:
+                raise UserError(
+                    "Ray", "workers that start", str(result), "Try --jobs 1 to see if a single worker starts"
+                )
             if self._waiting:
                 self._start()
         elif self._waiting:
-            self._in_vain = 0
+            self._failed_starts = 0
             following = self._waiting.popleft()
             self._asked[worker.do.remote(following.function, following.arguments)] = (worker, following)
             events.append(Began(following.name))
@@ -118,7 +122,7 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayActorError as error:
-        return JobDied(f"its process ended before it did: {_first_line(error)}")
+        return JobDied(f"its process ended early: {_first_line(error)}")
     except RayError as error:
         return JobDied(_first_line(error))
 

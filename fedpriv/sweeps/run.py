@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedpriv.checks import at_least_one, real_from
+from fedpriv.checks import at_least_one
 from fedpriv.data.files import default_data_root
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.execution import cores
@@ -29,7 +29,7 @@ from fedpriv.sweeps.files import CHOSEN, DRAWN, FAILURE, GROUPS, STOPPED, TRIALS
 from fedpriv.sweeps.jobs import Began, Ended, Job
 from fedpriv.sweeps.stopping import group_of
 from fedpriv.sweeps.table import TrialsTable, label
-from fedpriv.sweeps.trial import DiskTrouble, Manner, run_trial
+from fedpriv.sweeps.trial import DiskTrouble, Manner, Tracking, TrialExecution, run_trial
 from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials, score_of, scored_on
 from fedpriv.sweeps.tuning_score import noised_scores, streams_of
 from fedpriv.tracking.trackers import check_trackers
@@ -87,18 +87,12 @@ def run_sweep(
     out: Path,
     *,
     jobs: int | None = 1,
-    engine: str = "vectorized",
-    device: str = "cpu",
+    execution: TrialExecution | None = None,
     data_root: Path | None = None,
     resume: bool = False,
     retry: bool = False,
     stop: bool = True,
-    cpus_per_trial: float = 1.0,
-    gpus_per_trial: float = 0.0,
-    ray: bool = False,
-    ray_address: str | None = None,
-    logs: Sequence[str] = (),
-    log_diagnostics: bool | None = None,
+    tracking: Tracking | None = None,
     watch: Callable[[SweepState], None] | None = None,
 ) -> pd.DataFrame:
     """Runs what is not done yet, and returns the table of all trials.
@@ -107,29 +101,25 @@ def run_sweep(
         sweep: What to run.
         out: The sweep's folder: `trials/NAME/` are run directories, `trials.csv` is the table.
         jobs: Most trials at a time; None for as many as the machines have room for.
-        engine: In each trial; one in process.
-        device: Where gradients are computed.
+        execution: How each trial runs, and what it needs; None for one core and the vectorized engine.
         data_root: Where data sets lie; None for the environment's choice.
         resume: Whether `out` may hold a part of a sweep.
         retry: Whether trials that failed are tried again.
         stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
-        cpus_per_trial: Cores that each needs; PyTorch uses as many threads, and one at least.
-        gpus_per_trial: Share of a GPU that each needs; above 0 a Ray is started that deals them out.
-        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
-        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
-        logs: Names of `tracking.TRACKERS` that get each trial's rows.
-        log_diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
+        tracking: Who gets each trial's rows; None for nobody.
         watch: Called whenever something has begun or ended.
 
     Raises:
         UserError: If no trial is an experiment, or the folder is taken. Failing trials do not stop a sweep.
         OSError: If the disk is full, or cannot be written to.
     """
-    _check(jobs, cpus_per_trial, gpus_per_trial)
-    if ray or gpus_per_trial or ray_address is not None:
+    execution, tracking = execution or TrialExecution(), tracking or Tracking()
+    if jobs is not None:
+        at_least_one("--jobs", jobs, "Give the number of trials at a time")
+    if execution.on_ray:
         require_extra("--ray", "ray")
-    _check_tuning(sweep, retry=retry, logs=logs)
-    stores = check_trackers(logs)
+    _check_tuning(sweep, retry=retry, logs=tracking.logs)
+    stores = check_trackers(tracking.logs)
     folder = RunDirectory(out)
     with folder.locked():
         if (out / TRIALS).exists() and not resume:
@@ -151,16 +141,15 @@ def run_sweep(
             state.count(status)
         state.before = state.ended
         manner = Manner(
-            options={"engine": engine, "device": device, "data_root": root},
-            threads=max(1, int(cpus_per_trial)),
+            options={"engine": execution.engine, "device": execution.device, "data_root": root},
+            threads=execution.threads,
             rule=sweep.stop if stop else None,
             logs=stores,
-            tracked={"group": sweep.name, "diagnostics": log_diagnostics},
+            tracked={"group": sweep.name, "diagnostics": tracking.diagnostics},
         )
-        needs = {"cpus": cpus_per_trial, "gpus": gpus_per_trial, "ray": ray, "address": ray_address}
         left = {name: trial for name, trial in trials.items() if not status_of(out / TRIALS / name)}
         try:
-            with closing(_finish(left, out, manner, jobs, needs)) as happenings:
+            with closing(_finish(left, out, manner, jobs, execution)) as happenings:
                 for happened in happenings:
                     if happened is not None:
                         _note(happened, state, table, left)
@@ -175,7 +164,7 @@ def run_sweep(
             raise
         written = table.write()
         if sweep.tuning is not None and plan is not None:
-            chosen = _select(sweep.tuning, plan, trials, written, folder, device, root)
+            chosen = _select(sweep.tuning, plan, trials, written, folder, execution.device, root)
             folder.write_json(CHOSEN, chosen)
         return written
 
@@ -206,13 +195,6 @@ def _select(
         data_root=root,
     )
     return choose_best(tuning, plan, score, trials, table.assign(**{score: table["trial"].map(scores)}), clients)
-
-
-def _check(jobs: int | None, cpus: float, gpus: float) -> None:
-    if jobs is not None:
-        at_least_one("--jobs", jobs, "Give the number of trials at a time")
-    real_from("--cpus-per-trial", cpus, 0.01, "0.5 puts two trials on a core", most=4096.0)
-    real_from("--gpus-per-trial", gpus, 0, "0.25 puts four on a GPU", most=64.0)
 
 
 def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:
@@ -262,14 +244,14 @@ def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserEr
 
 
 def _finish(
-    left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, needs: dict[str, Any]
+    left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, execution: TrialExecution
 ) -> Generator[_Happened | None]:
     """Runs trials; yields what happens, or None meanwhile."""
     if not left:
         return
     folder = out.resolve() / TRIALS
     work = (Job(n, run_trial, (t.config.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
-    with closing(_side_by_side(work, jobs, threads=manner.threads, **needs)) as events:
+    with closing(_side_by_side(work, jobs, execution)) as events:
         for event in events:
             if isinstance(event, Began):
                 yield event.name, "running", []
@@ -280,18 +262,17 @@ def _finish(
                 yield None
 
 
-def _side_by_side(
-    work: Iterable[Job], jobs: int | None, *, threads: int, cpus: float, gpus: float, ray: bool, address: str | None
-) -> Generator[Began | Ended | None]:
-    if ray or gpus or address is not None:
+def _side_by_side(work: Iterable[Job], jobs: int | None, execution: TrialExecution) -> Generator[Began | Ended | None]:
+    cpus = execution.cpus
+    if execution.on_ray:
         from fedpriv.sweeps import ray_jobs
 
-        return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=gpus, address=address)
+        return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=execution.gpus, address=execution.ray_address)
     places = int(cores() / cpus + 1e-9)
     if not places:
         remedy = "Ask for less, or join a Ray that has it"
         raise UserError("--cpus-per-trial", f"a machine with {cpus:g} CPU", cores(), remedy)
-    return local_jobs.side_by_side(work, min(jobs or places, places), threads=threads)
+    return local_jobs.side_by_side(work, min(jobs or places, places), threads=execution.threads)
 
 
 def _ended(folder: Path, result: Any) -> str:

@@ -1,9 +1,9 @@
-"""Which trials of a sweep are not worth their remaining rounds, by what others of the same kind had at the same round.
+"""Early stopping of a sweep's trials, based on similar trials at the same round.
 
-A rule looks at files alone, `rounds.jsonl` and `summary.json` of the other trials, so that a sweep that was killed
-decides as it would have. It compares within a group: trials whose data, model, cohorts, privacy and rounds are the
-same, under the same method; they differ in the own numbers of the method, the local work and the server's optimiser,
-and in the seed.
+A rule looks only at files, `rounds.jsonl` and `summary.json` of the other trials, so a sweep that was killed and
+resumed makes the same decisions. It compares trials within a group: those with the same data, model, cohorts, privacy,
+rounds and method. They differ in the hyperparameters of the method, the local work and the server optimizer, and in the
+seed.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from fedpriv.sweeps.files import STOPPED, TUNED
 
 __all__ = ["RULES", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
 
-# Round and figure, in order, of the rounds after the first model that were evaluated.
+# Rounds and scores, in order, of the evaluated rounds after the initial model.
 Curve = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Median:
-    """Stops a trial whose best figure so far is below the median of the finished trials' averages up to that round.
+    """A rule that stops a trial if its best score is below the median of the finished trials' averages up to then.
 
     Source: Golovin et al., Google Vizier, KDD 2017, section 3.2.2, the median stopping rule.
 
     Args:
-        grace: No trial is stopped before this round.
-        least: Finished trials that there must be.
-        every: Rounds from one look to the next.
+        grace: First round at which a trial may be stopped.
+        least: Minimum number of finished trials.
+        every: Rounds between decisions.
     """
 
     grace: int = 10
@@ -49,20 +49,20 @@ class Median:
         _at_least_one(self, "grace", "least", "every")
 
     def looks(self, round: int) -> bool:
-        """Whether it decides after this round."""
+        """Return True if the rule decides after this round."""
         return round >= self.grace and (round - self.grace) % self.every == 0
 
     def counts(self, folder: RunDirectory) -> bool:
-        """Whether the trial in a folder is one of those that others are compared with: the finished ones."""
+        """Return True if the trial in a folder takes part in comparisons: it must be finished."""
         return folder.file("summary.json").exists()
 
     def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:
-        """Why a trial is stopped after a round, or None."""
+        """Return the reason to stop a trial after a round, or None."""
         averages = [statistics.fmean(part) for part in (_until(other, round) for other in others) if part]
-        figures = _until(own, round)
-        if not figures or len(averages) < self.least:
+        scores = _until(own, round)
+        if not scores or len(averages) < self.least:
             return None
-        best, middle = max(figures), statistics.median(averages)
+        best, middle = max(scores), statistics.median(averages)
         if best >= middle:
             return None
         return f"best {best:.4f} by round {round}, median of {len(averages)} finished trials' averages {middle:.4f}"
@@ -70,16 +70,16 @@ class Median:
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """Stops a trial that is not among the best part of all that have come to the same rung.
+    """A rule that stops a trial unless it is among the best of all trials that have reached the same rung.
 
-    Rungs are the rounds grace, grace x factor, grace x factor^2, ...; the best 1/factor of those that have come to a
-    rung, this one included and one at least, go on. Source: Li et al., A System for Massively Parallel Hyperparameter
-    Tuning (ASHA), MLSys 2020, in the form that stops trials instead of promoting them.
+    Rungs are the rounds grace, grace x factor, grace x factor^2, ... At each rung, the best 1/factor of the trials that
+    have reached it continue, this one included and at least one. Source: Li et al., A System for Massively Parallel
+    Hyperparameter Tuning (ASHA), MLSys 2020, in the variant that stops trials instead of promoting them.
 
     Args:
         grace: The first rung, in rounds.
-        factor: What the number of trials is divided by at each.
-        least: Other trials that must have come to the rung.
+        factor: Divisor of the number of trials at each rung.
+        least: Minimum number of other trials at the rung.
     """
 
     grace: int = 10
@@ -89,30 +89,30 @@ class Halving:
     def __post_init__(self) -> None:
         _at_least_one(self, "grace", "least")
         if self.factor < 2:
-            raise UserError("stop.factor", "at least 2", self.factor, "3 keeps the best third at each rung")
+            raise UserError("stop.factor", "at least 2", self.factor, "Choose 3 to keep the best third at each rung")
 
     def looks(self, round: int) -> bool:
-        """Whether it decides after this round."""
+        """Return True if the rule decides after this round."""
         rung = self.grace
         while rung < round:
             rung *= self.factor
         return rung == round
 
     def counts(self, folder: RunDirectory) -> bool:
-        """Whether the trial in a folder is one of those that others are compared with: all that have begun."""
+        """Return True if the trial in a folder takes part in comparisons: it must have started."""
         return folder.file("rounds.jsonl").exists()
 
     def verdict(self, own: Curve, others: Sequence[Curve], round: int) -> str | None:
-        """Why a trial is stopped after a round, or None."""
+        """Return the reason to stop a trial after a round, or None."""
         reached = [part[-1] for part in (_until(other, round) for other in others) if part]
-        figures = _until(own, round)
-        if not figures or len(reached) < self.least:
+        scores = _until(own, round)
+        if not scores or len(reached) < self.least:
             return None
-        better = sum(other > figures[-1] for other in reached)
+        better = sum(other > scores[-1] for other in reached)
         kept = max(1, (len(reached) + 1) // self.factor)
         if better < kept:
             return None
-        return f"{figures[-1]:.4f} at round {round}, {better} of {len(reached)} others are better and {kept} go on"
+        return f"{scores[-1]:.4f} at round {round}, {better} of {len(reached)} others are better and {kept} continue"
 
 
 StopRule = Median | Halving
@@ -120,13 +120,13 @@ RULES: Registry[StopRule] = Registry("rule", {"median": Median, "halving": Halvi
 
 
 def read_rule(table: dict[str, Any]) -> StopRule:
-    """The rule that `[stop]` describes: `rule`, a key of `RULES`, and that rule's fields."""
+    """Return the rule described by `[stop]`: `rule`, a key of `RULES`, and that rule's fields."""
     options = {key: value for key, value in table.items() if key != "rule"}
     return read_table(RULES.resolve(table.get("rule", "nothing"), "stop.rule"), options, "stop")
 
 
 def group_of(config: Config) -> str:
-    """A digest of what trials that may be compared have in common: their tables but for what is tuned, and the seed."""
+    """Return a digest of the tables that comparable trials share: all but the tuned settings and the seed."""
     tables = {
         name: {TUNED[name]: table[TUNED[name]]} if name in TUNED else table
         for name, table in config.tables.items()
@@ -137,13 +137,13 @@ def group_of(config: Config) -> str:
 
 @dataclass
 class Stopping:
-    """Watches a trial, and ends it where its rule says so: first `stopped.json` is written, then the run is saved.
+    """A watcher that stops a trial if the rule says so: it writes `stopped.json`, then has the run saved.
 
     Args:
-        rule: When.
-        folder: The trial's.
-        others: Folders of the trials that it may be compared with.
-        rounds: How many rounds it has; after the last one nothing is stopped.
+        rule: The stopping rule.
+        folder: The trial's folder.
+        others: Folders of the comparable trials.
+        rounds: Number of rounds; a trial is never stopped after the last one.
     """
 
     rule: StopRule
@@ -154,10 +154,10 @@ class Stopping:
     _finished: dict[Path, Curve] = field(default_factory=dict)
 
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-        """Decides after a recorded round; see `journal.Watcher`.
+        """Decide after a recorded round; see `watching.Watcher`.
 
         Raises:
-            StopRun: If the trial is not worth its remaining rounds.
+            StopRun: If the rule stops the trial.
         """
         del diagnostics
         number = released["round"]
@@ -174,7 +174,7 @@ class Stopping:
             raise StopRun(reason)
 
     def _curves(self, number: int) -> list[Curve]:
-        """Of all that count and have come as far; those of finished trials are read once."""
+        """Return the curves of all comparable trials that have come as far; finished trials are read once."""
         found = []
         for path in self.others:
             other = RunDirectory(path)
@@ -190,7 +190,7 @@ class Stopping:
 
 
 def _rows_of(other: RunDirectory) -> list[dict[str, Any]]:
-    """None of a trial whose file is damaged: that is its own failure, and not this one's."""
+    """Return no rows for a damaged file: the failure belongs to that trial, not to this one."""
     try:
         return other.rows("rounds.jsonl")
     except UserError:
@@ -198,16 +198,16 @@ def _rows_of(other: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> Curve:
-    """Validation accuracy where there is one, else test accuracy."""
+    """Return validation accuracies if there are any, otherwise test accuracies."""
     validated = any(row.get("validation_accuracy") is not None for row in rows)
     key = "validation_accuracy" if validated else "test_accuracy"
     return [(row["round"], row[key]) for row in rows if row["round"] > 0 and row.get(key) is not None]
 
 
 def _until(curve: Curve, last: int) -> list[float]:
-    return [figure for number, figure in curve if number <= last]
+    return [score for number, score in curve if number <= last]
 
 
 def _at_least_one(rule: StopRule, *names: str) -> None:
     for name in names:
-        at_least_one(f"stop.{name}", getattr(rule, name), "Give a whole number from 1")
+        at_least_one(f"stop.{name}", getattr(rule, name), "Set it to 1 or more")

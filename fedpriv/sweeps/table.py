@@ -1,4 +1,4 @@
-"""The table of a sweep's trials: `trials.csv`, made of what lies in their folders."""
+"""The table of a sweep's trials, `trials.csv`, built from their folders."""
 
 import time
 from collections.abc import Iterator
@@ -15,32 +15,32 @@ from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
 
 __all__ = ["TrialsTable", "label", "other_trials"]
 
-_FIGURES = ("test_accuracy", "test_loss", "epsilon", "rounds", "population", "parameters", "seconds")
+_METRICS = ("test_accuracy", "test_loss", "epsilon", "rounds", "population", "parameters", "seconds")
 _VALIDATED = ("validation_accuracy", "validation_loss")
-# Writing takes at most about this share of the time, however many trials there are.
+# Writing takes about this share of the time at most, for any number of trials.
 _SHARE = 0.01
 
 
 def label(trial: Trial) -> str:
-    """What a trial changes, in short."""
+    """Return a short label with a trial's changes."""
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in flat_tables(trial.changes).items())
 
 
 def other_trials(table: pd.DataFrame, trials: Path) -> int:
-    """How many folders there are of trials that are not, or no longer, in the table."""
+    """Return the number of trial folders that are not, or no longer, in the table."""
     names = set(table["trial"])
     return sum(folder.name not in names for folder in trials.iterdir())
 
 
 class TrialsTable:
-    """A row a trial: name, status, what it changes, figures, and why it failed or was stopped.
+    """One row per trial: name, status, changes, metrics, and the reason if it failed or was stopped.
 
     Args:
-        out: Where the table is written.
+        out: The folder of the table.
         trials: The folder of the run directories.
         named: Trials by name.
-        refused: Those that are no experiment, with the reason.
-        mode: Who may read the file; None leaves that to the umask.
+        refused: Trials with an invalid config, each with its error.
+        mode: Permissions of the file; None leaves them to the umask.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class TrialsTable:
         self._stale, self._next = False, 0.0
 
     def statuses(self) -> Iterator[str]:
-        """Of all trials."""
+        """Yield the status of each trial."""
         for row in (*self._rows.values(), *self._refused):
             yield row["status"]
 
     def changed(self, name: str) -> None:
-        """A trial has ended: its row is read again."""
+        """Reread the row of a trial that has ended."""
         self._rows[name], self._stale = self._row(name), True
 
     def write_now_and_then(self) -> None:
-        """Writes the file if there is something new, and the last time was long enough ago."""
+        """Write the file if there are changes and the last write was long enough ago."""
         if self._stale and time.monotonic() >= self._next:
             began = time.monotonic()
             self.write()
             self._stale, self._next = False, time.monotonic() + (time.monotonic() - began) / _SHARE
 
     def write(self) -> pd.DataFrame:
-        """Writes the file, and returns the table."""
+        """Write the file and return the table."""
         table = pd.DataFrame([*self._rows.values(), *self._refused])
         write_atomically(self._file, table.to_csv(index=False), self._mode)
         return table
@@ -86,10 +86,10 @@ class TrialsTable:
         status = status_of(folder.path)
         file = {"done": "summary.json", "stopped": STOPPED, "failed": FAILURE}.get(status)
         found = (file and folder.read_json(file)) or {}
-        figures = {key: found.get(key) for key in _FIGURES}
-        figures |= {key: found[key] for key in _VALIDATED if key in found}
-        figures |= {"not_covered": ", ".join(found["not_covered"])} if "not_covered" in found else {}
+        metrics = {key: found.get(key) for key in _METRICS}
+        metrics |= {key: found[key] for key in _VALIDATED if key in found}
+        metrics |= {"not_covered": ", ".join(found["not_covered"])} if "not_covered" in found else {}
         if status == "stopped":
-            figures["rounds"] = found.get("round")
+            metrics["rounds"] = found.get("round")
         changes = flat_tables(self._named[name].changes)
-        return {"trial": name, "status": status or "left", **changes, **figures, "reason": found.get("reason", "")}
+        return {"trial": name, "status": status or "left", **changes, **metrics, "reason": found.get("reason", "")}

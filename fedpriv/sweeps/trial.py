@@ -1,9 +1,10 @@
-"""One trial of a sweep, in whatever process it runs."""
+"""One trial of a sweep, in any process."""
 
 import errno
 import gc
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedpriv.checks import real_from
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.run import run_experiment
@@ -19,23 +21,71 @@ from fedpriv.sweeps.files import GROUPS
 from fedpriv.sweeps.stopping import Stopping, StopRule
 from fedpriv.tracking.trackers import track, watched_by
 
-__all__ = ["DiskTrouble", "Manner", "run_trial"]
+__all__ = ["DiskTrouble", "Manner", "Tracking", "TrialExecution", "run_trial"]
 
 _LOCKED_SECONDS = 120.0
-# Nothing that another trial would not meet as well.
+# Errors that every other trial would meet as well.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manner:
-    """How every trial is run.
+class TrialExecution:
+    """How each trial of a sweep runs, and what it needs of a machine; no trial's experiment depends on it.
 
     Args:
-        options: For `run_experiment`.
-        threads: Of PyTorch.
-        rule: When a trial is stopped; None for never.
-        logs: What rows are sent to beside the run directory, and where that writes.
-        tracked: For `track`.
+        engine: One in process: `auto`, `loop` or `vectorized`.
+        device: Where gradients are computed.
+        cpus: Cores that a trial needs; PyTorch uses as many threads, and one at least.
+        gpus: Share of a GPU that a trial needs; above 0 a Ray is started that deals them out.
+        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
+        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
+    """
+
+    engine: str = "vectorized"
+    device: str = "cpu"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    ray: bool = False
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        real_from("--cpus-per-trial", self.cpus, 0.01, "0.5 puts two trials on a core", high=4096.0)
+        real_from("--gpus-per-trial", self.gpus, 0, "0.25 puts four on a GPU", high=64.0)
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether Ray runs the trials, and not processes of our own."""
+        return self.ray or self.gpus > 0 or self.ray_address is not None
+
+    @property
+    def threads(self) -> int:
+        """Threads of PyTorch in each trial."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Who gets each trial's rows beside its run directory.
+
+    Args:
+        logs: Names of `tracking.TRACKERS`.
+        diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
+    """
+
+    logs: Sequence[str] = ()
+    diagnostics: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manner:
+    """The common options of all trials.
+
+    Args:
+        options: Options of `run_experiment`.
+        threads: PyTorch threads.
+        rule: The rule that stops trials early; None for none.
+        logs: Trackers that receive rows, and their stores.
+        tracked: Options of `track`.
     """
 
     options: dict[str, Any]
@@ -47,7 +97,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class DiskTrouble:
-    """Why no other trial could write either."""
+    """An error that prevents every trial from writing."""
 
     number: int
     words: str
@@ -55,7 +105,7 @@ class DiskTrouble:
 
 
 def run_trial(tables: dict[str, Any], folder: Path, called: str, manner: Manner) -> list[str] | DiskTrouble:
-    """One trial in a worker's process, and what trackers complained of. What a killed one left is gone on with."""
+    """Run one trial in a worker process, resuming a killed one; return the trackers' complaints."""
     torch.set_num_threads(manner.threads)
     complaints: list[str] = []
     try:
@@ -91,14 +141,14 @@ def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: Ma
             finally:
                 complaints += log.complaints
         except UserError as error:
-            # The process of a sweep that was killed may still hold the folder for a while.
+            # The process of a killed sweep may still hold the folder for a while.
             if "another run at work" not in str(error) or time.monotonic() > end:
                 raise
         time.sleep(0.2)
 
 
 def _comparable(folder: Path) -> list[Path]:
-    """The folders of a trial's group but its own."""
+    """Return the folders of the other trials in a trial's group."""
     file = folder.parents[1] / GROUPS
     groups = _groups(file, file.stat().st_mtime_ns)
     mine = groups.get(folder.name)
@@ -107,6 +157,6 @@ def _comparable(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _groups(file: Path, written: int) -> dict[str, str]:
-    """The groups of a sweep's trials, read once a process."""
+    """Return the groups of a sweep's trials, read once per process."""
     del written
     return json.loads(file.read_bytes())

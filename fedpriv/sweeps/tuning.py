@@ -1,4 +1,4 @@
-"""`[tuning]` of a sweep: how many trials there are is random, and their number is charged to whatever is released."""
+"""`[tuning]` of a sweep: a random number of trials, with the selection included in the privacy of the result."""
 
 import hashlib
 import json
@@ -34,9 +34,9 @@ __all__ = [
     "scored_on",
 ]
 
-# Tables that an axis may change: all others decide the data, the promise, or how long a trial takes.
+# Tables that an axis may change: all others determine the data, the guarantee, or the duration of a trial.
 _TUNED = ("method", "server", "local", "model")
-_MOST_DRAW = 2**62
+_MAX_DRAW = 2**62
 _CONDITION = "if the number of trials and all trials but the selected one stay secret"
 _CONDITION_OF_SCORES = (
     "if the number of trials, all trials but the selected one, and every score without noise on clients' examples stay "
@@ -46,16 +46,16 @@ _CONDITION_OF_SCORES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How trials are drawn.
+    """The distribution of trials.
 
     Args:
-        distribution: Of the number of trials K. `negative-binomial` is truncated: never 0.
+        distribution: Distribution of the number of trials K. `negative-binomial` is truncated: never 0.
         expected_trials: E[K].
-        eta: Of `negative-binomial`; `geometric` is eta = 1, and `logarithmic` eta = 0.
-        seed: Of K, the trials and the noise of scores; None for the operating system's entropy. Who knows the seed
-            knows K, and with it nothing is promised: a seed is for experiments about tuning.
-        score_noise_multiplier: Standard deviation of the noise on the sum of clients' accuracies over its sensitivity,
-            1; where the score is on clients' examples. None for a public score.
+        eta: Parameter of `negative-binomial`; `geometric` is eta = 1, and `logarithmic` eta = 0.
+        seed: Seed of K, the trials and the noise of scores; None for the operating system's entropy. Anyone who knows
+            the seed knows K, which voids the guarantee: a seed is for experiments about tuning.
+        score_noise_multiplier: Standard deviation of the noise on the sum of clients' accuracies, divided by its
+            sensitivity, 1; for scores on clients' examples. None for a public score.
     """
 
     distribution: Literal["geometric", "logarithmic", "negative-binomial", "poisson"]
@@ -67,10 +67,15 @@ class Tuning:
     def __post_init__(self) -> None:
         if (self.eta is not None) != (self.distribution == "negative-binomial"):
             expected = "a number for negative-binomial, and for no other distribution"
-            raise UserError("tuning.eta", expected, self.eta, "1 is geometric, 0 logarithmic")
+            raise UserError(
+                "tuning.eta",
+                expected,
+                self.eta,
+                "Set tuning.eta only for negative-binomial; 1 is geometric, 0 logarithmic",
+            )
         if self.seed is not None:
-            whole_from("tuning.seed", self.seed, 0, "Take it away for a secret one")
-        # Whatever the distribution refuses is refused before anything is drawn.
+            whole_from("tuning.seed", self.seed, 0, "Remove tuning.seed for a secret one")
+        # Let the distribution validate its parameters before anything is drawn.
         self.count.quantile(0.0)
         _ = self.score_noise
 
@@ -85,32 +90,32 @@ class Tuning:
 
     @property
     def score_noise(self) -> ScoreNoise | None:
-        """The noise of each trial's score; None for a public one."""
+        """The noise of each trial's score; None for a public score."""
         multiplier = self.score_noise_multiplier
         return None if multiplier is None else ScoreNoise(multiplier=multiplier)
 
     @property
     def condition(self) -> str:
-        """Under which its (epsilon, delta) holds; a clause."""
+        """The condition for its (epsilon, delta), as a clause."""
         return _CONDITION if self.score_noise_multiplier is None else _CONDITION_OF_SCORES
 
 
 def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None) -> PrivacyPlan:
-    """Returns the plan of every trial, but for its bound.
+    """Return the plan of every trial, except for its bound.
 
     Raises:
         UserError: If the bound of a tuning does not hold for such trials.
     """
     if sweep.stop is not None:
-        remedy = "Take [stop] away: what is charged are trials that look at no other trial"
-        raise UserError("[tuning]", "no [stop] beside it", "one", remedy)
+        remedy = "Remove [stop]: the accounting assumes trials that do not look at others"
+        raise UserError("[tuning]", "a sweep without [stop]", "both tables", remedy)
     for axis in sweep.axes:
         for key in axis.keys:
             if key.partition(".")[0] not in _TUNED:
-                remedy = "Trials of a tuning have one promise and the same data: set it for all in [set]"
-                raise UserError(f"axis {axis.name}", f"a key of {', '.join(_TUNED)} beside [tuning]", key, remedy)
+                remedy = "Set it for all trials in [set]: trials of a tuning share the data and the guarantee"
+                raise UserError(f"axis {axis.name}", f"a key of {', '.join(_TUNED)} with [tuning]", key, remedy)
     if not grid:
-        raise UserError("axes", "a trial", "none", "Give values")
+        raise UserError("axes", "at least one trial", "empty axes", "Add values")
     sampling, plans = sampling_of(grid[0].config, data_root), []
     for config in (trial.config for trial in grid):
         _check_trial(config, sweep.tuning)
@@ -119,66 +124,75 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
         plans.append(plan)
     first = but_for_bound(plans[0])
     if any(but_for_bound(plan) != first for plan in plans):
-        remedy = "Give privacy.noise_multiplier instead of privacy.epsilon, or tune such methods apart"
-        raise UserError("[tuning]", "trials with the same noise multiplier", "others", remedy)
+        remedy = "Set privacy.noise_multiplier instead of privacy.epsilon, or tune such methods separately"
+        raise UserError("[tuning]", "trials with the same noise multiplier", "different ones", remedy)
     if not plans[0].trust_rules.trusts_server:
-        remedy = "Choose trust central: with trust local the server sees every trial, and each is charged in full"
+        remedy = "Choose trust central: with trust local the server sees every trial, and each costs its full epsilon"
         raise UserError("[tuning]", 'privacy.trust = "central"', f'"{plans[0].trust}"', remedy)
     if not plans[0].private:
-        raise UserError("[tuning]", "trials that promise something", "none", "Give privacy.epsilon")
+        raise UserError("[tuning]", "private trials", "trials without a guarantee", "Set privacy.epsilon")
     return plans[0]
 
 
 def _check_trial(config: Config, tuning: Tuning | None) -> None:
     if config.privacy is None:
-        raise UserError("[tuning]", "trials with [privacy]", "none", "Take [tuning] away: without privacy it is free")
+        raise UserError(
+            "[tuning]",
+            "trials with [privacy]",
+            "a non-private config",
+            "Remove [tuning]: without privacy, tuning is free",
+        )
     if config.privacy.draw is not None:
-        raise UserError("privacy.draw", "none beside [tuning]", config.privacy.draw, "Take it away: it is drawn")
+        raise UserError(
+            "privacy.draw", "no value with [tuning]", config.privacy.draw, "Remove privacy.draw: the tuning draws it"
+        )
     if config.devices is not None:
-        raise UserError("[tuning]", "no [devices] beside it", "some", "Tune without a virtual clock")
+        raise UserError("[tuning]", "a config without [devices]", "both tables", "Tune without a virtual clock")
     score_of(config, None if tuning is None else tuning.score_noise)
 
 
 def scored_on(config: Config) -> tuple[str, Whose]:
-    """On which examples the best trial is chosen, `test` or `validation`, and whose those are."""
+    """Return the examples that select the best trial, `test` or `validation`, and their owners."""
     facts = config.data.facts
     return ("test", facts.test) if facts.validation is None else ("validation", facts.validation)
 
 
 def score_of(config: Config, noise: ScoreNoise | None) -> str:
-    """The name of the score by which the best trial is chosen: on public examples, or with noise.
+    """Return the name of the score that selects the best trial: on public examples, or with noise.
 
     Raises:
-        UserError: If a score on clients' examples is to have no noise, or one on public examples is to have some.
+        UserError: If a score on clients' examples has no noise, or a score on public examples has some.
     """
     on, whose = scored_on(config)
     if whose == "public" and noise is not None:
-        remedy = "Take it away: a score on public examples costs nothing, and noise would only spoil the choice"
-        raise UserError("tuning.score_noise_multiplier", f"none with public {on} examples", noise.multiplier, remedy)
+        remedy = "Remove it: a score on public examples costs nothing, and noise would only blur the choice"
+        raise UserError(
+            "tuning.score_noise_multiplier", f"no value with public {on} examples", noise.multiplier, remedy
+        )
     if whose != "public" and noise is None:
         of = "protected clients" if whose == "within" else "other clients"
         remedy = (
-            "Set tuning.score_noise_multiplier, which makes the score itself private; or choose a data set with public "
-            "test examples, or hold out validation examples of a pool"
+            "Set tuning.score_noise_multiplier, which makes the score itself private. Otherwise choose a data set with "
+            "public test examples, or hold out validation examples of a pool"
         )
         raise UserError("[tuning]", "a score on public examples, or one with noise", f"{on} examples of {of}", remedy)
     return f"{on}_accuracy" if noise is None else f"noised_{on}_accuracy"
 
 
 def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
-    """What was selected by what, and what is promised about it; one sentence a line."""
+    """Return the selected trial, the score that selected it, and the guarantee, one sentence per line."""
     name = chosen["selected"]
     epsilon = "none" if chosen["epsilon"] is None else rounded_up(chosen["epsilon"])
     what = "none, every trial failed" if name is None else f"{name} by {chosen['by']} {chosen['score']:.4f}"
     alone = f"of one trial alone: {rounded_up(chosen['epsilon_of_one_trial'])}"
-    lines = [f"selected {what}; equal ones by the order in which they were drawn, failed trials as the worst"]
+    lines = [f"selected {what}; ties go to the trial that was drawn first, and failed trials rank last"]
     if "score_noise_multiplier" in chosen:
         alone = alone.replace("alone", "alone, without a score")
         many, deviation = "", ""
         if name is not None:
             many, deviation = f"{chosen['score_clients']} ", f" of deviation {chosen['score_noise_stddev']:.2g}"
         lines.append(
-            f"the score is the mean over {many}clients of each one's accuracy on its own held-out examples, with "
+            f"the score is the mean over {many}clients of each client's accuracy on its held-out examples, with "
             f"Gaussian noise{deviation} (multiplier {chosen['score_noise_multiplier']:g}), which the epsilon of the "
             "tuning includes"
         )
@@ -187,23 +201,23 @@ def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
 
 
 def but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
-    """Returns the plan that all trials have in common, which may bound messages in their own ways.
+    """Return the plan that all trials share, except that each may bound messages in its own way.
 
-    Memory matters to hidden cohorts of a fixed size alone, and no tuning is credited with those.
+    Memory matters only to hidden cohorts of a fixed size, and a tuning receives no credit for those.
     """
     return replace(plan, l2_bound=1.0, client_memory=True)
 
 
 def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *, begun: bool) -> list[dict[str, Any]]:
-    """Draws K trials from a grid, or reads those that were drawn when the tuning began.
+    """Draw K trials from a grid, or read the trials that were drawn when the tuning began.
 
-    Each has a number that nobody can guess, and that says nothing about how many there are.
+    Each has a number that cannot be guessed and that does not reveal how many trials there are.
 
     Args:
         sweep: The tuning.
-        grid: What is drawn from, uniformly and with replacement.
-        folder: The sweep's, where the trials are written down before the first begins.
-        begun: Whether there may be trials already.
+        grid: The trials to draw from, uniformly and with replacement.
+        folder: The sweep's folder; the draw is saved there before the first trial begins.
+        begun: True if there may be trials already.
 
     Returns:
         `draw` and `place` in the grid of each trial.
@@ -219,16 +233,16 @@ def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *
     digest = hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
     found = folder.read_json(DRAWN)
     if found is None and begun:
-        remedy = "Choose another --out: trials that were not drawn for it cannot be part of a tuning"
-        raise UserError(str(folder.path), f"the {DRAWN} of a tuning", "trials without it", remedy)
+        remedy = "Choose another --out: a tuning cannot include trials that were not drawn for it"
+        raise UserError(str(folder.path), f"the {DRAWN} of a tuning", "trials without this file", remedy)
     if found is not None:
         if not isinstance(found, dict) or found.get("digest") != digest:
-            remedy = "Go on with the file that began it, or choose another --out, and add up what both spend"
-            raise UserError(str(folder.path), "this tuning, unchanged", "another", remedy)
+            remedy = "Resume with the original file, or choose another --out and add up both epsilons"
+            raise UserError(str(folder.path), "this tuning, unchanged", "another tuning", remedy)
         return found["trials"]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(sweep.tuning.seed)))
     count = sweep.tuning.count.quantile(float(rng.random()))
-    draws, places = rng.integers(_MOST_DRAW, size=count).tolist(), rng.integers(len(grid), size=count).tolist()
+    draws, places = rng.integers(_MAX_DRAW, size=count).tolist(), rng.integers(len(grid), size=count).tolist()
     trials = [{"draw": draw, "place": place} for draw, place in zip(draws, places, strict=True)]
     folder.write_json(DRAWN, {"digest": digest, "trials": trials})
     return trials
@@ -242,17 +256,17 @@ def choose_best(
     table: pd.DataFrame,
     clients: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the trial with the highest score, the first drawn of equal ones, and what the choice promises.
+    """Return the trial with the highest score, the first drawn among ties, and the guarantee for the selection.
 
-    A trial that failed has the worst score. It was drawn like the others and counts like them.
+    A failed trial has the worst score. It was drawn like the others and counts like them.
 
     Args:
-        tuning: How trials were drawn.
-        plan: Of each.
-        score: Its column.
-        trials: All, by name, in the order in which they were drawn.
-        table: A row a trial, in the same order.
-        clients: Over how many the score is a mean, if it is noised and any trial has one.
+        tuning: The distribution of trials.
+        plan: The plan of each trial.
+        score: The column of the score.
+        trials: All trials by name, in the order of the draw.
+        table: One row per trial, in the same order.
+        clients: Number of clients in the mean, if the score has noise and any trial has a score.
     """
     noise = tuning.score_noise
     done = {str(row["trial"]): float(row[score]) for row in table.to_dict("records") if row["status"] == "done"}
@@ -277,6 +291,6 @@ def choose_best(
 
 
 def _about_noise(noise: ScoreNoise, clients: int | None) -> dict[str, Any]:
-    """What is known of the noise of the selected score; its deviation is that of the mean over clients."""
+    """Return the facts about the noise of the selected score; the deviation is that of the mean over clients."""
     deviation = None if clients is None else noise.stddev / clients
     return {"score_noise_multiplier": noise.multiplier, "score_noise_stddev": deviation, "score_clients": clients}

@@ -1,8 +1,8 @@
-"""The selection score of a tuning that is itself private: on examples of clients, with noise of its own.
+"""A private selection score for tuning: computed on clients' examples, with noise.
 
 The score of a model is the mean, over all clients that may hold held-out examples, of the model's accuracy on the
-client's own. Gaussian noise is added to the sum of the accuracies, as `fedpriv.privacy.tuning.ScoreNoise` accounts for
-it; the number of clients that divides it is public, whoever of them holds anything.
+client's examples. Gaussian noise is added to the sum of the accuracies, as `fedpriv.privacy.tuning.ScoreNoise` accounts
+for it. The divisor, the number of these clients, is public, regardless of which of them hold examples.
 """
 
 import math
@@ -32,24 +32,24 @@ __all__ = ["SCORES", "UNITS", "noised_scores", "streams_of", "sum_of_accuracies"
 SCORES = "scores.json"
 
 UNITS = 2**20
-"""Accuracies are rounded down to whole numbers of 1 / `UNITS`, so that their sum is exact."""
+"""Accuracies are rounded down to multiples of 1 / `UNITS`, so that their sum is exact."""
 
 
 def sum_of_accuracies(task: Task, model: Tensor, inputs: Tensor, labels: Tensor, held_out: HeldOut) -> int:
     """Return the sum of clients' accuracies, in units of 1 / `UNITS`.
 
     Args:
-        task: Says what is right.
+        task: Evaluates the model.
         model: `[params]`.
         inputs: Held-out examples of all clients.
-        labels: Theirs.
-        held_out: Whose each is.
+        labels: Their labels.
+        held_out: Their owners.
 
     Formal guarantees:
-        Each client adds a whole number from 0 to `UNITS`, 0 if it has no examples, which is computed from the model and
-        from its own examples alone: they go through the model by themselves, because what an example is computed with
-        may decide how it is rounded. Changing, adding or removing one client's examples thus moves the sum by at most
-        `UNITS`, whatever they are: its sensitivity is 1.
+        Each client adds a whole number from 0 to `UNITS`, 0 if it has no examples. It is computed only from the model
+        and the client's examples: each client's examples pass through the model separately, because the rest of a batch
+        may affect how an example is rounded. Changing, adding or removing one client's examples thus moves the sum by
+        at most `UNITS`, regardless of the examples: its sensitivity is 1.
     """
     order = np.argsort(held_out.owners, kind="stable")
     ends = np.cumsum(np.bincount(held_out.owners, minlength=held_out.clients))
@@ -62,10 +62,10 @@ def sum_of_accuracies(task: Task, model: Tensor, inputs: Tensor, labels: Tensor,
 
 
 def with_noise(total: int, clients: int, noise: ScoreNoise, source: Words) -> float:
-    """Return the mean over clients of a sum in units of 1 / `UNITS`, with Gaussian noise that is sampled exactly.
+    """Return the mean over clients of a sum in units of 1 / `UNITS`, with exactly sampled Gaussian noise.
 
-    The sum with its noise is a multiple of `release_grid`; what is done to it afterwards costs no privacy. The mean may
-    be below 0 or above 1.
+    The noisy sum is a multiple of `release_grid`; later steps are post-processing and cost no privacy. The mean may be
+    below 0 or above 1.
     """
     (steps,) = rounded_noise(np.array([total / UNITS]), noise.stddev, source)
     return float(steps) * release_grid(noise.stddev) / clients
@@ -83,21 +83,21 @@ def noised_scores(
     device: str,
     data_root: Path | None,
 ) -> tuple[dict[str, float], int | None]:
-    """Return the scores of finished trials by name, and the number of clients; each score is drawn once, ever.
+    """Return the scores of finished trials by name, and the number of clients. Each score is drawn only once, ever.
 
-    A score is written to `SCORES`, which its owner alone can read, before anything is made of it, and read from there
-    from then on: two draws of one score would tell more than is accounted for.
+    A score is saved to `SCORES`, an owner-only file, before it is used, and is read from there from then on: two draws
+    of one score would reveal more than is accounted for.
 
     Args:
-        folder: The sweep's.
+        folder: The sweep's folder.
         runs: The run directories of finished trials, by name.
-        trials: All trials, by name, in the order in which they were drawn.
+        trials: All trials by name, in the order of the draw.
         on: `test` or `validation`.
-        noise: Of each score.
-        streams: Where the noise comes from, at the trial's place.
-        released: Whether a selection by these scores may be known already.
-        device: Where accuracies are computed.
-        data_root: Where data sets lie.
+        noise: The noise of each score.
+        streams: The source of the noise, at the trial's place.
+        released: True if a selection by these scores may be known already.
+        device: The device that computes accuracies.
+        data_root: The folder of the data sets.
 
     Raises:
         UserError: If scores are lost that a selection has used.
@@ -106,8 +106,8 @@ def noised_scores(
     scores: dict[str, float] = found["scores"]
     left = runs.keys() - scores.keys()
     if left and released:
-        remedy = "Restore it: with other noise the same scores would be released again, for which nothing is charged"
-        raise UserError(str(folder.file(SCORES)), "the scores of all trials", f"{len(left)} missing", remedy)
+        remedy = "Restore the file: new noise would release the same scores again without accounting for it"
+        raise UserError(str(folder.file(SCORES)), "the scores of all trials", f"{len(left)} missing scores", remedy)
     if not left:
         return scores, found["clients"]
     federation = make_federation(trials[next(iter(left))].config, data_root)
@@ -125,7 +125,7 @@ def noised_scores(
 
 
 def streams_of(seed: int | None, tuning: str) -> Streams:
-    """The randomness of a tuning's scores: the operating system's, or that of its seed and of nothing else."""
+    """Return the randomness of a tuning's scores: the operating system's, or streams that depend only on its seed."""
     return SystemStreams() if seed is None else SeededStreams(seed, tuning)
 
 

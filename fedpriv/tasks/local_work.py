@@ -36,7 +36,7 @@ class LocalWork(Protocol):
     """A frozen dataclass that says which examples each step uses and how long each step is.
 
     `client_lr` None means one gradient, sent as it is. Otherwise the client walks x_{t+1} = x_t - client_lr grad_t
-    over its steps and sends a pseudo-gradient, the one that its field `signal` says (without that field: `move`):
+    over its steps and sends a pseudo-gradient, the one that `signal` says:
 
     * `move`: x_0 - x_T;
     * `gradient-sum`: (x_0 - x_T) / client_lr, the sum of the gradients on its way;
@@ -48,19 +48,51 @@ class LocalWork(Protocol):
         """Length of a local step, or None for a gradient."""
         ...
 
+    @property
+    def batch_size(self) -> int | None:
+        """Examples of a step; a client that has no more draws nothing, and all do where it is None."""
+        ...
+
+    @property
+    def signal(self) -> Signal | None:
+        """Which pseudo-gradient is sent; None where `client_lr` is None."""
+        ...
+
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """How many examples clients go through in a round, `[clients]`, from how many they have."""
+        ...
+
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """The examples of each step, of at least one; a client with more examples may take more steps."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class FullGradient:
-    """The gradient of the client's mean loss over all its examples, exact on ragged clients."""
+class _OneGradient:
+    """What local work without steps says of itself."""
 
     @property
     def client_lr(self) -> None:
         """One gradient."""
         return
+
+    @property
+    def signal(self) -> None:
+        """The gradient itself."""
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullGradient(_OneGradient):
+    """The gradient of the client's mean loss over all its examples, exact on ragged clients."""
+
+    @property
+    def batch_size(self) -> None:
+        """All examples."""
+        return
+
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """All examples."""
+        return examples
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """All examples, once."""
@@ -68,7 +100,7 @@ class FullGradient:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinibatchGradient:
+class MinibatchGradient(_OneGradient):
     """The gradient of the mean loss over a fresh batch, drawn without replacement.
 
     Args:
@@ -80,10 +112,9 @@ class MinibatchGradient:
     def __post_init__(self) -> None:
         _require_count("local.batch_size", self.batch_size)
 
-    @property
-    def client_lr(self) -> None:
-        """One gradient."""
-        return
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """A batch at most."""
+        return np.minimum(examples, self.batch_size)
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """One batch."""
@@ -112,6 +143,10 @@ class LocalSteps:
         if self.batch_size is not None:
             _require_count("local.batch_size", self.batch_size)
         _require_signal(self.signal)
+
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """A batch at most in every step."""
+        return self.steps * (examples if self.batch_size is None else np.minimum(examples, self.batch_size))
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """One batch a step."""
@@ -148,6 +183,10 @@ class LocalEpochs:
             raise UserError("local.order", '"fixed" or "reshuffled"', repr(self.order), "Choose one of the two")
         _require_signal(self.signal)
 
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """All examples in every pass."""
+        return self.epochs * examples
+
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """Pass after pass, the batches that an order of the examples falls into."""
         size = self.batch_size
@@ -166,6 +205,7 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
         "local-steps": LocalSteps,
         "local-epochs": LocalEpochs,
     },
+    protocol=LocalWork,
     group="fedpriv.local_works",
 )
 
@@ -182,8 +222,7 @@ def batches_of(
     client: int,
 ) -> Batches:
     """The examples of each of the client's steps in this round: the same in every engine."""
-    batch_size = getattr(work, "batch_size", None)
-    if batch_size is None or batch_size >= examples:
+    if work.batch_size is None or work.batch_size >= examples:
         return work.batches(examples, _UNUSED)
     return work.batches(examples, streams.source(Purpose.LOCAL_WORK, round, client).rng)
 
@@ -203,7 +242,7 @@ class Walk:
         if work.client_lr is None:
             raise ValueError(f"{work} takes no steps")
         self._lr = work.client_lr
-        self._kind = signal_of(work)
+        self._kind = work.signal
         self._start = self.model = start
         self._sum: Tensor | None = None
 
@@ -222,11 +261,6 @@ class Walk:
         if self._sum is None:
             return self._start - self.model
         return self._sum if self._kind == "gradient-sum" else self._sum / steps
-
-
-def signal_of(work: LocalWork) -> Signal:
-    """Which pseudo-gradient a work that takes steps sends."""
-    return getattr(work, "signal", "move")
 
 
 def make_signal(

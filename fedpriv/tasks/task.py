@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
-from fedpriv.vectors import Layout
+from fedpriv.vectors import Layout, trainable
 
 __all__ = ["PIECE_FLOATS", "PRECISIONS", "Task"]
 
@@ -24,10 +24,11 @@ PIECE_FLOATS = 2**22
 
 
 class Task:
-    """Classification by a module whose parameters are the flat model vector.
+    """Classification by a module whose trainable parameters are the flat model vector; what is frozen stays as it is.
 
     Args:
-        module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no buffers.
+        module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no layer keeps statistics of
+            the examples that it sees.
         device: Where gradients are computed.
         channels_last: Whether images go through the module with their channels innermost, which convolutions on CPUs
             like better; gradients are equal up to rounding (which now and then turns a pooling window the other way).
@@ -47,8 +48,9 @@ class Task:
         self.layout = Layout.of_module(module)
         self.device = torch.device(device)
         self._module = module.to(self.device)
-        self._parameters = [parameter.requires_grad_() for parameter in self._module.parameters()]
-        self._initial = self.layout.flatten(dict(self._module.named_parameters())).detach().cpu().clone()
+        parameters = trainable(self._module)
+        self._parameters = list(parameters.values())
+        self._initial = self.layout.flatten(parameters).detach().cpu().clone()
         self._loaded: Tensor | None = None
         self._channels_last = channels_last
         self._precision = precision
@@ -64,8 +66,8 @@ class Task:
         if device == self.device:
             return self
         module = copy.deepcopy(self._module)
-        for parameter, own in zip(module.parameters(), self.layout.unflatten(self._initial).values(), strict=True):
-            parameter.data = own.clone()
+        for name, parameter in trainable(module).items():
+            parameter.data = self.layout.unflatten(self._initial)[name].clone()
         return Task(module, device, channels_last=self._channels_last, precision=self._precision)
 
     def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
@@ -145,8 +147,8 @@ class Task:
 
         def count(layer: nn.Module, _: object, output: Tensor) -> None:
             nonlocal found
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, Tensor):
+            weight = dict(layer.named_parameters(recurse=False)).get("weight")
+            if weight is not None:
                 found += 2 * weight.numel() * (output.numel() // weight.shape[0])
 
         hooks = [layer.register_forward_hook(count) for layer in self._module.modules()]

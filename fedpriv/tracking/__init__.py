@@ -1,1 +1,1 @@
-"""Sending a run's rows to trackers."""
+"""Send a run's rows to experiment trackers."""

@@ -1,4 +1,4 @@
-"""Rows of a run in MLflow: the store that MLFLOW_TRACKING_URI names, else MLflow's own choice."""
+"""Log a run to MLflow: to the store in MLFLOW_TRACKING_URI, or to MLflow's default."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-# It would report its use to its makers.
+# Otherwise MLflow would report its usage to its makers.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
@@ -20,15 +20,15 @@ from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
 
-# Where a run directory keeps which run of which store is its own.
+# In the run directory: the ids of its MLflow run and store.
 FILE = "mlflow.json"
-_LONGEST = 500
+_MAX_LENGTH = 500
 _AT_ONCE = 100
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "killed": "KILLED"}
 
 
 def prepare() -> str:
-    """Makes the store and the experiment ready, before several processes ask for them at once; returns the store."""
+    """Prepare store and experiment before several processes need them at once; return the store."""
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     store = mlflow.get_tracking_uri()
     _experiment(MlflowClient(store))
@@ -36,10 +36,10 @@ def prepare() -> str:
 
 
 class Tracker:
-    """One run of MLflow; a session that follows goes on with it. See `tracking.Tracker`."""
+    """One MLflow run; a later session resumes it. See `trackers.Tracker`."""
 
     def begin(self, run: Tracked) -> Taken:
-        """The run that the run directory names, else a new one."""
+        """Resume the run named in the run directory, or create a new one."""
         directory = RunDirectory(run.folder)
         self._client = MlflowClient(run.store)
         known = directory.read_json(FILE)
@@ -60,13 +60,13 @@ class Tracker:
             self._client.log_batch(self._run, params=parameters[start : start + _AT_ONCE])
         return Taken({})
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:
-        """Metrics at step `round`."""
+    def row(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics at step `round`."""
         now = time.time_ns() // 1_000_000
-        self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in figures.items()])
+        self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in metrics.items()])
 
     def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
-        """Texts as artifacts, and the run's status."""
+        """Log texts as artifacts, and the run's status."""
         del summary
         for name, text in texts.items():
             self._client.log_text(self._run, text, name)
@@ -84,7 +84,7 @@ def _experiment(client: MlflowClient) -> str:
         return str(found.experiment_id)
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # another process has just made it
+    except MlflowException:  # another process has just created it
         found = client.get_experiment_by_name(name)
         if found is None:
             raise
@@ -92,4 +92,4 @@ def _experiment(client: MlflowClient) -> str:
 
 
 def _text(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:_LONGEST]
+    return (value if isinstance(value, str) else json.dumps(value))[:_MAX_LENGTH]

@@ -1,4 +1,4 @@
-"""Rows of a run as TensorBoard's event files, in the folder `tensorboard` of the run directory."""
+"""Log a run as TensorBoard event files, in the folder `tensorboard` of the run directory."""
 
 import json
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from fedpriv.tracking.trackers import Taken, Tracked
 __all__ = ["Tracker", "prepare"]
 
 FOLDER = "tensorboard"
-# Shown beside the parameters of a run.
+# Metrics shown with the parameters of a run.
 _METRICS = ("test_accuracy", "test_loss", "epsilon")
 
 
 def prepare() -> str:
-    """Needs nothing."""
+    """Return an empty store: nothing needs preparing."""
     return ""
 
 
 class Tracker:
-    """One run's event files; each session adds one. See `tracking.Tracker`."""
+    """One run's event files; each session adds one. See `trackers.Tracker`."""
 
     def begin(self, run: Tracked) -> Taken:
-        """What the files that are there hold."""
+        """Return the contents of the existing event files."""
         folder = run.folder / FOLDER
         sent: dict[str, int] = {}
         ended = False
@@ -46,14 +46,14 @@ class Tracker:
                 writer.add_summary(part)
         return Taken(sent, finished=ended)
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:
-        """Scalars at step `round`."""
+    def row(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Log scalars at step `round`."""
         if self._writer is not None:
-            for key, value in figures.items():
+            for key, value in metrics.items():
                 self._writer.add_scalar(key, value, round)
 
     def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
-        """Texts of a run that is finished, and the end of the file."""
+        """Log texts if the run is finished, and close the file."""
         del summary
         if self._writer is not None:
             for name, text in texts.items() if status == "finished" else ():

@@ -1,7 +1,7 @@
-"""Sending a run's rows to TensorBoard, MLflow or Weights & Biases, beside the run directory, which stays the truth.
+"""Send a run's rows to TensorBoard, MLflow or Weights & Biases. The run directory remains the authoritative record.
 
-What a tracker has is asked of the tracker's own store, figure by figure, so that a run that is gone on with sends
-nothing twice, and what a crash or a broken connection left out is sent later, from the files.
+Each tracker's store is asked which values it has, metric by metric. A resumed run therefore sends nothing twice, and
+rows lost to a crash or a broken connection are sent later, from the files.
 """
 
 import json
@@ -24,10 +24,10 @@ __all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers"
 
 DIAGNOSTICS, NOT_COVERED = "diagnostics/", "not_covered/"
 
-# Of a summary, how long things took.
+# The durations in a summary.
 TIMINGS = tuple(key for key, kind in VALUES.items() if kind is Kind.TIMING and key != "execution")
 
-# Name of a tracker, which is that of the extra that it needs, and the module with its `prepare` and `Tracker`.
+# Name of a tracker, also that of the extra it needs, and the module with its `prepare` and `Tracker`.
 TRACKERS: dict[str, str] = {
     "tensorboard": "fedpriv.tracking.tensorboard",
     "mlflow": "fedpriv.tracking.mlflow",
@@ -37,17 +37,17 @@ TRACKERS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tracked:
-    """What a tracker is told of a run before its first row.
+    """The facts about a run that a tracker receives before the first row.
 
     Args:
-        name: What the run is called.
-        group: The sweep that it belongs to, if any.
+        name: The run's name.
+        group: The run's sweep, if any.
         folder: The run directory.
-        digest: Of the config.
-        parameters: The config as `table.key`, values that JSON can hold.
-        store: Where rows go, as `prepare` returned it.
-        not_covered: Names of the scores that the run's promise does not cover. They are sent as `not_covered/NAME`.
-        diagnostics: Whether rows hold what is not released: then nobody but the owner may read their files.
+        digest: Digest of the config.
+        parameters: The config as `table.key`, with values that JSON can represent.
+        store: The destination, as returned by `prepare`.
+        not_covered: Names of the scores that the run's guarantee does not cover. They are sent as `not_covered/NAME`.
+        diagnostics: True if rows contain values that are not released; their files are then owner-only.
     """
 
     name: str
@@ -60,14 +60,14 @@ class Tracked:
     diagnostics: bool = False
 
     def name_of(self, key: str) -> str:
-        """What a released value is called in a tracker."""
+        """Return the name of a released value in a tracker."""
         return NOT_COVERED + key if key in self.not_covered else key
 
 
 class Taken(NamedTuple):
-    """What a tracker has of a run: up to which round, of each figure or of all, and whether it is finished there."""
+    """The progress of a run in a tracker: the last round, per metric or for all, and if the run is finished there."""
 
-    figures: dict[str, int]
+    metrics: dict[str, int]
     rounds: int = -1
     finished: bool = False
 
@@ -76,23 +76,23 @@ class Tracker(Protocol):
     """One run in one tracker."""
 
     def begin(self, run: Tracked) -> Taken:
-        """Takes the run up, or begins it."""
+        """Resume the run, or begin it."""
         ...
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:
-        """Takes figures of a round."""
+    def row(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a round."""
         ...
 
     def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
-        """Ends the session as `finished`, `stopped`, `failed` or `killed`; texts by file name."""
+        """End the session as `finished`, `stopped`, `failed` or `killed`; `texts` are by file name."""
         ...
 
 
 def check_trackers(names: Sequence[str]) -> dict[str, str]:
-    """Imports what the trackers need, and asks each where it will write: name and store.
+    """Import the trackers' packages and return each tracker's store by name.
 
     Raises:
-        UserError: If there is no such tracker, its package is missing, or its store does not answer.
+        UserError: If a tracker is unknown, its package is missing, or its store does not answer.
     """
     stores = {}
     for name in names:
@@ -102,7 +102,9 @@ def check_trackers(names: Sequence[str]) -> dict[str, str]:
         try:
             stores[name] = import_module(TRACKERS[name]).prepare()
         except Exception as error:
-            raise UserError(f"--log {name}", "a store that answers", _first_line(error), "Mend or drop it") from None
+            raise UserError(
+                f"--log {name}", "a store that answers", _first_line(error), f"Repair it, or remove --log {name}"
+            ) from None
     return stores
 
 
@@ -115,16 +117,16 @@ def track(
     group: str | None = None,
     diagnostics: bool | None = None,
 ) -> "RunLog":
-    """A context in which a run is sent to trackers; give it to `run_experiment` as `watch`.
+    """Return a context in which a run is sent to trackers; pass it to `run_experiment` as `watch`.
 
     Args:
-        names: Of `TRACKERS`; or what `check_trackers` returned.
-        config: The run's.
+        names: Keys of `TRACKERS`, or the result of `check_trackers`.
+        config: The run's config.
         out: The run directory.
-        name: What the run is called there; None for the config's name.
-        group: The sweep that it belongs to.
-        diagnostics: Whether what is not released is sent too, as `diagnostics/...`; None sends it of runs without
-            `[privacy]` alone.
+        name: The run's name in the trackers; None for the config's name.
+        group: The run's sweep.
+        diagnostics: True to send values that are not released too, as `diagnostics/...`; None sends them only for runs
+            without `[privacy]`.
 
     Raises:
         UserError: See `check_trackers`.
@@ -138,7 +140,7 @@ def track(
 
 
 def watched_by(*watchers: Watcher) -> Watcher:
-    """One watcher that calls several in turn."""
+    """Combine watchers into one that calls them in turn."""
 
     def watch(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
         for watcher in watchers:
@@ -148,18 +150,18 @@ def watched_by(*watchers: Watcher) -> Watcher:
 
 
 class RunLog:
-    """Sends each recorded round; on leaving, what is missing, the summary and the privacy statement."""
+    """A watcher that sends each recorded round and, on exit, missing rows, the summary and the privacy statement."""
 
     def __init__(self, senders: Sequence["_Sender"], out: Path) -> None:
         self._senders, self._directory = senders, RunDirectory(out)
 
     @property
     def complaints(self) -> list[str]:
-        """What went wrong, as it was said on stderr."""
+        """The errors, as printed on stderr."""
         return [complaint for sender in self._senders for complaint in sender.complaints]
 
     def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-        """See `journal.Watcher`."""
+        """See `watching.Watcher`."""
         for sender in self._senders:
             sender.send(released, diagnostics)
 
@@ -184,7 +186,7 @@ class RunLog:
 
 
 class _Sender:
-    """Rows to one tracker. What goes wrong there does not end the run: it is said, and made up for at the end."""
+    """A sender of rows to one tracker. Errors do not end the run: they are reported, and rows are sent at the end."""
 
     def __init__(self, name: str, run: Tracked) -> None:
         self._name, self._run = name, run
@@ -195,11 +197,11 @@ class _Sender:
 
     @property
     def begun(self) -> bool:
-        """Whether the tracker was told of the run."""
+        """True if the tracker has begun the run or failed to."""
         return self._taken is not None or self._broken
 
     def send(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
-        """Sends a row; the first one brings with it what the files have and the tracker has not."""
+        """Send a row; the first call also sends the recorded rows that the tracker lacks."""
         if not self._broken:
             first = self._taken is None
             self._guarded(lambda: self._catch_up() if first else self._row(released, diagnostics))
@@ -207,7 +209,7 @@ class _Sender:
     def end(
         self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any], diagnostics: Mapping[str, Any]
     ) -> None:
-        """Sends what is missing, and the rest."""
+        """Send missing rows, texts and summary."""
 
         def rest() -> None:
             if self._broken or self._taken is None:
@@ -226,7 +228,7 @@ class _Sender:
             act()
         except Exception as error:
             self._broken = True
-            later = "Rows are kept in the run directory; what is missing is sent at the end, or by another --resume"
+            later = "Rows are kept in the run directory; missing rows are sent at the end, or by another --resume"
             self.complaints.append(f"--log {self._name}: {_first_line(error)}. {later}.")
             print(f"fedpriv: {self.complaints[-1]}", file=sys.stderr)
 
@@ -243,17 +245,17 @@ class _Sender:
         assert taken is not None
         if number <= taken.rounds or taken.finished:
             return
-        figures = {self._run.name_of(key): value for key, value in _numbers(released)}
+        metrics = {self._run.name_of(key): value for key, value in _numbers(released)}
         if self._run.diagnostics:
-            figures |= {DIAGNOSTICS + key: value for key, value in _numbers(diagnostics)}
-        new = {key: value for key, value in figures.items() if number > taken.figures.get(key, -1)}
+            metrics |= {DIAGNOSTICS + key: value for key, value in _numbers(diagnostics)}
+        new = {key: value for key, value in metrics.items() if number > taken.metrics.get(key, -1)}
         if new:
             self._tracker.row(number, new)
-            taken.figures.update((key, number) for key in new)
+            taken.metrics.update((key, number) for key in new)
 
 
 def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Texts and summary without what is not released."""
+    """Return texts and summary without values that are not released."""
     kept = {key: value for key, value in summary.items() if key not in TIMINGS}
     if "execution" in kept:
         kept["execution"] = {key: value for key, value in kept["execution"].items() if key != "seconds_per_client"}
@@ -262,7 +264,7 @@ def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dic
 
 
 def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a row but its round; of tables in it as table/key."""
+    """Yield the finite numbers of a row except its round; nested tables become table/key."""
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{above}{key}/")

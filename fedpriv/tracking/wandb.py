@@ -1,4 +1,4 @@
-"""Rows of a run in Weights & Biases: where and how as its own environment variables (WANDB_MODE ...) say."""
+"""Log a run to Weights & Biases, configured by its environment variables (WANDB_MODE ...)."""
 
 import os
 import secrets
@@ -13,27 +13,27 @@ from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
 
-# Where a run directory keeps the run's id, and the last round that was handed over: off line there is nobody to ask.
+# In the run directory: the run's id and the last round handed over, because offline no server can be asked.
 FILE = "wandb.json"
 
 
 def prepare() -> str:
-    """Needs nothing; its own errors come when a run begins."""
+    """Return an empty store: nothing needs preparing, and W&B reports errors when a run begins."""
     return ""
 
 
 class Tracker:
-    """One run of W&B; a session that follows goes on with its id. See `tracking.Tracker`."""
+    """One W&B run; a later session resumes it by id. See `trackers.Tracker`."""
 
     def begin(self, run: Tracked) -> Taken:
-        """The run that the run directory names, else a new one."""
+        """Resume the run named in the run directory, or create a new one."""
         self._directory = RunDirectory(run.folder)
         self._known = self._directory.read_json(FILE) or {"id": secrets.token_hex(4), "round": -1, "ended": False}
         if self._known["ended"]:
             return Taken({}, finished=True)
         if run.diagnostics:
             make_owners_folder(run.folder / "wandb")
-        # Nothing of the machine, its screen or its git is sent.
+        # Send nothing about the machine, its console or its git repository.
         settings = wandb.Settings(
             root_dir=str(run.folder),
             console="off",
@@ -57,14 +57,14 @@ class Tracker:
         self._directory.write_json(FILE, self._known)
         return Taken({}, rounds=int(self._known["round"]))
 
-    def row(self, round: int, figures: Mapping[str, float]) -> None:
-        """Metrics at step `round`, noted down before they are handed over."""
+    def row(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Log metrics at step `round`; the round is recorded before they are handed over."""
         self._known["round"] = round
         self._directory.write_json(FILE, self._known)
-        self._run.log(dict(figures), step=round)
+        self._run.log(dict(metrics), step=round)
 
     def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
-        """Summary and privacy statement, and the end of the session."""
+        """Log summary and privacy statement, and end the session."""
         flat = {key: value for key, value in flat_tables(dict(summary)).items() if value is not None}
         statement = {"privacy": texts["privacy.txt"]} if "privacy.txt" in texts else {}
         self._run.summary.update({**flat, **statement, "status": status})

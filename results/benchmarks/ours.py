@@ -23,6 +23,7 @@ from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Federation
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.experiment.execution import choose_compute
+from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.methods import DPFedAvg, has_memory
 from fedpriv.privacy import FixedSize, make_plan
 from fedpriv.rounds import ServerRules, agree, begin_round, finish_round
@@ -58,7 +59,7 @@ def auto_engine(population: Population) -> Engine:
     server = ServerRules(
         method=population.rules.method,
         sampling=FixedSize(clients, clients // 2),
-        noise_stddev=0.0,
+        mechanism=Gaussian(0.0),
         streams=SeededStreams(0),
     )
     name, _ = choose_compute(population, server, population.task.initial_model())

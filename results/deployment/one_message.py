@@ -37,13 +37,13 @@ def fedpriv_message(folder: Path) -> tuple[RecordDict, dict[str, object], dict[s
     import torch
 
     from fedpriv.experiment.config import parse_config, read_config_text
-    from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, Order, Terms
+    from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, ClientInstructions, RunTerms
     from fedpriv.flower.messages import CONFIG as CONFIG_RECORD
     from fedpriv.methods import AlphaNormEC
 
     digest = parse_config(read_config_text(CONFIG, "config")).digest
-    order = Order(method=AlphaNormEC(), round=1, client=0, noise_stddev=2.0)
-    terms = Terms(
+    instructions = ClientInstructions(method=AlphaNormEC(), round=1, client=0, noise_stddev=2.0)
+    terms = RunTerms(
         run="r",
         turn=1,
         last_turn=0,
@@ -61,7 +61,7 @@ def fedpriv_message(folder: Path) -> tuple[RecordDict, dict[str, object], dict[s
     )
     (folder / "fedpriv-client.toml").write_text("[limits]\nepsilon = 100.0\ndelta = 1e-5\n")
     records = {ARRAYS: ArrayRecord({ARRAYS: torch.zeros(650)}), CONFIG_RECORD: ConfigRecord({"experiment": digest})}
-    content = RecordDict({**records, FEDPRIV: order.to_record(), TERMS: terms.to_record()})
+    content = RecordDict({**records, FEDPRIV: instructions.to_record(), TERMS: terms.to_record()})
     return content, {"partition-id": 0, "num-partitions": 4, "fedpriv-home": str(folder)}, {"config-toml": CONFIG}
 
 

@@ -1,19 +1,19 @@
-"""Sums of messages: the same bits for every order and grouping, and close to the true sum."""
+"""Sums of messages are bit-identical for every order and grouping, and close to the true sum."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import same
 
 from fedpriv.aggregation.exact import ExactSum, grid_step
 
 
 def summed(messages: torch.Tensor, limit: float, capacity: int, groups: list[int]) -> torch.Tensor:
-    """The sum of sums of groups, each group added as one batch."""
+    """Return the sum of group sums, each group added as one batch."""
     total = torch.zeros(messages.shape[1], dtype=torch.float64)
     for group in set(groups):
         part = ExactSum(messages.shape[1], limit, capacity)
@@ -25,7 +25,7 @@ def summed(messages: torch.Tensor, limit: float, capacity: int, groups: list[int
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.floats(1e-20, 1e20), st.integers(1, 40), st.integers(1, 5))
 def test_order_and_grouping_change_no_bit(seed: int, limit: float, count: int, parts: int) -> None:
-    """Coordinates of every magnitude up to the limit, as batches, one by one, backwards and in parts."""
+    """Coordinates of every magnitude up to the limit: as batches, one by one, in reverse and in parts."""
     rng = np.random.default_rng(seed)
     scale = limit * 2.0 ** rng.uniform(-40, 0, (count, 7))
     messages = torch.tensor(rng.uniform(-1, 1, (count, 7)) * scale, dtype=torch.float32)
@@ -42,7 +42,7 @@ def test_order_and_grouping_change_no_bit(seed: int, limit: float, count: int, p
 
 
 def test_plain_float64_sums_would_depend_on_order() -> None:
-    """The test above can fail: the same numbers, added without the grid, give other bits backwards."""
+    """The test above can fail: without the grid, the sum in reverse order has other bits."""
     rng = np.random.default_rng(3)
     messages = torch.tensor(rng.standard_normal((200, 1)) * 2.0 ** rng.uniform(-30, 0, (200, 1)), dtype=torch.float64)
     forwards, backwards = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_the_grid_is_far_finer_than_a_message_and_wide_enough_for_all() -> None:
 
 
 def test_one_more_message_moves_a_sum_by_that_message() -> None:
-    """Rounded to float32, a long sum could move by more than a message's bound."""
+    """Rounded to float32, a long sum could move by more than the bound of a message."""
     messages = torch.tensor([[1e8], [1.0], [-1e8]])
     for order in ([2, 0, 1], [0, 1, 2]):
         total = ExactSum(1, 1e8, 3)

@@ -1,4 +1,4 @@
-"""Small audits for tests: a quick problem, and faults that are put into the product's own code."""
+"""Small audits for tests: a quick problem, and faults injected into the product's code."""
 
 from collections.abc import Callable
 from functools import cache
@@ -21,7 +21,7 @@ PRIVACY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5}
 
 
 def quick_config(changes: Changes | None = None) -> Config:
-    """Few clients with digits, softmax, alpha-NormEC with a fading memory; tables of `changes` go over the rest."""
+    """Return a config: few clients, digits, softmax, alpha-NormEC with a fading memory; `changes` override it."""
     tables: dict[str, Any] = {
         "name": "quick",
         "seed": 3,
@@ -41,7 +41,7 @@ def _quick_federation() -> Holders:
 
 
 def quick_experiment(changes: Changes | None = None) -> Experiment:
-    """The experiment of `quick_config`; its data are read once."""
+    """Return the experiment of `quick_config`; its data are read once."""
     config = quick_config(changes)
     return assemble(config, federation=None if "data" in (changes or {}) else _quick_federation())
 
@@ -49,11 +49,11 @@ def quick_experiment(changes: Changes | None = None) -> Experiment:
 def quick_audit(
     changes: Changes | None = None, canaries: int = 80, seed: int = 0, engine: str = "vectorized"
 ) -> tuple[Findings, dict[str, Any]]:
-    """What an audit of the quick problem finds, and its record."""
+    """Return the findings and the record of an audit of the quick problem."""
     return audit_experiment(quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
 
 
-# `fedpriv.mechanisms.noise._released` and its arguments: streams, purpose, stddev, values, (round, client), and others.
+# Arguments of `fedpriv.mechanisms.noise._released`: streams, purpose, stddev, values, (round, client), and others.
 Released = Callable[..., Tensor]
 
 
@@ -110,14 +110,14 @@ NOISE_FAULTS: dict[str, Released] = {
 
 
 def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Released) -> None:
-    """Puts a fault where all noise is added, at the server and at clients."""
+    """Inject a fault into all added noise, at the server and at clients."""
     released = fedpriv.mechanisms.noise._released
     patch.setattr(fedpriv.mechanisms.noise, "_released", lambda *where, **more: fault(released, *where, **more))
 
 
 def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:
-    """Lets messages be `times` as long as the bound that is accounted."""
-    scale, numbers = SmoothedNormalization._scale, SmoothedNormalization.figures.fget
+    """Let messages be `times` as long as the accounted bound."""
+    scale, numbers = SmoothedNormalization._scale, SmoothedNormalization.coefficients.fget
     assert numbers is not None
     patch.setattr(SmoothedNormalization, "_scale", lambda self, *norms: times * scale(self, *norms))
 
@@ -125,4 +125,4 @@ def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:
         p, q, r, t = numbers(self)
         return times * p, q, times * r, times * t
 
-    patch.setattr(SmoothedNormalization, "figures", property(longer))
+    patch.setattr(SmoothedNormalization, "coefficients", property(longer))

@@ -1,4 +1,4 @@
-"""Audits in tests check the null with fewer directions."""
+"""Audits in tests check the null distribution with fewer directions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Faults put into the product's own code are found guilty, and the product as it is is not."""
+"""Audits find the product guilty with injected faults, and not guilty without."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ LONG: Changes = {"training": {"rounds": 50}}
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> None:
-    """And directions in no run score as they should."""
+    """Directions in no run also score as they should."""
     for seed in range(1 if "local" in name else 3):
         findings, record = quick_audit(SHORT | RIGHT[name], canaries=40, seed=seed)
         assert record["verdict"] == "not guilty"
@@ -78,7 +78,7 @@ def test_the_bound_of_a_correct_mechanism_is_near_its_claim() -> None:
 
 
 def test_the_last_model_shows_a_steady_client_if_the_server_adds_the_noise_and_not_if_clients_do() -> None:
-    """A sum of all rounds hides nothing of a client that always pushes the same way; other clients' noise does."""
+    """A sum over rounds does not hide a client that always pushes the same way; other clients' noise does."""
     central = quick_audit(MEMORYLESS, canaries=150)[1]
     assert 2.0 < central["final_model"]["epsilon_lower"] <= central["final_model"]["epsilon_estimate"]
     assert central["final_model"]["epsilon_lower"] < central["epsilon_claimed"]
@@ -111,7 +111,7 @@ def test_messages_longer_than_their_bound_are_found_guilty(plan: Changes, monkey
 
 
 def test_a_bound_that_is_ignored_in_c_is_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model so large that the vectorized engine takes a client's step in C."""
+    """A model large enough that the vectorized engine takes a client's step in C."""
     large: Changes = {"model": {"name": "mlp", "hidden": [224]}, "training": {"rounds": 6}, "data": DATA}
     assert quick_audit(large, canaries=40)[1]["verdict"] == "not guilty"
     seed_bound_fault(monkeypatch, 3.0)

@@ -1,4 +1,4 @@
-"""The attacked run is the experiment's own, and the command leaves a record that others can build on."""
+"""The attacked run is the original experiment, and the command writes a record for other programs."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from audit_cases import CLIENTS, PRIVACY, Changes, quick_audit, quick_config, quick_experiment
-from helpers import EXAMPLES, same
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.audit import AuditChoice, run_audit
@@ -20,6 +20,8 @@ from fedpriv.cli import main
 from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.execution import make_engine
+from fedpriv.methods import DPFedAvg
+from fedpriv.methods.memoryless import ModelOnly
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
 from fedpriv.streams import Purpose, SeededStreams
 
@@ -49,7 +51,7 @@ def canaries_for(experiment: Experiment, count: int = 40, seed: int = 0) -> Cana
 
 @dataclasses.dataclass
 class Watched:
-    """An engine, with what it was asked and what it answered."""
+    """An engine that records its requests and answers."""
 
     engine: Engine
     asked: list[Broadcast] = dataclasses.field(default_factory=list)
@@ -70,7 +72,7 @@ class Watched:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Purpose, int, int]]:
-    """How often each address of the experiment's streams was asked for."""
+    """Count the requests for each address of the experiment's streams."""
     counted: Counter[tuple[Purpose, int, int]] = Counter()
     source = SeededStreams.source
 
@@ -83,7 +85,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Purpose, int, int]]:
 
 
 def plain_run(experiment: Experiment) -> tuple[Watched, list[Tensor]]:
-    """The run without an audit: its engine, and the models after each round."""
+    """Return the run without an audit: its engine, and the models after each round."""
     engine = Watched(make_engine("loop", experiment))
     state, models = experiment.config.method.init_server(experiment.initial_model), []
     for number in range(1, experiment.config.training.rounds + 1):
@@ -94,7 +96,7 @@ def plain_run(experiment: Experiment) -> tuple[Watched, list[Tensor]]:
 
 
 def run_attack(attack: Attack) -> tuple[Watched, Watched, Tensor]:
-    """Both engines of an attacked run, and the noised sums."""
+    """Return both engines of an attacked run, and the noisy sums."""
     clients, planted = Watched(attack.clients), Watched(attack.planted)
     watched = dataclasses.replace(attack, clients=clients, planted=planted)
     apart = None
@@ -107,7 +109,7 @@ def run_attack(attack: Attack) -> tuple[Watched, Watched, Tensor]:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_not_one_draw_of_the_experiment_changes(plan: Changes, drawn: Counter[tuple[Purpose, int, int]]) -> None:
-    """Data, first model, cohorts, batches and noise have the same addresses; canaries add noise of their own."""
+    """Data, first model, cohorts, batches and noise keep their addresses; canaries add separate noise."""
     experiment = quick_experiment(FEW | plan)
     drawn.clear()
     plain, _ = plain_run(experiment)
@@ -147,16 +149,11 @@ def test_the_noise_on_the_sum_is_the_noise_of_the_run_without_an_audit(plan: Cha
 
 
 def noise_of(rules: ServerRules, number: int, total: Tensor) -> Tensor:
-    """The noise of a round on a sum, by the rules of the run without an audit, from the step of plain descent."""
-
-    class Descent:
-        def server_rule(self, state: Any, mean: Tensor, sampling_prob: float) -> Any:
-            return state._replace(model=mean)
-
-    bare: Any = Descent()
+    """The noise of a round on a sum, by the rules of the run without an audit, from a step of plain descent."""
     state = experiment_state()
-    step = finish_round(dataclasses.replace(rules, method=bare), state, number, total).model
-    return step.double() * rules.sampling.expected_size - total
+    bare = dataclasses.replace(rules, method=DPFedAvg(server_lr=1.0))
+    step = finish_round(bare, ModelOnly(torch.zeros_like(state.model)), number, total).model
+    return -step.double() * rules.sampling.expected_size - total
 
 
 def experiment_state() -> Any:
@@ -199,7 +196,7 @@ def test_candidates_that_take_no_part_enter_nothing(plan: str) -> None:
 def test_a_canary_is_as_long_as_its_bound_and_keeps_its_direction_whatever_it_remembers(name: str, engine: str) -> None:
     experiment, rounds = quick_experiment(FEW), 20
     method = EXAMPLES[name]
-    rules = ClientRules(method=getattr(method, "client_part", method), noise_stddev=0.0, streams=SeededStreams(0))
+    rules = ClientRules(method=method.client_part, noise_stddev=0.0, streams=SeededStreams(0))
     canaries = draw_canaries(seed=1, count=20, size=SIZE, rounds=rounds, sampling_prob=0.7, replace=False, local=True)
     with start_attack(experiment, canaries, engine) as attack:
         federation = attack.planted._population.federation  # type: ignore[attr-defined]

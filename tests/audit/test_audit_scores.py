@@ -1,12 +1,12 @@
-"""The null of every score is exact, whatever was released."""
+"""The null distribution of every score is exact for any releases."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_law, accepts_variance
 from scipy import stats
+from support.helpers import accepts_law, accepts_variance
 from torch import Tensor
 
 from fedpriv.audit.scores import Null, coordinate_scores, gram, projections
@@ -31,15 +31,13 @@ def unseen(size: int, rounds: int, rng: np.random.Generator) -> tuple[Tensor, np
 @pytest.mark.parametrize("kind", RELEASES)
 @pytest.mark.parametrize(("rounds", "size"), [(10, 500), (40, 60)])
 def test_directions_in_no_run_score_the_standard_normal(kind: str, rounds: int, size: int) -> None:
-    """Also if there are fewer parameters than three for each round, and weights are shrunk."""
+    """Also with fewer than three parameters per round, when weights are shrunk."""
     rng = np.random.default_rng(5)
     released = torch.from_numpy(RELEASES[kind](rng, rounds, size))
     directions, patterns = unseen(size, rounds, rng)
     null, projected = Null.of(gram(released), size), projections(directions, released)
     for scores in (null.matched(projected, patterns), null.whitened(projected, patterns)):
-        if (
-            kind == "the same in every round"
-        ):  # signs that add up to 0 leave nothing but rounding, which counts as noise
+        if kind == "the same in every round":  # signs that add up to 0 leave only rounding errors, which count as noise
             assert scores.std() <= 1.02
         else:
             assert accepts_variance(scores, 1.0)

@@ -1,4 +1,4 @@
-"""Bounds against closed forms and against mechanisms whose privacy is known."""
+"""Bounds compared with closed forms and with mechanisms of known privacy."""
 
 import math
 from functools import cache
@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from helpers import FALSE_ALARM
 from scipy import stats
+from support.helpers import FALSE_ALARM
 
 from fedpriv.audit.canaries import draw_canaries
 from fedpriv.audit.scores import Null, gram, projections
@@ -43,7 +43,7 @@ def test_a_gaussian_plan_claims_what_its_mu_says() -> None:
 
 
 def scores_of_a_gaussian_mechanism(mu: float, seed: int, canaries: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Whitened and matched scores of canaries in noised sums of nothing else, with `mu` exactly."""
+    """Return whitened and matched scores of canaries in sums of pure noise, with exactly `mu`."""
     made = draw_canaries(
         seed=seed, count=canaries, size=SIZE, rounds=ROUNDS, sampling_prob=1.0, replace=False, local=False
     )
@@ -56,7 +56,7 @@ def scores_of_a_gaussian_mechanism(mu: float, seed: int, canaries: int = 60) -> 
 
 @pytest.mark.parametrize("mu", [0.5, 1.7, 3.0])
 def test_lower_bounds_cover_200_gaussian_mechanisms(mu: float) -> None:
-    """At least 93 % of bounds at 95 % are below the truth, and they are not far below it."""
+    """At least 93 % of bounds at 95 % are below the truth, and not far below it."""
     found = [scores_of_a_gaussian_mechanism(mu, seed) for seed in range(200)]
     for bounds in (
         [mean_lower(whitened, 0.05) for whitened, _ in found],
@@ -70,7 +70,7 @@ def test_lower_bounds_cover_200_gaussian_mechanisms(mu: float) -> None:
 
 @pytest.mark.parametrize("mu", [0.5, 1.7, 3.0])
 def test_one_run_bounds_cover_200_sets_of_coins(mu: float) -> None:
-    """Coins that are guessed from N(coin mu, 1): both bounds stay below the truth, f-DP comes closer."""
+    """Coins guessed from N(coin mu, 1): both bounds stay below the truth, and f-DP comes closer."""
     rng, truth = np.random.default_rng(11), epsilon_of(mu, DELTA)
     bounds = cache(lambda right: (one_run_lower(200, 50, right, DELTA, 0.05), f_dp_lower(200, 50, right, DELTA, 0.05)))
     found = []

@@ -1,4 +1,4 @@
-"""What a timeline costs: each client for what it did, at its weights; and what rounds with a deadline cost."""
+"""The privacy cost of a timeline: per client, by participations and weights; and of rounds with a deadline."""
 
 import itertools
 import json
@@ -9,17 +9,26 @@ import dp_accounting as dpa
 import numpy as np
 import pytest
 import torch
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
 from dp_accounting.pld import PLDAccountant
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline
 from torch import Tensor
 
 from fedpriv.clock import FedBuff, FedFix, Synchronous, Timeline
 from fedpriv.engines.fused_noise import FusedNoise
 from fedpriv.errors import UserError
 from fedpriv.experiment.timing import Versions
-from fedpriv.mechanisms.noise import release_clients_sum
+from fedpriv.mechanisms.noise import Gaussian, release_clients_sum
 from fedpriv.methods import DPFedAvg
-from fedpriv.privacy import Everyone, FixedSize, PrivacyPlan, Sampling, Scheduled, make_plan, privacy_statement
+from fedpriv.privacy import (
+    Everyone,
+    FixedSize,
+    PrivacyPlan,
+    Sampling,
+    Scheduled,
+    Simulated,
+    make_plan,
+    privacy_statement,
+)
 from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total
 from fedpriv.streams import SeededStreams
 
@@ -32,7 +41,7 @@ def plan_of(sampling: Sampling, rounds: int, trust: str = "central", **change: A
 
 
 def composed(noise_multiplier: float, weights: list[float], delta: float = 1e-5) -> float:
-    """Epsilon of Gaussian releases one after the other, by dp-accounting, sensitivity `weight` each."""
+    """Return epsilon of sequential Gaussian releases, by dp-accounting, with sensitivity `weight` each."""
     accountant = PLDAccountant(value_discretization_interval=1e-3)
     events: list[dpa.DpEvent] = [dpa.GaussianDpEvent(noise_multiplier / weight) for weight in weights]
     return accountant.compose(dpa.ComposedDpEvent(events)).get_epsilon(delta)
@@ -162,7 +171,7 @@ def test_rounds_with_a_deadline_keep_the_account_of_their_cohorts(sampling: Samp
 
 
 def test_a_release_moves_by_exactly_what_is_charged() -> None:
-    """Two populations differ in one client, whose messages are B e and -B e: what all sums move by, squared."""
+    """Two populations differ in one client with messages B e and -B e: return the squared move of all sums."""
     for name in FREE:
         made = timeline(name)
         worst = max(_moved(made, client) for client in range(16))
@@ -171,7 +180,7 @@ def test_a_release_moves_by_exactly_what_is_charged() -> None:
 
 @dataclass
 class _Told:
-    """An engine whose clients send 1, but for one who sends the opposite."""
+    """An engine with clients that send 1, except for one that sends the opposite."""
 
     other: int | None
     name: str = "told"
@@ -191,7 +200,7 @@ class _Told:
 
 def _moved(made: Timeline, client: int) -> float:
     rules = ServerRules(
-        method=DPFedAvg(clip_norm=1.0), sampling=made.scheduled(), noise_stddev=0.0, streams=SeededStreams(0)
+        method=DPFedAvg(clip_norm=1.0), sampling=made.scheduled(), mechanism=Gaussian(0.0), streams=SeededStreams(0)
     )
     squared = 0.0
     versions = Versions(made)
@@ -219,7 +228,9 @@ def test_every_part_of_a_step_has_noise_of_its_own() -> None:
 @pytest.mark.parametrize("trust", ["central", "local"])
 def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str, trust: str) -> None:
     plan = plan_of(timeline(name).scheduled(), 25, trust, noise_multiplier=8.0)
-    text = " ".join(privacy_statement(plan, method="a method", randomness="seeded", clock=True).split())
+    text = " ".join(
+        privacy_statement(plan, method="a method", randomness="seeded", simulated=Simulated(clock=True)).split()
+    )
     words = {"over-selection": "the first to answer count", "fedbuff": "FedBuff", "fedfix": "FedFix"}
     assert words[timeline(name).scheme] in text
     for part in ("no amplification by sampling", "participation is visible", "numbers of examples", "public"):

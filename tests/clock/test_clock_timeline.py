@@ -1,13 +1,13 @@
-"""Laws of devices, the virtual clock and the schedulers: all of it without data."""
+"""Laws of devices, the virtual clock and the schedules, all without data."""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
-from helpers import FALSE_ALARM, accepts_law
 from scipy import stats
+from support.clocks import FREE, SCHEDULES, STEADY, UNEQUAL, clock, entries, sampling_of, timeline, traced
+from support.helpers import FALSE_ALARM, accepts_law
 
 from fedpriv.clock import Clock, FedBuff, FedFix, Fleet, Group, Profile, Step, Synchronous, Timeline
 from fedpriv.clock.profiles import LogNormal, Same, Trace, Uniform
@@ -81,8 +81,8 @@ def test_a_trace_may_leave_out_habits(tmp_path: Path) -> None:
         ("speed,download,upload,dropout\n1,2,3,1\n", "dropout"),
         ("speed,download,upload,available\n1,2,3,0\n", "available"),
         ("speed,download,upload,phase\n1,2,3,2\n", "phase"),
-        ("speed,download,upload\n", "none"),
-        ("", "nothing"),
+        ("speed,download,upload\n", "no rows"),
+        ("", "an empty file"),
     ],
 )
 def test_a_mistake_in_a_trace_is_one_line(tmp_path: Path, text: str, says: str) -> None:
@@ -167,7 +167,7 @@ def test_a_timeline_is_its_seeds_and_a_longer_one_begins_with_it(name: str) -> N
     assert made.fingerprint == timeline(name, steps=10).fingerprint != timeline(name, steps=10, seed=6).fingerprint
     longer = timeline(name, steps=20)
     *before, last = longer.steps[:10]
-    # Who is under way at the end is late there, and counts later in the longer one.
+    # Clients still at work at the end are late there, and count later in the longer timeline.
     last = last._replace(late=made.steps[-1].late, bytes_up=made.steps[-1].bytes_up)
     cut = Timeline(scheme="", population=16, expected_size=1.0, steps=(*before, last))
     assert cut.fingerprint == made.fingerprint

@@ -1,20 +1,20 @@
-"""Bounded maps: the bound holds for every input whatsoever, and the formulas are the papers'."""
+"""Bounded maps: the bound holds for every input, and the formulas match the papers."""
 
 import math
 from fractions import Fraction
 
 import pytest
 import torch
-from helpers import NON_FINITE, brief, numbers, rows, same, squared_norm, thorough, within
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.helpers import NON_FINITE, brief, numbers, rows, same, squared_norm, thorough, within
 from torch import Tensor
 
 from fedpriv.bounding import Bounded, Clip, SmoothedNormalization, finite_rows
 from fedpriv.errors import UserError
 
 MARGIN = 2.0**-20
-"""Relative; how much less than the formula a map may give so that the bound survives rounding."""
+"""Relative tolerance: how far below the formula a map may stay so that the bound survives rounding."""
 
 MAPS = {
     "clip 1": Clip(clip_norm=1.0),
@@ -38,7 +38,7 @@ any_map = st.one_of(
 
 
 def formula(bounded: Bounded, vector: Tensor) -> Tensor:
-    """The paper's map on one float64 vector, for numbers of ordinary size."""
+    """Return the paper's map of one float64 vector, for numbers of ordinary size."""
     norm = math.sqrt(float((vector.double() ** 2).sum()))
     if isinstance(bounded, Clip):
         return vector * min(1.0, bounded.clip_norm / norm) if norm else vector
@@ -47,7 +47,7 @@ def formula(bounded: Bounded, vector: Tensor) -> Tensor:
 
 
 class TestEdgeCases:
-    """The table of the module's docstring, in its words."""
+    """The rows of the table in the module's docstring."""
 
     @every_map
     @every_dtype
@@ -221,7 +221,7 @@ def test_no_two_vectors_move_apart_by_more_than_the_lipschitz_constant(
     if near:
         second = first + 1e-4 * second
     moved = float((bounded(first) - bounded(second)).norm())
-    # Rounding of the outputs and of the bound's own margin, which only clips vectors at the rim.
+    # Rounding of the outputs and of the bound's margin, which clips only vectors at the boundary.
     assert moved <= bounded.lipschitz * float((first - second).norm()) * (1.0 + 1e-9) + bounded.l2_bound * 1e-13
 
 
@@ -251,7 +251,7 @@ def test_maps_are_cocoercive_as_gradients_of_convex_functions_are(size: float) -
         moved = bounded(first) - bounded(second)
         product = (moved * (first - second)).sum(dim=-1)
         slack = product - (moved**2).sum(dim=-1) / bounded.lipschitz
-        # The safety margin of the bound, one part in two million, scales vectors outside the ball.
+        # The margin of the bound, one part in two million, scales vectors outside the ball.
         assert (slack >= -1e-6 * product.abs().clamp(min=size * 1e-9)).all()
 
 

@@ -1,4 +1,4 @@
-"""Checks of single values: what is a number, and the one line that refuses another."""
+"""Checks of single values: valid numbers pass, and each error is one line."""
 
 import math
 from collections.abc import Callable
@@ -33,19 +33,19 @@ def test_real_numbers(value: object) -> None:
 @pytest.mark.parametrize(
     ("check", "right", "wrong", "words"),
     [
-        (checks.positive_int, 1, True, "a whole number of at least 1, got True. Correct key."),
+        (checks.positive_int, 1, True, "a whole number of at least 1, got True. Change key."),
         (lambda k, v: checks.positive_int(k, v, "Mend it"), 1, 0, "a whole number of at least 1, got 0. Mend it."),
         (lambda k, v: checks.at_least_one(k, v, "Mend it"), 1, 0, "at least 1, got 0. Mend it."),
-        (lambda k, v: checks.whole_from(k, v, 0, "Mend it"), 0, -1, "a whole number from 0, got -1. Mend it."),
+        (lambda k, v: checks.whole_from(k, v, 0, "Mend it"), 0, -1, "a whole number of at least 0, got -1. Mend it."),
         (lambda k, v: checks.whole_within(k, v, 1, 3650, "Mend it"), 3650, 3651, "a whole number from 1 to 3650, got"),
-        (checks.positive_real, 1e-300, math.nan, "a finite number above 0, got nan. Correct key."),
-        (checks.positive_real, 1, 0.0, "a finite number above 0, got 0.0. Correct key."),
-        (lambda k, v: checks.real_from(k, v, 0, "Mend it"), 0.0, math.inf, "a number from 0, got inf. Mend it."),
-        (lambda k, v: checks.real_from(k, v, 0.01, "Mend it", most=8), 8.0, 9.0, "a number from 0.01, got 9.0."),
+        (checks.positive_real, 1e-300, math.nan, "a finite number above 0, got nan. Change key."),
+        (checks.positive_real, 1, 0.0, "a finite number above 0, got 0.0. Change key."),
+        (lambda k, v: checks.real_from(k, v, 0, "Mend it"), 0.0, math.inf, "a number of at least 0, got inf. Mend it."),
+        (lambda k, v: checks.real_from(k, v, 0.01, "Mend it", high=8), 8.0, 9.0, "a number of at least 0.01, got 9.0."),
         (lambda k, v: checks.real_within(k, v, 1, 65535), 65535, 65536, "a number from 1 to 65535, got 65536."),
         (checks.require_representable, 1e-20, 0.0, "a positive number, got 0.0."),
         (checks.require_representable, 1e20, 1e21, "a number from 1e-20 to 1e20, got 1e+21."),
-        (checks.require_fraction, 0.0, 1.0, "a number from 0 up to but not including 1, got 1.0."),
+        (checks.require_fraction, 0.0, 1.0, "a number from 0 to below 1, got 1.0."),
     ],
 )
 def test_a_wrong_value_is_one_line(

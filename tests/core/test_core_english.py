@@ -7,19 +7,19 @@ from english import CONSTRUCTIONS, PACKAGES, ROOT, count, rates, sentences, text
 
 # Occurrences per 10,000 words. Lower them as the packages are rewritten; never raise them.
 CEILINGS = {
-    "what": 107.0,
-    "where": 46.0,
-    "whoever": 46.0,
-    "figure": 5.6,
-    "else": 8.0,
-    "lies": 5.3,
-    "own": 6.6,
-    "anew": 8.4,
-    "told": 9.1,
-    "goes on": 6.8,
-    "whether": 9.5,
-    "got nothing": 0.3,
-    "spelling": 6.1,
+    "what": 32.7,
+    "where": 17.8,
+    "whoever": 18.1,
+    "figure": 2.8,
+    "else": 1.7,
+    "lies": 1.4,
+    "own": 2.5,
+    "anew": 1.9,
+    "told": 1.9,
+    "goes on": 0.7,
+    "whether": 2.5,
+    "got nothing": 0.0,
+    "spelling": 3.8,
 }
 
 

@@ -1,4 +1,4 @@
-"""What works without the extras, and that all else says in one line which to install."""
+"""Features that work without the extras; all others name the extra to install, in one line."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ privacy = { trust = "central", adjacency = "add-or-remove", epsilon = 8.0, delta
 training = { rounds = 2 }
 """
 
-# A process in which nothing but the core can be imported; it runs an experiment of the user's own.
+# A process that can import only the core; it runs a user-defined experiment.
 CORE_ALONE = f"""
 import json, sys
 for name in {PACKAGES!r}:
@@ -95,7 +95,7 @@ def test_the_core_alone_makes_a_plan_and_trains(tmp_path: Path) -> None:
     assert 0.0 <= found["loop"] <= 1.0
     assert found["loop"] == pytest.approx(found["vectorized"], abs=0.05)
     assert found["code"] == 0
-    assert "picture     none: pip install 'fedpriv[report]' draws it" in printed
+    assert "picture     none: install 'fedpriv[report]' to draw it" in printed
     assert not list(tmp_path.rglob("curves.png"))
 
 
@@ -158,5 +158,5 @@ def test_who_holds_what_is_shown_without_a_picture(
     with pytest.raises(SystemExit) as stopped:
         main(["data", "own.toml", "--out", "found"])
     assert stopped.value.code == 0
-    assert "picture  none: pip install 'fedpriv[report]' draws it" in capsys.readouterr().out
+    assert "picture  none: install 'fedpriv[report]' to draw it" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "found").iterdir()] == ["clients.csv"]

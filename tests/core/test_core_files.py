@@ -1,4 +1,4 @@
-"""Atomic files: one mechanism behind what a run writes and what a client of a deployment keeps."""
+"""Atomic files: one mechanism for the files of runs and of deployment clients."""
 
 import os
 import stat

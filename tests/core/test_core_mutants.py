@@ -1,4 +1,4 @@
-"""The list of seeded faults stays true to the code; `python tests/mutants.py` runs the faults themselves."""
+"""The list of seeded faults matches the code; `python tests/mutants.py` runs the faults themselves."""
 
 import pytest
 from mutants import MUTANTS, ROOT

@@ -1,4 +1,4 @@
-"""Names that lead to classes: built in, of a package, of a file; one class and one name are all that a kind takes."""
+"""Names resolve to classes: built in, from a package, from a file; a new kind needs only one class and one name."""
 
 import dataclasses
 from importlib.metadata import EntryPoint
@@ -7,106 +7,33 @@ from typing import Any
 
 import pytest
 import torch
+from support.own_classes import OWN, own_config
 
 import strategies
 from fedpriv import load_config, plugins
 from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
 from fedpriv.deploy.device.policy import POLICY_FILE, load_policy, write_default_policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
-from fedpriv.methods import METHODS, DPFedAvg, client_part
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
+from fedpriv.methods.table import methods_table
 from fedpriv.plugins import Registry
 from fedpriv.privacy import SAMPLINGS
 from fedpriv.privacy.trust import TRUSTS
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.tasks.local_work import LOCAL_WORKS
 from fedpriv.tasks.models import MODELS
-
-OWN = '''
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-import torch
-from torch import nn
-
-from fedpriv.bounding import Clip
-from fedpriv.data.dataset import Dataset
-from fedpriv.methods.memoryless import Memoryless
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalfClip(Memoryless):
-    """Clips to a half."""
-
-    server_lr: float = 1.0
-
-    @property
-    def bounded(self) -> Clip:
-        return Clip(clip_norm=0.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One layer without a bias."""
-
-    dense: ClassVar[bool] = True
-    scale: float = 0.1
-
-    def parameters(self, input_shape, classes):
-        return input_shape[0] * classes
-
-    def build(self, input_shape, classes, seed):
-        layer = nn.Linear(input_shape[0], classes, bias=False)
-        with torch.no_grad():
-            layer.weight.copy_(self.scale * torch.eye(classes, input_shape[0]))
-        return nn.Sequential(nn.Flatten(), layer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stripes:
-    """Which of three features is largest."""
-
-    natural: ClassVar[bool] = False
-    test: ClassVar[str] = "public"
-    examples: int = 60
-
-    def load(self, data_root: Path | None) -> Dataset:
-        inputs = torch.rand(self.examples, 3, generator=torch.Generator().manual_seed(0))
-        labels = inputs.argmax(1)
-        return Dataset(
-            name="stripes", train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels, classes=3
-        )
-'''
-CONFIG = """
-name = "own"
-seed = 1
-[data]
-name = "./own.py:Stripes"
-examples = 90
-clients = 5
-[model]
-name = "./own.py:Line"
-scale = 0.2
-[method]
-name = "./own.py:HalfClip"
-server_lr = 0.5
-[training]
-rounds = 2
-"""
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """An experiment whose data, model and method lie in a file beside it."""
-    (tmp_path / "own.py").write_text(OWN)
-    path = tmp_path / "own.toml"
-    path.write_text(CONFIG)
-    return path
+    return own_config(tmp_path)
 
 
 def registered(text: str) -> list[Any]:
@@ -139,7 +66,7 @@ def test_a_method_a_model_and_a_data_set_of_a_file_run_resume_and_sweep(config: 
     assert written["loop"] == written["vectorized"]
     sweep = tmp_path / "sweep.toml"
     sweep.write_text('name = "s"\nbase = "own.toml"\n[[axis]]\nkey = "method.server_lr"\nvalues = [0.5, 1.0]\n')
-    table = run_sweep(load_sweep(sweep), tmp_path / "sweep", jobs=2)  # in processes that know nothing but names
+    table = run_sweep(load_sweep(sweep), tmp_path / "sweep", jobs=2)  # in processes that know only names
     assert list(table["status"]) == ["done", "done"], table["reason"].tolist()
 
 
@@ -170,7 +97,7 @@ def test_a_class_of_a_package_is_named_by_its_module() -> None:
     tables: dict[str, Any] = {"name": "fedpriv.methods.clip21:Clip21"}
     base = {"name": "a", "seed": 1, "data": {"name": "digits", "clients": 2}, "model": {"name": "softmax"}}
     read = load_config({**base, "method": tables, "training": {"rounds": 1}})
-    assert read.tables["method"]["name"] == "clip21"  # what has a name keeps it: the same experiment
+    assert read.tables["method"]["name"] == "clip21"  # named classes keep their names, so the experiment is the same
 
 
 def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +114,9 @@ def test_packages_add_names_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_default_policy(tmp_path: Path) -> None:
     kinds = (getattr(strategies, name) for name in strategies.__all__)
     named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
-    rows = (Path(__file__).parents[2] / "README.md").read_text().split("## Methods")[1].split("\n\n")[1].splitlines()
-    assert named == set(METHODS) == {row.split("`")[1] for row in rows[2:]}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.methods.table"
+    assert named == set(METHODS) == {row.split("`")[1] for row in methods_table().splitlines()[2:]}
     assert write_default_policy(tmp_path)
     assert set(load_policy(tmp_path / POLICY_FILE).accepts.methods) == set(METHODS)
 
@@ -215,7 +143,7 @@ def test_what_leads_nowhere_is_one_line(name: object, said: str) -> None:
 
 @pytest.mark.usefixtures("config")
 def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy of a device may name a class of its owner; a server can then name it, too, and no other."""
+    """A device's policy may name a class of its owner; a server can then name this class, and no other."""
     stranger, own = f"{tmp_path / 'stranger.py'}:Method", f"{tmp_path / 'own.py'}:HalfClip"
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')\n")
     with pytest.raises(UserError, match="a known name"):
@@ -231,8 +159,29 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
     assert METHODS.known(own, "method").__name__ == "HalfClip"
 
 
+def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path) -> None:
+    """Else it would be noticed in the middle of a run."""
+    path = tmp_path / "half.py"
+    path.write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"
+        "    def batches(self, examples, rng): ...\n"
+    )
+    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*server_rule, got"):
+        METHODS.resolve(f"{path}:Half", "method.name")
+    with pytest.raises(UserError, match="with batch_size, client_lr, signal, walked, got"):
+        LOCAL_WORKS.resolve(f"{path}:Half", "local.work")
+    with pytest.raises(UserError, match="with build, dense, parameters, got"):
+        MODELS.resolve(f"{path}:Half", "model.name")
+
+
+@pytest.mark.parametrize("registry", [METHODS, MODELS, DATASETS, PARTITIONS, LOCAL_WORKS, SERVER_OPTIMIZERS, SHIFTS])
+def test_fedprivs_own_classes_have_what_is_asked_of_others(registry: Registry[Any]) -> None:
+    for kind in registry.values():
+        assert registry.resolve(f"{kind.__module__}:{kind.__name__}", "key") is kind
+
+
 def test_what_answers_for_its_own_privacy_is_built_in(tmp_path: Path) -> None:
-    """A sampling, a schedule or a trust from elsewhere could claim any epsilon."""
+    """A sampling, a schedule or a trust from a plug-in could claim any epsilon."""
     (tmp_path / "mine.py").write_text(OWN)
     for registry in (SAMPLINGS, SCHEDULES, TRUSTS):
         with pytest.raises(UserError, match="a known name"):
@@ -246,5 +195,5 @@ def test_a_file_that_fails_is_loaded_again_once_it_is_mended(tmp_path: Path) -> 
         METHODS.resolve(f"{path}:HalfClip", "method.name")
     path.write_text(OWN)
     kind = METHODS.resolve(f"{path}:HalfClip", "method.name")
-    assert client_part(kind()).client_rule  # type: ignore[attr-defined]
+    assert kind().client_part.client_rule  # type: ignore[attr-defined]
     assert torch.equal(kind().init_server(torch.ones(2)).model, torch.ones(2))

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import advance, client_rules, models_of, setting
-from helpers import EXAMPLES, FALSE_ALARM, LINEAR, accepts_variance, fresh_clients, same
+from support.federations import advance, client_rules, models_of, setting
+from support.helpers import EXAMPLES, FALSE_ALARM, LINEAR, accepts_variance, fresh_clients, same
 from torch import Tensor
 
 import strategies
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.mechanisms.noise import Gaussian
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
 from fedpriv.methods.memoryless import NoMemory
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, make_plan
 from fedpriv.rounds import (
@@ -124,7 +125,7 @@ class TestAgreement:
 class TestBegin:
     def test_the_broadcast_is_the_round_the_model_and_the_cohort_of_that_round(self) -> None:
         sampling = Poisson(1000, 0.02)
-        rules = ServerRules(method=Clip21(), sampling=sampling, noise_stddev=0.0, streams=STREAMS)
+        rules = ServerRules(method=Clip21(), sampling=sampling, mechanism=Gaussian(0.0), streams=STREAMS)
         state = rules.method.init_server(torch.arange(4.0))
         cohorts = []
         for k in (1, 2, 3):
@@ -185,11 +186,11 @@ class TestFinish:
         state = method.init_server(torch.linspace(0.0, 1.0, 5))
         total = torch.tensor([3.0, -1.0, 0.0, 4.0, 2.0])
         found = finish_round(rules, state, 1, total)
-        wanted = method.server_rule(state, total / 8.0, sampling.sampling_prob)
+        wanted = server_step(method, state, total / 8.0, sampling.sampling_prob)
         assert all(torch.allclose(one, other, rtol=1e-6) for one, other in zip(found, wanted, strict=True))
 
     def test_an_unlucky_cohort_is_still_divided_by_the_expected_one(self) -> None:
-        """Messages of length one in one direction: the step tells how many there were, over q n and not over them."""
+        """Messages of length one in one direction: the step shows how many there were, and that q n divides them."""
         method, sampling = DPFedAvg(clip_norm=1.0, server_lr=1.0), Poisson(60, 0.1)
         made = setting(method, federation=None, sampling=Poisson(12, 0.25))
         assert made.server.sampling.expected_size == 3.0
@@ -205,9 +206,20 @@ class TestFinish:
         assert min(sizes) < 4
         assert max(sizes) > 8
 
+    def test_a_direction_that_is_not_shaped_like_the_model_is_refused(self) -> None:
+        class Mean(DPFedAvg):
+            def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> Any:
+                return mean_message.mean(), state
+
+        rules = ServerRules(method=Mean(), sampling=Everyone(2), mechanism=Gaussian(0.0), streams=STREAMS)
+        with pytest.raises(ValueError, match=r"direction of shape \[\] for a model of \[3\]"):
+            finish_round(rules, rules.init(torch.zeros(3)), 1, torch.ones(3))
+
     def test_a_sum_is_not_rounded_before_the_noise_is_on_it(self) -> None:
-        """One message beside a hundred million still counts by what it is, up to the one rounding at the end."""
-        rules = ServerRules(method=DPFedAvg(server_lr=1.0), sampling=Everyone(10**8), noise_stddev=0.3, streams=STREAMS)
+        """One message among a hundred million counts in full, up to the one rounding at the end."""
+        rules = ServerRules(
+            method=DPFedAvg(server_lr=1.0), sampling=Everyone(10**8), mechanism=Gaussian(0.3), streams=STREAMS
+        )
         state = rules.method.init_server(torch.zeros(1000, dtype=torch.float64))
         total = torch.full((1000,), 1e8, dtype=torch.float64)
         moved = (finish_round(rules, state, 1, total).model - finish_round(rules, state, 1, total + 1.0).model) * 1e8
@@ -220,20 +232,20 @@ class TestFinish:
         sampling = Poisson(1000, 0.05)
         plan = plan_of(method, sampling, "central")
         rules = agree(method, sampling, plan, STREAMS).server
-        plain = dataclasses.replace(rules, noise_stddev=0.0)
+        plain = dataclasses.replace(rules, mechanism=Gaussian(0.0))
         if getattr(method, "server_normalization", False):
             return
         state = method.init_server(torch.zeros(SIZE))
         total = torch.linspace(-1.0, 1.0, SIZE)
         moved = finish_round(rules, state, 3, total).model - finish_round(plain, state, 3, total).model
-        probe = method.server_rule(state, torch.ones(SIZE), sampling.sampling_prob).model[0]
+        probe = server_step(method, state, torch.ones(SIZE), sampling.sampling_prob).model[0]
         noise = moved.double().numpy() / float(probe) * sampling.expected_size
         assert accepts_variance(noise, plan.noise_stddev**2)
         assert not accepts_variance(noise, (1.05 * plan.noise_stddev) ** 2)
 
     def test_no_two_rounds_share_the_servers_noise_and_it_is_no_clients(self) -> None:
         method = DPFedAvg(clip_norm=1.0, server_lr=1.0)
-        rules = ServerRules(method=method, sampling=Everyone(1), noise_stddev=1.0, streams=STREAMS)
+        rules = ServerRules(method=method, sampling=Everyone(1), mechanism=Gaussian(1.0), streams=STREAMS)
         clients = ClientRules(method=method, noise_stddev=1.0, streams=STREAMS)
         zero = torch.zeros(40)
         found = [-finish_round(rules, method.init_server(zero), k, zero).model for k in range(1, 30)]
@@ -242,7 +254,7 @@ class TestFinish:
 
     @every_method
     def test_finishing_leaves_the_total_and_the_state_alone(self, method: Method) -> None:
-        rules = ServerRules(method=method, sampling=Everyone(2), noise_stddev=0.5, streams=STREAMS)
+        rules = ServerRules(method=method, sampling=Everyone(2), mechanism=Gaussian(0.5), streams=STREAMS)
         state, total = method.init_server(torch.ones(5)), torch.arange(5.0)
         first = finish_round(rules, state, 1, total)
         assert same(state.model, torch.ones(5))
@@ -274,7 +286,7 @@ def test_with_everyone_and_zero_noise_a_private_run_is_the_non_private_one_to_th
     private = setting(method, trust=trust, noise_multiplier=1.0)
     silent = dataclasses.replace(
         private,
-        server=dataclasses.replace(private.server, noise_stddev=0.0),
+        server=dataclasses.replace(private.server, mechanism=Gaussian(0.0)),
         population=dataclasses.replace(
             private.population, rules=dataclasses.replace(client_rules(private), noise_stddev=0.0)
         ),
@@ -303,7 +315,7 @@ def test_a_cohort_under_local_trust_carries_the_noise_of_its_members() -> None:
 
 
 def _independent(found: list[Tensor]) -> bool:
-    """Whether vectors of forty numbers on the grid are all different, and no two alike."""
+    """Return True if vectors of forty numbers on the grid are all different."""
     together = torch.stack(found).double()
     likeness = np.corrcoef(together.numpy()) - np.eye(len(found))
     return len(together.unique(dim=0)) == len(found) and bool(np.abs(likeness).max() < 0.9)
@@ -333,7 +345,7 @@ def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_para
 
 
 def test_a_plan_for_clients_without_memory_is_refused_for_a_method_that_has_one() -> None:
-    """Fixed-size cohorts are amplified only without memory: such a plan would promise too small an epsilon."""
+    """Fixed-size cohorts are amplified only without memory: otherwise the plan would promise too small an epsilon."""
     sampling = FixedSize(100, 5)
     plan = make_plan(
         trust="central",

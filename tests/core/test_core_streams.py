@@ -1,4 +1,4 @@
-"""Randomness: an address decides, the laws are right and would be noticed if they were a little wrong."""
+"""Randomness: the address decides, the distributions are right, and the tests would detect small errors."""
 
 import itertools
 import subprocess
@@ -6,16 +6,16 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from support.helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
 
 from fedpriv import streams as streams_module
 from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams
 
 SAMPLES = 400_000
-"""Enough to tell a scale of 1.05 from 1 by more than twice what the false-alarm rate asks for."""
+"""Sample size that distinguishes scales 1.05 and 1, with twice the margin that the false-alarm rate requires."""
 
 KINDS: dict[str, Streams] = {"seeded": SeededStreams(11), "system": SystemStreams()}
 every_kind = pytest.mark.parametrize("streams", KINDS.values(), ids=KINDS.keys())
@@ -26,7 +26,7 @@ addresses = st.tuples(st.integers(0, 2**40), st.sampled_from(Purpose), st.intege
 
 
 def draws(source: Source) -> tuple[bytes, ...]:
-    """What a source gives, of each kind."""
+    """Return draws of each kind from a source."""
     return source.words(5).tobytes(), source.uniform(5).tobytes(), source.subset(10**6, 3).tobytes()
 
 
@@ -126,7 +126,7 @@ def test_words_are_uniform_and_independent_bits(streams: Streams) -> None:
     words = streams.source(Purpose.SERVER_NOISE, 1).words(SAMPLES)
     bits = np.unpackbits(words.view(np.uint8)).reshape(SAMPLES, 64).astype(np.float64)
     assert words.dtype == np.uint64
-    # Of 64 counts, and of 63 + 64 products of neighboring bits and words, none is off by more than 7 deviations.
+    # None of 64 counts and of 63 + 64 products of neighboring bits and words is off by more than 7 deviations.
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 3.5 / SAMPLES**0.5
     assert np.abs((bits[:, 1:] == bits[:, :-1]).mean(axis=0) - 0.5).max() < 3.5 / SAMPLES**0.5
     assert np.abs((bits[1:] == bits[:-1]).mean(axis=0) - 0.5).max() < 3.5 / SAMPLES**0.5
@@ -159,7 +159,7 @@ def test_further_words_of_seeded_numbers_depend_on_the_position_alone() -> None:
 
 
 def test_further_words_are_those_of_no_other_address() -> None:
-    """A client's number of two 32-bit words must not be taken for a client and a position."""
+    """A client number of two 32-bit words must not be confused with a client and a position."""
     position = 7
     for key in ((position,), (position, 0), (0, position), (streams_module._MORE, position, 0)):
         client = sum(word << 32 * (1 + index) for index, word in enumerate(key))
@@ -224,7 +224,7 @@ def test_equal_experiments_have_equal_noise() -> None:
 
 
 def test_seeded_numbers_stay_what_they_are() -> None:
-    """Results of earlier versions stay reproducible: these numbers never change, but for noise with its version."""
+    """Results of earlier versions stay reproducible: these numbers never change, except noise with its version."""
     known = {
         Purpose.MODEL: 0.47595803,
         Purpose.PARTITION: 0.73032571,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import brief, same
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief, same
 from torch import Tensor, nn
 
 from fedpriv.errors import UserError, nearest
@@ -81,11 +81,23 @@ def test_buffers_are_refused_in_one_line_that_says_what_to_do(bad: nn.Module) ->
     assert str(caught.value).startswith("model: expected parameters only, got ")
 
 
-def test_even_one_plain_buffer_is_refused() -> None:
-    module = nn.Linear(2, 2)
-    module.register_buffer("steps", torch.zeros(1))
-    with pytest.raises(UserError, match="steps"):
-        Layout.of_module(module)
+def test_fixed_buffers_and_frozen_parameters_are_no_part_of_the_vector() -> None:
+    module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.BatchNorm1d(2).eval(), nn.Linear(2, 3))
+    module.register_buffer("scale", torch.ones(1))
+    assert Layout.of_module(module).entries == (
+        ("1.weight", (2,)),
+        ("1.bias", (2,)),
+        ("2.weight", (3, 2)),
+        ("2.bias", (3,)),
+    )
+
+
+def test_what_is_trained_in_another_type_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^model parameter 0\.weight: expected torch\.float32, got torch\.bfloat16"):
+        Layout.of_module(nn.Sequential(nn.Linear(2, 2).bfloat16()))
+
+
+def test_named_buffers_are_refused_and_none_are_not() -> None:
     refuse_buffers([])
     with pytest.raises(UserError, match=r"a, b, c, d, \.\.\.\."):
         refuse_buffers("abcde")

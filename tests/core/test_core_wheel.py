@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it asks for, and that it runs from where it is unpacked."""
+"""The wheel: its contents, its requirements, and that it runs from where it is unpacked."""
 
 import json
 import re
@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from email.parser import HeaderParser
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from fedpriv.version import __version__
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("fedpriv", "strategies", "clients", "sim_configs")
-# What may not come with an extra that does not name it.
+# Packages that may not come with an extra that does not name them.
 HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb"}
 MAY = {
     "": set(),
@@ -33,7 +34,7 @@ MAY = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, as pip builds it, offline."""
+    """Build the wheel in a copy, as pip does, offline."""
     folder = tmp_path_factory.mktemp("wheel")
     for part in PARTS:
         shutil.copytree(ROOT / part, folder / "src" / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +55,7 @@ def requirements(wheel: Path) -> list[Requirement]:
 
 
 def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
-    """All that is asked for with an extra, by whatever that asks for, too, as far as it is installed here."""
+    """Return the requirements of an extra, including indirect ones, as far as they are installed here."""
     found, left = [], [(Requirement(str(r)), extra) for r in requirements]
     seen = set()
     while left:
@@ -70,7 +71,7 @@ def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
 
 
 def lines_of(package: str, ours: list[Requirement]) -> list[str]:
-    """What a package asks for; nothing if it is not installed here."""
+    """Return a package's requirements; none if it is not installed here."""
     if package == "fedpriv":
         return [str(requirement) for requirement in ours]
     try:
@@ -117,6 +118,24 @@ def test_an_installed_torch_stays(extra: str, requirements: list[Requirement]) -
         assert {part.operator for part in requirement.specifier} <= {">=", "!="}, requirement
 
 
+@pytest.mark.slow
+def test_pip_leaves_an_installed_torch_alone(wheel: Path, tmp_path: Path) -> None:
+    """What pip would install, from its index, where a torch for CPUs and nothing else is there: its metadata alone."""
+    here = tmp_path / "there"
+    venv.create(here, with_pip=False)
+    (site,) = here.glob("lib/python*/site-packages")
+    metadata = Path(str(distribution("torch").locate_file("."))) / f"torch-{version('torch')}.dist-info"
+    shutil.copytree(metadata, site / metadata.name)
+    report = tmp_path / "report.json"
+    pip = [sys.executable, "-m", "pip", "--python", here / "bin" / "python", "--disable-pip-version-check"]
+    asked = [f"{wheel}[flower,ray,deploy,report]", "--dry-run", "--quiet", "--report", report]
+    done = subprocess.run([*pip, "install", *asked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {item["metadata"]["name"].lower() for item in json.loads(report.read_text())["install"]}
+    assert {"fedpriv", "flwr", "ray", "matplotlib", "numpy"} <= names
+    assert not {name for name in names if name in ("torch", "torchvision", "triton") or name.startswith("nvidia")}
+
+
 def test_torchvision_alone_asks_for_one_version_of_torch_and_constraints_name_both(
     requirements: list[Requirement],
 ) -> None:
@@ -135,14 +154,14 @@ def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) 
     (everything,) = (Requirement(line) for line in extras["all"])
     assert everything.extras == set(EXTRAS)
     assert "fedpriv[all]" in extras["dev"]
-    named = {"sklearn": "scikit-learn", "mlflow": "mlflow-skinny"}
+    named = {"sklearn": "scikit-learn", "PIL": "pillow", "mlflow": "mlflow-skinny"}
     for extra, packages in EXTRAS.items():
         brought = asked_for(requirements, extra)
         assert {named.get(package, package) for package in packages} <= {r.name.lower() for r in brought}, extra
 
 
 def test_what_is_installed_for_the_tests_is_within_the_wheels_ranges(wheel: Path, tmp_path: Path) -> None:
-    """pip, offline, would install nothing but the wheel itself."""
+    """Offline, pip would install only the wheel itself."""
     report = tmp_path / "report.json"
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", report]
     done = subprocess.run([*pip, f"{wheel}[all]"], capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpriv.data import torchvision_cpu
+from fedpriv.data import files, torchvision_cpu
 from fedpriv.data.dataset import DATASETS, Dataset
 from fedpriv.data.datasets import (
     IDX_FILES,
@@ -26,7 +27,7 @@ from fedpriv.data.datasets import (
     MnistByWriter,
     every_fifth_of_each_label,
 )
-from fedpriv.data.files import default_data_root, read_cifar_batch, read_idx
+from fedpriv.data.files import default_data_root, read_cifar_batch, read_digits, read_idx
 from fedpriv.errors import UserError
 
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -86,7 +87,7 @@ def write_cifar(root: Path, protocol: int = 4, as_bytes: bool = False) -> Path:
 
 
 def python2_batch(data: np.ndarray, labels: list[int]) -> bytes:
-    """The pickle that numpy wrote under Python 2, as in the original files: byte strings and old module names."""
+    """Return a pickle as numpy wrote it under Python 2, like the original files: byte strings, old module names."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -116,6 +117,31 @@ def test_digits_need_no_file_and_are_split_for_good():
     assert one.train_inputs.max() == 1
 
 
+def test_digits_are_scikit_learns_and_do_not_import_it():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    table = read_digits()
+    assert np.array_equal(table[:, :-1], pixels)
+    assert np.array_equal(table[:, -1], labels)
+    code = "import sys; from fedpriv.data.datasets import Digits; Digits().load(None); print('sklearn' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"1,2\n3,4\n", b"a,b\n"])
+def test_damaged_digits_are_one_line(monkeypatch, tmp_path, content):
+    place = tmp_path / "datasets" / "data"
+    place.mkdir(parents=True)
+    if content is not None:
+        (place / "digits.csv.gz").write_bytes(gzip.compress(content))
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(files, "require_extra", lambda *_: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: package)
+    with pytest.raises(UserError, match=r"digits\.csv\.gz"):
+        read_digits()
+
+
 def test_every_digit_has_a_fifth_of_its_examples_held_out():
     digits = Digits().load(None)
     train, test = (torch.bincount(labels) for labels in (digits.train_labels, digits.test_labels))
@@ -133,7 +159,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     assert every_fifth_of_each_label(np.array(labels, dtype=np.int64)).tolist() == expected
 
 
-# MNIST and its like
+# MNIST and similar data sets
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -141,7 +167,7 @@ def test_the_held_out_examples_are_the_fifth_tenth_and_so_on_of_each_label(label
     ("source", "folder", "mean", "std"),
     [(Mnist(), "MNIST", 0.1307, 0.3081), (FashionMnist(), "FashionMNIST", 0.2860, 0.3530)],
 )
-def test_idx_images_are_standardised_by_published_constants(tmp_path, source, folder, mean, std, packed):
+def test_idx_images_are_normalized_by_published_constants(tmp_path, source, folder, mean, std, packed):
     write_mnist(tmp_path, folder, packed)
     data = source.load(tmp_path)
     expected = (torch.from_numpy(images(12)).double() / 255 - mean) / std
@@ -403,7 +429,7 @@ def test_a_damaged_libsvm_file_is_named(tmp_path, text):
 @pytest.mark.parametrize("text", ["1 1:1\n" * 10, "".join(f"{i / 7} 1:1\n" for i in range(10))])
 def test_a_libsvm_problem_that_is_no_classification_is_refused(tmp_path, text):
     (tmp_path / "train.txt").write_text(text)
-    with pytest.raises(UserError, match=r"two or more labels that are whole numbers"):
+    with pytest.raises(UserError, match=r"two or more labels, all whole numbers"):
         Libsvm(file="train.txt").load(tmp_path)
 
 
@@ -424,7 +450,7 @@ def test_libsvm_settings_without_meaning_are_refused(fields):
         Libsvm(**fields)
 
 
-# What holds for all
+# All data sets
 
 
 def dataset(**changes: Any) -> Dataset:

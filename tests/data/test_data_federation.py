@@ -109,7 +109,7 @@ def test_every_federation_can_be_drawn(tmp_path, classes, clients):
 
 
 def test_resampled_clients_hold_what_their_number_says(digits):
-    """Any number of clients on few examples; the same rows each time they are asked for, and as a list."""
+    """Any number of clients on few examples; the same rows on every access, and as a list."""
     rule = Resampled(examples=15)
     many = spread(digits, rule, 1_000_000, rng())
     assert (many.population, many.sizes.shape, many.sizes.strides) == (1_000_000, (1_000_000,), (0,))
@@ -129,7 +129,7 @@ def test_resampled_clients_hold_what_their_number_says(digits):
 
 
 def test_resampled_clients_need_a_number_and_are_told_apart(digits):
-    with pytest.raises(UserError, match=r"data\.clients: expected a whole number, got nothing"):
+    with pytest.raises(UserError, match=r"data\.clients: expected a whole number, got a missing key"):
         spread(digits, Resampled(), None, rng())
     with pytest.raises(UserError, match=r"data\.examples"):
         Resampled(examples=0)

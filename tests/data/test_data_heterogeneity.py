@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedpriv.data.datasets import Digits
 from fedpriv.data.federation import federate
-from fedpriv.data.heterogeneity import evenly_chosen, gini, gradient_figures, size_figures
+from fedpriv.data.heterogeneity import evenly_chosen, gini, gradient_metrics, size_metrics
 from fedpriv.data.partitions import Dirichlet, Iid, Partition
 from fedpriv.tasks.models import MODELS, Softmax
 from fedpriv.tasks.task import Task
@@ -32,7 +32,7 @@ def test_gini_is_the_mean_difference_over_twice_the_mean(sizes):
 
 
 def test_size_figures_of_known_sizes():
-    found = size_figures(np.array([1, 1, 4]))
+    found = size_metrics(np.array([1, 1, 4]))
     assert (found["size_min"], found["size_median"], found["size_max"]) == (1, 1.0, 4)
     assert found["size_variation"] == pytest.approx(np.sqrt(2) / 2)
     assert found["size_gini"] == pytest.approx(1 / 3)
@@ -40,7 +40,7 @@ def test_size_figures_of_known_sizes():
 
 def test_gradient_figures_of_known_gradients():
     """g = (1, 0), each at distance 2 from it."""
-    found = gradient_figures([torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])])
+    found = gradient_metrics([torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])])
     assert found == pytest.approx({"gradient_norm": 1.0, "gradient_spread": 2.0, "gradient_dissimilarity": 2.0})
 
 
@@ -48,18 +48,18 @@ def test_gradient_figures_of_known_gradients():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.floats(1e-3, 1e3))
 def test_dissimilarity_is_fedproxs_and_forgets_scale_order_and_copies(seed, clients, scale):
     gradients = torch.from_numpy(np.random.default_rng(seed).normal(1.0, 1.0, (clients, 5))).float()
-    found = gradient_figures(gradients)["gradient_dissimilarity"]
+    found = gradient_metrics(gradients)["gradient_dissimilarity"]
     exact = gradients.double()
     squared = float((exact**2).sum(dim=1).mean() / (exact.mean(dim=0) ** 2).sum())
     assert found == pytest.approx(np.sqrt(max(squared - 1.0, 0.0)), rel=1e-6, abs=1e-6)
     for same in (gradients.flip(0), scale * gradients, torch.cat([gradients, gradients])):
-        assert gradient_figures(same)["gradient_dissimilarity"] == pytest.approx(found, rel=1e-4, abs=1e-6)
+        assert gradient_metrics(same)["gradient_dissimilarity"] == pytest.approx(found, rel=1e-4, abs=1e-6)
 
 
 def test_clients_that_agree_have_no_dissimilarity_and_opposites_have_no_ratio():
     gradient = torch.tensor([1e4, 1e-4, 3.0])
-    assert gradient_figures([gradient] * 50)["gradient_dissimilarity"] < 1e-12
-    assert np.isnan(gradient_figures([gradient, -gradient])["gradient_dissimilarity"])
+    assert gradient_metrics([gradient] * 50)["gradient_dissimilarity"] < 1e-12
+    assert np.isnan(gradient_metrics([gradient, -gradient])["gradient_dissimilarity"])
 
 
 @pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "resnet20"])
@@ -80,7 +80,7 @@ def test_gradients_differ_more_as_labels_do():
         gradients = (
             task.gradient(task.initial_model(), digits.train_inputs[at], digits.train_labels[at]) for at in rows
         )
-        return gradient_figures(gradients)["gradient_dissimilarity"]
+        return gradient_metrics(gradients)["gradient_dissimilarity"]
 
     iid, mild, strong = map(dissimilarity, (Iid(), Dirichlet(concentration=1.0), Dirichlet(concentration=0.1)))
     assert iid < mild < strong

@@ -1,4 +1,4 @@
-"""Hospitals and speakers: data sets whose clients are there by nature, on files that the tests make."""
+"""Hospitals and speakers: data sets with natural clients, on files written by the tests."""
 
 import gzip
 from pathlib import Path
@@ -62,6 +62,13 @@ def test_missing_attributes_are_zeros_and_missing_quantities_are_marked(tmp_path
     assert inputs[0, :10].tolist() == [0, 0, 0, 1, 0, 1, 0, 1, 0, 1]
     assert inputs[0, 10:].tolist() == [1, 0, 0, 0, 0, 1] + 17 * [0]
     assert np.array_equal(inputs[0], inputs[1])  # a pressure of zero was not measured
+
+
+def test_what_the_unprocessed_files_write_for_a_missing_value_is_one(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text(SICK + "\n" + SICK.replace("?", "-9") + "\n")
+    inputs, _ = read_patients(path)
+    assert np.array_equal(inputs[0], inputs[1])
 
 
 @settings(deadline=None)

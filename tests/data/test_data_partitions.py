@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from helpers import accepts_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import accepts_variance
 
 from fedpriv.data.partitions import (
     PARTITIONS,
@@ -117,7 +117,7 @@ def test_label_skew_grows_as_the_concentration_falls():
 
 
 def test_skewed_sizes_are_log_normal_and_labels_stay_alike():
-    # 2,000 clients of 500 examples on average: the logarithms of sizes are normal but for rounding to whole examples.
+    # 2,000 clients of 500 examples on average: log sizes are normal up to rounding to whole examples.
     labels = np.tile(np.arange(10), 100_000)
     for spread in (0.5, 1.0):
         parts = QuantitySkew(size_spread=spread).split(labels, None, 2_000, rng(1))

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_law, accepts_variance, same
 from scipy import stats
+from support.helpers import accepts_law, accepts_variance, same
 from torch import Tensor
 
 from fedpriv.data.dataset import Dataset
@@ -65,7 +65,7 @@ def test_inputs_of_a_client_change_and_nothing_else_does(federation, name):
 
 @pytest.mark.parametrize("name", SHIFTS)
 def test_what_a_clients_inputs_undergo_follows_from_seed_and_client_alone(federation, name):
-    """Also on another number of threads, beside fewer clients, and with other examples of the client's own before."""
+    """Also on another number of threads, with fewer clients, and with other examples of the client before."""
     shift = SHIFTS[name]()
     moved = shifted(federation, shift, STREAMS)
     threads = torch.get_num_threads()
@@ -110,7 +110,7 @@ def test_quarter_turns_are_exact(sides, quarters):
 
 
 def test_a_turn_keeps_distances_also_on_oblong_images():
-    """A dot on the long axis of an image of 9 by 17 pixels lands on the short axis at the same distance."""
+    """A dot on the long axis of a 9 by 17 image lands on the short axis at the same distance."""
     image = torch.zeros(1, 1, 9, 17)
     image[0, 0, 4, 8 + 3] = 1.0
     found = turned(image, 90.0)
@@ -125,7 +125,7 @@ def test_a_turn_there_and_back_is_nearly_nothing_inside():
 
 
 def test_angles_are_uniform_over_clients():
-    """The angle of each client, read off the sine that the inputs of a linear image turn by."""
+    """Return each client's angle, from the sine by which a linear image is rotated."""
     ramp = torch.linspace(-1, 1, 9).expand(9, 9)[None, None]
     angles = []
     for client in range(2000):
@@ -180,7 +180,7 @@ def test_rotation_refuses_inputs_that_are_no_images():
 
 def test_clients_that_share_examples_cannot_be_shifted():
     federation = spread(made(6, 1, 4, 4), Resampled(examples=3), 4, np.random.default_rng(0))
-    with pytest.raises(UserError, match=r"^data\.shift: expected a partition that gives each example one client"):
+    with pytest.raises(UserError, match=r"^data\.shift: expected a partition that assigns each example to one client"):
         shifted(federation, Rotation(), STREAMS)
 
 

@@ -1,4 +1,4 @@
-"""Examples held out: of a pool, of each natural client, and whole clients."""
+"""Held-out examples: from a pool, from each natural client, and of whole clients."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from fedpriv.errors import UserError
 
 
 def dataset(labels: np.ndarray, groups: np.ndarray | None = None, test_groups: np.ndarray | None = None) -> Dataset:
-    """Each input is the example's number, so that examples can be told apart; those to test on come after."""
+    """Each input is the example's number, to identify examples; test examples come last."""
     tested = 1 if test_groups is None else len(test_groups)
     numbers = torch.arange(len(labels) + tested, dtype=torch.float32)[:, None]
     return Dataset(
@@ -86,7 +86,7 @@ def test_a_fifth_of_a_pool_is_every_fifth_of_each_label():
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.9), st.integers(2, 9))
 def test_what_is_held_out_of_a_client_follows_from_its_number_and_its_number_of_examples(seed, share, clients):
-    """Whatever labels there are, and whatever the other clients hold."""
+    """For any labels, and any data of other clients."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, clients)
     chosen = []
@@ -108,7 +108,7 @@ def test_natural_clients_of_any_size_give_their_share_in_the_mean():
     groups = np.repeat(np.arange(400), 4)
     given_ = np.bincount(groups[held(hold_out(dataset(np.zeros(1600, dtype=np.int64), groups), 0.1))], minlength=400)
     assert set(given_.tolist()) == {0, 1}
-    assert 120 < given_.sum() < 200  # 160 in the mean, of deviation 9.8
+    assert 120 < given_.sum() < 200  # mean 160, standard deviation 9.8
     many = np.repeat(np.arange(10), 20)
     assert np.bincount(many[held(hold_out(dataset(np.zeros(200, dtype=np.int64), many), 0.1))]).tolist() == [2] * 10
 
@@ -131,10 +131,10 @@ def test_what_is_held_out_is_the_same_for_everyone_who_asks():
 def test_a_share_that_is_none_or_all_of_the_examples_is_refused(share):
     labels = np.zeros(3, dtype=np.int64)
     if share > 0.5:
-        with pytest.raises(UserError, match=r"^data\.validation: expected a share that is some"):
+        with pytest.raises(UserError, match=r"^data\.validation: expected a share that holds out some"):
             hold_out(dataset(labels), 1.0 - 1e-12)
     else:
-        with pytest.raises(UserError, match=r"^data\.validation: expected a share that is some"):
+        with pytest.raises(UserError, match=r"^data\.validation: expected a share that holds out some"):
             hold_out(dataset(labels), share)
 
 
@@ -187,7 +187,7 @@ def test_within_are_the_data_sets_own_test_examples_or_a_fifth_of_each_client():
 
 
 def test_examples_to_test_and_to_validate_on_are_chosen_apart():
-    """The same share of the same clients by one draw would be the same places twice."""
+    """With one draw for both, the same share of a client would hold out the same places twice."""
     split = evaluated_on(natural(40, own_test=False), "within", 0.2, rng())
     assert split.validated is not None
     assert np.array_equal(split.validated.owners, held(split) % 40)
@@ -207,5 +207,5 @@ def test_public_are_the_data_sets_own_unless_they_are_clients():
 
 @pytest.mark.parametrize(("clients", "validation"), [(1, None), (2, 0.1), (3, 0.9)])
 def test_too_few_clients_to_hold_some_out_are_refused(clients, validation):
-    with pytest.raises(UserError, match=r"^data\.test: expected clients that are left to train on"):
+    with pytest.raises(UserError, match=r"^data\.test: expected clients left for training"):
         evaluated_on(natural(clients), "clients", validation, rng())

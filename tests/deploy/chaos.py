@@ -1,6 +1,6 @@
 """A deployment in one process over a network and disks that lose, repeat, delay, tear and fill up, by a seed.
 
-Only the network and the disks are simulated: server and clients are `Coordinator` and `Member`, and clients' files are
+Only the network and the disks are simulated: server and clients are `Coordinator` and `Device`, and clients' files are
 real files. What must hold is checked after every turn by a bookkeeper who sees everything.
 """
 
@@ -20,15 +20,15 @@ from torch import Tensor
 import fedpriv.files
 import fedpriv.mechanisms.noise
 from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, spent
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.memory import MemoryFile
 from fedpriv.deploy.device.policy import Accepts, Limits, Policy
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.feedback import decayed
-from fedpriv.flower.messages import Order, Terms
+from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import has_memory
+from fedpriv.methods import has_memory, server_step
 from fedpriv.privacy import Poisson, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import Purpose, Streams
@@ -212,7 +212,7 @@ class World:
         self.members = [self._new_member(i) for i in range(CLIENTS)]
         self.disk = Disk(np.random.default_rng(self.seed + 2 * 10**6))
         self.saved: Any = None
-        self.delayed: list[tuple[int, Order, Terms, Tensor]] = []
+        self.delayed: list[tuple[int, ClientInstructions, RunTerms, Tensor]] = []
         self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
         self.outcomes: list[Any] = []
         self.lost: set[int] = set()
@@ -235,10 +235,10 @@ class World:
         broadcast = self.server.begin()
         if rng.random() < faults.disk_lost:
             self._lose_disk(int(rng.integers(CLIENTS)))
-        events: list[tuple[int, Order, Terms, Tensor]] = [*self.delayed]
+        events: list[tuple[int, ClientInstructions, RunTerms, Tensor]] = [*self.delayed]
         self.delayed = []
         for client in self.server.asked():
-            event = (client, *self.server.order(client), broadcast.model)
+            event = (client, *self.server.instructions(client), broadcast.model)
             if rng.random() < faults.lost_request:
                 continue
             if rng.random() < faults.late_request:
@@ -250,7 +250,9 @@ class World:
         if rng.random() < faults.server_crash:  # what was heard is forgotten; the same turn is asked for again
             self._restart_server()
             broadcast = self.server.begin()
-            again = [(c, *self.server.order(c), broadcast.model) for c in self.server.asked() if rng.random() < 0.8]
+            again = [
+                (c, *self.server.instructions(c), broadcast.model) for c in self.server.asked() if rng.random() < 0.8
+            ]
             replies, refusals = self._deliver(again, broadcast.round)
         outcome = self.server.finish(replies, refusals)
         if rng.random() < faults.server_crash:  # before anything of the turn was saved or published
@@ -262,12 +264,12 @@ class World:
         self._perhaps_crash_server()
 
     def _deliver(
-        self, events: list[tuple[int, Order, Terms, Tensor]], turn: int
+        self, events: list[tuple[int, ClientInstructions, RunTerms, Tensor]], turn: int
     ) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]]]:
         replies: dict[int, Tensor] = {}
         refusals: dict[int, tuple[str, str]] = {}
-        for client, order, terms, model in events:
-            answer = self._answer(client, order, terms, model)
+        for client, instructions, terms, model in events:
+            answer = self._answer(client, instructions, terms, model)
             if answer is None or self.rng.random() < self.faults.lost_reply:
                 continue
             if terms.turn != turn or self.rng.random() < self.faults.late_reply:
@@ -278,10 +280,14 @@ class World:
                 replies[client] = answer
         return replies, refusals
 
-    def _answer(self, client: int, order: Order, terms: Terms, model: Tensor) -> Tensor | Refusal | None:
+    def _answer(
+        self, client: int, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+    ) -> Tensor | Refusal | None:
         self.disk.plan(self.faults)
         try:
-            message = self.members[client].answer(order, terms, model, lambda: self.signal(client, terms.turn, model))
+            message = self.members[client].answer(
+                instructions, terms, model, lambda: self.signal(client, terms.turn, model)
+            )
         except CrashError:
             self.crashed.add((client, terms.turn))
             self.members[client] = self._new_member(client)
@@ -366,7 +372,7 @@ class World:
             for client in outcome.counted:
                 noise += self.client_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, client][-1])
         size, prob = self.server_rules.sampling.expected_size, self.server_rules.sampling.sampling_prob
-        self.noise_only = self.method.server_rule(self.noise_only, noise / size, prob)
+        self.noise_only = server_step(self.method, self.noise_only, noise / size, prob)
 
     def _new_server(self) -> Coordinator:
         return Coordinator(
@@ -379,8 +385,8 @@ class World:
             state=self.method.init_server(torch.zeros(SIZE)),
         )
 
-    def _new_member(self, client: int) -> Member:
-        return Member(self.policy, self.folder / str(client) / "state", self.draws)
+    def _new_member(self, client: int) -> Device:
+        return Device(self.policy, self.folder / str(client) / "state", self.draws)
 
     def _save(self) -> None:
         state = type(self.server.state)(*(part.clone() for part in self.server.state))

@@ -1,4 +1,4 @@
 """What the tests of deployments share."""
 
 HOST = "fl.example.org"
-"""What nodes call the server of a deployment that tests make."""
+"""Host name of the server in the deployments of tests."""

@@ -337,15 +337,15 @@ def _no_model(content: RecordDict) -> None:
 
 
 TAMPERED = {
-    "another client's order": (_other_client, "expected one for client 0"),
+    "another client's order": (_other_client, "expected client 0"),
     "NaN in the model": (_nan_model, "finite numbers"),
     "another model's size": (_larger_model, "as many parameters"),
     "a model of whole numbers": (_integers, "expected floating point numbers"),
-    "another experiment": (_digest, "the one of the terms"),
+    "another experiment": (_digest, "of the terms"),
     "a run that is a path": (_run_name, "a name of at most 64"),
-    "a turn beyond the plan": (_huge_turn, "one after the other"),
+    "a turn beyond the plan": (_huge_turn, "consecutive turns"),
     "a text for a number": (_text_for_number, "terms.noise_multiplier"),
-    "no terms": (_no_terms, "expected terms"),
+    "no terms": (_no_terms, "terms of a deployment"),
     "no model": (_no_model, "arrays"),
 }
 
@@ -510,7 +510,7 @@ def test_a_run_whose_checkpoint_is_lost_does_not_begin_again(tmp_path: Path) -> 
     with pytest.raises(UserError, match="turn 2"):
         run_server(grid, toml, tmp_path / "out")
     (tmp_path / "out" / "checkpoint.safetensors").unlink()
-    with pytest.raises(UserError, match="expected the checkpoint of the rounds that are recorded, got none"):
+    with pytest.raises(UserError, match="expected the checkpoint of the recorded rounds, got no file"):
         run_server(grid, toml, tmp_path / "out", resume=True)
 
 
@@ -546,7 +546,7 @@ def test_a_file_elsewhere_on_the_client_is_not_read(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "out")
     assert set(row["refused"]) == {"0", "1", "2", "3"}
     assert "Alice" not in str(row)
-    assert "files below this client's folder" in row["refused"]["0"]["reason"]
+    assert "files below this client's data folder" in row["refused"]["0"]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_a_node_without_a_home_does_not_take_part_in_deployments(tmp_path: Path)
         del context.node_config["fedpriv-home"]
     run_server(grid, config(rounds=1), tmp_path / "out")
     (row,) = rows(tmp_path / "out")
-    assert "a home of its own" in row["failed"]["0"]
+    assert "a home with a policy" in row["failed"]["0"]
 
 
 def test_clients_train_on_files_of_their_own(tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> No
     grid = DeploymentGrid(tmp_path / "nodes", 1, {}, trust="none", own="mine")
     run_server(grid, config("dp-fedavg", "none", clients=1, work="full-gradient", batch="", rounds=1), tmp_path / "out")
     (row,) = rows(tmp_path / "out")
-    expected = "as many parameters" if wrong == "shape" else "its operator's log says more"
+    expected = "as many parameters" if wrong == "shape" else "see its operator's log"
     assert expected in row["refused"]["0"]["reason"]
     assert str(tmp_path) not in str(row)
 

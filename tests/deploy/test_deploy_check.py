@@ -83,26 +83,30 @@ DAMAGE = {
     "tampered": (
         "node-0",
         lambda d: change(d / "node-0" / "start-node.sh", "exec", "evil; exec"),
-        "start-node.sh changed since made: find out who did it",
+        "start-node.sh changed since creation: find out who changed it",
     ),
     "tampered manifest": (
         "",
         lambda d: change(d / "node-0" / MANIFEST, "  ca.crt", "  ca.crt "),
-        f"node-0/{MANIFEST} changed since made",
+        f"node-0/{MANIFEST} changed since creation",
     ),
-    "other CA": ("node-0", other_ca, "ca.crt changed since made"),
+    "other CA": ("node-0", other_ca, "ca.crt changed since creation"),
     "certificate of another CA": (
         "server",
         other_ca,
-        "expected a certificate that ca.crt has signed, got one of another CA",
+        "expected a certificate signed by ca.crt, got a certificate of another CA",
     ),
     "readable key": (
         "node-0",
         lambda d: (d / "node-0" / "node.key").chmod(0o640),
-        "others can read private files: chmod 600",
+        "other users can read private files: chmod 600",
     ),
-    "readable folder": ("server", lambda d: (d / "server").chmod(0o755), "others can read private files: chmod 700"),
-    "readable CA": ("", lambda d: (d / "ca" / "ca.key").chmod(0o644), "others can read private files: chmod 600"),
+    "readable folder": (
+        "server",
+        lambda d: (d / "server").chmod(0o755),
+        "other users can read private files: chmod 700",
+    ),
+    "readable CA": ("", lambda d: (d / "ca" / "ca.key").chmod(0o644), "other users can read private files: chmod 600"),
     "other node key": ("node-0", other_key, "expected the private half of node.pub, got another key"),
     "node key of another kind": ("node-0", key_of_another_kind, "expected OpenSSH keys without a passphrase"),
     "other server key": ("server", key_of_another_certificate, "expected the key of server.pem, got another key"),
@@ -116,7 +120,7 @@ DAMAGE = {
     "expired": (
         "server",
         lambda d: put_certificate(d, now() - 9 * DAY, 5),
-        "a certificate that is valid, got one that expired",
+        "a valid certificate, got a certificate that expired",
     ),
     "not yet valid": ("server", lambda d: put_certificate(d, now() + 2 * DAY, 5), "Set this machine's clock"),
     "other name": (
@@ -158,7 +162,7 @@ DAMAGE = {
     "insecure": (
         "admin",
         lambda d: change(d / "admin" / "config.toml", "address", "insecure = true\naddress"),
-        "it switches TLS off",
+        "it disables TLS",
     ),
     "moved admin": (
         "admin",
@@ -302,7 +306,7 @@ def test_a_server_of_another_deployment_is_refused(deployment, serve, tmp_path):
     init_deployment(tmp_path / "other", Deployment(host=HOST, nodes=1))
     ((_, state, line),) = found(serve(tmp_path / "other"), deployment)
     assert state == "wrong"
-    assert "ca.crt and the server are of different deployments" in line
+    assert "ca.crt and the server belong to different deployments" in line
 
 
 def test_a_server_with_an_expired_certificate_is_refused(deployment, serve):
@@ -315,7 +319,7 @@ def test_a_server_with_an_expired_certificate_is_refused(deployment, serve):
 def test_a_server_that_is_called_by_another_name_is_refused(deployment, serve):
     ((_, state, line),) = found(serve(deployment, host="127.0.0.2"), deployment, "127.0.0.2")
     assert state == "wrong"
-    assert "Call the server by a name that its certificate has" in line
+    assert "Use a name in the server's certificate" in line
 
 
 def test_a_server_without_tls_is_refused(deployment, serve):

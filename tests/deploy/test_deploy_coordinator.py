@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.flower.messages import Order, Terms
+from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
@@ -73,9 +73,9 @@ def test_central_noise_is_the_plan_s_however_few_answer(answering: int) -> None:
 def test_where_trust_is_local_the_server_adds_nothing_and_each_message_has_its_own() -> None:
     server = coordinator(DPFedAvg(clip_norm=1.0, server_lr=1.0), "local")
     server.begin()
-    order, terms = server.order(0)
-    assert order.noise_stddev == pytest.approx(1.5 * 2.0)
-    assert order.seed is None
+    instructions, terms = server.instructions(0)
+    assert instructions.noise_stddev == pytest.approx(1.5 * 2.0)
+    assert instructions.seed is None
     assert (terms.trust, terms.rounds, terms.population) == ("local", 20, CLIENTS)
     outcome = server.finish(messages(1, 2), {})
     assert torch.allclose(-server.state.model.double() * CLIENTS, outcome.total.sum)
@@ -95,8 +95,8 @@ def test_below_the_minimum_nothing_is_used_and_the_turn_is_spent() -> None:
     assert (outcome.happened, outcome.counted, outcome.silent) == ("too few", [], [2, 3, 4])
     assert (server.turn, server.applied, server.last_turn) == (1, 0, {})
     server.begin()
-    order, terms = server.order(0)
-    assert (order.round, terms.turn, terms.last_turn) == (1, 2, 0)
+    instructions, terms = server.instructions(0)
+    assert (instructions.round, terms.turn, terms.last_turn) == (1, 2, 0)
 
 
 def test_below_the_minimum_a_run_can_stop() -> None:
@@ -158,14 +158,14 @@ def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
     assert torch.equal(server.state.model, model)
     assert not torch.count_nonzero(server.state.memory)
     server.begin()
-    assert [server.order(i)[1].epoch for i in range(CLIENTS)] == [1] * CLIENTS
+    assert [server.instructions(i)[1].epoch for i in range(CLIENTS)] == [1] * CLIENTS
 
 
 def test_where_all_begin_anew_a_server_optimiser_does_too_and_clients_hear_nothing_of_it() -> None:
     server = coordinator(optimized(UNDAMPED, Adam()))
     for number in (1, 2):
         server.begin()
-        assert server.order(0)[0].method == UNDAMPED
+        assert server.instructions(0)[0].method == UNDAMPED
         server.finish(messages(*range(CLIENTS)), {})
         assert float(server.state.optimizer_rounds) == number
     model, again = server.state.model.clone(), coordinator(optimized(UNDAMPED, Adam()))
@@ -191,7 +191,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
 
 @pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0), AlphaNormEC(alpha=1.0, beta=0.5, damping=1e-9)])
 def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_for_ever(method: Any) -> None:
-    line = r"^deployment\.lost_memory: expected another rule with a method whose memory does not fade"
+    line = r"^deployment\.lost_memory: expected another rule, because this method's memory does not fade"
     with pytest.raises(UserError, match=line):
         coordinator(method, lost_memory="start-afresh")
     with pytest.raises(UserError, match=line):
@@ -235,7 +235,7 @@ def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got none"):
+    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got a lost memory"):
         server.finish(messages(0, 1), lost(4))
 
 
@@ -305,7 +305,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
             state=method.init_server(torch.zeros(SIZE)),
         )
 
-    with pytest.raises(UserError, match=r"deployment.min_participants: expected 1 where epsilon relies on nobody"):
+    with pytest.raises(UserError, match=r"deployment.min_participants: expected 1 if epsilon requires secret cohorts"):
         made(2)
     one = made(1)
     one.begin()
@@ -365,7 +365,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh_in_a_secret_cohort_to
 @pytest.mark.parametrize("rule", ["re-base", "stop"])
 def test_what_would_show_a_lost_memory_is_refused_where_cohorts_are_secret(rule: str) -> None:
     with pytest.raises(
-        UserError, match=r"^deployment\.lost_memory: expected another rule where epsilon relies on nobody"
+        UserError, match=r"^deployment\.lost_memory: expected another rule if epsilon requires secret cohorts"
     ):
         secretly(UNDAMPED, lost_memory=rule)
     assert coordinator(UNDAMPED, "central", lost_memory=rule).lost_memory == rule
@@ -376,7 +376,7 @@ def test_a_run_of_secret_cohorts_all_of_whose_clients_are_left_out_ends() -> Non
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    with pytest.raises(UserError, match="its memory of earlier turns, got none"):
+    with pytest.raises(UserError, match="its memory of earlier turns, got a lost memory"):
         server.finish({}, lost(*range(CLIENTS)))
 
 
@@ -407,13 +407,13 @@ def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> N
     first = one.begin()
     one.finish(messages(*first.cohort.tolist()), {})
     before = one.begin()
-    orders: list[tuple[Order, Terms]] = [one.order(int(i)) for i in before.cohort]
+    orders: list[tuple[ClientInstructions, RunTerms]] = [one.instructions(int(i)) for i in before.cohort]
     other.restore(one.state, one.save())
     after = other.begin()
     assert np.array_equal(before.cohort, after.cohort)
     assert torch.equal(before.model, after.model)
     assert before.capacity == after.capacity
-    assert [other.order(int(i)) for i in after.cohort] == orders
+    assert [other.instructions(int(i)) for i in after.cohort] == orders
     assert other.asked_times == one.asked_times
 
 
@@ -449,7 +449,7 @@ def test_terms_carry_what_the_promise_rests_on() -> None:
             state=method.init_server(torch.zeros(SIZE)),
         )
         made.begin()
-        _, terms = made.order(0)
+        _, terms = made.instructions(0)
         assert (terms.probability, terms.cohort_size) == pytest.approx(told)
 
 

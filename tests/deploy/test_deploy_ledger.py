@@ -12,13 +12,13 @@ import torch
 from deploy_in_process import DeploymentGrid, run_server
 from flwr.app import ConfigRecord, Message, RecordDict
 from test_deploy_app import config, rows
-from test_deploy_member import SIZE, ask, order, policy, terms, turn
+from test_deploy_member import SIZE, ask, instructions, policy, terms, turn
 
 from fedpriv.deploy import server as deployment
 from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD, KEY_FILE, Head, LedgerKey
 from fedpriv.deploy.device.ledger import Ledger, account_of
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook, newer_heads
 from fedpriv.errors import UserError
@@ -32,23 +32,23 @@ from fedpriv.streams import SystemStreams
 
 
 @pytest.fixture
-def member(tmp_path: Path) -> Member:
-    return Member(policy(), tmp_path / "home" / "state")
+def device(tmp_path: Path) -> Device:
+    return Device(policy(), tmp_path / "home" / "state")
 
 
-def shown_to(member: Member, o: Any, t: Any, shown: Head | None) -> torch.Tensor:
-    return member.answer(o, t, torch.zeros(SIZE), lambda: torch.ones(SIZE), shown)
+def shown_to(device: Device, o: Any, t: Any, shown: Head | None) -> torch.Tensor:
+    return device.answer(o, t, torch.zeros(SIZE), lambda: torch.ones(SIZE), shown)
 
 
-def head_of(member: Member) -> Head:
-    head = member.head()
+def head_of(device: Device) -> Head:
+    head = device.head()
     assert head is not None
     return head
 
 
-def forget(member: Member, how: str) -> None:
+def forget(device: Device, how: str) -> None:
     """Damages the ledger after three releases of run r1; its own memory files stay."""
-    path = Ledger(member.folder).path
+    path = Ledger(device.folder).path
     lines = path.read_bytes().splitlines(keepends=True)
     path.with_name("ledger.head").unlink()
     if how == "lost":
@@ -56,110 +56,110 @@ def forget(member: Member, how: str) -> None:
     elif how == "rolled back":
         path.write_bytes(lines[0])
     else:
-        (member.folder / "ledger.jsonl").write_bytes(b"")
+        (device.folder / "ledger.jsonl").write_bytes(b"")
 
 
 @pytest.mark.parametrize("how", ["lost", "rolled back", "emptied"])
-def test_a_client_that_lost_its_ledger_is_noticed_by_a_run_of_another_name(member: Member, how: str) -> None:
+def test_a_client_that_lost_its_ledger_is_noticed_by_a_run_of_another_name(device: Device, how: str) -> None:
     for number in (1, 2, 3):
-        ask(member, *turn(number, number - 1))
-    forget(member, how)
-    before = Ledger(member.folder).lines
-    with pytest.raises(Refusal, match=r"as it was written, as .*r1-0/memory remembers it") as caught:
-        ask(member, order(), terms(run="another"))
+        ask(device, *turn(number, number - 1))
+    forget(device, how)
+    before = Ledger(device.folder).lines
+    with pytest.raises(Refusal, match=r"the original line according to .*r1-0/memory") as caught:
+        ask(device, instructions(), terms(run="another"))
     assert caught.value.kind == "trouble"
     assert "r1" not in caught.value.told
-    assert Ledger(member.folder).lines == before
-    with pytest.raises(UserError, match="r1-0/memory remembers it"):
-        account_of(member.folder, 8.0, 1e-5, "replace")
+    assert Ledger(device.folder).lines == before
+    with pytest.raises(UserError, match=r"according to .*r1-0/memory"):
+        account_of(device.folder, 8.0, 1e-5, "replace")
 
 
-def test_any_run_s_memory_is_a_witness_not_only_the_newest(member: Member) -> None:
+def test_any_run_s_memory_is_a_witness_not_only_the_newest(device: Device) -> None:
     for run in ("r1", "r2", "r3"):
-        ask(member, order(), terms(run=run))
-    assert [lines for _, lines, _ in remembered_ledgers(member.folder)] == [1, 2, 3]
+        ask(device, instructions(), terms(run=run))
+    assert [lines for _, lines, _ in remembered_ledgers(device.folder)] == [1, 2, 3]
     for run in ("r1", "r2"):
-        shutil.rmtree(member.folder / f"{run}-0")
-    forget(member, "rolled back")
-    with pytest.raises(Refusal, match="r3-0/memory remembers it"):
-        ask(member, order(), terms(run="r4"))
+        shutil.rmtree(device.folder / f"{run}-0")
+    forget(device, "rolled back")
+    with pytest.raises(Refusal, match=r"according to .*r3-0/memory"):
+        ask(device, instructions(), terms(run="r4"))
 
 
-def test_a_witness_that_cannot_be_read_is_no_reason_to_go_on(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    (member.folder / "r1-0" / "memory").write_bytes(b"fedpriv-memory 1 x\n\x09")
-    with pytest.raises(Refusal, match="expected a whole memory file, got no account of the ledger"):
-        ask(member, order(), terms(run="another"))
+def test_a_witness_that_cannot_be_read_is_no_reason_to_go_on(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    (device.folder / "r1-0" / "memory").write_bytes(b"fedpriv-memory 1 x\n\x09")
+    with pytest.raises(Refusal, match="expected an intact memory file, got no record of the ledger"):
+        ask(device, instructions(), terms(run="another"))
 
 
-def test_only_facts_of_other_runs_memories_are_read(member: Member) -> None:
+def test_only_facts_of_other_runs_memories_are_read(device: Device) -> None:
     """Their tensors may be large, and damage to them is no matter of this run."""
-    ask(member, *turn(1, 0))
-    path = member.folder / "r1-0" / "memory"
+    ask(device, *turn(1, 0))
+    path = device.folder / "r1-0" / "memory"
     content = bytearray(path.read_bytes())
     content[content.rindex(b'{"epoch"') - 3] ^= 1
     path.write_bytes(bytes(content))
-    ask(member, order(), terms(run="another"))
-    assert [lines for _, lines, _ in remembered_ledgers(member.folder)] == [2, 1]
+    ask(device, instructions(), terms(run="another"))
+    assert [lines for _, lines, _ in remembered_ledgers(device.folder)] == [2, 1]
 
 
 @pytest.mark.parametrize("how", ["all records lost", "all records rolled back"])
 def test_records_that_are_lost_as_a_whole_are_noticed_by_the_head_that_the_server_shows(
-    member: Member, how: str, tmp_path: Path
+    device: Device, how: str, tmp_path: Path
 ) -> None:
-    ask(member, *turn(1, 0))
-    shutil.copytree(member.folder, tmp_path / "snapshot")
-    ask(member, *turn(2, 1))
-    shown = head_of(member)
-    shutil.rmtree(member.folder)
+    ask(device, *turn(1, 0))
+    shutil.copytree(device.folder, tmp_path / "snapshot")
+    ask(device, *turn(2, 1))
+    shown = head_of(device)
+    shutil.rmtree(device.folder)
     if how == "all records rolled back":
-        shutil.copytree(tmp_path / "snapshot", member.folder)
-    with pytest.raises(Refusal, match="as this client has signed it and the server shows it") as caught:
-        shown_to(member, order(), terms(run="another"), shown)
+        shutil.copytree(tmp_path / "snapshot", device.folder)
+    with pytest.raises(Refusal, match="according to this client's signed head from the server") as caught:
+        shown_to(device, instructions(), terms(run="another"), shown)
     assert caught.value.kind == "trouble"
 
 
-def test_a_head_that_the_ledger_has_or_has_gone_beyond_is_no_trouble(member: Member) -> None:
-    assert member.head() is None
-    ask(member, *turn(1, 0))
-    first = head_of(member)
-    shown_to(member, *turn(2, 1), first)
-    shown_to(member, *turn(3, 2), head_of(member))
-    shown_to(member, *turn(4, 3), first)
-    assert (first.lines, head_of(member).lines) == (1, 4)
+def test_a_head_that_the_ledger_has_or_has_gone_beyond_is_no_trouble(device: Device) -> None:
+    assert device.head() is None
+    ask(device, *turn(1, 0))
+    first = head_of(device)
+    shown_to(device, *turn(2, 1), first)
+    shown_to(device, *turn(3, 2), head_of(device))
+    shown_to(device, *turn(4, 3), first)
+    assert (first.lines, head_of(device).lines) == (1, 4)
 
 
-def test_a_server_that_shows_no_head_is_answered_as_before(member: Member) -> None:
+def test_a_server_that_shows_no_head_is_answered_as_before(device: Device) -> None:
     """Servers of before heads did not; what only a head could tell is then not noticed."""
-    ask(member, *turn(1, 0))
-    shutil.rmtree(member.folder)
-    ask(member, order(), terms(run="another"))
+    ask(device, *turn(1, 0))
+    shutil.rmtree(device.folder)
+    ask(device, instructions(), terms(run="another"))
 
 
-def test_the_same_order_gets_the_same_bytes_whichever_head_is_shown(member: Member) -> None:
-    first = shown_to(member, *turn(1, 0), None)
-    again = shown_to(member, *turn(1, 0), head_of(member))
+def test_the_same_order_gets_the_same_bytes_whichever_head_is_shown(device: Device) -> None:
+    first = shown_to(device, *turn(1, 0), None)
+    again = shown_to(device, *turn(1, 0), head_of(device))
     assert torch.equal(first, again)
-    assert len(Ledger(member.folder).entries()) == 1
+    assert len(Ledger(device.folder).entries()) == 1
 
 
 @pytest.mark.parametrize("change", [{"lines": 9}, {"hash": "0" * 64}, {"signature": "0" * 128}, {"key": "0" * 64}])
 def test_a_head_that_the_client_did_not_sign_is_not_believed(
-    member: Member, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+    device: Device, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ask(member, *turn(1, 0))
-    forged = replace(head_of(member), **change)
+    ask(device, *turn(1, 0))
+    forged = replace(head_of(device), **change)
     assert not forged.valid
     assert Head.of(RecordDict({HEAD: forged.to_record()})) is None
     with caplog.at_level(logging.WARNING, "flwr"):
-        shown_to(member, *turn(2, 1), forged)
-    assert "another key has signed" in caplog.text
+        shown_to(device, *turn(2, 1), forged)
+    assert "another key's signature" in caplog.text
 
 
-def test_a_head_of_another_client_is_not_believed(member: Member, tmp_path: Path) -> None:
+def test_a_head_of_another_client_is_not_believed(device: Device, tmp_path: Path) -> None:
     other = LedgerKey.at(tmp_path / "other").sign(5, "a" * 64)
     assert other.valid
-    shown_to(member, *turn(1, 0), other)
+    shown_to(device, *turn(1, 0), other)
 
 
 @pytest.mark.parametrize(
@@ -170,16 +170,16 @@ def test_a_record_that_is_no_head_is_none(record: dict[str, Any]) -> None:
     assert Head.of(RecordDict()) is None
 
 
-def test_the_key_is_the_client_s_alone_and_stays(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    path = member.folder.parent / KEY_FILE
+def test_the_key_is_the_client_s_alone_and_stays(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    path = device.folder.parent / KEY_FILE
     assert path.stat().st_mode & 0o777 == 0o600
     before = path.read_bytes()
-    ask(member, *turn(2, 1))
+    ask(device, *turn(2, 1))
     assert path.read_bytes() == before
     path.write_bytes(b"none")
     with pytest.raises(Refusal, match="expected an Ed25519 key"):
-        ask(member, *turn(3, 2))
+        ask(device, *turn(3, 2))
 
 
 def heads(tmp_path: Path, lines: int, name: str = "a") -> Head:
@@ -192,7 +192,7 @@ def test_the_newest_head_of_a_client_is_kept(tmp_path: Path, caplog: pytest.LogC
     assert newer_heads({0: late}, {1: early}) == {0: late, 1: early}
     assert not caplog.records
     assert newer_heads({0: late}, {0: heads(tmp_path, 1, "b")})[0].lines == 1
-    assert "client 0 signs its ledger with another key than before" in caplog.text
+    assert "client 0 signs its ledger with a new key" in caplog.text
 
 
 def test_heads_outlive_the_server_and_a_damaged_book_is_said(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_removed_node_ends_with_one_line_and_leaves_nothing_behind(deployment:
     assert deployment.ends("node-2", 180.0) == 2
     log = deployment.log("node-2")
     assert "Traceback" not in log
-    assert log.splitlines()[-1].startswith("fedpriv: node.key: expected a key that the server knows, got one that it")
+    assert log.splitlines()[-1].startswith("fedpriv: node.key: expected a registered key, got a key that")
     wait_until(lambda: not deployment.processes("node-2"), 10.0, log)
     checked = deployment.deploy("check", str(deployment.folder / "admin"))
     assert checked.returncode == 0, checked.stdout

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import fedpriv.files
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, account_of, in_words, spent, surely_within
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.memory import MemoryFile
 from fedpriv.deploy.device.policy import Accepts, Limits, Policy, load_policy
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import Order, Terms, refusal_record, refused
+from fedpriv.flower.messages import ClientInstructions, RunTerms, refusal_record, refused
 from fedpriv.flower.refusals import KINDS, Refusal
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.privacy import Everyone, make_plan
@@ -33,34 +33,36 @@ def policy(**changes: Any) -> Policy:
     return Policy(accepts=Accepts(**accepts), limits=Limits(**cast(dict[str, Any], limits)))
 
 
-def order(**changes: Any) -> Order:
-    return Order(**{"method": METHOD, "round": 1, "client": 0, "noise_stddev": STDDEV} | changes)
+def instructions(**changes: Any) -> ClientInstructions:
+    return ClientInstructions(**{"method": METHOD, "round": 1, "client": 0, "noise_stddev": STDDEV} | changes)
 
 
-def terms(**changes: Any) -> Terms:
+def terms(**changes: Any) -> RunTerms:
     told = {"run": "r1", "turn": 1, "last_turn": 0, "epoch": 0, "trust": "local", "adjacency": "replace"}
     told |= {"delta": 1e-5, "noise_multiplier": 1.0, "rounds": 9, "sampling": "everyone", "population": 4}
-    return Terms(**told | {"probability": 1.0, "cohort_size": 0, "digest": "d"} | changes)
+    return RunTerms(**told | {"probability": 1.0, "cohort_size": 0, "digest": "d"} | changes)
 
 
-def ask(member: Member, o: Order, t: Terms, model: Tensor | None = None, signal: Tensor | None = None) -> Tensor:
+def ask(
+    device: Device, o: ClientInstructions, t: RunTerms, model: Tensor | None = None, signal: Tensor | None = None
+) -> Tensor:
     given = torch.ones(SIZE) if signal is None else signal
-    return member.answer(o, t, torch.zeros(SIZE) if model is None else model, lambda: given)
+    return device.answer(o, t, torch.zeros(SIZE) if model is None else model, lambda: given)
 
 
-def turn(number: int, last: int) -> tuple[Order, Terms]:
-    return order(round=number), terms(turn=number, last_turn=last)
+def turn(number: int, last: int) -> tuple[ClientInstructions, RunTerms]:
+    return instructions(round=number), terms(turn=number, last_turn=last)
 
 
 @pytest.fixture
-def member(tmp_path: Path) -> Member:
-    return Member(policy(), tmp_path / "home" / "state")
+def device(tmp_path: Path) -> Device:
+    return Device(policy(), tmp_path / "home" / "state")
 
 
-def test_noise_comes_from_the_operating_system_unless_a_test_says_otherwise(member: Member) -> None:
-    assert type(member.streams) is SystemStreams
-    with pytest.raises(Refusal, match=r"seed: expected noise from this client's own operating system"):
-        ask(member, order(seed=3), terms())
+def test_noise_comes_from_the_operating_system_unless_a_test_says_otherwise(device: Device) -> None:
+    assert type(device.streams) is SystemStreams
+    with pytest.raises(Refusal, match=r"seed: expected noise from this client's operating system"):
+        ask(device, instructions(seed=3), terms())
 
 
 STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
@@ -78,12 +80,18 @@ STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]]
     ("nothing promised", {"trust": "central"}, {"noise_stddev": 0.0}, {"trust": "none"}, "accepts.trust"),
     ("another method", {"methods": ("clip21",)}, {}, {}, "accepts.methods: expected clip21"),
     ("another model's size", {"max_parameters": 4}, {}, {}, "accepts.max_parameters: expected at most 4, got 5"),
-    ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected orders for messages alone"),
-    ("no multiplier that can be", {}, {}, {"noise_multiplier": float("nan")}, "noise_multiplier: expected a number"),
+    ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected requests for messages only"),
+    (
+        "no multiplier that can be",
+        {},
+        {},
+        {"noise_multiplier": float("nan")},
+        "noise_multiplier: expected a finite number",
+    ),
     ("an unknown trust", {"trust": "none"}, {}, {"trust": "nobody"}, "accepts.trust"),
-    ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected a promise"),
-    ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected one after the other"),
-    ("more turns than promised", {}, {}, {"turn": 10}, "turn: expected one after the other"),
+    ("a sampling that nobody knows", {}, {}, {"sampling": "guess"}, "terms: expected privacy terms"),
+    ("a turn out of order", {}, {}, {"turn": 2, "last_turn": 2}, "turn: expected consecutive turns"),
+    ("more turns than promised", {}, {}, {"turn": 10}, "turn: expected consecutive turns"),
 ]
 
 
@@ -91,40 +99,40 @@ STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]]
 def test_what_was_not_agreed_is_refused_and_nothing_changes(
     limits: dict[str, Any], asked: dict[str, Any], told: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
-    guarded = Member(policy(**limits), tmp_path / "state")
+    guarded = Device(policy(**limits), tmp_path / "state")
     with pytest.raises(Refusal, match=line) as caught:
-        ask(guarded, order(**asked), terms(**told))
+        ask(guarded, instructions(**asked), terms(**told))
     assert caught.value.kind in KINDS
     assert not (tmp_path / "state").exists()
     assert refused(refusal_record(caught.value.kind, caught.value.told)) == (caught.value.kind, str(caught.value))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_that_is_not_finite_is_refused(member: Member, value: float) -> None:
+def test_a_model_that_is_not_finite_is_refused(device: Device, value: float) -> None:
     with pytest.raises(Refusal, match=r"model: expected finite numbers"):
-        ask(member, order(), terms(), torch.full((SIZE,), value))
+        ask(device, instructions(), terms(), torch.full((SIZE,), value))
 
 
-def test_a_run_does_not_change_its_model_s_size(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    with pytest.raises(Refusal, match=r"model: expected one whose memory has the shapes"):
-        ask(member, *turn(2, 1), torch.zeros(9), torch.ones(9))
+def test_a_run_does_not_change_its_model_s_size(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    with pytest.raises(Refusal, match=r"model: expected a model with memory of the shapes"):
+        ask(device, *turn(2, 1), torch.zeros(9), torch.ones(9))
 
 
-def test_the_same_request_gets_the_same_bytes_and_another_one_none(member: Member) -> None:
-    first = ask(member, *turn(1, 0))
-    again = ask(Member(member.policy, member.folder), *turn(1, 0), signal=torch.full((SIZE,), 7.0))
+def test_the_same_request_gets_the_same_bytes_and_another_one_none(device: Device) -> None:
+    first = ask(device, *turn(1, 0))
+    again = ask(Device(device.policy, device.folder), *turn(1, 0), signal=torch.full((SIZE,), 7.0))
     assert torch.equal(first, again)
-    assert len(Ledger(member.folder).entries()) == 1
-    with pytest.raises(Refusal, match=r"turn: expected a turn after 1, or what was asked in it"):
-        ask(member, *turn(1, 0), torch.ones(SIZE))
+    assert len(Ledger(device.folder).entries()) == 1
+    with pytest.raises(Refusal, match=r"turn: expected a turn after 1, or the same request again"):
+        ask(device, *turn(1, 0), torch.ones(SIZE))
 
 
-def test_memory_moves_only_when_the_server_says_that_the_message_counted(member: Member) -> None:
-    record = MemoryFile(member.folder, "r1", 0)
-    ask(member, *turn(1, 0))
-    ask(member, *turn(2, 1))  # counted
-    ask(member, *turn(3, 1))  # the second did not
+def test_memory_moves_only_when_the_server_says_that_the_message_counted(device: Device) -> None:
+    record = MemoryFile(device.folder, "r1", 0)
+    ask(device, *turn(1, 0))
+    ask(device, *turn(2, 1))  # counted
+    ask(device, *turn(3, 1))  # the second did not
     kept = record.read()
     assert kept is not None
     assert (kept.committed_turn, kept.pending_turn) == (1, 3)
@@ -132,85 +140,85 @@ def test_memory_moves_only_when_the_server_says_that_the_message_counted(member:
     assert torch.allclose(kept.committed["memory"], 0.5 * wanted)
 
 
-def test_a_late_order_is_not_answered_again(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    ask(member, *turn(2, 1))
+def test_a_late_order_is_not_answered_again(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    ask(device, *turn(2, 1))
     with pytest.raises(Refusal, match="turn: expected a turn after 2") as caught:
-        ask(member, *turn(1, 0))
+        ask(device, *turn(1, 0))
     assert caught.value.kind == "stale"
 
 
-def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    ask(member, *turn(2, 1))
-    MemoryFile(member.folder, "r1", 0).path.unlink()
-    with pytest.raises(Refusal, match="expected its state after turn 2, got none") as caught:
-        ask(member, *turn(3, 2))
+def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    ask(device, *turn(2, 1))
+    MemoryFile(device.folder, "r1", 0).path.unlink()
+    with pytest.raises(Refusal, match="expected its state after turn 2, got no memory") as caught:
+        ask(device, *turn(3, 2))
     assert caught.value.kind == "lost"
-    ask(member, *turn(4, 0))
-    kept = MemoryFile(member.folder, "r1", 0).read()
+    ask(device, *turn(4, 0))
+    kept = MemoryFile(device.folder, "r1", 0).read()
     assert kept is not None
     assert kept.committed_turn == 0
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_memory_that_is_not_finite_is_a_lost_one(member: Member, poison: float) -> None:
+def test_a_memory_that_is_not_finite_is_a_lost_one(device: Device, poison: float) -> None:
     """Every later message would be zero, and nobody would know; what is sent for it is charged all the same."""
-    ask(member, *turn(1, 0))
-    memory = MemoryFile(member.folder, "r1", 0)
+    ask(device, *turn(1, 0))
+    memory = MemoryFile(device.folder, "r1", 0)
     record = memory.read()
     assert record is not None
     record.pending["memory"][1] = poison
     memory.prepare(record)
     memory.finish()
     with pytest.raises(Refusal, match=r"memory of client 0: expected finite numbers") as caught:
-        ask(member, *turn(2, 1))
+        ask(device, *turn(2, 1))
     assert caught.value.kind == "lost"
-    assert len(Ledger(member.folder).entries()) == 1
-    ask(member, *turn(3, 0))
+    assert len(Ledger(device.folder).entries()) == 1
+    ask(device, *turn(3, 0))
 
 
 def test_an_update_that_is_not_finite_is_said_in_the_client_s_own_log(
-    member: Member, caplog: pytest.LogCaptureFixture
+    device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("WARNING", logger="flwr"):
-        ask(member, *turn(1, 0), signal=torch.full((SIZE,), torch.nan))
+        ask(device, *turn(1, 0), signal=torch.full((SIZE,), torch.nan))
     assert "client 0: its update is not finite" in caplog.text
 
 
-def test_a_message_whose_copy_is_lost_is_not_noised_again(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    MemoryFile(member.folder, "r1", 0).path.unlink()
+def test_a_message_whose_copy_is_lost_is_not_noised_again(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    MemoryFile(device.folder, "r1", 0).path.unlink()
     with pytest.raises(Refusal, match="no turn is noised twice") as caught:
-        ask(member, *turn(1, 0))
+        ask(device, *turn(1, 0))
     assert caught.value.kind == "stale"
 
 
 def test_a_method_without_memory_loses_nothing(tmp_path: Path) -> None:
-    plain = Member(policy(), tmp_path / "state")
-    asked = order(method=DPFedAvg(clip_norm=1.0))
+    plain = Device(policy(), tmp_path / "state")
+    asked = instructions(method=DPFedAvg(clip_norm=1.0))
     ask(plain, asked, terms())
     MemoryFile(plain.folder, "r1", 0).path.unlink()
     ask(plain, asked, terms(turn=2, last_turn=1))
 
 
-def test_a_new_epoch_starts_afresh_and_the_old_one_is_over(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    ask(member, order(), terms(turn=2, epoch=1))
+def test_a_new_epoch_starts_afresh_and_the_old_one_is_over(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    ask(device, instructions(), terms(turn=2, epoch=1))
     with pytest.raises(Refusal, match="epoch: expected at least 1"):
-        ask(member, order(), terms(turn=3, last_turn=1))
+        ask(device, instructions(), terms(turn=3, last_turn=1))
 
 
-def test_records_are_private(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    files = [path for path in member.folder.rglob("*") if path.is_file()]
+def test_records_are_private(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    files = [path for path in device.folder.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"ledger.head", "ledger.jsonl", "lock", "memory"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
-    folders = [member.folder, *(path for path in member.folder.rglob("*") if path.is_dir())]
+    folders = [device.folder, *(path for path in device.folder.rglob("*") if path.is_dir())]
     assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o700}
 
 
-def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_the_message_leaves(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(
@@ -218,7 +226,7 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
         "fsync",
         lambda f: (synced.append(str(Path(f"/proc/self/fd/{f}").readlink())), real(f)),
     )
-    ask(member, *turn(1, 0))
+    ask(device, *turn(1, 0))
     names = [Path(path).name for path in synced]
     assert names[names.index("memory.part") :] == [
         *("memory.part", "ledger.head.part", "ledger.jsonl", "state", "state", "r1-0"),
@@ -226,26 +234,26 @@ def test_everything_is_on_the_disk_before_the_message_leaves(member: Member, mon
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "version", "empty"])
-def test_a_damaged_memory_is_never_used(member: Member, damage: str) -> None:
-    ask(member, *turn(1, 0))
-    path = MemoryFile(member.folder, "r1", 0).path
+def test_a_damaged_memory_is_never_used(device: Device, damage: str) -> None:
+    ask(device, *turn(1, 0))
+    path = MemoryFile(device.folder, "r1", 0).path
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[-3] ^= 1
     damaged = {"flipped": bytes(content), "short": bytes(content[:-9]), "empty": b""}
     path.write_bytes(damaged.get(damage, content.replace(b"fedpriv-memory 1", b"fedpriv-memory 2")))
-    with pytest.raises(Refusal, match="expected a whole memory file") as caught:
-        ask(member, *turn(2, 1))
+    with pytest.raises(Refusal, match="expected an intact memory file") as caught:
+        ask(device, *turn(2, 1))
     assert caught.value.kind == "trouble"
-    assert len(Ledger(member.folder).entries()) == 1
+    assert len(Ledger(device.folder).entries()) == 1
 
 
 @pytest.mark.parametrize("full_at", [0, 1, 2])
 def test_a_full_disk_is_said_and_no_memory_is_lost(
-    member: Member, full_at: int, monkeypatch: pytest.MonkeyPatch
+    device: Device, full_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask(member, *turn(1, 0))
-    before = MemoryFile(member.folder, "r1", 0).path.read_bytes()
+    ask(device, *turn(1, 0))
+    before = MemoryFile(device.folder, "r1", 0).path.read_bytes()
     real, calls = os.write, []
 
     def write(file: int, content: bytes) -> int:
@@ -256,21 +264,21 @@ def test_a_full_disk_is_said_and_no_memory_is_lost(
 
     monkeypatch.setattr(fedpriv.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left") as caught:
-        ask(member, *turn(2, 1))
+        ask(device, *turn(2, 1))
     assert caught.value.kind == "trouble"
-    assert MemoryFile(member.folder, "r1", 0).path.read_bytes() == before
+    assert MemoryFile(device.folder, "r1", 0).path.read_bytes() == before
     monkeypatch.undo()
-    ask(member, *turn(3, 1))
+    ask(device, *turn(3, 1))
 
 
 @pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("full_at", range(3))
 def test_a_full_disk_charges_no_message_that_never_left(
-    member: Member, full_at: int, torn: bool, monkeypatch: pytest.MonkeyPatch
+    device: Device, full_at: int, torn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever of the writes finds it full, and also half way: the same turn is then answered as if nothing was."""
-    ask(member, *turn(1, 0))
-    files = {path: path.read_bytes() for path in member.folder.rglob("*") if path.is_file()}
+    ask(device, *turn(1, 0))
+    files = {path: path.read_bytes() for path in device.folder.rglob("*") if path.is_file()}
     real, calls = os.write, []
 
     def write(file: int, content: bytes) -> int:
@@ -283,14 +291,14 @@ def test_a_full_disk_charges_no_message_that_never_left(
 
     monkeypatch.setattr(fedpriv.files.os, "write", write)
     with pytest.raises(Refusal, match="no space left"):
-        ask(member, *turn(2, 1))
+        ask(device, *turn(2, 1))
     assert len(calls) > full_at
     monkeypatch.undo()
-    assert len(Ledger(member.folder).entries()) == 1
+    assert len(Ledger(device.folder).entries()) == 1
     assert all(path.read_bytes() == content for path, content in files.items())
-    assert not (member.folder / "r1-0" / "memory.part").exists()
-    ask(member, *turn(2, 1))
-    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+    assert not (device.folder / "r1-0" / "memory.part").exists()
+    ask(device, *turn(2, 1))
+    assert [entry.turn for entry in Ledger(device.folder).entries()] == [1, 2]
 
 
 class Stopped(BaseException):
@@ -299,10 +307,10 @@ class Stopped(BaseException):
 
 @pytest.mark.parametrize("stop_at", range(6))
 def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message_is_sent(
-    member: Member, stop_at: int, monkeypatch: pytest.MonkeyPatch
+    device: Device, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each write, and after each file or line that is known to be on the disk."""
-    ask(member, *turn(1, 0))
+    ask(device, *turn(1, 0))
     real, done = os.fsync, []
 
     def fsync(file: int) -> None:
@@ -313,37 +321,37 @@ def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message
 
     monkeypatch.setattr(fedpriv.files.os, "fsync", fsync)
     with pytest.raises(Stopped):
-        ask(member, *turn(2, 1))
+        ask(device, *turn(2, 1))
     monkeypatch.undo()
-    charged = len(Ledger(member.folder).entries())
+    charged = len(Ledger(device.folder).entries())
     assert charged == (1 if stop_at < 2 else 2)
-    again = Member(member.policy, member.folder)
+    again = Device(device.policy, device.folder)
     message = ask(again, *turn(2, 1))
     assert torch.equal(ask(again, *turn(2, 1)), message)
-    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+    assert [entry.turn for entry in Ledger(device.folder).entries()] == [1, 2]
     ask(again, *turn(3, 2))
 
 
-def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(member: Member) -> None:
+def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(device: Device) -> None:
     """As after a full disk, or with a file that somebody put there."""
-    ask(member, *turn(1, 0))
-    path = MemoryFile(member.folder, "r1", 0).path
+    ask(device, *turn(1, 0))
+    path = MemoryFile(device.folder, "r1", 0).path
     before = path.read_bytes()
-    other = Member(member.policy, member.folder.parent / "other")
+    other = Device(device.policy, device.folder.parent / "other")
     for number in (1, 2, 3):
         ask(other, *turn(number, number - 1))
     for content in (MemoryFile(other.folder, "r1", 0).path.read_bytes(), before[:-3], b""):
         path.with_name("memory.part").write_bytes(content)
-        with pytest.raises(Refusal, match="Each turn is answered once"):
-            ask(member, *turn(1, 0), torch.ones(SIZE))
+        with pytest.raises(Refusal, match="each turn is answered once"):
+            ask(device, *turn(1, 0), torch.ones(SIZE))
         assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["a line is missing", "a figure is changed", "not JSON"])
-def test_a_ledger_that_was_changed_stops_everything(member: Member, damage: str) -> None:
+def test_a_ledger_that_was_changed_stops_everything(device: Device, damage: str) -> None:
     for number in (1, 2, 3):
-        ask(member, *turn(number, number - 1))
-    path = Ledger(member.folder).path
+        ask(device, *turn(number, number - 1))
+    path = Ledger(device.folder).path
     lines = path.read_bytes().splitlines(keepends=True)
     if damage == "a line is missing":
         lines = [lines[0], lines[2]]
@@ -352,79 +360,79 @@ def test_a_ledger_that_was_changed_stops_everything(member: Member, damage: str)
     else:
         lines[0] = b"none\n"
     path.write_bytes(b"".join(lines))
-    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
-        ask(member, *turn(4, 3))
+    with pytest.raises(Refusal, match="expected the original line") as caught:
+        ask(device, *turn(4, 3))
     assert caught.value.kind == "trouble"
 
 
-def test_a_torn_last_line_was_never_sent(member: Member) -> None:
-    ask(member, *turn(1, 0))
-    path = Ledger(member.folder).path
+def test_a_torn_last_line_was_never_sent(device: Device) -> None:
+    ask(device, *turn(1, 0))
+    path = Ledger(device.folder).path
     with path.open("ab") as file:
         file.write(b'{"run": "r1", "tu')
-    ask(member, *turn(2, 1))
-    assert [entry.turn for entry in Ledger(member.folder).entries()] == [1, 2]
+    ask(device, *turn(2, 1))
+    assert [entry.turn for entry in Ledger(device.folder).entries()] == [1, 2]
 
 
-def test_the_ledger_says_what_the_server_may_claim(member: Member) -> None:
+def test_the_ledger_says_what_the_server_may_claim(device: Device) -> None:
     plan = make_plan(trust="local", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
     for number in range(1, 5):
-        ask(member, *turn(number, number - 1))
-        entries = Ledger(member.folder).entries()
+        ask(device, *turn(number, number - 1))
+        entries = Ledger(device.folder).entries()
         assert spent(entries, 1e-5, "replace") == pytest.approx(plan.epsilon_of_participations(number), rel=1e-9)
 
 
 def test_the_budget_holds_over_runs_and_ends_with_a_refusal(tmp_path: Path) -> None:
     plan = make_plan(trust="local", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
     budget = plan.epsilon_of_participations(3) * 1.001
-    frugal = Member(policy(epsilon=budget), tmp_path / "state")
-    ask(frugal, order(), terms(run="one"))
-    ask(frugal, order(), terms(run="two"))
-    ask(frugal, order(), terms(run="three"))
+    frugal = Device(policy(epsilon=budget), tmp_path / "state")
+    ask(frugal, instructions(), terms(run="one"))
+    ask(frugal, instructions(), terms(run="two"))
+    ask(frugal, instructions(), terms(run="three"))
     with pytest.raises(Refusal, match=r"epsilon after another message: expected at most") as caught:
-        ask(frugal, order(), terms(run="four"))
+        ask(frugal, instructions(), terms(run="four"))
     assert caught.value.kind == "budget"
     assert len(Ledger(frugal.folder).entries()) == 3
-    ask(frugal, order(), terms(run="one"))  # the same request, the same bytes: nothing new is spent
+    ask(frugal, instructions(), terms(run="one"))  # the same request, the same bytes: nothing new is spent
 
 
 @pytest.mark.parametrize("multiplier", [0.3, 1.0, 4.0, 30.0])
 @pytest.mark.parametrize("releases", [1, 4])
-def test_the_quick_bound_is_never_below_the_accountant_s(member: Member, multiplier: float, releases: int) -> None:
+def test_the_quick_bound_is_never_below_the_accountant_s(device: Device, multiplier: float, releases: int) -> None:
     for number in range(1, releases + 1):
         o, t = turn(number, number - 1)
-        ask(member, replace(o, noise_stddev=2.0 * multiplier), replace(t, noise_multiplier=multiplier))
-    entries = Ledger(member.folder).entries()
+        ask(device, replace(o, noise_stddev=2.0 * multiplier), replace(t, noise_multiplier=multiplier))
+    entries = Ledger(device.folder).entries()
     exact = spent(entries, 1e-5, "replace")
     assert not surely_within(entries, exact * 0.999, 1e-5, "replace")
     assert surely_within(entries, 3.0 * exact, 1e-5, "replace")
 
 
-def test_different_noises_compose_like_one_gaussian(member: Member) -> None:
-    ask(member, order(), terms())
-    ask(member, order(noise_stddev=4.0), terms(run="r2", noise_multiplier=2.0))
+def test_different_noises_compose_like_one_gaussian(device: Device) -> None:
+    ask(device, instructions(), terms())
+    ask(device, instructions(noise_stddev=4.0), terms(run="r2", noise_multiplier=2.0))
     together = make_plan(
         trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=1.25**-0.5
     )
-    assert spent(Ledger(member.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
+    assert spent(Ledger(device.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
 
 
-def test_the_policy_and_not_the_server_says_what_neighbours_are(member: Member) -> None:
+def test_the_policy_and_not_the_server_says_what_neighbours_are(device: Device) -> None:
     """A release promised under add-or-remove costs what it costs under replacement, and has to meet the same floor."""
-    ask(member, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
-    ask(member, order(), terms(run="r2"))
+    ask(device, instructions(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+    ask(device, instructions(), terms(run="r2"))
     together = make_plan(
         trust="local", sampling=Everyone(1), rounds=1, delta=1e-5, l2_bound=1.0, noise_multiplier=5.0**-0.5
     )
-    assert spent(Ledger(member.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
+    assert spent(Ledger(device.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
 
 
 def test_a_floor_is_meant_under_the_policy_s_neighbours(tmp_path: Path) -> None:
-    strict = Member(policy(min_noise_multiplier=1.0), tmp_path / "state")
+    strict = Device(policy(min_noise_multiplier=1.0), tmp_path / "state")
     with pytest.raises(Refusal, match=r"limits.min_noise_multiplier: expected at least 1, got 0\.5"):
-        ask(strict, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
-    lenient = Member(policy(min_noise_multiplier=1.0, adjacency="add-or-remove"), tmp_path / "other")
-    ask(lenient, order(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+        ask(strict, instructions(noise_stddev=1.0), terms(adjacency="add-or-remove"))
+    lenient = Device(policy(min_noise_multiplier=1.0, adjacency="add-or-remove"), tmp_path / "other")
+    ask(lenient, instructions(noise_stddev=1.0), terms(adjacency="add-or-remove"))
 
 
 ODD = {
@@ -446,9 +454,9 @@ ODD = {
 def test_odd_numbers_get_nothing_and_take_no_time(name: str, trust: str, tmp_path: Path) -> None:
     asked, told = ODD[name]
     bare = {"noise_stddev": 0.0} if trust == "central" and "noise_stddev" not in asked else {}
-    guarded = Member(policy(trust="central", epsilon=1e3), tmp_path / "state")
+    guarded = Device(policy(trust="central", epsilon=1e3), tmp_path / "state")
     with pytest.raises(Refusal) as caught:
-        ask(guarded, order(**{**bare, **asked}), terms(**{"trust": trust, **told}))
+        ask(guarded, instructions(**{**bare, **asked}), terms(**{"trust": trust, **told}))
     assert caught.value.kind in ("policy", "budget", "model")
     assert not Ledger(guarded.folder).entries()
 
@@ -460,12 +468,12 @@ def test_what_a_refusal_tells_holds_nothing_of_files_or_past_runs() -> None:
         assert KINDS[kind] in told
 
 
-def test_whatever_goes_wrong_is_a_refusal(member: Member) -> None:
+def test_whatever_goes_wrong_is_a_refusal(device: Device) -> None:
     def fails() -> Tensor:
         raise RuntimeError("out of memory at row 17 of hiv.csv")
 
     with pytest.raises(Refusal, match="RuntimeError") as caught:
-        member.answer(*turn(1, 0), torch.zeros(SIZE), fails)
+        device.answer(*turn(1, 0), torch.zeros(SIZE), fails)
     assert caught.value.kind == "trouble"
     assert "hiv" not in caught.value.told
 
@@ -473,10 +481,10 @@ def test_whatever_goes_wrong_is_a_refusal(member: Member) -> None:
 @pytest.mark.parametrize(
     "damage", ["removed", "shortened", "last line changed", "last newline lost", "all but memory gone"]
 )
-def test_a_ledger_that_got_shorter_stops_everything(member: Member, damage: str) -> None:
+def test_a_ledger_that_got_shorter_stops_everything(device: Device, damage: str) -> None:
     for number in (1, 2, 3):
-        ask(member, *turn(number, number - 1))
-    path = Ledger(member.folder).path
+        ask(device, *turn(number, number - 1))
+    path = Ledger(device.folder).path
     content = path.read_bytes()
     if damage == "shortened":
         path.write_bytes(b"".join(content.splitlines(keepends=True)[:2]))
@@ -488,45 +496,45 @@ def test_a_ledger_that_got_shorter_stops_everything(member: Member, damage: str)
         path.unlink()
     if damage == "all but memory gone":
         path.with_name("ledger.head").unlink()
-    with pytest.raises(Refusal, match="expected the line as it was written") as caught:
-        ask(member, *turn(4, 3))
+    with pytest.raises(Refusal, match="expected the original line") as caught:
+        ask(device, *turn(4, 3))
     assert caught.value.kind == "trouble"
 
 
 def test_what_was_sent_without_a_promise_is_not_forgotten(tmp_path: Path) -> None:
     """A policy that becomes strict after a run that promised nothing has no budget left to give."""
-    lenient = Member(policy(trust="none"), tmp_path / "state")
-    ask(lenient, order(noise_stddev=0.0), terms(trust="none", noise_multiplier=0.0))
+    lenient = Device(policy(trust="none"), tmp_path / "state")
+    ask(lenient, instructions(noise_stddev=0.0), terms(trust="none", noise_multiplier=0.0))
     assert "epsilon inf" in account_of(lenient.folder, 8.0, 1e-5, "replace")
-    ask(lenient, order(), terms(run="r2"))
+    ask(lenient, instructions(), terms(run="r2"))
     with pytest.raises(Refusal, match="got inf") as caught:
-        ask(Member(policy(), lenient.folder), order(), terms(run="r3"))
+        ask(Device(policy(), lenient.folder), instructions(), terms(run="r3"))
     assert caught.value.kind == "budget"
 
 
-def test_a_new_epoch_does_not_hide_that_the_ledger_is_gone(member: Member) -> None:
-    ask(member, *turn(1, 0))
+def test_a_new_epoch_does_not_hide_that_the_ledger_is_gone(device: Device) -> None:
+    ask(device, *turn(1, 0))
     for name in ("ledger.jsonl", "ledger.head"):
-        (member.folder / name).unlink()
-    with pytest.raises(Refusal, match="expected the line as it was written"):
-        ask(member, order(), terms(turn=2, epoch=1))
+        (device.folder / name).unlink()
+    with pytest.raises(Refusal, match="expected the original line"):
+        ask(device, instructions(), terms(turn=2, epoch=1))
 
 
-def test_reading_the_ledger_changes_nothing(member: Member) -> None:
+def test_reading_the_ledger_changes_nothing(device: Device) -> None:
     """Also in the middle of an append."""
-    ask(member, *turn(1, 0))
-    path = Ledger(member.folder).path
+    ask(device, *turn(1, 0))
+    path = Ledger(device.folder).path
     with path.open("ab") as file:
         file.write(b'{"run": "r1"')
     before = path.read_bytes()
-    Ledger(member.folder).entries()
-    assert "1 messages" in account_of(member.folder, 8.0, 1e-5, "replace")
+    Ledger(device.folder).entries()
+    assert "1 messages" in account_of(device.folder, 8.0, 1e-5, "replace")
     assert path.read_bytes() == before
 
 
 def test_central_runs_cost_their_whole_promise_at_once(tmp_path: Path) -> None:
-    trusting = Member(policy(trust="central", delta=2.5e-5), tmp_path / "state")
-    bare = order(noise_stddev=0.0)
+    trusting = Device(policy(trust="central", delta=2.5e-5), tmp_path / "state")
+    bare = instructions(noise_stddev=0.0)
     told = terms(trust="central", adjacency="add-or-remove")
     ask(trusting, bare, told)
     plan = make_plan(trust="central", sampling=Everyone(4), rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
@@ -538,12 +546,12 @@ def test_central_runs_cost_their_whole_promise_at_once(tmp_path: Path) -> None:
 
 
 def test_a_server_that_lowers_the_noise_in_mid_run_pays_for_both_promises(tmp_path: Path) -> None:
-    trusting = Member(policy(trust="central", delta=1e-4, epsilon=1e4), tmp_path / "state")
-    bare = order(noise_stddev=0.0)
+    trusting = Device(policy(trust="central", delta=1e-4, epsilon=1e4), tmp_path / "state")
+    bare = instructions(noise_stddev=0.0)
     told = terms(trust="central", adjacency="add-or-remove")
     ask(trusting, bare, told)
     one = spent(Ledger(trusting.folder).entries(), 1e-4, "replace")
-    ask(trusting, order(noise_stddev=0.0, round=2), replace(told, turn=2, last_turn=1, noise_multiplier=0.5))
+    ask(trusting, instructions(noise_stddev=0.0, round=2), replace(told, turn=2, last_turn=1, noise_multiplier=0.5))
     assert spent(Ledger(trusting.folder).entries(), 1e-4, "replace") > 2 * one
 
 
@@ -567,12 +575,12 @@ def test_a_policy_that_is_not_right_lets_nothing_leave(text: str, line: str, tmp
     with pytest.raises(UserError, match=line):
         load_policy(path)
     with pytest.raises(UserError, match=line):
-        Member.at(tmp_path)
+        Device.at(tmp_path)
 
 
 def test_clip21_keeps_its_memory_too(tmp_path: Path) -> None:
-    kept = Member(policy(), tmp_path / "state")
-    asked = order(method=Clip21(clip_norm=1.0))
+    kept = Device(policy(), tmp_path / "state")
+    asked = instructions(method=Clip21(clip_norm=1.0))
     ask(kept, asked, terms())
     ask(kept, replace(asked, round=2), terms(turn=2, last_turn=1))
     record = MemoryFile(kept.folder, "r1", 0).read()

@@ -262,7 +262,7 @@ def taken(monkeypatch, when_registering, beats=False):
 @pytest.mark.parametrize("beats", [False, True])
 def test_a_node_that_was_removed_says_so_in_one_line_and_is_not_started_again(monkeypatch, beats):
     """Its heartbeat, which has a thread of its own, neither prints it nor ends the node, as the main thread does."""
-    line = r"^node\.key: expected a key that the server knows, got one that it has removed\."
+    line = r"^node\.key: expected a registered key, got a key that the server has removed\."
     with pytest.raises(UserError, match=line):
         taken(monkeypatch, refusal(2001), beats)
 
@@ -270,7 +270,7 @@ def test_a_node_that_was_removed_says_so_in_one_line_and_is_not_started_again(mo
 def test_a_node_whose_clock_went_wrong_is_not_taken_for_a_removed_one(monkeypatch, capsys):
     """The server's answer is the same; the exit code lets systemd start it again."""
     assert taken(monkeypatch, refusal(0, 401)) == 1
-    assert "fedpriv: the server: expected a node whose signature is right" in capsys.readouterr().err
+    assert "fedpriv: the server: expected a valid and recent signature" in capsys.readouterr().err
 
 
 def test_a_node_that_the_server_never_took_was_not_removed(monkeypatch):
@@ -329,8 +329,8 @@ def kill_and_wait(child):
 @pytest.mark.parametrize(
     ("code", "meanwhile", "how"),
     [
-        (WAITING, kill_and_wait, "was ended by signal 9"),
-        ("raise SystemExit(3)", lambda _: time.sleep(30.0), "ended with exit code 3"),
+        (WAITING, kill_and_wait, "an end by signal 9"),
+        ("raise SystemExit(3)", lambda _: time.sleep(30.0), "an end with exit code 3"),
     ],
     ids=["killed", "ended"],
 )
@@ -341,8 +341,8 @@ def test_a_node_whose_superexec_ends_says_so_in_one_line_and_ends(monkeypatch, c
     assert with_a_child(monkeypatch, code, meanwhile) == 1
     assert time.monotonic() - began < 20.0
     said = capsys.readouterr().err
-    line = "fedpriv: this node: expected flower-superexec to run as long as the node does, got one that "
-    assert said.startswith(f"{line}{how}. Start the node again")
+    line = "fedpriv: this node: expected flower-superexec to run as long as the node does, got "
+    assert said.startswith(f"{line}{how}. Read the node's log")
     assert said.count("\n") == 1
 
 
@@ -358,7 +358,7 @@ def test_a_node_that_hangs_as_it_ends_is_ended_with_the_same_line_and_code(monke
     monkeypatch.setattr(supernode_internals.os, "_exit", codes.append)
     with_a_child(monkeypatch, WAITING, hang)
     assert codes == [1]
-    assert "was ended by signal 9" in capsys.readouterr().err
+    assert "an end by signal 9" in capsys.readouterr().err
 
 
 def test_a_node_that_is_ended_does_not_complain_of_what_ends_with_it(monkeypatch, capsys):
@@ -443,8 +443,8 @@ def test_a_folder_that_fails_a_check_is_not_run(deployment, started, capsys):
     (deployment / "node-0" / "node.key").chmod(0o644)
     (deployment / "node-0" / "start-node.sh").write_text("evil")
     line = refused(deployment / "node-0", capsys)
-    assert "start-node.sh changed since made" in line
-    assert "others can read private files" in line
+    assert "start-node.sh changed since creation" in line
+    assert "other users can read private files" in line
     assert not started
 
 
@@ -452,7 +452,7 @@ def test_a_node_is_run_once(deployment, started, capsys):
     (deployment / "node-0" / "flower").mkdir()
     with (deployment / "node-0" / "flower" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "got one that is running" in refused(deployment / "node-0", capsys)
+        assert "got a folder in use" in refused(deployment / "node-0", capsys)
     assert not started
 
 

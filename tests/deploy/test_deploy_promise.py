@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fedpriv.deploy.coordinator import Coordinator
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Entry, Ledger, spent
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.policy import Accepts, Limits, Policy
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.flower.messages import Terms
-from fedpriv.flower.promise import Promise, promised
+from fedpriv.flower.messages import RunTerms
+from fedpriv.flower.privacy_terms import PrivacyTerms, promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, has_memory
 from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan
@@ -51,7 +51,7 @@ def plan(**changes: Any) -> PrivacyPlan:
 
 
 def test_every_field_of_a_plan_is_in_the_test_below() -> None:
-    """A field that is added to the plan has to travel, too: add it to `Promise`, and here."""
+    """A field that is added to the plan has to travel, too: add it to `PrivacyTerms`, and here."""
     assert set(OTHER) == {field.name for field in dataclasses.fields(PrivacyPlan)}
     assert {"everyone", "poisson", "fixed"} == set(SAMPLINGS)
 
@@ -60,7 +60,7 @@ def test_every_field_of_a_plan_is_in_the_test_below() -> None:
 def test_every_fact_of_a_plan_reaches_the_client_and_its_ledger(field: str) -> None:
     made = plan(**{field: OTHER[field]})
     facts = promised(made, made.sampling, made.rounds)
-    assert Promise(**facts).plan(made.l2_bound) == made
+    assert PrivacyTerms(**facts).plan(made.l2_bound) == made
     entry = Entry(**facts, run="r", client=0, turn=1, request="", method="m", l2_bound=made.l2_bound, noise_stddev=0.0)
     assert entry.plan(entry.l2_bound) == made
 
@@ -68,10 +68,10 @@ def test_every_fact_of_a_plan_reaches_the_client_and_its_ledger(field: str) -> N
 @pytest.mark.parametrize("name", SAMPLED)
 def test_every_fact_of_the_cohorts_reaches_the_client(name: str) -> None:
     made = plan(sampling=SAMPLED[name])
-    assert Promise(**promised(made, made.sampling, made.rounds)).plan(1.0).sampling == SAMPLED[name]
+    assert PrivacyTerms(**promised(made, made.sampling, made.rounds)).plan(1.0).sampling == SAMPLED[name]
 
 
-def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folder: Path) -> tuple[PrivacyPlan, Member]:
+def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folder: Path) -> tuple[PrivacyPlan, Device]:
     """A client that has answered all turns of a run under a plan."""
     made = make_plan(
         trust=trust,
@@ -85,7 +85,7 @@ def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folde
     )
     server, client, _ = agree(method, sampling, made, SystemStreams())
     limits = Limits(epsilon=1e4, delta=1e-5, adjacency=adjacency)  # type: ignore[arg-type]
-    member = Member(Policy(accepts=Accepts(trust="central"), limits=limits), folder / "state")
+    device = Device(Policy(accepts=Accepts(trust="central"), limits=limits), folder / "state")
     coordinator = Coordinator(
         server=server,
         client=client,
@@ -97,12 +97,12 @@ def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folde
     )
     while not coordinator.done:
         broadcast = coordinator.begin()
-        order, terms = coordinator.order(0)
-        answer = member.answer(order, terms, broadcast.model, lambda: torch.ones(SIZE))
+        instructions, terms = coordinator.instructions(0)
+        answer = device.answer(instructions, terms, broadcast.model, lambda: torch.ones(SIZE))
         coordinator.last_turn[0] = broadcast.round
         coordinator.finish({}, {})
         assert len(answer) == SIZE
-    return made, member
+    return made, device
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folde
 def test_the_ledger_charges_a_client_in_all_rounds_what_the_server_states(
     trust: str, adjacency: str, sampling: str, method: str, tmp_path: Path
 ) -> None:
-    made, member = served(METHODS[method], trust, adjacency, SAMPLED[sampling], tmp_path)
-    entries = Ledger(member.folder).entries()
+    made, device = served(METHODS[method], trust, adjacency, SAMPLED[sampling], tmp_path)
+    entries = Ledger(device.folder).entries()
     assert len(entries) == ROUNDS
     assert spent(entries, made.delta, adjacency) == pytest.approx(made.epsilon, rel=1e-9)
 
@@ -141,14 +141,14 @@ def test_a_promise_from_before_memory_was_written_down_is_charged_as_with_memory
     made = plan(sampling=SAMPLED["fixed"], client_memory=False)
     facts = promised(made, made.sampling, made.rounds)
     del facts["client_memory"], facts["unit"]
-    assert Promise(**facts).plan(1.0) == replace(made, client_memory=True)
+    assert PrivacyTerms(**facts).plan(1.0) == replace(made, client_memory=True)
 
 
 def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path) -> None:
     """Fixed cohorts of clients that remember are not amplified, whatever the terms say."""
     method = METHODS["memory"]
     made = plan(sampling=SAMPLED["fixed"], client_memory=False)
-    terms = Terms(run="r", turn=1, last_turn=0, epoch=0, digest="d", **promised(made, made.sampling, made.rounds))
+    terms = RunTerms(run="r", turn=1, last_turn=0, epoch=0, digest="d", **promised(made, made.sampling, made.rounds))
     server, client, _ = agree(method, made.sampling, plan(sampling=made.sampling), SystemStreams())
     coordinator = Coordinator(
         server=server,
@@ -160,13 +160,13 @@ def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path
         state=method.init_server(torch.zeros(SIZE)),
     )
     coordinator.begin()
-    order, right = coordinator.order(0)
-    member = Member(
+    instructions, right = coordinator.instructions(0)
+    device = Device(
         Policy(accepts=Accepts(trust="central"), limits=Limits(epsilon=1e4, delta=1e-4)), tmp_path / "state"
     )
     with pytest.raises(Refusal, match="client_memory: expected true with a method that has a memory"):
-        member.answer(order, terms, torch.zeros(SIZE), lambda: torch.ones(SIZE))
-    assert len(member.answer(order, right, torch.zeros(SIZE), lambda: torch.ones(SIZE))) == SIZE
+        device.answer(instructions, terms, torch.zeros(SIZE), lambda: torch.ones(SIZE))
+    assert len(device.answer(instructions, right, torch.zeros(SIZE), lambda: torch.ones(SIZE))) == SIZE
 
 
 def test_a_run_of_more_turns_than_were_accounted_does_not_begin() -> None:

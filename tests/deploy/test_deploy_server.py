@@ -118,5 +118,5 @@ def test_a_server_folder_that_fails_a_check_is_not_run(deployment, started, caps
     with pytest.raises(SystemExit) as end:
         main(["deploy", "server", str(deployment / "server")])
     assert end.value.code == 2
-    assert "others can read private files" in capsys.readouterr().err
+    assert "other users can read private files" in capsys.readouterr().err
     assert not started

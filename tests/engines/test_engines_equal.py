@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from federations import AnyFederation, MakeEngine, Setting, advance, dataset_of, models_of, ragged_digits, setting
-from helpers import EXAMPLES, same
+from support.federations import (
+    AnyFederation,
+    MakeEngine,
+    Setting,
+    advance,
+    dataset_of,
+    models_of,
+    ragged_digits,
+    setting,
+)
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import EXAMPLES, WITH_MEMORY, same
+from support.helpers import EXAMPLES, WITH_MEMORY, same
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
@@ -197,7 +197,7 @@ def test_the_compiled_file_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("bounded", [Clip(clip_norm=0.7), SmoothedNormalization(alpha=0.3)])
 @pytest.mark.parametrize("norm", [1e-20, 0.3, 0.7, 1.0, 1e20])
 def test_the_figures_of_a_map_are_the_map(bounded: Clip | SmoothedNormalization, norm: float) -> None:
-    p, q, r, t = bounded.figures
+    p, q, r, t = bounded.coefficients
     row = torch.zeros(3)
     row[1] = norm
     norm = float(row[1])

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from federations import Setting, advance, models_of, ragged_digits, setting
-from helpers import EXAMPLES, same
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from support.federations import Setting, advance, models_of, ragged_digits, setting
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.data.federation import shifted
@@ -32,7 +32,7 @@ from fedpriv.engines.ray.cluster import Connection, connect, quiet
 from fedpriv.engines.ray.engine import RayEngine
 from fedpriv.engines.ray.host import merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners
-from fedpriv.engines.ray.snapshots import Snapshots
+from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import Everyone, FixedSize, Poisson
@@ -129,7 +129,7 @@ def test_the_loop_inside_workers_is_the_loop_to_the_bit(case: str) -> None:
     saved = alone.save()
     _, rest, _ = advance(alone, made.server, state, 6, 8)
     assert float((rest[-1] - made.initial_model).abs().max()) > 1e-3
-    with over_ray(made, snapshot_every=2, snapshot_share=math.inf) as engine:
+    with over_ray(made, snapshots=KeepSnapshots(every=2, share=math.inf)) as engine:
         assert engine.save()["clients"].tolist() == []
         state, found, totals_there = advance(engine, made.server, start_of(made), 1, 5)
         assert all_same(found, wanted)
@@ -214,7 +214,7 @@ def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: 
     mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)
     for number in (2, 7) if folder else (1, 3, 4, 8):
         (tmp_path / str(number)).touch()
-    with over_ray(made, mortal, snapshot_every=3, snapshot_share=math.inf, snapshot_folder=kept) as engine:
+    with over_ray(made, mortal, snapshots=KeepSnapshots(every=3, share=math.inf, folder=kept)) as engine:
         _, found, _ = advance(engine, made.server, start_of(made), 1, rounds)
         files = [] if kept is None else [path.name for path in kept.iterdir()]
         states = engine.save()
@@ -427,8 +427,8 @@ def test_an_address_where_no_ray_answers_is_one_line(monkeypatch: pytest.MonkeyP
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from federations import setting
-from helpers import EXAMPLES
+from support.federations import setting
+from support.helpers import EXAMPLES
 from fedpriv.engines import LoopEngine
 from fedpriv.engines.ray.engine import RayEngine
 from fedpriv.rounds import Broadcast
@@ -604,7 +604,7 @@ def test_states_of_parts_are_merged_in_client_order() -> None:
 
 
 def test_a_snapshot_is_due_after_so_many_rounds_or_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshots = Snapshots(3, None, math.inf)
+    snapshots = Snapshots(KeepSnapshots(every=3, share=math.inf))
     model = torch.zeros(1000)
     for k in range(1, 4):
         assert not snapshots.due
@@ -625,7 +625,7 @@ def test_snapshots_that_take_long_are_taken_seldom() -> None:
         yield merged([])
 
     for share, due in ((0.1, False), (1e3, True)):
-        snapshots = Snapshots(1, None, share)
+        snapshots = Snapshots(KeepSnapshots(every=1, share=share))
         snapshots.keep(slow())
         snapshots.log(Broadcast(1, torch.zeros(1), np.arange(2), 2))
         time.sleep(0.001)
@@ -635,7 +635,7 @@ def test_snapshots_that_take_long_are_taken_seldom() -> None:
 def test_a_full_disk_under_snapshots_is_one_line_and_the_last_snapshot_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshots = Snapshots(3, tmp_path, math.inf)
+    snapshots = Snapshots(KeepSnapshots(every=3, share=math.inf, folder=tmp_path))
     part = {"clients": torch.tensor([1]), "memory": torch.ones(1, 4)}
     snapshots.keep([part])
 

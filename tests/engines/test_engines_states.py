@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from federations import advance, ragged_digits, setting
-from helpers import EXAMPLES, same
+from support.federations import advance, ragged_digits, setting
+from support.helpers import EXAMPLES, same
 
 from fedpriv.engines import LoopEngine, StateStore, VectorizedEngine
 from fedpriv.errors import UserError

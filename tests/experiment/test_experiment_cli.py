@@ -1,14 +1,24 @@
-"""The command line: exit codes, one line on stderr, JSON that others build on."""
+"""The command line: exit codes, one line on stderr, JSON for other programs."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from fedpriv.cli import main
-from fedpriv.engines.native import feedback_in_c
-from fedpriv.mechanisms.gaussian import _rounding
+from fedpriv.cli import catalogue, main
+from fedpriv.cli.catalogue import FILE, described
+from fedpriv.clock import DEVICES
+from fedpriv.data.dataset import DATASETS
+from fedpriv.data.partitions import PARTITIONS
+from fedpriv.data.shifts import SHIFTS
+from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
+from fedpriv.tasks.local_work import LOCAL_WORKS
+from fedpriv.tasks.models import MODELS
 
 QUICKSTART = str(Path(__file__).parents[2] / "sim_configs" / "quickstart.toml")
 
@@ -34,7 +44,7 @@ def call(*arguments: str) -> int:
         (("run", QUICKSTART, "-s", "method.memory=sent"), "local"),
         (("run", QUICKSTART, "--device", "meta"), "--device"),
         (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[1000000000]"), "[model]"),
-        (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[200000, 200000]"), "GiB are free"),
+        (("run", QUICKSTART, "-s", "model.name=mlp", "-s", "model.hidden=[200000, 200000]"), "GiB free"),
         (("run", QUICKSTART, "-s", "privacy.epsilon=", "-s", "privacy.noise_multiplier=1e300"), "noise_multiplier"),
         (("privacy", QUICKSTART, "-s", "privacy.delta=1e-320"), "privacy.delta"),
         (("privacy", QUICKSTART, "-s", "method.memory=sent"), "local"),
@@ -95,7 +105,7 @@ def test_the_list_names_everything_a_config_can(capsys):
     [
         ({"FEDPRIV_NATIVE": "0"}, "missing (FEDPRIV_NATIVE is 0)"),
         ({"FEDPRIV_NATIVE": "1", "CC": "", "PATH": ""}, "missing (no C compiler here; install gcc or clang)"),
-        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here does not make it)"),
+        ({"FEDPRIV_NATIVE": "1", "CC": "/bin/false"}, "missing (the C compiler here cannot compile it)"),
     ],
 )
 def test_the_list_says_what_is_not_compiled_and_why(
@@ -103,8 +113,6 @@ def test_the_list_says_what_is_not_compiled_and_why(
 ):
     for name, value in {"XDG_CACHE_HOME": str(tmp_path), **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fedpriv.cli.data.feedback_in_c", feedback_in_c.__wrapped__)
-    monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
     assert call("list", "--json") == 0
     in_c = json.loads(capsys.readouterr().out)["in C"]
     assert {name: entry["about"].partition(":")[0] for name, entry in in_c.items()} == {
@@ -116,8 +124,6 @@ def test_the_list_says_what_is_not_compiled_and_why(
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_list_says_what_is_compiled(capsys, monkeypatch):
     monkeypatch.delenv("FEDPRIV_NATIVE", raising=False)
-    monkeypatch.setattr("fedpriv.cli.data.feedback_in_c", feedback_in_c.__wrapped__)
-    monkeypatch.setattr("fedpriv.mechanisms.gaussian._rounding", _rounding.__wrapped__)
     assert call("list", "--json") == 0
     in_c = json.loads(capsys.readouterr().out)["in C"]
     assert {entry["about"] for entry in in_c.values()} == {"compiled"}
@@ -135,3 +141,44 @@ def test_a_run_prints_accuracy_epsilon_with_its_adversary_and_the_picture(tmp_pa
     out = capsys.readouterr().out
     for word in ("accuracy", "epsilon", "adversary", "curves.png"):
         assert word in out
+
+
+HEAVY = ["torch", "numpy", "scipy", "pandas", "matplotlib", "dp_accounting", "sklearn", "flwr", "ray", "pydantic"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "--json"], ["new", "mine"]])
+def test_commands_that_compute_nothing_import_nothing_heavy(tmp_path, arguments):
+    code = f"""
+import sys
+from fedpriv.cli import main
+try:
+    main({arguments})
+finally:
+    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.strip() == "[]"
+
+
+def test_the_catalogue_is_what_the_classes_say():
+    """If this fails, run python -m fedpriv.cli.catalogue."""
+    assert json.loads(FILE.read_text()) == json.loads(json.dumps(described()))
+
+
+def test_names_that_packages_add_are_listed_without_importing_them(monkeypatch):
+    entry = EntryPoint("mine", "not_installed:Method", "fedpriv.methods")
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [entry] if group == "fedpriv.methods" else [])
+    assert catalogue.catalogue()["methods"]["mine"]["about"] == "not_installed:Method"
+
+
+def test_every_kind_that_packages_can_add_to_is_listed():
+    registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, LOCAL_WORKS, DEVICES)
+    assert set(catalogue.GROUPS) == {registry.group for registry in registries}
+
+
+def test_the_shell_completes_commands():
+    environment = {**os.environ, "_FEDPRIV_COMPLETE": "complete_bash", "COMP_WORDS": "fedpriv sw", "COMP_CWORD": "1"}
+    program = str(Path(sys.executable).parent / "fedpriv")
+    ran = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["sweep"]

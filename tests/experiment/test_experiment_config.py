@@ -1,4 +1,4 @@
-"""Strict TOML: what is wrong is said in one line that names the key and the nearest known one."""
+"""Strict TOML: each mistake is one line that names the key and the nearest known one."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import sampling_of
 from fedpriv.experiment.config import load_config, parse_config
-from fedpriv.methods import SERVER_OPTIMIZERS, client_part, optimized
+from fedpriv.methods import SERVER_OPTIMIZERS, optimized
 from fedpriv.methods.server_optimizers import Adam
 
 QUICKSTART = Path(__file__).parents[2] / "sim_configs" / "quickstart.toml"
@@ -57,14 +57,14 @@ DIGESTS = {
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_an_experiment_keeps_its_digest_when_configs_learn_new_keys(name: str):
-    """Else runs of it could not be resumed, or compared with new ones. A new digest here is a changed experiment."""
+    """Otherwise runs could not be resumed, or compared with new ones. A new digest here is a changed experiment."""
     assert load_config(QUICKSTART.parent / f"{name}.toml").digest == DIGESTS[name]
 
 
 def test_a_server_optimiser_is_a_part_of_the_experiment_and_none_is_none():
     plain, adam = load_config(QUICKSTART), load_config(QUICKSTART, ["server.optimizer=adam"])
     assert "server" not in plain.tables
-    assert plain.method == client_part(adam.method)
+    assert plain.method == adam.method.client_part
     assert adam.method == optimized(plain.method, Adam())
     assert adam.tables["server"] == {"optimizer": "adam", **dataclasses.asdict(Adam())}
     assert adam.method_name == plain.method_name == "alpha-normec"

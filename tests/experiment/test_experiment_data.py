@@ -1,4 +1,4 @@
-"""What a config says of data: shifted inputs, examples held out, and how much clients differ, in a run's records."""
+"""The data of a config: shifted inputs, held-out examples, and the recorded differences between clients."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import same
+from support.helpers import same
 
 import fedpriv
 from fedpriv.cli import main
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[2] / "sim_configs"
 QUICKSTART = FOLDER / "quickstart.toml"
 SHIFTS = ["rotation", "noise", "style"]
 
-# Digests from before data could be shifted or held out. Runs that were begun then must still be gone on with.
+# Digests from before shifts and held-out examples existed. Runs started then must still resume.
 DIGESTS = {
     "cifar10-resnet20": "fcf340eff8b11f221826cc5111f44c713835f74fb54b294dc73766355fd35932",
     "devices": "162be8b7f434cb55f12edbb04ca67eb1759563c568e72095fad40f3f6864afff",
@@ -92,7 +92,7 @@ def test_a_population_that_shares_examples_is_not_shifted(capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         main(["run", str(QUICKSTART), "--out", str(tmp_path / "run"), *arguments])
     assert stopped.value.code == 2
-    assert "data.shift: expected a partition that gives each example one client" in capsys.readouterr().err
+    assert "data.shift: expected a partition that assigns each example to one client" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_deployment_has_the_data_that_it_has(setting: str):
         run_deployed(small(setting), Path("nowhere"), "nothing")
 
 
-# Who sees what
+# Visibility of data
 
 
 def first_total(experiment: Experiment, engine: type) -> torch.Tensor:
@@ -114,7 +114,7 @@ def first_total(experiment: Experiment, engine: type) -> torch.Tensor:
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_all_who_run_clients_see_the_same_shifted_inputs(shift: str):
-    """Loop, batches, and whoever assembles the clients alone, as Flower's and Ray's processes do."""
+    """Loop, batches, and processes that build only the clients, as Flower and Ray do."""
     config = small(f"data.shift={shift}", "privacy=")
     experiment, clients = assemble(config), assemble_clients(config)
     assert same(clients.federation.dataset.train_inputs, experiment.population.federation.dataset.train_inputs)
@@ -140,7 +140,7 @@ def test_examples_held_out_are_nobodys_and_the_same_for_every_seed():
     assert len(held & kept) <= 1  # digits are 8 by 8 pixels: twins are possible
 
 
-# What is recorded
+# Records
 
 
 def facts(*settings: str) -> tuple[str, str, str | None]:
@@ -173,7 +173,7 @@ def test_whose_examples_are_tested_on_is_a_part_of_the_experiment():
     natural = ["data.name=mnist-by-writer", "data.partition=natural", "data.concentration=", "data.clients="]
     public, clients, within = (small(*natural, f"data.test={test}") for test in ("public", "clients", "within"))
     assert small(*natural) == public
-    assert "test" not in public.tables["data"]  # what there was before the key
+    assert "test" not in public.tables["data"]  # as before the key existed
     assert len({config.digest for config in (public, clients, within)}) == 3
     for config in (public, clients, within, small(*natural, "data.validation=0.1")):
         assert parse_config(config.tables) == config
@@ -264,7 +264,7 @@ def test_skew_shows_in_its_figure():
 
 
 def test_gradients_cost_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
-    """A round of 60 clients with one example of a batch each, and a model that leaves nothing free."""
+    """Return a round of 60 clients with one-example batches, and a model that uses up the free operations."""
     settings = ["data.clients=60", "data.partition=iid", "data.concentration=", "training.rounds=100"]
     settings += ["local.work=minibatch-gradient", "local.batch_size=6"]
     whole = measured(*settings)

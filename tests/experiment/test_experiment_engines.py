@@ -1,4 +1,4 @@
-"""How an experiment is run: options, the choice by measuring, what is recorded, and what may not change in between."""
+"""Execution: options, the measured choice, records, and the options that may not change during a run."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXAMPLES, same
 from safetensors import safe_open
+from support.helpers import EXAMPLES, same
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
@@ -37,7 +37,7 @@ TABLES: dict[str, Any] = {
 
 
 class StopHere(Exception):  # noqa: N818
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 def config_of(**changes: Any):
@@ -93,7 +93,7 @@ def test_auto_takes_what_was_measured_to_be_faster(
 
 
 def test_measuring_measures_and_touches_nothing(tmp_path: Path) -> None:
-    """A run by auto is the run by the engine that auto chose, to the bit."""
+    """A run with auto is bit-identical to a run with the engine that auto chose."""
     config = config_of()
     summary = run_experiment(config, tmp_path / "auto")
     ran = summary["execution"]
@@ -125,7 +125,7 @@ def test_few_clients_do_not_start_workers_and_long_runs_do() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_noise_is_fused_only_where_no_memory_keeps_it(name: str) -> None:
-    """A state that is the same with and without noise, for every method that may be fused; and not for the others."""
+    """The state is the same with and without noise for every method with fused noise, and not for the others."""
     method = EXAMPLES[name]
     signal = torch.linspace(-1, 1, 50)
     found = [
@@ -145,7 +145,7 @@ def test_noise_is_fused_only_where_no_memory_keeps_it(name: str) -> None:
 
 
 def fused_noise_of(experiment: Experiment, rounds: range) -> torch.Tensor:
-    """The noise alone, `[rounds, params]`: what fused rounds have beyond the same rounds without noise."""
+    """Return only the noise, `[rounds, params]`: the difference between fused rounds with and without noise."""
     population = experiment.population
     fused = FusedNoise(LoopEngine(without_noise(population)), population.rules)
     plain = LoopEngine(without_noise(population))
@@ -156,7 +156,7 @@ def fused_noise_of(experiment: Experiment, rounds: range) -> torch.Tensor:
 
 @pytest.mark.parametrize("cohort", [{"sampling": "everyone"}, {"sampling": "fixed", "size": 5}])
 def test_fused_noise_has_the_law_of_the_sum_of_all_clients_noises(cohort: dict[str, Any]) -> None:
-    """Mean, variance and independence, each two-sided at 1e-9: the variance is n times one client's."""
+    """Mean, variance and independence, each two-sided at 1e-9; the variance is n times one client's."""
     experiment = experiment_of(cohort=cohort, method={"name": "dp-fedavg"})
     clients = 20 if cohort["sampling"] == "everyone" else 5
     noise = fused_noise_of(experiment, range(1, 31)).flatten()
@@ -171,7 +171,7 @@ def test_fused_noise_has_the_law_of_the_sum_of_all_clients_noises(cohort: dict[s
 
 
 def test_the_law_is_that_of_faithful_draws() -> None:
-    """The same figures from one draw for each client, so that the test above speaks of the right law."""
+    """The same statistics from one draw per client, so the test above checks the right distribution."""
     experiment = experiment_of(method={"name": "dp-fedavg"})
     population = experiment.population
     loud, quiet = LoopEngine(population), LoopEngine(without_noise(population))
@@ -183,7 +183,7 @@ def test_the_law_is_that_of_faithful_draws() -> None:
 
 
 def test_fused_noise_is_of_those_who_came() -> None:
-    """A round without clients has no noise: nobody would have added any."""
+    """A round without clients has no noise: no client would have added any."""
     experiment = experiment_of(
         cohort={"sampling": "poisson", "probability": 1e-9}, privacy={"trust": "local", "noise_multiplier": 2.0}
     )
@@ -248,7 +248,7 @@ CNN = {
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"channels_last": True}, 1e-5), ({"precision": "bfloat16"}, 0.1)])
 def test_performance_options_keep_gradients_within_their_tolerance(options: dict[str, Any], tolerance: float) -> None:
-    """Of the gradient's length, on a model that has moved: channels last 1e-5, bfloat16 a tenth; alone, in batches."""
+    """Relative to the gradient's length, on a moved model: channels last 1e-5, bfloat16 a tenth; alone, in batches."""
     plain, fast = assemble(config_of(**CNN)), assemble(config_of(**CNN), **options)
     model = plain.initial_model + 0.05 * torch.randn(
         len(plain.initial_model), generator=torch.Generator().manual_seed(1)
@@ -294,7 +294,7 @@ def test_methods_with_bounds_of_their_own_limit_the_grid() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_checkpoint_in_pieces_is_what_the_library_reads(count: int, tmp_path: Path) -> None:
-    """Tensors of several types, empty ones too, and the metadata; the library writes the same header order or not."""
+    """Tensors of several types, including empty ones, and metadata, for any header order of the library."""
     tensors = {
         "a": torch.randn(count, 3),
         "b": torch.arange(count),
@@ -358,7 +358,7 @@ def stop_after_three(released: dict[str, Any], _: dict[str, Any]) -> None:
 
 
 def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None:
-    """Faithful noise and bfloat16 go on without a word; float32 in the middle is refused, and nothing is rewritten."""
+    """Faithful noise and bfloat16 resume silently; a change to float32 is refused, and no file is rewritten."""
     begun = Execution(client_noise="faithful", precision="bfloat16")
     with pytest.raises(StopHere):
         run_experiment(
@@ -373,9 +373,9 @@ def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None
 
 
 def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--engine: expected an engine in process"):
+    with pytest.raises(UserError, match="--engine: expected an in-process engine"):
         run_experiment(config_of(), tmp_path, engine="flower")
-    with pytest.raises(UserError, match="--state-memory: expected --engine one in process"):
+    with pytest.raises(UserError, match="--state-memory: expected --engine auto, loop, vectorized or ray"):
         Execution(engine="flower", state_memory=5)
 
 

@@ -1,4 +1,4 @@
-"""Numbers at the ends of what a config can hold: refused in one line, or a round that works. Never a traceback, nor a
+"""Numbers at the limits of a config are refused in one line or give a working round. They never cause a traceback, or a
 model that is not finite.
 """
 
@@ -56,7 +56,7 @@ REQUIRED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "schedule": {"fedbuff": {"buffer_size": 2, "concurrency": 3}, "fedfix": {"window": 10.0}},
 }
-"""What a table needs beside its name, by table and name."""
+"""Required keys besides the name, by table and name."""
 
 KEYS = {
     "method": ("name", METHODS),
@@ -71,7 +71,7 @@ NOT_NUMBERS = {"trace"}  # devices of a file
 
 
 def tables_of() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
-    """A valid config for each registered dataclass: table, name, dataclass, tables."""
+    """Return a valid config for each registered dataclass: table, name, dataclass, tables."""
     for table, (key, kinds) in KEYS.items():
         for name, kind in kinds.items():
             if name in NOT_NUMBERS:
@@ -96,7 +96,7 @@ def tables_of() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
 
 
 def numbers_in(kind: type) -> list[str]:
-    """The fields of a dataclass that hold a number, or some."""
+    """Return the numeric fields of a dataclass."""
     hints = typing.get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind) if field.init and field.name != "population"]
     return [name for name in fields if "int" in str(hints[name]) or "float" in str(hints[name])]
@@ -115,7 +115,7 @@ def federation() -> Holders:
 
 
 def first_rounds(tables: dict[str, Any], federation: Holders) -> torch.Tensor:
-    """The model after two rounds of a config, or fewer if it has fewer."""
+    """Return the model after two rounds of a config, or fewer if it has fewer."""
     config = parse_config(tables)
     experiment = assemble(config, federation=federation if tables["data"] == BASE["data"] else None)
     if experiment.plan is not None:
@@ -156,13 +156,14 @@ def test_every_registered_dataclass_is_tried() -> None:
     assert all(numbers_in(kind) == [] or name in SIZED for name, kind in DATASETS.items())
 
 
-# Data sets of files: their numbers are counts of examples or features in the files, tried beside their readers.
+# Data sets from files: their numbers count examples or features in the files; the readers' tests cover them.
 SIZED = ("mnist", "fashion-mnist", "cifar10", "tiny-shakespeare", "libsvm")
+SIZED += ("csv", "parquet", "npz", "leaf", "image-folder")
 
 
 @pytest.mark.parametrize("kind", [*METHODS.values(), *SERVER_OPTIMIZERS.values(), *LOCAL_WORKS.values()])
 def test_a_whole_number_without_end_is_refused_where_a_dataclass_is_made(kind: type) -> None:
-    """From Python, no reader of configs stands before it."""
+    """In Python, no config parser checks the values first."""
     given = {"batch_size": 5, "steps": 2, "epochs": 2, "client_lr": 0.1}
     needed = {name: value for name, value in given.items() if name in kind.__dataclass_fields__}
     for field in numbers_in(kind):
@@ -178,7 +179,7 @@ def test_numbers_at_the_limits_move_the_model(server_lr: float, federation: Hold
 
 
 def test_a_model_that_leaves_float32_ends_the_run_in_one_line() -> None:
-    """Each number is within its limits, and their product is not."""
+    """Each number is within its limits, but their product is not."""
     method = DPFedAvg(clip_norm=1e20, server_lr=1e20)
     plan = make_plan(trust="central", sampling=Everyone(3), rounds=1, delta=1e-5, l2_bound=1e20, noise_multiplier=1.0)
     server = agree(method, Everyone(3), plan, SeededStreams(1)).server

@@ -1,4 +1,4 @@
-"""A run whose updates were not finite says so as it happens, records it, and ends as an error if it learned nothing."""
+"""A run with non-finite updates reports them as they happen, records them, and fails if it learned nothing."""
 
 import json
 
@@ -41,7 +41,7 @@ def rows(*counts):
 
 
 def recorded(folder):
-    """The warnings among a run's diagnostics: in a file of their own, or in the summary."""
+    """Return the warnings in a run's diagnostics: in a separate file, or in the summary."""
     own = folder / "diagnostics.json"
     return json.loads(own.read_text())["warnings"] if own.exists() else summary_of(folder)["diagnostics"]["warnings"]
 
@@ -65,15 +65,15 @@ def test_a_run_that_learned_nothing_exits_with_an_error_and_loses_nothing(config
         main(["run", str(config("1e20")), "--out", str(tmp_path / "out"), "--engine", engine])
     assert leaving.value.code == 2
     said = capsys.readouterr()
-    assert "warning     round 1: 4 of 4 updates were not finite and counted as nothing" in said.err
+    assert "warning     round 1: 4 of 4 updates were not finite and counted as zero" in said.err
     assert said.err.count("warning     round") == 1
     assert said.err.splitlines()[-1].startswith(
-        "fedpriv: the run: expected updates of finite numbers, got none. All 12"
+        "fedpriv: the run: expected updates of finite numbers, got none. None of 12"
     )
     assert "accuracy" in said.out
     assert (tmp_path / "out" / "model.safetensors").exists()
     (warning,) = recorded(tmp_path / "out")
-    assert warning.startswith("All 12 updates were not finite and counted as nothing")
+    assert warning.startswith("None of 12 updates was finite; all counted as zero")
 
 
 def test_an_ordinary_run_has_nothing_to_say(config, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_a_sweep_names_the_trials_that_learned_nothing(tmp_path):
         for row in rows((4, bad), (4, bad)):
             RunDirectory(tmp_path / name).append("diagnostics.jsonl", row)
     (line,) = trial_warnings(tmp_path, ["one", "", "two", "not begun"])
-    assert line.startswith("warning     two: All 8 updates were not finite")
+    assert line.startswith("warning     two: None of 8 updates was finite")
 
 
 @pytest.mark.parametrize(
@@ -103,11 +103,11 @@ def test_a_sweep_names_the_trials_that_learned_nothing(tmp_path):
     [
         ([], []),
         ([(4, 0), (4, 0)], []),
-        ([(4, 4), (3, 3)], ["All 7 updates were not finite and counted as nothing"]),
-        ([(4, 1), (4, 0)], ["1 of 8 updates was not finite and counted as nothing. Lower"]),
-        ([(4, 0), (4, 4), (0, 0), (4, 4)], ["8 of 12 updates were not finite and counted as nothing. From round 2 on"]),
-        ([(4, 0), (4, 4), (0, 0)], ["4 of 8 updates were not finite and counted as nothing. From round 2 on none"]),
-        ([(4, 0), (4, 4), (4, 1)], ["5 of 12 updates were not finite and counted as nothing. Lower"]),
+        ([(4, 4), (3, 3)], ["None of 7 updates was finite; all counted as zero"]),
+        ([(4, 1), (4, 0)], ["1 of 8 updates was not finite and counted as zero. Lower"]),
+        ([(4, 0), (4, 4), (0, 0), (4, 4)], ["8 of 12 updates were not finite and counted as zero. From round 2 on"]),
+        ([(4, 0), (4, 4), (0, 0)], ["4 of 8 updates were not finite and counted as zero. From round 2 on no update"]),
+        ([(4, 0), (4, 4), (4, 1)], ["5 of 12 updates were not finite and counted as zero. Lower"]),
         ([(0, 0), (0, 0)], ["No client's message counted in any of 2 rounds"]),
     ],
 )
@@ -128,4 +128,4 @@ def test_complaints_come_once_for_some_and_once_for_all():
     complain = Complaints()
     said = [complain(row) for row in [{"round": 0}, *rows((4, 0), (4, 1), (4, 2), (4, 4), (4, 4))]]
     assert [bool(line) for line in said] == [False, False, True, False, True, False]
-    assert said[2] == "round 2: 1 of 4 updates was not finite and counted as nothing"
+    assert said[2] == "round 2: 1 of 4 updates was not finite and counted as zero"

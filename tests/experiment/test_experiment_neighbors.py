@@ -1,6 +1,6 @@
-"""Neighboring data: one client changes all its data, and nothing else of what a run trains on may change with it.
+"""Neighboring data: if one client changes all its data, nothing else that a run trains on may change.
 
-Over all data sets with natural clients, on files that the tests make, and all options of `[data]`.
+Covers all data sets with natural clients, on files written by the tests, and all options of `[data]`.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import same
-from natural_clients import CHANGED, KINDS
+from support.helpers import same
+from support.natural_clients import CHANGED, KINDS
 
 from fedpriv.data.dataset import DATASETS, Dataset, DatasetSource
 from fedpriv.data.federation import Federation
@@ -41,7 +41,7 @@ def config_of(name: str, *, rounds: int = 1, **data: Any) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Emptied:
-    """A data set of which one natural client holds nothing: of some files nothing can be taken away."""
+    """A data set in which one natural client holds no examples, for files that cannot lose a client."""
 
     source: DatasetSource
     client: int
@@ -61,7 +61,7 @@ class Emptied:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """The files of every data set, before and after every change that files can have."""
+    """Return the files of every data set, before and after every change that files allow."""
     made = {}
     for name, kind in KINDS.items():
         for change in ("nothing", *CHANGES):
@@ -75,7 +75,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
 def federations(
     roots: dict[tuple[str, str], Path], name: str, change: str, config: Config
 ) -> tuple[Federation, Federation]:
-    """Of the data as they were, and of their neighbor."""
+    """Return results for the original data and for their neighbor."""
     neighbor = config
     if (name, change) not in roots:
         emptied = dataclasses.replace(config.data, dataset=Emptied(config.data.dataset, CHANGED))
@@ -96,7 +96,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def options_of(name: str) -> list[dict[str, Any]]:
-    """All options of `[data]`; public test examples are what one data set has."""
+    """Return all options of `[data]`; only one data set has public test examples."""
     return [
         {"test": test, "validation": validation, "shift": shift, "clients": clients}
         for test in (*(("public",) if name == "mnist-by-writer" else ()), "clients", "within")
@@ -109,7 +109,7 @@ def options_of(name: str) -> list[dict[str, Any]]:
 def test_a_clients_data_decide_about_no_other_clients_and_about_no_public_constant(
     name: str, change: str, roots: dict[tuple[str, str], Path]
 ) -> None:
-    """And about no score that is not marked as not covered."""
+    """Also for every score that is not marked as not covered."""
     noticed = 0
     for options in options_of(name):
         config = config_of(name, **options)
@@ -123,7 +123,7 @@ def test_a_clients_data_decide_about_no_other_clients_and_about_no_public_consta
         if options["test"] != "clients":
             assert changed in ([], [CHANGED]), options
         noticed += len(changed)
-        if changed:  # the client is one that trains, and that the promise is about
+        if changed:  # the client trains, and is protected
             covered = set(config.data.facts.not_covered)
             for on in ("test", "validation"):
                 for part in ("inputs", "labels"):
@@ -141,7 +141,7 @@ def test_every_data_set_with_natural_clients_is_put_to_the_test() -> None:
 def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
     name: str, change: str, roots: dict[tuple[str, str], Path]
 ) -> None:
-    """A client replaced, or emptied, moves the sum by 2 B, or by B, also where examples are held out to choose by."""
+    """Replacing a client moves the sum by 2 B, emptying it by B, also with examples held out for validation."""
     test = "within" if name != "mnist-by-writer" else "public"
     config = config_of(name, test=test, validation=0.1)
     sums, bounds = [], []
@@ -160,7 +160,7 @@ def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
 def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples(
     name: str, change: str, roots: dict[tuple[str, str], Path]
 ) -> None:
-    """Of any model, also where a client's held-out examples come or go; and what divides the sum does not move."""
+    """For any model, also if a client's held-out examples appear or disappear; the divisor stays the same."""
     moves = []
     for options in options_of(name):
         config = config_of(name, **options)
@@ -183,7 +183,7 @@ def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples
 def test_a_client_counts_with_its_share_of_right_answers_however_many_examples_it_has(
     roots: dict[tuple[str, str], Path],
 ) -> None:
-    """And its examples go through the model without those of others."""
+    """A client's examples also pass through the model separately."""
     config = config_of("mnist-by-writer", test="within")
     experiment = assemble(config, data_root=roots["mnist-by-writer", "nothing"])
     dataset, task = experiment.population.federation.dataset, experiment.population.task

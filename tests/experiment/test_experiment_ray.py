@@ -1,4 +1,4 @@
-"""Whole runs on Ray's workers: the same files and the same bits as on the loop, also after a kill."""
+"""Whole runs on Ray workers: the same files and bits as with the loop engine, even after a kill."""
 
 import json
 import os
@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import same
+from support.helpers import same
+from support.own_classes import own_config
 
 from fedpriv.experiment.results import load_model
+from fedpriv.experiment.run import run_experiment
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -64,7 +66,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 
 
 def workers_of(session: int) -> list[int]:
-    """Ray's workers that belong to a run: processes of its session that call themselves so."""
+    """Return the Ray workers of a run: processes of its session with such a name."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -82,7 +84,7 @@ def rounds_in(out: Path) -> int:
 
 
 def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_path: Path) -> None:
-    """A worker is killed while the run goes on; the run ends as if nothing had been, and says how it was run."""
+    """A worker is killed during the run; the run still finishes with the same result, and records its execution."""
     config = config_in(tmp_path, 400)
     loop = fedpriv(config, tmp_path / "loop", "--engine", "loop")
     done(loop)
@@ -109,7 +111,7 @@ def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_pa
 
 @pytest.mark.slow
 def test_a_run_on_workers_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """SIGKILL of everything, then --resume without a word about the engine: engine.json knows it."""
+    """SIGKILL everything, then --resume without engine options: engine.json has them."""
     config = config_in(tmp_path, 300)
     run = fedpriv(config, tmp_path / "part", "--engine", "ray", "--workers", "2", "--compute", "loop")
     until = time.monotonic() + 90
@@ -143,7 +145,7 @@ def test_what_ray_cannot_give_is_one_line(options: tuple[str, str], line: str, t
 
 @pytest.mark.parametrize("limit", [9_000, 30_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: int, tmp_path: Path) -> None:
-    """Files may not grow beyond a limit: the states' own file meets it, or the checkpoint does. No bit is lost."""
+    """Files may not grow beyond a limit, which the states' file or the checkpoint reaches. No bit is lost."""
     config = config_in(tmp_path, 30)
     options = ("--engine", "loop", "--state-memory", "6KB", "--checkpoint-every", "1", "-s", "cohort.probability=0.1")
     code = (
@@ -162,3 +164,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     done(fedpriv(config, tmp_path / "full", *options, "--resume"))
     done(fedpriv(config, tmp_path / "whole", *options))
     assert_same_model(tmp_path / "full", tmp_path / "whole")
+
+
+def test_classes_of_a_users_own_file_run_on_workers_to_the_bit(tmp_path: Path) -> None:
+    """Their module has no name that a worker could import."""
+    config = own_config(tmp_path)
+    run_experiment(config, tmp_path / "loop", engine="loop")
+    done(fedpriv(config, tmp_path / "ray", "--engine", "ray", "--workers", "2"))
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("loop", "ray")]
+    assert models[0] == models[1]
+    assert json.loads((tmp_path / "ray" / "engine.json").read_text())["workers"] == 2

@@ -1,4 +1,4 @@
-"""What a run writes: one list of files, which the privacy statement shows; who can read them; scores not covered."""
+"""The files of a run: one list, as in the privacy statement; their permissions; scores not covered."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
-from natural_clients import KINDS, write_hospitals
 from safetensors import safe_open
-from sweep_files import BASE, in_process, sweep_file
+from support.natural_clients import KINDS, write_hospitals
+from support.sweep_files import BASE, in_process, sweep_file
 
 import fedpriv
 from fedpriv.cli import main
-from fedpriv.engines.ray.snapshots import Snapshots
+from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.engines.states import StateStore
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config, parse_config
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("_open_umask")
 
 @pytest.fixture
 def _open_umask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everybody could read what is not created otherwise."""
+    """By default, everyone could read new files."""
     monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda rows, path, **_: path.write_text(str(rows)))
     before = os.umask(0)
     yield
@@ -74,12 +74,12 @@ def stopped(config: Config, out: Path, after: int = 1, **options: Any) -> None:
 
 
 def modes(folder: Path) -> dict[str, int]:
-    """Of all files and folders of a run, but for those within trackers' folders."""
+    """Return all files and folders of a run, except those in trackers' folders."""
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
 
 
 def check(folder: Path) -> set[str]:
-    """That all files are in the list, and that nobody else can read those that are their owner's."""
+    """Check that all files are in the list, and that owner-only files are unreadable for others."""
     found = modes(folder)
     assert set(found) <= LISTED
     for name, mode in found.items():
@@ -238,7 +238,7 @@ def test_states_of_clients_that_do_not_fit_in_memory_are_their_owners_alone(
 
 
 def test_snapshots_of_clients_states_are_their_owners_alone(tmp_path: Path) -> None:
-    snapshots = Snapshots(1, tmp_path / "states", 1.0)
+    snapshots = Snapshots(KeepSnapshots(every=1, share=1.0, folder=tmp_path / "states"))
     snapshots.keep([{"clients": torch.arange(2), "memory": torch.ones(2, 3)}])
     [file] = (tmp_path / "states").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == OWNER_ONLY
@@ -274,7 +274,7 @@ def test_a_run_that_is_resumed_with_other_data_is_refused_without_a_checksum(
 ) -> None:
     stopped(small(), tmp_path)
     monkeypatch.setattr("fedpriv.data.federation.Federation.fingerprint", "0badc0de")
-    with pytest.raises(UserError, match=r"the same promise and data.*got other data") as caught:
+    with pytest.raises(UserError, match=r"the same privacy terms and data.*got other data") as caught:
         run_experiment(small(), tmp_path, engine="loop", resume=True)
     assert not re.search(r"\b[0-9a-f]{8}\b", str(caught.value))
     monkeypatch.undo()
@@ -283,7 +283,7 @@ def test_a_run_that_is_resumed_with_other_data_is_refused_without_a_checksum(
     assert not re.search(r"\b[0-9a-f]{8}\b", str(caught.value))
 
 
-# Scores that no promise covers
+# Scores that no guarantee covers
 
 WITHIN = """
 name = "within"
@@ -384,7 +384,7 @@ def test_a_sweeps_table_marks_scores_that_no_promise_covers(tmp_path: Path, hosp
 
 
 def test_a_private_run_counts_the_messages_that_it_expected(tmp_path: Path) -> None:
-    """How many there were times how long it took would show how many took part."""
+    """Their number times the duration would reveal how many took part."""
     poisson = ["cohort.sampling=poisson", "cohort.probability=0.5"]
     summary = run_experiment(small(*poisson), tmp_path / "private")
     assert summary["clients_per_second"] * summary["seconds"] == pytest.approx(3 * 12 * 0.5)

@@ -1,4 +1,4 @@
-"""Runs: the directory they fill, resumption to the bit, engines that agree, refusals that lose nothing."""
+"""Runs: their directory, bit-identical resumption, equal engines, refusals that lose nothing."""
 
 import dataclasses
 import itertools
@@ -62,7 +62,7 @@ def final_model(directory: Path) -> torch.Tensor:
 
 
 class StoppedError(Exception):
-    """Stands for a kill between two rounds."""
+    """Simulates a kill between two rounds."""
 
 
 def stop_after(last: int):
@@ -266,7 +266,7 @@ def test_a_method_with_memory_is_not_credited_with_cohorts_of_a_fixed_size():
 
 
 def test_rounds_are_not_gone_on_with_under_another_noise(tmp_path: Path, monkeypatch):
-    """Stands for a newer version whose accountant calibrates otherwise."""
+    """Simulates a newer version with another accountant calibration."""
     with pytest.raises(StoppedError):
         run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
     before = (tmp_path / "privacy.json").read_bytes()
@@ -280,11 +280,11 @@ def test_rounds_are_not_gone_on_with_under_another_noise(tmp_path: Path, monkeyp
 def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
     run_experiment(small(), tmp_path)
     (tmp_path / "config.toml").unlink()
-    with pytest.raises(UserError, match="a folder without them"):
+    with pytest.raises(UserError, match="a folder without a run's files"):
         run_experiment(small("seed=8"), tmp_path)
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "digest.txt").write_text(small("seed=8").digest)
-    with pytest.raises(UserError, match="another's"):
+    with pytest.raises(UserError, match="another experiment's"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
 
 
@@ -307,12 +307,12 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, file: str):
 
 
 class KilledError(BaseException):
-    """Stands for a kill in the middle of a write."""
+    """Simulates a kill in the middle of a write."""
 
 
 @pytest.mark.parametrize("after", range(1, 13))
 def test_killed_at_any_write_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, monkeypatch, after: int):
-    """The first writes are those of claiming and beginning, the last those of finishing."""
+    """The first writes claim the directory and begin the run; the last ones finish it."""
     config = small("training.rounds=4")
     writes = itertools.count(1)
 

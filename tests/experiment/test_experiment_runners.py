@@ -1,4 +1,4 @@
-"""One function runs an experiment on any engine: what the command line can do, a program can."""
+"""One function runs an experiment on any engine, with everything that the command line can do."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`fedpriv new`: a first experiment that runs as it is, from the shipped ones."""
+"""`fedpriv new`: a first experiment from the shipped ones, ready to run."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_what_is_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text("mine")
     assert call("new", "mine") == 2
-    assert "mine.toml: expected no such file yet" in capsys.readouterr().err
+    assert "mine.toml: expected a new file" in capsys.readouterr().err
     assert (tmp_path / "mine.toml").read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""The trade-off curve: below every bound's limit, exact for Gaussian plans, and a picture."""
+"""The trade-off curve: below every bound's limit, exact for Gaussian plans, and plotted."""
 
 from pathlib import Path
 from statistics import NormalDist

@@ -13,7 +13,7 @@ from torch import nn
 
 from clients import private_mod
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_who
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
@@ -88,7 +88,7 @@ def test_two_lines_make_an_app_private(caplog):
     assert strategy.plan.rounds == ROUNDS
     assert strategy.statement
     assert strategy.streams == SystemStreams()
-    trained = [message for message in grid.seen if not asks_who(message.content)]
+    trained = [message for message in grid.seen if not asks_node_info(message.content)]
     assert len(trained) == CLIENTS * ROUNDS
     assert all("seed" not in message.content[FEDPRIV] for message in trained)
 
@@ -186,7 +186,7 @@ def answering(content_of):
 @pytest.mark.parametrize(
     ("content_of", "reason"),
     [
-        (lambda _: RecordDict({"metrics": MetricRecord({"loss": 1.0})}), "expected one ArrayRecord, got none"),
+        (lambda _: RecordDict({"metrics": MetricRecord({"loss": 1.0})}), "expected one ArrayRecord, got 0 records"),
         (lambda m: RecordDict({"a": m.content["arrays"], "b": m.content["arrays"]}), "one ArrayRecord, got a, b"),
         (lambda _: RecordDict({"arrays": ArrayRecord(nn.Linear(2, 2).state_dict())}), "the same model"),
     ],
@@ -225,7 +225,9 @@ def test_a_node_that_lost_its_memory_ends_a_run_that_tolerates_nothing():
         return True
 
     grid.hook = restart
-    with pytest.raises(ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got none"):
+    with pytest.raises(
+        ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got no memory"
+    ):
         start(AlphaNormEC(num_clients=CLIENTS, max_failures=0.0), grid)
 
 
@@ -242,7 +244,7 @@ def test_a_lost_memory_is_no_matter_to_a_method_without_one():
 
 def failing(partition, error):
     def hook(asked, message):
-        if asked == partition and not asks_who(message.content):
+        if asked == partition and not asks_node_info(message.content):
             if error is None:
                 return False
             raise error
@@ -280,7 +282,7 @@ def test_without_a_number_all_nodes_that_join_take_part(monkeypatch):
 def test_nodes_without_partition_ids_are_numbered_by_node_id():
     grid = InProcessGrid(answering(lambda m: RecordDict({"arrays": m.content["arrays"]})), 4, partition_ids=False)
     start(DPFedAvg(num_clients=4), grid, rounds=1)
-    trained = [message.metadata.dst_node_id for message in grid.seen if not asks_who(message.content)]
+    trained = [message.metadata.dst_node_id for message in grid.seen if not asks_node_info(message.content)]
     assert trained == sorted(grid.contexts)
 
 
@@ -295,7 +297,7 @@ def test_the_seed_goes_to_clients_only_where_they_draw_noise():
     for privacy, seeded in ((Privacy(epsilon=8.0), False), (LOCAL, True)):
         grid = InProcessGrid(app, CLIENTS)
         start(AlphaNormEC(privacy=privacy, num_clients=CLIENTS, seed=3), grid, rounds=1)
-        assert all(("seed" in m.content[FEDPRIV]) == seeded for m in grid.seen if not asks_who(m.content))
+        assert all(("seed" in m.content[FEDPRIV]) == seeded for m in grid.seen if not asks_node_info(m.content))
 
 
 def test_runs_without_a_seed_differ():

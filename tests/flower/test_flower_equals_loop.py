@@ -13,7 +13,7 @@ from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.flower.messages import ARRAYS, asks_who
+from fedpriv.flower.messages import ARRAYS, asks_node_info
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, ServerState
 from fedpriv.rounds import Total, begin_round, finish_round
 from strategies.server_app import make_strategy
@@ -140,7 +140,7 @@ def test_a_client_that_fails_ends_an_experiments_run_with_what_can_be_done_there
     experiment = make_experiment({"name": "clip21"}, COHORTS[0], None)
     (tmp_path / "config.toml").write_text(experiment.config.to_toml())
     grid = InProcessGrid(
-        app, 7, {"config": str(tmp_path / "config.toml")}, hook=lambda who, m: who != 3 or asks_who(m.content)
+        app, 7, {"config": str(tmp_path / "config.toml")}, hook=lambda who, m: who != 3 or asks_node_info(m.content)
     )
     with inside_a_run(), pytest.raises(UserError) as caught:
         make_strategy(experiment).start(

@@ -212,12 +212,12 @@ def refused(capsys, *arguments: object) -> str:
         (["--clients", "2", "-c", "out=somewhere"], "--run-config out: expected valid TOML"),
         (["--clients", "2", "-c", "nonsense"], "expected key=value pairs, got 'nonsense'"),
         (["--clients", "2", "-c", "lr=[1,2]"], "expected a bool, number or string, got list"),
-        (["--clients", "2", "-c", "no.toml"], "expected a TOML file"),
+        (["--clients", "2", "-c", "no.toml"], "expected an existing TOML file"),
         (["--clients", "2", "--workers", "0"], "--workers: expected at least 1, got 0"),
         (["--clients", "2", "--gpus-per-worker", "0.5"], "--gpus-per-worker: expected --workers above 1, got 1"),
         (["--clients", "2", "--workers", "2", "--gpus-per-worker", "-1"], "--gpus-per-worker: expected 0 or more"),
         (["--clients", "2", "--ray-address", "nowhere"], "--ray-address: expected HOST:PORT or auto, got nowhere"),
-        (["--clients", "2", "--ray-address", "127.0.0.1:1"], "a Ray that answers, got 127.0.0.1:1: "),
+        (["--clients", "2", "--ray-address", "127.0.0.1:1"], "a Ray cluster that answers, got 127.0.0.1:1: "),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, words, plain, capsys):
@@ -244,7 +244,9 @@ def test_a_wrong_pyproject_is_one_line(change, words, plain, capsys):
 
 
 def test_a_folder_without_an_app_is_one_line(tmp_path, capsys):
-    assert "expected a folder with a pyproject.toml, got none" in refused(capsys, tmp_path, "--clients", 2)
+    assert "expected a folder with a pyproject.toml, got a folder without it" in refused(
+        capsys, tmp_path, "--clients", 2
+    )
 
 
 RAISING = "\n@app.main()\ndef main(grid, context):\n    raise LookupError('nothing here')\n"
@@ -255,7 +257,7 @@ RAISING = "\n@app.main()\ndef main(grid, context):\n    raise LookupError('nothi
     [
         ({"server": "import nonsense\n"}, "ModuleNotFoundError: No module named 'nonsense' (server.py, line 1)"),
         ({"client": "x = 1 / 0\n"}, "ZeroDivisionError: division by zero (client.py, line 1)"),
-        ({"server": SERVER + RAISING}, "comes to its end, got LookupError: nothing here (server.py, line "),
+        ({"server": SERVER + RAISING}, "expected it to complete, got LookupError: nothing here (server.py, line "),
         (
             {"client": CLIENT.replace("count =", "count = 1 / 0 #")},
             "errors, the first: ZeroDivisionError: division by zero",
@@ -272,7 +274,7 @@ def test_an_app_that_fails_is_one_line(given, words, tmp_path, monkeypatch, caps
 def test_a_package_named_like_one_of_ours_is_refused_instead_of_mistaken(plain, capsys):
     (plain / "clients").mkdir()
     (plain / "clients" / "__init__.py").write_text("")
-    assert "packages of other names than fedpriv's own, got clients" in refused(capsys, plain, "--clients", 2)
+    assert "package names that fedpriv does not use, got clients" in refused(capsys, plain, "--clients", 2)
 
 
 @pytest.mark.slow
@@ -281,7 +283,7 @@ def test_ray_refuses_more_than_it_has(plain, tmp_path):
     process = in_a_process(*arguments, cwd=tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "expected a share that 2 workers can have, got 1000 of " in errors.splitlines()[-1]
+    assert "expected a share for each of 2 workers, got 1000 of " in errors.splitlines()[-1]
     assert processes_with(tmp_path) == []
 
 
@@ -292,7 +294,7 @@ def test_a_worker_that_dies_ends_the_run_since_its_clients_forgot(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     line = errors.splitlines()[-1]
-    assert line.startswith("fedpriv: a worker of --workers: expected one that lives until the end, got ")
+    assert line.startswith("fedpriv: a worker of --workers: expected it to run until the end, got ")
     assert "Traceback" not in errors
     assert processes_with(tmp_path) == []
 

@@ -14,13 +14,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from clients import private_mod
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD
 from fedpriv.deploy.device.ledger import Ledger, spent
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.policy import POLICY_FILE
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import ARRAYS, CONFIG, FEDPRIV, TERMS, Introduction, Order, Terms, introduction, refused
-from fedpriv.flower.promise import promised
+from fedpriv.flower.messages import (
+    ARRAYS,
+    CONFIG,
+    FEDPRIV,
+    TERMS,
+    ClientInstructions,
+    NodeInfo,
+    RunTerms,
+    ask_node_info,
+    refused,
+)
+from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.simulation import SIMULATION, playing_clients, simulated
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
@@ -40,16 +50,20 @@ def context(home: Path | None, **run_config: Any) -> Context:
     return Context(run_id=1, node_id=7, node_config=node, state=RecordDict(), run_config=run_config)
 
 
-def order(**changes: Any) -> Order:
-    return Order(**{"method": METHOD, "round": 1, "client": 0, "noise_stddev": PLAN.noise_stddev} | changes)
+def instructions(**changes: Any) -> ClientInstructions:
+    return ClientInstructions(
+        **{"method": METHOD, "round": 1, "client": 0, "noise_stddev": PLAN.noise_stddev} | changes
+    )
 
 
-def terms(**changes: Any) -> Terms:
+def terms(**changes: Any) -> RunTerms:
     told: dict[str, Any] = {"run": "r1", "turn": 1, "last_turn": 0, "epoch": 0, "digest": ""}
-    return Terms(**told | promised(PLAN, PLAN.sampling, PLAN.rounds) | changes)
+    return RunTerms(**told | promised(PLAN, PLAN.sampling, PLAN.rounds) | changes)
 
 
-def ask(node: Context, o: Order, t: Terms | None, kind: str = "train", played: Any = app, lr: float = 0.1) -> Message:
+def ask(
+    node: Context, o: ClientInstructions, t: RunTerms | None, kind: str = "train", played: Any = app, lr: float = 0.1
+) -> Message:
     content = {
         ARRAYS: ArrayRecord(initial_net().state_dict()),
         CONFIG: ConfigRecord({"lr": lr}),
@@ -99,14 +113,14 @@ def test_a_node_without_a_home_answers_nothing_but_in_simulations(
     kind: str, changes: dict[str, Any], untouched: ClientApp
 ) -> None:
     node = context(None, simulation=True, **{"fedpriv-home": "/tmp", SIMULATION: "1"})
-    reason = said(ask(node, order(**changes), terms(), kind, untouched))
-    assert "node: expected one with a home of its own" in reason
+    reason = said(ask(node, instructions(**changes), terms(), kind, untouched))
+    assert "node: expected a home with a policy" in reason
     assert "fedpriv-home=" in reason
 
 
 def test_a_node_without_a_home_is_found_out_before_training() -> None:
     grid = InProcessGrid(app, 2, simulated=False)
-    with inside_a_run(), pytest.raises(UserError, match=r"node \d+: private_mod: node: expected one with a home"):
+    with inside_a_run(), pytest.raises(UserError, match=r"node \d+: private_mod: node: expected a home"):
         DPFedAvg(num_clients=2).start(grid, ArrayRecord(initial_net().state_dict()), num_rounds=1, timeout=5.0)
 
 
@@ -125,16 +139,16 @@ def test_only_the_process_itself_says_that_it_plays_clients(monkeypatch: pytest.
 def test_a_home_is_guarded_in_a_simulation_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SIMULATION, "1")
     with playing_clients():
-        assert "seed: expected noise from this client's own" in said(ask(context(home), order(seed=3), terms()))
+        assert "seed: expected noise from this client's" in said(ask(context(home), instructions(seed=3), terms()))
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no noise": ({"noise_stddev": 0.0}, {}, "limits.min_noise_multiplier: expected at least 0.3, got 0"),
     "less noise than promised": ({"noise_stddev": 3.0}, {}, "noise: expected a standard deviation of 4"),
     "little noise, promised as little": ({"noise_stddev": 0.2}, {"noise_multiplier": 0.1}, "at least 0.3, got 0.1"),
-    "a seed": ({"seed": 3}, {}, "seed: expected noise from this client's own operating system"),
-    "norms of bare signals": ({"diagnostics": True}, {}, "diagnostics: expected orders for messages alone"),
-    "not private": ({"private": False}, {}, "private: expected an order for messages alone"),
+    "a seed": ({"seed": 3}, {}, "seed: expected noise from this client's operating system"),
+    "norms of bare signals": ({"diagnostics": True}, {}, "diagnostics: expected requests for messages only"),
+    "not private": ({"private": False}, {}, "private: expected requests for messages only"),
     "not private, and nothing promised": (
         {"private": False, "diagnostics": False, "noise_stddev": 0.0},
         {"trust": "none"},
@@ -147,8 +161,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "limits.max_l2_bound: expected at most 100",
     ),
     "no memory, it says": ({}, {"client_memory": False}, "client_memory: expected true"),
-    "another client's part": ({"client": 1}, {}, "order: expected one for client 0, got 1"),
-    "no terms": ({}, {"none": True}, "order: expected terms, as deployments have them, got none"),
+    "another client's part": ({"client": 1}, {}, "instructions: expected client 0, got 1"),
+    "no terms": ({}, {"none": True}, "instructions: expected the terms of a deployment, got no terms"),
     "a run that is a path": ({}, {"run": "../../elsewhere"}, "run: expected a name"),
 }
 
@@ -158,7 +172,9 @@ def test_what_the_default_policy_does_not_allow_is_refused_and_nothing_is_releas
     name: str, home: Path, untouched: ClientApp
 ) -> None:
     asked, told, line = HOSTILE[name]
-    reason = said(ask(context(home), order(**asked), None if "none" in told else terms(**told), played=untouched))
+    reason = said(
+        ask(context(home), instructions(**asked), None if "none" in told else terms(**told), played=untouched)
+    )
     assert reason.startswith("private_mod: ")
     assert line in reason
     assert ledger(home) == []
@@ -167,20 +183,20 @@ def test_what_the_default_policy_does_not_allow_is_refused_and_nothing_is_releas
 def test_the_same_order_again_and_again_gets_the_same_bytes_and_is_paid_for_once(home: Path) -> None:
     def sent(lr: float = 0.1) -> bytes:
         """From another process each time: nothing is remembered but what is on the disk."""
-        answer = ask(context(home), order(), terms(), lr=lr)
+        answer = ask(context(home), instructions(), terms(), lr=lr)
         return b"".join(array.data for array in answer.content.array_records[ARRAYS].values())
 
     assert len({sent() for _ in range(5)}) == 1
     assert len(ledger(home)) == 1
-    assert "turn: expected a turn after 1, or what was asked in it" in said(
-        ask(context(home), order(), terms(), lr=0.2)
+    assert "turn: expected a turn after 1, or the same request again" in said(
+        ask(context(home), instructions(), terms(), lr=0.2)
     )
 
 
 def test_the_same_order_under_other_names_ends_with_the_budget(home: Path) -> None:
     answers = []
     while not answers or refused(answers[-1].content) is None:
-        answers.append(ask(context(home), order(), terms(run=f"run{len(answers)}")))
+        answers.append(ask(context(home), instructions(), terms(run=f"run{len(answers)}")))
         assert len(answers) < 100
     assert "its privacy budget does not allow another message" in said(answers[-1])
     entries = ledger(home)
@@ -190,13 +206,13 @@ def test_the_same_order_under_other_names_ends_with_the_budget(home: Path) -> No
 
 @pytest.mark.parametrize("kind", ["evaluate", "query"])
 def test_a_guarded_client_answers_nothing_but_training(kind: str, home: Path, untouched: ClientApp) -> None:
-    reason = said(ask(context(home), order(), terms(), kind, untouched))
-    assert "messages that ask for training" in reason or "one that asks for training" in reason
+    reason = said(ask(context(home), instructions(), terms(), kind, untouched))
+    assert "messages for training only" in reason or "a message for training" in reason
 
 
 def accept(home: Path, **keys: str) -> None:
     """Writes the default policy with other values of keys in [accepts]."""
-    ask(context(home), order(seed=1), terms())
+    ask(context(home), instructions(seed=1), terms())
     path = home / POLICY_FILE
     text = path.read_text()
     for key, value in keys.items():
@@ -213,18 +229,18 @@ def test_an_evaluation_that_the_policy_accepts_releases_metrics_alone(home: Path
         return Message(RecordDict(content), reply_to=message)
 
     accept(home, evaluation="true")
-    answer = ask(context(home), order(), terms(), "evaluate", talkative)
+    answer = ask(context(home), instructions(), terms(), "evaluate", talkative)
     assert list(answer.content) == ["metrics"]
 
 
 def test_metrics_leave_only_where_nothing_is_promised_and_the_policy_accepts_that(home: Path) -> None:
     accept(home, trust='"none"')
     nothing = {"trust": "none", "noise_multiplier": 0.0}
-    public = ask(context(home), order(noise_stddev=0.0, private=False), terms(**nothing))
+    public = ask(context(home), instructions(noise_stddev=0.0, private=False), terms(**nothing))
     assert "metrics" in public.content
-    private = ask(context(home), order(), terms(run="r2"))
+    private = ask(context(home), instructions(), terms(run="r2"))
     assert list(private.content) == [ARRAYS, FEDPRIV, HEAD]
-    assert "private: expected" in said(ask(context(home), order(private=False), terms(run="r3")))
+    assert "private: expected" in said(ask(context(home), instructions(private=False), terms(run="r3")))
 
 
 def failing(how: str) -> ClientApp:
@@ -260,13 +276,13 @@ def test_nothing_that_an_app_says_when_it_fails_leaves_a_guarded_client(
     accept(home, trust='"central"')
     told = terms(trust="central", adjacency="add-or-remove")
     with caplog.at_level(logging.WARNING, "flwr"):
-        reason = said(ask(context(home), order(noise_stddev=0.0), told, played=failing(how)))
-    assert reason == "private_mod: its app failed; its operator's log says more"
+        reason = said(ask(context(home), instructions(noise_stddev=0.0), told, played=failing(how)))
+    assert reason == "private_mod: its app failed; see its operator's log"
     assert SECRET in caplog.text
     assert ledger(home) == []
     accept(home, evaluation="true")
     if how in ("raises", "says so"):
-        assert SECRET not in said(ask(context(home), order(), terms(), "evaluate", failing(how)))
+        assert SECRET not in said(ask(context(home), instructions(), terms(), "evaluate", failing(how)))
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -274,9 +290,9 @@ def test_under_local_trust_a_server_does_not_even_learn_that_an_app_failed(
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whether it does can be made to depend on the data: unpaid, a bit of them for each order."""
-    sound = ask(context(tmp_path / "sound"), order(), terms())
+    sound = ask(context(tmp_path / "sound"), instructions(), terms())
     with caplog.at_level(logging.WARNING, "flwr"):
-        failed = ask(context(tmp_path / "failed"), order(), terms(), played=failing(how))
+        failed = ask(context(tmp_path / "failed"), instructions(), terms(), played=failing(how))
     assert list(failed.content) == list(sound.content)
     assert failed.content[FEDPRIV] == sound.content[FEDPRIV]
     arrays = failed.content.array_records[ARRAYS], sound.content.array_records[ARRAYS]
@@ -290,22 +306,22 @@ def test_under_local_trust_a_server_does_not_even_learn_that_an_app_failed(
 @pytest.mark.parametrize("how", FAILURES)
 def test_nor_a_private_simulation_which_a_deployment_follows(how: str, caplog: pytest.LogCaptureFixture) -> None:
     with playing_clients():
-        private = said(ask(context(None), order(seed=1), None, played=failing(how)))
-        assert private == "private_mod: its app failed; its operator's log says more"
+        private = said(ask(context(None), instructions(seed=1), None, played=failing(how)))
+        assert private == "private_mod: its app failed; see its operator's log"
         assert SECRET in caplog.text
         assert how != "raises" or "Traceback" in caplog.text
         if how == "raises":
             with pytest.raises(KeyError, match="Alice"):
-                ask(context(None), order(private=False, noise_stddev=0.0), None, played=failing(how))
+                ask(context(None), instructions(private=False, noise_stddev=0.0), None, played=failing(how))
 
 
 def test_what_a_client_s_disk_holds_is_not_told(home: Path) -> None:
-    ask(context(home), order(), terms())
+    ask(context(home), instructions(), terms())
     (home / "state" / "ledger.jsonl").unlink()
-    reason = said(ask(context(home), order(), terms(run="r2")))
+    reason = said(ask(context(home), instructions(), terms(run="r2")))
     assert str(home) not in reason
     (home / POLICY_FILE).write_text("[limits]\nepsilon = 'much'\n")
-    assert str(home) not in (reason := said(ask(context(home), order(), terms(run="r3"))))
+    assert str(home) not in (reason := said(ask(context(home), instructions(), terms(run="r3"))))
     assert "operator's log" in reason
 
 
@@ -316,30 +332,30 @@ def test_a_home_that_cannot_be_entered_is_not_told(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("fedpriv.deploy.device.guard.write_default_policy", closed)
-    assert said(ask(context(home), order(), terms())).endswith("its operator's log says more")
+    assert said(ask(context(home), instructions(), terms())).endswith("see its operator's log")
     assert f"Permission denied: '{home}'" in caplog.text
 
 
 def test_a_home_is_an_absolute_path(untouched: ClientApp, caplog: pytest.LogCaptureFixture) -> None:
-    said(ask(context(Path("somewhere")), order(), terms(), played=untouched))
+    said(ask(context(Path("somewhere")), instructions(), terms(), played=untouched))
     assert "--node-config fedpriv-home: expected an absolute path" in caplog.text
 
 
 def test_the_default_policy_is_written_once_for_the_operator_to_read(home: Path) -> None:
     with inside_a_run():
-        answer = app(Message(introduction(), 7, "train"), context(home))
-    assert Introduction.of_answer(answer.content) == Introduction(0)
+        answer = app(Message(ask_node_info(), 7, "train"), context(home))
+    assert NodeInfo.of_answer(answer.content) == NodeInfo(0)
     path = home / POLICY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    policy = Member.at(home).policy
+    policy = Device.at(home).policy
     assert (policy.accepts.trust, policy.accepts.evaluation, policy.limits.epsilon) == ("local", False, 8.0)
     path.write_text(path.read_text().replace("epsilon = 8.0", "epsilon = 0.01"))
-    assert "budget" in said(ask(context(home), order(), terms()))
+    assert "budget" in said(ask(context(home), instructions(), terms()))
 
 
 def test_a_policy_that_names_models_is_not_met_by_an_app_whose_model_has_no_name(home: Path) -> None:
     accept(home, models='["softmax"]')
-    assert "accepts.models: expected softmax" in said(ask(context(home), order(), terms()))
+    assert "accepts.models: expected softmax" in said(ask(context(home), instructions(), terms()))
 
 
 class Homes(InProcessGrid):
@@ -391,7 +407,7 @@ def test_a_strategy_that_shows_heads_finds_out_clients_that_lost_their_records(t
 
 
 def test_a_seeded_strategy_is_a_simulation_s_and_gets_nothing_from_guarded_clients(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="seed: expected noise from this client's own operating system"):
+    with pytest.raises(UserError, match="seed: expected noise from this client's operating system"):
         start(DPFedAvg(privacy=Privacy(epsilon=3.0, trust="local"), num_clients=CLIENTS, seed=3), Homes(tmp_path), 1)
     for node in range(CLIENTS):
         assert ledger(tmp_path / str(node)) == []

@@ -15,12 +15,12 @@ from fedpriv.flower.messages import (
     ARRAYS,
     DIAGNOSTICS,
     FEDPRIV,
-    Introduction,
+    ClientInstructions,
     MessageFormat,
     ModelArrays,
-    Order,
-    asks_who,
-    introduction,
+    NodeInfo,
+    ask_node_info,
+    asks_node_info,
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.state import keep_state, load_state
@@ -43,18 +43,20 @@ def new_context() -> Context:
 @pytest.mark.parametrize("method", [kind() for kind in METHODS.values()], ids=list(METHODS))
 @pytest.mark.parametrize("seed", [None, 5])
 def test_an_order_arrives_as_it_was_sent(method, seed):
-    order = Order(method=method, round=3, client=2, last_round=1, noise_stddev=0.1 + 0.2, seed=seed, private=False)
-    record = order.to_record()
-    assert Order.of(sent(RecordDict({FEDPRIV: record}))) == order
-    assert order.rules.streams == (SystemStreams() if seed is None else SeededStreams(5))
+    instructions = ClientInstructions(
+        method=method, round=3, client=2, last_round=1, noise_stddev=0.1 + 0.2, seed=seed, private=False
+    )
+    record = instructions.to_record()
+    assert ClientInstructions.of(sent(RecordDict({FEDPRIV: record}))) == instructions
+    assert instructions.rules.streams == (SystemStreams() if seed is None else SeededStreams(5))
     assert ("seed" in record) == (seed is not None)
 
 
 def test_an_order_of_another_version_is_refused():
-    record = Order(method=AlphaNormEC(), round=1, client=0).to_record()
+    record = ClientInstructions(method=AlphaNormEC(), round=1, client=0).to_record()
     record["method.momentum"] = 0.9
     with pytest.raises(ValueError, match=r"method.momentum: expected a known key"):
-        Order.of(RecordDict({FEDPRIV: record}))
+        ClientInstructions.of(RecordDict({FEDPRIV: record}))
 
 
 def test_a_model_arrives_to_the_bit_in_its_own_number_formats():
@@ -102,11 +104,11 @@ def test_a_message_in_other_units_than_the_plans_is_refused():
 
 
 def test_a_clients_state_is_kept_to_the_bit():
-    order, context = Order(method=AlphaNormEC(), round=4, client=1), new_context()
-    state = order.method.init_client(7)._replace(memory=SPECIAL)
-    keep_state(context, order, state)
+    instructions, context = ClientInstructions(method=AlphaNormEC(), round=4, client=1), new_context()
+    state = instructions.method.init_client(7)._replace(memory=SPECIAL)
+    keep_state(context, instructions, state)
     context = pickle.loads(pickle.dumps(context))
-    later = Order(method=AlphaNormEC(), round=6, client=1, last_round=4)
+    later = ClientInstructions(method=AlphaNormEC(), round=6, client=1, last_round=4)
     loaded = load_state(context, later, 7)
     assert loaded.memory.view(torch.int32).tolist() == SPECIAL.view(torch.int32).tolist()
     assert torch.equal(loaded.updated, state.updated)
@@ -114,9 +116,9 @@ def test_a_clients_state_is_kept_to_the_bit():
 
 def answered(context, round, last_round, value):
     """Plays a client's part: loads its state, and keeps another as that of after the round."""
-    order = Order(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
-    before = load_state(context, order, 2)
-    keep_state(context, order, before._replace(memory=torch.full((2,), value)))
+    instructions = ClientInstructions(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
+    before = load_state(context, instructions, 2)
+    keep_state(context, instructions, before._replace(memory=torch.full((2,), value)))
     return before.memory[0].item()
 
 
@@ -150,8 +152,8 @@ def test_a_state_that_is_of_no_round_that_counted_is_lost(last_round):
 
 def test_a_method_without_memory_keeps_nothing():
     context = new_context()
-    order = Order(method=DPFedAvg(), round=5, client=1, last_round=3)
-    keep_state(context, order, load_state(context, order, 3))
+    instructions = ClientInstructions(method=DPFedAvg(), round=5, client=1, last_round=3)
+    keep_state(context, instructions, load_state(context, instructions, 3))
     assert not context.state
 
 
@@ -162,27 +164,27 @@ def test_a_client_whose_memory_is_not_finite_reports_no_norm_that_is(poison):
     context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
     method = Clip21(clip_norm=1.0)
     kept = type(method.init_client(3))(torch.tensor([0.0, poison, 0.0]))
-    keep_state(context, Order(method=method, round=1, client=0), kept)
-    order = Order(method=method, round=2, client=0, last_round=1, diagnostics=True)
-    content = send_message(order, torch.ones(3), model, context)
+    keep_state(context, ClientInstructions(method=method, round=1, client=0), kept)
+    instructions = ClientInstructions(method=method, round=2, client=0, last_round=1, diagnostics=True)
+    content = send_message(instructions, torch.ones(3), model, context)
     assert not content.array_records[ARRAYS]["w"].numpy().any()
     assert content.metric_records[DIAGNOSTICS]["signal-norm"] == np.inf
 
 
 def test_a_first_round_starts_with_a_fresh_state():
     assert torch.equal(
-        load_state(new_context(), Order(method=AlphaNormEC(), round=9, client=1), 3).memory, torch.zeros(3)
+        load_state(new_context(), ClientInstructions(method=AlphaNormEC(), round=9, client=1), 3).memory, torch.zeros(3)
     )
 
 
 def test_nodes_introduce_themselves():
-    assert asks_who(introduction())
+    assert asks_node_info(ask_node_info())
     for config, client in (({"partition-id": 3}, 3), ({"partition-id": "3"}, 3), ({}, None)):
-        assert Introduction.of_answer(sent(Introduction.of_node(config).to_content())) == Introduction(client)
-    assert Introduction.of_answer(introduction()) is None
-    assert Introduction.of_answer(RecordDict({"config": ConfigRecord()})) is None
+        assert NodeInfo.of_answer(sent(NodeInfo.of_node(config).to_content())) == NodeInfo(client)
+    assert NodeInfo.of_answer(ask_node_info()) is None
+    assert NodeInfo.of_answer(RecordDict({"config": ConfigRecord()})) is None
     with pytest.raises(ValueError, match="partition-id: expected a whole number, got 'x'"):
-        Introduction.of_node({"partition-id": "x"})
+        NodeInfo.of_node({"partition-id": "x"})
 
 
 def test_flower_moved_nothing_that_the_grid_needs():
@@ -190,9 +192,9 @@ def test_flower_moved_nothing_that_the_grid_needs():
     echo.train()(lambda message, context: Message(message.content, reply_to=message))  # noqa: ARG005
     grid = InProcessGrid(echo, 1)
     with inside_a_run():
-        message = Message(introduction(), grid.order[0], "train")
+        message = Message(ask_node_info(), grid.order[0], "train")
         (answer,) = grid.send_and_receive([message])
     assert answer.metadata.reply_to_message_id == message.metadata.message_id
     assert grid.run.run_id == RUN_ID
     with pytest.raises(RuntimeError, match="not set"):
-        Message(introduction(), 1, "train")
+        Message(ask_node_info(), 1, "train")

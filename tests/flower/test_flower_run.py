@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.own_classes import own_config
 
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
@@ -99,6 +100,16 @@ def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, t
     assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
 
 
+def test_classes_of_a_users_own_file_run_in_flowers_processes_to_the_bit(tmp_path):
+    toml = own_config(tmp_path)
+    run_experiment(toml, tmp_path / "loop", engine="loop")
+    process = fedpriv("run", toml, "--engine", "flower", "--out", "flower", cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for name in ("model.safetensors", "config.toml", "rounds.jsonl"):
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "flower" / name).read_bytes(), name
+
+
 FAILING = """
 from clients.client_app import app as sound
 from flwr.clientapp import ClientApp
@@ -159,9 +170,9 @@ def test_a_run_that_is_stopped_takes_its_processes_with_it(toml, tmp_path, home)
 
 def test_a_part_of_a_run_is_not_gone_on_with(config, tmp_path):
     RunDirectory(tmp_path).claim(config.to_toml(), config.digest, resume=False)
-    with pytest.raises(ValueError, match="this experiment, begun or done"):
+    with pytest.raises(ValueError, match="this experiment, started or finished"):
         run_with_flower(config, tmp_path)
-    with pytest.raises(ValueError, match="Clients' memories live only as long as their Flower run"):
+    with pytest.raises(ValueError, match="an unfinished run without its client memories"):
         run_with_flower(config, tmp_path, resume=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clients import private_mod
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, asks_who
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, asks_node_info
 from fedpriv.flower.trained import TRAINED, TrainedArrays
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SystemStreams
@@ -193,7 +193,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_app_that_changes_a_fixed_array_is_refused(change, privacy):
     name, value = CHANGES[change]
-    with pytest.raises(UserError, match=rf"client 0: .*private_mod: array {name}: expected it as it was sent"):
+    with pytest.raises(UserError, match=rf"client 0: .*private_mod: array {name}: expected the values that were sent"):
         start(make(privacy, frozen=FROZEN), app_of(spoiled(name, value)))
 
 
@@ -211,8 +211,8 @@ def test_a_number_format_of_the_apps_own_is_no_change(name, value):
         ({"frozen": ["tabel"]}, r"frozen: expected names of arrays.* got 'tabel'. Did you mean 'table'"),
         ({"trainable": ["heads.*"]}, r"trainable: expected names of arrays, or patterns .* got 'heads.\*'"),
         ({"trainable": ["scale", "positions"]}, "array positions: expected floating point numbers, got int64"),
-        ({"frozen": "*"}, "frozen: expected an array to train, got none. The model has: "),
-        ({"trainable": []}, "trainable: expected an array to train, got none. The model has: "),
+        ({"frozen": "*"}, "frozen: expected an array to train, got no match. The model has: "),
+        ({"trainable": []}, "trainable: expected an array to train, got no match. The model has: "),
     ],
 )
 def test_a_declaration_that_cannot_be_meant_is_one_line(declared, words):
@@ -249,7 +249,7 @@ def test_a_server_that_is_the_adversary_is_not_told_and_the_client_and_the_devel
     start(strategy, grid=grid, rounds=1)
     assert not any(answer.has_error() for answer in grid.answers)
     assert "client 1: arrays table, fine, backbone.weight, backbone.bias: expected arrays that" in caplog.text
-    assert "(The server is not told.)" in caplog.text
+    assert "(This is not reported to the server.)" in caplog.text
     assert "No array is declared frozen or trainable" in caplog.text
 
 
@@ -258,7 +258,7 @@ def test_a_server_that_is_the_adversary_learns_of_no_changed_array_and_gets_none
     result = start(make(LOCAL, seed=None, frozen=FROZEN), grid=grid, rounds=1)
     assert result.arrays["table"].data == initial()["table"].data
     assert not any(answer.has_error() for answer in grid.answers)
-    assert "client 2: array table: expected it as it was sent" in caplog.text
+    assert "client 2: array table: expected the values that were sent" in caplog.text
 
 
 def test_arrays_that_are_declared_trained_may_stay_as_they_are():
@@ -387,6 +387,6 @@ def test_noise_that_drowns_the_signal_is_said_before_training(caplog):
 def test_the_order_of_a_client_names_what_is_trained():
     grid = InProcessGrid(app_of(), CLIENTS)
     start(make(frozen=FROZEN), grid=grid, rounds=1)
-    (message, *_) = [m for m in grid.seen if not asks_who(m.content)]
+    (message, *_) = [m for m in grid.seen if not asks_node_info(m.content)]
     assert message.content[TRAINED]["names"] == TRAINED_ONES
     assert list(message.content) == [ARRAYS, "config", TRAINED, FEDPRIV, TERMS]

@@ -12,10 +12,10 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
-from helpers import FALSE_ALARM, accepts_variance, brief
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from support.helpers import FALSE_ALARM, accepts_variance, brief
 
 from fedpriv.errors import UserError
 from fedpriv.mechanisms import gaussian

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_law, accepts_variance
 from scipy import stats
+from support.helpers import accepts_law, accepts_variance
 from torch import Tensor
 
 from fedpriv.mechanisms.gaussian import release_grid

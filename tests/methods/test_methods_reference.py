@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-import reference
 import torch
-from federations import models_of, ragged_digits, setting
-from helpers import adding, fresh_clients
-from reference import Rounds, SoftmaxRegression
+from support import reference
+from support.federations import models_of, ragged_digits, setting
+from support.helpers import adding, fresh_clients
+from support.reference import Rounds, SoftmaxRegression
 
 from fedpriv.engines import LoopEngine
 from fedpriv.methods import (
@@ -21,8 +21,8 @@ from fedpriv.methods import (
     Method,
     NormalizedSGD,
     ServerOptimized,
-    client_part,
     optimized,
+    server_step,
 )
 from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, Yogi
 from fedpriv.privacy import Poisson
@@ -61,7 +61,7 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.k
 def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds: Rounds) -> list[np.ndarray]:
     """The reference's models."""
     turn = turn_of(method)
-    method = client_part(method)
+    method = method.client_part
     if isinstance(method, AlphaNormEC):
         return reference.alpha_normec(
             problem.gradients,
@@ -153,7 +153,7 @@ def rules_alone(method: Method, problem: SoftmaxRegression, start: np.ndarray, r
         for field, new in zip(clients, own, strict=True):
             field[members] = new
         mean = messages.sum(dim=0) / (rounds.prob * rounds.clients)
-        server = method.server_rule(server, mean, rounds.prob)
+        server = server_step(method, server, mean, rounds.prob)
         models.append(server.model.numpy())
     return models
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
+from hypothesis import given
+from hypothesis import strategies as st
+from support.helpers import (
     EXAMPLES,
     LINEAR,
     NON_FINITE,
@@ -22,13 +24,11 @@ from helpers import (
     same,
     within,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
 from fedpriv.errors import UserError
-from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, client_part
+from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
 from fedpriv.methods.base import direction
 
 SIZE = 3
@@ -61,8 +61,8 @@ def reached(method: Method, seed: int, dtype: torch.dtype = torch.float64, round
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_an_example(name: str) -> None:
-    assert name in EXAMPLES, f"add an instance of {name!r} to EXAMPLES in tests/helpers.py"
-    assert all(type(client_part(method)) is METHODS[key.split(" ")[0]] for key, method in EXAMPLES.items())
+    assert name in EXAMPLES, f"add an instance of {name!r} to EXAMPLES in tests/support/helpers.py"
+    assert all(type(method.client_part) is METHODS[key.split(" ")[0]] for key, method in EXAMPLES.items())
 
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
@@ -168,9 +168,9 @@ def test_rules_leave_their_arguments_alone(method: Method, dtype: torch.dtype) -
     assert all(same(one, other) for one, other in zip(after, after_again, strict=True))
 
     server, mean = method.init_server(normal(8, SIZE, dtype=dtype)), normal(9, SIZE, dtype=dtype)
-    server = method.server_rule(server, mean, 0.5)
+    server = server_step(method, server, mean, 0.5)
     before = [tensor.clone() for tensor in (*server, mean)]
-    first, second = method.server_rule(server, mean, 0.5), method.server_rule(server, mean, 0.5)
+    first, second = server_step(method, server, mean, 0.5), server_step(method, server, mean, 0.5)
     assert all(same(tensor, kept) for tensor, kept in zip((*server, mean), before, strict=True))
     assert all(same(one, other) for one, other in zip(first, second, strict=True))
 
@@ -209,7 +209,7 @@ def test_shapes_and_kinds_of_states_are_kept(method: Method, dtype: torch.dtype,
     assert [field.shape for field in after] == [field.shape for field in state]
     assert [field.dtype for field in after] == [field.dtype for field in state]
     server = method.init_server(normal(2, SIZE, dtype=dtype))
-    stepped = method.server_rule(server, normal(3, SIZE, dtype=dtype), 0.1)
+    stepped = server_step(method, server, normal(3, SIZE, dtype=dtype), 0.1)
     assert type(stepped) is type(server)
     assert [(field.shape, field.dtype) for field in stepped] == [(field.shape, field.dtype) for field in server]
 
@@ -217,12 +217,12 @@ def test_shapes_and_kinds_of_states_are_kept(method: Method, dtype: torch.dtype,
 @pytest.mark.parametrize("method", LINEAR.values(), ids=LINEAR.keys())
 def test_the_server_rule_is_linear_but_for_the_direction_of_a_normalized_step(method: Method) -> None:
     normalized = getattr(method, "server_normalization", False)
-    start = method.server_rule(method.init_server(normal(1, SIZE)), normal(2, SIZE), 0.3)
-    other = method.server_rule(method.init_server(normal(3, SIZE)), normal(4, SIZE), 0.3)
+    start = server_step(method, method.init_server(normal(1, SIZE)), normal(2, SIZE), 0.3)
+    other = server_step(method, method.init_server(normal(3, SIZE)), normal(4, SIZE), 0.3)
     mixed = type(start)(*(2.0 * one - 0.5 * two for one, two in zip(start, other, strict=True)))
     first, second = normal(5, SIZE), normal(6, SIZE)
-    one, two = method.server_rule(start, first, 0.3), method.server_rule(other, second, 0.3)
-    both = method.server_rule(mixed, 2.0 * first - 0.5 * second, 0.3)
+    one, two = server_step(method, start, first, 0.3), server_step(method, other, second, 0.3)
+    both = server_step(method, mixed, 2.0 * first - 0.5 * second, 0.3)
     for name in both._fields:
         wanted = 2.0 * getattr(one, name) - 0.5 * getattr(two, name)
         if name != "model" or not normalized:
@@ -236,7 +236,7 @@ def test_the_server_rule_is_linear_but_for_the_direction_of_a_normalized_step(me
 @every_method
 def test_a_mean_of_nothing_moves_nothing_that_has_no_memory(method: Method) -> None:
     server = method.init_server(normal(1, SIZE))
-    after = method.server_rule(server, torch.zeros(SIZE, dtype=torch.float64), 0.2)
+    after = server_step(method, server, torch.zeros(SIZE, dtype=torch.float64), 0.2)
     counted = [name for name in server._fields if getattr(server, name).shape == (1,)]
     others = [name for name in server._fields if name not in counted]
     assert all(torch.equal(getattr(server, name), getattr(after, name)) for name in others)
@@ -303,7 +303,7 @@ def test_server_memory_is_the_mean_of_client_memories(method: Method, cohort: st
         messages, own = method.client_rule(own, signal, adding(noise), k)
         for field, new in zip(clients, own, strict=True):
             field[members] = new
-        server = method.server_rule(server, messages.sum(dim=0) / (prob * population), prob)
+        server = server_step(method, server, messages.sum(dim=0) / (prob * population), prob)
         gap = server.memory - memories_after(method, clients, k).mean(dim=0)
         largest = max(largest, float(gap.abs().max()))
         if not noisy or method.needs_client_noise:
@@ -366,7 +366,7 @@ def test_feedback_is_from_the_memory_towards_the_signal(method: Method) -> None:
 
 @every_method
 def test_the_bounded_map_of_a_method_is_its_papers(method: Method) -> None:
-    method = client_part(method)
+    method = method.client_part
     if isinstance(method, AlphaNormEC | NormalizedSGD):
         assert method.bounded == SmoothedNormalization(alpha=method.alpha)
     elif isinstance(method, Clip21 | DPFedAvg):

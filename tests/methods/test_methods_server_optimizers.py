@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from federations import Setting, advance, ragged_digits, setting
-from helpers import EXAMPLES, same
+from support.federations import Setting, advance, ragged_digits, setting
+from support.helpers import EXAMPLES, same
 from torch import Tensor
 
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
-from fedpriv.methods import DPFedAvg, Method, ServerOptimized, client_part, feedback_of, has_memory, optimized
+from fedpriv.methods import DPFedAvg, Method, ServerOptimized, feedback_of, has_memory, optimized, server_step
 from fedpriv.methods.memoryless import ModelOnly
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, Adagrad, Adam, Momentum, ServerOptimizer, Yogi
 from fedpriv.privacy import Poisson
@@ -56,7 +56,7 @@ def test_on_dp_fedavgs_mean_messages_it_is_pytorchs(name: str) -> None:
     seen: list[Tensor] = []
 
     class Watched(DPFedAvg):
-        def server_rule(self, state: ModelOnly, mean_message: Tensor, sampling_prob: float) -> ModelOnly:
+        def server_rule(self, state: ModelOnly, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ModelOnly]:
             seen.append(mean_message.clone())
             return super().server_rule(state, mean_message, sampling_prob)
 
@@ -78,7 +78,7 @@ def test_in_float64_it_is_pytorchs_to_twelve_digits(name: str) -> None:
     method = optimized(DPFedAvg(server_lr=LR), optimizer)
     state, wanted = method.init_server(start), torchs(start, make, means)
     for mean, model in zip(means, wanted, strict=True):
-        state = method.server_rule(state, mean, 0.3)
+        state = server_step(method, state, mean, 0.3)
         assert torch.allclose(state.model, model, rtol=1e-12, atol=1e-12)
 
 
@@ -110,7 +110,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
     server, client, _ = agree(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
     assert server.method is wrapped
     assert client.method is method
-    assert client_part(wrapped) is method
+    assert wrapped.client_part is method
     signal = torch.linspace(-1.0, 1.0, 5)
     for one, other in zip(
         wrapped.client_rule(wrapped.init_client(5), signal, None, 1),
@@ -137,7 +137,7 @@ def test_the_methods_own_memory_is_what_it_is_without(method: Method, kind: type
     plain: Any = method.init_server(model)
     for k in range(4):
         mean = torch.sin(torch.arange(6.0) * (k + 1))
-        state, plain = wrapped.server_rule(state, mean, 0.3), method.server_rule(plain, mean, 0.3)
+        state, plain = server_step(wrapped, state, mean, 0.3), server_step(method, plain, mean, 0.3)
         for name in plain._fields:
             if name != "model":
                 assert same(getattr(state, name), getattr(plain, name))
@@ -150,7 +150,7 @@ def test_a_direction_far_below_the_models_last_digit_is_not_lost() -> None:
     method = optimized(DPFedAvg(server_lr=1e-3), Momentum(momentum=0.999))
     state = method.init_server(torch.ones(3))
     for _ in range(2000):
-        state = method.server_rule(state, torch.full((3,), 1e-6), 1.0)
+        state = server_step(method, state, torch.full((3,), 1e-6), 1.0)
     velocity = 1e-6 * (1.0 - 0.999**2000) / (1.0 - 0.999)
     assert torch.allclose(state.optimizer_mean, torch.full((3,), velocity), rtol=1e-4)
 
@@ -163,7 +163,7 @@ def test_adam_needs_no_tuning_to_the_length_of_messages_and_momentum_does() -> N
             method = optimized(DPFedAvg(server_lr=0.1), optimizer)
             state = method.init_server(torch.zeros(4))
             for k in range(5):
-                state = method.server_rule(state, scale * torch.tensor([1.0, -2.0, 3.0, 0.5]) * (k + 1), 1.0)
+                state = server_step(method, state, scale * torch.tensor([1.0, -2.0, 3.0, 0.5]) * (k + 1), 1.0)
             models.append(state.model)
         assert torch.allclose(*models, rtol=1e-4) == alike
 
@@ -176,7 +176,7 @@ def test_directions_of_next_to_no_length_leave_every_figure_finite(kind: type, l
     state = method.init_server(torch.zeros(3))
     for k in range(300):
         mean = torch.tensor([1.0, -1.0, 0.0]) * (length if k < 3 else 0.0)
-        state = method.server_rule(state, mean, 1.0)
+        state = server_step(method, state, mean, 1.0)
         assert all(bool(figure.isfinite().all()) for figure in state)
     assert float(state.model[2]) == 0.0
 
@@ -216,12 +216,3 @@ def test_a_run_goes_on_from_its_state_to_the_bit(optimizer: ServerOptimizer) -> 
 def test_figures_out_of_range_are_refused(kind: type, key: str, wrong: float) -> None:
     with pytest.raises(UserError, match=rf"^server\.{key}: expected a (positive )?number"):
         kind(**{key: wrong})
-
-
-def test_a_method_without_a_step_size_is_refused() -> None:
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Stepless:
-        clip_norm: float = 1.0
-
-    with pytest.raises(UserError, match=r"^server\.optimizer: expected a method with a server_lr, got Stepless"):
-        optimized(Stepless(), Adam())  # type: ignore[arg-type]

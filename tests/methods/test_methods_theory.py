@@ -25,12 +25,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from torch import Tensor
 
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
 
 P = 6.0
 OPTIMUM = P / 3.0
@@ -137,7 +137,7 @@ class TestStalls:
             server, clients = method.init_server(start()), fresh_clients(method, 3, 1)
             for k in range(1, 3000):
                 messages, clients = method.client_rule(clients, pulls(server.model), None, k)
-                server = method.server_rule(server, messages.mean(dim=0), 1.0)
+                server = server_step(method, server, messages.mean(dim=0), 1.0)
             assert torch.allclose(clients.memory[:, 0], torch.tensor([-4.0, 2.0, 2.0], dtype=torch.float64), atol=1e-6)
 
 
@@ -328,8 +328,8 @@ def carried_noise(method: Method, clients: int, rounds: list[int]) -> dict[int, 
         messages, calm = method.client_rule(calm, signal, None, k)
         noised, rough = method.client_rule(rough, signal, adding(noise_of(k, clients, D)), k)
         quiet, loud = (
-            method.server_rule(quiet, messages.mean(dim=0), 1.0),
-            method.server_rule(loud, noised.mean(dim=0), 1.0),
+            server_step(method, quiet, messages.mean(dim=0), 1.0),
+            server_step(method, loud, noised.mean(dim=0), 1.0),
         )
         if k in rounds:
             found[k] = (loud.memory - quiet.memory).numpy()

@@ -8,10 +8,10 @@ from typing import Any, cast
 import dp_accounting as dpa
 import numpy as np
 import pytest
-from helpers import brief
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
+from support.helpers import brief
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, trust_of

@@ -60,7 +60,7 @@ def play_central(rules: ServerRules) -> Play:
     start = METHOD.init_server(torch.zeros(SIZE))
 
     def play(streams: Streams, trial: int, world: bool) -> Tensor:
-        own = ServerRules(method=METHOD, sampling=rules.sampling, noise_stddev=rules.noise_stddev, streams=streams)
+        own = ServerRules(method=METHOD, sampling=rules.sampling, mechanism=rules.mechanism, streams=streams)
         total = known + (APART * one.double() if world else 0.0)
         return finish_round(own, start, trial + 1, total).model
 

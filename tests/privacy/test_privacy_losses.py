@@ -9,10 +9,10 @@ import dp_accounting as dpa
 import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
-from helpers import brief
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support.helpers import brief
 
 from fedpriv.privacy import FixedSize, Poisson, Sampling, trust_of
 from fedpriv.privacy.accounting import Releases

@@ -6,9 +6,9 @@ import math
 from typing import Any, get_args
 
 import pytest
-from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief
 
 import fedpriv
 import fedpriv.privacy as privacy
@@ -20,6 +20,7 @@ from fedpriv.privacy import (
     Poisson,
     PrivacyPlan,
     Sampling,
+    Simulated,
     make_plan,
     privacy_statement,
 )
@@ -312,7 +313,11 @@ def test_a_local_statement_says_what_the_server_sees_and_who_is_charged() -> Non
 def test_a_statement_says_if_one_noise_was_drawn_for_the_sum_of_messages_that_devices_would_noise_each() -> None:
     said = "this run drew one noise a round for the sum of its clients' messages"
     for trust, fused, expected in (("local", True, True), ("local", False, False), ("central", True, False)):
-        text = words(privacy_statement(plan(trust=trust), method="a method", randomness="seeded", fused=fused))
+        text = words(
+            privacy_statement(
+                plan(trust=trust), method="a method", randomness="seeded", simulated=Simulated(fused=fused)
+            )
+        )
         assert (said in text) is expected
     assert said not in words(privacy_statement(plan(trust="local"), method="a method", randomness="system"))
 

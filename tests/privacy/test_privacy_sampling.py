@@ -8,10 +8,10 @@ from itertools import combinations
 import dp_accounting as dpa
 import numpy as np
 import pytest
-from helpers import FALSE_ALARM, accepts_variance, brief
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from support.helpers import FALSE_ALARM, accepts_variance, brief
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trusts import Pooled
+from support.trusts import Pooled
 
 from fedpriv.audit.words import knowledge_of
 from fedpriv.deploy.device.policy import Accepts
 from fedpriv.errors import UserError
-from fedpriv.flower.promise import NO_PROMISE, Promise, promised
+from fedpriv.flower.privacy_terms import NO_PROMISE, PrivacyTerms, promised
 from fedpriv.methods import AlphaNormEC, NormalizedSGD
 from fedpriv.privacy import (
     ADJACENCIES,
@@ -205,7 +205,7 @@ def test_who_accepts_a_trust_accepts_those_that_rely_on_less() -> None:
 
 def test_a_promise_of_a_third_trust_is_one_on_the_wire() -> None:
     made = plan_of("pooled")
-    promise = Promise(**promised(made, made.sampling, made.rounds))
+    promise = PrivacyTerms(**promised(made, made.sampling, made.rounds))
     assert promise.plan(BOUND) == made
     assert promise.trust_rules == Pooled()
     assert promise.against_server

@@ -1,4 +1,4 @@
-"""A small study, run for real, and its report."""
+"""A small study with real runs, and its report."""
 
 import json
 import os
@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
+from support.report_runs import CENTRAL, DEVICES, HOSTILE, fedavg, normec, run_trial
 
-from fedpriv.experiment import recorder as journal
+from fedpriv.experiment import recorder
 from fedpriv.report.write import write_report
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of single runs take longer than the runs."""
-    monkeypatch.setattr(journal, "plot_curves", lambda *_, **__: None)
+    """Skip plots of single runs, which take longer than the runs."""
+    monkeypatch.setattr(recorder, "plot_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
 def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep's folder: two methods on grids, three promises, two seeds; other data, cohorts, devices; failures."""
+    """Return a sweep's folder: two methods, three guarantees, two seeds; other data, cohorts, devices; failures."""
     root = tmp_path_factory.mktemp("study") / "small & <b>bold"
     root.mkdir()
     methods = [fedavg(0.3), fedavg(1.0), *(normec(alpha, beta) for alpha in (0.1, 1.0) for beta in (0.1, 1.0))]
     private: dict[str, Any] = {"privacy": {**CENTRAL, "epsilon": 8.0}}
     promises: list[dict[str, Any]] = [{}, private, {"privacy": {**CENTRAL, "epsilon": 2.0}}]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(journal, "plot_curves", lambda *_, **__: None)
+        patch.setattr(recorder, "plot_curves", lambda *_, **__: None)
         for method in methods:
             for promise in promises:
                 for seed in (1, 2):
@@ -56,13 +56,13 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def page(study_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study's page."""
+    """Return the study's page."""
     return write_report(study_folder, tmp_path_factory.mktemp("out") / "report")
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """A headless Chromium that keeps its console and its requests; skipped where there is none, but never in CI."""
+    """Start a headless Chromium that records console and requests; skip without one, but never in CI."""
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if binary is None or driver is None:
         reason = "Chromium and chromedriver are not installed: run `make browser`"

@@ -1,13 +1,13 @@
-"""What a study says: means over seeds choose, promises are not mixed, shares and fronts are what they are called."""
+"""Analysis of a study: means over seeds select, guarantees are not mixed, shares and fronts are correct."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import brief
 from hypothesis import given
 from hypothesis import strategies as st
+from support.helpers import brief
 
 from fedpriv.errors import UserError
 from fedpriv.report.analysis import (
@@ -27,7 +27,7 @@ EPSILON = next(quantity for quantity in QUANTITIES if quantity.name == "epsilon"
 
 
 def study_of(*runs: dict[str, Any]) -> Study:
-    """A study of finished runs, each given by what is not the same in all."""
+    """Return a study of finished runs, each given by the values that vary."""
     rows = []
     for number, given_ in enumerate(runs):
         run = {"method.name": "m", "method.lr": 1.0, "seed": 0, "accuracy": 0.5, "epsilon": float("nan"), **given_}
@@ -76,7 +76,9 @@ def test_validation_chooses_where_every_run_has_it_and_test_accuracy_otherwise()
     assert best_of(study_of(a, b), "test")["method.lr"].tolist() == [0.1]
     without = {"method.lr": 0.3, "accuracy": 0.1}
     assert best_of(study_of(a, b, without))["method.lr"].tolist() == [0.1]
-    with pytest.raises(UserError, match="--select validation: expected runs with a validation accuracy, got none in 1"):
+    with pytest.raises(
+        UserError, match="--select validation: expected runs with a validation accuracy, got 1 without it"
+    ):
         judge_of(study_of(a, b, without), "validation")
 
 

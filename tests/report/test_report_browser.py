@@ -1,4 +1,4 @@
-"""The report's page in a real browser: quiet, whole at every width, and its controls do what they say."""
+"""The report's page in a real browser: no messages, complete at every width, with working controls."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.xdist_group("report")
 
 WIDTHS = (360, 768, 1440)
 
-# Every visible element must lie within the page, but for those in boxes that scroll and those inside pictures.
+# Every visible element must be within the page, except those in scrolling boxes and inside pictures.
 CUT_OFF = """
 const scrolls = (node) => node && (/auto|scroll/.test(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
 const width = document.documentElement.clientWidth, found = [];
@@ -29,7 +29,7 @@ for (const text of document.querySelectorAll("svg text")) {
 return found;
 """
 
-# The least contrast between text and what lies below it (Web Content Accessibility Guidelines 2.2, 1.4.3).
+# Minimum contrast between text and background (Web Content Accessibility Guidelines 2.2, 1.4.3).
 CONTRASTS = """
 const parts = (text) => {
   const numbers = text.match(/-?[\\d.]+(e-?\\d+)?/g).map(Number);
@@ -58,7 +58,7 @@ for (const node of document.querySelectorAll("main *, header *, footer *")) {
 return found;
 """
 
-# Keeps the files that the page would save: of each, its name and its content.
+# Captures the files that the page would save, by name and content.
 CATCH_SAVED = """
 const blobs = new Map(), create = URL.createObjectURL;
 window.saved = [];
@@ -79,7 +79,7 @@ blob.text().then((text) => done([name, blob.type, text]));
 
 
 def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> None:
-    """Opens the page at a width and in a colour scheme."""
+    """Open the page at a width and in a color scheme."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     media = {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -89,7 +89,7 @@ def show(browser: Any, page: Path, width: int = 1440, scheme: str = "light") -> 
 
 
 def until(browser: Any, holds: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """What `holds` returns as soon as it is true."""
+    """Return the result of `holds` as soon as it is true."""
     from selenium.webdriver.support.wait import WebDriverWait
 
     return WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
@@ -104,7 +104,7 @@ def many(browser: Any, selector: str) -> list[Any]:
 
 
 def curves(browser: Any) -> list[str]:
-    """Settings of the curves that are drawn."""
+    """Return the settings of the drawn curves."""
     return browser.execute_script("return [...document.querySelectorAll('#chart .curve')].map(c => c.dataset.setting)")
 
 
@@ -181,7 +181,7 @@ def test_pointing_at_a_curve_highlights_it_and_shows_its_values(browser: Any, pa
     show(browser, page)
     chart = one(browser, "#chart")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
-    # The last point of the first curve, in the chart's own pixels.
+    # The last point of the first curve, in pixels of the chart.
     script = "const c = document.querySelector('#chart .curve'); const p = c.getPointAtLength(c.getTotalLength());"
     script += "const b = document.getElementById('chart').getBoundingClientRect();"
     x, y, middle_x, middle_y = browser.execute_script(script + "return [p.x, p.y, b.width / 2, b.height / 2]")
@@ -264,7 +264,7 @@ def test_the_slider_changes_the_shares_and_the_selector_the_map(browser: Any, pa
 
 
 def test_what_is_saved_is_the_table_that_lies_beside_the_page(browser: Any, page: Path) -> None:
-    """The link that a button clicks is caught in the page: the browser's own downloads would come when they like."""
+    """The link that a button clicks is caught in the page, because browser downloads arrive at any time."""
     show(browser, page)
     browser.execute_script(CATCH_SAVED)
     names = list(dict.fromkeys(node.get_attribute("data-table") for node in many(browser, "button[data-table]")))

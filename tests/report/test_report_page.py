@@ -1,4 +1,4 @@
-"""The report's page: made of the runs and of nothing else, the same each time, safe whatever runs are called."""
+"""The report's page: built only from the runs, reproducible, and safe for any run names."""
 
 import base64
 import hashlib
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from report_runs import CENTRAL, HOSTILE, fedavg, run_trial
+from support.report_runs import CENTRAL, HOSTILE, fedavg, run_trial
 
 from fedpriv import load_results, write_report
 from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.report.study import Study, load_study
-from fedpriv.report.write import MOST_CURVES, MOST_POINTS, report_on
+from fedpriv.report.write import MAX_CURVES, MAX_POINTS, report_on
 
 pytestmark = pytest.mark.xdist_group("report")
 
 
 class Elements(HTMLParser):
-    """Counts a page's elements, and keeps the texts of its scripts and what its attributes name."""
+    """Counts a page's elements, and collects its scripts and the targets of its attributes."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -130,17 +130,17 @@ def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path)
     alone = write_report(run).parent
     assert alone == run / "report"
     assert {file.stem for file in (alone / "figures").iterdir()} == {"best", "curves"}
-    assert "nothing was chosen here" in (alone / "report.html").read_text(encoding="utf-8")
-    # The report lies in the run directory, and the next one does not take it for a run.
+    assert "nothing was selected here" in (alone / "report.html").read_text(encoding="utf-8")
+    # The report is inside the run directory, and the next report does not mistake it for a run.
     before = (alone / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before
 
 
 def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert "because no run has a validation accuracy. The choice looked at the test data" in text
+    assert "because no run has a validation accuracy. The selection looked at the test data" in text
     assert "Tuning is not free under privacy" in text
-    assert "does not include the choice of hyperparameters" in text
+    assert "does not include the selection of hyperparameters" in text
     (tmp_path / "trials").mkdir()
     for server_lr in (0.5, 1.0):
         run_trial(tmp_path, fedavg(server_lr), rounds=1, data={"validation": 0.2})
@@ -153,11 +153,11 @@ def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Pa
     best = pd.read_csv(validated.parent / "tables" / "best.csv")
     assert best["validation_accuracy_mean"].tolist() == [table["validation_accuracy_mean"].max()]
     asked = write_report(tmp_path, select="test").read_text(encoding="utf-8")
-    assert "because that was asked for. The choice looked at the test data" in asked
+    assert "because that was requested. The selection looked at the test data" in asked
 
 
 def large_study(trials: int, rounds: int) -> Study:
-    """A study like that of a sweep over three hyperparameters, five seeds and two promises."""
+    """Return a study like that of a sweep over three hyperparameters, five seeds and two guarantees."""
     rng = np.random.default_rng(0)
     number = np.arange(trials)
     setting = number // 5
@@ -191,12 +191,12 @@ def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_ou
     page = report_on(study, tmp_path)
     assert page.stat().st_size < 4e6
     data, text = data_of(page), page.read_text(encoding="utf-8")
-    assert len(data["curves"]) == MOST_CURVES
-    assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MOST_POINTS}
+    assert len(data["curves"]) == MAX_CURVES
+    assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MAX_POINTS}
     assert {(curve["values"]["round"][0], curve["values"]["round"][-1]) for curve in data["curves"]} == {(1, 90)}
-    assert f"Of 400 settings the page holds the curves of {MOST_CURVES}" in text
-    assert f"Of up to 90 recorded rounds a curve shows {MOST_POINTS}" in text
-    # The best of each is among them, and its kept points are the means over seeds.
+    assert f"Of 400 settings the page holds the curves of {MAX_CURVES}" in text
+    assert f"Of up to 90 recorded rounds a curve shows {MAX_POINTS}" in text
+    # The best of each is among them, and its points are the means over seeds.
     best = pd.read_csv(tmp_path / "tables" / "best.csv")["setting"]
     kept = {curve["setting"]: curve for curve in data["curves"] if curve["best"]}
     assert sorted(kept) == sorted(best)
@@ -218,7 +218,7 @@ def test_what_an_earlier_report_left_goes_and_what_is_others_stays(tmp_path: Pat
     assert not (out / "figures" / "epsilon.png").exists()
     assert not (out / "tables" / "failed.csv").exists()
     assert (out / "tables" / "mine.csv").read_text() == (out / "notes.txt").read_text() == "old"
-    with pytest.raises(UserError, match="expected a folder for the report alone, got a run directory"):
+    with pytest.raises(UserError, match="expected a folder only for the report, got a run directory"):
         write_report(run, run)
 
 

@@ -1,4 +1,4 @@
-"""What runs on the same clients spend together: who is added up with whom, how, and for which rounds."""
+"""The total privacy cost of runs on the same clients: grouping, composition, and the charged rounds."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def config(*settings: str) -> Config:
 
 
 def record(folder: Path, *settings: str, released: int | None = None, population: int = 12) -> RunDirectory:
-    """The files of a run, finished or killed after `released` rounds, without running it."""
+    """Write the files of a run, finished or killed after `released` rounds, without running it."""
     experiment, directory = config(*settings), RunDirectory(folder)
     folder.mkdir(parents=True)
     directory.claim(experiment.to_toml(), experiment.digest, resume=False)
@@ -144,7 +144,7 @@ def test_a_killed_run_is_charged_for_the_rounds_that_it_released(tmp_path: Path,
     assert group.total.epsilon == plan.epsilon_after(released)
     assert group.planned.epsilon == plan.epsilon
     assert group.as_dict()["runs"][0]["state"] == "unfinished"
-    assert any("not finished" in note for note in notes_on([group]))
+    assert any("Unfinished runs" in note for note in notes_on([group]))
 
 
 def test_a_checkpoint_or_a_torn_row_that_knows_more_rounds_is_believed(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def tuned(
     failed: bool = False,
     distribution: Any = "geometric",
 ) -> dict[str, Any]:
-    """The folder of a tuning that has come to its end, and what it states."""
+    """Write the folder of a finished tuning; return it with the stated values."""
     tuning = Tuning(distribution=distribution, expected_trials=4.0, score_noise_multiplier=score)
     names = [f"trial-{draw}" for draw in draws]
     released = 2 if failed else None
@@ -299,7 +299,7 @@ def test_an_unfinished_tuning_is_the_sum_of_all_its_trials(tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "best" / "trials" / "trial-13")
     record(tmp_path / "best" / "trials" / "trial-13", "privacy.draw=13", released=2)
     assert only(tmp_path).total.mu == pytest.approx(math.sqrt((6 + 6 + 2) / 9))
-    assert noted(tmp_path, "best is a tuning without tuning.json, thus unfinished")
+    assert noted(tmp_path, "best is an unfinished tuning, without tuning.json")
     assert not noted(tmp_path, "elsewhere")
 
 
@@ -453,7 +453,7 @@ def test_a_checkpoint_tells_its_round_without_being_read(tmp_path: Path) -> None
     checkpoint.write("digest", "promise", 7, {"model": torch.zeros(3)}, {})
     assert checkpoint.round() == 7
     checkpoint.path.write_bytes(b"torn")
-    with pytest.raises(UserError, match="whole checkpoint"):
+    with pytest.raises(UserError, match="undamaged checkpoint"):
         checkpoint.round()
 
 

@@ -1,4 +1,4 @@
-"""Runs as a study reads them: what held and not only what was said, each row for itself, equal data or none."""
+"""Runs as a study reads them: actual values rather than configured ones, one row per run, equal data."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from report_runs import CENTRAL, DEVICES, fedavg, run_trial
+from support.report_runs import CENTRAL, DEVICES, fedavg, run_trial
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
 def record(
     folder: Path, *, plan: dict[str, Any] | None = None, summary: dict[str, Any] | None = None, **tables: Any
 ) -> Path:
-    """A finished run's records, as far as a study reads them; keys of its plan and its summary can be given."""
+    """Write a finished run's records, as far as a study reads them; plan and summary keys can be set."""
     config = parse_config({**BASE, "method": fedavg(1.0), **tables})
     directory = RunDirectory(folder)
     folder.mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_scores_that_no_epsilon_covers_are_marked_on_the_page_and_in_its_tables(
     marks = {"not_covered": ["test_accuracy", "test_loss"]}
     record(tmp_path / "runs" / "within", privacy=privacy, summary=marks, method=fedavg(0.5))
     page = write_report(tmp_path / "runs", tmp_path / "two").read_text()
-    for text in ("test accuracy (not covered), %", "test loss (nats) (not covered)", "No epsilon covers it"):
+    for text in ("test accuracy (not covered), %", "test loss (nats) (not covered)", "No epsilon covers these scores"):
         assert text in page, text
     assert "validation accuracy (not covered)" not in page
     for name in ("best", "settings", "trials", "privacy"):
@@ -153,9 +153,9 @@ def test_people_are_never_shown_a_smaller_epsilon(tmp_path: Path) -> None:
 
 
 def test_the_report_marks_every_figure_that_only_a_simulation_has(tmp_path: Path) -> None:
-    """Costs of hidden cohorts, and how clients differ; the same costs of public cohorts are not marked."""
+    """Costs of hidden cohorts, and client heterogeneity; the same costs of public cohorts are not marked."""
     differ = {"label_distance", "gradient_distance"}
-    words = "not released: seen in simulation only, computed from what is not private"
+    words = "not released: seen in simulation only, computed from data that are not private"
     hidden = {"cohort": {"sampling": "poisson", "probability": 0.5}, "privacy": {**CENTRAL, "epsilon": 8.0}}
     for name, tables in (("hidden", hidden), ("public", {})):
         for rounds, concentration in ((1, 0.1), (3, 0.1), (1, 10.0)):

@@ -1,4 +1,4 @@
-"""Sweeps: what the trials are, that each is run once, and that failing, killing and resuming change nothing."""
+"""Sweeps: the trials, each run exactly once, and failures, kills and resumption that change nothing."""
 
 import errno
 import fcntl
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import ray
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 
 from fedpriv import load_results
 from fedpriv.cli import main
@@ -28,6 +28,7 @@ from fedpriv.sweeps.config import Axis, load_sweep
 from fedpriv.sweeps.jobs import Ended, Job, JobDied
 from fedpriv.sweeps.live import SweepTable
 from fedpriv.sweeps.run import SweepState, run_sweep
+from fedpriv.sweeps.trial import Tracking, TrialExecution
 
 SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
 pytestmark = pytest.mark.xdist_group("ray")
@@ -36,7 +37,7 @@ __all__ = ["in_process"]
 
 @pytest.fixture(scope="module")
 def some_ray() -> Iterator[str]:
-    """The address of one Ray for all that need it; a sweep uses it as it is."""
+    """Return the address of one Ray for all tests that need it; a sweep uses it unchanged."""
     connection = connect(None, 2**27)
     yield ray.get_runtime_context().gcs_address
     connection.close()
@@ -119,7 +120,7 @@ def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
 
 
 def test_set_changes_all_trials(tmp_path: Path) -> None:
-    """Also where TOML reads a table: what it does not name stays as it is."""
+    """Also if TOML reads a table: keys that it does not name stay as they are."""
     text = '[set]\n"training.rounds" = 9\ntraining.evaluate_every = 3\nmethod.server_lr = 0.25\n'
     text += '[[axis]]\nkey = "seed"\nvalues = [1, 2]\n'
     trials = load_sweep(sweep_file(tmp_path, text)).trials()
@@ -147,13 +148,13 @@ def test_set_changes_all_trials(tmp_path: Path) -> None:
             '[[axis]]\nkey = "data.clients"\nvalues = [2]\n[[axis]]\nkey = "data"\nvalues = [{name = "digits"}]\n',
             "overwrites",
         ),
-        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected a place that keeps seed"),
+        ('seeds = 2\n[[axis]]\nkey = "seed"\nvalues = [1]\n', "axis seed: expected keys that leave seed as it is"),
         (
             '[[axis]]\nkey = "seed"\nvalues = [1]\nwhen = {"method.nam" = "x"}\n',
             "axis seed.when: expected a key of some",
         ),
-        ("seeds = 0\n", "seeds: expected how many"),
-        ("seeds = []\n", "seeds: expected how many"),
+        ("seeds = 0\n", "seeds: expected a number of seeds"),
+        ("seeds = []\n", "seeds: expected a number of seeds"),
         ("stop = 3\n", "stop: expected a table"),
         ("[stop]\ngrace = 3\n", "stop.rule: expected a known name"),
         ('[stop]\nrule = "medium"\n', "Did you mean 'median'"),
@@ -190,10 +191,10 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 
 
 def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, some_ray: str) -> None:
-    """Twelve combinations: four experiments, four of them twice or with more clients than there are."""
+    """Twelve combinations: four experiments; the rest are duplicates or have too many clients."""
     states: list[tuple[int, int]] = []
     plan = load_sweep(sweep_file(tmp_path, GRID))
-    needs = {"jobs": 2, "cpus_per_trial": 0.5, "ray_address": some_ray}
+    needs: dict[str, Any] = {"jobs": 2, "execution": TrialExecution(cpus=0.5, ray_address=some_ray)}
     table = run_sweep(plan, tmp_path / "out", watch=lambda s: states.append((s.done, s.failed)), **needs)
     assert list(table["status"]).count("done") == 4
     reasons = [row["reason"] for row in table.to_dict(orient="records") if row["status"] == "failed"]
@@ -221,7 +222,7 @@ def test_ray_deals_out_cores_when_asked(tmp_path: Path, monkeypatch: pytest.Monk
         yield None
 
     monkeypatch.setattr("fedpriv.sweeps.ray_jobs.side_by_side", no_jobs)
-    run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", ray=True, cpus_per_trial=0.5)
+    run_sweep(load_sweep(sweep_file(tmp_path, GRID)), tmp_path / "out", execution=TrialExecution(ray=True, cpus=0.5))
     assert asked == [{"cpus": 0.5, "gpus": 0.0, "address": None}]
 
 
@@ -235,7 +236,7 @@ values = [1, 2, 3, 4, 5, 6]
 
 
 def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
-    """First as by Ctrl-C, in one line; then by a signal that nothing can be done about, to the driver alone."""
+    """First by Ctrl-C, with one line; then by an uncatchable signal, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
     whole = run_sweep(load_sweep(path), tmp_path / "whole", jobs=2)
     out = tmp_path / "out"
@@ -297,21 +298,28 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_gpu_or_a_core_that_nobody_has_is_one_line_and_no_wait(tmp_path: Path, some_ray: str) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
-    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got none"):
-        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True, ray_address=some_ray)
+    execution = TrialExecution(cpus=4000.0, ray_address=some_ray)
+    with pytest.raises(UserError, match="--cpus-per-trial: expected a machine with 4000 CPU, got smaller machines"):
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=execution)
     with pytest.raises(UserError, match=r"--cpus-per-trial: expected a machine with 4000 CPU, got [0-9]"):
-        run_sweep(load_sweep(path), tmp_path / "out", cpus_per_trial=4000.0, resume=True)
-    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got none"):
-        run_sweep(load_sweep(path), tmp_path / "out", gpus_per_trial=64.0, resume=True)
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=TrialExecution(cpus=4000.0))
+    with pytest.raises(UserError, match="--gpus-per-trial: expected a machine with 64 GPU, got smaller machines"):
+        run_sweep(load_sweep(path), tmp_path / "out", resume=True, execution=TrialExecution(gpus=64.0))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"jobs": 0}, {"cpus_per_trial": 0.0}, {"gpus_per_trial": -1.0}, {"logs": ["tensorbored"]}]
+    "wrong",
+    [
+        lambda: {"jobs": 0},
+        lambda: {"execution": TrialExecution(cpus=0.0)},
+        lambda: {"execution": TrialExecution(gpus=-1.0)},
+        lambda: {"tracking": Tracking(["tensorbored"])},
+    ],
 )
-def test_options_that_make_no_sense_are_one_line(wrong: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_make_no_sense_are_one_line(wrong: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
     path = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
     with pytest.raises(UserError, match=r"--jobs|--cpus-per-trial|--gpus-per-trial|--log.*'tensorboard'"):
-        run_sweep(load_sweep(path), tmp_path / "out", **wrong)
+        run_sweep(load_sweep(path), tmp_path / "out", **wrong())
 
 
 @pytest.mark.parametrize("where", ["local", "ray"])
@@ -375,7 +383,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_blames_no_trial(
 @pytest.mark.usefixtures("in_process")
 def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, "seeds = 1\n")
-    with pytest.raises(UserError, match="a folder to write to"):
+    with pytest.raises(UserError, match="a writable folder"):
         run_sweep(load_sweep(path), path / "out")
 
 
@@ -388,7 +396,7 @@ def test_a_sweep_whose_file_has_changed_keeps_what_it_has(tmp_path: Path, capsys
     with pytest.raises(SystemExit) as caught:
         main(["sweep", str(path), "--out", str(out), "--resume"])
     assert caught.value.code == 0
-    assert "others      1 trial that" in capsys.readouterr().out
+    assert "others      1 trial not in" in capsys.readouterr().out
     second = pd.read_csv(out / "trials.csv")
     assert list(second["seed"]) == [2, 3, 4]
     assert second["trial"][0] == first["trial"][1]

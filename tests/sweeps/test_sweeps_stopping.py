@@ -1,11 +1,11 @@
-"""Early stopping: whom a rule stops, whom it compares, and that a stopped trial is neither a failure nor damaged."""
+"""Early stopping: which trials a rule stops and compares; stopped trials are neither failed nor damaged."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import in_process, sweep_file
+from support.sweep_files import in_process, sweep_file
 
 from fedpriv import load_results, run_experiment
 from fedpriv.cli import main
@@ -19,7 +19,7 @@ from fedpriv.sweeps.stopping import Halving, Median, Stopping, group_of
 
 __all__ = ["in_process"]
 
-# A step of 1e-6 learns nothing; 0.5 is at 0.7 after a few rounds.
+# A step of 1e-6 learns nothing; 0.5 reaches 0.7 after a few rounds.
 HOPELESS = """
 [set]
 "training.rounds" = 9
@@ -38,7 +38,7 @@ def curve(*figures: float) -> list[tuple[int, float]]:
 
 
 def test_median_rule_is_its_definition() -> None:
-    """Averages of the others by round 2 are 0.2, 0.3 and 0.6: their median is 0.3; a later jump is not looked at."""
+    """Averages of the others by round 2 are 0.2, 0.3 and 0.6, with median 0.3; a later jump is ignored."""
     rule = Median(grace=2, least=3)
     others = [curve(0.1, 0.3, 9.0), curve(0.3, 0.3, 9.0), curve(0.6, 0.6)]
     assert rule.verdict(curve(0.1, 0.29), others, 2) is not None
@@ -146,7 +146,7 @@ def test_a_hopeless_trial_is_stopped_counted_apart_and_can_be_finished_to_the_bi
 
 @pytest.mark.usefixtures("in_process")
 def test_a_hopeless_trial_that_nothing_can_be_compared_with_is_run_to_its_end(tmp_path: Path) -> None:
-    """The last trial has other data than the others."""
+    """The last trial has other data than the rest."""
     axis = 'key = ["data.clients", "method.server_lr"]\nvalues = [[6, 0.5], [6, 0.4], [6, 0.6], [6, 1e-6], [7, 1e-6]]'
     text = HOPELESS.replace('key = "method.server_lr"\nvalues = [0.5, 0.4, 0.6, 1e-6, 0.3]', axis)
     table = run_sweep(load_sweep(sweep_file(tmp_path, text)), tmp_path / "out")
@@ -155,7 +155,7 @@ def test_a_hopeless_trial_that_nothing_can_be_compared_with_is_run_to_its_end(tm
 
 @pytest.mark.usefixtures("in_process")
 def test_a_sweep_that_was_interrupted_stops_the_same_trials_at_the_same_rounds(tmp_path: Path) -> None:
-    """With one job at a time: between any two trials, and within a trial that is stopped."""
+    """With one job at a time: between any two trials, and within a stopped trial."""
     plan = load_sweep(sweep_file(tmp_path, HOPELESS.replace("median", "halving").replace("grace = 4", "grace = 2")))
     whole = run_sweep(plan, tmp_path / "whole")
     assert 0 < list(whole["status"]).count("stopped") < 5

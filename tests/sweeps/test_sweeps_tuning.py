@@ -1,4 +1,4 @@
-"""Tuning sweeps: what is drawn, kept secret, selected and charged."""
+"""Tuning sweeps: draws, secrecy, selection and privacy cost."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FALSE_ALARM
-from natural_clients import KINDS, write_hospitals
 from scipy import stats
+from support.helpers import FALSE_ALARM
+from support.natural_clients import KINDS, write_hospitals
 
 from fedpriv.cli import main
 from fedpriv.errors import UserError
@@ -29,6 +29,7 @@ from fedpriv.streams import Purpose, SeededStreams, SystemStreams
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.jobs import Began, Ended, Job, call
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.trial import Tracking
 from fedpriv.sweeps.tuning import Tuning, about_tuning, choose_best, common_plan, draw_trials
 from fedpriv.sweeps.tuning_score import UNITS, streams_of, sum_of_accuracies, with_noise
 
@@ -216,7 +217,7 @@ def test_a_failed_trial_is_the_worst_and_equal_ones_are_taken_in_the_order_drawn
         ("[[axis]]\nkey = 'data.clients'\nvalues = [5]\n", {}, r"data\.clients"),
         ("[[axis]]\nkey = 'seed'\nvalues = [5]\n", {}, "seed"),
         ("", {"epsilon = 5.0": 'epsilon = 5.0\ntrust = "local"'}, "local"),
-        ("", {"epsilon = 5.0": "noise_multiplier = 0.0"}, "promise something"),
+        ("", {"epsilon = 5.0": "noise_multiplier = 0.0"}, "expected private trials"),
         ("", {"[privacy]\nepsilon = 5.0": ""}, r"\[privacy\]"),
         ("", {"epsilon = 5.0": "epsilon = 5.0\ndraw = 3"}, r"privacy\.draw"),
     ],
@@ -233,7 +234,7 @@ def test_what_would_break_the_promise_of_a_tuning_is_refused(
     assert not (tmp_path / "out" / "drawn.json").exists()
 
 
-@pytest.mark.parametrize("options", [{"retry": True, "resume": True}, {"logs": ["tensorboard"]}])
+@pytest.mark.parametrize("options", [{"retry": True, "resume": True}, {"tracking": Tracking(["tensorboard"])}])
 def test_options_that_would_show_or_repeat_trials_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="tuning"):
         run_sweep(load_sweep(sweep_file(tmp_path)), tmp_path / "out", **options)
@@ -372,7 +373,7 @@ def test_scores_are_drawn_once_however_often_a_tuning_is_taken_up_again(
 
 def test_noise_is_for_scores_on_clients_examples_and_only_for_those(tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file(tmp_path, NOISED))
-    with pytest.raises(UserError, match=r"^tuning\.score_noise_multiplier: expected none with public validation"):
+    with pytest.raises(UserError, match=r"^tuning\.score_noise_multiplier: expected no value with public validation"):
         run_sweep(sweep, tmp_path / "out")
     for test in ("within", "clients"):
         bare, root = of_clients(tmp_path, AXIS + TUNING, test)
@@ -414,7 +415,7 @@ def test_no_trial_at_all_is_an_outcome_of_poisson(tmp_path: Path, monkeypatch: p
         patched.setattr(PoissonTrials, "quantile", lambda *_: 0)
         with pytest.raises(UserError, match="0 was drawn"):
             run_sweep(sweep, tmp_path / "out")
-    with pytest.raises(UserError, match="0 was drawn"):  # It stays so.
+    with pytest.raises(UserError, match="0 was drawn"):  # The draw is kept.
         run_sweep(sweep, tmp_path / "out", resume=True)
 
 

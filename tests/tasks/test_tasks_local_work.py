@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import Setting, models_of, ragged_digits, setting
-from helpers import same
+from support.federations import Setting, models_of, ragged_digits, setting
+from support.helpers import same
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC, FedAlphaNormEC
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, batches_of
+from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, MinibatchGradient, batches_of
 
 ENGINES = {"loop": LoopEngine, "vectorized": VectorizedEngine}
 
@@ -85,6 +85,24 @@ def test_the_signals_of_a_walk_are_its_move_that_by_its_length_and_by_its_steps(
     if "epochs" in given:
         steps = given["epochs"] * np.ceil(sizes / given.get("batch_size", 10**6)).astype(int)
     assert torch.allclose(mean * torch.tensor(steps, dtype=torch.float32)[:, None], total, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        FullGradient(),
+        MinibatchGradient(batch_size=7),
+        LocalSteps(steps=3, client_lr=0.1),
+        LocalSteps(steps=3, client_lr=0.1, batch_size=7),
+        LocalEpochs(epochs=3, client_lr=0.1),
+        LocalEpochs(epochs=3, client_lr=0.1, batch_size=7),
+    ],
+)
+def test_what_is_walked_through_is_what_the_batches_hold(work: LocalWork) -> None:
+    sizes = np.array([1, 6, 7, 8, 30])
+    for examples, walked in zip(sizes.tolist(), work.walked(sizes).tolist(), strict=True):
+        batches = batches_of(work, SeededStreams(3), examples, 1, 0)
+        assert sum(examples if batch is None else len(batch) for batch in batches) == walked
 
 
 def test_a_pass_over_one_batch_of_everything_is_a_step_of_descent_to_the_bit() -> None:

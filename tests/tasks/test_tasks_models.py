@@ -6,6 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fedpriv.errors import UserError
+from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv
 from fedpriv.tasks.models import MODELS, Cnn, Mlp
 
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 5, 9)]
@@ -136,3 +137,28 @@ def test_hidden_widths_without_meaning_are_refused(hidden):
 def test_a_width_without_meaning_is_refused(width):
     with pytest.raises(UserError, match=r"^model\.width: "):
         Cnn(width=width)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 5, 9)])
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_the_equivariant_model_gives_turned_images_the_same_logits(shape, turn):
+    module = build("c4-cnn", shape).double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter))
+    images = torch.randn(3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(module(images.rot90(turn, (-2, -1))), module(images), rtol=1e-10, atol=1e-10)
+    assert (module(images.flip(-1)) - module(images)).abs().max() > 1e-6  # mirrored images are others
+
+
+def test_turned_inputs_of_a_group_convolution_give_turned_and_shifted_maps():
+    conv = GroupConv(2, 3, 3).double()
+    maps = torch.randn(1, 2 * ORIENTATIONS, 6, 6, dtype=torch.float64)
+    turned = maps.rot90(1, (-2, -1)).unflatten(1, (2, ORIENTATIONS)).roll(1, dims=2).flatten(1, 2)
+    expected = conv(maps).rot90(1, (-2, -1)).unflatten(1, (3, ORIENTATIONS)).roll(1, dims=2).flatten(1, 2)
+    torch.testing.assert_close(conv(turned), expected)
+
+
+def test_the_equivariant_model_has_as_many_parameters_as_it_says():
+    assert size(build("c4-cnn", (3, 32, 32))) == 14_674

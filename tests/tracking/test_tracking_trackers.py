@@ -1,4 +1,4 @@
-"""Trackers, read back from their own stores: every row once, however often a run is interrupted, and nothing lost."""
+"""Trackers, read back from their stores: every row once, despite interruptions, and nothing lost."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from sweep_files import BASE, in_process, sweep_file
+from support.sweep_files import BASE, in_process, sweep_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
@@ -23,6 +23,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import DataFacts
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.sweeps.trial import Tracking
 from fedpriv.tracking.trackers import check_trackers, track, watched_by
 
 __all__ = ["in_process"]
@@ -30,7 +31,7 @@ __all__ = ["in_process"]
 pytestmark = [
     # MLflow, of SQLAlchemy 2.1.
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
-    # Its engines are closed by the collector.
+    # Its engines are closed by the garbage collector.
     pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
 ]
 ROUNDS = 6
@@ -38,7 +39,7 @@ ROUNDS = 6
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A private run of six rounds, with all stores in the test's folder."""
+    """Run six private rounds, with all stores in the test's folder."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -48,11 +49,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 class Killed(BaseException):
-    """As by a signal."""
+    """Simulates a signal."""
 
 
 def interrupted(config: Config, out: Path, tracker: str, after: int, **options: Any) -> None:
-    """A run that ends right after a round, of which the last checkpoint may be older."""
+    """Run an experiment that ends right after a round; its last checkpoint may be older."""
 
     def kill(released: dict[str, Any], _: dict[str, Any]) -> None:
         if released["round"] == after:
@@ -70,7 +71,7 @@ def finished(config: Config, out: Path, tracker: str, **options: Any) -> dict[st
 
 
 def expected(out: Path) -> dict[str, dict[int, float]]:
-    """Every number of the run directory's rows, by figure and round."""
+    """Return every number in the run directory's rows, by metric and round."""
     found: dict[str, dict[int, float]] = {}
     for file, prefix in (("rounds.jsonl", ""), ("diagnostics.jsonl", "diagnostics/")):
         for row in RunDirectory(out).rows(file):
@@ -81,7 +82,7 @@ def expected(out: Path) -> dict[str, dict[int, float]]:
 
 
 def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: bool = False) -> None:
-    """Every figure of every round once, and as the run directory has it, but for how long rounds took."""
+    """Every metric of every round appears once, as in the run directory, except durations."""
     wanted = {key: steps for key, steps in expected(out).items() if diagnostics or "/" not in key}
     assert "test_accuracy" in wanted
     assert "epsilon" in wanted
@@ -94,7 +95,7 @@ def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: b
 
 
 def tensorboard_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
-    # Without dropping what a later file repeats.
+    # Keeps repetitions in later files.
     found = EventAccumulator(str(out / "tensorboard"), {"scalars": 0}, purge_orphaned_data=False).Reload()
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
@@ -112,7 +113,7 @@ def mlflow_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(out: Path) -> list[Record]:
-    """Of all sessions' files: LevelDB's log format, blocks of 32 KiB after 7 bytes, headers of CRC, length and type."""
+    """Read all sessions' files in LevelDB's log format: blocks of 32 KiB after 7 bytes, headers of CRC, size, type."""
     records = []
     for file in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
         content, at, whole = file.read_bytes(), 7, b""
@@ -146,7 +147,7 @@ READERS = {"tensorboard": tensorboard_rows, "mlflow": mlflow_rows, "wandb": wand
 def test_every_row_arrives_once_however_often_a_run_is_interrupted(
     tracker: str, config: Config, tmp_path: Path
 ) -> None:
-    """After round 2 the run goes back to its beginning, after round 4 to round 3. What is not released is asked for."""
+    """After round 2 the run restarts, after round 4 it returns to round 3. Unreleased values are requested."""
     out = tmp_path / "run"
     interrupted(config, out, tracker, after=2, diagnostics=True)
     interrupted(config, out, tracker, after=4, diagnostics=True)
@@ -316,7 +317,8 @@ def test_a_tracker_that_is_not_there_is_one_line(
     with pytest.raises(SystemExit) as caught:
         main(["run", str(tmp_path / "base.toml"), "--out", str(tmp_path / "run"), "--log", "wandb"])
     assert caught.value.code == 2
-    line = "fedpriv: --log wandb: expected the package wandb, got none. Install it with pip install 'fedpriv[wandb]'.\n"
+    remedy = "Install it with pip install 'fedpriv[wandb]'"
+    line = f"fedpriv: --log wandb: expected an installed package wandb, got a missing one. {remedy}.\n"
     assert capsys.readouterr().err == line
     assert not (tmp_path / "run").exists()
 
@@ -325,7 +327,7 @@ def test_a_tracker_that_is_not_there_is_one_line(
 def test_a_sweep_sends_each_trial_to_a_run_of_its_own(tmp_path: Path) -> None:
     text = '[[axis]]\nkey = "method.server_lr"\nvalues = [0.1, 0.5]\n'
     plan = load_sweep(sweep_file(tmp_path, text, (tmp_path / "base.toml").read_text()))
-    run_sweep(plan, tmp_path / "out", logs=["mlflow", "tensorboard"])
+    run_sweep(plan, tmp_path / "out", tracking=Tracking(["mlflow", "tensorboard"]))
     for folder in (tmp_path / "out" / "trials").iterdir():
         check(mlflow_rows(folder), folder)
         check(tensorboard_rows(folder), folder)

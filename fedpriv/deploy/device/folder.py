@@ -1,6 +1,6 @@
-"""A node's folder in a deployment: what is in it, and every check of it that asks no other machine.
+"""Folder of a node in a deployment: its files, and all checks that need no other machine.
 
-`fedpriv deploy init` makes such folders, one a node; `fedpriv deploy node` runs one, and refuses to if a check fails.
+`fedpriv deploy init` creates such a folder for each node. `fedpriv deploy node` runs one, unless a check fails.
 """
 
 from contextlib import suppress
@@ -38,16 +38,16 @@ NODE_FILES = ("ca.crt", "node.key", "node.pub", NODE_TOML, POLICY_FILE, VERSIONS
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSettings:
-    """What `node.toml` says; in the file, keys have hyphens.
+    """Settings in `node.toml`; in the file, keys have hyphens.
 
     Args:
         superlink: HOST:PORT of the server.
-        partition_id: Which client this node is.
-        num_partitions: How many clients there are.
-        runtime_port: The port, on this machine only, between the node and its own processes; 0 for a free one.
-        data_root: Where data sets lie; empty for the environment's choice.
-        device: Where gradients are computed; empty for the run's choice.
-        accepted_apps: SHA-256 hashes of bundles that may run beside fedpriv's own.
+        partition_id: Client id of this node.
+        num_partitions: Number of clients.
+        runtime_port: Port between the node and its own processes, on this machine only; 0 for a free port.
+        data_root: Folder of the data sets; empty for the environment's choice.
+        device: Device for gradients; empty for the run's choice.
+        accepted_apps: SHA-256 hashes of bundles that may run besides fedpriv's own bundle.
     """
 
     superlink: str
@@ -62,19 +62,19 @@ class NodeSettings:
         split_address(self.superlink, "superlink")
         if not 0 <= self.partition_id < self.num_partitions:
             expected = f"a whole number from 0, below num-partitions ({self.num_partitions})"
-            raise UserError("partition-id", expected, self.partition_id, "Each node has a number of its own")
+            raise UserError("partition-id", expected, self.partition_id, "Give each node a different number")
         if not 0 <= self.runtime_port < 65536:
-            raise UserError("runtime-port", "a port, or 0 for a free one", self.runtime_port, "Mend node.toml")
+            raise UserError("runtime-port", "a port, or 0 for a free port", self.runtime_port, "Edit node.toml")
         for app in self.accepted_apps:
             if len(app) != 64 or set(app) - set("0123456789abcdef"):
-                raise UserError("accepted-apps", "SHA-256 hashes, 64 digits of 0-9a-f", repr(app), "Mend node.toml")
+                raise UserError("accepted-apps", "SHA-256 hashes, 64 digits of 0-9a-f", repr(app), "Edit node.toml")
 
     @classmethod
     def read(cls, path: Path) -> "NodeSettings":
-        """From `node.toml`.
+        """Read `node.toml`.
 
         Raises:
-            UserError: If the file is not there or not right.
+            UserError: If the file is missing or invalid.
         """
         try:
             table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
@@ -82,10 +82,10 @@ class NodeSettings:
         except UserError as error:
             if error.where == str(path):
                 raise
-            raise UserError(str(path), "a node's settings", f"a mistake ({error})", "Mend the file") from None
+            raise UserError(str(path), "valid settings of a node", f"an error ({error})", "Edit the file") from None
 
     def node_config(self, folder: Path) -> dict[str, Any]:
-        """What the node tells its ClientApp."""
+        """Return the node config for the ClientApp."""
         given = {"data-root": self.data_root, "device": self.device}
         return {
             "partition-id": self.partition_id,
@@ -96,7 +96,7 @@ class NodeSettings:
 
 
 def check_node_folder(folder: Path) -> list[Finding]:
-    """Every check of a node's folder that asks no other machine."""
+    """Run all checks of a node's folder that need no other machine."""
     findings = [
         *check_presence(folder, NODE_FILES),
         *check_manifest(folder),
@@ -108,12 +108,12 @@ def check_node_folder(folder: Path) -> list[Finding]:
     ]
     if (folder / "ca.crt").is_file():
         findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
-    with suppress(UserError):  # a finding already
+    with suppress(UserError):  # already a finding
         findings += _space(folder, load_policy(folder / POLICY_FILE))
     return findings
 
 
-# A memory is two states and a message, in float32, and is written anew beside the former one; a line of the ledger.
+# A memory is two states and a message, in float32, and is rewritten next to the previous one; bytes of a ledger line.
 _BYTES_A_PARAMETER, _BYTES_A_LINE = 2 * 3 * 4, 1000
 
 
@@ -127,13 +127,13 @@ def _space(folder: Path, policy: Policy) -> list[Finding]:
 
 def _key_pair(folder: Path) -> str:
     path, public = folder / "node.key", folder / "node.pub"
-    remedy = "Copy both again, or write the key's own half: ssh-keygen -y -f node.key > node.pub, and register that"
+    remedy = "Copy both again, or run `ssh-keygen -y -f node.key > node.pub` and register the new node.pub"
     try:
         key, half = load_ssh_private_key(path.read_bytes(), None), load_ssh_public_key(public.read_bytes())
     except OSError as error:
         raise UserError(str(error.filename), "a readable key", error.strerror or error, remedy) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise UserError(str(path), "OpenSSH keys without a passphrase", "something else", remedy) from None
+        raise UserError(str(path), "OpenSSH keys without a passphrase", "another format", remedy) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(half, ec.EllipticCurvePublicKey):
         raise UserError(str(path), "an elliptic-curve key (ecdsa)", type(key).__name__, remedy)
     if key.public_key() != half:

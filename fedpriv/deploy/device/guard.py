@@ -1,18 +1,19 @@
-"""A client's own defense behind `private_mod`: its policy, ledger and memory, whatever a server asks.
+"""Guard of a client behind `private_mod`: the client's policy, ledger and memory, independent of the server.
 
-Where trust is local the server is the adversary. So whether and how a client is guarded is decided by its node alone,
-never by a message or a run config:
+Under local trust, the server is the adversary. The node alone therefore decides whether and how a client is guarded,
+never a message or a run config:
 
-1. A node with a home is guarded. Its operator names the home: `--node-config 'fedpriv-home="/absolute/path"'`. The
-   policy in it, `fedpriv-client.toml`, is written with strict defaults if there is none (trust local, epsilon 8).
-   Orders are followed as in a deployment (`fedpriv.deploy.device.member`): within the policy and the budget, each turn
-   once, and the same order gets the same bytes. Nothing else is answered, but evaluations if the policy accepts them.
-2. A process that plays clients (`fedpriv.flower.simulation`) follows every order, seeded ones included.
-3. Any other node answers nothing.
+1. A node with a home is guarded. Its operator sets the home: `--node-config 'fedpriv-home="/absolute/path"'`. If the
+   home has no policy `fedpriv-client.toml`, the guard writes one with strict defaults (trust local, epsilon 8). The
+   client follows instructions as in a deployment (`fedpriv.deploy.device.device`): within the policy and the budget,
+   each turn once, and the same instructions get the same bytes. It answers nothing else, except evaluations if the
+   policy accepts them.
+2. A process that simulates clients (`fedpriv.flower.simulation`) follows all instructions, including seeded ones.
+3. Any other node refuses everything.
 
-Whether an app fails can depend on the data, so that an error in place of a message would tell the server of them, for
-nothing and as often as it asks. Where trust is local, an app that fails therefore counts as one whose update is zero:
-the message is noise, it is paid for, and only the client's own log says so.
+Failures of an app can depend on the data. An error instead of a message would therefore leak information to the server,
+at no cost and as often as it asks. Under local trust, an app that fails thus counts as an app with a zero update: the
+message is pure noise, the client pays for it, and only the client's own log mentions the failure.
 """
 
 import hashlib
@@ -28,38 +29,38 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
+from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD, Head
-from fedpriv.deploy.device.member import Member
 from fedpriv.deploy.device.policy import write_default_policy
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import FEDPRIV, TERMS, Introduction, MessageFormat, ModelArrays, Order, Terms
+from fedpriv.flower.messages import FEDPRIV, TERMS, ClientInstructions, MessageFormat, ModelArrays, NodeInfo, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.simulation import simulated
 
 __all__ = ["HOME", "Guard", "answer_content", "content_of", "guard_of", "own_id", "refuse_unless_simulated", "terms_of"]
 
 HOME = "fedpriv-home"
-"""The key of a node's configuration that names its home."""
+"""Key of a node's configuration for its home."""
 
 _log = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What stands between an app and a server.
+    """Guard between an app and a server.
 
     Args:
-        member: The client: its policy and its records.
-        client: The id that its operator gave it; None if none was given.
+        device: Client with its policy and its records.
+        client: Client id set by the node's operator; None if it is not set.
     """
 
-    member: Member
+    device: Device
     client: int | None
 
     def train(
         self,
         message: Message,
-        order: Order,
+        instructions: ClientInstructions,
         model: ModelArrays,
         start: Tensor,
         make_signal: Callable[[], Tensor],
@@ -67,36 +68,37 @@ class Guard:
         """Return the content of the answer to a training message: the arrays and the head of the ledger.
 
         Args:
-            message: What came.
-            order: The order in it.
-            model: How arrays are laid out.
+            message: Received message.
+            instructions: Instructions in it.
+            model: Layout of the arrays.
             start: x, `[params]`.
-            make_signal: Gives what the client would send without privacy, `[params]`; a Refusal of the kind `app` if
-                the app fails.
+            make_signal: Returns the message without privacy, `[params]`; raises a `Refusal` of kind `app` if the app
+                fails.
 
         Raises:
-            Refusal: If the order is not followed.
+            Refusal: If the client does not follow the instructions.
         """
         terms = terms_of(message)
-        if self.client is not None and order.client != self.client:
-            raise Refusal("model", "order", f"one for client {self.client}", order.client, "It is another's")
-        self.member.policy.check_app()
+        if self.client is not None and instructions.client != self.client:
+            remedy = "Check the partition-id of the nodes"
+            raise Refusal("model", "instructions", f"client {self.client}", instructions.client, remedy)
+        self.device.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
-        signal = partial(_signal_or_nothing, make_signal, order, start) if terms.against_server else make_signal
-        answer = self.member.answer(order, terms, start, signal, shown, settings)
-        return answer_content(self.member, order, model, answer)
+        signal = partial(_signal_or_nothing, make_signal, instructions, start) if terms.against_server else make_signal
+        answer = self.device.answer(instructions, terms, start, signal, shown, settings)
+        return answer_content(self.device, instructions, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
-        """Return whether the app's metrics may leave: if the run promises nothing, and the policy accepts that."""
-        return terms_of(message).trust_rules is None and self.member.policy.accepts.unpromised
+        """Return whether the app's metrics may leave: only if the run is not private and the policy accepts that."""
+        return terms_of(message).trust_rules is None and self.device.policy.accepts.unpromised
 
     def evaluate(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Return the answer to a message of another type: the metrics of an evaluation, if the policy accepts it.
 
         Raises:
-            Refusal: If it does not.
+            Refusal: If the policy does not accept the message.
         """
-        self.member.policy.check_evaluation(message.metadata.message_type.split(".")[0])
+        self.device.policy.check_evaluation(message.metadata.message_type.split(".")[0])
         metrics = content_of(call_next(message, context)).metric_records
         return Message(RecordDict({**metrics}), reply_to=message)
 
@@ -105,7 +107,7 @@ def guard_of(context: Context) -> Guard | None:
     """Return the guard of a node; None in a simulation.
 
     Raises:
-        Refusal: If the node's home, or the policy in it, is not right.
+        Refusal: If the node's home, or the policy in it, is invalid.
         UserError: If the node has no home.
     """
     home = context.node_config.get(HOME)
@@ -115,72 +117,77 @@ def guard_of(context: Context) -> Guard | None:
     try:
         path = Path(str(home))
         if not path.is_absolute():
-            raise UserError(f"--node-config {HOME}", "an absolute path", str(path), "Flower's processes work elsewhere")
+            remedy = "Give an absolute path, since Flower's processes run in other folders"
+            raise UserError(f"--node-config {HOME}", "an absolute path", str(path), remedy)
         if write_default_policy(path):
-            _log.warning("%s had no policy: the default one was written there. Read it.", path)
-        return Guard(Member.at(path), own_id(context))
-    except (UserError, OSError, ValueError) as error:  # in whose words may stand what is on the disk
+            _log.warning("%s had no policy: wrote the default policy there. Read it.", path)
+        return Guard(Device.at(path), own_id(context))
+    except (UserError, OSError, ValueError) as error:  # the text may reveal the content of the disk
         raise Refusal.because("trouble", str(error)) from None
 
 
 def refuse_unless_simulated() -> None:
-    """Raises UserError on a node without a home that is no simulation: its server may be anyone's."""
+    """Raise a `UserError` on a node without a home outside simulations, because its server cannot be trusted."""
     if not simulated():
         remedy = (
             f"Start the SuperNode with --node-config '{HOME}=\"/absolute/path\"', or nodes of a deployment with: "
             "fedpriv deploy node BUNDLE"
         )
-        raise UserError("node", "one with a home of its own, and a policy in it", "one without", remedy)
+        raise UserError("node", "a home with a policy", "a node without a home", remedy)
 
 
 def content_of(answer: Message) -> RecordDict:
-    """Return the content of an app's answer; a `UserError` with its reason if the answer is an error."""
+    """Return the content of an app's answer.
+
+    Raises:
+        UserError: If the answer is an error; it includes the reason.
+    """
     if answer.has_error():
-        raise UserError("app", "an answer", f"an error: {answer.error.reason}", "Mend the app")
+        raise UserError("app", "an answer", f"an error: {answer.error.reason}", "Fix the app")
     return answer.content
 
 
 def own_id(context: Context) -> int | None:
-    """Return the client id that a node's operator gave it; None if none was given."""
-    return Introduction.of_node(context.node_config).client
+    """Return the client id set by a node's operator; None if it is not set."""
+    return NodeInfo.of_node(context.node_config).client
 
 
-def terms_of(message: Message) -> Terms:
+def terms_of(message: Message) -> RunTerms:
     """Return the terms in a message.
 
     Raises:
-        Refusal: If there are none, or none that can be understood.
+        Refusal: If there are no terms, or they cannot be parsed.
     """
     try:
-        terms = Terms.of(message.content)
+        terms = RunTerms.of(message.content)
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
     if terms is None:
-        remedy = "The server needs a fedpriv of the same version"
-        raise Refusal("model", "order", "terms, as deployments have them", "none", remedy)
+        remedy = "Install the same version of fedpriv on the server"
+        raise Refusal("model", "instructions", "the terms of a deployment", "no terms", remedy)
     return terms
 
 
-def answer_content(member: Member, order: Order, model: ModelArrays, answer: Tensor) -> RecordDict:
+def answer_content(device: Device, instructions: ClientInstructions, model: ModelArrays, answer: Tensor) -> RecordDict:
     """Return the content of an answer: the message `[params]`, and the signed head of the client's ledger."""
-    head, records = member.head(), model.message(answer, MessageFormat.of(order.rules))
+    head, records = device.head(), model.message(answer, MessageFormat.of(instructions.rules))
     return RecordDict({**records} if head is None else {**records, HEAD: head.to_record()})
 
 
-def _signal_or_nothing(make_signal: Callable[[], Tensor], order: Order, start: Tensor) -> Tensor:
-    """Return the signal of an app; one that is not finite, and so counts as nothing, if the app fails."""
+def _signal_or_nothing(make_signal: Callable[[], Tensor], instructions: ClientInstructions, start: Tensor) -> Tensor:
+    """Return the signal of an app; if the app fails, a signal that is not finite and therefore counts as zero."""
     try:
         return make_signal()
     except Refusal as no:
         if no.kind != "app":
             raise
-        words = "client %d: its app failed (%s). The server is not told: a message that holds noise alone goes out."
-        _log.error(words, order.client, no, exc_info=no.__cause__)
+        words = "client %d: its app failed (%s). The server is not informed: the client sends pure noise."
+        _log.error(words, instructions.client, no, exc_info=no.__cause__)
         return torch.full_like(start, math.nan)
 
 
 def _settings(content: RecordDict) -> str:
-    """Return a digest of everything in a message that an app may read besides the model and the order."""
+    """Return a digest of everything in a message that an app may read, except the model and the instructions."""
     hashed = hashlib.sha256()
     for name, record in sorted(content.items()):
         if name not in (FEDPRIV, TERMS, HEAD) and name not in content.array_records:

@@ -1,10 +1,9 @@
-"""Heads of a client's ledger: how long it was and how it ended, signed by the client and kept by servers.
+"""Heads of a client's ledger: its length and last hash, signed by the client and kept by servers.
 
-A ledger that was lost, or replaced by an older copy, cannot say so itself. Two witnesses can: every memory file beside
-it (see `fedpriv.deploy.device.memory`), and the server, to which the client gives the head of its ledger with each
-message, and which shows the newest one with each order. A server cannot make a head up, since it lacks the client's
-key. It can keep one
-back: then only the client's own files speak.
+A ledger alone does not reveal that it was lost or replaced by an older copy. Two witnesses do: every memory file beside
+it (see `fedpriv.deploy.device.memory`), and the server. The client sends the head of its ledger with each message, and
+the server returns the newest head with its instructions. A server cannot forge a head, because it lacks the client's
+key. It can withhold a head; then only the client's own files bear witness.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from fedpriv.files import make_private_folder, replace_durably
 __all__ = ["HEAD", "KEY_FILE", "Head", "LedgerKey"]
 
 HEAD = "head"
-"""The name of the record that holds a head, in an order as in an answer."""
+"""Name of the record with a head, in instructions and in answers."""
 
 KEY_FILE = "ledger.key"
 
@@ -38,13 +37,13 @@ _MAX_LINES = 10**12
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The end of a ledger at some moment, in its client's own words.
+    """Length and last line of a ledger at some time, signed by its client.
 
     Args:
         lines: Number of releases.
         hash: SHA-256 of the last line.
-        key: The client's public Ed25519 key, 64 hexadecimal digits.
-        signature: Of all this by that key, 128 hexadecimal digits.
+        key: Public Ed25519 key of the client, 64 hexadecimal digits.
+        signature: Signature of lines and hash by that key, 128 hexadecimal digits.
     """
 
     lines: int
@@ -54,7 +53,7 @@ class Head:
 
     @property
     def valid(self) -> bool:
-        """Return whether it says what the owner of its key has signed."""
+        """True if the signature is valid."""
         try:
             key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.key))
             key.verify(bytes.fromhex(self.signature), _signed(self.lines, self.hash))
@@ -63,22 +62,22 @@ class Head:
         return 0 < self.lines <= _MAX_LINES
 
     def to_record(self) -> ConfigRecord:
-        """Return it as the record `head`."""
+        """Return the record `head`."""
         return ConfigRecord(asdict(self))
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
+        """Return a JSON object."""
         return asdict(self)
 
     @classmethod
     def of(cls, content: RecordDict) -> "Head | None":
-        """Return the head in a message; None if it holds none, or one that nobody has signed."""
+        """Return the head in a message; None if there is none, or if its signature is invalid."""
         record = content.config_records.get(HEAD)
         return None if record is None else cls.of_json(dict(record))
 
     @classmethod
     def of_json(cls, value: Any) -> "Head | None":
-        """Return the head in a JSON object; None if it is not one, or one that nobody has signed."""
+        """Return the head in a JSON object; None if it is not a head, or if its signature is invalid."""
         try:
             head = read_table(cls, value, HEAD)
         except (UserError, TypeError):
@@ -88,13 +87,13 @@ class Head:
 
 @dataclass(frozen=True)
 class LedgerKey:
-    """The key with which a client signs the heads of its ledger."""
+    """Key with which a client signs the heads of its ledger."""
 
     private: Ed25519PrivateKey
 
     @classmethod
     def at(cls, home: Path) -> "LedgerKey":
-        """Return the key in a client's home, which is made if there is none.
+        """Return the key in a client's home, after creating it if it does not exist.
 
         Raises:
             UserError: If the file does not hold a key, or cannot be written.
@@ -110,17 +109,17 @@ class LedgerKey:
         except (ValueError, TypeError):
             private = None
         if not isinstance(private, Ed25519PrivateKey):
-            remedy = "Put back a copy. Without it, what servers remember of this client's ledger counts no more"
-            raise UserError(str(path), "an Ed25519 key in PEM form, without a passphrase", "something else", remedy)
+            remedy = "Restore a copy: without it, the heads of this client's ledger on servers no longer count"
+            raise UserError(str(path), "an Ed25519 key in PEM format, without a passphrase", "another format", remedy)
         return cls(private)
 
     @property
     def public(self) -> str:
-        """The public half, 64 hexadecimal digits."""
+        """Public half of the key, 64 hexadecimal digits."""
         return self.private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
     def sign(self, lines: int, digest: str) -> Head:
-        """Return the signed head of a ledger of `lines` lines, the last of which has the hash `digest`."""
+        """Return the signed head of a ledger with `lines` lines and last hash `digest`."""
         signature = self.private.sign(_signed(lines, digest)).hex()
         return Head(lines=lines, hash=digest, key=self.public, signature=signature)
 

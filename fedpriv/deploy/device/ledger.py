@@ -1,8 +1,9 @@
-"""What has left a client, written down before it leaves, and what that has cost.
+"""Ledger of a client: every release, recorded before it is sent, and the total privacy cost.
 
-One JSON line a release, each with the hash of the line before; beside it the number of lines and the hash of the last,
-which each memory holds, too: lines cannot be lost or changed unnoticed while any of these files is there. A last line
-that a crash tore is no release: a message is sent only once its line is whole and on the disk.
+The ledger has one JSON line for each release, with the hash of the previous line. A second file holds the number of
+lines and the hash of the last line, and so does each memory: while any of these files exists, lost or changed lines are
+detected. An incomplete last line after a crash is no release, because a message is sent only after its line is complete
+and on disk.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pathlib import Path
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
-from fedpriv.flower.promise import Promise
+from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.privacy import REPLACE_FACTOR, Everyone, Local, PrivacyPlan, rounded_up
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
@@ -29,17 +30,17 @@ _FIRST = "0" * 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry(Promise):
-    """One release, and the promise that it was made under.
+class Entry(PrivacyTerms):
+    """One release, with its privacy terms.
 
     Args:
-        run: The run's name.
-        client: Under which id.
-        turn: In which turn.
-        request: SHA-256 of what was asked.
-        method: Whose client rule was followed.
+        run: Name of the run.
+        client: Client id in the run.
+        turn: Turn of the release.
+        request: SHA-256 of the request.
+        method: Method whose client rule was applied.
         l2_bound: Bound of the message.
-        noise_stddev: Standard deviation per coordinate of the noise that this client drew; 0: none.
+        noise_stddev: Standard deviation per coordinate of this client's noise; 0 for none.
     """
 
     run: str
@@ -53,11 +54,11 @@ class Entry(Promise):
 
 @dataclass(frozen=True)
 class Draft:
-    """A line that is not in the ledger yet.
+    """Line that is not in the ledger yet.
 
     Args:
-        line: The line, without its end.
-        lines: Number of lines once it is there.
+        line: The line, without the line break.
+        lines: Number of lines after it is added.
     """
 
     line: bytes
@@ -70,10 +71,10 @@ class Draft:
 
 
 class Ledger:
-    """The releases of one client's data, over all runs. Whoever writes holds the lock of the folder.
+    """Releases of one client's data over all runs. Writers must hold the lock of the folder.
 
     Args:
-        folder: Where the files are.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +85,7 @@ class Ledger:
 
     @property
     def lines(self) -> int:
-        """How many releases there are, once they were read."""
+        """Number of releases, after they were read."""
         return len(self._hashes) - 1
 
     @property
@@ -93,14 +94,14 @@ class Ledger:
         return self._hashes[-1]
 
     def entries(self) -> list[Entry]:
-        """All releases, the first first. Nothing is changed.
+        """Return all releases, in the order of time. Nothing is changed.
 
         Raises:
-            UserError: If a line is missing or was changed: then what was spent is not known.
+            UserError: If a line is missing or was changed, so that the spent budget is unknown.
         """
         self._hashes, self._length = [_FIRST], 0
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]  # what a crash left of a line was never sent
+        whole = content[: content.rfind(b"\n") + 1]  # an incomplete line was never sent
         self._length = len(whole)
         found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
         noted = self.noted()
@@ -109,45 +110,45 @@ class Ledger:
         return found
 
     def noted(self) -> tuple[int, str] | None:
-        """Return the number of lines and the hash of the last, as noted beside the ledger; None if there is no note."""
+        """Return the number of lines and the hash of the last line from the second file; None if it does not exist."""
         if not self._head.exists():
             return None
         lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
         return int(lines) if lines.isdecimal() else -1, digest
 
     def refuse_without(self, lines: int, digest: str, witness: str = "") -> None:
-        """Raises UserError unless the ledger has so many lines or more, and that one has this hash.
+        """Raise a `UserError` unless the ledger has at least `lines` lines, and line number `lines` has this hash.
 
         Args:
-            lines: How many.
+            lines: Required number of lines.
             digest: SHA-256 of the last of them.
-            witness: Who says so, in words.
+            witness: Source of the requirement, in words, for the error.
         """
         if lines and not self._has(lines, digest):
             raise self._damaged(max(lines, 0), witness)
 
     def holds(self, lines: int, digest: str) -> bool:
-        """Read the ledger, and return whether its line of this number, from 1, has this hash."""
+        """Read the ledger, and return whether its line number `lines`, from 1, has this hash."""
         self.entries()
         return self._has(lines, digest)
 
     def drafted(self, entry: Entry) -> Draft:
-        """Return the line of a release, after `entries` was read. Nothing is written."""
+        """Return the line for a release; call `entries` before. Nothing is written."""
         line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
         return Draft(line, self.lines + 1)
 
     def append(self, draft: Draft) -> None:
-        """Writes the last drafted line down; it is on the disk when this returns.
+        """Write the last drafted line; it is on disk when this returns.
 
         Raises:
-            UserError: If the disk is full; then the line is not there, and nothing may be sent.
+            UserError: If the disk is full; the line is then not in the ledger, and nothing may be sent.
         """
         make_private_folder(self.path.parent)
         prepare_replacing(self._head, f"{draft.lines} {draft.digest}\n".encode())
         append_durably(self.path, draft.line + b"\n", self._length)
         self._length += len(draft.line) + 1
         self._hashes.append(draft.digest)
-        with suppress(UserError):  # a head that lags behind is right, and the next line brings it along
+        with suppress(UserError):  # an older head is still valid, and the next line updates it
             finish_replacing(self._head)
 
     def _has(self, lines: int, digest: str) -> bool:
@@ -166,18 +167,17 @@ class Ledger:
         return entry
 
     def _damaged(self, number: int, witness: str = "") -> UserError:
-        remedy = "Put back the newest copy. Without it nobody knows what was spent, and nothing more is sent"
-        return UserError(
-            f"{self.path}, line {number}", f"the line as it was written{witness}", "another, or none", remedy
-        )
+        remedy = "Restore the newest copy: without it the spent budget is unknown, and nothing more is sent"
+        where, expected = f"{self.path}, line {number}", f"the original line{witness}"
+        return UserError(where, expected, "a changed or missing line", remedy)
 
 
 def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
-    """Whether a bound that needs no accountant shows that releases cost at most `epsilon` at `delta`.
+    """Return whether a simple bound shows that the releases cost at most `epsilon` at `delta`.
 
-    Zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP with
-    rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. An accountant takes seconds to load, and
-    its figure, which is lower, matters only near the limit.
+    The bound is zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP
+    with rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. It avoids an accountant, which
+    takes seconds to load, and whose lower epsilon matters only near the limit.
     """
     if not all(entry.charges_participations for entry in entries):
         return False
@@ -186,17 +186,17 @@ def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjace
 
 
 def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
-    """Epsilon at `delta` of all releases together; infinite where nothing was promised.
+    """Return epsilon at `delta` of all releases together; infinite if any release has no privacy guarantee.
 
-    Against the server, if all trust was local: then this client's own noise is all that counts. Runs with central trust
-    cost their whole promise from the first message on, since that promise is about all of their rounds together. Both
-    kinds, and several central runs, add up by basic composition.
+    If all trust was local, this epsilon holds against the server, because only this client's own noise counts. A run
+    with central trust costs its full epsilon from the first message on, because its guarantee covers all of its rounds
+    together. Both kinds, and several central runs, add up by basic composition.
 
     Args:
-        entries: The releases.
-        delta: For all together.
-        adjacency: Under which neighbours the client's own noise is counted. Central runs are counted under those that
-            they promise; if that is add-or-remove for any, so is the sum.
+        entries: Releases.
+        delta: Delta of all releases together.
+        adjacency: Adjacency for the client's own noise. Central runs count under the adjacency of their guarantee; if
+            that is add-or-remove for any run, the sum is for add-or-remove, too.
     """
     if not entries:
         return 0.0
@@ -212,28 +212,28 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
 
 
 def in_words(epsilon: float) -> str:
-    """An epsilon for people: rounded up, or infinite."""
+    """Return an epsilon as text, rounded up; `inf` if it is infinite."""
     return rounded_up(epsilon) if math.isfinite(epsilon) else "inf"
 
 
 def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> str:
-    """What a ledger says, for people: a line a run, and the sum.
+    """Return a summary of a ledger as text: one line for each run, and the total.
 
     Args:
-        folder: Where the ledger is.
-        epsilon: The budget.
-        delta: Its delta.
+        folder: Folder of the ledger.
+        epsilon: Privacy budget.
+        delta: Delta of the budget.
         adjacency: See `spent`.
 
     Raises:
-        UserError: If the ledger is damaged, or shorter than a memory beside it remembers.
+        UserError: If the ledger is damaged, or shorter than a memory next to it records.
     """
     if folder.exists():
         with only_one(folder / LOCK_FILE):
             ledger = Ledger(folder)
             entries = ledger.entries()
             for path, number, digest in remembered_ledgers(folder):
-                ledger.refuse_without(number, digest, f", as {path} remembers it")
+                ledger.refuse_without(number, digest, f" according to {path}")
     else:
         entries = []
     lines = []
@@ -241,11 +241,11 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         part = [entry for entry in entries if entry.run == run]
         last = part[-1]
         alone = (
-            "nothing promised"
+            "no privacy guarantee"
             if last.trust_rules is None
-            else f"epsilon {in_words(spent(part, delta, adjacency))} on its own"
+            else f"epsilon {in_words(spent(part, delta, adjacency))} for this run alone"
         )
-        noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise of this client's"
+        noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise from this client"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
@@ -256,7 +256,10 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
 
 
 def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
-    """Releases with Gaussian noise compose to one: mu^2 is the sum of (sensitivity / stddev)^2."""
+    """Return epsilon of releases with this client's Gaussian noise.
+
+    They compose to a single Gaussian release with mu^2 equal to the sum of (sensitivity / stddev)^2.
+    """
     ratios = _ratios(entries, adjacency)
     same = len(set(ratios)) == 1
     mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
@@ -274,6 +277,6 @@ def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> fl
 
 
 def _ratios(entries: Sequence[Entry], adjacency: str) -> list[float]:
-    """Sensitivity over standard deviation of each release."""
+    """Return sensitivity over standard deviation of each release."""
     moved = REPLACE_FACTOR if adjacency == "replace" else 1.0
     return [moved * entry.l2_bound / entry.noise_stddev for entry in entries]

@@ -1,18 +1,20 @@
-"""A client's memory on its own disk, in two phases.
+"""Memory of a client on its own disk, committed in two phases.
 
-Error feedback needs the server's memory to be the mean of the clients'. A client that has answered does not know
-whether its answer counted, so it keeps both memories: the committed one, from before, and the pending one, from after,
-with the message that it sent. The server's next order says which of its turns counted last, and that settles it:
+Error feedback requires that the server's memory is the mean of the clients' memories. After a client has answered, it
+does not know whether its answer counted. It therefore keeps both the committed memory from before the turn, and the
+pending memory from after it, together with its message. The next instructions name the last turn that counted, which
+decides:
 
-| the order says | then |
+| last turn that counted | action |
 |---|---|
-| the pending turn counted | the pending memory is committed |
-| the committed turn counted last | the pending memory is dropped |
-| no turn counted yet, 0 | the client starts afresh |
-| anything else | the memories have parted: the client says so |
+| the pending turn | the pending memory is committed |
+| the committed turn | the pending memory is dropped |
+| 0: no turn counted yet | the client restarts with a new memory |
+| any other | the memories diverge: the client refuses |
 
-One file a run and client: a line with version and checksum, then safetensors. Each also says how long the ledger was
-when it was written, so that a ledger that was lost or replaced by an older copy is noticed in every run.
+There is one file for each run and client: a line with version and checksum, followed by safetensors. Each file also
+records the length of the ledger at that time, so that all runs detect a ledger that was lost or replaced by an older
+copy.
 """
 
 import hashlib
@@ -47,17 +49,17 @@ _FACTS = ("epoch", "committed_turn", "pending_turn", "request", "ledger_lines", 
 
 @dataclass(frozen=True)
 class Record:
-    """What a client remembers of a run.
+    """Memory of a client for one run.
 
     Args:
-        epoch: How often all memories were started anew when this one was written.
-        committed_turn: The last turn that is known to have counted; 0: none.
-        committed: The state after it; empty for a fresh one.
-        pending_turn: The last turn that was answered; 0: none, or known to have counted.
-        pending: The state after it.
-        request: SHA-256 of what was asked in that turn.
-        reply: The message that was sent, `[params]`; None: none.
-        ledger_lines: How many lines the ledger had when this was written.
+        epoch: Number of times that all memories had been reset when this record was written.
+        committed_turn: Last turn that is known to have counted; 0 for none.
+        committed: State after it; empty for a new state.
+        pending_turn: Last turn that was answered; 0 for none, or if it is known to have counted.
+        pending: State after it.
+        request: SHA-256 of the request in that turn.
+        reply: Message that was sent, `[params]`; None if there is none.
+        ledger_lines: Number of lines of the ledger when this record was written.
         ledger_hash: SHA-256 of the last of them.
     """
 
@@ -73,11 +75,11 @@ class Record:
 
     @property
     def latest_turn(self) -> int:
-        """The last turn that was answered."""
+        """Last turn that was answered."""
         return max(self.committed_turn, self.pending_turn)
 
     def settled(self, last_turn: int) -> "Record | None":
-        """The record once it is known which turn counted last; None if the memories have parted."""
+        """Return the record after `last_turn` was the last turn that counted; None if the memories diverge."""
         if last_turn == 0:
             return Record(epoch=self.epoch)
         if self.pending_turn and last_turn == self.pending_turn:
@@ -89,42 +91,43 @@ class Record:
     def answered(
         self, turn: int, state: Fields, request: str, reply: Tensor, ledger_lines: int, ledger_hash: str
     ) -> "Record":
-        """The record with an answer that is about to be sent, and is in the ledger."""
+        """Return the record with an answer that is recorded in the ledger and about to be sent."""
         sent = {"pending_turn": turn, "pending": state, "request": request, "reply": reply}
         return replace(self, **sent, ledger_lines=ledger_lines, ledger_hash=ledger_hash)
 
 
 class MemoryFile:
-    """The record of one run and client, in a folder of its own.
+    """Record of one run and client, in a separate folder.
 
     Args:
-        folder: Where all of the client's runs are kept.
-        run: The run's name.
-        client: The client's id.
+        folder: Folder of all runs of the client.
+        run: Name of the run.
+        client: Id of the client.
     """
 
     def __init__(self, folder: Path, run: str, client: int) -> None:
         if not re.fullmatch("[0-9a-z]{1,64}", run):
-            raise Refusal("model", "run", "a name of at most 64 small letters and digits", repr(run)[:80], "It is none")
+            expected = "a name of at most 64 lowercase letters and digits"
+            raise Refusal("model", "run", expected, repr(run)[:80], "Ask the server's operator")
         self.path = folder / f"{run}-{client}" / _NAME
 
     def read(self) -> Record | None:
-        """The record; None if there is none.
+        """Return the record; None if there is none.
 
         Raises:
-            UserError: If the file is damaged or of another version. A damaged memory is never used.
+            UserError: If the file is damaged or has another version. A damaged memory is never used.
         """
         return self._read(self.path)
 
     def complete(self, is_charged: Callable[[int, str], bool]) -> None:
-        """Finishes what a crash interrupted: a message that is in the ledger, and in a file of its own beside this one.
+        """Complete an update that a crash interrupted after its message was recorded in the ledger.
 
         Args:
-            is_charged: Returns whether the ledger's line of this number has this hash.
+            is_charged: Returns whether the ledger's line of a given number has a given hash.
         """
         try:
             record = self._read(unfinished(self.path))
-        except UserError:  # torn: its message was never charged, and the next one is written over it
+        except UserError:  # incomplete: its message was never charged, and the next one overwrites it
             return
         if record is not None and is_charged(record.ledger_lines, record.ledger_hash):
             self.finish()
@@ -144,10 +147,10 @@ class MemoryFile:
         return Record(**facts, committed=parts["committed."], pending=parts["pending."], reply=tensors.get("reply"))
 
     def prepare(self, record: Record) -> None:
-        """Writes a record beside the file; `finish` makes it the record. All that needs room on the disk is done here.
+        """Write a record next to the file, for `finish`. Only this step needs space on the disk.
 
         Raises:
-            UserError: If the disk is full; the former record is still there.
+            UserError: If the disk is full; the previous record stays.
         """
         facts = {name: getattr(record, name) for name in _FACTS}
         tensors = {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
@@ -161,11 +164,11 @@ class MemoryFile:
         prepare_replacing(self.path, f"{_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode() + body)
 
     def finish(self) -> None:
-        """Replaces the record by the prepared one; it is on the disk when this returns."""
+        """Replace the record by the prepared one; it is on disk when this returns."""
         finish_replacing(self.path)
 
     def drop(self) -> None:
-        """Forgets the prepared record."""
+        """Delete the prepared record."""
         unfinished(self.path).unlink(missing_ok=True)
 
     def _damaged(self, reason: str) -> UserError:
@@ -173,19 +176,19 @@ class MemoryFile:
 
 
 def remembered_ledgers(folder: Path) -> Iterator[tuple[Path, int, str]]:
-    """Yield, for each memory of a client's runs, its file and the lines and last hash that the ledger had then.
+    """Yield, for each memory of a client's runs, its file and the ledger's number of lines and last hash at that time.
 
     Only a few hundred bytes of each file are read.
 
     Raises:
-        UserError: If a file does not say it. A memory that cannot be read is no reason to forget what was spent.
+        UserError: If a file lacks this record. An unreadable memory must not reduce the spent budget.
     """
     for path in sorted(folder.glob(f"*/{_NAME}")):
         try:
             facts = _facts_of(path)
             yield path, int(facts["ledger_lines"]), str(facts["ledger_hash"])
         except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, f"no account of the ledger ({error})") from None
+            raise _damaged(path, f"no record of the ledger ({error})") from None
 
 
 def _facts_of(path: Path) -> dict[str, Any]:
@@ -202,8 +205,8 @@ def _facts_of(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    remedy = "Put back the newest copy, or remove the file: the server then goes by its rule for lost memories"
-    return UserError(str(path), "a whole memory file", reason, remedy)
+    remedy = "Restore the newest copy, or remove the file: the server then applies its rule for lost memories"
+    return UserError(str(path), "an intact memory file", reason, remedy)
 
 
 def _part(tensors: Fields, side: str) -> Fields:

@@ -1,18 +1,19 @@
-"""What a device trains on: a file of its own, or its part of the experiment's data set."""
+"""Training data of a device: its own file, or its part of the experiment's data set."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.deploy.device.member import Member
+from fedpriv.data.own import labelled_arrays
+from fedpriv.data.user_files import read_arrays
+from fedpriv.deploy.device.device import Device
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import build_module, check_device, count_parameters
 from fedpriv.experiment.config import Config
-from fedpriv.flower.messages import Order, Terms
+from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.plugins import only_known
@@ -22,59 +23,66 @@ from fedpriv.tasks.task import Task
 
 __all__ = ["own_signal", "read_own_data"]
 
+ARRAYS = ("inputs", "labels", "classes")
 
-def own_signal(member: Member, run: RunConfig, order: Order, terms: Terms, model: Tensor) -> Tensor:
-    """What the client would send without privacy, `[params]`, on the CPU.
+
+def own_signal(
+    device: Device, run: RunConfig, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+) -> Tensor:
+    """Return the client's message without privacy, `[params]`, on the CPU.
 
     Raises:
-        Refusal: If the experiment is not the one that the terms name, or not one that the policy accepts.
-        UserError: If the data are not there.
+        Refusal: If the experiment differs from the one in the terms, or the policy does not accept it.
+        UserError: If the data are missing.
     """
-    with only_known():  # the server wrote the text: it may name no module for this device to import
+    with only_known():  # the server wrote the text, which must not name modules for this device to import
         config = run.load()
     if config.digest != terms.digest:
-        got = f"another one, {config.digest[:12]}"
-        raise Refusal("model", "experiment", f"the one of the terms, {terms.digest[:12]}", got, "Start the run again")
-    member.policy.check_experiment(config)
+        expected = f"experiment {terms.digest[:12]} of the terms"
+        raise Refusal("model", "experiment", expected, f"experiment {config.digest[:12]}", "Start the run again")
+    device.policy.check_experiment(config)
     with one_thread():
-        if member.policy.data.own:
-            path = member.folder.parent / Path(member.policy.data.own).expanduser()
-            return _signal_of_file(path, run, config, order, terms, model)
-        # The server wrote the config: nothing is made of a model that is not the one that it sent.
+        if device.policy.data.own:
+            path = device.folder.parent / Path(device.policy.data.own).expanduser()
+            return _signal_of_file(path, run, config, instructions, terms, model)
+        # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
-        if not order.client < population.federation.population:
+        if not instructions.client < population.federation.population:
             expected = f"a client below {population.federation.population}"
-            raise Refusal("model", "order", expected, order.client, "Start nodes with the ids of the experiment")
-        return population.signal(order.client, model.to(population.task.device), terms.turn).cpu()
+            remedy = "Start the nodes with the client ids of the experiment"
+            raise Refusal("model", "instructions", expected, instructions.client, remedy)
+        return population.signal(instructions.client, model.to(population.task.device), terms.turn).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
-    """Inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of classes.
+    """Return inputs float32 `[examples, ...]`, labels int64 `[examples]` and the number of labels.
 
     Raises:
-        UserError: If the file is not an .npz with `inputs`, `labels` and `classes`.
+        UserError: If the file is not an .npz with `inputs` (floats), `labels` (whole numbers from 0) and `classes`; it
+            names the first row that is wrong.
     """
-    expected = "an .npz file with inputs (floats), labels (whole numbers from 0) and classes (a whole number)"
+    found = read_arrays(path)
     remedy = "Write it with numpy.savez(path, inputs=..., labels=..., classes=...)"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            inputs, labels, classes = file["inputs"], file["labels"], int(file["classes"])
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(str(path), expected, str(error), remedy) from None
-    sound = inputs.ndim >= 2 and labels.shape == inputs.shape[:1] and len(labels) > 0 and labels.dtype.kind in "iu"
-    if not sound or not np.isfinite(inputs).all() or labels.min() < 0 or labels.max() >= classes:
-        got = f"inputs {list(inputs.shape)}, labels {list(labels.shape)} of {labels.dtype}, {classes} classes"
+    if "classes" not in found:
+        raise UserError(str(path), "inputs, labels and classes", f"only {', '.join(found) or 'nothing'}", remedy)
+    inputs = found.get("inputs")
+    if isinstance(inputs, np.ndarray) and (inputs.ndim < 2 or inputs.dtype.kind in "iu"):
+        got = f"{inputs.dtype} of shape {list(inputs.shape)}"
+        expected = "inputs of floats, [examples, ...], scaled as all clients scale them"
         raise UserError(str(path), expected, got, remedy)
-    return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(labels.astype(np.int64)), classes
+    inputs, labels, classes = labelled_arrays({name: found.get(name) for name in ARRAYS}, str(path))
+    return torch.from_numpy(inputs), torch.from_numpy(labels), classes
 
 
-def _signal_of_file(path: Path, run: RunConfig, config: Config, order: Order, terms: Terms, model: Tensor) -> Tensor:
+def _signal_of_file(
+    path: Path, run: RunConfig, config: Config, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+) -> Tensor:
     check_device(run.device)
     inputs, labels, classes = read_own_data(path)
     shape = tuple(inputs.shape[1:])
     _refuse_other_size(count_parameters(config, shape, classes), model)
     task = Task(build_module(config, shape, classes, 0), run.device)
-    batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, order.client)
+    batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, instructions.client)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     return make_signal(task, at, *given, config.local, batches).cpu()

@@ -1,4 +1,4 @@
-"""What a client agrees to: its own file, `fedpriv-client.toml`, which no server can change."""
+"""Policy of a client: the file `fedpriv-client.toml`, which no server can change."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -12,8 +12,8 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.files import make_private_folder, replace_durably
-from fedpriv.flower.messages import Order, Terms, method_name
-from fedpriv.flower.promise import NO_PROMISE
+from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
+from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
@@ -34,27 +34,27 @@ __all__ = [
 POLICY_FILE = "fedpriv-client.toml"
 
 _POLICY = """\
-# What this client agrees to. Only its operator decides: no server can change or read this file.
+# Policy of this client. Only its operator decides: no server can change or read this file.
 
 [accepts]
-# "local": only messages that this client has noised itself leave it.
-# "central": bare bounded messages may go to the server, which is trusted to add noise.
+# "local": the client sends only messages that it has noised itself.
+# "central": the client may send bounded messages without noise to the server, which is trusted to add noise.
 trust = "$trust"
-# Names from `fedpriv list`; an empty list accepts any.
+# Names from `fedpriv list`; an empty list accepts all.
 methods = [@methods@]
-models = []                 # names from `fedpriv list`; empty: any
-data = []                   # names from `fedpriv list`; empty: any
+models = []                 # names from `fedpriv list`; empty: all
+data = []                   # names from `fedpriv list`; empty: all
 max_parameters = 10000000   # largest model
-evaluation = false          # whether metrics of an app's own evaluation may leave, which nothing bounds or hides
+evaluation = false          # true: metrics of an app's evaluation may leave; they are neither bounded nor noised
 
 [limits]
-# Most that may be spent on this client's data, over all runs together, against the adversary that `trust` names.
+# Privacy budget of this client's data, over all runs together, against the adversary defined by `trust`.
 epsilon = $epsilon
 delta = $delta
-min_noise_multiplier = 0.3  # floor on noise over l2 sensitivity in a single release
+min_noise_multiplier = 0.3  # minimum of noise over l2 sensitivity in a single release
 max_l2_bound = 100.0        # longest message
 max_rounds = 100000         # longest run
-# Neighbours under which this client's own noise is counted, and the floor is meant; "add-or-remove" is half as strict.
+# Adjacency for this client's own noise and for the minimum above; "add-or-remove" is half as strict.
 adjacency = "replace"
 
 [data]
@@ -62,29 +62,29 @@ own = ""                    # a file with this client's own examples; empty: its
 """
 
 POLICY_TEXT = Template(_POLICY.replace("@methods@", ", ".join(f'"{name}"' for name in sorted(METHODS))))
-"""A policy for `trust`, `epsilon` and `delta`, which accepts every method there is."""
+"""Template of a policy, for `trust`, `epsilon` and `delta`, that accepts all methods."""
 
-# What the server says it adds must be what the promise needs, up to the last digits of a float64.
+# The noise in the instructions must be the noise that the terms require, up to the last digits of a float64.
 _TOLERANCE = 1e-9
 
-_MOST = 1e18
+_MAX_NUMBER = 1e18
 
-# Less noise than that over the sensitivity is none, whatever a policy says.
-_LEAST_NOISE = 1e-6
+# A smaller noise multiplier counts as no noise, for any policy.
+_MIN_NOISE_MULTIPLIER = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accepts:
-    """Which orders are followed.
+    """Instructions that the client accepts.
 
     Args:
-        trust: local: only messages leave that this client has noised itself. central: bare messages, too, to a server
-            that is trusted to add the noise. none: also runs that promise nothing.
-        methods: Names of methods; empty: all.
-        models: Names of models; empty: all.
-        data: Names of data sets; empty: all.
-        max_parameters: Largest model.
-        evaluation: Whether the metrics of an app's evaluation may leave: nothing bounds or hides them.
+        trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
+            a server that is trusted to add the noise. none: also runs without a privacy guarantee.
+        methods: Names of methods; empty for all.
+        models: Names of models; empty for all.
+        data: Names of data sets; empty for all.
+        max_parameters: Maximum number of parameters of a model.
+        evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
 
     trust: str = Local.name
@@ -102,27 +102,27 @@ class Accepts:
 
     @property
     def trusts(self) -> tuple[str, ...]:
-        """The trusts of runs that are followed, in words."""
+        """Names of the trusts of accepted runs."""
         words = (*by_reliance(), NO_PROMISE)
         return words[: 1 + words.index(self.trust)]
 
     @property
     def unpromised(self) -> bool:
-        """Whether runs that promise nothing are followed, too."""
+        """True if runs without a privacy guarantee are accepted, too."""
         return self.trust == NO_PROMISE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How far the client goes.
+    """Limits of the client.
 
     Args:
-        epsilon: Most that may be spent on its data, over all runs together, against the adversary of `trust`.
-        delta: The delta of that.
-        min_noise_multiplier: Least noise over l2 sensitivity of a single release.
-        max_l2_bound: Largest bound of a message.
-        max_rounds: Longest run.
-        adjacency: Under which neighbours this client's own noise is counted, and its floor is meant; see `PrivacyPlan`.
+        epsilon: Privacy budget of its data, over all runs together, against the adversary of `trust`.
+        delta: Delta of the budget.
+        min_noise_multiplier: Minimum of noise over l2 sensitivity in a single release.
+        max_l2_bound: Maximum bound of a message.
+        max_rounds: Maximum number of rounds of a run.
+        adjacency: Adjacency for this client's own noise and for `min_noise_multiplier`; see `PrivacyPlan`.
     """
 
     epsilon: float
@@ -133,20 +133,20 @@ class Limits:
     adjacency: Literal["replace", "add-or-remove"] = "replace"
 
     def __post_init__(self) -> None:
-        positive_real("limits.epsilon", self.epsilon, "Give the budget")
+        positive_real("limits.epsilon", self.epsilon, "Set it to the budget")
         if not 0.0 < self.delta < 1.0:
-            raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
-        real_from("limits.min_noise_multiplier", self.min_noise_multiplier, 0, "Mend it")
+            raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Set it well below 1 / clients")
+        real_from("limits.min_noise_multiplier", self.min_noise_multiplier, 0, "Change the value")
         if not self.max_l2_bound > 0.0:
-            raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Mend it")
+            raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Change the value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData:
-    """What the client trains on.
+    """Training data of the client.
 
     Args:
-        own: A file with its own examples; empty: its part of the experiment's data set, by its id.
+        own: File with its own examples; empty for its part of the experiment's data set, by its id.
     """
 
     own: str = ""
@@ -154,102 +154,105 @@ class OwnData:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A client's policy; see its parts."""
+    """Policy of a client; see its parts."""
 
     accepts: Accepts = field(default_factory=Accepts)
     limits: Limits
     data: OwnData = field(default_factory=OwnData)
 
     def check_experiment(self, config: Config) -> None:
-        """Raises Refusal unless the experiment's model and data are accepted, and its files below the data's folder."""
+        """Raise a `Refusal` unless the policy accepts the model and the data, and all files are in the data folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
         for value in config.tables["data"].values():
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-                raise _no("data", "files below this client's folder of data", repr(value))
+                raise _no("data", "files below this client's data folder", repr(value))
 
     def check_app(self) -> None:
-        """Raises Refusal if the policy names models or data sets: which ones an app of its own uses is not known."""
-        _among("accepts.models", "an app's own", self.accepts.models)
-        _among("accepts.data", "an app's own", self.accepts.data)
+        """Raise a `Refusal` if the policy names models or data sets, because those of a user's app are unknown."""
+        _among("accepts.models", "the app's own model", self.accepts.models)
+        _among("accepts.data", "the app's own data", self.accepts.data)
 
     def check_evaluation(self, asked: str) -> None:
-        """Raises Refusal unless a message that asks for anything but training is an evaluation, and accepted.
+        """Raise a `Refusal` unless a message other than for training is an evaluation and the policy accepts it.
 
         Args:
-            asked: The message's type.
+            asked: Type of the message.
         """
         if asked != "evaluate":
-            raise _no("message", "one that asks for training", repr(asked[:40]))
+            raise _no("message", "a message for training", repr(asked[:40]))
         if not self.accepts.evaluation:
-            raise _no("accepts.evaluation", "messages that ask for training", repr(asked))
+            raise _no("accepts.evaluation", "messages for training only", repr(asked))
 
-    def check(self, order: Order, terms: Terms, parameters: int) -> PrivacyPlan | None:
-        """The plan that the terms promise; None if they promise nothing.
+    def check(self, instructions: ClientInstructions, terms: RunTerms, parameters: int) -> PrivacyPlan | None:
+        """Return the privacy plan of the terms; None without a privacy guarantee.
 
         Raises:
-            Refusal: If the order asks for more than the policy allows, or for less noise than the terms promise.
+            Refusal: If the instructions exceed the policy, or have less noise than the terms require.
         """
-        _refuse_odd_numbers(order, terms)
+        _refuse_odd_numbers(instructions, terms)
         if not terms.rounds <= self.limits.max_rounds:
             raise _no("limits.max_rounds", f"at most {self.limits.max_rounds:,}", f"{terms.rounds:,}")
-        if order.seed is not None:
-            raise _no("seed", "noise from this client's own operating system", "a seed in the order")
-        if order.diagnostics:
-            raise _no("diagnostics", "orders for messages alone", "one for norms of bare signals")
-        _among("accepts.methods", method_name(order.method), self.accepts.methods)
+        if instructions.seed is not None:
+            raise _no("seed", "noise from this client's operating system", "a seed in the instructions")
+        if instructions.diagnostics:
+            raise _no("diagnostics", "requests for messages only", "a request for norms of signals without noise")
+        _among("accepts.methods", method_name(instructions.method), self.accepts.methods)
         if not 1 <= parameters <= self.accepts.max_parameters:
             raise _no("accepts.max_parameters", f"at most {self.accepts.max_parameters:,}", f"{parameters:,}")
-        bound = order.method.bounded.l2_bound
+        bound = instructions.method.bounded.l2_bound
         if not bound <= self.limits.max_l2_bound:
             raise _no("limits.max_l2_bound", f"at most {self.limits.max_l2_bound:g}", f"{bound:g}")
         if terms.trust not in self.accepts.trusts:
             raise _no("accepts.trust", " or ".join(self.accepts.trusts), repr(terms.trust))
         if terms.trust_rules is None:
             return None
-        if not order.private:
-            raise _no("private", "an order for messages alone, as the terms promise", "one for metrics besides")
-        plan = _plan(order, terms)
+        if not instructions.private:
+            raise _no("private", "requests for messages only, as in the terms", "a request for metrics")
+        plan = _plan(instructions, terms)
         multiplier = plan.noise_multiplier
         if plan.trust_rules.charges_participations:
-            multiplier = order.noise_stddev / (bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0))
-        least = max(self.limits.min_noise_multiplier, _LEAST_NOISE)
+            multiplier = instructions.noise_stddev / (
+                bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0)
+            )
+        least = max(self.limits.min_noise_multiplier, _MIN_NOISE_MULTIPLIER)
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
         needed = plan.trust_rules.split(plan.noise_stddev, plan.sampling.expected_size).client
-        if not abs(order.noise_stddev - needed) <= _TOLERANCE * needed:
-            raise _no("noise", f"a standard deviation of {needed:g}, as promised", f"{order.noise_stddev:g}")
+        if not abs(instructions.noise_stddev - needed) <= _TOLERANCE * needed:
+            raise _no("noise", f"a standard deviation of {needed:g}, as in the terms", f"{instructions.noise_stddev:g}")
         return plan
 
 
 def load_policy(path: Path) -> Policy:
-    """Reads a policy.
+    """Read a policy.
 
     Raises:
-        UserError: If the file is not a valid policy: then no order is followed.
+        UserError: If the file is not a valid policy. The client then follows no instructions.
     """
     tables = read_config_file(path)
     refuse_unknown(tables, ["accepts", "limits", "data"], "")
     kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
     for name in kinds:
         if not isinstance(tables.get(name, {}), dict):
-            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}] and its keys below")
+            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}], and its keys below")
     if "limits" not in tables:
-        raise UserError(str(path), "a table [limits] with epsilon and delta", "none", "Say what may be spent at most")
+        remedy = "Add it with the client's privacy budget"
+        raise UserError(str(path), "a table [limits] with epsilon and delta", "no such table", remedy)
     policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
     accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS))
     for key, registry in accepted:
         for name in filter(is_reference, getattr(policy.accepts, key)):
-            registry.resolve(name, f"accepts.{key}")  # from here on orders may name it
+            registry.resolve(name, f"accepts.{key}")  # from here on instructions may name it
     for name in policy.accepts.methods:
         if name not in METHODS:
-            raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Mend {path}")
+            raise UserError("accepts.methods", f"names among {', '.join(METHODS)}", repr(name), f"Edit {path}")
     return policy
 
 
 def write_default_policy(home: Path) -> bool:
-    """Write the default policy into a home that has none; return whether it was written.
+    """Write the default policy to a home without a policy; return whether it was written.
 
     Raises:
         UserError: If the disk is full or cannot be written to.
@@ -262,23 +265,23 @@ def write_default_policy(home: Path) -> bool:
     return True
 
 
-def _plan(order: Order, terms: Terms) -> PrivacyPlan:
-    if has_memory(order.method) and not terms.client_memory:
+def _plan(instructions: ClientInstructions, terms: RunTerms) -> PrivacyPlan:
+    if has_memory(instructions.method) and not terms.client_memory:
         raise _no("client_memory", "true with a method that has a memory", "false")
     try:
-        return terms.plan(order.method.bounded.l2_bound)
+        return terms.plan(instructions.method.bounded.l2_bound)
     except UserError as error:
         raise Refusal(
-            "policy", "terms", "a promise that can be checked", str(error), "Ask the server's operator"
+            "policy", "terms", "privacy terms that can be checked", str(error), "Ask the server's operator"
         ) from None
 
 
-def _refuse_odd_numbers(order: Order, terms: Terms) -> None:
-    """Raises Refusal for what no server that is well would send."""
-    asked = {"bound": order.method.bounded.l2_bound, "round": order.round, "client": order.client}
-    for name, value in {**asdict(terms), **asked, "noise_stddev": order.noise_stddev}.items():
-        if isinstance(value, int | float) and not 0 <= value < _MOST:
-            raise _no(name, "a number from 0, and finite", value)
+def _refuse_odd_numbers(instructions: ClientInstructions, terms: RunTerms) -> None:
+    """Raise a `Refusal` for numbers that no correct server sends."""
+    asked = {"bound": instructions.method.bounded.l2_bound, "round": instructions.round, "client": instructions.client}
+    for name, value in {**asdict(terms), **asked, "noise_stddev": instructions.noise_stddev}.items():
+        if isinstance(value, int | float) and not 0 <= value < _MAX_NUMBER:
+            raise _no(name, "a finite number of at least 0", value)
 
 
 def _among(where: str, name: str, accepted: tuple[str, ...]) -> None:

@@ -1,1 +1,1 @@
-"""Setting up a deployment: folders, keys, certificates, checks, and the processes of Flower."""
+"""Setup of a deployment: folders, keys, certificates, checks, and Flower's processes."""

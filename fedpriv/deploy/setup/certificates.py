@@ -1,4 +1,4 @@
-"""The keys and certificates of a deployment: one CA of its own, one server certificate, one key a node."""
+"""Keys and certificates of a deployment: a separate CA, a server certificate, and a key for each node."""
 
 import datetime
 import ipaddress
@@ -23,41 +23,41 @@ __all__ = ["Authority", "Pair", "make_node_key", "refuse_host"]
 
 _AUTHORITY_DAYS = 3650
 
-# Machines whose clocks are a little slow must be able to use a new certificate at once.
+# Machines with slightly slow clocks must be able to use a new certificate at once.
 _BEFORE = datetime.timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A private key and what belongs to it in public, a certificate or a public key, both as the bytes of files."""
+    """Private key with its certificate or public key, both as the bytes of files."""
 
     private: bytes
     public: bytes
 
 
 def refuse_host(host: str) -> None:
-    """Raises a UserError unless `host` is a host name or an IP address that nodes can call."""
+    """Raise a `UserError` unless `host` is a host name or an IP address that nodes can reach."""
     try:
         if ipaddress.ip_address(host).is_unspecified:
-            raise UserError("--host", "the address that nodes call", host, "Give the server's own name or address")
+            raise UserError("--host", "an address that nodes can reach", host, "Give the server's name or address")
     except ValueError:
         label = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
         numeric = re.fullmatch(r"[0-9.]+", host)
         if numeric or len(host) > 253 or not re.fullmatch(rf"{label}(\.{label})*", host):
             expected = "a host name or an IP address, without port or scheme"
-            raise UserError("--host", expected, repr(host), "For example fl.example.org or 10.0.0.5") from None
+            raise UserError("--host", expected, repr(host), "Write it like fl.example.org or 10.0.0.5") from None
 
 
 @dataclass(frozen=True)
 class Authority:
-    """A CA that signs the server certificates of one deployment."""
+    """CA that signs the server certificates of one deployment."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
     @classmethod
     def make(cls) -> "Authority":
-        """A new one, for ten years."""
+        """Create a new CA that is valid for ten years."""
         key, begin = ec.generate_private_key(ec.SECP384R1()), _now() - _BEFORE
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpriv deployment CA")])
         usage = dict.fromkeys(_USES, False) | {"key_cert_sign": True, "crl_sign": True}
@@ -71,10 +71,10 @@ class Authority:
 
     @classmethod
     def read(cls, pair: Pair) -> "Authority":
-        """From the files that `pair` made.
+        """Read the CA from the content of its files; see `pair`.
 
         Raises:
-            ValueError: If they are something else.
+            ValueError: If the content is invalid.
         """
         key = load_pem_private_key(pair.private, None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -83,16 +83,16 @@ class Authority:
 
     @property
     def pair(self) -> Pair:
-        """Its files."""
+        """Content of the CA's files."""
         return Pair(_private(self.key), self.certificate.public_bytes(Encoding.PEM))
 
     def server_pair(self, host: str, days: int, begin: datetime.datetime | None = None) -> Pair:
-        """A new key and certificate of the server.
+        """Return a new key and certificate for the server.
 
         Args:
-            host: What nodes call it: a name or an IP address. It is called localhost, 127.0.0.1 and ::1, too.
-            days: How long the certificate is valid.
-            begin: From when on; None for now.
+            host: Name or IP address of the server. The certificate is also valid for localhost, 127.0.0.1 and ::1.
+            days: Validity of the certificate, in days.
+            begin: Beginning of its validity; None for now.
         """
         key, begin = ec.generate_private_key(ec.SECP384R1()), begin or _now() - _BEFORE
         end = min(begin + _BEFORE + datetime.timedelta(days=days), self.certificate.not_valid_after_utc)
@@ -112,7 +112,7 @@ class Authority:
 
 
 def make_node_key() -> Pair:
-    """A new key of a node, in OpenSSH's form, which is what Flower reads."""
+    """Return a new key for a node, in OpenSSH's format, which Flower requires."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return Pair(private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
@@ -147,7 +147,7 @@ def _builder(
 
 
 def _names(host: str) -> list[x509.GeneralName]:
-    """Each as an address if it is one, else as a name; in order, once."""
+    """Return the names of the server, each once, as an IP address or otherwise as a DNS name."""
     names: list[x509.GeneralName] = []
     for name in dict.fromkeys([host, "localhost", "127.0.0.1", "::1"]):
         try:

@@ -1,4 +1,4 @@
-"""`fedpriv deploy check`: whether a folder of a deployment is whole, safe and right for the server, as a table."""
+"""`fedpriv deploy check`: check that a folder of a deployment is complete, secure and matches the server."""
 
 import contextlib
 import hashlib
@@ -38,14 +38,14 @@ _STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 
 def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]:
-    """The findings about a folder, by folder.
+    """Return the findings by folder.
 
     Args:
-        folder: A deployment's, or one of those in it: server, admin or node-I.
-        connect: Whether the server may be called.
+        folder: Folder of a deployment, or server, admin or node-I in it.
+        connect: Connect to the server.
 
     Raises:
-        UserError: If it is none of these.
+        UserError: If `folder` is not one of these.
     """
     folder = folder.resolve()
     if (folder / DEPLOYMENT).is_file():
@@ -55,15 +55,15 @@ def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]
         if (folder / mark).is_file():
             return {folder.name: check(folder, connect)}
     remedy = "Give the folder that `fedpriv deploy init` made, or server, admin or node-I in it"
-    raise UserError(str(folder), "a folder of a deployment", "another one, or none", remedy)
+    raise UserError(str(folder), "a folder of a deployment", "another folder, or no folder", remedy)
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> bool:
-    """Prints a table a folder; returns whether nothing is wrong."""
+    """Print a table for each folder; return whether no finding is wrong."""
     console = Console()
     for name, found in findings.items():
         table = Table(title=name, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-        for column in ("check", "state", "what was found"):
+        for column in ("check", "state", "result"):
             table.add_column(column, overflow="fold")
         for finding in found:
             style = _STYLES[finding.state]
@@ -74,7 +74,7 @@ def print_findings(findings: dict[str, list[Finding]]) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Text that is no markup."""
+    """Return text with escaped markup."""
     return text.replace("[", r"\[")
 
 
@@ -82,7 +82,7 @@ def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
     found = {"ca": _check_authority(folder / "ca"), "folders": _check_bundles(folder)}
     for name in ("server", "admin"):
         if (folder / name).is_dir():
-            # The server is called once, by whoever starts runs.
+            # Connect to the server once, from the folder that starts runs.
             check = _check_server if name == "server" else _check_admin
             found[name] = check(folder / name, connect and name == "admin")
     removed = Roster.read(folder).removed if (folder / "admin" / "register.sh").is_file() else {}
@@ -100,7 +100,7 @@ def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
 
 def _check_authority(folder: Path) -> list[Finding]:
     if not folder.is_dir():
-        return [Finding("files", "note", "kept elsewhere, as it should be")]
+        return [Finding("files", "note", "stored elsewhere, as recommended")]
     findings = [*check_presence(folder, ["ca.key", "ca.crt"]), *check_permissions(folder, ["ca.key"])]
     if (folder / "ca.crt").is_file():
         findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
@@ -108,26 +108,26 @@ def _check_authority(folder: Path) -> list[Finding]:
 
 
 def _check_bundles(folder: Path) -> list[Finding]:
-    """Whether the manifests themselves are those that were made."""
+    """Check that the manifests themselves are unchanged."""
     try:
         lines = (folder / BUNDLES).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        return [Finding("manifests", "wrong", f"{folder / BUNDLES}: {error.strerror or error}; take it from a copy")]
+        return [Finding("manifests", "wrong", f"{folder / BUNDLES}: {error.strerror or error}; restore it from a copy")]
     changed = []
     for digest, _, name in (line.partition("  ") for line in lines):
         file = folder / name
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
             changed.append(name)
     if changed:
-        line = f"{', '.join(changed)} changed since made: find out who did it, and make the deployment again"
+        line = f"{', '.join(changed)} changed since creation: find out who changed it, and recreate the deployment"
         return [Finding("manifests", "wrong", line)]
-    return [Finding("manifests", "ok", "those that were made")]
+    return [Finding("manifests", "ok", "unchanged")]
 
 
 def _check_node(folder: Path, connect: bool) -> list[Finding]:
     findings = check_node_folder(folder)
     if connect:
-        with contextlib.suppress(UserError):  # a finding already
+        with contextlib.suppress(UserError):  # already a finding
             findings += check_server(NodeSettings.read(folder / NODE_TOML).superlink, folder / "ca.crt")
     return findings
 
@@ -139,7 +139,7 @@ def _called_name(folder: Path, certificate: Path) -> str:
 def _check_server(folder: Path, connect: bool) -> list[Finding]:
     findings = check_server_folder(folder)
     if connect:
-        with contextlib.suppress(UserError):  # a finding already
+        with contextlib.suppress(UserError):  # already a finding
             findings += check_server(ServerSettings.read(folder / SERVER_TOML).address, folder / "ca.crt")
     return findings
 
@@ -166,13 +166,13 @@ def _check_admin(folder: Path, connect: bool) -> list[Finding]:
 
 
 def _connection(folder: Path) -> str:
-    """The address in Flower's `config.toml`, of a connection that is safe."""
+    """Return the address of a secure connection in Flower's `config.toml`."""
     path = folder / "config.toml"
     connection = read_config_file(path).get("superlink", {}).get(CONNECTION, {})
-    remedy = "Run ./register.sh, which writes it, or mend the file"
+    remedy = "Run ./register.sh, which writes it, or edit the file"
     address, certificate = connection.get("address", ""), connection.get("root-certificates", "")
     if connection.get("insecure"):
-        raise UserError(f"{path}: insecure", "no such key", "true", "Take the key out: it switches TLS off")
+        raise UserError(f"{path}: insecure", "no such key", "true", "Remove the key, because it disables TLS")
     if not Path(certificate).is_absolute() or not Path(certificate).is_file():
         expected = "the absolute path of ca.crt"
         raise UserError(f"{path}: root-certificates", expected, repr(certificate), remedy)
@@ -183,7 +183,7 @@ def _connection(folder: Path) -> str:
 
 
 def _check_registered(folder: Path) -> list[Finding]:
-    """Whether the server knows every key in `nodes/`, and none that was removed."""
+    """Check that the server knows every key in `nodes/`, and no removed key."""
     from fedpriv.deploy.setup.keys import compared
     from fedpriv.flower.internals.superlink import administering
 
@@ -192,7 +192,7 @@ def _check_registered(folder: Path) -> list[Finding]:
         with administering(folder, CONNECTION) as server:
             found = compared(roster, server.nodes())
     except UserError as error:
-        return [Finding("nodes", "note", f"the server does not say who is registered: {error}")]
+        return [Finding("nodes", "note", f"the server does not list its nodes: {error}")]
     wrong = found.faults
     if found.absent:
         wrong = [f"not registered: {_listed(found.absent)}. Run ./register.sh", *wrong]
@@ -205,7 +205,7 @@ def _check_registered(folder: Path) -> list[Finding]:
         findings.append(Finding("removed nodes", "ok", _listed([*roster.removed.values()])))
     if found.strangers:
         numbers = _listed([str(number) for number in found.strangers])
-        line = f"keys that are not in nodes/ are registered, by the server's numbers: {numbers}. See README.md"
+        line = f"registered nodes without a key in nodes/, by the server's numbers: {numbers}. See README.md"
         findings.append(Finding("other nodes", "note", line))
     return findings
 

@@ -1,7 +1,7 @@
-"""`fedpriv deploy register` and `remove`: which keys a deployment's server takes, and which it takes no more.
+"""`fedpriv deploy register` and `remove`: register the keys of nodes with a deployment's server, and remove them.
 
-A SuperLink never takes a key back that it has unregistered, so that a removed node comes back with a new key only.
-`check`, `register` and `remove` agree about each key, because all of them ask `compared`.
+A SuperLink never accepts an unregistered key again, so that a removed node can return only with a new key. `check`,
+`register` and `remove` are consistent about each key, because all of them use `compared`.
 """
 
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from fedpriv.flower.internals.superlink import KnownNode, administering
 
 __all__ = ["Comparison", "compared", "register_nodes", "remove_node"]
 
-_NEW_KEY = "A key that was removed is taken no more: put a new key of the node there, or run: fedpriv deploy remove"
+_NEW_KEY = "A removed key is never accepted again: put a new key of the node there, or run: fedpriv deploy remove"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a roster and a server say of the same keys; names in the roster's order.
+    """Comparison of a roster with the nodes of a server; names are in the roster's order.
 
     Args:
-        registered: Those that the server takes, with their status.
-        absent: Those that it does not know yet.
-        gone: Those in the roster that were removed, here or at the server.
-        lingering: Removed ones that it still takes.
-        strangers: The server's numbers of nodes that it takes and that are not in the roster.
+        registered: Names that the server accepts, with their status.
+        absent: Names that the server does not know yet.
+        gone: Names in the roster that were removed, here or on the server.
+        lingering: Removed names that the server still accepts.
+        strangers: The server's numbers of nodes that it accepts and that are not in the roster.
     """
 
     registered: dict[str, str]
@@ -39,14 +39,14 @@ class Comparison:
 
     @property
     def faults(self) -> list[str]:
-        """What a person has to do something about, but for registering those that are absent."""
+        """Lines about nodes that need action by a person, except for absent nodes."""
         gone = [f"{name}: not registered. {_NEW_KEY} {name}" for name in self.gone]
         again = [f"{name}: removed, but still registered. Run: fedpriv deploy remove {name}" for name in self.lingering]
         return gone + again
 
 
 def compared(roster: Roster, known: Mapping[bytes, KnownNode]) -> Comparison:
-    """Compares a roster with the nodes that a server knows, by key."""
+    """Compare a roster with the nodes that a server knows, by key."""
     welcome = {key: node for key, node in known.items() if node.welcome}
     kept = {name: key for name, key in roster.keys.items() if key not in roster.removed}
     gone = [name for name, key in roster.keys.items() if key in roster.removed or (key in known and key not in welcome)]
@@ -60,25 +60,25 @@ def compared(roster: Roster, known: Mapping[bytes, KnownNode]) -> Comparison:
 
 
 def register_nodes(folder: Path) -> tuple[list[str], list[str]]:
-    """Tells a deployment's server the keys in `nodes/`.
+    """Register the keys in `nodes/` with a deployment's server.
 
     Args:
-        folder: `admin`, or the deployment's folder.
+        folder: Folder of the deployment, or `admin` in it.
 
     Returns:
-        A line for each key, and a line for each that the server does not take.
+        A line for each key that the server accepts, and a line for each that it rejects.
 
     Raises:
         UserError: If the server does not answer.
     """
     roster = Roster.read(folder)
-    _bring_connection_along(roster.folder)
+    _update_connection(roster.folder)
     lines, faults = [], []
     with administering(roster.folder, CONNECTION) as server:
         found = compared(roster, server.nodes())
         for name in roster.keys:
             if name in found.registered:
-                lines.append(f"{name}: was registered before")
+                lines.append(f"{name}: already registered")
             elif name in found.absent:
                 try:
                     server.register(roster.keys[name], name)
@@ -89,23 +89,24 @@ def register_nodes(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def remove_node(name: str, folder: Path) -> str:
-    """Takes a node away: the server takes nothing more from it, for ever, and the roster says so.
+    """Remove a node permanently: the server rejects it from now on, and the roster records the removal.
 
-    The server comes first, so that nothing says that a node is removed that is not. It may be called again at any time.
+    The server is changed first, so that the roster never claims a removal that has not happened. This function may be
+    called again at any time.
 
     Args:
-        name: The node's, as in `nodes/NAME.pub`.
-        folder: `admin`, or the deployment's folder.
+        name: Name of the node, as in `nodes/NAME.pub`.
+        folder: Folder of the deployment, or `admin` in it.
 
     Returns:
-        What was done.
+        A line about the result.
 
     Raises:
         UserError: If there is no such node, or the server does not answer; then nothing has changed.
     """
     roster = Roster.read(folder)
     key = roster.key_of(name)
-    _bring_connection_along(roster.folder)
+    _update_connection(roster.folder)
     with administering(roster.folder, CONNECTION) as server:
         node = server.nodes().get(key)
         if node is not None and node.welcome:
@@ -113,12 +114,12 @@ def remove_node(name: str, folder: Path) -> str:
     roster.without(name)
     seal_again(roster.folder.parent)
     if node is None:
-        return f"{name}: removed; the server never knew its key, and will not be told"
-    return f"{name}: removed" if node.welcome else f"{name}: was removed before"
+        return f"{name}: removed; its key was never registered with the server"
+    return f"{name}: removed" if node.welcome else f"{name}: already removed"
 
 
-def _bring_connection_along(admin: Path) -> None:
-    """Writes where `ca.crt` is now, which Flower wants as an absolute path, into its `config.toml`."""
+def _update_connection(admin: Path) -> None:
+    """Update the absolute path of `ca.crt` in Flower's `config.toml`."""
     path = admin / "config.toml"
     lines = path.read_text(encoding="utf-8").splitlines()
     right = f"root-certificates = '{admin / 'ca.crt'}'"

@@ -1,4 +1,4 @@
-"""`fedpriv deploy init`, `add` and `renew`: the folders of a deployment, with keys and certificates, ready to copy."""
+"""`fedpriv deploy init`, `add` and `renew`: create the folders of a deployment, with keys and certificates."""
 
 import hashlib
 import shutil
@@ -47,21 +47,21 @@ __all__ = [
 DEPLOYMENT = "deployment.toml"
 BUNDLES = "bundles.sha256"
 
-_MOST_NODES = 100_000
+_MAX_NODES = 100_000
 _PRIVATE, _PUBLIC, _PROGRAM = 0o600, 0o644, 0o755
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What a deployment was made for; `deployment.toml` in its folder.
+    """Parameters of a deployment, stored as `deployment.toml` in its folder.
 
     Args:
-        host: The server's name or address.
-        port: Its port.
-        nodes: How many nodes there are.
-        trust: What the policies say, as are the next two.
-        epsilon: Most that may be spent on a client's data.
-        delta: The delta of that.
+        host: Name or address of the server.
+        port: Port of the server.
+        nodes: Number of nodes.
+        trust: Trust in the policies.
+        epsilon: Privacy budget in the policies.
+        delta: Delta of the budget.
     """
 
     host: str
@@ -76,11 +76,11 @@ class Deployment:
         if self.trust not in by_reliance():
             expected = " or ".join(f'"{name}"' for name in by_reliance())
             raise UserError("trust", expected, repr(self.trust), "Change the value")
-        whole_within("--nodes", self.nodes, 1, _MOST_NODES, "Give one a client")
-        real_within("--port", self.port, 1, 65535, "9092 is usual")
-        positive_real("--epsilon", self.epsilon, "Give each client's whole budget")
+        whole_within("--nodes", self.nodes, 1, _MAX_NODES, "Give one node for each client")
+        real_within("--port", self.port, 1, 65535, "Use 9092 if it is free")
+        positive_real("--epsilon", self.epsilon, "Set it to each client's total budget")
         if not 0.0 < self.delta < 1.0:
-            raise UserError("--delta", "a number between 0 and 1", self.delta, "Well below 1 / clients is usual")
+            raise UserError("--delta", "a number between 0 and 1", self.delta, "Set it well below 1 / clients")
 
     @property
     def address(self) -> str:
@@ -89,31 +89,31 @@ class Deployment:
 
 
 def make_deployment(**values: object) -> Deployment:
-    """A deployment of what the command line gave.
+    """Return a deployment with the values from the command line.
 
     Raises:
-        UserError: If a value is not right; it is named as its option.
+        UserError: If a value is invalid; the error names its option.
     """
     return read_table(Deployment, values, "")
 
 
 def init_deployment(folder: Path, deployment: Deployment, days: int = 365) -> None:
-    """Makes the folders of a deployment; all of them or, if anything fails, none.
+    """Create all folders of a deployment, or none if anything fails.
 
     Args:
-        folder: Where to; it must be empty, or not there.
-        deployment: What for.
-        days: How long the server's certificate is valid.
+        folder: Folder of the deployment, which must be empty or not exist.
+        deployment: Parameters of the deployment.
+        days: Validity of the server's certificate, in days.
 
     Raises:
-        UserError: If the folder holds anything.
+        UserError: If the folder is not empty.
     """
     folder = folder.resolve()
     _refuse_days(days)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(str(folder), "an empty folder, or none", "one that holds something", "Choose another DIR")
+        raise UserError(str(folder), "an empty folder, or a new one", "a folder with files", "Choose another DIR")
     if "'" in str(folder) or "\n" in str(folder):
-        raise UserError(str(folder), "a path without quotes", "one with them", "Choose another DIR")
+        raise UserError(str(folder), "a path without quotes", "a path with quotes", "Choose another DIR")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -133,13 +133,13 @@ def init_deployment(folder: Path, deployment: Deployment, days: int = 365) -> No
 
 
 def add_nodes(folder: Path, count: int) -> list[str]:
-    """Makes the folders of further nodes in a deployment; returns their names.
+    """Create the folders of additional nodes in a deployment; return their names.
 
     Raises:
-        UserError: If `folder` is not one that `init_deployment` made.
+        UserError: If `folder` was not created by `init_deployment`.
     """
     deployment = _read(folder)
-    at_least_one("--nodes", count, "Give how many to add")
+    at_least_one("--nodes", count, "Give the number of nodes to add")
     larger = Deployment(**{**asdict(deployment), "nodes": deployment.nodes + count})
     added = range(deployment.nodes, larger.nodes)
     _authority(folder)
@@ -151,15 +151,15 @@ def add_nodes(folder: Path, count: int) -> list[str]:
 
 
 def renew_certificate(folder: Path, days: int, host: str | None = None) -> None:
-    """Gives the server of a deployment a new key and certificate.
+    """Create a new key and certificate for the server of a deployment.
 
     Args:
-        folder: The deployment's folder, with `ca/`.
-        days: How long the certificate is valid.
-        host: Another name or address of the server; None for the same.
+        folder: Folder of the deployment, with `ca/`.
+        days: Validity of the certificate, in days.
+        host: New name or address of the server; None for the current one.
 
     Raises:
-        UserError: If `folder` is not one that `init_deployment` made.
+        UserError: If `folder` was not created by `init_deployment`.
     """
     _refuse_days(days)
     deployment = _read(folder)
@@ -174,32 +174,32 @@ def renew_certificate(folder: Path, days: int, host: str | None = None) -> None:
 
 
 def seal_again(folder: Path) -> None:
-    """Writes what is about all folders once more, if this is a deployment's folder: after a node was removed."""
+    """Rewrite the README and the list of manifests after a node was removed, if `folder` is a deployment's folder."""
     if (folder / DEPLOYMENT).is_file():
         _seal(folder, _read(folder))
 
 
 def _refuse_days(days: int) -> None:
-    whole_within("--days", days, 1, 3650, "365 is usual")
+    whole_within("--days", days, 1, 3650, "Use 365 if unsure")
 
 
 def _read(folder: Path) -> Deployment:
     if not (folder / DEPLOYMENT).is_file():
         remedy = "Give the folder that `fedpriv deploy init` made, with ca/ in it"
-        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", "another one", remedy)
+        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", "another folder", remedy)
     return read_table(Deployment, read_config_file(folder / DEPLOYMENT), "")
 
 
 def _authority(folder: Path) -> Authority:
-    """The CA, whose key may lie elsewhere until it is needed."""
-    remedy = "Bring the folder ca/ back to where it was made"
+    """Return the CA, whose key may be stored elsewhere until it is needed."""
+    remedy = "Move the folder ca/ back into the deployment's folder"
     try:
         pair = Pair((folder / "ca" / "ca.key").read_bytes(), (folder / "ca" / "ca.crt").read_bytes())
         return Authority.read(pair)
     except OSError as error:
         raise UserError(str(error.filename), "the CA's file", error.strerror or error, remedy) from None
     except ValueError:
-        raise UserError(str(folder / "ca"), "the CA's key and certificate", "something else", remedy) from None
+        raise UserError(str(folder / "ca"), "the CA's key and certificate", "invalid files", remedy) from None
 
 
 def _write_server(folder: Path, deployment: Deployment, authority: Authority, days: int) -> None:
@@ -212,7 +212,7 @@ def _write_server(folder: Path, deployment: Deployment, authority: Authority, da
 
 
 def _write_admin(folder: Path, deployment: Deployment, authority: Authority, final: Path) -> None:
-    """`final` is where the folder will be."""
+    """Write the administrator's folder, which will be moved to `final`."""
     _write(folder / "ca.crt", authority.pair.public)
     _write(folder / "config.toml", ADMIN_CONFIG.substitute(port=deployment.port, ca=final / "ca.crt"))
     _write(folder / "register.sh", REGISTER.substitute(), _PROGRAM)
@@ -234,10 +234,10 @@ def _write_node(root: Path, deployment: Deployment, node: int) -> None:
 
 
 def _write_programs(folder: Path, start: str, unit: str, command: str, home: str) -> None:
-    """What starts a server or node: a script, a unit of systemd, an image; and the versions that it needs."""
+    """Write the files that start a server or node: a script, a systemd unit, a Dockerfile and the versions."""
     made = versions()
     what = f"the {command}" if command == "server" else "a node"
-    # A server in a container of its own network would see its administrator come from another address.
+    # In a container with a separate network, the server would see another address of its administrator.
     options = " --network host" if command == "server" else ""
     _write(folder / start, START.substitute(what=what, command=command), _PROGRAM)
     wheel = f"fedpriv-{made['fedpriv']}-py3-none-any.whl"
@@ -263,7 +263,7 @@ _CHANGING = (
 
 
 def _public_files(folder: Path) -> list[str]:
-    """The files of a folder that nobody has to change."""
+    """Return the files of a folder that users do not edit."""
     files = [path for path in folder.iterdir() if path.is_file()]
     return [path.name for path in files if path.name not in _CHANGING]
 
@@ -273,7 +273,7 @@ def _write_manifest(folder: Path, names: Iterable[str]) -> None:
 
 
 def _seal(folder: Path, deployment: Deployment) -> None:
-    """Writes what is about all folders: how to use them, and what their manifests are."""
+    """Write the README of all folders, and the list of their manifests."""
     gone = Roster.read(folder / "admin").removed_nodes if (folder / "admin" / "register.sh").is_file() else []
     nodes = (f"node-{node}" for node in range(deployment.nodes))
     kinds = ["server", "admin", *(name for name in nodes if name not in gone)]
@@ -283,7 +283,7 @@ def _seal(folder: Path, deployment: Deployment) -> None:
     lines = {**{kind: kept[kind] for kind in kinds if kind in kept}, **digests}
     _write(folder / BUNDLES, "".join(f"{lines[k]}  {k}/{MANIFEST}\n" for k in kinds if k in lines))
     certificate = folder / "server" / "server.pem"
-    until = f"{load_certificate(certificate).not_valid_after_utc:%Y-%m-%d}" if certificate.exists() else "its end"
+    until = f"{load_certificate(certificate).not_valid_after_utc:%Y-%m-%d}" if certificate.exists() else "its expiry"
     values = {"address": deployment.address, "host": deployment.host, "port": deployment.port}
     values |= {"nodes": deployment.nodes, "last": deployment.nodes - 1, "until": until}
     _write(folder / "README.md", README.substitute(values, **versions()))
@@ -292,7 +292,7 @@ def _seal(folder: Path, deployment: Deployment) -> None:
 
 
 def _sealed(folder: Path) -> dict[str, str]:
-    """What `bundles.sha256` says so far, of folders that may have been handed out."""
+    """Return the current content of `bundles.sha256`, also for folders that may have been handed out."""
     try:
         lines = (folder / BUNDLES).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -308,4 +308,4 @@ def _write_pair(folder: Path, pair: Pair, private: str, public: str) -> None:
 def _write(path: Path, content: bytes | str, mode: int = _PUBLIC) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(path, content, mode)
-    path.chmod(mode)  # whatever the umask took off
+    path.chmod(mode)  # restore the bits that the umask removed

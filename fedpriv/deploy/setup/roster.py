@@ -1,7 +1,7 @@
-"""The keys of a deployment's nodes, as its administrator's folder has them.
+"""Keys of a deployment's nodes in its administrator's folder.
 
-The folder `admin` has the keys of the nodes in `nodes/NAME.pub`, and those that were removed in `removed-keys`, one a
-line: kind, key, name, date.
+The folder `admin` has the nodes' keys in `nodes/NAME.pub`, and removed keys in `removed-keys`, one in each line: kind,
+key, name, date.
 """
 
 import datetime
@@ -19,12 +19,12 @@ REMOVED = "removed-keys"
 
 @dataclass(frozen=True)
 class Roster:
-    """The keys that an administrator's folder holds, in OpenSSH's form and without comments.
+    """Keys in an administrator's folder, in OpenSSH's format and without comments.
 
     Args:
         folder: The folder.
-        keys: Those of the nodes, by name.
-        removed: The names of those that were removed, by key.
+        keys: Keys of the nodes by name.
+        removed: Names of removed nodes by key.
     """
 
     folder: Path
@@ -33,7 +33,7 @@ class Roster:
 
     @classmethod
     def read(cls, folder: Path) -> "Roster":
-        """The roster in the folder `admin` of a deployment, or in the deployment's own folder.
+        """Return the roster in the folder of a deployment, or in `admin` in it.
 
         Raises:
             UserError: If `folder` is neither.
@@ -43,7 +43,8 @@ class Roster:
             folder = folder / "admin"
         if not (folder / "register.sh").is_file():
             remedy = "Give the folder that `fedpriv deploy init` made, or admin in it"
-            raise UserError(str(folder.parent), "a folder of a deployment, with admin/ in it", "another one", remedy)
+            expected = "a folder of a deployment, with admin/ in it"
+            raise UserError(str(folder.parent), expected, "another folder", remedy)
         keys = {path.stem: key_in(path.read_bytes()) for path in sorted(folder.glob("nodes/*.pub"), key=_in_order)}
         lines = (folder / REMOVED).read_bytes().splitlines() if (folder / REMOVED).exists() else []
         removed = {key_in(line): line.split()[2].decode() for line in lines if len(line.split()) > 2}
@@ -51,19 +52,23 @@ class Roster:
 
     @property
     def removed_nodes(self) -> list[str]:
-        """The names of nodes that were removed and have not come back with another key."""
+        """Names of removed nodes that have no new key."""
         return [name for name in self.removed.values() if self.keys.get(name) in (None, *self.removed)]
 
     def key_of(self, name: str) -> bytes:
-        """The key of a node, also of one that was removed; a `UserError` if there never was one of this name."""
+        """Return the key of a node, which may be removed.
+
+        Raises:
+            UserError: If there never was a node with this name.
+        """
         gone = {name: key for key, name in self.removed.items()}
         if name not in self.keys and name not in gone:
             remedy = nearest(name, self.keys)
-            raise UserError(name, f"the name of a node in {self.folder / 'nodes'}", "another one", remedy)
+            raise UserError(name, f"the name of a node in {self.folder / 'nodes'}", "an unknown name", remedy)
         return self.keys.get(name, gone.get(name, b""))
 
     def without(self, name: str) -> None:
-        """Notes that a node is removed, and takes its key from those that are registered."""
+        """Record that a node is removed, and delete its key from the keys to register."""
         key = self.key_of(name)
         if key not in self.removed:
             path = self.folder / REMOVED
@@ -74,7 +79,7 @@ class Roster:
 
 
 def key_in(line: bytes) -> bytes:
-    """Kind and key of a line in OpenSSH's form, without the comment."""
+    """Return kind and key of a line in OpenSSH's format, without the comment."""
     return b" ".join(line.split()[:2])
 
 

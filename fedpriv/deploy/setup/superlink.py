@@ -1,4 +1,4 @@
-"""`fedpriv deploy server`: the server of a deployment, Flower's SuperLink behind TLS, node keys and a guard."""
+"""`fedpriv deploy server`: run the server of a deployment, Flower's SuperLink with TLS, node keys and a guard."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ SERVER_FILES = ("ca.crt", "server.pem", "server.key", SERVER_TOML, "start-superl
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What `server.toml` says; in the file, keys have hyphens.
+    """Settings in `server.toml`; in the file, keys have hyphens.
 
     Args:
-        address: HOST:PORT by which nodes call the server.
-        listen: The address of this machine at which it listens.
+        address: HOST:PORT at which nodes reach the server.
+        listen: Address of this machine at which it listens.
         admin_from: Addresses and networks from which runs are started and nodes registered.
     """
 
@@ -57,34 +57,34 @@ class ServerSettings:
             try:
                 kind(value)
             except ValueError as error:
-                raise UserError(key, "an IP address, or for admin-from a network", error, "Mend server.toml") from None
+                raise UserError(key, "an IP address, or for admin-from a network", error, "Edit server.toml") from None
 
     @classmethod
     def read(cls, path: Path) -> "ServerSettings":
-        """From `server.toml`.
+        """Read `server.toml`.
 
         Raises:
-            UserError: If the file is not there or not right.
+            UserError: If the file is missing or invalid.
         """
         table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
         return read_table(cls, table, "")
 
 
 def run_server(folder: Path) -> int:
-    """Runs a deployment's server until it is stopped.
+    """Run a deployment's server until it is stopped.
 
     Args:
-        folder: The `server` folder, as `fedpriv deploy init` made it.
+        folder: The folder `server`, created by `fedpriv deploy init`.
 
     Returns:
-        The SuperLink's exit code.
+        Exit code of the SuperLink.
 
     Raises:
-        UserError: If the folder fails a check, or the server runs already.
+        UserError: If the folder fails a check, or the server already runs.
     """
     folder = folder.resolve()
     if not folder.is_dir():
-        raise UserError(str(folder), "a server's folder", "none", "Give the folder that `fedpriv deploy init` made")
+        raise UserError(str(folder), "a server's folder", "no folder", "Give a folder from `fedpriv deploy init`")
     refuse_wrong(folder, check_server_folder(folder))
     settings = ServerSettings.read(folder / SERVER_TOML)
     with held_alone(flower_home(folder)):
@@ -99,12 +99,12 @@ def run_server(folder: Path) -> int:
             *("--isolation", "subprocess"),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         ]
-        # The run's own process calls the SuperLink at the address at which it listens.
+        # The run's own process reaches the SuperLink at the address at which it listens.
         return run_superlink(options, [*settings.admin_from, "127.0.0.1", "::1", settings.listen])
 
 
 def check_server_folder(folder: Path) -> list[Finding]:
-    """Every check of a server's folder that asks no other machine."""
+    """Run all checks of a server's folder that need no other machine."""
     findings = [
         *check_presence(folder, SERVER_FILES),
         *check_manifest(folder),
@@ -120,7 +120,7 @@ def check_server_folder(folder: Path) -> list[Finding]:
     return findings + _space(folder)
 
 
-# Flower keeps a turn's messages in its database; a model of as many parameters as policies accept if nobody changes it.
+# Flower stores a turn's messages in its database, here for the largest model that default policies accept.
 _PARAMETERS = Accepts().max_parameters
 
 
@@ -137,14 +137,14 @@ def _own_name(folder: Path) -> str:
 
 def _key_pair(folder: Path) -> str:
     path = folder / "server.key"
-    remedy = "Copy both again from where they were made"
+    remedy = "Copy both again from their origin"
     certificate = load_certificate(folder / "server.pem")
     try:
         public = load_pem_private_key(path.read_bytes(), None).public_key()
     except OSError as error:
         raise UserError(str(path), "a readable key", error.strerror or error, remedy) from None
     except (ValueError, TypeError):
-        raise UserError(str(path), "a key in PEM form without a passphrase", "something else", remedy) from None
+        raise UserError(str(path), "a key in PEM format without a passphrase", "another format", remedy) from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if public.public_bytes(*form) != certificate.public_key().public_bytes(*form):
         raise UserError(str(path), "the key of server.pem", "another key", remedy)

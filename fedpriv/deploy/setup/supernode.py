@@ -1,7 +1,7 @@
-"""`fedpriv deploy node`: one node of a deployment, which runs its own installed code and nobody else's.
+"""`fedpriv deploy node`: run one node of a deployment, which executes only its own installed code.
 
-The node is Flower's SuperNode, in this process, with the server's certificate checked against the deployment's own CA
-and the node known by its key. What it runs is `clients.client_app`: a bundle with any other content is refused.
+The node is Flower's SuperNode, in this process. It checks the server's certificate against the deployment's CA, and
+authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content.
 """
 
 import os
@@ -24,20 +24,20 @@ __all__ = ["flower_home", "held_alone", "run_node"]
 
 
 def run_node(bundle: Path) -> int:
-    """Runs a node until it is stopped.
+    """Run a node until it is stopped.
 
     Args:
-        bundle: The node's folder, as `fedpriv deploy init` made it.
+        bundle: Folder of the node, created by `fedpriv deploy init`.
 
     Returns:
-        The SuperNode's exit code.
+        Exit code of the SuperNode.
 
     Raises:
-        UserError: If the folder fails a check, the server is not who it should be, or the node runs already.
+        UserError: If the folder fails a check, the server is not authentic, or the node already runs.
     """
     bundle = bundle.resolve()
     if not bundle.is_dir():
-        raise UserError(str(bundle), "a node's folder", "none", "Give the folder that `fedpriv deploy init` made")
+        raise UserError(str(bundle), "a node's folder", "no folder", "Give a folder from `fedpriv deploy init`")
     refuse_wrong(bundle, check_node_folder(bundle))
     settings = NodeSettings.read(bundle / NODE_TOML)
     _refuse_impostor(settings, bundle / "ca.crt")
@@ -58,7 +58,7 @@ def run_node(bundle: Path) -> int:
 
 
 def flower_home(folder: Path) -> Path:
-    """Makes the folder where Flower keeps its files, and tells Flower's processes about it."""
+    """Create the folder for Flower's files, and set it in the environment of Flower's processes."""
     home = folder / "flower"
     home.mkdir(mode=0o700, exist_ok=True)
     home.chmod(0o700)
@@ -69,22 +69,23 @@ def flower_home(folder: Path) -> Path:
 
 @contextmanager
 def held_alone(home: Path) -> Iterator[None]:
-    """Holds a folder meanwhile.
+    """Lock a folder for the block.
 
     Raises:
-        UserError: If another process holds it: two nodes on one memory would spoil it.
+        UserError: If another process has locked it: two nodes would corrupt their common memory.
     """
     with (home / LOCK).open("w") as lock:
         try:
             lock_file(lock, wait=False)
         except BlockingIOError:
-            remedy = "Stop the other process first; only one may use this folder"
-            raise UserError(str(home.parent), "a folder that nobody runs", "one that is running", remedy) from None
+            remedy = "Stop the other process first"
+            expected = "a folder that no other process uses"
+            raise UserError(str(home.parent), expected, "a folder in use", remedy) from None
         yield
 
 
 def _refuse_impostor(settings: NodeSettings, ca: Path) -> None:
-    """Raises if the server shows a wrong certificate; a server that is not up yet is waited for by Flower."""
+    """Raise a `UserError` if the server has a wrong certificate. If the server is not up yet, Flower waits for it."""
     host, port = split_address(settings.superlink, "superlink")
     try:
         call_server(host, port, ca)

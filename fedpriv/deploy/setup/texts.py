@@ -1,4 +1,4 @@
-"""The texts of the files that `fedpriv deploy init` writes, from `templates/`: `$name` is filled in, `$$` a dollar."""
+"""Templates, in `templates/`, of the files that `fedpriv deploy init` writes: `$name` for a value, `$$` for a `$`."""
 
 from importlib.resources import files
 from string import Template

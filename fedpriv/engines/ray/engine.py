@@ -38,7 +38,7 @@ from fedpriv.engines.base import Population
 from fedpriv.engines.ray.cluster import Need, connect, quiet, room
 from fedpriv.engines.ray.host import Failure, Host, MakeLocal, Partial, Versions, merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners, Unit, client_costs
-from fedpriv.engines.ray.snapshots import Snapshots
+from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.errors import UserError
 from fedpriv.methods import has_memory
 from fedpriv.rounds import Broadcast, Total
@@ -75,10 +75,8 @@ class RayEngine:
         unit: `"client"`, or the number of classes.
         address: HOST:PORT of a running Ray; None starts one on this machine. A Ray that this process is tied to
             already is used as it is in either case, and is not ended by `close`.
-        snapshot_every: Rounds after which the clients' states are gathered, to go back to if a worker dies; more if
-            gathering takes long.
-        snapshot_share: Most seconds to spend on that for each second of rounds.
-        snapshot_folder: Where these are kept, in files; None for this process's memory.
+        snapshots: How often clients' states are gathered, to go back to if a worker dies, and where they are kept; None
+            for every twentieth round, in this process's memory.
 
     Raises:
         UserError: If there is no Ray at the address, it has no room for the workers, or they cannot start.
@@ -96,15 +94,13 @@ class RayEngine:
         cpus_per_worker: float = 1.0,
         unit: Unit = "client",
         address: str | None = None,
-        snapshot_every: int = 20,
-        snapshot_share: float = 0.1,
-        snapshot_folder: Path | None = None,
+        snapshots: KeepSnapshots | None = None,
     ) -> None:
         self._population = population
         self._needs = _needs(workers, cpus_per_worker, gpus_per_worker)
         self._memory = has_memory(population.rules.method)
         self._owners = Owners(range(workers), unit, client_costs(population), stay=self._memory)
-        self._snapshots = Snapshots(snapshot_every, snapshot_folder, snapshot_share)
+        self._snapshots = Snapshots(snapshots or KeepSnapshots())
         self._seen: set[int] = set()
         self._hosts: dict[int, Any] = {}
         self._dead: set[int] = set()

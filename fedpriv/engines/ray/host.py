@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedpriv.engines.base import Engine, Population
 from fedpriv.errors import UserError
+from fedpriv.plugins import modules_of_files
 from fedpriv.rounds import Broadcast
 
 __all__ = ["Failure", "Host", "MakeLocal", "Partial", "Shipment", "Versions", "merged", "pack", "unpack"]
@@ -208,8 +209,11 @@ def _failure(error: Exception) -> Failure:
         return Failure("user", error.where, str(error), b"")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return Failure("memory", "workers", _first_line(error) + place, b"")
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return Failure("disk", str(getattr(error, "filename", None) or "disk"), _first_line(error) + place, b"")
+    full, file = "No space left" in str(error), None
+    if isinstance(error, OSError):
+        full, file = full or error.errno in (errno.ENOSPC, errno.EDQUOT), error.filename
+    if full:
+        return Failure("disk", str(file or "disk"), _first_line(error) + place, b"")
     return Failure("other", "", "".join(traceback.format_exception(error)), _survivor(error))
 
 
@@ -228,6 +232,8 @@ def _survivor(error: Exception) -> bytes:
 
 
 def _pickled(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    for module in modules_of_files():
+        cloudpickle.register_pickle_by_value(module)
     file = io.BytesIO()
     _Pickler(file, protocol=5, buffer_callback=buffer_callback).dump(value)
     return file.getvalue()

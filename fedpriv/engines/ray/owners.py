@@ -26,11 +26,9 @@ _GAIN = 0.9
 
 def client_costs(population: Population) -> Callable[[np.ndarray], np.ndarray]:
     """What clients cost in a round: examples that they walk through, and a constant; float64 `[clients]`."""
-    steps = getattr(population.work, "steps", 1)
-    batch = getattr(population.work, "batch_size", None) or math.inf
 
     def costs(clients: np.ndarray) -> np.ndarray:
-        return steps * np.minimum(population.federation.sizes[clients], batch) + _CLIENT_EXAMPLES
+        return population.work.walked(population.federation.sizes[clients]) + _CLIENT_EXAMPLES
 
     return costs
 

@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -15,26 +16,39 @@ from fedpriv.errors import UserError
 from fedpriv.files import write_pieces_atomically
 from fedpriv.rounds import Broadcast
 
-__all__ = ["Snapshots"]
+__all__ = ["KeepSnapshots", "Snapshots"]
 
 # Bytes of models and cohorts after which a new snapshot is due.
 _LOG_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepSnapshots:
+    """How often clients' states are gathered, and where they are kept.
+
+    Args:
+        every: Rounds after which a new snapshot is due, at the earliest.
+        share: Most seconds that a snapshot may cost for each second of the rounds before it.
+        folder: Where states are kept, in files; None for this process's memory.
+    """
+
+    every: int = 20
+    share: float = 0.1
+    folder: Path | None = None
 
 
 class Snapshots:
     """The last snapshot of all states, and the rounds that came after it.
 
     Args:
-        every: Rounds after which a new snapshot is due, at the earliest.
-        folder: Where states are kept; None for memory.
-        share: Most seconds that a snapshot may cost for each second of the rounds before it.
+        how: How often, and where.
     """
 
-    def __init__(self, every: int, folder: Path | None, share: float) -> None:
+    def __init__(self, how: KeepSnapshots) -> None:
         self.rounds: list[Broadcast] = []
-        self._every = every
-        self._folder = folder
-        self._share = share
+        self._every = how.every
+        self._folder = how.folder
+        self._share = how.share
         self._cost = 0.0
         self._since = time.monotonic()
         self._states: dict[str, Tensor] = merged([])

@@ -1,1 +1,1 @@
-"""`fedpriv flower`: running an unmodified Flower app in simulation."""
+"""Simulation of unmodified Flower apps: `fedpriv flower`."""

@@ -1,4 +1,4 @@
-"""A Flower app as it lies in a folder: what its pyproject.toml says, and its ServerApp and ClientApp."""
+"""Flower apps in folders: their pyproject.toml, ServerApp and ClientApp."""
 
 import importlib
 import re
@@ -25,13 +25,13 @@ _ASSIGNMENT = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
 
 @dataclass(frozen=True)
 class AppFolder:
-    """A Flower app.
+    """Flower app in a folder.
 
     Args:
-        path: Its folder.
-        serverapp: The ServerApp, as `module:attribute`.
-        clientapp: The ClientApp, as `module:attribute`.
-        run_config: What server and clients find in `context.run_config`.
+        path: Folder of the app.
+        serverapp: ServerApp, as `module:attribute`.
+        clientapp: ClientApp, as `module:attribute`.
+        run_config: `context.run_config` of the server and the clients.
     """
 
     path: Path
@@ -41,19 +41,21 @@ class AppFolder:
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> "AppFolder":
-        """Reads an app's pyproject.toml.
+        """Read an app's pyproject.toml.
 
         Args:
-            path: The app's folder.
-            overrides: As `flwr run --run-config` takes them: `key=value` pairs, in TOML, or one .toml file.
+            path: Folder of the app.
+            overrides: In the format of `flwr run --run-config`: `key=value` pairs, in TOML, or one .toml file.
 
         Raises:
-            UserError: If the folder holds no Flower app, or a key is none of its config.
+            UserError: If the folder has no Flower app, or a key is not in its config.
         """
         path = Path(path).resolve()
         file = path / "pyproject.toml"
         if not file.is_file():
-            raise UserError(str(path), "a folder with a pyproject.toml", "none", "Give the folder of a Flower app")
+            raise UserError(
+                str(path), "a folder with a pyproject.toml", "a folder without it", "Give the folder of a Flower app"
+            )
         app = _parse(file.read_text(encoding="utf-8"), str(file)).get("tool", {}).get("flwr", {}).get("app", {})
         components = app.get("components", {})
         for name in ("serverapp", "clientapp"):
@@ -62,7 +64,7 @@ class AppFolder:
                     f"{file}: tool.flwr.app.components.{name}",
                     '"module:attribute"',
                     repr(components.get(name, "none")),
-                    "Say where the app is",
+                    "Set it to the place of the app object",
                 )
         config = _flat(app.get("config", {}), f"{file}: tool.flwr.app.config")
         given = _overrides(overrides)
@@ -76,15 +78,15 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(where, "valid TOML", str(error), "Strings need quotes, as in 'key=\"text\"'") from None
+        raise UserError(where, "valid TOML", str(error), "Put strings in quotes, as in 'key=\"text\"'") from None
 
 
 def _overrides(given: Sequence[str]) -> dict[str, Scalar]:
-    """Pairs of all strings, the last one of a key counting; or the keys of one TOML file."""
+    """Return the pairs of all strings, of which the last one with a key counts, or the keys of one TOML file."""
     if len(given) == 1 and given[0].endswith(".toml"):
         file = Path(given[0]).expanduser()
         if not file.is_file():
-            raise UserError("--run-config", "a TOML file", f"{file}, which is none", "Give a file or key=value")
+            raise UserError("--run-config", "an existing TOML file", str(file), "Give a file or key=value")
         return _flat(_parse(file.read_text(encoding="utf-8"), str(file)), str(file))
     pairs: dict[str, Scalar] = {}
     for text in given:
@@ -96,7 +98,7 @@ def _overrides(given: Sequence[str]) -> dict[str, Scalar]:
 
 
 def _flat(table: dict[str, Any], where: str, above: str = "") -> dict[str, Scalar]:
-    """Nested tables as one, with dots between the names, as Flower has them."""
+    """Return nested tables as one table, with dots between the names, as in Flower."""
     flat: dict[str, Scalar] = {}
     for key, value in table.items():
         if isinstance(value, dict):
@@ -108,14 +110,14 @@ def _flat(table: dict[str, Any], where: str, above: str = "") -> dict[str, Scala
                 f"{where}.{above}{key}",
                 "a bool, number or string",
                 type(value).__name__,
-                "Flower passes nothing else on",
+                "Use one of these types: Flower passes no others on",
             )
     return flat
 
 
 @contextmanager
 def imports_from(folder: Path) -> Iterator[None]:
-    """Lets an app import its own modules for a while; forgets them afterwards, so that the next app finds its own."""
+    """Let an app import its own modules within the block; then forget them, so that the next app imports its own."""
     before = list(sys.path)
     known = set(sys.modules)
     try:
@@ -123,7 +125,7 @@ def imports_from(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:] = before
         for name in set(sys.modules) - known:
-            if _lies_in(folder, sys.modules[name]):
+            if _is_module_in(folder, sys.modules[name]):
                 del sys.modules[name]
 
 
@@ -132,15 +134,16 @@ def import_component(folder: Path, reference: str, kind: Literal["serverapp"]) -
 @overload
 def import_component(folder: Path, reference: str, kind: Literal["clientapp"]) -> ClientApp: ...
 def import_component(folder: Path, reference: str, kind: str) -> ServerApp | ClientApp:
-    """A component of an app, imported with the app's folder in front of everything else.
+    """Return a component of an app, imported with the app's folder first in the import path.
 
     Args:
-        folder: The app's folder.
+        folder: Folder of the app.
         reference: `module:attribute`.
-        kind: Which component this is.
+        kind: Kind of the component.
 
     Raises:
-        UserError: If it cannot be imported, is another project's, or is no ServerApp or ClientApp.
+        UserError: If the component cannot be imported, is not a ServerApp or ClientApp, or shares a package name with
+            fedpriv.
     """
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -156,7 +159,7 @@ def import_component(folder: Path, reference: str, kind: str) -> ServerApp | Cli
         raise
     except Exception as error:
         got = f"{type(error).__name__}: {str(error).rstrip('.')}{last_line_in(folder, error)}"
-        raise UserError(where, "one that can be imported", got, "Mend the app, or install what it needs") from error
+        raise UserError(where, "an app that can be imported", got, "Fix the app, or install its packages") from error
     expected = ServerApp if kind == "serverapp" else ClientApp
     if not isinstance(found, expected):
         raise UserError(where, f"a {expected.__name__}", type(found).__name__, "Point to the app object")
@@ -164,31 +167,31 @@ def import_component(folder: Path, reference: str, kind: str) -> ServerApp | Cli
 
 
 def _refuse_borrowed_names(folder: Path) -> None:
-    """An app's package must not be answered for by one of ours of the same name, which is loaded already."""
+    """Raise a `UserError` if a loaded fedpriv package would hide an app's package of the same name."""
     for name in ("clients", "fedpriv", "strategies"):
         own = PathFinder.find_spec(name, [str(folder)])
         loaded = sys.modules.get(name)
-        if own is not None and loaded is not None and not _lies_in(folder, loaded):
+        if own is not None and loaded is not None and not _is_module_in(folder, loaded):
             raise UserError(
                 str(folder),
-                "packages of other names than fedpriv's own",
+                "package names that fedpriv does not use",
                 name,
-                "Rename it, or run this app with flwr run",
+                "Rename the package, or run this app with flwr run",
             )
 
 
-def _lies_in(folder: Path, module: Any) -> bool:
+def _is_module_in(folder: Path, module: Any) -> bool:
     places = [getattr(module, "__file__", None), *(getattr(module, "__path__", None) or ())]
     return any(_is_own(folder, place) for place in places if place)
 
 
 def _is_own(folder: Path, file: str) -> bool:
-    """Whether a file belongs to the app, and not to a virtual environment that lies in the same folder."""
+    """Return whether a file belongs to the app, and not to a virtual environment in its folder."""
     path = Path(file).resolve()
     return path.is_relative_to(folder) and "site-packages" not in path.relative_to(folder).parts
 
 
 def last_line_in(folder: Path, error: BaseException) -> str:
-    """Where in the app's own files an exception came from, in words; empty if from none of them."""
+    """Return the place of an exception in the app's own files; empty if it was raised elsewhere."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(folder, frame.filename)]
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""

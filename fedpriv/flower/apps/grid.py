@@ -1,8 +1,8 @@
-"""A Flower `Grid` of our own: an unmodified ServerApp talks to clients in this process, or on Ray's workers.
+"""Flower `Grid` on which an unmodified ServerApp talks to clients in this process or on Ray workers.
 
-What `flwr run` does with a message (a store that is scanned, two polls, pickle both ways) is not done here: a message
-goes to its client and the reply comes back. What an app can see is the same, and the order of replies, which Flower
-leaves to chance, is the order in which messages were sent.
+This grid passes each message directly to its client and returns the reply. It skips the overhead of `flwr run` (a
+scanned store, two polls, pickling in both directions). An app sees only one difference: replies come in the order of
+the messages, and not in a random order.
 """
 
 import logging
@@ -26,33 +26,33 @@ _log = logging.getLogger("flwr")
 
 
 class Backend(Protocol):
-    """Whoever runs the clients."""
+    """Interface of the part that runs the clients."""
 
     workers: int
 
     def push(self, messages: Sequence[Message]) -> None:
-        """Takes messages. The sender may change them afterwards."""
+        """Accept messages. The sender may change them afterwards."""
         ...
 
     def advance(self, until: float = -math.inf) -> list[tuple[float, Message]]:
-        """The replies that come until a moment of the monotonic clock, each with its time; none if none came."""
+        """Return the replies that arrive until a time of the monotonic clock, each with its time of arrival."""
         ...
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Release all resources."""
         ...
 
 
 @dataclass
 class Answers:
-    """How messages of one type were answered.
+    """Statistics of the answers to messages of one type.
 
     Args:
-        messages: How many were.
-        failed: How many of the answers were errors.
-        reason: The first of these errors, in short.
-        client: Which client it was, by partition id.
-        error: The whole of it.
+        messages: Number of answers.
+        failed: Number of errors among them.
+        reason: First error, in one line.
+        client: Partition id of its client.
+        error: First error in full.
     """
 
     messages: int = 0
@@ -62,7 +62,7 @@ class Answers:
     error: Error | None = field(default=None, compare=False)
 
     def count(self, reply: Message, client: int) -> None:
-        """Counts one more, and logs errors: the first in full, further ones in a line if they are others."""
+        """Count an answer, and log errors: the first in full, later ones in one line if they differ from it."""
         self.messages += 1
         if not reply.has_error():
             return
@@ -77,7 +77,7 @@ class Answers:
 
 @dataclass
 class _Asked:
-    """A message on its way."""
+    """Message without a delivered reply."""
 
     metadata: Metadata
     expires: float
@@ -86,20 +86,20 @@ class _Asked:
 
 
 class AppGrid(Grid):
-    """Reaches the clients of one run; threads may share it, as Flower's legacy server does.
+    """Grid for the clients of one run. Threads may share it, as in Flower's legacy server.
 
-    Node ids are ascending and the same in every run. A timeout ends the waiting, not the client: one that is late has
-    done its work and keeps its state, and its reply waits for `pull_messages`, as in Flower. In one process clients are
-    played one after the other, so those whose turn did not come are played before the next messages.
+    Node ids are ascending and the same in every run. A timeout ends the wait, not the client: a late client completes
+    its work and keeps its state, and its reply waits for `pull_messages`, as in Flower. In one process, clients run one
+    after the other; clients that did not run before the timeout run before the next messages.
 
     Args:
-        run: The run.
-        nodes: The node ids, in the order of partition ids.
-        backend: Runs the clients.
+        run: Description of the run.
+        nodes: Node ids in the order of partition ids.
+        backend: Backend that runs the clients.
 
     Attributes:
-        answers: How messages were answered, by message type.
-        all_are_there: That nobody needs to wait for nodes to join.
+        answers: Statistics of the answers by message type.
+        all_are_there: True, because all nodes have joined from the beginning.
     """
 
     all_are_there = True
@@ -115,14 +115,14 @@ class AppGrid(Grid):
         self._pump = threading.Lock()
 
     def set_run(self, run: Run) -> None:
-        """Sets the description of the run; Flower calls it, apps do not."""
+        """Set the description of the run; Flower calls this, apps do not."""
         if not isinstance(run, Run):
             raise TypeError(f"`run` must be an instance of Run, got {type(run).__name__}")
         self._run = run
 
     @property
     def run(self) -> Run:
-        """A description of the run."""
+        """Description of the run."""
         return Run(**vars(self._run))
 
     def create_message(
@@ -133,15 +133,15 @@ class AppGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """A message; apps of today call `Message` instead. See `flwr.serverapp.Grid`."""
+        """Return a new message; current apps call `Message` instead. See `flwr.serverapp.Grid`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The node ids, ascending, in the order of partition ids. All nodes are there from the beginning."""
+        """Return the node ids, ascending, in the order of partition ids. All nodes are online from the beginning."""
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Sends messages and returns their ids. Messages to unknown nodes are dropped with a line in the log.
+        """Send messages and return their ids. Messages to unknown nodes are dropped with a line in the log.
 
         Raises:
             ValueError: If a message is a reply, or its time to live is not positive.
@@ -158,9 +158,9 @@ class AppGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there, in the order of `message_ids`; each is given once.
+        """Return the available replies, in the order of `message_ids`; each reply is returned once.
 
-        In one process, the clients are played now. An id that is not, or no longer, known has an error for its reply.
+        In one process, the clients run now. The reply for an id that is unknown, or no longer known, is an error.
         """
         ids = list(dict.fromkeys(message_ids))
         with self._pump:
@@ -173,11 +173,11 @@ class AppGrid(Grid):
         return [reply for reply in found if reply is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The replies to messages, in the order of the messages.
+        """Send messages and return the replies, in the order of the messages.
 
         Args:
-            messages: What to send.
-            timeout: Seconds to wait; None for as long as it takes. Replies that come later are not returned.
+            messages: Messages to send.
+            timeout: Seconds to wait; None for no limit. Later replies are not returned.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         ids = self.push_messages(messages)
@@ -194,7 +194,7 @@ class AppGrid(Grid):
         return True
 
     def _wait(self, ids: Sequence[str], deadline: float) -> None:
-        """Waits until each message has a reply or has expired, or time is up. One thread at a time does the work."""
+        """Wait until each message has a reply or has expired, or until the deadline. One thread at a time works."""
         with _held(self._pump, deadline) as mine:
             missing = {i for i in ids if self._is_missing(i)}
             expiry = self._first_expiry(missing)
@@ -227,7 +227,7 @@ class AppGrid(Grid):
             self.answers.setdefault(asked.metadata.message_type, Answers()).count(reply, client)
 
     def _expire(self, ids: Iterable[str]) -> None:
-        """Answers, in the name of the server, what nobody else may answer any more."""
+        """Answer expired messages on behalf of the server."""
         now = time.monotonic()
         for i in ids:
             asked = self._asked.get(i)
@@ -235,7 +235,7 @@ class AppGrid(Grid):
                 self._book([(now, unavailable_reply(self._run.run_id, i, asked.metadata))])
 
     def _take(self, ids: Iterable[str], deadline: float) -> list[Message | None]:
-        """The replies that came by `deadline`, which are then forgotten; None for the others."""
+        """Return the replies that came by `deadline`, and forget them; None for the others."""
         taken: list[Message | None] = []
         for i in ids:
             asked = self._asked.get(i)
@@ -246,7 +246,7 @@ class AppGrid(Grid):
 
 @contextmanager
 def _held(lock: threading.Lock, until: float) -> Iterator[bool]:
-    """Holds a lock if it becomes free in time; yields whether it did."""
+    """Hold a lock if it becomes free in time; yield whether it did."""
     held = lock.acquire(timeout=max(0.0, min(until - time.monotonic(), threading.TIMEOUT_MAX)))
     try:
         yield held

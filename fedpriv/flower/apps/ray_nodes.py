@@ -1,7 +1,7 @@
-"""Clients of a Flower app on Ray's workers: processes that each own some of the clients, with their contexts.
+"""Clients of a Flower app on Ray workers: each process owns some of the clients and their contexts.
 
-Client j belongs to worker j mod K. A context never travels; a model that is sent to many clients travels once to each
-worker; replies come back one by one, while the worker goes on. Ray is imported only when it is used.
+Client j belongs to worker j mod K. A context never leaves its worker. A model for many clients is transferred once to
+each worker. Replies come back one by one while the worker continues. Ray is imported only when it is used.
 """
 
 import logging
@@ -42,12 +42,12 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Workers:
-    """Which workers a run asks for.
+    """Workers of a run.
 
     Args:
-        count: How many processes.
-        gpus_each: The share of a GPU that each of them takes.
-        address: A Ray cluster's `host:port`, or `auto`; empty for a Ray of the run's own, on this machine.
+        count: Number of processes.
+        gpus_each: Share of a GPU for each of them.
+        address: `host:port` of a Ray cluster, or `auto`; empty to start Ray on this machine for this run.
     """
 
     count: int = 1
@@ -56,25 +56,25 @@ class Workers:
 
     @property
     def need_ray(self) -> bool:
-        """Whether this process alone will not do."""
+        """True if the run needs more than this process."""
         return self.count > 1 or self.address != ""
 
     def check(self) -> None:
-        """Raises a `UserError` if this cannot be asked for."""
+        """Raise a `UserError` if a value is invalid."""
         at_least_one("--workers", self.count, "Give a number of processes")
         if not (math.isfinite(self.gpus_each) and self.gpus_each >= 0):
             raise UserError("--gpus-per-worker", "0 or more", self.gpus_each, "Give each worker a share, such as 0.25")
         if self.gpus_each and not self.need_ray:
             raise UserError(
-                "--gpus-per-worker", "--workers above 1", self.count, "One process sees all GPUs: leave the option out"
+                "--gpus-per-worker", "--workers above 1", self.count, "Remove the option: one process sees all GPUs"
             )
 
 
 class _Worker:
-    """What runs in a process of its own."""
+    """Ray actor that plays its share of the clients."""
 
     def load(self, folder: Path, component: str, population: Population, cwd: str) -> str:
-        """Loads the ClientApp; returns why it cannot be loaded, or nothing."""
+        """Load the ClientApp; return the reason if it cannot be loaded, otherwise an empty string."""
         if Path(cwd).is_dir():
             os.chdir(cwd)
         try:
@@ -85,7 +85,7 @@ class _Worker:
         return ""
 
     def play(self, messages: list[Message]) -> Iterator[tuple[Message, list[str]]]:
-        """The replies of clients, one by one, each with the warnings that were logged meanwhile.
+        """Yield the replies of clients, each with the warnings logged for it.
 
         Messages may share records, so each client gets a copy.
         """
@@ -97,7 +97,7 @@ class _Worker:
 
 @contextmanager
 def _warnings_kept() -> Iterator[list[str]]:
-    """Keeps what Flower's logger is told as a warning or worse: nobody sees a worker's own log."""
+    """Collect warnings and errors of Flower's logger, because users do not see the log of a worker."""
     kept: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: kept.append(handler.format(record))
@@ -109,7 +109,7 @@ def _warnings_kept() -> Iterator[list[str]]:
 
 
 def _taken_apart(array: Array) -> tuple[str, tuple[int, ...], str, pickle.PickleBuffer]:
-    """An array whose bytes Ray copies into shared memory as they are, and not into a pickle before that."""
+    """Return the parts of an array; Ray copies its bytes directly into shared memory, not first into a pickle."""
     return array.dtype, array.shape, array.stype, pickle.PickleBuffer(array.data)
 
 
@@ -119,16 +119,16 @@ def _put_together(parts: tuple[str, tuple[int, ...], str, Any]) -> Array:
 
 
 class RayClients:
-    """All clients on Ray's workers.
+    """Backend that runs all clients on Ray workers.
 
     Args:
-        folder: The app's folder, which must be there on every machine.
-        component: The ClientApp, as `module:attribute`.
-        population: Who the clients are.
-        workers: Which workers to ask for.
+        folder: Folder of the app, which must exist on every machine.
+        component: ClientApp, as `module:attribute`.
+        population: Clients of the run.
+        workers: Number and resources of the workers.
 
     Raises:
-        UserError: If Ray cannot be reached or has too little, or cannot load the app. Nothing is left running.
+        UserError: If Ray cannot be reached, lacks resources or cannot load the app. No process is left running.
     """
 
     def __init__(self, folder: Path, component: str, population: Population, workers: Workers) -> None:
@@ -148,7 +148,7 @@ class RayClients:
             raise
 
     def push(self, messages: Sequence[Message]) -> None:
-        """Sends each worker its messages, which start at once."""
+        """Send each worker its messages, which it starts to process at once."""
         shares: dict[int, list[Message]] = {}
         for message in messages:
             shares.setdefault((message.metadata.dst_node_id - FIRST_NODE) % self.workers, []).append(message)
@@ -157,10 +157,10 @@ class RayClients:
             self._streams[stream] = len(share)
 
     def advance(self, until: float = -math.inf) -> list[tuple[float, Message]]:
-        """The replies that are there, or the first that comes until a moment of the monotonic clock, in seconds.
+        """Return the available replies, or the first to arrive until a time of the monotonic clock, in seconds.
 
         Raises:
-            UserError: If a worker died: the states of its clients died with it.
+            UserError: If a worker died, and with it the states of its clients.
         """
         seconds = min(max(until - time.monotonic(), 0.0), _LOOK_SECONDS)
         streams = list(self._streams)
@@ -173,14 +173,14 @@ class RayClients:
         except self._ray.exceptions.RayError as error:
             raise UserError(
                 "a worker of --workers",
-                "one that lives until the end",
+                "it to run until the end",
                 _first_line(error),
-                "Its clients' states are lost with it. Give workers more memory, or take fewer of them",
+                "Give workers more memory, or use fewer; the states of its clients are lost",
             ) from error
 
     def close(self) -> None:
-        """Ends the workers, and Ray if it was started here."""
-        self._actors = []  # which ends them where Ray itself stays
+        """End the workers, and Ray if this object started it."""
+        self._actors = []  # ends the actors of a Ray cluster that stays up
         self._connection.close()
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
@@ -200,9 +200,9 @@ class RayClients:
         except self._ray.exceptions.RayError as error:
             raise UserError(
                 "Ray's workers",
-                f"{self.workers} that start",
+                f"{self.workers} to start",
                 _first_line(error),
-                "Try fewer --workers; on other machines fedpriv must be installed in the same version",
+                "Use fewer --workers, and install the same version of fedpriv on all machines",
             ) from error
         if any(reasons):
             raise UserError(
@@ -215,12 +215,12 @@ def _import_ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise UserError("--workers", "Ray", f"none ({error})", "Install ray, or leave the option out") from None
+        raise UserError("--workers", "Ray", f"an import error ({error})", "Install ray, or remove the option") from None
     return ray
 
 
 def _connected(ray: Any, workers: Workers, count: int) -> "Connection":
-    """Starts or joins a Ray that has room for the workers."""
+    """Start Ray or connect to it, and check that it has room for the workers."""
     from fedpriv.engines.ray.cluster import connect
 
     if workers.address:
@@ -230,7 +230,7 @@ def _connected(ray: Any, workers: Workers, count: int) -> "Connection":
     except UserError:
         raise
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError("Ray", "one that starts", _first_line(error), "Try without --workers") from None
+        raise UserError("Ray", "it to start", _first_line(error), "Try without --workers") from None
     try:
         _check_resources(ray, workers, count)
     except BaseException:
@@ -240,7 +240,7 @@ def _connected(ray: Any, workers: Workers, count: int) -> "Connection":
 
 
 def _leave_on_termination() -> Any:
-    """Lets SIGTERM end this process by an exception, so that the workers go first; returns what it did before."""
+    """Make SIGTERM end this process by an exception, so that the workers end first; return the previous handler."""
 
     def leave(number: int, frame: object) -> None:  # noqa: ARG001
         raise SystemExit(128 + number)
@@ -250,7 +250,7 @@ def _leave_on_termination() -> Any:
 
 
 def _probe(address: str) -> None:
-    """Finds in seconds what Ray finds in minutes: that nobody listens."""
+    """Check within seconds that something listens at the address, for which Ray takes minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -262,29 +262,29 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            "--ray-address", "a Ray that answers", f"{address}: {error}", "Start one with `ray start --head`"
+            "--ray-address", "a Ray cluster that answers", f"{address}: {error}", "Start one with `ray start --head`"
         ) from None
 
 
 def _check_resources(ray: Any, workers: Workers, count: int) -> None:
-    """Ray would wait for ever for what it does not have."""
+    """Check for missing resources, for which Ray would wait forever."""
     there = ray.cluster_resources()
     if there.get("CPU", 0) < count:
-        raise UserError("--workers", f"at most {there.get('CPU', 0):.0f}, a CPU each", count, "Take fewer workers")
+        raise UserError("--workers", f"at most {there.get('CPU', 0):.0f}, one per CPU", count, "Use fewer workers")
     share = workers.gpus_each
     gpus = there.get("GPU", 0)
     fit = math.floor(1 / share) * gpus if 0 < share <= 1 else gpus // share if share else math.inf
     if fit < count:
         raise UserError(
             "--gpus-per-worker",
-            f"a share that {count} workers can have",
+            f"a share for each of {count} workers",
             f"{share:g} of {gpus:.0f} GPUs",
-            "Make the share smaller, or take fewer workers",
+            "Make the share smaller, or use fewer workers",
         )
 
 
 def _import_paths() -> list[str]:
-    """Where workers find what this process finds, the app's folder aside."""
+    """Return the import paths for workers: those of this process, without the app's folder."""
     here = str(Path(__file__).parents[3])
     return [here, *(path for path in sys.path if path and path != here and Path(path).is_dir())]
 

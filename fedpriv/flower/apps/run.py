@@ -1,4 +1,4 @@
-"""`fedpriv flower APP_DIR`: an unmodified Flower app, run on a grid of our own."""
+"""`fedpriv flower APP_DIR`: run an unmodified Flower app on fedpriv's grid."""
 
 import logging
 import secrets
@@ -34,14 +34,14 @@ _log = logging.getLogger("flwr")
 
 @dataclass(frozen=True)
 class AppRun:
-    """What a run came to.
+    """Result of a run.
 
     Args:
-        messages: How many messages were answered.
-        failed: How many of the answers were errors.
-        reason: The first of these errors.
-        seconds: How long the ServerApp ran.
-        workers: How many processes played clients.
+        messages: Number of messages that were answered.
+        failed: Number of errors among the answers.
+        reason: First of these errors.
+        seconds: Duration of the ServerApp.
+        workers: Number of processes that ran clients.
     """
 
     messages: int
@@ -52,7 +52,7 @@ class AppRun:
 
     @classmethod
     def of(cls, grid: AppGrid, seconds: float, workers: int) -> "AppRun":
-        """The run that a grid has been through."""
+        """Return the result of a run on a grid."""
         answers = grid.answers.values()
         reason = next((f"client {a.client}: {a.reason}" for a in answers if a.failed), "")
         return cls(sum(a.messages for a in answers), sum(a.failed for a in answers), reason, seconds, workers)
@@ -65,19 +65,20 @@ class AppRun:
 
 
 def run_app(folder: Path, clients: int, overrides: Sequence[str] = (), workers: Workers | None = None) -> AppRun:
-    """Runs a Flower app to its end.
+    """Run a Flower app to its end.
 
-    The ServerApp runs in this thread and in the current working directory, so that files with relative names are read
-    and written where the user is. Clients have the partition ids 0 to `clients` - 1.
+    The ServerApp runs in this thread and resolves relative paths against the current directory. Clients have the
+    partition ids 0 to `clients` - 1.
 
     Args:
-        folder: The app's folder.
-        clients: How many clients there are.
-        overrides: Changes of the app's config, as `flwr run --run-config` takes them.
-        workers: Where clients run; None for this process.
+        folder: Folder of the app.
+        clients: Number of clients.
+        overrides: Overrides of the app's config, in the format of `flwr run --run-config`.
+        workers: Workers that run the clients; None for this process.
 
     Raises:
-        UserError: If the app cannot be loaded, raises, or has no client that answers; if the workers cannot be had.
+        UserError: If the app cannot be loaded, raises an exception or has no client that answers, or if the workers are
+            not available.
     """
     workers = workers or Workers()
     at_least_one("--clients", clients, "Give the number of clients")
@@ -94,7 +95,7 @@ def run_app(folder: Path, clients: int, overrides: Sequence[str] = (), workers: 
 
 @contextmanager
 def _clients_of(app: AppFolder, size: int, run_id: int, workers: Workers) -> Iterator[tuple[Population, Backend]]:
-    """The clients of an app, ready for messages. To the server's random generators it is as if they were elsewhere."""
+    """Prepare the clients of an app, without a change to the server's random generators."""
     with generators_kept():
         client_app = import_component(app.path, app.clientapp, "clientapp")
         population = Population(run_id, size, app.run_config, ClientSeeds.drawn())
@@ -110,10 +111,10 @@ def _clients_of(app: AppFolder, size: int, run_id: int, workers: Workers) -> Ite
 
 
 def _serve(server: ServerApp, grid: AppGrid, app: AppFolder) -> float:
-    """Runs the ServerApp and returns its seconds.
+    """Run the ServerApp and return its duration in seconds.
 
     Raises:
-        UserError: If it raised, or no message of one type came to anything.
+        UserError: If it raised an exception, or all messages of one type failed.
     """
     config = dict(app.run_config)
     context = Context(grid.run.run_id, SERVER_NODE, node_config={}, state=RecordDict(), run_config=config)
@@ -128,7 +129,7 @@ def _serve(server: ServerApp, grid: AppGrid, app: AppFolder) -> float:
         place = last_line_in(app.path, error) or _last_line(error)
         raise UserError(
             f"ServerApp {app.serverapp!r}",
-            "one that comes to its end",
+            "it to complete",
             f"{type(error).__name__}: {str(error).rstrip('.')}{place}",
             "Fix the app; FLWR_LOG_LEVEL=DEBUG shows the traceback",
         ) from error
@@ -137,7 +138,7 @@ def _serve(server: ServerApp, grid: AppGrid, app: AppFolder) -> float:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return where an exception came from that none of the app's own files raised."""
+    """Return the place of an exception that was not raised in the app's own files."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename.rpartition('site-packages/')[2]}, line {frames[-1].lineno})" if frames else ""
 

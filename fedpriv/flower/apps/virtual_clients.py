@@ -1,7 +1,7 @@
-"""Clients of a Flower app that live in one process: what each keeps, and how it is kept apart from everyone else.
+"""Isolated clients of a Flower app within one process.
 
-Flower gives a ClientApp copies (through pickle) of the message and of its context, and takes both back as copies. So
-here, but only containers are copied: the bytes of an array cannot be changed, so that everyone may share them.
+Flower passes a ClientApp pickled copies of the message and of its context, and copies both again on return. This module
+does the same but copies only containers: the bytes of an array are immutable, so that all clients can share them.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from fedpriv.flower.simulation import playing_clients
 __all__ = ["FIRST_NODE", "ClientSeeds", "InProcessClients", "Population", "VirtualClients", "generators_kept"]
 
 FIRST_NODE = 1_000_000
-"""Node ids are this number plus the partition id: no node is mistaken for the server, nor an id for a partition."""
+"""Node ids are this number plus the partition id, so that they differ from the server's id and from partition ids."""
 
 
 @dataclass(frozen=True)
 class ClientSeeds:
-    """Where the global random generators of a client begin, by generator.
+    """Seeds of the global random generators of clients.
 
-    Each message to a client starts Python's, NumPy's and PyTorch's generators from its address: these numbers, the
-    client, and how many messages it has had. What an app draws does then not depend on who shares a process with whom.
+    Each message to a client seeds Python's, NumPy's and PyTorch's generators from its address: these seeds, the client
+    and the number of its earlier messages. An app's random numbers then do not depend on which clients share a process.
     """
 
     python: int
@@ -50,7 +50,7 @@ class ClientSeeds:
 
     @classmethod
     def drawn(cls) -> "ClientSeeds":
-        """Seeds drawn from the generators as they are: an app that seeds one on import has reproducible clients."""
+        """Return seeds drawn from the current generators: an app that seeds one on import has reproducible clients."""
         return cls(
             python=random.getrandbits(63),
             numpy=int(np.random.randint(2**63 - 1, dtype=np.int64)),  # noqa: NPY002
@@ -59,15 +59,15 @@ class ClientSeeds:
 
     @classmethod
     def fresh(cls) -> "ClientSeeds":
-        """Seeds that nobody can guess."""
+        """Return unpredictable seeds."""
         return cls(*(secrets.randbits(63) for _ in range(3)))
 
     def start(self, client: int, messages: int) -> None:
-        """Starts the global generators for a client's message.
+        """Seed the global generators for a client's message.
 
         Args:
-            client: The client.
-            messages: How many messages it has had before.
+            client: Id of the client.
+            messages: Number of its earlier messages.
         """
         python, numpy, torch_ = (_address(seed, client, messages) for seed in (self.python, self.numpy, self.torch))
         random.seed(python)
@@ -84,7 +84,7 @@ def _address(seed: int, client: int, messages: int) -> int:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Leaves the global random generators as they were, as if what ran in between had a process of its own."""
+    """Restore the global random generators after the block, as if it had run in another process."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch_ = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -100,13 +100,13 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Population:
-    """Who the clients of a run are.
+    """Clients of a run.
 
     Args:
-        run_id: The run.
-        size: How many clients there are.
-        run_config: What each finds in `context.run_config`.
-        seeds: Where their random generators begin.
+        run_id: Id of the run.
+        size: Number of clients.
+        run_config: `context.run_config` of each client.
+        seeds: Seeds of their random generators.
     """
 
     run_id: int
@@ -116,11 +116,11 @@ class Population:
 
     @property
     def nodes(self) -> range:
-        """The node id of every client."""
+        """Node ids of all clients."""
         return range(FIRST_NODE, FIRST_NODE + self.size)
 
     def new_context(self, client: int) -> Context:
-        """What a client begins with."""
+        """Return the initial context of a client."""
         return Context(
             run_id=self.run_id,
             node_id=FIRST_NODE + client,
@@ -131,11 +131,11 @@ class Population:
 
 
 class VirtualClients:
-    """Plays any of the clients of a population, and keeps the context of each that it has played.
+    """Simulation of the clients of a population, with the context of each client that has run.
 
     Args:
-        app: What every client runs.
-        population: Who they are.
+        app: App of every client.
+        population: Clients of the run.
     """
 
     def __init__(self, app: ClientApp, population: Population) -> None:
@@ -145,12 +145,12 @@ class VirtualClients:
         self._played: dict[int, int] = {}
 
     def play(self, message: Message) -> Message:
-        """What the client to whom `message` is addressed answers, an error if it raised one.
+        """Return the answer of the client to which `message` is addressed; an error if its app raised an exception.
 
-        Its context is kept if the app came to its end, and else stays as it was before the message.
+        The client's new context is kept if the app succeeds; otherwise the context stays unchanged.
 
         Args:
-            message: Nobody else may hold it: the app may do with it what it likes.
+            message: Message that is not shared, because the app may modify it.
         """
         if _expired(message):
             return unavailable_reply(message.metadata.run_id, message.metadata.message_id, message.metadata)
@@ -172,7 +172,7 @@ class VirtualClients:
 
 
 def _refusal(reply: object, asked: str, context: Context, before: Context) -> str:
-    """Why what a ClientApp did cannot be accepted; empty if it can."""
+    """Return the reason why the result of a ClientApp is invalid; empty if it is valid."""
     if not isinstance(reply, Message):
         return f"The ClientApp must return a Message, it returned {type(reply).__name__}"
     if reply.metadata.reply_to_message_id != asked:
@@ -187,10 +187,10 @@ def _expired(message: Message) -> bool:
 
 
 class InProcessClients:
-    """All clients in this process, one after the other, in the order of their messages.
+    """Backend that runs all clients in this process, one after the other, in the order of their messages.
 
-    Clients run on one thread of PyTorch, as on Flower's and Ray's workers: the number of threads decides how sums are
-    rounded. The server's random generators do not notice them.
+    Clients use one PyTorch thread, as on Flower's and Ray's workers, because the number of threads affects the rounding
+    of sums. They do not change the server's random generators.
     """
 
     workers = 1
@@ -200,17 +200,17 @@ class InProcessClients:
         self._queue: deque[Message] = deque()
 
     def push(self, messages: Sequence[Message]) -> None:
-        """Takes messages; they are played when replies are asked for."""
+        """Accept messages, which run when replies are requested."""
         self._queue.extend(map(copy_message, messages))
 
     def advance(self, until: float = -math.inf) -> list[tuple[float, Message]]:
-        """Plays messages, at least one if there is one, for as long as there is time.
+        """Run messages, at least one if there is one, until the time is up.
 
         Args:
-            until: When to stop, on the monotonic clock, in seconds. A client at work is not interrupted.
+            until: Time to stop, on the monotonic clock, in seconds. A running client is not interrupted.
 
         Returns:
-            When each reply came, and the reply.
+            The replies, each with its time.
         """
         replies: list[tuple[float, Message]] = []
         with generators_kept(), one_thread():
@@ -220,5 +220,5 @@ class InProcessClients:
         return replies
 
     def close(self) -> None:
-        """Forgets what nobody asked for."""
+        """Drop messages that have not run."""
         self._queue.clear()

@@ -1,1 +1,1 @@
-"""All that touches what Flower does not publish."""
+"""All code that uses Flower's private interfaces."""

@@ -1,8 +1,8 @@
-"""Everything that the grid needs of Flower and that Flower does not publish: the only place that touches it.
+"""Private interfaces of Flower that the grid uses; no other module uses them.
 
-`TaskIdentity` must be set before a `Message` can be made, `Run.create_empty` is the only way to have a `Run`, and a
-message is numbered, copied or answered in the name of the server only through its `__dict__`.
-`tests/flower/test_flower_grid.py` fails when Flower moves any of it.
+`TaskIdentity` must be set before a `Message` can be created, and only `Run.create_empty` creates a `Run`. Numbering and
+copying a message, and answering it on behalf of the server, all require its `__dict__`.
+`tests/flower/test_flower_grid.py` fails if Flower changes any of this.
 """
 
 import copy
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 SERVER_NODE: int = SUPERLINK_NODE_ID
-"""The node id of the server. Replies in the name of a node that cannot answer come from it."""
+"""Node id of the server, which also sends replies on behalf of nodes that cannot answer."""
 
 _TASK_ID = 1
 
 
 def empty_run(run_id: int) -> Run:
-    """The description of a run about which nothing is known but its id."""
+    """Return the description of a run with nothing but its id."""
     run = Run.create_empty(run_id)
     run.primary_task_id = _TASK_ID
     return run
@@ -50,7 +50,7 @@ def empty_run(run_id: int) -> Run:
 
 @contextmanager
 def inside_a_run(run_id: int, node_id: int = SERVER_NODE) -> Iterator[None]:
-    """Makes `Message` usable, as in a ServerApp's process."""
+    """Allow the creation of a `Message`, as in the process of a ServerApp."""
     before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = _TASK_ID, run_id, node_id
     try:
@@ -60,12 +60,12 @@ def inside_a_run(run_id: int, node_id: int = SERVER_NODE) -> Iterator[None]:
 
 
 def number_message(message: Message, message_id: str) -> None:
-    """Gives a message its id."""
+    """Set the id of a message."""
     message.metadata.__dict__["_message_id"] = message_id
 
 
 def copy_message(message: Message) -> Message:
-    """A message that shares nothing with `message` that can be changed; the bytes of arrays cannot, and are shared."""
+    """Return a copy of a message that shares only immutable values, such as the bytes of arrays."""
     twin = copy.copy(message)
     twin.__dict__["_metadata"] = copy.copy(message.metadata)
     if message.has_content():
@@ -74,7 +74,7 @@ def copy_message(message: Message) -> Message:
 
 
 def copy_context(context: Context) -> Context:
-    """A context that shares nothing with `context` that can be changed."""
+    """Return a copy of a context that shares only immutable values."""
     twin = copy.copy(context)
     twin.node_config, twin.run_config = dict(context.node_config), dict(context.run_config)
     twin.state = copy_records(context.state)
@@ -82,7 +82,7 @@ def copy_context(context: Context) -> Context:
 
 
 def copy_records(records: RecordDict) -> RecordDict:
-    """The same records in containers of their own, over the same bytes."""
+    """Return copies of the records that share the bytes of their arrays."""
     twin = records.copy()
     data = twin.__dict__["_data"]
     for name, record in records.items():
@@ -97,7 +97,7 @@ def copy_records(records: RecordDict) -> RecordDict:
 
 
 def _copy_array(array: Array) -> Array:
-    """Flower's constructor guesses what it is given, which costs more than everything else here."""
+    """Copy an array without Flower's constructor, which infers its arguments' types and would dominate the cost."""
     twin = Array.__new__(Array)
     twin.__dict__.update(
         dtype=array.dtype, shape=tuple(array.shape), stype=array.stype, data=bytes(array.data), _is_dirty=True
@@ -106,7 +106,7 @@ def _copy_array(array: Array) -> Array:
 
 
 def error_of_exception(exception: BaseException) -> Error:
-    """What Flower's simulation answers for a ClientApp that raised `exception`: its traceback and, last, its words."""
+    """Return the error of Flower's simulation for a ClientApp that raised `exception`: its traceback, then its text."""
     wrapped = ClientAppException(str(exception))
     wrapped.__cause__ = exception
     text = "".join(traceback.format_exception(wrapped)).rstrip()
@@ -114,17 +114,17 @@ def error_of_exception(exception: BaseException) -> Error:
 
 
 def error_reply(message: Message, reason: str) -> Message:
-    """The reply for a client whose answer cannot be used."""
+    """Return the reply for a client with an unusable answer."""
     return Message(Error(code=ErrorCode.UNKNOWN, reason=reason), reply_to=message)
 
 
 def unavailable_reply(run_id: int, message_id: str, asked: Metadata | None = None) -> Message:
-    """The reply, in the name of the server, to a message that has expired or never was.
+    """Return the server's reply to a message that has expired or does not exist.
 
     Args:
-        run_id: The run.
-        message_id: Which message is answered.
-        asked: Its metadata, if it was.
+        run_id: Id of the run.
+        message_id: Id of the message.
+        asked: Metadata of the message; None if it does not exist.
     """
     metadata = Metadata(
         run_id=run_id,
@@ -137,5 +137,5 @@ def unavailable_reply(run_id: int, message_id: str, asked: Metadata | None = Non
         ttl=0.0,
         message_type=asked.message_type if asked else "query",
     )
-    error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="The message has expired, was answered, or never was")
+    error = Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="The message has expired, was answered, or does not exist")
     return Message(metadata=metadata, error=error)  # type: ignore[call-overload]

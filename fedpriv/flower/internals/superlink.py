@@ -1,10 +1,10 @@
-"""Everything that a deployment's server needs of Flower and that Flower does not publish: no other place touches it.
+"""Private interfaces of Flower that the server of a deployment uses; no other module uses them.
 
-A SuperLink serves three APIs on one port. Nodes need one of them, and have keys for it. The other two ask for no
-password: with the Control API whoever reaches the port registers nodes and starts runs, which are code that the
-server executes; with the Runtime API it takes a run's place and reads its clients' messages. Here both answer to
-listed addresses only, by default to the machine itself. `tests/deploy/test_deploy_server.py` fails when Flower moves
-any of it.
+A SuperLink serves three APIs on one port. Nodes need one of them and authenticate with keys. The other two ask for no
+password. With the Control API, anyone who reaches the port can register nodes and start runs, which are code that the
+server executes. With the Runtime API, anyone can impersonate a run and read its clients' messages. Here both answer
+only to listed addresses, by default only to the machine itself. `tests/deploy/test_deploy_server.py` fails if Flower
+changes any of this.
 """
 
 import importlib
@@ -40,17 +40,17 @@ from fedpriv.flower.internals.supernode import accompanied, run_flower
 
 __all__ = ["Administrator", "KnownNode", "OnlyFor", "administering", "guarded", "run_superlink"]
 
-# The package has a function of the same name, which hides the module.
+# A function of the same name hides the module in its package.
 _PROGRAM = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
 _FOR_ALL = ("/v1/fleet/", "/health")
 
 
 class OnlyFor:
-    """Lets everyone reach what nodes need, and listed networks the rest.
+    """Middleware that opens the nodes' API to everyone, and all other paths to listed networks only.
 
     Args:
-        app: What is guarded.
+        app: Application behind it.
         networks: Addresses and networks, such as "127.0.0.1" and "10.0.0.0/24".
     """
 
@@ -59,7 +59,7 @@ class OnlyFor:
         self.networks = [ipaddress.ip_network(network) for network in networks]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request, or answers that it is forbidden."""
+        """Serve one request, or answer that it is forbidden."""
         if scope["type"] == "lifespan" or self._may(scope):
             await self.app(scope, receive, send)
         else:
@@ -81,7 +81,7 @@ class OnlyFor:
 
 @contextmanager
 def guarded(networks: Sequence[str]) -> Iterator[None]:
-    """Makes this process's SuperLink answer its Control and Runtime APIs to some networks only."""
+    """Restrict the Control and Runtime APIs of this process's SuperLink to some networks."""
     create = main.create_app
 
     def create_guarded(*arguments: Any, **named: Any) -> FastAPI:
@@ -97,11 +97,11 @@ def guarded(networks: Sequence[str]) -> Iterator[None]:
 
 
 def run_superlink(options: Sequence[str], networks: Sequence[str]) -> int:
-    """Runs Flower's SuperLink in this process until it ends; returns its exit code.
+    """Run Flower's SuperLink in this process until it ends; return its exit code.
 
     Args:
-        options: Those of `flower-superlink`.
-        networks: Who may administer it.
+        options: Command-line options of `flower-superlink`.
+        networks: Networks from which it may be administered.
     """
     with guarded(networks), accompanied(_PROGRAM):
         return run_flower("flower-superlink", _PROGRAM.flower_superlink, options)
@@ -109,10 +109,10 @@ def run_superlink(options: Sequence[str], networks: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class KnownNode:
-    """A node as a SuperLink knows it.
+    """Node in the records of a SuperLink.
 
     Args:
-        id: The SuperLink's own number for it.
+        id: Number that the SuperLink assigned to it.
         status: registered, online, offline or unregistered.
     """
 
@@ -121,45 +121,45 @@ class KnownNode:
 
     @property
     def welcome(self) -> bool:
-        """Whether the SuperLink takes anything from it. It takes no key back that was unregistered."""
+        """True if the SuperLink accepts the node. It never accepts an unregistered key again."""
         return self.status != NodeStatus.UNREGISTERED
 
 
 class Administrator:
-    """An administrator's connection to a SuperLink; keys are public ones in OpenSSH's form, without comments.
+    """Administrator's connection to a SuperLink. Keys are public keys in OpenSSH's format, without comments.
 
-    Each method raises a UserError if the SuperLink does not do what it is asked.
+    Each method raises a `UserError` if the SuperLink does not carry out the request.
     """
 
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
 
     def nodes(self) -> dict[bytes, KnownNode]:
-        """Return every node that the SuperLink has ever known, by its key."""
+        """Return every node, past and present, in the records of the SuperLink, by its key."""
         with _in_one_line():
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
         in_order = sorted(found, key=lambda node: node.registered_at)
         return {_openssh(bytes(node.public_key)): KnownNode(node.node_id, node.status) for node in in_order}
 
     def register(self, key: bytes, name: str) -> None:
-        """Make the SuperLink take a key's node."""
+        """Register the key of a node with the SuperLink."""
         with _in_one_line():
             pem = load_ssh_public_key(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
             self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
 
     def unregister(self, node: KnownNode) -> None:
-        """Make the SuperLink take nothing more from a node, for ever."""
+        """Make the SuperLink reject a node permanently."""
         with _in_one_line():
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
 
 
 @contextmanager
 def administering(admin: Path, connection: str) -> Iterator[Administrator]:
-    """Gives a connection to a SuperLink meanwhile.
+    """Open a connection to a SuperLink for the block.
 
     Args:
-        admin: The folder with Flower's `config.toml`.
-        connection: The name of a connection in it.
+        admin: Folder with Flower's `config.toml`.
+        connection: Name of a connection in it.
 
     Raises:
         UserError: If there is no such connection.
@@ -175,14 +175,14 @@ def administering(admin: Path, connection: str) -> Iterator[Administrator]:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Turns what Flower raises into a UserError, and keeps what it prints to itself."""
+    """Turn Flower's exceptions into a `UserError`, and suppress its output."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler():
             yield
     except (click.ClickException, OSError, RuntimeError, ValueError, UnsupportedAlgorithm) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
-        raise UserError("the server", "that it does what is asked", reason.strip().rstrip("."), remedy) from None
+        raise UserError("the server", "it to accept the request", reason.strip().rstrip("."), remedy) from None
 
 
 def _openssh(pem: bytes) -> bytes:

@@ -1,9 +1,9 @@
-"""Everything that a node needs of Flower and that Flower does not publish: the only place that touches it.
+"""Private interfaces of Flower that a node uses; no other module uses them.
 
-A SuperNode runs whatever bundle of code the server sends. Here it is made to accept some bundles only, by their hash,
-at the place where Flower would check signatures: `_pull_and_store_message` answers a bundle that is not accepted with
-the error INVALID_FAB before anything of it is stored. A bundle that is refused reaches Flower empty, so that there is
-nothing to run even if Flower no longer asked. `tests/deploy/test_deploy_node.py` fails when Flower moves any of it.
+A SuperNode runs any bundle of code that the server sends. Here it accepts only some bundles, by their hash. The check
+takes the place of Flower's check of signatures: `_pull_and_store_message` answers any other bundle with the error
+INVALID_FAB before storing any of it. A refused bundle reaches Flower empty, so that there is no code to run even if
+Flower omits the check. `tests/deploy/test_deploy_node.py` fails if Flower changes any of this.
 """
 
 import hashlib
@@ -46,13 +46,13 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""What Flower's processes find in their environment so that they call nobody and install nothing."""
+"""Environment variables that keep Flower's processes from calling other servers and installing packages."""
 
-# Flower's servers wait for two heartbeats, of 30 s, before they believe that a node is gone.
+# Flower's servers wait for two heartbeats, of 30 s, before they consider a node gone.
 _PATIENCE_SECONDS = 75.0
 _PAUSE_SECONDS = 5.0
 
-# Who ends a node may end what it has started a moment before. Flower ends a node that does not end after 5 s, with 0.
+# A signal may end the node's processes a moment before the node. Flower ends a node after 5 s, with exit code 0.
 _ENDING_SECONDS = 3.0
 
 _Started = Callable[[str, subprocess.Popen[bytes]], None]
@@ -62,29 +62,29 @@ _TRUSTED = {"fedpriv": "bundles by their hash"}
 
 
 def bundle_hash(files: Mapping[str, bytes]) -> str:
-    """The SHA-256 of the bundle that `flwr run` makes of an app.
+    """Return the SHA-256 of the bundle that `flwr run` builds from an app.
 
     Args:
-        files: The app's files, by name.
+        files: Files of the app by name.
     """
     return hashlib.sha256(build_fab_from_files(dict(files))[0]).hexdigest()
 
 
 def why_refused(fab: Fab, run: Run | None, accepted: Collection[str]) -> str:
-    """Why a bundle must not run on this node; empty if it may.
+    """Return the reason why a bundle must not run on this node; empty if it may.
 
     Args:
-        fab: The bundle, as the server sent it.
-        run: The run that it is for, as the server described it.
+        fab: Bundle, as sent by the server.
+        run: Run of the bundle, as described by the server.
         accepted: SHA-256 hashes of the bundles that may run.
     """
     digest = hashlib.sha256(fab.content).hexdigest()
     if digest not in accepted:
         return f"its hash is {digest}, which this node does not accept"
     if run is None or run.fab_hash != digest or fab.hash_str != digest:
-        return "the server names another bundle than it sends"
+        return "the server sends another bundle than it names"
     if (run.fab_id, run.fab_version) != get_metadata_from_config(get_fab_config(fab.content)):
-        return "the server gives it another name or version than it has"
+        return "the server gives it a wrong name or version"
     if run.primary_task_type == TaskType.AGENT_APP:
         return "the run is an agent's"
     return ""
@@ -92,10 +92,10 @@ def why_refused(fab: Fab, run: Run | None, accepted: Collection[str]) -> str:
 
 @contextmanager
 def accepting_only(accepted: Collection[str]) -> Iterator[None]:
-    """Makes this process's SuperNode refuse every bundle but some.
+    """Make this process's SuperNode refuse all bundles except the accepted ones.
 
     Args:
-        accepted: Their SHA-256 hashes.
+        accepted: SHA-256 hashes of the accepted bundles.
     """
     pull, verify = supernode._pull_and_store_message, supernode._verify_fab
     supernode._pull_and_store_message = _judging(pull, accepted)
@@ -107,7 +107,7 @@ def accepting_only(accepted: Collection[str]) -> Iterator[None]:
 
 
 def _judging(pull: Callable[..., int | None], accepted: Collection[str]) -> Callable[..., int | None]:
-    """`_pull_and_store_message`, which sees bundles only once they have been judged."""
+    """Return a `_pull_and_store_message` that receives bundles only after they were checked."""
 
     def pull_and_judge(**arguments: Any) -> int | None:
         get_run, get_fab = arguments["get_run"], arguments["get_fab"]
@@ -131,17 +131,17 @@ def _judging(pull: Callable[..., int | None], accepted: Collection[str]) -> Call
 
 
 def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
-    """Runs Flower's SuperNode in this process until it ends.
+    """Run Flower's SuperNode in this process until it ends.
 
     Args:
-        options: Those of `flower-supernode`.
+        options: Command-line options of `flower-supernode`.
         accepted: SHA-256 hashes of the bundles that may run.
 
     Returns:
-        Its exit code.
+        Exit code of the SuperNode.
 
     Raises:
-        UserError: If the server answers that it does not take this node, or takes it no more.
+        UserError: If the server rejects this node, from the start or later.
     """
     watch = _Watch()
     with accepting_only(accepted), accompanied(supernode, watch.started), watch, _patient(), _listening() as heard:
@@ -150,23 +150,23 @@ def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
         except httpx.HTTPStatusError as error:
             raise _explained(error.response) from None
     if heard.removed:
-        remedy = "Ask the server's operator; a removed key is never taken back, and a new one has to be registered"
-        raise UserError("node.key", "a key that the server knows", "one that it has removed", remedy)
+        remedy = "Ask the server's operator to register a new key; a removed key is never accepted again"
+        raise UserError("node.key", "a registered key", "a key that the server has removed", remedy)
     if heard.refused is not None:
         if not heard.taken:
             raise _explained(heard.refused)
         print(f"fedpriv: {_explained(heard.refused)}", file=sys.stderr)
-        return 1  # it may be right again, and the node started again
+        return 1  # systemd then restarts the node, since this may be temporary
     return code if watch.fallen is None else watch.say()
 
 
 @contextmanager
 def accompanied(starter: Any, started: _Started = lambda *_: None) -> Iterator[None]:
-    """Makes the processes that a module of Flower's starts end with this one, which holds the lock in FLWR_HOME.
+    """Tie the processes that a Flower module starts to this process, which holds the lock in FLWR_HOME.
 
     Args:
-        starter: The module; it calls `subprocess.Popen`.
-        started: Called with each program's name and its process.
+        starter: The module, which calls `subprocess.Popen`.
+        started: Called with the name and the process of each program.
     """
     before = starter.subprocess
     starter.subprocess = starting_companions(str(Path(os.environ.get("FLWR_HOME", ""), LOCK)), started)
@@ -177,12 +177,12 @@ def accompanied(starter: Any, started: _Started = lambda *_: None) -> Iterator[N
 
 
 class _Watch:
-    """Ends this process, a node, as Ctrl-C does, if a process that it has started ends before it.
+    """Watcher that ends this process, a node, like Ctrl-C if one of its processes ends first.
 
-    A node without its SuperExec would stay with its server and answer nothing.
+    Without its SuperExec, a node would stay connected to the server and never answer.
 
     Attributes:
-        fallen: What to say about the process that ended before its time; None if none did.
+        fallen: Error about the process that ended too early; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -197,37 +197,37 @@ class _Watch:
         self._over.set()
 
     def say(self) -> int:
-        """Say in one line what ended, and return the exit code with which systemd starts the node again."""
+        """Print the error in one line, and return the exit code with which systemd restarts the node."""
         print(f"fedpriv: {self.fallen}", file=sys.stderr, flush=True)
         return 1
 
     def started(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        """Watches a process from now on."""
+        """Watch a process from now on."""
         threading.Thread(target=self._wait, args=(name, process), daemon=True).start()
 
     def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         if self._ending.wait(_ENDING_SECONDS):
             return
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        remedy = "Start the node again, if systemd does not; its log may say more"
-        self.fallen = UserError("this node", f"{name} to run as long as the node does", f"one that {how}", remedy)
+        how = f"an end by signal {-code}" if code < 0 else f"an end with exit code {code}"
+        remedy = "Read the node's log, and restart the node if systemd does not"
+        self.fallen = UserError("this node", f"{name} to run as long as the node does", how, remedy)
         os.kill(os.getpid(), signal.SIGINT)
         if not self._over.wait(_ENDING_SECONDS):
             os._exit(self.say())
 
 
 def _supernode() -> None:
-    """Flower's, but a node whose connection has failed ends, and can be started again."""
+    """Run Flower's SuperNode, and exit with an error after a failed connection, so that the node can be restarted."""
     flower_supernode()
     flwr_exit(ExitCode.SUPERNODE_CONNECTION_ERROR, "The connection to the SuperLink has ended.")
 
 
 @contextmanager
 def _patient() -> Iterator[None]:
-    """Lets a node ask again if the server does not take it.
+    """Let a node ask again if the server rejects it.
 
-    A server believes for a minute that a node is there which was killed, and refuses it meanwhile.
+    For a minute after a node was killed, the server considers it connected and rejects it.
     """
     activate = FleetHttpClient.ActivateNode
 
@@ -239,7 +239,7 @@ def _patient() -> Iterator[None]:
             except httpx.HTTPStatusError as error:
                 if _code(error.response) != ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED or time.monotonic() > until:
                     raise
-                log(WARN, "The server does not know this node's key, or believes that the node is there already.")
+                log(WARN, "The server does not know this node's key, or considers the node connected already.")
                 time.sleep(_PAUSE_SECONDS)
 
     FleetHttpClient.ActivateNode = activate_patiently
@@ -251,13 +251,13 @@ def _patient() -> Iterator[None]:
 
 @dataclass
 class _Heard:
-    """What a server has said to a node that shows who it is.
+    """Answers of a server about the identity of a node.
 
     Args:
-        key: The node's public key, once it was sent.
-        taken: Whether the server took the node.
-        refused: The answer that did not believe the node to be who it says; None: none.
-        removed: Whether that is because the server takes its key no more.
+        key: Public key of the node, once it was sent.
+        taken: True after the server has accepted the node.
+        refused: Answer that rejected the node's identity; None if there is none.
+        removed: True if the reason is that the server has removed the key.
     """
 
     key: bytes = b""
@@ -267,10 +267,10 @@ class _Heard:
     _one_by_one: Any = field(default_factory=threading.RLock, repr=False)
 
     def note(self, client: FleetHttpClient, answer: httpx.Response) -> None:
-        """Takes note of the first refusal, and finds out what it means.
+        """Record the first refusal, and determine its cause.
 
-        A server answers a removed node as it answers one whose clock is wrong. But it looks at the clock first: a node
-        that is told that nodes do not register themselves has the right time.
+        A server gives the same answer to a removed node and to a node with a wrong clock. It checks the clock first,
+        however: if it answers that nodes cannot register themselves, the clock is right.
         """
         with self._one_by_one:
             if self.refused is not None:
@@ -287,7 +287,7 @@ class _Heard:
 
 @contextmanager
 def _listening() -> Iterator[_Heard]:
-    """Keeps why a server does not take a node any more; the node then ends, as Flower's do."""
+    """Record why a server no longer accepts a node; the node then ends, as Flower's nodes do."""
     heard, ask, beat = _Heard(), FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat
 
     def ask_and_listen(self: FleetHttpClient, **arguments: Any) -> Any:
@@ -304,9 +304,9 @@ def _listening() -> Iterator[_Heard]:
             raise
 
     def beat_quietly(self: FleetHttpClient, request: SendNodeHeartbeatRequest) -> SendNodeHeartbeatResponse:
-        """Leaves it to the main thread to hear of a refusal, which asks every few seconds, and then ends the node.
+        """Ignore refusals: the main thread sends a request every few seconds, sees them too, and then ends the node.
 
-        A second end, from the heartbeat's thread, would come like a second Ctrl-C, which stops the first one halfway.
+        Ending the node from the heartbeat's thread as well would act like a second Ctrl-C and interrupt the first.
         """
         try:
             return beat(self, request)
@@ -328,25 +328,25 @@ def _code(answer: httpx.Response) -> int | None:
 
 
 def _explained(answer: httpx.Response) -> UserError:
-    """What a server's refusal of this node means."""
+    """Return the error for a server's refusal of this node."""
     if _code(answer) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-        remedy = "Send node.pub to whoever runs admin/register.sh; if it is registered, stop the node that runs with it"
-        got = "one that the server does not know, has removed, or sees in use"
+        remedy = "Send node.pub to the administrator for admin/register.sh, or stop the other node that uses this key"
+        got = "a key that the server does not know, has removed, or considers in use"
         return UserError("node.key", "a key that is registered and not in use", got, remedy)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
-        remedy = "Set this machine's clock and the server's by NTP; they must agree to a few seconds"
-        return UserError("the server", "a node whose signature is right and fresh", "one that it refuses", remedy)
+        remedy = "Set this machine's clock and the server's by NTP, so that they agree to a few seconds"
+        return UserError("the server", "a valid and recent signature of the node", "a rejected signature", remedy)
     return UserError("the server", "an answer to this node", f"HTTP status {answer.status_code}", "See its log")
 
 
 def run_flower(name: str, program: Callable[[], None], options: Sequence[str]) -> int:
-    """Runs one of Flower's programs in this process, silent towards the outside; returns its exit code.
+    """Run one of Flower's programs in this process, without telemetry or update checks; return its exit code.
 
     Raises:
-        httpx.HTTPStatusError: If it ended because a server refused what it asked.
+        httpx.HTTPStatusError: If it ended because a server refused a request.
     """
     os.environ.update(QUIET)
-    telemetry.FLWR_TELEMETRY_ENABLED = "0"  # read when Flower was imported, before the line above
+    telemetry.FLWR_TELEMETRY_ENABLED = "0"  # Flower read the variable at import, before the line above
     before = sys.argv
     sys.argv = [name, *options]
     try:

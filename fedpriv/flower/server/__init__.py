@@ -1,1 +1,1 @@
-"""What strategies need beside a method."""
+"""Parts of strategies other than the method."""

@@ -1,14 +1,14 @@
-"""Who is asked, whose message counted, and when too many clients failed, in a run over Flower's network.
+"""Attendance in a run over Flower's network: clients asked, messages that count, and failures.
 
-A client that does not answer, or whose message cannot be used, is one whose message is zero. So every round counts,
-however few answer. The noise is right: where trust is central, it has the plan's standard deviation on the sum of any
-number of messages; where trust is local, each message carries its own. The sum is divided by the expected cohort size.
-A client whose message does not count drops the memory of it (`fedpriv.flower.state`), so that error feedback stays
-right, too.
+A client that does not answer, or sends an unusable message, counts as a client with a zero message. Every round
+therefore counts, however few clients answer, and the noise stays correct. Under central trust, the noise has the plan's
+standard deviation on the sum of any number of messages. Under local trust, each message carries noise itself. The sum
+is divided by the expected cohort size. If a message does not count, its client drops the memory of it
+(`fedpriv.flower.state`), so that error feedback also stays correct.
 
-A run ends if more than a stated share of a round's clients fail, since a run of few clients is not what was asked for.
-If cohorts are secret, that would show who was in them: a run then ends only while no message has counted at all, which
-is how an app that fails everywhere is found out. For the same reason a lost memory then never resets all memories.
+A run ends if more than a given share of a round's clients fail, because the user asked for a run with more clients. If
+cohorts are secret, ending the run would reveal who was in them. Such a run ends only while no message has counted at
+all, which detects an app that fails on every client. For the same reason a lost memory then never resets all memories.
 """
 
 import math
@@ -22,10 +22,10 @@ from fedpriv.flower.server.nodes import in_words
 __all__ = ["MAX_FAILURES", "Attendance", "believed_losses"]
 
 MAX_FAILURES = 0.5
-"""Largest share of a round's clients that may fail, if nobody says otherwise."""
+"""Default of the largest share of a round's clients that may fail."""
 
-# If cohorts are secret: as many different clients must fail, and none succeed, before the run ends.
-_ENOUGH_FAILED = 10
+# If cohorts are secret, a run ends if this many different clients fail and none succeeds.
+_MIN_FAILED = 10
 
 
 @dataclass(kw_only=True)
@@ -36,15 +36,15 @@ class Attendance:
         population: Number of clients.
         rounds: Number of rounds of the run.
         max_failures: Largest share of a round's clients that may fail; None for no limit.
-        secret: Whether the promise relies on nobody knowing who is in a cohort.
-        lost_memory: What happens if a client has lost its memory: see `Method.lost_memory`.
-        last_round: By client, the last round in which its message counted.
-        left_out: Clients that are asked no more, because their memories were lost.
-        losses: By client, how often it said that its memory was lost.
-        resets: How often all memories began again.
+        secret: True if epsilon holds only while the adversary does not know who is in a cohort.
+        lost_memory: Rule for a client that has lost its memory; see `Method.lost_memory`.
+        last_round: Last round in which each client's message counted.
+        left_out: Clients that are no longer asked, because they lost their memories.
+        losses: Number of times that each client reported a lost memory.
+        resets: Number of times that all memories were reset.
         counted: Number of messages that counted.
-        failed: By client, its first failure.
-        remedy: What to do about too many failures; empty for what a strategy's user can do.
+        failed: First failure of each client.
+        remedy: Remedy for too many failures; empty for the remedy for users of a strategy.
     """
 
     population: int
@@ -71,16 +71,16 @@ class Attendance:
         failures: Mapping[int, str],
         lost: Collection[int] = (),
     ) -> bool:
-        """Take note of a round, and return whether its messages are used; otherwise all memories begin again.
+        """Record a round, and return whether its messages are used; otherwise all memories are reset.
 
         Args:
-            round: Its number.
-            counted: Clients whose message can be used.
-            failures: By client, one line about why its message cannot be used or had.
-            lost: The clients among these that say that their memory is lost.
+            round: Number of the round.
+            counted: Clients with a usable message.
+            failures: For each other client, one line with the reason.
+            lost: Clients among these that report a lost memory.
 
         Raises:
-            UserError: If too many failed, or no client is left.
+            UserError: If too many clients failed, or no client is left.
         """
         self.failed = {**failures, **self.failed}
         if self.max_failures != 0.0 and self._reset_by(lost):
@@ -91,17 +91,18 @@ class Attendance:
         return True
 
     def refuse_nothing(self) -> None:
-        """Raise UserError if no message counted in the whole run."""
+        """Raise a `UserError` if no message counted in the whole run."""
         if self.counted == 0 and self.rounds > 0:
-            got = f"none in {self.rounds} rounds"
+            got = f"0 messages in {self.rounds} rounds"
             got += f"; the first failures: {in_words(self.failed)}" if self.failed else "; no client was asked"
-            raise UserError("the run", "messages that count", got, "The model is the first one, and noise at most")
+            remedy = "Do not use the model: it holds the initial values and at most noise"
+            raise UserError("the run", "messages that count", got, remedy)
 
     def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
         asked = len(counted) + len(failures)
         expected = f"answers from at least {asked - self._tolerated(asked)} of {asked} clients"
         if self.secret and self.max_failures is None:
-            if self.counted or counted or len(self.failed) < min(_ENOUGH_FAILED, self.population):
+            if self.counted or counted or len(self.failed) < min(_MIN_FAILED, self.population):
                 return
             failures, expected = self.failed, "an answer from any client"
         elif len(failures) <= self._tolerated(asked):
@@ -116,7 +117,7 @@ class Attendance:
         return asked if self.max_failures is None else math.floor(self.max_failures * asked + 1e-9)
 
     def _reset_by(self, lost: Collection[int]) -> bool:
-        """Follow the rule for lost memories, and return whether all memories begin again."""
+        """Apply the rule for lost memories, and return whether all memories are reset."""
         lost = [client for client in lost if self.last_round.get(client, 0) > 0]
         self.losses.update(lost)
         if self.lost_memory == "start-afresh":
@@ -125,7 +126,7 @@ class Attendance:
         believed = [] if self.secret else believed_losses(lost, self.losses, self.resets, self.rounds)
         self.left_out |= set(lost) - set(believed)
         if len(self.left_out) >= self.population:
-            raise UserError("clients", "memories of earlier rounds", "none at any of them", "Start the run again")
+            raise UserError("clients", "memories of earlier rounds", "lost memories on all", "Start the run again")
         if believed:
             self.resets += 1
             self.last_round = {}
@@ -133,15 +134,15 @@ class Attendance:
 
 
 def believed_losses(lost: Iterable[int], losses: Mapping[int, int], resets: int, rounds: int) -> list[int]:
-    """Return the clients whose lost memory makes all memories begin again.
+    """Return the clients whose lost memory resets all memories.
 
-    A client whose word must be taken for it could make all begin again for ever. So a second loss of the same client,
-    and any once a tenth of the rounds went that way, is not among them.
+    The server cannot verify a reported loss, so a client could force resets forever. A second loss of the same client
+    therefore never resets all memories, nor does any loss after a tenth of the rounds ended in resets.
 
     Args:
-        lost: Clients that say so now.
-        losses: By client, how often it said so, this time included.
-        resets: How often all memories began again so far.
+        lost: Clients that report a lost memory now.
+        losses: Number of reports of each client, including this one.
+        resets: Number of resets so far.
         rounds: Number of rounds of the run.
     """
     return [client for client in lost if losses[client] == 1 and resets < max(1, rounds // 10)]

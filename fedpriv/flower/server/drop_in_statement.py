@@ -1,4 +1,4 @@
-"""The privacy statement of a run of somebody's own app: the arrays that it covers, and what failures and time show."""
+"""Privacy statement of a run of a user's app, including its arrays, failures and timing."""
 
 import textwrap
 from typing import Literal
@@ -9,28 +9,30 @@ from fedpriv.privacy import PrivacyPlan, privacy_statement
 __all__ = ["drop_in_statement"]
 
 _COVERED = (
-    "Arrays: a client's message is its update of {trained}. Noise is added to these numbers ({size:,}), and to nothing "
-    "else. {fixed}"
+    "Arrays: a client's message is its update of {trained}. Noise is added to these numbers ({size:,}) and to no "
+    "others. {fixed}"
 )
 
-_FIXED = "Not part of it, sent to all clients as they were at the start and never changed: {names}."
+_FIXED = "These arrays are not part of it, keep their initial values and are sent to all clients unchanged: {names}."
 
 _FAILURES = (
-    "Failures: a client that does not answer, or whose message cannot be used, is one whose message is zero. The noise "
-    "does not depend on how many answer, and sums are divided by the expected number of clients."
+    "Failures: a client that does not answer, or sends an unusable message, counts as a client with a zero message. "
+    "The noise does not depend on how many clients answer, and sums are divided by the expected number of clients."
 )
 
 _SECRET = (
-    " Epsilon relies on nobody knowing who took part: keep the server's log, which names clients that fail, and the "
-    "network's traffic from the adversary."
+    " Epsilon holds only if the adversary does not know who took part: keep the server's log, which names clients that "
+    "fail, and the network's traffic from the adversary."
 )
 
-_EQUALLY_LONG = "Time: every round lasts {seconds:g} s, whoever takes part; a late answer is a message of zero."
+_EQUALLY_LONG = (
+    "Time: every round lasts {seconds:g} s, regardless of who takes part; a late answer counts as a zero message."
+)
 
 _AS_LONG_AS_ANSWERS_TAKE = (
-    "Time: a round lasts until its last answer, and how long that takes shows who took part. So the promise is against "
-    "an adversary who sees models alone, as in a simulation, and not against one who can time rounds; round_seconds of "
-    "the strategy makes all rounds equally long."
+    "Time: a round lasts until its last answer, and its duration reveals who took part. The guarantee therefore holds "
+    "against an adversary who sees only models, as in a simulation, and not against one who can time rounds. To make "
+    "all rounds equally long, set round_seconds of the strategy."
 )
 
 
@@ -51,11 +53,11 @@ def drop_in_statement(
         plan: See `privacy_statement`.
         method: See `privacy_statement`.
         randomness: See `privacy_statement`.
-        arrays: Which arrays are trained.
-        size: How many numbers these hold.
+        arrays: Trained and fixed arrays.
+        size: Number of values in the trained arrays.
         app: See `privacy_statement`.
         evaluated: See `privacy_statement`.
-        round_seconds: How long every round lasts; None for as long as answers take.
+        round_seconds: Duration of every round in seconds; None if a round ends with its last answer.
     """
     statement = privacy_statement(plan, method=method, randomness=randomness, app=app, evaluated=evaluated)
     if plan is None or not plan.private:
@@ -70,7 +72,7 @@ def drop_in_statement(
 
 
 def _trained(arrays: TrainedArrays) -> str:
-    """Return the trained arrays in words; if there are many, they follow from the fixed ones, which are all named."""
+    """Return the trained arrays in words; if there are many, only their number, since all fixed arrays are named."""
     if not arrays.fixed:
         return f"all {len(arrays.names)} arrays of the model"
     if len(arrays.trained) <= len(arrays.fixed) or len(arrays.trained) <= 10:

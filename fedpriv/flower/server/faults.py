@@ -1,4 +1,4 @@
-"""What makes a client's message unusable, whoever sent it and whatever for."""
+"""Checks of untrusted messages of clients."""
 
 import math
 
@@ -14,13 +14,13 @@ _ROUNDED = math.sqrt(1.0 + 1.0 / (12 * 16))
 
 
 def message_fault(message: Tensor, rules: ClientRules, size: int) -> str:
-    """Return why a message `[params]` cannot be used; empty if it can.
+    """Return the reason why a message `[params]` is unusable; empty if it is usable.
 
-    A message that passes has the model's size and is finite, none of its coordinates is larger than exact sums allow,
-    and its l2 norm is one that an honest client may send.
+    A usable message has the model's size and is finite. No coordinate is larger than exact sums allow, and its l2 norm
+    is possible for an honest client.
 
     Args:
-        message: As it was received.
+        message: Message as received.
         rules: The clients' half of the agreement.
         size: Number of parameters of the model.
     """
@@ -35,9 +35,9 @@ def message_fault(message: Tensor, rules: ClientRules, size: int) -> str:
 
 
 def norm_limit(rules: ClientRules, size: int) -> float:
-    """Return the largest l2 norm of an honest message: its bound, and what its noise may add.
+    """Return the largest l2 norm of an honest message: its bound, plus an allowance for its noise.
 
-    The norm is 1-Lipschitz in the noise, so that an honest message is longer with a probability below e^-72.
+    The norm is 1-Lipschitz in the noise, so that an honest message exceeds the limit with a probability below e^-72.
     """
     noise = rules.noise_stddev * (_ROUNDED * math.sqrt(size) + 12.0)
     return rules.method.bounded.l2_bound + noise

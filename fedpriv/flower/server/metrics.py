@@ -1,22 +1,26 @@
-"""The average of metrics that clients report, and what is said of those that cannot be averaged.
+"""Average of the metrics that clients report, and the reasons why some of them do not count.
 
-| a client reports | then |
+| a client reports | effect |
 |---|---|
 | `num-examples` above 0 | its metrics count with that weight |
-| `num-examples` 0 | none of its metrics counts, as it has nothing to measure them on |
-| no `num-examples`, or one that is negative or not finite | none of its metrics counts |
-| a metric that is not finite, or has another length than other clients' | this metric of its does not count |
-| some of the metrics only | each metric is averaged over the clients that report it |
+| `num-examples` 0 | none of its metrics counts, because it has no examples to measure them on |
+| no `num-examples`, or a negative or non-finite value | none of its metrics counts |
+| a metric that is not finite, or has another length than on other clients | this metric does not count |
+| only some of the metrics | each metric is averaged over the clients that report it |
 
-Nothing is left out silently.
+Every omission is reported.
 """
 
 import math
 from collections.abc import Mapping
 
 from flwr.app import MetricRecord, RecordDict
+from torch import Tensor
 
-__all__ = ["WEIGHT", "average_metrics"]
+from fedpriv.flower.messages import DIAGNOSTICS
+from fedpriv.rounds import Total
+
+__all__ = ["WEIGHT", "average_metrics", "metrics_of_app", "total_of_answers"]
 
 WEIGHT = "num-examples"
 
@@ -24,13 +28,13 @@ Value = int | float | list[int] | list[float]
 
 
 def average_metrics(answers: Mapping[int, RecordDict]) -> tuple[MetricRecord | None, dict[int, str]]:
-    """Return the average over clients by number of examples, and what does not count, by client.
+    """Return the average over clients, weighted by number of examples, and for each client the metrics left out.
 
     Args:
-        answers: The contents of answers, by client; of several records of metrics, the first that has a metric counts.
+        answers: Contents of answers by client. If several records have the same metric, the first one counts.
 
     Returns:
-        None if there is nothing to average.
+        The average, None without metrics; and by client, one line about its metrics that do not count.
     """
     reported = {client: _merged(content) for client, content in answers.items()}
     if not any(reported.values()):
@@ -94,3 +98,17 @@ def _mean(values: Mapping[int, Value], weights: Mapping[int, float]) -> float | 
     rows = [value if isinstance(value, list) else [value] for value in values.values()]
     means = [math.fsum(w * x for w, x in zip(shares, column, strict=True)) for column in zip(*rows, strict=True)]
     return means if isinstance(next(iter(values.values())), list) else means[0]
+
+
+def total_of_answers(summed: Tensor, answers: list[RecordDict]) -> Total:
+    """The sum with the figures that clients reported about their signals, if they were asked to."""
+    reports = [content.metric_records.get(DIAGNOSTICS, MetricRecord()).get("signal-norm") for content in answers]
+    norms = [float(norm) for norm in reports if isinstance(norm, int | float)]
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    mean = math.fsum(finite) / len(finite) if finite else math.nan
+    return Total(summed, len(answers), len(norms) - len(finite), mean)
+
+
+def metrics_of_app(content: RecordDict) -> RecordDict:
+    """An answer's metrics but for those that fedpriv's own client adds."""
+    return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})

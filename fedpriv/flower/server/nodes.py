@@ -1,4 +1,4 @@
-"""Which Flower node is which client, and what it means that one does not answer."""
+"""Mapping between Flower's nodes and clients, and sorting of their answers."""
 
 import logging
 import time
@@ -9,48 +9,48 @@ from flwr.serverapp import Grid
 
 from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
-from fedpriv.flower.messages import Introduction, introduction, printable
+from fedpriv.flower.messages import NodeInfo, ask_node_info, printable
 
 __all__ = ["MAX_REASON", "REJOIN_SECONDS", "find_clients", "find_rejoined", "in_words", "sort_answers"]
 
 _log = logging.getLogger("flwr")
 
 MAX_REASON = 600
-"""Most characters of what a client says that are shown."""
+"""Maximum number of characters shown of a client's error."""
 
-# Nodes join one after the other. Without a number to wait for, they are all there when none came for so long.
+# Nodes join one after the other. Without an expected number, all have joined if none came for so long.
 _SETTLED_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
 REJOIN_SECONDS = 60.0
-"""How long is waited for nodes that came later to say who they are."""
+"""Seconds to wait for the ids of nodes that joined later."""
 
 _MAX_LISTED = 3
 _MAX_KEYS = 10
 
 
 def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout: float) -> list[int]:
-    """The node of each client, by client id.
+    """Return the node of each client, indexed by client id.
 
-    Each node is asked for its `partition-id`, which becomes its client id. Where no node has one, clients are numbered
-    by ascending node id (node ids are random, so such a run cannot be reproduced).
+    Each node reports its `partition-id`, which becomes its client id. If no node has one, clients are numbered by
+    ascending node id (node ids are random, so such a run cannot be reproduced).
 
     Args:
-        grid: Reaches the nodes.
-        expected: How many clients there are; None for as many as there are nodes.
+        grid: Connection to the nodes.
+        expected: Number of clients; None for the number of nodes.
         join_timeout: Seconds to wait for nodes to join.
         timeout: Seconds to wait for their answers.
 
     Raises:
-        UserError: If there are fewer or more nodes, if one does not answer, if one has no `private_mod`, or if ids are
-            not 0 to n - 1. Nothing is spent then.
+        UserError: If there are fewer or more nodes, if a node does not answer or has no `private_mod`, or if the ids
+            are not 0 to n - 1. No privacy is spent in that case.
     """
     nodes = _joined(grid, expected, join_timeout)
-    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in nodes}
+    asked = {node: Message(ask_node_info(), node, MessageType.TRAIN) for node in nodes}
     contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
     if failures:
         raise UserError(
-            "introduction (is there a ClientApp(mods=[private_mod])?)",
+            "nodes (is there a ClientApp(mods=[private_mod])?)",
             f"an answer from each of {len(nodes)} clients",
             in_words({node: f"node {node}: {reason}" for node, reason in failures.items()}, "node"),
             "Fix these clients and start the run again",
@@ -59,26 +59,26 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
 
 
 def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int], seconds: float = REJOIN_SECONDS) -> list[int]:
-    """Return the node of each client after clients whose node is gone have been looked for under new node ids.
+    """Return the node of each client, after a search for clients that came back with new node ids.
 
-    A node that restarts may come back with another id. It is asked who it is, and is recognized by its `partition-id`.
+    A node that restarts may get another id. The server recognizes it by its `partition-id`.
 
     Args:
-        grid: Reaches the nodes.
-        nodes: The node of each client, by client id.
-        seen: Nodes that were asked before; those that are asked now are added.
-        seconds: How long to wait for their answers.
+        grid: Connection to the nodes.
+        nodes: Node of each client, indexed by client id.
+        seen: Nodes that were asked before; nodes asked now are added.
+        seconds: Seconds to wait for their answers.
     """
     online = set(grid.get_node_ids())
     new = [] if online.issuperset(nodes) else sorted(online - set(nodes) - seen)
     if not new:
         return list(nodes)
     seen.update(new)
-    asked = {node: Message(introduction(), node, MessageType.TRAIN) for node in new}
+    asked = {node: Message(ask_node_info(), node, MessageType.TRAIN) for node in new}
     contents, _ = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=seconds), 0.0)
     found = list(nodes)
     for node, content in contents.items():
-        who = Introduction.of_answer(content)
+        who = NodeInfo.of_answer(content)
         client = None if who is None else who.client
         if client is not None and 0 <= client < len(found) and found[client] not in online:
             _log.info("client %d is back as node %d", client, node)
@@ -89,15 +89,15 @@ def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int], seconds: flo
 def sort_answers(
     asked: Mapping[int, Message], answers: Iterable[Message], timeout: float
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-    """Return the contents of answers, and why others could not be had, each by key and in the order of `asked`.
+    """Return the contents of answers, and the reasons for missing ones, each by key and in the order of `asked`.
 
-    Answers are told apart by the message that they answer, since an error in place of a dead node does not say which
-    node it is for. What another node answers does not count, nor does a second answer.
+    Answers are matched by the message that they answer, because an error on behalf of a dead node does not name the
+    node. Answers from another node and second answers do not count.
 
     Args:
-        asked: The messages that were sent.
-        answers: The messages that came back.
-        timeout: How many seconds were waited.
+        asked: Messages that were sent.
+        answers: Messages that came back.
+        timeout: Time waited, in seconds, for the reasons.
     """
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked.values()}
     others = set(node_of.values())
@@ -120,11 +120,11 @@ def sort_answers(
 
 
 def in_words(failures: Mapping[int, str], who: str = "client") -> str:
-    """Return the first failures in one line, and how many more there are; equal ones are named once.
+    """Return the first failures in one line, and the number of others; equal failures are grouped.
 
     Args:
-        failures: One line each, which may begin with whom it is about, such as `client 3: `.
-        who: What the keys are.
+        failures: One line for each key, which may begin with the key, such as `client 3: `.
+        who: Noun for the keys.
     """
     alike: dict[str, list[int]] = {}
     for key, line in failures.items():
@@ -138,7 +138,7 @@ def in_words(failures: Mapping[int, str], who: str = "client") -> str:
 
 
 def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
-    """The node ids, ascending, once all have joined."""
+    """Return the node ids, ascending, once all have joined."""
     if getattr(grid, "all_are_there", False):  # `fedpriv.flower.apps.grid.AppGrid`
         return _right_number(list(grid.get_node_ids()), expected, "", f"Start it with --clients {expected}")
     began = changed = time.monotonic()
@@ -167,10 +167,10 @@ def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remed
     return found
 
 
-def _introduced(content: RecordDict, who: str) -> Introduction:
-    found = Introduction.of_answer(content)
+def _introduced(content: RecordDict, who: str) -> NodeInfo:
+    found = NodeInfo.of_answer(content)
     if found is None:
-        raise UserError(who, "a ClientApp with private_mod", "one without", "Write ClientApp(mods=[private_mod])")
+        raise UserError(who, "a ClientApp with private_mod", "an app without it", "Write ClientApp(mods=[private_mod])")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The model of a run that ends with an error is stored: what was spent on it is spent."""
+"""Storage of the model of a run that ends with an error, since its privacy budget is spent."""
 
 import logging
 from pathlib import Path
@@ -13,12 +13,12 @@ _log = logging.getLogger("flwr")
 
 
 def rescue(model: ArrayRecord, rounds: int, folder: Path) -> Path | None:
-    """Store a model and return its file, which is logged; None if no round was finished, or the disk does not take it.
+    """Store a model, log its file and return it; None if no round was finished, or if the model cannot be written.
 
     Args:
-        model: The model after the last finished round.
-        rounds: How many rounds were finished.
-        folder: Where to; no file there is replaced.
+        model: Model after the last finished round.
+        rounds: Number of finished rounds.
+        folder: Folder of the file; existing files are not replaced.
     """
     if rounds == 0:
         return None
@@ -33,7 +33,7 @@ def rescue(model: ArrayRecord, rounds: int, folder: Path) -> Path | None:
 
 
 def _free(folder: Path, name: str) -> Path:
-    """Return a name with which no file is there yet."""
+    """Return a file that does not exist yet."""
     number, file = 1, folder / f"{name}.safetensors"
     while file.exists():
         number += 1

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this: it adds the curves, and what selects and sorts. It loads and sends nothing.
+// The page is complete without this script: it adds the curves and the controls. It loads and sends nothing.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
@@ -69,7 +69,7 @@
   const which = byId("which");
   const words = byId("words");
   const hidden = new Set();
-  const HINT = "Point at a curve, or choose the chart and use the arrow keys, to read its values.";
+  const HINT = "Point at a curve, or focus the chart and use the arrow keys, to read its values.";
   let shown = [];
   let place = null; // { curve, point }
 
@@ -152,21 +152,21 @@
       for (const { curve, points: own } of shown) {
         const up = own.map((p) => `${px(p.x)} ${py(Math.min(curve.values.high[p.at], y1))}`);
         const down = own.map((p) => `${px(p.x)} ${py(Math.max(curve.values.low[p.at], y0))}`).reverse();
-        const { colour } = data.series[curve.series];
-        make("path", { class: "band", d: `M${up.join("L")}L${down.join("L")}Z`, style: `fill: var(--c${colour})` }, chart);
+        const { color } = data.series[curve.series];
+        make("path", { class: "band", d: `M${up.join("L")}L${down.join("L")}Z`, style: `fill: var(--c${color})` }, chart);
       }
     }
     for (const item of shown) {
-      const { colour, dash } = data.series[item.curve.series];
+      const { color, dash } = data.series[item.curve.series];
       for (const point of item.points) [point.px, point.py] = [px(point.x), py(point.y)];
       item.node = make("path", {
         class: item.curve.best || which.value === "best" ? "curve" : "curve more",
         d: `M${item.points.map((p) => `${p.px.toFixed(1)} ${p.py.toFixed(1)}`).join("L")}`,
-        style: `stroke: var(--c${colour})`,
+        style: `stroke: var(--c${color})`,
         "stroke-dasharray": data.dashes[dash],
         "data-setting": item.curve.setting,
       }, chart);
-      if (item.points.length === 1) make("circle", { cx: item.points[0].px, cy: item.points[0].py, r: 4, style: `fill: var(--c${colour})` }, chart);
+      if (item.points.length === 1) make("circle", { cx: item.points[0].px, cy: item.points[0].py, r: 4, style: `fill: var(--c${color})` }, chart);
     }
     place = null;
     tell();
@@ -186,8 +186,8 @@
     }
     const { item, point } = place;
     const { curve } = item;
-    const { colour, name } = data.series[curve.series];
-    make("circle", { class: "spot", cx: point.px, cy: point.py, r: 5, style: `fill: var(--c${colour}); stroke: var(--panel); stroke-width: 2` }, chart);
+    const { color, name } = data.series[curve.series];
+    make("circle", { class: "spot", cx: point.px, cy: point.py, r: 5, style: `fill: var(--c${color}); stroke: var(--panel); stroke-width: 2` }, chart);
     const values = curve.values;
     const parts = [`${yAxis.selectedOptions[0].textContent} ${format(yAxis.value, point.y)}`];
     if (yAxis.value === "test_accuracy" && curve.seeds > 1) {
@@ -244,7 +244,7 @@
     const xs = [...new Set(shown.flatMap((item) => item.points.map((p) => p.x)))].sort((a, b) => a - b);
     const count = Math.min(xs.length, 8);
     const some = Array.from({ length: count }, (_, i) => xs[Math.round((i * (xs.length - 1)) / Math.max(count - 1, 1))]);
-    element("caption", box, `${yAxis.selectedOptions[0].textContent}, the last value up to each ${xAxis.selectedOptions[0].textContent}`);
+    element("caption", box, `${yAxis.selectedOptions[0].textContent}, the latest value at each ${xAxis.selectedOptions[0].textContent}`);
     const head = element("tr", element("thead", box));
     for (const title of ["", "setting", ...some.map((x) => format(xAxis.value, x, some.at(-1)))]) element("th", head, title).scope = "col";
     const body = element("tbody", box);
@@ -266,11 +266,11 @@
   });
 
   const legend = byId("legend");
-  const buttons = data.series.map(({ name, colour, dash, best }, number) => {
+  const buttons = data.series.map(({ name, color, dash, best }, number) => {
     const button = element("button", legend);
     button.type = "button";
     const sample = make("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }, button);
-    make("path", { d: "M1 5H25", fill: "none", "stroke-width": 3, "stroke-dasharray": data.dashes[dash], style: `stroke: var(--c${colour})` }, sample);
+    make("path", { d: "M1 5H25", fill: "none", "stroke-width": 3, "stroke-dasharray": data.dashes[dash], style: `stroke: var(--c${color})` }, sample);
     element("span", button, best ? `${name}: ${best}` : name);
     button.addEventListener("click", () => {
       if (!hidden.delete(number)) hidden.add(number);

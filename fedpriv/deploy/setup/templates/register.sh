@@ -1,10 +1,10 @@
 #!/bin/sh
-# Tells the server about the keys in nodes/. It may run again at any time: keys that the server knows stay as they are.
+# Registers the keys in nodes/ with the server. It may run again at any time: known keys stay unchanged.
 set -eu
 cd "$$(dirname "$$0")"
 : "$${FEDPRIV:=fedpriv}"
 if ! command -v "$$FEDPRIV" > /dev/null; then
-    echo "$$0: expected fedpriv on the PATH, got none. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
+    echo "$$0: fedpriv is not on the PATH. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
     exit 2
 fi
 exec "$$FEDPRIV" deploy register .

@@ -4,7 +4,7 @@ set -eu
 cd "$$(dirname "$$0")"
 : "$${FEDPRIV:=fedpriv}"
 if ! command -v "$$FEDPRIV" > /dev/null; then
-    echo "$$0: expected fedpriv on the PATH, got none. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
+    echo "$$0: fedpriv is not on the PATH. Activate its environment, or set FEDPRIV=/path/to/fedpriv." >&2
     exit 2
 fi
 exec "$$FEDPRIV" deploy $command .

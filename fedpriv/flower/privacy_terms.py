@@ -1,4 +1,4 @@
-"""The promise of a deployment to a client, as it travels and as the client's ledger keeps it."""
+"""Privacy terms of a deployment, as sent to a client and stored in the client's ledger."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,28 +6,28 @@ from typing import Any
 from fedpriv.errors import UserError, nearest
 from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
 
-__all__ = ["NO_PROMISE", "Promise", "promised"]
+__all__ = ["NO_PROMISE", "PrivacyTerms", "promised"]
 
 NO_PROMISE = "none"
-"""The trust of a run that promises nothing."""
+"""Trust of a run without a privacy guarantee."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promise:
-    """A privacy plan but for the method's bound: every fact that its epsilon depends on.
+class PrivacyTerms:
+    """Privacy plan without the method's bound: every value that its epsilon depends on.
 
     Args:
-        trust: See `PrivacyPlan`; "none" promises nothing.
+        trust: See `PrivacyPlan`; "none" for no privacy guarantee.
         adjacency: See `PrivacyPlan`.
         delta: See `PrivacyPlan`.
         noise_multiplier: See `PrivacyPlan`.
-        rounds: How many turns there will be.
-        sampling: The cohorts' name.
+        rounds: Number of turns.
+        sampling: Name of the sampling.
         population: Number of clients.
-        probability: Chance that a client is asked in a turn.
-        cohort_size: Clients asked if that number is fixed; otherwise 0.
-        client_memory: See `PrivacyPlan`. Promises from before it was written down are counted as with memory, which is
-            never too low.
+        probability: Probability that a client is asked in a turn.
+        cohort_size: Number of clients asked, if it is fixed; otherwise 0.
+        client_memory: See `PrivacyPlan`. Older terms without this field count as with memory, which never
+            underestimates epsilon.
         unit: See `PrivacyPlan`.
     """
 
@@ -45,21 +45,25 @@ class Promise:
 
     @property
     def trust_rules(self) -> Trust | None:
-        """What follows from who adds the noise; None if nothing is promised, or nothing that is known."""
+        """Rules of the trust; None without a privacy guarantee, and for an unknown trust."""
         return trust_of(self.trust) if self.trust in TRUSTS else None
 
     @property
     def against_server(self) -> bool:
-        """Whether something is promised against the server itself."""
+        """True if the guarantee holds against the server itself."""
         return self.trust_rules is not None and not self.trust_rules.trusts_server
 
     @property
     def charges_participations(self) -> bool:
-        """Whether a client pays for its own messages: its own noise protects it."""
+        """True if a client pays for its own messages, because its own noise protects it."""
         return self.trust_rules is not None and self.trust_rules.charges_participations
 
     def plan(self, l2_bound: float) -> PrivacyPlan:
-        """The plan for messages of at most that norm; a `UserError` if there is none."""
+        """Return the plan for messages of norm at most `l2_bound`.
+
+        Raises:
+            UserError: If there is no such plan.
+        """
         if self.sampling not in SAMPLINGS:
             raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
         cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
@@ -77,11 +81,11 @@ class Promise:
 
 
 def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[str, Any]:
-    """Return the fields of the `Promise` that a server makes.
+    """Return the fields of a server's `PrivacyTerms`.
 
     Args:
-        plan: Its plan; None if it promises nothing.
-        sampling: The cohorts.
+        plan: The server's plan; None without a privacy guarantee.
+        sampling: Sampling of the cohorts.
         rounds: Number of turns.
     """
     facts: dict[str, Any] = {"trust": NO_PROMISE, "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from fedpriv.feedback import Release
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, client_part, optimized
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, optimized, server_step
 from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
 FALSE_ALARM = 1e-9
@@ -128,7 +128,7 @@ def fresh_clients(method: Method, clients: int, size: int, dtype: torch.dtype = 
 
 def damping_of(method: Method) -> float:
     """How much of its memory the method forgets each round."""
-    return float(getattr(client_part(method), "damping", 0.0))
+    return float(getattr(method.client_part, "damping", 0.0))
 
 
 def memories_after(method: Method, state: Any, round: int) -> Tensor:
@@ -139,7 +139,7 @@ def memories_after(method: Method, state: Any, round: int) -> Tensor:
 
 
 def accepts_variance(samples: np.ndarray, variance: float) -> bool:
-    """Two-sided chi-square test that independent centred normal samples have `variance`, at `FALSE_ALARM`."""
+    """Two-sided chi-square test that independent centered normal samples have `variance`, at `FALSE_ALARM`."""
     samples = np.asarray(samples, dtype=np.float64).ravel()
     below = stats.chi2.cdf((samples**2).sum() / variance, len(samples))
     return bool(FALSE_ALARM / 2 < below < 1.0 - FALSE_ALARM / 2)
@@ -168,7 +168,7 @@ def descend(
     for k in range(1, rounds + 1):
         messages, clients = method.client_rule(clients, gradients(server.model), None, k)
         scaled = method if lr_decay == 1.0 else dataclasses.replace(method, server_lr=method.server_lr * lr_decay**k)  # type: ignore[type-var,attr-defined]
-        server = scaled.server_rule(server, messages.sum(dim=0) / len(messages), 1.0)
+        server = server_step(scaled, server, messages.sum(dim=0) / len(messages), 1.0)
         states.append(server)
         sent.append(messages)
     return states, sent

@@ -73,7 +73,7 @@ class Kind:
 
     clients: int
     row: Callable[[random.Random], Any]
-    relabelled: Callable[[Any], Any]
+    relabeled: Callable[[Any], Any]
     write: Callable[[Path, Rows], None]
 
     def held(self) -> Rows:
@@ -84,7 +84,7 @@ class Kind:
         held, rng = self.held(), random.Random(9)
         rows = held[CHANGED]
         held[CHANGED] = {
-            "labels": lambda: [self.relabelled(row) for row in rows],
+            "labels": lambda: [self.relabeled(row) for row in rows],
             "order": lambda: rng.sample(rows, len(rows)),
             "values": lambda: [self.row(rng) for _ in rows],
             "fewer": lambda: rows[:4],

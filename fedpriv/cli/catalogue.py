@@ -1,0 +1,96 @@
+"""Everything that a config can name, as `fedpriv list` shows it.
+
+Reading it off the classes would import torch. So it is kept in `catalogue.json`, which
+`python -m fedpriv.cli.catalogue` writes, and a test compares with the classes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from fedpriv.native import about_compiled, native_library
+
+__all__ = ["catalogue", "described"]
+
+PACKAGE = Path(__file__).parents[1]
+FILE = Path(__file__).with_suffix(".json")
+GROUPS = {
+    "fedpriv.methods": "methods",
+    "fedpriv.server_optimizers": "server",
+    "fedpriv.datasets": "data",
+    "fedpriv.partitions": "partitions",
+    "fedpriv.shifts": "shifts",
+    "fedpriv.models": "models",
+    "fedpriv.local_works": "local",
+    "fedpriv.devices": "devices",
+}
+"""The groups of entry points by which packages add names."""
+
+Entries = dict[str, dict[str, Any]]
+
+
+def catalogue() -> dict[str, Entries]:
+    """Return what a config can name: by kind and name, a description (`about`) and the default of each key (`keys`)."""
+    kinds: dict[str, Entries] = json.loads(FILE.read_text(encoding="utf-8"))
+    for group, kind in GROUPS.items():
+        for entry in entry_points(group=group):
+            package = "" if entry.dist is None else f" of {entry.dist.name} {entry.dist.version}"
+            kinds[kind].setdefault(entry.name, {"about": f"{entry.value}{package}", "keys": {}})
+    files = {"client step": PACKAGE / "engines" / "feedback.c", "noise": PACKAGE / "mechanisms" / "gaussian.c"}
+    found = {name: native_library(file, lambda _: None) is not None for name, file in files.items()}
+    return {**kinds, "in C": {name: {"about": about_compiled(there), "keys": {}} for name, there in found.items()}}
+
+
+def described() -> dict[str, Entries]:
+    """Return the built-in part of the catalogue, read off the classes."""
+    from fedpriv.clock import DEVICES, SCHEDULES
+    from fedpriv.data.dataset import DATASETS
+    from fedpriv.data.partitions import PARTITIONS
+    from fedpriv.data.shifts import SHIFTS
+    from fedpriv.experiment.execution import ENGINES
+    from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
+    from fedpriv.privacy import SAMPLINGS
+    from fedpriv.tasks.local_work import LOCAL_WORKS
+    from fedpriv.tasks.models import MODELS
+
+    return {
+        "methods": _describe(METHODS),
+        "server": _describe(SERVER_OPTIMIZERS),
+        "data": _describe(DATASETS),
+        "partitions": _describe(PARTITIONS),
+        "shifts": _describe(SHIFTS),
+        "models": _describe(MODELS),
+        "local": _describe(LOCAL_WORKS),
+        "cohorts": _describe(SAMPLINGS, hidden=("population",)),
+        "devices": _describe(DEVICES),
+        "schedules": _describe(SCHEDULES),
+        "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
+    }
+
+
+def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "about": _first_line(kind),
+            "keys": {f.name: _default(f) for f in dataclasses.fields(kind) if f.init and f.name not in hidden},
+        }
+        for name, kind in kinds.items()
+        if kind.__module__.partition(".")[0] == "fedpriv"
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return "required" if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(described(), indent=1) + "\n", encoding="utf-8")

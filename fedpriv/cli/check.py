@@ -1,0 +1,43 @@
+"""Trying an experiment before it is run."""
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    settings: Settings = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    data_root: DataRoot = None,
+) -> None:
+    """Check an experiment in seconds: load everything it names and let one client compute one step."""
+    from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.dry_run import try_experiment
+    from fedpriv.privacy import rounded_up
+
+    experiment = load_config(config, settings or ())
+    found = try_experiment(experiment, device=device, data_root=data_root)
+    shape = " x ".join(map(str, found.input_shape)) or "one number"
+    numbers = dict.fromkeys(f"{number:,}" for number in (found.fewest, found.most) if number is not None)
+    held = f", {' to '.join(numbers)} examples each" if numbers else ""
+    print(f"data        {found.examples:,} examples to train on, {found.test_examples:,} to test on; inputs {shape}")
+    print(f"clients     {found.clients:,}{held}; {found.classes:,} labels")
+    print(f"model       {found.parameters:,} trainable parameters, first loss {found.loss:.4g}")
+    print(f"client      one computed its signal, of length {found.signal_norm:.4g}")
+    if found.epsilon is None:
+        print("privacy     none")
+    else:
+        rounds = experiment.training.rounds
+        print(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {rounds:,} rounds")
+    for key, source in found.sources.items():
+        print(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
+    if found.warning is not None:
+        print(f"warning     {found.warning}", file=sys.stderr)
+    again = ["fedpriv", "run", str(config), *(part for setting in settings or () for part in ("-s", setting))]
+    print(f"next        {shlex.join(again)}")

@@ -1,0 +1,82 @@
+"""Output of `fedpriv run`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedpriv.cli.app import picture
+from fedpriv.errors import UserError
+from fedpriv.experiment.learned import learned_nothing, warnings_of
+from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
+from fedpriv.privacy import rounded_up
+
+__all__ = ["print_summary", "print_warnings"]
+
+
+def print_summary(summary: dict[str, Any], directory: Path) -> None:
+    """Print the results of a finished run.
+
+    Args:
+        summary: See `fedpriv.run_experiment`.
+        directory: The run directory.
+    """
+    accuracy, loss = summary["test_accuracy"], summary["test_loss"]
+    if summary["private"]:
+        promise = f"{rounded_up(summary['epsilon'])} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
+        promise += f"\nadversary   {summary['adversary']}"
+    else:
+        promise = "none: this run is not private"
+    if summary.get("validation_accuracy") is not None:
+        unprotected = _mark(summary, "validation_accuracy")
+        print(f"validation  {summary['validation_accuracy']:.4f} on the held-out examples, to choose by{unprotected}")
+    print(
+        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
+        f"{_mark(summary, 'test_accuracy')}\n"
+        f"epsilon     {promise}\n"
+        f"{_clock_line(summary, directory)}"
+        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
+        f"picture     {picture(directory / 'curves.png')}\n"
+        f"statement   {directory / 'privacy.txt'}"
+    )
+
+
+def print_warnings(directory: Path) -> None:
+    """Print the warnings in the diagnostics of a run.
+
+    Raises:
+        UserError: If no update was finite, so that nothing was learned. The records are complete in that case, too.
+    """
+    rows = RunDirectory(directory).rows("diagnostics.jsonl")
+    warnings = warnings_of(rows)
+    if learned_nothing(rows):
+        remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
+        raise UserError("the run", "updates of finite numbers", "no such update", remedy)
+    for warning in warnings:
+        print(f"warning     {warning}", file=sys.stderr)
+
+
+def _mark(summary: dict[str, Any], score: str) -> str:
+    """Return the warning for a score that is computed on the examples of protected clients; empty for other scores."""
+    return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
+
+
+def _clock_line(summary: dict[str, Any], directory: Path) -> str:
+    """Return the line on the simulated duration and traffic of a run; empty without a virtual clock."""
+    unreleased = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # the clock may reveal who took part
+    found = {**unreleased, **summary}
+    if "simulated_seconds" not in found:
+        return ""
+    hours, rest = divmod(round(found["simulated_seconds"]), 3600)
+    down, up = (found[key] / 1e6 for key in ("bytes_down", "bytes_up"))
+    return f"clock       {hours} h {rest // 60} min {rest % 60} s, {down:.1f} MB down, {up:.1f} MB up (simulated)\n"
+
+
+def _engine_line(summary: dict[str, Any]) -> str:
+    """Return the engine that ran, with the measured times if it was chosen by measurement."""
+    ran, line = summary["execution"], summary["engine"]
+    if ran.get("workers", 1) > 1:
+        line += f" with {ran['workers']} workers, {ran['compute']} inside"
+    if ran.get("seconds_per_client"):
+        each = ", ".join(f"{name} {1e3 * seconds:.2g}" for name, seconds in ran["seconds_per_client"].items())
+        line += f" (measured, ms a client: {each})"
+    return line

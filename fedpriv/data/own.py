@@ -1,0 +1,242 @@
+"""Data sets that a function returns, such as `"./data.py:load"`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.files import default_data_root
+from fedpriv.data.validation import test_rows_within
+from fedpriv.errors import UserError, nearest
+from fedpriv.plugins import line_of, settings_of
+from fedpriv.privacy.released import Whose
+
+__all__ = ["OwnData", "dataset_of", "labelled_arrays"]
+
+_KEY = "data.name"
+# Keys of [data] that do not belong to the data set.
+_RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
+_ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """Base of the settings of such a data set; the fields of what `of` returns are the function's parameters.
+
+    A parameter named `data_root` is passed by the program. The function returns a `Dataset`, or a mapping for
+    `dataset_of`; every process that needs the data calls it, so that it has to return the same each time.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+    called: ClassVar[Callable[..., Any]]
+    asked: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def of(found: Any, where: str, name: str) -> "type[OwnData]":
+        """Return the settings of a function that returns data; see `fedpriv.plugins.Registry`."""
+        if not callable(found):
+            remedy = "Name a function that returns the arrays"
+            raise UserError(where, "a function", f"{name!r}, which is a {type(found).__name__}", remedy)
+        return settings_of(OwnData, found, where, given=("data_root",), reserved=_RESERVED)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Call the function; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If the function raises, or returns something else.
+        """
+        called, options = type(self).called, {field.name: getattr(self, field.name) for field in fields(self)}
+        if "data_root" in self.asked:
+            options["data_root"] = data_root or default_data_root()
+        try:
+            found = called(**options)
+        except UserError:
+            raise
+        except Exception as error:
+            remedy = "Correct it, or its keys in [data]"
+            raise UserError(_KEY, "a function that returns data", line_of(error, called), remedy) from error
+        return dataset_of(found, getattr(called, "__name__", "own"))
+
+
+def dataset_of(found: Any, name: str) -> Dataset:
+    """Return a data set made of arrays, whose every value is checked.
+
+    Args:
+        found: A `Dataset`; or a mapping with `inputs` (numbers, `[examples, *input_shape]`) and `labels` (whole numbers
+            from 0, `[examples]`). Optional are `client_ids` (the natural client of each example: whole numbers or
+            texts), `clients` (the ids of all clients, if some hold no example), `test_inputs` and `test_labels` (which
+            count as public), and `classes` (the number of labels; by default one more than the largest). All are arrays
+            of numpy or torch, or lists. Without test arrays, a fifth of each natural client's own examples is held
+            out, or of each label's.
+        name: What to call the data set.
+
+    Raises:
+        UserError: If an array is missing or unknown, or has a wrong shape, type or value; it names the first row.
+    """
+    if isinstance(found, Dataset):
+        return found
+    if not isinstance(found, Mapping):
+        remedy = f"Return a mapping with {', '.join(_ARRAYS[:3])}"
+        raise UserError(_KEY, "a function that returns a mapping of arrays", f"a {type(found).__name__}", remedy)
+    for key in found:
+        if key not in _ARRAYS:
+            raise UserError(f"dataset {name}", "known arrays", repr(key), nearest(str(key), _ARRAYS))
+    inputs, labels, _ = labelled_arrays(found, name)
+    groups, population = None, None
+    if found.get("client_ids") is not None:
+        groups, population = _clients(name, found["client_ids"], found.get("clients"), len(inputs))
+    given = [key for key in ("test_inputs", "test_labels") if found.get(key) is not None]
+    if len(given) == 1:
+        raise UserError(f"dataset {name}", "both test_inputs and test_labels", f"only {given[0]}", "Return both")
+    test_groups = None
+    if given:
+        test = _numbers(name, found, "test_inputs"), _whole_numbers(name, found, "test_labels")
+        _same_length(name, "test_labels", test[1], len(test[0]))
+    else:
+        held = _every_fifth(labels) if groups is None else test_rows_within(groups)
+        if not held.any():
+            remedy = "Return test_inputs and test_labels, or more examples"
+            raise UserError(f"dataset {name}", "enough examples to hold some out to test on", len(labels), remedy)
+        test = inputs[held], labels[held]
+        inputs, labels = inputs[~held], labels[~held]
+        if groups is not None:
+            groups, test_groups = groups[~held], groups[held]
+    arrays = (inputs, labels, *test)
+    return Dataset(
+        name=name,
+        **dict(
+            zip(
+                ("train_inputs", "train_labels", "test_inputs", "test_labels"),
+                (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays),
+                strict=True,
+            )
+        ),
+        classes=_classes(name, found.get("classes"), labels, test[1]),
+        groups=groups,
+        natural_clients=population,
+        test_groups=test_groups,
+    )
+
+
+def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return inputs float32 `[examples, *input_shape]`, labels int64 `[examples]` and the number of labels.
+
+    Args:
+        found: The mapping that `dataset_of` takes.
+        name: What to call it in errors.
+
+    Raises:
+        UserError: If an array is missing, or has a wrong shape, type or value; it names the first row.
+    """
+    for key in ("inputs", "labels"):
+        if found.get(key) is None:
+            got = f"only {', '.join(map(str, found))}" if found else "none"
+            raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
+    inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
+    _same_length(name, "labels", labels, len(inputs))
+    return inputs, labels, _classes(name, found.get("classes"), labels)
+
+
+def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+    value = found[key]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise UserError(f"dataset {name}", f"{key} of one shape", str(error), "Make all rows equally long") from None
+    if array.ndim == 0 or len(array) == 0:
+        raise UserError(f"dataset {name}", f"{key} with at least one row", f"shape {array.shape}", "Return rows")
+    return array
+
+
+def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+    """The array as float32, all of it finite."""
+    array = _array(name, found, key)
+    if array.dtype.kind not in "biuf":
+        row = _first_row(array, lambda value: not isinstance(value, int | float | np.number))
+        got = f"{array.dtype} ({_shown(array, row)})"
+        raise UserError(f"dataset {name}", f"{key} that are numbers", got, "Encode categories as numbers")
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        row = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
+        remedy = "Fill in or leave out missing values, by a rule that does not look at other clients"
+        raise UserError(f"dataset {name}", f"finite float32 {key}", f"NaN or infinity in row {row}", remedy)
+    return array
+
+
+def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+    """The array as int64 `[examples]`, from 0."""
+    array = _array(name, found, key)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    expected = f"{key} that are whole numbers from 0, one for each example"
+    remedy = "Number the labels from 0 by a fixed list"
+    if array.ndim != 1:
+        raise UserError(f"dataset {name}", expected, f"shape {array.shape}", remedy)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"dataset {name}", expected, f"{array.dtype} ({_shown(array, 0)})", remedy)
+    wrong = ~(np.isfinite(array) & (array >= 0) & (array == np.floor(array)))
+    if wrong.any():
+        raise UserError(f"dataset {name}", expected, _shown(array, int(np.argmax(wrong))), remedy)
+    return array.astype(np.int64)
+
+
+def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
+    """The rank of each example's client among all, int64 `[examples]`, and the number of clients."""
+    array, remedy = (
+        _array(name, {"client_ids": ids}, "client_ids"),
+        "Give each example the number or name of its client",
+    )
+    if array.ndim != 1 or array.dtype.kind not in "biuUSO":
+        got = f"{array.dtype} of shape {array.shape}"
+        raise UserError(f"dataset {name}", "client_ids that are whole numbers or texts", got, remedy)
+    _same_length(name, "client_ids", array, examples)
+    if array.dtype.kind == "O":
+        missing = _first_row(array, lambda value: not isinstance(value, str | int))
+        if missing is not None:
+            raise UserError(f"dataset {name}", "a client for each example", _shown(array, missing), remedy)
+        array = array.astype(str)
+    known = np.unique(array if everyone is None else np.asarray(everyone))
+    at = np.minimum(np.searchsorted(known, array), len(known) - 1)
+    if (known[at] != array).any():
+        row = int(np.argmax(known[at] != array))
+        raise UserError(f"dataset {name}", "client_ids that are in clients", _shown(array, row), "Add it to clients")
+    return at.astype(np.int64), len(known)
+
+
+def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
+    found = max(int(part.max()) for part in labels) + 1
+    if given is None:
+        return max(found, 2)
+    if isinstance(given, float | np.floating) and float(given).is_integer():
+        given = int(given)
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < found:
+        raise UserError(f"dataset {name}", f"classes of at least {found}", repr(given), "Correct classes or the labels")
+    return int(given)
+
+
+def _same_length(name: str, key: str, array: np.ndarray, examples: int) -> None:
+    if len(array) != examples:
+        raise UserError(f"dataset {name}", f"{key} for {examples:,} examples", f"{len(array):,}", "Return one for each")
+
+
+def _every_fifth(labels: np.ndarray) -> np.ndarray:
+    from fedpriv.data.datasets import every_fifth_of_each_label
+
+    return every_fifth_of_each_label(labels)
+
+
+def _first_row(array: np.ndarray, wrong: Callable[[Any], bool]) -> int | None:
+    rows: Sequence[Any] = array.reshape(len(array), -1).tolist()
+    return next((at for at, row in enumerate(rows) if any(wrong(value) for value in row)), None)
+
+
+def _shown(array: np.ndarray, row: int | None) -> str:
+    return f"row {row}: {str(array[row or 0])[:60]}"

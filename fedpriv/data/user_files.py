@@ -1,0 +1,443 @@
+"""Data sets in a user's own files: CSV, Parquet, npz, LEAF's JSON, and a folder of images.
+
+Scales, categories and labels are declared by the experiment. None is computed from the rows, because the rows are the
+clients': a mean over all of them would let one client change what another one sends.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fedpriv.checks import refuse_beyond_memory
+from fedpriv.data.dataset import Dataset
+from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
+from fedpriv.data.own import dataset_of
+from fedpriv.errors import UserError, nearest, require_extra
+from fedpriv.privacy.released import Whose
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Csv", "ImageFolder", "Leaf", "Npz", "Parquet", "read_arrays"]
+
+Labels = list[str | list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """One file of examples of clients, and perhaps one of public test examples.
+
+    Args:
+        file: The examples; a path from the data root.
+        test_file: Public test examples. Without it, a fifth of each natural client's own examples is held out, or of
+            each label's.
+
+    Raises:
+        UserError: If no file is named.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+    file: str = ""
+    test_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.file:
+            raise UserError("data.file", "a path from the data root", repr(self.file), "Name the file of the examples")
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Read the files; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If a file is missing or damaged, or holds something else; it names the first such row.
+        """
+        root = data_root or default_data_root()
+        found = self._read(_existing(root, self.file, "data.file"))
+        if self.test_file is not None:
+            tests = self._read(_existing(root, self.test_file, "data.test_file"))
+            found = {**found, "test_inputs": tests["inputs"], "test_labels": tests["labels"]}
+            if "classes" in found and "classes" in tests:
+                found["classes"] = max(int(found["classes"]), int(tests["classes"]))
+        return dataset_of(found, Path(self.file).name)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The arrays of one file, for `dataset_of`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table(_Files):
+    """A table, one example a row, whose columns are declared.
+
+    Args:
+        target: The column of the labels.
+        client: The column that says whose row it is; None if the rows belong to no natural clients.
+        numeric: Of each column of numbers, what is subtracted and what the rest is divided by, such as
+            `{age = [40, 15]}`. Public constants, not statistics of the rows.
+        categories: Of each column of categories, all of its values. Each becomes a 0 or 1 of its own.
+        labels: The values of `target`, in the order of the labels 0, 1, ...; several in a list are one label. Without
+            it they have to be whole numbers from 0.
+        missing: Texts that stand for a missing value, besides an empty cell.
+        fill: Of columns of numbers, what takes the place of a missing value, before scaling. A missing category is a
+            row of zeros.
+        drop_missing: Whether rows with a missing value in a declared column are left out.
+        columns: Names of the columns, if the file does not begin with them.
+
+    Raises:
+        UserError: If no column is declared, one is declared twice, or a scale is not a finite number above 0.
+    """
+
+    target: str
+    client: str | None = None
+    numeric: dict[str, tuple[float, float]] = field(default_factory=dict)
+    categories: dict[str, list[str]] = field(default_factory=dict)
+    labels: Labels | None = None
+    missing: list[str] = field(default_factory=list)
+    fill: dict[str, float] = field(default_factory=dict)
+    drop_missing: bool = False
+    columns: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.numeric and not self.categories:
+            remedy = "Declare the columns to learn from, for example data.numeric = {age = [40, 15]}"
+            raise UserError("data.numeric", "at least one column", "none, and no data.categories", remedy)
+        twice = sorted((set(self.numeric) & set(self.categories)) | ({self.target} & {*self.numeric, *self.categories}))
+        if twice:
+            raise UserError(f"data.{twice[0]}", "a column with one meaning", "two", "Declare it once")
+        for name, (shift, scale) in self.numeric.items():
+            if not (math.isfinite(shift) and _is_scale(scale)):
+                expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
+                remedy = "Give what is subtracted, and what the rest is divided by"
+                raise UserError("data.numeric", expected, [shift, scale], remedy)
+        for name in self.fill:
+            if name not in self.numeric:
+                raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+        for name, values in self.categories.items():
+            if not values or len(set(values)) < len(values):
+                raise UserError("data.categories", f"different values of {name}", values, "List each value once")
+
+    def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
+        """The table with its cells as they are."""
+        raise NotImplementedError
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        frame = self._frame(path, self.columns)
+        wanted = [*self.numeric, *self.categories, self.target, *([] if self.client is None else [self.client])]
+        for name in wanted:
+            if name not in frame.columns:
+                remedy = nearest(name, list(map(str, frame.columns)))
+                raise UserError(str(path), f"a column {name!r}", f"{', '.join(map(str, frame.columns))}"[:200], remedy)
+        if self.drop_missing:
+            frame = frame[~np.any([self._absent(frame[name]) for name in wanted], axis=0)]
+        if frame.empty:
+            raise UserError(str(path), "at least one row", "none", "Choose another file")
+        width = len(self.numeric) + sum(map(len, self.categories.values()))
+        refuse_beyond_memory("data.file", 4 * len(frame) * width, "Declare fewer columns, or use fewer rows")
+        parts = [self._scaled(path, frame[name], name) for name in self.numeric]
+        parts += [self._one_hot(path, frame[name], name) for name in self.categories]
+        made: dict[str, Any] = {"inputs": np.concatenate(parts, axis=1)}
+        made["labels"] = self._numbered(path, frame[self.target])
+        if self.labels is not None:
+            made["classes"] = max(len(self.labels), 2)
+        if self.client is not None:
+            made["client_ids"] = self._whose(path, frame[self.client])
+        return made
+
+    def _absent(self, column: "pd.Series[Any]") -> np.ndarray:
+        texts = column.astype(str).str.strip()
+        return (column.isna() | texts.isin(["", *self.missing])).to_numpy(dtype=bool)
+
+    def _scaled(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+        """float32 `[rows, 1]`."""
+        import pandas as pd
+
+        absent = self._absent(column)
+        if absent.any() and name not in self.fill:
+            row = int(np.argmax(absent))
+            remedy = f"Set data.fill = {{{name} = ...}} to a public constant, or data.drop_missing = true"
+            raise UserError(
+                str(path), f"a number in column {name!r}", f"a missing value in row {column.index[row]}", remedy
+            )
+        numbers = pd.to_numeric(column.where(~absent), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        wrong = ~absent & ~np.isfinite(numbers)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            remedy = "Declare it in data.categories, or name what stands for a missing value in data.missing"
+            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
+        shift, scale = self.numeric[name]
+        filled = np.where(absent, self.fill.get(name, 0.0), numbers)
+        with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+            return ((filled - shift) / scale).astype(np.float32)[:, None]
+
+    def _one_hot(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+        """float32 `[rows, categories]`."""
+        values, absent = self.categories[name], self._absent(column)
+        at = _places(column, {value: place for place, value in enumerate(values)})
+        wrong = (at < 0) & ~absent
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            remedy = "Add it to data.categories, or to data.missing"
+            raise UserError(str(path), f"a declared category in column {name!r}", got, remedy)
+        made = np.zeros((len(column), len(values)), dtype=np.float32)
+        rows = np.flatnonzero(at >= 0)
+        made[rows, at[rows]] = 1.0
+        return made
+
+    def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+        """int64 `[rows]`."""
+        if self.labels is None:
+            places = {str(number): number for number in range(len(column) + 1)}
+            remedy = f"List the values of {self.target!r} in data.labels"
+        else:
+            places = {text: label for label, texts in enumerate(self.labels) for text in _listed(texts)}
+            remedy = "Add it to data.labels, or leave such rows out"
+        at = _places(column, places)
+        if (at < 0).any():
+            row = int(np.argmax(at < 0))
+            expected = f"a label in column {self.target!r}"
+            raise UserError(str(path), expected, f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}", remedy)
+        return at
+
+    def _whose(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+        absent = self._absent(column)
+        if absent.any():
+            row, remedy = int(np.argmax(absent)), "Name the client of each row, or leave such rows out"
+            raise UserError(
+                str(path), f"a client in column {self.client!r}", f"none in row {column.index[row]}", remedy
+            )
+        return column.astype(str).str.strip().to_numpy(dtype=object)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv(_Table):
+    """A CSV file of one's own: columns of numbers with declared scales, and of declared categories.
+
+    Args:
+        separator: Between two cells; spaces around cells do not count.
+        comment: A character that begins lines to be left out.
+    """
+
+    separator: str = ","
+    comment: str | None = None
+
+    def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
+        import pandas as pd
+
+        options: dict[str, Any] = {"names": names, "header": "infer" if names is None else None}
+        try:
+            return pd.read_csv(
+                path,
+                sep=self.separator,
+                comment=self.comment,
+                dtype=str,
+                keep_default_na=False,
+                skipinitialspace=True,
+                **options,
+            )
+        except (ValueError, OSError) as error:  # what pandas raises of a file that it cannot read is a ValueError
+            raise _damaged(path, "a CSV file", error) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parquet(_Table):
+    """A Parquet file of one's own, declared like a CSV file."""
+
+    def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
+        import pandas as pd
+
+        require_extra("data.name = 'parquet'", "parquet")
+        try:
+            frame = pd.read_parquet(path)
+        except (ValueError, OSError) as error:
+            raise _damaged(path, "a Parquet file", error) from None
+        return frame if names is None else frame.set_axis(names, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npz(_Files):
+    """Arrays of one's own in a file of `numpy.savez`: `inputs`, `labels` and optionally `client_ids`, `classes`.
+
+    `test_inputs` and `test_labels` may be in the same file; they count as public.
+
+    Args:
+        scale: What inputs are divided by, such as 255 for images of bytes; a public constant.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _is_scale(self.scale):
+            remedy = "Give what inputs are divided by"
+            raise UserError("data.scale", "a number from 1e-20 to 1e20", self.scale, remedy)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        found = read_arrays(path)
+        for key in ("inputs", "test_inputs"):
+            array = found.get(key)
+            if array is None:
+                continue
+            if array.dtype == np.uint8 and self.scale == 1.0:
+                remedy = "Set data.scale = 255, or convert them to float32 in the file"
+                raise UserError("data.scale", f"a scale for {key} that are bytes", "none", remedy)
+            if array.dtype.kind in "biuf":
+                with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+                    found[key] = array / np.float32(self.scale)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf(_Files):
+    """LEAF's JSON of one's own: `users`, and `user_data` with `x` and `y` of each; users may hold no example.
+
+    Args:
+        shape: Shape of one input; None: as the lists are nested.
+
+    Source of the format: Caldas et al., LEAF: A Benchmark for Federated Settings, 2018.
+    """
+
+    shape: list[int] | None = None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            users, held = found["users"], found["user_data"]
+            parts = [(user, held[user]["x"], held[user]["y"]) for user in users]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, "LEAF's JSON with users and user_data", error) from None
+        for user, inputs, labels in parts:
+            if len(inputs) != len(labels):
+                got = f"{len(inputs)} and {len(labels)}"
+                raise UserError(str(path), f"as many x as y of user {user}", got, "Correct the file")
+        inputs = [row for _, rows, _ in parts for row in rows]
+        if self.shape is not None:
+            size = math.prod(self.shape)
+            for at, row in enumerate(inputs):
+                if np.size(row) != size:
+                    expected = f"{size} numbers in each input, of shape {self.shape}"
+                    raise UserError(str(path), expected, f"{np.size(row)} in row {at}", "Correct data.shape")
+            inputs = np.asarray(inputs, dtype=np.float32).reshape(-1, *self.shape)
+        return {
+            "inputs": inputs,
+            "labels": [label for _, _, labels in parts for label in labels],
+            "client_ids": [str(user) for user, rows, _ in parts for _ in rows],
+            "clients": [str(user) for user in users],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(_Files):
+    """A folder of images of one size, `CLIENT/LABEL/image.png` or `LABEL/image.png`; needs the package Pillow.
+
+    Labels are numbered in the order of their names. Pixels are divided by 255.
+
+    Args:
+        clients_first: Whether the first level of folders are the clients.
+        mean: Of each channel, subtracted afterwards; a public constant.
+        std: Of each channel, divided by; a public constant.
+        labels: The names of the folders of labels in their order; None: those found, which then count as public.
+    """
+
+    clients_first: bool = True
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    labels: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(abs(number) <= 1e20 for number in self.mean):
+            raise UserError("data.mean", "numbers from -1e20 to 1e20", self.mean, "Give one for each channel")
+        if not all(_is_scale(number) for number in self.std):
+            raise UserError("data.std", "numbers from 1e-20 to 1e20", self.std, "Give one for each channel")
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        require_extra("data.name = 'image-folder'", "data", ["PIL"])
+        from PIL import Image, UnidentifiedImageError
+
+        if not path.is_dir():
+            raise UserError(str(path), "a folder of images", "a file", "Name the folder in data.file")
+        files = sorted(file for file in path.glob("*/*/*" if self.clients_first else "*/*") if file.is_file())
+        if not files:
+            layout = "CLIENT/LABEL/image.png" if self.clients_first else "LABEL/image.png"
+            raise UserError(str(path), f"images at {layout}", "none", "Move them, or change data.clients_first")
+        names = self.labels or sorted({file.parent.name for file in files})
+        images, labels = [], []
+        for file in files:
+            if file.parent.name not in names:
+                raise UserError(str(file), "a label of data.labels", file.parent.name, nearest(file.parent.name, names))
+            try:
+                with Image.open(file) as image:
+                    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise _damaged(file, "an image", error) from None
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            if images and pixels.shape != images[0].shape:
+                expected = f"channels, height and width {images[0].shape} as in {files[0].name}"
+                raise UserError(str(file), expected, pixels.shape, "Give all images one size and one mode")
+            images.append(pixels)
+            labels.append(names.index(file.parent.name))
+        inputs = np.stack(images).astype(np.float32) / np.float32(255)
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers and len(numbers) != inputs.shape[1]:
+                raise UserError(f"data.{key}", f"{inputs.shape[1]} numbers, one a channel", numbers, "Correct it")
+        if self.mean:
+            inputs -= np.array(self.mean, dtype=np.float32)[:, None, None]
+        if self.std:
+            inputs /= np.array(self.std, dtype=np.float32)[:, None, None]
+        found: dict[str, Any] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2)}
+        return {**found, "client_ids": [file.parts[-3] for file in files]} if self.clients_first else found
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Return the arrays of a file of `numpy.savez`; a single number is one.
+
+    Raises:
+        UserError: If it is no such file, or holds objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(str(path), "a file of numpy.savez", "one of numpy.save", "Write it with numpy.savez")
+            found: dict[str, Any] = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise _damaged(path, "a file of numpy.savez without objects", error) from None
+    return {name: array.item() if array.ndim == 0 else array for name, array in found.items()}
+
+
+def _is_scale(number: float) -> bool:
+    """Return True for a number that float32 inputs can be divided by."""
+    return 1e-20 <= number <= 1e20
+
+
+def _existing(root: Path, file: str, key: str) -> Path:
+    path = root / Path(file).expanduser()
+    if not path.exists():
+        remedy = f"Paths start at the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
+        raise UserError(key, "a file that is there", str(path), remedy)
+    return path
+
+
+def _places(column: "pd.Series[Any]", places: Mapping[str, int]) -> np.ndarray:
+    """The place of each cell's text, int64 `[rows]`; -1 for others. Whole numbers may be written as 1 or 1.0."""
+    texts = column.astype(str).str.strip()
+    exact = texts.map(places)
+    plain = texts.str.replace(r"\.0+$", "", regex=True).map(places)
+    return exact.fillna(plain).fillna(-1).to_numpy(dtype=np.int64)
+
+
+def _listed(texts: str | Sequence[str]) -> Iterable[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _damaged(path: Path, expected: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError(str(path), expected, f"{type(error).__name__}: {reason}", "Correct or replace the file")

@@ -1,0 +1,289 @@
+"""Client of a deployment, which enforces its own policy, stores its memory durably and never noises a message twice.
+
+A device handles instructions in these steps; each line also gives the state on disk if the step is interrupted:
+
+1. It checks the instructions against the client's policy, and the turn against the client's record. Nothing changes.
+2. It computes the message. Nothing changes, and the device may follow the same instructions again.
+3. It writes the message and the new memory next to the current memory, which stays valid. Only this step needs space: a
+   full disk stops the device here or in the next step, and nothing is charged.
+4. It writes the release to the ledger. The release counts even if it is never sent, so the ledger never underestimates.
+   With the next instructions, the device finds the message of the last ledger entry and continues with step 5.
+5. It replaces the memory by the new one. From now on, the same request gets the same message.
+6. It sends the message together with the signed head of the ledger.
+
+Before step 2, the device compares the ledger with every record of its length: the memory file of each run, and the head
+that the server sends (`fedpriv.deploy.device.heads`). A lost ledger, or an older copy of it, stops all runs.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedpriv.deploy.device.heads import Head, LedgerKey
+from fedpriv.deploy.device.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
+from fedpriv.deploy.device.memory import MemoryFile, Record, remembered_ledgers
+from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
+from fedpriv.engines import one_thread
+from fedpriv.errors import UserError
+from fedpriv.files import make_private_folder, only_one
+from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
+from fedpriv.flower.refusals import Refusal
+from fedpriv.methods import ClientState, has_memory
+from fedpriv.rounds import client_round
+from fedpriv.streams import Streams, SystemStreams
+
+__all__ = ["Device"]
+
+STATE_FOLDER = "state"
+
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Client with a home folder that holds its policy; its memories and its ledger are in the subfolder `state`.
+
+    Args:
+        policy: Policy of the client.
+        folder: Folder of its records.
+        streams: Source of its noise; any source other than the operating system is for tests.
+    """
+
+    policy: Policy
+    folder: Path
+    streams: Streams = field(default_factory=SystemStreams)
+
+    @classmethod
+    def at(cls, home: Path, streams: Streams | None = None) -> "Device":
+        """Return the client with a home folder.
+
+        Raises:
+            UserError: If its policy cannot be read.
+        """
+        return cls(load_policy(home / POLICY_FILE), home / STATE_FOLDER, streams or SystemStreams())
+
+    def answer(
+        self,
+        instructions: ClientInstructions,
+        terms: RunTerms,
+        model: Tensor,
+        make_signal: Callable[[], Tensor],
+        shown: Head | None = None,
+        settings: str = "",
+    ) -> Tensor:
+        """Return the message `[params]` for some instructions; it is on disk before this returns.
+
+        Args:
+            instructions: Instructions from the server.
+            terms: State of the run, and the server's privacy terms.
+            model: x, `[params]`.
+            make_signal: Returns the message without privacy, `[params]`; called only if a new message is needed.
+            shown: Head of this client's ledger from the server; None if the server sends none, like servers before
+                heads existed. Then only the client's own files bear witness to the length of the ledger.
+            settings: Digest of any other input of the signal.
+
+        Raises:
+            Refusal: If the device does not follow the instructions; nothing is sent, and no memory changes.
+        """
+        try:
+            return self._answer(instructions, terms, model, make_signal, shown, settings)
+        except Refusal:
+            raise
+        except UserError as error:
+            raise Refusal.because("trouble", str(error)) from None
+        except OSError as error:
+            line = f"{error.filename or self.folder}: {error.strerror or error}"
+            raise Refusal.because("trouble", line) from None
+        except Exception as error:
+            raise Refusal.because("trouble", f"{type(error).__name__}: {error}") from error
+
+    def head(self) -> Head | None:
+        """Return the signed head of the ledger for the server; None before the first release.
+
+        Raises:
+            UserError: If the key, or the file with the ledger's length, cannot be read.
+        """
+        last = Ledger(self.folder).noted()
+        return None if last is None or last[0] < 1 else self._key.sign(*last)
+
+    @property
+    def _key(self) -> LedgerKey:
+        return LedgerKey.at(self.folder.parent)
+
+    def _answer(
+        self,
+        instructions: ClientInstructions,
+        terms: RunTerms,
+        model: Tensor,
+        make_signal: Callable[[], Tensor],
+        shown: Head | None,
+        settings: str,
+    ) -> Tensor:
+        self._check(instructions, terms, model)
+        request = _digest(instructions, terms, model, settings)
+        memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
+        make_private_folder(self.folder)
+        with only_one(self.folder / LOCK_FILE):
+            memory.complete(ledger.holds)
+            record = _in_epoch(memory.read(), terms)
+            if terms.turn <= record.latest_turn:
+                return _given_before(record, terms, request)
+            past, entry = ledger.entries(), _entry(instructions, terms, request)
+            self._refuse_forgotten(ledger, shown)
+            settled = _settled(instructions, terms, record)
+            state = _state(instructions, settled, len(model))
+            _refuse_released(past, entry)
+            self._afford(past, entry)
+            with one_thread():
+                signal = make_signal().float().reshape(-1)
+                if not bool(torch.isfinite(signal).all()):
+                    _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
+                message, after = self._make(instructions, terms, state, signal)
+            line = ledger.drafted(entry)
+            answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
+            memory.prepare(answered)
+            try:
+                ledger.append(line)
+            except UserError:
+                memory.drop()
+                raise
+            memory.finish()
+        return message
+
+    def _check(self, instructions: ClientInstructions, terms: RunTerms, model: Tensor) -> None:
+        if (
+            terms.turn < 1
+            or not 0 <= terms.last_turn < terms.turn
+            or terms.turn > terms.rounds
+            or instructions.round < 1
+        ):
+            got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
+            raise Refusal("model", "turn", "consecutive turns", got, "Ask the server's operator")
+        self.policy.check(instructions, terms, model.numel())
+        if not bool(torch.isfinite(model).all()):
+            raise Refusal(
+                "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"
+            )
+
+    def _refuse_forgotten(self, ledger: Ledger, shown: Head | None) -> None:
+        """Raise a `UserError` if any witness knows of releases that are missing in the ledger."""
+        for path, lines, digest in remembered_ledgers(self.folder):
+            ledger.refuse_without(lines, digest, f" according to {path}")
+        key = self._key
+        if shown is None:
+            return
+        if shown.key == key.public and shown.valid:
+            ledger.refuse_without(shown.lines, shown.hash, " according to this client's signed head from the server")
+        else:
+            _log.warning("the server sends a head of this client's ledger with another key's signature: ignored")
+
+    def _afford(self, past: list[Entry], entry: Entry) -> None:
+        limits = self.policy.limits
+        if entry.trust_rules is None:  # accepted by the policy
+            return
+        # A release without a guarantee has infinite epsilon, unless the client's operator still accepts such releases.
+        releases = [*(e for e in past if e.trust_rules is not None or not self.policy.accepts.unpromised), entry]
+        if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
+            return
+        epsilon = spent(releases, limits.delta, limits.adjacency)
+        if not epsilon <= limits.epsilon:
+            expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
+            remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
+            raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
+
+    def _make(
+        self, instructions: ClientInstructions, terms: RunTerms, state: ClientState, signal: Tensor
+    ) -> tuple[Tensor, ClientState]:
+        rules = replace(instructions.rules, streams=self.streams)
+        message, after = client_round(
+            rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn
+        )
+        return message.contiguous(), after
+
+
+def _in_epoch(record: Record | None, terms: RunTerms) -> Record:
+    """Return the record, or a new one if all memories have been reset since."""
+    record = record or Record(epoch=terms.epoch)
+    if terms.epoch < record.epoch:
+        remedy = "Drop these instructions: they are from before a reset"
+        raise Refusal("stale", "epoch", f"at least {record.epoch}", terms.epoch, remedy)
+    if terms.epoch == record.epoch:
+        return record
+    # Earlier turns stay recorded, so that the client never answers old instructions again.
+    ledger = {"ledger_lines": record.ledger_lines, "ledger_hash": record.ledger_hash}
+    return Record(epoch=terms.epoch, committed_turn=record.latest_turn, **ledger)
+
+
+def _given_before(record: Record, terms: RunTerms, request: str) -> Tensor:
+    """Return the earlier message for the same request.
+
+    Raises:
+        Refusal: If this turn, or a later one, had another request.
+    """
+    if terms.turn == record.pending_turn and request == record.request and record.reply is not None:
+        return record.reply
+    expected = f"a turn after {record.latest_turn}, or the same request again"
+    raise Refusal("stale", "turn", expected, terms.turn, "Send a new turn: each turn is answered once")
+
+
+def _refuse_released(past: list[Entry], entry: Entry) -> None:
+    """Raise a `Refusal` if the ledger has a message of this turn, which may have been sent and is now lost."""
+    if any(e.run == entry.run and e.client == entry.client and e.turn >= entry.turn for e in past):
+        expected = f"a turn after {entry.turn}, which is in the ledger"
+        remedy = "Send a new turn: the message of this one is lost, and no turn is noised twice"
+        raise Refusal("stale", "turn", expected, entry.turn, remedy)
+
+
+def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) -> Record:
+    """Return the record after the server has named the last turn that counted."""
+    settled = record.settled(terms.last_turn)
+    if settled is None and not has_memory(instructions.method):
+        return Record(epoch=record.epoch, committed_turn=terms.last_turn)
+    if settled is None:
+        where, expected = f"memory of client {instructions.client}", f"its state after turn {terms.last_turn}"
+        got = f"its state after turn {record.latest_turn}" if record.latest_turn else "no memory"
+        raise Refusal("lost", where, expected, got, "The server applies its rule for lost memories")
+    return settled
+
+
+def _state(instructions: ClientInstructions, record: Record, size: int) -> ClientState:
+    """Return the client's state before this turn."""
+    fresh = instructions.method.init_client(size)
+    if record.committed_turn == 0 or not fresh._fields:
+        return fresh
+    shapes = {name: tuple(field.shape) for name, field in fresh._asdict().items()}
+    kept = {name: tuple(field.shape) for name, field in record.committed.items()}
+    if kept != shapes:
+        expected = f"a model with memory of the shapes {kept}"
+        raise Refusal("model", "model", expected, shapes, "Start a new run for this model")
+    if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
+        where, remedy = f"memory of client {instructions.client}", "The server applies its rule for lost memories"
+        raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
+    return type(fresh)(**record.committed)
+
+
+def _digest(instructions: ClientInstructions, terms: RunTerms, model: Tensor, settings: str) -> str:
+    """Return a digest of every input of an answer except the client's own data and memory."""
+    asked = {**asdict(replace(instructions, last_round=0)), "name": method_name(instructions.method), **asdict(terms)}
+    asked |= {"settings": settings} if settings else {}
+    hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())
+    hashed.update(model.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _entry(instructions: ClientInstructions, terms: RunTerms, request: str) -> Entry:
+    shared = {k: v for k, v in asdict(terms).items() if k in Entry.__dataclass_fields__}
+    return Entry(
+        **shared,
+        client=instructions.client,
+        request=request,
+        method=method_name(instructions.method),
+        l2_bound=instructions.method.bounded.l2_bound,
+        noise_stddev=instructions.noise_stddev,
+    )

@@ -1,0 +1,22 @@
+"""The table of methods in the README: `python -m fedpriv.methods.table` prints it."""
+
+from fedpriv.methods.base import METHODS, Row
+
+__all__ = ["methods_table"]
+
+_HEADS = Row(message="message of client i", memory="memory", server="server", source="source")
+
+
+def methods_table() -> str:
+    """A row in Markdown for each of `METHODS`."""
+    rows = {"`method.name`": _HEADS, **{f"`{name}`": kind.row for name, kind in METHODS.items()}}
+    head, *lines = (f"| {' | '.join((name, *_escaped(row)))} |" for name, row in rows.items())
+    return "\n".join((head, "|---" * (len(Row._fields) + 1) + "|", *lines))
+
+
+def _escaped(row: Row) -> tuple[str, ...]:
+    return tuple(cell.replace("|", r"\|") for cell in row)
+
+
+if __name__ == "__main__":
+    print(methods_table())

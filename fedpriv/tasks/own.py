@@ -1,0 +1,103 @@
+"""Models that are a module's class, or a function that returns a module, such as `"./net.py:Net"`."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fedpriv.errors import UserError
+from fedpriv.plugins import line_of, settings_of
+from fedpriv.vectors import refuse_buffers, trainable
+
+__all__ = ["OwnModule"]
+
+_KEY = "model.name"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnModule:
+    """Base of the settings of such a model; the fields of what `of` returns are the parameters of the class.
+
+    Parameters named `input_shape` (tuple of ints) and `classes` (int) are passed by the program. The module maps
+    float32 inputs `[batch, *input_shape]` to logits `[batch, classes]`. Its first weights follow from the seed.
+    """
+
+    dense: ClassVar[bool] = False
+    called: ClassVar[Callable[..., Any]]
+    asked: ClassVar[tuple[str, ...]]
+
+    @staticmethod
+    def of(found: Any, where: str, name: str) -> "type[OwnModule]":
+        """Return the settings of a module's class or of a function; see `fedpriv.plugins.Registry`."""
+        if isinstance(found, nn.Module) or not callable(found):
+            remedy = "Name the class of a torch module, or a function that returns one"
+            raise UserError(where, "a class or a function", f"{name!r}, which is a {type(found).__name__}", remedy)
+        return settings_of(OwnModule, found, where, given=("input_shape", "classes"), reserved=("name",))
+
+    def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
+        """See `ModelSource.parameters`; what is frozen does not count, and what is shared counts once."""
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                module = self._make(input_shape, classes)
+        except UserError:  # it may need values, which tensors on the meta device do not have
+            module = self.build(input_shape, classes, 0)
+        return sum(parameter.numel() for parameter in trainable(module).values())
+
+    def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+        """See `ModelSource.build`; two inputs of zeros go through the module, to see that it fits the data.
+
+        Raises:
+            UserError: If the class or the module raises, or the module's outputs have another shape or type.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            module = self._make(input_shape, classes)
+            self._try(module, input_shape, classes)
+        return module
+
+    def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {"input_shape": tuple(input_shape), "classes": classes}
+        try:
+            module = type(self).called(**options, **{name: given[name] for name in self.asked})
+        except MemoryError:
+            raise
+        except Exception as error:
+            got = line_of(error, type(self).called)
+            raise UserError(_KEY, "a model that can be made", got, "Correct it, or its keys in [model]") from error
+        if not isinstance(module, nn.Module):
+            remedy = "Return a torch.nn.Module"
+            raise UserError(_KEY, "a function that returns a module", f"a {type(module).__name__}", remedy)
+        if not trainable(module):
+            remedy = "Leave requires_grad of what shall be trained"
+            raise UserError(_KEY, "a module with trainable parameters", "none", remedy)
+        return module
+
+    def _try(self, module: nn.Module, input_shape: tuple[int, ...], classes: int) -> None:
+        """Send two inputs of zeros through a copy of the module, twice."""
+        tried, example = copy.deepcopy(module), torch.zeros(2, *input_shape)
+        before = {name: buffer.clone() for name, buffer in tried.named_buffers()}
+        try:
+            with torch.no_grad():
+                logits, again = tried(example), tried(example)
+        except Exception as error:
+            expected = f"a model that takes float32 inputs [batch, {', '.join(map(str, input_shape))}]"
+            raise UserError(_KEY, expected, line_of(error, type(self).called), "Correct its forward") from error
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape != [2, classes]:
+            raise UserError(_KEY, f"logits [batch, {classes}] of the model", f"{shape} for 2 inputs", "Correct forward")
+        if logits.dtype != torch.float32:
+            raise UserError(_KEY, "logits of type torch.float32", logits.dtype, "Convert them in forward")
+        changed = [name for name, buffer in tried.named_buffers() if not _equal(buffer, before[name])]
+        if changed:
+            refuse_buffers(changed)
+        if not _equal(logits, again):
+            remedy = "Set the rate of dropout to 0: its draws would differ between engines"
+            raise UserError(_KEY, "logits that follow from the inputs", "others each time", remedy)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))

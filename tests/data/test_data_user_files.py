@@ -1,0 +1,284 @@
+"""Data in a user's own files: read as declared, or refused in one line that names the row."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fedpriv import load_config
+from fedpriv.cli import main
+from fedpriv.data.user_files import Csv, ImageFolder, Leaf, Npz, Parquet
+from fedpriv.deploy.device.own_data import read_own_data
+from fedpriv.errors import UserError
+from fedpriv.experiment.build import make_federation
+from fedpriv.experiment.config import parse_config
+
+TABLE = """age,job,place,income
+40, clerk ,north,low
+55,?,south,high
+25,smith,north,low
+,clerk,south,high
+"""
+
+DECLARED = {
+    "name": "csv",
+    "file": "people.csv",
+    "target": "income",
+    "client": "place",
+    "numeric": {"age": [40, 15]},
+    "categories": {"job": ["clerk", "smith"]},
+    "labels": ["low", "high"],
+    "missing": ["?"],
+    "fill": {"age": 40.0},
+    "partition": "natural",
+    "test": "within",
+}
+
+
+def experiment(**data):
+    chosen = {key: value for key, value in (DECLARED | data).items() if value is not None}
+    return {
+        "name": "own",
+        "seed": 1,
+        "data": chosen,
+        "model": {"name": "softmax"},
+        "method": {"name": "dp-fedavg", "clip_norm": 1.0, "server_lr": 1.0},
+        "training": {"rounds": 1},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "people.csv").write_text(TABLE)
+    (tmp_path / "many.csv").write_text(TABLE + 9 * TABLE.partition("\n")[2])
+    return tmp_path
+
+
+def table(**changes):
+    chosen = {key: value for key, value in DECLARED.items() if key not in ("name", "partition", "test")}
+    return Csv(**(chosen | changes))
+
+
+def test_a_table_is_read_as_declared(folder):
+    found = table()._read(folder / "people.csv")
+    assert found["inputs"].tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    assert found["labels"].tolist() == [0, 1, 0, 1]
+    assert found["client_ids"].tolist() == ["north", "south", "north", "south"]
+
+
+def test_no_row_changes_another_rows_numbers(folder):
+    """Scales and categories are declared: a client's rows look the same whoever else there is."""
+    whole = table()._read(folder / "people.csv")["inputs"]
+    (folder / "part.csv").write_text("\n".join([TABLE.splitlines()[0], *TABLE.splitlines()[3:]]))
+    assert np.array_equal(table()._read(folder / "part.csv")["inputs"], whole[2:])
+
+
+def test_rows_with_missing_values_can_be_left_out(folder):
+    found = table(drop_missing=True, fill={})._read(folder / "people.csv")
+    assert found["labels"].tolist() == [0, 0]
+
+
+def test_a_table_without_a_heading_and_with_several_names_of_a_label(folder):
+    (folder / "bare.csv").write_text("|a comment\n40;clerk;north;low.\n25;smith;north;HIGH\n")
+    options = {"columns": ["age", "job", "place", "income"], "separator": ";", "comment": "|"}
+    found = table(labels=[["low", "low."], ["high", "HIGH"]], **options)._read(folder / "bare.csv")
+    assert found["labels"].tolist() == [0, 1]
+
+
+def test_a_table_goes_through_a_config_and_back(folder):
+    config = parse_config(experiment(file="many.csv"))
+    assert load_config(config.tables).digest == config.digest
+    federation = make_federation(config, folder)
+    assert federation.population == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"fill": None}, r"a number in column 'age', got a missing value in row 3\. Set data\.fill = \{age = "),
+        ({"missing": None}, r"a declared category in column 'job', got '\?' in row 1"),
+        (
+            {"numeric": {"job": [0, 1]}, "fill": None, "categories": None},
+            r"a number in column 'job', got a missing value in row 1",
+        ),
+        (
+            {"numeric": {"job": [0, 1]}, "fill": {"job": 0.0}, "categories": None},
+            r"finite numbers in column 'job', got 'clerk ?' in row 0\. Declare it in data\.categories",
+        ),
+        ({"labels": ["low"]}, r"a label in column 'income', got 'high' in row 1"),
+        (
+            {"labels": None},
+            r"a label in column 'income', got 'low' in row 0\. List the values of 'income' in data\.labels",
+        ),
+        ({"target": "incom"}, r"a column 'incom', got age, job, place, income\. Did you mean 'income'"),
+        ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second from 1e-20"),
+        ({"numeric": {"age": [40]}}, r"^data\.numeric: expected"),
+        ({"fill": {"aeg": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got aeg\. Did you mean 'age'"),
+        ({"categories": {"age": ["1"]}}, r"^data\.age: expected a column with one meaning"),
+        ({"categories": {"job": ["clerk", "clerk"]}}, r"^data\.categories: expected different values of job"),
+        ({"numeric": None, "categories": None, "fill": None}, r"^data\.numeric: expected at least one column"),
+        ({"file": "absent.csv"}, r"^data\.file: expected a file that is there"),
+        ({"file": None}, r"^data\.file: expected a path"),
+        ({"test": "public", "file": "many.csv"}, r"^data\.test: expected a data set with public test examples"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_one_line(folder, changes, line):
+    with pytest.raises(UserError, match=line) as caught:
+        make_federation(parse_config(experiment(**changes)), folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'a,b\n1,2,3\n"x', b"age,job,place,income\n"])
+def test_a_file_that_is_no_table_is_one_line(folder, content):
+    (folder / "people.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"people\.csv: expected") as caught:
+        make_federation(parse_config(experiment()), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_says_it_with_exit_code_2(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    text = 'name="own"\nseed=1\n[model]\nname="softmax"\n[method]\nname="dp-fedavg"\n[training]\nrounds=1\n'
+    text += '[data]\nname="csv"\nfile="people.csv"\ntarget="income"\nnumeric={age=[40,15]}\nlabels=["low","high"]\n'
+    (folder / "own.toml").write_text(text + "clients=2\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "own.toml", "--data-root", "."])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("fedpriv: people.csv: expected a number in column 'age', got a missing")
+
+
+def test_a_parquet_file_is_read_like_the_same_table_in_csv(folder):
+    frame = pd.DataFrame({"age": [40, 55.0, 25, None], "job": ["clerk", None, "smith", "clerk"]})
+    frame = frame.assign(place=["north", "south"] * 2, income=["low", "high"] * 2)
+    frame.to_parquet(folder / "people.parquet")
+    chosen = {key: value for key, value in DECLARED.items() if key not in ("name", "partition", "test", "missing")}
+    found = Parquet(**(chosen | {"file": "people.parquet"}))._read(folder / "people.parquet")
+    expected = table()._read(folder / "people.csv")
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(UserError, match=r"people\.csv: expected a Parquet file, got ArrowInvalid"):
+        Parquet(**chosen).load(folder)
+
+
+def leaf(**changes):
+    held = {
+        "a": {"x": [[0.0, 1.0], [1.0, 1.0]], "y": [0, 2]},
+        "b": {"x": [[0.5, 0.5]], "y": [1]},
+        "c": {"x": [], "y": []},
+    }
+    return {"users": ["a", "b", "c"], "num_samples": [2, 1, 0], "user_data": held} | changes
+
+
+def test_leaf_users_without_examples_are_clients_too(tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps(leaf()))
+    (tmp_path / "test.json").write_text(json.dumps(leaf()))
+    made = Leaf(file="all.json", test_file="test.json").load(tmp_path)
+    assert made.natural_population == 3
+    assert made.groups is not None
+    assert made.groups.tolist() == [0, 0, 1]
+    shaped = Leaf(file="all.json", test_file="test.json", shape=[1, 2, 1]).load(tmp_path)
+    assert shaped.input_shape == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "shape", "line"),
+    [
+        ("{", None, "LEAF's JSON"),
+        (json.dumps({"users": ["a"]}), None, "KeyError: 'user_data'"),
+        (json.dumps(leaf(users=["a", "d"])), None, "KeyError: 'd'"),
+        (json.dumps(leaf(user_data={"a": {"x": [[1.0]], "y": []}}, users=["a"])), None, "as many x as y of user a"),
+        (json.dumps(leaf()), [3], r"3 numbers in each input, of shape \[3\], got 2 in row 0"),
+        (json.dumps(leaf(user_data={"a": {"x": [["x"]], "y": [0]}}, users=["a"])), None, "inputs that are numbers"),
+    ],
+)
+def test_what_is_no_leaf_is_one_line(tmp_path, content, shape, line):
+    (tmp_path / "all.json").write_text(content)
+    with pytest.raises(UserError, match=line):
+        Leaf(file="all.json", shape=shape).load(tmp_path)
+
+
+def test_arrays_with_clients(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {"inputs": rng.integers(0, 256, (40, 1, 4, 4), dtype="u1"), "labels": np.arange(40) % 2}
+    np.savez(tmp_path / "a.npz", **arrays, client_ids=np.arange(40) % 4, classes=3)
+    made = Npz(file="a.npz", scale=255.0).load(tmp_path)
+    assert (made.natural_population, made.classes, made.input_shape) == (4, 3, (1, 4, 4))
+    assert made.train_inputs.max() <= 1.0
+    with pytest.raises(UserError, match=r"^data\.scale: expected a scale for inputs that are bytes"):
+        Npz(file="a.npz").load(tmp_path)
+
+
+CASES = {
+    "labels_str": ({"labels": np.array(list("abcabc"))}, "labels that are whole numbers"),
+    "labels_onehot": ({"labels": np.eye(3, dtype="i8")[[0, 1, 2, 0, 1, 2]]}, "one for each example"),
+    "missing": ({"inputs": np.array([[1.0, np.nan]] * 6)}, "NaN or infinity in row 0"),
+    "texts": ({"inputs": np.array([["1", "2"]] * 6)}, "inputs that are numbers"),
+    "bytes": ({"inputs": np.zeros((6, 2), dtype="u1")}, "inputs of floats"),
+    "flat": ({"inputs": np.zeros(6)}, "inputs of floats"),
+    "objects": ({"inputs": np.array([[1, "a"]] * 6, dtype=object)}, "without objects"),
+    "too few classes": ({"classes": 2}, "classes of at least 3"),
+    "no classes": ({"classes": None}, "inputs, labels and classes"),
+}
+
+
+@pytest.mark.parametrize(("changes", "line"), CASES.values(), ids=CASES)
+def test_what_is_wrong_with_a_devices_own_file_is_one_line(tmp_path, changes, line):
+    arrays = {"inputs": np.ones((6, 2), dtype="f4"), "labels": np.array([0, 1, 2, 0, 1, 2]), "classes": 3}
+    np.savez(tmp_path / "a.npz", **{name: value for name, value in (arrays | changes).items() if value is not None})
+    with pytest.raises(UserError, match=line) as caught:
+        read_own_data(tmp_path / "a.npz")
+    assert "a.npz" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([[0], [1], [2]]), np.array([0.0, 1.0, 2.0]), np.array([0, 1, 2], dtype="u8")]
+)
+def test_labels_that_mean_whole_numbers_are_taken(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", inputs=np.ones((3, 2), dtype=">f8"), labels=labels, classes=np.float64(3))
+    assert read_own_data(tmp_path / "a.npz")[1].tolist() == [0, 1, 2]
+
+
+EXTREMES = (1e39, 1e308, -1e39, 1e-46, 5e-324, float("inf"), float("nan"), 0.0, -1.0, 10**30)
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_scales_are_refused_or_give_finite_inputs(folder, extreme):
+    np.savez(folder / "a.npz", inputs=np.full((10, 2), 3e38), labels=np.arange(10) % 2)
+    makers = [
+        lambda: Npz(file="a.npz", scale=extreme).load(folder),
+        lambda: table(file="many.csv", numeric={"age": (extreme, 1.0)}).load(folder),
+        lambda: table(file="many.csv", numeric={"age": (1.0, extreme)}).load(folder),
+        lambda: table(file="many.csv", fill={"age": extreme}).load(folder),
+        lambda: ImageFolder(file="absent", mean=[extreme]).load(folder),
+        lambda: ImageFolder(file="absent", std=[extreme]).load(folder),
+    ]
+    for make in makers:
+        try:
+            made = make()
+        except UserError:  # one line, by its constructor
+            continue
+        assert made.train_inputs.isfinite().all()
+
+
+def test_a_folder_of_images_by_client_and_label(tmp_path):
+    for client in ("anna", "bert"):
+        for label in ("cat", "dog"):
+            (tmp_path / "images" / client / label).mkdir(parents=True)
+            for i in range(5):
+                Image.new("RGB", (4, 3), (255, 0, 51)).save(tmp_path / "images" / client / label / f"{i}.png")
+    made = ImageFolder(file="images", mean=[1.0, 0.0, 0.0], std=[1.0, 1.0, 0.2]).load(tmp_path)
+    assert (made.natural_population, made.classes, made.input_shape) == (2, 2, (3, 3, 4))
+    assert made.train_inputs[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.0, 1.0])
+    Image.new("L", (4, 3), 9).save(tmp_path / "images" / "bert" / "dog" / "9.png")
+    with pytest.raises(UserError, match=r"9\.png: expected channels, height and width \(3, 3, 4\)"):
+        ImageFolder(file="images").load(tmp_path)
+    (tmp_path / "images" / "bert" / "dog" / "9.png").write_text("no image")
+    with pytest.raises(UserError, match=r"9\.png: expected an image"):
+        ImageFolder(file="images").load(tmp_path)
+    with pytest.raises(UserError, match=r"a label of data\.labels"):
+        ImageFolder(file="images", labels=["cat"]).load(tmp_path)
+    with pytest.raises(UserError, match=r"LABEL/image\.png"):
+        ImageFolder(file="images/anna/cat", clients_first=False).load(tmp_path)

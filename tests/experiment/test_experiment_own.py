@@ -1,0 +1,428 @@
+"""Models, data and methods of one's own: a class or a function in a file, named by the config."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fedpriv import load_config
+from fedpriv.cli import main
+from fedpriv.data.own import dataset_of
+from fedpriv.errors import UserError
+from fedpriv.experiment.build import build_module, count_parameters, make_federation
+from fedpriv.experiment.execution import Execution
+from fedpriv.experiment.run import run_experiment
+from fedpriv.tasks.task import Task
+from fedpriv.vectors import trainable
+
+NET = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, input_shape: tuple[int, ...], classes: int, width: int = 8, frozen: bool = False):
+        super().__init__()
+        self.first = nn.Linear(torch.Size(input_shape).numel(), width)
+        self.second = nn.Linear(width, classes)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.first.requires_grad_(not frozen)
+
+    def forward(self, inputs):
+        return self.second(torch.tanh(self.scale * self.first(inputs.flatten(1))))
+
+
+def tied(input_shape: tuple[int, ...], classes: int, layers: int = 2):
+    inner = nn.Linear(5, 5)
+    return nn.Sequential(*(inner for _ in range(layers)), nn.Linear(5, classes))
+
+
+def normed(input_shape, classes):
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+
+
+def frozen_norm(input_shape, classes):
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4).eval().requires_grad_(False), nn.Linear(4, classes))
+
+
+def dropped(classes):
+    return nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.Linear(4, classes))
+
+
+def wide(classes):
+    return nn.Linear(5, classes + 1)
+
+
+def fails(classes, at: str = "build"):
+    if at == "build":
+        raise KeyError("weights")
+    class Broken(nn.Linear):
+        def forward(self, inputs):
+            raise RuntimeError("shapes differ")
+    return Broken(5, classes)
+
+
+def nothing(classes):
+    return None
+
+
+class Rooted(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs.sqrt())
+
+
+def rooted(classes):
+    return Rooted(5, classes)
+
+
+def frozen(classes):
+    return nn.Linear(5, classes).requires_grad_(False)
+
+
+def half(classes):
+    return nn.Sequential(nn.Linear(5, classes), nn.Linear(classes, classes).double())
+
+
+def untyped(classes, width):
+    return nn.Linear(5, classes)
+
+
+def named(classes, name: str):
+    return nn.Linear(5, classes)
+
+
+def odd(classes, how: nn.Module = None):
+    return nn.Linear(5, classes)
+
+
+values = 3
+"""
+
+DATA = """
+import numpy as np
+
+
+def load(rows: int = 120, people: int = 6):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(rows, 5))
+    labels = inputs[:, :3].argmax(1)
+    who = [f"user-{i % people}" for i in range(rows)]
+    tests = rng.normal(size=(30, 5))
+    return dict(inputs=inputs, labels=labels, client_ids=who, test_inputs=tests, test_labels=tests[:, :3].argmax(1))
+
+
+def fails():
+    return open("/nowhere/table.csv")
+
+
+def number():
+    return 3
+
+
+def taken(clients: int = 3):
+    return load()
+"""
+
+METHOD = """
+from dataclasses import dataclass
+
+from fedpriv.bounding import Clip
+from fedpriv.methods.memoryless import Memoryless
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Memoryless):
+    server_lr: float = 1.0
+
+    @property
+    def bounded(self) -> Clip:
+        return Clip(clip_norm=0.5)
+"""
+
+EXPERIMENT = """
+name = "own"
+seed = 3
+[data]
+name = "./data.py:load"
+partition = "natural"
+[model]
+name = "./net.py:Net"
+[method]
+name = "./method.py:Half"
+[privacy]
+noise_multiplier = 1.0
+[training]
+rounds = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Files of a user, and an experiment that names them."""
+    for name, text in (("net.py", NET), ("data.py", DATA), ("method.py", METHOD), ("own.toml", EXPERIMENT)):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def module_of(folder: Path, *settings: str) -> nn.Module:
+    config = load_config(folder / "own.toml", settings)
+    return build_module(config, (5,), 3, 0)
+
+
+def test_own_classes_run_alike_in_every_engine_in_process(folder):
+    config = load_config(folder / "own.toml", ["model.width=4"])
+    for engine in ("loop", "vectorized"):
+        run_experiment(config, folder / engine, engine=engine, execution=Execution(client_noise="faithful"))
+    models = [load_file(folder / engine / "model.safetensors") for engine in ("loop", "vectorized")]
+    assert sorted(models[0]) == sorted(models[1])
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert "public or the server's own" in (folder / "loop" / "privacy.txt").read_text()
+
+
+def test_clients_are_those_that_the_function_names(folder):
+    federation = make_federation(load_config(folder / "own.toml", ["data.people=5"]))
+    assert federation.population == 5
+    assert federation.dataset.classes == 3
+
+
+def test_the_place_of_the_files_does_not_matter_and_their_content_does(folder, tmp_path_factory):
+    config = load_config(folder / "own.toml")
+    moved = tmp_path_factory.mktemp("moved")
+    for file in folder.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert load_config(moved / "own.toml").digest == config.digest
+    assert load_config(moved / "own.toml").noise_id == config.noise_id
+    changed = tmp_path_factory.mktemp("changed")
+    for file in folder.iterdir():
+        (changed / file.name).write_bytes(file.read_bytes() + b"\n")
+    other = load_config(changed / "own.toml")
+    assert other.digest != config.digest
+    assert other.noise_id != config.noise_id
+
+
+def test_a_runs_own_config_runs_again_but_not_with_another_source(folder):
+    run_experiment(load_config(folder / "own.toml"), folder / "out")
+    recorded = folder / "out" / "config.toml"
+    assert load_config(recorded).digest == load_config(folder / "own.toml").digest
+    # A process reads a file once: another process would see this content.
+    recorded.write_text(recorded.read_text().replace('sha256 = "', 'sha256 = "0'))
+    with pytest.raises(UserError, match=r'^sources\."(data|model|method)\.name": expected the source'):
+        load_config(recorded)
+    assert load_config(recorded, ["sources="]).digest == load_config(folder / "own.toml").digest
+
+
+def test_resuming_with_another_source_is_refused(folder, tmp_path_factory):
+    run_experiment(load_config(folder / "own.toml"), folder / "out")
+    changed = tmp_path_factory.mktemp("changed")
+    for file in folder.glob("*.*"):
+        (changed / file.name).write_bytes(file.read_bytes() + (b"\n" if file.name == "net.py" else b""))
+    with pytest.raises(UserError, match=r"another experiment \(sources\.model\.name is"):
+        run_experiment(load_config(changed / "own.toml"), folder / "out", resume=True)
+
+
+def test_what_is_frozen_costs_nothing_and_stays(folder):
+    config = load_config(folder / "own.toml", ["model.frozen=true"])
+    module = build_module(config, (5,), 3, 0)
+    task = Task(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert task.layout.size == count_parameters(config, (5,), 3) == 8 * 3 + 3
+    task.gradient(torch.ones(task.layout.size), torch.randn(4, 5), torch.tensor([0, 1, 2, 0]))
+    kept = module.state_dict()
+    assert all(torch.equal(kept[name], before[name]) for name in ("first.weight", "first.bias", "scale"))
+
+
+def test_shared_weights_count_once_and_their_gradient_is_of_all_uses(folder):
+    module = module_of(folder, f"model.name={folder / 'net.py'}:tied")
+    task = Task(module)
+    assert task.layout.size == 30 + 18
+    model, inputs, labels = task.initial_model(), torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    alone = task.gradient(model, inputs, labels)
+    batched = task.gradients(model, inputs[None], labels[None], torch.full((1, 4), 0.25))[0]
+    torch.testing.assert_close(alone, batched)
+    assert alone[:25].abs().sum() > 0
+
+
+def test_a_norm_that_is_frozen_in_evaluation_mode_is_taken(folder):
+    assert len(trainable(module_of(folder, f"model.name={folder / 'net.py'}:frozen_norm"))) == 4
+
+
+def test_the_seed_decides_the_first_weights(folder):
+    config = load_config(folder / "own.toml")
+    state = torch.random.get_rng_state()
+    one, same, other = (build_module(config, (5,), 3, seed).state_dict()["first.weight"] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("normed", r"^model: expected parameters only, got the buffers 1\.running_mean"),
+        ("dropped", r"^model\.name: expected logits that follow from the inputs"),
+        ("wide", r"^model\.name: expected logits \[batch, 3\] of the model, got \[2, 4\]"),
+        ("fails", r"^model\.name: expected a model that can be made, got KeyError: 'weights' \(.*net\.py, line 4\d\)"),
+        ("nothing", r"^model\.name: expected a function that returns a module, got a NoneType"),
+        ("frozen", r"^model\.name: expected a module with trainable parameters, got none"),
+        ("half", r"^model\.name: expected a model that takes float32 inputs .*RuntimeError"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_one_line(folder, name, line):
+    with pytest.raises(UserError, match=line):
+        Task(module_of(folder, f"model.name={folder / 'net.py'}:{name}"))
+
+
+def test_an_exception_in_forward_names_the_file_and_the_line(folder):
+    with pytest.raises(UserError, match=r"RuntimeError: shapes differ \(.*net\.py, line \d+\)"):
+        module_of(folder, f"model.name={folder / 'net.py'}:fails", "model.at=forward")
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got none"),
+        ("net.py:named", r"^model\.name: expected parameters with other names than the keys of \[model\], got name"),
+        ("net.py:odd", r"^model\.name: expected a type for its parameter how that a config can hold"),
+        ("net.py:values", r"^model\.name: expected a class or a function, got .*net\.py:values', which is a int"),
+        ("net.py:absent", r"^model\.name: expected a class that can be imported"),
+        ("absent.py:Net", r"^model\.name: expected a class that can be imported, .*FileNotFoundError"),
+        ("no_such_package:Net", r"^model\.name: expected a class that can be imported, .*ModuleNotFoundError"),
+    ],
+)
+def test_a_name_that_leads_to_no_model_is_one_line(folder, setting, line):
+    place = setting if setting.startswith("no_") else f"{folder}/{setting}"
+    with pytest.raises(UserError, match=line):
+        load_config(folder / "own.toml", [f"model.name={place}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["model.width=wide"], r"^model\.width: expected a whole number, got 'wide'"),
+        (["model.depth=3"], r"^model\.depth: expected a known key"),
+        (["data.rows=many"], r"^data\.rows: expected a whole number, got 'many'"),
+    ],
+)
+def test_keys_are_read_as_strictly_as_those_of_built_in_classes(folder, settings, line):
+    with pytest.raises(UserError, match=line):
+        load_config(folder / "own.toml", settings)
+
+
+def test_a_file_that_cannot_be_run_is_one_line(folder):
+    (folder / "broken.py").write_text("import torch\nwidth = unknown\n")
+    with pytest.raises(UserError, match=r"NameError: name 'unknown' is not defined") as caught:
+        load_config(folder / "own.toml", [f"model.name={folder / 'broken.py'}:Net"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("fails", r"^data\.name: expected a function that returns data, got FileNotFoundError: .*data\.py, line 15\)"),
+        ("number", r"^data\.name: expected a function that returns a mapping of arrays, got a int"),
+    ],
+)
+def test_a_function_that_returns_no_data_is_one_line(folder, name, line):
+    with pytest.raises(UserError, match=line):
+        make_federation(load_config(folder / "own.toml", [f"data.name={folder / 'data.py'}:{name}"]))
+
+
+def test_a_parameter_with_a_reserved_name_is_refused(folder):
+    with pytest.raises(UserError, match=r"other names than the keys of \[data\], got clients"):
+        load_config(folder / "own.toml", [f"data.name={folder / 'data.py'}:taken"])
+
+
+def arrays(**changes):
+    made = {"inputs": np.arange(20.0).reshape(10, 2), "labels": np.array([0, 1] * 5), "client_ids": list("aabbccddee")}
+    return {name: value for name, value in (made | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"inputs": None}, "an array 'inputs'"),
+        ({"labels": None}, "an array 'labels'"),
+        ({"input": np.ones(3)}, "known arrays, got 'input'"),
+        ({"inputs": np.array([["1", "red"]] * 10)}, "inputs that are numbers"),
+        ({"inputs": np.array([[1.0, 2.0]] * 9 + [[np.nan, 1.0]])}, "NaN or infinity in row 9"),
+        ({"inputs": [[1.0, 2.0], [1.0]]}, "inputs of one shape"),
+        ({"inputs": np.zeros((0, 2))}, "at least one row"),
+        ({"labels": np.array(["yes", "no"] * 5)}, "labels that are whole numbers from 0"),
+        ({"labels": np.array([0, 1, -1] + [0] * 7)}, "row 2: -1"),
+        ({"labels": np.array([0, 1, 0.5] + [0] * 7)}, "row 2: 0.5"),
+        ({"labels": np.array([0, 1])}, "labels for 10 examples, got 2"),
+        ({"client_ids": ["a"] * 3}, "client_ids for 10 examples, got 3"),
+        ({"client_ids": ["a"] * 9 + [None]}, "row 9: None"),
+        ({"client_ids": np.arange(10) / 3}, "whole numbers or texts"),
+        ({"test_inputs": np.ones((2, 2))}, "both test_inputs and test_labels"),
+        ({"classes": 1, "test_inputs": np.ones((2, 2)), "test_labels": [0, 1]}, "classes of at least 2"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_one_line(changes, line):
+    with pytest.raises(UserError, match=line) as caught:
+        dataset_of(arrays(**changes), "mine")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_test_arrays_some_of_each_clients_own_examples_are_held_out():
+    made = dataset_of(
+        arrays(inputs=np.arange(200.0).reshape(100, 2), labels=[0, 1] * 50, client_ids=[7] * 60 + [3] * 40), "m"
+    )
+    assert made.natural_population == 2
+    assert made.test_groups is not None
+    assert made.groups is not None
+    assert np.bincount(made.test_groups).tolist() == pytest.approx([8, 12], abs=1)
+    assert len(made.train_labels) + len(made.test_labels) == 100
+
+
+def test_test_arrays_are_public_and_torch_tensors_are_taken():
+    given = arrays(
+        inputs=torch.ones(10, 1, 4, 4), test_inputs=torch.zeros(2, 1, 4, 4), test_labels=torch.tensor([[0], [2]])
+    )
+    made = dataset_of(given, "mine")
+    assert (made.test_groups, made.classes, made.input_shape) == (None, 3, (1, 4, 4))
+
+
+def test_check_says_what_an_experiment_consists_of_and_writes_nothing(folder, capsys):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(folder / "own.toml"), "-s", "model.width=4"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "120 examples to train on, 30 to test on; inputs 5" in shown
+    assert "clients     6, 20 examples each; 3 labels" in shown
+    assert "model       39 trainable parameters, first loss" in shown
+    assert "source      model.name: module net.py, sha256 " in shown
+    assert shown.splitlines()[-1] == f"next        fedpriv run {folder / 'own.toml'} -s model.width=4"
+    assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("inputs * 1e300", "fedpriv: dataset load: expected finite float32 inputs, got NaN or infinity in row 0."),
+        ("inputs * np.nan", "fedpriv: dataset load: expected finite float32 inputs, got NaN or infinity in row 0."),
+        ("inputs[:, :3]", "fedpriv: dataset load: expected equal shapes of training and test inputs"),
+    ],
+)
+def test_check_finds_data_that_would_fail_later(folder, capsys, data, line):
+    (folder / "other.py").write_text(DATA.replace("inputs=inputs", f"inputs={data}"))
+    assert checked(folder, capsys, f"data.name={folder / 'other.py'}:load").startswith(line)
+
+
+def test_check_finds_a_model_whose_loss_is_not_finite(folder, capsys):
+    line = "fedpriv: [model]: expected a finite loss of the first model on test examples, got nan."
+    assert checked(folder, capsys, f"model.name={folder / 'net.py'}:rooted").startswith(line)
+
+
+def checked(folder, capsys, setting):
+    """Return the one line with which `fedpriv check` refuses an experiment."""
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(folder / "own.toml"), "-s", setting])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
