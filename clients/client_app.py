@@ -56,7 +56,7 @@ def _train(message: Message, context: Context) -> Message:
             return _deployed(message, context, Path(str(home)))
         except Exception:  # its text may mention data, and Flower would send it to the server
             _log.exception("the instructions could not be followed")
-            return Message(refusal_record("trouble", Refusal.because("trouble", "").told), reply_to=message)
+            return Message(refusal_record("trouble", Refusal.because("trouble", "").public_line), reply_to=message)
     refuse_unless_simulated()
     if message.content.config_records.get(TERMS, {}).get("digest"):  # the terms of strategies name no experiment
         remedy = "Start nodes of a deployment with: fedpriv deploy node BUNDLE"
@@ -96,7 +96,7 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
     else:
         return Message(content, reply_to=message)
     _log.warning("refused (%s): %s", no.kind, no)
-    return Message(refusal_record(no.kind, no.told), reply_to=message)
+    return Message(refusal_record(no.kind, no.public_line), reply_to=message)
 
 
 def _instructions_of(message: Message) -> tuple[ClientInstructions, RunTerms]:
@@ -113,7 +113,7 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
         return received, ModelArrays.of(received)
     except KeyError:
         raise Refusal(
-            "model", "instructions", f"a record {ARRAYS!r}", "no such record", "Start the run again"
+            "model", "instructions", f"a record {ARRAYS!r}", "a message without it", "Start the run again"
         ) from None
     except UserError as error:
         raise Refusal.because("model", str(error)) from None

@@ -124,10 +124,10 @@ def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> M
     """Return the answer of a client that refuses. Its own log has the full reason."""
     client = message.content.config_records.get(FEDPRIV, {}).get("client", "?")
     _log.warning("client %s refused (%s): %s", client, no.kind, no, exc_info=cause or no.__cause__)
-    told = f"private_mod: {no.told}"
+    line = f"private_mod: {no.public_line}"
     if FEDPRIV not in message.content.config_records:  # another strategy, which understands only errors
-        return refusal(message, told)
-    return Message(refusal_record(no.kind, told), reply_to=message)
+        return refusal(message, line)
+    return Message(refusal_record(no.kind, line), reply_to=message)
 
 
 def _only_model(content: RecordDict, where: str) -> ArrayRecord:

@@ -7,15 +7,28 @@ from fedpriv.errors import require_extra
 from fedpriv.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fedpriv.experiment.config import PrivacyChoice as Privacy
     from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.in_python import Experiment
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.report.write import write_report
     from fedpriv.runners import run_experiment
     from fedpriv.tracking.trackers import track
 
-__all__ = ["load_config", "load_model", "load_results", "run_experiment", "track", "write_report"]
+__all__ = [
+    "Experiment",
+    "Privacy",
+    "load_config",
+    "load_model",
+    "load_results",
+    "run_experiment",
+    "track",
+    "write_report",
+]
 
 _HOMES = {
+    "Experiment": "fedpriv.experiment.in_python",
+    "Privacy": "fedpriv.experiment.config",
     "load_config": "fedpriv.experiment.config",
     "load_model": "fedpriv.experiment.results",
     "load_results": "fedpriv.experiment.results",
@@ -23,6 +36,7 @@ _HOMES = {
     "track": "fedpriv.tracking.trackers",
     "write_report": "fedpriv.report.write",
 }
+_ALIASES = {"Privacy": "PrivacyChoice"}
 _EXTRAS = {"write_report": "report"}
 
 
@@ -32,7 +46,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fedpriv' has no attribute {name!r}")
     if name in _EXTRAS:
         require_extra(f"fedpriv.{name}", _EXTRAS[name])
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), _ALIASES.get(name, name))
 
 
 def __dir__() -> list[str]:

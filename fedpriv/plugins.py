@@ -27,6 +27,7 @@ from typing import Any, Generic, TypeGuard, TypeVar, cast
 from fedpriv.errors import UserError, nearest
 
 __all__ = [
+    "MEMORY",
     "Registry",
     "bare_reference",
     "is_reference",
@@ -37,6 +38,9 @@ __all__ = [
     "source_of",
     "whole_reference",
 ]
+
+MEMORY = "memory"
+"""In place of a module, in names of objects that a Python program holds in memory."""
 
 _OF_FILE = "fedpriv_file_"
 """Prefix of the names of modules loaded from a file."""
@@ -138,6 +142,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def name_of(self, instance: object) -> str:
         """Return the name of an instance's class, or the reference that resolved it."""
         kind = type(instance)
+        reference: str | None = getattr(kind, "reference", None)
+        if reference is not None:
+            return reference
         for name, known in self._known.items():
             if known is kind or known == f"{kind.__module__}:{kind.__qualname__}":
                 return name
@@ -265,6 +272,9 @@ def source_of(kind: type) -> dict[str, str] | None:
         None for classes of fedpriv. `sha256` is absent if the module has no file, and `version` if the file belongs
         to no package. Modules that it imports are not covered.
     """
+    recorded: dict[str, str] | None = getattr(kind, "source", None)
+    if recorded is not None:
+        return recorded
     name = getattr(kind, "called", kind).__module__
     if name.partition(".")[0] == __package__:
         return None
@@ -335,6 +345,9 @@ def _installed(group: str) -> Mapping[str, EntryPoint]:
 
 def _imported(reference: str, where: str, shown: str) -> Any:
     place, _, name = reference.rpartition(":")
+    if place == MEMORY:
+        remedy = "Run the program that made it, or put the object into a file and name that"
+        raise UserError(where, "a class that can be imported", f"{shown!r}, an object of a Python program", remedy)
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         found: Any = module

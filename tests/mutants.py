@@ -314,6 +314,27 @@ MUTANTS = [
         CORE,
     ),
     Mutant(
+        "a mechanism of noise remembers nothing",
+        ROUNDS,
+        "noisy, noise = rules.mechanism.noise(",
+        "noisy, _ = rules.mechanism.noise(",
+        "tests/mechanisms/test_mechanisms_state.py",
+    ),
+    Mutant(
+        "a mechanism of noise begins anew with memories",
+        ROUNDS,
+        "return joined(self.method.init_server(state.model), noise)",
+        "return self.init(state.model)",
+        "tests/mechanisms/test_mechanisms_state.py",
+    ),
+    Mutant(
+        "workers get names of classes that they cannot import",
+        "fedpriv/engines/ray/host.py",
+        "        cloudpickle.register_pickle_by_value(module)\n",
+        "        pass\n",
+        "tests/experiment/test_experiment_ray.py",
+    ),
+    Mutant(
         "no noise at the client",
         ROUNDS,
         "return apply_client_rule(rules.method, state, signal, release, round)",

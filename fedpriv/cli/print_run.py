@@ -50,7 +50,7 @@ def print_warnings(directory: Path) -> None:
     warnings = warnings_of(rows)
     if learned_nothing(rows):
         remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
-        raise UserError("the run", "updates of finite numbers", "no such update", remedy)
+        raise UserError("the run", "updates of finite numbers", "only NaN or infinity", remedy)
     for warning in warnings:
         print(f"warning     {warning}", file=sys.stderr)
 

@@ -187,7 +187,7 @@ def load_certificate(path: Path) -> x509.Certificate:
     except OSError as error:
         raise UserError(str(path), "a certificate", error.strerror or error, "Copy it again") from None
     except ValueError:
-        raise UserError(str(path), "a certificate in PEM format", "another format", "Copy it again") from None
+        raise UserError(str(path), "a certificate in PEM format", "a different format", "Copy it again") from None
 
 
 def check_certificate(what: str, path: Path, ca: Path) -> list[Finding]:
@@ -326,7 +326,7 @@ def call_server(host: str, port: int, ca: Path) -> float | None:
         remedy = "Compare the address with server/server.toml: another program listens there"
         raise WrongServerError(where, "a SuperLink with TLS", error, remedy) from None
     except socket.gaierror:
-        raise UserError(where, "a known host", "no address", "Fix the name, or this machine's DNS") from None
+        raise UserError(where, "a known host", "an unknown name", "Fix the name, or this machine's DNS") from None
     except OSError as error:
         remedy = "Start server/start-superlink.sh, and open this port in all firewalls"
         raise UserError(where, "a SuperLink that answers", error.strerror or error, remedy) from None

@@ -1,10 +1,10 @@
 """Server of a deployment without the network: turns, counted messages and instructions to clients.
 
-    turn = coordinator.begin()              cohort and model of the turn
-    (save)                                  before anything is sent
-    order, terms = coordinator.order(i)     for each client of the cohort
+    turn = coordinator.begin()                              cohort and model of the turn
+    (save)                                                  before anything is sent
+    instructions, terms = coordinator.instructions(i)       for each client of the cohort
     outcome = coordinator.finish(replies, refusals)
-    (save)                                  before anything else is sent or published
+    (save)                                                  before anything else is sent or published
 
 A turn is one broadcast. If enough clients answer, the turn counts as a round of the method; otherwise none of its
 messages are used. In both cases it is spent: the plan's number of rounds is a number of turns. `save` and `restore`

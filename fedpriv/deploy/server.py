@@ -236,7 +236,7 @@ def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder)
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
     elif any(row["round"] > 0 for name in (PARTICIPATION, "rounds.jsonl") for row in directory.rows(name)):
-        expected, got = "the checkpoint of the recorded rounds", "no file"
+        expected, got = "the checkpoint of the recorded rounds", "a missing file"
         remedy = "Restore it, since clients have paid for these rounds, or choose a new --out for a new run"
         raise UserError(str(directory.checkpoint.path), expected, got, remedy)
     recorder.begin()

@@ -28,7 +28,7 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.tasks.models import MODELS, ModelSource
 
-__all__ = ["Config", "load_config", "parse_config", "read_config_file", "read_config_text"]
+__all__ = ["Config", "check_config", "load_config", "parse_config", "read_config_file", "read_config_text"]
 
 T = TypeVar("T")
 
@@ -404,18 +404,26 @@ def parse_config(tables: dict[str, Any]) -> Config:
         model=_read_named(MODELS, _need(tables, "model"), "model", "name"),
         local=local,
         cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_method(tables, local),
+        method=_read_method(tables),
         privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
         training=read_table(Training, _need(tables, "training"), "training"),
         deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
         devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
     )
-    _check_schedule(config)
     _check_sources(config, tables.get("sources", {}))
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError if parts of an experiment do not fit each other."""
+    _check_schedule(config)
+    if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
+        expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
+        raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")
     if config.deployment is not None:
         config.deployment.check(config.method)
-    return config
 
 
 def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
@@ -462,12 +470,8 @@ def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str)
     return read_table(kind, options, where)
 
 
-def _read_method(tables: dict[str, Any], local: LocalWork) -> Method:
+def _read_method(tables: dict[str, Any]) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
-    if method.needs_gradient_scale and local.signal == "move":
-        name = tables["method"]["name"]
-        expected = f'"gradient-sum" or "gradient-mean" with {name}, which divides by client_lr'
-        raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")
     if "server" not in tables:
         return method
     return optimized(method, _read_named(SERVER_OPTIMIZERS, tables["server"], "server", "optimizer"))

@@ -57,7 +57,7 @@ _MEASURE_SECONDS = 0.25
 # On Ray, clients are grouped into classes of about this many, each computed as one batch. The number of classes does
 # not depend on the number of workers.
 _CLASS_CLIENTS = 64
-_FEWEST_CLASSES, _MOST_CLASSES = 8, 32
+_MIN_CLASSES, _MAX_CLASSES = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +304,7 @@ def _ray(experiment: Experiment, population: Population, execution: Execution, c
         gpus = 1.0 if population.task.device.type == "cuda" else 0.0
     expected = experiment.server.sampling.expected_size
     batches = compute == "vectorized" and (gpus > 0.0 or population.task.dense is not None)
-    unit = min(max(int(expected / _CLASS_CLIENTS), _FEWEST_CLASSES), _MOST_CLASSES) if batches else "client"
+    unit = min(max(int(expected / _CLASS_CLIENTS), _MIN_CLASSES), _MAX_CLASSES) if batches else "client"
     memory = None if execution.state_memory is None else execution.state_memory // workers
     folder = None if memory is None else execution.state_folder or Path(tempfile.gettempdir())
     return RayEngine(

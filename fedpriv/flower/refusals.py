@@ -35,7 +35,7 @@ class Refusal(UserError):  # noqa: N818
         self.kind = kind
 
     @property
-    def told(self) -> str:
+    def public_line(self) -> str:
         """Line for the server: it reveals nothing beyond the instructions, the model and the policy."""
         return str(self) if self.kind in _OPEN else f"{KINDS[self.kind]}; see its operator's log"
 

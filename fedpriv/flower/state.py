@@ -68,6 +68,6 @@ def _settled(context: Context, instructions: ClientInstructions) -> tuple[int, _
         "lost",
         f"memory of client {instructions.client}",
         f"its state after round {instructions.last_round}",
-        f"that after round {max(committed, pending)}" if record is not None else "no memory",
+        f"that after round {max(committed, pending)}" if record is not None else "a lost memory",
         "The server applies its rule for lost memories; a node loses its memory when it restarts",
     )

@@ -92,7 +92,7 @@ class TrainedArrays:
             raise UserError(
                 declared,
                 "an array to train",
-                "no match",
+                "0 arrays",
                 f"The model has: {_shown(name for name in model if name not in integers)}",
             )
         return cls(

@@ -203,7 +203,8 @@ class Releases:
             )
         if not 0.0 < epsilon <= LARGEST_TARGET:
             expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
-            raise UserError("privacy.epsilon", expected, epsilon, "Below 10 is usual; above it little is promised")
+            remedy = "Below 10 is usual. For a run without noise, remove [privacy] or set noise_multiplier = 0 instead"
+            raise UserError("privacy.epsilon", expected, epsilon, remedy)
 
 
 @lru_cache(maxsize=2**15)

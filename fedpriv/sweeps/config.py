@@ -249,7 +249,7 @@ def _leaves(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `tables` with each `table.key`, or each whole table, replaced."""
+    """Return a copy of `tables` with each `table.key`, or each whole table, replaced, or removed if the value is ""."""
     made = copy.deepcopy(dict(tables))
     for address, value in changes.items():
         *path, last = address.split(".")
@@ -259,7 +259,10 @@ def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             if not isinstance(place, dict):
                 above = ".".join(path[:depth])
                 raise UserError(address, "a table", f"the key {above}", f"Write {above} instead")
-        place[last] = copy.deepcopy(value)
+        if value == "":
+            place.pop(last, None)
+        else:
+            place[last] = copy.deepcopy(value)
     return made
 
 

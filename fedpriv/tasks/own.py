@@ -28,6 +28,7 @@ class OwnModule:
     dense: ClassVar[bool] = False
     called: ClassVar[Callable[..., Any]]
     asked: ClassVar[tuple[str, ...]]
+    reference: ClassVar[str | None] = None
 
     @staticmethod
     def of(found: Any, where: str, name: str) -> "type[OwnModule]":

@@ -125,7 +125,7 @@ def test_a_turn_there_and_back_is_nearly_nothing_inside():
 
 
 def test_angles_are_uniform_over_clients():
-    """Return each client's angle, from the sine by which a linear image is rotated."""
+    """Each client's angle, from the sine by which a linear image is rotated."""
     ramp = torch.linspace(-1, 1, 9).expand(9, 9)[None, None]
     angles = []
     for client in range(2000):

@@ -1,7 +1,7 @@
-"""A deployment in one process over a network and disks that lose, repeat, delay, tear and fill up, by a seed.
+"""Deployment in one process, on a network and disks that lose, repeat, delay, tear and fill up according to a seed.
 
 Only the network and the disks are simulated: server and clients are `Coordinator` and `Device`, and clients' files are
-real files. What must hold is checked after every turn by a bookkeeper who sees everything.
+real files. After every turn, a bookkeeper with full knowledge checks all invariants.
 """
 
 import os
@@ -38,12 +38,12 @@ CLIENTS = 4
 
 
 class CrashError(BaseException):
-    """The client's machine stops; no handler of errors runs on it."""
+    """Error for a client's machine that stops; no error handler runs on it."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Chances, each of one event."""
+    """Probabilities of faults."""
 
     lost_request: float = 0.1
     lost_reply: float = 0.1
@@ -58,9 +58,9 @@ class Faults:
 
 @dataclass
 class Disk:
-    """Stands between clients and the operating system: stops or fills up at the n-th write, perhaps half way.
+    """Layer between clients and the operating system that stops or fills up at the n-th write, perhaps half way.
 
-    A machine may stop as well where a folder is synchronized: after each file that was replaced or added to.
+    A machine may also stop when a folder is synchronized: after each file that was replaced or extended.
     """
 
     rng: np.random.Generator
@@ -76,7 +76,7 @@ class Disk:
             self.full_at = int(self.rng.integers(0, 8))
 
     def write(self, file: int, content: Any) -> int:
-        """os.write, which tears."""
+        """Call os.write, which may write only a part."""
         number, self.writes = self.writes, self.writes + 1
         if number in (self.full_at, self.crash_at):
             half = bytes(content)[: len(content) // 2]
@@ -88,7 +88,7 @@ class Disk:
         return REAL_WRITE(file, content)
 
     def sync_folder(self, _: Path) -> None:
-        """fedpriv's sync_folder, after which a machine may stop."""
+        """Call fedpriv's sync_folder; a machine may stop after it."""
         number, self.writes = self.writes, self.writes + 1
         if number == self.crash_at:
             raise CrashError
@@ -99,7 +99,7 @@ REAL_WRITE = os.write
 
 @contextmanager
 def simulated_disk(disk: Disk) -> Iterator[None]:
-    """Client files go through `disk`; fsync does nothing, since no machine stops here for real."""
+    """Route client files through `disk`; fsync does nothing, because no machine really stops here."""
 
     class Os:
         def __getattr__(self, name: str) -> Any:
@@ -121,7 +121,7 @@ def simulated_disk(disk: Disk) -> Iterator[None]:
 
 @contextmanager
 def unrounded_noise() -> Iterator[None]:
-    """Noise is a draw of `Draws`, added without rounding, so that `_follow_noise` can follow what it did."""
+    """Use draws of `Draws` as noise, without rounding, so that `_follow_noise` can follow their effect."""
 
     def released(streams: "Draws", purpose: Purpose, stddev: float, values: Tensor, address: Any, *_: Any, **__: Any):  # type: ignore[no-untyped-def]
         if stddev == 0.0:
@@ -138,7 +138,7 @@ def unrounded_noise() -> Iterator[None]:
 
 @dataclass
 class Draws(Streams):
-    """Fresh noise at every draw, as in a deployment; remembers which draw was made for which turn and client."""
+    """Source of new noise at every draw, as in a deployment, with a record of the turn and client of each draw."""
 
     rng: np.random.Generator
     made: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
@@ -166,17 +166,17 @@ class Draws(Streams):
 
 @dataclass
 class World:
-    """A server, its clients, and what is on its way between them.
+    """Server, clients, and the messages in transit between them.
 
     Args:
-        folder: Where the clients' homes are.
+        folder: Folder of the clients' homes.
         method: The method.
         trust: `none`, `central` or `local`.
-        seed: Decides everything.
-        turns: How many.
-        choice: The deployment's rules.
-        faults: What goes wrong, how often.
-        budget: The clients' epsilon.
+        seed: Seed of all random events.
+        turns: Number of turns.
+        choice: Rules of the deployment.
+        faults: Probabilities of faults.
+        budget: Epsilon of the clients' policies.
     """
 
     folder: Path
@@ -213,21 +213,21 @@ class World:
         self.disk = Disk(np.random.default_rng(self.seed + 2 * 10**6))
         self.saved: Any = None
         self.delayed: list[tuple[int, ClientInstructions, RunTerms, Tensor]] = []
-        self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> what left the client
+        self.sent: dict[tuple[int, int], set[bytes]] = defaultdict(set)  # (client, turn) -> message sent by the client
         self.outcomes: list[Any] = []
         self.lost: set[int] = set()
-        self.gone: dict[int, Tensor] = {}  # what clients of secret cohorts remembered that are asked no more
+        self.gone: dict[int, Tensor] = {}  # memories of clients in secret cohorts that are no longer asked
         self.crashed: set[tuple[int, int]] = set()  # (client, turn) in which the client's machine stopped
 
     def run(self) -> None:
-        """All turns; checks after each."""
+        """Run all turns, with checks after each."""
         with simulated_disk(self.disk), unrounded_noise():
             while not self.server.done:
                 self.step()
                 self.check()
 
     def step(self) -> None:
-        """One turn."""
+        """Run one turn."""
         rng, faults = self.rng, self.faults
         broadcast = self.server.begin()
         self._save()
@@ -247,7 +247,7 @@ class World:
             events += [event] * (2 if rng.random() < faults.twice else 1)
         rng.shuffle(events)  # type: ignore[arg-type]
         replies, refusals = self._deliver(events, broadcast.round)
-        if rng.random() < faults.server_crash:  # what was heard is forgotten; the same turn is asked for again
+        if rng.random() < faults.server_crash:  # the answers are lost; the same turn is requested again
             self._restart_server()
             broadcast = self.server.begin()
             again = [
@@ -302,15 +302,15 @@ class World:
         return message
 
     def signal(self, client: int, turn: int, model: Tensor) -> Tensor:
-        """Another one at every call: whoever calls twice for one message is found out."""
+        """Return a different signal at every call, which detects two calls for one message."""
         self.calls = getattr(self, "calls", 0) + 1
         rng = np.random.default_rng((self.seed, client, turn, self.calls))
         return model + torch.tensor(rng.standard_normal(SIZE) + client, dtype=torch.float32)
 
     def check(self) -> None:
-        """What must hold after every turn."""
+        """Check the invariants of every turn."""
         if self.server.secret_cohorts:
-            assert self.server.epoch == 0, "that all memories begin anew shows whose was lost"
+            assert self.server.epoch == 0, "a reset of all memories reveals a lost one"
             assert self.server.left_out <= set(self.gone)
         for (client, turn), messages in self.sent.items():
             assert len(messages) == 1, f"client {client} answered turn {turn} with {len(messages)} messages"
@@ -329,21 +329,21 @@ class World:
 
     @property
     def exact(self) -> bool:
-        """Whether the server's memory must be the clients': where none was lost since all began anew.
+        """Return whether the server's memory must match the clients': if none was lost since the last reset.
 
-        Where cohorts are secret a lost memory makes nobody begin anew: the server's keeps what it holds of it.
+        If cohorts are secret, a lost memory causes no reset: the server's memory keeps that client's contribution.
         """
         return not self.lost
 
     def expected_memory(self) -> Tensor:
-        """The mean of the clients' committed memories, plus the noise that the server's holds."""
+        """Return the mean of the clients' committed memories, plus the noise in the server's memory."""
         total = torch.zeros(SIZE)
         for client in range(CLIENTS):
             total += self.gone[client] if client in self.gone else self._remembered(client)
         return total / CLIENTS + self.noise_only.memory
 
     def _remembered(self, client: int) -> Tensor:
-        """A client's committed memory."""
+        """Return a client's committed memory."""
         record = MemoryFile(self.members[client].folder, self.server.run, client).read()
         last = self.server.last_turn.get(client, 0)
         if record is None or last == 0 or record.epoch != self.server.epoch:
@@ -357,7 +357,7 @@ class World:
         return memory
 
     def _follow_noise(self, outcome: Any) -> None:
-        """What the noise alone would have done to the server's memory."""
+        """Track the effect of the noise alone on the server's memory."""
         if not has_memory(self.method):
             return
         if outcome.happened == "re-based":
@@ -401,7 +401,7 @@ class World:
         self.server.restore(*self.saved)
 
     def _lose_disk(self, client: int) -> None:
-        """The memory is gone; the ledger was backed up."""
+        """Delete the memory but keep the ledger, as if it had been backed up."""
         folder = self.members[client].folder / f"{self.server.run}-{client}"
         if not folder.exists():
             return

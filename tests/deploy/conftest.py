@@ -8,7 +8,7 @@ from fedpriv.deploy.setup.provision import Deployment, init_deployment
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A deployment of two nodes, as it was made."""
+    """Return an unchanged deployment of two nodes."""
     folder = tmp_path_factory.mktemp("made") / "deployment"
     init_deployment(folder, Deployment(host=HOST, nodes=2))
     return folder
@@ -16,7 +16,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def deployment(made, tmp_path):
-    """A copy of it, to do anything with."""
+    """Return a copy of it that tests may change."""
     folder = tmp_path / "deployment"
     shutil.copytree(made, folder)
     config = folder / "admin" / "config.toml"

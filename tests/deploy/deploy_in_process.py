@@ -1,4 +1,4 @@
-"""The real server and client apps of a deployment, with Flower's messages, in one process and without its network."""
+"""Real server and client apps of a deployment with Flower's messages, in one process and without a network."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,15 +23,15 @@ own = "{own}"
 
 
 class DeploymentGrid(InProcessGrid):
-    """Nodes with homes; what they answer comes when it is asked for.
+    """Grid of nodes with homes, which computes answers when they are requested.
 
     Args:
-        folder: Where the homes are made.
-        population: How many nodes.
+        folder: Folder of the homes.
+        population: Number of nodes.
         run_config: See `InProcessGrid`.
-        trust: In the policies.
-        epsilon: In the policies.
-        own: In the policies.
+        trust: Trust in the policies.
+        epsilon: Epsilon in the policies.
+        own: Data file in the policies.
         hook: See `InProcessGrid`.
     """
 
@@ -72,7 +72,7 @@ class DeploymentGrid(InProcessGrid):
 
 
 def run_server(grid: DeploymentGrid, toml: str, out: Path, **more: Any) -> None:
-    """The ServerApp's main, as Flower calls it; `more` are keys of the run config, with underscores."""
+    """Call the ServerApp's main like Flower; `more` are keys of the run config, with underscores."""
     config = {
         "config-toml": toml,
         "out": str(out),

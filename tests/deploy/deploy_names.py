@@ -1,4 +1,4 @@
-"""What the tests of deployments share."""
+"""Constants shared by the tests of deployments."""
 
 HOST = "fl.example.org"
 """Host name of the server in the deployments of tests."""

@@ -1,4 +1,4 @@
-"""A deployment of real processes on this machine: one SuperLink and some SuperNodes, with TLS and node keys."""
+"""Deployment of real processes on this machine: one SuperLink and some SuperNodes, with TLS and node keys."""
 
 import os
 import socket
@@ -17,12 +17,12 @@ FEDPRIV = [sys.executable, "-m", "fedpriv.cli"]
 
 @dataclass
 class Loopback:
-    """Starts, kills and ends the processes.
+    """Controller of the processes.
 
     Args:
-        folder: Of the deployment.
-        nodes: How many.
-        seeded: Whether tests may decide noise by a seed.
+        folder: Folder of the deployment.
+        nodes: Number of nodes.
+        seeded: Allow tests to seed the noise.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Loopback:
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def make(self) -> None:
-        """Makes the folders."""
+        """Create the folders."""
         init_deployment(self.folder, Deployment(host="127.0.0.1", port=self.port, nodes=self.nodes, epsilon=1e4))
 
     @property
@@ -42,7 +42,7 @@ class Loopback:
         return {**os.environ, **seeded, "PATH": path, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
     def start(self, name: str) -> None:
-        """Starts `server` or `node-I`."""
+        """Start `server` or `node-I`."""
         command = "server" if name == "server" else "node"
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
@@ -58,36 +58,36 @@ class Loopback:
             wait_until(self._listens, 60.0, self.log(name))
 
     def start_all(self) -> None:
-        """The server, the registration of all keys, the nodes."""
+        """Start the server, register all keys, and start the nodes."""
         self.start("server")
         self.register()
         for i in range(self.nodes):
             self.start(f"node-{i}")
 
     def register(self) -> None:
-        """Tells the server the nodes' keys."""
+        """Register the nodes' keys with the server."""
         subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=120)
 
     def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs `fedpriv deploy`."""
+        """Run `fedpriv deploy`."""
         command = [*FEDPRIV, "deploy", *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
 
     def kill(self, name: str) -> None:
-        """SIGKILL to `server` or `node-I`; what it started has to end by itself."""
+        """Send SIGKILL to `server` or `node-I`; its own processes have to end by themselves."""
         process = self._processes.pop(name)
         process.kill()
         process.wait(timeout=30.0)
         wait_until(lambda: not self.processes(name), 10.0, f"{name} left {self.processes(name)}: {self.log(name)}")
 
     def ends(self, name: str, seconds: float) -> int:
-        """Waits until `server` or `node-I` has ended; returns its exit code."""
+        """Wait until `server` or `node-I` has ended; return its exit code."""
         code = self._processes[name].wait(timeout=seconds)
         del self._processes[name]
         return code
 
     def processes(self, name: str) -> list[str]:
-        """The commands of all processes of `server` or `node-I`."""
+        """Return the commands of all processes of `server` or `node-I`."""
         mark = f"FLWR_HOME={self.folder / name}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -97,16 +97,16 @@ class Loopback:
         return found
 
     def close(self) -> None:
-        """Ends everything."""
+        """End all processes."""
         for name in list(self._processes):
             self.kill(name)
 
     def log(self, name: str) -> str:
-        """What a process has printed."""
+        """Return the output of a process."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def run(self, config: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-        """Begins `fedpriv run --deploy`, with noise by the seed."""
+        """Start `fedpriv run --deploy`, with seeded noise."""
         return subprocess.Popen(
             [*FEDPRIV, "run", str(config), "--deploy", str(self.folder / "admin"), "--out", str(out), *more],
             env=self.environment,
@@ -122,14 +122,14 @@ class Loopback:
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float, what: str = "") -> None:
-    """Waits until something holds; fails if it does not in time."""
+    """Wait until a condition holds; fail if it does not hold in time."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what[-2000:]}"

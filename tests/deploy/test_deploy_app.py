@@ -1,4 +1,4 @@
-"""Server and client apps together, message by message: bits, counting, resumption, strangers."""
+"""Server and client apps together, message by message: exact results, counting, resumption, foreign answers."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def config(method: str = "damped", trust: str = "local", **changes: Any) -> str:
 
 
 class Clock:
-    """Time that passes where the server sleeps, and nowhere else."""
+    """Clock that advances only while the server sleeps."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -121,7 +121,7 @@ def test_a_deployment_is_the_loop_to_the_bit(
 def test_how_long_a_turn_lasts_shows_nothing_of_a_secret_cohort(
     secret: bool, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cohorts of all sizes, none among them; client 3 never answers. Without a secret, a turn ends with its answers."""
+    """Cohorts have all sizes, including 0; client 3 never answers. Without secrecy, a turn ends with its answers."""
     told: list[tuple[float, int]] = []
 
     def append(self: RunDirectory, name: str, row: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def test_without_the_switch_noise_is_secret_and_the_statement_says_so(tmp_path: 
 
 
 def test_refusals_failures_and_silence_are_counted_by_client(tmp_path: Path) -> None:
-    """Client 0 has no budget, 1 is dead, 2 raises, 3 never answers, 4 and 5 are well."""
+    """Client 0 has no budget, 1 is dead, 2 raises, 3 never answers, 4 and 5 work."""
 
     def hook(partition: int, message: Message) -> bool:
         if TERMS not in message.content.config_records:
@@ -222,7 +222,7 @@ def test_refusals_failures_and_silence_are_counted_by_client(tmp_path: Path) -> 
 
 
 def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str, Any], tmp_path: Path) -> None:
-    """Client 2 is away in turn 3; what the others sent is not noised again, and the end is the loop's."""
+    """Client 2 is absent in turn 3. The other messages are not noised again, and the result is the loop's."""
     away = [True]
     toml = config(rules='min_participants = 4\ntoo_few = "stop"', deadline=1.0)
 
@@ -246,11 +246,11 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
 
 
 class ServerDied(BaseException):
-    """The ServerApp's process ends."""
+    """Error for the end of the ServerApp's process."""
 
 
 def test_a_server_that_dies_in_a_turn_asks_the_same_clients_for_the_same(tmp_path: Path) -> None:
-    """Cohorts come from the operating system; the second answers are the first ones' bytes."""
+    """Cohorts come from the operating system; the second answers equal the first to the byte."""
     asked: list[dict[int, str]] = [{}, {}]
     living = [False]
 
@@ -461,7 +461,7 @@ def test_a_node_that_gives_a_strange_number_is_not_used(claimed: Any, tmp_path: 
 
 
 def test_answers_to_what_was_not_asked_or_by_others_are_not_used(tmp_path: Path) -> None:
-    """Client 1 answers in client 0's name, client 2 answers a message that never was."""
+    """Client 1 answers in client 0's name, client 2 answers a message that does not exist."""
     ids: dict[int, str] = {}
 
     class Forging(DeploymentGrid):
@@ -486,7 +486,7 @@ def test_answers_to_what_was_not_asked_or_by_others_are_not_used(tmp_path: Path)
 
 
 def test_a_question_who_a_node_is_that_was_lost_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_INTRODUCTION_SECONDS", 0.1)
+    monkeypatch.setattr(deployment, "_QUESTION_SECONDS", 0.1)
     asked: list[int] = []
 
     def hook(partition: int, message: Message) -> bool:  # noqa: ARG001
@@ -510,7 +510,7 @@ def test_a_run_whose_checkpoint_is_lost_does_not_begin_again(tmp_path: Path) -> 
     with pytest.raises(UserError, match="turn 2"):
         run_server(grid, toml, tmp_path / "out")
     (tmp_path / "out" / "checkpoint.safetensors").unlink()
-    with pytest.raises(UserError, match="expected the checkpoint of the recorded rounds, got no file"):
+    with pytest.raises(UserError, match="expected the checkpoint of the recorded rounds, got a missing file"):
         run_server(grid, toml, tmp_path / "out", resume=True)
 
 
@@ -532,7 +532,7 @@ def test_a_file_elsewhere_on_the_client_is_not_read(tmp_path: Path) -> None:
     digest = parse_config(tomllib.loads(toml)).digest
 
     class Lying(DeploymentGrid):
-        """The server sends another config to the devices than it uses."""
+        """Server that sends devices another config than it uses."""
 
         def _play(self, message: Message) -> Message | None:
             for context in self.contexts.values():
@@ -566,7 +566,7 @@ def test_a_servers_config_makes_no_device_import_what_it_names(table: str, line:
     toml = toml.replace(line, f'{line.split()[0]} = "{tmp_path / "theirs.py"}:Anything"')
 
     class Lying(DeploymentGrid):
-        """The server sends another config to the devices than it uses."""
+        """Server that sends devices another config than it uses."""
 
         def _play(self, message: Message) -> Message | None:
             for context in self.contexts.values():
@@ -626,7 +626,7 @@ def test_a_file_that_is_not_right_is_a_refusal(wrong: str, tmp_path: Path) -> No
 def test_a_huge_model_in_a_servers_config_is_refused_before_anything_of_it_is_built(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server sends devices a config whose model has ten billion parameters, with arrays of few."""
+    """The server sends a config for a model of ten billion parameters, but small arrays."""
     toml = config(rounds=1).replace('name = "softmax"', 'name = "mlp"\nhidden = [100000, 100000]')
     digest = parse_config(tomllib.loads(toml)).digest
     for node in range(4):
@@ -666,7 +666,7 @@ def test_a_run_whose_checkpoints_have_no_room_asks_nobody(tmp_path: Path, monkey
 def test_a_servers_disk_that_fills_up_ends_the_run_in_one_line_and_it_goes_on_later(
     tmp_path: Path, seeded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No client is asked for what the server could not save before."""
+    """The server asks clients only after it has saved the turn."""
     full, toml, real = [False], config(trust="local"), Checkpoint.write
 
     def write(self: Checkpoint, digest: str, promise: str, number: int, *more: Any) -> None:

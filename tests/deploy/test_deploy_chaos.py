@@ -1,4 +1,4 @@
-"""Error feedback over a network and disks that fail: sixty turns and more, for thousands of seeds."""
+"""Error feedback on a network and disks that fail: at least sixty turns, for thousands of seeds."""
 
 import os
 from pathlib import Path

@@ -23,7 +23,7 @@ def now():
 
 
 def check(capsys, folder, *options):
-    """The exit code, and what was printed, as one line of words."""
+    """Return the exit code and the output as one line of words."""
     with pytest.raises(SystemExit) as end:
         main(["deploy", "check", str(folder), *(options or ["--no-connect"])])
     printed = capsys.readouterr()
@@ -107,9 +107,9 @@ DAMAGE = {
         "other users can read private files: chmod 700",
     ),
     "readable CA": ("", lambda d: (d / "ca" / "ca.key").chmod(0o644), "other users can read private files: chmod 600"),
-    "other node key": ("node-0", other_key, "expected the private half of node.pub, got another key"),
+    "other node key": ("node-0", other_key, "expected the private half of node.pub, got a different key"),
     "node key of another kind": ("node-0", key_of_another_kind, "expected OpenSSH keys without a passphrase"),
-    "other server key": ("server", key_of_another_certificate, "expected the key of server.pem, got another key"),
+    "other server key": ("server", key_of_another_certificate, "expected the key of server.pem, got a different key"),
     "no node key": (
         "node-0",
         lambda d: (d / "node-0" / "node.key").unlink(),
@@ -198,7 +198,7 @@ MIB = 2**20
 
 
 def leave(monkeypatch, free):
-    """Makes every disk have so many bytes free."""
+    """Make every disk report this number of free bytes."""
     usage = shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr("fedpriv.deploy.checks.shutil.disk_usage", lambda _: usage)
 
@@ -219,7 +219,7 @@ def test_a_disk_without_room_for_what_is_written_is_said_in_one_line(
 
 
 def test_a_node_has_room_to_write_its_largest_memory_once_more(deployment, capsys, monkeypatch):
-    """The former one stays until the new one is whole."""
+    """The previous one stays until the new one is complete."""
     memory = deployment / "node-0" / "state" / "run-0" / "memory"
     memory.parent.mkdir(parents=True)
     with memory.open("wb") as file:
@@ -272,7 +272,7 @@ class Quiet(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def serve():
-    """Starts a server with a health page on a free port; returns the port."""
+    """Start a server with a health page on a free port; return the port."""
     servers = []
 
     def start(folder=None, offset=0.0, host="127.0.0.1"):

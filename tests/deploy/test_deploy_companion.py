@@ -1,4 +1,4 @@
-"""Flower's own processes end with the node or server that they work for, also when it is killed."""
+"""Flower's own processes end with the node or server that started them, even if it is killed."""
 
 import contextlib
 import importlib
@@ -24,7 +24,7 @@ from fedpriv.flower.companion import companion_of, starting_companions
 from fedpriv.flower.internals import superlink as superlink_internals
 from fedpriv.flower.internals.supernode import accompanied
 
-# Holds the lock, starts a companion, says its number, and waits.
+# Holds the lock, starts a companion, prints its number, and waits.
 KEEPER = """
 import fcntl, subprocess, sys, time
 lock = open(sys.argv[1], "w")
@@ -33,7 +33,7 @@ child = subprocess.Popen(sys.argv[2:], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(600)
 """
-# Flower's, which for minutes asks a server again that is not there.
+# Flower's program, which keeps calling an absent server for minutes.
 SUPEREXEC = ["flower-superexec", "--insecure", "--runtime-api-address", "127.0.0.1:1"]
 
 
@@ -47,7 +47,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
 @pytest.mark.parametrize("when", ["at once", "in the middle of its work"])
 def test_a_killed_keeper_takes_its_companions_along(when: str, tmp_path: Path) -> None:
-    """Nobody waits for the keeper here, so that its number stays taken: Flower's own watch would see it alive."""
+    """No process waits for the keeper here, so that its number stays in use: Flower's own watch would see it alive."""
     lock = tmp_path / "lock"
     command = [sys.executable, "-c", KEEPER, str(lock), *companion_of(str(lock), SUPEREXEC)]
     keeper = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -74,7 +74,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_flowers_node_and_server_start_companions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if Flower starts its processes otherwise."""
+    """This fails if Flower starts its processes in another way."""
     commands = started(monkeypatch)
     monkeypatch.setenv("FLWR_HOME", "/home/flower")
 
@@ -118,7 +118,7 @@ def test_what_runs_an_app_is_a_companion_too(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_companion_leaves_the_names_of_packages_to_the_app(tmp_path: Path) -> None:
-    """An app that a node accepts may have packages called as ours are, or as files beside the companion are."""
+    """An accepted app may have packages with fedpriv's names, or with the names of files next to the companion."""
     lock = tmp_path / "lock"
     ours = "[name for name in sys.modules if name.split('.')[0] in ('clients', 'fedpriv', 'strategies')]"
     seen = f"import sys; print({ours}, sys.path)"

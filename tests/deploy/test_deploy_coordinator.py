@@ -1,4 +1,4 @@
-"""The server's half: what counts, what is right when few answer, and what a crash leaves behind."""
+"""Server's half of a deployment: counting, noise with few answers, and recovery from crashes."""
 
 import re
 from typing import Any
@@ -56,7 +56,7 @@ def lost(*clients: int) -> dict[int, tuple[str, str]]:
 
 @pytest.mark.parametrize("answering", [0, 1, CLIENTS])
 def test_central_noise_is_the_plan_s_however_few_answer(answering: int) -> None:
-    """The standard deviation on the sum, seen through a memoryless server that sums into its model."""
+    """The standard deviation on the sum, measured with a memoryless server that adds the sum to its model."""
     server = coordinator(DPFedAvg(clip_norm=1.0, server_lr=1.0), "central", size=20_000)
     server.begin()
     outcome = server.finish(messages(*range(answering), size=20_000), {})
@@ -204,7 +204,7 @@ def test_starting_afresh_is_allowed_where_it_does_no_harm(method: Any) -> None:
 
 
 def test_what_the_server_holds_of_a_lost_memory_fades() -> None:
-    """Server's memory minus the mean of the clients': what was lost, times (1 - lambda) a round."""
+    """The server's memory minus the mean of the clients' is the lost memory, times (1 - lambda) per round."""
     server = coordinator(DAMPED)
     states = {i: DAMPED.init_client(SIZE) for i in range(CLIENTS)}
     gone = torch.zeros(SIZE)
@@ -240,7 +240,7 @@ def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
 
 
 def test_a_lost_memory_does_not_stop_a_run_for_ever() -> None:
-    """Everyone must answer, and one cannot: all begin anew, and then it can."""
+    """All clients must answer, and one cannot: after a reset of all memories it can."""
     server = coordinator(min_participants=CLIENTS, too_few="stop")
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
@@ -251,7 +251,7 @@ def test_a_lost_memory_does_not_stop_a_run_for_ever() -> None:
 
 
 def test_nobody_makes_all_begin_anew_for_ever() -> None:
-    """A client that has nothing to lose is not believed, one that lost it twice is asked no more."""
+    """A client without a memory is not believed, and after a second loss it is no longer asked."""
     server = coordinator()
     server.turns = 100
     for _ in range(12):
@@ -280,7 +280,7 @@ def test_memories_begin_anew_in_a_tenth_of_the_turns_at_most() -> None:
 
 
 def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
-    """Whether it counted must not show who was in it: not with a minimum, and not when nobody answered."""
+    """A turn that does not count would reveal who was in it: with a minimum, or without any answer."""
     method, sampling = DPFedAvg(clip_norm=1.0), Poisson(1000, 0.01)
     plan = make_plan(
         trust="central",
@@ -334,7 +334,7 @@ def secretly(method: Any, **rules: Any) -> Coordinator:
 @pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0)])
 @pytest.mark.parametrize("rules", [{}, {"lost_memory": "leave-out"}], ids=["method", "leave-out"])
 def test_a_lost_memory_in_a_secret_cohort_does_not_show(method: Any, rules: dict[str, Any]) -> None:
-    """The server goes on as if that client had sent zeros from then on, the turn of the loss included."""
+    """The server continues as if that client had sent zeros from the turn of the loss on."""
     with_loss, absent = secretly(method, **rules), secretly(method, **rules)
     for turn in range(1, 6):
         loses = turn in (2, 4)
@@ -387,7 +387,7 @@ def test_a_turn_with_a_secret_cohort_has_a_length_of_its_own() -> None:
 
 
 def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> None:
-    """Cohorts come from the operating system, so only what was saved can bring them back."""
+    """Cohorts come from the operating system, so that only the saved state can restore them."""
     method = DPFedAvg(clip_norm=1.0)
     sampling = FixedSize(10**6, 3)
     server_rules, client_rules, _ = agree(method, sampling, None, SystemStreams())

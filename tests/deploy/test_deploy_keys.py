@@ -1,4 +1,4 @@
-"""Registering and removing nodes, against Flower's own server: it, `check` and `register` agree about each key."""
+"""Registration and removal of nodes with Flower's own server: it, `check` and `register` agree about each key."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from fedpriv.flower.internals.superlink import KnownNode, administering
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a deployment whose SuperLink answers, in a thread; it starts no process for runs."""
+    """Return the folder of a deployment with a SuperLink in a thread, which starts no process for runs."""
     folder, port = tmp_path_factory.mktemp("served") / "d", free_port()
     init_deployment(folder, Deployment(host="127.0.0.1", port=port, nodes=3))
     place = folder / "server"
@@ -58,7 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def deployment(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A deployment with keys that the server has never seen."""
+    """Return a deployment with keys that are new to the server."""
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     folder = tmp_path / "deployment"
     shutil.copytree(served, folder)
@@ -73,7 +73,7 @@ def deployment(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def said(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """What `check` says about nodes: by the kind of finding, states and lines."""
+    """Return the findings of `check` about nodes: states and lines by kind."""
     found: dict[str, list[tuple[str, str]]] = {}
     for finding in check_folder(folder / "admin")["admin"]:
         found.setdefault(finding.what, []).append((finding.state, finding.line))
@@ -81,7 +81,7 @@ def said(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def known(folder: Path, name: str) -> str | None:
-    """The server's status of a key; None if it never saw it."""
+    """Return the server's status of a key; None if it never saw it."""
     with administering(folder / "admin", CONNECTION) as server:
         node = server.nodes().get(Roster.read(folder).key_of(name))
     return None if node is None else node.status
@@ -167,7 +167,7 @@ def test_a_key_that_somebody_else_unregistered_sends_nobody_in_circles(deploymen
 
 
 def test_a_removed_key_that_the_server_still_takes_is_wrong_until_it_is_removed_there(deployment: Path) -> None:
-    """As where `admin` was restored from a copy, or the server's database was."""
+    """This happens if `admin` or the server's database was restored from a copy."""
     register_nodes(deployment)
     Roster.read(deployment).without("node-0")
     _, faults = register_nodes(deployment)

@@ -1,4 +1,4 @@
-"""A ledger that was lost, or put back to an earlier state, is noticed in every run."""
+"""All runs detect a ledger that was lost, or restored to an earlier state."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def head_of(device: Device) -> Head:
 
 
 def forget(device: Device, how: str) -> None:
-    """Damages the ledger after three releases of run r1; its own memory files stay."""
+    """Damage the ledger after three releases of run r1; its memory files stay."""
     path = Ledger(device.folder).path
     lines = path.read_bytes().splitlines(keepends=True)
     path.with_name("ledger.head").unlink()
@@ -68,7 +68,7 @@ def test_a_client_that_lost_its_ledger_is_noticed_by_a_run_of_another_name(devic
     with pytest.raises(Refusal, match=r"the original line according to .*r1-0/memory") as caught:
         ask(device, instructions(), terms(run="another"))
     assert caught.value.kind == "trouble"
-    assert "r1" not in caught.value.told
+    assert "r1" not in caught.value.public_line
     assert Ledger(device.folder).lines == before
     with pytest.raises(UserError, match=r"according to .*r1-0/memory"):
         account_of(device.folder, 8.0, 1e-5, "replace")
@@ -88,12 +88,12 @@ def test_any_run_s_memory_is_a_witness_not_only_the_newest(device: Device) -> No
 def test_a_witness_that_cannot_be_read_is_no_reason_to_go_on(device: Device) -> None:
     ask(device, *turn(1, 0))
     (device.folder / "r1-0" / "memory").write_bytes(b"fedpriv-memory 1 x\n\x09")
-    with pytest.raises(Refusal, match="expected an intact memory file, got no record of the ledger"):
+    with pytest.raises(Refusal, match="expected an intact memory file, got a file without the length of the ledger"):
         ask(device, instructions(), terms(run="another"))
 
 
 def test_only_facts_of_other_runs_memories_are_read(device: Device) -> None:
-    """Their tensors may be large, and damage to them is no matter of this run."""
+    """Their tensors may be large, and damage to them does not affect this run."""
     ask(device, *turn(1, 0))
     path = device.folder / "r1-0" / "memory"
     content = bytearray(path.read_bytes())
@@ -130,7 +130,7 @@ def test_a_head_that_the_ledger_has_or_has_gone_beyond_is_no_trouble(device: Dev
 
 
 def test_a_server_that_shows_no_head_is_answered_as_before(device: Device) -> None:
-    """Servers of before heads did not; what only a head could tell is then not noticed."""
+    """Older servers sent no heads; a loss that only a head reveals is then not detected."""
     ask(device, *turn(1, 0))
     shutil.rmtree(device.folder)
     ask(device, instructions(), terms(run="another"))
@@ -230,7 +230,7 @@ def test_a_server_that_is_restored_still_knows_its_clients_heads(tmp_path: Path)
     other.restore(one.state, one.save())
     assert other.heads == {0: heads(tmp_path, 2), 1: heads(tmp_path, 9)}
     saved = json.loads(one.save()["coordinator"].numpy().tobytes())
-    del saved["heads"]  # as servers of before heads saved it
+    del saved["heads"]  # the format of servers before heads existed
     other.restore(
         one.state, {"coordinator": torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)}
     )
@@ -247,7 +247,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_deployment_notices_clients_that_lost_all_records_between_two_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """13 messages left where the budget allowed 4: the second run knew nothing of the first."""
+    """Before, 13 messages left although the budget allowed 4: the second run did not know about the first."""
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "superlink"))
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local")
     run_server(grid, config(rounds=2), tmp_path / "runs" / "one")
@@ -278,7 +278,7 @@ def test_a_resumed_run_shows_the_heads_of_before_the_server_stopped(
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
     with pytest.raises(UserError, match="turn 2"):
         run_server(grid, toml, tmp_path / "out")
-    (tmp_path / HEADS_FILE).unlink()  # only the run's own checkpoint remembers
+    (tmp_path / HEADS_FILE).unlink()  # only the run's own checkpoint still has it
     away[0] = False
     shutil.rmtree(tmp_path / "nodes" / "node-2" / "state")
     with pytest.raises(UserError, match="turn 2: expected at least 4 valid messages, got 3"):

@@ -1,4 +1,4 @@
-"""Real processes: a deployment gives the loop's model to the bit, also if its node and its server are killed."""
+"""Real processes: a deployment computes the loop's model to the bit, even if its node and its server are killed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, 
 
 
 def test_a_removed_node_ends_with_one_line_and_leaves_nothing_behind(deployment: Loopback) -> None:
-    """The last of these tests: node-2 does not come back."""
+    """This is the last of these tests, because node-2 does not come back."""
     ended = deployment.deploy("remove", "node-2", str(deployment.folder))
     assert (ended.returncode, ended.stdout.splitlines()[:1]) == (0, ["node-2: removed"])
     assert deployment.ends("node-2", 180.0) == 2

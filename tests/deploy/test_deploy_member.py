@@ -1,4 +1,4 @@
-"""A client that guards itself: what it refuses, what it remembers, what it writes down."""
+"""Client that enforces its own policy: its refusals, its memory and its ledger."""
 
 import os
 import stat
@@ -104,7 +104,10 @@ def test_what_was_not_agreed_is_refused_and_nothing_changes(
         ask(guarded, instructions(**asked), terms(**told))
     assert caught.value.kind in KINDS
     assert not (tmp_path / "state").exists()
-    assert refused(refusal_record(caught.value.kind, caught.value.told)) == (caught.value.kind, str(caught.value))
+    assert refused(refusal_record(caught.value.kind, caught.value.public_line)) == (
+        caught.value.kind,
+        str(caught.value),
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -152,7 +155,7 @@ def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(devic
     ask(device, *turn(1, 0))
     ask(device, *turn(2, 1))
     MemoryFile(device.folder, "r1", 0).path.unlink()
-    with pytest.raises(Refusal, match="expected its state after turn 2, got no memory") as caught:
+    with pytest.raises(Refusal, match="expected its state after turn 2, got a lost memory") as caught:
         ask(device, *turn(3, 2))
     assert caught.value.kind == "lost"
     ask(device, *turn(4, 0))
@@ -163,7 +166,7 @@ def test_a_client_that_lost_its_memory_says_so_and_starts_afresh_when_told(devic
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_memory_that_is_not_finite_is_a_lost_one(device: Device, poison: float) -> None:
-    """Every later message would be zero, and nobody would know; what is sent for it is charged all the same."""
+    """Otherwise every later message would silently be zero; the client is charged for them nevertheless."""
     ask(device, *turn(1, 0))
     memory = MemoryFile(device.folder, "r1", 0)
     record = memory.read()
@@ -276,7 +279,7 @@ def test_a_full_disk_is_said_and_no_memory_is_lost(
 def test_a_full_disk_charges_no_message_that_never_left(
     device: Device, full_at: int, torn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the writes finds it full, and also half way: the same turn is then answered as if nothing was."""
+    """For each of the writes, also half way: the client then answers the same turn as if nothing had happened."""
     ask(device, *turn(1, 0))
     files = {path: path.read_bytes() for path in device.folder.rglob("*") if path.is_file()}
     real, calls = os.write, []
@@ -302,14 +305,14 @@ def test_a_full_disk_charges_no_message_that_never_left(
 
 
 class Stopped(BaseException):
-    """The machine stops."""
+    """Error for a machine that stops."""
 
 
 @pytest.mark.parametrize("stop_at", range(6))
 def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message_is_sent(
     device: Device, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each write, and after each file or line that is known to be on the disk."""
+    """After each write, and after each file or line that is certainly on disk."""
     ask(device, *turn(1, 0))
     real, done = os.fsync, []
 
@@ -333,7 +336,7 @@ def test_whenever_the_machine_stops_the_turn_is_charged_once_and_its_one_message
 
 
 def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(device: Device) -> None:
-    """As after a full disk, or with a file that somebody put there."""
+    """This happens after a full disk, or if another person put a file there."""
     ask(device, *turn(1, 0))
     path = MemoryFile(device.folder, "r1", 0).path
     before = path.read_bytes()
@@ -347,7 +350,7 @@ def test_what_lies_beside_a_memory_and_is_not_in_the_ledger_is_not_sent(device: 
         assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["a line is missing", "a figure is changed", "not JSON"])
+@pytest.mark.parametrize("damage", ["a line is missing", "a number is changed", "not JSON"])
 def test_a_ledger_that_was_changed_stops_everything(device: Device, damage: str) -> None:
     for number in (1, 2, 3):
         ask(device, *turn(number, number - 1))
@@ -355,7 +358,7 @@ def test_a_ledger_that_was_changed_stops_everything(device: Device, damage: str)
     lines = path.read_bytes().splitlines(keepends=True)
     if damage == "a line is missing":
         lines = [lines[0], lines[2]]
-    elif damage == "a figure is changed":
+    elif damage == "a number is changed":
         lines[1] = lines[1].replace(b'"noise_stddev": 2.0', b'"noise_stddev": 9.0')
     else:
         lines[0] = b"none\n"
@@ -418,7 +421,7 @@ def test_different_noises_compose_like_one_gaussian(device: Device) -> None:
 
 
 def test_the_policy_and_not_the_server_says_what_neighbours_are(device: Device) -> None:
-    """A release promised under add-or-remove costs what it costs under replacement, and has to meet the same floor."""
+    """A release with an add-or-remove guarantee costs as much as under replacement, with the same minimum of noise."""
     ask(device, instructions(noise_stddev=1.0), terms(adjacency="add-or-remove"))
     ask(device, instructions(), terms(run="r2"))
     together = make_plan(
@@ -463,7 +466,7 @@ def test_odd_numbers_get_nothing_and_take_no_time(name: str, trust: str, tmp_pat
 
 def test_what_a_refusal_tells_holds_nothing_of_files_or_past_runs() -> None:
     for kind in ("trouble", "budget"):
-        told = Refusal.because(kind, "/home/alice/hiv.csv: expected numbers, got 'Alice_Smith'").told
+        told = Refusal.because(kind, "/home/alice/hiv.csv: expected numbers, got 'Alice_Smith'").public_line
         assert "alice" not in told.lower()
         assert KINDS[kind] in told
 
@@ -475,7 +478,7 @@ def test_whatever_goes_wrong_is_a_refusal(device: Device) -> None:
     with pytest.raises(Refusal, match="RuntimeError") as caught:
         device.answer(*turn(1, 0), torch.zeros(SIZE), fails)
     assert caught.value.kind == "trouble"
-    assert "hiv" not in caught.value.told
+    assert "hiv" not in caught.value.public_line
 
 
 @pytest.mark.parametrize(
@@ -502,7 +505,7 @@ def test_a_ledger_that_got_shorter_stops_everything(device: Device, damage: str)
 
 
 def test_what_was_sent_without_a_promise_is_not_forgotten(tmp_path: Path) -> None:
-    """A policy that becomes strict after a run that promised nothing has no budget left to give."""
+    """If a policy becomes strict after a run without a guarantee, no budget is left."""
     lenient = Device(policy(trust="none"), tmp_path / "state")
     ask(lenient, instructions(noise_stddev=0.0), terms(trust="none", noise_multiplier=0.0))
     assert "epsilon inf" in account_of(lenient.folder, 8.0, 1e-5, "replace")
@@ -521,7 +524,7 @@ def test_a_new_epoch_does_not_hide_that_the_ledger_is_gone(device: Device) -> No
 
 
 def test_reading_the_ledger_changes_nothing(device: Device) -> None:
-    """Also in the middle of an append."""
+    """This also holds in the middle of an append."""
     ask(device, *turn(1, 0))
     path = Ledger(device.folder).path
     with path.open("ab") as file:

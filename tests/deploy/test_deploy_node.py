@@ -68,7 +68,7 @@ def ask():
 
 
 def pull(fab, run, accepted):
-    """What becomes of one message of a run whose bundle is `fab`: state, and the error replies."""
+    """Return the state after one message of a run with bundle `fab`, and the error replies."""
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     state, store, message = factory.state(), factory.objectstore_factory.store(), ask()
     state.set_node_id(NODE)
@@ -150,7 +150,7 @@ def test_flower_is_left_as_it_was():
 
 
 def test_flowers_node_pulls_messages_through_what_is_replaced(monkeypatch):
-    """Fails if `start_client_internal` binds the function otherwise than by name, or calls it without keywords."""
+    """This fails if `start_client_internal` does not look the function up by name, or calls it without keywords."""
     seen = {}
 
     class Stopped(BaseException):
@@ -189,7 +189,7 @@ def refusal(code, status=400):
 
 
 def activation(monkeypatch, outcomes, patience=60.0):
-    """Asks to be activated; the server answers with `outcomes`, one after the other."""
+    """Request activation; the server answers with `outcomes`, one after the other."""
     tried = []
 
     def activate(_, request):
@@ -232,7 +232,7 @@ def test_a_node_that_the_server_refuses_says_what_to_do(monkeypatch, error, line
 
 
 def taken(monkeypatch, when_registering, beats=False):
-    """Runs a node that the server takes, and then refuses; it answers `when_registering` to who registers itself."""
+    """Run a node that the server accepts and then rejects; the server answers registrations with `when_registering`."""
     asked = []
 
     def ask(_, *, request, **__):
@@ -261,14 +261,14 @@ def taken(monkeypatch, when_registering, beats=False):
 
 @pytest.mark.parametrize("beats", [False, True])
 def test_a_node_that_was_removed_says_so_in_one_line_and_is_not_started_again(monkeypatch, beats):
-    """Its heartbeat, which has a thread of its own, neither prints it nor ends the node, as the main thread does."""
+    """Its heartbeat, in a separate thread, neither prints the line nor ends the node; the main thread does."""
     line = r"^node\.key: expected a registered key, got a key that the server has removed\."
     with pytest.raises(UserError, match=line):
         taken(monkeypatch, refusal(2001), beats)
 
 
 def test_a_node_whose_clock_went_wrong_is_not_taken_for_a_removed_one(monkeypatch, capsys):
-    """The server's answer is the same; the exit code lets systemd start it again."""
+    """The server's answer is the same; with this exit code, systemd restarts the node."""
     assert taken(monkeypatch, refusal(0, 401)) == 1
     assert "fedpriv: the server: expected a valid and recent signature" in capsys.readouterr().err
 
@@ -289,7 +289,7 @@ def test_a_node_that_the_server_never_took_was_not_removed(monkeypatch):
 
 
 def with_a_child(monkeypatch, code, meanwhile):
-    """Run a node that starts a process, which runs Python `code`, and does `meanwhile`; give its exit code."""
+    """Run a node that starts a process with Python `code`, then call `meanwhile`; return the node's exit code."""
     started = []
 
     def stop(*_):
@@ -335,7 +335,7 @@ def kill_and_wait(child):
     ids=["killed", "ended"],
 )
 def test_a_node_whose_superexec_ends_says_so_in_one_line_and_ends(monkeypatch, capsys, code, meanwhile, how):
-    """Its exit code lets systemd start it again; with 2 it would not."""
+    """With its exit code, systemd restarts it; with 2 it would not."""
     assert "RestartPreventExitStatus=2" in deploy_texts.SERVICE.template
     began = time.monotonic()
     assert with_a_child(monkeypatch, code, meanwhile) == 1
@@ -372,7 +372,7 @@ def test_a_node_that_is_ended_does_not_complain_of_what_ends_with_it(monkeypatch
 
 
 def test_flowers_client_asks_through_what_is_replaced_and_gets_it_back(monkeypatch):
-    """Fails if Flower's client asks servers otherwise than by `_unary_unary` with a `request`."""
+    """This fails if Flower's client does not call servers by `_unary_unary` with a `request`."""
     calls = []
     monkeypatch.setattr(FleetHttpClient, "_unary_unary", lambda *_, **given: calls.append(given))
     before = FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat
@@ -396,7 +396,7 @@ def test_a_node_calls_nobody_else(monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What the SuperNode would have been started with; the environment is put back."""
+    """Return the arguments of the SuperNode instead of starting it; the environment is restored."""
     for name in ("FLWR_HOME", "PATH", *supernode_internals.QUIET):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     calls = []

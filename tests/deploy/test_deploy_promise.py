@@ -1,4 +1,4 @@
-"""Server and client compute the same promise from the same facts."""
+"""Server and client compute the same guarantee from the same terms."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ SAMPLED: dict[str, Sampling] = {
 }
 METHODS: dict[str, Method] = {"memory": AlphaNormEC(alpha=1.0, beta=0.5), "none": DPFedAvg(clip_norm=0.7)}
 
-# Another value of each field than `plan` has; a field of which only one value is offered yet has that one.
+# For each field another value than in `plan`, or the only value if a field has just one.
 OTHER: dict[str, Any] = {
     "trust": "local",
     "adjacency": "replace",
@@ -51,7 +51,7 @@ def plan(**changes: Any) -> PrivacyPlan:
 
 
 def test_every_field_of_a_plan_is_in_the_test_below() -> None:
-    """A field that is added to the plan has to travel, too: add it to `PrivacyTerms`, and here."""
+    """A new field of the plan must be sent to clients, too: add it to `PrivacyTerms`, and here."""
     assert set(OTHER) == {field.name for field in dataclasses.fields(PrivacyPlan)}
     assert {"everyone", "poisson", "fixed"} == set(SAMPLINGS)
 
@@ -72,7 +72,7 @@ def test_every_fact_of_the_cohorts_reaches_the_client(name: str) -> None:
 
 
 def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folder: Path) -> tuple[PrivacyPlan, Device]:
-    """A client that has answered all turns of a run under a plan."""
+    """Return a client that has answered all turns of a run with a plan."""
     made = make_plan(
         trust=trust,
         adjacency=adjacency,
@@ -119,7 +119,7 @@ def test_the_ledger_charges_a_client_in_all_rounds_what_the_server_states(
 
 
 def test_a_fixed_cohort_without_memory_is_charged_with_its_sampling() -> None:
-    """The ledger said 80.3 where the server stated 2.80: it counted every client as one that remembers."""
+    """Before, the ledger had 80.3 and the server 2.80, because the ledger counted every client as one with memory."""
     sampling = FixedSize(1000, 20)
     made = make_plan(
         trust="central",
@@ -145,7 +145,7 @@ def test_a_promise_from_before_memory_was_written_down_is_charged_as_with_memory
 
 
 def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path) -> None:
-    """Fixed cohorts of clients that remember are not amplified, whatever the terms say."""
+    """Fixed cohorts of clients with memory are not amplified, even if the terms claim it."""
     method = METHODS["memory"]
     made = plan(sampling=SAMPLED["fixed"], client_memory=False)
     terms = RunTerms(run="r", turn=1, last_turn=0, epoch=0, digest="d", **promised(made, made.sampling, made.rounds))

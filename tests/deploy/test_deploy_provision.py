@@ -33,7 +33,7 @@ def mode(path):
 
 
 def greets(context, certificate, key, name):
-    """A TLS handshake in memory; raises what the client raises."""
+    """Perform a TLS handshake in memory; raise the client's exception."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate, key)
     wires = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -138,7 +138,7 @@ def test_a_start_script_without_fedpriv_says_so(made):
 
 @pytest.mark.parametrize("name", ["server", "node-0"])
 def test_the_image_holds_the_versions_that_the_folder_asks_for(made, name):
-    """Else the container would refuse to start, by its own check of versions."""
+    """Otherwise the container's own check of versions would refuse to start it."""
     text = (made / name / "Dockerfile").read_text()
     wanted = tomllib.loads((made / name / "versions.toml").read_text())
     assert re.findall(r"^FROM python:(\S+)-slim$", text, re.MULTILINE) == [wanted["python"]]

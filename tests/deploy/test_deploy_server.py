@@ -12,7 +12,7 @@ from fedpriv.flower.internals.superlink import OnlyFor, guarded
 
 
 def status(app, path, caller):
-    """The HTTP status of a POST from an address."""
+    """Return the HTTP status of a POST from an address."""
     sent = []
 
     async def receive():
@@ -41,13 +41,13 @@ def status(app, path, caller):
 
 @pytest.fixture(scope="module")
 def app():
-    """Flower's own server, behind the guard."""
+    """Return Flower's own server, behind the guard."""
     with guarded(["127.0.0.1", "::1", "10.0.0.0/24"]):
         return superlink.create_app()
 
 
 def test_strangers_reach_what_nodes_need_and_nothing_else(app):
-    """Fails if Flower moves its APIs: then what nodes need is forbidden, or there is no path of a kind."""
+    """This fails if Flower moves its APIs: then the nodes' API is forbidden, or a kind of path is missing."""
     paths = {str(context.path) for context in iter_route_contexts(app.routes)}
     public = {path for path in paths if status(app, path, "203.0.113.9") != 403}
     assert public == {path for path in paths if path.startswith("/v1/fleet/")} | {"/health"}

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line on stderr, JSON for other programs."""
+"""Command line: exit codes, one line on stderr, JSON for other programs."""
 
 import json
 import os

@@ -264,7 +264,7 @@ def test_skew_shows_in_its_figure():
 
 
 def test_gradients_cost_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
-    """Return a round of 60 clients with one-example batches, and a model that uses up the free operations."""
+    """With 60 clients per round, small batches, and then no free operations."""
     settings = ["data.clients=60", "data.partition=iid", "data.concentration=", "training.rounds=100"]
     settings += ["local.work=minibatch-gradient", "local.batch_size=6"]
     whole = measured(*settings)
@@ -274,7 +274,7 @@ def test_gradients_cost_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
     assert 10 <= some["gradient_clients"] <= 360 // 24
     none = measured(*settings, "local.batch_size=1")
     assert none["gradient_clients"] == 0
-    assert "the gradients of 10 clients" in none["gradients_skipped"]
+    assert "gradients of 10 clients" in none["gradients_skipped"]
     assert "gradient_norm" not in none
     hurried = measured(*settings, "training.rounds=1")
     assert hurried["gradient_clients"] == 0

@@ -365,7 +365,7 @@ def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None
             config_of(), tmp_path, engine="loop", execution=begun, watch=stop_after_three, checkpoint_every=1
         )
     before = (tmp_path / "engine.json").read_bytes()
-    with pytest.raises(UserError, match="options that began the run"):
+    with pytest.raises(UserError, match="original versions, data and options"):
         run_experiment(config_of(), tmp_path, resume=True, execution=Execution(precision="float32"))
     assert (tmp_path / "engine.json").read_bytes() == before
     ran = run_experiment(config_of(), tmp_path, resume=True)["execution"]

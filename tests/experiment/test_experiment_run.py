@@ -266,13 +266,13 @@ def test_a_method_with_memory_is_not_credited_with_cohorts_of_a_fixed_size():
 
 
 def test_rounds_are_not_gone_on_with_under_another_noise(tmp_path: Path, monkeypatch):
-    """Simulates a newer version with another accountant calibration."""
+    """As if a newer version calibrated the accountant differently."""
     with pytest.raises(StoppedError):
         run_experiment(small(), tmp_path, watch=stop_after(6), checkpoint_every=2)
     before = (tmp_path / "privacy.json").read_bytes()
     calibrate = Releases.calibrate
     monkeypatch.setattr(Releases, "calibrate", lambda *known: 0.1 * calibrate(*known))
-    with pytest.raises(UserError, match="promise"):
+    with pytest.raises(UserError, match="privacy terms"):
         run_experiment(small(), tmp_path, resume=True)
     assert (tmp_path / "privacy.json").read_bytes() == before
 

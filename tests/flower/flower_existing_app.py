@@ -1,4 +1,4 @@
-"""A Flower app as people have them: its own model, data and training. Two lines make it private."""
+"""Typical Flower app with its own model, data and training. Two lines make it private."""
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -70,7 +70,7 @@ def initial_net() -> Net:
 
 
 def main(grid: Grid) -> AlphaNormEC:
-    """What the ServerApp does; returns the strategy for a look at it."""
+    """Run the ServerApp; return the strategy for inspection."""
     strategy = AlphaNormEC(alpha=1.0, beta=0.1, server_lr=0.1, privacy=Privacy(epsilon=8.0), num_clients=CLIENTS)
     strategy.start(
         grid=grid,

@@ -1,4 +1,4 @@
-"""A Grid of nodes as they are in deployment: random ids, late joiners, answers in any order, dead nodes."""
+"""Grid of nodes like in a deployment: random ids, late joiners, answers in any order, dead nodes."""
 
 import copy
 import pickle
@@ -20,25 +20,25 @@ DEAD_NODE_ID = 1
 
 
 def inside_a_run() -> AbstractContextManager[None]:
-    """Makes `Message` usable, as in a ServerApp's process."""
+    """Allow the creation of a `Message`, as in a ServerApp's process."""
     return flower_internals.inside_a_run(RUN_ID, node_id=0)
 
 
 class NodeError(Exception):
-    """Stands for a node that is no more: Flower answers in its place."""
+    """Error for a dead node: Flower answers in its place."""
 
 
 class InProcessGrid(Grid):
-    """Plays `population` nodes with random ids that join one after the other and answer in random order.
+    """Grid of `population` nodes with random ids that join one after the other and answer in random order.
 
     Args:
-        app: What every node runs.
-        population: How many nodes.
-        run_config: As in pyproject.toml.
-        partition_ids: What each node's operator called it; None for nodes that were called nothing.
+        app: App of every node.
+        population: Number of nodes.
+        run_config: Run config, as in pyproject.toml.
+        partition_ids: Partition id of each node; None for nodes without one.
         hook: Called with partition id and message before the app; returns False for a node that never answers,
             raises `NodeError` for a dead one.
-        simulated: Whether nodes know that they are played; those of a deployment do not.
+        simulated: True if the nodes know that they are simulated, unlike those of a deployment.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class InProcessGrid(Grid):
         return answers
 
     def _play(self, message: Message) -> Message | None:
-        """What a node answers; message and state are copied as they are on the way to a Ray actor and back."""
+        """Return the answer of a node; message and state are copied like on the way to a Ray actor and back."""
         node = message.metadata.dst_node_id
         partition = self.order.index(node)
         try:

@@ -1,4 +1,4 @@
-"""Flower apps as folders, as people have them. They import nothing of this project."""
+"""Typical Flower apps in folders, which import nothing from this project."""
 
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def by_partition(replies):
 
 
 class Sorted(FedAvg):
-    """Adds up in the order of partitions: floats do not forgive another one."""
+    """Add messages in the order of partitions, because the rounding of floats depends on it."""
 
     def aggregate_train(self, server_round, replies):
         return super().aggregate_train(server_round, by_partition(replies))
@@ -167,7 +167,7 @@ CONFIG = {"rounds": 3, "lr": 0.05, "clients": CLIENTS, "seeded": True, "out": "o
 
 
 def write_app(folder: Path, *, client: str = CLIENT, server: str = SERVER, **config: Any) -> Path:
-    """Writes an app and returns its folder."""
+    """Write an app and return its folder."""
     package = folder / "plain"
     package.mkdir(parents=True)
     for name, text in {"__init__": "", "task": TASK, "client": client, "server": server}.items():

@@ -1,4 +1,4 @@
-"""An app that exists already becomes private by the mod in its ClientApp and the strategy in its ServerApp."""
+"""An existing app becomes private with the mod in its ClientApp and the strategy in its ServerApp."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ def start(strategy, grid, rounds=ROUNDS, timeout=5.0, arrays=None):
 
 
 def reference(strategy, rounds=ROUNDS):
-    """The same run written out: every client's memory in a dictionary, every signal x - x_local."""
+    """Return the result of the same run in plain code: memories in a dictionary, signals x - x_local."""
     method, plan = strategy.method, strategy.plan
     server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
@@ -120,7 +120,7 @@ def test_federated_evaluation_is_off_until_asked_for():
 
 
 def spoiled(*partitions):
-    """The app, but the named clients' training diverges."""
+    """Return the app with diverging training on the named clients."""
     broken = ClientApp(mods=[private_mod])
 
     @broken.train()
@@ -226,7 +226,7 @@ def test_a_node_that_lost_its_memory_ends_a_run_that_tolerates_nothing():
 
     grid.hook = restart
     with pytest.raises(
-        ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got no memory"
+        ValueError, match=r"round 3: .*client 2: .*memory of client 2: expected .* round 2, got a lost memory"
     ):
         start(AlphaNormEC(num_clients=CLIENTS, max_failures=0.0), grid)
 
@@ -350,7 +350,7 @@ def test_two_runs_with_one_seed_share_no_noise_if_settings_or_the_first_model_di
             )
         return strategy.state.model
 
-    settings = {}  # Flower writes the number of the round into what it was given
+    settings = {}  # Flower writes the number of the round into its argument
     other = initial_net()
     if changed == "first model":
         torch.nn.init.zeros_(other.scale)
@@ -369,7 +369,7 @@ def test_a_strategy_starts_once_because_two_runs_cost_twice():
 
 
 def swelling(factor):
-    """An app whose outermost mod changes what the private mod had bounded."""
+    """Return an app with an outermost mod that changes the bounded message."""
 
     def swell(message, context, call_next):
         answer = call_next(message, context)
@@ -392,7 +392,7 @@ def test_messages_beyond_their_bound_of_all_clients_end_the_run(factor):
 
 
 def test_a_half_precision_model_still_gets_messages_within_their_bound():
-    """Rounding a message to float16 would lengthen some of these beyond the bound."""
+    """Rounding to float16 would lengthen some messages beyond the bound."""
     arrays = ArrayRecord({name: tensor.half() for name, tensor in initial_net().state_dict().items()})
 
     @(half := ClientApp(mods=[private_mod])).train()
@@ -409,7 +409,7 @@ def test_a_half_precision_model_still_gets_messages_within_their_bound():
 
 
 def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_nothing():
-    """What an app keeps tells how often each client took part before, and so how often an absent one did."""
+    """An app's own state can reveal how often each client took part, and thus how often an absent client did."""
     cohort, rules = FixedSize(1000, 20), DPFedAvgRules()
     charged, without, whole = (
         privacy.plan(rules, of, 50)

@@ -1,4 +1,4 @@
-"""Flower's strategy and ClientApp give what the loop gives, to the bit."""
+"""Flower's strategy and ClientApp equal the loop engine to the bit."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A client's error is shown with its class, all of its words, the client, and where it was raised."""
+"""A client's error is shown with its class, its full text, the client, and the place at which it was raised."""
 
 import logging
 import re
@@ -74,8 +74,8 @@ def test_an_error_in_short_is_its_class_and_all_of_its_words(error, words):
         ("<class 'ZeroDivisionError'>:<'division by zero'>", "ZeroDivisionError: division by zero"),
         ("<class 'app.errors.NoData'>:<'none\nat all'>", "NoData: none at all"),
         (
-            "private_mod: answer: expected one ArrayRecord, got none.",
-            "private_mod: answer: expected one ArrayRecord, got none",
+            "private_mod: answer: expected one ArrayRecord, got 0 records.",
+            "private_mod: answer: expected one ArrayRecord, got 0 records",
         ),
         ("", "error 7"),
         (None, "error 7"),

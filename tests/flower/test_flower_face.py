@@ -1,4 +1,4 @@
-"""`fedpriv.flower` is what an app imports, also one that has packages of its own called `clients` and `strategies`."""
+"""Apps import `fedpriv.flower`, even if they have their own packages `clients` and `strategies`."""
 
 import importlib
 import subprocess
@@ -52,7 +52,7 @@ def main(grid, context):
 
 @pytest.fixture
 def colliding(tmp_path: Path) -> Path:
-    """An app whose own packages are called like ours."""
+    """Write an app with the same package names as fedpriv."""
     app = tmp_path / "home" / "app"
     for package in ("clients", "strategies"):
         (app / package).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Clients that fail, messages that cannot be used and lost memories do not end a run, and change no promise."""
+"""Failing clients, unusable messages and lost memories do not end a run and do not change its privacy guarantee."""
 
 import copy
 import logging
@@ -45,7 +45,7 @@ def start(strategy, grid, rounds=ROUNDS, **given):
 
 
 def reference(strategy, absent, rounds=ROUNDS):
-    """The same run written out: clients in `absent[k]` are missing from the sum of round k, and keep their memory."""
+    """Return the result of the same run in plain code: clients in `absent[k]` miss round k and keep their memory."""
     method, plan = strategy.method, strategy.plan
     server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
@@ -75,7 +75,7 @@ def assert_same(strategy, state):
 
 
 class LossyGrid(InProcessGrid):
-    """Loses answers on their way back: the client has answered, and does not know."""
+    """Grid that loses answers on their way back: the client has answered but does not know of the loss."""
 
     def __init__(self, *arguments, lose, **given):
         super().__init__(*arguments, **given)
@@ -184,11 +184,11 @@ def test_equal_reasons_are_told_once():
     assert in_words(lines) == "client 3: no disk (also client 5); client 6: no net; no more (and 2 more)"
 
 
-# ---------------------------------------------------------------- messages that cannot be used
+# ---------------------------------------------------------------- unusable messages
 
 
 def altering(alter, *partitions):
-    """The app with a mod in front of the private one that changes what the named clients send."""
+    """Return the app with a mod before the private one that changes the messages of the named clients."""
 
     def outermost(message, context, call_next):
         answer = call_next(message, context)
@@ -261,7 +261,7 @@ def test_an_honest_message_is_never_at_fault(privacy):
 
 
 def test_what_another_node_answers_does_not_count():
-    """Node 0 answers, before everybody else, what the others were asked: with a message, or with an error."""
+    """Node 0 answers the other nodes' messages before they do, with a message or with an error."""
 
     class Forging(InProcessGrid):
         def send_and_receive(self, messages, *, timeout=None):
@@ -349,9 +349,7 @@ def diverging(*partitions):
 @PRIVACY
 def test_a_run_whose_updates_were_all_not_finite_ends_as_an_error_and_keeps_its_model(privacy, tmp_path, caplog):
     strategy = DPFedAvg(privacy=privacy, num_clients=CLIENTS, seed=1)
-    with pytest.raises(
-        UserError, match=r"the run: expected updates of finite numbers, got no such update: all 10 count as noth"
-    ):
+    with pytest.raises(UserError, match=r"the run: expected updates of finite numbers, got none: all 10 count as noth"):
         start(strategy, InProcessGrid(diverging(*range(CLIENTS)), CLIENTS), rounds=2)
     assert "round 1: 5 updates were not finite" in caplog.text
     assert [file.name for file in tmp_path.iterdir()] == ["fedpriv-model-after-round-2.safetensors"]
@@ -408,7 +406,7 @@ def test_a_run_in_which_no_message_counted_is_an_error():
 
 
 def restarting(*lost):
-    """Partitions and rounds before which a node loses its state."""
+    """Return a hook that drops the state of some nodes before some rounds."""
     grid = InProcessGrid(app, CLIENTS)
 
     def restart(partition, message):
@@ -451,7 +449,7 @@ def test_a_lost_memory_that_fades_is_only_its_clients_matter():
 
 
 def test_a_lost_memory_in_a_secret_cohort_does_not_show():
-    """All memories beginning again would be seen in the model: that client was asked in this round."""
+    """A reset of all memories would reveal in the model that this client was asked in this round."""
     strategy = amplified(seed=4)
     lost = [(2, str(k)) for k in range(1, 9)]
     start(strategy, restarting(*lost), rounds=8)
@@ -511,7 +509,7 @@ def test_a_grid_whose_nodes_are_all_there_is_not_waited_for(clients):
 
 @pytest.mark.parametrize("clients", [0, -1, 2.5, True])
 def test_a_number_of_clients_is_one(clients):
-    with pytest.raises(UserError, match="num_clients: expected a whole number of at least 1, got"):
+    with pytest.raises(UserError, match="num_clients: expected a whole number from 1, got"):
         DPFedAvg(num_clients=clients)
     DPFedAvg(num_clients=np.int64(3))  # type: ignore[arg-type]
 

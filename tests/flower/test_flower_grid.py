@@ -1,4 +1,4 @@
-"""`fedpriv flower APP_DIR`: apps that know nothing of this project, on a grid of our own."""
+"""`fedpriv flower APP_DIR`: apps that do not know this project, on fedpriv's grid."""
 
 import dataclasses
 import math
@@ -72,8 +72,8 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], kind: str = "") -> 
 
 
 def test_results_are_those_of_flwr_run(plain, tmp_path):
-    """FedAvg adds replies up in the order in which they come, which Flower leaves to chance (it takes them from a set):
-    it agrees up to rounding. An app that sorts its replies agrees to the bit."""
+    """FedAvg adds replies in their order of arrival, which is random in Flower (it takes them from a set), so that the
+    results agree up to rounding. An app that sorts its replies agrees to the bit."""
     home, out = tmp_path / "home", tmp_path / "flower.npz"
     home.mkdir()
     (home / "work").mkdir()
@@ -91,14 +91,14 @@ def test_results_are_those_of_flwr_run(plain, tmp_path):
 
 
 def in_a_process(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    """Ray leaves open files behind in the process that starts it, which are errors here."""
+    """Run in another process, since Ray leaves open files in the process that starts it, which are errors here."""
     command = [sys.executable, "-m", "fedpriv.cli", "flower", *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FEDPRIV_TEST": str(cwd), "TMPDIR": str(cwd)}
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_one_process_and_two_workers_agree_to_the_bit_even_if_clients_draw_without_a_seed(plain, tmp_path):
-    """The client module seeds PyTorch when it is imported, and never again: what a client draws is its own still."""
+    """The client module seeds PyTorch only on import; each client still has independent random numbers."""
     arguments = [plain, "--clients", CLIENTS, "--workers", 2, "-c", "seeded=false out='two.npz'"]
     output, errors = in_a_process(*arguments, cwd=tmp_path).communicate(timeout=120)
     assert output.splitlines()[-1].endswith(" messages/s, 2 workers"), errors
@@ -142,7 +142,7 @@ def test_legacy_apps_run_too(tmp_path):
     app = write_app(tmp_path / "app", client=LEGACY_CLIENT, server=LEGACY_SERVER)
     made = run_app(app, CLIENTS, [f"out='{tmp_path / 'out.npz'}'"])
     assert made.failed == 0
-    # Flower adds legacy replies up as threads end, in any order.
+    # Flower adds legacy replies in the order in which threads end.
     assert found(tmp_path / "out.npz")["arr_0"].tolist() == pytest.approx([4.0] * 4, rel=1e-12)
 
 
@@ -191,7 +191,7 @@ def test_ours_and_deployed_nodes_give_a_private_strategy_the_same(tmp_path):  # 
     )
 
 
-# ---------------------------------------------------------------- what users do wrong
+# ---------------------------------------------------------------- mistakes of users
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -319,7 +319,7 @@ def test_a_run_that_is_stopped_takes_its_workers_with_it(tmp_path):
 
 
 def processes_with(cwd: Path) -> list[str]:
-    """What is left, after a moment, of the processes that began in a folder."""
+    """Return the processes started in a folder that remain after a moment."""
     until = time.monotonic() + 15
     while (left := _processes_with(f"FEDPRIV_TEST={cwd}".encode())) and time.monotonic() < until:
         time.sleep(0.2)
@@ -424,7 +424,7 @@ def test_an_array_that_a_client_or_server_unpacks_is_its_own():
 
 @pytest.mark.usefixtures("_in_a_run")
 def test_a_state_is_its_clients_alone():
-    """Neither the server, through a reply that holds it, nor another client, through a global, can change it."""
+    """Neither the server, through a reply with the state, nor another client, through a global, can change it."""
     globals_ = []
 
     def remember(message: Message, context: Context) -> Message:
@@ -604,7 +604,7 @@ def test_what_a_client_draws_is_its_own_and_the_server_does_not_notice():
     assert len(set(numbers)) == 18
 
 
-# ---------------------------------------------------------------- what Flower may move
+# ---------------------------------------------------------------- private interfaces of Flower
 
 
 def test_flower_has_what_the_grid_needs_where_the_grid_looks():

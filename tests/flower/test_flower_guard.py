@@ -1,4 +1,4 @@
-"""A client guards itself behind the mod: under local trust, everything that the server sends is hostile."""
+"""A client is guarded behind the mod: under local trust, everything from the server may be hostile."""
 
 import logging
 import stat
@@ -76,7 +76,7 @@ def ask(
 
 
 def said(answer: Message) -> str:
-    """Why a client does not answer: an error of the node, or a refusal."""
+    """Return the reason why a client does not answer: an error of the node, or a refusal."""
     if answer.has_error():
         return answer.error.reason or ""
     no = refused(answer.content)
@@ -95,7 +95,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def untouched() -> ClientApp:
-    """An app that must not even see the order."""
+    """Return an app that must not even see the instructions."""
     made = ClientApp(mods=[private_mod])
 
     def fails(message: Message, _: Context) -> Message:
@@ -162,7 +162,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "no memory, it says": ({}, {"client_memory": False}, "client_memory: expected true"),
     "another client's part": ({"client": 1}, {}, "instructions: expected client 0, got 1"),
-    "no terms": ({}, {"none": True}, "instructions: expected the terms of a deployment, got no terms"),
+    "no terms": ({}, {"none": True}, "instructions: expected the terms of a deployment, got a message without terms"),
     "a run that is a path": ({}, {"run": "../../elsewhere"}, "run: expected a name"),
 }
 
@@ -182,7 +182,7 @@ def test_what_the_default_policy_does_not_allow_is_refused_and_nothing_is_releas
 
 def test_the_same_order_again_and_again_gets_the_same_bytes_and_is_paid_for_once(home: Path) -> None:
     def sent(lr: float = 0.1) -> bytes:
-        """From another process each time: nothing is remembered but what is on the disk."""
+        """Send from a new process each time, so that only the disk keeps state."""
         answer = ask(context(home), instructions(), terms(), lr=lr)
         return b"".join(array.data for array in answer.content.array_records[ARRAYS].values())
 
@@ -211,7 +211,7 @@ def test_a_guarded_client_answers_nothing_but_training(kind: str, home: Path, un
 
 
 def accept(home: Path, **keys: str) -> None:
-    """Writes the default policy with other values of keys in [accepts]."""
+    """Write the default policy with other values of keys in [accepts]."""
     ask(context(home), instructions(seed=1), terms())
     path = home / POLICY_FILE
     text = path.read_text()
@@ -289,7 +289,7 @@ def test_nothing_that_an_app_says_when_it_fails_leaves_a_guarded_client(
 def test_under_local_trust_a_server_does_not_even_learn_that_an_app_failed(
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether it does can be made to depend on the data: unpaid, a bit of them for each order."""
+    """A failure can depend on the data, and would leak a free bit of them for each set of instructions."""
     sound = ask(context(tmp_path / "sound"), instructions(), terms())
     with caplog.at_level(logging.WARNING, "flwr"):
         failed = ask(context(tmp_path / "failed"), instructions(), terms(), played=failing(how))
@@ -359,7 +359,7 @@ def test_a_policy_that_names_models_is_not_met_by_an_app_whose_model_has_no_name
 
 
 class Homes(InProcessGrid):
-    """Nodes of real clients, each with a home."""
+    """Nodes of real clients with separate homes."""
 
     def __init__(self, folder: Path, played: ClientApp = app, **more: Any) -> None:
         super().__init__(played, CLIENTS, simulated=False, **more)
@@ -373,7 +373,7 @@ def start(strategy: Any, grid: InProcessGrid, rounds: int) -> None:
 
 
 def restarting(grid: InProcessGrid) -> Any:
-    """Flower forgets a node's state when it restarts, here before every message."""
+    """Clear a node's state before every message, as Flower does when the node restarts."""
 
     def hook(_: int, message: Message) -> bool:
         grid.contexts[message.metadata.dst_node_id].state = RecordDict()

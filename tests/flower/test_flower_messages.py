@@ -1,4 +1,4 @@
-"""What travels arrives as it was sent; and Flower still has what the tests' grid needs of it."""
+"""Messages arrive unchanged, and Flower still has the interfaces that the tests' grid needs."""
 
 import pickle
 
@@ -91,7 +91,7 @@ def test_a_noised_message_arrives_to_the_bit_in_half_the_bytes():
 
 
 def test_a_message_in_other_units_than_the_plans_is_refused():
-    """A client of another version, or a liar: the server multiplies by its own plan's scale, never by another's."""
+    """The client has another version or lies: the server multiplies only by the scale of its own plan."""
     form = MessageFormat(dtype="int16", scale=0.25)
     arrays = ModelArrays.of(ArrayRecord({"a": Array(np.zeros(3, np.float32))}))
     good = arrays.message(torch.tensor([0.25, -1.0, 2.0]), form)
@@ -115,7 +115,7 @@ def test_a_clients_state_is_kept_to_the_bit():
 
 
 def answered(context, round, last_round, value):
-    """Plays a client's part: loads its state, and keeps another as that of after the round."""
+    """Act as a client: load its state, and store another one as the state after the round."""
     instructions = ClientInstructions(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
     before = load_state(context, instructions, 2)
     keep_state(context, instructions, before._replace(memory=torch.full((2,), value)))
@@ -159,7 +159,7 @@ def test_a_method_without_memory_keeps_nothing():
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_client_whose_memory_is_not_finite_reports_no_norm_that_is(poison):
-    """Its message is zero from then on; the server counts it by what it reports."""
+    """Its message is zero from then on; the server counts it by its report."""
     model = ModelArrays.of(ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))}))
     context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
     method = Clip21(clip_norm=1.0)

@@ -1,4 +1,4 @@
-"""The average of clients' metrics is over those who measured something, and what does not count is said."""
+"""Metrics are averaged over the clients that measured them, and every omission is reported."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from strategies import DPFedAvg, Privacy
 
 
 def averaged(*reports):
-    """The average, and by client what does not count; None stands for an answer without metrics."""
+    """Return the average and the omissions by client; None stands for an answer without metrics."""
     contents = {i: RecordDict({} if r is None else {"m": MetricRecord(r)}) for i, r in enumerate(reports)}
     average, left_out = average_metrics(contents)
     return None if average is None else dict(average), left_out
@@ -46,7 +46,7 @@ def test_a_client_without_a_number_of_examples_or_without_metrics_does_not_count
 
 
 def test_a_metric_that_some_lack_is_averaged_over_those_that_have_it():
-    """Flower divides by everybody's examples, so that it comes out too small."""
+    """Flower divides by the examples of all clients, so that its average is too small."""
     average, left_out = averaged(
         {"acc": 0.5, "loss": 2.0, "num-examples": 10}, {"loss": 4.0, "num-examples": 10}, {"num-examples": 80}
     )

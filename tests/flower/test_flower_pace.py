@@ -1,4 +1,4 @@
-"""Rounds that last equally long: neither when a model is there nor what is in it shows how fast a client is."""
+"""Rounds of equal duration: neither the time nor the content of a model reveals how fast a client is."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ WINDOW = 0.95 * SECONDS - 5.0
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless somebody works, or sleeps."""
+    """Clock that advances only while a client works or the server sleeps."""
     clock = SimpleNamespace(now=1000.0)
 
     def sleep(seconds):
@@ -35,7 +35,7 @@ def clock(monkeypatch):
 
 
 class ClockedGrid(InProcessGrid):
-    """Clients that need their seconds; answers are looked for every three seconds, as Flower's grid does."""
+    """Grid of clients with given durations; it polls for answers every three seconds, like Flower's grid."""
 
     def __init__(self, clock, seconds, **given):
         super().__init__(app, CLIENTS, **given)
@@ -56,7 +56,7 @@ class ClockedGrid(InProcessGrid):
 
 
 def run(clock, seconds, rounds=ROUNDS, timeout=3600.0, **given):
-    """Run a strategy; return it, its grid and when each model was there, in seconds from the first."""
+    """Run a strategy; return it, its grid and the time of each model, in seconds from the first."""
     strategy = given.pop("kind", DPFedAvg)(num_clients=CLIENTS, seed=4, **given)
     grid, moments = ClockedGrid(clock, seconds), []
     with inside_a_run():
@@ -173,7 +173,7 @@ def test_a_time_that_leaves_none_for_answers_is_refused(seconds):
 
 
 def test_a_node_that_comes_back_takes_no_more_than_its_share_of_a_round(clock):
-    """A node that joins anew is asked who it is before anybody is asked to train."""
+    """A node that joins again is asked for its id before any client is asked to train."""
     strategy = DPFedAvg(num_clients=CLIENTS, seed=4, privacy=CENTRAL, cohort=SECRET, round_seconds=SECONDS)
     grid, moments = ClockedGrid(clock, FAST), []
     introduced = []

@@ -49,7 +49,7 @@ def toml(config, tmp_path) -> Path:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """Where a run puts its temporary files, which marks its processes."""
+    """Return the folder of a run's temporary files, which identifies its processes."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -224,7 +224,7 @@ def test_settings_change_the_experiment_of_the_run_config(toml):
 
 
 def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch):
-    """The bundle that Flower makes of a clone carries all that its processes need."""
+    """The bundle that Flower builds from a clone contains everything that its processes need."""
     home, out, start = tmp_path / "home", tmp_path / "out", launch.FlowerRun._start
     (home / "work").mkdir(parents=True)
     (home / "app").symlink_to(ROOT)

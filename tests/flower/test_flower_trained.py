@@ -1,4 +1,4 @@
-"""Noise goes to the arrays that are trained, once; all others arrive as they were, or the run is refused."""
+"""Noise is added to the trained arrays, once; all other arrays stay unchanged, or the run is refused."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 
 
 class Net(nn.Module):
-    """A frozen layer, fixed tables, a mask and positions, and what is trained between them."""
+    """Network with a frozen layer, fixed tables, a mask and positions between the trained arrays."""
 
     table: Tensor
     mask: Tensor
@@ -69,7 +69,7 @@ def train_locally(net: nn.Module, context: Context) -> None:
 
 
 def app_of(change=lambda arrays: arrays, returned=None) -> ClientApp:
-    """An app that trains what a gradient reaches, changes its answer as told, and returns the named arrays."""
+    """Return an app that trains all arrays with a gradient, changes its answer by `change`, and returns some arrays."""
     app = ClientApp(mods=[private_mod])
 
     @app.train()
@@ -123,7 +123,7 @@ def test_the_vector_that_is_bounded_noised_and_summed_holds_the_trained_arrays_a
 
 @PRIVATE
 def test_a_run_with_fixed_arrays_is_the_run_of_the_trained_ones_alone(privacy, monkeypatch):
-    """The same run, to the bit, as that of an app whose model is the trained part only, with the same noise."""
+    """The run equals, to the bit, that of an app with only the trained part as its model and the same noise."""
     monkeypatch.setattr(NamedStrategy, "_digest_of_first_model", "the same")
 
     class Part(nn.Module):
@@ -211,8 +211,8 @@ def test_a_number_format_of_the_apps_own_is_no_change(name, value):
         ({"frozen": ["tabel"]}, r"frozen: expected names of arrays.* got 'tabel'. Did you mean 'table'"),
         ({"trainable": ["heads.*"]}, r"trainable: expected names of arrays, or patterns .* got 'heads.\*'"),
         ({"trainable": ["scale", "positions"]}, "array positions: expected floating point numbers, got int64"),
-        ({"frozen": "*"}, "frozen: expected an array to train, got no match. The model has: "),
-        ({"trainable": []}, "trainable: expected an array to train, got no match. The model has: "),
+        ({"frozen": "*"}, "frozen: expected an array to train, got 0 arrays. The model has: "),
+        ({"trainable": []}, "trainable: expected an array to train, got 0 arrays. The model has: "),
     ],
 )
 def test_a_declaration_that_cannot_be_meant_is_one_line(declared, words):
@@ -220,7 +220,7 @@ def test_a_declaration_that_cannot_be_meant_is_one_line(declared, words):
         start(make(**declared))
 
 
-# ---------------------------------------------------------------- nothing declared
+# ---------------------------------------------------------------- no declaration
 
 
 @pytest.mark.parametrize("seed", [3, None], ids=["simulation", "system"])
@@ -242,7 +242,7 @@ def test_it_is_refused_in_a_simulation_of_local_trust_and_of_secret_cohorts_too(
 
 
 def test_a_server_that_is_the_adversary_is_not_told_and_the_client_and_the_developer_are(caplog):
-    """Whether an array changed depends on data: a server could ask with models made for it."""
+    """A change of an array can depend on the data: a server could send models made to test for it."""
     grid = InProcessGrid(app_of(), CLIENTS)
     strategy = make(LOCAL, seed=None)
     assert strategy.streams == SystemStreams()
@@ -280,7 +280,7 @@ def test_a_client_that_trained_nothing_at_all_is_no_sign_of_a_fixed_array():
 
 
 def test_only_a_clients_first_message_is_looked_at():
-    """Later on, an update of zero may mean something: error feedback sends what is left of its memory."""
+    """Later, an update of zero is meaningful: error feedback sends the rest of its memory."""
 
     app, calls = ClientApp(mods=[private_mod]), []
 
@@ -353,7 +353,7 @@ def test_a_message_that_names_arrays_of_another_model_is_refused():
             TrainedArrays.of_message(RecordDict({TRAINED: arrays.to_record()}), model)
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- statement
 
 
 def test_the_statement_says_which_arrays_are_covered(caplog):
@@ -364,7 +364,7 @@ def test_the_statement_says_which_arrays_are_covered(caplog):
     assert (
         "a client's message is its update of scale, head.weight, head.bias. Noise is added to these numbers (6)" in said
     )
-    assert f"never changed: {', '.join(FIXED)}." in said
+    assert f"sent to all clients unchanged: {', '.join(FIXED)}." in said
     assert "Failures: a client that does not answer" in said
     assert "Trained: scale, head.weight, head.bias. Fixed, and not covered: " in caplog.text
     everything = make(trainable=["scale", "head.*"])

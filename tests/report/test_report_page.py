@@ -194,7 +194,7 @@ def test_a_large_sweep_makes_a_page_of_a_few_megabytes_that_says_what_it_left_ou
     assert len(data["curves"]) == MAX_CURVES
     assert {len(curve["values"]["test_accuracy"]) for curve in data["curves"]} == {MAX_POINTS}
     assert {(curve["values"]["round"][0], curve["values"]["round"][-1]) for curve in data["curves"]} == {(1, 90)}
-    assert f"Of 400 settings the page holds the curves of {MAX_CURVES}" in text
+    assert f"Of 400 settings the page has the curves of {MAX_CURVES}" in text
     assert f"Of up to 90 recorded rounds a curve shows {MAX_POINTS}" in text
     # The best of each is among them, and its points are the means over seeds.
     best = pd.read_csv(tmp_path / "tables" / "best.csv")["setting"]

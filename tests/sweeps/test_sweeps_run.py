@@ -97,6 +97,30 @@ def test_paired_values_go_together(tmp_path: Path) -> None:
     assert changes(tmp_path, text) == [{"seed": 1, "method.server_lr": 0.1}, {"seed": 2, "method.server_lr": 0.2}]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_an_empty_value_removes_a_table_or_a_key(tmp_path: Path) -> None:
+    """So one sweep compares private and non-private runs."""
+    text = """
+[[axis]]
+key = "privacy"
+values = ["", {epsilon = 8.0}, {noise_multiplier = 0.0}]
+[[axis]]
+key = "privacy.epsilon"
+values = [2.0, 8.0]
+when = {"privacy.epsilon" = 8.0}
+[[axis]]
+key = "training.evaluate_every"
+values = [""]
+"""
+    plan = load_sweep(sweep_file(tmp_path, text, BASE + "evaluate_every = 2\n[privacy]\nepsilon = 1.0\n"))
+    trials = [trial.config for trial in plan.trials()]
+    assert [trial.privacy and trial.privacy.epsilon for trial in trials] == [None, 2.0, 8.0, None]
+    assert {trial.training.evaluate_every for trial in trials} == {1}
+    table = run_sweep(plan, tmp_path / "out")
+    assert set(table["status"]) == {"done"}
+    assert sorted(table["epsilon"].fillna(-1.0).round(3)) == [-1.0, -1.0, 2.0, 8.0]
+
+
 def test_an_axis_may_be_there_for_some_methods_only(tmp_path: Path) -> None:
     text = """
 [[axis]]

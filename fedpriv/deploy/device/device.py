@@ -247,7 +247,7 @@ def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) 
         return Record(epoch=record.epoch, committed_turn=terms.last_turn)
     if settled is None:
         where, expected = f"memory of client {instructions.client}", f"its state after turn {terms.last_turn}"
-        got = f"its state after turn {record.latest_turn}" if record.latest_turn else "no memory"
+        got = f"its state after turn {record.latest_turn}" if record.latest_turn else "a lost memory"
         raise Refusal("lost", where, expected, got, "The server applies its rule for lost memories")
     return settled
 

@@ -133,11 +133,11 @@ def _key_pair(folder: Path) -> str:
     except OSError as error:
         raise UserError(str(error.filename), "a readable key", error.strerror or error, remedy) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise UserError(str(path), "OpenSSH keys without a passphrase", "another format", remedy) from None
+        raise UserError(str(path), "OpenSSH keys without a passphrase", "a different format", remedy) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(half, ec.EllipticCurvePublicKey):
         raise UserError(str(path), "an elliptic-curve key (ecdsa)", type(key).__name__, remedy)
     if key.public_key() != half:
-        raise UserError(str(path), "the private half of node.pub", "another key", remedy)
+        raise UserError(str(path), "the private half of node.pub", "a different key", remedy)
     return f"matches node.pub, {key.curve.name}"
 
 

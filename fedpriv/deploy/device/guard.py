@@ -164,7 +164,7 @@ def terms_of(message: Message) -> RunTerms:
         raise Refusal.because("model", str(error)) from None
     if terms is None:
         remedy = "Install the same version of fedpriv on the server"
-        raise Refusal("model", "instructions", "the terms of a deployment", "no terms", remedy)
+        raise Refusal("model", "instructions", "the terms of a deployment", "a message without terms", remedy)
     return terms
 
 

@@ -110,7 +110,9 @@ class LedgerKey:
             private = None
         if not isinstance(private, Ed25519PrivateKey):
             remedy = "Restore a copy: without it, the heads of this client's ledger on servers no longer count"
-            raise UserError(str(path), "an Ed25519 key in PEM format, without a passphrase", "another format", remedy)
+            raise UserError(
+                str(path), "an Ed25519 key in PEM format, without a passphrase", "a different format", remedy
+            )
         return cls(private)
 
     @property

@@ -188,14 +188,14 @@ def remembered_ledgers(folder: Path) -> Iterator[tuple[Path, int, str]]:
             facts = _facts_of(path)
             yield path, int(facts["ledger_lines"]), str(facts["ledger_hash"])
         except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, f"no record of the ledger ({error})") from None
+            raise _damaged(path, f"a file without the length of the ledger ({error})") from None
 
 
 def _facts_of(path: Path) -> dict[str, Any]:
     """Return the facts in a memory file without its tensors: safetensors is a length, a JSON header and the data."""
     with path.open("rb") as file:
         if not file.readline(_MAX_HEADER).startswith(_VERSION.encode()):
-            raise ValueError("another version")
+            raise ValueError("a different version")
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
             raise ValueError("no header")

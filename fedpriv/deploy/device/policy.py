@@ -239,7 +239,7 @@ def load_policy(path: Path) -> Policy:
             raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}], and its keys below")
     if "limits" not in tables:
         remedy = "Add it with the client's privacy budget"
-        raise UserError(str(path), "a table [limits] with epsilon and delta", "no such table", remedy)
+        raise UserError(str(path), "a table [limits] with epsilon and delta", "a file without it", remedy)
     policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
     accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS))
     for key, registry in accepted:

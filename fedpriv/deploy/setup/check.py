@@ -55,7 +55,7 @@ def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]
         if (folder / mark).is_file():
             return {folder.name: check(folder, connect)}
     remedy = "Give the folder that `fedpriv deploy init` made, or server, admin or node-I in it"
-    raise UserError(str(folder), "a folder of a deployment", "another folder, or no folder", remedy)
+    raise UserError(str(folder), "a folder of a deployment", "a different or missing folder", remedy)
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> bool:
@@ -177,7 +177,7 @@ def _connection(folder: Path) -> str:
         expected = "the absolute path of ca.crt"
         raise UserError(f"{path}: root-certificates", expected, repr(certificate), remedy)
     if load_certificate(Path(certificate)) != load_certificate(folder / "ca.crt"):
-        raise UserError(f"{path}: root-certificates", "this folder's ca.crt", "another certificate", remedy)
+        raise UserError(f"{path}: root-certificates", "this folder's ca.crt", "a different certificate", remedy)
     split_address(address, f"{path}: address")
     return address
 

@@ -186,7 +186,7 @@ def _refuse_days(days: int) -> None:
 def _read(folder: Path) -> Deployment:
     if not (folder / DEPLOYMENT).is_file():
         remedy = "Give the folder that `fedpriv deploy init` made, with ca/ in it"
-        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", "another folder", remedy)
+        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", "a different folder", remedy)
     return read_table(Deployment, read_config_file(folder / DEPLOYMENT), "")
 
 

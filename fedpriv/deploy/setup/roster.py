@@ -44,7 +44,7 @@ class Roster:
         if not (folder / "register.sh").is_file():
             remedy = "Give the folder that `fedpriv deploy init` made, or admin in it"
             expected = "a folder of a deployment, with admin/ in it"
-            raise UserError(str(folder.parent), expected, "another folder", remedy)
+            raise UserError(str(folder.parent), expected, "a different folder", remedy)
         keys = {path.stem: key_in(path.read_bytes()) for path in sorted(folder.glob("nodes/*.pub"), key=_in_order)}
         lines = (folder / REMOVED).read_bytes().splitlines() if (folder / REMOVED).exists() else []
         removed = {key_in(line): line.split()[2].decode() for line in lines if len(line.split()) > 2}

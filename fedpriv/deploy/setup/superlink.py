@@ -84,7 +84,9 @@ def run_server(folder: Path) -> int:
     """
     folder = folder.resolve()
     if not folder.is_dir():
-        raise UserError(str(folder), "a server's folder", "no folder", "Give a folder from `fedpriv deploy init`")
+        raise UserError(
+            str(folder), "a server's folder", "a missing folder", "Give a folder from `fedpriv deploy init`"
+        )
     refuse_wrong(folder, check_server_folder(folder))
     settings = ServerSettings.read(folder / SERVER_TOML)
     with held_alone(flower_home(folder)):
@@ -144,8 +146,8 @@ def _key_pair(folder: Path) -> str:
     except OSError as error:
         raise UserError(str(path), "a readable key", error.strerror or error, remedy) from None
     except (ValueError, TypeError):
-        raise UserError(str(path), "a key in PEM format without a passphrase", "another format", remedy) from None
+        raise UserError(str(path), "a key in PEM format without a passphrase", "a different format", remedy) from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if public.public_bytes(*form) != certificate.public_key().public_bytes(*form):
-        raise UserError(str(path), "the key of server.pem", "another key", remedy)
+        raise UserError(str(path), "the key of server.pem", "a different key", remedy)
     return "matches server.pem"

@@ -37,7 +37,7 @@ def run_node(bundle: Path) -> int:
     """
     bundle = bundle.resolve()
     if not bundle.is_dir():
-        raise UserError(str(bundle), "a node's folder", "no folder", "Give a folder from `fedpriv deploy init`")
+        raise UserError(str(bundle), "a node's folder", "a missing folder", "Give a folder from `fedpriv deploy init`")
     refuse_wrong(bundle, check_node_folder(bundle))
     settings = NodeSettings.read(bundle / NODE_TOML)
     _refuse_impostor(settings, bundle / "ca.crt")

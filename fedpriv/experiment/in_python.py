@@ -1,0 +1,243 @@
+"""Experiments that are written in Python, with models and data in memory."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpriv.data.dataset import Dataset, DatasetSource
+from fedpriv.data.own import dataset_of
+from fedpriv.data.partitions import Iid, Natural, Partition
+from fedpriv.errors import UserError
+from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.config import (
+    CohortChoice,
+    Config,
+    DataChoice,
+    PrivacyChoice,
+    Training,
+    check_config,
+)
+from fedpriv.experiment.dry_run import Findings, try_experiment
+from fedpriv.experiment.schema import write_table
+from fedpriv.experiment.watching import Watcher
+from fedpriv.methods import Method
+from fedpriv.plugins import MEMORY
+from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
+from fedpriv.privacy.released import Whose
+from fedpriv.tasks.local_work import FullGradient, LocalWork
+from fedpriv.tasks.models import ModelSource
+from fedpriv.tasks.own import OwnModule
+
+__all__ = ["Experiment"]
+
+ENGINES = ("auto", "loop", "vectorized")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment on objects of a Python program; `fedpriv.load_config` reads one from a file.
+
+        experiment = Experiment(model=net, data=clients, method=AlphaNormEC(), privacy=Privacy(epsilon=8.0), rounds=50)
+        print(experiment.plan())
+        summary = experiment.run("out")
+
+    Its run directory is like any other. But its `config.toml` names objects in memory: it can be resumed by this
+    program only, with the same model and data, and not run again by itself.
+
+    Args:
+        model: A torch module, which is copied and whose weights are the first model; or a function that returns one,
+            or a class, as `[model] name` may name it; or a built-in model such as `Mlp(hidden=(32,))`.
+        data: A list with the examples of each client, as a pair of arrays `(inputs, labels)` or as a torch `Dataset`
+            of such pairs; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a
+            `fedpriv.data.dataset.Dataset`; or a built-in data set such as `Digits()`.
+        method: Such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
+        rounds: Number of rounds.
+        privacy: The promise; None for a run without privacy.
+        local: How a client computes its signal; None for the full gradient.
+        cohort: Who takes part in a round; None for everyone.
+        partition: How the examples are divided among simulated clients; None for the natural clients if the data have
+            some, and otherwise at random.
+        clients: Number of simulated clients; None for the natural clients.
+        test: Whose examples natural clients' models are tested on, see `[data] test`; None for public test examples if
+            there are such, and otherwise a fifth of each client's own.
+        seed: Of all randomness.
+        evaluate_every: Rounds from one evaluation to the next.
+        name: What the experiment is called.
+
+    Raises:
+        UserError: If something is missing, or does not fit; when it is first needed.
+    """
+
+    model: nn.Module | ModelSource | Callable[..., nn.Module]
+    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource"
+    method: Method
+    rounds: int
+    privacy: PrivacyChoice | None = None
+    local: LocalWork | None = None
+    cohort: Sampling | None = None
+    partition: Partition | None = None
+    clients: int | None = None
+    test: Whose | None = None
+    seed: int = 0
+    evaluate_every: int = 1
+    name: str = "experiment"
+
+    @cached_property
+    def config(self) -> Config:
+        """The experiment as any other, resolved."""
+        source, dataset = _data_source(self.data)
+        natural = source.natural if dataset is None else dataset.groups is not None
+        partition = self.partition or (Natural() if natural and self.clients is None else Iid())
+        test = self.test
+        if isinstance(partition, Natural) and test is None:
+            test = source.test if dataset is None or dataset.test_groups is None else "within"
+        sampling = self.cohort or Everyone(self.clients or 1)
+        config = Config(
+            name=self.name,
+            seed=self.seed,
+            data=DataChoice(dataset=source, partition=partition, clients=self.clients, test=test),
+            model=_model_source(self.model),
+            local=self.local or FullGradient(),
+            cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
+            method=self.method,
+            privacy=self.privacy,
+            training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
+        )
+        check_config(config)
+        return config
+
+    def plan(self) -> PrivacyPlan | None:
+        """Return what is promised to each client; None for a run without privacy. Nothing is trained."""
+        return self.config.plan(sampling_of(self.config))
+
+    def check(self, *, device: str = "cpu") -> Findings:
+        """Make everything, and let one client compute one step; see `fedpriv check`."""
+        return try_experiment(self.config, device=device)
+
+    def run(
+        self,
+        out: Path | str,
+        *,
+        engine: str = "auto",
+        device: str = "cpu",
+        resume: bool = False,
+        watch: Watcher | None = None,
+        checkpoint_every: int | None = None,
+    ) -> dict[str, Any]:
+        """Run the experiment and return its summary; see `fedpriv.run_experiment`.
+
+        Args:
+            out: The run directory.
+            engine: `auto`, `loop` or `vectorized`: other processes do not have the objects.
+            device: Where gradients are computed.
+            resume: Resume from the checkpoint in `out`, if there is one.
+            watch: Called after every round with its rows.
+            checkpoint_every: Rounds between checkpoints; None: about one in ten seconds.
+
+        Raises:
+            UserError: For any mistake that the user can fix.
+        """
+        from fedpriv.experiment.run import run_experiment
+
+        if engine not in ENGINES:
+            remedy = "Put model and data into files, and name them in a config, to use other engines"
+            raise UserError("engine", f"{', '.join(ENGINES)} for objects in memory", repr(engine), remedy)
+        return run_experiment(
+            self.config,
+            out,
+            engine=engine,
+            device=device,
+            resume=resume,
+            watch=watch,
+            checkpoint_every=checkpoint_every,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """Base of the settings of a data set in memory."""
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+    reference: ClassVar[str]
+    source: ClassVar[dict[str, str]] = {"module": MEMORY}
+    dataset: ClassVar[Dataset]
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Return the data set; see `DatasetSource.load`."""
+        del data_root
+        return self.dataset
+
+
+def _data_source(data: Any) -> tuple[DatasetSource, Dataset | None]:
+    """Return the settings of the data, and the data set if it is in memory."""
+    if not isinstance(data, Dataset | Mapping | Sequence) and hasattr(data, "load"):
+        return cast(DatasetSource, data), None
+    dataset = data if isinstance(data, Dataset | Mapping) else _of_clients(data)
+    dataset = dataset_of(dataset, "data")
+    held = type("Data", (_Held,), {"reference": f"{MEMORY}:data", "dataset": dataset})
+    return dataclass(frozen=True, kw_only=True)(held)(), dataset
+
+
+def _of_clients(clients: Any) -> dict[str, Any]:
+    """Return the arrays of a list of clients."""
+    if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
+        expected = "a list of clients, a mapping of arrays, or a data set"
+        raise UserError("data", expected, f"a {type(clients).__name__}", "See fedpriv.Experiment")
+    inputs, labels, owners = [], [], []
+    for number, client in enumerate(clients):
+        if isinstance(client, tuple | list) and len(client) == 2:
+            parts = [np.asarray(torch.as_tensor(part)) for part in client]
+        elif hasattr(client, "__len__") and hasattr(client, "__getitem__"):
+            rows = [client[i] for i in range(len(client))]
+            parts = [np.array([np.asarray(row[at]) for row in rows]) for at in (0, 1)]
+        else:
+            remedy = "Give a pair of arrays, or a torch Dataset with a length"
+            raise UserError(f"data of client {number}", "inputs and labels", f"a {type(client).__name__}", remedy)
+        if len(parts[0]) != len(parts[1]):
+            got = f"{len(parts[0]):,} and {len(parts[1]):,}"
+            raise UserError(f"data of client {number}", "as many inputs as labels", got, "Give one label for each")
+        if len(parts[0]):
+            inputs.append(parts[0])
+            labels.append(parts[1].reshape(-1))
+            owners.append(np.full(len(parts[0]), number))
+    shapes = {part.shape[1:] for part in inputs}
+    if len(shapes) != 1:
+        got = ", ".join(map(str, sorted(shapes))) or "no examples"
+        raise UserError("data", "inputs of one shape", got, "Give all clients inputs of one shape")
+    joined = (np.concatenate(parts) for parts in (inputs, labels, owners))
+    return {**dict(zip(("inputs", "labels", "client_ids"), joined, strict=True)), "clients": np.arange(len(clients))}
+
+
+def _model_source(model: Any) -> ModelSource:
+    if isinstance(model, nn.Module):
+        return _module_source(model)
+    if hasattr(model, "build") and hasattr(model, "parameters"):
+        return cast(ModelSource, model)
+    made = OwnModule.of(model, "model", getattr(model, "__name__", "model"))
+    made.reference = f"{MEMORY}:{getattr(model, '__name__', 'model')}"
+    return made()
+
+
+def _module_source(module: nn.Module) -> ModelSource:
+    """Return the settings of a model that begins with the weights of a module."""
+    held, name = copy.deepcopy(module), type(module).__name__
+    weights = hashlib.sha256(name.encode())
+    for key, value in held.state_dict().items():
+        weights.update(f"{key} {value.dtype} {list(value.shape)} ".encode())
+        weights.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    facts = {
+        "called": staticmethod(lambda: copy.deepcopy(held)),
+        "asked": (),
+        "reference": f"{MEMORY}:{name}",
+        "source": {"module": MEMORY, "sha256": weights.hexdigest()},
+    }
+    return dataclass(frozen=True, kw_only=True)(type(name, (OwnModule,), facts))()
