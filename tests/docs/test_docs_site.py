@@ -109,6 +109,16 @@ def test_documents_are_plain_english() -> None:
     assert not above, f"python tests/english.py {' '.join(DOCUMENTS)} --list NAME shows the sentences: {above}"
 
 
+def run(*command: str, cwd: Path) -> None:
+    """Run Python in `cwd`; fails with its errors."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", ["model.md", "data.md"])
 def test_the_programs_of_the_guides_run(page: str, tmp_path: Path) -> None:
     text = (DOCS / "guides" / page).read_text(encoding="utf-8")
@@ -116,13 +126,15 @@ def test_the_programs_of_the_guides_run(page: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     (config,) = tmp_path.glob("*.toml")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "fedpriv.cli", "run", str(config), "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run("-m", "fedpriv.cli", "run", str(config), "--out", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_experiment_on_objects_in_memory_runs(tmp_path: Path) -> None:
+    text = (DOCS / "guides" / "experiments.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(import torch\n.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    run("-c", program, cwd=tmp_path)
+    assert (tmp_path / "runs" / "in-memory" / "model.safetensors").is_file()
 
 
 def test_versions_agree() -> None:
