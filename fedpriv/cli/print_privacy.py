@@ -38,7 +38,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
-        from fedpriv.experiment.tradeoff import plot_trade_off
+        from fedpriv.experiment.pictures.tradeoff import plot_trade_off
 
         plot_trade_off(plan, plot, experiment.name)
     if as_json:

@@ -16,7 +16,7 @@ from fedpriv.errors import has_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
-from fedpriv.experiment.plots import plot_curves
+from fedpriv.experiment.pictures.curves import plot_curves
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher

@@ -56,7 +56,7 @@ import json, sys
 for name in {PACKAGES!r}:
     sys.modules[name] = None
 import fedpriv, fedpriv.plugins, fedpriv.methods, fedpriv.engines, fedpriv.sweeps.run, fedpriv.audit
-import fedpriv.experiment.tradeoff, fedpriv.report.spent, fedpriv.tracking.trackers
+import fedpriv.experiment.pictures.tradeoff, fedpriv.report.spent, fedpriv.tracking.trackers
 from fedpriv.privacy import make_plan
 from fedpriv.cli import main
 from fedpriv.privacy.sampling import Everyone

@@ -84,7 +84,7 @@ def test_it_holds_packages_types_c_page_templates_and_the_shipped_experiments(wh
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     templates = {".md", ".service", ".sh", ""}
-    suffixes = {".py", ".c", ".typed", ".html", ".css", ".js", ".toml", ".csv", *templates}
+    suffixes = {".py", ".c", ".json", ".typed", ".html", ".css", ".js", ".toml", ".csv", *templates}
     paths = [path for part in PARTS for path in (ROOT / part).rglob("*") if "__pycache__" not in path.parts]
     files = {path for path in paths if path.is_file()}
     wanted = {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}

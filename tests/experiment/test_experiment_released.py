@@ -24,7 +24,7 @@ from fedpriv.engines.states import StateStore
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, load_config, parse_config
 from fedpriv.experiment.execution import Execution
-from fedpriv.experiment.plots import plot_curves
+from fedpriv.experiment.pictures.curves import plot_curves
 from fedpriv.experiment.progress import RoundProgress
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run import run_experiment

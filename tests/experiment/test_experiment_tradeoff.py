@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.tradeoff import envelope, plot_trade_off, trade_off
+from fedpriv.experiment.pictures.tradeoff import envelope, plot_trade_off, trade_off
 from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, Sampling
 from fedpriv.privacy.gaussian import gaussian_tradeoff
 
