@@ -1,6 +1,6 @@
 # make demo: set up, and train a private model on real data. make test: set up, and pass every check and test.
 # make check: style, layers and the fast tests, in two minutes. make test-all: also what takes long, and the seeded faults.
-# make bench: speed, beside a bare PyTorch loop and beside other frameworks.
+# make docs: the documentation site, in site/. make bench: speed, beside a bare PyTorch loop and beside other frameworks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
 FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/tasks tests/data
 
-.PHONY: demo test check test-all lint style unit bench mutants setup browser clean
+.PHONY: demo test check test-all lint style unit docs bench mutants setup browser clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -35,6 +35,10 @@ lint: style
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
 
+# Warnings are errors; tests/docs does the same and looks at the result.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: setup
 	$(BIN)/python results/benchmarks/make.py
 
@@ -54,4 +58,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

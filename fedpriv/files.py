@@ -6,18 +6,19 @@ owner-only files and report a full disk as one `UserError`.
 """
 
 import errno
-import fcntl
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from fedpriv.errors import UserError
 
 __all__ = [
     "append_durably",
     "finish_replacing",
+    "lock_file",
     "make_owners_folder",
     "make_private_folder",
     "only_one",
@@ -33,6 +34,10 @@ __all__ = [
 _OWNER_ONLY = 0o600
 # The mode before the umask is applied.
 _ANYONE = 0o666
+# Windows cannot open a folder, and needs no flush of one.
+_FOLDERS_OPEN = os.name != "nt"
+# Windows would write a line feed as two bytes.
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def write_atomically(path: Path, content: bytes | str, mode: int | None = None) -> None:
@@ -63,7 +68,8 @@ def write_pieces_atomically(
 
 def open_to_append(path: Path, mode: int | None = None) -> BinaryIO:
     """Open a file for appending. If it is missing, create it with `mode`, or as the umask says if `mode` is None."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _ANYONE if mode is None else mode), "ab")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY
+    return os.fdopen(os.open(path, flags, _ANYONE if mode is None else mode), "ab")
 
 
 def make_owners_folder(path: Path) -> None:
@@ -74,6 +80,8 @@ def make_owners_folder(path: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Sync a folder's list of files to disk."""
+    if not _FOLDERS_OPEN:
+        return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -142,13 +150,32 @@ def append_durably(path: Path, line: bytes, length: int) -> None:
             os.close(file)
 
 
+def lock_file(file: IO[Any] | int, *, wait: bool = True) -> None:
+    """Lock an open file for this process, until it is closed.
+
+    Args:
+        file: The file, or its descriptor.
+        wait: Whether to wait for another process that holds the lock.
+
+    Raises:
+        BlockingIOError: If another process holds the lock, and `wait` is False.
+        UserError: If the system has no such locks (Windows). Reading results, reports and plans needs none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        remedy = "Run it on Linux or macOS; results, reports and plans can be read on any system"
+        raise UserError("fedpriv", "a system with file locks (fcntl)", sys.platform, remedy) from None
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
     """Hold a lock file within the context; other processes wait for it."""
     with _explained(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT, _OWNER_ONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file)
         yield
     finally:
         os.close(file)
@@ -158,7 +185,7 @@ def _write_beside(path: Path, pieces: Iterable[bytes | memoryview], mode: int, d
     """Write the file that will replace `path`; delete it if writing fails."""
     part = unfinished(path)
     part.unlink(missing_ok=True)  # a leftover of a crash would keep its mode
-    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, mode)
     try:
         for piece in pieces:
             _write_all(file, piece)

@@ -4,7 +4,6 @@ A client refuses if its ledger is behind its signed head (`fedpriv.deploy.device
 secret, and its entries cannot be forged. If it is lost, clients rely on their own files alone.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from fedpriv.deploy.device.heads import Head
 from fedpriv.errors import UserError
-from fedpriv.files import write_atomically
+from fedpriv.files import lock_file, write_atomically
 
 __all__ = ["HEADS_FILE", "HeadBook", "newer_heads"]
 
@@ -79,7 +78,7 @@ class HeadBook:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:  # other runs of the deployment may also write
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock)
             self.heads = newer_heads(self._read(), found)
             rows = {str(client): head.to_json() for client, head in sorted(self.heads.items())}
             write_atomically(self.path, json.dumps(rows, indent=1) + "\n")

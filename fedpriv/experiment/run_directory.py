@@ -1,6 +1,5 @@
 """The run directory: the files that a run writes, and how to read them back."""
 
-import fcntl
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.files import open_to_append, write_atomically, write_pieces_atomically
+from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy.released import OUTPUTS, mode_of
 from fedpriv.vectors import Layout
@@ -260,7 +259,7 @@ class RunDirectory:
             raise UserError(str(self.path), "a writable folder", error.strerror, "Choose another --out") from None
         with self.file(".lock").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(lock, wait=False)
             except OSError:
                 raise UserError(
                     str(self.path),

@@ -9,7 +9,6 @@ and miss the answer while they wait for a server that is gone.
 The program is run by its path and imports nothing from fedpriv: the app that it loads may have packages of those names.
 """
 
-import fcntl
 import importlib
 import importlib.metadata
 import os
@@ -51,6 +50,7 @@ def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[byte
 
 def end_with(lock: str) -> None:
     """Kill this process as soon as the lock is released."""
+    import fcntl  # Windows has none, and reads results without
 
     def wait() -> None:
         with Path(lock).open() as file:

@@ -150,7 +150,7 @@ def test_torchvision_alone_asks_for_one_version_of_torch_and_constraints_name_bo
 def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {*EXTRAS, "all", "dev"}
+    assert set(extras) == {*EXTRAS, "all", "docs", "dev"}
     (everything,) = (Requirement(line) for line in extras["all"])
     assert everything.extras == set(EXTRAS)
     assert "fedpriv[all]" in extras["dev"]

@@ -4,7 +4,6 @@ The node is Flower's SuperNode, in this process. It checks the server's certific
 authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content.
 """
 
-import fcntl
 import os
 import socket
 import sys
@@ -17,7 +16,7 @@ import tomli_w
 from fedpriv.deploy.checks import WrongServerError, call_server, refuse_wrong, split_address
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
 from fedpriv.errors import UserError
-from fedpriv.files import write_atomically
+from fedpriv.files import lock_file, write_atomically
 from fedpriv.flower.bundle import app_hash
 from fedpriv.flower.companion import LOCK
 
@@ -77,7 +76,7 @@ def held_alone(home: Path) -> Iterator[None]:
     """
     with (home / LOCK).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, wait=False)
         except BlockingIOError:
             remedy = "Stop the other process first"
             expected = "a folder that no other process uses"

@@ -1,7 +1,6 @@
 """Starting a Ray of one's own, or joining one that is there; and what fits on it."""
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import NamedTuple, TextIO
 import ray
 
 from fedpriv.errors import UserError
+from fedpriv.files import lock_file
 
 __all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
 
@@ -81,7 +81,7 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
     remove_abandoned(Path(_short_folder()))
     folder = tempfile.mkdtemp(prefix=_PREFIX, dir=_short_folder())
     alive = (Path(folder) / _ALIVE).open("w")
-    fcntl.flock(alive, fcntl.LOCK_EX)
+    lock_file(alive)
     try:
         with quiet(), _environment(RAY_USAGE_STATS_ENABLED="0"):
             ray.init(
@@ -107,7 +107,7 @@ def remove_abandoned(place: Path) -> None:
             if time.time() - file.stat().st_mtime < _ABANDONED_SECONDS:
                 continue
             with file.open("r+") as alive:
-                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(alive, wait=False)
                 shutil.rmtree(file.parent, ignore_errors=True)
         except OSError:  # in use, another's, or gone
             continue

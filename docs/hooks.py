@@ -1,0 +1,57 @@
+"""Hooks of the documentation site: pages from elsewhere in the repository, and formulas as MathML."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+TABLE = "<!-- the table of README.md -->"
+SHOWN = (".md", ".png", ".csv", ".svg")
+_CODE = re.compile(r"(^```.*?^```|^~~~.*?^~~~|`+[^`]*`+)", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
+_INLINE = re.compile(r"(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])")
+
+
+def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
+    """Add `results/*/README.md` with their pictures and tables, CONTRIBUTING.md and CHANGELOG.md."""
+    for page in sorted((ROOT / "results").glob("*/README.md")):
+        for path in sorted(page.parent.iterdir()):
+            if path.suffix in SHOWN and (path.suffix != ".md" or path == page):
+                name = path.relative_to(ROOT).as_posix()
+                files.append(File.generated(config, name, abs_src_path=str(path)))
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=text))
+    return files
+
+
+def methods_table() -> str:
+    """Return the table of methods, which a test compares with the registered ones in README.md."""
+    return (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Methods\n\n")[1].split("\n\n")[0]
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Write formulas outside of code as MathML, which browsers draw without a script, and lead links to `results/`.
+
+    In the repository `results/` is beside `docs/`; in the site it is within.
+    """
+    markdown = markdown.replace(TABLE, methods_table())
+    if not page.file.src_uri.startswith("results/"):
+        up = "../" * page.file.src_uri.count("/")
+        markdown = markdown.replace(f"]({up}../results/", f"]({up}results/")
+    parts = _CODE.split(markdown)
+    parts[::2] = [_formulas(part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _formulas(text: str) -> str:
+    def block(found: re.Match[str]) -> str:
+        return f'\n<div class="formula">{convert(found[1].strip(), display="block")}</div>\n'
+
+    # A span is never taken for a block of its own, also at the beginning of a line.
+    return _INLINE.sub(lambda found: f'<span class="formula">{convert(found[1])}</span>', _BLOCK.sub(block, text))

@@ -1,0 +1,1 @@
+"""A Flower app that two lines of fedpriv make private."""
