@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ TABLE = """age,job,place,income
 ,clerk,south,high
 """
 
-DECLARED = {
+DECLARED: dict[str, Any] = {
     "name": "csv",
     "file": "people.csv",
     "target": "income",
