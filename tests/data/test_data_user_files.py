@@ -155,8 +155,10 @@ def test_a_parquet_file_is_read_like_the_same_table_in_csv(folder):
     frame = pd.DataFrame({"age": [40, 55.0, 25, None], "job": ["clerk", None, "smith", "clerk"]})
     frame = frame.assign(place=["north", "south"] * 2, income=["low", "high"] * 2)
     frame.to_parquet(folder / "people.parquet")
-    chosen = {key: value for key, value in DECLARED.items() if key not in ("name", "partition", "test", "missing")}
-    found = Parquet(**(chosen | {"file": "people.parquet"}))._read(folder / "people.parquet")
+    chosen: dict[str, Any] = {
+        key: DECLARED[key] for key in DECLARED if key not in ("name", "partition", "test", "missing")
+    }
+    found = Parquet(**{**chosen, "file": "people.parquet"})._read(folder / "people.parquet")
     expected = table()._read(folder / "people.csv")
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
     with pytest.raises(UserError, match=r"people\.csv: expected a Parquet file, got ArrowInvalid"):
