@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from support.own_classes import own_config
+from support.wheels import build_wheel
 
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
@@ -241,3 +244,46 @@ def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch
     summary = RunDirectory(out).read_json("summary.json")
     assert summary is not None, run.log.read_text()
     assert (summary["engine"], summary["rounds"], summary["population"]) == ("flower", 2, 6)
+
+
+WITH_THE_WHEEL = """
+import sys
+from pathlib import Path
+
+home, out, site = map(Path, sys.argv[1:])
+sys.path.insert(0, str(site))
+from fedpriv.flower import launch
+
+start = launch.FlowerRun._start
+
+
+def with_settings(self, arguments, *more):
+    asked = ["-c", f'clients=6 rounds=2 out="{out}"'] if arguments[0] == "run" else []
+    return start(self, [*arguments, *asked], *more)
+
+
+launch.FlowerRun._start = with_settings
+run = launch.FlowerRun(home, 6, "cpu", home / "flower.log")
+with run.running() as process:
+    code = process.wait(timeout=240)
+print(run.log.read_text())
+raise SystemExit(code)
+"""
+
+
+def test_flwr_run_of_an_app_works_with_an_installed_wheel(tmp_path):
+    """The app is a user's own, far from this folder; fedpriv comes from the unpacked wheel alone."""
+    home, out = tmp_path / "h", tmp_path / "model.pt"
+    (home / "work").mkdir(parents=True)
+    with zipfile.ZipFile(build_wheel(tmp_path / "built")) as archive:
+        archive.extractall(tmp_path / "site")
+    shutil.copytree(ROOT / "examples" / "flower_app", home / "app")
+    server = home / "app" / "private_app" / "server.py"
+    server.write_text(server.read_text() + "\nimport fedpriv\n\nprint('fedpriv of', fedpriv.__file__)\n")
+    call = [sys.executable, "-P", "-c", WITH_THE_WHEEL, str(home), str(out), str(tmp_path / "site")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"fedpriv of {tmp_path / 'site' / 'fedpriv' / '__init__.py'}" in done.stdout
+    assert "at epsilon 8.000, delta 1e-05" in done.stdout
+    assert out.is_file()
