@@ -172,7 +172,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 
 def settings_of(
-    base: type[T], called: Callable[..., Any], where: str, *, given: Collection[str], reserved: Collection[str]
+    base: type[T],
+    called: Callable[..., Any],
+    where: str,
+    *,
+    given: Collection[str],
+    reserved: Collection[str],
+    optional: bool = False,
 ) -> type[T]:
     """Return a frozen dataclass whose fields are the parameters of a function or a class, read as strictly as others.
 
@@ -183,6 +189,8 @@ def settings_of(
         where: The key that names it, for errors.
         given: Parameters that the program passes itself, if there are such.
         reserved: Keys of the table that have another meaning.
+        optional: Take the type of the default if a config cannot hold the parameter's type, and skip the parameter if
+            it cannot hold that either.
 
     Raises:
         UserError: If a parameter has a reserved name, no type, or a type that a TOML value cannot have.
@@ -203,7 +211,11 @@ def settings_of(
             fields.append((name, _readable(hints.get(name), name, where), dataclasses.field()))
             continue
         hint = hints.get(name) or (None if default is None else type(default))
-        fields.append((name, _readable(hint, name, where), _default(default)))
+        if optional and not _is_readable(hint):
+            hint = _plain(hint, default)
+            if hint is None:
+                continue
+        fields.append((name, _readable(hint, name, where), _default(_as_read(hint, default))))
     made = dataclasses.make_dataclass(
         getattr(called, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
     )
@@ -227,21 +239,47 @@ def _hints(called: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
+def _as_read(hint: Any, default: Any) -> Any:
+    """Return a default as a config holds it: 0 of a float is 0.0, so that the digest is that of a written value."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_python(default)
+    except ValidationError:
+        return default
+
+
 def _default(value: Any) -> Any:
     if isinstance(value, list | dict | set):
         return dataclasses.field(default_factory=lambda: copy.copy(value))
     return dataclasses.field(default=value)
 
 
-def _readable(hint: Any, name: str, where: str) -> Any:
-    from pydantic import TypeAdapter
-    from pydantic.errors import PydanticSchemaGenerationError
+def _plain(hint: Any, default: Any) -> Any:
+    """Return the type of a default value that a config can hold; None if there is none."""
+    if isinstance(default, tuple):
+        parts = [_plain(hint, value) for value in default]
+        return None if None in parts or not parts else tuple[tuple(parts)]
+    if isinstance(default, int) and not isinstance(default, bool) and "float" in str(hint):
+        return float
+    return type(default) if isinstance(default, bool | int | float | str) else None
 
+
+def _is_readable(hint: Any) -> bool:
+    from pydantic import TypeAdapter
+    from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+
+    try:
+        TypeAdapter(hint).json_schema()
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return False
+    return hint is not None
+
+
+def _readable(hint: Any, name: str, where: str) -> Any:
     if hint is None:
         raise UserError(where, f"a type for its parameter {name}", "none", f"Write it as {name}: int, for instance")
-    try:
-        TypeAdapter(hint)
-    except PydanticSchemaGenerationError:
+    if not _is_readable(hint):
         remedy = "Use int, float, str, bool or lists of them"
         raise UserError(where, f"a type for its parameter {name} that a config can hold", hint, remedy) from None
     return hint

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "joined", "norm", "parted", "refuse_buffers", "trainable"]
+__all__ = ["Layout", "joined", "named_fields", "norm", "parted", "refuse_buffers", "trainable"]
 
 
 _NORMS = (
@@ -134,7 +134,7 @@ def joined(first: Any, second: Any) -> Any:
 
     So one state holds what a method, its server's optimiser and a mechanism of noise remember, and is saved as one.
     """
-    return _kind(first._fields + second._fields)(*first, *second) if second._fields else first
+    return named_fields(first._fields + second._fields)(*first, *second) if second._fields else first
 
 
 def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
@@ -144,5 +144,6 @@ def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
 
 
 @cache
-def _kind(fields: tuple[str, ...]) -> type:
+def named_fields(fields: tuple[str, ...]) -> Any:
+    """Return the NamedTuple of states with these fields."""
     return namedtuple("State", fields)  # pyright: ignore[reportUntypedNamedTuple]

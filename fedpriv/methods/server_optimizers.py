@@ -209,6 +209,7 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
     {"momentum": Momentum, "adam": Adam, "yogi": Yogi, "adagrad": Adagrad},
     protocol=ServerOptimizer,
     group="fedpriv.server_optimizers",
+    wrap="fedpriv.methods.torch_optimizers:TorchOptimizer",
 )
 
 

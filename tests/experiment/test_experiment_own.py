@@ -19,6 +19,8 @@ from fedpriv.tasks.task import Task
 from fedpriv.vectors import trainable
 
 NET = """
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -95,6 +97,10 @@ def named(classes, name: str):
 
 
 def odd(classes, how: nn.Module = None):
+    return nn.Linear(5, classes)
+
+
+def called(classes, how: Callable[[int], int] = abs):
     return nn.Linear(5, classes)
 
 
@@ -286,6 +292,7 @@ def test_an_exception_in_forward_names_the_file_and_the_line(folder):
         ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got none"),
         ("net.py:named", r"^model\.name: expected parameters with other names than the keys of \[model\], got name"),
         ("net.py:odd", r"^model\.name: expected a type for its parameter how that a config can hold"),
+        ("net.py:called", r"^model\.name: expected a type for its parameter how that a config can hold"),
         ("net.py:values", r"^model\.name: expected a class or a function, got .*net\.py:values', which is a int"),
         ("net.py:absent", r"^model\.name: expected a class that can be imported"),
         ("absent.py:Net", r"^model\.name: expected a class that can be imported, .*FileNotFoundError"),
@@ -309,6 +316,15 @@ def test_a_name_that_leads_to_no_model_is_one_line(folder, setting, line):
 def test_keys_are_read_as_strictly_as_those_of_built_in_classes(folder, settings, line):
     with pytest.raises(UserError, match=line):
         load_config(folder / "own.toml", settings)
+
+
+def test_a_default_and_the_same_value_written_down_are_one_experiment(folder):
+    text = NET.replace("width: int = 8", "width: int = 8, gain: float = 1, parts: tuple[float, float] = (0, 1)")
+    (folder / "net.py").write_text(text)
+    config = load_config(folder / "own.toml")
+    assert config.tables["model"]["gain"] == 1.0
+    written = load_config(folder / "own.toml", ["model.gain=1.0", "model.parts=[0.0, 1.0]"])
+    assert load_config(config.tables).digest == config.digest == written.digest
 
 
 def test_a_file_that_cannot_be_run_is_one_line(folder):
