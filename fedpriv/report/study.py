@@ -14,6 +14,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.results import load_results
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
 from fedpriv.experiment.schema import field_names, read_table
+from fedpriv.plugins import bare_reference
 from fedpriv.privacy import SAMPLINGS, rounded_up
 from fedpriv.sweeps.files import CHOSEN, FAILURE, STOPPED, TABLE, TRIALS, TUNED, status_of
 
@@ -68,7 +69,7 @@ class Study:
     @property
     def keys(self) -> list[str]:
         """The keys of the configs, in order of appearance."""
-        return [key for key in self.runs.columns if "." in key and not key.startswith("heterogeneity.")]
+        return [key for key in self.runs.columns if "." in key and not key.startswith(("heterogeneity.", "sources."))]
 
     def varying(self, rows: pd.DataFrame | None = None) -> list[str]:
         """Return the keys with more than one value, in `rows` if given."""
@@ -149,6 +150,7 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 def problem_key(key: str) -> bool:
     """Return True if a config key defines the problem."""
+    key = key.removeprefix("sources.")  # a class with another source is another one
     return not key.startswith((*HYPERPARAMETERS, "privacy.", "deployment.")) and key not in _NOT_SETTING
 
 
@@ -222,7 +224,8 @@ def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     metrics["cohort_size"] = (plan.get("sampling") or {}).get("expected_size", summary.get("expected_cohort"))
     apart = {key: value for key, value in config.items() if key not in _NOT_SETTING and key[:11] != "deployment."}
     identity = json.dumps({key: as_text(value) for key, value in apart.items()}, sort_keys=True)
-    names = {"run": name, "setting": identity, "method": config.get("method.name", summary.get("method", "?"))}
+    method = bare_reference(config.get("method.name", summary.get("method", "?")))
+    names = {"run": name, "setting": identity, "method": method}
     return {**names, **config, **metrics}
 
 

@@ -13,6 +13,7 @@ from fedpriv.checks import folder_name
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config, read_config_file
 from fedpriv.experiment.schema import read_table, refuse_unknown
+from fedpriv.plugins import whole_reference
 from fedpriv.sweeps.stopping import StopRule, read_rule
 from fedpriv.sweeps.tuning import Tuning
 
@@ -192,7 +193,7 @@ def load_sweep(path: Path | str) -> Sweep:
         UserError: If the file is not a valid sweep.
     """
     path = Path(path)
-    tables = read_config_file(path)
+    tables = _with_whole_references(read_config_file(path), path.parent)
     refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):
@@ -209,6 +210,15 @@ def load_sweep(path: Path | str) -> Sweep:
     stop = read_rule(tables["stop"]) if "stop" in tables else None
     tuning = read_table(Tuning, tables["tuning"], "tuning") if "tuning" in tables else None
     return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop, tuning=tuning)
+
+
+def _with_whole_references(value: Any, folder: Path) -> Any:
+    """Return a value of a sweep's file with the file of every `"./file.py:Class"` as an absolute path."""
+    if isinstance(value, dict):
+        return {key: _with_whole_references(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_references(inner, folder) for inner in value]
+    return whole_reference(value, folder)
 
 
 def _seeds(given: Any, first: Any) -> tuple[int, ...]:

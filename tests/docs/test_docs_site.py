@@ -68,6 +68,11 @@ def test_nothing_is_loaded_from_another_server(site: Path) -> None:
     assert not elsewhere
 
 
+def test_examples_are_shown_and_no_marker_of_them_is_left(site: Path) -> None:
+    assert "ClippedDiana" in (site / "guides" / "method" / "index.html").read_text(encoding="utf-8")
+    assert not [page for page in site.rglob("index.html") if "--8" in page.read_text(encoding="utf-8")]
+
+
 def test_formulas_are_mathml(site: Path) -> None:
     page = (site / "concepts" / "round" / "index.html").read_text(encoding="utf-8")
     assert page.count("<math") >= 8

@@ -121,6 +121,24 @@ values = [""]
     assert sorted(table["epsilon"].fillna(-1.0).round(3)) == [-1.0, -1.0, 2.0, 8.0]
 
 
+def test_files_that_axes_name_are_looked_for_from_the_sweeps_folder(tmp_path: Path) -> None:
+    text = """
+[[axis]]
+key = "method"
+values = [{name = "./own/method.py:Mine"}, {name = "dp-fedavg"}]
+[[axis]]
+key = "model.name"
+values = ["./net.py:Net"]
+when = {"method.name" = "./own/method.py:Mine"}
+"""
+    found = changes(tmp_path, text)
+    assert found[0] == {
+        "method": {"name": f"{tmp_path / 'own' / 'method.py'}:Mine"},
+        "model.name": f"{tmp_path / 'net.py'}:Net",
+    }
+    assert found[1] == {"method": {"name": "dp-fedavg"}}
+
+
 def test_an_axis_may_be_there_for_some_methods_only(tmp_path: Path) -> None:
     text = """
 [[axis]]
