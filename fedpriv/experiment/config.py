@@ -28,7 +28,15 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.tasks.models import MODELS, ModelSource
 
-__all__ = ["Config", "check_config", "load_config", "parse_config", "read_config_file", "read_config_text"]
+__all__ = [
+    "Config",
+    "check_config",
+    "load_config",
+    "parse_config",
+    "read_config_file",
+    "read_config_text",
+    "with_bare_names",
+]
 
 T = TypeVar("T")
 
@@ -248,7 +256,7 @@ class Config:
     @property
     def _identity(self) -> dict[str, Any]:
         """The tables, with the bare names of files."""
-        return _with_names(self.tables, bare_reference)
+        return with_bare_names(self.tables)
 
     @property
     def streams(self) -> SeededStreams:
@@ -343,6 +351,11 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
 def _with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tables with the file of every `"file.py:Class"` as an absolute path."""
     return _with_names(tables, lambda name: whole_reference(name, folder))
+
+
+def with_bare_names(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with every `"folder/file.py:Class"` without its folder, which makes no other experiment."""
+    return _with_names(tables, bare_reference)
 
 
 def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
