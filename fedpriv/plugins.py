@@ -85,7 +85,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
-        self._names: dict[type[T], str] = {}
+        self._names: dict[type, str] = {}
 
     def __getitem__(self, name: str) -> type[T]:
         found = self._known.get(name)

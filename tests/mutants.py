@@ -547,6 +547,13 @@ MUTANTS = [
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
+        "figures with a bound of their own are followed",
+        "fedpriv/methods/base.py",
+        "or found.bounded != method.bounded:",
+        "or False:",
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
         "an own method may leave its noise out",
         "fedpriv/rounds.py",
         "if release is not None and len(bounded) != 1:",
@@ -727,8 +734,8 @@ MUTANTS = [
     Mutant(
         "a derived bound is taken for its parent's",
         "fedpriv/methods/base.py",
-        "return found if found is not None and type(found.bounded) in IN_PLACE else None",
-        "return found",
+        "type(found.bounded) not in IN_PLACE or",
+        "False or",
         ENGINES,
     ),
     Mutant(

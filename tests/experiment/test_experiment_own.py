@@ -15,6 +15,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import build_module, count_parameters, make_federation
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
+from fedpriv.methods.base import feedback_of
 from fedpriv.tasks.task import Task
 from fedpriv.vectors import trainable
 
@@ -509,6 +510,24 @@ class Silent(Half):
     def client_rule(self, state, signal, release, round):
         return self.bounded(signal), state
 """
+
+
+def test_figures_with_another_bound_than_the_methods_are_not_followed(folder):
+    other = (
+        METHOD
+        + """
+    @property
+    def feedback(self):
+        return Feedback(bounded=Clip(clip_norm=self.bound), beta=None)
+
+    bound: float = 0.5
+"""
+    )
+    (folder / "method.py").write_text(
+        other.replace("\n\n@data", "\nfrom fedpriv.feedback import Feedback\n\n\n@data", 1)
+    )
+    assert feedback_of(load_config(folder / "own.toml").method) is not None
+    assert feedback_of(load_config(folder / "own.toml", ["method.bound=4.0"]).method) is None
 
 
 @pytest.mark.parametrize("trust", ["central", "local"])
