@@ -16,6 +16,7 @@ from fedpriv.experiment.build import build_module, count_parameters, make_federa
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
 from fedpriv.methods.base import feedback_of
+from fedpriv.sweeps.config import load_sweep
 from fedpriv.tasks.task import Task
 from fedpriv.vectors import trainable
 
@@ -565,3 +566,25 @@ def test_a_list_of_clients_that_is_none_is_one_line(clients):
 def test_tensors_that_numpy_cannot_hold_are_one_line():
     with pytest.raises(UserError, match=r"^dataset mine: expected inputs that numpy can hold"):
         dataset_of(arrays(inputs=torch.zeros(20, 3, dtype=torch.bfloat16)), "mine")
+
+
+SWEEP = """
+name = "sweep"
+base = "base/own.toml"
+[set]
+model.name = "./net.py:Net"
+[[axis]]
+key = ["data.name", "data.people"]
+values = [["./data.py:load", 4], ["./data.py:load", 5]]
+"""
+
+
+def test_files_that_a_sweep_names_are_looked_for_in_its_own_folder(folder, monkeypatch):
+    (folder / "base").mkdir()
+    for file in ("own.toml", "method.py"):
+        (folder / file).rename(folder / "base" / file)
+    (folder / "sweep.toml").write_text(SWEEP)
+    monkeypatch.chdir("/")
+    trials = load_sweep(folder / "sweep.toml").trials()
+    assert [trial.config.data.dataset.people for trial in trials] == [4, 5]
+    assert trials[0].config.tables["model"]["name"] == f"{folder.resolve()}/net.py:Net"
