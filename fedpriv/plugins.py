@@ -50,7 +50,7 @@ _OF_FILE = "fedpriv_file_"
 _SHA256 = "__fedpriv_sha256__"
 """Name, in such a module, of the hash of the content that was loaded."""
 
-# What `source_of` and `Registry.name_of` read from a class; a field of that name would stand in its place.
+# Attributes that `source_of` and `Registry.name_of` read from a class; a field of that name would replace one.
 _TAKEN = ("called", "asked", "reference", "source", "named_in")
 
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
@@ -241,7 +241,7 @@ def _signature(called: Callable[..., Any], where: str) -> inspect.Signature:
 
 
 def _named(called: Any) -> Any:
-    """Return what a `functools.partial` calls; anything else as it is."""
+    """Return the function that a `functools.partial` calls; return anything else unchanged."""
     while isinstance(called, functools.partial):
         called = cast(Any, called).func
     return called
@@ -310,8 +310,8 @@ def source_of(kind: type) -> dict[str, str] | None:
     """Return where a class comes from: its `module`, the package's `version` and the `sha256` of the module's file.
 
     Args:
-        kind: A class of a registry; for one made by `settings_of`, its function's module counts. Where the name
-            leads through one module to what is of another, both count, the other as `called_module` and so on.
+        kind: A class of a registry; for one made by `settings_of`, its function's module counts. If the name
+            leads through one module to a function of another, both count, the other as `called_module` and so on.
 
     Returns:
         None for classes of fedpriv. `sha256` is absent if the module has no file, and `version` if the file belongs
@@ -418,7 +418,7 @@ def _imported(reference: str, where: str, shown: str) -> Any:
 
 
 def _module_name(path: Path) -> str:
-    """The name of the module of a file with its present content."""
+    """Return the name of the module of a file with its present content."""
     return f"{_OF_FILE}{hashlib.sha256(f'{path.resolve()} {_sha256(path)}'.encode()).hexdigest()[:16]}"
 
 
@@ -427,7 +427,7 @@ def _sha256(path: Path) -> str:
 
 
 def _is_edited(reference: str) -> bool:
-    """Whether the file of a reference has another content than when it was loaded."""
+    """Return True if the file of a reference has changed since it was loaded."""
     path = Path(reference.rpartition(":")[0])
     return path.suffix == ".py" and path.is_file() and _module_name(path) not in sys.modules
 

@@ -265,7 +265,7 @@ def apply_client_rule(
 
 
 def _is_own(method: Method) -> bool:
-    """Whether a method, or what it bounds with, is not of fedpriv."""
+    """Return True if a method, or the map that it bounds with, is not of fedpriv."""
     method = method.client_part
     return any(type(part).__module__.partition(".")[0] != __package__ for part in (method, method.bounded))
 

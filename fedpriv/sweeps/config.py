@@ -143,7 +143,7 @@ class Sweep:
         axes: The axes, the outermost first.
         stop: The rule that stops trials early; None runs all to their end.
         tuning: Draw trials from the grid, and release only the best; None runs the whole grid.
-        folder: Where the file of a class (`"./own.py:Class"`) is looked for; the working directory by default.
+        folder: The folder of a class's file (`"./own.py:Class"`); the working directory by default.
     """
 
     name: str

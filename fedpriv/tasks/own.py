@@ -80,7 +80,7 @@ class OwnModule:
     def _try(self, module: nn.Module, input_shape: tuple[int, ...], classes: int) -> None:
         """Send two inputs of zeros through a copy of the module, and again after inputs of ones.
 
-        What the module keeps of its inputs would go from one client to the next.
+        A value that the module keeps of its inputs would go from one client to the next.
         """
         tried, example = copy.deepcopy(module), torch.zeros(2, *input_shape)
         before = {name: buffer.clone() for name, buffer in tried.named_buffers()}
