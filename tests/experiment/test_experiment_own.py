@@ -431,13 +431,16 @@ def checked(folder, capsys, setting):
 
 
 def test_the_file_counts_though_a_name_in_it_leads_to_another_modules_function(folder):
-    text = f"import functools\n{DATA}\n\npart = functools.partial(load, rows=60)\n"
+    text = (
+        "import functools\nfrom torch import nn\n\nNet = functools.partial(nn.Sequential, nn.Linear(5, 3, bias={}))\n"
+    )
     found = []
-    for rows in (60, 90):
-        (folder / "data.py").write_text(text.replace("rows=60", f"rows={rows}"))
-        found.append(load_config(folder / "own.toml", [f"data.name={folder}/data.py:part"]))
+    for bias in (True, False):
+        (folder / "net.py").write_text(text.format(bias))
+        found.append(load_config(folder / "own.toml"))
     assert found[0].noise_id != found[1].noise_id
-    assert found[0].sources["data.name"]["module"] == "data.py"
+    assert found[0].sources["model.name"]["module"] == "net.py"
+    assert found[0].sources["model.name"]["called_module"] == "torch.nn.modules.container"
 
 
 def test_a_file_that_is_edited_is_loaded_again_and_old_experiments_keep_their_source(folder):
