@@ -7,10 +7,12 @@ from an installed package (entry points such as the group `fedpriv.methods`), or
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 import typing
@@ -45,6 +47,12 @@ MEMORY = "memory"
 _OF_FILE = "fedpriv_file_"
 """Prefix of the names of modules loaded from a file."""
 
+_SHA256 = "__fedpriv_sha256__"
+"""Name, in such a module, of the hash of the content that was loaded."""
+
+# Attributes that `source_of` and `Registry.name_of` read from a class; a field of that name would replace one.
+_TAKEN = ("called", "asked", "reference", "source", "named_in")
+
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
 T = TypeVar("T")
@@ -77,6 +85,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self._members = _members(protocol)
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
+        self._names: dict[type, str] = {}
 
     def __getitem__(self, name: str) -> type[T]:
         found = self._known.get(name)
@@ -85,8 +94,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 return self._referred[name]
             if name not in self._entry_points:
                 raise KeyError(name)
-            self._referred[name] = self._fitting(self._entry_points[name].load(), self.kind, name)
-            return self._referred[name]
+            entry = self._entry_points[name]
+            return self._refer(name, self._fitting(entry.load(), self.kind, name), entry.module)
         if isinstance(found, str):
             found = self._known[name] = cast(type[T], _imported(found, self.kind, found))
         return found
@@ -134,10 +143,18 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Raises:
             UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
-        if self.group is None or _ONLY_KNOWN.get() or not is_reference(name) or name in self:
+        if self.group is None or _ONLY_KNOWN.get() or not is_reference(name) or (name in self and not _is_edited(name)):
             return self.known(name, where)
-        self._referred[name] = self._fitting(_imported(name, where, name), where, name)
-        return self._referred[name]
+        place = name.rpartition(":")[0]
+        kind = self._fitting(_imported(name, where, name), where, name)
+        return self._refer(name, kind, _module_name(Path(place)) if place.endswith(".py") else place)
+
+    def _refer(self, name: str, kind: type[T], module: str) -> type[T]:
+        """Remember the class that a name leads to, and the module that the name is of."""
+        self._referred[name], self._names[kind] = kind, name
+        if hasattr(kind, "called"):
+            kind.named_in = module  # pyright: ignore[reportAttributeAccessIssue]
+        return kind
 
     def name_of(self, instance: object) -> str:
         """Return the name of an instance's class, or the reference that resolved it."""
@@ -148,7 +165,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         for name, known in self._known.items():
             if known is kind or known == f"{kind.__module__}:{kind.__qualname__}":
                 return name
-        for name in (*self._referred, *self):
+        if kind in self._names:
+            return self._names[kind]
+        for name in self:
             if self[name] is kind:
                 return name
         raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
@@ -196,7 +215,7 @@ def settings_of(
         UserError: If a parameter has a reserved name, no type, or a type that a TOML value cannot have.
     """
     signature = _signature(called, where)
-    hints = _hints(called)
+    hints = _hints(called, where)
     fields: list[tuple[str, Any, Any]] = []
     for parameter in signature.parameters.values():
         name, default = parameter.name, parameter.default
@@ -204,7 +223,7 @@ def settings_of(
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise UserError(where, "parameters that can be given by name", f"{name}, /", "Remove the slash")
-        if name in reserved:
+        if name in reserved or name in _TAKEN or hasattr(base, name):
             table = where.partition(".")[0]
             raise UserError(where, f"parameters with other names than the keys of [{table}]", name, "Rename it")
         if default is parameter.empty:
@@ -215,11 +234,14 @@ def settings_of(
             hint = _plain(hint, default)
             if hint is None:
                 continue
-        fields.append((name, _readable(hint, name, where), _default(_as_read(hint, default))))
+        hint = _readable(hint, name, where)
+        hint = hint | None if default is None else hint
+        fields.append((name, hint, _default(_as_read(hint, default, name, where), name, where)))
+    named = _named(called)
     made = dataclasses.make_dataclass(
-        getattr(called, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
+        getattr(named, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
     )
-    made.__module__ = called.__module__
+    made.__module__ = named.__module__ or base.__module__
     made.called = staticmethod(called)
     made.asked = tuple(name for name in given if name in signature.parameters)
     return made
@@ -232,24 +254,43 @@ def _signature(called: Callable[..., Any], where: str) -> inspect.Signature:
         raise UserError(where, "a function or class with named parameters", str(error), "Wrap it in one") from None
 
 
-def _hints(called: Callable[..., Any]) -> dict[str, Any]:
+def _named(called: Any) -> Any:
+    """Return the function that a `functools.partial` calls; return anything else unchanged."""
+    while isinstance(called, functools.partial):
+        called = cast(Any, called).func
+    return called
+
+
+def _hints(called: Callable[..., Any], where: str) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(called.__init__ if isinstance(called, type) else called)
+        return typing.get_type_hints(called.__init__ if isinstance(called, type) else _named(called))
     except (NameError, TypeError):
         return {}
+    except Exception as error:
+        remedy = "Write types such as int, float, str or bool"
+        raise UserError(where, "parameters with types", _words(error), remedy) from None
 
 
-def _as_read(hint: Any, default: Any) -> Any:
+def _as_read(hint: Any, default: Any, name: str, where: str) -> Any:
     """Return a default as a config holds it: 0 of a float is 0.0, so that the digest is that of a written value."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(hint).validate_python(default)
     except ValidationError:
-        return default
+        got = repr(default)[:60]
+        raise UserError(
+            where, f"a default of its parameter {name} that is {hint}", got, "Correct one of them"
+        ) from None
 
 
-def _default(value: Any) -> Any:
+def _default(value: Any, name: str, where: str) -> Any:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        remedy = "Use a whole number, a number, a text, true or false, or lists of them"
+        got = f"a {type(value).__name__}"
+        raise UserError(where, f"a default of its parameter {name} that a config can hold", got, remedy) from None
     if isinstance(value, list | dict | set):
         return dataclasses.field(default_factory=lambda: copy.copy(value))
     return dataclasses.field(default=value)
@@ -292,19 +333,28 @@ def line_of(error: BaseException, source: Any) -> str:
         error: The exception.
         source: The user's function or class that was called.
     """
-    reason = (str(error).splitlines() or [""])[0][:300]
-    text = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    file = getattr(sys.modules.get(source.__module__), "__file__", None)
+    text = _words(error)
+    file = getattr(sys.modules.get(_named(source).__module__), "__file__", None)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == file]
     return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception's class and the first line of its message, if it has one that can be read."""
+    try:
+        reason = (str(error).splitlines() or [""])[0][:300]
+    except Exception:
+        reason = ""
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def source_of(kind: type) -> dict[str, str] | None:
     """Return where a class comes from: its `module`, the package's `version` and the `sha256` of the module's file.
 
     Args:
-        kind: A class of a registry; for one made by `settings_of`, its function's module counts.
+        kind: A class of a registry; for one made by `settings_of`, its function's module counts. If the name
+            leads through one module to a function of another, both count, the other as `called_module` and so on.
 
     Returns:
         None for classes of fedpriv. `sha256` is absent if the module has no file, and `version` if the file belongs
@@ -313,13 +363,23 @@ def source_of(kind: type) -> dict[str, str] | None:
     recorded: dict[str, str] | None = getattr(kind, "source", None)
     if recorded is not None:
         return recorded
-    name = getattr(kind, "called", kind).__module__
-    if name.partition(".")[0] == __package__:
+    module = kind.__module__
+    named_in: str = getattr(kind, "named_in", module)
+    if named_in.partition(".")[0] == __package__:
         return None
-    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
-    found = {"module": file.name if name.startswith(_OF_FILE) else name}
-    version = None if name.startswith(_OF_FILE) else _version(name.partition(".")[0])
-    found |= {} if version is None else {"version": version}
+    if named_in == module:
+        return _source_of_module(module)
+    called = _source_of_module(module)
+    return _source_of_module(named_in) | {f"called_{part}": text for part, text in called.items()}
+
+
+def _source_of_module(name: str) -> dict[str, str]:
+    module = sys.modules.get(name)
+    file = Path(getattr(module, "__file__", None) or "")
+    if name.startswith(_OF_FILE):
+        return {"module": file.name, "sha256": getattr(module, _SHA256)}
+    version = _version(name.partition(".")[0])
+    found = {"module": name} | ({} if version is None else {"version": version})
     return found | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {})
 
 
@@ -400,18 +460,35 @@ def _imported(reference: str, where: str, shown: str) -> Any:
         raise UserError(where, "a class that can be imported", got, remedy) from error
 
 
+def _module_name(path: Path) -> str:
+    """Return the name of the module of a file with its present content."""
+    return f"{_OF_FILE}{hashlib.sha256(f'{path.resolve()} {_sha256(path)}'.encode()).hexdigest()[:16]}"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_edited(reference: str) -> bool:
+    """Return True if the file of a reference has changed since it was loaded."""
+    path = Path(reference.rpartition(":")[0])
+    return path.suffix == ".py" and path.is_file() and _module_name(path) not in sys.modules
+
+
 def _module_of_file(path: Path) -> Any:
-    """Load a file as a module, once per process, under a unique name."""
+    """Load a file as a module under a unique name, once per process unless its content changes."""
     path = path.resolve(strict=True)
-    name = f"{_OF_FILE}{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    name = _module_name(path)
     if name not in sys.modules:
+        content = path.read_bytes()
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        setattr(module, _SHA256, hashlib.sha256(content).hexdigest())
         sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            # Compiled here, because cached bytecode of a file that was edited within a second may be of its old text.
+            exec(compile(content, path, "exec"), module.__dict__)
         except BaseException:
             del sys.modules[name]
             raise

@@ -133,6 +133,10 @@ class Agreement(NamedTuple):
 _LONGER = 2.0**-22
 
 
+# By how much a float32 norm may exceed the bound in the rules of other packages, as a share.
+_ROUNDED = 1e-6
+
+
 class Broadcast(NamedTuple):
     """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids).
 
@@ -247,11 +251,44 @@ def apply_client_rule(
 ) -> tuple[Tensor, ClientState]:
     """The method's client rule, for one client or for a cohort; refuses a message that is not shaped like the signal.
 
-    A message of another shape would be spread over the parameters when it is summed, and its bound with it.
+    A message of another shape would be spread over the parameters when it is summed, and its bound with it. The
+    messages of a method that is not of fedpriv are held to its bound, on which the noise depends.
+
+    Raises:
+        UserError: If such a method makes a message longer than `bounded.l2_bound`.
     """
-    message, state = method.client_rule(state, signal, release, round)
+    rule = _checked_client_rule if _is_own(method) else type(method).client_rule
+    message, state = rule(method, state, signal, release, round)
     if message.shape != signal.shape:
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
+    return message, state
+
+
+def _is_own(method: Method) -> bool:
+    """Return True if a method, or the map that it bounds with, is not of fedpriv."""
+    method = method.client_part
+    return any(type(part).__module__.partition(".")[0] != __package__ for part in (method, method.bounded))
+
+
+def _checked_client_rule(
+    method: Method, state: ClientState, signal: Tensor, release: Release | None, round: int
+) -> tuple[Tensor, ClientState]:
+    """The rule's message and state; each message is held to the bound before it gets noise."""
+    bounded: list[Tensor] = []
+
+    def watched(message: Tensor) -> Tensor:
+        bounded.append(message)
+        return message if release is None else release(message)
+
+    message, state = method.client_rule(state, signal, None if release is None else watched, round)
+    if release is not None and len(bounded) != 1:
+        remedy = "Call release once, on the bounded message: without it the message has no noise"
+        raise UserError("method.name", "a client rule that calls release once", f"{len(bounded)} calls", remedy)
+    longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
+    bound = method.bounded.l2_bound
+    if not longest <= bound * (1.0 + _ROUNDED):
+        remedy = "Correct client_rule or bounded: the noise hides messages up to the bound, and no longer ones"
+        raise UserError("method.name", f"messages of norm at most {bound:g}, its l2_bound", f"{longest:g}", remedy)
     return message, state
 
 

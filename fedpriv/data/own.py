@@ -1,5 +1,7 @@
 """Data sets that a function returns, such as `"./data.py:load"`."""
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -144,10 +146,13 @@ def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np
 
 def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     value = found[key]
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
     try:
-        array = np.asarray(value)
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        got = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"dataset {name}", f"{key} that numpy can hold", got, "Convert them, to float32 for instance"
+        ) from None
     except ValueError as error:
         raise UserError(f"dataset {name}", f"{key} of one shape", str(error), "Make all rows equally long") from None
     if array.ndim == 0 or len(array) == 0:
@@ -182,7 +187,7 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
         raise UserError(f"dataset {name}", expected, f"shape {array.shape}", remedy)
     if array.dtype.kind not in "biuf":
         raise UserError(f"dataset {name}", expected, f"{array.dtype} ({_shown(array, 0)})", remedy)
-    wrong = ~(np.isfinite(array) & (array >= 0) & (array == np.floor(array)))
+    wrong = ~(np.isfinite(array) & (array >= 0) & (array == np.floor(array)) & (array < 2**53))
     if wrong.any():
         raise UserError(f"dataset {name}", expected, _shown(array, int(np.argmax(wrong))), remedy)
     return array.astype(np.int64)
@@ -203,12 +208,36 @@ def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndar
         if missing is not None:
             raise UserError(f"dataset {name}", "a client for each example", _shown(array, missing), remedy)
         array = array.astype(str)
-    known = np.unique(array if everyone is None else np.asarray(everyone))
+    known = np.unique(array if everyone is None else _everyone(name, everyone, texts=array.dtype.kind == "U"))
+    _refuse_two_spellings(name, known)
     at = np.minimum(np.searchsorted(known, array), len(known) - 1)
     if (known[at] != array).any():
         row = int(np.argmax(known[at] != array))
         raise UserError(f"dataset {name}", "client_ids that are in clients", _shown(array, row), "Add it to clients")
     return at.astype(np.int64), len(known)
+
+
+def _everyone(name: str, clients: Any, *, texts: bool) -> np.ndarray:
+    """The ids of all clients, as texts if those of the examples are."""
+    array = _array(name, {"clients": clients}, "clients")
+    if array.ndim != 1 or array.dtype.kind not in ("biuUSO" if texts else "biu"):
+        got, remedy = f"{array.dtype} of shape {array.shape}", "Give their ids in one list, written as in client_ids"
+        raise UserError(f"dataset {name}", "clients that are whole numbers or texts, as client_ids", got, remedy)
+    return array.astype(str) if texts else array
+
+
+def _refuse_two_spellings(name: str, known: np.ndarray) -> None:
+    """Refuse one client under two names, each of which would have the whole bound to itself."""
+    if known.dtype.kind != "U":
+        return
+    first: dict[str, str] = {}
+    for text in known.tolist():
+        plain = unicodedata.normalize("NFC", text).strip()
+        plain = re.sub(r"^([+-]?\d+)\.0*$", r"\1", plain)
+        if plain in first:
+            got, remedy = f"{first[plain]!r} and {text!r}", "Write the id of a client in one way"
+            raise UserError(f"dataset {name}", "clients with different ids", got, remedy)
+        first[plain] = text
 
 
 def _classes(name: str, given: Any, *labels: np.ndarray) -> int:

@@ -28,6 +28,9 @@ __all__ = ["Csv", "ImageFolder", "Leaf", "Npz", "Parquet", "read_arrays"]
 
 Labels = list[str | list[str]]
 
+_LABELS = "names of labels"
+"""Beside the arrays of a file whose labels are numbered in the order of their names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
@@ -62,8 +65,13 @@ class _Files:
         if self.test_file is not None:
             tests = self._read(_existing(root, self.test_file, "data.test_file"))
             found = {**found, "test_inputs": tests["inputs"], "test_labels": tests["labels"]}
-            if "classes" in found and "classes" in tests:
-                found["classes"] = max(int(found["classes"]), int(tests["classes"]))
+            if found.get(_LABELS) != tests.get(_LABELS):
+                remedy = "List all labels in data.labels: they are numbered in that order"
+                raise UserError("data.test_file", f"labels {found[_LABELS]}", tests[_LABELS], remedy)
+            counts = [part["classes"] for part in (found, tests) if "classes" in part]
+            if len(counts) == 2 and all(isinstance(count, int) for count in counts):
+                found["classes"] = max(counts)
+        found.pop(_LABELS, None)
         return dataset_of(found, Path(self.file).name)
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -119,6 +127,9 @@ class _Table(_Files):
         for name in self.fill:
             if name not in self.numeric:
                 raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+        texts = [text for texts in self.labels or [] for text in _listed(texts)]
+        if len(set(texts)) < len(texts):
+            raise UserError("data.labels", "different values", self.labels, "List each value once")
         for name, values in self.categories.items():
             if not values or len(set(values)) < len(values):
                 raise UserError("data.categories", f"different values of {name}", values, "List each value once")
@@ -129,11 +140,18 @@ class _Table(_Files):
 
     def _read(self, path: Path) -> dict[str, Any]:
         frame = self._frame(path, self.columns)
+        twice = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
+        if twice:
+            raise UserError(str(path), "columns with different names", f"{twice[0]!r} twice", "Rename one of them")
         wanted = [*self.numeric, *self.categories, self.target, *([] if self.client is None else [self.client])]
         for name in wanted:
             if name not in frame.columns:
                 remedy = nearest(name, list(map(str, frame.columns)))
                 raise UserError(str(path), f"a column {name!r}", f"{', '.join(map(str, frame.columns))}"[:200], remedy)
+        everyone = None
+        if self.client is not None and self.drop_missing:  # a client is one even if none of its rows is complete
+            column = frame[self.client]
+            everyone = self._whose(path, column[~self._absent(column)])
         if self.drop_missing:
             frame = frame[~np.any([self._absent(frame[name]) for name in wanted], axis=0)]
         if frame.empty:
@@ -148,6 +166,7 @@ class _Table(_Files):
             made["classes"] = max(len(self.labels), 2)
         if self.client is not None:
             made["client_ids"] = self._whose(path, frame[self.client])
+            made |= {} if everyone is None else {"clients": everyone}
         return made
 
     def _absent(self, column: "pd.Series[Any]") -> np.ndarray:
@@ -232,19 +251,24 @@ class Csv(_Table):
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
         import pandas as pd
 
-        options: dict[str, Any] = {"names": names, "header": "infer" if names is None else None}
         try:
-            return pd.read_csv(
+            # Read without a header, because with one pandas renames a name that comes twice, and takes the first column
+            # for row names if rows are longer than the header.
+            cells = pd.read_csv(
                 path,
                 sep=self.separator,
                 comment=self.comment,
                 dtype=str,
                 keep_default_na=False,
                 skipinitialspace=True,
-                **options,
+                header=None,
             )
         except (ValueError, OSError) as error:  # what pandas raises of a file that it cannot read is a ValueError
             raise _damaged(path, "a CSV file", error) from None
+        if names is not None:
+            return _renamed(path, cells, names)
+        header = [str(name).removeprefix("\ufeff").strip() for name in cells.iloc[0]]
+        return cells.iloc[1:].reset_index(drop=True).set_axis(header, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +283,7 @@ class Parquet(_Table):
             frame = pd.read_parquet(path)
         except (ValueError, OSError) as error:
             raise _damaged(path, "a Parquet file", error) from None
-        return frame if names is None else frame.set_axis(names, axis=1)
+        return frame if names is None else _renamed(path, frame, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +308,7 @@ class Npz(_Files):
         found = read_arrays(path)
         for key in ("inputs", "test_inputs"):
             array = found.get(key)
-            if array is None:
+            if not isinstance(array, np.ndarray):
                 continue
             if array.dtype == np.uint8 and self.scale == 1.0:
                 remedy = "Set data.scale = 255, or convert them to float32 in the file"
@@ -309,11 +333,13 @@ class Leaf(_Files):
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
             users, held = found["users"], found["user_data"]
-            parts = [(user, held[user]["x"], held[user]["y"]) for user in users]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            parts = [(user, list(held[user]["x"]), list(held[user]["y"])) for user in users]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(path, "LEAF's JSON with users and user_data", error) from None
+        if len(set(map(str, users))) < len(users):
+            raise UserError(str(path), "different users", "one of them twice", "List each user once")
         for user, inputs, labels in parts:
             if len(inputs) != len(labels):
                 got = f"{len(inputs)} and {len(labels)}"
@@ -322,9 +348,13 @@ class Leaf(_Files):
         if self.shape is not None:
             size = math.prod(self.shape)
             for at, row in enumerate(inputs):
-                if np.size(row) != size:
-                    expected = f"{size} numbers in each input, of shape {self.shape}"
-                    raise UserError(str(path), expected, f"{np.size(row)} in row {at}", "Correct data.shape")
+                expected = f"{size} numbers in each input, of shape {self.shape}"
+                try:
+                    inputs[at] = np.asarray(row, dtype=np.float32)
+                except (ValueError, TypeError) as error:
+                    raise UserError(str(path), expected, f"{error} in row {at}", "Correct the file") from None
+                if inputs[at].size != size:
+                    raise UserError(str(path), expected, f"{inputs[at].size} in row {at}", "Correct data.shape")
             inputs = np.asarray(inputs, dtype=np.float32).reshape(-1, *self.shape)
         return {
             "inputs": inputs,
@@ -393,7 +423,7 @@ class ImageFolder(_Files):
             inputs -= np.array(self.mean, dtype=np.float32)[:, None, None]
         if self.std:
             inputs /= np.array(self.std, dtype=np.float32)[:, None, None]
-        found: dict[str, Any] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2)}
+        found: dict[str, Any] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2), _LABELS: names}
         return {**found, "client_ids": [file.parts[-3] for file in files]} if self.clients_first else found
 
 
@@ -411,6 +441,12 @@ def read_arrays(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise _damaged(path, "a file of numpy.savez without objects", error) from None
     return {name: array.item() if array.ndim == 0 else array for name, array in found.items()}
+
+
+def _renamed(path: Path, frame: "pd.DataFrame", names: list[str]) -> "pd.DataFrame":
+    if len(names) != frame.shape[1]:
+        raise UserError("data.columns", f"{frame.shape[1]} names, as {path.name} has columns", len(names), "Correct it")
+    return frame.set_axis(names, axis=1)
 
 
 def _is_scale(number: float) -> bool:

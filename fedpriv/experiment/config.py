@@ -28,7 +28,16 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.tasks.models import MODELS, ModelSource
 
-__all__ = ["Config", "check_config", "load_config", "parse_config", "read_config_file", "read_config_text"]
+__all__ = [
+    "Config",
+    "check_config",
+    "load_config",
+    "parse_config",
+    "read_config_file",
+    "read_config_text",
+    "with_bare_names",
+    "with_whole_paths",
+]
 
 T = TypeVar("T")
 
@@ -248,7 +257,7 @@ class Config:
     @property
     def _identity(self) -> dict[str, Any]:
         """The tables, with the bare names of files."""
-        return _with_names(self.tables, bare_reference)
+        return with_bare_names(self.tables)
 
     @property
     def streams(self) -> SeededStreams:
@@ -318,13 +327,13 @@ def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] 
         UserError: On anything that is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(_with_whole_paths(apply_settings(tables, settings), Path.cwd()))
+    return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; a class of a file (`"./own.py:Class"`) is looked for from the TOML file's folder."""
     try:
-        return _with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
+        return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
@@ -340,9 +349,14 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
         raise UserError(where, "a TOML file", str(error), "Mend the file") from None
 
 
-def _with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tables with the file of every `"file.py:Class"` as an absolute path."""
     return _with_names(tables, lambda name: whole_reference(name, folder))
+
+
+def with_bare_names(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with every `"folder/file.py:Class"` without its folder, which makes no other experiment."""
+    return _with_names(tables, bare_reference)
 
 
 def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

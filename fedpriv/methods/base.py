@@ -189,13 +189,15 @@ def feedback_of(method: Method) -> Feedback | None:
     """The method's client rule as figures, if it is of that form and says so in a property `feedback`.
 
     A class that changes `client_rule` and inherits `feedback` does not say so; nor does one whose bounded map is not
-    exactly one of those that are known to be the same in place.
+    exactly one of those that are known to be the same in place, or is not the map that its noise is for.
     """
     method = method.client_part
     for kind in type(method).__mro__:
         if "feedback" in vars(kind):
             found = method.feedback
-            return found if found is not None and type(found.bounded) in IN_PLACE else None
+            if found is None or type(found.bounded) not in IN_PLACE or found.bounded != method.bounded:
+                return None
+            return found
         if "client_rule" in vars(kind):
             return None
     return None

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.config import NOISE_TABLES
+from fedpriv.experiment.config import NOISE_TABLES, with_bare_names
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
+from fedpriv.plugins import bare_reference
 from fedpriv.privacy import PrivacyPlan, read_plan
 from fedpriv.sweeps.files import STOPPED
 
@@ -128,7 +129,7 @@ def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
     Simulated clients are determined by the whole table `[data]` and the seed. Natural clients of a data set, and real
     devices, are the same for every seed and every other value of the table: runs on some of them are charged to all.
     """
-    data = config["data"]
+    data = {**config["data"], "name": bare_reference(config["data"]["name"])}
     if deployed:
         return {"name": data["name"], "clients": "of a deployment"}
     if data["partition"] == "natural":
@@ -138,7 +139,7 @@ def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
 
 def _noise_of(config: dict[str, Any]) -> str:
     """Return the tables and the seed that determine a simulation's noise, as in `Config.noise_id`."""
-    tables = {name: config[name] for name in NOISE_TABLES if name in config}
+    tables = with_bare_names({name: config[name] for name in NOISE_TABLES if name in config})
     return json.dumps([tables, config["training"]["rounds"], config["seed"]], sort_keys=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fedpriv.checks import folder_name
 from fedpriv.errors import UserError
-from fedpriv.experiment.config import Config, parse_config, read_config_file
+from fedpriv.experiment.config import Config, parse_config, read_config_file, with_whole_paths
 from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.plugins import whole_reference
 from fedpriv.sweeps.stopping import StopRule, read_rule
@@ -144,6 +144,7 @@ class Sweep:
         axes: The axes, the outermost first.
         stop: The rule that stops trials early; None runs all to their end.
         tuning: Draw trials from the grid, and release only the best; None runs the whole grid.
+        folder: The folder of a class's file (`"./own.py:Class"`); the working directory by default.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Sweep:
     axes: tuple[Axis, ...]
     stop: StopRule | None = None
     tuning: Tuning | None = None
+    folder: Path = Path()
 
     def trials(self) -> list[Trial]:
         """Return all trials; the last axis varies fastest.
@@ -173,7 +175,7 @@ class Sweep:
 
     def _along(self, changes: dict[str, Any], tables: dict[str, Any], axes: Sequence[Axis]) -> Iterator[Trial]:
         if not axes:
-            yield Trial(changes, tables)
+            yield Trial(changes, with_whole_paths(tables, self.folder))
         elif not axes[0].holds(tables):
             yield from self._along(changes, tables, axes[1:])
         else:
@@ -209,7 +211,7 @@ def load_sweep(path: Path | str) -> Sweep:
         axes.append(Axis(key="seed", values=_seeds(tables["seeds"], base.get("seed"))))
     stop = read_rule(tables["stop"]) if "stop" in tables else None
     tuning = read_table(Tuning, tables["tuning"], "tuning") if "tuning" in tables else None
-    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop, tuning=tuning)
+    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop, tuning=tuning, folder=path.parent)
 
 
 def _with_whole_references(value: Any, folder: Path) -> Any:

@@ -78,12 +78,17 @@ class OwnModule:
         return module
 
     def _try(self, module: nn.Module, input_shape: tuple[int, ...], classes: int) -> None:
-        """Send two inputs of zeros through a copy of the module, twice."""
+        """Send two inputs of zeros through a copy of the module, and again after inputs of ones.
+
+        A value that the module keeps of its inputs would go from one client to the next.
+        """
         tried, example = copy.deepcopy(module), torch.zeros(2, *input_shape)
         before = {name: buffer.clone() for name, buffer in tried.named_buffers()}
         try:
             with torch.no_grad():
-                logits, again = tried(example), tried(example)
+                logits, repeated = tried(example), tried(example)
+                tried(torch.ones_like(example))
+                again = tried(example)
         except Exception as error:
             expected = f"a model that takes float32 inputs [batch, {', '.join(map(str, input_shape))}]"
             raise UserError(_KEY, expected, line_of(error, type(self).called), "Correct its forward") from error
@@ -95,6 +100,9 @@ class OwnModule:
         changed = [name for name, buffer in tried.named_buffers() if not _equal(buffer, before[name])]
         if changed:
             refuse_buffers(changed)
+        if _equal(logits, repeated) and not _equal(logits, again):
+            remedy = "Keep nothing of the inputs in forward: it would go from one client to the next without noise"
+            raise UserError(_KEY, "logits that follow from the inputs alone", "others after other inputs", remedy)
         if not _equal(logits, again):
             remedy = "Set the rate of dropout to 0: its draws would differ between engines"
             raise UserError(_KEY, "logits that follow from the inputs", "others each time", remedy)

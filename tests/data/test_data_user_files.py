@@ -285,3 +285,70 @@ def test_a_folder_of_images_by_client_and_label(tmp_path):
         ImageFolder(file="images", labels=["cat"]).load(tmp_path)
     with pytest.raises(UserError, match=r"LABEL/image\.png"):
         ImageFolder(file="images/anna/cat", clients_first=False).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (TABLE.replace("job", "age"), "expected columns with different names, got 'age' twice"),
+        (TABLE.replace(",low", ",low,high").replace(",high", ",high,"), "expected a CSV file"),
+    ],
+)
+def test_cells_without_a_clear_column_are_refused(folder, content, line):
+    (folder / "people.csv").write_text(content)
+    with pytest.raises(UserError, match=line):
+        table()._read(folder / "people.csv")
+
+
+@pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+def test_marks_and_line_ends_of_other_systems_change_nothing(folder, change):
+    (folder / "people.csv").write_bytes(change(TABLE).encode())
+    test_a_table_is_read_as_declared(folder)
+
+
+def test_a_client_written_in_two_ways_is_not_two(folder):
+    (folder / "many.csv").write_text(
+        (TABLE + 9 * TABLE.partition("\n")[2]).replace("north", "1", 5).replace("north", "1.0")
+    )
+    with pytest.raises(UserError, match=r"expected clients with different ids, got '1' and '1\.0'"):
+        table(file="many.csv").load(folder)
+
+
+def test_whether_a_clients_rows_are_complete_does_not_change_how_many_clients_there_are(folder):
+    """Otherwise one client's data would change the numbers, and so the draws, of all that follow."""
+    (folder / "more.csv").write_text((folder / "many.csv").read_text() + ",clerk,east,low\n")
+    made = table(file="more.csv", drop_missing=True, fill={}).load(folder)
+    assert made.natural_population == 3
+    assert np.unique(made.groups).tolist() == [1]
+
+
+def test_one_text_does_not_stand_for_two_labels():
+    with pytest.raises(UserError, match=r"^data\.labels: expected different values"):
+        table(labels=[["low", "high"], "high"])
+
+
+def test_test_images_have_the_labels_of_the_others(tmp_path):
+    for place in ("train/anna/cat", "train/anna/dog", "test/anna/dog"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (4, 3), 9).save(tmp_path / place / "1.png")
+    with pytest.raises(UserError, match=r"^data\.test_file: expected labels \['cat', 'dog'\], got \['dog'\]"):
+        ImageFolder(file="train", test_file="test").load(tmp_path)
+    made = ImageFolder(file="train", test_file="test", labels=["cat", "dog"]).load(tmp_path)
+    assert made.test_labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("user", "shape"),
+    [({"x": 5, "y": 3}, None), ({"x": [[1, [2]]], "y": [0]}, [2]), ({"x": [["q", "w"]], "y": [0]}, [2])],
+)
+def test_a_user_of_leaf_without_lists_of_numbers_is_one_line(tmp_path, user, shape):
+    (tmp_path / "leaf.json").write_text(json.dumps({"users": ["a"], "user_data": {"a": user}}))
+    with pytest.raises(UserError, match=r"leaf\.json: expected"):
+        Leaf(file="leaf.json", shape=shape).load(tmp_path)
+
+
+def test_a_user_of_leaf_twice_is_refused(tmp_path):
+    user = {"x": [[1.0]], "y": [0]}
+    (tmp_path / "leaf.json").write_text(json.dumps({"users": ["a", "a"], "user_data": {"a": user}}))
+    with pytest.raises(UserError, match="expected different users"):
+        Leaf(file="leaf.json").load(tmp_path)

@@ -15,6 +15,8 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import build_module, count_parameters, make_federation
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
+from fedpriv.methods.base import feedback_of
+from fedpriv.sweeps.config import load_sweep
 from fedpriv.tasks.task import Task
 from fedpriv.vectors import trainable
 
@@ -442,3 +444,166 @@ def checked(folder, capsys, setting):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     return said
+
+
+def test_the_file_counts_though_a_name_in_it_leads_to_another_modules_function(folder):
+    text = (
+        "import functools\nfrom torch import nn\n\nNet = functools.partial(nn.Sequential, nn.Linear(5, 3, bias={}))\n"
+    )
+    found = []
+    for bias in (True, False):
+        (folder / "net.py").write_text(text.format(bias))
+        found.append(load_config(folder / "own.toml"))
+    assert found[0].noise_id != found[1].noise_id
+    assert found[0].sources["model.name"]["module"] == "net.py"
+    assert found[0].sources["model.name"]["called_module"] == "torch.nn.modules.container"
+
+
+def test_a_file_that_is_edited_is_loaded_again_and_old_experiments_keep_their_source(folder):
+    before = load_config(folder / "own.toml")
+    (folder / "data.py").write_text(DATA.replace("rows: int = 120", "rows: int = 180"))
+    (folder / "method.py").write_text(METHOD.replace("clip_norm=0.5", "clip_norm=0.7"))
+    after = load_config(folder / "own.toml")
+    assert (before.data.dataset.rows, after.data.dataset.rows) == (120, 180)
+    assert (before.method.bounded.l2_bound, after.method.bounded.l2_bound) == (0.5, 0.7)
+    assert before.sources["data.name"]["sha256"] != after.sources["data.name"]["sha256"]
+    assert before.tables["method"] == after.tables["method"]
+
+
+@pytest.mark.parametrize("name", ["source", "reference", "natural", "load", "called", "named_in"])
+def test_a_parameter_does_not_stand_in_place_of_what_a_data_set_says_of_itself(folder, name):
+    (folder / "data.py").write_text(f"def load({name}: str = 'a'): ...\n")
+    with pytest.raises(UserError, match=f"^data.name: expected parameters with other names .* got {name}"):
+        load_config(folder / "own.toml")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "line"),
+    [
+        ("x: bytes = b''", "a default of its parameter x that a config can hold, got a bytes"),
+        ("x: 'A B' = 3", "parameters with types, got SyntaxError"),
+    ],
+)
+def test_a_parameter_that_no_config_can_hold_is_one_line(folder, parameter, line):
+    (folder / "data.py").write_text(f"def load({parameter}): ...\n")
+    with pytest.raises(UserError, match=f"^data.name: expected {line}"):
+        load_config(folder / "own.toml")
+
+
+KEEPS = """
+from torch import nn
+
+
+class Keeps(nn.Linear):
+    seen = 0.0
+
+    def forward(self, inputs):
+        kept, self.seen = self.seen, self.seen + inputs.sum()
+        return super().forward(inputs) + kept
+
+
+def keeps(classes):
+    return Keeps(5, classes)
+"""
+
+
+def test_a_model_that_keeps_something_of_its_inputs_is_refused(folder):
+    (folder / "net.py").write_text(KEEPS)
+    with pytest.raises(UserError, match=r"^model\.name: expected logits that follow from the inputs alone"):
+        module_of(folder, f"model.name={folder}/net.py:keeps")
+
+
+BREAKS = """
+from dataclasses import dataclass
+
+from fedpriv.feedback import sent_message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Long(Half):
+    def client_rule(self, state, signal, release, round):
+        return sent_message(4.0 * self.bounded(signal), release), state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Half):
+    def client_rule(self, state, signal, release, round):
+        return self.bounded(signal), state
+"""
+
+
+def test_figures_with_another_bound_than_the_methods_are_not_followed(folder):
+    other = (
+        METHOD
+        + """
+    @property
+    def feedback(self):
+        return Feedback(bounded=Clip(clip_norm=self.bound), beta=None)
+
+    bound: float = 0.5
+"""
+    )
+    (folder / "method.py").write_text(
+        other.replace("\n\n@data", "\nfrom fedpriv.feedback import Feedback\n\n\n@data", 1)
+    )
+    assert feedback_of(load_config(folder / "own.toml").method) is not None
+    assert feedback_of(load_config(folder / "own.toml", ["method.bound=4.0"]).method) is None
+
+
+@pytest.mark.parametrize("trust", ["central", "local"])
+@pytest.mark.parametrize("engine", ["loop", "vectorized"])
+def test_a_method_is_held_to_the_bound_on_which_its_noise_depends(folder, engine, trust):
+    (folder / "method.py").write_text(METHOD + BREAKS)
+    config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:Long", f"privacy.trust={trust}"])
+    with pytest.raises(UserError, match=r"^method\.name: expected messages of norm at most 0\.5, its l2_bound"):
+        run_experiment(config, folder / "out", engine=engine)
+    assert not (folder / "out" / "model.safetensors").exists()
+
+
+def test_a_method_that_leaves_the_noise_out_is_refused(folder):
+    (folder / "method.py").write_text(METHOD + BREAKS)
+    config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:Silent", "privacy.trust=local"])
+    with pytest.raises(UserError, match=r"^method\.name: expected a client rule that calls release once, got 0 calls"):
+        run_experiment(config, folder / "out", engine="loop", execution=Execution(client_noise="faithful"))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [["1", "1.0"], ["\u00e9", "e\u0301"], ["a", "a "]],
+)
+def test_one_client_under_two_names_is_refused(ids):
+    with pytest.raises(UserError, match="expected clients with different ids"):
+        dataset_of(arrays(client_ids=[ids[row % 2] for row in range(len(arrays()["labels"]))]), "mine")
+
+
+@pytest.mark.parametrize("clients", [[None, None], [[1], [1, 2]], 6, [0.0, 1.0]])
+def test_a_list_of_clients_that_is_none_is_one_line(clients):
+    with pytest.raises(UserError, match=r"^dataset mine: expected clients"):
+        dataset_of(arrays(client_ids=[0] * len(arrays()["labels"]), clients=clients), "mine")
+
+
+def test_tensors_that_numpy_cannot_hold_are_one_line():
+    with pytest.raises(UserError, match=r"^dataset mine: expected inputs that numpy can hold"):
+        dataset_of(arrays(inputs=torch.zeros(20, 3, dtype=torch.bfloat16)), "mine")
+
+
+SWEEP = """
+name = "sweep"
+base = "base/own.toml"
+[set]
+model.name = "./net.py:Net"
+[[axis]]
+key = ["data.name", "data.people"]
+values = [["./data.py:load", 4], ["./data.py:load", 5]]
+"""
+
+
+def test_files_that_a_sweep_names_are_looked_for_in_its_own_folder(folder, monkeypatch):
+    (folder / "base").mkdir()
+    for file in ("own.toml", "method.py"):
+        (folder / file).rename(folder / "base" / file)
+    (folder / "sweep.toml").write_text(SWEEP)
+    monkeypatch.chdir("/")
+    trials = load_sweep(folder / "sweep.toml").trials()
+    assert [trial.config.data.dataset.people for trial in trials] == [4, 5]
+    assert trials[0].config.tables["model"]["name"] == f"{folder.resolve()}/net.py:Net"

@@ -121,6 +121,22 @@ def test_natural_clients_are_the_same_whatever_the_seed_and_what_is_held_out(tmp
     assert len(only(tmp_path).runs) == 4
 
 
+@pytest.mark.parametrize("partition", ["natural", "iid"])
+def test_the_folder_of_a_file_that_loads_the_data_makes_no_other_clients_and_no_other_noise(
+    tmp_path: Path, partition: str
+) -> None:
+    text = "def load():\n    return {}\n"
+    chosen = [f"data.partition={partition}"] if partition == "natural" else ["data.clients=12"]
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "data.py").write_text(text)
+        record(tmp_path / "runs" / place, "data=", f"data.name={tmp_path / place / 'data.py'}:load", *chosen)
+    assert only(tmp_path / "runs").total.epsilon < math.inf
+    file = tmp_path / "runs" / "there" / "rounds.jsonl"
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    assert only(tmp_path / "runs").total.epsilon == math.inf
+
+
 def test_other_trust_and_adjacency_are_other_promises_on_the_same_clients_and_said(tmp_path: Path) -> None:
     record(tmp_path / "a")
     record(tmp_path / "b", "privacy.adjacency=replace")
