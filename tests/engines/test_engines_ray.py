@@ -614,7 +614,7 @@ def test_a_snapshot_is_due_after_so_many_rounds_or_so_many_bytes(monkeypatch: py
     assert not snapshots.rounds[0].model.any()
     snapshots.keep([])
     assert (snapshots.rounds, snapshots.due) == ([], False)
-    monkeypatch.setattr("fedpriv.engines.ray.snapshots._LOG_BYTES", 4000)
+    monkeypatch.setattr("fedpriv.engines.ray.snapshots._MAX_LOG_BYTES", 4000)
     snapshots.log(Broadcast(1, model, np.arange(2), 2))
     assert snapshots.due
 
