@@ -95,7 +95,7 @@ class Mlp(_Made):
         hidden: Widths of the hidden layers, at most 1,000 of them.
 
     Raises:
-        UserError: If a width is not a positive whole number, or there are more.
+        UserError: If a width is not a positive whole number, or there are too many.
     """
 
     dense: ClassVar[bool] = True
@@ -239,7 +239,7 @@ def _resnet20(channels: int, classes: int) -> nn.Module:
 
 def _conv3x3(before: int, after: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-    if not conv.weight.is_meta:  # nothing to draw, and torch would load seconds of machinery for it
+    if not conv.weight.is_meta:  # nothing to draw; torch would spend seconds on imports for it
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 

@@ -74,7 +74,7 @@ class OwnModule:
             raise UserError(_KEY, "a function that returns a module", f"a {type(module).__name__}", remedy)
         if not trainable(module):
             remedy = "Keep requires_grad = True for the parameters to train"
-            raise UserError(_KEY, "a module with trainable parameters", "none", remedy)
+            raise UserError(_KEY, "a module with trainable parameters", "only frozen parameters", remedy)
         return module
 
     def _try(self, module: nn.Module, input_shape: tuple[int, ...], classes: int) -> None:

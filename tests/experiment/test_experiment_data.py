@@ -100,7 +100,7 @@ def test_a_population_that_shares_examples_is_not_shifted(capsys: pytest.Capture
 def test_a_deployment_has_the_data_that_it_has(setting: str):
     from fedpriv.deploy.run import run_deployed
 
-    with pytest.raises(UserError, match=r"^data\.(validation|shift): expected none in a deployment"):
+    with pytest.raises(UserError, match=r"^data\.(validation|shift): expected no value in a deployment"):
         run_deployed(small(setting), Path("nowhere"), "nothing")
 
 
