@@ -229,7 +229,7 @@ def _trials(
     drawn = [sweep.drawn(row["place"], row["draw"], grid) for row in rows]
     if not drawn:
         remedy = "Increase expected_trials, which makes this unlikely; another tuning spends epsilon again"
-        raise UserError("[tuning]", "a trial", "0, the number that was drawn, so that no trial is selected", remedy)
+        raise UserError("[tuning]", "a trial", "a draw of 0 trials, which selects none", remedy)
     return {trial.name: trial for trial in drawn}, [], plan
 
 

@@ -260,7 +260,7 @@ def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tm
     with over_ray(made, troubled(trouble), workers=1) as engine:
         state, _, _ = advance(engine, made.server, start_of(made), 1, 1)
         cause.touch()
-        with pytest.raises(UserError, match=r"round 2: expected workers that live.*3 failures.*its process died"):
+        with pytest.raises(UserError, match=r"round 2: expected workers that survive it.*3 failures.*its process died"):
             advance(engine, made.server, state, 2, 2)
         assert log.read_text() == "xxx"
         cause.unlink()
@@ -354,9 +354,9 @@ def test_owners_change_when_a_worker_is_slow_and_nothing_else_does(tmp_path: Pat
 def test_more_than_there_is_is_refused_with_what_there_is() -> None:
     cpus = ray.cluster_resources()["CPU"]
     population = CASES["everyone"].population
-    with pytest.raises(UserError, match=rf"{cpus:g} CPUs and 0 GPUs on 1 machine.*take 0"):
+    with pytest.raises(UserError, match=rf"{cpus:g} CPUs and 0 GPUs on 1 machine.*room for 0"):
         RayEngine(population, loop, workers=1, gpus_per_worker=0.5)
-    with pytest.raises(UserError, match=rf"room for {cpus + 1:g} workers.*take {cpus:g}\. Use fewer"):
+    with pytest.raises(UserError, match=rf"room for {cpus + 1:g} workers.*room for {cpus:g}\. Use fewer"):
         RayEngine(population, loop, workers=int(cpus) + 1)
     with pytest.raises(UserError, match="expected 2 numbers, got 3"):
         RayEngine(population, loop, workers=2, gpus_per_worker=[0, 1, 0])

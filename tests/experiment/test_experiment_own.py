@@ -262,7 +262,7 @@ def test_the_seed_decides_the_first_weights(folder):
     ("name", "line"),
     [
         ("normed", r"^model: expected parameters only, got the buffers 1\.running_mean"),
-        ("dropped", r"^model\.name: expected logits that follow from the inputs"),
+        ("dropped", r"^model\.name: expected logits that depend on the inputs"),
         ("wide", r"^model\.name: expected logits \[batch, 3\] of the model, got \[2, 4\]"),
         ("fails", r"^model\.name: expected a model that can be made, got KeyError: 'weights' \(.*net\.py, line 4\d\)"),
         ("nothing", r"^model\.name: expected a function that returns a module, got a NoneType"),

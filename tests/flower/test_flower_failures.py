@@ -381,7 +381,7 @@ def test_failures_in_secret_cohorts_end_no_run_and_show_in_no_model():
 
 
 def test_a_share_of_failures_is_refused_where_it_would_show_who_was_away():
-    with pytest.raises(UserError, match=r"max_failures: expected None .*a run that ends for want of answers shows"):
+    with pytest.raises(UserError, match=r"max_failures: expected None .*a run that ends for lack of answers shows"):
         start(amplified(max_failures=0.5), InProcessGrid(app, CLIENTS))
     start(amplified(max_failures=0.5, seed=4), InProcessGrid(app, CLIENTS), rounds=1)
 

@@ -436,7 +436,7 @@ def _no_room(needs: list[Need], fit: int, when: str = "") -> UserError:
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     there = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {machines} machine(s)"
     expected = f"room for {len(needs)} workers with {cpus:g} CPUs and {gpus:g} GPUs in all"
-    got = " ".join(f"{there}, which fit {fit} {when}".split())
+    got = " ".join(f"{there} with room for {fit} {when}".split())
     return UserError("workers", expected, got, "Use fewer workers, or a smaller share for each")
 
 
