@@ -238,7 +238,9 @@ def _readable(hint: Any, name: str, where: str) -> Any:
     from pydantic.errors import PydanticSchemaGenerationError
 
     if hint is None:
-        raise UserError(where, f"a type for its parameter {name}", "no type", f"Write it as {name}: int, for instance")
+        raise UserError(
+            where, f"a type for its parameter {name}", "a missing type", f"Write it as {name}: int, for instance"
+        )
     try:
         TypeAdapter(hint)
     except PydanticSchemaGenerationError:

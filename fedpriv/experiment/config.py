@@ -447,7 +447,7 @@ def _check_schedule(config: Config) -> None:
     """Raise early the errors that `make_timeline` would raise later."""
     if config.devices is None and config.rule != Synchronous():
         remedy = "Add [devices] with the speed of clients, or remove [schedule]"
-        raise UserError("[devices]", "this table with [schedule]", "no table", remedy)
+        raise UserError("[devices]", "this table with [schedule]", "a missing table", remedy)
     sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
     config.rule.check(sampling, memory=has_memory(config.method))
 
@@ -464,13 +464,15 @@ class _Top:
 
 def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
     if table not in tables:
-        raise UserError(f"[{table}]", "this table", "no table", f"Add [{table}] to the config")
+        raise UserError(f"[{table}]", "this table", "a missing table", f"Add [{table}] to the config")
     return tables[table]
 
 
 def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str) -> T:
     if key not in table:
-        raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "no value", f"Add {key} to [{where}]")
+        raise UserError(
+            f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "a missing key", f"Add {key} to [{where}]"
+        )
     kind = kinds.resolve(table[key], f"{where}.{key}")
     options = {k: v for k, v in table.items() if k != key}
     refuse_unknown(options, field_names(kind), where, _left_over(where, key, table[key]))

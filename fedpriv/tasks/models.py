@@ -274,7 +274,7 @@ class _Block(nn.Module):
         self.conv2, self.norm2 = _conv3x3(after, after, 1), _norm(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[batch, before, h, w]` to `[batch, after, h / stride, w / stride]`."""
+        """Map images `[batch, before, h, w]` to `[batch, after, h / stride, w / stride]`."""
         inner = functional.relu(self.norm1(self.conv1(x)))
         kept = x[:, :, :: self.stride, :: self.stride]
         shortcut = functional.pad(kept, (0, 0, 0, 0, 0, self.added_channels))

@@ -283,7 +283,7 @@ def test_an_exception_in_forward_names_the_file_and_the_line(folder):
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got no type"),
+        ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got a missing type"),
         ("net.py:named", r"^model\.name: expected parameters with other names than the keys of \[model\], got name"),
         ("net.py:odd", r"^model\.name: expected a type for its parameter how that a config can hold"),
         ("net.py:values", r"^model\.name: expected a class or a function, got .*net\.py:values', which is a int"),

@@ -328,7 +328,7 @@ class RayEngine:
             self._owners.lose(worker)
         self._dead = set()
         if not self._hosts:
-            raise UserError("workers", "a live machine to run them on", "no live machine", "Start again with --resume")
+            raise UserError("workers", "a live machine to run them on", "dead machines", "Start again with --resume")
 
 
 _NO_MEMORY = "out of memory"
