@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 MEMORY = "memory"
-"""In place of a module, in names of objects that a Python program holds in memory."""
+"""Replaces the module in names of objects that a Python program holds in memory."""
 
 _OF_FILE = "fedpriv_file_"
 """Prefix of the names of modules loaded from a file."""
@@ -64,9 +64,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     Args:
         kind: The noun for one of them in error messages, such as `method`.
         builtin: Classes by name, or their locations: `"package.module:Class"`.
-        protocol: What each of them has; one from elsewhere without it is refused. None to take all.
+        protocol: The required members; user classes without them are refused. None to accept all.
         group: The entry point group in which packages add classes; None if all are built in.
-        wrap: Location of an adapter, `"package.module:Class"`, whose method `of(found, where, name)` returns a
+        wrap: Location of an adapter, `"package.module:Class"`. Its method `of(found, where, name)` returns a
             dataclass of this kind for an imported function or a class that is not a dataclass, or raises UserError.
             None to refuse these.
     """
@@ -199,14 +199,14 @@ def settings_of(
     reserved: Collection[str],
     optional: bool = False,
 ) -> type[T]:
-    """Return a frozen dataclass whose fields are the parameters of a function or a class, read as strictly as others.
+    """Return a frozen dataclass with the parameters of a function or a class as fields, read as strictly as any.
 
     Args:
         base: The dataclass to derive it from; the function becomes its class attribute `called`, and those names of
             `given` that the function has become `asked`.
         called: The function or class. Its parameters need types or defaults.
         where: The key that names it, for errors.
-        given: Parameters that the program passes itself, if there are such.
+        given: Parameters that the program itself passes, if the function has them.
         reserved: Keys of the table that have another meaning.
         optional: Take the type of the default if a config cannot hold the parameter's type, and skip the parameter if
             it cannot hold that either.
@@ -319,7 +319,9 @@ def _is_readable(hint: Any) -> bool:
 
 def _readable(hint: Any, name: str, where: str) -> Any:
     if hint is None:
-        raise UserError(where, f"a type for its parameter {name}", "none", f"Write it as {name}: int, for instance")
+        raise UserError(
+            where, f"a type for its parameter {name}", "a missing type", f"Write it as {name}: int, for instance"
+        )
     if not _is_readable(hint):
         remedy = "Use int, float, str, bool or lists of them"
         raise UserError(where, f"a type for its parameter {name} that a config can hold", hint, remedy) from None
@@ -327,7 +329,7 @@ def _readable(hint: Any, name: str, where: str) -> Any:
 
 
 def line_of(error: BaseException, source: Any) -> str:
-    """Return an exception in one line, with the file and line of the user's code where it arose.
+    """Return an exception in one line, with the file and line in the user's code that raised it.
 
     Args:
         error: The exception.
@@ -350,7 +352,7 @@ def _words(error: BaseException) -> str:
 
 
 def source_of(kind: type) -> dict[str, str] | None:
-    """Return where a class comes from: its `module`, the package's `version` and the `sha256` of the module's file.
+    """Return the source of a class: its `module`, the package's `version` and the `sha256` of the module's file.
 
     Args:
         kind: A class of a registry; for one made by `settings_of`, its function's module counts. If the name
@@ -408,7 +410,7 @@ def whole_reference(name: Any, folder: Path) -> Any:
     """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
-        name: A name, a reference, or any other value that a file has in its place.
+        name: A name, a reference, or any other value from a file.
         folder: The folder that relative paths start from.
     """
     if not is_reference(name):
@@ -418,7 +420,7 @@ def whole_reference(name: Any, folder: Path) -> Any:
 
 
 def bare_reference(name: Any) -> Any:
-    """Return a `"folder/file.py:Class"` without its folder; anything else as it is."""
+    """Return a `"folder/file.py:Class"` reference without its folder; return anything else unchanged."""
     if not is_reference(name):
         return name
     place, _, found = name.rpartition(":")
@@ -444,7 +446,7 @@ def _installed(group: str) -> Mapping[str, EntryPoint]:
 def _imported(reference: str, where: str, shown: str) -> Any:
     place, _, name = reference.rpartition(":")
     if place == MEMORY:
-        remedy = "Run the program that made it, or put the object into a file and name that"
+        remedy = "Run the program that made it, or put the object into a file and name the file"
         raise UserError(where, "a class that can be imported", f"{shown!r}, an object of a Python program", remedy)
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)

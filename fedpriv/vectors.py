@@ -60,7 +60,7 @@ class Layout:
         refuse_buffers(f"{name}.{buffer}".lstrip(".") for name in kept for buffer, _ in layers[name].named_buffers())
         parameters = trainable(module)
         for name, parameter in parameters.items():
-            if parameter.dtype != torch.float32:
+            if parameter.dtype not in (torch.float32, torch.float64):
                 remedy = "Train it in float32, or freeze it with requires_grad_(False)"
                 raise UserError(f"model parameter {name}", "torch.float32", parameter.dtype, remedy)
         return cls.of(parameters)

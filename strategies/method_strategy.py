@@ -1,8 +1,8 @@
 """A Flower strategy that runs any of fedpriv's methods.
 
-Each round is `begin_round`, Flower's network, `finish_round`; nothing here knows which method it is. The model and the
-server's memory stay in the strategy: the arrays that Flower passes around are copies. Only trained arrays are in the
-model that methods see (`fedpriv.flower.trained`), and clients may fail (`fedpriv.flower.server.attendance`).
+Each round is `begin_round`, Flower's network, `finish_round`, for every method alike. The strategy holds the model and
+the server's memory; the arrays that Flower passes around are copies. Methods see trained arrays only
+(`fedpriv.flower.trained`), and clients may fail (`fedpriv.flower.server.attendance`).
 """
 
 import logging
@@ -54,43 +54,43 @@ __all__ = ["MethodStrategy"]
 
 _log = logging.getLogger("flwr")
 
-# The key of an app's settings under which it finds the number of the round.
+# The key for the number of the round in an app's settings.
 _ROUND = "server-round"
 
 
 class MethodStrategy(Strategy):
-    """Runs a method under an agreement.
+    """A strategy that runs a method under an agreement.
 
-    A client that fails, or whose message cannot be used, counts as one whose message is zero: the sum of a round's
-    messages is divided by the expected cohort size, so that the noise is right however few answer.
+    A client that fails or sends an unusable message counts with a message of zero. The sum of a round's messages is
+    divided by the expected cohort size, so that the noise is right for any number of answers.
 
-    Attributes (known from `start` on):
+    Attributes (set by `start`):
         agreement: The two halves of the rules, and the plan.
-        arrays: Which arrays are trained.
+        arrays: The trained arrays.
         statement: The privacy statement, which is also logged.
-        state: The server's state: `state.model` `[params]`, the trained arrays, and what the method remembers.
-        total: The sum of the last round's messages, and figures about them.
-        attendance: Who took part, and who failed.
-        result: What `start` returns; after an error, the model and the metrics of the rounds that were finished.
-        rescue_folder: Where the model of the last finished round is stored if the run ends with an error; the current
-            directory. Set it before `start`.
+        state: The server's state: `state.model` `[params]`, the trained arrays, and the method's memory.
+        total: The sum of the last round's messages, with their number and norm.
+        attendance: The participation and the failures of clients.
+        result: The value that `start` returns; after an error, the model and the metrics of the finished rounds.
+        rescue_folder: The folder for the model of the last finished round if the run ends with an error; by default
+            the current directory. Set it before `start`.
 
     Args:
         agree: Makes the agreement from the population's size and the number of rounds.
-        num_clients: How many clients there are; None for as many nodes as have joined at the start.
-        evaluate: Whether all clients evaluate the model after every round, and their metrics are averaged by
-            `num-examples`. Off by default: what clients report about their data is *not* protected.
+        num_clients: Number of clients; None for the number of nodes that have joined at the start.
+        evaluate: Let all clients evaluate the model after every round, and average their metrics by `num-examples`. Off
+            by default: metrics that clients report about their data are *not* protected.
         join_timeout: Seconds to wait for all clients at the start.
         max_failures: Largest share of a round's clients that may fail before the run ends with an error, from 0 to 1.
-            None is a half, and no limit if the promise relies on secret cohorts (see
+            None is a half, or no limit if the privacy guarantee relies on secret cohorts (see
             `fedpriv.flower.server.attendance`).
         trainable: Names of the arrays that the app trains, or patterns such as `head.*`; all others are then frozen.
         frozen: Names or patterns of the arrays that it does not train. Give one of the two if not all are trained.
-        heads: A file in which to keep the heads of clients' ledgers, and to show them in later runs; None to keep them
-            for this run alone. See `fedpriv.deploy.device.heads`.
-        round_seconds: How long every round lasts, and every evaluation by clients: an answer counts that is there 5 s
-            and a twentieth before the end. None for as long as answers take, which shows who took part: where epsilon
-            relies on nobody knowing that, the statement then excepts whoever can time rounds.
+        heads: A file to store the heads of clients' ledgers, and to show them in later runs; None to keep them for this
+            run alone. See `fedpriv.deploy.device.heads`.
+        round_seconds: Duration of every round and of every evaluation by clients. Answers count until 5 s and a
+            twentieth of the duration before the end. None ends a round when all have answered, which shows who took
+            part: if epsilon relies on secret cohorts, the statement then excludes observers who can time rounds.
     """
 
     rescue_folder = Path()
@@ -109,10 +109,10 @@ class MethodStrategy(Strategy):
         round_seconds: float | None = None,
     ) -> None:
         if num_clients is not None and not is_whole(num_clients, 1):
-            remedy = "Give the number of clients, or leave it out for as many as there are"
+            remedy = "Give the number of clients, or omit it to count the nodes that have joined"
             raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:
-            raise UserError("max_failures", "a share from 0 to 1", max_failures, "0.5 is half of a round's clients")
+            raise UserError("max_failures", "a share from 0 to 1", max_failures, "Give a share such as 0.5")
         self._agree = agree
         self._heads = HeadBook(None if heads is None else Path(heads))
         self._num_clients = num_clients
@@ -131,7 +131,7 @@ class MethodStrategy(Strategy):
 
     @property
     def plan(self) -> PrivacyPlan | None:
-        """What is promised."""
+        """The privacy plan; None for a run without privacy."""
         return self.agreement.plan
 
     def start(
@@ -144,15 +144,14 @@ class MethodStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Runs all rounds; see `flwr.serverapp.strategy.Strategy.start`.
+        """Run all rounds; see `flwr.serverapp.strategy.Strategy.start`.
 
-        Whatever ends the run before its time, the model of the last finished round is stored first. `timeout` is how
-        long a round waits for a client that does not answer, and so what one that hangs costs, unless `round_seconds`
-        was given and ends the round before.
+        If anything ends the run early, the strategy first stores the model of the last finished round. A round waits
+        `timeout` seconds for clients that do not answer, unless `round_seconds` ends it earlier.
 
         Raises:
             UserError: If the model cannot be trained privately, if clients are missing at the start, if too many fail,
-                or if nothing was learned from any of them.
+                or if no client's message counted in the whole run.
         """
         self._settings = sorted((key, value) for key, value in (train_config or {}).items() if key != _ROUND)
         self.prepare(grid, initial_arrays, num_rounds, timeout)
@@ -169,13 +168,13 @@ class MethodStrategy(Strategy):
         return found
 
     def prepare(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int, timeout: float) -> None:
-        """What comes before the first round: waits for all clients, makes the agreement and the server's state."""
+        """Prepare the first round: wait for all clients, make the agreement and the server's state."""
         if hasattr(self, "agreement"):
             raise UserError(
                 "strategy.start",
                 "one start of a strategy",
-                "a second",
-                "Make a new strategy for a new run; what two runs spend on the same clients' data adds up",
+                "a second start",
+                "Make a new strategy for a new run; two runs on the same clients' data add up their epsilon",
             )
         self.arrays = TrainedArrays.of_model(initial_arrays, *self._declared)
         self._initial = initial_arrays
@@ -186,7 +185,7 @@ class MethodStrategy(Strategy):
         self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
         self.agreement = self._agree(len(self._nodes), num_rounds)
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
-        self._told = replace(self.arrays, declared=True) if noiseless else self.arrays
+        self._declared_arrays = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.init(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
@@ -204,7 +203,7 @@ class MethodStrategy(Strategy):
         )
 
     def summary(self) -> None:
-        """Logs who takes part, what is promised to them, and what to know before training."""
+        """Log the participants, the privacy statement and warnings."""
         server = self.agreement.server
         _log.info("\t├──> Method: %s", server.method)
         _log.info("\t├──> Cohorts: %s", server.sampling)
@@ -222,12 +221,12 @@ class MethodStrategy(Strategy):
         config: ConfigRecord,
         grid: Grid,
     ) -> Iterable[Message]:
-        """One message to each client of the round's cohort, in the order of their ids."""
+        """Return one message to each client of the round's cohort, in the order of their ids."""
         self._pace.begin()
         self._nodes = find_rejoined(grid, self._nodes, self._seen, min(REJOIN_SECONDS, 0.25 * self._pace.window))
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config[_ROUND] = server_round
-        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._told.to_record()}
+        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._declared_arrays.to_record()}
         last_round = self.attendance.last_round
         terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
         self._asked = {
@@ -250,7 +249,7 @@ class MethodStrategy(Strategy):
         return list(self._asked.values())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
-        """Sums the messages and lets the method's server rule act on the sum."""
+        """Sum the messages and apply the method's server rule to the sum."""
         contents, messages, failures, lost = self._read(replies)
         heads = {client: Head.of(content) for client, content in contents.items()}
         self._heads.keep({client: head for client, head in heads.items() if head is not None})
@@ -264,10 +263,10 @@ class MethodStrategy(Strategy):
             self.total = total_of_answers(summed.value, [contents[client] for client in messages])
             self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         else:
-            _log.warning("round %d: memories are lost: all begin again, and nothing of the round is used", server_round)
+            _log.warning("round %d: memories are lost: all are reset, and the round is not used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
             self.state = self.agreement.server.begin_anew(self.state)
-        self._say_what_was_learned(server_round)
+        self._log_messages(server_round)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
         metrics = self._average({c: metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
         if metrics is not None:
@@ -282,7 +281,7 @@ class MethodStrategy(Strategy):
         config: ConfigRecord,
         grid: Grid,
     ) -> Iterable[Message]:
-        """One message to every client if federated evaluation is on, else none."""
+        """Return one message to every client if federated evaluation is on; otherwise none."""
         if not self._evaluate:
             return []
         self._pace.begin()
@@ -295,39 +294,39 @@ class MethodStrategy(Strategy):
         return list(self._asked.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The clients' metrics, averaged by `num-examples` over those who answer.
+        """Return the clients' metrics, averaged by `num-examples` over those who answer.
 
         See `fedpriv.flower.server.metrics`.
         """
         if not self._evaluate:
             return None
-        what = f"evaluation after round {server_round}"
+        event = f"evaluation after round {server_round}"
         contents, reasons = sort_answers(self._asked, replies, self._timeout)
         refusals = {client: no[1] for client, content in contents.items() if (no := refused(content)) is not None}
         failures = _by_client({**reasons, **refusals})
         if failures:
-            _log.warning("%s: %d of %d clients fail: %s", what, len(failures), len(self._asked), in_words(failures))
-        metrics = self._average({client: contents[client] for client in contents if client not in refusals}, what)
+            _log.warning("%s: %d of %d clients fail: %s", event, len(failures), len(self._asked), in_words(failures))
+        metrics = self._average({client: contents[client] for client in contents if client not in refusals}, event)
         if metrics is None:
-            _log.warning("%s: there are no metrics to average", what)
+            _log.warning("%s: there are no metrics to average", event)
         else:
             self.result.evaluate_metrics_clientapp[server_round] = metrics
         self._pace.end()
         return metrics
 
     def refuse_nothing_learned(self) -> None:
-        """Raise UserError if no message of the whole run counted, or none is known to have been finite."""
+        """Raise UserError if no message of the whole run counted, or if no message is known to be finite."""
         self.attendance.refuse_nothing()
         if 0 < self._messages == self._non_finite:
-            got = f"none: all {self._messages} count as nothing, so that the model is noise at most"
+            got = f"{self._messages} updates that are not finite and count as zero"
             raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
 
     def _read(
         self, replies: Iterable[Message]
     ) -> tuple[dict[int, RecordDict], dict[int, Tensor], dict[int, str], list[int]]:
-        """Return answers, messages that can be used, why others cannot, and whose memory is lost, by client.
+        """Return answers, usable messages and reasons of failures by client, and the clients with a lost memory.
 
-        Whatever a client sends, it is a message within its bound or a failure.
+        Anything that a client sends becomes a message within its bound or a failure.
         """
         contents, reasons = sort_answers(self._asked, replies, self._timeout)
         messages, failures, lost = {}, _by_client(reasons), []
@@ -346,7 +345,7 @@ class MethodStrategy(Strategy):
         return contents, messages, failures, lost
 
     def _message(self, client: int, content: RecordDict) -> Tensor:
-        """Return a client's message; a UserError unless it is one that an honest client may send."""
+        """Return a client's message; raise UserError if no honest client may send it."""
         rules, size = self.agreement.client, self._layout.layout.size
         message = self._layout.received(content, MessageFormat.of(rules))
         fault = message_fault(message, rules, size)
@@ -356,18 +355,18 @@ class MethodStrategy(Strategy):
             raise UserError(f"message of client {client}", expected, fault, remedy)
         return message
 
-    def _average(self, contents: dict[int, RecordDict], what: str) -> MetricRecord | None:
+    def _average(self, contents: dict[int, RecordDict], event: str) -> MetricRecord | None:
         metrics, left_out = average_metrics(contents)
         if left_out:
-            _log.warning("%s: %s", what, in_words(_by_client(left_out)))
+            _log.warning("%s: %s", event, in_words(_by_client(left_out)))
         return metrics
 
     def _model(self, vector: Tensor) -> ArrayRecord:
-        """Return the app's model: trained arrays from `[params]`, the others as they were at the start."""
+        """Return the app's model: trained arrays from `[params]`, and the other arrays of the first model."""
         return self.arrays.whole(self._layout.model(vector), self._initial)
 
     def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
-        """The terms of a round for the clients that took part last in `last_round`, which all of them may share."""
+        """Return the terms of a round, shared by all clients that last took part in `last_round`."""
         terms = RunTerms(
             run=self._run,
             turn=server_round,
@@ -406,8 +405,8 @@ class MethodStrategy(Strategy):
         server, plan, limit = self.agreement.server, self.plan, self._max_failures
         secret = plan is not None and plan.private and plan.amplification
         if secret and limit is not None and self._randomness == "system":
-            expected = "None where epsilon relies on nobody knowing who takes part"
-            remedy = "Leave it out, or choose another cohort: a run that ends for want of answers shows who was away"
+            expected = "None because epsilon relies on secret cohorts"
+            remedy = "Omit it, or choose another cohort: a run that ends for lack of answers shows who was away"
             raise UserError("max_failures", expected, limit, remedy)
         return Attendance(
             population=len(self._nodes),
@@ -423,23 +422,23 @@ class MethodStrategy(Strategy):
         if drowned:
             found.append(drowned)
         if self._randomness == "seeded":
-            found.append("Randomness comes from a seed: whoever knows it can take the noise off. Simulation only.")
+            found.append("Randomness comes from a seed: anyone who knows it can remove the noise. Simulation only.")
         elif plan is not None and not plan.trust_rules.trusts_server and not self.arrays.declared:
             found.append(
-                "No array is declared frozen or trainable, so all get noise. Clients do not tell a server that is not "
-                "trusted if some are not trained: declare them."
+                "No array is declared frozen or trainable, so all get noise. Clients do not report untrained arrays to "
+                "an untrusted server: declare them."
             )
         if self._evaluate and plan is not None:
-            found.append("Clients report metrics of their data, which the privacy statement does not cover.")
+            found.append("Clients report metrics of their data. The privacy statement does not cover them.")
         return found
 
-    def _say_what_was_learned(self, server_round: int) -> None:
+    def _log_messages(self, server_round: int) -> None:
         total = self.total
         self._messages += total.messages
         self._non_finite += total.non_finite
         if total.non_finite:
             updates = "1 update was" if total.non_finite == 1 else f"{total.non_finite} updates were"
-            words = "round %d: %s not finite, of %d, and adds nothing"
+            words = "round %d: %s not finite, out of %d; each counts as zero"
             _log.warning(words, server_round, updates, total.messages)
         if total.signal_norm == 0.0 and server_round == 1:
             _log.warning("round 1: all updates are zero. Does the train function return the model that it trained?")

@@ -1,10 +1,10 @@
-"""The strategies by name, for an app that exists already.
+"""The strategies by name, for existing apps.
 
     strategy = AlphaNormEC(alpha=1.0, beta=0.1, server_lr=0.5, num_clients=100, privacy=Privacy(epsilon=8.0))
     strategy.start(grid, arrays, num_rounds=50)
 
-with `ClientApp(mods=[private_mod])` on the other side. A method's hyperparameters are keyword arguments; they are
-described where the method is, in `fedpriv.methods`.
+with `ClientApp(mods=[private_mod])` on the client side. A method's hyperparameters are keyword arguments; each method
+in `fedpriv.methods` describes its own.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ __all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "FedAlphaNormEC", "NamedStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """What is promised to each client; exactly one of `epsilon` and `noise_multiplier` is given.
+    """The privacy guarantee of each client. Give exactly one of `epsilon` and `noise_multiplier`.
 
     Args:
-        epsilon: Target; the noise is calibrated to it.
+        epsilon: Target epsilon; the noise is calibrated to it.
         noise_multiplier: Noise std over l2_sensitivity; epsilon follows from it.
-        delta: Chance of failure, in (0, 1).
-        trust: Who adds noise: `central`, the server; `local`, every client.
+        delta: Probability of failure, in (0, 1).
+        trust: The party that adds noise: `central`, the server; `local`, every client.
         adjacency: `add-or-remove` or `replace`; None for the default of the trust.
-        app_memory: Whether a client of the app may remember earlier rounds: in `context.state`, in files, in layers of
-            its own. Only where it is known not to (False) do cohorts of a fixed size count for the promise, and only
-            with a method without memory; see `fedpriv.privacy.PrivacyPlan`.
+        app_memory: True if a client of the app may remember earlier rounds: in `context.state`, in files or in local
+            layers. Cohorts of a fixed size improve epsilon only if this is False and the method has no memory; see
+            `fedpriv.privacy.PrivacyPlan`.
     """
 
     epsilon: float | None = None
@@ -47,7 +47,7 @@ class Privacy:
     app_memory: bool = True
 
     def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
-        """The plan for `rounds` rounds of `method`."""
+        """Return the plan for `rounds` rounds of `method`."""
         promised = {key: value for key, value in asdict(self).items() if key != "app_memory"}
         return make_plan(
             **promised,
@@ -63,21 +63,21 @@ _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items()
 
 
 class NamedStrategy(MethodStrategy):
-    """A method by name, its agreement made when the run starts.
+    """A strategy for a method by name. It makes its agreement at the start of the run.
 
     Args:
-        privacy: What is promised; None for a run without privacy, which says so in its log.
-        server_optimizer: Makes the server's direction of the method's, such as `Adam()` of
+        privacy: The privacy guarantee; None for a run without privacy, which its log states.
+        server_optimizer: Transforms the method's direction on the server, such as `Adam()` of
             `fedpriv.methods.server_optimizers`.
-        cohort: Who takes part in a round, such as `Poisson(population=100, probability=0.1)`; None for everyone.
-        num_clients: How many clients there are; None for the cohort's population, or as many as have joined.
-        seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, as it
-            must be where real people take part. Runs that differ in anything but the app and its data share no noise.
-        options: The method's hyperparameters, and what `MethodStrategy` has beside these: `evaluate`, `join_timeout`,
+        cohort: The sampling of participants, such as `Poisson(population=100, probability=0.1)`; None for everyone.
+        num_clients: Number of clients; None for the cohort's population, or the number that have joined.
+        seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, which
+            runs with real people need. Runs that differ in anything but the app and its data share no noise.
+        options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
             `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
 
     Raises:
-        UserError: If an option is unknown, or has a value out of range.
+        UserError: If an option is unknown or out of range.
     """
 
     method_name: ClassVar[str]
@@ -93,7 +93,7 @@ class NamedStrategy(MethodStrategy):
         **options: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
-            raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Give one")
+            raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Omit it")
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
@@ -107,7 +107,7 @@ class NamedStrategy(MethodStrategy):
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
-        if isinstance(self.streams, SeededStreams):  # so that no two experiments with one seed share their noise
+        if isinstance(self.streams, SeededStreams):  # different experiments with one seed must not share noise
             begun = self._settings, self._digest_of_first_model
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
@@ -130,8 +130,8 @@ class AlphaNormEC(NamedStrategy):
 class FedAlphaNormEC(NamedStrategy):
     """alpha-NormEC for apps that train in local steps: `fedpriv.methods.FedAlphaNormEC`.
 
-    The mod cannot know the app's learning rate eta, and takes x - x_local without dividing by it. Give alpha times eta
-    and beta times eta for the paper's alpha and beta: with server normalization, the default, that is the same.
+    The mod does not know the app's learning rate eta, so it does not divide x - x_local by it. Give alpha times eta and
+    beta times eta for the paper's alpha and beta: with server normalization, the default, the result is the same.
     """
 
     method_name = "fed-alpha-normec"

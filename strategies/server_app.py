@@ -1,6 +1,6 @@
 """The ServerApp that runs fedpriv's experiments: `serverapp = "strategies.server_app:app"`.
 
-It fills the same run directory, with the same numbers, as the engines in process do.
+It writes the same run directory, with the same numbers, as the engines in process.
 """
 
 import logging
@@ -33,12 +33,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the experiment that the run config names.
+    """Run the experiment that the run config names.
 
-    Run config (see `RunConfig`), and keys of whoever starts this run for a user: `claimed`, that the run directory is
-    this run's already; `failure-report`, a file for the one line that a failed run ends with; `deployed`, that clients
-    are devices with memories of their own; `resume`, that the run directory may hold a part of this run; and
-    `test-seeded`, for tests alone.
+    The run config has the keys of `RunConfig`, and keys set by the launcher: `claimed` if the run directory already
+    belongs to this run; `failure-report`, a file for the error line of a failed run; `deployed` if clients are devices
+    with local memories; `resume` if the run directory may hold a part of this run; and `test-seeded`, for tests alone.
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
@@ -50,11 +49,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _line_of(error: UserError | OSError) -> str:
-    """Return the one line that a failed run ends with."""
+    """Return the error line of a failed run."""
     if isinstance(error, UserError):
         return str(error)
     where = error.filename or "the run directory"
-    return f"{where}: {error.strerror or error}. Free some room, or mend the folder; the run goes on with --resume."
+    return f"{where}: {error.strerror or error}. Free some room or repair the folder, then resume with --resume."
 
 
 def _run(grid: Grid, context: Context) -> None:
@@ -103,10 +102,10 @@ def _run_deployed(grid: Grid, context: Context) -> None:
 
 
 class RecordedStrategy(MethodStrategy):
-    """The strategy of an experiment: as with any engine, every client has to answer, and the recorder says the rest."""
+    """The strategy of an experiment: every client has to answer, as with any engine. The recorder reports the rest."""
 
     def refuse_nothing_learned(self) -> None:
-        """Leave it to the recorder, which records the run in any case."""
+        """Do nothing: the recorder records the run in any case."""
 
     def _new_attendance(self, rounds: int) -> Attendance:
         remedy = "Fix it and start again with another --out, or with --engine loop, which needs no Flower"
@@ -114,7 +113,7 @@ class RecordedStrategy(MethodStrategy):
 
 
 def make_strategy(experiment: Experiment) -> MethodStrategy:
-    """The strategy under the experiment's own agreement."""
+    """Return the strategy under the experiment's agreement."""
     return RecordedStrategy(
         lambda *_: experiment.agreement,
         num_clients=experiment.population.federation.population,
@@ -124,7 +123,7 @@ def make_strategy(experiment: Experiment) -> MethodStrategy:
 
 
 def _recorder(recorder: Recorder, strategy: MethodStrategy) -> Callable[[int, ArrayRecord], MetricRecord | None]:
-    """What Flower calls with the first model and after every round: writes the records."""
+    """Return the function that writes the records; Flower calls it with the first model and after every round."""
 
     def record(server_round: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
         if server_round == 0:

@@ -650,8 +650,8 @@ MUTANTS = [
     Mutant(
         "local passes of all clients counted as the longest's",
         "fedpriv/engines/vectorized.py",
-        "return walk.signal(model.new_tensor(steps).unsqueeze(1))",
-        "return walk.signal(max(steps))",
+        "return local.signal(model.new_tensor(steps).unsqueeze(1))",
+        "return local.signal(max(steps))",
         "tests/engines/test_engines_equal.py",
     ),
     Mutant(

@@ -1,7 +1,7 @@
-"""Everything that a config can name, as `fedpriv list` shows it.
+"""All names for configs, as `fedpriv list` shows them.
 
-Reading it off the classes would import torch. So it is kept in `catalogue.json`, which
-`python -m fedpriv.cli.catalogue` writes, and a test compares with the classes.
+To read them from the classes would import torch. So `python -m fedpriv.cli.catalogue` writes `catalogue.json`, and a
+test compares this file with the classes.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 def catalogue() -> dict[str, Entries]:
-    """Return what a config can name: by kind and name, a description (`about`) and the default of each key (`keys`)."""
+    """Return all names for configs: by kind and name, a description (`about`) and the default of each key (`keys`)."""
     kinds: dict[str, Entries] = json.loads(FILE.read_text(encoding="utf-8"))
     for group, kind in GROUPS.items():
         for entry in entry_points(group=group):
@@ -45,7 +45,7 @@ def catalogue() -> dict[str, Entries]:
 
 
 def described() -> dict[str, Entries]:
-    """Return the built-in part of the catalogue, read off the classes."""
+    """Return the built-in part of the catalogue, read from the classes."""
     from fedpriv.clock import DEVICES, SCHEDULES
     from fedpriv.data.dataset import DATASETS
     from fedpriv.data.partitions import PARTITIONS

@@ -1,4 +1,4 @@
-"""Trying an experiment before it is run."""
+"""The command `fedpriv check`."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""Data sets that a function returns, such as `"./data.py:load"`."""
+"""User data sets, returned by a function such as `"./data.py:load"`."""
 
 import re
 import unicodedata
@@ -27,10 +27,10 @@ _ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "clas
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData:
-    """Base of the settings of such a data set; the fields of what `of` returns are the function's parameters.
+    """Base of the settings of a user data set. The class that `of` returns has the function's parameters as fields.
 
-    A parameter named `data_root` is passed by the program. The function returns a `Dataset`, or a mapping for
-    `dataset_of`; every process that needs the data calls it, so that it has to return the same each time.
+    The program itself passes a parameter named `data_root`. The function returns a `Dataset`, or a mapping for
+    `dataset_of`. Every process that needs the data calls it, so it must return the same data each time.
     """
 
     natural: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class OwnData:
         """Call the function; see `DatasetSource.load`.
 
         Raises:
-            UserError: If the function raises, or returns something else.
+            UserError: If the function raises an exception, or returns any other type.
         """
         called, options = type(self).called, {field.name: getattr(self, field.name) for field in fields(self)}
         if "data_root" in self.asked:
@@ -60,22 +60,22 @@ class OwnData:
         except UserError:
             raise
         except Exception as error:
-            remedy = "Correct it, or its keys in [data]"
+            remedy = "Correct the function, or its keys in [data]"
             raise UserError(_KEY, "a function that returns data", line_of(error, called), remedy) from error
         return dataset_of(found, getattr(called, "__name__", "own"))
 
 
 def dataset_of(found: Any, name: str) -> Dataset:
-    """Return a data set made of arrays, whose every value is checked.
+    """Return a data set made of arrays, after checking every value.
 
     Args:
         found: A `Dataset`; or a mapping with `inputs` (numbers, `[examples, *input_shape]`) and `labels` (whole numbers
             from 0, `[examples]`). Optional are `client_ids` (the natural client of each example: whole numbers or
             texts), `clients` (the ids of all clients, if some hold no example), `test_inputs` and `test_labels` (which
             count as public), and `classes` (the number of labels; by default one more than the largest). All are arrays
-            of numpy or torch, or lists. Without test arrays, a fifth of each natural client's own examples is held
-            out, or of each label's.
-        name: What to call the data set.
+            of numpy or torch, or lists. Without test arrays, a fifth of each natural client's examples is held
+            out; without natural clients, a fifth of each label's examples.
+        name: The name of the data set.
 
     Raises:
         UserError: If an array is missing or unknown, or has a wrong shape, type or value; it names the first row.
@@ -130,14 +130,14 @@ def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np
 
     Args:
         found: The mapping that `dataset_of` takes.
-        name: What to call it in errors.
+        name: Its name in errors.
 
     Raises:
         UserError: If an array is missing, or has a wrong shape, type or value; it names the first row.
     """
     for key in ("inputs", "labels"):
         if found.get(key) is None:
-            got = f"only {', '.join(map(str, found))}" if found else "none"
+            got = f"only {', '.join(map(str, found))}" if found else "an empty mapping"
             raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
     inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
     _same_length(name, "labels", labels, len(inputs))
@@ -161,23 +161,23 @@ def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
-    """The array as float32, all of it finite."""
+    """Return the array as float32; raise UserError unless all values are finite."""
     array = _array(name, found, key)
     if array.dtype.kind not in "biuf":
         row = _first_row(array, lambda value: not isinstance(value, int | float | np.number))
         got = f"{array.dtype} ({_shown(array, row)})"
         raise UserError(f"dataset {name}", f"{key} that are numbers", got, "Encode categories as numbers")
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
         array = array.astype(np.float32)
     if not np.isfinite(array).all():
         row = int(np.argmin(np.isfinite(array.reshape(len(array), -1)).all(axis=1)))
-        remedy = "Fill in or leave out missing values, by a rule that does not look at other clients"
+        remedy = "Fill in or drop missing values, by a rule that does not use other clients' data"
         raise UserError(f"dataset {name}", f"finite float32 {key}", f"NaN or infinity in row {row}", remedy)
     return array
 
 
 def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
-    """The array as int64 `[examples]`, from 0."""
+    """Return the array as int64 `[examples]`; raise UserError unless all values are whole numbers from 0."""
     array = _array(name, found, key)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -194,7 +194,7 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
-    """The rank of each example's client among all, int64 `[examples]`, and the number of clients."""
+    """Return the rank of each example's client among all, int64 `[examples]`, and the number of clients."""
     array, remedy = (
         _array(name, {"client_ids": ids}, "client_ids"),
         "Give each example the number or name of its client",

@@ -1,7 +1,7 @@
 """Data sets in a user's own files: CSV, Parquet, npz, LEAF's JSON, and a folder of images.
 
-Scales, categories and labels are declared by the experiment. None is computed from the rows, because the rows are the
-clients': a mean over all of them would let one client change what another one sends.
+The experiment declares scales, categories and labels. None is computed from the rows, because they belong to clients: a
+mean over all rows would let one client change the message of another.
 """
 
 import json
@@ -34,12 +34,12 @@ _LABELS = "names of labels"
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """One file of examples of clients, and perhaps one of public test examples.
+    """A file with examples of clients, and optionally one with public test examples.
 
     Args:
         file: The examples; a path from the data root.
-        test_file: Public test examples. Without it, a fifth of each natural client's own examples is held out, or of
-            each label's.
+        test_file: Public test examples. Without it, a fifth of each natural client's examples is held out; without
+            natural clients, a fifth of each label's examples.
 
     Raises:
         UserError: If no file is named.
@@ -58,7 +58,7 @@ class _Files:
         """Read the files; see `DatasetSource.load`.
 
         Raises:
-            UserError: If a file is missing or damaged, or holds something else; it names the first such row.
+            UserError: If a file is missing or damaged, or has unexpected contents; it names the first wrong row.
         """
         root = data_root or default_data_root()
         found = self._read(_existing(root, self.file, "data.file"))
@@ -75,26 +75,26 @@ class _Files:
         return dataset_of(found, Path(self.file).name)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The arrays of one file, for `dataset_of`."""
+        """Return the arrays of one file, for `dataset_of`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Table(_Files):
-    """A table, one example a row, whose columns are declared.
+    """A table of examples, one per row, with declared columns.
 
     Args:
         target: The column of the labels.
-        client: The column that says whose row it is; None if the rows belong to no natural clients.
-        numeric: Of each column of numbers, what is subtracted and what the rest is divided by, such as
-            `{age = [40, 15]}`. Public constants, not statistics of the rows.
-        categories: Of each column of categories, all of its values. Each becomes a 0 or 1 of its own.
-        labels: The values of `target`, in the order of the labels 0, 1, ...; several in a list are one label. Without
-            it they have to be whole numbers from 0.
-        missing: Texts that stand for a missing value, besides an empty cell.
-        fill: Of columns of numbers, what takes the place of a missing value, before scaling. A missing category is a
+        client: The column of clients' ids; None if there are no natural clients.
+        numeric: For each column of numbers, a shift to subtract and a scale to divide by, such as `{age = [40, 15]}`.
+            Both are public constants, not statistics of the rows.
+        categories: For each column of categories, all of its values. Each value becomes a separate input of 0 or 1.
+        labels: The values of `target`, in the order of the labels 0, 1, ...; a list of values is one label. Without
+            it, the values must be whole numbers from 0.
+        missing: Texts that mean a missing value, in addition to an empty cell.
+        fill: For columns of numbers, the replacement of a missing value, before scaling. A missing category becomes a
             row of zeros.
-        drop_missing: Whether rows with a missing value in a declared column are left out.
+        drop_missing: Drop rows with a missing value in a declared column.
         columns: Names of the columns, if the file does not begin with them.
 
     Raises:
@@ -115,14 +115,14 @@ class _Table(_Files):
         super().__post_init__()
         if not self.numeric and not self.categories:
             remedy = "Declare the columns to learn from, for example data.numeric = {age = [40, 15]}"
-            raise UserError("data.numeric", "at least one column", "none, and no data.categories", remedy)
+            raise UserError("data.numeric", "at least one column here or in data.categories", "no column", remedy)
         twice = sorted((set(self.numeric) & set(self.categories)) | ({self.target} & {*self.numeric, *self.categories}))
         if twice:
-            raise UserError(f"data.{twice[0]}", "a column with one meaning", "two", "Declare it once")
+            raise UserError(f"data.{twice[0]}", "a column with one meaning", "two meanings", "Declare it once")
         for name, (shift, scale) in self.numeric.items():
             if not (math.isfinite(shift) and _is_scale(scale)):
                 expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
-                remedy = "Give what is subtracted, and what the rest is divided by"
+                remedy = "Give the number to subtract and the number to divide by"
                 raise UserError("data.numeric", expected, [shift, scale], remedy)
         for name in self.fill:
             if name not in self.numeric:
@@ -135,7 +135,7 @@ class _Table(_Files):
                 raise UserError("data.categories", f"different values of {name}", values, "List each value once")
 
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
-        """The table with its cells as they are."""
+        """Return the table with unchanged cells."""
         raise NotImplementedError
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -151,11 +151,11 @@ class _Table(_Files):
         everyone = None
         if self.client is not None and self.drop_missing:  # a client is one even if none of its rows is complete
             column = frame[self.client]
-            everyone = self._whose(path, column[~self._absent(column)])
+            everyone = self._ids_of_clients(path, column[~self._absent(column)])
         if self.drop_missing:
             frame = frame[~np.any([self._absent(frame[name]) for name in wanted], axis=0)]
         if frame.empty:
-            raise UserError(str(path), "at least one row", "none", "Choose another file")
+            raise UserError(str(path), "at least one row", "an empty table", "Choose another file")
         width = len(self.numeric) + sum(map(len, self.categories.values()))
         refuse_beyond_memory("data.file", 4 * len(frame) * width, "Declare fewer columns, or use fewer rows")
         parts = [self._scaled(path, frame[name], name) for name in self.numeric]
@@ -165,7 +165,7 @@ class _Table(_Files):
         if self.labels is not None:
             made["classes"] = max(len(self.labels), 2)
         if self.client is not None:
-            made["client_ids"] = self._whose(path, frame[self.client])
+            made["client_ids"] = self._ids_of_clients(path, frame[self.client])
             made |= {} if everyone is None else {"clients": everyone}
         return made
 
@@ -174,7 +174,7 @@ class _Table(_Files):
         return (column.isna() | texts.isin(["", *self.missing])).to_numpy(dtype=bool)
 
     def _scaled(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
-        """float32 `[rows, 1]`."""
+        """Return a scaled column, float32 `[rows, 1]`."""
         import pandas as pd
 
         absent = self._absent(column)
@@ -188,16 +188,16 @@ class _Table(_Files):
         wrong = ~absent & ~np.isfinite(numbers)
         if wrong.any():
             row = int(np.argmax(wrong))
-            remedy = "Declare it in data.categories, or name what stands for a missing value in data.missing"
+            remedy = "Declare the column in data.categories, or add texts for missing values to data.missing"
             got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
         filled = np.where(absent, self.fill.get(name, 0.0), numbers)
-        with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+        with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
             return ((filled - shift) / scale).astype(np.float32)[:, None]
 
     def _one_hot(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
-        """float32 `[rows, categories]`."""
+        """Return a column of categories as zeros and ones, float32 `[rows, categories]`."""
         values, absent = self.categories[name], self._absent(column)
         at = _places(column, {value: place for place, value in enumerate(values)})
         wrong = (at < 0) & ~absent
@@ -212,13 +212,13 @@ class _Table(_Files):
         return made
 
     def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
-        """int64 `[rows]`."""
+        """Return the label of each row, int64 `[rows]`."""
         if self.labels is None:
             places = {str(number): number for number in range(len(column) + 1)}
             remedy = f"List the values of {self.target!r} in data.labels"
         else:
             places = {text: label for label, texts in enumerate(self.labels) for text in _listed(texts)}
-            remedy = "Add it to data.labels, or leave such rows out"
+            remedy = "Add it to data.labels, or remove such rows"
         at = _places(column, places)
         if (at < 0).any():
             row = int(np.argmax(at < 0))
@@ -226,23 +226,23 @@ class _Table(_Files):
             raise UserError(str(path), expected, f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}", remedy)
         return at
 
-    def _whose(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _ids_of_clients(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
         absent = self._absent(column)
         if absent.any():
-            row, remedy = int(np.argmax(absent)), "Name the client of each row, or leave such rows out"
+            row, remedy = int(np.argmax(absent)), "Name the client of each row, or remove such rows"
             raise UserError(
-                str(path), f"a client in column {self.client!r}", f"none in row {column.index[row]}", remedy
+                str(path), f"a client in column {self.client!r}", f"an empty cell in row {column.index[row]}", remedy
             )
         return column.astype(str).str.strip().to_numpy(dtype=object)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Csv(_Table):
-    """A CSV file of one's own: columns of numbers with declared scales, and of declared categories.
+    """A user's CSV file, with columns of numbers and of categories; scales and categories are declared.
 
     Args:
-        separator: Between two cells; spaces around cells do not count.
-        comment: A character that begins lines to be left out.
+        separator: The text between two cells; spaces around cells are ignored.
+        comment: The first character of lines to skip.
     """
 
     separator: str = ","
@@ -263,7 +263,7 @@ class Csv(_Table):
                 skipinitialspace=True,
                 header=None,
             )
-        except (ValueError, OSError) as error:  # what pandas raises of a file that it cannot read is a ValueError
+        except (ValueError, OSError) as error:  # pandas raises ValueError for unreadable files
             raise _damaged(path, "a CSV file", error) from None
         if names is not None:
             return _renamed(path, cells, names)
@@ -273,7 +273,7 @@ class Csv(_Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Parquet(_Table):
-    """A Parquet file of one's own, declared like a CSV file."""
+    """A user's Parquet file, declared like a CSV file."""
 
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
         import pandas as pd
@@ -288,12 +288,12 @@ class Parquet(_Table):
 
 @dataclass(frozen=True, kw_only=True)
 class Npz(_Files):
-    """Arrays of one's own in a file of `numpy.savez`: `inputs`, `labels` and optionally `client_ids`, `classes`.
+    """A user's arrays in a file of `numpy.savez`: `inputs`, `labels` and optionally `client_ids`, `classes`.
 
     `test_inputs` and `test_labels` may be in the same file; they count as public.
 
     Args:
-        scale: What inputs are divided by, such as 255 for images of bytes; a public constant.
+        scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
     """
 
     scale: float = 1.0
@@ -301,7 +301,7 @@ class Npz(_Files):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not _is_scale(self.scale):
-            remedy = "Give what inputs are divided by"
+            remedy = "Give a divisor such as 255"
             raise UserError("data.scale", "a number from 1e-20 to 1e20", self.scale, remedy)
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -312,19 +312,19 @@ class Npz(_Files):
                 continue
             if array.dtype == np.uint8 and self.scale == 1.0:
                 remedy = "Set data.scale = 255, or convert them to float32 in the file"
-                raise UserError("data.scale", f"a scale for {key} that are bytes", "none", remedy)
+                raise UserError("data.scale", f"a scale for {key} that are bytes", self.scale, remedy)
             if array.dtype.kind in "biuf":
-                with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused
+                with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
                     found[key] = array / np.float32(self.scale)
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf(_Files):
-    """LEAF's JSON of one's own: `users`, and `user_data` with `x` and `y` of each; users may hold no example.
+    """A user's file in LEAF's JSON: `users`, and `user_data` with `x` and `y` of each; users may have no example.
 
     Args:
-        shape: Shape of one input; None: as the lists are nested.
+        shape: Shape of one input; None for the nesting of the lists.
 
     Source of the format: Caldas et al., LEAF: A Benchmark for Federated Settings, 2018.
     """
@@ -371,10 +371,10 @@ class ImageFolder(_Files):
     Labels are numbered in the order of their names. Pixels are divided by 255.
 
     Args:
-        clients_first: Whether the first level of folders are the clients.
-        mean: Of each channel, subtracted afterwards; a public constant.
-        std: Of each channel, divided by; a public constant.
-        labels: The names of the folders of labels in their order; None: those found, which then count as public.
+        clients_first: True if the first level of folders is the clients.
+        mean: The number to subtract from each channel, after the division by 255; a public constant.
+        std: The number to divide each channel by, after that; a public constant.
+        labels: Names of the folders of labels, in their order; None for all that exist, which then count as public.
     """
 
     clients_first: bool = True
@@ -398,7 +398,7 @@ class ImageFolder(_Files):
         files = sorted(file for file in path.glob("*/*/*" if self.clients_first else "*/*") if file.is_file())
         if not files:
             layout = "CLIENT/LABEL/image.png" if self.clients_first else "LABEL/image.png"
-            raise UserError(str(path), f"images at {layout}", "none", "Move them, or change data.clients_first")
+            raise UserError(str(path), f"images at {layout}", "0 files", "Move them, or change data.clients_first")
         names = self.labels or sorted({file.parent.name for file in files})
         images, labels = [], []
         for file in files:
@@ -418,7 +418,9 @@ class ImageFolder(_Files):
         inputs = np.stack(images).astype(np.float32) / np.float32(255)
         for key, numbers in (("mean", self.mean), ("std", self.std)):
             if numbers and len(numbers) != inputs.shape[1]:
-                raise UserError(f"data.{key}", f"{inputs.shape[1]} numbers, one a channel", numbers, "Correct it")
+                raise UserError(
+                    f"data.{key}", f"{inputs.shape[1]} numbers, one per channel", numbers, "Give one for each channel"
+                )
         if self.mean:
             inputs -= np.array(self.mean, dtype=np.float32)[:, None, None]
         if self.std:
@@ -428,10 +430,10 @@ class ImageFolder(_Files):
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Return the arrays of a file of `numpy.savez`; a single number is one.
+    """Return the arrays of a file of `numpy.savez`; an array without axes becomes a number.
 
     Raises:
-        UserError: If it is no such file, or holds objects.
+        UserError: If it is another kind of file, or holds objects.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -457,13 +459,13 @@ def _is_scale(number: float) -> bool:
 def _existing(root: Path, file: str, key: str) -> Path:
     path = root / Path(file).expanduser()
     if not path.exists():
-        remedy = f"Paths start at the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
-        raise UserError(key, "a file that is there", str(path), remedy)
+        remedy = f"Give a path from the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
+        raise UserError(key, "an existing file", str(path), remedy)
     return path
 
 
 def _places(column: "pd.Series[Any]", places: Mapping[str, int]) -> np.ndarray:
-    """The place of each cell's text, int64 `[rows]`; -1 for others. Whole numbers may be written as 1 or 1.0."""
+    """Return the place of each cell's text, int64 `[rows]`; -1 if it has none. Whole numbers may be 1 or 1.0."""
     texts = column.astype(str).str.strip()
     exact = texts.map(places)
     plain = texts.str.replace(r"\.0+$", "", regex=True).map(places)

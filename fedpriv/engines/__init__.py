@@ -1,4 +1,4 @@
-"""Who runs the clients of a round: the loop (reference) and the vectorized engine."""
+"""Engines, which run the clients of a round: the loop (reference) and the vectorized engine."""
 
 from fedpriv.engines.base import Engine, Population, one_thread
 from fedpriv.engines.loop import LoopEngine

@@ -1,4 +1,4 @@
-"""What an engine is: whoever runs the clients of a round."""
+"""Engine interface: runs the clients of one round and sums their messages."""
 
 import ctypes
 from collections.abc import Iterator
@@ -33,36 +33,36 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `--engine`."""
+        """The name that `--engine` takes."""
         ...
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
-        """Runs the cohort's clients on the broadcast model and keeps their new states."""
+        """Run the cohort's clients on the broadcast model, store their new states, and return the sum."""
         ...
 
     def save(self) -> dict[str, Tensor]:
-        """The states of all clients that ever took part: `clients` int64 `[seen]` and a `[seen, ...]` per field."""
+        """Return the states of all clients seen so far: `clients` int64 `[seen]` and `[seen, ...]` for each field."""
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `save` gave, also that of another engine."""
+        """Restore the states that `save` of this or another engine returned."""
         ...
 
     def close(self) -> None:
-        """Ends what the engine started outside this process; it is not used afterwards."""
+        """End everything that the engine started outside this process. Do not use the engine afterwards."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """All clients: their rules, their data and how they work on it.
+    """All clients: their rules, their data and their local work.
 
     Args:
         rules: The clients' half of the agreement.
-        task: Gives gradients.
+        task: Computes gradients.
         federation: Who holds which examples.
-        work: How a signal is made.
-        streams: Where the choice of local batches comes from.
+        work: Computes a signal.
+        streams: Source of randomness for local batches.
     """
 
     rules: ClientRules
@@ -83,7 +83,7 @@ class Population:
 
     @cached_property
     def _in_client_order(self) -> tuple[Tensor, Tensor] | None:
-        """Inputs and labels with each client's examples side by side; None where clients may share examples."""
+        """Inputs and labels, grouped by client; None if clients may share examples."""
         if not isinstance(self.federation, Federation):
             return None
         rows = self.federation.rows
@@ -93,7 +93,7 @@ class Population:
         return self.inputs[at], self.labels[at]
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
-        """Inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
+        """Return inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
         if self._in_client_order is None or not isinstance(self.federation, Federation):
             rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
             return self.inputs[rows], self.labels[rows]
@@ -102,17 +102,17 @@ class Population:
         return inputs[start:end], labels[start:end]
 
     def signal(self, client: int, model: Tensor, round: int) -> Tensor:
-        """The signal `[params]` of one client in one round, a tensor of its own."""
+        """Return the signal `[params]` of one client in one round, as a new tensor."""
         inputs, labels = self.examples(client)
         batches = batches_of(self.work, self.streams, len(labels), round, client)
         return make_signal(self.task, model, inputs, labels, self.work, batches)
 
     def on(self, device: torch.device) -> "Population":
-        """The same clients, computed elsewhere."""
+        """Return the same clients on another device."""
         return self if device == self.task.device else replace(self, task=self.task.on(device))
 
     def in_client_order(self) -> "Population":
-        """The same clients, with the data set itself in their order, so that processes can share it as it is."""
+        """Return the same clients with the data set sorted by client, so that processes can share it unchanged."""
         federation = self.federation
         if not isinstance(federation, Federation) or self._in_client_order is None:
             return self
@@ -124,16 +124,16 @@ class Population:
         return replace(self, federation=Federation(dataset=dataset, offsets=federation.offsets, rows=rows))
 
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
-        """An empty store for these clients' states; see `StateStore`."""
+        """Return an empty store for these clients' states; see `StateStore`."""
         return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Asks the C library to keep what is freed for the next client, up to 2 GiB, where it would give it to the system.
+    """Ask the C library to keep up to 2 GiB of freed memory for the next client, instead of returning it to the system.
 
-    Activations come and go with every client. Memory that goes back and comes again is cleared page by page: some per
-    cent of a round. Only glibc is known to do so, and to listen.
+    Every client allocates activations and frees them. The system clears returned memory page by page before it hands
+    it out again, which costs some percent of a round. Only glibc is known to return it, and to have this setting.
     """
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -143,7 +143,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Runs torch on one thread, because the number of threads decides how sums are rounded."""
+    """Run torch on one thread, because the number of threads decides how sums are rounded."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

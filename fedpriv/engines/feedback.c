@@ -1,8 +1,8 @@
 /* One client's step in two passes over its vectors: norms, then message, memory and sum.
  *
  * Every element is computed by the operations, and the roundings, of fedpriv/engines/in_place.py. Only norms are added in
- * another order, in float64; the signal's own, which is only reported, in short runs of float32. The second pass waits
- * for arithmetic and the first for memory, so the second one also fetches what the first will read for the next client.
+ * another order, in float64. The signal's norm, which is only reported, is added in short runs of float32. Arithmetic
+ * limits the second pass and memory the first, so the second pass also fetches the next client's memory for the first.
  */
 #include <math.h>
 #include <stddef.h>
@@ -21,19 +21,19 @@
 #define LANES 32
 #define RUN 4      /* squares that are added in float32 */
 #define LINE 16    /* floats fetched at once */
-#define AHEAD 2048 /* floats from what is read to what is fetched */
+#define AHEAD 2048 /* floats between the reads and the fetches */
 /* Beyond these, float32 products lose the bound; see fedpriv/bounding.py. */
 #define HUGE_NORM 0x1p96
 #define TINY_SCALE 0x1p-96
 /* Mean squares outside of these may have over- or underflowed in float32. */
-#define LEAST_SQUARE 0x1p-90
-#define MOST_SQUARE 0x1p120
+#define MIN_SQUARE 0x1p-90
+#define MAX_SQUARE 0x1p120
 
-/* What all clients of a round share; fedpriv/engines/native.py has the same fields. */
-struct round_figures {
+/* The common parameters of a round's clients; fedpriv/engines/native.py has the same fields. */
+struct round_parameters {
     double *sum;
     size_t size;
-    double map[4]; /* figures of fedpriv/bounding.py */
+    double map[4]; /* parameters of fedpriv/bounding.py */
     double shift;
     float forget; /* 1 - damping */
     float beta;
@@ -83,12 +83,12 @@ static void norms_of(const float *restrict signal, const float *restrict memory,
         second[0] += r * r;
     }
     double square = total(first);
-    int in_range = square >= LEAST_SQUARE * (double)size && square <= MOST_SQUARE;
+    int in_range = square >= MIN_SQUARE * (double)size && square <= MAX_SQUARE;
     *own = in_range ? sqrt(square) : norm_of(signal, size);
     *residual = sqrt(total(second));
 }
 
-/* The scale of a bounded map for a norm; 0 if it is not an ordinary number. */
+/* The scale of a bounded map for a norm; 0 if it is not a normal number. */
 static float scale_for(double norm, const double *map) {
     double length = norm > 1e-300 ? norm : 1e-300;
     double scale = map[0] / (map[1] + length);
@@ -99,9 +99,9 @@ static float scale_for(double norm, const double *map) {
     return norm < HUGE_NORM && scale >= TINY_SCALE ? (float)scale : 0.0f;
 }
 
-/* sum += message = scale * signal, rounded to the grid of `shift`. The signal's norm; -1, and nothing is done, if it is
- * no ordinary number. */
-double add_bounded(const struct round_figures *round, const float *restrict signal) {
+/* sum += message = scale * signal, rounded to the grid of `shift`. Returns the signal's norm; does nothing and returns
+ * -1 if the norm is not a normal number. */
+double add_bounded(const struct round_parameters *round, const float *restrict signal) {
     double *restrict sum = round->sum;
     const double shift = round->shift, own = norm_of(signal, round->size);
     const float scale = scale_for(own, round->map);
@@ -113,9 +113,9 @@ double add_bounded(const struct round_figures *round, const float *restrict sign
 }
 
 /* message = scale * (signal - kept * memory); memory <- forget * kept * memory + beta * message; sum += message, rounded
- * to the grid. `kept` is what damping left since the round `updated`; both it and `forget` are 1 without damping. `next`
- * is the following client's memory, to be fetched, or this one's. Returns as add_bounded does. */
-double feed_back(const struct round_figures *round, const float *restrict signal, float *restrict memory,
+ * to the grid. `kept` is the damping since the round `updated`; both it and `forget` are 1 without damping. `next` is
+ * the next client's memory, to be fetched, or this client's. Returns as add_bounded does. */
+double feed_back(const struct round_parameters *round, const float *restrict signal, float *restrict memory,
                  float *updated, const float *next) {
     double own, residual;
     double *restrict sum = round->sum;

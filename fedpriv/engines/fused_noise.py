@@ -1,4 +1,4 @@
-"""Clients' noise as one draw for the whole round, where nothing but its sum is used."""
+"""One draw of the clients' noise for the whole round, if only the sum of the noise is used."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ __all__ = ["FusedNoise", "can_fuse", "without_noise"]
 
 
 def can_fuse(rules: ClientRules) -> bool:
-    """Whether clients add noise that no memory keeps: then only the sum of all noises is ever seen.
+    """Return True if clients add noise that no memory stores, so that only the sum of the noise is ever used.
 
-    A method with a memory and a rule of its own form is not trusted to keep it free of noise.
+    A method with memory and a rule that is not `Feedback` may store noise: its noise is not fused.
     """
     if rules.noise_stddev == 0.0 or rules.method.needs_client_noise:
         return False
@@ -24,22 +24,22 @@ def can_fuse(rules: ClientRules) -> bool:
 
 
 def without_noise(population: Population) -> Population:
-    """The same clients, who add no noise: what the engine inside a `FusedNoise` runs."""
+    """Return the same clients without noise, for the engine inside a `FusedNoise`."""
     return replace(population, rules=replace(population.rules, noise_stddev=0.0))
 
 
 class FusedNoise:
-    """An engine of clients without noise, and one draw a round with the law of the sum of theirs.
+    """An engine of clients without noise, and one draw per round with the distribution of their summed noise.
 
-    The models have the same law as with a draw for each client, and other values: n independent normal noises of
-    deviation s add up to one of deviation s sqrt(n). A simulation of n clients then pays for one draw and not for n.
+    The distribution of the models is that of one draw per client; the individual draws differ. The sum of n independent
+    normal noises of deviation s has deviation s sqrt(n). So a simulation of n clients pays for one draw, not for n.
 
     Args:
         inner: Runs the clients of `without_noise`.
-        rules: Their rules with the noise.
+        rules: The clients' rules, with the noise.
 
     Raises:
-        ValueError: If clients remember their noise.
+        ValueError: If clients store their noise.
     """
 
     def __init__(self, inner: Engine, rules: ClientRules) -> None:
@@ -50,7 +50,7 @@ class FusedNoise:
 
     @property
     def name(self) -> str:
-        """The inner engine's."""
+        """The name of the inner engine."""
         return self._inner.name
 
     def sum_messages(self, broadcast: Broadcast) -> Total:

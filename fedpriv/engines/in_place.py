@@ -1,7 +1,7 @@
-"""The client rule of some clients at once, with their states changed in place and their messages summed.
+"""The client rule of several clients at once, with states changed in place and messages summed.
 
-A method's `client_rule` is the definition. Where it has the form of `fedpriv.feedback.Feedback`, the same operations
-run here on the memory that is there already: residual, norm, message, memory and sum, with nothing allocated.
+A method's `client_rule` is the definition. If it has the form of `fedpriv.feedback.Feedback`, this module does the same
+operations in place: residual, norm, message, memory and sum, without allocating memory.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ __all__ = ["ClientStep"]
 
 @dataclass
 class ClientStep:
-    """Client rules of one round.
+    """The client rules of one round.
 
     Args:
         rules: The clients' half of the agreement.
         broadcast: The round.
-        device: Where signals and states lie.
-        native: Whether a client on its own may be done in C: equal but for the rounding of a norm in float64.
+        device: The device of signals and states.
+        native: Allow C for a single client: equal except for the rounding of a norm in float64.
     """
 
     rules: ClientRules
@@ -55,16 +55,16 @@ class ClientStep:
                 )
 
     def take(self, clients: Sequence[int], signals: Tensor, state: ClientState) -> None:
-        """Adds the messages of `clients` to the sum and moves their states, in place.
+        """Add the messages of `clients` to the sum and update their states in place.
 
         Args:
-            clients: Who sends.
-            signals: `[clients, params]`; used up.
+            clients: The senders.
+            signals: `[clients, params]`; overwritten.
             state: Fields `[clients, ...]`.
         """
         norms = row_norms(signals)
         round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)
-        if len(clients) == 1:  # as a vector: then every bit is that of a client on its own
+        if len(clients) == 1:  # as a vector, for the same bits as a client alone
             signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
@@ -76,13 +76,13 @@ class ClientStep:
         self._norms += counted_norms(norms, decisive)
 
     def take_alone(self, client: int, signal: Tensor, states: StateStore, following: int | None = None) -> None:
-        """Does as `take` for one client, in C where that is possible.
+        """Do the same as `take` for one client, in C if possible.
 
         Args:
-            client: Who sends.
-            signal: `[params]`; used up.
-            states: Where its state is, or will be.
-            following: Whose turn is next, if anyone's; its memory is fetched meanwhile.
+            client: The sender.
+            signal: `[params]`; overwritten.
+            states: The store of its state.
+            following: The next client, if any; its memory is prefetched.
         """
         if self._in_c is not None and signal.dtype == torch.float32 and signal.is_contiguous():
             norm = self._take_in_c(self._in_c, client, signal.data_ptr(), states, following)
@@ -95,7 +95,7 @@ class ClientStep:
     def _take_in_c(
         self, in_c: FeedbackInC, client: int, signal: int, states: StateStore, following: int | None
     ) -> float:
-        """One client's step, its signal's norm; negative, and nothing done, for what is rare and left to torch."""
+        """Do one client's step and return its signal's norm; in rare cases left to torch, do nothing and return -1."""
         if self._without_memory:
             states.count(client)
             return in_c.add_bounded(signal)
@@ -104,18 +104,18 @@ class ClientStep:
         return in_c.feed_back(signal, memory, updated[0] if updated else 0, ahead)
 
     def _memories_suit_c(self) -> bool:
-        """Whether a client's state is one float32 vector, and the round of its last change where it has that."""
+        """Return True if a client's state is at most one float32 vector and the round of its last change."""
         state = self.rules.method.init_client(1)
         kinds = [(name, field.dtype, field.numel()) for name, field in zip(state._fields, state, strict=True)]
         memory, updated = ("memory", torch.float32, 1), ("updated", torch.float32, 1)
         return kinds in ([], [memory], [memory, updated])
 
     def total(self) -> Total:
-        """What the round's clients sent together."""
+        """Return the sum of the messages of the round's clients, and their norms."""
         return total_of(self._sum, self._norms)
 
     def _by_rule(self, signals: Tensor, state: ClientState, release: Release | None) -> None:
-        """Any rule. Its message and its new state may be made of the old state's own tensors."""
+        """Apply any rule. Its message and its new state may share tensors with the old state."""
         messages, new = apply_client_rule(self.rules.method, state, signals, release, self.broadcast.round)
         self._sum.add(messages)
         for target, source in zip(state, [part.clone() for part in new], strict=True):
@@ -130,9 +130,9 @@ def _feed_back_(
     release: Release | None,
     round: int,
 ) -> tuple[Tensor, Tensor]:
-    """The messages, in place of the signals, and the norms of what was bounded; memories are moved in place.
+    """Overwrite signals with messages and update memories in place; return the messages and the residuals' norms.
 
-    Operation by operation `client_rule`.
+    The operations are those of `client_rule`, one by one.
     """
     if rule.beta is None:
         rule.bounded.bound_(signals, norms)

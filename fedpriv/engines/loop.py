@@ -1,4 +1,4 @@
-"""The loop engine: a `for` over the cohort, and `client_round` for each. Every other engine is tested against it."""
+"""The loop engine: `client_round` for each client of the cohort. Every other engine is tested against it."""
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ __all__ = ["LoopEngine"]
 
 
 class LoopEngine:
-    """One client after the other, on one thread; states only of clients that took part.
+    """An engine that runs one client after the other on one thread, and stores states of participants only.
 
     Args:
         population: All clients.
-        states: Where their states are kept; None for memory without a bound.
+        states: The store of their states; None for unbounded memory.
     """
 
     name = "loop"
@@ -51,7 +51,7 @@ class LoopEngine:
         self._states.restore(tensors)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: the engine starts no process."""
 
 
 def _counted_norm(signal: Tensor, state: ClientState) -> list[float]:
@@ -60,6 +60,6 @@ def _counted_norm(signal: Tensor, state: ClientState) -> list[float]:
 
 
 def _write(state: ClientState, new: ClientState) -> None:
-    """Copies the new state over the old one, of whose own tensors it may be made."""
+    """Copy the new state over the old one; both may share tensors."""
     for target, source in zip(state, [field.clone() for field in new], strict=True):
         target.copy_(source)

@@ -1,7 +1,7 @@
-"""The client step in C, compiled once on the user's machine where there is a C compiler; else torch does it.
+"""The client step in C, compiled once on the user's machine; without a C compiler, torch does the step.
 
-The step reads a signal and a memory and writes the memory and the sum. At full speed that is limited by the machine's
-memory, and every further pass of a tensor library costs as much again; the file `feedback.c` makes two.
+The step reads a signal and a memory and writes the memory and the sum. Memory bandwidth limits its speed, so that every
+further pass of a tensor library adds the same cost again. The file `feedback.c` makes two passes.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ from fedpriv.native import native_library
 __all__ = ["FeedbackInC", "feedback_in_c"]
 
 
-class _Figures(ctypes.Structure):
-    """`struct round_figures` of `feedback.c`."""
+class _RoundParameters(ctypes.Structure):
+    """`struct round_parameters` of `feedback.c`."""
 
     _fields_ = (
         ("sum", ctypes.c_void_p),
@@ -31,12 +31,12 @@ class _Figures(ctypes.Structure):
 
 
 class FeedbackInC:
-    """The functions of `feedback.c`, for the clients of one round; vectors are given by address, float32 `[params]`.
+    """The functions of `feedback.c` for the clients of one round; vectors are addresses of float32 `[params]`.
 
     Args:
         library: The compiled file.
         total: The sum of the round's messages, float64 `[params]`, which must live as long as this.
-        rule: What clients do.
+        rule: The clients' rule.
         shift: See `ExactSum.shift`.
         round: The round's number.
     """
@@ -49,7 +49,7 @@ class FeedbackInC:
         shift: float,
         round: int,
     ) -> None:
-        self._figures = _Figures(
+        self._parameters = _RoundParameters(
             total.data_ptr(),
             total.numel(),
             (ctypes.c_double * 4)(*rule.bounded.coefficients),
@@ -58,25 +58,25 @@ class FeedbackInC:
             rule.beta or 0.0,
             round,
         )
-        self._round = ctypes.addressof(self._figures)
+        self._round = ctypes.addressof(self._parameters)
         self._feed_back, self._add_bounded = library.feed_back, library.add_bounded
 
     def feed_back(self, signal: int, memory: int, updated: int, following: int) -> float:
-        """Adds the message B(signal - kept memory) to the sum and moves `memory` in place.
+        """Add the message B(signal - kept memory) to the sum and update `memory` in place.
 
         Args:
             signal: Address of the signal.
             memory: Address of the client's memory.
-            updated: Address of the round after which the memory was so, which becomes this one; 0 for none.
-            following: Address of the next client's memory, which is fetched meanwhile; or this one's.
+            updated: Address of the round of the memory's last change, which becomes this round; 0 for none.
+            following: Address of the next client's memory, which is prefetched; or this client's.
 
         Returns:
-            The signal's norm; -1, and nothing is done, if the residual's is no ordinary number.
+            The signal's norm; -1 if the residual's norm is not a normal number, and nothing is changed then.
         """
         return self._feed_back(self._round, signal, memory, updated, following)
 
     def add_bounded(self, signal: int) -> float:
-        """Adds B(signal) to the sum; returns as `feed_back` does."""
+        """Add B(signal) to the sum; see `feed_back` for the returned value."""
         return self._add_bounded(self._round, signal)
 
 
@@ -89,5 +89,5 @@ def _declare(library: ctypes.CDLL) -> None:
 
 @cache
 def feedback_in_c() -> ctypes.CDLL | None:
-    """The compiled step; None without a compiler, or where FEDPRIV_NATIVE is 0."""
+    """Return the compiled step; None without a compiler, or if FEDPRIV_NATIVE is 0."""
     return native_library(Path(__file__).with_name("feedback.c"), _declare)

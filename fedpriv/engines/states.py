@@ -1,4 +1,4 @@
-"""Client states: made when a client is first seen, in memory up to a bound, and beyond it on the disk."""
+"""Client states: created when a client is first seen, in memory up to a bound and on disk beyond it."""
 
 import errno
 import math
@@ -18,25 +18,25 @@ from fedpriv.methods import ClientState, Method
 
 __all__ = ["StateStore"]
 
-# Most floats of one piece of memory: states grow by pieces, and none is ever copied to grow.
-_SLAB_FLOATS = 2**24
+# Most floats of one piece of memory. The store grows piece by piece and never copies states to grow.
+_MAX_SLAB_FLOATS = 2**24
 _ALIGNMENT = 64
-# From this many elements on, padding costs less than two percent.
-_LONG_ROW = 1024
+# Fewest elements of a row for which padding costs less than two percent.
+_MIN_PADDED_ROW = 1024
 
 
 class StateStore:
     """The states of the clients that took part; grows with the clients seen, not with the population.
 
-    States lie in pieces of memory, one row for each client. Once `memory` bytes are used, the client whose state was
-    not needed for longest makes room: its row goes to a file without a name (a crash leaves nothing behind).
+    States are stored in pieces of memory, one row for each client. Once `memory` bytes are used, the least recently
+    used state makes room: its row goes to a file without a name (a crash leaves nothing behind).
 
     Args:
-        method: Whose client states these are.
+        method: The method that defines the states.
         size: Number of parameters.
-        device: Where they live.
+        device: The device of the states.
         memory: Most bytes of states in memory; None for no bound.
-        folder: Where the file goes; None for the system's temporary folder.
+        folder: The folder of the file; None for the system's temporary folder.
 
     Raises:
         UserError: If `memory` does not hold one state.
@@ -60,23 +60,23 @@ class StateStore:
         self._capacity = None if memory is None or not in_memory else memory // in_memory
         if self._capacity == 0:
             expected = f"at least {in_memory:,} bytes, one client's state"
-            raise UserError("--state-memory", expected, f"{memory:,} bytes", "Give more, or take a smaller model")
+            raise UserError("--state-memory", expected, f"{memory:,} bytes", "Give more, or use a smaller model")
         widest = max(self._strides, default=1)
-        self._slab_rows = max(_SLAB_FLOATS // max(widest, 1), 1)
+        self._slab_rows = max(_MAX_SLAB_FLOATS // max(widest, 1), 1)
         self._folder = folder
         self._clear()
 
     def _clear(self) -> None:
         self._slabs: list[list[Tensor]] = []
         self._addresses: list[tuple[int, ...]] = []  # of each row's fields
-        self._places: list[tuple[int, int]] = []  # of each row: its piece, and where in it
+        self._places: list[tuple[int, int]] = []  # of each row: its piece, and its position in the piece
         self._slots: dict[int, int] = {}  # client -> row in memory, least recently used first
         self._free: list[int] = []
         self._file: _SpillFile | None = None
 
     @property
     def capacity(self) -> int | None:
-        """Most clients whose states are in memory at once; None for no bound."""
+        """Most clients with a state in memory at once; None for no bound."""
         return self._capacity
 
     def __len__(self) -> int:
@@ -84,10 +84,10 @@ class StateStore:
 
     @contextmanager
     def borrowed(self, clients: Sequence[int]) -> Iterator[ClientState]:
-        """The states of `clients`, fields `[clients, ...]`, to be changed in place; new clients start fresh.
+        """Yield the states of `clients`, fields `[clients, ...]`, to be changed in place; new clients start fresh.
 
         Raises:
-            UserError: If the disk is full, or more clients are asked for than memory may hold.
+            UserError: If the disk is full, or memory cannot hold the states of all `clients`.
         """
         if not self._fresh:
             self._slots.update(dict.fromkeys(clients, 0))
@@ -107,23 +107,23 @@ class StateStore:
                 field.copy_(value)
 
     def count(self, client: int) -> None:
-        """Counts a client that has no state as seen."""
+        """Count a client without state as seen."""
         self._slots[client] = 0
 
     def addresses(self, client: int) -> tuple[int, ...]:
-        """Where the fields of a client's state lie, to be changed in place before the store is asked for anything else.
+        """Return the addresses of the fields of a client's state, valid until the next call of the store.
 
-        Only where the store is in the CPU's memory. Raises as `borrowed` does.
+        Only for a store in the CPU's memory. Raises as `borrowed` does.
         """
         return self._addresses[self._slot(client, (client,))]
 
     def address_of(self, client: int) -> int:
-        """Where the first field of a client's state lies; 0 if the client is not in memory. Nothing is moved."""
+        """Return the address of a client's first field; 0 if the client is not in memory. Move nothing."""
         slot = self._slots.get(client)
         return 0 if slot is None else self._addresses[slot][0]
 
     def save(self) -> dict[str, Tensor]:
-        """See `Engine.save`. States beyond the bound come as a map of a file, not in memory."""
+        """See `Engine.save`. If some states are on disk, the tensors are memory maps of a file."""
         clients = sorted([*self._slots, *(self._file.away if self._file else ())])
         if not clients or not self._fresh:
             return {"clients": torch.tensor(clients, dtype=torch.int64)}
@@ -154,7 +154,7 @@ class StateStore:
         return [field[row] for field in self._slabs[slab]]
 
     def _slot(self, client: int, needed: Sequence[int]) -> int:
-        """The row of `client`, who is now the most recently used; `needed` must stay in memory meanwhile."""
+        """Return the row of `client` and mark it as most recently used; `needed` clients must stay in memory."""
         slot = self._slots.pop(client, None)
         if slot is None:
             slot = self._room(needed)
@@ -165,7 +165,7 @@ class StateStore:
         return slot
 
     def _room(self, needed: Sequence[int]) -> int:
-        """A row that nobody uses."""
+        """Return an unused row."""
         if not self._free:
             if self._capacity is None or len(self._places) < self._capacity:
                 self._grow(len(needed))
@@ -174,7 +174,7 @@ class StateStore:
         return self._free.pop()
 
     def _grow(self, needed: int) -> None:
-        """Doubles the rows, up to a piece's length, and takes no more than the bound."""
+        """Double the rows, by at most the length of a piece and within the bound."""
         have = len(self._places)
         rows = max(min(have, self._slab_rows), needed)
         if self._capacity is not None:
@@ -189,7 +189,7 @@ class StateStore:
         self._free += range(have + rows - 1, have - 1, -1)
 
     def _evict(self, needed: set[int]) -> int:
-        """Puts the client that was not needed for longest on the disk, and gives its row."""
+        """Write the least recently used client to the disk and return its row."""
         client = next(client for client in self._slots if client not in needed)
         if self._file is None:
             self._file = _SpillFile(self._row_bytes, self._folder)
@@ -197,7 +197,7 @@ class StateStore:
         return self._slots.pop(client)
 
     def _save_to_file(self, clients: list[int]) -> list[Tensor]:
-        """Each field of all clients as a map of a nameless file, written client by client."""
+        """Return each field of all clients as a map of a file without a name, written client by client."""
         assert self._file is not None
         saved = []
         for index, fresh in enumerate(self._fresh):
@@ -216,18 +216,18 @@ class StateStore:
 
 
 def _padded(field: Tensor) -> int:
-    """Elements from one row to the next: long rows begin at multiples of 64 bytes, where processors read fastest."""
+    """Return the stride of rows in elements: long rows begin at multiples of 64 bytes, for fastest access."""
     line = max(_ALIGNMENT // field.element_size(), 1)
-    return field.numel() if field.numel() < _LONG_ROW else math.ceil(field.numel() / line) * line
+    return field.numel() if field.numel() < _MIN_PADDED_ROW else math.ceil(field.numel() / line) * line
 
 
 def _rows(field: Tensor, rows: int, stride: int) -> Tensor:
-    """Zeros `[rows, *field.shape]`, each row whole and `stride` elements from the next."""
+    """Return zeros `[rows, *field.shape]`, each row contiguous and `stride` elements from the next."""
     return field.new_zeros((rows, stride))[:, : field.numel()].view(rows, *field.shape)
 
 
 class _SpillFile:
-    """Rows of equal length in a file without a name, which was its owner's alone when it had one."""
+    """Rows of equal length in a file without a name; while it had one, only its owner could read it."""
 
     def __init__(self, row_bytes: int, folder: Path | None) -> None:
         self._row_bytes = row_bytes
@@ -244,7 +244,7 @@ class _SpillFile:
         weakref.finalize(self, os.close, self._file)
 
     def put_away(self, client: int, row: list[Tensor]) -> None:
-        """Writes a client's row."""
+        """Write a client's row."""
         place = self._places.setdefault(client, len(self._places))
         data = memoryview(b"".join(field.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for field in row))
         at = place * self._row_bytes
@@ -257,7 +257,7 @@ class _SpillFile:
         self.away[client] = place
 
     def take_back(self, client: int, row: list[Tensor]) -> bool:
-        """Reads a client's row, which is then no longer away; False if it never was."""
+        """Read a client's row back and return True; return False if it is not in the file."""
         if client not in self.away:
             return False
         self.read(client, row)
@@ -265,7 +265,7 @@ class _SpillFile:
         return True
 
     def read(self, client: int, row: list[Tensor]) -> None:
-        """Reads a client's row into tensors."""
+        """Read a client's row into tensors."""
         data = bytearray(os.pread(self._file, self._row_bytes, self.away[client] * self._row_bytes))
         start = 0
         for field in row:
@@ -274,10 +274,10 @@ class _SpillFile:
             start += count * field.element_size()
 
     def as_tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The whole file as a tensor that the system reads page by page."""
+        """Return the whole file as a tensor that the system reads page by page."""
         return torch.frombuffer(mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY), dtype=dtype).reshape(shape)
 
     def _trouble(self, error: OSError) -> UserError:
         reason = "no space left" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-        remedy = "Free some, or choose another --state-folder; a run goes on with --resume"
+        remedy = "Free some, or choose another --state-folder; then resume with --resume"
         return UserError(self._where, "room for the states of clients that do not fit in memory", reason, remedy)

@@ -1,4 +1,4 @@
-"""The vectorized engine: chunks of clients at once where that is faster, and a client's step in C where it can be."""
+"""The vectorized engine: computes chunks of clients at once if that is faster, and client steps in C if possible."""
 
 import numpy as np
 import torch
@@ -8,30 +8,30 @@ from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
 from fedpriv.rounds import Broadcast, Total
-from fedpriv.tasks.local_work import Batches, Walk, batches_of
-from fedpriv.tasks.task import PIECE_FLOATS
+from fedpriv.tasks.local_work import Batches, LocalSGD, batches_of
+from fedpriv.tasks.task import MAX_PIECE_FLOATS
 
 __all__ = ["VectorizedEngine"]
 
-# Floats of inputs, or of messages, in one chunk: 16 MiB each.
-_CHUNK_FLOATS = PIECE_FLOATS
-# Floats of messages that the client rule takes at once on a CPU, so that they stay in its cache.
-_RULE_FLOATS = 2**17
-# From this many parameters on, a client's step in C is faster than torch's for several.
-_ALONE_FLOATS = 2**14
-# Floats of padded inputs that are kept from one round to the next: 1 GiB.
-_CACHE_FLOATS = 2**28
+# Most floats of inputs, or of messages, in one chunk: 16 MiB each.
+_MAX_CHUNK_FLOATS = MAX_PIECE_FLOATS
+# Most floats of messages that the client rule takes at once on a CPU, so that they stay in its cache.
+_MAX_RULE_FLOATS = 2**17
+# Fewest parameters for which the step in C of one client is faster than torch's step of several.
+_MIN_ALONE_FLOATS = 2**14
+# Most floats of padded inputs that are kept from one round to the next: 1 GiB.
+_MAX_CACHE_FLOATS = 2**28
 
 
 class VectorizedEngine:
-    """Chunks of clients of similar size on one device; equal to the loop engine up to rounding.
+    """An engine for chunks of clients of similar size on one device; equal to the loop engine up to rounding.
 
     Args:
         population: All clients.
-        chunk: Clients at a time; None chooses by memory.
-        states: Where their states are kept; None for memory without a bound.
-        batched: Whether a chunk's gradients are computed at once. None does so on a GPU, and on a CPU for dense layers:
-            convolutions with weights for each client are slower there than one client after the other.
+        chunk: Clients per chunk; None to choose by memory.
+        states: The store of their states; None for unbounded memory.
+        batched: Compute a chunk's gradients at once. None does so on a GPU, and on a CPU for dense layers: on CPUs,
+            convolutions with separate weights per client are slower than one client after the other.
     """
 
     name = "vectorized"
@@ -58,7 +58,7 @@ class VectorizedEngine:
         """See `Engine.sum_messages`."""
         model = broadcast.model.to(self._population.task.device)
         step = ClientStep(self._population.rules, broadcast, model.device, native=True)
-        with one_thread():  # more cores serve better as workers of their own
+        with one_thread():  # further cores are better used by further workers
             for clients in self._chunks(broadcast.cohort):
                 if self._batched:
                     self._batch(step, model, clients, broadcast.round)
@@ -84,7 +84,7 @@ class VectorizedEngine:
             step.take_alone(client, self._population.signal(client, model, round), self._states, following)
 
     def first_chunk(self, cohort: np.ndarray) -> list[int]:
-        """The clients of a cohort that would be run first, together."""
+        """Return the clients of the first chunk of a cohort."""
         return self._chunks(cohort)[0]
 
     def save(self) -> dict[str, Tensor]:
@@ -96,17 +96,17 @@ class VectorizedEngine:
         self._states.restore(tensors)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: the engine starts no process."""
 
     def _rows_at_once(self, clients: int) -> int:
         on_cpu = self._population.task.device.type == "cpu"
-        rows = max(_RULE_FLOATS // max(self._size, 1), 1) if on_cpu else clients
-        if on_cpu and self._size >= _ALONE_FLOATS:
+        rows = max(_MAX_RULE_FLOATS // max(self._size, 1), 1) if on_cpu else clients
+        if on_cpu and self._size >= _MIN_ALONE_FLOATS:
             rows = 1
         return min(rows, self._states.capacity or rows)
 
     def _chunks(self, cohort: np.ndarray) -> list[list[int]]:
-        """The cohort in chunks, largest clients first, so that little is padded."""
+        """Return the cohort in chunks, largest clients first, to keep padding small."""
         sizes = self._population.federation.sizes[cohort]
         order = np.argsort(-sizes, kind="stable")
         width = max(int(np.prod(self._population.inputs.shape[1:])), 1)
@@ -114,7 +114,7 @@ class VectorizedEngine:
         start = 0
         while start < len(order):
             floats = max(int(sizes[order[start]]) * width, self._size)
-            count = self._chunk or max(1, _CHUNK_FLOATS // floats)
+            count = self._chunk or max(1, _MAX_CHUNK_FLOATS // floats)
             chunks.append(cohort[order[start : start + count]].tolist())
             start += count
         return chunks
@@ -125,15 +125,15 @@ class VectorizedEngine:
         plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]
         if people.work.client_lr is None:
             return people.task.gradients(model, *self._padded(clients, rows, [plan[0] for plan in plans]))
-        walk, steps = Walk(people.work, model), [len(plan) for plan in plans]
+        local, steps = LocalSGD(people.work, model), [len(plan) for plan in plans]
         for number in range(max(steps)):
-            walk.step(self._gradients(walk.model, clients, rows, plans, number))
-        return walk.signal(model.new_tensor(steps).unsqueeze(1))
+            local.step(self._gradients(local.model, clients, rows, plans, number))
+        return local.signal(model.new_tensor(steps).unsqueeze(1))
 
     def _gradients(
         self, local: Tensor, clients: list[int], rows: list[np.ndarray], plans: list[Batches], number: int
     ) -> Tensor:
-        """Gradients `[clients, params]` of the step `number`; zero for clients that take fewer steps."""
+        """Return the gradients `[clients, params]` of step `number`; zero for clients that take fewer steps."""
         task, at_work = self._population.task, [i for i, plan in enumerate(plans) if number < len(plan)]
         if len(at_work) == len(plans):
             return task.gradients(local, *self._padded(clients, rows, [plan[number] for plan in plans]))
@@ -145,13 +145,13 @@ class VectorizedEngine:
         return gradients
 
     def _padded(self, clients: list[int], rows: list[np.ndarray], batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs `[clients, examples, ...]`, labels and weights of one step; whole clients are kept for next time."""
+        """Return inputs `[clients, examples, ...]`, labels and weights of one step; cache those of whole clients."""
         if any(batch is not None for batch in batches):
             return self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])
         key = tuple(clients)
         padded = self._cache.get(key) or self._gather(rows)
         self._cached_floats += padded[0].numel()
-        if self._cached_floats <= _CACHE_FLOATS:
+        if self._cached_floats <= _MAX_CACHE_FLOATS:
             self._next_cache[key] = padded
         return padded
 

@@ -1,4 +1,4 @@
-"""One experiment, one TOML file: read strictly, resolved completely, identified by a digest."""
+"""Experiments as TOML files: read strictly, resolved completely, identified by a digest."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 MAX_ROUNDS = 10**9
 
-# Keys whose values name a class, by table.
+# Keys with the name of a class, by table.
 _NAMES = {
     "data": ("name", "partition", "shift"),
     "model": ("name",),
@@ -54,23 +54,23 @@ _NAMES = {
     "schedule": ("kind",),
 }
 
-# Stands for the population while it is not known, so that the cohort's own keys can be checked at once.
+# Replaces an unknown population, so that the keys of the cohort can be checked early.
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("devices", "schedule", "deployment", "sources")
 
-# Tables that change what clients send or how much noise is on it. Experiments that differ in one of them, or in the
-# number of rounds, have independent noise. A name, the times of evaluation and the deployment change none of it.
+# Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
+# rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoice:
-    """Which data, and how they are spread over how many clients (None: as many as there naturally are).
+    """The data set, its partition, and the number of clients (None for the natural clients).
 
-    `shift` is what each client's inputs undergo, `validation` the share of examples held out before; None for neither.
-    `test` says on whose examples natural clients' models are tested (`validation.TESTS`); None for simulated clients.
+    `shift` changes each client's inputs, and `validation` is the share of examples held out before; None for neither.
+    `test` chooses the test examples of natural clients (`validation.TESTS`); None for simulated clients.
     """
 
     dataset: DatasetSource
@@ -82,7 +82,7 @@ class DataChoice:
 
     @property
     def facts(self) -> DataFacts:
-        """Whose examples are used for what, for the privacy statement."""
+        """The uses of clients' examples, for the privacy statement."""
         natural = self.test is not None
         held: Whose = "within" if natural else "public"
         return DataFacts(
@@ -94,21 +94,21 @@ class DataChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class CohortChoice:
-    """How a round's clients are chosen; becomes a `Sampling` once the population is known."""
+    """The sampling of a round's clients; becomes a `Sampling` once the population is known."""
 
     sampling: str
     options: dict[str, Any]
 
     def of(self, population: int) -> Sampling:
-        """The sampling of `population` clients."""
+        """Return the sampling of `population` clients."""
         return read_table(SAMPLINGS[self.sampling], self.options, "cohort", population=population)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyChoice:
-    """What is promised: see `fedpriv.privacy.make_plan`.
+    """The privacy guarantee; see `fedpriv.privacy.make_plan`.
 
-    `draw` tells the trials of a tuning apart: it decides noise and cohorts, and nothing else. None for other runs.
+    `draw` is the number of a trial of a tuning: it decides noise and cohorts alone. None for other runs.
     """
 
     trust: str = "central"
@@ -121,12 +121,12 @@ class PrivacyChoice:
 
     def __post_init__(self) -> None:
         if self.draw is not None:
-            whole_from("privacy.draw", self.draw, 0, "Take it away: a tuning gives it")
+            whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How long, and how often the test data are looked at.
+    """The number of rounds and of evaluations.
 
     Args:
         rounds: Number of rounds, at most a billion; 0 writes the initial model.
@@ -140,16 +140,16 @@ class Training:
         if not 0 <= self.rounds <= MAX_ROUNDS:
             expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
             raise UserError("training.rounds", expected, self.rounds, "Give the number of rounds")
-        at_least_one("training.evaluate_every", self.evaluate_every, "1 evaluates every round")
+        at_least_one("training.evaluate_every", self.evaluate_every, "Give 1 to evaluate every round")
 
     def evaluates(self, round: int) -> bool:
-        """Whether the model after `round` is evaluated."""
+        """Return True if the model after `round` is evaluated."""
         return round in (0, self.rounds) or round % self.evaluate_every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """An experiment, resolved: every default spelled out, nothing about how fast or where it runs."""
+    """A resolved experiment: it includes every default, and no option of its execution."""
 
     name: str
     seed: int
@@ -174,7 +174,7 @@ class Config:
             data |= {"shift": SHIFTS.name_of(self.data.shift), **write_table(self.data.shift)}
         if self.data.validation is not None:
             data["validation"] = self.data.validation
-        # Public test examples alone are what there was before the key: such experiments keep their digest.
+        # Older versions had public test examples alone; omitting the key keeps the digest of their experiments.
         if self.data.test is not None and (self.data.test != "public" or self.data.validation is not None):
             data["test"] = self.data.test
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
@@ -203,9 +203,9 @@ class Config:
 
     @cached_property
     def sources(self) -> dict[str, dict[str, str]]:
-        """Where the classes come from that are not of fedpriv, by the key that names them; see `plugins.source_of`.
+        """The sources of classes outside of fedpriv, by the key that names the class; see `plugins.source_of`.
 
-        They are part of the experiment: one with another source is another experiment.
+        They are part of the experiment: different sources make different experiments.
         """
         optimizer = self.method.optimizer if isinstance(self.method, ServerOptimized) else None
         named = {
@@ -228,19 +228,19 @@ class Config:
 
     @property
     def rule(self) -> Schedule:
-        """When the server moves; rounds, if nothing is said."""
+        """The schedule of server steps; synchronous rounds by default."""
         return self.schedule or Synchronous()
 
     @property
     def not_covered(self) -> tuple[str, ...]:
-        """Names of the scores that the experiment's promise does not cover; empty if nothing is promised at all."""
+        """Names of the scores that the privacy guarantee does not cover; empty for a run without privacy."""
         return () if self.privacy is None else self.data.facts.not_covered
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the resolved tables but `deployment`: equal digests are the same experiment.
+        """SHA-256 of the resolved tables except `deployment`: equal digests mean the same experiment.
 
-        The folder of a file that holds a class does not matter; its content does.
+        For a class in a file, the content of the file matters and its folder does not.
         """
         return _hash({name: table for name, table in self._identity.items() if name != "deployment"})
 
@@ -248,55 +248,55 @@ class Config:
     def noise_id(self) -> str:
         """SHA-256 of `NOISE_TABLES` and the number of rounds; with the seed, it decides the noise of a simulation.
 
-        Two experiments with one seed would otherwise share their noise, and the difference of their models would
-        have none. Equal experiments keep equal bits.
+        Otherwise two experiments with one seed would share their noise, and the difference of their models would have
+        no noise. Equal experiments keep equal bits.
         """
         tables = {name: table for name, table in self._identity.items() if name in NOISE_TABLES}
         return _hash({**tables, "rounds": self.training.rounds})
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """The tables, with the bare names of files."""
+        """The tables, with file names instead of paths."""
         return with_bare_names(self.tables)
 
     @property
     def streams(self) -> SeededStreams:
-        """The randomness of a simulation; trials of a tuning share their data, and neither noise nor cohorts."""
+        """The randomness of a simulation. Trials of a tuning share their data, but neither noise nor cohorts."""
         drawn = self.privacy is not None and self.privacy.draw is not None
         return SeededStreams(self.seed, self.noise_id, own_cohorts=drawn)
 
     def to_toml(self) -> str:
-        """The resolved experiment as a TOML file."""
+        """Return the resolved experiment as TOML text."""
         return tomli_w.dumps(self.tables)
 
     def check_deployable(self) -> None:
-        """Refuses what is made of data that only a simulation has in one place, and a clock that only it can keep.
+        """Raise UserError if the experiment needs a simulation.
 
         Raises:
-            UserError: If clients' inputs are to be shifted, or their examples held out, or there are `[devices]`.
+            UserError: If it shifts clients' inputs, holds out their examples, or has the table `[devices]`.
         """
         self.check_unclocked()
-        remedy = "Take the key away: a device's data are what they are, and the server's own are its test data"
+        remedy = "Remove the key: a deployment does not change devices' data, and tests on the server's data"
         if self.data.validation is not None:
-            raise UserError("data.validation", "none in a deployment", self.data.validation, remedy)
+            raise UserError("data.validation", "no value in a deployment", self.data.validation, remedy)
         if self.data.shift is not None:
-            raise UserError("data.shift", "none in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
+            raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
 
     def check_unclocked(self) -> None:
-        """Refuses a virtual clock where none can be kept: with real devices, or Flower's.
+        """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
 
         Raises:
-            UserError: If there are `[devices]`.
+            UserError: If it has the table `[devices]`.
         """
         if self.devices is not None:
-            remedy = "Choose an engine in process, or take [devices] and [schedule] away"
-            raise UserError("[devices]", "none with Flower", "a virtual clock", remedy)
+            remedy = "Choose an engine in process, or remove [devices] and [schedule]"
+            raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
     def plan(self, sampling: Sampling) -> PrivacyPlan | None:
-        """The privacy plan with these cohorts, or None for a non-private run.
+        """Return the privacy plan with these cohorts, or None for a non-private run.
 
         Raises:
-            ValueError: If the schedule settles who counts, and the sampling is not its timeline's.
+            ValueError: If the schedule has its own timeline of cohorts and `sampling` draws others, or the reverse.
         """
         if sampling.draws_cohorts != self.rule.draws_cohorts:
             raise ValueError(f"{self.rule} is not accounted by {sampling.name}")
@@ -317,50 +317,50 @@ def _hash(tables: dict[str, Any]) -> str:
 
 
 def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] = ()) -> Config:
-    """Reads an experiment.
+    """Read an experiment.
 
     Args:
-        source: Its TOML file, or the tables that such a file would hold.
+        source: Its TOML file, or the tables of such a file.
         settings: Changes as `table.key=value`, the value in TOML or a bare word; an empty value removes the key.
 
     Raises:
-        UserError: On anything that is not a valid experiment.
+        UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
     return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; a class of a file (`"./own.py:Class"`) is looked for from the TOML file's folder."""
+    """Return the tables of a TOML file; paths of classes (`"./own.py:Class"`) are relative to the TOML file."""
     try:
         return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
     except UnicodeDecodeError as error:
-        raise UserError(str(path), "a TOML file", str(error), "Mend the file") from None
+        raise UserError(str(path), "a TOML file", str(error), "Correct the file") from None
 
 
 def read_config_text(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text; `where` it is from, for errors."""
+    """Return the tables of a TOML text; errors name its origin, `where`."""
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(where, "a TOML file", str(error), "Mend the file") from None
+        raise UserError(where, "a TOML file", str(error), "Correct the file") from None
 
 
 def with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tables with the file of every `"file.py:Class"` as an absolute path."""
+    """Return the tables with the file of every `"file.py:Class"` as an absolute path."""
     return _with_names(tables, lambda name: whole_reference(name, folder))
 
 
 def with_bare_names(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables with every `"folder/file.py:Class"` without its folder, which makes no other experiment."""
+    """Return the tables with file names instead of paths in references: the folder is no part of an experiment."""
     return _with_names(tables, bare_reference)
 
 
 def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The tables with every name of a class changed."""
+    """Return the tables with `change` applied to every name of a class."""
     changed = dict(tables)
     for table, keys in _NAMES.items():
         found = tables.get(table)
@@ -370,13 +370,15 @@ def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict
 
 
 def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tables` with each `table.key=value` put in."""
+    """Return a copy of `tables` with each `table.key=value` applied."""
     changed = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
     for setting in settings:
         address, equals, value = setting.partition("=")
         parts = address.strip().split(".")
         if not equals or len(parts) > 2 or not all(parts):
-            raise UserError(f"-s {setting}", "table.key=value", repr(setting), "For example -s training.rounds=20")
+            raise UserError(
+                f"-s {setting}", "table.key=value", repr(setting), "Write, for example, -s training.rounds=20"
+            )
         _put(changed, parts, value.strip())
     return changed
 
@@ -403,7 +405,7 @@ def _toml_value(text: str) -> Any:
 
 
 def parse_config(tables: dict[str, Any]) -> Config:
-    """The experiment that TOML tables describe; see `load_config` for errors."""
+    """Return the experiment that TOML tables describe; see `load_config` for errors."""
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
     for table in TABLES:
         if not isinstance(tables.get(table, {}), dict):
@@ -435,26 +437,31 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
-        raise UserError("local.signal", expected, '"move"', "Set it to one of the two; alpha-normec takes bare moves")
+        raise UserError(
+            "local.signal",
+            expected,
+            '"move"',
+            "Set it to one of the two, or choose alpha-normec, which does not divide",
+        )
     if config.deployment is not None:
         config.deployment.check(config.method)
 
 
 def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
-    """Refuses to take a class whose source differs from what a run has recorded in its `config.toml`."""
+    """Raise UserError if the source of a class differs from the source that a run recorded in its `config.toml`."""
     for key, source in config.sources.items():
         expected = recorded.get(key, source)
         if expected != source:
-            got = f"another one ({', '.join(f'{part} {source[part][:12]}' for part in sorted(source))})"
-            remedy = "Restore the source, or remove the table [sources] for another experiment"
-            raise UserError(f'sources."{key}"', "the source that this experiment was run with", got, remedy)
+            got = f"a different source ({', '.join(f'{part} {source[part][:12]}' for part in sorted(source))})"
+            remedy = "Restore the source, or remove the table [sources] for a new experiment"
+            raise UserError(f'sources."{key}"', "the source of the first run of this experiment", got, remedy)
 
 
 def _check_schedule(config: Config) -> None:
-    """Finds early what `make_timeline` would find later."""
+    """Raise early the errors that `make_timeline` would raise later."""
     if config.devices is None and config.rule != Synchronous():
-        remedy = "Say how fast clients are, or take [schedule] away"
-        raise UserError("[devices]", "this table beside [schedule]", "nothing", remedy)
+        remedy = "Add [devices] with the speed of clients, or remove [schedule]"
+        raise UserError("[devices]", "this table with [schedule]", "a missing table", remedy)
     sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
     config.rule.check(sampling, memory=has_memory(config.method))
 
@@ -471,13 +478,15 @@ class _Top:
 
 def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
     if table not in tables:
-        raise UserError(f"[{table}]", "this table", "nothing", f"Add [{table}] to the config")
+        raise UserError(f"[{table}]", "this table", "a missing table", f"Add [{table}] to the config")
     return tables[table]
 
 
 def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str) -> T:
     if key not in table:
-        raise UserError(f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "nothing", f"Add {key} to [{where}]")
+        raise UserError(
+            f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "a missing key", f"Add {key} to [{where}]"
+        )
     kind = kinds.resolve(table[key], f"{where}.{key}")
     options = {k: v for k, v in table.items() if k != key}
     refuse_unknown(options, field_names(kind), where, _left_over(where, key, table[key]))
@@ -513,8 +522,10 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
     for_shift = [] if shift_kind is None else field_names(shift_kind)
     for key in for_dataset:
         if key in (*for_partition, *for_shift):
-            remedy = "Rename the data set's"
-            raise UserError(f"data.{key}", "a key of one thing", "one of the data set and of its partition", remedy)
+            remedy = "Rename the key of the data set"
+            raise UserError(
+                f"data.{key}", "a key with one meaning", "a key of both the data set and its partition", remedy
+            )
     known = ["name", "clients", "partition", "shift", "validation", "test", *for_dataset, *for_partition, *for_shift]
     refuse_unknown(options, known, "data")
     return DataChoice(
@@ -528,14 +539,14 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
 
 
 def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whose | None:
-    """On whose examples natural clients' models are tested; None for simulated clients, who have the pool's."""
+    """Return the choice of test examples for natural clients; None for simulated clients, tested on the pool's."""
     expected = " or ".join(f'"{test}"' for test in TESTS)
     if given is not None and given not in TESTS:
         raise UserError("data.test", expected, repr(given), nearest(str(given), TESTS))
     if PARTITIONS.resolve(partition, "data.partition") is Natural:
         return dataset.test if given is None else given
     if given not in (None, "public"):
-        remedy = 'Choose data.partition = "natural", or take data.test away'
+        remedy = 'Choose data.partition = "natural", or remove data.test'
         raise UserError("data.test", f"natural clients for {given!r}", f"partition {partition!r}", remedy)
     return None
 

@@ -1,4 +1,4 @@
-"""Trying an experiment: everything is resolved and made, and one client computes one message."""
+"""Dry run of an experiment: build all parts, and let one client compute one signal."""
 
 import math
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from fedpriv.privacy import signal_warning
 
 __all__ = ["Findings", "try_experiment"]
 
-# Test examples that the loss is computed on.
+# Most test examples for the first loss.
 _MAX_TESTED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What an experiment consists of.
+    """The parts of an experiment, in numbers.
 
     Args:
         examples: Number of training examples.
@@ -29,15 +29,15 @@ class Findings:
         input_shape: Shape of one input.
         classes: Number of labels.
         clients: Number of clients.
-        fewest: Number of examples of the client with the fewest; None if clients are made when they are asked.
+        fewest: Number of examples of the client with the fewest; None if clients are generated on request.
         most: Number of examples of the client with the most.
         parameters: Number of trainable parameters.
         loss: Mean loss (nats) of the first model on test examples.
-        signal_norm: Length of what the client would send without bound and noise.
-        epsilon: What the run will spend; None if it is not private.
+        signal_norm: Norm of the client's signal, before bounding and noise.
+        epsilon: Epsilon of the whole run; None if it is not private.
         delta: Its delta.
-        warning: What to read before training; None if nothing.
-        sources: Where classes come from that are not of fedpriv, by key.
+        warning: A warning to read before training, if any.
+        sources: Sources of classes outside of fedpriv, by key.
     """
 
     examples: int
@@ -59,15 +59,15 @@ class Findings:
 def try_experiment(config: Config, *, device: str = "cpu", data_root: Path | None = None) -> Findings:
     """Load the data, build the model, calibrate the noise and let the client with the most examples compute once.
 
-    Nothing is written, and nothing is released.
+    This writes nothing and releases nothing.
 
     Args:
         config: The experiment.
-        device: Where gradients are computed.
-        data_root: Where data sets are; None for the environment's choice.
+        device: The device for gradients.
+        data_root: The folder of the data sets; None for the default.
 
     Raises:
-        UserError: If something cannot be made, or the first loss or signal is not finite.
+        UserError: If a part cannot be built, or the first loss or signal is not finite.
     """
     experiment = assemble(config, device=device, data_root=data_root)
     population, plan = experiment.population, experiment.plan

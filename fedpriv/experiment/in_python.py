@@ -1,4 +1,4 @@
-"""Experiments that are written in Python, with models and data in memory."""
+"""Experiments written in Python, with models and data in memory."""
 
 import copy
 import hashlib
@@ -49,31 +49,31 @@ class Experiment:
         print(experiment.plan())
         summary = experiment.run("out")
 
-    Its run directory is like any other. But its `config.toml` names objects in memory: it can be resumed by this
-    program only, with the same model and data, and not run again by itself.
+    Its run directory is like any other, but its `config.toml` names objects in memory. So only this program, with the
+    same model and data, can resume the run, and `config.toml` alone cannot repeat it.
 
     Args:
-        model: A torch module, which is copied and whose weights are the first model; or a function that returns one,
-            or a class, as `[model] name` may name it; or a built-in model such as `Mlp(hidden=(32,))`.
+        model: A torch module, of which a copy is trained from its current weights; or a function that returns one,
+            or a class, as for `[model] name`; or a built-in model such as `Mlp(hidden=(32,))`.
         data: A list with the examples of each client, as a pair of arrays `(inputs, labels)` or as a torch `Dataset`
             of such pairs; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a
             `fedpriv.data.dataset.Dataset`; or a built-in data set such as `Digits()`.
-        method: Such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
+        method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
-        privacy: The promise; None for a run without privacy.
-        local: How a client computes its signal; None for the full gradient.
-        cohort: Who takes part in a round; None for everyone.
-        partition: How the examples are divided among simulated clients; None for the natural clients if the data have
-            some, and otherwise at random.
+        privacy: The privacy guarantee; None for a run without privacy.
+        local: The local work of a client; None for the full gradient.
+        cohort: The sampling of a round's clients; None for everyone.
+        partition: The division of examples among simulated clients; None for the natural clients if the data have some,
+            otherwise at random.
         clients: Number of simulated clients; None for the natural clients.
-        test: Whose examples natural clients' models are tested on, see `[data] test`; None for public test examples if
-            there are such, and otherwise a fifth of each client's own.
-        seed: Of all randomness.
+        test: The test examples of natural clients, see `[data] test`; None for public test examples if the data have
+            some, otherwise a fifth of each client's examples.
+        seed: The seed of all randomness.
         evaluate_every: Rounds from one evaluation to the next.
-        name: What the experiment is called.
+        name: The name of the experiment.
 
     Raises:
-        UserError: If something is missing, or does not fit; when it is first needed.
+        UserError: If a part is missing or does not fit, raised when the part is first needed.
     """
 
     model: nn.Module | ModelSource | Callable[..., nn.Module]
@@ -92,7 +92,7 @@ class Experiment:
 
     @cached_property
     def config(self) -> Config:
-        """The experiment as any other, resolved."""
+        """The resolved experiment, as for one from a file."""
         source, dataset = _data_source(self.data)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
@@ -115,11 +115,11 @@ class Experiment:
         return config
 
     def plan(self) -> PrivacyPlan | None:
-        """Return what is promised to each client; None for a run without privacy. Nothing is trained."""
+        """Return the privacy plan; None for a run without privacy. Train nothing."""
         return self.config.plan(sampling_of(self.config))
 
     def check(self, *, device: str = "cpu") -> Findings:
-        """Make everything, and let one client compute one step; see `fedpriv check`."""
+        """Build all parts and let one client compute one step; see `fedpriv check`."""
         return try_experiment(self.config, device=device)
 
     def run(
@@ -136,11 +136,11 @@ class Experiment:
 
         Args:
             out: The run directory.
-            engine: `auto`, `loop` or `vectorized`: other processes do not have the objects.
-            device: Where gradients are computed.
+            engine: `auto`, `loop` or `vectorized`; engines with other processes cannot use objects in memory.
+            device: The device for gradients.
             resume: Resume from the checkpoint in `out`, if there is one.
             watch: Called after every round with its rows.
-            checkpoint_every: Rounds between checkpoints; None: about one in ten seconds.
+            checkpoint_every: Rounds between checkpoints; None for about one in ten seconds.
 
         Raises:
             UserError: For any mistake that the user can fix.
@@ -148,7 +148,7 @@ class Experiment:
         from fedpriv.experiment.run import run_experiment
 
         if engine not in ENGINES:
-            remedy = "Put model and data into files, and name them in a config, to use other engines"
+            remedy = "Use one of these, or put model and data into files and name them in a config"
             raise UserError("engine", f"{', '.join(ENGINES)} for objects in memory", repr(engine), remedy)
         return run_experiment(
             self.config,
@@ -191,7 +191,7 @@ def _of_clients(clients: Any) -> dict[str, Any]:
     """Return the arrays of a list of clients."""
     if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
         expected = "a list of clients, a mapping of arrays, or a data set"
-        raise UserError("data", expected, f"a {type(clients).__name__}", "See fedpriv.Experiment")
+        raise UserError("data", expected, f"a {type(clients).__name__}", "Give data as fedpriv.Experiment describes")
     inputs, labels, owners = [], [], []
     for number, client in enumerate(clients):
         if isinstance(client, tuple | list) and len(client) == 2:

@@ -1,8 +1,8 @@
-"""Running a sweep: trials side by side, what is done on the disk, what failed beside it, and a table of all.
+"""Run a sweep: trials in parallel, their run directories on disk with the failed ones, and a table of all.
 
-Neither Ray Tune nor Optuna runs it. A trial is a run directory like any other, which resumes by itself to the bit and
-is found again by its digest; a library that owns trials, their names, their checkpoints and their results would need a
-second truth beside that. On one machine without shares of GPUs the processes are ours; else Ray places them.
+A sweep uses neither Ray Tune nor Optuna. A trial is a run directory like any other: it resumes to the bit and is found
+by its digest. A library that owns trials, their names, their checkpoints and their results would need a second record
+of the same facts. On one machine without shares of GPUs, trials run in local processes; otherwise Ray places them.
 """
 
 import json
@@ -36,23 +36,23 @@ from fedpriv.tracking.trackers import check_trackers
 
 __all__ = ["SweepState", "run_sweep"]
 
-# A trial's name; its new status: `running`, `done`, `failed` or `stopped`; and what trackers complained of.
+# A trial's name; its new status: `running`, `done`, `failed` or `stopped`; and complaints of trackers.
 _Happened = tuple[str, str, list[str]]
 
 
 @dataclass
 class SweepState:
-    """How far a sweep is; what the live table shows.
+    """The progress of a sweep, for the live table.
 
     Args:
-        total: How many different trials there are.
-        done: How many have ended well, also in earlier sessions.
-        failed: How many did not.
-        stopped: How many were not worth their remaining rounds.
-        before: How many of these three there were when this session began.
-        running: What runs, by name.
-        complaints: What trackers complained of, by name.
-        began: When this session began, on the monotonic clock.
+        total: Number of different trials.
+        done: Number of finished trials, including those of earlier sessions.
+        failed: Number of failed trials.
+        stopped: Number of trials that the sweep's rule stopped early.
+        before: Number of these three kinds at the start of this session.
+        running: Labels of running trials, by name.
+        complaints: Complaints of trackers, by name of the trial.
+        began: Start of this session, on the monotonic clock (seconds).
     """
 
     total: int
@@ -66,17 +66,17 @@ class SweepState:
 
     @property
     def ended(self) -> int:
-        """How many will not run again by themselves."""
+        """Number of trials that are done, failed or stopped."""
         return self.done + self.failed + self.stopped
 
     @property
     def seconds_left(self) -> float | None:
-        """By the mean pace of this session; None before anything has ended."""
+        """Estimated time left (seconds) at the mean pace of this session; None before a trial has ended."""
         ended = self.ended - self.before
         return (time.monotonic() - self.began) / ended * (self.total - self.ended) if ended else None
 
     def count(self, status: str) -> None:
-        """One more that is `done`, `failed` or `stopped`; anything else is still to do."""
+        """Count one more trial that is `done`, `failed` or `stopped`; ignore any other status."""
         self.done += status == "done"
         self.failed += status == "failed"
         self.stopped += status == "stopped"
@@ -95,23 +95,23 @@ def run_sweep(
     tracking: Tracking | None = None,
     watch: Callable[[SweepState], None] | None = None,
 ) -> pd.DataFrame:
-    """Runs what is not done yet, and returns the table of all trials.
+    """Run all unfinished trials and return the table of all trials.
 
     Args:
-        sweep: What to run.
+        sweep: The sweep.
         out: The sweep's folder: `trials/NAME/` are run directories, `trials.csv` is the table.
-        jobs: Most trials at a time; None for as many as the machines have room for.
-        execution: How each trial runs, and what it needs; None for one core and the vectorized engine.
-        data_root: Where data sets lie; None for the environment's choice.
-        resume: Whether `out` may hold a part of a sweep.
-        retry: Whether trials that failed are tried again.
-        stop: Whether the sweep's rule stops trials; if not, those that it has stopped are gone on with.
-        tracking: Who gets each trial's rows; None for nobody.
-        watch: Called whenever something has begun or ended.
+        jobs: Most trials at a time; None for as many as fit on the machines.
+        execution: The execution of each trial, and its resources; None for one core and the vectorized engine.
+        data_root: The folder of the data sets; None for the default.
+        resume: Resume the sweep in `out`, if there is one.
+        retry: Run failed trials again.
+        stop: Let the sweep's rule stop trials early. If False, trials that it has stopped resume.
+        tracking: The trackers that receive each trial's rows; None for no trackers.
+        watch: Called whenever a trial has begun or ended.
 
     Raises:
-        UserError: If no trial is an experiment, or the folder is taken. Failing trials do not stop a sweep.
-        OSError: If the disk is full, or cannot be written to.
+        UserError: If no trial is a valid experiment, or the folder is in use. Failed trials do not stop a sweep.
+        OSError: If the disk is full or not writable.
     """
     execution, tracking = execution or TrialExecution(), tracking or Tracking()
     if jobs is not None:
@@ -123,12 +123,14 @@ def run_sweep(
     folder = RunDirectory(out)
     with folder.locked():
         if (out / TRIALS).exists() and not resume:
-            raise UserError(str(out), "a folder without a sweep", "one", "Add --resume, or choose another --out")
-        # A worker's folder and environment may be others.
+            raise UserError(
+                str(out), "a folder without a sweep", "a folder with one", "Add --resume, or choose another --out"
+            )
+        # The current folder and the environment of a worker may differ.
         root = (data_root or default_data_root()).resolve()
         trials, refused, plan = _trials(sweep, folder, root)
         if not trials:
-            raise refused[0][1] if refused else UserError("axes", "a trial", "none", "Give values")
+            raise refused[0][1] if refused else UserError("axes", "at least one trial", 0, "Give values for each axis")
         if sweep.stop is not None:
             folder.write_json(GROUPS, {name: group_of(trial.config) for name, trial in trials.items()})
         again = (*((FAILURE,) if retry else ()), *(() if stop else (STOPPED,)))
@@ -158,7 +160,7 @@ def run_sweep(
                     table.write_now_and_then()
         except BaseException:
             with suppress(OSError):
-                for name in left:  # a trial may have ended without a word of it having arrived
+                for name in left:  # a trial may have ended without its event
                     table.changed(name)
                 table.write()
             raise
@@ -178,7 +180,7 @@ def _select(
     device: str,
     root: Path,
 ) -> dict[str, Any]:
-    """The best trial, by its score in the table, or by one that is noised first."""
+    """Return the best trial, by its score in the table or by its score with noise."""
     config, noise = next(iter(trials.values())).config, tuning.score_noise
     score = score_of(config, noise)
     if noise is None:
@@ -201,22 +203,22 @@ def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:
     if sweep.tuning is None:
         return
     if retry:
-        remedy = "A trial that failed was drawn like the others, and counts as the worst"
-        raise UserError("--retry", "a sweep without [tuning]", "one with it", remedy)
+        remedy = "Omit --retry: a failed trial was drawn like the others, and counts as the worst"
+        raise UserError("--retry", "a sweep without [tuning]", "a sweep with it", remedy)
     if logs:
-        remedy = "All trials but the selected one stay secret: log that one when it is known"
-        raise UserError("--log", "a sweep without [tuning]", "one with it", remedy)
+        remedy = "Omit --log: all trials except the selected one stay secret"
+        raise UserError("--log", "a sweep without [tuning]", "a sweep with it", remedy)
 
 
 def _trials(
     sweep: Sweep, folder: RunDirectory, root: Path
 ) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]], PrivacyPlan | None]:
-    """Trials by name, those that are none, and the plan of all if they are those of a tuning; makes their folder."""
+    """Make the folder of trials; return trials by name, invalid ones with the reason, and a tuning's common plan."""
     where = folder.file(TRIALS)
     if sweep.tuning is None:
         if folder.file(DRAWN).exists():
-            remedy = "Choose another --out: what a tuning promises would not hold"
-            raise UserError(str(folder.path), "a folder without a tuning", "one", remedy)
+            remedy = "Choose another --out: a plain sweep in this folder would break the guarantee of its tuning"
+            raise UserError(str(folder.path), "a folder without a tuning", "a folder with one", remedy)
         where.mkdir(exist_ok=True)
         return *_different(sweep), None
     grid = sweep.trials()
@@ -226,13 +228,13 @@ def _trials(
     make_owners_folder(where)
     drawn = [sweep.drawn(row["place"], row["draw"], grid) for row in rows]
     if not drawn:
-        remedy = "A larger expected_trials makes it unlikely; another tuning spends again"
-        raise UserError("[tuning]", "a trial", "none: 0 was drawn, and nothing is selected", remedy)
+        remedy = "Increase expected_trials, which makes this unlikely; another tuning spends epsilon again"
+        raise UserError("[tuning]", "a trial", "a draw of 0 trials, which selects none", remedy)
     return {trial.name: trial for trial in drawn}, [], plan
 
 
 def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserError]]]:
-    """Trials by name, each experiment once, and those that are none, with the reason."""
+    """Return trials by name, each experiment once, and invalid trials with the reason."""
     trials: dict[str, Trial] = {}
     refused: list[tuple[Trial, UserError]] = []
     for trial in sweep.trials():
@@ -246,7 +248,7 @@ def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserEr
 def _finish(
     left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, execution: TrialExecution
 ) -> Generator[_Happened | None]:
-    """Runs trials; yields what happens, or None meanwhile."""
+    """Run trials; yield an event for each change, and None while waiting."""
     if not left:
         return
     folder = out.resolve() / TRIALS
@@ -270,13 +272,13 @@ def _side_by_side(work: Iterable[Job], jobs: int | None, execution: TrialExecuti
         return ray_jobs.side_by_side(work, jobs, cpus=cpus, gpus=execution.gpus, address=execution.ray_address)
     places = int(cores() / cpus + 1e-9)
     if not places:
-        remedy = "Ask for less, or join a Ray that has it"
+        remedy = "Give fewer, or join a Ray with more"
         raise UserError("--cpus-per-trial", f"a machine with {cpus:g} CPU", cores(), remedy)
     return local_jobs.side_by_side(work, min(jobs or places, places), threads=execution.threads)
 
 
 def _ended(folder: Path, result: Any) -> str:
-    """The status of a trial that has just ended; a failure is written down."""
+    """Return the status of a trial that has just ended; write a file for a failure."""
     if isinstance(result, DiskTrouble):
         raise OSError(result.number, result.words, result.where)
     if isinstance(result, BaseException):
@@ -284,7 +286,7 @@ def _ended(folder: Path, result: Any) -> str:
         RunDirectory(folder).write_text(FAILURE, json.dumps({"reason": str(result)}) + "\n")
     status = status_of(folder)
     if not status:
-        remedy = "Choose one on a file system that all machines of the Ray share"
+        remedy = "Choose a folder on a file system that all machines of the Ray share"
         raise UserError("--out", "a folder that every trial can write to", f"no results in {folder}", remedy)
     return status
 

@@ -24,21 +24,21 @@ from fedpriv.tracking.trackers import track, watched_by
 __all__ = ["DiskTrouble", "Manner", "Tracking", "TrialExecution", "run_trial"]
 
 _LOCKED_SECONDS = 120.0
-# Errors that every other trial would meet as well.
+# Errors that would stop every other trial as well.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialExecution:
-    """How each trial of a sweep runs, and what it needs of a machine; no trial's experiment depends on it.
+    """The execution of each trial of a sweep, and its resources; no trial's experiment depends on them.
 
     Args:
-        engine: One in process: `auto`, `loop` or `vectorized`.
-        device: Where gradients are computed.
-        cpus: Cores that a trial needs; PyTorch uses as many threads, and one at least.
-        gpus: Share of a GPU that a trial needs; above 0 a Ray is started that deals them out.
-        ray: Whether Ray deals out this machine's cores, too; it takes seconds to start, and its daemons their share.
-        ray_address: HOST:PORT of a running Ray, whose machines then run the trials.
+        engine: An engine in process: `auto`, `loop` or `vectorized`.
+        device: The device for gradients.
+        cpus: Cores for each trial; PyTorch uses as many threads, and at least one.
+        gpus: Share of a GPU for each trial; above 0, Ray schedules the trials.
+        ray: Schedule trials with Ray without GPUs, too. Ray takes seconds to start, and its daemons use some CPU.
+        ray_address: HOST:PORT of a running Ray; its machines then run the trials.
     """
 
     engine: str = "vectorized"
@@ -49,12 +49,12 @@ class TrialExecution:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        real_from("--cpus-per-trial", self.cpus, 0.01, "0.5 puts two trials on a core", high=4096.0)
-        real_from("--gpus-per-trial", self.gpus, 0, "0.25 puts four on a GPU", high=64.0)
+        real_from("--cpus-per-trial", self.cpus, 0.01, "Give 0.5 to put two trials on a core", high=4096.0)
+        real_from("--gpus-per-trial", self.gpus, 0, "Give 0.25 to put four trials on a GPU", high=64.0)
 
     @property
     def on_ray(self) -> bool:
-        """Whether Ray runs the trials, and not processes of our own."""
+        """True if Ray runs the trials, instead of local processes."""
         return self.ray or self.gpus > 0 or self.ray_address is not None
 
     @property
@@ -65,11 +65,11 @@ class TrialExecution:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Who gets each trial's rows beside its run directory.
+    """The trackers that receive each trial's rows, in addition to its run directory.
 
     Args:
         logs: Names of `tracking.TRACKERS`.
-        diagnostics: Whether they get what is not released, too; None for runs without `[privacy]` alone.
+        diagnostics: Also send unreleased diagnostics to the trackers; None for runs without `[privacy]` only.
     """
 
     logs: Sequence[str] = ()

@@ -1,1 +1,1 @@
-"""What is learned and how: losses and metrics, models, local work."""
+"""The learning task: losses and metrics, models, local work."""

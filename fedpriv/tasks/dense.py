@@ -1,8 +1,8 @@
 """Gradients of many clients at once for stacks of dense layers, written out as matrix products.
 
 A general batched gradient (`torch.func.vmap`) pays for every small operation of every layer. For dense layers with
-ReLU between them, forward and backward are a few products: one for all examples where clients share a model, and one
-batched product by client where a gradient is.
+ReLU between them, forward and backward are a few products. If clients share a model, one product serves all examples;
+gradients take one batched product, with one batch per client.
 """
 
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ class DenseLayers:
     """A classifier of dense layers with ReLU between them, softmax and cross entropy.
 
     Args:
-        shapes: `(outputs, inputs)` of each layer; weights `[outputs, inputs]` and biases `[outputs]` lie one after the
-            other in the model vector.
+        shapes: `(outputs, inputs)` of each layer; the model vector holds the weights `[outputs, inputs]` and
+            the biases `[outputs]` of one layer after the other.
     """
 
     shapes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of_module(cls, module: nn.Module) -> "DenseLayers | None":
-        """The layers of a `Sequential` of Flatten, Linear, ReLU, Linear, ...; None for any other module."""
+        """Return the layers of a `Sequential` of Flatten, Linear, ReLU, Linear, ...; None for any other module."""
         if type(module) is not nn.Sequential or len(module) < 2 or not _is_flatten(module[0]):
             return None
         layers, between = list(module)[1::2], list(module)[2::2]
@@ -40,7 +40,7 @@ class DenseLayers:
         return cls(tuple((layer.out_features, layer.in_features) for layer in linear))
 
     def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Gradients `[clients, params]` of the clients' weighted cross entropies; see `Task.gradients`.
+        """Return the gradients `[clients, params]` of the clients' weighted cross entropies; see `Task.gradients`.
 
         Args:
             models: `[params]` for all clients, or `[clients, params]`.
@@ -71,7 +71,7 @@ class DenseLayers:
         return sum(prod(shape) + shape[0] for shape in self.shapes)
 
     def _layers(self, vectors: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of weights `[..., outputs, inputs]` and biases `[..., outputs]` of vectors `[..., params]`."""
+        """Yield views of weights `[..., outputs, inputs]` and biases `[..., outputs]` of vectors `[..., params]`."""
         start, lead = 0, vectors.shape[:-1]
         for shape in self.shapes:
             middle = start + prod(shape)
@@ -86,14 +86,14 @@ def _is_flatten(layer: nn.Module) -> bool:
 
 
 def _affine(below: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[clients, examples, outputs]` of a layer that clients share, or of one for each."""
+    """Return the outputs `[clients, examples, outputs]` of a layer, shared or with one weight per client."""
     if weight.dim() == 2:
         return torch.nn.functional.linear(below, weight, bias)
     return torch.baddbmm(bias.unsqueeze(1), below, weight.transpose(1, 2))
 
 
 def _slope_of_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Derivative of the weighted cross entropies by the logits, `[clients, examples, classes]`."""
+    """Return the derivative of the weighted cross entropies by the logits, `[clients, examples, classes]`."""
     slope = torch.softmax(logits, dim=-1)
     slope.scatter_add_(-1, labels.unsqueeze(-1), slope.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
     return slope.mul_(weights.unsqueeze(-1))

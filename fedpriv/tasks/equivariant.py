@@ -17,7 +17,7 @@ ORIENTATIONS = 4
 
 
 class LiftingConv(nn.Module):
-    """From an image `[n, before, h, w]` to feature maps in four orientations `[n, after * 4, h, w]`.
+    """A convolution of an image `[n, before, h, w]` to feature maps in four orientations `[n, after * 4, h, w]`.
 
     Args:
         before: Channels of the image.
@@ -36,7 +36,7 @@ class LiftingConv(nn.Module):
 
 
 class GroupConv(nn.Module):
-    """From feature maps in four orientations `[n, before * 4, h, w]` to such maps `[n, after * 4, h, w]`.
+    """A convolution of feature maps in four orientations, `[n, before * 4, h, w]` to `[n, after * 4, h, w]`.
 
     Args:
         before: Number of maps, each in four orientations.
@@ -50,7 +50,7 @@ class GroupConv(nn.Module):
         self.weight = nn.Parameter(_drawn(after, before, ORIENTATIONS, kernel, kernel, fan_in=fan_in))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Convolve with every kernel turned, and its orientations shifted by as much."""
+        """Convolve with every kernel in every rotation, its orientations shifted accordingly."""
         turned = [
             torch.rot90(self.weight, turn, (-2, -1)).roll(turn, dims=2).flatten(1, 2) for turn in range(ORIENTATIONS)
         ]
@@ -62,7 +62,7 @@ class OrientedNorm(nn.Module):
     """Group normalization of maps in four orientations; the orientations of a map share scale and shift.
 
     Args:
-        maps: Number of maps; each is a group of its own with its four orientations.
+        maps: Number of maps; each forms one group with its four orientations.
     """
 
     def __init__(self, maps: int) -> None:
@@ -76,7 +76,7 @@ class OrientedNorm(nn.Module):
 
 
 def pooled(maps: Tensor) -> Tensor:
-    """Return the maxima of windows that lie symmetrically, so that turned maps give turned maxima; half as many a side.
+    """Return the maxima of symmetrically placed windows, so that turned maps give turned maxima; sides are halved.
 
     Args:
         maps: `[n, channels, h, w]`, both sides at least 2.
@@ -86,6 +86,6 @@ def pooled(maps: Tensor) -> Tensor:
 
 
 def _drawn(*shape: int, fan_in: int) -> Tensor:
-    """Weights for ReLU, of variance 2 / fan_in (He et al. 2015); nothing on the meta device."""
+    """Draw weights for ReLU, of variance 2 / fan_in (He et al. 2015); draw nothing on the meta device."""
     made = torch.empty(*shape)
     return made if made.is_meta else made.normal_(0.0, (2.0 / fan_in) ** 0.5)

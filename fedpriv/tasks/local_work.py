@@ -1,4 +1,4 @@
-"""Local work: how a client makes its signal from the model and its data. The method does not care which."""
+"""Local work: how a client computes its signal from the model and its data. Methods do not depend on it."""
 
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
@@ -16,16 +16,16 @@ __all__ = [
     "LOCAL_WORKS",
     "FullGradient",
     "LocalEpochs",
+    "LocalSGD",
     "LocalSteps",
     "LocalWork",
     "MinibatchGradient",
-    "Walk",
     "make_signal",
 ]
 
 MAX_STEPS = 100_000
 MAX_EPOCHS = 10_000
-"""More than anybody waits for; the batches of all steps of a round are drawn at once."""
+"""Largest numbers of steps and passes in a round; the batches of all of them are drawn at once."""
 
 # The examples of each step as positions in the client's data; None for all of them.
 Batches = list[np.ndarray | None]
@@ -33,51 +33,51 @@ Signal = Literal["move", "gradient-sum", "gradient-mean"]
 
 
 class LocalWork(Protocol):
-    """A frozen dataclass that says which examples each step uses and how long each step is.
+    """The settings of local work: the examples and the length of each step. A frozen dataclass.
 
-    `client_lr` None means one gradient, sent as it is. Otherwise the client walks x_{t+1} = x_t - client_lr grad_t
-    over its steps and sends a pseudo-gradient, the one that `signal` says:
+    With `client_lr` None, the client sends one gradient. Otherwise it takes the steps
+    x_{t+1} = x_t - client_lr grad_t and sends a pseudo-gradient, chosen by `signal`:
 
     * `move`: x_0 - x_T;
-    * `gradient-sum`: (x_0 - x_T) / client_lr, the sum of the gradients on its way;
+    * `gradient-sum`: (x_0 - x_T) / client_lr, the sum of the gradients of its steps;
     * `gradient-mean`: (x_0 - x_T) / (client_lr T), their mean, as long as one gradient however many steps there are.
     """
 
     @property
     def client_lr(self) -> float | None:
-        """Length of a local step, or None for a gradient."""
+        """Length of a local step; None for one gradient."""
         ...
 
     @property
     def batch_size(self) -> int | None:
-        """Examples of a step; a client that has no more draws nothing, and all do where it is None."""
+        """Examples of a step. A client with no more than that uses all and draws nothing; so do all clients if None."""
         ...
 
     @property
     def signal(self) -> Signal | None:
-        """Which pseudo-gradient is sent; None where `client_lr` is None."""
+        """The kind of pseudo-gradient; None if `client_lr` is None."""
         ...
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """How many examples clients go through in a round, `[clients]`, from how many they have."""
+        """Return the number of examples that clients process in a round, `[clients]`, from their `examples`."""
         ...
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """The examples of each step, of at least one; a client with more examples may take more steps."""
+        """Return the examples of each step, at least one step; a client with more examples may take more steps."""
         ...
 
 
 class _OneGradient:
-    """What local work without steps says of itself."""
+    """Base of local work without steps."""
 
     @property
     def client_lr(self) -> None:
-        """One gradient."""
+        """None: one gradient."""
         return
 
     @property
     def signal(self) -> None:
-        """The gradient itself."""
+        """None: the gradient itself."""
         return
 
 
@@ -87,15 +87,15 @@ class FullGradient(_OneGradient):
 
     @property
     def batch_size(self) -> None:
-        """All examples."""
+        """None: all examples."""
         return
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """All examples."""
+        """Return the number of all examples; see `LocalWork.walked`."""
         return examples
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """All examples, once."""
+        """Return one step on all examples."""
         return [None]
 
 
@@ -113,11 +113,11 @@ class MinibatchGradient(_OneGradient):
         _require_count("local.batch_size", self.batch_size)
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """A batch at most."""
+        """Return the size of one batch; see `LocalWork.walked`."""
         return np.minimum(examples, self.batch_size)
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """One batch."""
+        """Return one batch."""
         return [_draw(examples, self.batch_size, rng)]
 
 
@@ -129,7 +129,7 @@ class LocalSteps:
         steps: Number of local steps, at most `MAX_STEPS`.
         client_lr: Length of each.
         batch_size: Examples of each step, drawn without replacement; None for all.
-        signal: See `LocalWork`. `move` is left out of resolved configs: it was all there was.
+        signal: See `LocalWork`. Resolved configs omit `move`, the only kind of older versions.
     """
 
     steps: int
@@ -145,11 +145,11 @@ class LocalSteps:
         _require_signal(self.signal)
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """A batch at most in every step."""
+        """Return the examples of all steps; see `LocalWork.walked`."""
         return self.steps * (examples if self.batch_size is None else np.minimum(examples, self.batch_size))
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """One batch a step."""
+        """Return one batch per step."""
         return [_draw(examples, self.batch_size, rng) for _ in range(self.steps)]
 
 
@@ -163,8 +163,8 @@ class LocalEpochs:
     Args:
         epochs: Number of passes, at most `MAX_EPOCHS`.
         client_lr: Length of each step.
-        batch_size: Examples of each step, the last of a pass may have fewer; None for all.
-        order: `fixed`, the examples as they lie, in every pass and round; or `reshuffled`, drawn anew for each pass.
+        batch_size: Examples of each step; the last step of a pass may have fewer; None for all.
+        order: `fixed`, the order of the data in every pass and round; or `reshuffled`, drawn for each pass.
         signal: See `LocalWork`.
     """
 
@@ -184,11 +184,11 @@ class LocalEpochs:
         _require_signal(self.signal)
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """All examples in every pass."""
+        """Return all examples of every pass; see `LocalWork.walked`."""
         return self.epochs * examples
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """Pass after pass, the batches that an order of the examples falls into."""
+        """Return the batches of all passes: consecutive pieces of the order of examples in each pass."""
         size = self.batch_size
         if size is None or size >= examples:
             return [None] * self.epochs
@@ -210,7 +210,7 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
 )
 
 
-# Where a client uses all its examples, nothing is drawn, and making a generator costs more than asking for none.
+# A client that uses all its examples draws nothing; a shared generator saves the cost of making one.
 _UNUSED = np.random.default_rng(0)
 
 
@@ -221,21 +221,21 @@ def batches_of(
     round: int,
     client: int,
 ) -> Batches:
-    """The examples of each of the client's steps in this round: the same in every engine."""
+    """Return the examples of each of the client's steps in this round, the same in every engine."""
     if work.batch_size is None or work.batch_size >= examples:
         return work.batches(examples, _UNUSED)
     return work.batches(examples, streams.source(Purpose.LOCAL_WORK, round, client).rng)
 
 
-class Walk:
-    """The local steps of one client, or of several at once, and the signal that they make.
+class LocalSGD:
+    """The local steps of one client, or of several at once, and their signal.
 
     Args:
-        work: Gives the length of a step and the kind of signal; its `client_lr` is not None.
+        work: Its `client_lr`, which is not None, is the length of a step; its `signal` the kind of signal.
         start: x_0, `[params]`.
 
     Attributes:
-        model: Where the client stands, `[params]`; `[clients, params]` for several that have taken a step.
+        model: The local model `[params]`; `[clients, params]` for several clients after the first step.
     """
 
     def __init__(self, work: LocalWork, start: Tensor) -> None:
@@ -247,16 +247,16 @@ class Walk:
         self._sum: Tensor | None = None
 
     def step(self, gradient: Tensor) -> None:
-        """A step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished."""
+        """Take a step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished."""
         self.model = self.model - self._lr * gradient
         if self._kind != "move":
             self._sum = gradient if self._sum is None else self._sum + gradient
 
     def signal(self, steps: Tensor | int) -> Tensor:
-        """What is sent after `steps` steps, by client `[clients, 1]` for several.
+        """Return the signal after `steps` steps: a number, or `[clients, 1]` for several clients.
 
-        The sum of gradients is added up, not taken from the models: those are rounded, and a small `client_lr` would
-        magnify that. So one step on all examples gives the full gradient, to the bit.
+        Gradients are added up, not computed from the models: models are rounded, and a small `client_lr` would
+        magnify the error. So one step on all examples gives the full gradient, to the bit.
         """
         if self._sum is None:
             return self._start - self.model
@@ -271,22 +271,22 @@ def make_signal(
     work: LocalWork,
     batches: Batches,
 ) -> Tensor:
-    """One client's signal `[params]`; the reference that batched engines are tested against.
+    """Return one client's signal `[params]`; batched engines are tested against this reference.
 
     Args:
-        task: Gives gradients.
+        task: Computes gradients.
         model: x, `[params]`.
         inputs: The client's inputs `[examples, *input_shape]`.
         labels: Its labels `[examples]`.
-        work: What it does; see `LocalWork`.
+        work: See `LocalWork`.
         batches: See `LocalWork.batches`; at least one.
     """
     if work.client_lr is None:
         return task.gradient(model, *_select(inputs, labels, batches[0]))
-    walk = Walk(work, model)
+    steps = LocalSGD(work, model)
     for batch in batches:
-        walk.step(task.gradient(walk.model, *_select(inputs, labels, batch)))
-    return walk.signal(len(batches))
+        steps.step(task.gradient(steps.model, *_select(inputs, labels, batch)))
+    return steps.signal(len(batches))
 
 
 def _select(inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> tuple[Tensor, Tensor]:
@@ -299,10 +299,10 @@ def _draw(examples: int, size: int | None, rng: np.random.Generator) -> np.ndarr
     return np.sort(rng.choice(examples, size, replace=False))
 
 
-def _require_count(key: str, value: int, most: int | None = None) -> None:
+def _require_count(key: str, value: int, maximum: int | None = None) -> None:
     positive_int(key, value, "Give a larger number")
-    if most is not None and value > most:
-        raise UserError(key, f"at most {most:,}", value, "A client does all of them in one round: give less")
+    if maximum is not None and value > maximum:
+        raise UserError(key, f"at most {maximum:,}", value, "Give less: a client does all of them in one round")
 
 
 def _require_signal(kind: str) -> None:

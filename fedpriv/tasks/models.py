@@ -1,7 +1,7 @@
 """Models: frozen settings that build a torch module for given inputs, the same parameters for the same seed.
 
-No model has buffers (no batch statistics): everything it learns is in its parameters, which is all that a
-round exchanges and all that the privacy statement speaks about.
+No model has buffers (no batch statistics): everything it learns is in its parameters. Rounds exchange nothing else,
+and the privacy statement covers nothing else.
 """
 
 import itertools
@@ -26,12 +26,12 @@ _MAX_LAYERS = 1000
 
 
 class ModelSource(Protocol):
-    """Settings of a model; filled from the table `[model]`. `dense`: it consists of dense layers alone."""
+    """Settings of a model; filled from the table `[model]`. `dense` is True if it has dense layers alone."""
 
     dense: ClassVar[bool]
 
     def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
-        """The number of parameters of the module that `build` makes; takes no memory for them.
+        """Return the number of parameters of the module that `build` makes, without allocating them.
 
         Args:
             input_shape: Shape of one input.
@@ -43,12 +43,12 @@ class ModelSource(Protocol):
         ...
 
     def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """A module from `[batch, *input_shape]` to logits `[batch, classes]`, on the CPU, float32.
+        """Return a module from `[batch, *input_shape]` to logits `[batch, classes]`, on the CPU, float32.
 
         Args:
             input_shape: Shape of one input.
             classes: Number of labels.
-            seed: Decides the start alone; the global generators are neither read nor moved.
+            seed: Decides the first weights and nothing else. The global generators are neither read nor changed.
 
         Raises:
             UserError: If the model does not fit such inputs.
@@ -57,7 +57,7 @@ class ModelSource(Protocol):
 
 
 class _Made:
-    """Counting and building for frozen settings whose `_make` gives a module on torch's default device."""
+    """Base of frozen settings with `_make`, which returns a module on torch's default device."""
 
     def _make(self, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         raise NotImplementedError
@@ -68,7 +68,7 @@ class _Made:
             return sum(parameter.numel() for parameter in self._make(input_shape, classes).parameters())
 
     def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`. Every generator is left as it was."""
+        """See `ModelSource.build`. No generator is changed."""
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             return self._make(input_shape, classes)
@@ -95,7 +95,7 @@ class Mlp(_Made):
         hidden: Widths of the hidden layers, at most 1,000 of them.
 
     Raises:
-        UserError: If a width is not a positive whole number, or there are more.
+        UserError: If a width is not a positive whole number, or there are too many.
     """
 
     dense: ClassVar[bool] = True
@@ -143,7 +143,7 @@ class Cnn(_Made):
 
 @dataclass(frozen=True, kw_only=True)
 class ResNet20(_Made):
-    """The CIFAR ResNet of 20 layers with group instead of batch normalisation.
+    """The CIFAR ResNet of 20 layers with group instead of batch normalization.
 
     269,722 parameters on CIFAR-10. Shortcuts between stages drop every second pixel and add zero channels
     (option A), so they have no parameters. Sources: He et al., arXiv:1512.03385, section 4.2;
@@ -159,11 +159,11 @@ class ResNet20(_Made):
 
 @dataclass(frozen=True, kw_only=True)
 class C4Cnn(_Made):
-    """A small network for images whose rotation does not matter: an image turned by 90 degrees has the same logits.
+    """A small network that ignores rotation: an image turned by 90 degrees has the same logits.
 
     Three convolutions over the rotations by quarter turns with group normalization, ReLU and max-pooling, then the
     maximum over orientations, the mean over places and a dense layer. 14,674 parameters on `[3, 32, 32]` and 10
-    classes. Images that mean something else when turned (6 and 9) cannot be told apart. See
+    classes. It cannot distinguish images that differ by a turn alone (6 and 9). See
     `fedpriv.tasks.equivariant`.
 
     Args:
@@ -198,7 +198,7 @@ def _size(input_shape: tuple[int, ...]) -> int:
 
 
 def _image(model: str, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Channels, height and width, where there are such."""
+    """Return channels, height and width, or raise UserError if the inputs are no images."""
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
         expected = f"inputs [channels, height, width] with sides of at least 4 for {model!r}"
         remedy = "Choose 'softmax' or 'mlp', or a dataset of images"
@@ -239,7 +239,7 @@ def _resnet20(channels: int, classes: int) -> nn.Module:
 
 def _conv3x3(before: int, after: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-    if not conv.weight.is_meta:  # nothing to draw, and torch would load seconds of machinery for it
+    if not conv.weight.is_meta:  # nothing to draw; torch would spend seconds on imports for it
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
@@ -274,7 +274,7 @@ class _Block(nn.Module):
         self.conv2, self.norm2 = _conv3x3(after, after, 1), _norm(after)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[batch, before, h, w]` to `[batch, after, h / stride, w / stride]`."""
+        """Map images `[batch, before, h, w]` to `[batch, after, h / stride, w / stride]`."""
         inner = functional.relu(self.norm1(self.conv1(x)))
         kept = x[:, :, :: self.stride, :: self.stride]
         shortcut = functional.pad(kept, (0, 0, 0, 0, 0, self.added_channels))

@@ -1,4 +1,4 @@
-"""Models that are a module's class, or a function that returns a module, such as `"./net.py:Net"`."""
+"""User models: a module's class, or a function that returns a module, such as `"./net.py:Net"`."""
 
 import copy
 from collections.abc import Callable
@@ -19,9 +19,9 @@ _KEY = "model.name"
 
 @dataclass(frozen=True, kw_only=True)
 class OwnModule:
-    """Base of the settings of such a model; the fields of what `of` returns are the parameters of the class.
+    """Base of the settings of a user model. The class that `of` returns has the parameters of the model as fields.
 
-    Parameters named `input_shape` (tuple of ints) and `classes` (int) are passed by the program. The module maps
+    The program itself passes parameters named `input_shape` (tuple of ints) and `classes` (int). The module maps
     float32 inputs `[batch, *input_shape]` to logits `[batch, classes]`. Its first weights follow from the seed.
     """
 
@@ -39,7 +39,7 @@ class OwnModule:
         return settings_of(OwnModule, found, where, given=("input_shape", "classes"), reserved=("name",))
 
     def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
-        """See `ModelSource.parameters`; what is frozen does not count, and what is shared counts once."""
+        """See `ModelSource.parameters`. Frozen parameters do not count; shared ones count once."""
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 module = self._make(input_shape, classes)
@@ -48,7 +48,7 @@ class OwnModule:
         return sum(parameter.numel() for parameter in trainable(module).values())
 
     def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """See `ModelSource.build`; two inputs of zeros go through the module, to see that it fits the data.
+        """See `ModelSource.build`. Two inputs of zeros go through the module, to check that it fits the data.
 
         Raises:
             UserError: If the class or the module raises, or the module's outputs have another shape or type.
@@ -73,8 +73,8 @@ class OwnModule:
             remedy = "Return a torch.nn.Module"
             raise UserError(_KEY, "a function that returns a module", f"a {type(module).__name__}", remedy)
         if not trainable(module):
-            remedy = "Leave requires_grad of what shall be trained"
-            raise UserError(_KEY, "a module with trainable parameters", "none", remedy)
+            remedy = "Keep requires_grad = True for the parameters to train"
+            raise UserError(_KEY, "a module with trainable parameters", "only frozen parameters", remedy)
         return module
 
     def _try(self, module: nn.Module, input_shape: tuple[int, ...], classes: int) -> None:
@@ -105,7 +105,7 @@ class OwnModule:
             raise UserError(_KEY, "logits that follow from the inputs alone", "others after other inputs", remedy)
         if not _equal(logits, again):
             remedy = "Set the rate of dropout to 0: its draws would differ between engines"
-            raise UserError(_KEY, "logits that follow from the inputs", "others each time", remedy)
+            raise UserError(_KEY, "logits that depend on the inputs alone", "different ones in two calls", remedy)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

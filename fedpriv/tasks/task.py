@@ -1,4 +1,4 @@
-"""What is learned: a module seen as a function of one flat vector, and its loss on labelled examples."""
+"""The learning task: a module as a function of one flat vector, and its loss on labeled examples."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,25 +14,25 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.vectors import Layout, trainable
 
-__all__ = ["PIECE_FLOATS", "PRECISIONS", "Task"]
+__all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Task"]
 
 PRECISIONS = ["float32", "bfloat16"]
 
-# Floats of inputs that go through the module at once. Activations are many times larger: full gradients of thousands of
-# images must be summed piece by piece. The pieces are part of how gradients are rounded, the same in every engine.
-PIECE_FLOATS = 2**22
+# Most floats of inputs that go through the module at once. Activations are many times larger, so full gradients of
+# thousands of images are summed piece by piece. The pieces affect rounding; they are the same in every engine.
+MAX_PIECE_FLOATS = 2**22
 
 
 class Task:
-    """Classification by a module whose trainable parameters are the flat model vector; what is frozen stays as it is.
+    """Classification by a module. The flat model vector holds its trainable parameters; frozen ones never change.
 
     Args:
         module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no layer keeps statistics of
-            the examples that it sees.
-        device: Where gradients are computed.
-        channels_last: Whether images go through the module with their channels innermost, which convolutions on CPUs
-            like better; gradients are equal up to rounding (which now and then turns a pooling window the other way).
-        precision: `float32`, or `bfloat16` for products in that format: gradients off by up to a tenth of their length.
+            examples.
+        device: The device for gradients.
+        channels_last: Store images with channels innermost, which is faster for convolutions on CPUs. Gradients are
+            equal up to rounding (which occasionally changes the maximum of a pooling window).
+        precision: `float32`, or `bfloat16` for products in that format: gradient errors reach a tenth of their length.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Task:
         self.dense = dense if dense is not None and dense.size == self.layout.size else None
 
     def initial_model(self) -> Tensor:
-        """The module's own parameters as a vector `[params]` on the CPU."""
+        """Return the module's first parameters as a vector `[params]` on the CPU."""
         return self._initial.clone()
 
     def on(self, device: torch.device) -> "Task":
-        """The same task computed elsewhere."""
+        """Return the same task on another device."""
         if device == self.device:
             return self
         module = copy.deepcopy(self._module)
@@ -71,17 +71,17 @@ class Task:
         return Task(module, device, channels_last=self._channels_last, precision=self._precision)
 
     def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
-        """Logits `[examples, classes]` of the model `[params]` on inputs."""
+        """Return logits `[examples, classes]` of the model `[params]` on inputs."""
         parameters = self.layout.unflatten(model)
         return self._in_precision(lambda: functional_call(self._module, parameters, (inputs,)))
 
     def loss(self, model: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum of the examples' cross entropies (nats); `weights` `[examples]`, 1/m each for the mean."""
+        """Return the weighted sum of cross entropies (nats); `weights` `[examples]` of 1/m each give the mean."""
         losses = F.cross_entropy(self.logits(model, inputs), labels, reduction="none")
         return (losses * weights).sum()
 
     def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Gradient `[params]` of the mean loss over the examples; zero if there are none."""
+        """Return the gradient `[params]` of the mean loss over the examples; zero if there are none."""
         if len(labels) == 0:
             return torch.zeros_like(model)
         self._load(model)
@@ -89,7 +89,7 @@ class Task:
         return reduce(torch.add, (self._gradient_of_part(x, y, len(labels)) for x, y in pieces))
 
     def _gradient_of_part(self, inputs: Tensor, labels: Tensor, examples: int) -> Tensor:
-        """The part `[params]` that these inputs have in the gradient of the mean loss over `examples`."""
+        """Return these inputs' part `[params]` of the gradient of the mean loss over `examples`."""
         loss = F.cross_entropy(self._forward(inputs), labels)
         if len(labels) < examples:
             loss = loss * (len(labels) / examples)
@@ -97,20 +97,20 @@ class Task:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _forward(self, inputs: Tensor) -> Tensor:
-        """Logits of the loaded model."""
+        """Return the logits of the loaded model."""
         if self._channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return self._in_precision(lambda: self._module(inputs))
 
     def _in_precision(self, forward: Callable[[], Tensor]) -> Tensor:
-        """The logits of `forward`, float32, with its products in the task's precision."""
+        """Return the logits of `forward`, float32, with products computed in the task's precision."""
         if self._precision == "float32":
             return forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return forward().float()
 
     def _load(self, model: Tensor) -> None:
-        """Makes the module's parameters views of `model`, so that nothing is copied."""
+        """Make the module's parameters views of `model`, so that nothing is copied."""
         if self._loaded is not model:
             views = self.layout.unflatten(model.detach()).values()
             for parameter, view in zip(self._parameters, views, strict=True):
@@ -118,10 +118,10 @@ class Task:
             self._loaded = model
 
     def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Gradients `[clients, params]` of many clients' weighted losses at once.
+        """Return the gradients `[clients, params]` of many clients' weighted losses at once.
 
         Args:
-            models: `[params]` where all clients stand at one model, else `[clients, params]`.
+            models: `[params]` if all clients have the same model, otherwise `[clients, params]`.
             inputs: `[clients, examples, *input_shape]`.
             labels: `[clients, examples]`.
             weights: `[clients, examples]`; zero for padding.
@@ -135,10 +135,10 @@ class Task:
         return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
 
     def operations(self, inputs: Tensor) -> int:
-        """About how many floating-point operations it takes to compute logits: two for each use of a weight.
+        """Estimate the floating-point operations of computing logits: two for each use of a weight.
 
-        Taken from the layers' weights and outputs; each parameter counts as used once at least. PyTorch's own counter
-        takes more than a second to start.
+        The estimate comes from the layers' weights and outputs; each parameter counts as used at least once. PyTorch's
+        own counter takes more than a second to start.
 
         Args:
             inputs: `[examples, *input_shape]`.
@@ -161,7 +161,7 @@ class Task:
         return max(found, 2 * self.layout.size * len(inputs))
 
     def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labelled examples."""
+        """Return mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labeled examples."""
         loss, right = 0.0, 0
         self._load(model.to(self.device))
         with torch.no_grad():
@@ -174,11 +174,11 @@ class Task:
 
 
 def _width(inputs: Tensor, lead: int) -> int:
-    """Floats of one example, behind `lead` leading axes."""
+    """Return the number of floats of one example, behind `lead` leading axes."""
     return max(prod(inputs.shape[lead:]), 1)
 
 
 def _pieces(width: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of tensors along `dim`, each of at most `PIECE_FLOATS` / `width` examples; at least one slice."""
-    size = max(PIECE_FLOATS // width, 1)
+    """Yield slices of tensors along `dim`, at least one, of at most `MAX_PIECE_FLOATS` / `width` examples each."""
+    size = max(MAX_PIECE_FLOATS // width, 1)
     return zip(*(tensor.split(size, dim) for tensor in tensors), strict=True)

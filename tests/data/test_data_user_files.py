@@ -107,7 +107,7 @@ def test_a_table_goes_through_a_config_and_back(folder):
         ),
         (
             {"numeric": {"job": [0, 1]}, "fill": {"job": 0.0}, "categories": None},
-            r"finite numbers in column 'job', got 'clerk ?' in row 0\. Declare it in data\.categories",
+            r"finite numbers in column 'job', got 'clerk ?' in row 0\. Declare the column in data\.categories",
         ),
         ({"labels": ["low"]}, r"a label in column 'income', got 'high' in row 1"),
         (
@@ -121,7 +121,7 @@ def test_a_table_goes_through_a_config_and_back(folder):
         ({"categories": {"age": ["1"]}}, r"^data\.age: expected a column with one meaning"),
         ({"categories": {"job": ["clerk", "clerk"]}}, r"^data\.categories: expected different values of job"),
         ({"numeric": None, "categories": None, "fill": None}, r"^data\.numeric: expected at least one column"),
-        ({"file": "absent.csv"}, r"^data\.file: expected a file that is there"),
+        ({"file": "absent.csv"}, r"^data\.file: expected an existing file"),
         ({"file": None}, r"^data\.file: expected a path"),
         ({"test": "public", "file": "many.csv"}, r"^data\.test: expected a data set with public test examples"),
     ],

@@ -176,7 +176,7 @@ def test_who_took_part_in_a_deployment_is_its_owners_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("line", ["validation = 0.1", 'shift = "noise"'])
 def test_a_server_holds_nothing_out_and_shifts_nothing(line: str, tmp_path: Path) -> None:
     toml = config(trust="none").replace("[data]\n", f"[data]\n{line}\n")
-    with pytest.raises(UserError, match=r"^data\.\w+: expected none in a deployment"):
+    with pytest.raises(UserError, match=r"^data\.\w+: expected no value in a deployment"):
         run_server(DeploymentGrid(tmp_path / "nodes", 4, {}), toml, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

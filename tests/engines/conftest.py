@@ -1,4 +1,4 @@
-"""Engines are small here, so one thread is fastest."""
+"""Set one thread, which is fastest for these small engines."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,6 @@ from fedpriv.engines import one_thread
 
 @pytest.fixture(autouse=True)
 def single_threaded() -> Iterator[None]:
-    """Each test on one thread, however many the machine has."""
+    """Run each test on one thread, for any number of cores."""
     with one_thread():
         yield

@@ -1,4 +1,4 @@
-"""Every engine runs the same experiment: the loop is the reference, chunks and restarts change nothing."""
+"""All engines run the same experiment: the loop is the reference; chunks and restarts change nothing."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ every_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.key
 
 
 def covering() -> list[tuple[str, str, str | None, str]]:
-    """Methods, works, trust and cohorts so that every pair of values that may meet does meet for some method."""
+    """Return methods, works, trust and cohorts that cover every valid pair of values for some method."""
     found = []
     for shift, name in enumerate(EXAMPLES):
         trusts = ["local"] if EXAMPLES[name].needs_client_noise else [None, "central", "local"]
@@ -75,7 +75,7 @@ def covering() -> list[tuple[str, str, str | None, str]]:
 
 
 def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int, tuple[Tensor, ...]]:
-    """The saved state of each client seen."""
+    """Return the saved state of each client seen."""
     saved = engine.save()
     fields = rules.init_client(0)._fields
     return {
@@ -85,7 +85,7 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 
 @pytest.mark.parametrize(("name", "work", "trust", "cohort"), covering())
 def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: str | None, cohort: str) -> None:
-    """Models of twenty rounds within 1e-6, and the states of all clients that were seen."""
+    """Compare the models of twenty rounds within 1e-6, and the states of all clients seen."""
     method, rounds = EXAMPLES[name], 20
     made = setting(method, work=WORKS[work], sampling=COHORTS[cohort], trust=trust, noise_multiplier=0.05)
     start = method.init_server(made.initial_model)
@@ -107,7 +107,7 @@ def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: str 
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_method_with_every_local_work_is_the_loop_up_to_rounding(name: str, work: str) -> None:
-    """Three rounds of ragged clients, in chunks whose clients take different numbers of steps."""
+    """Run three rounds of ragged clients, in chunks of clients with different numbers of steps."""
     made = setting(EXAMPLES[name], work=WORKS[work], sampling=COHORTS["poisson"])
     one, other = models_of(made, rounds=3), models_of(made, partial(VectorizedEngine, chunk=5), rounds=3)
     moved = float((one[-1] - made.initial_model).abs().max())
@@ -118,7 +118,7 @@ def test_every_method_with_every_local_work_is_the_loop_up_to_rounding(name: str
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_loop_asks_the_method_once_per_client_and_round(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference is the paper: its client rule, for one client at a time, and nothing in its place."""
+    """The reference is the paper: the loop calls its client rule, for one client at a time."""
     made, asked = setting(EXAMPLES[name], sampling=COHORTS["fixed"]), []
     kind = type(made.population.rules.method)
     rule = kind.client_rule
@@ -202,7 +202,7 @@ def test_one_thread_gives_the_threads_back_also_after_an_error() -> None:
 @pytest.mark.parametrize("first", ["loop", "vectorized"])
 @pytest.mark.parametrize("second", ["loop", "vectorized"])
 def test_a_run_that_was_saved_and_restored_is_the_uninterrupted_one(name: str, first: str, second: str) -> None:
-    """To the bit in one engine, up to rounding from one to another."""
+    """Results are equal to the bit in one engine, and up to rounding between engines."""
     method = EXAMPLES[name]
     trust = "local" if method.needs_client_noise else "central"
     made = setting(method, work=WORKS["minibatch"], sampling=COHORTS["poisson"], trust=trust)
@@ -250,7 +250,7 @@ def test_what_was_saved_does_not_change_while_the_run_goes_on(make: MakeEngine) 
 
 @every_engine
 def test_restoring_replaces_all_that_was_there(make: MakeEngine) -> None:
-    """Also by nothing: clients that the restored state does not know start fresh."""
+    """An empty state replaces all states, too: clients that it does not contain start fresh."""
     made = setting(EXAMPLES["clip21"], sampling=COHORTS["fixed"])
     start = made.server.method.init_server(made.initial_model)
     empty = make(made.population).save()
@@ -292,7 +292,7 @@ class Kept(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class KeepSignal(DPFedAvg):
-    """A method that remembers its signals, so that tests can see them."""
+    """A method that stores its signals, so that tests can read them."""
 
     clip_norm: float = 1e6
 
@@ -304,7 +304,7 @@ class KeepSignal(DPFedAvg):
 
 
 def signals_of(made: Setting, make: MakeEngine, cohort: list[int], round: int = 1) -> dict[int, Tensor]:
-    """Each client's signal as the engine computed it."""
+    """Return each client's signal as the engine computed it."""
     engine = make(made.population)
     engine.sum_messages(Broadcast(round, made.initial_model, np.array(cohort, dtype=np.int64)))
     saved = engine.save()
@@ -314,7 +314,7 @@ def signals_of(made: Setting, make: MakeEngine, cohort: list[int], round: int = 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("work", WORKS)
 def test_each_clients_signal_is_its_own_whatever_the_chunk_it_is_in(model: str, work: str) -> None:
-    """Padding of ragged clients does not leak: within 1e-6 of the client alone."""
+    """Padding of ragged clients does not leak: signals are within 1e-6 of the client alone."""
     made = setting(KeepSignal(), module=MODELS[model](), work=WORKS[work])
     task, federation = made.population.task, made.population.federation
     sizes = federation.sizes
@@ -414,7 +414,7 @@ def test_an_empty_cohort_sums_to_zero(make: MakeEngine) -> None:
 
 
 class Crowd:
-    """A million clients that share a few examples; makes nothing that is as large as the population."""
+    """A million clients that share a few examples; no array is as large as the population."""
 
     population = 1_000_000
     dataset = ragged_digits().dataset
@@ -446,7 +446,7 @@ def test_costs_follow_the_cohort_and_not_the_population(make: MakeEngine, name: 
 
 
 def floats_in(engine: LoopEngine | VectorizedEngine) -> int:
-    """How many numbers the engine keeps for its clients' states."""
+    """Return how many numbers the engine stores for its clients' states."""
     return sum(field.numel() for slab in engine._states._slabs for field in slab)
 
 
@@ -484,7 +484,7 @@ def test_a_gradient_is_the_slope_of_the_mean_loss(model: str) -> None:
 
 
 def test_local_work_sends_the_way_that_the_client_walked() -> None:
-    """x_0 - x_T of gradient descent over the batches that the seed gives, and the gradient itself without steps."""
+    """Return x_0 - x_T of gradient descent on the seed's batches, or the gradient itself without steps."""
     made = setting(KeepSignal(), work=LocalSteps(steps=3, client_lr=0.1, batch_size=7), seed=9)
     task, federation, model = made.population.task, made.population.federation, made.initial_model
     rng_rows = made.population.work.batches(len(federation.rows_of(2)), _rng(9, 4, 2))
@@ -534,7 +534,7 @@ def test_a_population_keeps_its_examples_where_gradients_are_computed() -> None:
 
 
 def test_data_in_the_clients_order_are_the_same_data() -> None:
-    """Signals to the bit, for clients whose rows were scattered and for steps on batches."""
+    """Compare signals to the bit, for clients with scattered rows and for steps on batches."""
     for work in (FullGradient(), MinibatchGradient(batch_size=7)):
         people = setting(EXAMPLES["dp-fedavg"], work=work).population
         ordered = people.in_client_order()

@@ -37,7 +37,7 @@ def signals_of(kind: str, rng: np.random.Generator, clients: int, size: int = SI
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_in_place_is_the_client_rule(name: str, rows: int, noise: float, kind: str) -> None:
-    """Five rounds, skipped by some clients. A client alone: to the bit; several at once: up to rounding."""
+    """Run five rounds; some clients skip some. One client is equal to the bit, several at once up to rounding."""
     method = EXAMPLES[name]
     rules = ClientRules(method=method, noise_stddev=noise, streams=SeededStreams(4))
     rng, clients = np.random.default_rng(8), 6
@@ -65,7 +65,7 @@ def test_in_place_is_the_client_rule(name: str, rows: int, noise: float, kind: s
 
 
 def by_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes steps call `client_rule`, as for a method that has no form that is known."""
+    """Make steps call `client_rule`, as for a method of an unknown form."""
     monkeypatch.setattr("fedpriv.engines.in_place.feedback_of", lambda _: None)
 
 
@@ -75,7 +75,7 @@ def by_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_whose_memory_is_not_finite_is_counted(
     name: str, how: str, poison: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its message is zero for ever. 3e38 is finite, and its distance from the signal is not."""
+    """The message of such a client is always zero. 3e38 is finite, but its distance from the signal is not."""
     if how == "by its own rule":
         by_its_own_rule(monkeypatch)
         poison = torch.nan if poison == 3e38 else poison
@@ -135,7 +135,7 @@ native = pytest.mark.skipif(feedback_in_c() is None, reason="no C compiler")
 @pytest.mark.parametrize("kind", ["ordinary", "awkward"])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | None, size: int) -> None:
-    """Rounds with gaps: messages, memories and counts. To the bit here; in general up to a norm's last bit."""
+    """Compare messages, memories and counts of rounds with gaps, to the bit; in general, a norm's last bit differs."""
     method, clients = EXAMPLES[name], 6
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
     rng = np.random.default_rng(8)
@@ -206,14 +206,14 @@ def test_the_figures_of_a_map_are_the_map(bounded: Clip | SmoothedNormalization,
 
 
 class Two(NamedTuple):
-    """Two vectors, the second of which is made of the first's own tensor."""
+    """Two vectors; the second shares the tensor of the first."""
 
     memory: Tensor
     previous: Tensor
 
 
 class Shifts(DPFedAvg):
-    """Sends what it kept, and keeps what it should have sent: states and messages made of one another's tensors."""
+    """Send the state and store the message, so that states and messages share tensors."""
 
     def init_client(self, size: int) -> Any:
         return Two(torch.zeros(size), torch.zeros(size))
@@ -223,7 +223,7 @@ class Shifts(DPFedAvg):
 
 
 def test_a_rule_whose_tensors_are_one_anothers_is_followed() -> None:
-    """Three rounds, against the rule itself: what is sent in round k is the message of round k - 2."""
+    """Compare three rounds with the rule itself: round k sends the message of round k - 2."""
     method = Shifts(clip_norm=5.0)
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
     store = StateStore(method, SIZE)
@@ -239,7 +239,7 @@ def test_a_rule_whose_tensors_are_one_anothers_is_followed() -> None:
 
 
 class HalfClip(Clip):
-    """Bounds by half as much, in a way that only calling it shows."""
+    """A map with half the bound, which only a call of it reveals."""
 
     @property
     def l2_bound(self) -> float:

@@ -1,4 +1,4 @@
-"""On label shards error feedback follows gradient descent, and normalizing without memory stops beside the optimum."""
+"""On label shards, error feedback follows gradient descent; normalizing without memory stops short of the optimum."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ METHODS = {
 
 
 def problem() -> Experiment:
-    """40 clients of one label shard of digits each, at four principal components, so that a best loss exists."""
+    """Return 40 clients with one label shard of digits each, at four principal components, so that a minimum exists."""
     config = parse_config(
         {
             "name": "label-shards",
@@ -46,7 +46,7 @@ def problem() -> Experiment:
 
 
 def trained(experiment: Experiment, method: dict) -> tuple[float, float]:
-    """Objective (mean over clients of their mean loss) and test accuracy after all rounds."""
+    """Return objective (mean over clients of their mean loss) and test accuracy after all rounds."""
     tried = experiment.with_method(parse_config({**experiment.config.tables, "method": method}))
     engine = make_engine("vectorized", tried)
     state = tried.config.method.init_server(tried.initial_model)

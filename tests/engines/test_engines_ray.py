@@ -1,4 +1,4 @@
-"""The Ray engine with real processes: the loop to the bit, whatever the number of workers and whoever dies."""
+"""The Ray engine with real processes: equal to the loop to the bit, for any number of workers and any deaths."""
 
 import errno
 import math
@@ -42,7 +42,7 @@ from fedpriv.tasks.local_work import LocalSteps, MinibatchGradient
 
 pytestmark = pytest.mark.xdist_group("ray")
 
-# Workers find no module of the tests by its name.
+# Workers cannot import modules of the tests by name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 CLIENTS = 12
@@ -68,7 +68,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def some_ray() -> None:
-    """One Ray for all tests that do not need their own: an engine uses it as it is."""
+    """Start one Ray for all tests that do not need a separate one; engines join it."""
     if not ray.is_initialized():
         _SHARED.append(connect(None, STORE_BYTES))
 
@@ -123,7 +123,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("some_ray")
 def test_the_loop_inside_workers_is_the_loop_to_the_bit(case: str) -> None:
-    """Models, states and totals; also after the states of either engine were given to the other."""
+    """Compare models, states and totals, also after each engine has restored the states of the other."""
     made, alone = CASES[case], LoopEngine(CASES[case].population)
     state, wanted, totals = advance(alone, made.server, start_of(made), 1, 5)
     saved = alone.save()
@@ -158,7 +158,7 @@ def _cohort(made: Setting, round: int) -> np.ndarray:
 
 @pytest.mark.usefixtures("some_ray")
 def test_batches_of_classes_are_the_same_bits_for_any_number_of_workers() -> None:
-    """And equal to the loop up to rounding, which shows that batches are at work."""
+    """They are equal to the loop only up to rounding, which shows that batches are used."""
     made = setting(EXAMPLES["clip21"], work=STEPS, sampling=FixedSize(CLIENTS, 9))
     found = []
     for workers in (1, 2, 5):
@@ -172,7 +172,7 @@ def test_batches_of_classes_are_the_same_bits_for_any_number_of_workers() -> Non
 
 
 class Troubled(LoopEngine):
-    """A loop that calls `trouble(round)` when half of its clients have run."""
+    """A loop engine that calls `trouble(round)` when half of its clients have run."""
 
     def __init__(self, population: Population, trouble: Callable[[int], None]) -> None:
         super().__init__(population)
@@ -197,7 +197,7 @@ def die() -> None:
 
 
 def taken(path: Path) -> bool:
-    """Whether this process is the first to take the file away."""
+    """Return True if this process is the first to remove the file."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def taken(path: Path) -> bool:
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.usefixtures("some_ray")
 def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: bool, tmp_path: Path) -> None:
-    """Before any snapshot, in the round of one, right after it, and twice in one round; in memory and in files."""
+    """Workers die before any snapshot, in its round, right after it, and twice in one round; in memory and in files."""
     made, rounds = setting(EXAMPLES["alpha-normec damped"], trust="central", sampling=FixedSize(CLIENTS, 10)), 9
     kept = tmp_path / "snapshots" if folder else None
     mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)
@@ -229,7 +229,7 @@ def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: 
 
 @pytest.mark.usefixtures("some_ray")
 def test_without_memory_a_killed_worker_costs_a_round_and_nothing_else(tmp_path: Path) -> None:
-    """And an empty cohort sums to zero, and a cohort without a capacity has that of the whole cohort."""
+    """An empty cohort sums to zero; a cohort without a capacity gets the size of the whole cohort."""
     made = CASES["no memory"]
     mortal = troubled(lambda round: die() if taken(tmp_path / str(round)) else None)
     (tmp_path / "3").touch()
@@ -246,7 +246,7 @@ def test_without_memory_a_killed_worker_costs_a_round_and_nothing_else(tmp_path:
 
 @pytest.mark.usefixtures("some_ray")
 def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tmp_path: Path) -> None:
-    """Three times, and then one line; when the cause is gone, the round is the undisturbed one."""
+    """Three failures end in one line; once the cause is removed, the round equals the undisturbed one."""
     made, cause, log = CASES["everyone"], tmp_path / "cause", tmp_path / "log"
     log.touch()
 
@@ -260,7 +260,7 @@ def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tm
     with over_ray(made, troubled(trouble), workers=1) as engine:
         state, _, _ = advance(engine, made.server, start_of(made), 1, 1)
         cause.touch()
-        with pytest.raises(UserError, match=r"round 2: expected workers that live.*3 failures.*its process died"):
+        with pytest.raises(UserError, match=r"round 2: expected workers that survive it.*3 failures.*its process died"):
             advance(engine, made.server, state, 2, 2)
         assert log.read_text() == "xxx"
         cause.unlink()
@@ -285,7 +285,7 @@ def test_want_of_memory_is_named_and_passes_if_it_was_short(tmp_path: Path) -> N
 
 
 class OddError(Exception):
-    """With a signature that does not survive pickling."""
+    """An exception with a signature that pickle cannot restore."""
 
     def __init__(self, one: int, other: int) -> None:
         super().__init__(f"{one} and {other}")
@@ -354,9 +354,9 @@ def test_owners_change_when_a_worker_is_slow_and_nothing_else_does(tmp_path: Pat
 def test_more_than_there_is_is_refused_with_what_there_is() -> None:
     cpus = ray.cluster_resources()["CPU"]
     population = CASES["everyone"].population
-    with pytest.raises(UserError, match=rf"{cpus:g} CPUs and 0 GPUs on 1 machine.*take 0"):
+    with pytest.raises(UserError, match=rf"{cpus:g} CPUs and 0 GPUs on 1 machine.*room for 0"):
         RayEngine(population, loop, workers=1, gpus_per_worker=0.5)
-    with pytest.raises(UserError, match=rf"room for {cpus + 1:g} workers.*take {cpus:g}\. Use fewer"):
+    with pytest.raises(UserError, match=rf"room for {cpus + 1:g} workers.*room for {cpus:g}\. Use fewer"):
         RayEngine(population, loop, workers=int(cpus) + 1)
     with pytest.raises(UserError, match="expected 2 numbers, got 3"):
         RayEngine(population, loop, workers=2, gpus_per_worker=[0, 1, 0])
@@ -451,7 +451,7 @@ raise ValueError("of the caller")
 
 
 def processes_with(mark: str) -> list[int]:
-    """Where Ray is killed, its agents need a minute to notice: they are not counted."""
+    """Return processes with `mark` in their environment, except Ray's agents, which survive it for a minute."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -471,14 +471,14 @@ def eventually(what: Callable[[], bool], seconds: float = 30.0) -> bool:
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A temporary folder with a name short enough for sockets below it."""
+    """Return a temporary folder with a path short enough for sockets below it."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         yield Path(folder)
 
 
 @pytest.mark.parametrize("way", ["close", "term", "kill"])
 def test_no_process_is_left_behind(way: str, short_folder: Path, tmp_path: Path) -> None:
-    """After `close`, SIGTERM and SIGKILL."""
+    """Check this after `close`, SIGTERM and SIGKILL."""
     mark = f"FEDPRIV_TEST_MARK={tmp_path}"
     environment = {**os.environ, "FEDPRIV_TEST_MARK": str(tmp_path), "TMPDIR": str(short_folder)}
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
@@ -614,7 +614,7 @@ def test_a_snapshot_is_due_after_so_many_rounds_or_so_many_bytes(monkeypatch: py
     assert not snapshots.rounds[0].model.any()
     snapshots.keep([])
     assert (snapshots.rounds, snapshots.due) == ([], False)
-    monkeypatch.setattr("fedpriv.engines.ray.snapshots._LOG_BYTES", 4000)
+    monkeypatch.setattr("fedpriv.engines.ray.snapshots._MAX_LOG_BYTES", 4000)
     snapshots.log(Broadcast(1, model, np.arange(2), 2))
     assert snapshots.due
 

@@ -1,4 +1,4 @@
-"""Client states: only of clients seen, within a bound of memory, the same from the disk as from memory."""
+"""Client states: only those of clients seen, within a memory bound, equal from disk and from memory."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.privacy import FixedSize
 
 SIZE = 5
-ROW = 4 * (SIZE + 1)  # alpha-normec: a memory, and the round it is of
+ROW = 4 * (SIZE + 1)  # alpha-normec: a memory, and the round of its last change
 
 
 def store_of(rows: int | None, folder: Path | None = None) -> StateStore:
@@ -24,7 +24,7 @@ def store_of(rows: int | None, folder: Path | None = None) -> StateStore:
 
 
 def write(store: StateStore, clients: list[int], value: float) -> None:
-    """Puts client + value into the memory of every client, and the value into its round."""
+    """Write client + value to the memory of every client, and the value to its round."""
     with store.borrowed(clients) as state:
         state.memory.copy_(torch.tensor(clients).unsqueeze(1) + torch.full((len(clients), SIZE), value))
         state.updated.fill_(value)
@@ -38,7 +38,7 @@ def read(store: StateStore, client: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("rows", [None, 1, 3, 7, 100])
 def test_states_are_the_same_for_every_bound(rows: int | None, tmp_path: Path) -> None:
-    """Random clients, written and read at random: a dictionary says what each must hold."""
+    """Write and read random clients; a dictionary holds the expected states."""
     rng = np.random.default_rng(5)
     store, wanted = store_of(rows, tmp_path), {}
     for step in range(1, 400):
@@ -129,7 +129,7 @@ def test_a_write_that_stops_half_way_is_gone_on_with(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["alpha-normec damped", "alpha-normec sent", "clip21"])
 @pytest.mark.parametrize("make", [LoopEngine, VectorizedEngine], ids=["loop", "vectorized"])
 def test_a_bound_changes_no_bit_of_a_run(name: str, make: type) -> None:
-    """Three states in memory, twelve clients, five at a time: nearly every state comes from the disk."""
+    """With three states in memory and twelve clients, five at a time, nearly every state comes from disk."""
     method = EXAMPLES[name]
     trust = "local" if method.needs_client_noise else None
     made = setting(method, sampling=FixedSize(12, 5), trust=trust)

@@ -100,7 +100,7 @@ def test_a_population_that_shares_examples_is_not_shifted(capsys: pytest.Capture
 def test_a_deployment_has_the_data_that_it_has(setting: str):
     from fedpriv.deploy.run import run_deployed
 
-    with pytest.raises(UserError, match=r"^data\.(validation|shift): expected none in a deployment"):
+    with pytest.raises(UserError, match=r"^data\.(validation|shift): expected no value in a deployment"):
         run_deployed(small(setting), Path("nowhere"), "nothing")
 
 
@@ -316,7 +316,7 @@ def test_one_experiment_is_shown_with_its_clients_and_a_run_with_its_validation(
     assert "gradient_dissimilarity" in capsys.readouterr().out
     settings = ["-s", "training.rounds=1", "-s", "data.validation=0.1"]
     assert call("run", str(QUICKSTART), "--out", str(tmp_path / "run"), *settings) == 0
-    assert "on the examples held out" in capsys.readouterr().out
+    assert "on the held-out examples" in capsys.readouterr().out
 
 
 def test_the_list_names_shifts_and_natural_clients(capsys):

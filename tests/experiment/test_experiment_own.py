@@ -270,11 +270,11 @@ def test_the_seed_decides_the_first_weights(folder):
     ("name", "line"),
     [
         ("normed", r"^model: expected parameters only, got the buffers 1\.running_mean"),
-        ("dropped", r"^model\.name: expected logits that follow from the inputs"),
+        ("dropped", r"^model\.name: expected logits that depend on the inputs"),
         ("wide", r"^model\.name: expected logits \[batch, 3\] of the model, got \[2, 4\]"),
         ("fails", r"^model\.name: expected a model that can be made, got KeyError: 'weights' \(.*net\.py, line 4\d\)"),
         ("nothing", r"^model\.name: expected a function that returns a module, got a NoneType"),
-        ("frozen", r"^model\.name: expected a module with trainable parameters, got none"),
+        ("frozen", r"^model\.name: expected a module with trainable parameters, got only frozen"),
         ("half", r"^model\.name: expected a model that takes float32 inputs .*RuntimeError"),
     ],
 )
@@ -291,7 +291,7 @@ def test_an_exception_in_forward_names_the_file_and_the_line(folder):
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got none"),
+        ("net.py:untyped", r"^model\.name: expected a type for its parameter width, got a missing type"),
         ("net.py:named", r"^model\.name: expected parameters with other names than the keys of \[model\], got name"),
         ("net.py:odd", r"^model\.name: expected a type for its parameter how that a config can hold"),
         ("net.py:called", r"^model\.name: expected a type for its parameter how that a config can hold"),

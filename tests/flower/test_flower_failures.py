@@ -349,7 +349,7 @@ def diverging(*partitions):
 @PRIVACY
 def test_a_run_whose_updates_were_all_not_finite_ends_as_an_error_and_keeps_its_model(privacy, tmp_path, caplog):
     strategy = DPFedAvg(privacy=privacy, num_clients=CLIENTS, seed=1)
-    with pytest.raises(UserError, match=r"the run: expected updates of finite numbers, got none: all 10 count as noth"):
+    with pytest.raises(UserError, match=r"the run: expected updates of finite numbers, got 10 updates that are not"):
         start(strategy, InProcessGrid(diverging(*range(CLIENTS)), CLIENTS), rounds=2)
     assert "round 1: 5 updates were not finite" in caplog.text
     assert [file.name for file in tmp_path.iterdir()] == ["fedpriv-model-after-round-2.safetensors"]
@@ -381,7 +381,7 @@ def test_failures_in_secret_cohorts_end_no_run_and_show_in_no_model():
 
 
 def test_a_share_of_failures_is_refused_where_it_would_show_who_was_away():
-    with pytest.raises(UserError, match=r"max_failures: expected None .*a run that ends for want of answers shows"):
+    with pytest.raises(UserError, match=r"max_failures: expected None .*a run that ends for lack of answers shows"):
         start(amplified(max_failures=0.5), InProcessGrid(app, CLIENTS))
     start(amplified(max_failures=0.5, seed=4), InProcessGrid(app, CLIENTS), rounds=1)
 

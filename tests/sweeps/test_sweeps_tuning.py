@@ -413,9 +413,9 @@ def test_no_trial_at_all_is_an_outcome_of_poisson(tmp_path: Path, monkeypatch: p
     assert sweep.tuning is not None
     with monkeypatch.context() as patched:
         patched.setattr(PoissonTrials, "quantile", lambda *_: 0)
-        with pytest.raises(UserError, match="0 was drawn"):
+        with pytest.raises(UserError, match="a draw of 0 trials"):
             run_sweep(sweep, tmp_path / "out")
-    with pytest.raises(UserError, match="0 was drawn"):  # The draw is kept.
+    with pytest.raises(UserError, match="a draw of 0 trials"):  # The draw is kept.
         run_sweep(sweep, tmp_path / "out", resume=True)
 
 

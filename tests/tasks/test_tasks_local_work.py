@@ -1,4 +1,4 @@
-"""Local work: what a pass is, what is sent of a walk, and that one step is one gradient."""
+"""Local work: the batches of a pass, the signal of local steps, and the equality of one step and one gradient."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ ENGINES = {"loop": LoopEngine, "vectorized": VectorizedEngine}
 
 
 def passes_of(work: LocalEpochs, examples: int, round: int = 1, client: int = 0) -> list[list[np.ndarray]]:
-    """The batches of each pass."""
+    """Return the batches of each pass."""
     batches = batches_of(work, SeededStreams(3), examples, round, client)
     each = len(batches) // work.epochs
     assert len(batches) == each * work.epochs
@@ -62,7 +62,7 @@ def of_works(*works: LocalWork) -> list[Setting]:
 
 
 def signals(made: Setting, round: int = 2) -> torch.Tensor:
-    """All clients' signals `[clients, params]` away from the start."""
+    """Return all clients' signals `[clients, params]` at a model away from the first."""
     model = made.initial_model + 0.1 * torch.sin(torch.arange(len(made.initial_model)))
     people = made.population
     return torch.stack([people.signal(client, model, round) for client in range(people.federation.population)])
@@ -113,7 +113,7 @@ def test_a_pass_over_one_batch_of_everything_is_a_step_of_descent_to_the_bit() -
 @pytest.mark.parametrize("kind", ["gradient-sum", "gradient-mean"])
 @pytest.mark.parametrize("client_lr", [0.1, 1e-6])
 def test_the_gradient_of_one_step_on_everything_is_the_full_gradient_to_the_bit(kind: str, client_lr: float) -> None:
-    """Also of a step too short for float32: it is not read off the models."""
+    """It holds for a step too short for float32, too: the sum is not computed from the models."""
     given: dict[str, Any] = {"client_lr": client_lr, "signal": kind}
     works = LocalSteps(steps=1, **given), LocalEpochs(epochs=1, **given)
     whole, *single = of_works(FullGradient(), *works)
@@ -122,7 +122,7 @@ def test_the_gradient_of_one_step_on_everything_is_the_full_gradient_to_the_bit(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fed_alpha_normec_with_one_step_on_everything_is_alpha_normec_to_the_bit(engine: str) -> None:
-    """Twenty rounds of some clients a round, with the server's noise: models and memories."""
+    """Run twenty rounds with some clients each and the server's noise; compare models and memories."""
     figures: dict[str, Any] = {"alpha": 0.5, "beta": 0.2, "server_lr": 0.1}
     one_step = LocalSteps(steps=1, client_lr=0.05, signal="gradient-sum")
     sampling = Poisson(ragged_digits().population, 0.4)
@@ -133,7 +133,7 @@ def test_fed_alpha_normec_with_one_step_on_everything_is_alpha_normec_to_the_bit
 
 
 def test_bare_moves_are_fed_alpha_normec_with_figures_by_the_length_of_a_step() -> None:
-    """N_alpha(eta u) = N_{alpha / eta}(u): models up to rounding over twenty rounds."""
+    """N_alpha(eta u) = N_{alpha / eta}(u): models are equal up to rounding over twenty rounds."""
     eta, sampling = 0.05, Poisson(ragged_digits().population, 0.4)
     steps = {"steps": 3, "client_lr": eta, "batch_size": 10}
     divided = setting(

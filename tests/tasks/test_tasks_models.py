@@ -149,7 +149,7 @@ def test_the_equivariant_model_gives_turned_images_the_same_logits(shape, turn):
                 parameter.add_(torch.randn_like(parameter))
     images = torch.randn(3, *shape, dtype=torch.float64)
     torch.testing.assert_close(module(images.rot90(turn, (-2, -1))), module(images), rtol=1e-10, atol=1e-10)
-    assert (module(images.flip(-1)) - module(images)).abs().max() > 1e-6  # mirrored images are others
+    assert (module(images.flip(-1)) - module(images)).abs().max() > 1e-6  # mirrored images differ
 
 
 def test_turned_inputs_of_a_group_convolution_give_turned_and_shifted_maps():

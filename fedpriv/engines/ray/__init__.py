@@ -1,1 +1,1 @@
-"""The engine whose workers are Ray's actors."""
+"""The engine with Ray actors as workers."""

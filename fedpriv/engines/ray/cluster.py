@@ -1,4 +1,4 @@
-"""Starting a Ray of one's own, or joining one that is there; and what fits on it."""
+"""Start a Ray cluster or join a running one, and count the workers that fit on it."""
 
 import contextlib
 import gc
@@ -22,11 +22,11 @@ from fedpriv.files import lock_file
 
 __all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
 
-# Ray puts sockets some 70 characters below its folder, and a socket's path has at most 107.
-_LONGEST_FOR_SOCKETS = 36
+# Ray adds some 70 characters to its folder for sockets, and the path of a socket has at most 107.
+_MAX_SOCKET_FOLDER = 36
 _PROBE_SECONDS = 10.0
 _PREFIX = "fedpriv-ray-"
-# Locked for as long as the process that started a Ray lives.
+# Locked while the process that started a Ray lives.
 _ALIVE = "alive"
 # A folder is made before it is locked.
 _ABANDONED_SECONDS = 60.0
@@ -35,21 +35,27 @@ _PROBE = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
 
 
 class Need(NamedTuple):
-    """What one worker needs of its machine."""
+    """The resources that one worker needs."""
 
     cpus: float
     gpus: float
 
 
 class Connection(NamedTuple):
-    """How this process is tied to a Ray: whether it was tied here; of one started here its folder and a lock on it."""
+    """The connection of this process to a Ray.
+
+    Args:
+        ours: True if `connect` made the connection.
+        folder: The folder of a Ray that was started here.
+        alive: A lock on that folder.
+    """
 
     ours: bool
     folder: str | None
     alive: TextIO | None = None
 
     def close(self) -> None:
-        """Unties it, and ends a Ray that was started here; one that was there before stays as it is."""
+        """Disconnect, and end a Ray that was started here; one that ran before continues."""
         if self.ours:
             with quiet():
                 ray.shutdown()
@@ -61,17 +67,17 @@ class Connection(NamedTuple):
 
 
 def connect(address: str | None, store_bytes: int | None = None, cpus: int | None = None) -> Connection:
-    """Uses the Ray that this process has, else joins the one at `address`, else starts one on this machine.
+    """Use the Ray of this process; without one, join the Ray at `address`; without an address, start a local Ray.
 
-    Nothing else in fedpriv starts or joins a Ray.
+    No other function of fedpriv starts or joins a Ray.
 
     Args:
-        address: HOST:PORT as `ray start --head` prints it, or `auto` for one on this machine; None for one's own.
-        store_bytes: Room for shared objects in a Ray of one's own; None for Ray's own choice.
-        cpus: How many cores a Ray of one's own says it has; None for as many as there are.
+        address: HOST:PORT as `ray start --head` prints it, or `auto` for one on this machine; None to start one.
+        store_bytes: Memory for shared objects of a Ray that is started; None for Ray's default.
+        cpus: Number of cores of a Ray that is started; None for all cores of the machine.
 
     Raises:
-        UserError: If there is no Ray at `address`, or another version of it.
+        UserError: If there is no Ray at `address`, or its version differs.
     """
     if ray.is_initialized():
         return Connection(ours=False, folder=None)
@@ -93,7 +99,7 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
                 object_store_memory=store_bytes,
                 _temp_dir=folder,
             )
-            gc.collect()  # files that it opened and let go of, while nobody complains of them
+            gc.collect()  # collects files that Ray left open, while warnings are off
     except BaseException:
         Connection(ours=True, folder=folder, alive=alive).close()
         raise
@@ -101,7 +107,7 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
 
 
 def remove_abandoned(place: Path) -> None:
-    """Removes the folders of Rays whose process was killed before it could; Ray's own processes end with it."""
+    """Remove the folders of Rays started by processes that were killed; Ray's processes have ended with those."""
     for file in place.glob(f"{_PREFIX}*/{_ALIVE}"):
         try:
             if time.time() - file.stat().st_mtime < _ABANDONED_SECONDS:
@@ -109,13 +115,13 @@ def remove_abandoned(place: Path) -> None:
             with file.open("r+") as alive:
                 lock_file(alive, wait=False)
                 shutil.rmtree(file.parent, ignore_errors=True)
-        except OSError:  # in use, another's, or gone
+        except OSError:  # in use, owned by another user, or removed
             continue
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of Ray's own code: files that it leaves to the collector, and its plans."""
+    """Suppress the warnings of Ray's code: files left to the garbage collector, and announced changes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -124,7 +130,7 @@ def quiet() -> Iterator[None]:
 
 
 def room(needs: Sequence[Need]) -> int:
-    """How many of the workers, from the first on, find a place on the machines that are alive if nobody else is."""
+    """Return the number of workers, counted from the first, that fit on the live machines if nothing else runs."""
     free = [
         [node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)] for node in ray.nodes() if node["Alive"]
     ]
@@ -156,7 +162,7 @@ def _join(address: str) -> None:
 
 
 def _probe(host: str, port: int, address: str) -> str | None:
-    """Why there is no Ray, or None if one answers. Ray itself would try for minutes, and then end the process."""
+    """Return the reason why there is no Ray, or None if one answers. Ray would try for minutes and end the process."""
     try:
         socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
     except OSError as error:
@@ -171,18 +177,18 @@ def _probe(host: str, port: int, address: str) -> str | None:
 
 
 def _no_ray(address: str, expected: str, got: str) -> UserError:
-    remedy = "Start one with `ray start --head`, give the address that it prints, or leave it out to use this machine"
+    remedy = "Start one with `ray start --head` and give the address that it prints, or omit it to use this machine"
     return UserError(f"Ray at {address}", expected, got, remedy)
 
 
 def _short_folder() -> str:
     folder = tempfile.gettempdir()
-    return folder if len(folder) + len("/fedpriv-ray-12345678") <= _LONGEST_FOR_SOCKETS else "/tmp"
+    return folder if len(folder) + len("/fedpriv-ray-12345678") <= _MAX_SOCKET_FOLDER else "/tmp"
 
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Sets variables of the environment for a while."""
+    """Set environment variables within the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,9 +1,9 @@
 """The Ray engine: workers on many cores, GPUs and machines, each with a local engine and the memories of its clients.
 
-In a round the model goes out once, and one partial sum comes back from each worker. Messages are added exactly
-(`fedpriv.aggregation.exact`), so that neither the number of workers nor who runs which client changes a bit of the sum.
-If a worker or a machine dies, all workers go back to the last snapshot of the clients' states, and the rounds since are
-run again: the run ends with the same bits as an undisturbed one.
+In a round, each worker receives the model and returns one partial sum. Messages are added exactly
+(`fedpriv.aggregation.exact`), so that neither the number of workers nor the owner of a client changes a bit of the sum.
+If a worker or a machine dies, all workers return to the last snapshot of the clients' states and repeat the rounds
+since then. The run ends with the same bits as an undisturbed one.
 """
 
 import contextlib
@@ -47,36 +47,37 @@ __all__ = ["RayEngine"]
 
 T = TypeVar("T")
 
-# Failures of workers in one round after which a run is given up.
-_ATTEMPTS = 3
-# How long workers may take to start, and those that replace dead ones.
-_START_SECONDS = 120.0
-_REPLACE_SECONDS = 60.0
+# Failures of workers in one round after which the run ends with an error.
+_MAX_ATTEMPTS = 3
+# Longest time for workers to start, and for replacements of dead ones.
+_MAX_START_SECONDS = 120.0
+_MAX_REPLACE_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 # Bytes of shared objects beside data and vectors.
 _STORE_BYTES = 2**28
 
 
 class RayEngine:
-    """Workers that own clients, run by Ray on this machine or on many; the same bits for any number of workers.
+    """An engine of Ray workers on this machine or on many; the same bits for any number of workers.
 
-    Which clients may not be parted is `unit`. A local engine that runs one client after the other needs no more than
-    `"client"`. One that runs batches rounds by who is in a batch, and needs a number: clients whose ids agree modulo
-    it are a class, and the present clients of a class are one call of the local engine, whoever owns the class.
+    Each worker owns some clients, in indivisible units. `"client"` suffices for a local engine that runs one client
+    after the other. In a local engine that runs batches, rounding depends on the members of a batch, and `unit` must be
+    a number: clients with the same id modulo this number form a class. One call of the local engine runs all clients of
+    a class in the cohort, on the worker that owns the class.
 
     All workers must compute alike: with some on GPUs and some on CPUs, results are equal up to rounding only.
 
     Args:
-        population: All clients, on the CPU. The data go to each machine once.
+        population: All clients, on the CPU. Each machine receives the data once.
         make_local: Makes the engine inside a worker, from the population and the worker's device; must be picklable.
-        workers: How many.
-        gpus_per_worker: Share of a GPU of each worker, or of each by itself; 0 works on the CPU.
+        workers: Number of workers.
+        gpus_per_worker: Share of a GPU per worker, or a list of the workers' shares; 0 for the CPU.
         cpus_per_worker: CPU cores, or a share of one, of each worker. Torch gets as many threads, at least one.
         unit: `"client"`, or the number of classes.
-        address: HOST:PORT of a running Ray; None starts one on this machine. A Ray that this process is tied to
-            already is used as it is in either case, and is not ended by `close`.
-        snapshots: How often clients' states are gathered, to go back to if a worker dies, and where they are kept; None
-            for every twentieth round, in this process's memory.
+        address: HOST:PORT of a running Ray; None starts one on this machine. If this process is already connected to
+            a Ray, the engine uses that one, and `close` does not end it.
+        snapshots: Frequency and place of snapshots of clients' states, to restore if a worker dies; None for every
+            twentieth round, in this process's memory.
 
     Raises:
         UserError: If there is no Ray at the address, it has no room for the workers, or they cannot start.
@@ -129,7 +130,8 @@ class RayEngine:
         """See `Engine.sum_messages`.
 
         Raises:
-            UserError: If workers died again and again, and what a client's rules raise.
+            UserError: If workers die repeatedly.
+            Exception: Any exception that a client's rules raise.
         """
         if broadcast.capacity is None:
             broadcast = broadcast._replace(capacity=len(broadcast.cohort))
@@ -147,14 +149,14 @@ class RayEngine:
         return total
 
     def save(self) -> dict[str, Tensor]:
-        """See `Engine.save`; what it gives is also what workers go back to."""
+        """See `Engine.save`. The saved states become the last snapshot."""
         if not self._memory:
             return {"clients": torch.tensor(sorted(self._seen), dtype=torch.int64)}
         self._until_done(self._snapshot, "a checkpoint")
         return merged(self._snapshots.parts())
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """See `Engine.restore`; owners are chosen anew."""
+        """See `Engine.restore`. Clients get new owners."""
         self._seen = set(tensors["clients"].tolist())
         if self._memory:
             self._owners.forget()
@@ -163,7 +165,7 @@ class RayEngine:
             self._until_done(lambda: None, "restoring")
 
     def close(self) -> None:
-        """Ends the workers, and Ray if it was started here; can be called again."""
+        """End the workers, and Ray if it was started here; can be called again."""
         if ray.is_initialized():
             for host in self._hosts.values():
                 with contextlib.suppress(RayError, ValueError):
@@ -177,7 +179,7 @@ class RayEngine:
     # One round.
 
     def _run(self, broadcast: Broadcast) -> tuple[Total, dict[int, float]]:
-        """The total of a round, and what each worker took (seconds)."""
+        """Return the total of a round, and the time that each worker took (seconds)."""
         sum_ = np.zeros(broadcast.model.shape[-1])
         shares = self._owners.shares(broadcast.cohort)
         model = ray.put(broadcast.model.detach().cpu().numpy())
@@ -193,7 +195,7 @@ class RayEngine:
         return Total(torch.from_numpy(sum_), messages, non_finite, mean), {w: p.seconds for w, p in found.items()}
 
     def _collect(self, calls: dict[int, Any]) -> dict[int, Any]:
-        """The workers' answers, once all have answered or died.
+        """Return the workers' answers, once all have answered or died.
 
         Raises:
             _LostError: If some died.
@@ -215,14 +217,14 @@ class RayEngine:
 
     # Faults.
 
-    def _until_done(self, what: Callable[[], T], doing: str) -> T:
-        """What `what` returns, if need be after dead workers were replaced and all went back to where they were."""
+    def _until_done(self, work: Callable[[], T], doing: str) -> T:
+        """Call `work` and return its value; if workers die, replace them, restore all states and call it again."""
         lost = _LostError({})
-        for _ in range(_ATTEMPTS):
+        for _ in range(_MAX_ATTEMPTS):
             try:
                 if self._stale:
                     self._recover()
-                return what()
+                return work()
             except _LostError as error:
                 lost = error
                 self._dead |= set(lost.workers) & set(self._hosts)
@@ -233,7 +235,7 @@ class RayEngine:
         raise _given_up(doing, lost)
 
     def _recover(self) -> None:
-        """Replaces dead workers, and brings all to the state after the last round that was finished."""
+        """Replace dead workers, and bring all workers to the state after the last finished round."""
         if self._dead:
             self._replace()
         if self._memory:
@@ -243,7 +245,7 @@ class RayEngine:
         self._stale = False
 
     def _spread(self) -> None:
-        """Gives the snapshot's states to their owners."""
+        """Send the snapshot's states to their owners."""
         inboxes: dict[int, list[Any]] = {worker: [] for worker in self._owners.workers}
         for part in self._snapshots.parts():
             owners = self._owners.owners_of(part["clients"].numpy())
@@ -257,7 +259,7 @@ class RayEngine:
         self._snapshots.keep(unpack(self._collect({worker: calls[worker]})[worker]) for worker in list(calls))
 
     def _exchange(self) -> None:
-        """Moves all states to their new owners."""
+        """Move all states to their new owners."""
         self._snapshot()
         self._spread()
 
@@ -270,13 +272,13 @@ class RayEngine:
         for worker in range(len(self._needs)):
             self._launch(worker)
         try:
-            late = self._greet(list(self._hosts), _START_SECONDS, lambda: True)
+            late = self._greet(list(self._hosts), _MAX_START_SECONDS, lambda: True)
         except _LostError as lost:
             reason = next(iter(lost.workers.values()))
-            remedy = "Install fedpriv on all machines, and look at the logs of Ray"
+            remedy = "Install fedpriv on all machines, and read the logs of Ray"
             raise UserError("workers", "processes that start", reason, remedy) from None
         if late:
-            raise _no_room(self._needs, len(self._needs) - len(late), "now, the rest is taken by others")
+            raise _no_room(self._needs, len(self._needs) - len(late), "now because other programs use the rest")
 
     def _launch(self, worker: int) -> None:
         need = self._needs[worker]
@@ -285,12 +287,12 @@ class RayEngine:
             self._hosts[worker] = ray.remote(Host).options(**options, scheduling_strategy="SPREAD").remote()  # type: ignore[attr-defined]
 
     def _greet(self, workers: Sequence[int], seconds: float, possible: Callable[[], bool]) -> list[int]:
-        """Waits until workers are up and have their local engines; returns those that do not come.
+        """Wait until workers run and have their local engines; return the workers that do not start.
 
         Args:
-            workers: Which.
-            seconds: How long to wait.
-            possible: Whether waiting makes sense.
+            workers: The workers to wait for.
+            seconds: Longest time to wait.
+            possible: Returns True while waiting makes sense.
         """
         calls = {worker: self._hosts[worker].ready.remote() for worker in workers}
         until = time.monotonic() + seconds
@@ -310,7 +312,7 @@ class RayEngine:
         return self._hosts[worker].start.remote(self._shipment, max(1, int(need.cpus)), need.gpus > 0, path)
 
     def _replace(self) -> None:
-        """Starts new workers for dead ones; where there is no room any more, the others do their work."""
+        """Start new workers for dead ones; if there is no room for them, the other workers take over their clients."""
         dead = sorted(self._dead)
         alive = [self._needs[worker] for worker in self._hosts if worker not in self._dead]
 
@@ -320,20 +322,20 @@ class RayEngine:
         wanted = dead[: max(fitting(), 0)]
         for worker in wanted:
             self._launch(worker)
-        late = self._greet(wanted, _REPLACE_SECONDS, lambda: fitting() >= len(wanted))
+        late = self._greet(wanted, _MAX_REPLACE_SECONDS, lambda: fitting() >= len(wanted))
         for worker in {*dead, *late} - ({*wanted} - {*late}):
             ray.kill(self._hosts.pop(worker))
             self._owners.lose(worker)
         self._dead = set()
         if not self._hosts:
-            raise UserError("workers", "a machine to run them on", "none that is left", "Start again with --resume")
+            raise UserError("workers", "a live machine to run them on", "dead machines", "Start again with --resume")
 
 
 _NO_MEMORY = "out of memory"
 
 
 class _LostError(Exception):
-    """Workers that died, and why."""
+    """Dead workers, each with the reason."""
 
     def __init__(self, workers: dict[int, str]) -> None:
         super().__init__(workers)
@@ -348,14 +350,14 @@ class _RemoteTracebackError(Exception):
 
 
 def _one_by_one(calls: dict[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
-    """Answers of the workers that live, and why the others died."""
+    """Return the answers of live workers, and the reasons why the others died."""
     found: dict[int, Any] = {}
     lost: dict[int, str] = {}
     for worker, call in calls.items():
         try:
             found[worker] = ray.get(call)
         except (LocalRayletDiedError, RaySystemError) as error:
-            raise UserError("Ray", "a node here that lives", _brief(error), "Start again with --resume") from None
+            raise UserError("Ray", "a live node on this machine", _brief(error), "Start again with --resume") from None
         except (ObjectStoreFullError, OutOfDiskError) as error:
             remedy = "Make room in /dev/shm and on the disk, or use a smaller model"
             raise UserError("Ray's shared memory", "room for models and states", _brief(error), remedy) from None
@@ -382,7 +384,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _raised(failure: Failure) -> Exception:
-    """The exception that a worker met, as itself."""
+    """Return the exception of a worker as an exception of its original type."""
     if failure.kind == "user":
         error = UserError.__new__(UserError)
         ValueError.__init__(error, failure.text)
@@ -397,16 +399,17 @@ def _raised(failure: Failure) -> Exception:
 
 def _given_up(doing: str, lost: _LostError) -> UserError:
     worker, reason = next(iter(lost.workers.items()))
-    got = f"{_ATTEMPTS} failures in a row, the last of worker {worker}: {reason}"
-    remedy = "Look at the logs of Ray and of the machines, and go on with --resume"
+    got = f"{_MAX_ATTEMPTS} failures in a row, the last of worker {worker}: {reason}"
+    remedy = "Read the logs of Ray and of the machines, then resume with --resume"
     if any(why.startswith(_NO_MEMORY) for why in lost.workers.values()):
         remedy = "Use fewer --workers, a smaller chunk or a smaller model"
-    return UserError(doing, "workers that live to its end", got, remedy)
+    return UserError(doing, "workers that survive it", got, remedy)
 
 
 def _to_ship(population: Population) -> Population:
-    """The population as workers need it: each client's examples side by side, so that its tensors are views of shared
-    memory, of the test data no more than an example, and nothing of the validation data.
+    """Return the population for workers: grouped by client, so that clients' tensors are views of shared memory.
+
+    It has one test example, for the shape, and no validation data.
     """
     population = replace(population.in_client_order())
     if not isinstance(population.federation, Federation):
@@ -423,7 +426,7 @@ def _needs(workers: int, cpus: float, gpus: float | Sequence[float]) -> list[Nee
     if len(shares) != workers:
         raise UserError("GPUs of the workers", f"{workers} numbers", len(shares), "Give one for each worker")
     if any(share < 0.0 for share in shares) or cpus < 0.0:
-        raise UserError("CPUs and GPUs of a worker", "numbers from 0", (cpus, gpus), "Give other numbers")
+        raise UserError("CPUs and GPUs of a worker", "numbers from 0", (cpus, gpus), "Give 0 or more")
     return [Need(float(cpus), share) for share in shares]
 
 
@@ -433,7 +436,7 @@ def _no_room(needs: list[Need], fit: int, when: str = "") -> UserError:
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     there = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {machines} machine(s)"
     expected = f"room for {len(needs)} workers with {cpus:g} CPUs and {gpus:g} GPUs in all"
-    got = " ".join(f"{there}, which take {fit} {when}".split())
+    got = " ".join(f"{there} with room for {fit} {when}".split())
     return UserError("workers", expected, got, "Use fewer workers, or a smaller share for each")
 
 
@@ -444,9 +447,9 @@ def _check_versions(there: Versions) -> None:
 
 
 class _Termination:
-    """SIGTERM while a Ray is in use: leaves by an exception, so that Ray ends; a handler that was there stays.
+    """The handler of SIGTERM while Ray is in use: it raises an exception, so that Ray ends.
 
-    Ray puts its own in place of any.
+    Ray replaces any handler with its own. This class restores an earlier handler, if there was one.
     """
 
     def __init__(self) -> None:
@@ -454,12 +457,12 @@ class _Termination:
         self._before = signal.getsignal(signal.SIGTERM) if self._main else None
 
     def install(self) -> None:
-        """Call it when Ray has started."""
+        """Install the handler; call it after Ray has started."""
         if self._main:
             signal.signal(signal.SIGTERM, _leave if self._before in (signal.SIG_DFL, None) else self._before)
 
     def remove(self) -> None:
-        """Puts back what was there."""
+        """Restore the earlier handler."""
         if self._main and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 

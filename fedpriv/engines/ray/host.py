@@ -1,7 +1,7 @@
-"""What runs inside a worker process, and how a population gets there.
+"""The code inside a worker process, and the transport of a population to it.
 
-Tensors travel as numpy arrays. Those that are large lie in shared memory, once on each machine, and the workers'
-tensors are views of it: nobody may write to them.
+Tensors travel as numpy arrays. Large arrays are in shared memory, once on each machine, and the workers' tensors are
+views of it: never write to them.
 """
 
 import errno
@@ -29,26 +29,26 @@ from fedpriv.rounds import Broadcast
 
 __all__ = ["Failure", "Host", "MakeLocal", "Partial", "Shipment", "Versions", "merged", "pack", "unpack"]
 
-# Makes the engine that a worker runs inside, from the population (on the CPU) and the worker's device.
+# Makes the engine inside a worker, from the population (on the CPU) and the worker's device.
 MakeLocal = Callable[[Population, torch.device], Engine]
 
-# Arrays from here on are shared between the processes of a machine; smaller ones are copied.
-_LARGE_BYTES = 2**16
+# Smallest array that the processes of a machine share; smaller ones are copied.
+_MIN_SHARED_BYTES = 2**16
 _NUMPY_TYPES = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16}
 
 
 class Shipment(NamedTuple):
-    """Any object, with its large arrays beside it, where a store can share them between processes."""
+    """Any object, with its large arrays kept separate, so that a store can share them between processes."""
 
     content: bytes
     arrays: list[np.ndarray]
 
 
 class Partial(NamedTuple):
-    """What one worker's clients sent in a round.
+    """The partial sum of one worker's clients in a round.
 
-    `sum` is float64 `[params]`; `signal_norms` the sum of the `finite` finite norms; `seconds` what it took, NaN in
-    the first round, which says nothing about the next.
+    `sum` is float64 `[params]`; `signal_norms` is the sum of all finite norms; `seconds` is the time that the round
+    took, NaN in the first round, which does not predict later ones.
     """
 
     sum: np.ndarray
@@ -59,14 +59,14 @@ class Partial(NamedTuple):
 
 
 class Versions(NamedTuple):
-    """What must be the same wherever clients run."""
+    """The versions that all processes with clients must share."""
 
     fedpriv: str
     torch: str
 
     @classmethod
     def here(cls) -> "Versions":
-        """Of this process; builds of one torch for several devices count as the same."""
+        """Return the versions of this process; builds of one torch version for different devices count as equal."""
         try:
             own = version("fedpriv")
         except PackageNotFoundError:
@@ -77,7 +77,7 @@ class Versions(NamedTuple):
 class Failure(NamedTuple):
     """An exception of a worker, in a form that every process can read.
 
-    `kind`: `user` (its line is in `text`, its place in `where`), `memory`, `disk` or `other`.
+    `kind` is `user` (with its line in `text` and its key in `where`), `memory`, `disk` or `other`.
     """
 
     kind: str
@@ -87,47 +87,47 @@ class Failure(NamedTuple):
 
 
 class Host:
-    """One worker: a local engine, and in it the memories of the clients that the worker owns.
+    """One worker: a local engine with the memories of the clients that the worker owns.
 
-    Methods return a `Failure` where they would raise.
+    Methods return a `Failure` instead of raising an exception.
     """
 
     _local: Engine
     _warm = False
 
     def ready(self) -> Versions:
-        """That the process is there, and with what."""
+        """Return the versions of this process, which also shows that it runs."""
         return Versions.here()
 
     def start(self, population: Shipment, threads: int, gpu: bool, path: list[str]) -> Failure | None:
-        """Makes the local engine.
+        """Make the local engine.
 
         Args:
             population: A pair (`Population`, `MakeLocal`).
-            threads: How many torch may use.
-            gpu: Whether to work on the process's first GPU.
-            path: Where else to look for modules.
+            threads: Number of torch threads.
+            gpu: Compute on the process's first GPU.
+            path: More folders to import modules from.
         """
         return _caught(lambda: self._start(population, threads, gpu, path))
 
     def run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial | Failure:
-        """Runs groups of clients on the model `[params]`, each group as a cohort of its own."""
+        """Run groups of clients on the model `[params]`, each group as a separate cohort."""
         return _caught(lambda: self._run(round, model, capacity, groups))
 
     def save(self) -> Shipment | Failure:
-        """What `Engine.save` of the local engine gives."""
+        """Return the states that `Engine.save` of the local engine returns."""
         return _caught(lambda: pack(self._local.save()))
 
     def restore(self, *parts: Shipment) -> Failure | None:
-        """Replaces all states by those of `parts`, each as `Engine.save` gives it."""
+        """Replace all states by those of `parts`, each in the form of `Engine.save`."""
         return _caught(lambda: self._local.restore(merged([unpack(part) for part in parts])))
 
     def _start(self, population: Shipment, threads: int, gpu: bool, path: list[str]) -> None:
         sys.path.extend(folder for folder in path if folder not in sys.path)
         torch.set_num_threads(threads)
         if gpu and not torch.cuda.is_available():
-            got = f"torch {torch.__version__} on {platform.node()}, which sees none"
-            raise UserError("workers", "a GPU that torch can use", got, "Install torch for GPUs there, or ask for none")
+            got = f"torch {torch.__version__} on {platform.node()} without a GPU"
+            raise UserError("workers", "a GPU that torch can use", got, "Install torch for GPUs there, or use the CPU")
         people, make_local = unpack(population)
         self._local = make_local(people, torch.device("cuda" if gpu else "cpu"))
 
@@ -147,25 +147,25 @@ class Host:
 
 
 def pack(value: Any) -> Shipment:
-    """Any object that cloudpickle takes; tensors of any device go as arrays and come back on the CPU."""
+    """Pack an object that cloudpickle accepts; tensors of any device become arrays and are unpacked on the CPU."""
     arrays: list[np.ndarray] = []
 
     def small(buffer: pickle.PickleBuffer) -> bool:
         flat = np.frombuffer(buffer.raw(), dtype=np.uint8)
-        if len(flat) >= _LARGE_BYTES:
+        if len(flat) >= _MIN_SHARED_BYTES:
             arrays.append(flat)
-        return len(flat) < _LARGE_BYTES
+        return len(flat) < _MIN_SHARED_BYTES
 
     return Shipment(_pickled(value, small), arrays)
 
 
 def unpack(shipment: Shipment) -> Any:
-    """The object; its large arrays and tensors are views of the shipment's, which may be shared: do not write there."""
+    """Return the object. Its large arrays and tensors are views of possibly shared memory: do not write to them."""
     return pickle.loads(shipment.content, buffers=shipment.arrays)
 
 
 def merged(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One saved state from those of parts of the clients, clients ascending; nothing is shared with the parts."""
+    """Merge saved states of disjoint sets of clients, clients ascending; the result shares no memory with the parts."""
     some = [part for part in parts if len(part["clients"])]
     if not some:
         return {"clients": torch.zeros(0, dtype=torch.int64)}
@@ -182,7 +182,7 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.copy()) if array.nbytes < _LARGE_BYTES else _view(array)
+    return torch.from_numpy(array.copy()) if array.nbytes < _MIN_SHARED_BYTES else _view(array)
 
 
 def _parameter(array: np.ndarray, requires_grad: bool) -> torch.nn.Parameter:
@@ -190,15 +190,15 @@ def _parameter(array: np.ndarray, requires_grad: bool) -> torch.nn.Parameter:
 
 
 def _view(array: np.ndarray) -> Tensor:
-    """A tensor on an array that may be read-only: torch cannot know that nobody writes to it."""
+    """Return a tensor on an array that may be read-only, without torch's warning: fedpriv never writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
-def _caught(what: Callable[[], Any]) -> Any:
+def _caught(work: Callable[[], Any]) -> Any:
     try:
-        return what()
+        return work()
     except Exception as error:
         return _failure(error)
 
@@ -222,7 +222,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _survivor(error: Exception) -> bytes:
-    """The exception, pickled, if it survives the way; else one with its words."""
+    """Return the pickled exception; if it cannot be unpickled, a RuntimeError with its message."""
     try:
         content = _pickled(error)
         pickle.loads(content)

@@ -1,4 +1,4 @@
-"""Which worker runs which clients: balanced by cost and measured speed; no result depends on it."""
+"""The assignment of clients to workers, balanced by cost and measured speed; no result depends on it."""
 
 import math
 from collections import deque
@@ -11,21 +11,22 @@ from fedpriv.engines.base import Population
 
 __all__ = ["Owners", "Unit", "client_costs"]
 
-# What is never divided between workers: a client, or all clients of one class (client id modulo the number).
+# The indivisible unit of work: a client, or all clients of one class (client id modulo the number).
 Unit = Literal["client"] | int
 
-# What a client costs beside its examples, in examples.
+# Fixed cost of a client, in examples.
 _CLIENT_EXAMPLES = 8.0
 # Weight of the newest round in a worker's speed.
 _NEWEST = 0.3
-# Rounds in a row in which workers must differ, by what factor, before owners change, and the least gain.
+# Owners change if workers differ by the factor _UNEVEN for _STREAK rounds in a row, and new owners cut the longest time
+# to the share _GAIN or less.
 _STREAK = 5
 _UNEVEN = 1.2
 _GAIN = 0.9
 
 
 def client_costs(population: Population) -> Callable[[np.ndarray], np.ndarray]:
-    """What clients cost in a round: examples that they walk through, and a constant; float64 `[clients]`."""
+    """Return a function for clients' costs in a round: processed examples plus a constant, float64 `[clients]`."""
 
     def costs(clients: np.ndarray) -> np.ndarray:
         return population.work.walked(population.federation.sizes[clients]) + _CLIENT_EXAMPLES
@@ -34,16 +35,16 @@ def client_costs(population: Population) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Owners:
-    """Spreads each round's cohort over workers.
+    """The owners of clients: they divide each round's cohort among workers.
 
-    Where clients have a memory, a unit that comes for the first time goes to the worker that has least work for its
-    speed, and stays; else every round is spread anew, largest units first.
+    If clients have memory, a new unit goes to the worker with the least work for its speed and stays there. Otherwise
+    every round is divided independently, largest units first.
 
     Args:
-        workers: Their numbers.
-        unit: What is never divided.
-        costs: What clients cost, `[clients]`.
-        stay: Whether clients have a memory.
+        workers: The numbers of the workers.
+        unit: The indivisible unit.
+        costs: Returns the costs of clients, `[clients]`.
+        stay: True if clients have memory.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Owners:
         self._waited = 0
 
     def shares(self, cohort: np.ndarray) -> dict[int, list[np.ndarray]]:
-        """For each worker that has work: groups of clients, each to be run by itself, ascending ids in each."""
+        """Return groups of clients for each worker with work; each group runs separately, with ascending ids."""
         if not len(cohort):
             return {}
         units, costs = self._units(cohort), self._costs(cohort)
@@ -79,7 +80,7 @@ class Owners:
         return shares
 
     def measured(self, seconds: dict[int, float]) -> None:
-        """Takes note of how long the workers took for their last shares; NaN where that says nothing."""
+        """Record the seconds that workers took for their last shares; NaN if a time is not representative."""
         known = {w: s for w, s in seconds.items() if math.isfinite(s) and s > 0.0}
         for worker, took in known.items():
             now = took / self._given[worker]
@@ -89,9 +90,9 @@ class Owners:
         self._waited += 1
 
     def rebalanced(self) -> bool:
-        """Whether units changed hands, because some workers took much longer than others for several rounds in a row.
+        """Change owners if some workers took much longer than others for several rounds in a row; return True then.
 
-        The longer it is, the more often it happened.
+        After each change, the next one takes twice as many rounds.
         """
         if not self._stay or self._waited < self._patience or not self._uneven():
             return False
@@ -107,19 +108,19 @@ class Owners:
         return True
 
     def lose(self, worker: int) -> None:
-        """Takes a worker out; its units go to the others when they come next."""
+        """Remove a worker; its units get new owners when they next take part."""
         self.workers.remove(worker)
         self._owner = {unit: owner for unit, owner in self._owner.items() if owner != worker}
         self._seconds_per_cost.pop(worker, None)
         self._recent.clear()
 
     def forget(self) -> None:
-        """Forgets who owns what, not how fast workers are."""
+        """Forget the owners, but not the speeds of workers."""
         self._owner.clear()
         self._weight.clear()
 
     def owners_of(self, clients: np.ndarray) -> np.ndarray:
-        """The worker of each client, int64 `[clients]`; clients that nobody owns yet are given away."""
+        """Return the worker of each client, int64 `[clients]`; clients without an owner get one."""
         self.shares(clients)
         return np.array([self._owner[unit] for unit in self._units(clients).tolist()], dtype=np.int64)
 
@@ -132,7 +133,7 @@ class Owners:
         return [clients[units == unit] for unit in np.unique(units)]
 
     def _owners(self, weights: dict[int, float]) -> dict[int, int]:
-        """The owner of each unit of `weights`; remembered where clients have a memory."""
+        """Return the owner of each unit of `weights`; owners are remembered if clients have memory."""
         owner = self._owner if self._stay else {}
         if self._stay:
             for unit, weight in weights.items():
@@ -157,12 +158,12 @@ class Owners:
         return max(load * speed[worker] for worker, load in loads.items())
 
     def _speeds(self) -> dict[int, float]:
-        """Seconds per cost of each worker; of one that was never measured, the others' median."""
+        """Return the seconds per cost of each worker; the median of the others if it was never measured."""
         usual = float(np.median(list(self._seconds_per_cost.values()))) if self._seconds_per_cost else 1.0
         return {worker: self._seconds_per_cost.get(worker, usual) for worker in self.workers}
 
     def _uneven(self) -> bool:
-        """Whether the times of all recent rounds differ much; a worker without work took none."""
+        """Return True if the workers' times differ much in all recent rounds; a worker without work took no time."""
         if len(self._recent) < _STREAK:
             return False
         times = [[0.0 if math.isnan(s) else s for s in row.values()] for row in self._recent]

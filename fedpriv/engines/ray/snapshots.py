@@ -1,4 +1,4 @@
-"""What a run over workers falls back to: all clients' states after some round, and the rounds since."""
+"""Snapshots for recovery after a worker dies: all clients' states after some round, and the rounds since."""
 
 import errno
 import os
@@ -19,17 +19,17 @@ from fedpriv.rounds import Broadcast
 __all__ = ["KeepSnapshots", "Snapshots"]
 
 # Bytes of models and cohorts after which a new snapshot is due.
-_LOG_BYTES = 2**30
+_MAX_LOG_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepSnapshots:
-    """How often clients' states are gathered, and where they are kept.
+    """Frequency and place of snapshots of the clients' states.
 
     Args:
-        every: Rounds after which a new snapshot is due, at the earliest.
+        every: Fewest rounds between two snapshots.
         share: Most seconds that a snapshot may cost for each second of the rounds before it.
-        folder: Where states are kept, in files; None for this process's memory.
+        folder: Folder for files of states; None for this process's memory.
     """
 
     every: int = 20
@@ -38,10 +38,10 @@ class KeepSnapshots:
 
 
 class Snapshots:
-    """The last snapshot of all states, and the rounds that came after it.
+    """The last snapshot of all states, and the rounds after it.
 
     Args:
-        how: How often, and where.
+        how: Frequency and place.
     """
 
     def __init__(self, how: KeepSnapshots) -> None:
@@ -57,18 +57,18 @@ class Snapshots:
 
     @property
     def due(self) -> bool:
-        """Whether there were many rounds since the last snapshot, for what one costs, or they take much memory."""
-        if sum(past.model.nbytes + past.cohort.nbytes for past in self.rounds) >= _LOG_BYTES:
+        """True if a new snapshot is due: after enough rounds for its cost, or if their models take much memory."""
+        if sum(past.model.nbytes + past.cohort.nbytes for past in self.rounds) >= _MAX_LOG_BYTES:
             return True
         worth_it = self._cost <= self._share * (time.monotonic() - self._since)
         return len(self.rounds) >= self._every and worth_it
 
     def log(self, broadcast: Broadcast) -> None:
-        """Takes note of a round that all workers have finished."""
+        """Record a round that all workers have finished."""
         self.rounds.append(broadcast._replace(model=broadcast.model.detach().cpu().clone()))
 
     def keep(self, parts: Iterable[dict[str, Tensor]]) -> None:
-        """Replaces the snapshot by states in the form of `Engine.save`, part by part; the rounds before are forgotten.
+        """Replace the snapshot by states in the form of `Engine.save`, part by part; forget the rounds before it.
 
         Raises:
             UserError: If the disk is full.
@@ -86,16 +86,16 @@ class Snapshots:
         self._cost = self._since - began
 
     def parts(self) -> Iterator[dict[str, Tensor]]:
-        """The states that were kept last."""
+        """Yield the states of the last snapshot, part by part."""
         yield from (load_file(file) for file in self._files) if self._folder is not None else [self._states]
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Remove all states and rounds."""
         self._drop()
         self.rounds, self._states = [], merged([])
 
     def _write(self, folder: Path, place: int, part: dict[str, Tensor]) -> Path:
-        """One file, which appears whole or not at all, and which its owner alone can read."""
+        """Write one file atomically, readable by its owner alone."""
         path = folder / f"states-{os.getpid()}-{self._number}-{place}.safetensors"
         content = safetensors_bytes({name: tensor.contiguous() for name, tensor in part.items()})
         try:
