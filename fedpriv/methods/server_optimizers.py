@@ -52,11 +52,11 @@ __all__ = [
     "optimized",
 ]
 
-SMALLEST_TAU = 1e-12
+MIN_TAU = 1e-12
 """Squares are kept in float32, which loses those of directions below 1e-23: their steps are then of direction / tau."""
 
 
-LARGEST_TAU = 1e20
+MAX_TAU = 1e20
 """Beyond that, steps are too short for float32."""
 
 
@@ -304,4 +304,4 @@ def _check(tau: float, **betas: float) -> None:
     for key, beta in betas.items():
         require_fraction(f"server.{key}", beta)
     remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-    real_within("server.tau", tau, SMALLEST_TAU, LARGEST_TAU, remedy)
+    real_within("server.tau", tau, MIN_TAU, MAX_TAU, remedy)

@@ -37,7 +37,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
-from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
+from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
@@ -52,16 +52,16 @@ PLD = f"PLD (fedpriv {__version__})"
 GAUSSIAN = f"one Gaussian, exactly (fedpriv {__version__})"
 NO_NOISE = "none, there is no noise"
 
-MOST_HIDING_NOISE = 1e6
+MAX_HIDING_NOISE = 1e6
 """Of sampled rounds, noise over bound that is accounted for at most, lest differences of losses drown in rounding."""
 
-LARGEST_TARGET = 1e5
+MAX_TARGET = 1e5
 """Largest epsilon to calibrate for."""
 
 GRID_ERROR = 2e-4
 """Share of epsilon that the grid of losses may add, about."""
 
-MOST_LOSSES = 2**18
+MAX_LOSSES = 2**18
 """Most points of one round's grid; a sixteenth of it where epsilon exceeds 1 000 and precision serves nobody."""
 
 
@@ -139,7 +139,7 @@ class Releases:
 
     def bound(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> Bound:
         """The smallest proven bound, with its accountant; arguments and guarantees are those of `epsilon`."""
-        return _least_bound(self, noise_multiplier, rounds, horizon or rounds)
+        return _tightest_bound(self, noise_multiplier, rounds, horizon or rounds)
 
     def calibrate(self, epsilon: float, rounds: int) -> float:
         """Return the smallest noise multiplier that spends at most `epsilon`, to within 0.1 % of epsilon.
@@ -149,7 +149,7 @@ class Releases:
             rounds: Number of rounds; 0 is calibrated as 1.
 
         Raises:
-            UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than
+            UserError: If epsilon is above `MAX_TARGET` or too small to be resolved; or if delta is no smaller than
                 the chance that a given client ever takes part. Sending some clients' data in the clear would then be
                 (0, delta)-private, and no noise would be asked for.
 
@@ -169,7 +169,7 @@ class Releases:
             return epsilon / spent if spent > 0.0 else math.inf
 
         enough = _noise_of_one_gaussian(charged, self.delta, epsilon)
-        if enough > MOST_NOISE or within(enough) < 1.0:
+        if enough > MAX_NOISE or within(enough) < 1.0:
             remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
             raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
         if not self.pairs:
@@ -201,14 +201,14 @@ class Releases:
             raise UserError(
                 "privacy.delta", expected, self.delta, "Lower privacy.delta; well below 1 / clients is usual"
             )
-        if not 0.0 < epsilon <= LARGEST_TARGET:
-            expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
+        if not 0.0 < epsilon <= MAX_TARGET:
+            expected = f"a number above 0 and at most {MAX_TARGET:g}"
             remedy = "Below 10 is usual. For a run without noise, remove [privacy] or set noise_multiplier = 0 instead"
             raise UserError("privacy.epsilon", expected, epsilon, remedy)
 
 
 @lru_cache(maxsize=2**15)
-def _least_bound(releases: Releases, noise_multiplier: float, rounds: int, horizon: int) -> Bound:
+def _tightest_bound(releases: Releases, noise_multiplier: float, rounds: int, horizon: int) -> Bound:
     if rounds == 0:
         return Bound(0.0, GAUSSIAN, False)
     if noise_multiplier == 0.0:
@@ -221,8 +221,8 @@ def _least_bound(releases: Releases, noise_multiplier: float, rounds: int, horiz
         return whole
     if rounds * sampling.hiding_prob <= delta:  # the client takes part at all with at most that probability
         return Bound(0.0, PLD, True)
-    noise = min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)
-    if noise * LARGEST_SHIFT < 1.0:
+    noise = min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)
+    if noise * MAX_SHIFT < 1.0:
         return whole
     sampled = _sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
     return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
@@ -274,7 +274,7 @@ def _first_interval(pair: Direction, noise: float, cut: float, horizon: int, del
     while True:
         epsilon, theta = Composition([(losses, horizon)]).renyi_epsilon(delta)
         wanted = math.sqrt(12.0 * GRID_ERROR * max(epsilon, 1e-9) / (horizon * (1.0 + theta)))
-        most = MOST_LOSSES if epsilon < 1e3 else MOST_LOSSES // 16
+        most = MAX_LOSSES if epsilon < 1e3 else MAX_LOSSES // 16
         finest = 2.0 ** math.ceil(math.log2(losses.interval * len(losses.probs) / most))
         if not math.isfinite(wanted):
             return finest, finest
@@ -291,7 +291,7 @@ def _negligible(delta: float, rounds: int) -> float:
 
 def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> float:
     """The noise multiplier at which all rounds, as one Gaussian, cost `epsilon`; from above, to 1e-12."""
-    small, large = 0.0, LARGEST_SHIFT
+    small, large = 0.0, MAX_SHIFT
     while large - small > 1e-12 * large:
         middle = 0.5 * (small + large)
         small, large = (middle, large) if gaussian_epsilon(middle, delta) <= epsilon else (small, middle)
@@ -302,10 +302,10 @@ def _noise_by_moments(releases: Releases, epsilon: float, rounds: int, enough: f
     """About the noise multiplier at which moments on a coarse grid prove `epsilon`; `enough` at most."""
     pairs, delta, in_bounds = releases.pairs, releases.delta, releases.sensitivity
     cut = _negligible(delta, rounds)
-    low, high = max(1e-3 * enough, 1.0 / LARGEST_SHIFT / in_bounds), enough
+    low, high = max(1e-3 * enough, 1.0 / MAX_SHIFT / in_bounds), enough
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        losses = losses_of_one_round(*pairs[0], min(in_bounds * middle, MOST_HIDING_NOISE), cut, None)
+        losses = losses_of_one_round(*pairs[0], min(in_bounds * middle, MAX_HIDING_NOISE), cut, None)
         proved = Composition([(losses, rounds)]).renyi_epsilon(delta)[0] <= epsilon
         low, high = (low, middle) if proved else (middle, high)
     return high

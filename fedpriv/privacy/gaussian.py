@@ -11,12 +11,12 @@ import math
 import numpy as np
 from scipy.special import log_ndtr, ndtr, ndtri
 
-__all__ = ["LARGEST_SHIFT", "MOST_NOISE", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
+__all__ = ["MAX_NOISE", "MAX_SHIFT", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
 
-LARGEST_SHIFT = 1e3
+MAX_SHIFT = 1e3
 """Of sensitivity / std, the largest that is accounted for. Beyond it epsilon exceeds 500 000 and counts as infinite."""
 
-MOST_NOISE = 1e12
+MAX_NOISE = 1e12
 """Of noise multipliers: far more than any promise needs, and far from where float32 ends."""
 
 _SAFE = 1e-9
@@ -44,9 +44,9 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
 
     Formal guarantees:
         Never below the exact epsilon, above it by at most 1e-8 of it, rising with `shift` and falling with `delta`;
-        infinite beyond `LARGEST_SHIFT`.
+        infinite beyond `MAX_SHIFT`.
     """
-    if shift > LARGEST_SHIFT:
+    if shift > MAX_SHIFT:
         return math.inf
     target = delta * (1.0 - _SAFE)
     if shift == 0.0 or gaussian_delta(0.0, shift) <= target:

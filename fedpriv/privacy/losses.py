@@ -58,11 +58,11 @@ _ALIASED = math.log(1e-18)
 """Log of the tilted mass beyond each end that may wrap around in a transform. It only adds to what is there."""
 _THETAS = 2.0 ** np.arange(-8, 24, 0.5)
 _COARSER = 16
-_MOST_EXPONENT = 300.0
+_MAX_EXPONENT = 300.0
 
-_MOST_TILTS = 5
+_MAX_TILTS = 5
 
-MOST_SUMS = 2**20
+MAX_SUMS = 2**20
 """Most points of a transform, if a smaller tilt can avoid it."""
 
 
@@ -144,7 +144,7 @@ class Losses:
         """Log of the mean of exp(theta loss) over finite losses."""
         exponents = theta * self.values
         peak = float(exponents[-1] if theta > 0.0 else exponents[0])
-        if abs(peak) < _MOST_EXPONENT:
+        if abs(peak) < _MAX_EXPONENT:
             return math.log(float(self.probs @ np.exp(exponents)))
         exponents += self._log_probs
         peak = float(exponents.max())
@@ -281,7 +281,7 @@ class Composition:
         """The smallest epsilon that the losses prove at `delta`; infinite where there is none."""
         best, theta = self.renyi_epsilon(delta)
         center = best
-        for _ in range(_MOST_TILTS if 0.0 < best < math.inf else 0):
+        for _ in range(_MAX_TILTS if 0.0 < best < math.inf else 0):
             tilted, before = self._tilted(theta, center), best
             best = min(best, tilted.epsilon(delta))
             if best > 0.95 * before or tilted.rounding(best) < 1e-4 * delta:
@@ -296,7 +296,7 @@ class Composition:
 
     def _tilted(self, theta: float, center: float) -> "_Tilted":
         window = self._window(theta)
-        while window.last - window.first > MOST_SUMS and theta > _THETAS[0]:
+        while window.last - window.first > MAX_SUMS and theta > _THETAS[0]:
             theta *= 0.9
             window = self._window(theta)
         size = _fast_size(window.last - window.first + 1)
@@ -310,7 +310,7 @@ class Composition:
         blur = 128.0 * _UNIT * (1.0 + moved) * float(sums.max())
         sums = np.maximum(sums, 0.0) + blur
         values = (window.first + np.arange(size)) * self.interval
-        weights = sums * np.exp(np.minimum(-theta * (values - center), _MOST_EXPONENT))
+        weights = sums * np.exp(np.minimum(-theta * (values - center), _MAX_EXPONENT))
         scale = window.moment - theta * center
         rounding = (scale + theta * center + math.log(blur / (self.interval * theta * (1.0 + theta))), theta)
         return _Tilted(values, weights, center, scale, self.infinite + window.lost, rounding)
@@ -326,7 +326,7 @@ class Composition:
         def end(sign: int) -> int:
             ends = [losses.lowest + (sign > 0) * (len(losses.probs) - 1) for losses, _ in self.parts]
             longest = max(abs(place) for place in ends) * self.interval
-            beyond = _least(
+            beyond = _minimum(
                 lambda step: (self._log_moment(theta + sign * step) - moment - _ALIASED) / step,
                 0.1 / max(spread, longest),
                 50.0 / spread,
@@ -352,7 +352,7 @@ class _Window(NamedTuple):
     masses: list[np.ndarray]
 
 
-def _least(function: Callable[[float], float], low: float, high: float) -> float:
+def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
     """About the least value of a function that falls and then rises; golden section on a logarithmic scale."""
     low, high, ratio = math.log(low), math.log(high), 0.5 * (math.sqrt(5.0) - 1.0)
     left, right = high - ratio * (high - low), low + ratio * (high - low)
@@ -420,9 +420,9 @@ class _Tilted(NamedTuple):
         """Smallest epsilon at `delta`, never below the first of `values`."""
         if delta <= self.infinite:
             return math.inf
-        target = math.exp(min(math.log(delta - self.infinite) - self.scale, _MOST_EXPONENT))
+        target = math.exp(min(math.log(delta - self.infinite) - self.scale, _MAX_EXPONENT))
         upper, lower = self._masses()
-        factors = np.exp(np.minimum(self.values - self.center, _MOST_EXPONENT))
+        factors = np.exp(np.minimum(self.values - self.center, _MAX_EXPONENT))
         reached = upper[1:] - factors * lower[1:] <= target
         first = int(np.argmax(reached))
         if not reached[first]:
@@ -441,5 +441,5 @@ class _Tilted(NamedTuple):
 
     def _masses(self) -> tuple[np.ndarray, np.ndarray]:
         """Masses of sums from each of `values` on, under both distributions; a last entry of none."""
-        other = self.weights * np.exp(np.minimum(self.center - self.values, _MOST_EXPONENT))
+        other = self.weights * np.exp(np.minimum(self.center - self.values, _MAX_EXPONENT))
         return tuple(np.append(np.cumsum(m[::-1])[::-1], 0.0) for m in (self.weights, other))  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
-from fedpriv.privacy.gaussian import MOST_NOISE
+from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, unit_of
@@ -26,9 +26,9 @@ __all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPl
 # Replacing a message moves a sum by up to the diameter of the ball that holds it.
 REPLACE_FACTOR = 2.0
 
-MOST_ROUNDS = 10**12
+MAX_ROUNDS = 10**12
 
-SMALLEST_EPSILON = 1e-6
+MIN_EPSILON = 1e-6
 """Below that, delta is all that is promised."""
 
 DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
@@ -73,8 +73,8 @@ class PrivacyPlan:
         _check_names(self.trust, self.adjacency, self.unit)
         self.sampling.check_neighbors(self.adjacency)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        if not is_real(self.noise_multiplier, 0.0, MOST_NOISE):
-            expected = f"a number from 0 to {MOST_NOISE:g}"
+        if not is_real(self.noise_multiplier, 0.0, MAX_NOISE):
+            expected = f"a number from 0 to {MAX_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
 
     @property
@@ -333,8 +333,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not is_whole(rounds, 0, MOST_ROUNDS):
-        expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
+    if not is_whole(rounds, 0, MAX_ROUNDS):
+        expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
         raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
     if not (is_real(delta, 1e-100) and delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
@@ -343,7 +343,7 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if epsilon is None or not is_real(epsilon, SMALLEST_EPSILON):
-        expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
+    if epsilon is None or not is_real(epsilon, MIN_EPSILON):
+        expected = f"a finite number above 0 (from {MIN_EPSILON:g})"
         raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
     return float(epsilon)

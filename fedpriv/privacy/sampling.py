@@ -34,7 +34,7 @@ __all__ = [
     "read_sampling",
 ]
 
-LARGEST_POPULATION = 10**12
+MAX_POPULATION = 10**12
 """More clients than people, and still far from where a running sum of gaps between client ids could overflow."""
 
 BLOCK = 2**16
@@ -656,8 +656,8 @@ def _record(sampling: Sampling) -> dict[str, Any]:
 
 
 def _check_population(population: object) -> None:
-    if not is_whole(population, 1, LARGEST_POPULATION):
-        expected = f"a whole number of clients from 1 to {LARGEST_POPULATION}"
+    if not is_whole(population, 1, MAX_POPULATION):
+        expected = f"a whole number of clients from 1 to {MAX_POPULATION}"
         raise UserError("data.clients", expected, repr(population), "Set the number of clients")
 
 

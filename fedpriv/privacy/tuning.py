@@ -31,11 +31,11 @@ import numpy as np
 
 from fedpriv.checks import real_within
 from fedpriv.errors import UserError
-from fedpriv.privacy.gaussian import MOST_NOISE
+from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
 
 __all__ = [
-    "MOST_TRIALS",
+    "MAX_TRIALS",
     "NegativeBinomialTrials",
     "PoissonTrials",
     "RenyiCurve",
@@ -45,15 +45,15 @@ __all__ = [
     "tuning_epsilon",
 ]
 
-MOST_TRIALS = 1_000
+MAX_TRIALS = 1_000
 """Largest expected number of trials."""
 
 _ORDERS = 1.0 + np.logspace(-4.0, 6.0, 501)
 # The orders at which dp-accounting is asked about sampled rounds: whole ones are finite sums, and large ones take long.
 _SAMPLED_ORDERS = np.array([*range(2, 33), 40, 48, 64, 96, 128, 256, 512], dtype=np.float64)
-_LEAST_SCORE_NOISE = 1e-3
+_MIN_SCORE_NOISE = 1e-3
 """Of scores' noise multipliers: the noise would then be far below what one client moves."""
-_LEAST_GAMMA = 1e-6
+_MIN_GAMMA = 1e-6
 """K is hardly ever above 40 / gamma: nobody means to run more."""
 _UP = 1.0 + 1e-12
 """Factor that covers rounding in the few operations from a curve to an epsilon."""
@@ -103,7 +103,7 @@ class NegativeBinomialTrials:
     @cached_property
     def gamma(self) -> float:
         """The gamma of which E[K] is `expected`."""
-        low, high = math.log(_LEAST_GAMMA), math.log1p(-1e-9)
+        low, high = math.log(_MIN_GAMMA), math.log1p(-1e-9)
         if self._mean(math.exp(low)) < self.expected:
             raise UserError("tuning.eta", "one that allows so many trials", self.eta, "Choose a larger eta")
         if self._mean(math.exp(high)) > self.expected:
@@ -201,7 +201,7 @@ class ScoreNoise:
     SENSITIVITY: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        real_within("tuning.score_noise_multiplier", self.multiplier, _LEAST_SCORE_NOISE, MOST_NOISE, "For example 5")
+        real_within("tuning.score_noise_multiplier", self.multiplier, _MIN_SCORE_NOISE, MAX_NOISE, "For example 5")
 
     @property
     def stddev(self) -> float:
@@ -252,6 +252,6 @@ def tuning_epsilon(plan: PrivacyPlan, count: TrialCount, score: ScoreNoise | Non
 
 
 def _check_expected(expected: float, above: float) -> None:
-    if not (above < expected <= MOST_TRIALS and expected >= 1.0):
-        words = f"{'above' if above else 'from'} 1 and at most {MOST_TRIALS:,}"
+    if not (above < expected <= MAX_TRIALS and expected >= 1.0):
+        words = f"{'above' if above else 'from'} 1 and at most {MAX_TRIALS:,}"
         raise UserError("tuning.expected_trials", words, expected, "Give the number of trials to expect")
