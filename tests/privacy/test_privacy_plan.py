@@ -311,7 +311,7 @@ def test_a_local_statement_says_what_the_server_sees_and_who_is_charged() -> Non
 
 
 def test_a_statement_says_if_one_noise_was_drawn_for_the_sum_of_messages_that_devices_would_noise_each() -> None:
-    said = "this run drew one noise a round for the sum of its clients' messages"
+    said = "this run drew one noise vector per round for the sum of its clients' messages"
     for trust, fused, expected in (("local", True, True), ("local", False, False), ("central", True, False)):
         text = words(
             privacy_statement(
