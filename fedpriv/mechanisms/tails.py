@@ -57,7 +57,7 @@ class Tail:
 
 
 def upper_tail(height: Fraction, bits: int) -> int:
-    """Return 2^bits times the probability that a standard normal number exceeds `height` >= 0, with an error below 2^32.
+    """Return 2^bits times the probability that a standard normal number exceeds `height` >= 0; error below 2^32.
 
     With x the height, the tail is 1/2 - S(x) / (sqrt(2 pi) E(x^2/2)), S(x) = x + x^3/3 + x^5/(3 5) + ... and E the
     exponential series. Both have positive terms, 1 <= E and S <= 1.26 E. With K terms, rounding each term down costs

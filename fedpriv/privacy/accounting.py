@@ -197,9 +197,7 @@ class Releases:
         chance = min(1.0, rounds * self.sampling.sampling_prob) if hidden else 1.0
         if self.delta >= chance:
             expected = f"a delta below {chance:g}, the probability that a given client ever takes part"
-            raise UserError(
-                "privacy.delta", expected, self.delta, "Lower privacy.delta well below 1 / clients"
-            )
+            raise UserError("privacy.delta", expected, self.delta, "Lower privacy.delta well below 1 / clients")
         if not 0.0 < epsilon <= MAX_TARGET:
             expected = f"a number above 0 and at most {MAX_TARGET:g}"
             remedy = "Set it, usually below 10. For a non-private run, remove the [privacy] table"

@@ -61,9 +61,7 @@ OUTPUTS = (
     ),
     Output("curves.png", Kind.RELEASED, "the same as a picture", left=True),
     Output("summary.json", Kind.RELEASED, "the promise and the last scores; of its timings see below", left=True),
-    Output(
-        "engine.json", Kind.TIMING, "how the run was executed, and how long a client took if measured", left=True
-    ),
+    Output("engine.json", Kind.TIMING, "how the run was executed, and how long a client took if measured", left=True),
     Output("groups.json", Kind.RELEASED, "which trials a sweep compares", "sweep"),
     Output(
         "trials.csv",
