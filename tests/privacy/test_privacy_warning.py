@@ -1,4 +1,4 @@
-"""Noise that drowns the signal is said before training, with what would help."""
+"""The warning before training if noise drowns the signal, with possible remedies."""
 
 import math
 
