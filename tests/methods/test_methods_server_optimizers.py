@@ -120,7 +120,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
         assert all(same(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_rule_that_does_not_run_in_place_does_not_do_so_with_an_optimiser_either() -> None:
+def test_a_rule_that_does_not_run_in_place_does_not_do_so_with_an_optimizer_either() -> None:
     class Louder(DPFedAvg):
         def client_rule(self, state, signal, release, round):
             return torch.ones_like(signal), state

@@ -366,7 +366,7 @@ class TestNoise:
 
     @pytest.mark.parametrize("ratio", [0.05, 0.3, 1.0])
     def test_noise_in_a_sent_memory_is_stationary(self, ratio: float) -> None:
-        """An autoregression in the linear regime, of variance sigma^2 alpha beta / (2 - beta / alpha), about half of it."""
+        """A linear-regime autoregression: variance sigma^2 alpha beta / (2 - beta / alpha), about half of it."""
         alpha, size, clients, sigma = 1.0, 4, 4000, 1e-4
         method = AlphaNormEC(alpha=alpha, beta=ratio * alpha, memory="sent")
         state, rng = fresh_clients(method, clients, size), np.random.default_rng(2)

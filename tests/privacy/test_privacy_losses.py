@@ -90,10 +90,10 @@ def cohort_law(grid: np.ndarray, messages: tuple[float, ...], size: int, noise: 
     return np.mean([stats.norm.pdf(grid, one, noise) for one in sums], axis=0)
 
 
-@pytest.mark.parametrize(("adjacency", "neighbours"), [("replace", (1.0, -1.0)), ("add-or-remove", (1.0, 0.0))])
+@pytest.mark.parametrize(("adjacency", "neighbors"), [("replace", (1.0, -1.0)), ("add-or-remove", (1.0, 0.0))])
 @pytest.mark.parametrize(("clients", "size", "noise"), [(4, 2, 1.0), (3, 1, 0.6), (4, 3, 2.0)])
 def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_of_the_best(
-    adjacency: str, neighbours: tuple[float, float], clients: int, size: int, noise: float
+    adjacency: str, neighbors: tuple[float, float], clients: int, size: int, noise: float
 ) -> None:
     """Two rounds of the true mechanism of few clients; the adversary picks the others' messages, given round 1."""
     grid = np.linspace(-size - 7.0 * noise, size + 7.0 * noise, 401)
@@ -101,7 +101,7 @@ def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_
     others = list(itertools.combinations_with_replacement((-1.0, 1.0), clients - 1))
     pairs = hidden(FixedSize(clients, size), adjacency).pairs
     for order, direction in enumerate(pairs):
-        mine = neighbours if order == 0 else neighbours[::-1]
+        mine = neighbors if order == 0 else neighbors[::-1]
         both = [tuple(cohort_law(grid, (x, *rest), size, noise) for x in mine) for rest in others]
         account = Composition([(losses_of_one_round(*direction, noise, CUT, 2e-3), 2)])
         for epsilon in (0.0, 0.7, 2.0):
@@ -115,7 +115,7 @@ def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_
             assert best * (1.0 - 1e-6) <= account.delta(epsilon) <= 1.1 * best
 
 
-def test_two_orders_of_neighbours_composed_each_with_itself_are_no_bound_for_a_fixed_size() -> None:
+def test_two_orders_of_neighbors_composed_each_with_itself_are_no_bound_for_a_fixed_size() -> None:
     """An adversary that reverses the others' messages after round 1 beats both; the account covers it."""
     clients, size, noise, epsilon = 4, 2, 1.0, 0.5
     grid = np.linspace(-9.0, 9.0, 401)

@@ -90,7 +90,7 @@ def test_cohorts_differ_from_round_to_round(sampling: Sampling) -> None:
 
 
 @every_kind
-def test_poisson_includes_each_client_equally_often_and_independently_of_its_neighbour(streams: Streams) -> None:
+def test_poisson_includes_each_client_equally_often_and_independently_of_its_neighbor(streams: Streams) -> None:
     prob = 0.1
     table = taken(Poisson(CLIENTS, prob), streams)
     spread = prob * (1.0 - prob)
