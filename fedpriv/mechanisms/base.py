@@ -13,7 +13,7 @@ MechanismState = Any
 
 
 class NoState(NamedTuple):
-    """The state of a mechanism whose rounds are independent."""
+    """The state of a mechanism with independent rounds."""
 
 
 class Mechanism(Protocol):

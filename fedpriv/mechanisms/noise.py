@@ -108,7 +108,7 @@ def release_clients_sum(
         stddev: Standard deviation of one client's noise in each coordinate.
         total: Sum of the bounded messages, float64 `[params]` on the CPU.
         round: The round, from 1.
-        clients: Number of clients whose messages are in the sum.
+        clients: Number of messages in the sum.
         part: Index of the sum, if a round has several; each has independent noise.
     """
     grid = release_grid(stddev) if stddev > 0.0 else None

@@ -51,7 +51,7 @@ class Sampling(Protocol):
     """The rule that decides which clients take part in a round; a frozen dataclass.
 
     Attributes:
-        name: Its name in configs, records, orders and ledgers.
+        name: Its name in configs, records, instructions and ledgers.
         draws_cohorts: True if cohorts are drawn at random; otherwise a timeline decides who counts.
         by_coins: True if clients take part independently, so that one client's participation reveals nothing about
             the others.

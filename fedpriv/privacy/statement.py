@@ -111,8 +111,8 @@ _FILES = "Released or not, file by file (only the owner can read a file that is 
 
 _WHOSE_APP = {
     "fixed": "The app: nodes started by `fedpriv deploy node` run their own installed code, refuse any code that a "
-    "server sends, and follow orders only within their policies. For a client on any other node, the promise does not "
-    "hold against a server that supplies the app.",
+    "server sends, and follow instructions only within their policies. For a client on any other node, the promise "
+    "does not hold against a server that supplies the app.",
     "supplied": "The app: if Flower's nodes run the app that comes with a run, the promise does not hold against a "
     "server that supplies the app, or settings that make it do anything but train (the run config). It holds against "
     "the server for clients on a node that itself fixes the app, and backs it with a policy and a ledger.",

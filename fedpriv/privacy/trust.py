@@ -1,6 +1,6 @@
 """Trust models: which party adds the noise, and the rules that follow. No other code tests for a trust's name.
 
-Configs, records, orders and ledgers keep only the name; `trust_of` returns its object.
+Configs, records, instructions and ledgers keep only the name; `trust_of` returns its object.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Trust(Protocol):
     A frozen dataclass without fields.
 
     Attributes:
-        name: Its name in configs, records, orders and ledgers.
+        name: Its name in configs, records, instructions and ledgers.
         adversary: The adversary that the guarantee holds against; one clause.
         seen: The view of an auditor in the adversary's place; one clause.
         noised: The values that the noise is added to, in words.

@@ -200,7 +200,9 @@ class ScoreNoise:
     SENSITIVITY: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        real_within("tuning.score_noise_multiplier", self.multiplier, _MIN_SCORE_NOISE, MAX_NOISE, "For example 5")
+        real_within(
+            "tuning.score_noise_multiplier", self.multiplier, _MIN_SCORE_NOISE, MAX_NOISE, "Set it, for example to 5"
+        )
 
     @property
     def stddev(self) -> float:

@@ -18,7 +18,7 @@ class Unit(Protocol):
     """The data that differ between neighbors: a frozen dataclass without fields.
 
     Attributes:
-        name: Its name in configs, records, orders and ledgers.
+        name: Its name in configs, records, instructions and ledgers.
         one: One such unit, in words.
         neighbors: By adjacency, the populations that an adversary cannot distinguish; a sentence.
     """
