@@ -1,11 +1,11 @@
-"""One round as three pure functions, with the network between them.
+"""One round as three pure functions that the network connects.
 
     server:  broadcast = begin_round(rules, state, k)
     client:  message, state_i = client_round(rules, client, state_i, signal, k)
     server:  state = finish_round(rules, state, k, total)
 
-Whoever owns the network (a loop, a batch, Ray, Flower) calls the same three. The sum of the messages is all that
-the server needs, which makes it the boundary of secure aggregation.
+Every engine (a loop, a batch, Ray, Flower) calls the same three. The server needs only the sum of the messages, which
+makes this sum the boundary of secure aggregation.
 """
 
 import math
@@ -48,12 +48,12 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRules:
-    """What a client needs to know of the agreement.
+    """The client's half of the agreement.
 
     Args:
-        method: Whose client rule it follows.
-        noise_stddev: Standard deviation per coordinate of the noise that it adds to its message; 0 for none.
-        streams: Where its noise comes from.
+        method: The method; the client follows its client rule.
+        noise_stddev: Standard deviation per coordinate of the noise that the client adds to its message; 0 for none.
+        streams: Source of its noise.
     """
 
     method: Method
@@ -62,12 +62,12 @@ class ClientRules:
 
     @property
     def release_grid(self) -> float | None:
-        """G, of which every coordinate of a message with noise is a multiple; None without noise."""
+        """G: every coordinate of a noised message is a multiple of it; None without noise."""
         return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
 
     @property
     def message_limit(self) -> float:
-        """Largest absolute value of a coordinate of a message: its bound and 16 standard deviations of noise."""
+        """Largest absolute value of a message's coordinate: the bound plus 16 standard deviations of noise."""
         bound, grid = self.method.bounded.l2_bound, self.release_grid
         return bound if grid is None else max_level(bound, self.noise_stddev) * grid
 
@@ -88,13 +88,13 @@ class ClientRules:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerRules:
-    """What the server needs to know of the agreement.
+    """The server's half of the agreement.
 
     Args:
-        method: Whose server rule it follows.
-        sampling: Who takes part in a round.
-        mechanism: Adds its noise to the sum.
-        streams: Where cohorts and its noise come from.
+        method: The method; the server follows its server rule.
+        sampling: The sampling of clients.
+        mechanism: The mechanism that adds the server's noise to the sum.
+        streams: Source of cohorts and of the server's noise.
     """
 
     method: Method
@@ -108,28 +108,28 @@ class ServerRules:
         return self.mechanism.stddev
 
     def init(self, model: Tensor) -> ServerState:
-        """The server's state before the first round, from the model `[params]`: the method's, and the mechanism's."""
+        """Return the state before the first round for the model `[params]`: the method's and the mechanism's."""
         return joined(self.method.init_server(model), self.mechanism.init(len(model)))
 
     def begin_anew(self, state: ServerState) -> ServerState:
-        """The state where all memories begin anew and the model stays; noise goes on from what it remembers."""
+        """Return the state with all memories reset; keep the model and the state of the noise mechanism."""
         _, noise = self.parts(state)
         return joined(self.method.init_server(state.model), noise)
 
     def parts(self, state: ServerState) -> tuple[ServerState, MechanismState]:
-        """What the method and its optimiser remember, and what the mechanism does."""
+        """Return the state of the method with its optimizer, and that of the mechanism."""
         return parted(state, self.method.init_server(state.model[:0]), self.mechanism.init(0))
 
 
 class Agreement(NamedTuple):
-    """What both sides hold to: the server's rules, the clients' rules, and what is promised (None: nothing)."""
+    """The rules of server and clients, and the privacy plan (None: no guarantee)."""
 
     server: ServerRules
     client: ClientRules
     plan: PrivacyPlan | None
 
 
-# Rounding to the grid may lengthen a message by this share of its bound, which the bounded maps leave free.
+# Rounding to the grid may lengthen a message by this share of its bound; the bounded maps keep it in reserve.
 _LONGER = 2.0**-22
 
 
@@ -138,13 +138,14 @@ _ROUNDED = 1e-6
 
 
 class Broadcast(NamedTuple):
-    """What goes out in a round: its number (from 1), the model `[params]`, and to whom (ascending client ids).
+    """The server's broadcast: the round (from 1), the model `[params]`, and the cohort (ascending client ids).
 
-    `capacity` is how many messages the round's sum must hold, the same in every round of a run: it decides the grid
-    on which they are added (`fedpriv.aggregation.exact`), and the actual number is a secret. Sums of parts of a cohort,
-    with the capacity of the whole, add up to the sum of the whole, to the bit. None stands for the length of `cohort`.
+    `capacity` is the number of messages that the round's sum must hold, the same in every round of a run. It determines
+    the grid on which messages are added (`fedpriv.aggregation.exact`); the actual number is a secret. Sums of parts of
+    a cohort, with the capacity of the whole, add up to the sum of the whole, bit by bit. None stands for the length of
+    `cohort`.
 
-    `part` tells the broadcasts of one round apart, where clients start from different models.
+    `part` distinguishes the broadcasts of one round if clients start from different models.
     """
 
     round: int
@@ -154,24 +155,28 @@ class Broadcast(NamedTuple):
     part: int = 0
 
     def empty_sum(self, rules: "ClientRules", device: torch.device | str = "cpu") -> ExactSum:
-        """Where the round's messages are added, whoever sends them in whatever order."""
+        """Return an empty sum for the round's messages, which may arrive in any order.
+
+        Raises:
+            UserError: If rounding to the grid could lengthen a message beyond its bound.
+        """
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
-            expected = f"fewer than {capacity:,} clients a round with {size:,} parameters"
-            remedy = "Take a smaller cohort or model: rounding could lengthen a message beyond its bound"
+            expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"
+            remedy = "Use a smaller cohort or model: rounding could lengthen a message beyond its bound"
             raise UserError("cohort", expected, f"{capacity:,}", remedy)
         return ExactSum(size, rules.message_limit, capacity, device)
 
 
 class Total(NamedTuple):
-    """What comes back: the sum of the messages `[params]`, float64 on the CPU, and figures that are not private.
+    """The result of a round: the sum of the messages `[params]`, float64 on the CPU, and metrics that are not private.
 
-    The sum is not rounded before the noise is on it: rounding a sum of many messages to float32 can move it by more
-    when one client comes or goes than that client's bound.
+    The sum is not rounded before the noise is added. After rounding a sum of many messages to float32, the presence of
+    one client could change it by more than that client's bound.
 
-    `messages` counts the senders, `non_finite` those whose signal or memory was not finite and whose message was the
-    bounded map of nothing; `signal_norm` is the mean l2 norm of the others' signals (NaN if there is none).
+    `messages` counts the senders. `non_finite` counts those with a signal or memory that was not finite; their message
+    was the bounded map of zero. `signal_norm` is the mean l2 norm of the others' signals (NaN if there is none).
     """
 
     sum: Tensor
@@ -181,24 +186,24 @@ class Total(NamedTuple):
 
 
 def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
-    """The agreement of server and clients: the plan's noise goes to either as its trust says.
+    """Return the agreement of server and clients; the plan's trust decides which of them adds the noise.
 
     Raises:
-        UserError: If the method needs noise at the client and the plan puts it at the server, or if plan and
-            method disagree about the bound.
+        UserError: If the method needs noise at the client and the plan puts it at the server.
+        ValueError: If the plan was made for another bound, sampling or client memory.
     """
     server_stddev = client_stddev = 0.0
     if plan is not None:
         if plan.l2_bound != method.bounded.l2_bound or plan.sampling != sampling:
-            raise ValueError(f"the plan is for another method or cohort: {plan}, {method}, {sampling}")
+            raise ValueError(f"the plan was made for another method or cohort: {plan}, {method}, {sampling}")
         if has_memory(method) and not plan.client_memory:
-            raise ValueError(f"the plan is for clients without memory, and {method} has one: {plan}")
+            raise ValueError(f"the plan was made for clients without memory, but {method} has one: {plan}")
         if method.needs_client_noise and not plan.trust_rules.clients_add_noise:
             raise UserError(
                 "method.memory",
                 'privacy.trust = "local" with sent memory',
                 f'privacy.trust = "{plan.trust}"',
-                "Sent memory remembers each client's own noise; choose trust local or noiseless memory",
+                "Sent memory contains each client's noise: set privacy.trust to local, or method.memory to noiseless",
             )
         server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
     return Agreement(
@@ -209,13 +214,13 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
 
 
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:
-    """What the server sends in `round`."""
+    """Return the server's broadcast in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
     return Broadcast(round, state.model, cohort, capacity_of(rules.sampling))
 
 
 def capacity_of(sampling: Sampling) -> int:
-    """More messages than ever come: sixteen standard deviations above the expected number."""
+    """Return a safe maximum of messages per round: sixteen standard deviations above the expected number."""
     expected = sampling.expected_size
     return math.ceil(expected + 16.0 * math.sqrt(expected) + 16.0)
 
@@ -228,15 +233,15 @@ def client_round(
     round: int,
     turn: int | None = None,
 ) -> tuple[Tensor, ClientState]:
-    """One client's message `[params]` and its new state.
+    """Return one client's message `[params]` and its new state.
 
     Args:
         rules: The client's half of the agreement.
-        client: Its id, which addresses its noise.
-        state: What it kept from earlier rounds.
-        signal: What it would send without privacy, `[params]`.
+        client: The client's id, part of the address of its noise.
+        state: Its state from earlier rounds.
+        signal: Its message without privacy, `[params]`.
         round: The current round, from 1.
-        turn: What addresses the noise where rounds are tried again, as deployments do; None for the round.
+        turn: The address of the noise if rounds may be retried, as in deployments; None for the round.
     """
     release = rules.release(round if turn is None else turn, client)
     return apply_client_rule(rules.method, state, signal, release, round)
@@ -249,13 +254,13 @@ def apply_client_rule(
     release: Release | None,
     round: int,
 ) -> tuple[Tensor, ClientState]:
-    """The method's client rule, for one client or for a cohort; refuses a message that is not shaped like the signal.
+    """Apply the method's client rule to one client or a cohort; refuse a message with another shape than the signal.
 
-    A message of another shape would be spread over the parameters when it is summed, and its bound with it. The
-    messages of a method that is not of fedpriv are held to its bound, on which the noise depends.
+    In the sum, a message of another shape would be broadcast over the parameters and could exceed its bound. Messages
+    of a method from outside fedpriv are checked against its bound, which determines the noise.
 
     Raises:
-        UserError: If such a method makes a message longer than `bounded.l2_bound`.
+        UserError: If such a method makes a message longer than `bounded.l2_bound`, or does not call `release` once.
     """
     rule = _checked_client_rule if _is_own(method) else type(method).client_rule
     message, state = rule(method, state, signal, release, round)
@@ -293,23 +298,23 @@ def _checked_client_rule(
 
 
 def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
-    """The norms of signals for `total_of`; infinite for those whose message is the bounded map of nothing.
+    """Return the norms of signals for `total_of`; infinite if the message is the bounded map of zero.
 
     Args:
         norms: l2 norms of the signals, `[clients]` or one.
-        decisive: Figures of the same shape that are finite where signal and memory are: a memory that is not finite
-            makes a message of nothing as a signal does, and is counted as one.
+        decisive: Numbers of the same shape, finite if both signal and memory are. A memory that is not finite also
+            gives the bounded map of zero, and is counted.
     """
     counted = torch.where(torch.isfinite(decisive), norms, math.inf).flatten()
     return cast(list[float], counted.tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 def total_of(messages: ExactSum, norms: list[float]) -> Total:
-    """What a round's clients sent together.
+    """Return the total of a round's messages.
 
     Args:
-        messages: The sum of their messages.
-        norms: A figure of `counted_norms` for each of them.
+        messages: The sum of the messages.
+        norms: The value of `counted_norms` for each of them.
     """
     finite = [norm for norm in norms if math.isfinite(norm)]
     mean = math.fsum(finite) / len(finite) if finite else math.nan
@@ -317,31 +322,29 @@ def total_of(messages: ExactSum, norms: list[float]) -> Total:
 
 
 def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tensor) -> ServerState:
-    """The server's next state from the sum of the messages, float64 `[params]`.
+    """Return the server's next state from the sum of the messages, float64 `[params]`.
 
-    Noise is added exactly, on a grid (`fedpriv.mechanisms.noise`); all that follows is post-processing. The sum is
-    divided by the expected cohort size, because the actual one is a secret under add-or-remove adjacency.
+    Noise is added exactly, on a grid (`fedpriv.mechanisms.noise`); everything after it is post-processing. The sum is
+    divided by the expected cohort size, because the actual size is a secret under add-or-remove adjacency.
 
     Raises:
-        UserError: If the model leaves float32. Bounded messages make that a matter of the hyperparameters.
+        UserError: If the model exceeds the range of float32. Messages are bounded, so hyperparameters cause this.
     """
     own, noise = rules.parts(state)
     noisy, noise = rules.mechanism.noise(noise, total.double(), rules.streams, round)
     mean = (noisy / rules.sampling.expected_size).to(state.model.dtype)
     after = server_step(rules.method, own, mean, rules.sampling.sampling_prob)
     if not bool(torch.isfinite(after.model).all()):
-        remedy = (
-            "Lower method.server_lr and what it is multiplied with: beta, the bound, the noise over the cohort's size"
-        )
+        remedy = "Lower method.server_lr or its factors: beta, the bound, or the noise over the cohort size"
         raise UserError(f"the model after round {round}", "finite numbers", "NaN or infinity", remedy)
     return joined(after, noise)
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:
-    """Norm of the sum of the bounded messages over the expected norm of the noise on it; None without noise.
+    """Return the norm of the sum of bounded messages over the expected norm of its noise; None without noise.
 
-    Where clients add the noise, the sum holds it already, and its expected square is taken off: an estimate that
-    uses nothing but what was released.
+    If clients add the noise, the sum already contains it, and its expected square is subtracted. This estimate uses
+    only released values.
     """
     size = total.sum.shape[-1]
     squared = float(norm(total.sum, exact=True)) ** 2

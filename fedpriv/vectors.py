@@ -1,7 +1,7 @@
 """Flat parameter vectors, and the layout that maps them to the tensors of a module.
 
-Norms, noise and error feedback act on one vector of R^d. The core therefore represents a model as `[params]` and one
-such vector for every client of a cohort as `[clients, params]`.
+Norms, noise and error feedback act on one vector of R^d. So the core represents a model as `[params]`, and the vectors
+of a cohort's clients as `[clients, params]`.
 """
 
 from collections import namedtuple
@@ -51,8 +51,8 @@ class Layout:
         """Return the layout of a module's trainable parameters; see `trainable`.
 
         Raises:
-            UserError: If a layer keeps statistics of the examples that it sees, as BatchNorm does, or a trainable
-                parameter is not float32.
+            UserError: If a layer keeps statistics of its examples, as BatchNorm does, or a trainable parameter is not
+                float32.
         """
         layers: dict[str, nn.Module] = dict(module.named_modules())  # pyright: ignore[reportUnknownArgumentType]
         norms = {name: layer for name, layer in layers.items() if isinstance(layer, _NORMS)}
@@ -78,7 +78,7 @@ class Layout:
         """
         found = Layout.of(tensors)
         if found != self:
-            raise UserError("model", f"tensors {self}", str(found), "Return the tensors of the model that was sent")
+            raise UserError("model", f"tensors {self}", str(found), "Return the tensors of the received model")
         if not self.entries:
             return torch.zeros(0)
         return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
@@ -113,7 +113,7 @@ def norm(vectors: Tensor, dim: int | None = None, *, keepdim: bool = False, exac
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return a module's trainable parameters by name: frozen ones are left out, and shared ones are there once."""
+    """Return a module's trainable parameters by name, without frozen ones and with shared ones once."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -130,15 +130,15 @@ def refuse_buffers(names: Iterable[str]) -> None:
 
 
 def joined(first: Any, second: Any) -> Any:
-    """One NamedTuple of the fields of two; the first itself if the second has none.
+    """Return one NamedTuple with the fields of two; the first itself if the second has none.
 
-    So one state holds what a method, its server's optimiser and a mechanism of noise remember, and is saved as one.
+    So one state holds the states of a method, its server optimizer and a noise mechanism, and is saved as a whole.
     """
     return named_fields(first._fields + second._fields)(*first, *second) if second._fields else first
 
 
 def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
-    """What `joined` has put together, given any two of the kinds that it was made of."""
+    """Split a state from `joined` into its two parts; `first` and `second` are any states of the same types."""
     cut = len(first._fields)
     return type(first)(*state[:cut]), type(second)(*state[cut:])
 

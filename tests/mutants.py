@@ -493,8 +493,8 @@ MUTANTS = [
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        "min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)",
-        "min(noise_multiplier * releases.sensitivity**2, MOST_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity**2, MAX_HIDING_NOISE)",
         PRIVACY,
     ),
     Mutant(

@@ -1,1 +1,1 @@
-"""Noise, exact on a grid."""
+"""Exact noise on a grid."""

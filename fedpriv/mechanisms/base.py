@@ -1,4 +1,4 @@
-"""What a mechanism of noise is: how noise comes onto the sums of a run's rounds, and what it remembers in between."""
+"""The interface of noise mechanisms, which noise the sum of each round and may keep a state between rounds."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -8,19 +8,19 @@ from fedpriv.streams import Streams
 
 __all__ = ["Mechanism", "MechanismState", "NoState"]
 
-# A NamedTuple of vectors `[params]`, or figures `[1]`, possibly none, whose names no method's or optimiser's state has.
+# A NamedTuple of vectors `[params]` or numbers `[1]`, possibly none. Its names differ from methods' and optimizers'.
 MechanismState = Any
 
 
 class NoState(NamedTuple):
-    """The state of a mechanism whose rounds are independent."""
+    """The state of a mechanism with independent rounds."""
 
 
 class Mechanism(Protocol):
     """A frozen dataclass that adds noise to the sum of each round's messages, at the server.
 
-    Its state is part of the server's state: saved and taken up again with it, and kept where memories begin anew.
-    Noise that clients add has no state: see `fedpriv.rounds.ClientRules`.
+    Its state is part of the server's state: it is saved and restored with it, and kept if memories are reset. Noise
+    that clients add has no state: see `fedpriv.rounds.ClientRules`.
     """
 
     @property
@@ -29,7 +29,7 @@ class Mechanism(Protocol):
         ...
 
     def init(self, size: int) -> MechanismState:
-        """What it remembers before the first round; `size` is d."""
+        """Return the state before the first round; `size` is d."""
         ...
 
     def noise(
@@ -37,22 +37,22 @@ class Mechanism(Protocol):
     ) -> tuple[Tensor, MechanismState]:
         """Return the sum with the round's noise on it, and the new state.
 
-        The noise does not come by itself, because it is rounded together with the sum (`fedpriv.mechanisms.noise`).
+        The noise is not returned separately, because it is rounded together with the sum (`fedpriv.mechanisms.noise`).
 
         Args:
-            state: What it remembers.
+            state: The state after the previous round.
             total: Sum of the bounded messages, float64 `[params]` on the CPU.
             streams: Source of randomness.
-            round: The round, from 1; addresses what is drawn.
+            round: The round, from 1; the address of the draws.
         """
         ...
 
     def sensitivity(self, moved: float, rounds: float) -> float:
-        """Most that one client moves what is hidden by independent noise of `stddev`, in l2 norm over all rounds.
+        """Return the l2 sensitivity over all rounds of the values that independent noise of `stddev` hides.
 
         Args:
-            moved: Most that it moves one round's sum, in l2 norm.
-            rounds: In how many rounds.
+            moved: Maximum change of one round's sum due to one client, in l2 norm.
+            rounds: Number of rounds in which the client takes part.
         """
         ...
 

@@ -1,10 +1,10 @@
-"""Gaussian noise that is rounded to a grid, with exactly the law that the accountant assumes.
+"""Gaussian noise rounded to a grid, with exactly the distribution that the accountant assumes.
 
-A float that is added to a float tells from its last bits what it was added to. So a release is an integer number of
-grid steps: the Gaussian mechanism followed by rounding, which is post-processing. The rounding is decided as if all
-numbers were real. Each coordinate has one uniform number, of which 64 bits are drawn; they settle the rounded value
-almost always, and where they do not, more bits of the same number are drawn until they do. No approximation of the
-normal distribution is left in the result.
+The last bits of a sum of two floats reveal something about the summands. So a release is an integer number of grid
+steps: the Gaussian mechanism followed by rounding, which is post-processing. Rounding is decided as in real arithmetic.
+Each coordinate has one uniform number, of which 64 bits are drawn. They almost always determine the rounded value;
+otherwise more bits of the same number are drawn until they do. The result contains no approximation of the normal
+distribution.
 """
 
 import ctypes
@@ -25,25 +25,25 @@ from fedpriv.streams import Words
 __all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "release_grid", "rounded_noise"]
 
 MIN_STDDEV, MAX_STDDEV = 2.0**-500, 2.0**500
-"""Standard deviations between which grid, quotients and products are normal float64 numbers."""
+"""Range of standard deviations in which grid, quotients and products are normal float64 numbers."""
 
 MAX_STEPS = 2.0**62
-"""Values are clipped to so many grid steps on either side, so that value and noise together fit into an int64."""
+"""Values are clipped to this many grid steps in absolute value, so that the sum of value and noise fits an int64."""
 
 _SOURCE = Path(__file__).with_name("gaussian.c")
-_MAX_RATIO = 2.0**20  # Of deviation and grid: beyond, float64 decides too few numbers.
-_BLOCK = 2**13  # Larger arrays would be given back to the operating system after every step.
+_MAX_RATIO = 2.0**20  # Deviation over grid; above it, float64 decides too few numbers.
+_BLOCK = 2**13  # Larger arrays would be returned to the operating system after every step.
 
 # The table of the quantile function: 2**_SPLIT polynomials in every octave of the 63 bits of a tail probability.
 _OCTAVES, _SPLIT, _DEGREE = range(32, 63), 4, 5
-_FRACTION = 52 - _SPLIT  # Bits of a float64's fraction that say where in its polynomial's interval a number is.
-_MIDDLE = 1.0 + 2.0 ** -(_SPLIT + 1)  # Of the fractions of an interval, less what its number adds.
-# Bound on the error of a normal number made of a uniform number's first 64 bits, all causes together.
+_FRACTION = 52 - _SPLIT  # Bits of a float64's fraction that give its position in the interval of its polynomial.
+_MIDDLE = 1.0 + 2.0 ** -(_SPLIT + 1)  # The middle fraction of an interval, without the offset of its number.
+# Bound on the total error of a normal number computed from a uniform number's first 64 bits.
 _ERROR = 2.0**-34
 
 
 def release_grid(stddev: float) -> float:
-    """Return the grid step of releases with noise of this deviation: 2^floor(log2(stddev / 4)).
+    """Return the grid step of releases with noise of this standard deviation: 2^floor(log2(stddev / 4)).
 
     Rounding adds at most (1/12) (G / stddev)^2 <= 0.53 % to the variance.
 
@@ -61,20 +61,20 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float 
     with n = rint((r + stddev z) / G), z standard normal.
 
     Args:
-        values: What is protected, float64 `[size]`.
+        values: The protected values, float64 `[size]`.
         stddev: Standard deviation of the noise on each coordinate.
-        source: Where the randomness comes from; it gives `size` words, and further ones of undecided numbers.
+        source: Source of randomness; gives `size` words, and further words for undecided numbers.
         grid: The grid step G, a power of two; by default `release_grid(stddev)`.
 
     Raises:
         UserError: If the deviation or the grid is out of range.
 
     Formal guarantees:
-        If the source's bits are uniform and independent, the result has exactly the law of the rounded sum of the
-        value and a normal number of deviation `stddev`, both taken as real numbers, independently by coordinate.
-        Every input has a result: values that are not finite count as zero, and values beyond `MAX_STEPS` grid steps
-        are clipped to that many, which moves no two values apart. Never fails or wraps because of a value.
-        Bits and result do not depend on how the sampler is implemented, nor on the size of the blocks it works in.
+        If the source's bits are uniform and independent, the result has exactly the distribution of the rounded sum of
+        the value and a normal number of standard deviation `stddev`, both as real numbers, independently for each
+        coordinate. Every input has a result: values that are not finite count as zero, and values beyond `MAX_STEPS`
+        grid steps are clipped to that many, which increases no distance between values. No value causes an error or
+        an overflow. Bits and result depend neither on the implementation of the sampler nor on its block size.
     """
     stddev = float(stddev)
     step = release_grid(stddev) if grid is None else _checked_grid(float(grid), stddev)
@@ -92,33 +92,33 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float 
 def _check_stddev(stddev: float) -> None:
     if not MIN_STDDEV <= stddev <= MAX_STDDEV:
         expected = f"a number from {MIN_STDDEV:.3g} to {MAX_STDDEV:.3g}"
-        raise UserError("noise_stddev", expected, repr(stddev), "Set another bound or noise multiplier")
+        raise UserError("noise_stddev", expected, repr(stddev), "Change the bound or the noise multiplier")
 
 
 def _checked_grid(grid: float, stddev: float) -> float:
     _check_stddev(stddev)
     if not 2.0**-503 <= grid <= 2.0**498 or math.frexp(grid)[0] != 0.5:
-        raise UserError("release_grid", "a power of two from 2^-503 to 2^498", repr(grid), "Take `release_grid`")
+        raise UserError("release_grid", "a power of two from 2^-503 to 2^498", repr(grid), "Use `release_grid`")
     if stddev > _MAX_RATIO * grid:
         expected = f"a deviation of at most {_MAX_RATIO:.0f} grid steps"
-        raise UserError("noise_stddev", expected, f"{stddev / grid}", "Take a coarser grid")
+        raise UserError("noise_stddev", expected, f"{stddev / grid}", "Use a coarser grid")
     return grid
 
 
 _Rounding = Callable[[np.ndarray, np.ndarray, float, float, np.ndarray], list[int]]
-"""Rounds values, given words, deviation and grid, into the last array; returns the positions left undecided."""
+"""Rounds values, given words, deviation and grid, into the last array; returns the undecided positions."""
 
 
 @cache
 def _rounding() -> _Rounding:
-    """Return the fast rounding in C; in numpy without a compiler, or if C contradicts numpy on this machine."""
+    """Return the fast rounding in C, or in numpy if there is no compiler or C and numpy disagree on this machine."""
     library = native_library(_SOURCE, _declare)
     if library is None:
         return _round_in_numpy
     in_c = _RoundInC(library)
     words, values = np.random.Philox(0).random_raw(_BLOCK), np.linspace(-9.0, 9.0, _BLOCK)
     found, expected = np.zeros((2, _BLOCK), dtype=np.int64)
-    # With so many steps to a deviation, an error of a millionth shows.
+    # With this many grid steps per deviation, an error of a millionth is visible.
     same = in_c(words, values, _MAX_RATIO, 1.0, found) == _round_in_numpy(words, values, _MAX_RATIO, 1.0, expected)
     return in_c if same and np.array_equal(found, expected) else _round_in_numpy
 
@@ -126,7 +126,7 @@ def _rounding() -> _Rounding:
 def _round_in_numpy(
     words: np.ndarray, values: np.ndarray, stddev: float, grid: float, rounded: np.ndarray
 ) -> list[int]:
-    """See `_Rounding`. A word's top bit is the noise's sign, the others begin the probability of the tail beyond it."""
+    """See `_Rounding`. A word's top bit is the noise's sign; the others are the first bits of its tail probability."""
     signs, table = words.view(np.int64) >> 63, _quantiles()
     tails = words.view(np.int64) ^ signs
     bits = tails.astype(np.float64).view(np.int64)
@@ -189,7 +189,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _edge(ratio: float) -> float:
-    """Return how far from an integer a sum may be and be decided: a half less the errors of noise and of float64."""
+    """Return the largest decidable distance of a sum from an integer: a half minus the errors of noise and float64."""
     return 0.5 - (_ERROR * ratio + 2.0**-45)
 
 
@@ -197,9 +197,9 @@ def _edge(ratio: float) -> float:
 def _quantiles() -> np.ndarray:
     """Return polynomials for |z| given the probability p of the tail beyond it; float64 `[6, intervals]`.
 
-    Each column interpolates at Chebyshev points, in the offset from the middle of its interval over 2^exponent; p is
-    that of a drawn number and half a unit in its last place, the middle of what it may become. The tests prove that no
-    error is above `_ERROR`. The last column is for p = 1/2, where z = 0.
+    Each column interpolates at Chebyshev points, in the offset from the middle of its interval over 2^exponent. A drawn
+    number gets the p in the middle of its possible values: half a unit in its last place is added. The tests prove that
+    no error exceeds `_ERROR`. The last column is for p = 1/2 and z = 0.
     """
     degree, half = _DEGREE, 2.0 ** -(_SPLIT + 1)
     nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))

@@ -1,14 +1,14 @@
-"""Gaussian noise for sums and for single messages, rounded exactly to a grid before it is released.
+"""Gaussian noise for sums and for single messages, rounded exactly to a grid before the release.
 
-A sum of floating-point numbers tells more than the real numbers would: which values `message + noise` can take depends
-on the message (Mironov 2012; Haney, Desfontaines, Hartman, Shrestha, Hay 2022). So nothing is released at full
+A sum of floating-point numbers reveals more than the sum of real numbers: the possible values of `message + noise`
+depend on the message (Mironov 2012; Haney, Desfontaines, Hartman, Shrestha, Hay 2022). So nothing is released at full
 precision. With standard deviation s, every released number is a multiple of
 
     G = 2^floor(log2(s / 4)),
 
-namely `G (q + n)` where the value is `G q + r` exactly, `|r| <= G / 2`, and `n = rint((r + s z) / G)` with z standard
-normal, decided exactly (`fedpriv.mechanisms.gaussian`). In real arithmetic that is the Gaussian mechanism followed by
-rounding to the grid, which is post-processing: the plan's accounting holds for the numbers that a computer releases.
+namely `G (q + n)`. Here `G q + r` is the exact value with `|r| <= G / 2`, and `n = rint((r + s z) / G)` with z standard
+normal, decided exactly (`fedpriv.mechanisms.gaussian`). In real arithmetic, this is the Gaussian mechanism followed by
+rounding to the grid, which is post-processing. So the plan's accounting holds for the numbers that a computer releases.
 Rounding adds at most 0.6 % to the variance.
 """
 
@@ -37,10 +37,10 @@ _MAX_LEVEL = 2**62
 
 
 def max_level(l2_bound: float, stddev: float) -> int:
-    """Return the largest absolute value of `q + n` that a message may have; beyond it, it is clamped.
+    """Return the largest absolute value of `q + n` in a message; larger values are clamped.
 
-    An honest message is clamped with a probability below 2^-180 per coordinate, and clamping what is already noised
-    costs no privacy.
+    An honest message is clamped with a probability below 2^-180 per coordinate, and clamping a noised value costs no
+    privacy.
 
     Args:
         l2_bound: Largest l2 norm of a message before the noise.
@@ -72,7 +72,7 @@ class Gaussian:
     stddev: float
 
     def init(self, size: int) -> NoState:
-        """Nothing."""
+        """Return no state."""
         return NoState()
 
     def noise(self, state: NoState, total: Tensor, streams: Streams, round: int) -> tuple[Tensor, NoState]:
@@ -80,7 +80,7 @@ class Gaussian:
         return release_sum(streams, self.stddev, total, round), state
 
     def sensitivity(self, moved: float, rounds: float) -> float:
-        """See `Mechanism.sensitivity`: rounds are orthogonal."""
+        """See `Mechanism.sensitivity`; rounds are orthogonal."""
         return moved * math.sqrt(rounds)
 
     def event(self, moved: float, rounds: float) -> float:
@@ -97,18 +97,18 @@ def release_clients_sum(
     clients: int,
     part: int = 0,
 ) -> Tensor:
-    """Return the sum with one draw distributed as the sum of its clients' noises; float64 `[params]`.
+    """Return the sum plus one noise vector with the distribution of the sum of all clients' noise; float64 `[params]`.
 
-    For simulations that use nothing but the sum of a round's messages. The sum of `clients` independent Gaussians of
-    deviation s is one of deviation sqrt(clients) s. It is rounded to the grid of a single client once; the clients of
-    a deployment round their own messages, which adds up to 0.6 % to the variance.
+    For simulations that use only the sum of a round's messages. The sum of `clients` independent Gaussians of standard
+    deviation s is one of standard deviation sqrt(clients) s. It is rounded once, to the grid of a single client. In a
+    deployment, each client rounds its own message, which adds up to 0.6 % to the variance.
 
     Args:
         streams: Source of randomness.
-        stddev: Standard deviation of each coordinate of one client's noise.
+        stddev: Standard deviation of one client's noise in each coordinate.
         total: Sum of the bounded messages, float64 `[params]` on the CPU.
         round: The round, from 1.
-        clients: Number of clients whose messages are in the sum.
+        clients: Number of messages in the sum.
         part: Index of the sum, if a round has several; each has independent noise.
     """
     grid = release_grid(stddev) if stddev > 0.0 else None
@@ -132,7 +132,7 @@ def release_message(
         level: Largest absolute multiple of the grid; see `max_level`.
         message: The bounded message `[params]`.
         round: The round, from 1.
-        client: Id of the client that sends it; each client has independent noise.
+        client: Id of the sender; each client has independent noise.
     """
     address = (round, client)
     return _released(streams, Purpose.CLIENT_NOISE, stddev, message, address, level=level).to(message)

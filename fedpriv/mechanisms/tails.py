@@ -1,6 +1,6 @@
-"""Normal numbers as real numbers: given by a tail probability of as many bits as a comparison needs.
+"""Normal numbers as real numbers, given by a tail probability with as many bits as a comparison needs.
 
-Nothing here is approximate. Integers bound the normal distribution from both sides, more narrowly with every bit.
+Nothing here is approximate. Integers bound the normal distribution from both sides, more tightly with every bit.
 """
 
 import math
@@ -15,10 +15,10 @@ __all__ = ["Tail", "upper_tail"]
 
 
 class Tail:
-    """A uniform number in (0, 1/2), lazily extended, with a sign: the tail beyond a normal number on its side of zero.
+    """A lazily extended uniform number in (0, 1/2) with a sign: the tail beyond a normal number on its side of zero.
 
     Args:
-        source: Gives further words.
+        source: Source of further words.
         position: The number's position in the source.
         word: Its first 64 bits.
     """
@@ -32,12 +32,12 @@ class Tail:
 
     @property
     def estimate(self) -> float:
-        """The normal number to within 1e-9."""
+        """The normal number, to within 1e-9."""
         size = -NormalDist().inv_cdf(math.ldexp(self._digits, -self._bits))
         return size if self.positive else -size
 
     def is_below(self, height: Fraction) -> bool:
-        """Return whether the normal number is below `height`; draws bits until that is certain."""
+        """Return True if the normal number is below `height`; draw bits until this is certain."""
         if (height > 0) != self.positive:
             return not self.positive
         return self._exceeds_tail(abs(height)) == self.positive
@@ -57,12 +57,12 @@ class Tail:
 
 
 def upper_tail(height: Fraction, bits: int) -> int:
-    """Return 2^bits times the probability that a standard normal number exceeds `height` >= 0; off by less than 2^32.
+    """Return 2^bits times the probability that a standard normal number exceeds `height` >= 0; error below 2^32.
 
     With x the height, the tail is 1/2 - S(x) / (sqrt(2 pi) E(x^2/2)), S(x) = x + x^3/3 + x^5/(3 5) + ... and E the
-    exponential series. Both have positive terms, 1 <= E and S <= 1.26 E. Rounding down each term of K costs each sum
-    less than (K + 1)^2 E units in all, and rounding x down costs less than 2 (1 + x) E units; as x^2 <= 2 bits, K is
-    below 8 bits, hence below 2^15 for all numbers of up to 4,000 bits.
+    exponential series. Both have positive terms, 1 <= E and S <= 1.26 E. With K terms, rounding each term down costs
+    each sum less than (K + 1)^2 E units in total, and rounding x down costs less than 2 (1 + x) E units. As x^2 is at
+    most 2 bits, K is below 8 bits, hence below 2^15 for all numbers of up to 4,000 bits.
     """
     one = 1 << bits
     if height * height > 2 * bits:  # Then the tail is below exp(-bits).
@@ -74,7 +74,7 @@ def upper_tail(height: Fraction, bits: int) -> int:
 
 
 def _series(first: int, factor: int, bits: int, step: int, start: int) -> int:
-    """Return the sum of terms of which each is the one before times factor / (start + step k), k = 1, 2, ..."""
+    """Return the sum of a series: term k is term k - 1 times factor / (start + step k), k = 1, 2, ..."""
     total, term = first, first
     for k in count(1):
         term = (term * factor >> bits) // (start + step * k)

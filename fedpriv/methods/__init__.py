@@ -1,4 +1,4 @@
-"""All methods, one paper a file; adding one is its file and one line in `base.METHODS`."""
+"""All methods, one file per paper. To add a method, add its file and one line in `base.METHODS`."""
 
 from fedpriv.methods.alpha_normec import AlphaNormEC
 from fedpriv.methods.base import (

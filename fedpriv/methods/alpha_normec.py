@@ -1,4 +1,4 @@
-"""alpha-NormEC: smoothed normalization with error feedback, and noise that the memory does not see.
+"""alpha-NormEC: smoothed normalization with error feedback and noiseless memories.
 
 Shulgin, Khirirat, Richtarik 2025, "Smoothed Normalization for Efficient Distributed Private Optimization",
 arXiv 2502.13482. Every round, every client:
@@ -17,14 +17,14 @@ arXiv 2502.13482. Every round, every client:
 
 Ours, not the paper's, both off by default:
 
-* `memory = "sent"`: v_i <- v_i + beta m_i, the noised message. Both memories then agree, noise included, and the
-  feedback corrects earlier noise. Needs noise at the client.
-* `damping = lambda`: memories shrink by (1 - lambda) each round on both sides, which bounds the accumulated noise by
-  a standard deviation of beta s / sqrt(lambda (2 - lambda)), s that of the noise on the mean message, at the cost of a
-  fixed point that is 1 / (1 + alpha lambda / beta) as long (where residuals are short).
+* `memory = "sent"`: v_i <- v_i + beta m_i, the noised message. Both memories then agree, including the noise, and the
+  feedback corrects earlier noise. Requires noise at the client.
+* `damping = lambda`: memories shrink by (1 - lambda) each round on both sides. This bounds the accumulated noise by a
+  standard deviation of beta s / sqrt(lambda (2 - lambda)), with s that of the noise on the mean message. In return, the
+  fixed point is 1 / (1 + alpha lambda / beta) as long (if residuals are short).
 
-With partial participation the server's factor on the sum is beta / n (n the population), so that v stays the mean of
-the v_i; a client that skipped rounds first shrinks its memory as often as the server did.
+With partial participation, the server's factor on the sum is beta / n (n the population), so that v stays the mean of
+the v_i. A client that skipped rounds first shrinks its memory as often as the server did.
 """
 
 from dataclasses import dataclass
@@ -42,19 +42,19 @@ from fedpriv.methods.base import PlainMethod, Row, direction
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 
 
-# With less damping, more than a third of what was lost is left after a thousand rounds.
+# With less damping, more than a third of a lost memory remains after a thousand rounds.
 _FADES = 1e-3
 
 
 class ClientMemory(NamedTuple):
-    """v_i `[..., params]`, and the round after which it was so `[..., 1]` (0: never)."""
+    """`v_i` `[..., params]`, and the round after which it was last updated `[..., 1]` (0: never)."""
 
     memory: Tensor
     updated: Tensor
 
 
 class ServerMemory(NamedTuple):
-    """x and v, both `[params]`."""
+    """`x` and `v`, both `[params]`."""
 
     model: Tensor
     memory: Tensor
@@ -62,15 +62,15 @@ class ServerMemory(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaNormEC(PlainMethod):
-    """alpha-NormEC as published, with two cures for the noise that it accumulates.
+    """alpha-NormEC as published, with two options that reduce the noise it accumulates.
 
     Args:
         alpha: Smoothing of the normalization; the message is half as long as allowed at ||residual|| = alpha.
         beta: Feedback step. beta <= alpha contracts every residual.
-        server_lr: gamma; with server normalization the length of each step.
-        server_normalization: Whether the server steps along v / ||v|| (the theorems' form) or along v.
-        memory: What a client adds to its memory: its `noiseless` message, or what it `sent`.
-        damping: lambda, how much of both memories is forgotten each round.
+        server_lr: gamma; with server normalization, the length of each step.
+        server_normalization: If True, the server steps along v / ||v|| (as in the theorems), otherwise along v.
+        memory: The message that a client adds to its memory: the `noiseless` one, or the one that it `sent`.
+        damping: lambda, the share of both memories that is forgotten each round.
     """
 
     row: ClassVar[Row] = Row(
@@ -97,30 +97,30 @@ class AlphaNormEC(PlainMethod):
 
     @property
     def bounded(self) -> SmoothedNormalization:
-        """N_alpha."""
+        """The map `N_alpha`."""
         return SmoothedNormalization(alpha=self.alpha)
 
     @property
     def needs_client_noise(self) -> bool:
-        """Sent memory remembers the noise, so the client must be the one who draws it."""
+        """True for sent memory: it contains the noise, so the client must draw it."""
         return self.memory == "sent"
 
     @property
     def feedback(self) -> Feedback:
-        """The client rule as figures."""
+        """The client rule as parameters."""
         return Feedback(bounded=self.bounded, beta=self.beta, damping=self.damping, sent=self.memory == "sent")
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """With damping the lost memory fades from the server's by (1 - lambda) a round; with next to none, it stays."""
+        """With damping, the server's copy of a lost memory fades by (1 - lambda) per round; otherwise it stays."""
         return "start-afresh" if self.damping >= _FADES else "re-base"
 
     def init_client(self, size: int) -> ClientMemory:
-        """v_i = 0: a start at true gradients would release their mean without noise."""
+        """Return v_i = 0: a start at true gradients would release their mean without noise."""
         return ClientMemory(torch.zeros(size), torch.zeros(1))
 
     def init_server(self, model: Tensor) -> ServerMemory:
-        """v = 0."""
+        """Return v = 0."""
         return ServerMemory(model, torch.zeros_like(model))
 
     def client_rule(

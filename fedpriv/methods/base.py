@@ -1,4 +1,4 @@
-"""What a method is: a client rule and a server rule that act on the last axis, and pure."""
+"""The interface of methods: a pure client rule and a pure server rule that act on the last axis."""
 
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 
-# A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it without knowing the method.
+# A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it for any method.
 ClientState = Any
 
-# A NamedTuple of vectors `[params]`, or figures `[1]`, whose field `model` is the model x.
+# A NamedTuple of vectors `[params]` or numbers `[1]`; its field `model` is the model x.
 ServerState = Any
 
 
 class Row(NamedTuple):
-    """A method's row in the README's table: what client i sends and remembers, what the server does, whose it is."""
+    """A method's row in the README's table: message and memory of client i, server rule, and source."""
 
     message: str
     memory: str = "-"
@@ -43,62 +43,61 @@ class Row(NamedTuple):
 class Method(Protocol):
     """A frozen dataclass of hyperparameters with the two rules of a paper.
 
-    Rules are pure: no randomness, no input or output, no change of an argument. They act on the last axis, so
+    Rules are pure: they use no randomness, input or output, and change no argument. They act on the last axis, so
     `[params]` is one client and `[clients, params]` a cohort.
 
-    Formal guarantee that every method gives and the contract tests check: with `release=None` the message's l2 norm
-    is at most `bounded.l2_bound` for every state and signal, and otherwise the message is `release` of that message,
-    called once.
+    Formal guarantee of every method, checked by the contract tests: with `release=None`, the message's l2 norm is at
+    most `bounded.l2_bound` for every state and signal. Otherwise the result is `release` of that message, called once.
     """
 
     row: ClassVar[Row]
 
     @property
     def bounded(self) -> Bounded:
-        """The map that bounds what is sent."""
+        """The map that bounds messages."""
         ...
 
     @property
     def server_lr(self) -> float:
-        """gamma: how far the server steps along the direction that its rule gives."""
+        """`gamma`: the server's step size along the direction that its rule returns."""
         ...
 
     @property
     def client_part(self) -> "Method":
-        """What clients run of it: itself, or the method within that a server optimiser is put around."""
+        """The method that clients run, without any server optimizer around it."""
         ...
 
     @property
     def feedback(self) -> Feedback | None:
-        """The client rule as figures, if it is of that form; see `feedback_of`."""
+        """The client rule as parameters, if it has that form; see `feedback_of`."""
         ...
 
     @property
     def needs_gradient_scale(self) -> bool:
-        """Whether the length of local steps has to be taken out of a signal."""
+        """True if signals must be divided by the length of local steps."""
         ...
 
     @property
     def needs_client_noise(self) -> bool:
-        """Whether a private run is only right with noise at the client (trust local)."""
+        """True if a private run requires noise at the client (trust local)."""
         ...
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """What a deployment does when a client has lost its state.
+        """The action of a deployment if a client has lost its state.
 
-        start-afresh: the client alone begins anew; right where what the server holds of the lost state fades, or where
-        there is none. re-base: all clients and the server's memory begin anew, and the model stays; right where it
-        would stay for ever.
+        `start-afresh`: only that client's state is reset; correct if the server's copy of the lost state fades, or if
+        there is none. `re-base`: the states of all clients and the server's memory are reset, and the model is kept;
+        correct if the server's copy would stay forever.
         """
         ...
 
     def init_client(self, size: int) -> ClientState:
-        """The state of a client that never took part; independent of its data. `size` is d."""
+        """Return the state of a client that has never taken part; independent of its data. `size` is d."""
         ...
 
     def init_server(self, model: Tensor) -> ServerState:
-        """The server's state before the first round, from the model `[params]`."""
+        """Return the server's state before the first round, from the model `[params]`."""
         ...
 
     def client_rule(
@@ -111,10 +110,10 @@ class Method(Protocol):
         """Return the message and the new state.
 
         Args:
-            state: What the client kept, fields `[..., any]`.
-            signal: What it would send without privacy, a gradient or pseudo-gradient, `[..., params]`.
-            release: Adds the client's noise to its bounded message `[..., params]`, rounded to the grid on which
-                messages are released; None if the client adds none.
+            state: The client's state, fields `[..., any]`.
+            signal: Its message without privacy, a gradient or pseudo-gradient, `[..., params]`.
+            release: Adds the client's noise to its bounded message `[..., params]` and rounds the result to the grid
+                of releases; None if the client adds no noise.
             round: The current round, from 1.
         """
         ...
@@ -124,17 +123,17 @@ class Method(Protocol):
 
         Args:
             state: The server's state.
-            mean_message: Sum of the messages, noise included, over the expected cohort size; `[params]`.
+            mean_message: Sum of the messages, including noise, over the expected cohort size; `[params]`.
             sampling_prob: Expected cohort size over population.
 
         Returns:
-            d, and the state after the round but for its model, which is left as it is.
+            d, and the state after the round with its model unchanged.
         """
         ...
 
 
 class PlainMethod:
-    """What a method says of itself unless it says otherwise: clients run it as it is, whoever adds the noise."""
+    """Defaults of a method: clients run it unchanged, and client or server may add the noise."""
 
     row: ClassVar[Row] = Row("see its file", memory="?", server="?")
 
@@ -145,24 +144,24 @@ class PlainMethod:
 
     @property
     def feedback(self) -> Feedback | None:
-        """The client rule is no figures."""
+        """None: the client rule is not given as parameters."""
         return None
 
     @property
     def needs_client_noise(self) -> bool:
-        """No."""
+        """False."""
         return False
 
     @property
     def needs_gradient_scale(self) -> bool:
-        """No."""
+        """False."""
         return False
 
 
 def server_step(method: Method, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
-    """The server's next state: what its rule remembers, and x <- x - gamma d.
+    """Return the server's next state: its rule's new memory, and x <- x - gamma d.
 
-    Nothing else moves a model. Arguments are those of `Method.server_rule`.
+    No other code moves a model. Arguments are those of `Method.server_rule`.
     """
     direction, after = method.server_rule(state, mean_message, sampling_prob)
     if direction.shape != state.model.shape:
@@ -186,10 +185,10 @@ METHODS: Registry[Method] = Registry(
 
 
 def feedback_of(method: Method) -> Feedback | None:
-    """The method's client rule as figures, if it is of that form and says so in a property `feedback`.
+    """Return the method's client rule as parameters, or None if its property `feedback` does not describe it.
 
-    A class that changes `client_rule` and inherits `feedback` does not say so; nor does one whose bounded map is not
-    exactly one of those that are known to be the same in place, or is not the map that its noise is for.
+    The property is ignored in a class that overrides `client_rule` and inherits `feedback`, and for a bounded map that
+    is not exactly one of those with a known equivalent in place, or is not the map that determines the noise.
     """
     method = method.client_part
     for kind in type(method).__mro__:
@@ -204,12 +203,12 @@ def feedback_of(method: Method) -> Feedback | None:
 
 
 def has_memory(method: Method) -> bool:
-    """Whether clients keep anything from round to round."""
+    """Return True if clients keep a state from round to round."""
     return bool(method.init_client(0)._fields)
 
 
 def direction(vector: Tensor) -> Tensor:
-    """v / ||v||_2 of `[params]`; zero where v is zero."""
+    """Return v / ||v||_2 of `[params]`; zero if v is zero."""
     exact = vector.double()
     length = norm(exact)
     return (exact / length).to(vector.dtype) if float(length) > 0.0 else torch.zeros_like(vector)

@@ -6,8 +6,8 @@ arXiv 2305.18929. Every round, every client:
     c_i = clip_tau(grad f_i(x) - v_i)      v_i <- v_i + c_i      sends c_i + z_i
     server:  v <- v + (1 / n) sum_i (c_i + z_i)      x <- x - gamma v
 
-Known law: after O(1 / tau) rounds the residuals are shorter than tau and clipping stops, so that without noise the
-method is gradient descent from then on.
+Known result: after O(1 / tau) rounds, the residuals are shorter than tau and clipping stops. Without noise, the method
+is gradient descent from then on.
 
 | the paper's letter | here | who keeps it |
 |---|---|---|
@@ -33,13 +33,13 @@ __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
 
 class ClientMemory(NamedTuple):
-    """v_i `[..., params]`."""
+    """`v_i` `[..., params]`."""
 
     memory: Tensor
 
 
 class ServerMemory(NamedTuple):
-    """x and v, both `[params]`."""
+    """`x` and `v`, both `[params]`."""
 
     model: Tensor
     memory: Tensor
@@ -50,7 +50,7 @@ class Clip21(PlainMethod):
     """Clipped residuals with a noiseless memory.
 
     Args:
-        clip_norm: tau, the longest message.
+        clip_norm: tau, the maximum length of a message.
         server_lr: gamma.
     """
 
@@ -67,25 +67,25 @@ class Clip21(PlainMethod):
 
     @property
     def bounded(self) -> Clip:
-        """clip_tau."""
+        """The map `clip_tau`."""
         return Clip(clip_norm=self.clip_norm)
 
     @property
     def feedback(self) -> Feedback:
-        """The client rule as figures."""
+        """The client rule as parameters."""
         return Feedback(bounded=self.bounded, beta=1.0)
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """The server's memory would hold the lost one for ever."""
+        """`re-base`: the server's memory would contain the lost one forever."""
         return "re-base"
 
     def init_client(self, size: int) -> ClientMemory:
-        """v_i = 0."""
+        """Return v_i = 0."""
         return ClientMemory(torch.zeros(size))
 
     def init_server(self, model: Tensor) -> ServerMemory:
-        """v = 0."""
+        """Return v = 0."""
         return ServerMemory(model, torch.zeros_like(model))
 
     def client_rule(

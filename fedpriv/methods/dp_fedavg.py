@@ -1,8 +1,8 @@
 """DP-FedAvg: clip each client's update and average.
 
 McMahan, Ramage, Talwar, Zhang 2018, "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963,
-with flat clipping and equal weights: m_i = clip_C(u_i) + z_i and x <- x - gamma mean_i m_i, u_i the client's
-pseudo-gradient. With one full gradient as the signal it is DP-FedSGD.
+with flat clipping and equal weights: m_i = clip_C(u_i) + z_i and x <- x - gamma mean_i m_i, with u_i the client's
+pseudo-gradient. With one full gradient as the signal, it is DP-FedSGD.
 
 | the paper's letter | here | who keeps it |
 |---|---|---|
@@ -27,8 +27,8 @@ class DPFedAvg(Memoryless):
     """Average of clipped signals.
 
     Args:
-        clip_norm: C, the longest message.
-        server_lr: gamma; 1 is FedAvg where the signal is a pseudo-gradient.
+        clip_norm: C, the maximum length of a message.
+        server_lr: gamma; 1 is FedAvg if the signal is a pseudo-gradient.
     """
 
     row: ClassVar[Row] = Row("clip(g_i)", source="arXiv 1710.06963; with one gradient: DP-FedSGD")
@@ -42,5 +42,5 @@ class DPFedAvg(Memoryless):
 
     @property
     def bounded(self) -> Clip:
-        """clip_C."""
+        """The map `clip_C`."""
         return Clip(clip_norm=self.clip_norm)

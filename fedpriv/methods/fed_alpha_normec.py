@@ -1,4 +1,4 @@
-"""Fed-alpha-NormEC: alpha-NormEC on the way that a client walks in local steps, with some of the clients a round.
+"""Fed-alpha-NormEC: alpha-NormEC with local steps and partial participation.
 
 Shulgin, Malinovsky, Khirirat, Richtarik 2025, "First Provable Guarantees for Practical Private FL: Beyond Restrictive
 Assumptions", arXiv 2512.21521. Every round, every client i of the cohort S:
@@ -8,7 +8,7 @@ Assumptions", arXiv 2512.21521. Every round, every client i of the cohort S:
     server:  v <- v + (beta / n) sum_{i in S} m_i     x <- x - gamma v / ||v||
 
 T_i is gradient descent (`[local] work = "local-steps"`) or passes of incremental gradient (`"local-epochs"`). With one
-step on all examples it is alpha-NormEC.
+step on all examples, it is alpha-NormEC.
 
 | the paper's letter | here | who keeps it |
 |---|---|---|
@@ -20,11 +20,11 @@ step on all examples it is alpha-NormEC.
 | eta | `client_lr` of `[local]`; times the number of steps with `signal = "gradient-mean"` | client |
 | gamma | `server_lr` | server |
 
-The division by eta is what sets it apart from alpha-NormEC on bare moves x - T_i(x), which are eta times as long: since
-N_alpha(eta u) = N_{alpha / eta}(u), those are this method with alpha / eta and beta / eta.
+The division by eta distinguishes it from alpha-NormEC on the pseudo-gradients x - T_i(x), which are eta times as long.
+Since N_alpha(eta u) = N_{alpha / eta}(u), the latter is this method with alpha / eta and beta / eta.
 
-Derived, not read in the paper: the server's factor is beta / n with n the population, not the cohort, so that v stays
-the mean of all v_i.
+Derived here, not stated in the paper: the server's factor is beta / n with n the population, not the cohort, so that v
+stays the mean of all v_i.
 """
 
 from dataclasses import dataclass
@@ -38,15 +38,15 @@ __all__ = ["FedAlphaNormEC"]
 
 @dataclass(frozen=True, kw_only=True)
 class FedAlphaNormEC(AlphaNormEC):
-    """alpha-NormEC with local steps, whose length is taken out of the signal, and partial participation.
+    """alpha-NormEC with partial participation and local steps; the signal is divided by their length.
 
     Args:
         alpha: Smoothing of the normalization; the message is half as long as allowed at ||residual|| = alpha.
         beta: Feedback step. beta <= alpha contracts every residual.
-        server_lr: gamma; with server normalization the length of each step.
-        server_normalization: Whether the server steps along v / ||v|| or along v.
-        memory: See `AlphaNormEC`; ours.
-        damping: See `AlphaNormEC`; ours.
+        server_lr: gamma; with server normalization, the length of each step.
+        server_normalization: If True, the server steps along v / ||v||, otherwise along v.
+        memory: See `AlphaNormEC`; not in the paper.
+        damping: See `AlphaNormEC`; not in the paper.
     """
 
     row: ClassVar[Row] = Row(
@@ -58,5 +58,5 @@ class FedAlphaNormEC(AlphaNormEC):
 
     @property
     def needs_gradient_scale(self) -> bool:
-        """The paper's d_i is a move over eta."""
+        """True: the paper's d_i is a pseudo-gradient over eta."""
         return True

@@ -26,24 +26,24 @@ class _Hyperparameters(Protocol):
 
 
 class Memoryless(PlainMethod):
-    """Rules for a frozen dataclass that has `bounded` and `server_lr`; d is the mean message."""
+    """Rules for a frozen dataclass with `bounded` and `server_lr`; d is the mean message."""
 
     @property
     def feedback(self: _Hyperparameters) -> Feedback:
-        """The client rule as figures."""
+        """The client rule as parameters."""
         return Feedback(bounded=self.bounded, beta=None)
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """Nothing is lost."""
+        """`start-afresh`: nothing is lost."""
         return "start-afresh"
 
     def init_client(self, size: int) -> NoMemory:
-        """Nothing."""
+        """Return no state."""
         return NoMemory()
 
     def init_server(self, model: Tensor) -> ModelOnly:
-        """The model alone."""
+        """Return the model alone."""
         return ModelOnly(model)
 
     def client_rule(

@@ -1,7 +1,7 @@
 """Normalized SGD: smoothed normalization without memory, the baseline of the alpha-NormEC paper.
 
 Source: arXiv 2502.13482, "DP-SGD with smoothed normalization": m_i = N_alpha(grad f_i(x)) + z_i and
-x <- x - gamma mean_i m_i. Where clients' gradients do not vanish at the optimum of their mean, it stops beside it.
+x <- x - gamma mean_i m_i. If clients' gradients do not vanish at the optimum of their mean, it stops away from it.
 
 | the paper's letter | here | who keeps it |
 |---|---|---|
@@ -41,5 +41,5 @@ class NormalizedSGD(Memoryless):
 
     @property
     def bounded(self) -> SmoothedNormalization:
-        """N_alpha."""
+        """The map `N_alpha`."""
         return SmoothedNormalization(alpha=self.alpha)

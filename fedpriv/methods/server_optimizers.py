@@ -1,30 +1,30 @@
-"""Server optimisers: momentum and adaptive steps along the direction that any method gives.
+"""Server optimizers: momentum and adaptive steps along the direction of any method.
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan 2021, "Adaptive Federated Optimization", arXiv
 2003.00295 (FedAdam, FedYogi, FedAdagrad); Hsu, Qi, Brown 2019, "Measuring the Effects of Non-Identical Data
 Distribution for Federated Visual Classification", arXiv 1909.06335 (FedAvgM). A method's own server rule steps from x
-to x - gamma d. The optimiser makes another direction of d, coordinate by coordinate, and the server steps along that:
+to x - gamma d. The optimizer transforms d coordinate by coordinate, and the server steps along the new direction:
 
     momentum    b <- mu b + d                                           x <- x - gamma b
     adam        m <- b1 m + (1 - b1) d     s <- b2 s + (1 - b2) d^2     x <- x - gamma m' / (sqrt(s') + tau)
     yogi        m as above                 s <- s - (1 - b2) d^2 sign(s - d^2)     x <- x - gamma m / (sqrt(s) + tau)
     adagrad     m as above                 s <- s + d^2                            the same
 
-with m' = m / (1 - b1^t) and s' = s / (1 - b2^t) after t rounds, as Kingma and Ba have it; FedAdam has m' = m, s' = s.
+with m' = m / (1 - b1^t) and s' = s / (1 - b2^t) after t rounds, as in Kingma and Ba; FedAdam has m' = m, s' = s.
 
 | the papers' letter | here | who keeps it |
 |---|---|---|
 | x | `model` | server |
 | gamma (eta) | `server_lr` of the method | server |
-| d (minus Delta) | the direction of the method's server rule | nobody |
+| d (minus Delta) | the direction of the method's server rule | not kept |
 | b, m | `optimizer_mean` | server |
 | s (v) | `optimizer_square` | server |
 | t | `optimizer_rounds` | server |
 | mu (beta), b1, b2, tau | `momentum`, `beta1`, `beta2`, `tau` | server |
 
-All of it acts on what the server releases anyway: privacy, messages and clients' memories are those of the method
-without it. What is squared holds the noise on the mean message: where that is larger than the message, every
-coordinate's step is near gamma m / (its standard deviation), whatever the data. Ours: s starts at zero, as in
+An optimizer acts only on values that the server releases anyway: it changes neither privacy nor messages nor clients'
+memories. The squares contain the noise on the mean message. If the noise is larger than the message, every coordinate's
+step is near gamma m / (its standard deviation), for any data. Unlike in the papers, s starts at zero, as in
 `torch.optim`, not at tau^2.
 """
 
@@ -52,44 +52,44 @@ __all__ = [
     "optimized",
 ]
 
-SMALLEST_TAU = 1e-12
-"""Squares are kept in float32, which loses those of directions below 1e-23: their steps are then of direction / tau."""
+MIN_TAU = 1e-12
+"""Squares are kept in float32, which loses those of directions below 1e-23; their steps are then direction / tau."""
 
 
-LARGEST_TAU = 1e20
-"""Beyond that, steps are too short for float32."""
+MAX_TAU = 1e20
+"""Above this, steps are too short for float32."""
 
 
 class ServerOptimizer(Protocol):
     """A frozen dataclass of hyperparameters with one rule, pure and coordinate by coordinate."""
 
     def init(self, model: Tensor) -> Any:
-        """What it remembers before the first round: a NamedTuple of zeros, `[params]` or `[1]`, named `optimizer_...`.
+        """Return the state before the first round: a NamedTuple of zeros, `[params]` or `[1]`, named `optimizer_...`.
 
-        Names must not be those of a method's state.
+        Names must differ from those of all methods' states.
         """
         ...
 
     def step(self, state: Any, direction: Tensor) -> tuple[Tensor, Any]:
-        """The new direction `[params]` from a method's, and the new state, both float64."""
+        """Return the new direction `[params]` from a method's, and the new state, both float64."""
         ...
 
 
 class Velocity(NamedTuple):
-    """b, `[params]`."""
+    """`b`, `[params]`."""
 
     optimizer_mean: Tensor
 
 
 class Moments(NamedTuple):
-    """m and s, `[params]`."""
+    """`m` and `s`, `[params]`."""
 
     optimizer_mean: Tensor
     optimizer_square: Tensor
 
 
 class CountedMoments(NamedTuple):
-    """m and s, `[params]`, and t, `[1]`."""
+    """`m` and `s`, `[params]`, and `t`, `[1]`."""
 
     optimizer_mean: Tensor
     optimizer_square: Tensor
@@ -98,10 +98,10 @@ class CountedMoments(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum:
-    """Heavy-ball momentum (FedAvgM), as `torch.optim.SGD` has it.
+    """Heavy-ball momentum (FedAvgM), as in `torch.optim.SGD`.
 
     Args:
-        momentum: mu; 0 is the method as it is.
+        momentum: mu; 0 is the method without momentum.
     """
 
     momentum: float = 0.9
@@ -110,7 +110,7 @@ class Momentum:
         require_fraction("server.momentum", self.momentum)
 
     def init(self, model: Tensor) -> Velocity:
-        """B = 0."""
+        """Return b = 0."""
         return Velocity(torch.zeros_like(model))
 
     def step(self, state: Velocity, direction: Tensor) -> tuple[Tensor, Velocity]:
@@ -121,13 +121,13 @@ class Momentum:
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Adam (FedAdam): steps over the root of the mean square of past directions.
+    """Adam (FedAdam): steps divided by the root of the mean square of past directions.
 
     Args:
         beta1: b1.
         beta2: b2.
-        tau: Added to the root; directions that are shorter make shorter steps.
-        bias_correction: Whether means over few rounds count as whole ones, as in `torch.optim.Adam`; FedAdam does not.
+        tau: Added to the root; shorter directions give shorter steps.
+        bias_correction: Correct means over few rounds for their zero start, as in `torch.optim.Adam` but not FedAdam.
     """
 
     beta1: float = 0.9
@@ -139,7 +139,7 @@ class Adam:
         _check(self.tau, beta1=self.beta1, beta2=self.beta2)
 
     def init(self, model: Tensor) -> CountedMoments:
-        """All zero."""
+        """Return zeros."""
         return CountedMoments(torch.zeros_like(model), torch.zeros_like(model), model.new_zeros(1))
 
     def step(self, state: CountedMoments, direction: Tensor) -> tuple[Tensor, CountedMoments]:
@@ -153,7 +153,7 @@ class Adam:
 
 @dataclass(frozen=True, kw_only=True)
 class Yogi:
-    """Yogi (FedYogi): Adam whose mean square moves by no more than the new square.
+    """Yogi (FedYogi): Adam with a mean square that moves by at most the new square.
 
     Args:
         beta1: b1.
@@ -169,7 +169,7 @@ class Yogi:
         _check(self.tau, beta1=self.beta1, beta2=self.beta2)
 
     def init(self, model: Tensor) -> Moments:
-        """All zero."""
+        """Return zeros."""
         return Moments(torch.zeros_like(model), torch.zeros_like(model))
 
     def step(self, state: Moments, direction: Tensor) -> tuple[Tensor, Moments]:
@@ -181,7 +181,7 @@ class Yogi:
 
 @dataclass(frozen=True, kw_only=True)
 class Adagrad:
-    """Adagrad (FedAdagrad): steps over the root of the sum of all past squares.
+    """Adagrad (FedAdagrad): steps divided by the root of the sum of all past squares.
 
     Args:
         beta1: b1; 0 as in `torch.optim.Adagrad`.
@@ -195,7 +195,7 @@ class Adagrad:
         _check(self.tau, beta1=self.beta1)
 
     def init(self, model: Tensor) -> Moments:
-        """All zero."""
+        """Return zeros."""
         return Moments(torch.zeros_like(model), torch.zeros_like(model))
 
     def step(self, state: Moments, direction: Tensor) -> tuple[Tensor, Moments]:
@@ -215,13 +215,13 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimized:
-    """A method whose server steps along what an optimiser makes of the method's direction; clients do not notice.
+    """A method with a server optimizer: the server transforms the method's direction; clients are unaffected.
 
-    Its server state is the method's own, with its model elsewhere, and behind it what the optimiser remembers.
+    Its server state is the method's state followed by the optimizer's.
 
     Args:
-        method: Has a `server_lr`, the size of the step.
-        optimizer: Makes the direction.
+        method: The method; its `server_lr` is the step size.
+        optimizer: The optimizer that transforms the method's direction.
     """
 
     row: ClassVar[Row] = Row("the method's", memory="the method's", server="momentum, Adam, Yogi or Adagrad")
@@ -231,7 +231,7 @@ class ServerOptimized:
 
     @property
     def client_part(self) -> Method:
-        """The method."""
+        """The method's client part."""
         return self.method.client_part
 
     @property
@@ -246,7 +246,7 @@ class ServerOptimized:
 
     @property
     def needs_gradient_scale(self) -> bool:
-        """As the method."""
+        """The method's."""
         return self.method.needs_gradient_scale
 
     @property
@@ -256,20 +256,20 @@ class ServerOptimized:
 
     @property
     def needs_client_noise(self) -> bool:
-        """As the method."""
+        """The method's."""
         return self.method.needs_client_noise
 
     @property
     def lost_memory(self) -> Literal["start-afresh", "re-base"]:
-        """As the method. The optimiser's memory is of what was released, and begins anew with the server's."""
+        """The method's. The optimizer's memory holds only released values, and is reset with the server's."""
         return self.method.lost_memory
 
     def init_client(self, size: int) -> ClientState:
-        """The method's."""
+        """Return the method's state."""
         return self.method.init_client(size)
 
     def init_server(self, model: Tensor) -> ServerState:
-        """The method's, and the optimiser's zeros."""
+        """Return the method's state followed by the optimizer's zeros."""
         return joined(self.method.init_server(model), self.optimizer.init(model))
 
     def client_rule(
@@ -279,11 +279,11 @@ class ServerOptimized:
         release: Release | None,
         round: int,
     ) -> tuple[Tensor, ClientState]:
-        """The method's."""
+        """See `Method.client_rule`; the method's rule."""
         return self.method.client_rule(state, signal, release, round)
 
     def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ServerState]:
-        """See `Method.server_rule`. What the optimiser makes of the method's direction is computed in float64."""
+        """See `Method.server_rule`. The optimizer computes in float64."""
         nothing = state.model[:0]
         own, past = parted(state, self.method.init_server(nothing), self.optimizer.init(nothing))
         direction, own = self.method.server_rule(own, mean_message, sampling_prob)
@@ -293,7 +293,7 @@ class ServerOptimized:
 
 
 def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
-    """The method with an optimiser at its server; the method itself for None."""
+    """Return the method with an optimizer at its server; the method itself for None."""
     return method if optimizer is None else ServerOptimized(method=method, optimizer=optimizer)
 
 
@@ -304,5 +304,5 @@ def _average(beta: float, past: Tensor, new: Tensor) -> Tensor:
 def _check(tau: float, **betas: float) -> None:
     for key, beta in betas.items():
         require_fraction(f"server.{key}", beta)
-    remedy = "1e-3 is usual; below that, squares too small for float32 would make a step of any length"
-    real_within("server.tau", tau, SMALLEST_TAU, LARGEST_TAU, remedy)
+    remedy = "Set it, usually to 1e-3; below the range, squares too small for float32 give steps of any length"
+    real_within("server.tau", tau, MIN_TAU, MAX_TAU, remedy)

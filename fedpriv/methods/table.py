@@ -8,7 +8,7 @@ _HEADS = Row(message="message of client i", memory="memory", server="server", so
 
 
 def methods_table() -> str:
-    """A row in Markdown for each of `METHODS`."""
+    """Return a Markdown table with a row for each of `METHODS`."""
     rows = {"`method.name`": _HEADS, **{f"`{name}`": kind.row for name, kind in METHODS.items()}}
     head, *lines = (f"| {' | '.join((name, *_escaped(row)))} |" for name, row in rows.items())
     return "\n".join((head, "|---" * (len(Row._fields) + 1) + "|", *lines))

@@ -1,4 +1,4 @@
-"""What is promised, to whom, and why it holds."""
+"""Privacy plans, the accounting behind them, and the statement of a run's guarantee."""
 
 from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.reading import read_plan

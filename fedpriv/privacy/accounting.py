@@ -1,28 +1,27 @@
-"""What a release costs: the only place that turns noise into epsilon, and epsilon into noise.
+"""Accounting: the only module that converts noise into epsilon, and epsilon into noise.
 
-Every figure here is an upper bound on epsilon. Where two valid bounds are known, the smaller is reported together
-with the name of the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity, the
-sensitivity being B for add-or-remove and 2 B for replace, when one message is bounded by B. In `losses` noise is in
-units of B instead.
+Every epsilon returned here is an upper bound. If two valid bounds are known, the smaller is reported with the name of
+the accountant that proved it. `noise_multiplier` is always noise std / l2_sensitivity. If one message is bounded by B,
+the sensitivity is B for add-or-remove and 2 B for replace. In `losses`, noise is in units of B instead.
 
-Without sampling, all rounds together are one Gaussian mechanism (`gaussian`). Hidden Poisson cohorts, and hidden
-cohorts of a fixed size where clients remember nothing, are accounted by privacy loss distributions (`losses`).
+Without sampling, all rounds together are one Gaussian mechanism (`gaussian`). Privacy loss distributions (`losses`)
+account for hidden Poisson cohorts, and for hidden cohorts of a fixed size if clients keep no memory.
 
 Nothing here can make epsilon too small:
 
 1. One round is bounded by a dominating pair, proved in `losses`; probabilities are never rounded down.
 2. Its losses are put on a grid so that both distributions keep their masses (the pessimistic Connect the Dots), or
-   higher where rounding of the special functions could matter; the largest count as infinite.
-3. Composition adds to delta: the infinite losses, what a transform cuts off (Chernoff's bound, from the same losses),
-   and a bound on the rounding of all transforms and powers. What wraps around only adds.
-4. Epsilon is read off with delta reached from above. A bound by moments alone (Renyi divergence) stands beside it, and
-   the smaller of two valid bounds is valid.
+   higher if rounding of the special functions could matter. The largest losses count as infinite.
+3. Composition adds three terms to delta: the infinite losses, the mass that a transform cuts off (Chernoff's bound,
+   from the same losses), and a bound on the rounding of all transforms and powers. Mass that wraps around only adds.
+4. Epsilon is found by approaching delta from above. A second bound uses moments alone (Renyi divergence); the smaller
+   of two valid bounds is valid.
 
-The tests hold it against exact Gaussians down to delta = 1e-100, integrals of one round, the true mechanism of few
-clients twice, and dp-accounting, whose own bounds are pessimistic too. `Releases.event` is a round as dp-accounting
-sees it, and it counts noise in other units, and not in the same ones everywhere:
+The tests compare the results with exact Gaussians down to delta = 1e-100, with integrals of one round, with the true
+mechanism of few clients over two rounds, and with the pessimistic bounds of dp-accounting. `Releases.event`
+describes a round to dp-accounting. Its unit of noise differs from ours, and also between events:
 
-| event, neighbouring relation                    | its noise multiplier is | in ours, add-or-remove | replace |
+| event, neighboring relation                     | its noise multiplier is | in ours, add-or-remove | replace |
 |---|---|---|---|
 | Gaussian, ADD_OR_REMOVE_ONE                     | std / sensitivity       | 1                      | 1       |
 | PoissonSampled(Gaussian), ADD_OR_REMOVE_ONE     | std / B                 | 1                      |         |
@@ -39,7 +38,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
-from fedpriv.privacy.gaussian import LARGEST_SHIFT, MOST_NOISE, gaussian_epsilon
+from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
@@ -54,21 +53,21 @@ PLD = f"PLD (fedpriv {__version__})"
 GAUSSIAN = f"one Gaussian, exactly (fedpriv {__version__})"
 NO_NOISE = "none, there is no noise"
 
-MOST_HIDING_NOISE = 1e6
-"""Of sampled rounds, noise over bound that is accounted for at most, lest differences of losses drown in rounding."""
+MAX_HIDING_NOISE = 1e6
+"""Largest noise over bound used to account for sampled rounds; above it, rounding would hide differences of losses."""
 
-LARGEST_TARGET = 1e5
+MAX_TARGET = 1e5
 """Largest epsilon to calibrate for."""
 
 GRID_ERROR = 2e-4
-"""Share of epsilon that the grid of losses may add, about."""
+"""Approximate share of epsilon that the grid of losses may add."""
 
-MOST_LOSSES = 2**18
-"""Most points of one round's grid; a sixteenth of it where epsilon exceeds 1 000 and precision serves nobody."""
+MAX_LOSSES = 2**18
+"""Maximum points of one round's grid; a sixteenth of it if epsilon exceeds 1,000, as precision is then of no use."""
 
 
 class Bound(NamedTuple):
-    """An upper bound on epsilon, who proved it, and whether it is owed to the sampling of clients."""
+    """An upper bound on epsilon, the accountant that proved it, and whether it relies on the sampling of clients."""
 
     epsilon: float
     accountant: str
@@ -76,22 +75,22 @@ class Bound(NamedTuple):
 
 
 Direction = tuple[Half, Half]
-"""Larger and smaller losses of neighbours in one order, in bounds of a message; see `losses`."""
+"""Larger and smaller losses of neighbors in one order, in units of a message's bound; see `losses`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Releases:
-    """What a run releases, and to whom: all that epsilon depends on but the noise and the number of rounds.
+    """A run's releases: everything that epsilon depends on except the noise and the number of rounds.
 
     Args:
-        trust: Where only noised sums (or what follows from them) are seen, hidden cohorts count. Where every message is
-            seen, and whose it is, a client is charged for all rounds, whatever the sampling.
-        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
-        sampling: Who takes part; the object that also draws the cohorts.
+        trust: If the adversary sees only noised sums (or results computed from them), hidden cohorts lower epsilon. If
+            it sees every message and its sender, a client is charged for all rounds, regardless of the sampling.
+        adjacency: add-or-remove: a client's message is present or zero. replace: it is any other bounded message.
+        sampling: The sampling of clients; the same object draws the cohorts.
         delta: In (0, 1).
-        client_memory: Whether clients remember earlier rounds. No amplification is then claimed for fixed-size
-            cohorts: who took part decides who else did, the others' memories keep it, and their later messages show
-            it. (Poisson cohorts are safe: there the others' participation says nothing about a client's own.)
+        client_memory: True if clients remember earlier rounds. No amplification is then claimed for fixed-size
+            cohorts: one client's participation affects which others take part, the others' memories record that, and
+            their later messages reveal it. (Poisson cohorts are safe: participations are independent.)
     """
 
     trust: Trust
@@ -102,12 +101,12 @@ class Releases:
 
     @property
     def sensitivity(self) -> float:
-        """Most that one client moves a sum of messages, in bounds of a message."""
+        """Maximum change of a sum of messages due to one client, in units of a message's bound."""
         return 2.0 if self.adjacency == "replace" else 1.0
 
     @property
     def pairs(self) -> tuple[Direction, ...]:
-        """The orders of neighbours that have to be composed, the worse first; none where sampling hides nobody."""
+        """The orders of neighbors to compose, the worse first; empty if sampling hides no client."""
         if not self.trust.hides_cohorts or not self.sampling.amplifies(client_memory=self.client_memory):
             return ()
         q, stead = self.sampling.hiding_prob, self.sampling.stead
@@ -115,7 +114,7 @@ class Releases:
         return ((other, other),) if self.adjacency == "replace" else ((gone, come), (come, gone))
 
     def charged(self, rounds: int) -> float:
-        """How many times the first `rounds` rounds release a message of full weight of whoever is charged most."""
+        """Return the charge of the first `rounds` rounds to the client charged most, in messages of full weight."""
         return self.sampling.charge(rounds, each_message=self.trust.shows_messages)
 
     def epsilon(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> float:
@@ -124,24 +123,24 @@ class Releases:
         Args:
             noise_multiplier: Noise std / l2_sensitivity, at least 0.
             rounds: Number of rounds charged, at least 0.
-            horizon: Number of rounds for which the accountant's grid is laid out (default: `rounds`). Asked about many
-                `rounds` at one horizon, the answers share one grid and never fall.
+            horizon: Number of rounds for which the accountant's grid is built (default: `rounds`). Results for several
+                `rounds` with the same horizon share one grid and never decrease with `rounds`.
 
         Returns:
-            At least 0; `math.inf` if rounds happened and nothing is guaranteed.
+            At least 0; `math.inf` if there were rounds and nothing is guaranteed.
 
         Formal guarantees:
-            An upper bound, adaptive composition included. For everyone, and for every local plan, it is the exact
-            epsilon of the Gaussian mechanism. For hidden Poisson cohorts it is within 0.1 % of the best that the
+            An upper bound under adaptive composition. With `Everyone`, and for every local plan, it is the exact
+            epsilon of the Gaussian mechanism. For hidden Poisson cohorts it is within 0.1 % of the best bound that the
             composition of single rounds allows, for every delta. Fixed-size sampling under add-or-remove has a public
-            n, so that a removed client is one whose message became zero. It never falls as rounds are added, and never
-            rises with noise or delta, but for 0.1 %, by which grids of different plans may differ.
+            n; the message of a removed client becomes zero. The bound never decreases as rounds are added. It
+            never increases with noise or delta, except for up to 0.1 %, by which grids of different plans may differ.
         """
         return self.bound(noise_multiplier, rounds, horizon).epsilon
 
     def bound(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> Bound:
-        """The smallest proven bound, with its accountant; arguments and guarantees are those of `epsilon`."""
-        return _least_bound(self, noise_multiplier, rounds, horizon or rounds)
+        """Return the smallest proven bound with its accountant; arguments and guarantees are those of `epsilon`."""
+        return _tightest_bound(self, noise_multiplier, rounds, horizon or rounds)
 
     def calibrate(self, epsilon: float, rounds: int) -> float:
         """Return the smallest noise multiplier that spends at most `epsilon`, to within 0.1 % of epsilon.
@@ -151,28 +150,28 @@ class Releases:
             rounds: Number of rounds; 0 is calibrated as 1.
 
         Raises:
-            UserError: If epsilon is above `LARGEST_TARGET` or too small to be resolved; or if delta is no smaller than
-                the chance that a given client ever takes part. Sending some clients' data in the clear would then be
-                (0, delta)-private, and no noise would be asked for.
+            UserError: If epsilon is above `MAX_TARGET` or too small to be resolved, or if delta is at least the
+                probability that a given client ever takes part. Sending some clients' data in the clear would then
+                be (0, delta)-private, so no noise would be required.
 
         Formal guarantees:
-            The result has been evaluated by `epsilon` itself and found at most the target: a search that ends early
-            ends with too much noise, never with too little.
+            `epsilon` was evaluated at the result and is at most the target. A search that ends early ends with too
+            much noise, never with too little.
         """
         rounds = max(rounds, 1)
         charged = self.charged(rounds)
         if charged == 0.0:
-            raise ValueError("no client ever sends anything that counts: there is nothing to calibrate for")
+            raise ValueError("no client sends a message that counts, so there is nothing to calibrate")
         self._check_target(epsilon, rounds)
 
         def within(noise_multiplier: float) -> float:
-            """Target over spent: at least 1 is private enough."""
+            """Return target over spent: at least 1 is private enough."""
             spent = self.epsilon(noise_multiplier, rounds)
             return epsilon / spent if spent > 0.0 else math.inf
 
         enough = _noise_of_one_gaussian(charged, self.delta, epsilon)
-        if enough > MOST_NOISE or within(enough) < 1.0:
-            remedy = "Raise privacy.epsilon; so small a one cannot be told from rounding"
+        if enough > MAX_NOISE or within(enough) < 1.0:
+            remedy = "Raise privacy.epsilon; a smaller value drowns in rounding"
             raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
         if not self.pairs:
             return enough
@@ -183,10 +182,10 @@ class Releases:
         return _narrow(within, enough / factor, enough)
 
     def event(self, noise_multiplier: float) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
-        """One round as dp-accounting sees it, in the units of the table above: its event and neighbouring relation.
+        """Return one round as dp-accounting's event and neighboring relation, in the units of the table above.
 
-        For whoever wants a second opinion; what is reported of a run does not ask for one. Where cohorts are seen,
-        there is no sampling event.
+        Useful to check the accountant independently; reports of a run do not use it. If the adversary sees the
+        cohorts, there is no sampling event.
 
         Args:
             noise_multiplier: Noise std / l2_sensitivity, above 0.
@@ -199,18 +198,16 @@ class Releases:
         hidden = self.trust.hides_cohorts and self.sampling.draws_cohorts
         chance = min(1.0, rounds * self.sampling.sampling_prob) if hidden else 1.0
         if self.delta >= chance:
-            expected = f"a delta below {chance:g}, the chance that a given client ever takes part"
-            raise UserError(
-                "privacy.delta", expected, self.delta, "Lower privacy.delta; well below 1 / clients is usual"
-            )
-        if not 0.0 < epsilon <= LARGEST_TARGET:
-            expected = f"a number above 0 and at most {LARGEST_TARGET:g}"
-            remedy = "Below 10 is usual. For a run without noise, remove [privacy] or set noise_multiplier = 0 instead"
+            expected = f"a delta below {chance:g}, the probability that a given client ever takes part"
+            raise UserError("privacy.delta", expected, self.delta, "Lower privacy.delta well below 1 / clients")
+        if not 0.0 < epsilon <= MAX_TARGET:
+            expected = f"a number above 0 and at most {MAX_TARGET:g}"
+            remedy = "Set it, usually below 10. For a non-private run, remove the [privacy] table"
             raise UserError("privacy.epsilon", expected, epsilon, remedy)
 
 
 @lru_cache(maxsize=2**15)
-def _least_bound(releases: Releases, noise_multiplier: float, rounds: int, horizon: int) -> Bound:
+def _tightest_bound(releases: Releases, noise_multiplier: float, rounds: int, horizon: int) -> Bound:
     if rounds == 0:
         return Bound(0.0, GAUSSIAN, False)
     if noise_multiplier == 0.0:
@@ -221,10 +218,10 @@ def _least_bound(releases: Releases, noise_multiplier: float, rounds: int, horiz
     whole = Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
     if whole.epsilon == 0.0 or not releases.pairs:
         return whole
-    if rounds * sampling.hiding_prob <= delta:  # the client takes part at all with at most that probability
+    if rounds * sampling.hiding_prob <= delta:  # an upper bound on the probability that the client ever takes part
         return Bound(0.0, PLD, True)
-    noise = min(noise_multiplier * releases.sensitivity, MOST_HIDING_NOISE)
-    if noise * LARGEST_SHIFT < 1.0:
+    noise = min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)
+    if noise * MAX_SHIFT < 1.0:
         return whole
     sampled = _sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
     return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
@@ -236,7 +233,7 @@ def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, de
 
 
 def _composed_epsilon(directions: Iterable[Losses], rounds: int, delta: float) -> float:
-    """The largest epsilon over the directions; what moments show to be less than another is not computed."""
+    """Return the largest epsilon over the directions; skip a direction if its moments prove a smaller one."""
     epsilon = 0.0
     for losses in directions:
         composed = Composition([(losses, rounds)])
@@ -247,10 +244,10 @@ def _composed_epsilon(directions: Iterable[Losses], rounds: int, delta: float) -
 
 @lru_cache(maxsize=16)
 def _losses(pairs: tuple[Direction, ...], noise: float, horizon: int, delta: float) -> tuple[tuple[Losses, ...], float]:
-    """One round's losses in each direction, on a grid laid out for `horizon` rounds, and the epsilon of these.
+    """Return one round's losses in each direction on a grid built for `horizon` rounds, and the epsilon of these.
 
-    The error of a grid falls with the square of its interval, so two grids tell how large it is. Intervals are powers
-    of two: each grid holds all coarser ones, and a coarser one never proves less.
+    A grid's error decreases with the square of its interval, so two grids give an estimate of the error. Intervals are
+    powers of two: each grid contains all coarser ones, and a coarser grid never proves a smaller epsilon.
     """
     cut = _negligible(delta, horizon)
 
@@ -267,16 +264,17 @@ def _losses(pairs: tuple[Direction, ...], noise: float, horizon: int, delta: flo
 
 
 def _first_interval(pair: Direction, noise: float, cut: float, horizon: int, delta: float) -> tuple[float, float]:
-    """An interval that should add about `GRID_ERROR` to epsilon, by moments alone; and the finest that points allow.
+    """Return an interval that adds about `GRID_ERROR` to epsilon, by moments alone, and the finest interval possible.
 
-    Epsilon is approached from above: each grid gives a bound, and each bound the next, finer grid. Rounding to the grid
-    adds to each round's loss a variance of about a sixth of the squared interval.
+    `MAX_LOSSES` points limit the interval from below. Epsilon is approached from above: each grid gives a bound, and
+    each bound the next, finer grid. Rounding to the grid adds a variance of about a sixth of the squared interval to
+    each round's loss.
     """
     losses = losses_of_one_round(*pair, noise, cut, None)
     while True:
         epsilon, theta = Composition([(losses, horizon)]).renyi_epsilon(delta)
         wanted = math.sqrt(12.0 * GRID_ERROR * max(epsilon, 1e-9) / (horizon * (1.0 + theta)))
-        most = MOST_LOSSES if epsilon < 1e3 else MOST_LOSSES // 16
+        most = MAX_LOSSES if epsilon < 1e3 else MAX_LOSSES // 16
         finest = 2.0 ** math.ceil(math.log2(losses.interval * len(losses.probs) / most))
         if not math.isfinite(wanted):
             return finest, finest
@@ -287,13 +285,13 @@ def _first_interval(pair: Direction, noise: float, cut: float, horizon: int, del
 
 
 def _negligible(delta: float, rounds: int) -> float:
-    """Log of the mass that a round may count as an infinite loss: a millionth of delta over all rounds."""
+    """Return the log of the mass that one round may count as an infinite loss: a millionth of delta over all rounds."""
     return math.log(delta) - math.log(1e6 * rounds)
 
 
 def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> float:
-    """The noise multiplier at which all rounds, as one Gaussian, cost `epsilon`; from above, to 1e-12."""
-    small, large = 0.0, LARGEST_SHIFT
+    """Return the noise multiplier at which all rounds, as one Gaussian, cost `epsilon`; from above, to 1e-12."""
+    small, large = 0.0, MAX_SHIFT
     while large - small > 1e-12 * large:
         middle = 0.5 * (small + large)
         small, large = (middle, large) if gaussian_epsilon(middle, delta) <= epsilon else (small, middle)
@@ -301,22 +299,22 @@ def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> flo
 
 
 def _noise_by_moments(releases: Releases, epsilon: float, rounds: int, enough: float) -> float:
-    """About the noise multiplier at which moments on a coarse grid prove `epsilon`; `enough` at most."""
+    """Return roughly the noise multiplier at which moments on a coarse grid prove `epsilon`; at most `enough`."""
     pairs, delta, in_bounds = releases.pairs, releases.delta, releases.sensitivity
     cut = _negligible(delta, rounds)
-    low, high = max(1e-3 * enough, 1.0 / LARGEST_SHIFT / in_bounds), enough
+    low, high = max(1e-3 * enough, 1.0 / MAX_SHIFT / in_bounds), enough
     while high > 1.02 * low:
         middle = math.sqrt(low * high)
-        losses = losses_of_one_round(*pairs[0], min(in_bounds * middle, MOST_HIDING_NOISE), cut, None)
+        losses = losses_of_one_round(*pairs[0], min(in_bounds * middle, MAX_HIDING_NOISE), cut, None)
         proved = Composition([(losses, rounds)]).renyi_epsilon(delta)[0] <= epsilon
         low, high = (low, middle) if proved else (middle, high)
     return high
 
 
 def _narrow(within: Callable[[float], float], too_little: float, enough: float) -> float:
-    """Narrows the bracket until 0.05 % of epsilon, or 1e-6 of the noise, is left; returns its safe end.
+    """Narrow the bracket until 0.05 % of epsilon, or 1e-6 of the noise, is left; return its safe end.
 
-    Interpolation (log noise against log epsilon, nearly a line) and bisection take turns.
+    Interpolation (log noise against log epsilon, nearly a line) and bisection alternate.
     """
     low, high, interpolate = within(too_little), within(enough), True
     while high > 1.0005 and enough > too_little * (1.0 + 1e-6):
@@ -331,6 +329,6 @@ def _narrow(within: Callable[[float], float], too_little: float, enough: float) 
 
 
 def _share_left(low: float, high: float) -> float:
-    """How far from the safe end to look, in shares of the bracket: where the line reaches 1.0002."""
+    """Return the distance from the safe end, as a share of the bracket, at which the line reaches 1.0002."""
     down, up = (math.log(min(max(ratio, 1e-3), 1e3) / 1.0002) for ratio in (low, high))
     return min(max(up / (up - down), 0.02), 0.98)

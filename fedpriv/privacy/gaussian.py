@@ -1,7 +1,7 @@
-"""The Gaussian mechanism, exactly: what one Gaussian release of known shift costs.
+"""The exact cost of one Gaussian release of known shift.
 
-A release of sensitivity s under noise of standard deviation sigma has shift mu = s / sigma, and K releases, also
-adaptive ones, cost no more than one of shift sqrt(sum of mu_k^2). All functions here are functions of that one shift.
+A release of sensitivity s under noise of standard deviation sigma has shift mu = s / sigma. K releases, even adaptive
+ones, cost at most one release of shift sqrt(sum of mu_k^2). All functions here are functions of that one shift.
 
 Source: Balle and Wang 2018, Theorem 8; Dong, Roth and Su 2022, Definition 2.6 and Corollary 2.13.
 """
@@ -13,20 +13,20 @@ import math
 import numpy as np
 from scipy.special import log_ndtr, ndtr, ndtri
 
-__all__ = ["LARGEST_SHIFT", "MOST_NOISE", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
+__all__ = ["MAX_NOISE", "MAX_SHIFT", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
 
-LARGEST_SHIFT = 1e3
-"""Of sensitivity / std, the largest that is accounted for. Beyond it epsilon exceeds 500 000 and counts as infinite."""
+MAX_SHIFT = 1e3
+"""Largest sensitivity / std with a finite epsilon. Beyond it, epsilon exceeds 500,000 and counts as infinite."""
 
-MOST_NOISE = 1e12
-"""Of noise multipliers: far more than any promise needs, and far from where float32 ends."""
+MAX_NOISE = 1e12
+"""Largest noise multiplier: far more than any guarantee needs, and far below the float32 limit."""
 
 _SAFE = 1e-9
-"""Share of delta that is given away for rounding; it costs a hundred-millionth of epsilon or less."""
+"""Share of delta reserved for rounding; it costs at most a hundred-millionth of epsilon."""
 
 
 def gaussian_delta(epsilon: float, shift: float) -> float:
-    """Returns the smallest delta for which one Gaussian release of `shift` is (`epsilon`, delta)-private.
+    """Return the smallest delta for which one Gaussian release of `shift` is (`epsilon`, delta)-private.
 
     Args:
         epsilon: At least 0.
@@ -38,17 +38,17 @@ def gaussian_delta(epsilon: float, shift: float) -> float:
 
 
 def gaussian_epsilon(shift: float, delta: float) -> float:
-    """Returns an epsilon for which one Gaussian release of `shift` is (epsilon, `delta`)-private.
+    """Return an epsilon for which one Gaussian release of `shift` is (epsilon, `delta`)-private.
 
     Args:
         shift: Sensitivity over standard deviation, from 0.
         delta: In (0, 1).
 
     Formal guarantees:
-        Never below the exact epsilon, above it by at most 1e-8 of it, rising with `shift` and falling with `delta`;
-        infinite beyond `LARGEST_SHIFT`.
+        Never below the exact epsilon, and above it by at most 1e-8 of it. Increases with `shift`, decreases with
+        `delta`, and is infinite beyond `MAX_SHIFT`.
     """
-    if shift > LARGEST_SHIFT:
+    if shift > MAX_SHIFT:
         return math.inf
     target = delta * (1.0 - _SAFE)
     if shift == 0.0 or gaussian_delta(0.0, shift) <= target:
@@ -63,5 +63,5 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
 
 
 def gaussian_tradeoff(false_alarms: np.ndarray, shift: float) -> np.ndarray:
-    """Returns the least share of misses of any test with the given shares of false alarms, all in [0, 1]."""
+    """Return the smallest miss rate of any test with the given false alarm rates, all in [0, 1]."""
     return ndtr(ndtri(1.0 - false_alarms) - shift)

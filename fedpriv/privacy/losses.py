@@ -1,43 +1,43 @@
 """Privacy loss distributions of sampled Gaussian sums: one round, and the composition of many.
 
-One round releases the sum of a random cohort's messages with Gaussian noise of standard deviation sigma. Whether a
-given client is in the cohort is a hidden coin of probability q; given all else, let a be the sum with its message, b
-the sum with its neighbour's message, and c the sum of a cohort without it. The adversary tells q N(a) + (1-q) N(c)
-from q N(b) + (1-q) N(c), where N(.) has standard deviation sigma in all coordinates.
+One round releases the sum of a random cohort's messages with Gaussian noise of standard deviation sigma. A hidden coin
+of probability q decides if a given client is in the cohort. With everything else fixed, let a be the sum with its
+message, b the sum with its neighbor's message, and c the sum of a cohort without it. The adversary distinguishes
+q N(a) + (1-q) N(c) from q N(b) + (1-q) N(c), where N(.) has standard deviation sigma in all coordinates.
 
 Lemma. For alpha >= 1 the hockey-stick divergence of the two is at most
 
     q max over half-lines S = (-inf, t] of  Phi(t) - (A - alpha) Phi(t - s) - alpha Phi(t - r),    A = 1 + (alpha-1)/q,
 
-with s >= |c - a| / sigma and r >= |b - a| / sigma; and this is met where the three lie on a line in that order.
+with s >= |c - a| / sigma and r >= |b - a| / sigma. Equality holds if the three are on a line in that order.
 
 Proof. With beta = alpha / A it equals q H_A(N(a) || (1-beta) N(c) + beta N(b)) (Balle, Barthe and Gaboardi 2018,
-Theorem 2). Let S be the set where that is attained, and the half-line have the same mass under N(a). A half-space loses
-most when a Gaussian is shifted, among all sets of its mass (Neyman and Pearson), so N(c) and N(b) put no less on S than
-N(s) and N(r) put on the half-line. QED. Mixtures over everything else only lower it (joint convexity).
+Theorem 2). Let S be the set that attains it, and let the half-line have the same mass under N(a). Among all sets of
+that mass, a half-space loses the most when a Gaussian is shifted (Neyman and Pearson), so N(c) and N(b) put no less
+mass on S than N(s) and N(r) put on the half-line. QED. Mixtures over everything else only lower it (joint convexity).
 
-The coins of the two kinds of cohort differ in what c can be, with messages of norm at most B = 1:
+The two kinds of cohort differ in the possible c, with messages of norm at most B = 1:
 
-| cohort, neighbours                 | a, b, c (sum of the others' messages taken as 0)      | s | r |
+| cohort, neighbors                  | a, b, c (sum of the others' messages taken as 0)      | s | r |
 |---|---|---|---|
-| Poisson, the client's message gone | message, 0, 0                                         | 1 | 1 |
-| Poisson, ... or come               | 0, message, 0                                         | 0 | 1 |
+| Poisson, message removed ("gone")  | message, 0, 0                                         | 1 | 1 |
+| Poisson, message added ("come")    | 0, message, 0                                         | 0 | 1 |
 | Poisson, replaced                  | message, other message, 0                             | 1 | 2 |
 | fixed size, message becomes zero   | message, 0, message of the client in its place        | 2 | 1 |
 | fixed size, zero becomes message   | 0, message, message of the client in its place        | 1 | 1 |
 | fixed size, replaced               | message, other message, message of the one in its place | 2 | 2 |
 
-For alpha < 1, H_alpha(P || Q) = 1 - alpha + alpha H_{1/alpha}(Q || P) gives the bound from that of the pair turned
-round. The two halves together bound every pair of neighbours at every alpha > 0, so they are the profile of a
+For alpha < 1, H_alpha(P || Q) = 1 - alpha + alpha H_{1/alpha}(Q || P) gives the bound from that of the reversed
+pair. Together, the two halves bound every pair of neighbors at every alpha > 0. So they are the profile of a
 dominating pair, and dominating pairs compose adaptively (Zhu, Dong and Wang 2022, Theorem 10; for cohorts of a fixed
-size this is their Proposition 30). With cohorts of a fixed size the halves come from different pairs of neighbours: the
+size this is their Proposition 30). With cohorts of a fixed size, the halves come from different pairs of neighbors: the
 worst pair of one round, composed with itself, is *not* an upper bound (Lebeda, Regehr, Kamath and Steinke 2024).
 "Gone" is composed with "gone" and "come" with "come", and epsilon is the larger of the two.
 
 Losses are put on a grid by "Connect the Dots" (Doroshenko, Ghazi, Kamath, Kumar and Manurangsi 2022). Sums of losses
-are computed by the fast Fourier transform of the *tilted* distribution, p(l) exp(theta l), with theta chosen so that
-its mean is where epsilon will be: rounding is then relative to delta itself, however small delta is. Rounding, what
-wraps around and what is cut off are bounded and added to delta.
+are computed by the fast Fourier transform of the *tilted* distribution, p(l) exp(theta l). Theta is chosen so that the
+mean is near epsilon; rounding is then relative to delta itself, no matter how small delta is. Rounding and the masses
+that wrap around or are cut off are bounded and added to delta.
 """
 
 # pyright: reportMissingTypeStubs=false
@@ -55,17 +55,17 @@ __all__ = ["Composition", "Half", "Losses", "losses_of_one_round"]
 
 _UNIT = 2.0**-53
 _LOW_CUT = math.log(1e-20)
-"""Log of the mass whose loss, far below 0, may be rounded up to the least of the grid, in each round."""
+"""Log of the mass per round with a loss far below 0 that may be rounded up to the smallest of the grid."""
 _ALIASED = math.log(1e-18)
-"""Log of the tilted mass beyond each end that may wrap around in a transform. It only adds to what is there."""
+"""Log of the tilted mass beyond each end that may wrap around in a transform. It only adds to existing masses."""
 _THETAS = 2.0 ** np.arange(-8, 24, 0.5)
 _COARSER = 16
-_MOST_EXPONENT = 300.0
+_MAX_EXPONENT = 300.0
 
-_MOST_TILTS = 5
+_MAX_TILTS = 5
 
-MOST_SUMS = 2**20
-"""Most points of a transform, if a smaller tilt can avoid it."""
+MAX_SUMS = 2**20
+"""Maximum points of a transform, if a smaller tilt makes that possible."""
 
 
 class Half(NamedTuple):
@@ -73,8 +73,8 @@ class Half(NamedTuple):
 
     Args:
         prob: q, in (0, 1].
-        absent: s, in bounds of a message: 0, 1 or 2.
-        replaced: r, likewise: 1 or 2.
+        absent: s, in units of a message's bound: 0, 1 or 2.
+        replaced: r, in the same unit: 1 or 2.
     """
 
     prob: float
@@ -82,14 +82,14 @@ class Half(NamedTuple):
     replaced: float
 
     def tails(self, losses: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masses of losses of at least each of `losses`, which are not negative.
+        """Return the masses of losses of at least each of `losses`, which are not negative.
 
         Args:
             losses: Natural logarithms of alpha.
             noise: Standard deviation over the bound of a message.
 
         Returns:
-            Masses under the pair's first and second distribution, and t / sigma, the half-lines' ends.
+            Masses under the pair's first and second distribution, and the ends t / sigma of the half-lines.
         """
         ends = noise * self._log_root(losses, noise)
         first, absent, replaced = ndtr(ends), ndtr(ends - self.absent / noise), ndtr(ends - self.replaced / noise)
@@ -97,14 +97,14 @@ class Half(NamedTuple):
         return self.prob * first + rest, self.prob * replaced + rest, ends
 
     def loss(self, end: float, noise: float) -> float:
-        """The privacy loss at `end` standard deviations; falls with it."""
+        """Return the privacy loss at `end` standard deviations; decreases with `end`."""
         absent, replaced = (s / noise * (end - 0.5 * s / noise) for s in (self.absent, self.replaced))
         rest = math.log1p(-self.prob) + absent if self.prob < 1.0 else -math.inf
         present = math.log(self.prob)
         return float(np.logaddexp(present, rest) - np.logaddexp(present + replaced, rest))
 
     def _log_root(self, losses: np.ndarray, noise: float) -> np.ndarray:
-        """Log y where (A - alpha) e^(-s^2/2) y^s + alpha e^(-r^2/2) y^r = 1, t = log y; s and r over sigma."""
+        """Return log y with (A - alpha) e^(-s^2/2) y^s + alpha e^(-r^2/2) y^r = 1, t = log y; s and r over sigma."""
         s, r, variance = self.absent, self.replaced, noise**2
         with np.errstate(divide="ignore"):
             by_absent = losses + np.log(-np.expm1(-losses)) + math.log((1.0 - self.prob) / self.prob or 5e-324)
@@ -127,9 +127,9 @@ class Losses:
 
     Args:
         interval: Distance between the grid's losses.
-        lowest: Number of the least loss; loss i is (`lowest` + i) `interval`.
+        lowest: Number of the smallest loss; loss i is (`lowest` + i) `interval`.
         probs: Masses `[losses]`.
-        infinite: Mass whose loss counts as infinite.
+        infinite: Mass that counts as an infinite loss.
     """
 
     interval: float
@@ -143,23 +143,23 @@ class Losses:
         return (self.lowest + np.arange(len(self.probs))) * self.interval
 
     def log_moment(self, theta: float) -> float:
-        """Log of the mean of exp(theta loss) over finite losses."""
+        """Return the log of the mean of exp(theta loss) over finite losses."""
         exponents = theta * self.values
         peak = float(exponents[-1] if theta > 0.0 else exponents[0])
-        if abs(peak) < _MOST_EXPONENT:
+        if abs(peak) < _MAX_EXPONENT:
             return math.log(float(self.probs @ np.exp(exponents)))
         exponents += self._log_probs
         peak = float(exponents.max())
         return peak + math.log(float(np.exp(exponents - peak).sum()))
 
     def tilted(self, theta: float) -> tuple[np.ndarray, float]:
-        """Masses in proportion to probs exp(theta loss), with sum 1, and the log of what they were divided by."""
+        """Return masses proportional to probs exp(theta loss), with sum 1, and the log of their divisor."""
         moment = self.log_moment(theta)
         with np.errstate(divide="ignore"):
             return np.exp(self._log_probs + theta * self.values - moment), moment
 
     def variance(self, masses: np.ndarray) -> float:
-        """Variance of the loss under other masses."""
+        """Return the variance of the loss under other masses."""
         mean = float(masses @ self.values)
         return float(masses @ np.square(self.values - mean))
 
@@ -170,7 +170,7 @@ class Losses:
 
     @cached_property
     def log_moments(self) -> np.ndarray:
-        """Upper bounds on `log_moment` at each of `_THETAS`: masses go to a coarser grid, their means kept."""
+        """Upper bounds on `log_moment` at each of `_THETAS`, from masses on a coarser grid that keep their means."""
         place = (np.arange(len(self.probs)) + self.lowest % _COARSER) / _COARSER
         floor = place.astype(int)
         up = self.probs * (place - floor)
@@ -184,14 +184,14 @@ class Losses:
 
 
 def losses_of_one_round(larger: Half, smaller: Half, noise: float, cut: float, interval: float | None) -> Losses:
-    """The privacy losses of one round, from the lemma's two halves.
+    """Return the privacy losses of one round, from the lemma's two halves.
 
     Args:
         larger: Gives the losses above 0.
-        smaller: That of the neighbours in the other order: gives the losses below 0.
+        smaller: The half of the neighbors in the other order; gives the losses below 0.
         noise: Standard deviation over the bound of a message, above 0.
-        cut: Log of the mass whose loss, far above 0, counts as infinite.
-        interval: Distance between losses; None for the range over 2,000.
+        cut: Log of the mass that counts as an infinite loss.
+        interval: Distance between losses; None for 1/2,000 of the range.
     """
     high = larger.loss(float(ndtri_exp(cut)), noise)
     nearest = min(smaller.absent, smaller.replaced) / noise
@@ -214,17 +214,17 @@ def _grid(most: float, interval: float, noise: float) -> tuple[np.ndarray, float
 def _dots(
     own: np.ndarray, other: np.ndarray, ends: np.ndarray, interval: float, *, falling: bool = False
 ) -> tuple[np.ndarray, float]:
-    """Masses on the grid's losses, and the mass beyond the last.
+    """Return the masses on the grid's losses, and the mass beyond the last.
 
-    The mass of an interval goes to its ends so that both distributions keep theirs. Where rounding could say otherwise,
-    more goes to the end with the larger loss.
+    The mass of an interval is split between its ends so that both distributions keep their masses. If rounding could
+    break this, the end with the larger loss gets more.
 
     Args:
-        own: Mass of the distribution whose losses these are, beyond each |loss|.
-        other: Mass of the other distribution.
+        own: Mass of the losses' distribution beyond each |loss|.
+        other: The same of the other distribution.
         ends: From `Half.tails`.
         interval: Distance between losses.
-        falling: Whether losses are minus the grid's.
+        falling: True if losses are minus the grid's.
     """
     masses, others = own[:-1] - own[1:], other[:-1] - other[1:]
     losses = np.arange(len(masses)) * interval
@@ -244,7 +244,7 @@ def _dots(
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """The sum of independent privacy losses: adaptive composition of what they bound.
+    """The sum of independent privacy losses; it bounds adaptive composition.
 
     Args:
         parts: Losses on grids of one interval, each with the number of its rounds.
@@ -268,7 +268,7 @@ class Composition:
         return np.sum([count * losses.log_moments for losses, count in self.parts], axis=0)
 
     def renyi_epsilon(self, delta: float) -> tuple[float, float]:
-        """An epsilon at `delta` from moments alone, and its theta (the Renyi order less 1); no transform is needed.
+        """Return an epsilon at `delta` from moments alone, and its theta (the Renyi order minus 1); needs no transform.
 
         Source: Canonne, Kamath and Steinke 2020, Proposition 12.
         """
@@ -280,10 +280,10 @@ class Composition:
         return max(float(found[best]), 0.0), float(_THETAS[best])
 
     def epsilon(self, delta: float) -> float:
-        """The smallest epsilon that the losses prove at `delta`; infinite where there is none."""
+        """Return the smallest epsilon that the losses prove at `delta`; infinite if there is none."""
         best, theta = self.renyi_epsilon(delta)
         center = best
-        for _ in range(_MOST_TILTS if 0.0 < best < math.inf else 0):
+        for _ in range(_MAX_TILTS if 0.0 < best < math.inf else 0):
             tilted, before = self._tilted(theta, center), best
             best = min(best, tilted.epsilon(delta))
             if best > 0.95 * before or tilted.rounding(best) < 1e-4 * delta:
@@ -292,13 +292,13 @@ class Composition:
         return best
 
     def delta(self, epsilon: float) -> float:
-        """The smallest delta that the losses prove at `epsilon`."""
+        """Return the smallest delta that the losses prove at `epsilon`."""
         best = np.argmin(self.log_moments - _THETAS * epsilon)
         return self._tilted(float(_THETAS[best]), epsilon).delta(epsilon)
 
     def _tilted(self, theta: float, center: float) -> "_Tilted":
         window = self._window(theta)
-        while window.last - window.first > MOST_SUMS and theta > _THETAS[0]:
+        while window.last - window.first > MAX_SUMS and theta > _THETAS[0]:
             theta *= 0.9
             window = self._window(theta)
         size = _fast_size(window.last - window.first + 1)
@@ -312,13 +312,13 @@ class Composition:
         blur = 128.0 * _UNIT * (1.0 + moved) * float(sums.max())
         sums = np.maximum(sums, 0.0) + blur
         values = (window.first + np.arange(size)) * self.interval
-        weights = sums * np.exp(np.minimum(-theta * (values - center), _MOST_EXPONENT))
+        weights = sums * np.exp(np.minimum(-theta * (values - center), _MAX_EXPONENT))
         scale = window.moment - theta * center
         rounding = (scale + theta * center + math.log(blur / (self.interval * theta * (1.0 + theta))), theta)
         return _Tilted(values, weights, center, scale, self.infinite + window.lost, rounding)
 
     def _window(self, theta: float) -> "_Window":
-        """The sums that matter under a tilt: beyond them there is next to no mass (Chernoff)."""
+        """Return the range of sums that matter under a tilt; the mass beyond it is negligible (Chernoff)."""
         tilted = [losses.tilted(theta) for losses, _ in self.parts]
         moment = sum(count * log for (_, log), (_, count) in zip(tilted, self.parts, strict=True))
         variances = [losses.variance(masses) for (losses, _), (masses, _) in zip(self.parts, tilted, strict=True)]
@@ -328,7 +328,7 @@ class Composition:
         def end(sign: int) -> int:
             ends = [losses.lowest + (sign > 0) * (len(losses.probs) - 1) for losses, _ in self.parts]
             longest = max(abs(place) for place in ends) * self.interval
-            beyond = _least(
+            beyond = _minimum(
                 lambda step: (self._log_moment(theta + sign * step) - moment - _ALIASED) / step,
                 0.1 / max(spread, longest),
                 50.0 / spread,
@@ -345,7 +345,7 @@ class Composition:
 
 
 class _Window(NamedTuple):
-    """Where a tilted sum is: numbers of its least and largest loss, delta lost beyond, log moment, tilted masses."""
+    """Range of a tilted sum: numbers of its smallest and largest loss, delta lost beyond, log moment, tilted masses."""
 
     first: int
     last: int
@@ -354,8 +354,8 @@ class _Window(NamedTuple):
     masses: list[np.ndarray]
 
 
-def _least(function: Callable[[float], float], low: float, high: float) -> float:
-    """About the least value of a function that falls and then rises; golden section on a logarithmic scale."""
+def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
+    """Return roughly the minimum of a function that falls and then rises; golden section on a logarithmic scale."""
     low, high, ratio = math.log(low), math.log(high), 0.5 * (math.sqrt(5.0) - 1.0)
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(math.exp(left)), function(math.exp(right))
@@ -372,13 +372,13 @@ def _least(function: Callable[[float], float], low: float, high: float) -> float
 
 
 def _fast_size(least: int) -> int:
-    """A size of at least `least` whose only factors are 2 and one 3."""
+    """Return a size of at least `least` with no factors but 2 and at most one 3."""
     power = 1 << max(least - 1, 1).bit_length()
     return 3 * power // 4 if 3 * power // 4 >= least else power
 
 
 def _log_one_plus(numbers: np.ndarray) -> np.ndarray:
-    """Complex log(1 + z), exact to rounding of z also where z is small."""
+    """Return the complex log(1 + z), exact to rounding of z even if z is small."""
     real, imaginary = np.real(numbers), np.imag(numbers)
     with np.errstate(divide="ignore"):
         near = 0.5 * np.log1p(np.maximum(real * (2.0 + real) + imaginary**2, -1.0))
@@ -387,7 +387,7 @@ def _log_one_plus(numbers: np.ndarray) -> np.ndarray:
 
 
 def _on_circle(masses: np.ndarray, lowest: int, size: int) -> np.ndarray:
-    """Masses of the losses from number `lowest` on, on a circle of `size` losses."""
+    """Return masses of the losses from number `lowest` on, wrapped onto a circle of `size` losses."""
     start = lowest % size
     turns = -(-(start + len(masses)) // size)
     padded = np.zeros(turns * size)
@@ -396,15 +396,15 @@ def _on_circle(masses: np.ndarray, lowest: int, size: int) -> np.ndarray:
 
 
 class _Tilted(NamedTuple):
-    """The sum's masses near one loss: `weights` times exp(`scale`), as exp(theta (center - loss)) was taken off.
+    """The sum's masses near one loss: `weights` times exp(`scale`), with the factor exp(theta (center - loss)) removed.
 
     Args:
         values: Sums of losses, ascending.
         weights: See above.
-        center: The loss where weights are those of the tilted sum.
+        center: The loss at which weights equal those of the tilted sum.
         scale: Log of the common factor.
         infinite: Mass that counts at every epsilon.
-        blur: Log of what rounding may have added to delta at epsilon 0, and how fast that falls with epsilon.
+        blur: Log of the delta that rounding may have added at epsilon 0, and its rate of decrease with epsilon.
     """
 
     values: np.ndarray
@@ -415,16 +415,16 @@ class _Tilted(NamedTuple):
     blur: tuple[float, float]
 
     def rounding(self, epsilon: float) -> float:
-        """Most of delta at `epsilon` that is owed to rounding."""
+        """Return the maximum part of delta at `epsilon` that is due to rounding."""
         return math.exp(min(self.blur[0] - self.blur[1] * epsilon, 0.0))
 
     def epsilon(self, delta: float) -> float:
-        """Smallest epsilon at `delta`, never below the first of `values`."""
+        """Return the smallest epsilon at `delta`, never below the first of `values`."""
         if delta <= self.infinite:
             return math.inf
-        target = math.exp(min(math.log(delta - self.infinite) - self.scale, _MOST_EXPONENT))
+        target = math.exp(min(math.log(delta - self.infinite) - self.scale, _MAX_EXPONENT))
         upper, lower = self._masses()
-        factors = np.exp(np.minimum(self.values - self.center, _MOST_EXPONENT))
+        factors = np.exp(np.minimum(self.values - self.center, _MAX_EXPONENT))
         reached = upper[1:] - factors * lower[1:] <= target
         first = int(np.argmax(reached))
         if not reached[first]:
@@ -435,13 +435,13 @@ class _Tilted(NamedTuple):
         return max(min(found, float(self.values[first])), 0.0)
 
     def delta(self, epsilon: float) -> float:
-        """Delta at `epsilon`."""
+        """Return the delta at `epsilon`."""
         upper, lower = self._masses()
         first = int(np.searchsorted(self.values, epsilon, side="right"))
         found = upper[first] - math.exp(epsilon - self.center) * lower[first]
         return min(self.infinite + math.exp(self.scale) * max(found, 0.0), 1.0)
 
     def _masses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masses of sums from each of `values` on, under both distributions; a last entry of none."""
-        other = self.weights * np.exp(np.minimum(self.center - self.values, _MOST_EXPONENT))
+        """Return the masses of sums from each of `values` on, under both distributions; the last entry is 0."""
+        other = self.weights * np.exp(np.minimum(self.center - self.values, _MAX_EXPONENT))
         return tuple(np.append(np.cumsum(m[::-1])[::-1], 0.0) for m in (self.weights, other))  # type: ignore[return-value]

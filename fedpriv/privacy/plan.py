@@ -1,6 +1,6 @@
-"""The privacy plan: one frozen object that turns what is promised into noise, and noise into what is reported.
+"""The privacy plan: one frozen object that converts a guarantee into noise, and noise into the reported guarantee.
 
-No other code multiplies a bound, a noise multiplier and an epsilon.
+No other code combines a bound, a noise multiplier and an epsilon.
 """
 
 import math
@@ -12,51 +12,51 @@ from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
-from fedpriv.privacy.gaussian import MOST_NOISE
+from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, unit_of
 
-# The accountant takes a while to import, and clients and `--help` never ask for an epsilon: see the late import.
+# The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound, Releases
 
 __all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
-# Replacing a message moves a sum by up to the diameter of the ball that holds it.
+# Replacing a message moves a sum by at most the diameter of the ball that contains it.
 REPLACE_FACTOR = 2.0
 
-MOST_ROUNDS = 10**12
+MAX_ROUNDS = 10**12
 
-SMALLEST_EPSILON = 1e-6
-"""Below that, delta is all that is promised."""
+MIN_EPSILON = 1e-6
+"""Below this, delta dominates the guarantee."""
 
 DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
-"""The deltas at which an epsilon is reported beside the plan's own."""
+"""The deltas at which an epsilon is reported, besides the plan's delta."""
 
 NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
-"""The entries of `PrivacyPlan.as_dict` that list promises, for a run that promises nothing."""
+"""The entries of `PrivacyPlan.as_dict` that list guarantees, for a run without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What is promised, to whom, and the noise that keeps the promise.
+    """A run's privacy guarantee, and the noise that provides it.
 
     Args:
-        trust: central: the server adds the noise to the sum and only models are released. local: each client adds
+        trust: central: the server adds the noise to the sum, and only models are released. local: each client adds
             noise to its message, and the server sees every message.
-        adjacency: add-or-remove: a client's message is there or is zero. replace: it is any other bounded message.
-        sampling: Who takes part; draws the cohorts and is accounted.
+        adjacency: add-or-remove: a client's message is present or zero. replace: it is any other bounded message.
+        sampling: The sampling of clients; draws the cohorts and is accounted for.
         rounds: Number of rounds, from 0.
         delta: In (0, 1).
         l2_bound: Bound B on the l2 norm of one message.
-        noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 promises nothing.
-        client_memory: Whether clients keep a state from round to round; see `accounting.Releases`.
-        unit: Whose data may change; only `client` for now.
+        noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 guarantees nothing.
+        client_memory: True if clients keep a state from round to round; see `accounting.Releases`.
+        unit: The unit of protection; only `client` for now.
 
-    Formal guarantee: with noise of `noise_stddev` in each coordinate, on the sum where trust is central and on every
-    message where it is local, and messages of norm at most `l2_bound`, what the adversary sees over all rounds is
-    (`epsilon`, `delta`)-differentially private under `adjacency`, whatever state clients and server keep.
+    Formal guarantee: let every message have norm at most `l2_bound`, and let noise of `noise_stddev` per coordinate be
+    added to the sum (trust central) or to every message (trust local). Then the adversary's view of all rounds is
+    (`epsilon`, `delta`)-differentially private under `adjacency`, for any state that clients and server keep.
     """
 
     trust: str
@@ -73,18 +73,18 @@ class PrivacyPlan:
         _check_names(self.trust, self.adjacency, self.unit)
         self.sampling.check_neighbors(self.adjacency)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
-        if not is_real(self.noise_multiplier, 0.0, MOST_NOISE):
-            expected = f"a number from 0 to {MOST_NOISE:g}"
-            raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Give it, or privacy.epsilon")
+        if not is_real(self.noise_multiplier, 0.0, MAX_NOISE):
+            expected = f"a number from 0 to {MAX_NOISE:g}"
+            raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Set it or privacy.epsilon")
 
     @property
     def trust_rules(self) -> Trust:
-        """What follows from who adds the noise."""
+        """The rules that follow from `trust`."""
         return trust_of(self.trust)
 
     @property
     def releases(self) -> "Releases":
-        """What accounting needs to know of it."""
+        """The plan's releases, for the accountant."""
         from fedpriv.privacy.accounting import Releases
 
         return Releases(
@@ -97,7 +97,7 @@ class PrivacyPlan:
 
     @property
     def l2_sensitivity(self) -> float:
-        """Most that one client can move a sum of messages: B for add-or-remove, 2 B for replace."""
+        """Maximum change of a sum of messages due to one client: B for add-or-remove, 2 B for replace."""
         return self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)
 
     @property
@@ -107,61 +107,63 @@ class PrivacyPlan:
 
     @property
     def release_grid(self) -> float | None:
-        """G: all that is released is a multiple of it (`fedpriv.mechanisms.noise`); None without noise.
+        """G: all releases are multiples of it (`fedpriv.mechanisms.noise`); None without noise.
 
-        The noise is sampled exactly, so that nothing is added to epsilon or delta for the sampler.
+        The noise is sampled exactly, so the sampler adds nothing to epsilon or delta.
         """
         return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
 
     @property
     def epsilon(self) -> float:
-        """Spent after all rounds; infinite without noise."""
+        """Epsilon after all rounds; infinite without noise."""
         return self.epsilon_after(self.rounds)
 
     @property
     def accountant(self) -> str:
-        """Who proved `epsilon`."""
+        """Name of the accountant that proved `epsilon`."""
         return self._bound(self.rounds).accountant
 
     @property
     def amplification(self) -> bool:
-        """Whether `epsilon` is owed to the sampling of clients."""
+        """True if `epsilon` relies on the sampling of clients."""
         return self._bound(self.rounds).amplified
 
     @property
     def adversary(self) -> str:
-        """Against whom; one clause."""
+        """The adversary that the guarantee holds against; one clause."""
         return self.trust_rules.adversary
 
     @property
     def private(self) -> bool:
-        """Whether anything is promised at all: there is noise, and enough of it for a finite epsilon."""
+        """True if the plan guarantees anything: there is enough noise for a finite epsilon."""
         return self.noise_multiplier > 0.0 and math.isfinite(self.epsilon)
 
     def epsilon_after(self, rounds: int) -> float:
-        """Spent after the first `rounds` rounds: by any client where trust is central, else by one in all of them.
+        """Return the epsilon spent in the first `rounds` rounds.
 
-        Where a timeline says who counts, by whoever has spent most until then; where trust is local, that is who has
-        sent most messages. Those on their way count when they arrive, and at the end of the last round.
+        With central trust, every client has spent it; with local trust, a client that took part in all rounds has. If
+        a timeline decides who counts, it is the epsilon of the client that has spent the most so far; with local
+        trust, that is the client that has sent the most messages. Messages in transit count when they arrive, and at
+        the end of the last round.
         """
         _check_numbers(rounds, self.delta, self.l2_bound)
         return self._bound(rounds).epsilon
 
     def epsilon_of_participations(self, count: int) -> float:
-        """Spent by a client that sent `count` messages, where trust is local.
+        """Return the epsilon spent by a client that sent `count` messages; for local trust.
 
         Raises:
-            ValueError: Where trust is central: who takes part is then part of what protects.
+            ValueError: If trust is central: secret participation is then part of the protection.
         """
         if not self.trust_rules.charges_participations:
-            raise ValueError("only where trust is local is a client charged for its own participations")
+            raise ValueError("a client is charged for its own participations only if trust is local")
         return self._bound(count, Everyone(self.sampling.population)).epsilon
 
     def mu_after(self, rounds: int) -> float | None:
         """Return mu for which the first `rounds` rounds are mu-Gaussian-DP (Dong, Roth, Su 2022), or None.
 
-        Unsampled Gaussian rounds compose to exactly one Gaussian mechanism, whose sensitivity over its deviation is mu.
-        It is infinite without noise. If the plan credits sampling, no mu is exact and none is given.
+        Unsampled Gaussian rounds compose to exactly one Gaussian mechanism; mu is its sensitivity over its standard
+        deviation. It is infinite without noise. If the plan credits sampling, no mu is exact, and None is returned.
         """
         _check_numbers(rounds, self.delta, self.l2_bound)
         if self._credits_sampling:
@@ -171,19 +173,19 @@ class PrivacyPlan:
 
     @property
     def gaussian_dp_mu(self) -> float | None:
-        """mu for which the whole run is mu-Gaussian-DP; see `mu_after`."""
+        """`mu` for which the whole run is mu-Gaussian-DP; see `mu_after`."""
         return self.mu_after(self.rounds)
 
     @property
     def zcdp_rho(self) -> float | None:
-        """rho = mu^2 / 2 for which the run is rho-zCDP (Bun, Steinke 2016); None if there is no exact mu."""
+        """`rho` = mu^2 / 2 for which the run is rho-zCDP (Bun, Steinke 2016); None if there is no exact mu."""
         mu = self.gaussian_dp_mu
         return None if mu is None else 0.5 * mu * mu
 
     def epsilons(self, deltas: Iterable[float] = DELTAS) -> dict[float, float]:
         """Return an epsilon for each of `deltas` and the plan's own delta, from the largest delta to the smallest.
 
-        All of them hold at once. Epsilon never falls as delta falls; at the plan's delta it is the plan's epsilon.
+        All of them hold together. Epsilon never decreases as delta decreases; at the plan's delta it is the plan's.
         """
         found: dict[float, float] = {}
         least = math.inf
@@ -200,10 +202,10 @@ class PrivacyPlan:
         return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)
 
     def promises(self, *, thorough: bool = True) -> list[dict[str, Any]]:
-        """Return all that the mechanism promises, the plan's own promise first; an infinite epsilon is None.
+        """Return all guarantees of the mechanism, the plan's first; an infinite epsilon is None.
 
         Args:
-            thorough: Include promises that need an accountant for sampled rounds, which takes up to seconds.
+            thorough: Include guarantees that need the accountant for sampled rounds, which may take seconds.
         """
         plans: list[PrivacyPlan] = [self]
         if self.adjacency != "replace" and (thorough or not self._credits_sampling):
@@ -211,11 +213,11 @@ class PrivacyPlan:
         return [plan._promise() for plan in plans]
 
     def as_dict(self, *, thorough: bool = False) -> dict[str, Any]:
-        """Return the plan and what follows from it, ready for JSON; an infinite epsilon is None.
+        """Return the plan and its guarantees, ready for JSON; an infinite epsilon is None.
 
         Args:
-            thorough: If the plan credits sampling, report epsilon at `DELTAS` and under `replace` too, which takes up
-                to seconds. Other plans always report them.
+            thorough: If the plan credits sampling, also report epsilon at `DELTAS` and under `replace`, which may take
+                seconds. Other plans always report them.
         """
         epsilons = self.epsilons(DELTAS if thorough or not self._credits_sampling else ())
         return {
@@ -246,7 +248,7 @@ class PrivacyPlan:
 
     @property
     def _credits_sampling(self) -> bool:
-        """Whether the accountant may credit sampling: only then does epsilon not follow from one exact mu."""
+        """True if the accountant may credit sampling. Otherwise epsilon follows from one exact mu."""
         return self.trust_rules.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
 
     def _promise(self) -> dict[str, Any]:
@@ -277,27 +279,27 @@ def make_plan(
     client_memory: bool = True,
     unit: str = "client",
 ) -> PrivacyPlan:
-    """A plan from a target epsilon or from a noise multiplier.
+    """Return a plan for a target epsilon or a noise multiplier.
 
     Args:
         trust: See `PrivacyPlan`.
-        adjacency: See `PrivacyPlan`; None is `replace` where trust is local or a timeline says who counts
-            (`Scheduled`), and else `add-or-remove`.
+        adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local or a timeline decides who counts
+            (`Scheduled`), and otherwise for `add-or-remove`.
         sampling: See `PrivacyPlan`.
         rounds: See `PrivacyPlan`.
         delta: See `PrivacyPlan`.
         l2_bound: See `PrivacyPlan`.
         epsilon: Target after all rounds, finite and above 0; met within 1 % and never exceeded.
-        noise_multiplier: See `PrivacyPlan`; exactly one of it and `epsilon`.
+        noise_multiplier: See `PrivacyPlan`; set exactly one of `noise_multiplier` and `epsilon`.
         client_memory: See `PrivacyPlan`; True is always safe.
         unit: See `PrivacyPlan`.
 
     Raises:
-        UserError: On anything that is not a valid plan, or is not offered yet.
+        UserError: If the plan is not valid, or uses an option that is not offered yet.
     """
     if (epsilon is None) == (noise_multiplier is None):
         got = "neither" if epsilon is None else "both"
-        remedy = "The one follows from the other: set what you must promise, or what you can afford"
+        remedy = "Set epsilon for a fixed guarantee, or noise_multiplier for a fixed noise; the other follows"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
     plan = PrivacyPlan(
         trust=trust,
@@ -323,7 +325,7 @@ def _check_names(trust: str, adjacency: str, unit: str) -> None:
 
 
 def _default_adjacency(trust: Trust, sampling: Sampling) -> str:
-    """The trust's, where the sampling can be accounted under it."""
+    """Return the trust's default if the sampling can be accounted under it, otherwise the sampling's first."""
     default = trust.default_adjacency
     return default if default in sampling.adjacencies else sampling.adjacencies[0]
 
@@ -333,17 +335,18 @@ def _finite(value: float | None) -> float | None:
 
 
 def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
-    if not is_whole(rounds, 0, MOST_ROUNDS):
-        expected = f"a whole number from 0 to {MOST_ROUNDS:,}"
-        raise UserError("training.rounds", expected, rounds, "Give the number of rounds")
+    if not is_whole(rounds, 0, MAX_ROUNDS):
+        expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
+        raise UserError("training.rounds", expected, rounds, "Set the number of rounds")
     if not (is_real(delta, 1e-100) and delta < 1.0):
-        raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Well below 1 / clients is usual")
+        raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Set it well below 1 / clients")
     if not (is_real(l2_bound) and l2_bound > 0.0):
-        raise ValueError(f"a method's bound is positive and finite, not {l2_bound}")
+        raise ValueError(f"a method's bound must be positive and finite, not {l2_bound}")
 
 
 def _check_epsilon(epsilon: float | None) -> float:
-    if epsilon is None or not is_real(epsilon, SMALLEST_EPSILON):
-        expected = f"a finite number above 0 (from {SMALLEST_EPSILON:g})"
-        raise UserError("privacy.epsilon", expected, epsilon, "Remove [privacy] for a run without")
+    if epsilon is None or not is_real(epsilon, MIN_EPSILON):
+        expected = f"a finite number above 0 (from {MIN_EPSILON:g})"
+        remedy = "For a non-private run, remove the [privacy] table"
+        raise UserError("privacy.epsilon", expected, epsilon, remedy)
     return float(epsilon)

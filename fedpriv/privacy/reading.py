@@ -1,4 +1,4 @@
-"""Reading a plan back from the record that it left."""
+"""Reads a privacy plan from its record."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,20 +11,19 @@ __all__ = ["read_plan"]
 
 
 def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
-    """Return the plan of which `table` is the `PrivacyPlan.as_dict`, from this version or an earlier one.
+    """Return the plan with the record `table` (`PrivacyPlan.as_dict`), written by this version or an earlier one.
 
-    Of a timeline only the total is recorded: every step of it is charged as the whole timeline, which is never too
-    little.
+    A record holds only a timeline's total. Every step is charged as the whole timeline, which is never too little.
 
     Args:
         table: The content of a run's `privacy.json`.
         where: The file, for errors.
 
     Returns:
-        None if nothing was promised.
+        None if the run had no guarantee.
 
     Raises:
-        UserError: If the table is no such record.
+        UserError: If the table is not such a record.
     """
     try:
         if table["trust"] is None:
@@ -42,5 +41,5 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             unit=table.get("unit", "client"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        remedy = "Restore the file, or move the run out of the folder"
+        remedy = "Restore the file, or move the run to another folder"
         raise UserError(where, "the record of a privacy plan", repr(error), remedy) from None

@@ -1,7 +1,7 @@
-"""The files and values that a run writes: which are released, which of them the promise covers, who may read the rest.
+"""The files and values that a run writes: which are released, which the guarantee covers, and who may read the rest.
 
-The recorder takes the mode of every file that it creates from here, the trackers what they may be sent, and the privacy
-statement its list: what the statement says is what is done.
+The recorder takes every file's mode from here, the trackers the values that they may receive, and the privacy statement
+its list. So the statement matches the run.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from typing import Literal
 __all__ = ["OUTPUTS", "OWNER_ONLY", "VALUES", "DataFacts", "Kind", "Output", "Whose", "mode_of", "outputs_of"]
 
 OWNER_ONLY = 0o600
-"""Mode of a file that is not released; a folder of such files has 0700."""
+"""Mode of a file that is not released; a folder of such files has mode 0700."""
 
 
 class Kind(Enum):
-    """Whether something is released."""
+    """The release status of a file or value."""
 
     RELEASED = "released"
-    """Made of noised sums, which the promise covers, or of what says nothing about any client's data."""
+    """Computed from noised sums, which the guarantee covers, or independent of all clients' data."""
     TIMING = "released, not covered"
-    """How long something took."""
+    """A duration."""
     OWNER = "not released"
-    """Made of clients' bare data. Its file can be read by its owner alone from its first byte on."""
+    """Computed from clients' data without noise. Only the file's owner can read it, from its first byte on."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Output:
     """A file or folder that a run writes.
 
     Args:
-        name: In the run directory.
-        kind: Whether it is released.
+        name: Its name in the run directory.
+        kind: Its release status.
         about: Its content, for the privacy statement.
-        by: `all` runs, or only those that are a `simulation`, a `deployment`, an `audit` or part of a `sweep`, or that
-            have a `tracker`.
-        left: Whether every finished simulation in process leaves it.
+        by: The runs that write it: `all`, or only those that are a `simulation`, a `deployment`, an `audit` or part of
+            a `sweep`, or that have a `tracker`.
+        left: True if every finished in-process simulation leaves it.
     """
 
     name: str
@@ -61,24 +61,22 @@ OUTPUTS = (
     ),
     Output("curves.png", Kind.RELEASED, "the same as a picture", left=True),
     Output("summary.json", Kind.RELEASED, "the promise and the last scores; of its timings see below", left=True),
-    Output(
-        "engine.json", Kind.TIMING, "how the run was run, and how long a client took if that was measured", left=True
-    ),
+    Output("engine.json", Kind.TIMING, "how the run was executed, and how long a client took if measured", left=True),
     Output("groups.json", Kind.RELEASED, "which trials a sweep compares", "sweep"),
     Output(
         "trials.csv",
         Kind.RELEASED,
-        "a sweep's trials with settings and released scores; not covered: timings, and the words with which one failed",
+        "a sweep's trials with settings and released scores; not covered: timings, and error messages of failed trials",
         "sweep",
     ),
-    Output("tuning.json", Kind.RELEASED, "the trial that a tuning chose, and what the choice promises", "sweep"),
+    Output("tuning.json", Kind.RELEASED, "the trial that a tuning chose, and the promise of that choice", "sweep"),
     Output("drawn.json", Kind.OWNER, "the trials that a tuning drew, which stay secret", "sweep"),
     Output("scores.json", Kind.OWNER, "the noised scores of a tuning's trials, which stay secret", "sweep"),
     Output("stopped.json", Kind.RELEASED, "why a sweep stopped the run, by released scores", "sweep"),
     Output(
         "audit.json",
         Kind.RELEASED,
-        "the verdict of an audit, a run of its own with canaries among the clients",
+        "the verdict of an audit, a separate run with canaries among the clients",
         "audit",
     ),
     Output("audit.png", Kind.RELEASED, "the same as a picture", "audit"),
@@ -114,36 +112,36 @@ VALUES = {
 
 
 def mode_of(name: str) -> int | None:
-    """Mode with which a run creates one of its files; None to leave it to the umask.
+    """Return the mode with which a run creates one of its files; None leaves it to the umask.
 
     Raises:
-        ValueError: If the list does not have it. Every file has to be in the privacy statement.
+        ValueError: If `OUTPUTS` lacks the file. Every file must be in the privacy statement.
     """
     if name not in _OF_NAME:
-        raise ValueError(f"{name} is not in OUTPUTS, the list of what a run writes")
+        raise ValueError(f"{name} is not in OUTPUTS, the list of a run's files")
     return OWNER_ONLY if _OF_NAME[name].kind is Kind.OWNER else None
 
 
 def outputs_of(*, deployed: bool) -> list[Output]:
-    """The files of a deployment or of a simulation, those that are released first."""
+    """Return the files of a deployment or of a simulation, the released ones first."""
     other = "simulation" if deployed else "deployment"
     order = list(Kind)
     return sorted((output for output in OUTPUTS if output.by != other), key=lambda output: order.index(output.kind))
 
 
 Whose = Literal["public", "clients", "within"]
-"""Whose examples models are scored on: nobody's, those of clients that take no part, or the protected clients' own."""
+"""The examples that models are scored on: public ones, those of clients that take no part, or of protected clients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """Whose examples a run uses for what, as far as the privacy statement depends on it.
+    """The origin of a run's examples, as far as the privacy statement depends on it.
 
     Args:
-        clients: `natural` for clients that the data have; `simulated` for a pool that was divided; `resampled` for
-            clients that draw from a pool.
-        test: Whose examples models are tested on.
-        validation: The same for examples to choose by; None if there are none.
+        clients: `natural` for the clients of the data set; `simulated` for a pool divided among clients; `resampled`
+            for clients that draw from a pool.
+        test: Origin of the test examples.
+        validation: Origin of the validation examples; None if there are none.
     """
 
     clients: Literal["natural", "simulated", "resampled"]
@@ -152,7 +150,7 @@ class DataFacts:
 
     @property
     def not_covered(self) -> tuple[str, ...]:
-        """Names of the scores that are computed, without noise, on the examples of protected clients."""
+        """Names of the scores that are computed without noise on protected clients' examples."""
         scored = {"test": self.test, "validation": self.validation}
         return tuple(
             f"{on}_{score}" for on, whose in scored.items() if whose == "within" for score in ("accuracy", "loss")

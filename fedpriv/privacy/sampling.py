@@ -1,6 +1,6 @@
-"""Who takes part in a round. The object that draws the cohort is the object that the accountant is asked about.
+"""Client sampling: the object that draws a round's cohort is the object that the accountant accounts for.
 
-A sampling answers for itself: what accounting needs, its words in statements and its record. Nobody else asks for its
+Each sampling provides the values for accounting, its words in statements and its record. No other code tests for its
 class.
 """
 
@@ -36,31 +36,32 @@ __all__ = [
     "read_sampling",
 ]
 
-LARGEST_POPULATION = 10**12
-"""More clients than people, and still far from where a running sum of gaps between client ids could overflow."""
+MAX_POPULATION = 10**12
+"""More than all people, and far below the size at which a running sum of gaps between client ids could overflow."""
 
 BLOCK = 2**16
-"""Most gaps drawn at once, so that a cohort of millions does not need them all in memory twice."""
+"""Maximum gaps per draw, so that a cohort of millions does not need all of them in memory twice."""
 
 _SCHEMES = {
-    "over-selection": "more clients are asked in each round than it has places, and the first to answer count",
-    "fedbuff": "the server moves whenever so many messages have arrived as its buffer holds (FedBuff)",
-    "fedfix": "the server moves at fixed times, by whatever has arrived (FedFix)",
+    "over-selection": "each round asks more clients than it has places, and the first to answer count",
+    "fedbuff": "the server takes a step whenever its buffer of messages is full (FedBuff)",
+    "fedfix": "the server takes a step at fixed times, with the messages that have arrived by then (FedFix)",
 }
 
 
 class Sampling(Protocol):
-    """Who takes part in a round: a frozen dataclass.
+    """The rule that decides which clients take part in a round; a frozen dataclass.
 
     Attributes:
-        name: The word in configs, records, orders and ledgers.
-        draws_cohorts: Whether cohorts are drawn by chance; else a timeline has settled who counts.
-        by_coins: Whether clients take part independently of each other, so that one's part says nothing of others'.
-        stead: Bound, in bounds of a message, of what a round has in the place of a client that is not drawn: 0 for
-            nothing, 1 for another client's message.
-        adjacencies: Neighbors under which it can be accounted.
-        turns: What rounds are called.
-        most: Whose epsilon it is where participation is seen; a sentence or two.
+        name: Its name in configs, records, instructions and ledgers.
+        draws_cohorts: True if cohorts are drawn at random; otherwise a timeline decides who counts.
+        by_coins: True if clients take part independently, so that one client's participation reveals nothing about
+            the others.
+        stead: Bound of the message that replaces a client that is not drawn, in units of a message's bound: 0 for no
+            message, 1 for another client's.
+        adjacencies: Adjacencies under which it can be accounted for.
+        turns: Its word for rounds.
+        most: The client that epsilon belongs to if participation is seen; a sentence or two.
     """
 
     name: ClassVar[str]
@@ -83,12 +84,12 @@ class Sampling(Protocol):
 
     @property
     def hiding_prob(self) -> float:
-        """The same, never below what is drawn."""
+        """The sampling probability, rounded up: never below the true probability."""
         ...
 
     @property
     def expected_size(self) -> float:
-        """Expected number of clients in a round: what sums of messages are divided by."""
+        """Expected number of clients in a round: the divisor of sums of messages."""
         ...
 
     @property
@@ -98,74 +99,76 @@ class Sampling(Protocol):
 
     @property
     def how(self) -> str:
-        """Who takes part, in words."""
+        """The rule in words, for the statement."""
         ...
 
     @property
     def divisor(self) -> str:
-        """What sums are divided by, in words."""
+        """The divisor of sums in words, for the statement."""
         ...
 
     def cohort(self, source: Source) -> np.ndarray:
-        """Client ids of one round, ascending int64, `[cohort]`."""
+        """Return the client ids of one round, ascending int64, `[cohort]`."""
         ...
 
     def charge(self, rounds: int, *, each_message: bool) -> float:
-        """How many Gaussian releases of a message of weight 1 the first rounds cost whoever pays most, without credit.
+        """Return the charge of the first rounds to the client charged most, without any credit for sampling.
+
+        The unit is one Gaussian release of a message of weight 1.
 
         Args:
             rounds: At least 0.
-            each_message: Whether the adversary sees every message by itself.
+            each_message: True if the adversary sees each message separately.
         """
         ...
 
     def amplifies(self, *, client_memory: bool) -> bool:
-        """Whether a cohort that nobody knows hides its clients, and epsilon may be owed to that.
+        """Return True if a secret cohort hides its clients, so that it lowers epsilon.
 
         Args:
-            client_memory: Whether clients remember earlier rounds.
+            client_memory: True if clients remember earlier rounds.
         """
         ...
 
     def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
-        """One round with a hidden cohort as dp-accounting sees it; see the units in `fedpriv.privacy.accounting`.
+        """Return one round with a hidden cohort as dp-accounting's event; units: see `fedpriv.privacy.accounting`.
 
         Args:
             noise_multiplier: Noise std / l2_sensitivity, above 0.
-            replace: Whether the neighbors are those of `replace`.
+            replace: True for the neighbors of `replace`.
         """
         ...
 
     def check_neighbors(self, adjacency: str) -> None:
-        """Raises UserError if it cannot be accounted under these neighbors."""
+        """Raise UserError if the sampling cannot be accounted for under this adjacency."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """Its record, for JSON."""
+        """Return the sampling's record, for JSON."""
         ...
 
     def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
-        """What a statement has to say about the cohorts besides; sentences, or nothing.
+        """Return further sentences about the cohorts for the statement, possibly none.
 
         Args:
-            trust: Of the plan, as are the next three.
-            adjacency: Whose neighbors.
-            client_memory: Whether clients remember.
-            rounds: Number of rounds.
+            trust: The plan's trust.
+            adjacency: The plan's adjacency.
+            client_memory: True if clients remember earlier rounds.
+            rounds: The plan's number of rounds.
         """
         ...
 
     def moved(self, trust: Trust) -> str:
-        """What the sum is moved by, beyond one message, in words that follow the sensitivity."""
+        """Return words that follow the sensitivity if the change of a sum depends on more than one message's bound."""
         ...
 
     def more_clients(self, count: int) -> str:
-        """Words for a population of `count` with the same chance to take part."""
+        """Return words for a population of `count` clients with the same sampling probability."""
         ...
 
 
 class _Drawn:
-    """What samplings have in common that draw a cohort by chance in each round."""
+    """Base of the samplings that draw each round's cohort at random."""
 
     draws_cohorts: ClassVar[bool] = True
     by_coins: ClassVar[bool] = False
@@ -179,41 +182,41 @@ class _Drawn:
 
     @property
     def hiding_prob(self: Sampling) -> float:
-        """The sampling probability, which is exactly what is drawn."""
+        """The sampling probability, which is the exact probability of the draws."""
         return self.sampling_prob
 
     @property
     def cohort_size(self) -> int:
-        """0: it is not fixed."""
+        """0: the cohort size is not fixed."""
         return 0
 
     @property
     def divisor(self: Sampling) -> str:
-        """The expected cohort size."""
+        """See `Sampling.divisor`."""
         return f"the expected cohort size, {self.expected_size:g}, never by the actual one"
 
     def charge(self, rounds: int, *, each_message: bool) -> float:
-        """One release a round: a client may be in all of them."""
+        """Return one release per round: a client may be in all of them."""
         return float(rounds)
 
     def check_neighbors(self, adjacency: str) -> None:
-        """All will do."""
+        """Accept every adjacency."""
 
     def as_dict(self: Sampling) -> dict[str, Any]:
         """See `Sampling.as_dict`."""
         return _record(self)
 
     def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
-        """None."""
+        """Return no sentences."""
         return ""
 
     def moved(self, trust: Trust) -> str:
-        """Nothing."""
+        """Return no words."""
         return ""
 
     def more_clients(self, count: int) -> str:
-        """So many clients."""
-        return f"{count:,} clients"
+        """See `Sampling.more_clients`."""
+        return f"about {count:,} clients"
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class Everyone(_Drawn):
         population: Number of clients n, at least 1.
 
     Raises:
-        UserError: If the population is no such number.
+        UserError: If the population is not such a number.
     """
 
     population: int
@@ -249,7 +252,7 @@ class Everyone(_Drawn):
         return "every client takes part in every round"
 
     def amplifies(self, *, client_memory: bool) -> bool:
-        """Nobody is hidden."""
+        """Return False: no client is hidden."""
         return False
 
     def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
@@ -258,11 +261,11 @@ class Everyone(_Drawn):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Everyone":
-        """What the record was made of."""
+        """Return the sampling that wrote the record."""
         return cls(record["population"])
 
     def cohort(self, source: Source) -> np.ndarray:
-        """All client ids, ascending int64, `[n]`; uses no randomness."""
+        """Return all client ids, ascending int64, `[n]`; uses no randomness."""
         return np.arange(self.population, dtype=np.int64)
 
 
@@ -278,8 +281,8 @@ class Poisson(_Drawn):
         UserError: If a field is out of its range.
 
     Formal guarantees:
-        The ids in a cohort are those of n independent trials, each of exactly the probability q (a float64), if the
-        source's bits are uniform and independent: what rounding could change is decided in exact arithmetic. The
+        If the source's bits are uniform and independent, a cohort is the result of n independent trials, each of
+        exactly the probability q (a float64). Cases that rounding could change are decided in exact arithmetic, so the
         accountant needs no allowance. Cohorts of different sources are as independent as the sources.
     """
 
@@ -299,7 +302,7 @@ class Poisson(_Drawn):
 
     @property
     def expected_size(self) -> float:
-        """Expected number of clients in a round: q n. The number by which sums of messages are divided."""
+        """Expected number of clients in a round: q n, the divisor of sums of messages."""
         return self.sampling_prob * self.population
 
     @property
@@ -308,7 +311,7 @@ class Poisson(_Drawn):
         return f"each client takes part in each round independently with probability {self.sampling_prob:g}"
 
     def amplifies(self, *, client_memory: bool) -> bool:
-        """Whether coins can fall both ways. What others remember of their coins says nothing about a client's own."""
+        """Return True if q < 1. The others' memories of their coins reveal nothing about a client's own coin."""
         return self.sampling_prob < 1.0
 
     def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
@@ -322,11 +325,11 @@ class Poisson(_Drawn):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Poisson":
-        """What the record was made of."""
+        """Return the sampling that wrote the record."""
         return cls(record["population"], record["sampling_prob"])
 
     def cohort(self, source: Source) -> np.ndarray:
-        """Client ids of one round, ascending int64, `[cohort]`; work and memory follow the cohort, never n."""
+        """Return the client ids of one round, ascending int64, `[cohort]`; cost scales with the cohort, not with n."""
         if self.sampling_prob == 1.0:
             return np.arange(self.population, dtype=np.int64)
         blocks: list[np.ndarray] = []
@@ -339,17 +342,17 @@ class Poisson(_Drawn):
         return ids[: np.searchsorted(ids, self.population)]
 
     def _steps(self, source: Source) -> np.ndarray:
-        """Distances from one sampled client to the next: geometric from 1, int64, cut off at n + 1.
+        """Return distances from one sampled client to the next: geometric from 1, int64, capped at n + 1.
 
-        The number of clients passed over before a success is floor(log(1 - U) / log(1 - q)) for uniform U. Two
-        draws make the first 106 bits of one U.
+        The number of clients skipped before a success is floor(log(1 - U) / log(1 - q)) for uniform U. Two
+        draws give the first 106 bits of one U.
         """
         size = min(BLOCK, int(self.expected_size + 4.0 * math.sqrt(self.expected_size)) + 4)
         high, low = source.uniform(size), source.uniform(size)
         fine, rate = high + low * 2.0**-53, -math.log1p(-self.sampling_prob)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             passed_over = -np.log1p(-fine) / rate
-            # More than the roundings of `fine`, of the logarithms and of the quotient can move it; without end at 1.
+            # Above the rounding error of `fine`, the logarithms and the quotient; infinite at 1.
             error = (2.0**-52 * fine + 2.0**-105) / (1.0 - fine) / rate + 2.0**-47 * passed_over
             decided = (np.abs(passed_over - np.rint(passed_over)) > error) | (passed_over - error > self.population)
         steps = np.minimum(passed_over, float(self.population)).astype(np.int64) + 1
@@ -359,16 +362,16 @@ class Poisson(_Drawn):
         return steps
 
     def _passed_over(self, digits: int, source: Source) -> int:
-        """The number of clients passed over, at most n, given the first 106 bits of U; draws more until it is certain.
+        """Return the number of clients skipped, at most n, given the first 106 bits of U; draw bits until certain.
 
-        `decimal` rounds logarithms and quotients correctly: an allowance of 10^-places covers all roundings here.
+        `decimal` rounds logarithms and quotients correctly: an allowance of 10^-places covers all rounding here.
         """
         probability = Decimal(self.sampling_prob)
         for bits in count(106, 53):
             places = bits // 3 + 10
             with localcontext(prec=2 * places + 20 - probability.adjusted()):
                 rate, allowance = -(1 - probability).ln(), Decimal(10) ** -places
-                # 1 - U is between these two over 2^bits; the logarithm of zero has no end.
+                # 1 - U is between these two over 2^bits; the logarithm of zero is infinite.
                 most, least = Decimal(2**bits - digits), Decimal(2**bits - digits - 1)
                 first = -(most / 2**bits).ln() / rate * (1 - allowance)
                 last = -(least / 2**bits).ln() / rate * (1 + allowance) if least else Decimal(self.population)
@@ -414,7 +417,7 @@ class FixedSize(_Drawn):
 
     @property
     def hiding_prob(self) -> float:
-        """m / n from above, which floats round."""
+        """m / n, rounded up."""
         return math.nextafter(self.sampling_prob, 1.0)
 
     @property
@@ -428,9 +431,10 @@ class FixedSize(_Drawn):
         return f"each round takes a uniformly random set of {self.size} clients"
 
     def amplifies(self, *, client_memory: bool) -> bool:
-        """Not where clients remember.
+        """Return False if clients remember earlier rounds.
 
-        Who took part decides who else did, the others' memories keep it, and their later messages show it.
+        One client's participation affects which others take part, the others' memories record that, and their later
+        messages reveal it.
         """
         return self.sampling_prob < 1.0 and not client_memory
 
@@ -448,44 +452,45 @@ class FixedSize(_Drawn):
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "FixedSize":
-        """What the record was made of."""
+        """Return the sampling that wrote the record."""
         return cls(record["population"], record["size"])
 
     def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
-        """What memories and neighbors have to do with it where cohorts are hidden."""
+        """Return the effects of memory and adjacency on hidden cohorts."""
         said = ""
         if trust.hides_cohorts and client_memory:
             said += "No amplification by sampling is claimed, because clients may remember earlier rounds."
         if trust.hides_cohorts and adjacency == "add-or-remove":
-            said += " The number of clients is public; a removed client is one whose message is zero."
+            said += " The number of clients is public; the message of a removed client is zero."
         return said
 
     def cohort(self, source: Source) -> np.ndarray:
-        """Client ids of one round, ascending int64, `[m]`."""
+        """Return the client ids of one round, ascending int64, `[m]`."""
         return source.subset(self.population, self.size)
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Who counts in which step, and how much, is settled before the run by a public timeline.
+    """A public timeline that decides before the run which client counts in which step, and with which weight.
 
-    Made of a timeline (`fedpriv.clock`), never of a config: asynchronous servers, and rounds that end with the first
-    answers. There whether a client counts depends on the others, so nothing is owed to chance: participation is taken
-    as known, and a client pays for what it did.
+    Built from a timeline (`fedpriv.clock`), never from a config, for asynchronous servers and for rounds that end with
+    the first answers. There, one client's participation depends on the others', so sampling gives no credit:
+    participation is treated as known, and a client is charged for its actual messages.
 
     Args:
         population: Number of clients n, at least 1.
-        expected_size: The public number by which a step's weighted sum is divided.
-        scheme: How the timeline came about: `over-selection`, `fedbuff` or `fedfix`.
-        squares: After each step, the largest sum that the squared weights of one client's messages have come to.
-        sent: After each step, most messages that one client has sent, those included that the server did not use.
+        expected_size: The public divisor of a step's weighted sum.
+        scheme: The origin of the timeline: `over-selection`, `fedbuff` or `fedfix`.
+        squares: After each step, the largest sum of squared weights of one client's messages so far.
+        sent: After each step, the largest number of messages that one client has sent, including messages that the
+            server did not use.
 
     Formal guarantees:
-        Under `replace`, and with a timeline that depends on no client's data (it is made of devices, numbers of
-        examples and a seed, all public), a client whose message enters step k with weight w_k moves that step's sum by
-        at most 2 B w_k, whatever was released before. What the sums of all steps release is then no more than one
-        Gaussian mechanism of sensitivity 2 B sqrt(sum_k w_k^2) (adaptive composition; in the privacy loss exact).
-        A removed client would make room for others in the buffer and shift their steps: add-or-remove is not offered.
+        Let the adjacency be `replace`, and let the timeline depend on no client's data (it is built from devices,
+        numbers of examples and a seed, all public). A client with a message of weight w_k in step k moves that step's
+        sum by at most 2 B w_k, for all earlier releases. The sums of all steps then release no more than one Gaussian
+        mechanism of sensitivity 2 B sqrt(sum_k w_k^2) (adaptive composition; exact in the privacy loss). A removed
+        client would leave its place in the buffer to others and shift their steps, so add-or-remove is not offered.
     """
 
     population: int
@@ -500,8 +505,8 @@ class Scheduled:
     adjacencies: ClassVar[tuple[str, ...]] = ("replace",)
     turns: ClassVar[str] = "steps"
     most: ClassVar[str] = (
-        "Epsilon is that of the client that sends most messages by this timeline; a client that sends fewer has spent "
-        "less."
+        "Epsilon is that of the client that sends the most messages in this timeline; a client that sends fewer has "
+        "spent less."
     )
 
     def __post_init__(self) -> None:
@@ -509,23 +514,23 @@ class Scheduled:
         if not 0.0 < self.expected_size <= self.population or not self.squares or len(self.squares) != len(self.sent):
             raise ValueError(f"not a timeline of at least one step: {self}")
         if any(not 0.0 <= charge < math.inf for charge in (*self.squares, *self.sent)):
-            raise ValueError("charges are finite and not negative")
+            raise ValueError("charges must be finite and at least 0")
         if any(later < earlier for of in (self.squares, self.sent) for earlier, later in pairwise(of)):
-            raise ValueError("what a client has spent never falls")
+            raise ValueError("a charge never falls from step to step")
 
     @property
     def sampling_prob(self) -> float:
-        """Expected messages over clients; no probability that hides anybody."""
+        """Expected messages over clients; not a probability that hides a client."""
         return self.expected_size / self.population
 
     @property
     def hiding_prob(self) -> float:
-        """1: nobody is hidden."""
+        """1: no client is hidden."""
         return 1.0
 
     @property
     def cohort_size(self) -> int:
-        """0: it is not fixed."""
+        """0: the cohort size is not fixed."""
         return 0
 
     @property
@@ -539,42 +544,41 @@ class Scheduled:
         return f"a public number, {self.expected_size:g}"
 
     def charge(self, rounds: int, *, each_message: bool) -> float:
-        """How many Gaussian releases of a message of weight 1 the first steps cost whoever pays most.
+        """Return the charge of the first steps to the client charged most, in Gaussian releases of weight 1.
 
         Args:
-            rounds: Number of steps, from 0 to as many as there are.
-            each_message: Whether the adversary sees every message by itself (local trust): weights come after that, and
-                a message that was sent in vain was seen too. Else only weighted sums with their noise are seen.
+            rounds: Number of steps, from 0 to the number in the timeline.
+            each_message: True if the adversary sees each message separately (local trust). Weights are applied later,
+                and the adversary also sees messages that the server does not use. Otherwise it sees only noised
+                weighted sums.
         """
         if not 0 <= rounds <= len(self.squares):
-            raise ValueError(f"a timeline of {len(self.squares)} steps does not tell what {rounds} cost")
+            raise ValueError(f"a timeline of {len(self.squares)} steps has no charge for {rounds} steps")
         return float((self.sent if each_message else self.squares)[rounds - 1]) if rounds else 0.0
 
     def amplifies(self, *, client_memory: bool) -> bool:
-        """Nobody is hidden."""
+        """Return False: no client is hidden."""
         return False
 
     def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
-        """A message of weight 1."""
+        """Return the event of a message of weight 1."""
         return gaussian_event(noise_multiplier)
 
     def check_neighbors(self, adjacency: str) -> None:
-        """Raises UserError under add-or-remove."""
+        """Raise UserError under add-or-remove."""
         if adjacency not in self.adjacencies:
             got = f'"{adjacency}" with {self.scheme}'
-            remedy = (
-                "A client that is not there would leave its place to others and shift the steps in which they count"
-            )
+            remedy = "Set it to replace: a removed client would shift the steps in which others count"
             raise UserError("privacy.adjacency", '"replace"', got, remedy)
 
     def as_dict(self) -> dict[str, Any]:
-        """See `Sampling.as_dict`; of the charges, the last."""
+        """See `Sampling.as_dict`; holds only the last charges."""
         last = {"most_squared_weights": self.squares[-1], "most_messages_sent": self.sent[-1]}
         return {**_record(self), "scheme": self.scheme, **last}
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> "Scheduled":
-        """A timeline each of whose steps is charged as the whole, which is never too little."""
+        """Return a timeline with the whole charge at every step, which is never too little."""
         steps = max(record["rounds"], 1)
         return cls(
             population=record["population"],
@@ -585,32 +589,32 @@ class Scheduled:
         )
 
     def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
-        """That participation is known, and who is charged most."""
+        """Return sentences on known participation, and on the client charged most."""
         most = self.charge(rounds, each_message=trust.shows_messages)
-        charged = f"whose messages' squared weights add up to most, {most:g}"
+        charged = f"with the largest sum of squared message weights, {most:g}"
         if trust.shows_messages:
-            charged = f"who sends most messages, {most:g}, those included that came too late"
+            charged = f"that sends the most messages, {most:g}, including those that came too late"
         return (
-            "Who counts in which step, and with which weight, is settled before the run by a timeline that is taken as "
-            "known to everybody: participation is visible, and no amplification by sampling is claimed. Epsilon is "
-            f"that of the client {charged}."
+            "Before the run, a timeline decides which clients count in which step, and with which weight. It is "
+            "treated as known to everyone: participation is visible, and no amplification by sampling is claimed. "
+            f"Epsilon is that of the client {charged}."
         )
 
     def moved(self, trust: Trust) -> str:
-        """Weights come after the noise on single messages."""
+        """See `Sampling.moved`; with noise on single messages, weights are applied after it."""
         return ("" if trust.shows_messages else ", times the weight of its message,") + " in a step"
 
     def more_clients(self, count: int) -> str:
-        """A larger population alone would not do."""
-        return "more clients at work"
+        """See `Sampling.more_clients`; a larger population alone does not suffice."""
+        return "more clients at a time"
 
     def cohort(self, source: Source) -> np.ndarray:
-        """Nobody is drawn.
+        """Raise an error: no cohort is drawn.
 
         Raises:
             ValueError: Always.
         """
-        raise ValueError("the timeline says who counts; nobody is drawn")
+        raise ValueError("the timeline decides who counts; no cohort is drawn")
 
 
 SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
@@ -627,14 +631,15 @@ _RECORDED = {kind.name: kind for kind in (Everyone, Poisson, FixedSize, Schedule
 
 
 def read_sampling(record: Mapping[str, Any], rounds: int) -> Sampling:
-    """The sampling of which `record` is the `as_dict`, from this version or an earlier one.
+    """Return the sampling with the record `record` (`as_dict`), written by this version or an earlier one.
 
     Args:
-        record: Its record; KeyError if a value is missing.
-        rounds: How many rounds the plan is for.
+        record: The record.
+        rounds: The plan's number of rounds.
 
     Raises:
-        ValueError: If no sampling has its name.
+        KeyError: If a value is missing.
+        ValueError: If no sampling has the name in the record.
     """
     name = record["name"]
     if name not in _RECORDED:
@@ -643,7 +648,7 @@ def read_sampling(record: Mapping[str, Any], rounds: int) -> Sampling:
 
 
 def gaussian_event(noise_multiplier: float) -> "tuple[DpEvent, NeighboringRelation]":
-    """One round without a hidden cohort as dp-accounting sees it, whatever the neighbors."""
+    """Return one round without a hidden cohort as dp-accounting's event; the same for all adjacencies."""
     import dp_accounting as dpa  # takes a second
 
     return dpa.GaussianDpEvent(noise_multiplier), dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -659,15 +664,15 @@ def _record(sampling: Sampling) -> dict[str, Any]:
 
 
 def _check_population(population: object) -> None:
-    if not is_whole(population, 1, LARGEST_POPULATION):
-        expected = f"a whole number of clients from 1 to {LARGEST_POPULATION}"
+    if not is_whole(population, 1, MAX_POPULATION):
+        expected = f"a whole number of clients from 1 to {MAX_POPULATION}"
         raise UserError("data.clients", expected, repr(population), "Set the number of clients")
 
 
 def _check_probability(probability: object) -> None:
     if not is_real(probability, 1e-100, 1.0):
         expected = "a probability above 0 (from 1e-100) and at most 1"
-        remedy = "It is the chance that one client takes part in one round; cohort size / clients is typical"
+        remedy = "Set the probability that one client takes part in one round, usually cohort size / clients"
         raise UserError("cohort.probability", expected, repr(probability), remedy)
 
 

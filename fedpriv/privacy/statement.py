@@ -1,4 +1,4 @@
-"""The privacy statement: what a run promises, in words that a lawyer could read."""
+"""The privacy statement: a run's guarantee in words that a lawyer can read."""
 
 import math
 import textwrap
@@ -14,136 +14,135 @@ from fedpriv.privacy.warning import signal_warning
 __all__ = ["Simulated", "privacy_statement", "rounded_up"]
 
 _NOT_PRIVATE = """\
-This run is NOT private. No noise was added and nothing is promised about the data of any client, whoever looks."""
+This run is NOT private. No noise was added, and nothing is promised about any client's data, against any adversary."""
 
 _NO_NOISE = """\
-This run has NO privacy guarantee. Its plan names a noise multiplier of {multiplier:g}: messages are bounded, but next \
-to nothing hides them."""
+This run has NO privacy guarantee. Its plan has a noise multiplier of {multiplier:g}: messages are bounded, but almost \
+nothing hides them."""
 
 _NOT_COVERED = (
-    "what clients report about themselves outside the noised messages, such as losses, norms of signals and counts of "
-    "messages that were not finite, and how many clients took part or how fast they were: diagnostics.jsonl, "
+    "values that clients report outside the noised messages, such as losses, norms of signals and counts of messages "
+    "that were not finite, and the number and speed of the clients that took part: diagnostics.jsonl, "
     "diagnostics.json, and seconds and clients_per_second in summary.json, are for simulations only",
-    "other runs on the same clients' data: what two runs spend adds up",
-    "the choice of hyperparameters, of the model or of the number of rounds, if it looked at the clients' data",
+    "other runs on the same clients' data: the privacy costs of all runs add up",
+    "the choice of hyperparameters, of the model or of the number of rounds, if it used the clients' data",
     "statistics that a model keeps of its inputs, such as those of BatchNorm: models with buffers are refused",
     "the time that a client takes, and whether it answers at all",
 )
 
 _SEEDED = (
-    "the noise and the cohorts come from a seed: whoever knows it can take the noise off again. This is a simulation; "
-    "with real people the randomness must come from the operating system. Two runs of one experiment with one seed "
-    "share their noise: if the data, or an app of your own, changed in between, the difference of their models has none"
+    "the noise and the cohorts come from a seed: anyone who knows it can remove the noise. This is a simulation; with "
+    "real people, the randomness must come from the operating system. Two runs of one experiment with one seed share "
+    "their noise: if the data or your app changed between them, the difference of their models contains no noise"
 )
 
 _CLIENTS = {
-    "natural": "Clients: those that the data have. Who they are is public. What a client trains on follows from its "
+    "natural": "Clients: those of the data set. Their identities are public. A client's training data follow from its "
     "own data, its number and public constants, never from the data of another client.",
-    "simulated": "Clients: simulated. A public rule, the partition, divided a pool of examples between them; it may "
-    "have looked at labels. Neighboring populations differ in the data of one client as they are after that division, "
-    "which may be replaced by anything. The division itself, the shape of an example and the set of labels are taken "
-    "as public.",
+    "simulated": "Clients: simulated. A public rule, the partition, divided a pool of examples among them; it may have "
+    "used labels. Neighboring populations differ in one client's data after that division; these data may be replaced "
+    "by any others. The division itself, the shape of an example and the set of labels are treated as public.",
 }
 _CLIENTS["resampled"] = _CLIENTS["simulated"] + (
-    " Here clients draw from the pool with replacement, so that several hold the same example: what is protected is a "
+    " Here clients draw from the pool with replacement, so several may hold the same example: the promise protects a "
     "client, not an example."
 )
 
 _TESTED = {
     "public": "Test: on examples that belong to no client here, and are public or the server's own.",
     "clients": "Test: on all examples of some clients, chosen by the seed, who take no part. They are not protected: "
-    "what the models score on their examples is released without noise.",
+    "the models' scores on their examples are released without noise.",
     "within": "Test: on some of the protected clients' own examples. The promise does NOT cover the test scores "
-    "(test_accuracy, test_loss): they are released without noise, and depend on these clients' data whatever epsilon "
-    "is.",
+    "(test_accuracy, test_loss): they are released without noise and depend on these clients' data, regardless of "
+    "epsilon.",
 }
 
 _HELD_OUT = (
-    "Validation: the examples held out to choose by are {whose}. They are not protected: what the models score on them "
-    "is released without noise (validation scores in rounds.jsonl and summary.json)."
+    "Validation: the examples held out for selection are {whose}. They are not protected: the models' scores on them "
+    "are released without noise (validation scores in rounds.jsonl and summary.json)."
 )
 
 _WHOSE = {
-    "public": "taken to be public, or the server's own",
+    "public": "treated as public, or the server's own",
     "clients": "those of some clients, chosen by the seed, who take no part",
-    "within": "taken from the clients' own examples, each client's by itself",
+    "within": "taken from the clients' own examples, separately for each client",
 }
 
 _HELD_OUT_OF_CLIENTS = (
-    " For these a client is promised nothing, although its other examples are protected together: the promise does NOT "
-    "cover the validation scores (validation_accuracy, validation_loss)."
+    " Nothing is promised for these examples, although a client's other examples are protected together: the promise "
+    "does NOT cover the validation scores (validation_accuracy, validation_loss)."
 )
 
-_HELD_OUT_ITEM = "the examples held out for validation, and what is chosen by them"
+_HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
 
-_TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and what is chosen by them"
+_TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and choices based on them"
 
 _EVALUATED_ITEM = (
-    "the metrics of the clients' own evaluation: they are averaged without noise, and their clients not hidden"
+    "the metrics of the clients' own evaluation: they are averaged without noise, and their clients are not hidden"
 )
 
 
 _DEPLOYED = (
-    "who is asked in a round, and who answers: the server knows it, whoever watches the network or the clients may, "
-    "and participation.jsonl names them",
+    "which clients are asked in a round, and which answer: the server knows them, anyone who watches the network or "
+    "the clients may know them, and participation.jsonl names them",
 )
 
 _SECRET = (
-    "Noise and cohorts come from the operating systems of those who draw them, and are kept nowhere. A client that "
-    "does not answer is one whose message is zero; the noise that hides a client does not depend on how many answer, "
-    "and a round of which nothing was used is counted like any other."
+    "Noise and cohorts come from the operating systems of the machines that draw them, and are never stored. A client "
+    "that does not answer is treated as one with a zero message. The noise that hides a client does not depend on the "
+    "number of answers. A round is charged even if nothing of it was used."
 )
 
 _SECRET_COHORTS = (
-    " Here epsilon relies on nobody knowing who took part: keep participation.jsonl, logs and the network's traffic "
-    "from the adversary."
+    " Here epsilon relies on the adversary not knowing who took part: keep participation.jsonl, logs and network "
+    "traffic from the adversary."
 )
 
 _FUSED = (
-    "Simulated noise: this run drew one noise a round for the sum of its clients' messages, distributed as the sum of "
-    "their own noises is (--client-noise fused). No single message got noise here. What is said of single messages "
-    "holds where each client draws its own, as on devices and with --client-noise faithful; the models are distributed "
-    "alike."
+    "Simulated noise: this run drew one noise vector per round for the sum of its clients' messages, with the "
+    "distribution of the sum of their individual noise (--client-noise fused). No single message got noise here. "
+    "Statements about single messages hold if each client draws its own noise, as on devices and with --client-noise "
+    "faithful; the models have the same distribution."
 )
 
 
-_FILES = "Released or not, file by file (what is not released can be read by its owner alone)"
+_FILES = "Released or not, file by file (only the owner can read a file that is not released)"
 
 
 _WHOSE_APP = {
-    "fixed": "The app: nodes that `fedpriv deploy node` starts run their own installed code, refuse any that a server "
-    "sends, and follow orders only within their policies. For a client on any other node the promise is not against a "
-    "server that supplies the app.",
-    "supplied": "The app: if Flower's nodes run the app that comes with a run, the promise is not against a server "
-    "that supplies the app, or the settings that have it do anything but train (the run config). It holds against the "
-    "server for clients whose node itself fixes the app, with a policy and a ledger behind it.",
+    "fixed": "The app: nodes started by `fedpriv deploy node` run their own installed code, refuse any code that a "
+    "server sends, and follow instructions only within their policies. For a client on any other node, the promise "
+    "does not hold against a server that supplies the app.",
+    "supplied": "The app: if Flower's nodes run the app that comes with a run, the promise does not hold against a "
+    "server that supplies the app, or settings that make it do anything but train (the run config). It holds against "
+    "the server for clients on a node that itself fixes the app, and backs it with a policy and a ledger.",
 }
 
 _ROLLED_BACK = (
-    "a client's whole disk that is put back to an earlier state, if the server helps: the client's ledger forgets "
-    "what was spent since. The signed head of the ledger that the server shows would tell; a server cannot forge it, "
-    "but can keep it back"
+    "a client's whole disk that is restored to an earlier state, if the server helps: the client's ledger then lacks "
+    "everything spent since. The signed head of the ledger that the server shows would reveal this; a server cannot "
+    "forge it, but can withhold it"
 )
 
 _CLOCK = (
-    "Clock: devices, the numbers of examples that clients hold and when clients answer are taken as public, and as the "
-    "same in both populations; none of them may depend on the values of anybody's data."
+    "Clock: devices, clients' numbers of examples and the times at which clients answer are treated as public, and as "
+    "the same in both populations; none of them may depend on the values of any client's data."
 )
 
 _IN_TIME = (
-    " Whether a client that is asked answers, and in time, depends on itself alone; a round in which it does not is "
-    "one in which its message is zero. Where epsilon relies on nobody knowing who took part, the clock and the bytes "
-    "sent are for simulations only, like diagnostics."
+    " A client alone determines if it answers a request in time; its message is zero in a round in which it does not. "
+    "If epsilon relies on the adversary not knowing who took part, the clock and the bytes sent are for simulations "
+    "only, like diagnostics."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """What only a simulation may do, and its statement says.
+    """Choices that only a simulation may make, for its statement.
 
     Args:
-        clock: Whether a virtual clock decides who is in time.
-        fused: Whether one noise was drawn for the sum of a round's messages, where clients draw their own.
+        clock: True if a virtual clock decides which clients are in time.
+        fused: True if one noise vector was drawn for the sum of a round's messages, instead of one for each client.
     """
 
     clock: bool = False
@@ -163,23 +162,23 @@ def privacy_statement(
     app: Literal["fixed", "supplied"] | None = None,
     size: int | None = None,
 ) -> str:
-    """The statement of a run.
+    """Return the statement of a run.
 
     Args:
-        plan: What is promised; None for a run that promises nothing.
+        plan: The privacy plan; None for a run without a guarantee.
         method: The method's name, as in `[method]`.
-        randomness: `seeded` or `system`: where noise and cohorts come from.
-        deployed: Whether real devices take part.
-        simulated: What a simulation does that devices do not; None for nothing of it.
-        data: Whose examples are used for what; None if that is not known here.
-        recorded: Whether the run fills a run directory, of which every file is then listed.
-        evaluated: Whether clients evaluate models and report the metrics.
-        app: Who decides which code real clients run: `fixed` if their nodes may do so themselves, `supplied` if the
-            server may send it; None in simulations, where nobody is attacked.
-        size: Number of parameters, to say whether the noise leaves anything to learn; None if that is not known.
+        randomness: The source of noise and cohorts: `seeded` or `system`.
+        deployed: True if real devices take part.
+        simulated: Choices that only a simulation may make; None if there are none.
+        data: The origin of the examples; None if it is not known here.
+        recorded: True if the run writes a run directory; the statement then lists every file.
+        evaluated: True if clients evaluate models and report the metrics.
+        app: The source of the code that real clients run: `fixed` if their nodes may fix it, `supplied` if the server
+            may send it; None in simulations, which have no attacker.
+        size: Number of parameters, to warn if the noise drowns the signal; None if it is not known.
 
     Returns:
-        Paragraphs of plain text; no epsilon stands in it without its adversary.
+        Paragraphs of plain text; no epsilon appears in them without its adversary.
     """
     if plan is None:
         return f"Privacy statement for {method}\n\n{_NOT_PRIVATE}\n"
@@ -212,7 +211,7 @@ def privacy_statement(
 
 
 def _about_data(data: DataFacts | None, *, deployed: bool) -> list[str]:
-    """Who the clients are, and whose examples models are scored on. A deployment's clients are who they are."""
+    """Return paragraphs on the clients (of a simulation), and on the examples that models are scored on."""
     if data is None:
         return []
     paragraphs = [] if deployed else [_CLIENTS[data.clients]]
@@ -230,14 +229,14 @@ def _scored_items(data: DataFacts | None) -> list[str]:
 
 
 def _recorded(data: DataFacts | None, *, deployed: bool) -> list[str]:
-    """Every file that a run writes, whether it is released, and what is in it."""
-    told = [_recorded_file(output) for output in outputs_of(deployed=deployed)]
+    """Return every file that a run writes, with its release status and content."""
+    listed = [_recorded_file(output) for output in outputs_of(deployed=deployed)]
     last = sum(output.kind is not Kind.OWNER for output in outputs_of(deployed=deployed))
     unprotected = ["released, not covered: seconds, clients_per_second and execution in summary.json: timings"]
     if data is not None and data.not_covered:
-        where = "rounds.jsonl, summary.json, curves.png and trackers, where not_covered names them"
+        where = "rounds.jsonl, summary.json, curves.png and trackers, if not_covered names them"
         unprotected.append(f"released, not covered: {', '.join(data.not_covered)} in {where}")
-    return [*told[:last], *unprotected, *told[last:]]
+    return [*listed[:last], *unprotected, *listed[last:]]
 
 
 def _recorded_file(output: Output) -> str:
@@ -263,7 +262,7 @@ def _promise(plan: PrivacyPlan) -> str:
 
 
 def rounded_up(epsilon: float) -> str:
-    """Four digits, never below the figure itself."""
+    """Return epsilon rounded up to four digits."""
     if epsilon == 0.0:
         return "0"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
@@ -282,8 +281,8 @@ def _cohorts(plan: PrivacyPlan) -> str:
 def _mechanism(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
     return (
-        f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it or their sum by at most "
-        f"{plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
+        f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it, or a sum of messages, "
+        f"by at most {plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
         f"{plan.noise_stddev:.6g} per coordinate is added to {plan.trust_rules.noised} ({plan.noise_multiplier:.6g} "
         f"times the sensitivity), in {plan.rounds} {sampling.turns}. {_grid(plan)} Sums are divided by "
         f"{sampling.divisor}."
@@ -292,9 +291,8 @@ def _mechanism(plan: PrivacyPlan) -> str:
 
 def _grid(plan: PrivacyPlan) -> str:
     return (
-        "Noise is sampled exactly, and every number that carries it is released as a multiple of "
-        f"{plan.release_grid:g}, so that the promise holds for the bits that a computer releases; sampling adds "
-        "nothing to epsilon or delta."
+        f"Noise is sampled exactly, and every noised number is released as a multiple of {plan.release_grid:g}. So the "
+        "promise holds for the bits that a computer releases, and sampling the noise adds nothing to epsilon or delta."
     )
 
 

@@ -1,6 +1,6 @@
-"""Who adds the noise, and what follows from it. A trust answers for itself; nobody else asks for its name.
+"""Trust models: which party adds the noise, and the rules that follow. No other code tests for a trust's name.
 
-Configs, records, orders and ledgers keep the plain word; `trust_of` makes the object of it.
+Configs, records, instructions and ledgers keep only the name; `trust_of` returns its object.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,24 @@ class Shares(NamedTuple):
 
 
 class Trust(Protocol):
-    """Who adds the noise, and against whom a promise holds: a frozen dataclass without fields.
+    """The party that adds the noise, and the adversary that a guarantee holds against.
+
+    A frozen dataclass without fields.
 
     Attributes:
-        name: The word in configs, records, orders and ledgers.
-        adversary: Against whom; one clause.
-        seen: What an auditor in the adversary's place sees; one clause.
-        noised: What the noise is added to, in words.
-        default_adjacency: The neighbors of a plan that names none.
-        reliance: How much a client relies on others, 0 for on nobody. Who accepts a trust accepts those that rely less.
-        trusts_server: Whether nothing is promised against the server itself.
-        clients_add_noise: Whether what leaves a client has noise on it.
-        shows_messages: Whether the adversary sees each message by itself, and whose it is.
-        hides_cohorts: Whether the adversary does not see who took part: only then may sampling be credited.
-        charges_participations: Whether a client's own noise alone protects it, so that it pays for the messages that it
-            sent; else it pays for the whole promise from the first on.
+        name: Its name in configs, records, instructions and ledgers.
+        adversary: The adversary that the guarantee holds against; one clause.
+        seen: The view of an auditor in the adversary's place; one clause.
+        noised: The values that the noise is added to, in words.
+        default_adjacency: The adjacency of a plan that names none.
+        reliance: The degree to which a client relies on others; 0 for not at all. A client that accepts a trust also
+            accepts trusts with less reliance.
+        trusts_server: True if nothing is promised against the server itself.
+        clients_add_noise: True if messages have noise on them when they leave a client.
+        shows_messages: True if the adversary sees each message separately, with its sender.
+        hides_cohorts: True if the adversary does not see who took part; only then may sampling be credited.
+        charges_participations: True if a client's own noise alone protects it, so that it is charged for the messages
+            that it sent; otherwise its first message is charged with the whole guarantee.
     """
 
     name: ClassVar[str]
@@ -50,7 +53,7 @@ class Trust(Protocol):
     charges_participations: ClassVar[bool]
 
     def split(self, stddev: float, cohort: float) -> Shares:
-        """Who adds how much noise.
+        """Return the noise that the server and each client add.
 
         Args:
             stddev: The plan's standard deviation per coordinate.
@@ -59,18 +62,18 @@ class Trust(Protocol):
         ...
 
     def noises(self, cohort: float) -> float:
-        """How many independent noises of the plan's standard deviation are in the sum of `cohort` messages."""
+        """Return the number of independent noise vectors of the plan's deviation in the sum of `cohort` messages."""
         ...
 
     def more_clients(self, excess: float) -> float:
-        """How many times more clients make the noise on the mean message `excess` times smaller."""
+        """Return the factor on the number of clients that makes the noise on the mean `excess` times smaller."""
         ...
 
     def who(self, most: str) -> str:
-        """Who adds the noise and what is promised against whom, for the statement.
+        """Return the statement's sentences on the adversary and on the party that adds the noise.
 
         Args:
-            most: Whose epsilon it is where participation is seen, in sentences of the sampling.
+            most: `Sampling.most`, for a trust under which the adversary sees who took part.
         """
         ...
 
@@ -83,7 +86,7 @@ class Central:
     adversary: ClassVar[str] = (
         "anyone who sees the models (after every round) and knows all other clients; the server is trusted"
     )
-    seen: ClassVar[str] = "every noised sum of messages, which tells at least as much as the models made from it"
+    seen: ClassVar[str] = "every noised sum of messages, which reveals at least as much as the models computed from it"
     noised: ClassVar[str] = "the sum of a round's messages"
     default_adjacency: ClassVar[str] = "add-or-remove"
     reliance: ClassVar[int] = 2
@@ -94,32 +97,32 @@ class Central:
     charges_participations: ClassVar[bool] = False
 
     def split(self, stddev: float, cohort: float) -> Shares:
-        """All of it at the server."""
+        """Return all noise for the server."""
         return Shares(server=stddev, client=0.0)
 
     def noises(self, cohort: float) -> float:
-        """One, however many messages there are."""
+        """Return 1 for any number of messages."""
         return 1.0
 
     def more_clients(self, excess: float) -> float:
-        """As many times more: the same noise over a larger number."""
+        """Return `excess`: the same noise is divided by a larger number."""
         return excess
 
     def who(self, most: str) -> str:
         """See `Trust.who`."""
         return (
-            f"Adversary: {self.adversary}. The server sees every message as it is, adds the noise to their sum, and "
-            "releases nothing but what it makes of the noised sums. Against the server itself nothing is promised."
+            f"Adversary: {self.adversary}. The server sees every message without noise, adds the noise to their sum, "
+            "and releases only results computed from the noised sums. Nothing is promised against the server itself."
         )
 
 
 @dataclass(frozen=True)
 class Local:
-    """Each client adds noise to its message before it leaves, and the server sees every message."""
+    """Each client adds noise to its message before sending it, and the server sees every message."""
 
     name: ClassVar[str] = "local"
     adversary: ClassVar[str] = "the server itself, or anyone who sees every message and knows whose it is"
-    seen: ClassVar[str] = "every noised message of every canary and whose it is"
+    seen: ClassVar[str] = "every noised message of every canary, and its sender"
     noised: ClassVar[str] = "every message"
     default_adjacency: ClassVar[str] = "replace"
     reliance: ClassVar[int] = 0
@@ -130,22 +133,22 @@ class Local:
     charges_participations: ClassVar[bool] = True
 
     def split(self, stddev: float, cohort: float) -> Shares:
-        """All of it at every client."""
+        """Return all noise for each client."""
         return Shares(server=0.0, client=stddev)
 
     def noises(self, cohort: float) -> float:
-        """One a message."""
+        """Return one per message."""
         return cohort
 
     def more_clients(self, excess: float) -> float:
-        """The square: the noise on the sum grows with the root of the number of clients."""
+        """Return the square of `excess`: the noise on the sum grows with the root of the number of clients."""
         return excess**2
 
     def who(self, most: str) -> str:
         """See `Trust.who`."""
         return (
-            f"Adversary: {self.adversary}. Every client adds the noise to its own message before it leaves. The server "
-            f"sees who took part, so no amplification by sampling is claimed. {most}"
+            f"Adversary: {self.adversary}. Every client adds the noise to its own message before sending it. The "
+            f"server sees who took part, so no amplification by sampling is claimed. {most}"
         )
 
 
@@ -153,12 +156,12 @@ TRUSTS: Registry[Trust] = Registry("trust", {"central": Central, "local": Local}
 
 
 def by_reliance() -> tuple[str, ...]:
-    """All names, from the trust that relies on nobody on: who accepts one accepts those before it."""
+    """Return all names by increasing reliance: a client that accepts one accepts all before it."""
     return tuple(sorted(TRUSTS, key=lambda name: TRUSTS[name].reliance))
 
 
 def trust_of(name: str) -> Trust:
-    """The trust that a word stands for.
+    """Return the trust with this name.
 
     Raises:
         UserError: If there is none.

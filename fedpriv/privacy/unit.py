@@ -1,4 +1,4 @@
-"""Whose data a promise protects together. A unit answers for itself; records keep the plain word."""
+"""The unit of privacy: the data that a guarantee protects together. Records keep only the unit's name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from fedpriv.plugins import Registry
 __all__ = ["ADJACENCIES", "UNITS", "Client", "Unit", "unit_of"]
 
 ADJACENCIES = ("add-or-remove", "replace")
-"""How two neighboring populations differ; see `Unit.neighbors`."""
+"""The ways in which two neighboring populations differ; see `Unit.neighbors`."""
 
 
 class Unit(Protocol):
-    """Whose data may change: a frozen dataclass without fields.
+    """The data that differ between neighbors: a frozen dataclass without fields.
 
     Attributes:
-        name: The word in configs, records, orders and ledgers.
-        one: One of them, in words.
-        neighbors: By adjacency, which populations an adversary cannot tell apart; a sentence.
+        name: Its name in configs, records, instructions and ledgers.
+        one: One such unit, in words.
+        neighbors: By adjacency, the populations that an adversary cannot distinguish; a sentence.
     """
 
     name: ClassVar[str]
@@ -28,7 +28,7 @@ class Unit(Protocol):
     neighbors: ClassVar[Mapping[str, str]]
 
     def over(self, rounds: int) -> str:
-        """What is protected in a run of so many rounds; a sentence."""
+        """Return a sentence on the data that are protected in a run of `rounds` rounds."""
         ...
 
 
@@ -40,23 +40,23 @@ class Client:
     one: ClassVar[str] = "client"
     neighbors: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "add-or-remove": "Neighbours (add-or-remove): two populations that differ in one client, whose message is "
-            "there in the one and zero in the other.",
-            "replace": "Neighbours (replace): two populations that differ in all the data of one client, whose message "
-            "is any bounded message in the one and any other in the other.",
+            "add-or-remove": "Neighbors (add-or-remove): two populations that differ in one client; its message is "
+            "present in one of them and zero in the other.",
+            "replace": "Neighbors (replace): two populations that differ in all the data of one client; its message is "
+            "any bounded message in one of them and any other in the other.",
         }
     )
 
     def over(self, rounds: int) -> str:
         """See `Unit.over`."""
-        return f"Unit: one client, that is all of its data, in all of its {rounds} rounds together."
+        return f"Unit: one client, that is, all of its data in all of its {rounds} rounds together."
 
 
 UNITS: Registry[Unit] = Registry("unit", {"client": Client})
 
 
 def unit_of(name: str) -> Unit:
-    """The unit that a word stands for.
+    """Return the unit with this name.
 
     Raises:
         UserError: If there is none.

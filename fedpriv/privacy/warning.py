@@ -1,4 +1,4 @@
-"""A warning before training if the noise will drown what is learned."""
+"""A warning before training if the noise will drown the signal."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,19 +9,20 @@ from fedpriv.privacy.plan import PrivacyPlan
 __all__ = ["MAX_RATIO", "NoiseAgainstSignal", "noise_against_signal", "signal_warning"]
 
 MAX_RATIO = 3.0
-"""Largest ratio of noise and bound that is not warned of. Rounds average noise out, so a ratio of 1 or 2 still learns:
-the shipped quickstart, at 1.5, reaches 0.9 on digits. At some ten, nothing but noise is left."""
+"""Largest ratio of noise to bound without a warning. Noise averages out over rounds, so models still learn at a ratio
+of 1 or 2: the shipped quickstart, at 1.5, reaches 0.9 on digits. At about 10, only noise is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseAgainstSignal:
-    """Noise on a round's mean message, beside the longest message that a client may send.
+    """Noise on a round's mean message, compared with the longest message that a client may send.
 
     Args:
         ratio: Expected l2 norm of the noise on the mean message, over the bound of one message.
-        clients: About how many clients a ratio of `MAX_RATIO` needs, with the same sampling probability and epsilon;
-            None if the ratio is no larger.
-        epsilon: The epsilon that it needs with the same clients; None likewise, or if no finite epsilon will do.
+        clients: Approximate number of clients that a ratio of `MAX_RATIO` requires at the same sampling probability
+            and epsilon; None if the ratio is not above it.
+        epsilon: The epsilon that `MAX_RATIO` requires with the same clients; None if the ratio is not above it, or if
+            no finite epsilon suffices.
     """
 
     ratio: float
@@ -34,11 +35,11 @@ class NoiseAgainstSignal:
 
 
 def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
-    """Return how the noise of a plan compares with its messages.
+    """Return the size of a plan's noise compared with its messages.
 
     Args:
-        plan: The promise.
-        size: Number of parameters that are trained.
+        plan: The plan.
+        size: Number of trained parameters.
     """
     expected, population = plan.sampling.expected_size, plan.sampling.population
     trust = plan.trust_rules
@@ -52,11 +53,11 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
 
 
 def signal_warning(plan: PrivacyPlan, size: int) -> str | None:
-    """Return one or two sentences to read before training; None if the noise is no trouble, or there is none.
+    """Return a warning of two sentences; None if the noise is small enough, or if there is none.
 
     Args:
-        plan: The promise.
-        size: Number of parameters that are trained.
+        plan: The plan.
+        size: Number of trained parameters.
     """
     if not plan.private:
         return None
@@ -64,8 +65,8 @@ def signal_warning(plan: PrivacyPlan, size: int) -> str | None:
     if found.clients is None:
         return None
     more = plan.sampling.more_clients(found.clients)
-    other = f", or an epsilon of {found.epsilon:.3g}" if found.epsilon is not None else ""
+    other = f", an epsilon of {found.epsilon:.3g}" if found.epsilon is not None else ""
     return (
-        f"The noise of the mean message is {found.ratio:.2g} times its bound: next to nothing will be learned. About "
-        f"{more} would be needed{other}, or a smaller model."
+        f"The noise on the mean message is {found.ratio:.2g} times its bound, so the model will learn almost nothing. "
+        f"Use {more}{other} or a smaller model."
     )

@@ -31,7 +31,7 @@ CONSTANT = 0.01
 """Every coordinate of the update of a client that computes nothing; long enough to be clipped."""
 
 SHORTEST_SECONDS = 1.0
-MOST_ROUNDS = 400
+MAX_ROUNDS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class Clock:
             return len(measured) >= self._job.rounds
         if len(measured) < self._job.workload.rounds:
             return False
-        return sum(measured) >= SHORTEST_SECONDS or len(measured) >= MOST_ROUNDS
+        return sum(measured) >= SHORTEST_SECONDS or len(measured) >= MAX_ROUNDS
 
 
 def run_rounds(job: Job, one_round: Callable[[], None], model: Callable[[], Tensor]) -> None:

@@ -236,7 +236,7 @@ def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str,
     for part in ("no amplification by sampling", "participation is visible", "numbers of examples", "public"):
         assert part in text
     assert trust == "central" or "every round" not in text
-    assert ("the client that sends most messages by this timeline" in text) == (trust == "local")
+    assert ("the client that sends the most messages in this timeline" in text) == (trust == "local")
     json.dumps(plan.as_dict(), allow_nan=False)
     assert plan.as_dict()["sampling"]["scheme"] == timeline(name).scheme
 
@@ -251,7 +251,7 @@ def test_a_timeline_is_an_address_and_its_account_cannot_be_faulty() -> None:
             replace(good, **change)
     with pytest.raises(ValueError, match="finite"):
         replace(good, squares=(float("nan"), *good.squares[1:]))
-    with pytest.raises(ValueError, match="nobody is drawn"):
+    with pytest.raises(ValueError, match="no cohort is drawn"):
         good.cohort(SeededStreams(0).source(0))  # pyright: ignore[reportArgumentType]
     nobody = Scheduled(4, 1.0, "fedfix", (0.0,), (0,))
     assert plan_of(nobody, 1).epsilon == 0.0

@@ -142,7 +142,7 @@ def test_the_statement_lists_every_file_of_its_kind_of_run_with_what_it_is(tmp_p
         assert "seconds, clients_per_second and execution" in listed
     assert "file by file" not in privacy_statement(plan, method="m", randomness="system")
     (table,) = (output for output in OUTPUTS if output.name == "trials.csv")  # holds the words of failure.json
-    assert "not covered: timings, and the words with which one failed" in table.about
+    assert "not covered: timings, and error messages of failed trials" in table.about
     run_experiment(small(), tmp_path)
     assert "file by file" in (tmp_path / "privacy.txt").read_text()
     assert json.loads((tmp_path / "privacy.json").read_text())["statement"] == (tmp_path / "privacy.txt").read_text()

@@ -418,5 +418,5 @@ def test_the_statement_says_against_whom_a_plain_flower_app_is_no_protection() -
         strategy = DPFedAvg(privacy=Privacy(epsilon=3.0, trust=trust), num_clients=CLIENTS)
         start(strategy, InProcessGrid(app, CLIENTS), 1)
         statement = " ".join(strategy.statement.split())
-        assert ("not against a server that supplies the app" in statement) == says
-        assert "a server cannot forge it, but can keep it back" in statement
+        assert ("not hold against a server that supplies the app" in statement) == says
+        assert "a server cannot forge it, but can withhold it" in statement

@@ -377,11 +377,11 @@ def test_noise_that_drowns_the_signal_is_said_before_training(caplog):
     promise = Privacy(noise_multiplier=50.0)
     start(make(promise, frozen=FROZEN), rounds=1)
     said = [record.getMessage() for record in caplog.records]
-    (warning,) = [i for i, line in enumerate(said) if line.startswith("The noise of the mean message is")]
+    (warning,) = [i for i, line in enumerate(said) if line.startswith("The noise on the mean message is")]
     assert warning < said.index("[ROUND 1/1]")
     caplog.clear()
     start(make(Privacy(noise_multiplier=0.01), frozen=FROZEN), rounds=1)
-    assert "The noise of the mean message is" not in caplog.text
+    assert "The noise on the mean message is" not in caplog.text
 
 
 def test_the_order_of_a_client_names_what_is_trained():

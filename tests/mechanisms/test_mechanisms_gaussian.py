@@ -1,6 +1,6 @@
-"""The exact sampler: every decision is the one of real arithmetic, in numpy and in C, and the law follows from that.
+"""The exact sampler: numpy and C decide as real arithmetic does, which implies the distribution.
 
-With FEDPRIV_SAMPLER_DRAWS=1e8 the two forms are compared on so many numbers.
+FEDPRIV_SAMPLER_DRAWS=1e8 compares the two forms on that many numbers.
 """
 
 import math
@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize("streams", KINDS.values(), ids=KINDS.keys()
 
 
 class Scripted:
-    """A source of given words and, for each, given further words; those that `further` lacks are 1."""
+    """A source of given words and, for each, given further words; words missing in `further` are 1."""
 
     def __init__(self, words: list[int], further: list[list[int]] | None = None) -> None:
         self._words, self._further, self.position, self.asked = words, further, 0, 0
@@ -49,7 +49,7 @@ class Scripted:
 
 
 class Recorded:
-    """A source that remembers which further words were asked for."""
+    """A source that records the requested further words."""
 
     def __init__(self, inner: Source) -> None:
         self.inner, self.asked = inner, []
@@ -68,7 +68,7 @@ class Recorded:
 
 @pytest.fixture(params=["numpy", "C"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each form of the fast part in turn."""
+    """Return each form of the fast part in turn."""
     use(request.param, monkeypatch)
     yield
     gaussian._rounding.cache_clear()
@@ -126,11 +126,11 @@ def test_a_grid_too_fine_for_the_noise_is_refused() -> None:
         rounded_noise(np.zeros(1), 1.0, normal_source(), 2.0**-21)
 
 
-# The proof that what float64 decides is right.
+# The proof that decisions in float64 are right.
 
 
 def test_no_error_of_the_fast_part_is_above_its_margin() -> None:
-    """Sums bounds on all errors of |z|: of interpolation, of the table, of undrawn bits and of float64."""
+    """Sum bounds on all errors of |z|: of interpolation, of the table, of undrawn bits and of float64."""
     table, degree, half = gaussian._quantiles(), gaussian._DEGREE, 2.0 ** -(gaussian._SPLIT + 1)
     octaves = np.array(gaussian._OCTAVES)[:, None]
     starts = ((2.0**octaves * (1.0 + np.arange(2**gaussian._SPLIT) * 2.0 * half) + 0.5) * 2.0**-64).ravel()
@@ -154,7 +154,7 @@ def test_no_error_of_the_fast_part_is_above_its_margin() -> None:
 
 
 def error_at(row: int, offset: float) -> float:
-    """How far a polynomial of the table is from the quantile function, to 100 bits."""
+    """Return the distance of a polynomial of the table from the quantile function, to 100 bits."""
     octave, part = divmod(row, 2**gaussian._SPLIT)
     octave += gaussian._OCTAVES.start
     with mpmath.workprec(100):
@@ -178,18 +178,18 @@ def test_integers_bound_the_normal_tail(bits: int) -> None:
             assert abs(upper_tail(Fraction(height), bits) - exact) < 2**32
 
 
-# Decisions, beside the thresholds.
+# Decisions close to the thresholds.
 
 
 def threshold(height: Fraction) -> int:
-    """The tail probability beyond |height|, times 2^192, rounded down."""
+    """Return the tail probability beyond |height|, times 2^192, rounded down."""
     with mpmath.workprec(400):
         tail = mpmath.ncdf(-abs(mpmath.mpf(height.numerator)) / height.denominator)
         return int(mpmath.floor(tail * mpmath.mpf(2) ** 192))
 
 
 def numbers_beside(tail: int) -> set[int]:
-    """Tail probabilities of 192 bits on both sides of one, at every distance, and the ends of its first word."""
+    """Return tail probabilities of 192 bits on both sides of one, at every distance, and the ends of its first word."""
     first = tail >> 128 << 128
     beside = {tail - 1, tail + 1, first, first - 1, first + 2**128, first + 2**128 - 1, 0, 2**191 - 1}
     beside |= {tail + sign * 2**bit for bit in range(0, 191, 7) for sign in (-1, 1)}
@@ -242,7 +242,7 @@ def test_the_middle_words_are_the_smallest_noise() -> None:
         assert found.tolist() == expected
 
 
-# Forms agree.
+# Both forms agree.
 
 
 VALUES: dict[str, Values] = {
@@ -318,7 +318,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.array_equal(whole, rounded_noise(values, 2.0**16, normal_source(), 1.0))
 
 
-# The law.
+# The distribution.
 
 
 @every_kind
@@ -334,7 +334,7 @@ def test_the_rounded_noise_follows_its_law(streams: Streams, rest: float) -> Non
 
 
 def follows(found: np.ndarray, mean: float, ratio: float) -> bool:
-    """Chi-square test that integers are rounded normal numbers."""
+    """Run a chi-square test that integers are rounded normal numbers."""
     edges = np.arange(-21, 22) + 0.5
     expected = np.diff(stats.norm.cdf((np.array([-np.inf, *edges, np.inf]) - mean) / ratio)) * len(found)
     counts = np.bincount(np.clip(found + 22, 1, 44) - 1, minlength=44)
@@ -365,7 +365,7 @@ def test_neighboring_coordinates_and_calls_are_independent(streams: Streams) -> 
 
 @both_forms
 def test_the_release_is_the_value_to_the_nearest_step_plus_noise() -> None:
-    """With the noise of one word, which is nearly zero, the result is the value in steps, exactly."""
+    """With the noise of one word, which is nearly zero, the result is exactly the value in steps."""
     grid = 2.0**-3
     values = [0.0, 1e6, -1e6, 5e-324, 1.06, -1.07, 2.0**53 * grid, -(2.0**54 + 4) * grid, 3.0**33]
     found = rounded_noise(np.array(values), 0.5, Scripted([2**63] * len(values)), grid)

@@ -1,4 +1,4 @@
-"""Noise: the right size, on both sides, on the grid, and never the same twice."""
+"""Noise: of the right size, on both sides, on the grid, and never the same twice."""
 
 import itertools
 from collections.abc import Callable
@@ -19,12 +19,12 @@ LEVEL = 2**62
 
 
 def server_noise(streams: Streams, stddev: float, size: int, round: int) -> Tensor:
-    """The noise on a sum of zero."""
+    """Return the noise on a sum of zero."""
     return release_sum(streams, stddev, torch.zeros(size, dtype=torch.float64), round)
 
 
 def client_noise(streams: Streams, stddev: float, size: int, round: int, client: int) -> Tensor:
-    """The noise on a message of zero."""
+    """Return the noise on a message of zero."""
     return release_message(streams, stddev, LEVEL, torch.zeros(size), round, client)
 
 
@@ -38,7 +38,7 @@ every_side = pytest.mark.parametrize("draw", SIDES.values(), ids=SIDES.keys())
 
 
 def variance(stddev: float) -> float:
-    """That of Gaussian noise rounded to its grid: rounding adds G^2 / 12, up to exp(-2 (pi stddev / G)^2)."""
+    """Return the variance of Gaussian noise rounded to its grid: plus G^2 / 12, up to exp(-2 (pi stddev / G)^2)."""
     return stddev**2 + release_grid(stddev) ** 2 / 12.0
 
 
@@ -84,7 +84,7 @@ def test_every_released_number_is_a_multiple_of_the_grid(
 
 @every_kind
 def test_what_is_released_is_the_value_and_noise(streams: Streams) -> None:
-    """Values of all sizes, also between the points of the grid: the mean is theirs."""
+    """Values of all sizes, also between the points of the grid, equal the mean of their releases."""
     values = torch.tensor([0.0, 1e-9, 0.01, -0.26, 3.0, 1e6 + 0.3], dtype=torch.float64).repeat_interleave(SIZE)
     released = release_sum(streams, 1.0, values, 1)
     error = (released - values).reshape(6, SIZE).mean(dim=1)

@@ -1,4 +1,4 @@
-"""Mechanisms that remember: a small one, through the three functions of a round and through a checkpoint."""
+"""Mechanisms with a state: a small one in the three functions of a round and in a checkpoint."""
 
 import math
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ class LastNoise(NamedTuple):
 
 @dataclass(frozen=True)
 class TakesBack:
-    """First-order correlated: each round takes back a share of the noise of the round before."""
+    """First-order correlated noise: each round subtracts a share of the previous round's noise."""
 
     stddev: float
     share: float = 1.0
@@ -45,7 +45,7 @@ class TakesBack:
         return total + fresh - self.share * state.noise_last, LastNoise(fresh)
 
     def sensitivity(self, moved: float, rounds: float) -> float:
-        """What is released is (1 - share L)^-1-times what fresh noise hides, L the step to the next round."""
+        """Releases are (1 - share L)^-1 times the values that fresh noise hides; L shifts to the next round."""
         reached = [sum(self.share**j for j in range(k + 1)) for k in range(int(rounds))]
         return moved * math.hypot(*reached)
 
@@ -67,7 +67,7 @@ def agreed(method: Method, mechanism: type = TakesBack) -> Agreement:
 
 
 def played(rules: Agreement, state: Any, clients: list[Any], first: int, last: int) -> Any:
-    """Rounds `first` to `last` of clients with signals of their own, that no model changes."""
+    """Run rounds `first` to `last` of clients with fixed signals."""
     for number in range(first, last + 1):
         broadcast = begin_round(rules.server, state, number)
         total = torch.zeros(SIZE, dtype=torch.float64)
@@ -80,7 +80,7 @@ def played(rules: Agreement, state: Any, clients: list[Any], first: int, last: i
 
 
 def test_what_it_remembers_goes_from_round_to_round() -> None:
-    """All noise but the last round's is taken back: the models end one draw from the noiseless one."""
+    """All noise except the last round's is subtracted: the models end one draw from the noiseless one."""
     method = DPFedAvg(clip_norm=1.0, server_lr=1.0)
     rules, quiet = agreed(method), agreed(method, lambda _: Gaussian(0.0))  # type: ignore[arg-type]
     ends = [
@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path: Path, monkeypatc
 
 
 def test_what_it_says_of_itself_is_what_accounting_asks() -> None:
-    """Fresh noise: rounds are orthogonal. Noise that is taken back hides less: one message then stays for good."""
+    """With fresh noise, rounds are orthogonal. Subtracted noise hides less: one message then stays forever."""
     fresh, correlated = Gaussian(2.0), TakesBack(2.0)
     assert fresh.sensitivity(3.0, 4) == 6.0
     assert fresh.event(3.0, 4) == 3.0

@@ -1,4 +1,4 @@
-"""The product against an independent implementation in numpy: the same models, round after round."""
+"""The methods compared with an independent numpy implementation: the same models, round after round."""
 
 import dataclasses
 from collections.abc import Callable
@@ -59,7 +59,7 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.k
 
 
 def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds: Rounds) -> list[np.ndarray]:
-    """The reference's models."""
+    """Return the reference's models."""
     turn = turn_of(method)
     method = method.client_part
     if isinstance(method, AlphaNormEC):
@@ -91,7 +91,7 @@ def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds
 
 
 def turn_of(method: Method) -> reference.Turn:
-    """The reference's server optimiser."""
+    """Return the reference's server optimizer."""
     if not isinstance(method, ServerOptimized):
         return reference.as_it_is
     optimizer = method.optimizer
@@ -113,7 +113,7 @@ def digits() -> SoftmaxRegression:
 
 @cache
 def blobs() -> SoftmaxRegression:
-    """Five clients of different sizes and labels, three classes, four features."""
+    """Return five clients of different sizes and labels, with three classes and four features."""
     rng = np.random.default_rng(3)
     labels = [rng.choice(3, size, p=rng.dirichlet([0.4] * 3)) for size in (4, 9, 15, 2, 30)]
     return SoftmaxRegression([rng.normal(size=(len(y), 4)) + y[:, None] for y in labels], labels, 3)
@@ -140,7 +140,7 @@ def test_models_in_a_loop_over_digits_are_the_references(method: Method) -> None
 
 
 def rules_alone(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds: Rounds) -> list[np.ndarray]:
-    """The product's rules in float64 on the reference's gradients."""
+    """Return the models of the product's rules in float64 on the reference's gradients."""
     clients = fresh_clients(method, rounds.clients, len(start))
     server, models = method.init_server(torch.from_numpy(start.copy())), [start]
     for k in range(rounds.count):
@@ -212,7 +212,7 @@ WALKS: dict[str, LocalWork] = {
 def test_local_steps_with_some_clients_a_round_are_the_references(work: str) -> None:
     """Fed-alpha-NormEC over fifty Poisson rounds on ragged clients: d_i = (x - T_i(x)) / eta, in float64.
 
-    And the server's memory is the mean of the clients' after every one of them.
+    After every round, the server's memory is the mean of the clients'.
     """
     method, local = FedAlphaNormEC(alpha=0.3, beta=0.2, server_lr=0.05), WALKS[work]
     assert isinstance(local, LocalEpochs)
@@ -249,6 +249,6 @@ def test_local_steps_with_some_clients_a_round_are_the_references(work: str) -> 
 
 
 def fixed_batches(examples: int, size: int, epochs: int) -> list[np.ndarray]:
-    """The batches of an order that never changes."""
+    """Return the batches of a fixed order."""
     once = np.array_split(np.arange(examples), range(size, examples, size))
     return once * epochs

@@ -1,4 +1,4 @@
-"""The contract of every method: bounded, pure, alike for one client and for many; and memories that agree."""
+"""The contract of every method: bounded, pure, equal for one client and many; and consistent memories."""
 
 import dataclasses
 from typing import Any
@@ -49,7 +49,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 
 def reached(method: Method, seed: int, dtype: torch.dtype = torch.float64, rounds: int = 5) -> Any:
-    """States `[clients, ...]` after some rounds of large and small signals, with noise on the messages."""
+    """Return states `[clients, ...]` after some rounds of large and small signals, with noise on the messages."""
     state = fresh_clients(method, CLIENTS, SIZE, dtype)
     for k in range(1, rounds + 1):
         signal = normal(seed + k, CLIENTS, SIZE, dtype=dtype) * 10.0 ** (k % 4 - 1)
@@ -99,7 +99,7 @@ def test_the_server_starts_at_the_model_and_remembers_nothing(method: Method) ->
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[Method, list[tuple[int, Tensor, Tensor]]]:
-    """A method, and rounds (not all) with adversarial signals and harmless noise of a few clients."""
+    """A method, and some rounds with adversarial signals and harmless noise of a few clients."""
     dtype, clients = draw(st.sampled_from([torch.float32, torch.float64])), draw(st.integers(1, 3))
     steps, k = [], 0
     for _ in range(draw(st.integers(1, 5))):
@@ -276,7 +276,7 @@ def test_a_noiseless_memory_never_sees_the_noise_and_a_sent_memory_always_does(m
 
 
 def cohorts_of(kind: str, seed: int, population: int, rounds: int) -> tuple[float, list[np.ndarray]]:
-    """Sampling probability and the cohort of each round."""
+    """Return the sampling probability and the cohort of each round."""
     rng = np.random.default_rng(seed)
     if kind == "everyone":
         return 1.0, [np.arange(population)] * rounds
@@ -289,7 +289,7 @@ def cohorts_of(kind: str, seed: int, population: int, rounds: int) -> tuple[floa
 @pytest.mark.parametrize("cohort", ["everyone", "poisson", "fixed"])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_server_memory_is_the_mean_of_client_memories(method: Method, cohort: str, noisy: bool) -> None:
-    """After every round: without noise for every method; with noise for those that remember what was sent."""
+    """Holds after every round: without noise for every method, with noise for methods with sent memory."""
     population, rounds = 7, 60
     prob, cohorts = cohorts_of(cohort, 1, population, rounds)
     assert cohort != "poisson" or any(len(members) == 0 for members in cohorts)
@@ -328,7 +328,7 @@ def test_without_noise_sent_memory_is_noiseless_memory_to_the_bit(damping: float
 
 @pytest.mark.parametrize("damping", [0.0, 0.15])
 def test_sent_memory_is_a_function_of_what_was_sent(damping: float) -> None:
-    """Hence it hides nothing: two clients with other data that sent the same have the same memory."""
+    """So a memory adds no information: two clients with different data that sent the same have the same memory."""
     method = AlphaNormEC(alpha=0.7, beta=0.4, memory="sent", damping=damping)
     state = fresh_clients(method, CLIENTS, SIZE)
     wanted = torch.zeros(CLIENTS, SIZE, dtype=torch.float64)
@@ -355,7 +355,7 @@ def test_skipping_rounds_is_forgetting_once_for_each(method: Method, skipped: in
 
 @every_memory
 def test_feedback_is_from_the_memory_towards_the_signal(method: Method) -> None:
-    """Each message points from the memory to the signal, and what does not forget comes nearer by it."""
+    """Each message points from the memory to the signal; a memory without damping approaches the signal."""
     state, signal = reached(method, 2), normal(3, CLIENTS, SIZE)
     residual = signal - state.memory
     message, after = method.client_rule(state, signal, None, 6)

@@ -1,4 +1,4 @@
-"""Server optimisers: what PyTorch's are on the same directions, around any method, and without a trace at clients."""
+"""Server optimizers: equal to PyTorch's on the same directions, for any method, without an effect on clients."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def noisy(method: Method) -> Setting:
 def torchs(
     start: Tensor, make: Callable[[Sequence[Tensor]], torch.optim.Optimizer], means: list[Tensor]
 ) -> list[Tensor]:
-    """The models of a PyTorch optimiser on given gradients, in float64."""
+    """Return the models of a PyTorch optimizer on given gradients, in float64."""
     x = start.double().clone().requires_grad_()
     optimizer, models = make([x]), []
     for mean in means:
@@ -51,7 +51,7 @@ def torchs(
 
 @pytest.mark.parametrize("name", TORCH)
 def test_on_dp_fedavgs_mean_messages_it_is_pytorchs(name: str) -> None:
-    """Thirty rounds of some clients a round, with noise: the run in float32 against PyTorch in float64."""
+    """Thirty noised rounds with some of the clients: the run in float32 compared with PyTorch in float64."""
     optimizer, make = TORCH[name]
     seen: list[Tensor] = []
 
@@ -97,7 +97,7 @@ def test_momentum_of_zero_is_the_method_to_the_bit(method: Method) -> None:
 @every_plain_method
 @every_optimizer
 def test_clients_notice_nothing(method: Method, kind: type) -> None:
-    """What they follow, keep and run in place is the method's; so are bound, trust and what a lost memory means."""
+    """Clients follow the method's rule and keep its state; bound, trust and lost memory are also the method's."""
     wrapped = optimized(method, kind())
     assert (wrapped.bounded, wrapped.needs_client_noise, wrapped.lost_memory) == (
         method.bounded,
@@ -120,7 +120,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
         assert all(same(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_rule_that_does_not_run_in_place_does_not_do_so_with_an_optimiser_either() -> None:
+def test_a_rule_that_does_not_run_in_place_does_not_do_so_with_an_optimizer_either() -> None:
     class Louder(DPFedAvg):
         def client_rule(self, state, signal, release, round):
             return torch.ones_like(signal), state
@@ -146,7 +146,7 @@ def test_the_methods_own_memory_is_what_it_is_without(method: Method, kind: type
 
 
 def test_a_direction_far_below_the_models_last_digit_is_not_lost() -> None:
-    """Momentum of steps of 1e-9 on a model near 1: one by one nothing in float32, but they are remembered."""
+    """Momentum of steps of 1e-9 on a model near 1: single steps vanish in float32, but the momentum keeps them."""
     method = optimized(DPFedAvg(server_lr=1e-3), Momentum(momentum=0.999))
     state = method.init_server(torch.ones(3))
     for _ in range(2000):
@@ -156,7 +156,7 @@ def test_a_direction_far_below_the_models_last_digit_is_not_lost() -> None:
 
 
 def test_adam_needs_no_tuning_to_the_length_of_messages_and_momentum_does() -> None:
-    """The first rounds' steps are the same for messages a thousand times as long, but for tau."""
+    """The first rounds' steps are equal for messages a thousand times as long, up to tau."""
     for optimizer, alike in ((Adam(tau=1e-9), True), (Yogi(tau=1e-9), True), (Momentum(), False)):
         models = []
         for scale in (1.0, 1e3):
@@ -171,7 +171,7 @@ def test_adam_needs_no_tuning_to_the_length_of_messages_and_momentum_does() -> N
 @pytest.mark.parametrize("kind", [Adam, Yogi, Adagrad])
 @pytest.mark.parametrize("length", [0.0, 1e-44, 1e-30, 1e-22, 1e-10])
 def test_directions_of_next_to_no_length_leave_every_figure_finite(kind: type, length: float) -> None:
-    """At the least tau; then nothing but zeros, under which squares fade away."""
+    """Uses the smallest tau, then zeros only, so that the squares fade away."""
     method = optimized(DPFedAvg(server_lr=1.0), kind(tau=1e-12))
     state = method.init_server(torch.zeros(3))
     for k in range(300):
@@ -183,7 +183,7 @@ def test_directions_of_next_to_no_length_leave_every_figure_finite(kind: type, l
 
 @pytest.mark.parametrize("optimizer", [kind() for kind in SERVER_OPTIMIZERS.values()], ids=SERVER_OPTIMIZERS.keys())
 def test_a_run_goes_on_from_its_state_to_the_bit(optimizer: ServerOptimizer) -> None:
-    """From the tensors of a state alone, as a checkpoint keeps them."""
+    """Resumes from the tensors of a state alone, as in a checkpoint."""
     made = noisy(optimized(DPFedAvg(server_lr=0.05), optimizer))
     made = dataclasses.replace(
         made, population=dataclasses.replace(made.population, work=LocalSteps(steps=2, client_lr=0.1))

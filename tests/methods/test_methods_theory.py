@@ -1,21 +1,20 @@
-"""What the papers prove and what privacy.md derives, as numbers: fixed points, rates, stalls, noise.
+"""Numerical checks of results in the papers and in privacy.md: fixed points, rates, stalls, noise.
 
-The counter-example, on which methods without memory stop beside the optimum and those with memory do not: three
+The counter-example, on which methods without memory stop away from the optimum and methods with memory do not: three
 clients on a line,
 
     f_1(x) = (x - p)^2 / 2,     f_2(x) = f_3(x) = x^2 / 2,     p > 0.
 
-The mean of the gradients x - p, x, x is x - p/3, so the optimum is x* = p/3, where the gradients -2p/3, p/3, p/3 do not
-vanish. A method without memory stops where the mean *message* vanishes, 2 B(x) = B(p - x) for odd B:
+The mean of the gradients x - p, x, x is x - p/3, so the optimum is x* = p/3. There, the gradients -2p/3, p/3, p/3 do
+not vanish. A method without memory stops if the mean *message* vanishes, 2 B(x) = B(p - x) for odd B:
 
 * B = N_alpha: 2x / (alpha + x) = (p - x) / (alpha + p - x), that is x^2 - (p + 3 alpha) x + alpha p = 0, and the root
   between 0 and p is  x = (p + 3 alpha - sqrt((p + 3 alpha)^2 - 4 alpha p)) / 2.
-* B = clip_C: x = C/2 where C <= 2p/3 (then client 1 is clipped and the others are not), and else x = x*.
+* B = clip_C: x = C/2 if C <= 2p/3 (then client 1 is clipped and the others are not), and otherwise x = x*.
 
-The left side minus the right ascends strictly in x (for clipping, where it is zero), so there is no other such point
-and no step size has another fixed point. As alpha or C go to zero the stall goes to 0, the median of the clients'
-optima.
-(Two clients would not do for N_alpha: it is odd and one-to-one, so B(g_1) + B(g_2) = 0 means g_1 + g_2 = 0.)
+The left side minus the right increases strictly in x (for clipping, at its zero), so there is no other such point, and
+no step size has another fixed point. As alpha or C go to zero, the stall goes to 0, the median of the clients' optima.
+(Two clients are not enough for N_alpha: it is odd and one-to-one, so B(g_1) + B(g_2) = 0 means g_1 + g_2 = 0.)
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ CENTRES = torch.tensor([[P], [0.0], [0.0]], dtype=torch.float64)
 
 
 def pulls(x: Tensor) -> Tensor:
-    """The three clients' gradients `[3, 1]`."""
+    """Return the three clients' gradients `[3, 1]`."""
     return x - CENTRES
 
 
@@ -151,13 +150,13 @@ class TestRates:
     def test_one_step_with_beta_up_to_alpha_contracts_every_residual(
         self, alpha: float, ratio: float, residual: list[float]
     ) -> None:
-        """By 1 - beta / (alpha + ||r||), between 0 and 1, along itself."""
+        """The factor along itself is 1 - beta / (alpha + ||r||), between 0 and 1."""
         method = AlphaNormEC(alpha=alpha, beta=ratio * alpha)
         signal = torch.tensor(residual, dtype=torch.float64)
         norm = float(signal.norm())
         _, after = method.client_rule(fresh_clients(method, 0, len(residual)), signal, None, 1)
         factor = 1.0 - ratio * alpha / (alpha + norm)
-        # Far beyond alpha the bound's own margin, two parts in a million, shortens the message.
+        # Far beyond alpha, the bound's margin, two parts in a million, shortens the message.
         assert torch.allclose(signal - after.memory, factor * signal, rtol=1e-9, atol=1e-6 * ratio * alpha)
         assert norm <= 1e-9 or float((signal - after.memory).norm()) < norm
 
@@ -195,7 +194,7 @@ class TestRates:
         assert torch.allclose(state.memory, signal, rtol=1e-14)
 
     def test_clip21_stops_clipping_after_rounds_in_inverse_proportion_to_tau(self) -> None:
-        """From then on the server's memory is the mean gradient and the method is gradient descent."""
+        """From then on, the server's memory is the mean gradient, and the method is gradient descent."""
         active = {}
         for tau in (0.2, 0.1, 0.05):
             method = Clip21(clip_norm=tau, server_lr=0.1 * tau)
@@ -214,7 +213,7 @@ class TestRates:
     @pytest.mark.parametrize("damping", [0.01, 0.1, 0.3])
     @pytest.mark.parametrize("ratio", [0.2, 1.0])
     def test_damped_memories_end_at_a_shorter_signal(self, damping: float, ratio: float) -> None:
-        """At signal / (1 + alpha lambda / beta), in the linear regime."""
+        """The fixed point is signal / (1 + alpha lambda / beta) in the linear regime."""
         method = AlphaNormEC(alpha=2.0, beta=2.0 * ratio, damping=damping)
         signal, state = torch.tensor([3e-7, -4e-7], dtype=torch.float64), fresh_clients(method, 0, 2)
         for k in range(1, 400):
@@ -223,7 +222,7 @@ class TestRates:
 
 
 Adversary = Callable[[Tensor, Tensor, float, int, torch.Generator], tuple[Tensor, Tensor]]
-"""From both memories, the largest distance, the round and randomness to the signals of two neighbouring clients."""
+"""From both memories, the largest distance, the round and randomness to the signals of two neighboring clients."""
 
 
 def random_pair(v: Tensor, _: Tensor, distance: float, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -233,7 +232,7 @@ def random_pair(v: Tensor, _: Tensor, distance: float, k: int, generator: torch.
 
 
 def alternating_pair(v: Tensor, w: Tensor, distance: float, k: int, _: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keeps both residuals small and pushes to alternating sides: the worst case in the linear regime."""
+    """Keep both residuals small and push to alternating sides: the worst case in the linear regime."""
     push = torch.zeros_like(v)
     push[0] = distance * (-1.0) ** k
     apart = push - (w - v)
@@ -241,7 +240,7 @@ def alternating_pair(v: Tensor, w: Tensor, distance: float, k: int, _: torch.Gen
 
 
 def greedy_pair(v: Tensor, w: Tensor, distance: float, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pushes against the difference of the memories, where the messages' difference is largest now."""
+    """Push against the difference of the memories, which makes the messages differ the most in this round."""
     between = v - w
     if float(between.norm()) == 0.0:
         return random_pair(v, w, distance, 2, generator)
@@ -262,7 +261,7 @@ every_theorem = pytest.mark.parametrize(("method", "a", "beta"), THEOREM.values(
 
 
 def sensitivities(method: Method, adversary: Adversary, distance: float, rounds: int, seed: int) -> Tensor:
-    """Distances `[rounds]` of the messages of two clients whose signals are never more than `distance` apart."""
+    """Return distances `[rounds]` of the messages of two clients with signals at most `distance` apart."""
     generator = torch.Generator().manual_seed(seed)
     one = other = fresh_clients(method, 0, 3)
     found = []
@@ -293,7 +292,7 @@ class TestRecordLevelPrivacy:
 
     @every_theorem
     def test_an_adversary_comes_near_the_theorem(self, method: Method, a: float, beta: float) -> None:
-        """Signals that alternate: the memories settle beta D / (2a - beta) apart, each s_k at 2D / (2a - beta)."""
+        """For alternating signals, memories settle beta D / (2a - beta) apart, each s_k at 2D / (2a - beta)."""
         found = sensitivities(method, alternating_pair, 1e-5, 1500, 0)
         bound = 2.0 * 1e-5 * 1500**0.5 / (2.0 * a - beta)
         assert 0.98 * bound <= float((found**2).sum().sqrt()) <= bound * (1.0 + 1e-6)
@@ -319,7 +318,7 @@ def noise_of(k: int, clients: int, size: int) -> Tensor:
 
 
 def carried_noise(method: Method, clients: int, rounds: list[int]) -> dict[int, np.ndarray]:
-    """Noise in the server's memory after some rounds: it, less what it is without noise. Signals do not change."""
+    """Return the server's memory after some rounds minus that of a noiseless run; signals do not change."""
     signal = torch.linspace(-1.0, 1.0, D, dtype=torch.float64).expand(clients, D) / D**0.5
     quiet = loud = method.init_server(torch.zeros(D, dtype=torch.float64))
     calm = rough = fresh_clients(method, clients, D)
@@ -337,14 +336,14 @@ def carried_noise(method: Method, clients: int, rounds: list[int]) -> dict[int, 
 
 
 def accepts_only(noise: np.ndarray, variance: float) -> bool:
-    """Whether the variance is accepted and one that is a tenth larger or smaller is not."""
+    """Return True if the variance is accepted and a variance a tenth larger or smaller is rejected."""
     wrong = accepts_variance(noise, 1.1 * variance) or accepts_variance(noise, variance / 1.1)
     return accepts_variance(noise, variance) and not wrong
 
 
 class TestNoise:
     def test_noise_in_the_published_memory_is_a_random_walk(self) -> None:
-        """Of standard deviation beta sigma sqrt(k / n) in each coordinate, beta sigma sqrt(k d / n) in length."""
+        """Its standard deviation is beta sigma sqrt(k / n) per coordinate, its length beta sigma sqrt(k d / n)."""
         method, n = AlphaNormEC(alpha=1.0, beta=0.25), 3
         for k, noise in carried_noise(method, n, [1, 5, 40]).items():
             assert accepts_only(noise, 0.25**2 * SIGMA**2 * k / n)
@@ -367,7 +366,7 @@ class TestNoise:
 
     @pytest.mark.parametrize("ratio", [0.05, 0.3, 1.0])
     def test_noise_in_a_sent_memory_is_stationary(self, ratio: float) -> None:
-        """In the linear regime an autoregression: variance sigma^2 alpha beta / (2 - beta / alpha), about 1/2 of it."""
+        """A linear-regime autoregression: variance sigma^2 alpha beta / (2 - beta / alpha), about half of it."""
         alpha, size, clients, sigma = 1.0, 4, 4000, 1e-4
         method = AlphaNormEC(alpha=alpha, beta=ratio * alpha, memory="sent")
         state, rng = fresh_clients(method, clients, size), np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""Epsilon: against closed forms, numerical integrals and attacks that never saw the accountant."""
+"""Epsilon compared with closed forms, numerical integrals and attacks that are independent of the accountant."""
 
 import itertools
 import math
@@ -33,24 +33,24 @@ few = settings(brief, max_examples=12)
 
 
 def releases(*, trust: str = "central", **plan: Any) -> Releases:
-    """Releases of clients that remember nothing: central, add-or-remove, everyone, but for what `plan` says."""
+    """Return releases of clients without memory, by default central, add-or-remove and everyone; `plan` overrides."""
     known = {"adjacency": "add-or-remove", "sampling": Everyone(CLIENTS), "delta": DELTA, "client_memory": False}
     return Releases(**{**known, "trust": trust_of(trust), **plan})
 
 
 def spent(noise: float, rounds: int = 1, **plan: Any) -> float:
-    """Their epsilon."""
+    """Return the epsilon of `releases`."""
     return releases(**plan).epsilon(noise, rounds)
 
 
 def exact_delta(epsilon: float, shift: float) -> float:
-    """Balle & Wang 2018, Theorem 8, for std 1 and sensitivity `shift`."""
+    """Return delta by Balle & Wang 2018, Theorem 8, for std 1 and sensitivity `shift`."""
     low, high = stats.norm.logcdf([shift / 2 - epsilon / shift, -shift / 2 - epsilon / shift])
     return math.exp(low) - math.exp(min(epsilon + high, low))
 
 
 def root(function: Callable[[float], float], most: float) -> float:
-    """Where a falling function crosses zero."""
+    """Return the root of a falling function."""
     return cast(float, optimize.brentq(function, 0.0, most, xtol=1e-12))
 
 
@@ -59,9 +59,9 @@ def exact_epsilon(shift: float, delta: float = DELTA) -> float:
 
 
 def mixture_epsilon(prob: float, noise: float, shifts: tuple[float, float], delta: float = DELTA) -> float:
-    """Exact epsilon of one round in which the client is seen with probability `prob` and then shifts by one of two.
+    """Return the exact epsilon of one round that shows the client with probability `prob`, with one of two shifts.
 
-    Numerical integral of the hockey-stick divergence, both ways round.
+    Integrates the hockey-stick divergence numerically, in both directions.
     """
     grid = np.linspace(-3.0 - 12.0 * noise, 3.0 + 12.0 * noise, 400_001)
     weight = grid[1] - grid[0]
@@ -108,7 +108,7 @@ def test_the_popular_noise_scale_is_not_private_enough() -> None:
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
 @pytest.mark.parametrize("name", ["poisson", "fixed"])
 def test_a_sampling_event_states_the_noise_in_the_units_of_its_relation(adjacency: str, name: str) -> None:
-    """Poisson events want std / B under either relation, events without replacement std / (2 B)."""
+    """Poisson events expect std / B under either relation, events without replacement std / (2 B)."""
     stddev, bound = 1.7, 1.0
     sensitivity = 2.0 * bound if adjacency == "replace" else bound
     event, relation = releases(adjacency=adjacency, sampling=SAMPLINGS[name]).event(stddev / sensitivity)
@@ -155,7 +155,7 @@ def test_no_attack_on_one_round_of_fixed_size_beats_its_epsilon(share: float, st
 
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
-def test_poisson_over_many_rounds_is_dp_accountings_own_figure(adjacency: str) -> None:
+def test_poisson_over_many_rounds_is_dp_accountings_own_epsilon(adjacency: str) -> None:
     event, relation = releases(adjacency=adjacency, sampling=SAMPLINGS["poisson"]).event(0.8)
     accountant = dpa.pld.PLDAccountant(relation, value_discretization_interval=1e-3)
     theirs = accountant.compose(dpa.SelfComposedDpEvent(event, 200)).get_epsilon(DELTA)
@@ -167,7 +167,7 @@ def test_poisson_over_many_rounds_is_dp_accountings_own_figure(adjacency: str) -
 def test_fixed_size_is_cheaper_than_by_renyi_divergence_and_dearer_than_by_the_pair_that_can_be_met(
     noise: float, rounds: int
 ) -> None:
-    """All others send -B, and the client B or -B: the sum tells what Poisson cohorts tell at sensitivity 2 B."""
+    """All others send -B, and the client B or -B: the sum reveals as much as Poisson cohorts at sensitivity 2 B."""
     fixed = releases(adjacency="replace", sampling=SAMPLINGS["fixed"])
     event, relation = fixed.event(noise)
     renyi = dpa.rdp.RdpAccountant(neighboring_relation=relation).compose(event, rounds).get_epsilon(DELTA)
@@ -243,7 +243,7 @@ def test_sampling_never_costs_more_than_everyone(adjacency: str, noise: float) -
 
 
 def grid_error(values: list[float]) -> bool:
-    """Whether a list falls, up to what different grids may differ by."""
+    """Return True if a list falls, up to the difference between grids."""
     return all(later <= earlier * (1.0 + GRID) for earlier, later in itertools.pairwise(values))
 
 

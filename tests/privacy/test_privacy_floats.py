@@ -1,8 +1,8 @@
-"""The attacks that floating-point noise invites, each on the classes that release something.
+"""Attacks on floating-point noise, each against the classes that release values.
 
 An adversary knows two candidate messages. With noise that is added in floating point, a released number often cannot
-have come from one of them: which floats `message + noise` reaches depends on the message (Mironov 2012). On the grid
-both candidates reach the same numbers, and the best that anybody can do is what the plan's epsilon allows.
+have come from one of them: which floats `message + noise` reaches depends on the message (Mironov 2012). On the grid,
+both candidates reach the same numbers, and no attack can do better than the plan's epsilon allows.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def plan_of(trust: str, epsilon: float = 1.0) -> PrivacyPlan:
 
 
 def candidates(apart: float) -> tuple[Tensor, Tensor]:
-    """Two messages of one client that differ by `apart`."""
+    """Return two messages of one client that differ by `apart`."""
     rng = np.random.default_rng(3)
     one, direction = rng.normal(size=SIZE) / 40, rng.normal(size=SIZE)
     other = one + apart * direction / np.linalg.norm(direction)
@@ -54,7 +54,7 @@ def play_local(rules: ClientRules) -> Play:
 
 
 def play_central(rules: ServerRules) -> Play:
-    """The model after round 1, with the sum of the other nine known; the client is there or not."""
+    """Return the model after round 1 with the sum of the other nine known; the client is present or not."""
     known = torch.from_numpy(np.random.default_rng(4).normal(size=SIZE))
     one, _ = candidates(APART)
     start = METHOD.init_server(torch.zeros(SIZE))
@@ -69,11 +69,11 @@ def play_central(rules: ServerRules) -> Play:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What the adversary sees of a noisy vector, and nearly the vector again.
+    """The adversary's view of a noisy vector, and its approximate inverse.
 
     Args:
         of: Rounds and scales the vector as the product does.
-        undo: Its inverse, but for the rounding.
+        undo: Its inverse, up to rounding.
     """
 
     of: Callable[[np.ndarray], np.ndarray]
@@ -81,7 +81,7 @@ class View:
 
 
 def impossible(released: Tensor, message: Tensor, view: View) -> int:
-    """The number of coordinates that `message` plus a float32 noise, seen as in `view`, cannot have given."""
+    """Return the number of coordinates that `message` plus float32 noise cannot produce in `view`."""
     seen, known = released.double().numpy(), message.double().numpy()
     guess = (view.undo(seen) - known).astype(np.float32)
     near = [guess]
@@ -92,7 +92,7 @@ def impossible(released: Tensor, message: Tensor, view: View) -> int:
 
 
 def wrong_guesses(play: Play, worlds: tuple[Tensor, Tensor], view: View) -> int:
-    """How often the attacker is wrong of `TRIALS` times: it names the world in which less is impossible."""
+    """Count the attacker's wrong guesses in `TRIALS`: it names the world with fewer impossible coordinates."""
     coin = np.random.default_rng(5).integers(2, size=TRIALS).astype(bool)
     wrong = 0
     for trial, world in enumerate(coin):
@@ -113,7 +113,7 @@ MODEL = View(lambda numbers: -to_float32(numbers / 10.0), lambda seen: -10.0 * s
 
 
 def at_chance(wrong: int) -> bool:
-    """Whether that many wrong guesses of `TRIALS` are those of somebody who tosses a coin; false alarms below 1e-9."""
+    """Return True if `TRIALS` coin tosses could give that many wrong guesses; false alarms below 1e-9."""
     low, high = stats.binom.ppf([5e-10, 1 - 5e-10], TRIALS, 0.5)
     return low <= wrong <= high
 
@@ -153,7 +153,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("trust", ATTACKS)
 def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str) -> None:
-    """The likelihood ratio of two worlds that are as far apart as the plan allows: no better than its epsilon says."""
+    """A likelihood-ratio attack on two worlds as far apart as the plan allows does no better than its epsilon."""
     plan = plan_of(trust, epsilon=0.5)
     server, client, _ = agree(METHOD, Everyone(10), plan, SystemStreams())
     stddev, grid = plan.noise_stddev, fedpriv.mechanisms.noise.release_grid(plan.noise_stddev)
@@ -176,11 +176,11 @@ def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str)
     apart = 2.0 * float(other[0]) if plan.adjacency == "replace" else float(other[0])
     best = stats.norm.cdf(apart / (2.0 * stddev))
     assert right <= stats.binom.ppf(1 - 1e-9, trials, best)
-    assert right >= stats.binom.ppf(1e-9, trials, best * 0.98)  # and the attack is a real one
+    assert right >= stats.binom.ppf(1e-9, trials, best * 0.98)  # and the attack has an effect
 
 
 def test_the_grid_follows_from_the_plan_alone() -> None:
-    """Whatever data, cohort, draw or level of the sum: one grid, that of the plan's deviation."""
+    """All data, cohorts, draws and levels of the sum share one grid, that of the plan's deviation."""
     plan = plan_of("central")
     grid = 2.0 ** math.floor(math.log2(plan.noise_stddev / 4.0))
     assert plan.release_grid == grid
@@ -204,7 +204,7 @@ CONFIG = {
 
 
 def released(changes: dict[str, dict[str, object]]) -> Tensor:
-    """The first model of an experiment whose clients send nothing: noise alone."""
+    """Return the first model of an experiment with clients that send only noise."""
     tables = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else v for k, v in CONFIG.items()}
     tables |= {k: v for k, v in changes.items() if k not in tables}
     made = assemble(parse_config(tables))
@@ -224,7 +224,7 @@ SEMANTIC = {
 
 @pytest.mark.parametrize("change", SEMANTIC.values(), ids=SEMANTIC.keys())
 def test_two_experiments_with_one_seed_share_no_noise(change: dict[str, dict[str, object]]) -> None:
-    """The difference of two trials of a sweep must hold the noise of both."""
+    """The difference of two trials of a sweep must contain the noise of both."""
     one, other = released({}).double().numpy(), released(change).double().numpy()
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.25
 

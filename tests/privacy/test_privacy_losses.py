@@ -1,4 +1,4 @@
-"""Privacy losses of sampled rounds: against integrals, exact mechanisms of few clients, and dp-accounting."""
+"""Privacy losses of sampled rounds compared with integrals, exact mechanisms of few clients, and dp-accounting."""
 
 import itertools
 import math
@@ -34,7 +34,7 @@ def spent(sampling: Sampling, noise: float, rounds: int, delta: float, adjacency
 
 
 def hidden(sampling: Sampling, adjacency: str = "add-or-remove", delta: float = 1e-5) -> Releases:
-    """Noised sums alone, of clients that remember nothing."""
+    """Return releases of noised sums alone, of clients without memory."""
     trust = trust_of("central")
     return Releases(trust=trust, adjacency=adjacency, sampling=sampling, delta=delta, client_memory=False)
 
@@ -42,7 +42,7 @@ def hidden(sampling: Sampling, adjacency: str = "add-or-remove", delta: float = 
 @pytest.mark.parametrize("sampling", [Poisson(1000, 0.2), FixedSize(1000, 200)])
 @pytest.mark.parametrize("noise", [0.4, 1.0, 4.0])
 def test_the_losses_above_zero_are_those_of_the_worst_pair_of_mixtures(sampling: Sampling, noise: float) -> None:
-    """By integration over the three messages that the lemma names; the losses of one round, at every epsilon from 0."""
+    """Integrate over the three messages of the lemma: the losses of one round, at every epsilon from 0."""
     grid = np.linspace(-3.0 - 12.0 * noise, 3.0 + 12.0 * noise, 200_001)
     places = sides if isinstance(sampling, Poisson) else in_its_place
     for name, adjacency, order in (
@@ -85,23 +85,23 @@ def test_no_three_messages_in_the_plane_beat_the_lemma(
 
 
 def cohort_law(grid: np.ndarray, messages: tuple[float, ...], size: int, noise: float) -> np.ndarray:
-    """Density of a round's noised sum, over all cohorts of `size` of the clients."""
+    """Return the density of a round's noised sum, over all cohorts of `size` of the clients."""
     sums = [math.fsum(cohort) for cohort in itertools.combinations(messages, size)]
     return np.mean([stats.norm.pdf(grid, one, noise) for one in sums], axis=0)
 
 
-@pytest.mark.parametrize(("adjacency", "neighbours"), [("replace", (1.0, -1.0)), ("add-or-remove", (1.0, 0.0))])
+@pytest.mark.parametrize(("adjacency", "neighbors"), [("replace", (1.0, -1.0)), ("add-or-remove", (1.0, 0.0))])
 @pytest.mark.parametrize(("clients", "size", "noise"), [(4, 2, 1.0), (3, 1, 0.6), (4, 3, 2.0)])
 def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_of_the_best(
-    adjacency: str, neighbours: tuple[float, float], clients: int, size: int, noise: float
+    adjacency: str, neighbors: tuple[float, float], clients: int, size: int, noise: float
 ) -> None:
-    """The true mechanism of few clients, twice: the adversary picks all others' messages, also in view of round 1."""
+    """Two rounds of the true mechanism of few clients; the adversary picks the others' messages, given round 1."""
     grid = np.linspace(-size - 7.0 * noise, size + 7.0 * noise, 401)
     weight = grid[1] - grid[0]
     others = list(itertools.combinations_with_replacement((-1.0, 1.0), clients - 1))
     pairs = hidden(FixedSize(clients, size), adjacency).pairs
     for order, direction in enumerate(pairs):
-        mine = neighbours if order == 0 else neighbours[::-1]
+        mine = neighbors if order == 0 else neighbors[::-1]
         both = [tuple(cohort_law(grid, (x, *rest), size, noise) for x in mine) for rest in others]
         account = Composition([(losses_of_one_round(*direction, noise, CUT, 2e-3), 2)])
         for epsilon in (0.0, 0.7, 2.0):
@@ -115,8 +115,8 @@ def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_
             assert best * (1.0 - 1e-6) <= account.delta(epsilon) <= 1.1 * best
 
 
-def test_two_orders_of_neighbours_composed_each_with_itself_are_no_bound_for_a_fixed_size() -> None:
-    """An adversary who lets the others turn round in view of round 1 beats both; the account covers it."""
+def test_two_orders_of_neighbors_composed_each_with_itself_are_no_bound_for_a_fixed_size() -> None:
+    """An adversary that reverses the others' messages after round 1 beats both; the account covers it."""
     clients, size, noise, epsilon = 4, 2, 1.0, 0.5
     grid = np.linspace(-9.0, 9.0, 401)
     weight = grid[1] - grid[0]
@@ -125,7 +125,7 @@ def test_two_orders_of_neighbours_composed_each_with_itself_are_no_bound_for_a_f
     ]
 
     def answers(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
-        """What each answer to each outcome of round 1 gives."""
+        """Return the result of each answer to each outcome of round 1."""
         return [
             np.maximum(np.outer(first, p) - math.exp(epsilon) * np.outer(second, q), 0.0).sum(axis=1) * weight**2
             for p, q in laws
@@ -191,7 +191,7 @@ def test_epsilon_is_below_that_of_renyi_divergence_for_every_delta(adjacency: st
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_smaller_delta_costs_a_little_more_and_nowhere_falls_off_a_cliff(adjacency: str, name: str) -> None:
-    """Deltas around rounds x 1e-15, where amplification was once dropped, and far below."""
+    """Deltas around rounds x 1e-15, at which amplification was once dropped, and far below."""
     deltas = 1e-10 * 0.5 ** np.arange(0, 40, 3.0)
     found = [spent(SAMPLED[name], 1.0, 2000, delta, adjacency) for delta in deltas]
     assert all(1.0 <= later / earlier <= 1.5 for earlier, later in itertools.pairwise(found))
@@ -268,7 +268,7 @@ PLANS = [
 def test_over_a_wide_grid_epsilon_is_between_the_two_estimates_of_dp_accounting(
     prob: float, noise: float, rounds: int, delta: float
 ) -> None:
-    """dp-accounting also rounds losses down, to a bound from below; a finer grid of ours may beat its upper one."""
+    """dp-accounting also rounds losses down, to a bound from below; our finer grid may beat its upper bound."""
     ours = spent(Poisson(10**6, prob), noise, rounds, delta)
     interval = max(2e-5, min(1e-3, 0.02 * ours / math.sqrt(rounds)))
     high, low = (

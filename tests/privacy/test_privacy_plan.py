@@ -1,4 +1,4 @@
-"""The plan turns one promise into noise and into what is reported; the statement says it to people."""
+"""The plan converts a guarantee into noise and into reports; the statement explains it to people."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def plan(**change: Any) -> PrivacyPlan:
 
 
 def words(text: str) -> str:
-    """A text in lower case with its line breaks undone."""
+    """Return a text in lower case without its line breaks."""
     return " ".join(text.lower().split())
 
 
@@ -65,7 +65,7 @@ def test_noise_is_its_multiplier_times_the_sensitivity(trust: str, adjacency: st
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_a_target_under_replace_costs_at_least_twice_the_noise_of_add_or_remove_without_sampling(name: str) -> None:
-    """Against the calibrated noise itself, so that a plan that counts replace as add-or-remove is caught."""
+    """Compares the calibrated noise itself, which detects a plan that treats replace as add-or-remove."""
     removed, replaced = (
         plan(trust="local", sampling=SAMPLINGS[name], adjacency=kind, epsilon=4.0, noise_multiplier=None)
         for kind in ("add-or-remove", "replace")
@@ -311,7 +311,7 @@ def test_a_local_statement_says_what_the_server_sees_and_who_is_charged() -> Non
 
 
 def test_a_statement_says_if_one_noise_was_drawn_for_the_sum_of_messages_that_devices_would_noise_each() -> None:
-    said = "this run drew one noise a round for the sum of its clients' messages"
+    said = "this run drew one noise vector per round for the sum of its clients' messages"
     for trust, fused, expected in (("local", True, True), ("local", False, False), ("central", True, False)):
         text = words(
             privacy_statement(

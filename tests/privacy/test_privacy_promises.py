@@ -1,4 +1,4 @@
-"""All that a plan promises: both adjacencies, Gaussian DP, zCDP, epsilon at several deltas; and a plan read back."""
+"""All guarantees of a plan: both adjacencies, Gaussian DP, zCDP, epsilon at several deltas; and reading a plan."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def timeline(rounds: int = 6) -> Scheduled:
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Balle and Wang 2018, Theorem 8, written out here again."""
+    """Return delta by Balle and Wang 2018, Theorem 8, implemented independently."""
     normal = NormalDist()
     return normal.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
 

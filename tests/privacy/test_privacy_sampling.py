@@ -1,4 +1,4 @@
-"""Cohorts: the laws that the accountant assumes are the laws that the samplers follow."""
+"""Cohorts: the samplers follow the distributions that the accountant assumes."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ CLIENTS, ROUNDS = 400, 4000
 
 
 class UniformOnly:
-    """Source of uniform numbers alone."""
+    """A source of uniform numbers alone."""
 
     position = 0
 
@@ -55,7 +55,7 @@ def source(seed: int, round: int = 1) -> Source:
 
 
 def taken(sampling: Sampling, streams: Streams, rounds: int = ROUNDS) -> np.ndarray:
-    """Who took part, bool `[rounds, clients]`."""
+    """Return the participations, bool `[rounds, clients]`."""
     table = np.zeros((rounds, sampling.population), dtype=bool)
     for row in range(rounds):
         table[row, sampling.cohort(streams.source(Purpose.COHORT, row + 1))] = True
@@ -63,7 +63,7 @@ def taken(sampling: Sampling, streams: Streams, rounds: int = ROUNDS) -> np.ndar
 
 
 def accepts_count(count: int, trials: int, probability: float) -> bool:
-    """Exact two-sided binomial test at `FALSE_ALARM`."""
+    """Run an exact two-sided binomial test at `FALSE_ALARM`."""
     return bool(stats.binomtest(int(count), int(trials), probability).pvalue > FALSE_ALARM)
 
 
@@ -90,7 +90,7 @@ def test_cohorts_differ_from_round_to_round(sampling: Sampling) -> None:
 
 
 @every_kind
-def test_poisson_includes_each_client_equally_often_and_independently_of_its_neighbour(streams: Streams) -> None:
+def test_poisson_includes_each_client_equally_often_and_independently_of_its_neighbor(streams: Streams) -> None:
     prob = 0.1
     table = taken(Poisson(CLIENTS, prob), streams)
     spread = prob * (1.0 - prob)
@@ -127,7 +127,7 @@ def test_poisson_of_one_client_is_a_coin() -> None:
 
 
 class Counting(UniformOnly):
-    """A source that counts the uniform numbers that are asked of it."""
+    """A source that counts the requested uniform numbers."""
 
     def __init__(self, inner: Source) -> None:
         self.inner, self.drawn = inner, 0
@@ -165,7 +165,7 @@ def test_the_largest_and_smallest_uniform_numbers_are_no_trouble() -> None:
 
 
 class FirstGiven(UniformOnly):
-    """A source of which the first number of each call is given, and all others are a half."""
+    """A source with a given first number in each call; all others are one half."""
 
     def __init__(self, *values: float) -> None:
         self.values = list(values)
@@ -175,7 +175,7 @@ class FirstGiven(UniformOnly):
 
 
 def first_of(sampling: Poisson, bits: int, more: int = 0) -> int:
-    """The first client of a cohort whose number U begins with 106 given bits, followed by 53 given ones; n for none."""
+    """Return a cohort's first client if U begins with 106 given bits, then 53 given ones; n if there is none."""
     high, low = (bits >> 53) * 2.0**-53, bits % 2**53 * 2.0**-53
     cohort = sampling.cohort(FirstGiven(high, low, *[more * 2.0**-53, 0.25] * 1000))
     return int(cohort[0]) if len(cohort) else sampling.population
@@ -195,7 +195,7 @@ def first_of(sampling: Poisson, bits: int, more: int = 0) -> int:
 def test_a_number_beside_a_threshold_passes_over_as_many_clients_as_in_exact_arithmetic(
     probability: float, passed: int
 ) -> None:
-    """At least k clients are passed over exactly if U >= 1 - (1 - q)^k."""
+    """At least k clients are skipped exactly if U >= 1 - (1 - q)^k."""
     sampling = Poisson(passed + 1, probability)
     at = (1 - (1 - Fraction(probability)) ** passed) * 2**106
     bits = math.floor(at)
@@ -211,7 +211,7 @@ def test_a_number_beside_a_threshold_passes_over_as_many_clients_as_in_exact_ari
 
 
 def test_a_client_far_from_the_one_before_is_drawn_by_the_same_probability() -> None:
-    """Near U = 1 float64 is coarse: given that 2,400 clients were passed over, the next must still be drawn at q."""
+    """Near U = 1, float64 is coarse: after 2,400 skipped clients, the next must still be drawn with probability q."""
     q, passed = Fraction(0.01), 2400
     survive = (1 - q) ** passed
     start = math.ceil((1 - survive) * 2**106)
@@ -258,7 +258,7 @@ def test_the_event_counts_what_the_sampler_does(sampling: Sampling, streams: Str
 
 
 def event_prob(event: dpa.DpEvent) -> float:
-    """Probability of one client as the accountant is told."""
+    """Return the probability of one client that the accountant uses."""
     if isinstance(event, dpa.PoissonSampledDpEvent):
         return event.sampling_probability
     assert isinstance(event, dpa.SampledWithoutReplacementDpEvent)

@@ -1,4 +1,4 @@
-"""Who adds the noise, and whose data are protected: objects that answer for themselves, words in files."""
+"""Trust and unit: objects with all rules that follow from them, and plain names in files."""
 
 import re
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ every_trust = pytest.mark.parametrize("trust", [Central(), Local(), Pooled()], i
 
 @pytest.fixture(autouse=True)
 def a_third_trust() -> Iterator[None]:
-    """What holds of two trusts holds of a third, which is a class and a name."""
+    """A third trust, given by one class and a name, behaves like the two shipped ones."""
     TRUSTS.add(Pooled.name, Pooled)
     yield
     TRUSTS.remove(Pooled.name)
@@ -180,7 +180,7 @@ def test_a_trusts_neighbors_are_the_default_wherever_the_sampling_can_be_account
 
 
 def test_no_part_of_the_code_asks_for_the_class_of_a_sampling_or_the_name_of_a_trust() -> None:
-    """What follows from either is a member of it, so that a third trust is one class."""
+    """All rules that follow from a trust or sampling are its members, so a third trust is one class."""
     root = Path(__file__).parents[2]
     found = [
         f"{path.relative_to(root)}: {line.strip()}"

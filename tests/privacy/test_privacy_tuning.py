@@ -1,4 +1,4 @@
-"""The best of a random number of trials: the bounds against exact divergences of small mechanisms."""
+"""The best of a random number of trials: bounds compared with exact divergences of small mechanisms."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ Generating = Callable[[np.ndarray], np.ndarray]
 
 
 def generating(count: TrialCount) -> Generating:
-    """E[x^K], from the definition of the distribution."""
+    """Return E[x^K], from the definition of the distribution."""
     if isinstance(count, PoissonTrials):
         return lambda x: np.exp(count.expected * (x - 1.0))
     gamma, eta = count.gamma, count.eta
@@ -39,13 +39,13 @@ def generating(count: TrialCount) -> Generating:
 
 
 def selected(probs: np.ndarray, count: TrialCount) -> np.ndarray:
-    """The exact distribution of the best of K outputs, worst first; before them, that of no trial at all."""
+    """Return the exact distribution of the best of K outputs, worst first, preceded by the event of no trial."""
     reached = np.minimum(np.append(0.0, np.cumsum(probs)), 1.0)
     return np.diff(generating(count)(reached), prepend=0.0)
 
 
 def renyi(p: np.ndarray, q: np.ndarray, orders: np.ndarray) -> np.ndarray:
-    """The exact Renyi divergence."""
+    """Return the exact Renyi divergence."""
     kept = p > 0.0
     logs = np.log(p[kept]) * orders[:, None] + np.log(q[kept]) * (1.0 - orders[:, None])
     top = logs.max(axis=1)
@@ -53,7 +53,7 @@ def renyi(p: np.ndarray, q: np.ndarray, orders: np.ndarray) -> np.ndarray:
 
 
 def mechanisms() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Output distributions on neighboring data: randomized response, rare bad outcomes, and random ones."""
+    """Return output distributions on neighboring data: randomized response, rare bad outcomes, and random ones."""
     pairs = []
     for ratio, rare in itertools.product((1.1, 2.0, 10.0), (0.3, 0.01, 1e-4)):
         if ratio * rare < 1.0:
@@ -71,7 +71,7 @@ def worst(p: np.ndarray, q: np.ndarray) -> RenyiCurve:
 
 
 def excess(count: TrialCount, bound: Callable[[RenyiCurve], np.ndarray]) -> float:
-    """Most by which a bound is exceeded by any mechanism at any order."""
+    """Return the largest amount by which any mechanism exceeds a bound, at any order."""
     found = [
         np.max(renyi(selected(p, count), selected(q, count), ORDERS) - bound(worst(p, q))) for p, q in mechanisms()
     ]
@@ -107,7 +107,7 @@ def test_every_term_of_the_poisson_bound_is_needed() -> None:
 
 
 def rounded_gaussian(moved: float, stddev: float, grid: float, far: float) -> np.ndarray:
-    """The exact law of a number with Gaussian noise, rounded to a grid, and to what lies `far` deviations away."""
+    """Return the exact distribution of a number with Gaussian noise, rounded to a grid and cut at `far` deviations."""
     steps = np.arange(-math.ceil(far * stddev / grid), math.ceil(far * stddev / grid))
     edges = np.concatenate([[-math.inf], ((steps + 0.5) * grid - moved) / stddev, [math.inf]])
     below, above = np.diff(special.ndtr(edges)), -np.diff(special.ndtr(-edges))
@@ -116,7 +116,7 @@ def rounded_gaussian(moved: float, stddev: float, grid: float, far: float) -> np
 
 @pytest.mark.parametrize("multiplier", [0.7, 2.0, 10.0])
 def test_the_curve_of_a_training_with_a_noised_score_is_not_exceeded_and_nearly_reached(multiplier: float) -> None:
-    """Against the exact divergence of trials that release two numbers, of which one is the score: p(x) times p(s)."""
+    """Compares with the exact divergence of trials that release two numbers, one of them the score: p(x) p(s)."""
     noise, orders = ScoreNoise(multiplier=multiplier), 1.0 + np.logspace(-1.0, 0.5, 9)
     scores = [rounded_gaussian(moved, noise.stddev, multiplier / 8.0, 12.0) for moved in (1.0, 0.0)]
     for p, q in mechanisms()[:12]:
@@ -130,13 +130,13 @@ def test_the_curve_of_a_training_with_a_noised_score_is_not_exceeded_and_nearly_
 
 @pytest.mark.parametrize("count", COUNTS, ids=repr)
 def test_the_bound_is_not_exceeded_where_the_score_is_part_of_a_trial(count: TrialCount) -> None:
-    """The best of K trials by a noised score, whose outputs are pairs of what was trained and the score."""
+    """The best of K trials by a noised score; a trial's output is the pair of trained value and score."""
     noise, orders = ScoreNoise(multiplier=1.5), 1.0 + np.logspace(-1.0, 1.3, 12)
     scores = [rounded_gaussian(moved, noise.stddev, 0.5, 4.0) for moved in (1.0, 0.0)]
     for p, q in mechanisms()[::5]:
         training = RenyiCurve(orders, np.maximum(renyi(p, q, orders), renyi(q, p, orders)))
         bound = count.after(noise.after(training)).epsilons
-        # Worst first: by the score, and then by what was trained.
+        # Worst first: by the score, then by the trained value.
         one, other = (selected(np.outer(s, x).ravel(), count) for x, s in ((p, scores[0]), (q, scores[1])))
         assert np.all(renyi(one, other, orders) <= bound + 1e-6)
         assert np.all(renyi(other, one, orders) <= bound + 1e-6)
@@ -148,7 +148,7 @@ def test_a_noised_score_is_part_of_every_term_of_a_tunings_epsilon() -> None:
         costs = [tuning_epsilon(plan, count, ScoreNoise(multiplier=z)) for z in (1e6, 30.0, 10.0, 3.0)]
         assert costs[0] == pytest.approx(tuning_epsilon(plan, count), rel=1e-6)
         assert costs == sorted(costs)
-        # Together they are a Gaussian mechanism like another training.
+        # Together, they are a Gaussian mechanism like a single training.
         mu = plan.gaussian_dp_mu
         assert mu is not None
         more = 1.0 / math.sqrt(mu * mu + 1.0 / 9.0)
@@ -169,7 +169,7 @@ def test_k_has_the_mean_and_the_distribution_that_are_charged(count: TrialCount)
     drawn = np.array([count.quantile((i + 0.5) / 1000) for i in range(1000)])
     reached = generating(count)(np.array([0.5, 0.9]))
     assert np.allclose([np.mean(0.5**drawn), np.mean(0.9**drawn)], reached, atol=5e-3)
-    # A thousand quantiles miss a part of a long tail.
+    # A thousand quantiles miss part of a long tail.
     assert 0.75 * count.expected < np.mean(drawn) < 1.05 * count.expected
 
 

@@ -1,4 +1,4 @@
-"""Noise that drowns the signal is said before training, with what would help."""
+"""The warning before training if noise drowns the signal, with possible remedies."""
 
 import math
 
@@ -63,6 +63,6 @@ def test_nothing_is_said_of_noise_where_there_is_none_or_next_to_none() -> None:
 def test_the_statement_says_it_too() -> None:
     made = plan_of(Everyone(10))
     drowned = privacy_statement(made, method="a method", randomness="seeded", size=10**5)
-    assert "Use: The noise of the mean message is" in drowned
+    assert "Use: The noise on the mean message is" in drowned
     assert "Use:" not in privacy_statement(made, method="a method", randomness="seeded", size=1)
     assert "Use:" not in privacy_statement(made, method="a method", randomness="seeded")
