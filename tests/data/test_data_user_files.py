@@ -319,6 +319,7 @@ def test_whether_a_clients_rows_are_complete_does_not_change_how_many_clients_th
     (folder / "more.csv").write_text((folder / "many.csv").read_text() + ",clerk,east,low\n")
     made = table(file="more.csv", drop_missing=True, fill={}).load(folder)
     assert made.natural_population == 3
+    assert made.groups is not None
     assert np.unique(made.groups).tolist() == [1]
 
 

@@ -464,7 +464,7 @@ def test_a_file_that_is_edited_is_loaded_again_and_old_experiments_keep_their_so
     (folder / "data.py").write_text(DATA.replace("rows: int = 120", "rows: int = 180"))
     (folder / "method.py").write_text(METHOD.replace("clip_norm=0.5", "clip_norm=0.7"))
     after = load_config(folder / "own.toml")
-    assert (before.data.dataset.rows, after.data.dataset.rows) == (120, 180)
+    assert (before.tables["data"]["rows"], after.tables["data"]["rows"]) == (120, 180)
     assert (before.method.bounded.l2_bound, after.method.bounded.l2_bound) == (0.5, 0.7)
     assert before.sources["data.name"]["sha256"] != after.sources["data.name"]["sha256"]
     assert before.tables["method"] == after.tables["method"]
@@ -605,5 +605,5 @@ def test_files_that_a_sweep_names_are_looked_for_in_its_own_folder(folder, monke
     (folder / "sweep.toml").write_text(SWEEP)
     monkeypatch.chdir("/")
     trials = load_sweep(folder / "sweep.toml").trials()
-    assert [trial.config.data.dataset.people for trial in trials] == [4, 5]
+    assert [trial.config.tables["data"]["people"] for trial in trials] == [4, 5]
     assert trials[0].config.tables["model"]["name"] == f"{folder.resolve()}/net.py:Net"
