@@ -450,16 +450,19 @@ def _imported(reference: str, where: str, shown: str) -> Any:
         raise UserError(where, "a class that can be imported", f"{shown!r}, an object of a Python program", remedy)
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        found: Any = module
-        for part in name.split("."):
-            found = getattr(found, part)
-        return found
     except UserError:
         raise
-    except Exception as error:
-        got = f"{shown!r} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+    except (Exception, SystemExit) as error:
         remedy = 'Write "package.module:Class" or "./file.py:Class", and see that the module can be imported'
-        raise UserError(where, "a class that can be imported", got, remedy) from error
+        raise UserError(where, "a class that can be imported", f"{shown!r} ({_words(error)})", remedy) from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            got = f"{shown!r}, which the module does not have"
+            raise UserError(where, "a class that can be imported", got, nearest(name, own))
+        found = getattr(found, part)
+    return found
 
 
 def _module_name(path: Path) -> str:

@@ -106,9 +106,20 @@ class CohortChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyChoice:
-    """The privacy guarantee; see `fedpriv.privacy.make_plan`.
+    """The privacy guarantee; `fedpriv.Privacy` in Python. Give either `epsilon` or `noise_multiplier`.
 
-    `draw` is the number of a trial of a tuning: it decides noise and cohorts alone. None for other runs.
+    Args:
+        trust: `central`: a trusted server adds the noise. `local`: every client adds noise, and the server is the
+            adversary.
+        adjacency: `add-or-remove` or `replace`; None for the default of the trust.
+        delta: Probability in (0, 1) with which the guarantee may fail; well below one over the number of clients.
+        epsilon: The target; the noise is calibrated to it.
+        noise_multiplier: Noise standard deviation over the sensitivity; epsilon follows from it. 0 for no noise.
+        unit: Whose data one unit of the guarantee protects: `client`.
+        draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
+
+    Raises:
+        UserError: If a value is out of range; the plan checks the other values.
     """
 
     trust: str = "central"
@@ -406,6 +417,8 @@ def _toml_value(text: str) -> Any:
 
 def parse_config(tables: dict[str, Any]) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
+    if "base" in tables and "data" not in tables:
+        raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
     for table in TABLES:
         if not isinstance(tables.get(table, {}), dict):

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -50,7 +50,8 @@ class Experiment:
         summary = experiment.run("out")
 
     Its run directory is like any other, but its `config.toml` names objects in memory. So only this program, with the
-    same model and data, can resume the run, and `config.toml` alone cannot repeat it.
+    same model and data, can resume the run, and `config.toml` alone cannot repeat it. Experiments that differ only in
+    their data in memory share their noise, like all simulations with one seed and the same settings.
 
     Args:
         model: A torch module, of which a copy is trained from its current weights; or a function that returns one,
@@ -76,8 +77,8 @@ class Experiment:
         UserError: If a part is missing or does not fit, raised when the part is first needed.
     """
 
-    model: nn.Module | ModelSource | Callable[..., nn.Module]
-    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource"
+    model: nn.Module | ModelSource | Callable[..., nn.Module] = field(repr=False)
+    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
@@ -93,6 +94,7 @@ class Experiment:
     @cached_property
     def config(self) -> Config:
         """The resolved experiment, as for one from a file."""
+        self._check_kinds()
         source, dataset = _data_source(self.data)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
@@ -113,6 +115,20 @@ class Experiment:
         )
         check_config(config)
         return config
+
+    def _check_kinds(self) -> None:
+        """Raise UserError for an argument of another kind, such as a class or a name in place of an object."""
+        for name, member, example in (
+            ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
+            ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
+            ("cohort", "population", "fedpriv.privacy.Poisson(population=100, probability=0.1)"),
+            ("partition", "__dataclass_fields__", "fedpriv.data.partitions.Dirichlet(concentration=0.3)"),
+            ("privacy", "noise_multiplier", "fedpriv.Privacy(epsilon=8.0)"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, type) or not hasattr(value, member)):
+                got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
+                raise UserError(name, f"an object such as {example}", got, f"Give {name} an object")
 
     def plan(self) -> PrivacyPlan | None:
         """Return the privacy plan; None for a run without privacy. Train nothing."""
@@ -189,6 +205,9 @@ def _data_source(data: Any) -> tuple[DatasetSource, Dataset | None]:
 
 def _of_clients(clients: Any) -> dict[str, Any]:
     """Return the arrays of a list of clients."""
+    if isinstance(clients, tuple) and len(clients) == 2 and all(hasattr(part, "shape") for part in clients):
+        remedy = 'Write data={"inputs": inputs, "labels": labels}, or a list with such a pair for each client'
+        raise UserError("data", "a list of clients", "one pair of arrays", remedy)
     if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
         expected = "a list of clients, a mapping of arrays, or a data set"
         raise UserError("data", expected, f"a {type(clients).__name__}", "Give data as fedpriv.Experiment describes")

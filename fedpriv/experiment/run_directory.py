@@ -220,7 +220,7 @@ class RunDirectory:
                     str(self.path),
                     "a folder without a run",
                     "this experiment, started or finished",
-                    "Add --resume to continue it, or choose another --out",
+                    "Add --resume (in Python, resume=True) to continue it, or choose another --out",
                 )
             self._shut()
             return self._finished(digest)

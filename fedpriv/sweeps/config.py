@@ -196,6 +196,8 @@ def load_sweep(path: Path | str) -> Sweep:
     """
     path = Path(path)
     tables = _with_whole_references(read_config_file(path), path.parent)
+    if "base" not in tables and "data" in tables:
+        raise UserError(str(path), "a sweep", "an experiment", "Use fedpriv run")
     refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
     for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
         if not isinstance(tables.get(key), kind):

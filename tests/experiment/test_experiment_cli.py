@@ -22,6 +22,8 @@ from fedpriv.tasks.models import MODELS
 
 QUICKSTART = str(Path(__file__).parents[2] / "sim_configs" / "quickstart.toml")
 
+SWEEP = str(Path(QUICKSTART).parent / "sweeps" / "quickstart.toml")
+
 
 def call(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
@@ -36,6 +38,8 @@ def call(*arguments: str) -> int:
     [
         (("run", "absent.toml"), "absent.toml"),
         (("run", QUICKSTART, "-s", "method.bta=1"), "beta"),
+        (("run", SWEEP), "Use fedpriv sweep"),
+        (("sweep", QUICKSTART), "Use fedpriv run"),
         (("run", QUICKSTART, "--engine", "lop"), "loop"),
         (("run", QUICKSTART, "--device", "warp"), "--device"),
         (("run", QUICKSTART, "--device", "cuda:99"), "--device cpu"),

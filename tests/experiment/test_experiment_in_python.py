@@ -130,6 +130,12 @@ def test_a_function_that_makes_a_model_is_asked_with_the_seed():
         ({"model": nn.Linear(4, 3)}, r"^model\.name: expected a model that takes float32 inputs \[batch, 5\]"),
         ({"model": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))}, "running_mean"),
         ({"model": 3}, "^model: expected a class or a function"),
+        ({"data": (np.ones((9, 5)), np.arange(9) % 3)}, "^data: expected a list of clients, got one pair of arrays"),
+        ({"method": DPFedAvg}, "^method: expected an object such as .*, got the class DPFedAvg"),
+        ({"method": "dp-fedavg"}, "^method: expected an object such as .*, got 'dp-fedavg'"),
+        ({"privacy": 8.0}, "^privacy: expected an object such as .*, got 8.0"),
+        ({"local": LocalSteps}, "^local: expected an object such as"),
+        ({"cohort": 10}, "^cohort: expected an object such as"),
         ({"rounds": -1}, r"^training\.rounds"),
         ({"privacy": fedpriv.Privacy(epsilon=-1.0)}, r"^privacy\.epsilon"),
         ({"method": FedAlphaNormEC(), "local": LocalSteps(steps=2, client_lr=0.1)}, r"^local\.signal"),
@@ -144,3 +150,10 @@ def test_what_does_not_fit_is_one_line(tmp_path, changes, line):
 def test_engines_of_other_processes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^engine: expected auto, loop, vectorized for objects in memory, got 'ray'"):
         experiment().run(tmp_path / "out", engine="ray")
+
+
+def test_shown_it_names_its_parts_and_no_ones_data():
+    shown = repr(experiment())
+    assert "DPFedAvg" in shown
+    assert "array" not in shown
+    assert len(shown) < 500

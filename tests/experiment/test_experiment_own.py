@@ -296,12 +296,17 @@ def test_an_exception_in_forward_names_the_file_and_the_line(folder):
         ("net.py:odd", r"^model\.name: expected a type for its parameter how that a config can hold"),
         ("net.py:called", r"^model\.name: expected a type for its parameter how that a config can hold"),
         ("net.py:values", r"^model\.name: expected a class or a function, got .*net\.py:values', which is a int"),
-        ("net.py:absent", r"^model\.name: expected a class that can be imported"),
+        (
+            "net.py:Nett",
+            r"^model\.name: expected a class that can be imported, got .*which the module does not have.*'Net'",
+        ),
+        ("ends.py:Net", r"^model\.name: expected a class that can be imported, got .*SystemExit"),
         ("absent.py:Net", r"^model\.name: expected a class that can be imported, .*FileNotFoundError"),
         ("no_such_package:Net", r"^model\.name: expected a class that can be imported, .*ModuleNotFoundError"),
     ],
 )
 def test_a_name_that_leads_to_no_model_is_one_line(folder, setting, line):
+    (folder / "ends.py").write_text("raise SystemExit(0)")
     place = setting if setting.startswith("no_") else f"{folder}/{setting}"
     with pytest.raises(UserError, match=line):
         load_config(folder / "own.toml", [f"model.name={place}"])
