@@ -5,21 +5,21 @@ from pathlib import Path
 import pytest
 from english import CONSTRUCTIONS, PACKAGES, ROOT, count, rates, sentences, texts
 
-# Occurrences per 10,000 words. Lower them as the packages are rewritten; never raise them.
+# Occurrences per 10,000 words. Lower them, and never raise them.
 CEILINGS = {
-    "what": 32.6,
-    "where": 17.8,
-    "whoever": 18.2,
-    "figure": 2.8,
-    "else": 1.7,
-    "lies": 1.4,
-    "own": 2.5,
-    "anew": 1.8,
-    "told": 1.8,
-    "goes on": 0.7,
-    "whether": 2.5,
+    "what": 2.5,
+    "where": 2.5,
+    "whoever": 2.5,
+    "figure": 2.5,
+    "else": 0.5,
+    "lies": 0.5,
+    "own": 0.5,
+    "anew": 0.5,
+    "told": 0.5,
+    "goes on": 0.5,
+    "whether": 0.5,
     "got nothing": 0.0,
-    "spelling": 3.8,
+    "spelling": 0.5,
 }
 
 
