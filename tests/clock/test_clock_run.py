@@ -337,7 +337,7 @@ MISTAKES = [
     ),
     (["devices.kind=trace", "devices.file=/nowhere.csv"], "devices.file", "nowhere"),
     (["devices=3"], "devices", "table"),
-    (FEDBUFF, "[devices]", "nothing"),
+    (FEDBUFF, "[devices]", "a missing table"),
     ([*PHONES, "schedule.kind=fedbuf"], "schedule.kind", "fedbuff"),
     ([*PHONES, "schedule.kind=fedbuff", "schedule.concurrency=3"], "schedule.buffer_size", "Add"),
     ([*PHONES, *FEDBUFF, "schedule.buffer_size=13"], "schedule.buffer_size", "12"),

@@ -353,3 +353,64 @@ def test_a_user_of_leaf_twice_is_refused(tmp_path):
     (tmp_path / "leaf.json").write_text(json.dumps({"users": ["a", "a"], "user_data": {"a": user}}))
     with pytest.raises(UserError, match="expected different users"):
         Leaf(file="leaf.json").load(tmp_path)
+
+
+def rows_of_people(changed):
+    """Return client, two numbers and label of each row; `changed` gives client b other rows."""
+    rng = np.random.default_rng(0)
+    rows = [(who, *rng.normal(size=2).round(3).tolist(), int(rng.integers(3))) for who in "aabbbcccc" for _ in range(5)]
+    if changed:
+        rows = [row for row in rows if row[0] != "b"] + [("b", 9.0, -9.0, 2)] * 4
+    return rows
+
+
+def write_csv(folder, rows):
+    lines = [f"{who},{x},{y},{label}" for who, x, y, label in rows]
+    (folder / "own.csv").write_text("\n".join(["who,x,y,label", *lines]))
+    numeric = {"x": [0.0, 1.0], "y": [0.0, 2.0]}
+    return {
+        "name": "csv",
+        "file": "own.csv",
+        "target": "label",
+        "client": "who",
+        "numeric": numeric,
+        "labels": list("012"),
+    }
+
+
+def write_npz(folder, rows):
+    inputs, labels = np.array([row[1:3] for row in rows]), np.array([row[3] for row in rows])
+    np.savez(folder / "own.npz", inputs=inputs, labels=labels, client_ids=[row[0] for row in rows], classes=3)
+    return {"name": "npz", "file": "own.npz"}
+
+
+def write_leaf(folder, rows):
+    held = {who: [row for row in rows if row[0] == who] for who in "abc"}
+    data = {who: {"x": [row[1:3] for row in own], "y": [row[3] for row in own]} for who, own in held.items()}
+    (folder / "own.json").write_text(json.dumps({"users": list("abc"), "user_data": data}))
+    return {"name": "leaf", "file": "own.json"}
+
+
+@pytest.mark.parametrize("write", [write_csv, write_npz, write_leaf])
+@pytest.mark.parametrize("test", ["within", "clients"])
+def test_a_clients_rows_decide_about_no_other_clients(tmp_path, write, test):
+    """Neither about what others train on, nor about who is held out to test on."""
+    found = []
+    for changed in (False, True):
+        folder = tmp_path / str(changed)
+        folder.mkdir()
+        tables = experiment() | {
+            "data": {**write(folder, rows_of_people(changed)), "partition": "natural", "test": test}
+        }
+        federation = make_federation(parse_config(tables), folder)
+        whole = federation.dataset
+        rows = [federation.rows_of(client) for client in range(federation.population)]
+        held = [(whole.train_inputs[own], whole.train_labels[own]) for own in rows]
+        found.append((federation.population, whole.classes, whole.input_shape, held))
+    assert found[0][:3] == found[1][:3]
+    alike = [
+        all(one.shape == other.shape and bool((one == other).all()) for one, other in zip(*pair, strict=True))
+        for pair in zip(found[0][3], found[1][3], strict=True)
+    ]
+    assert alike.count(False) <= 1
+    assert alike.count(True) >= 1

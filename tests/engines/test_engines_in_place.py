@@ -104,14 +104,14 @@ def test_every_method_of_ours_runs_in_place() -> None:
 def test_a_subclass_with_a_rule_of_its_own_is_not_taken_for_its_parent() -> None:
     class Louder(DPFedAvg):
         def client_rule(self, state, signal, release, round):
-            return torch.ones_like(signal), state
+            return torch.ones_like(signal) / signal.shape[-1], state
 
     assert feedback_of(Louder()) is None
     rules = ClientRules(method=Louder(), noise_stddev=0.0, streams=SeededStreams(0))
     broadcast = Broadcast(1, torch.zeros(SIZE), np.arange(2))
     step = ClientStep(rules, broadcast, torch.device("cpu"))
     step.take([0, 1], torch.zeros(2, SIZE), Louder().init_client(SIZE))
-    assert float(step.total().sum[0]) == 2.0
+    assert float(step.total().sum[0]) == pytest.approx(2.0 / SIZE)
 
 
 def test_a_subclass_that_changes_only_figures_still_runs_in_place() -> None:
@@ -284,5 +284,5 @@ def test_memories_of_another_type_are_not_given_to_c(dtype: torch.dtype) -> None
 def test_a_cohort_so_large_that_rounding_would_lengthen_messages_is_refused() -> None:
     rules = ClientRules(method=DPFedAvg(), noise_stddev=0.0, streams=SeededStreams(4))
     Broadcast(1, torch.zeros(10**6), np.arange(1), capacity=10**5).empty_sum(rules)
-    with pytest.raises(UserError, match=r"cohort: expected fewer than 10,000,000 clients a round with 1,000,000"):
+    with pytest.raises(UserError, match=r"cohort: expected fewer than 10,000,000 clients per round with 1,000,000"):
         Broadcast(1, torch.zeros(10**6), np.arange(1), capacity=10**7).empty_sum(rules)

@@ -68,7 +68,7 @@ def test_a_run_that_learned_nothing_exits_with_an_error_and_loses_nothing(config
     assert "warning     round 1: 4 of 4 updates were not finite and counted as zero" in said.err
     assert said.err.count("warning     round") == 1
     assert said.err.splitlines()[-1].startswith(
-        "fedpriv: the run: expected updates of finite numbers, got none. None of 12"
+        "fedpriv: the run: expected updates of finite numbers, got only NaN or infinity. None of 12"
     )
     assert "accuracy" in said.out
     assert (tmp_path / "out" / "model.safetensors").exists()
