@@ -53,5 +53,5 @@ def _formulas(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         return f'\n<div class="formula">{convert(found[1].strip(), display="block")}</div>\n'
 
-    # A span is never taken for a block of its own, also at the beginning of a line.
+    # Inline formulas become spans, which Markdown keeps within their paragraph even at the start of a line.
     return _INLINE.sub(lambda found: f'<span class="formula">{convert(found[1])}</span>', _BLOCK.sub(block, text))

@@ -133,10 +133,6 @@ class Agreement(NamedTuple):
 _LONGER = 2.0**-22
 
 
-# By how much a float32 norm may exceed the bound in the rules of other packages, as a share.
-_ROUNDED = 1e-6
-
-
 class Broadcast(NamedTuple):
     """The server's broadcast: the round (from 1), the model `[params]`, and the cohort (ascending client ids).
 
@@ -278,20 +274,25 @@ def _is_own(method: Method) -> bool:
 def _checked_client_rule(
     method: Method, state: ClientState, signal: Tensor, release: Release | None, round: int
 ) -> tuple[Tensor, ClientState]:
-    """The rule's message and state; each message is held to the bound before it gets noise."""
+    """Return the rule's message and state; check each message against the bound before it gets noise."""
     bounded: list[Tensor] = []
+    released: list[Tensor] = []
 
     def watched(message: Tensor) -> Tensor:
         bounded.append(message)
-        return message if release is None else release(message)
+        released.append(message if release is None else release(message))
+        return released[-1]
 
     message, state = method.client_rule(state, signal, None if release is None else watched, round)
     if release is not None and len(bounded) != 1:
         remedy = "Call release once, on the bounded message: without it the message has no noise"
         raise UserError("method.name", "a client rule that calls release once", f"{len(bounded)} calls", remedy)
+    if released and not torch.equal(message, released[0]):
+        remedy = "Return what release returns: nothing else has noise"
+        raise UserError("method.name", "a client rule that sends its released message", "another message", remedy)
     longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
     bound = method.bounded.l2_bound
-    if not longest <= bound * (1.0 + _ROUNDED):
+    if not longest <= bound:
         remedy = "Correct client_rule or bounded: the noise hides messages up to the bound, and no longer ones"
         raise UserError("method.name", f"messages of norm at most {bound:g}, its l2_bound", f"{longest:g}", remedy)
     return message, state

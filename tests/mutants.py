@@ -542,7 +542,7 @@ MUTANTS = [
     Mutant(
         "an own method's messages are not measured",
         "fedpriv/rounds.py",
-        "if not longest <= bound * (1.0 + _ROUNDED):",
+        "if not longest <= bound:",
         "if False:",
         "tests/experiment/test_experiment_own.py",
     ),
@@ -551,6 +551,20 @@ MUTANTS = [
         "fedpriv/methods/base.py",
         "or found.bounded != method.bounded:",
         "or False:",
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
+        "an own method may send another message than the released one",
+        "fedpriv/rounds.py",
+        "if released and not torch.equal(message, released[0]):",
+        "if False:",
+        "tests/experiment/test_experiment_own.py",
+    ),
+    Mutant(
+        "an own method's messages may exceed the bound a little",
+        "fedpriv/rounds.py",
+        "if not longest <= bound:",
+        "if not longest <= bound * (1.0 + 1e-6):",
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(

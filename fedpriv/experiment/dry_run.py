@@ -12,6 +12,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.privacy import signal_warning
+from fedpriv.rounds import client_round
 
 __all__ = ["Findings", "try_experiment"]
 
@@ -79,10 +80,12 @@ def try_experiment(config: Config, *, device: str = "cpu", data_root: Path | Non
         remedy = "Scale the inputs by fixed constants, or lower the first weights"
         raise UserError("[model]", "a finite loss of the first model on test examples", loss, remedy)
     client = 0 if sizes is None else int(sizes.argmax())
-    norm = float(torch.linalg.vector_norm(population.signal(client, model.to(task.device), 1)))
+    signal = population.signal(client, model.to(task.device), 1)
+    norm = float(torch.linalg.vector_norm(signal))
     if not math.isfinite(norm):
         remedy = "Lower the learning rate of [local], or scale the inputs by fixed constants"
         raise UserError("[local]", f"a finite signal of client {client} in its first round", norm, remedy)
+    client_round(population.rules, client, config.method.init_client(len(signal)), signal.cpu(), 1)
     return Findings(
         examples=dataset.examples,
         test_examples=len(dataset.test_labels),

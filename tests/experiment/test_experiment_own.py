@@ -436,15 +436,22 @@ def test_check_finds_data_that_would_fail_later(folder, capsys, data, line):
     assert checked(folder, capsys, f"data.name={folder / 'other.py'}:load").startswith(line)
 
 
+@pytest.mark.parametrize(("name", "trust"), [("Long", "central"), ("Silent", "local"), ("Bare", "local")])
+def test_check_finds_a_method_that_breaks_its_promise(folder, capsys, name, trust):
+    (folder / "method.py").write_text(METHOD + BREAKS)
+    said = checked(folder, capsys, f"method.name={folder}/method.py:{name}", f"privacy.trust={trust}")
+    assert said.startswith("fedpriv: method.name: expected ")
+
+
 def test_check_finds_a_model_whose_loss_is_not_finite(folder, capsys):
     line = "fedpriv: [model]: expected a finite loss of the first model on test examples, got nan."
     assert checked(folder, capsys, f"model.name={folder / 'net.py'}:rooted").startswith(line)
 
 
-def checked(folder, capsys, setting):
+def checked(folder, capsys, *settings):
     """Return the one line with which `fedpriv check` refuses an experiment."""
     with pytest.raises(SystemExit) as caught:
-        main(["check", str(folder / "own.toml"), "-s", setting])
+        main(["check", str(folder / "own.toml"), *(part for setting in settings for part in ("-s", setting))])
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -531,9 +538,25 @@ class Long(Half):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slightly(Half):
+    def client_rule(self, state, signal, release, round):
+        unit = signal / signal.norm(dim=-1, keepdim=True)
+        return sent_message(unit * 0.5 * (1.0 + 5e-7), release), state
+
+
+@dataclass(frozen=True, kw_only=True)
 class Silent(Half):
     def client_rule(self, state, signal, release, round):
         return self.bounded(signal), state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bare(Half):
+    def client_rule(self, state, signal, release, round):
+        message = self.bounded(signal)
+        if release is not None:
+            release(message)
+        return message, state
 """
 
 
@@ -557,9 +580,10 @@ def test_figures_with_another_bound_than_the_methods_are_not_followed(folder):
 
 @pytest.mark.parametrize("trust", ["central", "local"])
 @pytest.mark.parametrize("engine", ["loop", "vectorized"])
-def test_a_method_is_held_to_the_bound_on_which_its_noise_depends(folder, engine, trust):
+@pytest.mark.parametrize("name", ["Long", "Slightly"])
+def test_a_method_is_held_to_the_bound_on_which_its_noise_depends(folder, engine, trust, name):
     (folder / "method.py").write_text(METHOD + BREAKS)
-    config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:Long", f"privacy.trust={trust}"])
+    config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:{name}", f"privacy.trust={trust}"])
     with pytest.raises(UserError, match=r"^method\.name: expected messages of norm at most 0\.5, its l2_bound"):
         run_experiment(config, folder / "out", engine=engine)
     assert not (folder / "out" / "model.safetensors").exists()
@@ -569,6 +593,13 @@ def test_a_method_that_leaves_the_noise_out_is_refused(folder):
     (folder / "method.py").write_text(METHOD + BREAKS)
     config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:Silent", "privacy.trust=local"])
     with pytest.raises(UserError, match=r"^method\.name: expected a client rule that calls release once, got 0 calls"):
+        run_experiment(config, folder / "out", engine="loop", execution=Execution(client_noise="faithful"))
+
+
+def test_a_method_that_sends_its_message_without_the_noise_that_it_drew_is_refused(folder):
+    (folder / "method.py").write_text(METHOD + BREAKS)
+    config = load_config(folder / "own.toml", [f"method.name={folder}/method.py:Bare", "privacy.trust=local"])
+    with pytest.raises(UserError, match=r"^method\.name: expected a client rule that sends its released message"):
         run_experiment(config, folder / "out", engine="loop", execution=Execution(client_noise="faithful"))
 
 
