@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,9 @@ __all__ = [
     "build_module",
     "check_device",
     "count_parameters",
+    "fewest_examples",
     "make_federation",
+    "plan_of",
     "sampling_of",
     "task_of",
 ]
@@ -77,7 +80,7 @@ class Experiment:
         if timeline is not None:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
-        plan = config.plan(sampling)
+        plan = config.plan(sampling, fewest_examples(config, federation))
         streams = config.streams
         agreed = agree(config.method, sampling, plan, streams)
         population = replace(self.population, rules=agreed.client, streams=streams)
@@ -94,6 +97,20 @@ def make_federation(config: Config, data_root: Path | None = None) -> Holders:
         dataset = hold_out(replace(dataset, groups=None), choice.validation)
     federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
+
+
+def fewest_examples(config: Config, federation: Holders) -> int | None:
+    """Return the number of examples of the client with the fewest, if the config's plan depends on it."""
+    if not config.needs_sizes:
+        return None
+    sizes = np.asarray(federation.sizes)
+    return int(sizes[sizes > 0].min(initial=int(sizes.max(initial=1))))
+
+
+def plan_of(config: Config, sampling: Sampling, data_root: Path | None = None) -> PrivacyPlan | None:
+    """Return the config's plan; read the data only if it depends on the clients' numbers of examples."""
+    federation = make_federation(config, data_root) if config.needs_sizes else None
+    return config.plan(sampling, None if federation is None else fewest_examples(config, federation))
 
 
 def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
@@ -139,7 +156,7 @@ def assemble(
     task = task_of(config, federation, device, channels_last=channels_last, precision=precision)
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
-    plan = config.plan(sampling)
+    plan = config.plan(sampling, fewest_examples(config, federation))
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
     population = Population(rules=agreed.client, task=task, federation=federation, work=config.local, streams=streams)

@@ -16,7 +16,7 @@ from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.build import plan_of, sampling_of
 from fedpriv.experiment.config import (
     CohortChoice,
     Config,
@@ -132,7 +132,7 @@ class Experiment:
 
     def plan(self) -> PrivacyPlan | None:
         """Return the privacy plan; None for a run without privacy. Train nothing."""
-        return self.config.plan(sampling_of(self.config))
+        return plan_of(self.config, sampling_of(self.config))
 
     def check(self, *, device: str = "cpu") -> Findings:
         """Build all parts and let one client compute one step; see `fedpriv check`."""

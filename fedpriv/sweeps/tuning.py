@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedpriv.checks import whole_from
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.build import plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import PrivacyPlan, rounded_up
@@ -119,7 +119,7 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
     sampling, plans = sampling_of(grid[0].config, data_root), []
     for config in (trial.config for trial in grid):
         _check_trial(config, sweep.tuning)
-        plan = config.plan(sampling)
+        plan = plan_of(config, sampling, data_root)
         assert plan is not None
         plans.append(plan)
     first = but_for_bound(plans[0])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.vectors import Layout, trainable
@@ -133,6 +134,28 @@ class Task:
         batched = vmap(grad(self.loss), in_dims=(by_client, 0, 0, 0))
         pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
         return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of models."""
+        return self._initial.dtype
+
+    def clipped_sum(self, model: Tensor, inputs: Tensor, labels: Tensor, bound: Bounded) -> Tensor:
+        """Return the sum of the bounded gradients of all examples, float64 `[params]`; see `tasks.per_example`.
+
+        Args:
+            model: `[params]`.
+            inputs: `[examples, *input_shape]`; there may be none.
+            labels: `[examples]`.
+            bound: Applied to the gradient of each example's own loss.
+        """
+        if len(labels) == 0:
+            return torch.zeros_like(model, dtype=torch.float64)
+        one = torch.ones(1, device=model.device)
+        rows = vmap(grad(lambda x, y: self.loss(model, x, y, one)))  # placeholder
+        found = vmap(lambda x, y: grad(self.loss)(model, x[None], y[None], one))(inputs, labels)
+        del rows
+        return bound(found.double()).sum(dim=0)
 
     def operations(self, inputs: Tensor) -> int:
         """Estimate the floating-point operations of computing logits: two for each use of a weight.
