@@ -30,6 +30,7 @@ __all__ = [
     "SmoothedNormalization",
     "finite_rows",
     "row_norms",
+    "scales_of",
 ]
 
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this margin guarantees the bound.
@@ -199,6 +200,13 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
     rows = safe / ratio
     norms = norm(rows, -1, keepdim=True).clamp(min=1e-300)
     return (rows * scale_of(norms, ratio)).to(vectors.dtype)
+
+
+def scales_of(norms: Tensor, bound: InPlace) -> Tensor:
+    """Return the float64 scales by which a map of `IN_PLACE` multiplies rows of these float64 norms."""
+    p, q, r, t = bound.coefficients
+    norms = norms.clamp(min=1e-300)
+    return torch.minimum(p / (q + norms), t / norms).clamp_(max=r)
 
 
 def row_norms(vectors: Tensor) -> Tensor:

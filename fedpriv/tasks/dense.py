@@ -5,14 +5,19 @@ ReLU between them, forward and backward are a few products. If clients share a m
 gradients take one batched product, with one batch per client.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DenseLayers"]
+from fedpriv.bounding import InPlace, scales_of
+
+__all__ = ["MAX_EXAMPLES", "DenseLayers"]
+
+MAX_EXAMPLES = 2**15
+"""Most examples of a client in one call of `DenseLayers.clipped_sums`."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,8 @@ class DenseLayers:
         """
         clients, examples = labels.shape
         layers = list(self._layers(models))
-        outputs = [inputs.reshape(clients, examples, self.shapes[0][1])]
-        for i, (weight, bias) in enumerate(layers):
-            linear = _affine(outputs[-1], weight, bias)
-            outputs.append(linear if i == len(layers) - 1 else linear.relu_())
-        slope = _slope_of_loss(outputs.pop(), labels, weights)
+        outputs, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
+        slope = _slope_of_loss(logits, labels, weights)
         found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(
             reversed(list(self._layers(found))), reversed(layers), reversed(outputs), strict=True
@@ -63,6 +65,54 @@ class DenseLayers:
             torch.bmm(slope.transpose(1, 2), below, out=weight_part)
             if below is not outputs[0]:
                 slope = (slope @ weight).mul_(below > 0)
+        return found
+
+    def forward(self, layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the inputs `[..., examples, width]` of each layer, and the logits `[..., examples, classes]`.
+
+        Args:
+            layers: Weights `[outputs, inputs]` and biases; for several models at once, with a first axis.
+            inputs: `[..., examples, width]`.
+        """
+        found = [inputs]
+        for i, (weight, bias) in enumerate(layers):
+            linear = _affine(found[-1], weight, bias)
+            found.append(linear if i == len(layers) - 1 else linear.relu_())
+        return found[:-1], found[-1]
+
+    def clipped_sums(self, models: Tensor, inputs: Tensor, labels: Tensor, mask: Tensor, bound: InPlace) -> Tensor:
+        """Return the sums of the clients' bounded gradients, float64 `[clients, params]`.
+
+        Each example's gradient of its cross entropy is bounded by itself; one that is not finite counts as zero. As
+        for one client in `fedpriv.tasks.per_example`, no sum exceeds its bound by more than `SLACK` there.
+
+        Args:
+            models: `[params]` for all clients, or `[clients, params]`.
+            inputs: `[clients, examples, *input_shape]`, at most `MAX_EXAMPLES` examples.
+            labels: `[clients, examples]`.
+            mask: Bool `[clients, examples]`; False for padding.
+            bound: One of `fedpriv.bounding.IN_PLACE`.
+        """
+        clients, examples = labels.shape
+        if examples > MAX_EXAMPLES:
+            raise ValueError(f"at most {MAX_EXAMPLES} examples of a client at once, {examples} given")
+        layers = list(self._layers(models))
+        below, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
+        slopes = [_slope_of_loss(logits, labels, torch.ones_like(labels, dtype=logits.dtype))]
+        for (weight, _), values in zip(reversed(layers[1:]), reversed(below[1:]), strict=True):
+            slopes.append((slopes[-1] @ weight).mul_(values > 0))
+        exact = [(a.double(), b.double()) for a, b in zip(below, reversed(slopes), strict=True)]
+        squares = [(torch.linalg.vecdot(a, a) + 1.0) * torch.linalg.vecdot(b, b) for a, b in exact]
+        norms = torch.stack(squares).sum(0).sqrt()
+        excluded = ~(mask & torch.isfinite(norms))
+        scales = scales_of(norms, bound).masked_fill_(excluded, 0.0).unsqueeze(-1)
+        if bool(excluded.any()):
+            exact = [tuple(part.masked_fill(excluded.unsqueeze(-1), 0.0) for part in pair) for pair in exact]
+        found = torch.empty((clients, self.size), dtype=torch.float64, device=inputs.device)
+        for (weight_part, bias_part), (values, slope) in zip(self._layers(found), exact, strict=True):
+            scaled = slope * scales
+            torch.sum(scaled, dim=1, out=bias_part)
+            torch.bmm(scaled.transpose(1, 2), values, out=weight_part)
         return found
 
     @property
