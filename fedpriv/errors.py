@@ -14,6 +14,8 @@ EXTRAS = {
     "data": ("sklearn", "PIL"),
     "parquet": ("pyarrow",),
     "vision": ("torchvision",),
+    "datasets": ("flwr_datasets",),
+    "adapters": ("transformers", "peft"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
