@@ -17,11 +17,11 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import line_of, settings_of
 from fedpriv.privacy.released import Whose
 
-__all__ = ["OwnData", "dataset_of", "labelled_arrays"]
+__all__ = ["RESERVED", "OwnData", "dataset_of", "labelled_arrays"]
 
 _KEY = "data.name"
 # Keys of [data] that do not belong to the data set.
-_RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
+RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
 _ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
 
 
@@ -44,7 +44,7 @@ class OwnData:
         if not callable(found):
             remedy = "Name a function that returns the arrays"
             raise UserError(where, "a function", f"{name!r}, which is a {type(found).__name__}", remedy)
-        return settings_of(OwnData, found, where, given=("data_root",), reserved=_RESERVED)
+        return settings_of(OwnData, found, where, given=("data_root",), reserved=RESERVED)
 
     def load(self, data_root: Path | None) -> Dataset:
         """Call the function; see `DatasetSource.load`.
