@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedpriv.data.dataset import Dataset, DatasetSource
+from fedpriv.data.labels import labels_as
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
 from fedpriv.errors import UserError
@@ -32,9 +33,11 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
 from fedpriv.tasks.own import OwnModule
+from fedpriv.tasks.own_task import own_loss
 
 __all__ = ["Experiment"]
 
@@ -62,6 +65,9 @@ class Experiment:
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
+        task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
+            `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
+            for classification.
         local: The local work of a client; None for the full gradient.
         cohort: The sampling of a round's clients; None for everyone.
         partition: The division of examples among simulated clients; None for the natural clients if the data have some,
@@ -82,6 +88,7 @@ class Experiment:
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
+    task: TaskKind | Callable[..., Any] | None = None
     local: LocalWork | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
@@ -95,7 +102,9 @@ class Experiment:
     def config(self) -> Config:
         """The resolved experiment, as for one from a file."""
         self._check_kinds()
-        source, dataset = _data_source(self.data)
+        task = _task_kind(self.task)
+        with labels_as(task.labels):
+            source, dataset = _data_source(self.data)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
@@ -112,6 +121,7 @@ class Experiment:
             method=self.method,
             privacy=self.privacy,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
+            task=task,
         )
         check_config(config)
         return config
@@ -226,7 +236,7 @@ def _of_clients(clients: Any) -> dict[str, Any]:
             raise UserError(f"data of client {number}", "as many inputs as labels", got, "Give one label for each")
         if len(parts[0]):
             inputs.append(parts[0])
-            labels.append(parts[1].reshape(-1))
+            labels.append(parts[1].reshape(len(parts[0]), -1) if parts[1].ndim > 1 else parts[1])
             owners.append(np.full(len(parts[0]), number))
     shapes = {part.shape[1:] for part in inputs}
     if len(shapes) != 1:
@@ -234,6 +244,12 @@ def _of_clients(clients: Any) -> dict[str, Any]:
         raise UserError("data", "inputs of one shape", got, "Give all clients inputs of one shape")
     joined = (np.concatenate(parts) for parts in (inputs, labels, owners))
     return {**dict(zip(("inputs", "labels", "client_ids"), joined, strict=True)), "clients": np.arange(len(clients))}
+
+
+def _task_kind(task: Any) -> TaskKind:
+    if task is None or isinstance(task, TaskKind):
+        return task or Classification()
+    return own_loss(task)
 
 
 def _model_source(model: Any) -> ModelSource:

@@ -5,7 +5,7 @@ ReLU between them, forward and backward are a few products. If clients share a m
 gradients take one batched product, with one batch per client.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -17,17 +17,22 @@ __all__ = ["DenseLayers"]
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """A classifier of dense layers with ReLU between them, softmax and cross entropy.
+    """Dense layers with ReLU between them, and a loss: softmax and cross entropy by default.
 
     Args:
         shapes: `(outputs, inputs)` of each layer; the model vector holds the weights `[outputs, inputs]` and
             the biases `[outputs]` of one layer after the other.
+        losses: Returns the loss of each example, `[examples]`, from outputs `[examples, outputs]` and labels
+            `[examples, ...]`; None for the cross entropy, the slope of which is written out.
     """
 
     shapes: tuple[tuple[int, int], ...]
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> "DenseLayers | None":
+    def of_module(
+        cls, module: nn.Module, losses: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> "DenseLayers | None":
         """Return the layers of a `Sequential` of Flatten, Linear, ReLU, Linear, ...; None for any other module."""
         if type(module) is not nn.Sequential or len(module) < 2 or not _is_flatten(module[0]):
             return None
@@ -37,24 +42,24 @@ class DenseLayers:
             return None
         if not all(type(layer) is nn.ReLU for layer in between):
             return None
-        return cls(tuple((layer.out_features, layer.in_features) for layer in linear))
+        return cls(tuple((layer.out_features, layer.in_features) for layer in linear), losses)
 
     def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the gradients `[clients, params]` of the clients' weighted cross entropies; see `Task.gradients`.
+        """Return the gradients `[clients, params]` of the clients' weighted losses; see `Task.gradients`.
 
         Args:
             models: `[params]` for all clients, or `[clients, params]`.
             inputs: `[clients, examples, *input_shape]`.
-            labels: `[clients, examples]`.
+            labels: `[clients, examples, ...]`.
             weights: `[clients, examples]`; zero for padding.
         """
-        clients, examples = labels.shape
+        clients, examples = labels.shape[:2]
         layers = list(self._layers(models))
         outputs = [inputs.reshape(clients, examples, self.shapes[0][1])]
         for i, (weight, bias) in enumerate(layers):
             linear = _affine(outputs[-1], weight, bias)
             outputs.append(linear if i == len(layers) - 1 else linear.relu_())
-        slope = _slope_of_loss(outputs.pop(), labels, weights)
+        slope = self.slope(outputs.pop(), labels, weights)
         found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(
             reversed(list(self._layers(found))), reversed(layers), reversed(outputs), strict=True
@@ -64,6 +69,15 @@ class DenseLayers:
             if below is not outputs[0]:
                 slope = (slope @ weight).mul_(below > 0)
         return found
+
+    def slope(self, outputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the derivative of the weighted losses by the outputs, `[clients, examples, outputs]`."""
+        if self.losses is None:
+            return _slope_of_loss(outputs, labels, weights)
+        with torch.enable_grad():
+            leaf = outputs.detach().flatten(0, 1).requires_grad_()
+            total = (self.losses(leaf, labels.flatten(0, 1)) * weights.flatten()).sum()
+            return torch.autograd.grad(total, leaf)[0].view_as(outputs)
 
     @property
     def size(self) -> int:
