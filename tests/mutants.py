@@ -1271,7 +1271,7 @@ MUTANTS = [
     Mutant(
         "a score that no promise covers is not marked",
         "fedpriv/experiment/config.py",
-        "return () if self.privacy is None else self.data.facts.not_covered",
+        "return () if self.privacy is None else self.facts.not_covered",
         "return ()",
         RELEASED,
     ),

@@ -52,7 +52,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
         facts: dict[str, Any] = {
             "size": size,
             "simulated": Simulated(clock=experiment.devices is not None),
-            "data": experiment.data.facts,
+            "data": experiment.facts,
             "recorded": True,
         }
         print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **facts))

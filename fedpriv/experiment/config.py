@@ -4,7 +4,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
 from fedpriv.rounds import record_bound
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
 
@@ -49,6 +50,7 @@ MAX_ROUNDS = 10**9
 _NAMES = {
     "data": ("name", "partition", "shift"),
     "model": ("name",),
+    "task": ("name",),
     "local": ("work",),
     "method": ("name",),
     "server": ("optimizer",),
@@ -60,11 +62,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment", "sources")
+TABLES += ("devices", "schedule", "deployment", "sources", "task")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
+NOISE_TABLES += ("task",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +198,7 @@ class Config:
     deployment: DeploymentChoice | None = None
     devices: Devices | None = None
     schedule: Schedule | None = None
+    task: TaskKind = field(default_factory=Classification)
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -213,6 +217,8 @@ class Config:
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
+        # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
+        task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
         server = {}
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
@@ -222,6 +228,7 @@ class Config:
             "seed": self.seed,
             "data": data,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
+            **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
             "method": {"name": self.method_name, **write_table(self.method.client_part)},
@@ -245,6 +252,7 @@ class Config:
             "data.partition": self.data.partition,
             "data.shift": self.data.shift,
             "model.name": self.model,
+            "task.name": self.task,
             "local.work": self.local,
             "method.name": self.method.client_part,
             "server.optimizer": optimizer,
@@ -266,7 +274,12 @@ class Config:
     @property
     def not_covered(self) -> tuple[str, ...]:
         """Names of the scores that the privacy guarantee does not cover; empty for a run without privacy."""
-        return () if self.privacy is None else self.data.facts.not_covered
+        return () if self.privacy is None else self.facts.not_covered
+
+    @property
+    def facts(self) -> DataFacts:
+        """The uses of clients' examples, for the privacy statement."""
+        return replace(self.data.facts, scores=(*(metric.name for metric in self.task.measured), "loss"))
 
     @property
     def digest(self) -> str:
@@ -486,6 +499,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
         deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
         devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
+        task=_read_named(TASKS, {"name": "classification"} | tables.get("task", {}), "task", "name"),
     )
     _check_sources(config, tables.get("sources", {}))
     check_config(config)

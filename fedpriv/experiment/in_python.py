@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedpriv.data.dataset import Dataset, DatasetSource
+from fedpriv.data.labels import labels_as
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
 from fedpriv.data.tables import Columns, arrays_of, is_table
@@ -32,9 +33,11 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
 from fedpriv.tasks.own import OwnModule
+from fedpriv.tasks.own_task import own_loss
 
 __all__ = ["Experiment"]
 
@@ -63,6 +66,9 @@ class Experiment:
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
+        task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
+            `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
+            for classification.
         local: The local work of a client; None for the full gradient.
         cohort: The sampling of a round's clients; None for everyone.
         partition: The division of examples among simulated clients; None for the natural clients if the data have some,
@@ -86,6 +92,7 @@ class Experiment:
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
+    task: TaskKind | Callable[..., Any] | None = None
     local: LocalWork | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
@@ -102,7 +109,10 @@ class Experiment:
     def config(self) -> Config:
         """The resolved experiment, as for one from a file."""
         self._check_kinds()
-        source, dataset = _data_source(self.data, Columns(label=self.label, client=self.client, inputs=self.inputs))
+        task = _task_kind(self.task)
+        with labels_as(task.labels):
+            columns = Columns(label=self.label, client=self.client, inputs=self.inputs)
+            source, dataset = _data_source(self.data, columns)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
@@ -119,6 +129,7 @@ class Experiment:
             method=self.method,
             privacy=self.privacy,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
+            task=task,
         )
         check_config(config)
         return config
@@ -207,6 +218,12 @@ def _data_source(data: Any, columns: Columns) -> tuple[DatasetSource, Dataset | 
     dataset = data if isinstance(data, Dataset) else dataset_of(arrays_of(data, columns), "data")
     held = type("Data", (_Held,), {"reference": f"{MEMORY}:data", "dataset": dataset})
     return dataclass(frozen=True, kw_only=True)(held)(), dataset
+
+
+def _task_kind(task: Any) -> TaskKind:
+    if task is None or isinstance(task, TaskKind):
+        return task or Classification()
+    return own_loss(task)
 
 
 def _model_source(model: Any) -> ModelSource:

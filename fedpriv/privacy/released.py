@@ -142,16 +142,16 @@ class DataFacts:
             for clients that draw from a pool.
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
+        scores: Names of the scores, without `test_` or `validation_`.
     """
 
     clients: Literal["natural", "simulated", "resampled"]
     test: Whose = "public"
     validation: Whose | None = None
+    scores: tuple[str, ...] = ("accuracy", "loss")
 
     @property
     def not_covered(self) -> tuple[str, ...]:
         """Names of the scores that are computed without noise on protected clients' examples."""
         scored = {"test": self.test, "validation": self.validation}
-        return tuple(
-            f"{on}_{score}" for on, whose in scored.items() if whose == "within" for score in ("accuracy", "loss")
-        )
+        return tuple(f"{on}_{score}" for on, whose in scored.items() if whose == "within" for score in self.scores)

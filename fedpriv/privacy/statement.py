@@ -54,7 +54,7 @@ _TESTED = {
     "clients": "Test: on all examples of some clients, chosen by the seed, who take no part. They are not protected: "
     "the models' scores on their examples are released without noise.",
     "within": "Test: on some of the protected clients' own examples. The promise does NOT cover the test scores "
-    "(test_accuracy, test_loss): they are released without noise and depend on these clients' data, regardless of "
+    "({scores}): they are released without noise and depend on these clients' data, regardless of "
     "epsilon.",
 }
 
@@ -71,7 +71,7 @@ _WHOSE = {
 
 _HELD_OUT_OF_CLIENTS = (
     " Nothing is promised for these examples, although a client's other examples are protected together: the promise "
-    "does NOT cover the validation scores (validation_accuracy, validation_loss)."
+    "does NOT cover the validation scores ({scores})."
 )
 
 _HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
@@ -217,9 +217,10 @@ def _about_data(data: DataFacts | None, *, deployed: bool) -> list[str]:
     if data is None:
         return []
     paragraphs = [] if deployed else [_CLIENTS[data.clients]]
-    paragraphs.append(_TESTED[data.test])
+    paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
     if data.validation is not None:
-        ending = _HELD_OUT_OF_CLIENTS if data.validation == "within" else ""
+        scores = ", ".join(f"validation_{score}" for score in data.scores)
+        ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
         paragraphs.append(_HELD_OUT.format(whose=_WHOSE[data.validation]) + ending)
     return [_fill(paragraph) for paragraph in paragraphs]
 

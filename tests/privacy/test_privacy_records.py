@@ -314,5 +314,5 @@ def test_batches_with_a_noiseless_memory_are_refused() -> None:
 
 
 def test_a_federation_in_which_float64_rounds_a_record_away_is_refused() -> None:
-    with pytest.raises(UserError, match="training.rounds"):
+    with pytest.raises(UserError, match=r"training\.rounds"):
         plan(remembered(terms=terms(examples=10**9)), rounds=100)

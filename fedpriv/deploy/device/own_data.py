@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
 from fedpriv.deploy.device.device import Device
 from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import build_module, check_device, count_parameters
+from fedpriv.experiment.build import build_module, check_device, check_task, count_parameters
 from fedpriv.experiment.config import Config
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
@@ -82,10 +83,14 @@ def _signal_of_file(
     path: Path, run: RunConfig, config: Config, rules: ClientRules, address: tuple[int, int], model: Tensor
 ) -> Tensor:
     check_device(run.device)
-    inputs, labels, classes = read_own_data(path)
+    with labels_as(config.task.labels):
+        inputs, labels, classes = read_own_data(path)
+    config.task.check_labels(str(path), labels, classes)
     shape = tuple(inputs.shape[1:])
     _refuse_other_size(count_parameters(config, shape, classes), model)
-    task = Task(build_module(config, shape, classes, 0), run.device)
+    module = build_module(config, shape, classes, 0)
+    check_task(config, module, shape, labels[:1], classes)
+    task = Task(module, run.device, kind=config.task)
     streams = SeededStreams(config.seed) if rules.examples is None else rules.streams
     batches = batches_of(config.local, streams, len(labels), *address)
     at = model.to(task.device)

@@ -1,0 +1,212 @@
+"""Metrics of a model on labeled examples, and the direction in which each is better.
+
+Accuracy is computed here; the others come from torchmetrics, which is imported on first use.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedpriv.tasks.kinds import TaskKind
+
+__all__ = ["METRICS", "Meter", "Metric", "known_metric", "meter_of"]
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that says how good a model is.
+
+    Args:
+        name: Its name in `[task] metrics`; columns of results are `test_NAME` and `validation_NAME`.
+        better: The direction in which it is better.
+        bounded: True if it is in [0, 1] for every model and all data.
+        labels: The kinds of labels that it suits.
+        words: Its name in reports; empty for `name`.
+        measure: For the metric of an own task: returns it from all predictions and all labels. None for built-in ones.
+    """
+
+    name: str
+    better: Better = "higher"
+    bounded: bool = False
+    labels: tuple[str, ...] = ()
+    words: str = ""
+    measure: Callable[[Tensor, Tensor], float] | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in reports."""
+        return self.words or self.name
+
+    @property
+    def sign(self) -> float:
+        """1 if higher is better, otherwise -1: the product with a value is better if higher."""
+        return 1.0 if self.better == "higher" else -1.0
+
+
+_ALL = ("classes", "numbers", "flags", "tokens")
+_SHARES = ("classes", "flags")
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(name="accuracy", bounded=True, labels=("classes", "flags", "tokens")),
+        Metric(name="auroc", bounded=True, labels=_SHARES, words="AUC"),
+        Metric(name="f1", bounded=True, labels=_SHARES, words="F1"),
+        Metric(name="ece", better="lower", bounded=True, labels=_SHARES, words="calibration error"),
+        Metric(name="rmse", better="lower", labels=("numbers",), words="RMSE"),
+        Metric(name="mae", better="lower", labels=("numbers",), words="mean absolute error"),
+        Metric(name="perplexity", better="lower", labels=("tokens",)),
+        Metric(name="loss", better="lower", labels=()),
+    )
+}
+"""Built-in metrics by name. `loss` is always recorded."""
+
+
+def known_metric(name: str, better: Mapping[str, Better] | None = None) -> Metric:
+    """Return a built-in metric, or one of an own task by its recorded direction; higher is better by default."""
+    return METRICS.get(name) or Metric(name=name, better=(better or {}).get(name, "higher"))
+
+
+class Meter(Protocol):
+    """Collects outputs and labels of a model, piece by piece."""
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        """Add examples: the model's outputs, and their labels, on one device."""
+        ...
+
+    def value(self) -> float:
+        """Return the metric of all examples; NaN if it is undefined for them or an output is not finite."""
+        ...
+
+
+def meter_of(metric: Metric, kind: "TaskKind") -> Meter:
+    """Return an empty meter of a metric for a task."""
+    if metric.measure is not None:
+        return _Whole(metric.measure, kind)
+    return _Accuracy(kind) if metric.name == "accuracy" else _OfTorchmetrics(metric.name, kind)
+
+
+class _Accuracy:
+    """Share of right labels, flags, or tokens at positions that count."""
+
+    def __init__(self, kind: "TaskKind") -> None:
+        self._kind, self._right, self._count = kind, 0, 0
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        if self._kind.labels == "flags":
+            right, counted = (outputs > 0) == (labels > 0.5), torch.ones_like(labels, dtype=torch.bool)
+        else:
+            right, counted = outputs.argmax(dim=-1) == labels, labels != getattr(self._kind, "ignore_index", -1)
+        self._right += int((right & counted).sum())
+        self._count += int(counted.sum())
+
+    def value(self) -> float:
+        return self._right / self._count if self._count else math.nan
+
+
+class _Whole:
+    """A metric computed from all predictions at once."""
+
+    def __init__(self, measure: Callable[[Tensor, Tensor], float], kind: "TaskKind") -> None:
+        self._measure, self._kind = measure, kind
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        self._parts.append((self._kind.predictions(outputs).cpu(), labels.cpu()))
+
+    def value(self) -> float:
+        predictions, labels = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        return float(self._measure(predictions, labels))
+
+
+class _OfTorchmetrics:
+    """A metric of torchmetrics. Means over labels leave out those that no, or every, example has."""
+
+    def __init__(self, name: str, kind: "TaskKind") -> None:
+        self._name, self._kind = name, kind
+        self._meter: Any = None
+        self._positive = torch.zeros(0)
+        self._examples, self._finite = 0, True
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        outputs, labels = outputs.detach().cpu(), labels.cpu()
+        self._finite &= bool(torch.isfinite(outputs).all())
+        if not self._finite:
+            return
+        if self._meter is None:
+            self._meter = self._made(outputs.shape[-1])
+        if self._kind.labels in _SHARES:
+            flags = torch.nn.functional.one_hot(labels, outputs.shape[-1]) if labels.dim() == 1 else labels
+            self._positive = flags.sum(dim=0) + (self._positive if len(self._positive) else 0)
+            self._examples += len(labels)
+        given = self._kind.predictions(outputs)
+        if self._kind.labels == "numbers":
+            labels = labels.reshape(given.shape)
+        if self._kind.labels == "flags":
+            labels = labels.long()
+            if self._name == "ece":
+                given, labels = given.flatten(), labels.flatten()
+        if self._name == "perplexity":
+            given = outputs  # torchmetrics takes the softmax itself
+        self._meter.update(given.contiguous(), labels.contiguous())
+
+    def value(self) -> float:
+        if self._meter is None or not self._finite:
+            return math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about labels that are left out below
+            found = torch.as_tensor(self._meter.compute()).double()
+        if found.dim() == 0:
+            return float(found)
+        kept = self._positive > 0
+        if self._name == "auroc":
+            kept &= self._positive < self._examples
+        return float(found[kept].mean()) if bool(kept.any()) else math.nan
+
+    def _made(self, width: int) -> Any:
+        """Return an empty metric of torchmetrics for outputs of this width."""
+        classification = _torchmetrics().classification
+        options: dict[str, Any] = {"average": None} if self._name in ("auroc", "f1") else {}
+        if self._kind.labels == "flags":
+            options |= {"num_labels": width} if options else {}
+            names = {
+                "auroc": "MultilabelAUROC",
+                "f1": "MultilabelF1Score",
+                "ece": "BinaryCalibrationError",
+            }
+            return getattr(classification, names[self._name])(**options)
+        if self._kind.labels == "classes":
+            names = {
+                "auroc": "MulticlassAUROC",
+                "f1": "MulticlassF1Score",
+                "ece": "MulticlassCalibrationError",
+            }
+            return getattr(classification, names[self._name])(num_classes=width, **options)
+        if self._name == "perplexity":
+            return _torchmetrics().text.Perplexity(ignore_index=getattr(self._kind, "ignore_index", None))
+        if self._name == "rmse":
+            return _torchmetrics().MeanSquaredError(squared=False)
+        return _torchmetrics().MeanAbsoluteError()
+
+
+def _torchmetrics() -> Any:
+    """Return torchmetrics; it imports torchvision if that is installed, which may not match the installed torch."""
+    from fedpriv.data.torchvision_cpu import torchvision_datasets
+
+    with contextlib.suppress(ImportError, RuntimeError):
+        torchvision_datasets()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torchmetrics
+        import torchmetrics.classification
+        import torchmetrics.text
+    return torchmetrics
