@@ -20,7 +20,7 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
+from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, unit_of
 from fedpriv.privacy.records import ExampleTerms, RecordBound
@@ -157,6 +157,11 @@ class PrivacyChoice:
             raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    @property
+    def row_bound(self) -> float:
+        """The longest bounded gradient of one example, for the unit `example`."""
+        return self.example_clip or 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,6 +533,11 @@ def _check_unit(config: Config) -> None:
     if work is DPSGD and not examples:
         remedy = 'Add it with example_clip, or choose local.work = "local-steps"'
         raise UserError("local.work", 'privacy.unit = "example" with "dp-sgd"', "another unit, or no privacy", remedy)
+    bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, config.method.client_part
+    if isinstance(method, DPGD) and method.max_norm < bound:
+        remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
+        expected = f"at least {bound:g}, the longest gradient of an example"
+        raise UserError("method.max_norm", expected, method.max_norm, remedy)
     if examples and work not in (FullGradient, PoissonGradient, DPSGD):
         name = LOCAL_WORKS.name_of(config.local)
         remedy = (

@@ -183,7 +183,7 @@ class MessageFormat:
         part of a single record. If the noise multiplier is too small for any privacy, the levels may exceed 24 bits.
         The format is then float32, which rounds a message that is already released.
         """
-        if rules.examples is not None and rules.noise_stddev == 0.0 and rules.step_stddev == 0.0:
+        if rules.examples is not None and rules.noise_stddev == 0.0:
             return cls(dtype="float64")
         grid = rules.release_grid
         largest = math.inf if grid is None else rules.message_limit / grid
