@@ -22,18 +22,18 @@ examples may change in their last bits: draw batches first, and exclude examples
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import isfinite, isqrt, prod
 
 import torch
 from torch import Tensor, nn
 
 from fedpriv.bounding import IN_PLACE, Bounded, scales_of
 from fedpriv.errors import UserError
-from fedpriv.tasks.dense import DenseLayers
+from fedpriv.tasks.dense import DenseLayers, slopes_of_losses
 from fedpriv.tasks.per_example.capture import Unsuitable, chunk_parts, known_layers
 from fedpriv.tasks.per_example.layers import is_plain
 from fedpriv.tasks.per_example.parts import MAX_CANCELLATION, Part, Products, Rows, sum_of
-from fedpriv.tasks.per_example.rows import Losses, gradient_rows, losses_of
+from fedpriv.tasks.per_example.rows import Losses, cross_entropies, gradient_rows, losses_of
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_FLOATS", "SLACK", "PerExample"]
@@ -160,15 +160,14 @@ class PerExample:
     ) -> None:
         """Set `totals` to `keep` times `totals` plus the bounded gradients of a chunk."""
         if not isinstance(bound, IN_PLACE) or type(bound) not in IN_PLACE:
-            rows = bound(self.rows(inputs, labels))
-            parts, scales = [Rows({_ALL: rows})], torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-            norms = scales
+            parts: list[Part] = [Rows({_ALL: bound(self.rows(inputs, labels))})]
+            norms = scales = torch.ones(len(labels), dtype=torch.float64, device=inputs.device)
         else:
             parts = self._parts(plan, inputs, labels)
             norms = _norms(parts, labels)
             scales = scales_of(norms, bound)
-        excluded = ~torch.isfinite(norms) if kept is None else ~(kept & torch.isfinite(norms))
-        if bool(excluded.any()):
+        if kept is not None or not isfinite(float(norms.sum())):
+            excluded = ~torch.isfinite(norms) if kept is None else ~(kept & torch.isfinite(norms))
             parts = [part.without(excluded) for part in parts]
             scales.masked_fill_(excluded, 0.0)
         self._add_parts(totals, parts, scales, keep)
@@ -201,18 +200,24 @@ class PerExample:
         """Return the same as `chunk_parts` with fewer small operations."""
         pairs = list(zip(self._parameters[::2], self._parameters[1::2], strict=True))
         names = [name for name, _ in self._layout.entries]
-        with torch.no_grad():
-            below, outputs = dense.forward(pairs, inputs.flatten(1))
-        with torch.enable_grad():
-            outputs.requires_grad_()
-            (slope,) = torch.autograd.grad(losses_of(self._losses, outputs, labels).sum(), [outputs])
         parts: list[Part] = []
         with torch.no_grad():
+            below, outputs = dense.forward(pairs, inputs.flatten(1))
+            slope = self._slopes(outputs, labels)
             for i in reversed(range(len(pairs))):
                 parts.append(Products(below[i], slope, names[2 * i], names[2 * i + 1]))
                 if i > 0:
                     slope = (slope @ pairs[i][0]).mul_(below[i] > 0)
         return parts
+
+    def _slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the derivatives of the examples' losses by their outputs."""
+        if self._losses is cross_entropies and outputs.dim() == 2 and labels.dim() == 1:
+            return slopes_of_losses(outputs, labels)
+        with torch.enable_grad():
+            outputs.requires_grad_()
+            (slopes,) = torch.autograd.grad(losses_of(self._losses, outputs, labels).sum(), [outputs])
+        return slopes
 
     def _plan(self, inputs: Tensor, labels: Tensor, bound: Bounded | None) -> _Plan:
         known = bound is None or type(bound) in IN_PLACE
