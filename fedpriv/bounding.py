@@ -205,8 +205,8 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
 def scales_of(norms: Tensor, bound: InPlace) -> Tensor:
     """Return the float64 scales by which a map of `IN_PLACE` multiplies rows of these float64 norms."""
     p, q, r, t = bound.coefficients
-    norms = norms.clamp(min=1e-300)
-    return torch.minimum(p / (q + norms), t / norms).clamp_(max=r)
+    scales = p / (norms + q if q else norms)
+    return (scales if t == math.inf else torch.minimum(scales, t / norms)).clamp_(max=r)
 
 
 def row_norms(vectors: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpriv.bounding import InPlace, scales_of
 
-__all__ = ["MAX_EXAMPLES", "DenseLayers"]
+__all__ = ["MAX_EXAMPLES", "DenseLayers", "slopes_of_losses"]
 
 MAX_EXAMPLES = 2**15
 """Most examples of a client in one call of `DenseLayers.clipped_sums`."""
@@ -156,8 +156,13 @@ def _affine(below: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), below, weight.transpose(1, 2))
 
 
+def slopes_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the derivatives of the cross entropies by the logits, `[..., classes]`, for labels `[...]`."""
+    slopes = torch.softmax(logits, dim=-1)
+    return slopes.scatter_add_(-1, labels.unsqueeze(-1), slopes.new_tensor(-1.0).expand(*labels.shape, 1))
+
+
 def _slope_of_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Return the derivative of the weighted cross entropies by the logits, `[clients, examples, classes]`."""
-    slope = torch.softmax(logits, dim=-1)
-    slope.scatter_add_(-1, labels.unsqueeze(-1), slope.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
+    slope = slopes_of_losses(logits, labels)
     return slope.mul_(weights.unsqueeze(-1))

@@ -15,14 +15,11 @@ from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.equivariant import GroupConv, LiftingConv, OrientedNorm
 from fedpriv.tasks.models import MODELS, Cnn, Mlp
 from fedpriv.tasks.per_example import SLACK, PerExample, clipped
+from fedpriv.tasks.per_example import cross_entropies as cross_entropy
 from fedpriv.tasks.per_example.layers import LAYERS
 from fedpriv.vectors import Layout, trainable
 
 BOUNDS = [Clip(clip_norm=0.5), SmoothedNormalization(alpha=0.3)]
-
-
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, labels, reduction="none")
 
 
 def half_squares(outputs: Tensor, labels: Tensor) -> Tensor:

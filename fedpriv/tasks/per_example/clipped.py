@@ -22,18 +22,18 @@ examples may change in their last bits: draw batches first, and exclude examples
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import isfinite, isqrt, prod
 
 import torch
 from torch import Tensor, nn
 
 from fedpriv.bounding import IN_PLACE, Bounded, scales_of
 from fedpriv.errors import UserError
-from fedpriv.tasks.dense import DenseLayers
+from fedpriv.tasks.dense import DenseLayers, slopes_of_losses
 from fedpriv.tasks.per_example.capture import Unsuitable, chunk_parts, known_layers
 from fedpriv.tasks.per_example.layers import is_plain
-from fedpriv.tasks.per_example.parts import MAX_CANCELLATION, Factors, Part, Rows
-from fedpriv.tasks.per_example.rows import Losses, gradient_rows, losses_of
+from fedpriv.tasks.per_example.parts import MAX_CANCELLATION, Part, Products, Rows, sum_of
+from fedpriv.tasks.per_example.rows import Losses, cross_entropies, gradient_rows, losses_of
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_FLOATS", "SLACK", "PerExample"]
@@ -107,26 +107,25 @@ class PerExample:
         Raises:
             UserError: If there are too many examples to keep the bound, or a layer mixes examples.
         """
-        total = torch.zeros(self._layout.size, dtype=torch.float64, device=inputs.device)
         if len(labels) == 0:
-            return total
+            return torch.zeros(self._layout.size, dtype=torch.float64, device=inputs.device)
         plan = self._plan(inputs, labels, bound)
         if len(labels) ** 2 > 2**31 * plan.group:
             most = isqrt(2**31 * plan.group)
             raise UserError("data", f"at most {most:,} examples a client", f"{len(labels):,}", "Split the client")
-        group, rows = torch.zeros_like(total), 0
-        named = {**self._layout.unflatten(group), _ALL: group}
+        total, group, rows = None, self._empty(inputs), 0
+        named = self._named(group)
         for x, y, kept in _chunks(plan.chunk, inputs, labels, mask):
             if rows + len(y) > plan.group:
-                total.add_(group)
-                group.zero_()
+                total = group.clone() if total is None else total.add_(group)
                 rows = 0
-            self._add_chunk(named, plan, x, y, bound, kept)
+            self._add_chunk(named, plan, x, y, bound, kept, keep=int(rows > 0))
             rows += len(y)
-        return total.add_(group)
+        return group if total is None else total.add_(group)
 
     def norms(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the l2 norms of the examples' gradients, float64 `[examples]`; infinity for one that is not finite.
+        """Return the l2 norms of the examples' gradients, float64 `[examples]`; infinity or NaN for one
+        that is not finite.
 
         The norm of a gradient whose terms (of tokens) are more than `MAX_CANCELLATION` times as long in total is
         rounded up.
@@ -134,7 +133,7 @@ class PerExample:
         if len(labels) == 0:
             return torch.zeros(0, dtype=torch.float64, device=inputs.device)
         plan = self._plan(inputs, labels, None)
-        found = [_norms(self._parts(plan, x, y)) for x, y, _ in _chunks(plan.chunk, inputs, labels, None)]
+        found = [_norms(self._parts(plan, x, y), y) for x, y, _ in _chunks(plan.chunk, inputs, labels, None)]
         return torch.cat(found)
 
     def rows(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -150,20 +149,42 @@ class PerExample:
         return self._dense is not None or self._plan(inputs, labels, None).layers is not None
 
     def _add_chunk(
-        self, totals: dict[str, Tensor], plan: _Plan, inputs: Tensor, labels: Tensor, bound: Bounded, kept: Tensor
+        self,
+        totals: dict[str, Tensor],
+        plan: _Plan,
+        inputs: Tensor,
+        labels: Tensor,
+        bound: Bounded,
+        kept: Tensor | None,
+        keep: int,
     ) -> None:
+        """Set `totals` to `keep` times `totals` plus the bounded gradients of a chunk."""
         if not isinstance(bound, IN_PLACE) or type(bound) not in IN_PLACE:
-            rows = bound(self.rows(inputs, labels)).double()
-            totals[_ALL].add_(rows.masked_fill_(~kept[:, None], 0.0).sum(0))
-            return
-        parts = self._parts(plan, inputs, labels)
-        norms = _norms(parts) if parts else torch.zeros(len(labels), dtype=torch.float64, device=inputs.device)
-        excluded = ~(kept & torch.isfinite(norms))
-        if bool(excluded.any()):
+            parts: list[Part] = [Rows({_ALL: bound(self.rows(inputs, labels))})]
+            norms = scales = torch.ones(len(labels), dtype=torch.float64, device=inputs.device)
+        else:
+            parts = self._parts(plan, inputs, labels)
+            norms = _norms(parts, labels)
+            scales = scales_of(norms, bound)
+        if kept is not None or not isfinite(float(norms.sum())):
+            excluded = ~torch.isfinite(norms) if kept is None else ~(kept & torch.isfinite(norms))
             parts = [part.without(excluded) for part in parts]
-        scales = scales_of(norms, bound).masked_fill_(excluded, 0.0)
+            scales.masked_fill_(excluded, 0.0)
+        self._add_parts(totals, parts, scales, keep)
+
+    def _add_parts(self, totals: dict[str, Tensor], parts: list[Part], scales: Tensor, keep: int) -> None:
         for part in parts:
-            part.add_to(totals, scales)
+            part.add_to(totals, scales, keep)
+        if keep == 0:
+            found = {name for part in parts for name in part.names}
+            for name in set(totals) - found - {_ALL} if _ALL not in found else ():
+                totals[name].zero_()
+
+    def _empty(self, inputs: Tensor) -> Tensor:
+        return torch.empty(self._layout.size, dtype=torch.float64, device=inputs.device)
+
+    def _named(self, vector: Tensor) -> dict[str, Tensor]:
+        return {**self._layout.unflatten(vector), _ALL: vector}
 
     def _parts(self, plan: _Plan, inputs: Tensor, labels: Tensor) -> list[Part]:
         if self._dense is not None:
@@ -179,18 +200,24 @@ class PerExample:
         """Return the same as `chunk_parts` with fewer small operations."""
         pairs = list(zip(self._parameters[::2], self._parameters[1::2], strict=True))
         names = [name for name, _ in self._layout.entries]
-        with torch.no_grad():
-            below, outputs = dense.forward(pairs, inputs.flatten(1))
-        with torch.enable_grad():
-            outputs.requires_grad_()
-            (slope,) = torch.autograd.grad(losses_of(self._losses, outputs, labels).sum(), [outputs])
         parts: list[Part] = []
         with torch.no_grad():
+            below, outputs = dense.forward(pairs, inputs.flatten(1))
+            slope = self._slopes(outputs, labels)
             for i in reversed(range(len(pairs))):
-                parts.append(Factors(below[i].unsqueeze(1), slope.unsqueeze(1), names[2 * i], names[2 * i + 1]))
+                parts.append(Products(below[i], slope, names[2 * i], names[2 * i + 1]))
                 if i > 0:
                     slope = (slope @ pairs[i][0]).mul_(below[i] > 0)
         return parts
+
+    def _slopes(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the derivatives of the examples' losses by their outputs."""
+        if self._losses is cross_entropies and outputs.dim() == 2 and labels.dim() == 1:
+            return slopes_of_losses(outputs, labels)
+        with torch.enable_grad():
+            outputs.requires_grad_()
+            (slopes,) = torch.autograd.grad(losses_of(self._losses, outputs, labels).sum(), [outputs])
+        return slopes
 
     def _plan(self, inputs: Tensor, labels: Tensor, bound: Bounded | None) -> _Plan:
         known = bound is None or type(bound) in IN_PLACE
@@ -227,14 +254,12 @@ class PerExample:
         parts = chunk_parts(self._module, layers, self._losses, inputs, labels)
         rows = self.rows(inputs, labels).double()
         scales = 1.0 + torch.arange(len(labels), dtype=torch.float64, device=inputs.device)
-        found = torch.zeros(self._layout.size, dtype=torch.float64, device=inputs.device)
-        named = self._layout.unflatten(found)
-        for part in parts:
-            part.add_to(named, scales)
+        found = self._empty(inputs)
+        self._add_parts(self._named(found), parts, scales, keep=0)
         lengths = torch.linalg.vector_norm(rows, dim=1)
         off = torch.linalg.vector_norm(found - scales @ rows)
         close = bool(torch.isfinite(off)) and float(off) <= 1e-3 * float(lengths.sum())
-        if not close or (parts and not torch.allclose(_norms(parts), lengths, rtol=1e-2)):
+        if not close or not torch.allclose(_norms(parts, labels), lengths, rtol=1e-2):
             raise Unsuitable("gradients by layer differ from those computed one by one")
         return parts
 
@@ -279,16 +304,21 @@ def _chunk_of(floats: int) -> int:
     return min(max(MAX_FLOATS // max(floats, 1), 1), _MAX_CHUNK)
 
 
-def _chunks(size: int, inputs: Tensor, labels: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    kept = torch.ones(len(labels), dtype=torch.bool, device=inputs.device) if mask is None else mask
-    return zip(inputs.split(size), labels.split(size), kept.split(size), strict=True)
+def _chunks(
+    size: int, inputs: Tensor, labels: Tensor, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        yield inputs[part], labels[part], None if mask is None else mask[part]
 
 
-def _norms(parts: list[Part]) -> Tensor:
-    """Return the norms of the examples' gradients over all parts; infinity if one is not finite."""
+def _norms(parts: list[Part], labels: Tensor) -> Tensor:
+    """Return the norms of the examples' gradients over all parts; not finite if one is not."""
+    if not parts:
+        return torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     squares = [part.squares() for part in parts]
     found = [s.norms if s.terms is None else torch.maximum(s.norms, s.terms / MAX_CANCELLATION**2) for s in squares]
-    return torch.stack(found).sum(0).sqrt().nan_to_num_(nan=torch.inf)
+    return sum_of(found).sqrt_()
 
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv, LiftingConv, OrientedNorm
-from fedpriv.tasks.per_example.parts import Factors, Part, Rows, Segments
+from fedpriv.tasks.per_example.parts import Factors, Part, Products, Rows, Segments
 
 __all__ = ["LAYERS", "Layer", "is_plain"]
 
@@ -53,10 +53,11 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def _linear(_: nn.Module, inputs: Tensor, slopes: Tensor, names: Names) -> Part:
+    if "weight" in names and inputs.dim() == 2:
+        return Products(inputs, slopes, names["weight"], names.get("bias"))
     inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     slopes = slopes.reshape(len(slopes), -1, slopes.shape[-1])
-    tokens = inputs.shape[1]
-    if "weight" in names and (tokens == 1 or 2 * tokens**2 < inputs.shape[2] * slopes.shape[2]):
+    if "weight" in names and 2 * inputs.shape[1] ** 2 < inputs.shape[2] * slopes.shape[2]:
         return Factors(inputs, slopes, names["weight"], names.get("bias"))
     rows = {}
     if "weight" in names:

@@ -4,14 +4,14 @@ Each form gives the squared norm of every example's part and adds the weighted p
 sums are float64: they do not overflow for float32 numbers, and their rounding is charged by `SLACK`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_CANCELLATION", "Factors", "Part", "Rows", "Segments", "Squares"]
+__all__ = ["MAX_CANCELLATION", "Factors", "Part", "Products", "Rows", "Segments", "Squares", "sum_of"]
 
 MAX_CANCELLATION = 256.0
 """The terms of one example's gradient may be this many times longer in total than the gradient. A norm beyond that is
@@ -35,6 +35,11 @@ class Part(Protocol):
     """The gradients of a chunk's examples with respect to one layer's parameters."""
 
     @property
+    def names(self) -> Collection[str]:
+        """Names of the parameters."""
+        ...
+
+    @property
     def floats(self) -> int:
         """Floats of memory for all examples, copies in float64 included."""
         ...
@@ -48,12 +53,13 @@ class Part(Protocol):
         """Return squared norms; not finite if a gradient is not finite."""
         ...
 
-    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor) -> None:
-        """Add the sum of the gradients times `scales` to `totals`.
+    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
+        """Set `totals` to `keep` times `totals` plus the sum of the gradients times `scales`.
 
         Args:
-            totals: Float64 tensors by name of the parameter.
+            totals: Float64 tensors by name of the parameter; they may hold anything if `keep` is 0.
             scales: Float64 `[examples]`.
+            keep: 0 or 1.
         """
         ...
 
@@ -75,6 +81,11 @@ class Rows:
     work: int = 0
 
     @property
+    def names(self) -> Collection[str]:
+        """See `Part.names`."""
+        return self.rows.keys()
+
+    @property
     def floats(self) -> int:
         """See `Part.floats`."""
         return self.work + 3 * sum(rows.numel() for rows in self.rows.values())
@@ -86,18 +97,66 @@ class Rows:
 
     def squares(self) -> Squares:
         """See `Part.squares`."""
-        flat = [rows.flatten(1) for rows in self.rows.values()]
-        norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in flat]
-        return Squares(torch.stack(norms).square_().sum(0))
+        return Squares(sum_of([_squared(rows.flatten(1)) for rows in self.rows.values()]))
 
-    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor) -> None:
+    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
         """See `Part.add_to`."""
         for name, rows in self.rows.items():
-            totals[name].view(-1).addmv_(rows.flatten(1).double().T, scales)
+            totals[name].view(-1).addmv_(rows.flatten(1).double().T, scales, beta=keep)
 
     def without(self, excluded: Tensor) -> "Rows":
         """See `Part.without`."""
         return Rows({name: _zeroed(rows, excluded) for name, rows in self.rows.items()})
+
+
+@dataclass(frozen=True)
+class Products:
+    """Gradients of a dense layer on one vector for each example: products `slopes^T inputs`.
+
+    Args:
+        inputs: `[examples, in]`.
+        slopes: Derivatives by the layer's outputs, `[examples, out]`.
+        weight: Name of the parameter `[out, in]`.
+        bias: Name of the parameter `[out]`; None if there is none or it is frozen.
+    """
+
+    inputs: Tensor
+    slopes: Tensor
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> Collection[str]:
+        """See `Part.names`."""
+        return _named(self.weight, self.bias)
+
+    @property
+    def floats(self) -> int:
+        """See `Part.floats`."""
+        return 3 * (self.inputs.numel() + self.slopes.numel())
+
+    @property
+    def tokens(self) -> int:
+        """See `Part.tokens`."""
+        return 1
+
+    def squares(self) -> Squares:
+        """See `Part.squares`."""
+        left = _squared(self.inputs)
+        if self.bias is not None:
+            left += 1.0
+        return Squares(left.mul_(_squared(self.slopes)))
+
+    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
+        """See `Part.add_to`."""
+        slopes = self.slopes * scales.unsqueeze(1)
+        totals[self.weight].addmm_(slopes.T, self.inputs.double(), beta=keep)
+        if self.bias is not None:
+            _add(totals[self.bias], slopes.sum(0), keep)
+
+    def without(self, excluded: Tensor) -> "Products":
+        """See `Part.without`."""
+        return Products(_zeroed(self.inputs, excluded), _zeroed(self.slopes, excluded), self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -117,10 +176,14 @@ class Factors:
     bias: str | None
 
     @property
+    def names(self) -> Collection[str]:
+        """See `Part.names`."""
+        return _named(self.weight, self.bias)
+
+    @property
     def floats(self) -> int:
         """See `Part.floats`."""
-        products = 4 * len(self.inputs) * self.tokens**2 if self.tokens > 1 else 0
-        return 3 * (self.inputs.numel() + self.slopes.numel()) + products
+        return 3 * (self.inputs.numel() + self.slopes.numel()) + 4 * len(self.inputs) * self.tokens**2
 
     @property
     def tokens(self) -> int:
@@ -128,22 +191,22 @@ class Factors:
         return self.inputs.shape[1]
 
     def squares(self) -> Squares:
-        """See `Part.squares`; with several tokens from their inner products, without the products themselves."""
-        ones = 0.0 if self.bias is None else 1.0
+        """See `Part.squares`: from inner products of tokens, without the gradients themselves."""
         inputs, slopes = self.inputs.double(), self.slopes.double()
-        if inputs.shape[1] == 1:
-            return Squares((_squared(inputs[:, 0]) + ones) * _squared(slopes[:, 0]))
-        left = torch.bmm(inputs, inputs.transpose(1, 2)).add_(ones)
+        left = torch.bmm(inputs, inputs.transpose(1, 2))
+        if self.bias is not None:
+            left += 1.0
         right = torch.bmm(slopes, slopes.transpose(1, 2))
         lengths = left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)
         return Squares(left.mul_(right).sum((1, 2)).clamp_(min=0.0), lengths.sqrt().sum(1).square_())
 
-    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor) -> None:
+    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
         """See `Part.add_to`."""
-        slopes = (self.slopes.double() * scales[:, None, None]).flatten(0, 1)
-        totals[self.weight].view(slopes.shape[1], -1).addmm_(slopes.T, self.inputs.double().flatten(0, 1))
+        slopes = (self.slopes * scales[:, None, None]).flatten(0, 1)
+        weight = totals[self.weight].view(slopes.shape[1], -1)
+        weight.addmm_(slopes.T, self.inputs.double().flatten(0, 1), beta=keep)
         if self.bias is not None:
-            totals[self.bias].add_(slopes.sum(0))
+            _add(totals[self.bias], slopes.sum(0), keep)
 
     def without(self, excluded: Tensor) -> "Factors":
         """See `Part.without`."""
@@ -170,6 +233,11 @@ class Segments:
     count: int
 
     @property
+    def names(self) -> Collection[str]:
+        """See `Part.names`."""
+        return (self.name,)
+
+    @property
     def floats(self) -> int:
         """See `Part.floats`."""
         return 4 * self.vectors.numel()
@@ -184,8 +252,10 @@ class Segments:
         found = self.vectors.new_zeros(self.count)
         return Squares(found.index_add_(0, self.examples, _squared(self.vectors)))
 
-    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor) -> None:
+    def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
         """See `Part.add_to`."""
+        if keep == 0:
+            totals[self.name].zero_()
         totals[self.name].index_add_(0, self.indices, self.vectors * scales[self.examples, None])
 
     def without(self, excluded: Tensor) -> "Segments":
@@ -194,10 +264,29 @@ class Segments:
         return Segments(self.name, self.examples, self.indices, vectors, self.count)
 
 
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape; the first may be overwritten."""
+    found = tensors[0]
+    for tensor in tensors[1:]:
+        found += tensor
+    return found
+
+
 def _squared(rows: Tensor) -> Tensor:
-    """Return the squared norms of rows."""
-    return torch.linalg.vecdot(rows, rows)
+    """Return the squared norms of rows `[rows, width]`, float64."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
 
 
 def _zeroed(rows: Tensor, excluded: Tensor) -> Tensor:
     return rows.masked_fill(excluded.view(-1, *[1] * (rows.dim() - 1)), 0.0)
+
+
+def _named(weight: str, bias: str | None) -> tuple[str, ...]:
+    return (weight,) if bias is None else (weight, bias)
+
+
+def _add(total: Tensor, part: Tensor, keep: int) -> None:
+    if keep:
+        total += part
+    else:
+        total.copy_(part)

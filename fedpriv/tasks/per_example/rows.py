@@ -6,12 +6,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
 
 from fedpriv.vectors import trainable
 
-__all__ = ["Losses", "gradient_rows", "losses_of"]
+__all__ = ["Losses", "cross_entropies", "gradient_rows", "losses_of"]
 
 Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropies(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropies (nats) of classes, `[examples]`; dense nets know its derivatives."""
+    return cross_entropy(outputs, labels, reduction="none")
 
 
 def losses_of(losses: Losses, outputs: Tensor, labels: Tensor) -> Tensor:
