@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tables import Record
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
 from fedpriv.tasks.own import OwnModule
@@ -78,7 +79,7 @@ class Experiment:
     """
 
     model: nn.Module | ModelSource | Callable[..., nn.Module] = field(repr=False)
-    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource" = field(repr=False)
+    data: "Sequence[object] | Mapping[str, object] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
@@ -147,7 +148,7 @@ class Experiment:
         resume: bool = False,
         watch: Watcher | None = None,
         checkpoint_every: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Run the experiment and return its summary; see `fedpriv.run_experiment`.
 
         Args:
@@ -193,7 +194,7 @@ class _Held:
         return self.dataset
 
 
-def _data_source(data: Any) -> tuple[DatasetSource, Dataset | None]:
+def _data_source(data: object) -> tuple[DatasetSource, Dataset | None]:
     """Return the settings of the data, and the data set if it is in memory."""
     if not isinstance(data, Dataset | Mapping | Sequence) and hasattr(data, "load"):
         return cast(DatasetSource, data), None
@@ -203,7 +204,7 @@ def _data_source(data: Any) -> tuple[DatasetSource, Dataset | None]:
     return dataclass(frozen=True, kw_only=True)(held)(), dataset
 
 
-def _of_clients(clients: Any) -> dict[str, Any]:
+def _of_clients(clients: object) -> dict[str, object]:
     """Return the arrays of a list of clients."""
     if isinstance(clients, tuple) and len(clients) == 2 and all(hasattr(part, "shape") for part in clients):
         remedy = 'Write data={"inputs": inputs, "labels": labels}, or a list with such a pair for each client'
@@ -236,7 +237,7 @@ def _of_clients(clients: Any) -> dict[str, Any]:
     return {**dict(zip(("inputs", "labels", "client_ids"), joined, strict=True)), "clients": np.arange(len(clients))}
 
 
-def _model_source(model: Any) -> ModelSource:
+def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
     if hasattr(model, "build") and hasattr(model, "parameters"):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +51,7 @@ class Tracker:
             for key, value in metrics.items():
                 self._writer.add_scalar(key, value, round)
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, object]) -> None:
         """Log texts if the run is finished, and close the file."""
         del summary
         if self._writer is not None:
@@ -61,5 +60,5 @@ class Tracker:
             self._writer.close()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)
