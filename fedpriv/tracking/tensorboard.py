@@ -8,6 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from fedpriv.files import make_owners_folder
+from fedpriv.tables import Table
 from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
@@ -51,7 +52,7 @@ class Tracker:
             for key, value in metrics.items():
                 self._writer.add_scalar(key, value, round)
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, object]) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
         """Log texts if the run is finished, and close the file."""
         del summary
         if self._writer is not None:
