@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tomli_w
 
@@ -27,6 +27,7 @@ from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
 from fedpriv.rounds import record_bound
 from fedpriv.streams import SeededStreams
+from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
@@ -102,7 +103,7 @@ class CohortChoice:
     """The sampling of a round's clients; becomes a `Sampling` once the population is known."""
 
     sampling: str
-    options: dict[str, Any]
+    options: Table
 
     def of(self, population: int) -> Sampling:
         """Return the sampling of `population` clients."""
@@ -206,7 +207,7 @@ class Config:
     task: TaskKind = field(default_factory=Classification)
 
     @cached_property
-    def tables(self) -> dict[str, Any]:
+    def tables(self) -> Record:
         """The experiment as TOML tables; reading them gives this config again."""
         clients = {} if self.data.clients is None else {"clients": self.data.clients}
         data = {"name": DATASETS.name_of(self.data.dataset), **write_table(self.data.dataset), **clients}
@@ -305,7 +306,7 @@ class Config:
         return _hash({**tables, "rounds": self.training.rounds})
 
     @property
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """The tables, with file names instead of paths."""
         return with_bare_names(self.tables)
 
@@ -387,12 +388,12 @@ class Config:
         return record_bound(self.method, terms)
 
 
-def _hash(tables: dict[str, Any]) -> str:
+def _hash(tables: Table) -> str:
     canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] = ()) -> Config:
+def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Config:
     """Read an experiment.
 
     Args:
@@ -406,7 +407,7 @@ def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] 
     return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, object]:
     """Return the tables of a TOML file; paths of classes (`"./own.py:Class"`) are relative to the TOML file."""
     try:
         return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
@@ -417,7 +418,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(str(path), "a TOML file", str(error), "Correct the file") from None
 
 
-def read_config_text(text: str, where: str) -> dict[str, Any]:
+def read_config_text(text: str, where: str) -> dict[str, object]:
     """Return the tables of a TOML text; errors name its origin, `where`."""
     try:
         return tomllib.loads(text)
@@ -425,17 +426,17 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
         raise UserError(where, "a TOML file", str(error), "Correct the file") from None
 
 
-def with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_whole_paths(tables: Table, folder: Path) -> dict[str, object]:
     """Return the tables with the file of every `"file.py:Class"` as an absolute path."""
     return _with_names(tables, lambda name: whole_reference(name, folder))
 
 
-def with_bare_names(tables: Mapping[str, Any]) -> dict[str, Any]:
+def with_bare_names(tables: Table) -> dict[str, object]:
     """Return the tables with file names instead of paths in references: the folder is no part of an experiment."""
     return _with_names(tables, bare_reference)
 
 
-def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _with_names(tables: Table, change: Callable[[object], object]) -> dict[str, object]:
     """Return the tables with `change` applied to every name of a class."""
     changed = dict(tables)
     for table, keys in _NAMES.items():
@@ -445,9 +446,10 @@ def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict
     return changed
 
 
-def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def apply_settings(tables: Table, settings: Sequence[str]) -> dict[str, object]:
     """Return a copy of `tables` with each `table.key=value` applied."""
-    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    changed = dict(tables)
+    changed |= {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
     for setting in settings:
         address, equals, value = setting.partition("=")
         parts = address.strip().split(".")
@@ -459,19 +461,17 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
     return changed
 
 
-def _put(tables: dict[str, Any], parts: list[str], value: str) -> None:
-    place = tables
-    if len(parts) == 2:
-        place = tables.setdefault(parts[0], {})
-        if not isinstance(place, dict):
-            raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
+def _put(tables: dict[str, object], parts: list[str], value: str) -> None:
+    place: object = tables if len(parts) == 1 else tables.setdefault(parts[0], {})
+    if not isinstance(place, dict):
+        raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
     if value:
         place[parts[-1]] = _toml_value(value)
     else:
         place.pop(parts[-1], None)
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -480,33 +480,31 @@ def _toml_value(text: str) -> Any:
         raise UserError("-s", "a TOML value", str(error), "Give a shorter value") from None
 
 
-def parse_config(tables: dict[str, Any]) -> Config:
+def parse_config(tables: Table) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
     if "base" in tables and "data" not in tables:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
-    for table in TABLES:
-        if not isinstance(tables.get(table, {}), dict):
-            raise UserError(table, "a table", repr(tables[table]), f"Write [{table}] and its keys below")
+    given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
-    data = _read_data(_need(tables, "data"))
-    local = _read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work")
+    data = _read_data(_need(given, "data"))
+    local = _read_named(LOCAL_WORKS, given.get("local", {"work": "full-gradient"}), "local", "work")
     config = Config(
         name=top.name,
         seed=top.seed,
         data=data,
-        model=_read_named(MODELS, _need(tables, "model"), "model", "name"),
+        model=_read_named(MODELS, _need(given, "model"), "model", "name"),
         local=local,
-        cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_method(tables),
-        privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
-        training=read_table(Training, _need(tables, "training"), "training"),
-        deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
-        devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
-        schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
-        task=_read_named(TASKS, {"name": "classification"} | tables.get("task", {}), "task", "name"),
+        cohort=_read_cohort(given.get("cohort", {"sampling": "everyone"}), data.clients),
+        method=_read_method(given),
+        privacy=read_table(PrivacyChoice, given["privacy"], "privacy") if "privacy" in given else None,
+        training=read_table(Training, _need(given, "training"), "training"),
+        deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
+        devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
+        schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
+        task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
     )
-    _check_sources(config, tables.get("sources", {}))
+    _check_sources(config, given.get("sources", {}))
     check_config(config)
     return config
 
@@ -551,7 +549,7 @@ def _check_unit(config: Config) -> None:
         raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)
 
 
-def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
+def _check_sources(config: Config, recorded: Table) -> None:
     """Raise UserError if the source of a class differs from the source that a run recorded in its `config.toml`."""
     for key, source in config.sources.items():
         expected = recorded.get(key, source)
@@ -580,13 +578,19 @@ class _Top:
         folder_name("name", self.name)
 
 
-def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
+def _table(name: str, value: object) -> Table:
+    if not isinstance(value, dict):
+        raise UserError(name, "a table", repr(value), f"Write [{name}] and its keys below")
+    return value
+
+
+def _need(tables: Mapping[str, Table], table: str) -> Table:
     if table not in tables:
         raise UserError(f"[{table}]", "this table", "a missing table", f"Add [{table}] to the config")
     return tables[table]
 
 
-def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str) -> T:
+def _read_named(kinds: Registry[T], table: Table, where: str, key: str) -> T:
     if key not in table:
         raise UserError(
             f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "a missing key", f"Add {key} to [{where}]"
@@ -597,7 +601,7 @@ def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str)
     return read_table(kind, options, where)
 
 
-def _read_method(tables: dict[str, Any]) -> Method:
+def _read_method(tables: Mapping[str, Table]) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
     if "server" not in tables:
         return method
@@ -609,13 +613,12 @@ def _left_over(where: str, key: str, name: object) -> str:
     return f". If it is left over from another {where} in the file, clear the table first: {clear}"
 
 
-def _read_data(table: dict[str, Any]) -> DataChoice:
+def _read_data(table: Table) -> DataChoice:
     options = dict(table)
     dataset_kind = DATASETS.resolve(options.pop("name", "nothing"), "data.name")
     partition_kind = PARTITIONS.resolve(options.pop("partition", "iid"), "data.partition")
-    clients = options.pop("clients", None)
-    if clients is not None:
-        positive_int("data.clients", clients, "Give the number of clients")
+    given = options.pop("clients", None)
+    clients = None if given is None else positive_int("data.clients", given, "Give the number of clients")
     shift_kind = SHIFTS.resolve(options.pop("shift"), "data.shift") if "shift" in options else None
     validation = options.pop("validation", None)
     if validation is not None and (isinstance(validation, bool) or not isinstance(validation, int | float)):
@@ -642,7 +645,7 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
     )
 
 
-def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whose | None:
+def _read_test(given: object, dataset: type[DatasetSource], partition: object) -> Whose | None:
     """Return the choice of test examples for natural clients; None for simulated clients, tested on the pool's."""
     expected = " or ".join(f'"{test}"' for test in TESTS)
     if given is not None and given not in TESTS:
@@ -655,14 +658,14 @@ def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whos
     return None
 
 
-def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
+def _read_cohort(table: Table, clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
     kind = SAMPLINGS.resolve(name, "cohort.sampling")
     refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)
-    return CohortChoice(sampling=name, options=write_table(sampling, ("population",)))
+    return CohortChoice(sampling=str(name), options=write_table(sampling, ("population",)))
 
 
-def _write_named(table: Registry[Any], instance: object, key: str) -> dict[str, Any]:
+def _write_named(table: Registry[T], instance: T, key: str) -> dict[str, object]:
     return {key: table.name_of(instance), **write_table(instance)}

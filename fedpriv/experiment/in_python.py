@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
@@ -88,11 +89,11 @@ class Experiment:
     """
 
     model: nn.Module | ModelSource | Callable[..., nn.Module] = field(repr=False)
-    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource" = field(repr=False)
+    data: "Sequence[object] | Mapping[str, object] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
-    task: TaskKind | Callable[..., Any] | None = None
+    task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
@@ -165,7 +166,7 @@ class Experiment:
         resume: bool = False,
         watch: Watcher | None = None,
         checkpoint_every: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Run the experiment and return its summary; see `fedpriv.run_experiment`.
 
         Args:
@@ -211,7 +212,7 @@ class _Held:
         return self.dataset
 
 
-def _data_source(data: Any, columns: Columns) -> tuple[DatasetSource, Dataset | None]:
+def _data_source(data: object, columns: Columns) -> tuple[DatasetSource, Dataset | None]:
     """Return the settings of the data, and the data set if it is in memory."""
     if not (isinstance(data, Dataset | Mapping | Sequence) or is_table(data)) and hasattr(data, "load"):
         return cast(DatasetSource, data), None
@@ -220,13 +221,13 @@ def _data_source(data: Any, columns: Columns) -> tuple[DatasetSource, Dataset | 
     return dataclass(frozen=True, kw_only=True)(held)(), dataset
 
 
-def _task_kind(task: Any) -> TaskKind:
+def _task_kind(task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> TaskKind:
     if task is None or isinstance(task, TaskKind):
         return task or Classification()
     return own_loss(task)
 
 
-def _model_source(model: Any) -> ModelSource:
+def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
     if hasattr(model, "build") and hasattr(model, "parameters"):

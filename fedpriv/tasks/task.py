@@ -15,7 +15,7 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import meter_of
-from fedpriv.tasks.per_example import PerExample
+from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Task"]
@@ -170,7 +170,7 @@ class Task:
 
     @cached_property
     def _per_example(self) -> PerExample:
-        return PerExample(self._module, self.layout, self.losses)
+        return PerExample(self._module, self.layout, cross_entropies if self.kind.plain else self.losses)
 
     def operations(self, inputs: Tensor) -> int:
         """Estimate the floating-point operations of computing logits: two for each use of a weight.

@@ -19,6 +19,7 @@ from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference
 from fedpriv.privacy import REPLACE_FACTOR, UNITS, Local, PrivacyPlan, by_reliance
 from fedpriv.rounds import record_bound
+from fedpriv.tables import Table
 from fedpriv.tasks.models import MODELS
 
 __all__ = [
@@ -259,13 +260,16 @@ def load_policy(path: Path) -> Policy:
     tables = read_config_file(path)
     refuse_unknown(tables, ["accepts", "limits", "data"], "")
     kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
+    given: dict[str, Table] = {}
     for name in kinds:
-        if not isinstance(tables.get(name, {}), dict):
-            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}], and its keys below")
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name}", "a table", repr(table), f"Write [{name}], and its keys below")
+        given[name] = table
     if "limits" not in tables:
         remedy = "Add it with the client's privacy budget"
         raise UserError(str(path), "a table [limits] with epsilon and delta", "a file without it", remedy)
-    policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
+    policy = Policy(**{name: read_table(kind, given[name], name) for name, kind in kinds.items()})
     accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS))
     for key, registry in accepted:
         for name in filter(is_reference, getattr(policy.accepts, key)):
