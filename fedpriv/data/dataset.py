@@ -33,7 +33,7 @@ class Dataset:
 
     Args:
         name: The name in reports.
-        train_inputs: float32 `[examples, *input_shape]`.
+        train_inputs: float32 `[examples, *input_shape]`; or inputs on the disk, see `fedpriv.data.mapped`.
         train_labels: int64 `[examples]`, 0 to `classes - 1`.
         test_inputs: float32 `[test_examples, *input_shape]`.
         test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
@@ -146,6 +146,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         "csv": "fedpriv.data.user_files:Csv",
         "parquet": "fedpriv.data.user_files:Parquet",
         "npz": "fedpriv.data.user_files:Npz",
+        "npy": "fedpriv.data.user_files:Npy",
         "leaf": "fedpriv.data.user_files:Leaf",
         "image-folder": "fedpriv.data.user_files:ImageFolder",
     },
