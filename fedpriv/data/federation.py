@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedpriv.data.dataset import Dataset
+from fedpriv.data.mapped import mapped
 from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
 from fedpriv.data.shifts import Shift
 from fedpriv.errors import UserError, require_extra
@@ -296,6 +297,9 @@ def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federa
         remedy = "Choose another data.partition, or remove data.shift"
         raise UserError("data.shift", "a partition that assigns each example to one client", "'resampled'", remedy)
     dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
+    if mapped(dataset.train_inputs) is not None:
+        remedy = "Remove data.shift, or choose data that fit in memory"
+        raise UserError("data.shift", "inputs in memory", "inputs in a mapped file", remedy)
     shift.check(dataset.input_shape)
     inputs = torch.empty(len(rows), *dataset.input_shape)
     for client in range(federation.population):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.data.federation import Federation, Holders
+from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
@@ -90,7 +91,7 @@ class Population:
         if np.array_equal(rows, np.arange(len(self.labels))):
             return self.inputs, self.labels
         at = torch.from_numpy(rows).to(self.task.device)
-        return self.inputs[at], self.labels[at]
+        return chosen_rows(self.inputs, rows), self.labels[at]
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
         """Return inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
