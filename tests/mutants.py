@@ -1628,8 +1628,8 @@ MUTANTS = [
     Mutant(
         "tuning: a client counts in a score with each of its examples",
         SCORING,
-        "math.floor(accuracy * UNITS)",
-        "math.floor(accuracy * UNITS) * len(rows)",
+        "math.floor(score * UNITS)",
+        "math.floor(score * UNITS) * len(rows)",
         "tests/experiment/test_experiment_neighbors.py",
     ),
     Mutant(

@@ -285,7 +285,7 @@ class Config:
     @property
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
-        return replace(self.data.facts, scores=(*(metric.name for metric in self.task.measured), "loss"))
+        return replace(self.data.facts, scores=self.task.scores)
 
     @property
     def digest(self) -> str:

@@ -162,7 +162,9 @@ class Recorder:
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
         if has_extra("report"):  # otherwise the command line suggests the extra
-            plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
+            plot_curves(
+                rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
+            )
         rows = self.directory.rows("diagnostics.jsonl")
         self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
         summary = self._summary(rounds[-1], rows)
@@ -229,7 +231,7 @@ class Recorder:
 
     def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:
         looks = self.experiment.config.training.evaluates(round)
-        names = (*(metric.name for metric in self.experiment.config.task.measured), "loss")
+        names = self.experiment.config.task.scores
         found: dict[str, Any] = self.experiment.evaluate(model) if looks else {}
         row = {f"test_{name}": found.get(name) for name in names}
         if self.experiment.config.data.validation is not None:
@@ -299,6 +301,7 @@ class Recorder:
             "expected_cohort": expected,
             "parameters": self.experiment.population.task.layout.size,
             **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
+            **({} if config.task.usual else {"metrics": {one.name: one.better for one in config.task.measured}}),
             **self._marks,
             **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
             **({"ledger": self._ledger()} if self._keeps_ledger else {}),

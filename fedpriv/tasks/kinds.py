@@ -45,7 +45,7 @@ class TaskKind:
     def __post_init__(self) -> None:
         if self.metrics is not None and (isinstance(self.metrics, str) or not isinstance(self.metrics, Sequence)):
             raise UserError("task.metrics", "a list of names", repr(self.metrics), 'Write it as ["auroc"]')
-        known = self._known
+        known = self.known
         for name in self.metrics or ():
             if name not in known:
                 raise UserError("task.metrics", f"some of {', '.join(known)}", repr(name), nearest(name, known))
@@ -55,7 +55,8 @@ class TaskKind:
             object.__setattr__(self, "metrics", tuple(self.metrics))
 
     @property
-    def _known(self) -> dict[str, Metric]:
+    def known(self) -> dict[str, Metric]:
+        """The metrics that suit the task, by name."""
         built_in = {name: metric for name, metric in METRICS.items() if self.labels in metric.labels}
         return built_in | {metric.name: metric for metric in self.own_metrics}
 
@@ -63,12 +64,22 @@ class TaskKind:
     def measured(self) -> tuple[Metric, ...]:
         """The metrics of every evaluation beside the loss; the first one selects."""
         names = self.default_metrics if self.metrics is None else self.metrics
-        return tuple(self._known[name] for name in dict.fromkeys((*names, *self.always)))
+        return tuple(self.known[name] for name in dict.fromkeys((*names, *self.always)))
+
+    @property
+    def usual(self) -> bool:
+        """True if accuracy alone is measured, as in all records of older versions."""
+        return [metric.name for metric in self.measured] == ["accuracy"]
 
     @property
     def selects(self) -> Metric:
         """The metric that selects among trials: the first one, or the loss without metrics."""
         return (*self.measured, METRICS["loss"])[0]
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of all numbers of an evaluation: the metrics, then `loss`."""
+        return (*(metric.name for metric in self.measured), "loss")
 
     @property
     def plain(self) -> bool:

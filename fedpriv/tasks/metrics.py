@@ -1,6 +1,6 @@
 """Metrics of a model on labeled examples, and the direction in which each is better.
 
-Accuracy is computed here; the others come from torchmetrics, which is imported on first use.
+AUC, F1 and the calibration error come from torchmetrics, which is imported on first use, because it takes seconds.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fedpriv.tasks.kinds import TaskKind
 
-__all__ = ["METRICS", "Meter", "Metric", "known_metric", "meter_of"]
+__all__ = ["METRICS", "Meter", "Metric", "known_metric", "meter_of", "recorded_metrics"]
 
 Better = Literal["higher", "lower"]
 
@@ -76,6 +76,12 @@ def known_metric(name: str, better: Mapping[str, Better] | None = None) -> Metri
     return METRICS.get(name) or Metric(name=name, better=(better or {}).get(name, "higher"))
 
 
+def recorded_metrics(summary: Mapping[str, Any]) -> list[Metric]:
+    """Return the metrics of a run, from its summary: the one that selects comes first."""
+    better: dict[str, Better] = summary.get("metrics") or {"accuracy": "higher"}
+    return [known_metric(name, better) for name in better] or [METRICS["loss"]]
+
+
 class Meter(Protocol):
     """Collects outputs and labels of a model, piece by piece."""
 
@@ -92,7 +98,11 @@ def meter_of(metric: Metric, kind: "TaskKind") -> Meter:
     """Return an empty meter of a metric for a task."""
     if metric.measure is not None:
         return _Whole(metric.measure, kind)
-    return _Accuracy(kind) if metric.name == "accuracy" else _OfTorchmetrics(metric.name, kind)
+    if metric.name == "accuracy":
+        return _Accuracy(kind)
+    if metric.name in _MEANS:
+        return _Mean(metric.name, kind)
+    return _OfTorchmetrics(metric.name, kind)
 
 
 class _Accuracy:
@@ -111,6 +121,38 @@ class _Accuracy:
 
     def value(self) -> float:
         return self._right / self._count if self._count else math.nan
+
+
+_MEANS = ("rmse", "mae", "perplexity")
+
+
+class _Mean:
+    """A function of the mean of an error: over all numbers, or over all tokens at positions that count."""
+
+    def __init__(self, name: str, kind: "TaskKind") -> None:
+        self._name, self._kind, self._sum, self._count = name, kind, 0.0, 0
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        if self._name == "perplexity":
+            ignored: int = getattr(self._kind, "ignore_index", -100)
+            self._count += int((labels != ignored).sum())
+            found = torch.nn.functional.cross_entropy(
+                outputs.movedim(-1, 1), labels, reduction="none", ignore_index=ignored
+            )
+        else:
+            predictions = self._kind.predictions(outputs)
+            found = (predictions - labels.reshape(predictions.shape)).abs()
+            self._count += found.numel()
+        found = found.double()
+        self._sum += float((found.square() if self._name == "rmse" else found).sum())
+
+    def value(self) -> float:
+        if not self._count or not math.isfinite(self._sum):
+            return math.nan
+        mean = self._sum / self._count
+        if self._name == "perplexity":
+            return math.exp(mean) if mean < 700.0 else math.inf
+        return math.sqrt(mean) if self._name == "rmse" else mean
 
 
 class _Whole:
@@ -144,19 +186,14 @@ class _OfTorchmetrics:
             return
         if self._meter is None:
             self._meter = self._made(outputs.shape[-1])
-        if self._kind.labels in _SHARES:
-            flags = torch.nn.functional.one_hot(labels, outputs.shape[-1]) if labels.dim() == 1 else labels
-            self._positive = flags.sum(dim=0) + (self._positive if len(self._positive) else 0)
-            self._examples += len(labels)
+        flags = torch.nn.functional.one_hot(labels, outputs.shape[-1]) if labels.dim() == 1 else labels
+        self._positive = flags.sum(dim=0) + (self._positive if len(self._positive) else 0)
+        self._examples += len(labels)
         given = self._kind.predictions(outputs)
-        if self._kind.labels == "numbers":
-            labels = labels.reshape(given.shape)
         if self._kind.labels == "flags":
             labels = labels.long()
             if self._name == "ece":
                 given, labels = given.flatten(), labels.flatten()
-        if self._name == "perplexity":
-            given = outputs  # torchmetrics takes the softmax itself
         self._meter.update(given.contiguous(), labels.contiguous())
 
     def value(self) -> float:
@@ -174,39 +211,26 @@ class _OfTorchmetrics:
 
     def _made(self, width: int) -> Any:
         """Return an empty metric of torchmetrics for outputs of this width."""
-        classification = _torchmetrics().classification
+        classification = _torchmetrics()
         options: dict[str, Any] = {"average": None} if self._name in ("auroc", "f1") else {}
-        if self._kind.labels == "flags":
-            options |= {"num_labels": width} if options else {}
-            names = {
-                "auroc": "MultilabelAUROC",
-                "f1": "MultilabelF1Score",
-                "ece": "BinaryCalibrationError",
-            }
-            return getattr(classification, names[self._name])(**options)
+        names = {"auroc": "AUROC", "f1": "F1Score", "ece": "CalibrationError"}
         if self._kind.labels == "classes":
-            names = {
-                "auroc": "MulticlassAUROC",
-                "f1": "MulticlassF1Score",
-                "ece": "MulticlassCalibrationError",
-            }
-            return getattr(classification, names[self._name])(num_classes=width, **options)
-        if self._name == "perplexity":
-            return _torchmetrics().text.Perplexity(ignore_index=getattr(self._kind, "ignore_index", None))
-        if self._name == "rmse":
-            return _torchmetrics().MeanSquaredError(squared=False)
-        return _torchmetrics().MeanAbsoluteError()
+            return getattr(classification, f"Multiclass{names[self._name]}")(num_classes=width, **options)
+        if self._name == "ece":
+            return classification.BinaryCalibrationError()
+        return getattr(classification, f"Multilabel{names[self._name]}")(num_labels=width, **options)
 
 
 def _torchmetrics() -> Any:
-    """Return torchmetrics; it imports torchvision if that is installed, which may not match the installed torch."""
+    """Return `torchmetrics.classification`.
+
+    It imports every installed package that any of its metrics needs, and so torchvision, which may not match torch.
+    """
     from fedpriv.data.torchvision_cpu import torchvision_datasets
 
     with contextlib.suppress(ImportError, RuntimeError):
         torchvision_datasets()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import torchmetrics
         import torchmetrics.classification
-        import torchmetrics.text
-    return torchmetrics
+    return torchmetrics.classification

@@ -58,7 +58,8 @@ class OwnTask(TaskKind):
         return made
 
     @property
-    def _known(self) -> dict[str, Metric]:
+    def known(self) -> dict[str, Metric]:
+        """See `TaskKind.known`."""
         if self.outputs is not None:  # its outputs have a meaning of their own
             return {}
         return {name: metric for name, metric in METRICS.items() if self.labels in metric.labels}
