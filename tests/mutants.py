@@ -80,7 +80,102 @@ NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/ex
 FAILURES, TRAINED = "tests/flower/test_flower_failures.py", "tests/flower/test_flower_trained.py"
 PACED = "tests/flower/test_flower_pace.py"
 
+RECORDS = "fedpriv/privacy/records.py"
+OF_RECORDS = "tests/privacy/test_privacy_records.py"
+OF_EXAMPLES = "tests/engines/test_engines_examples.py"
+
 MUTANTS = [
+    Mutant(
+        "examples: a memory's sensitivity forgets that both data sets move",
+        RECORDS,
+        "min(2.0 * moved * math.sqrt(rounds) / left, trivial)",
+        "min(moved * math.sqrt(rounds) / left, trivial)",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: damping does not matter to a memory",
+        RECORDS,
+        "self.beta / (1.0 - self.damping)",
+        "self.beta",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: any bounded map counts as cocoercive",
+        RECORDS,
+        "if self.cocoercive is None or self.beta is None:\n            return trivial\n        left = 2.0 * self.cocoercive",
+        "if self.beta is None:\n            return trivial\n        left = 2.0 / self.lipschitz",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: a round of local steps is charged as one",
+        RECORDS,
+        "return max(self.record.terms.steps, 1)",
+        "return 1",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: the rates of clients and batches are multiplied",
+        RECORDS,
+        "rate = min(self.record.terms.rate + 2.0**-53, 1.0)",
+        "rate = self._hidden * self.record.terms.rate",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: a hidden client counts with its expected number of rounds",
+        RECORDS,
+        "counts = [min(count, most) for count in range(step, most + step, step)]",
+        "counts = [max(round(rounds * self._hidden), 1)]",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: sums are divided by the batch",
+        "fedpriv/tasks/local_work.py",
+        "return noised / self.terms.divisor(len(labels))",
+        "return noised / max(len(labels) if batch is None else len(batch), 1)",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: memories are rounded to float32",
+        "fedpriv/engines/base.py",
+        "exact = self.rules.examples is not None",
+        "exact = False",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: every round draws the same noise for its steps",
+        ROUNDS,
+        "StepNoise(self.streams, self.step_stddev, round, client)",
+        "StepNoise(self.streams, self.step_stddev, 1, client)",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: the noise of a step comes after the division",
+        "fedpriv/tasks/local_work.py",
+        "noised = total if self.noise is None else self.noise.release(total)\n        return noised / self.terms.divisor(len(labels))",
+        "total = total / self.terms.divisor(len(labels))\n        return total if self.noise is None else self.noise.release(total)",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: a device believes the sensitivity that it is told",
+        "fedpriv/deploy/device/policy.py",
+        "if record != record_bound(instructions.method, record.terms):",
+        "if False:",
+        "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
+        "examples: a client's budget ignores local steps",
+        "fedpriv/deploy/device/ledger.py",
+        "return math.inf if steps else",
+        "return 0.0 if steps else",
+        "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
+        "examples: a device sends examples' messages for an operator who protects clients",
+        "fedpriv/deploy/device/policy.py",
+        'if terms.unit == "example" and self.accepts.unit != "example":',
+        "if False:",
+        "tests/deploy/test_deploy_examples.py",
+    ),
     Mutant(
         "a server's config makes a device import what it names",
         "fedpriv/deploy/device/own_data.py",
@@ -302,7 +397,7 @@ MUTANTS = [
     Mutant(
         "the seed of a central run goes to the clients",
         "strategies/method_strategy.py",
-        "streams = rules.streams if rules.noise_stddev > 0.0 else None",
+        "streams = rules.streams if rules.draws_secrets else None",
         "streams = rules.streams",
         FLOWER,
     ),
@@ -479,8 +574,8 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        "if not self.trust.hides_cohorts or not self.sampling",
-        "if not self.sampling",
+        "return self.trust.hides_cohorts and self.sampling",
+        "return self.sampling",
         PRIVACY,
     ),
     Mutant(
@@ -692,8 +787,8 @@ MUTANTS = [
     Mutant(
         "server optimiser: clients are told of it",
         ROUNDS,
-        "ClientRules(method=method.client_part, ",
-        "ClientRules(method=method, ",
+        "            method=method.client_part,\n            noise_stddev=client_stddev",
+        "            method=method,\n            noise_stddev=client_stddev",
         OPTIMIZERS,
     ),
     Mutant(
@@ -870,7 +965,7 @@ MUTANTS = [
     Mutant(
         "deployment: the budget is not looked at",
         "fedpriv/deploy/device/device.py",
-        "if not epsilon <= limits.epsilon:",
+        "if not epsilon <= budget:",
         "if False:",
         MEMBER,
     ),
@@ -884,8 +979,8 @@ MUTANTS = [
     Mutant(
         "deployment: replacement is counted as removal",
         "fedpriv/deploy/device/ledger.py",
-        'moved = REPLACE_FACTOR if adjacency == "replace" else 1.0',
-        "moved = 1.0",
+        '    if record is None:\n        return (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound',
+        "    if record is None:\n        return entry.l2_bound",
         MEMBER,
     ),
     Mutant(
@@ -1236,8 +1331,8 @@ MUTANTS = [
     Mutant(
         "examples are held out by label over all natural clients",
         "fedpriv/data/validation.py",
-        "    if dataset.groups is None:\n        held = _held_out_of_labels",
-        "    if True:\n        held = _held_out_of_labels",
+        "    if dataset.groups is None:\n        one = np.zeros",
+        "    if True:\n        one = np.zeros",
         NEIGHBORS,
     ),
     Mutant(
@@ -1488,8 +1583,8 @@ MUTANTS = [
     Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
-        'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
-        'return replace(self, adjacency="replace")',
+        '        found = replace(self, adjacency="replace")\n        return replace(found, noise_multiplier=',
+        '        found = replace(self, adjacency="replace")\n        return replace(self, noise_multiplier=',
         PROMISED,
     ),
     Mutant(
