@@ -160,7 +160,7 @@ class PerExample:
     ) -> None:
         """Set `totals` to `keep` times `totals` plus the bounded gradients of a chunk."""
         if not isinstance(bound, IN_PLACE) or type(bound) not in IN_PLACE:
-            parts: list[Part] = [Rows({_ALL: bound(self.rows(inputs, labels))})]
+            parts: list[Part] = [Rows.of({_ALL: bound(self.rows(inputs, labels))})]
             norms = scales = torch.ones(len(labels), dtype=torch.float64, device=inputs.device)
         else:
             parts = self._parts(plan, inputs, labels)
@@ -194,7 +194,7 @@ class PerExample:
                 return chunk_parts(self._module, plan.layers, self._losses, inputs, labels)
             except Unsuitable:
                 pass
-        return [Rows({_ALL: self.rows(inputs, labels)})]
+        return [Rows.of({_ALL: self.rows(inputs, labels)})]
 
     def _dense_parts(self, dense: DenseLayers, inputs: Tensor, labels: Tensor) -> list[Part]:
         """Return the same as `chunk_parts` with fewer small operations."""

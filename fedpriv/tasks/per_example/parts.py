@@ -73,12 +73,17 @@ class Rows:
     """Every example's gradient as such.
 
     Args:
-        rows: `[examples, *shape]` by name of the parameter.
+        rows: Float64 `[examples, params]` by name of the parameter.
         work: Further floats that computing them took.
     """
 
     rows: Mapping[str, Tensor]
     work: int = 0
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor], work: int = 0) -> "Rows":
+        """Return the part of gradients `[examples, *shape]` by name of the parameter."""
+        return cls({name: found.flatten(1).double() for name, found in rows.items()}, work)
 
     @property
     def names(self) -> Collection[str]:
@@ -97,12 +102,12 @@ class Rows:
 
     def squares(self) -> Squares:
         """See `Part.squares`."""
-        return Squares(sum_of([_squared(rows.flatten(1)) for rows in self.rows.values()]))
+        return Squares(sum_of([_squared(rows) for rows in self.rows.values()]))
 
     def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
         """See `Part.add_to`."""
         for name, rows in self.rows.items():
-            totals[name].view(-1).addmv_(rows.flatten(1).double().T, scales, beta=keep)
+            totals[name].view(-1).addmv_(rows.T, scales, beta=keep)
 
     def without(self, excluded: Tensor) -> "Rows":
         """See `Part.without`."""
