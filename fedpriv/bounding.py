@@ -94,6 +94,11 @@ class Clip:
         return self.clip_norm
 
     @property
+    def cocoercive(self) -> float:
+        """1: the map is the gradient of a convex function, and 1-Lipschitz (Baillon and Haddad 1977)."""
+        return 1.0
+
+    @property
     def lipschitz(self) -> float:
         """1: a projection onto a convex set never increases the distance of two points."""
         return 1.0
@@ -134,6 +139,11 @@ class SmoothedNormalization:
     def l2_bound(self) -> float:
         """||u|| / (alpha + ||u||) < 1."""
         return 1.0
+
+    @property
+    def cocoercive(self) -> float:
+        """alpha: the map is the gradient of a convex function, and 1 / alpha-Lipschitz (Baillon and Haddad 1977)."""
+        return self.alpha
 
     @property
     def lipschitz(self) -> float:

@@ -5,7 +5,7 @@ ReLU between them, forward and backward are a few products. If clients share a m
 gradients take one batched product, with one batch per client.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -22,17 +22,22 @@ MAX_EXAMPLES = 2**15
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """A classifier of dense layers with ReLU between them, softmax and cross entropy.
+    """Dense layers with ReLU between them, and a loss: softmax and cross entropy by default.
 
     Args:
         shapes: `(outputs, inputs)` of each layer; the model vector holds the weights `[outputs, inputs]` and
             the biases `[outputs]` of one layer after the other.
+        losses: Returns the loss of each example, `[examples]`, from outputs `[examples, outputs]` and labels
+            `[examples, ...]`; None for the cross entropy, the slope of which is written out.
     """
 
     shapes: tuple[tuple[int, int], ...]
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def of_module(cls, module: nn.Module) -> "DenseLayers | None":
+    def of_module(
+        cls, module: nn.Module, losses: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> "DenseLayers | None":
         """Return the layers of a `Sequential` of Flatten, Linear, ReLU, Linear, ...; None for any other module."""
         if type(module) is not nn.Sequential or len(module) < 2 or not _is_flatten(module[0]):
             return None
@@ -42,21 +47,21 @@ class DenseLayers:
             return None
         if not all(type(layer) is nn.ReLU for layer in between):
             return None
-        return cls(tuple((layer.out_features, layer.in_features) for layer in linear))
+        return cls(tuple((layer.out_features, layer.in_features) for layer in linear), losses)
 
     def gradients(self, models: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the gradients `[clients, params]` of the clients' weighted cross entropies; see `Task.gradients`.
+        """Return the gradients `[clients, params]` of the clients' weighted losses; see `Task.gradients`.
 
         Args:
             models: `[params]` for all clients, or `[clients, params]`.
             inputs: `[clients, examples, *input_shape]`.
-            labels: `[clients, examples]`.
+            labels: `[clients, examples, ...]`.
             weights: `[clients, examples]`; zero for padding.
         """
-        clients, examples = labels.shape
+        clients, examples = labels.shape[:2]
         layers = list(self._layers(models))
         outputs, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
-        slope = _slope_of_loss(logits, labels, weights)
+        slope = self.slope(logits, labels, weights)
         found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(
             reversed(list(self._layers(found))), reversed(layers), reversed(outputs), strict=True
@@ -93,12 +98,12 @@ class DenseLayers:
             mask: Bool `[clients, examples]`; False for padding.
             bound: One of `fedpriv.bounding.IN_PLACE`.
         """
-        clients, examples = labels.shape
+        clients, examples = labels.shape[:2]
         if examples > MAX_EXAMPLES:
             raise ValueError(f"at most {MAX_EXAMPLES} examples of a client at once, {examples} given")
         layers = list(self._layers(models))
         below, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
-        slopes = [slopes_of_losses(logits, labels)]
+        slopes = [self.slope(logits, labels, logits.new_ones((clients, examples)))]
         for (weight, _), values in zip(reversed(layers[1:]), reversed(below[1:]), strict=True):
             slopes.append((slopes[-1] @ weight).mul_(values > 0))
         exact = [(a.double(), b.double()) for a, b in zip(below, reversed(slopes), strict=True)]
@@ -114,6 +119,15 @@ class DenseLayers:
             torch.sum(scaled, dim=1, out=bias_part)
             torch.bmm(scaled.transpose(1, 2), values, out=weight_part)
         return found
+
+    def slope(self, outputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Return the derivative of the weighted losses by the outputs, `[clients, examples, outputs]`."""
+        if self.losses is None:
+            return _slope_of_loss(outputs, labels, weights)
+        with torch.enable_grad():
+            leaf = outputs.detach().flatten(0, 1).requires_grad_()
+            total = (self.losses(leaf, labels.flatten(0, 1)) * weights.flatten()).sum()
+            return torch.autograd.grad(total, leaf)[0].view_as(outputs)
 
     @property
     def size(self) -> int:
