@@ -16,7 +16,9 @@ from fedpriv.tasks.equivariant import GroupConv, LiftingConv, OrientedNorm
 from fedpriv.tasks.models import MODELS, Cnn, Mlp
 from fedpriv.tasks.per_example import SLACK, PerExample, clipped
 from fedpriv.tasks.per_example import cross_entropies as cross_entropy
+from fedpriv.tasks.per_example.capture import chunk_parts, known_layers
 from fedpriv.tasks.per_example.layers import LAYERS
+from fedpriv.tasks.per_example.parts import Factors, Products, Rows, Segments
 from fedpriv.vectors import Layout, trainable
 
 BOUNDS = [Clip(clip_norm=0.5), SmoothedNormalization(alpha=0.3)]
@@ -130,6 +132,24 @@ def test_every_layer_gives_the_sum_of_single_bounded_gradients(name, bound):
 
 def test_every_layer_of_the_table_is_tested():
     assert {type(make()) for make, _ in CASES.values()} == set(LAYERS)
+
+
+FORMS = {
+    "linear": Products,
+    "linear on many tokens": Rows,
+    "linear on few tokens": Factors,
+    "conv2d": Rows,
+    "conv2d with few places": Factors,
+    "embedding": Segments,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_of_a_layers_gradients_follows_from_its_shape(name):
+    make, shape = CASES[name]
+    net, inputs, labels = drawn(make(), shape)
+    (part,) = chunk_parts(net, known_layers(net), half_squares, inputs, labels)
+    assert type(part) is FORMS[name]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,7 +4,7 @@
 |---|---|
 | `Linear`, one vector an example | products of inputs and slopes: never computed by example |
 | `Linear`, tokens | the same if tokens are few (64 T^2 < in x out), otherwise one product for each example |
-| `Conv1d`, `Conv2d`, `Conv3d` | convolution with a group for each example; for images of few channels or places, of patches |
+| `Conv1d`, `Conv2d`, `Conv3d` | convolution, a group for each example; images of few channels or places: patches |
 | `Embedding` | one vector for each distinct index of an example |
 | `LayerNorm`, `GroupNorm`, `RMSNorm`, `OrientedNorm` | computed by example: they are small |
 | `LiftingConv`, `GroupConv` | as a convolution, then turned back |
@@ -47,7 +47,7 @@ class Layer:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Return True if a layer computes what its type says: no hooks, no forward of its own."""
+    """Return True if a layer has neither hooks nor a replaced `forward`, which could change the result of its type."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return "forward" not in vars(layer) and not any(hooks)
 
