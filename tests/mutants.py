@@ -48,6 +48,7 @@ STEP, METHOD = "fedpriv/engines/in_place.py", "fedpriv/methods/base.py"
 LOCAL, OPTIMIZERS = "tests/tasks/test_tasks_local_work.py", "tests/methods/test_methods_server_optimizers.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
+PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_per_example.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
@@ -875,6 +876,69 @@ MUTANTS = [
         "return slope.mul_(weights.unsqueeze(-1))",
         "return slope.mul_(weights.amax(dim=-1, keepdim=True).unsqueeze(-1))",
         ENGINES,
+    ),
+    Mutant(
+        "the bound of one example is ignored",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            scales = scales_of(norms, bound)",
+        "            scales = torch.ones_like(norms)",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "an example outside the mask counts",
+        f"{PER_EXAMPLE}/clipped.py",
+        "~(kept & torch.isfinite(norms))",
+        "~torch.isfinite(norms)",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "numbers that are not finite reach the sum of the others",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            parts = [part.without(excluded) for part in parts]",
+        "            pass",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "terms that cancel are not charged",
+        f"{PER_EXAMPLE}/clipped.py",
+        "torch.maximum(s.norms, s.terms / MAX_CANCELLATION**2)",
+        "s.norms",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "outputs that depend on other examples are accepted",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            self._refuse_dependence(x)\n",
+        "",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "gradients of a tied weight are bounded without one of its uses",
+        f"{PER_EXAMPLE}/capture.py",
+        "    if shared:",
+        "    if False:",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "a parameter's use outside its layer is not noticed",
+        f"{PER_EXAMPLE}/capture.py",
+        "    if any(counts[key] > uses for key, uses in expected.items()):",
+        "    if False:",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "the norm of a bias is left out",
+        f"{PER_EXAMPLE}/parts.py",
+        "        left = _squared(self.inputs)\n        if self.bias is not None:",
+        "        left = _squared(self.inputs)\n        if False:",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "padding of a client counts as examples",
+        "fedpriv/tasks/dense.py",
+        "excluded = ~(mask & torch.isfinite(norms))",
+        "excluded = ~torch.isfinite(norms)",
+        BY_EXAMPLE,
     ),
     Mutant("memories lost at a restart", "fedpriv/experiment/run.py", "engine.restore(client)", "pass", EXPERIMENT),
     Mutant(
