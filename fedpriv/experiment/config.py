@@ -28,6 +28,7 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
 from fedpriv.tasks.models import MODELS, ModelSource
+from fedpriv.tasks.per_client import PerClient
 
 __all__ = [
     "Config",
@@ -60,7 +61,7 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment", "sources", "task")
+TABLES += ("devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
@@ -178,6 +179,7 @@ class Config:
     devices: Devices | None = None
     schedule: Schedule | None = None
     task: TaskKind = field(default_factory=Classification)
+    evaluation: PerClient | None = None
 
     @cached_property
     def tables(self) -> dict[str, Any]:
@@ -215,6 +217,7 @@ class Config:
             **privacy,
             "training": write_table(self.training),
             **clock,
+            **({} if self.evaluation is None else {"evaluation": write_table(self.evaluation)}),
             **deployment,
             **({"sources": self.sources} if self.sources else {}),
         }
@@ -453,6 +456,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
         devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
         task=_read_named(TASKS, {"name": "classification"} | tables.get("task", {}), "task", "name"),
+        evaluation=read_table(PerClient, tables["evaluation"], "evaluation") if "evaluation" in tables else None,
     )
     _check_sources(config, tables.get("sources", {}))
     check_config(config)
@@ -472,6 +476,20 @@ def check_config(config: Config) -> None:
         )
     if config.deployment is not None:
         config.deployment.check(config.method)
+    if config.evaluation is not None and config.evaluation.clients:
+        _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raise UserError unless scores of single clients may be computed: never in a private run."""
+    if config.privacy is not None:
+        remedy = "Remove [evaluation], or [privacy] in a simulation of clients whose data are public"
+        raise UserError("evaluation.clients", "no private run", "[privacy]: such scores show single clients", remedy)
+    if config.deployment is not None:
+        raise UserError("evaluation.clients", "a simulation", "[deployment]", "Remove [evaluation]")
+    if config.data.test != "within":
+        got, remedy = repr(config.data.test or "public"), 'Choose natural clients and data.test = "within"'
+        raise UserError("evaluation.clients", "clients with own test examples", got, remedy)
 
 
 def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
