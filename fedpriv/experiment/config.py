@@ -300,12 +300,15 @@ class Config:
         """Raise UserError if the experiment needs a simulation.
 
         Raises:
-            UserError: If it shifts clients' inputs, holds out their examples, or has the table `[devices]`.
+            UserError: If it shifts clients' inputs, holds out their examples, tests single clients, or has the table
+                `[devices]`.
         """
         self.check_unclocked()
         remedy = "Remove the key: a deployment does not change devices' data, and tests on the server's data"
         if self.data.validation is not None:
             raise UserError("data.validation", "no value in a deployment", self.data.validation, remedy)
+        if self.evaluation is not None:
+            raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
 
@@ -485,8 +488,6 @@ def _check_evaluation(config: Config) -> None:
     if config.privacy is not None:
         remedy = "Remove [evaluation], or [privacy] in a simulation of clients whose data are public"
         raise UserError("evaluation.clients", "no private run", "[privacy]: such scores show single clients", remedy)
-    if config.deployment is not None:
-        raise UserError("evaluation.clients", "a simulation", "[deployment]", "Remove [evaluation]")
     if config.data.test != "within":
         got, remedy = repr(config.data.test or "public"), 'Choose natural clients and data.test = "within"'
         raise UserError("evaluation.clients", "clients with own test examples", got, remedy)

@@ -19,6 +19,7 @@ from fedpriv.experiment.config import Config, parse_config
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import DPFedAvg
+from fedpriv.report.study import load_study
 from fedpriv.tasks.kinds import MultiLabel, NextToken, Regression
 from fedpriv.tasks.local_work import LocalSteps
 from fedpriv.tasks.models import Mlp, Softmax
@@ -133,6 +134,56 @@ def test_a_loss_in_a_file_is_part_of_the_experiment(tmp_path: Path) -> None:
     words = r"task\.name: expected a loss that can be computed, got NameError.*own\.py, line"
     with pytest.raises(UserError, match=words):
         assemble(load_config(toml))
+
+
+TASK = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedpriv.tasks.kinds import TaskKind
+from fedpriv.tasks.metrics import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread(TaskKind):
+    \"\"\"A mean and the logarithm of a deviation.\"\"\"
+
+    labels: ClassVar[str] = "numbers"
+    own_metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(name="miss", better="lower", measure=lambda means, labels: float((means - labels).abs().max())),
+    )
+    default_metrics: ClassVar[tuple[str, ...]] = ("miss",)
+    floor: float = 0.1
+
+    def width(self, classes):
+        return 2 * classes
+
+    def losses(self, outputs, labels):
+        scale = outputs[:, 1].exp() + self.floor
+        return 0.5 * ((outputs[:, 0] - labels) / scale) ** 2 + scale.log()
+
+    def predictions(self, outputs):
+        return outputs[:, 0]
+"""
+
+
+def test_a_task_of_ones_own_has_its_outputs_and_its_metric(tmp_path: Path) -> None:
+    (tmp_path / "spread.py").write_text(TASK)
+    labels = drawn(200, 3)[:, 0]
+    config = with_clients(tmp_path, task={"name": f"{tmp_path / 'spread.py'}:Spread", "floor": 0.2}, evaluation=None)
+    np.savez(tmp_path / "d.npz", inputs=drawn(200, 3), labels=labels, client_ids=np.arange(200) % 10)
+    summary = run_experiment(config, tmp_path / "run", engine="vectorized")
+    assert summary["metrics"] == {"miss": "lower"}
+    assert summary["parameters"] == 2 * (3 + 1)
+    assert load_study(tmp_path / "run").metric.better == "lower"
+    assert load_study(tmp_path / "run").scores[:2] == ("test_miss", "test_loss")
+
+
+def test_a_deployment_tests_no_single_clients(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such table in a deployment"):
+        with_clients(tmp_path).check_deployable()
 
 
 def test_a_policy_names_the_tasks_that_a_device_accepts(tmp_path: Path) -> None:
