@@ -101,13 +101,6 @@ MUTANTS = [
         OF_RECORDS,
     ),
     Mutant(
-        "examples: any bounded map counts as cocoercive",
-        RECORDS,
-        "if self.cocoercive is None or self.beta is None:\n            return trivial\n        left = 2.0 * self.cocoercive",
-        "if self.beta is None:\n            return trivial\n        left = 2.0 / self.lipschitz",
-        OF_RECORDS,
-    ),
-    Mutant(
         "examples: a round of local steps is charged as one",
         RECORDS,
         "return max(self.record.terms.steps, 1)",
@@ -150,10 +143,10 @@ MUTANTS = [
         OF_EXAMPLES,
     ),
     Mutant(
-        "examples: the noise of a step comes after the division",
+        "examples: the noise of a step is on another scale than the sum",
         "fedpriv/tasks/local_work.py",
-        "noised = total if self.noise is None else self.noise.release(total)\n        return noised / self.terms.divisor(len(labels))",
-        "total = total / self.terms.divisor(len(labels))\n        return total if self.noise is None else self.noise.release(total)",
+        "noised = total if self.noise is None",
+        "total = total * self.terms.divisor(len(labels))\n        noised = total if self.noise is None",
         OF_EXAMPLES,
     ),
     Mutant(
@@ -176,6 +169,71 @@ MUTANTS = [
         'if terms.unit == "example" and self.accepts.unit != "example":',
         "if False:",
         "tests/deploy/test_deploy_examples.py",
+TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
+
+MUTANTS = [
+    Mutant(
+        "positions are averaged over the batch",
+        "fedpriv/tasks/kinds.py",
+        "(labels != self.ignore_index).sum(dim=1).clamp(min=1)",
+        "(labels != self.ignore_index).sum(dim=1).float().mean().clamp(min=1)",
+        TASKED,
+    ),
+    Mutant(
+        "class weights are divided by their sum over the batch",
+        "fedpriv/tasks/kinds.py",
+        'label_smoothing=self.label_smoothing, reduction="none")',
+        'reduction="none") / (1.0 if weights is None else weights[labels].mean())',
+        TASKED,
+    ),
+    Mutant(
+        "a loss that changes with other examples is accepted",
+        "fedpriv/tasks/kinds.py",
+        "        if not torch.allclose(first, found.detach()[0]",
+        "        if False and not torch.allclose(first, found.detach()[0]",
+        TASKED,
+    ),
+    Mutant(
+        "the slope of padding in another loss",
+        "fedpriv/tasks/dense.py",
+        "labels.flatten(0, 1)) * weights.flatten()).sum()",
+        "labels.flatten(0, 1))).sum()",
+        TASKED,
+    ),
+    Mutant(
+        "scores of single clients in a private run",
+        "fedpriv/experiment/config.py",
+        '    if config.privacy is not None:\n        remedy = "Remove [evaluation]',
+        '    if False:\n        remedy = "Remove [evaluation]',
+        SCORED,
+    ),
+    Mutant(
+        "tuning: a metric without limits is released with noise",
+        "fedpriv/sweeps/tuning.py",
+        "if noise is not None and not metric.bounded:",
+        "if False:",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "tuning: a client's undefined score ends the sum",
+        SCORING,
+        "worst if math.isnan(score) else score",
+        "score",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "the largest error is the best setting",
+        "fedpriv/report/analysis.py",
+        "study.metric.sign * made[",
+        "1.0 * made[",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "a policy that names tasks accepts others",
+        "fedpriv/deploy/device/policy.py",
+        "TASKS.name_of(config.task), self.accepts.tasks)",
+        "TASKS.name_of(config.task), ())",
+        SCORED,
     ),
     Mutant(
         "a server's config makes a device import what it names",
