@@ -18,7 +18,6 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -234,7 +233,7 @@ class Coordinator:
 
     def save(self) -> dict[str, Tensor]:
         """Return everything except the server's state, as tensors; see `restore`."""
-        facts: dict[str, Any] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
+        facts: dict[str, object] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
         facts |= {"last_turn": {str(k): v for k, v in self.last_turn.items()}, "left_out": sorted(self.left_out)}
         facts |= {"asked_times": {str(k): v for k, v in self.asked_times.items()}}
         facts |= {"losses": {str(k): v for k, v in self.losses.items()}}

@@ -9,7 +9,7 @@ import pandas as pd
 from fedpriv.privacy import rounded_up
 from fedpriv.report.analysis import Judge, Quantity
 from fedpriv.report.figures import MAX_SERIES
-from fedpriv.report.study import Study, as_text
+from fedpriv.report.study import Row, Study, as_text
 from fedpriv.sweeps.tuning import about_tuning
 
 __all__ = [
@@ -216,32 +216,32 @@ def plus_minus(mean: float, std: float) -> str:
     return percent(mean) + (f" ± {percent(std)}" if std == std else "")
 
 
-def accuracy(row: dict[Any, Any], metric: str) -> str:
+def accuracy(row: Row, metric: str) -> str:
     """Return a setting's mean accuracy over seeds, with its standard deviation, in percent."""
     mean = row[f"{metric}_mean"]
     return "–" if mean != mean else plus_minus(mean, row[f"{metric}_std"])
 
 
-def accuracy_range(row: dict[Any, Any], metric: str) -> str:
+def accuracy_range(row: Row, metric: str) -> str:
     """Return the minimum and maximum over seeds, in percent."""
     return f"{percent(row[f'{metric}_min'])} to {percent(row[f'{metric}_max'])}" if row["seeds"] > 1 else "–"
 
 
-def epsilon_delta(row: dict[Any, Any]) -> list[str]:
+def epsilon_delta(row: Row) -> list[str]:
     """Return a setting's epsilon, rounded up, and delta."""
     if not row["private"]:
         return ["none", "–"]
     return [rounded_up(row["epsilon"]) if row["epsilon"] == row["epsilon"] else "–", f"{row['delta']:g}"]
 
 
-def number(value: Any) -> str:
+def number(value: str | float) -> str:
     """Return any other number, with four digits."""
     if isinstance(value, str):
         return value
     return "–" if value != value else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def brief(value: Any) -> Any:
+def brief(value: float) -> int | float | None:
     """Return a number with five digits, valid in JSON."""
     if isinstance(value, int) or value != value or math.isinf(value):
         return value if isinstance(value, int) else None

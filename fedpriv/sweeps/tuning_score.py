@@ -8,7 +8,7 @@ for it. The divisor, the number of these clients, is public, regardless of which
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
 from fedpriv.privacy.tuning import ScoreNoise
 from fedpriv.streams import Purpose, SeededStreams, Streams, SystemStreams, Words
+from fedpriv.tables import Record
 from fedpriv.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def noised_scores(
     Raises:
         UserError: If scores are lost that a selection has used.
     """
-    found: dict[str, Any] = folder.read_json(SCORES) or {"clients": None, "scores": {}}
+    found: Record = folder.read_json(SCORES) or {"clients": None, "scores": {}}
     scores: dict[str, float] = found["scores"]
     left = runs.keys() - scores.keys()
     if left and released:

@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedpriv.errors import require_extra
+from fedpriv.tables import Record
 
 __all__ = ["plot_curves"]
 
@@ -18,7 +18,7 @@ PANELS = (
 _WARNING = "#B00020"
 
 
-def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def plot_curves(rows: Sequence[Record], path: Path, title: str) -> None:
     """Write accuracy, loss and epsilon over rounds as one PNG.
 
     Args:
