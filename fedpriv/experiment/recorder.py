@@ -22,6 +22,7 @@ from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
 from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
+from fedpriv.streams import Randomness
 from fedpriv.tables import Record, Table
 from fedpriv.vectors import Layout
 
@@ -61,7 +62,7 @@ class Recorder:
     watch: Watcher | None = None
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
-    randomness: str = "seeded"
+    randomness: Randomness = "seeded"
     deployed: bool = False
     _taken: Counter[int] = field(default_factory=Counter)
     _saved_at: float = field(default_factory=time.monotonic)
