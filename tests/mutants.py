@@ -84,6 +84,7 @@ PACED = "tests/flower/test_flower_pace.py"
 RECORDS = "fedpriv/privacy/records.py"
 OF_RECORDS = "tests/privacy/test_privacy_records.py"
 OF_EXAMPLES = "tests/engines/test_engines_examples.py"
+TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
 
 MUTANTS = [
     Mutant(
@@ -169,9 +170,7 @@ MUTANTS = [
         'if terms.unit == "example" and self.accepts.unit != "example":',
         "if False:",
         "tests/deploy/test_deploy_examples.py",
-TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
-
-MUTANTS = [
+    ),
     Mutant(
         "positions are averaged over the batch",
         "fedpriv/tasks/kinds.py",
