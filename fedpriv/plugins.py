@@ -13,8 +13,10 @@ import importlib
 import importlib.util
 import inspect
 import json
+import operator
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeGuard, TypeVar, cast
 
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, extra_of, nearest
 
 __all__ = [
     "MEMORY",
@@ -232,7 +234,7 @@ def settings_of(
             table = where.partition(".")[0]
             raise UserError(where, f"parameters with other names than the keys of [{table}]", name, "Rename it")
         if default is parameter.empty:
-            fields.append((name, _readable(hints.get(name), name, where), dataclasses.field()))
+            fields.append((name, _readable(_possible(hints.get(name)), name, where), dataclasses.field()))
             continue
         hint = hints.get(name) or (None if default is None else type(default))
         if optional and not _is_readable(hint):
@@ -309,6 +311,14 @@ def _plain(hint: object, default: object) -> object:
     if isinstance(default, int) and not isinstance(default, bool) and "float" in str(hint):
         return float
     return type(default) if isinstance(default, bool | int | float | str) else None
+
+
+def _possible(hint: Any) -> Any:
+    """Return a union without the types that a config cannot hold, if it can hold some of them."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType) or _is_readable(hint):
+        return hint
+    parts = [part for part in typing.get_args(hint) if part is not type(None) and _is_readable(part)]
+    return functools.reduce(operator.or_, parts) if parts else hint
 
 
 def _is_readable(hint: Any) -> bool:
@@ -459,6 +469,8 @@ def _imported(reference: str, where: str, shown: str) -> object:
         raise
     except (Exception, SystemExit) as error:
         remedy = 'Write "package.module:Class" or "./file.py:Class", and see that the module can be imported'
+        extra = None if not isinstance(error, ModuleNotFoundError) else extra_of(str(error.name).partition(".")[0])
+        remedy = remedy if extra is None else f"Install it with pip install 'fedpriv[{extra}]'"
         raise UserError(where, "a class that can be imported", f"{shown!r} ({_words(error)})", remedy) from error
     found: object = module
     for part in name.split("."):

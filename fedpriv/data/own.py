@@ -5,23 +5,25 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import default_data_root
+from fedpriv.data.labels import expected_labels
+from fedpriv.data.mapped import mapped
 from fedpriv.data.validation import test_rows_within
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import line_of, settings_of
 from fedpriv.privacy.released import Whose
 
-__all__ = ["OwnData", "dataset_of", "labelled_arrays"]
+__all__ = ["RESERVED", "OwnData", "dataset_of", "labelled_arrays"]
 
 _KEY = "data.name"
 # Keys of [data] that do not belong to the data set.
-_RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
+RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
 _ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
 
 
@@ -44,7 +46,7 @@ class OwnData:
         if not callable(found):
             remedy = "Name a function that returns the arrays"
             raise UserError(where, "a function", f"{name!r}, which is a {type(found).__name__}", remedy)
-        return settings_of(OwnData, found, where, given=("data_root",), reserved=_RESERVED)
+        return settings_of(OwnData, found, where, given=("data_root",), reserved=RESERVED)
 
     def load(self, data_root: Path | None) -> Dataset:
         """Call the function; see `DatasetSource.load`.
@@ -70,11 +72,12 @@ def dataset_of(found: Any, name: str) -> Dataset:
 
     Args:
         found: A `Dataset`; or a mapping with `inputs` (numbers, `[examples, *input_shape]`) and `labels` (whole numbers
-            from 0, `[examples]`). Optional are `client_ids` (the natural client of each example: whole numbers or
-            texts), `clients` (the ids of all clients, if some hold no example), `test_inputs` and `test_labels` (which
-            count as public), and `classes` (the number of labels; by default one more than the largest). All are arrays
-            of numpy or torch, or lists. Without test arrays, a fifth of each natural client's examples is held
-            out; without natural clients, a fifth of each label's examples.
+            from 0, `[examples]`, unless the task expects another kind). Optional are `client_ids` (the natural client
+            of each example: whole numbers or texts), `clients` (the ids of all clients, if some hold no example),
+            `test_inputs` and `test_labels` (which count as public), and `classes` (the number of labels; by default one
+            more than the largest). All are arrays of numpy or torch, or lists; inputs that `numpy.load(path,
+            mmap_mode="r")` returned stay on the disk. Without test arrays, a fifth of each natural client's examples is
+            held out; without natural clients, a fifth of each label's examples.
         name: The name of the data set.
 
     Raises:
@@ -97,15 +100,15 @@ def dataset_of(found: Any, name: str) -> Dataset:
         raise UserError(f"dataset {name}", "both test_inputs and test_labels", f"only {given[0]}", "Return both")
     test_groups = None
     if given:
-        test = _numbers(name, found, "test_inputs"), _whole_numbers(name, found, "test_labels")
+        test = _numbers(name, found, "test_inputs"), _labels(name, found, "test_labels")
         _same_length(name, "test_labels", test[1], len(test[0]))
     else:
         held = _every_fifth(labels) if groups is None else test_rows_within(groups)
         if not held.any():
             remedy = "Return test_inputs and test_labels, or more examples"
             raise UserError(f"dataset {name}", "enough examples to hold some out to test on", len(labels), remedy)
-        test = inputs[held], labels[held]
-        inputs, labels = inputs[~held], labels[~held]
+        test = _chosen(inputs, held), labels[held]
+        inputs, labels = _chosen(inputs, ~held), labels[~held]
         if groups is not None:
             groups, test_groups = groups[~held], groups[held]
     arrays = (inputs, labels, *test)
@@ -114,7 +117,7 @@ def dataset_of(found: Any, name: str) -> Dataset:
         **dict(
             zip(
                 ("train_inputs", "train_labels", "test_inputs", "test_labels"),
-                (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays),
+                (_tensor(array) for array in arrays),
                 strict=True,
             )
         ),
@@ -122,11 +125,12 @@ def dataset_of(found: Any, name: str) -> Dataset:
         groups=groups,
         natural_clients=population,
         test_groups=test_groups,
+        kind=expected_labels(),
     )
 
 
 def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return inputs float32 `[examples, *input_shape]`, labels int64 `[examples]` and the number of labels.
+    """Return inputs float32 `[examples, *input_shape]`, labels and the number of labels; see `Dataset`.
 
     Args:
         found: The mapping that `dataset_of` takes.
@@ -139,7 +143,7 @@ def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np
         if found.get(key) is None:
             got = f"only {', '.join(map(str, found))}" if found else "an empty mapping"
             raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
-    inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
+    inputs, labels = _numbers(name, found, "inputs"), _labels(name, found, "labels")
     _same_length(name, "labels", labels, len(inputs))
     return inputs, labels, _classes(name, found.get("classes"), labels)
 
@@ -161,7 +165,10 @@ def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
-    """Return the array as float32; raise UserError unless all values are finite."""
+    """Return the array as float32; raise UserError unless all values are finite. Mapped inputs stay in their file."""
+    held = mapped(found[key])
+    if held is not None and len(held) and held.kind in "biuf":
+        return cast(np.ndarray, held)
     array = _array(name, found, key)
     if array.dtype.kind not in "biuf":
         row = _first_row(array, lambda value: not isinstance(value, int | float | np.number))
@@ -191,6 +198,28 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     if wrong.any():
         raise UserError(f"dataset {name}", expected, _shown(array, int(np.argmax(wrong))), remedy)
     return array.astype(np.int64)
+
+
+def _labels(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+    """Return labels as the task expects them; see `labels.LabelKind`."""
+    kind = expected_labels()
+    if kind == "classes":
+        return _whole_numbers(name, found, key)
+    array = _numbers(name, found, key)
+    if kind == "tokens":
+        array = _array(name, found, key)  # float32 holds whole numbers up to 2**24 alone
+        wrong = array != np.floor(array)
+        if wrong.any():
+            row = int(np.argmax(wrong.reshape(len(array), -1).any(axis=1)))
+            raise UserError(f"dataset {name}", f"{key} that are tokens", _shown(array, row), "Return whole numbers")
+        array = array.astype(np.int64)
+    if array.ndim == 2 and array.shape[1] == 1 and kind == "numbers":
+        array = array[:, 0]
+    if array.ndim != 2 and not (kind == "numbers" and array.ndim == 1):
+        axes = {"numbers": "[examples] or [examples, targets]", "flags": "[examples, labels]"}
+        expected = f"{key} {axes.get(kind, '[examples, positions]')} for this task"
+        raise UserError(f"dataset {name}", expected, f"shape {array.shape}", "Change the labels or [task] name")
+    return array
 
 
 def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
@@ -241,6 +270,8 @@ def _refuse_two_spellings(name: str, known: np.ndarray) -> None:
 
 
 def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
+    if expected_labels() in ("numbers", "flags"):
+        return labels[0].shape[1] if labels[0].ndim == 2 else 1
     found = max(int(part.max()) for part in labels) + 1
     if given is None:
         return max(found, 2)
@@ -251,6 +282,16 @@ def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
     return int(given)
 
 
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    held = mapped(array)
+    return torch.from_numpy(np.ascontiguousarray(array)) if held is None else cast(torch.Tensor, held)
+
+
+def _chosen(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    held = mapped(array)
+    return array[rows] if held is None else cast(np.ndarray, held.chosen(np.flatnonzero(rows)))
+
+
 def _same_length(name: str, key: str, array: np.ndarray, examples: int) -> None:
     if len(array) != examples:
         raise UserError(f"dataset {name}", f"{key} for {examples:,} examples", f"{len(array):,}", "Return one for each")
@@ -259,7 +300,7 @@ def _same_length(name: str, key: str, array: np.ndarray, examples: int) -> None:
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
     from fedpriv.data.datasets import every_fifth_of_each_label
 
-    return every_fifth_of_each_label(labels)
+    return every_fifth_of_each_label(labels if expected_labels() == "classes" else np.zeros(len(labels), np.int64))
 
 
 def _first_row(array: np.ndarray, wrong: Callable[[Any], bool]) -> int | None:

@@ -1,4 +1,4 @@
-"""Data sets in a user's own files: CSV, Parquet, npz, LEAF's JSON, and a folder of images.
+"""Data sets in a user's own files: CSV, Parquet, npz, npy, LEAF's JSON, and a folder of images.
 
 The experiment declares scales, categories and labels. None is computed from the rows, because they belong to clients: a
 mean over all rows would let one client change the message of another.
@@ -17,6 +17,8 @@ import numpy as np
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
+from fedpriv.data.labels import expected_labels
+from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.privacy.released import Whose
@@ -24,7 +26,7 @@ from fedpriv.privacy.released import Whose
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Csv", "ImageFolder", "Leaf", "Npz", "Parquet", "read_arrays"]
+__all__ = ["Csv", "ImageFolder", "Leaf", "Npy", "Npz", "Parquet", "read_arrays"]
 
 Labels = list[str | list[str]]
 
@@ -212,7 +214,9 @@ class _Table(_Files):
         return made
 
     def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
-        """Return the label of each row, int64 `[rows]`."""
+        """Return the label of each row, int64 `[rows]`; float64 if the task expects numbers."""
+        if expected_labels() == "numbers":
+            return self._targets(path, column)
         if self.labels is None:
             places = {str(number): number for number in range(len(column) + 1)}
             remedy = f"List the values of {self.target!r} in data.labels"
@@ -225,6 +229,17 @@ class _Table(_Files):
             expected = f"a label in column {self.target!r}"
             raise UserError(str(path), expected, f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}", remedy)
         return at
+
+    def _targets(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+        """Return the number of each row, float64 `[rows]`."""
+        import pandas as pd
+
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        if not np.isfinite(numbers).all():
+            row = int(np.argmin(np.isfinite(numbers)))
+            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            raise UserError(str(path), f"a number in column {self.target!r}", got, "Correct or remove such rows")
+        return numbers
 
     def _ids_of_clients(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
         absent = self._absent(column)
@@ -300,9 +315,7 @@ class Npz(_Files):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_scale(self.scale):
-            remedy = "Give a divisor such as 255"
-            raise UserError("data.scale", "a number from 1e-20 to 1e20", self.scale, remedy)
+        _require_scale(self.scale)
 
     def _read(self, path: Path) -> dict[str, Any]:
         found = read_arrays(path)
@@ -310,13 +323,72 @@ class Npz(_Files):
             array = found.get(key)
             if not isinstance(array, np.ndarray):
                 continue
-            if array.dtype == np.uint8 and self.scale == 1.0:
-                remedy = "Set data.scale = 255, or convert them to float32 in the file"
-                raise UserError("data.scale", f"a scale for {key} that are bytes", self.scale, remedy)
+            _require_scale_of_bytes(key, array, self.scale)
             if array.dtype.kind in "biuf":
                 with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
                     found[key] = array / np.float32(self.scale)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npy:
+    """A user's arrays in files of `numpy.save`; inputs stay on the disk, so that they may be larger than memory.
+
+    A round reads the examples of its clients. All processes read the same files.
+
+    Args:
+        inputs: The inputs; a path from the data root, as all files here.
+        labels: The labels, whole numbers from 0.
+        client_ids: The natural client of each example; None if there are none.
+        test_inputs: Inputs of public test examples. Without them, a fifth of each natural client's examples is held
+            out; without natural clients, a fifth of each label's examples.
+        test_labels: Their labels.
+        scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
+        label_count: Number of labels; None for one more than the largest.
+
+    Raises:
+        UserError: If `scale` is out of range.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+    inputs: str
+    labels: str
+    client_ids: str | None = None
+    test_inputs: str | None = None
+    test_labels: str | None = None
+    scale: float = 1.0
+    label_count: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_scale(self.scale)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Map the inputs and read the other files; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If a file is missing or damaged, or has unexpected contents.
+        """
+        root = data_root or default_data_root()
+        found: dict[str, Any] = {} if self.label_count is None else {"classes": self.label_count}
+        for key in ("inputs", "labels", "client_ids", "test_inputs", "test_labels"):
+            file = getattr(self, key)
+            if file is None:
+                continue
+            path = _existing(root, file, f"data.{key}")
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+                raise _damaged(path, "a file of numpy.save without objects", error) from None
+            if not isinstance(array, np.memmap):
+                array.close()
+                raise UserError(f"data.{key}", "a file of numpy.save", f"{path}, one of numpy.savez", "Use numpy.save")
+            if key.endswith("inputs") and array.dtype.kind in "biuf":
+                _require_scale_of_bytes(key, array, self.scale)
+                found[key] = MappedInputs(array, self.scale)
+            else:
+                found[key] = np.array(array)
+        return dataset_of(found, Path(self.inputs).name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,6 +526,17 @@ def _renamed(path: Path, frame: "pd.DataFrame", names: list[str]) -> "pd.DataFra
 def _is_scale(number: float) -> bool:
     """Return True for a number that float32 inputs can be divided by."""
     return 1e-20 <= number <= 1e20
+
+
+def _require_scale(scale: float) -> None:
+    if not _is_scale(scale):
+        raise UserError("data.scale", "a number from 1e-20 to 1e20", scale, "Give a divisor such as 255")
+
+
+def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
+    if array.dtype == np.uint8 and scale == 1.0:
+        remedy = "Set data.scale = 255, or convert them to float32 in the file"
+        raise UserError("data.scale", f"a scale for {key} that are bytes", scale, remedy)
 
 
 def _existing(root: Path, file: str, key: str) -> Path:

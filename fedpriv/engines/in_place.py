@@ -105,7 +105,7 @@ class ClientStep:
 
     def _memories_suit_c(self) -> bool:
         """Return True if a client's state is at most one float32 vector and the round of its last change."""
-        state = self.rules.method.init_client(1)
+        state = self.rules.init_client(1)
         kinds = [(name, field.dtype, field.numel()) for name, field in zip(state._fields, state, strict=True)]
         memory, updated = ("memory", torch.float32, 1), ("updated", torch.float32, 1)
         return kinds in ([], [memory], [memory, updated])

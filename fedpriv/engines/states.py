@@ -38,6 +38,7 @@ class StateStore(Generic[ClientStateT]):
         device: The device of the states.
         memory: Most bytes of states in memory; None for no bound.
         folder: The folder of the file; None for the system's temporary folder.
+        exact: Keep all fields in float64.
 
     Raises:
         UserError: If `memory` does not hold one state.
@@ -50,8 +51,10 @@ class StateStore(Generic[ClientStateT]):
         device: torch.device | str = "cpu",
         memory: int | None = None,
         folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
-        self._fresh = [field.to(device) for field in method.init_client(size)]
+        dtype = torch.float64 if exact else None
+        self._fresh = [field.to(device, dtype or field.dtype) for field in method.init_client(size)]
         self._kind, self._names = type(method.init_client(0)), method.init_client(0)._fields
         self._device = torch.device(device)
         self._row_bytes = sum(field.numel() * field.element_size() for field in self._fresh)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -20,13 +20,16 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
+from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
-from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan
+from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, unit_of
+from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
+from fedpriv.rounds import record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
-from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
+from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
+from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
 
 __all__ = [
@@ -48,6 +51,7 @@ MAX_ROUNDS = 10**9
 _NAMES = {
     "data": ("name", "partition", "shift"),
     "model": ("name",),
+    "task": ("name",),
     "local": ("work",),
     "method": ("name",),
     "server": ("optimizer",),
@@ -59,11 +63,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment", "sources")
+TABLES += ("devices", "schedule", "deployment", "sources", "task")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
+NOISE_TABLES += ("task",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +110,10 @@ class CohortChoice:
         return read_table(SAMPLINGS[self.sampling], self.options, "cohort", population=population)
 
 
+_PLANNED = ("trust", "adjacency", "delta", "epsilon", "noise_multiplier")
+_OF_EXAMPLES = ("example_clip", "example_normalization", "examples")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyChoice:
     """The privacy guarantee; `fedpriv.Privacy` in Python. Give either `epsilon` or `noise_multiplier`.
@@ -116,7 +125,11 @@ class PrivacyChoice:
         delta: Probability in (0, 1) with which the guarantee may fail; well below one over the number of clients.
         epsilon: The target; the noise is calibrated to it.
         noise_multiplier: Noise standard deviation over the sensitivity; epsilon follows from it. 0 for no noise.
-        unit: Whose data one unit of the guarantee protects: `client`.
+        unit: The data that the guarantee protects together: all examples of one `client`, or a single `example`.
+        example_clip: C, to which the gradient of each example is clipped; for the unit `example`.
+        example_normalization: alpha of N_alpha on the gradient of each example, in place of `example_clip`.
+        examples: A public number by which every client divides the sum of its gradients; None for each client's own
+            number of examples, which is then public. For the unit `example`.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
 
     Raises:
@@ -129,11 +142,27 @@ class PrivacyChoice:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     unit: str = "client"
+    example_clip: float | None = None
+    example_normalization: float | None = None
+    examples: int | None = None
     draw: int | None = None
 
     def __post_init__(self) -> None:
+        if unit_of(self.unit).name != "example":
+            for key in _OF_EXAMPLES:
+                if getattr(self, key) is not None:
+                    remedy = 'Remove it, or set unit = "example"'
+                    raise UserError(f"privacy.{key}", 'no value unless unit = "example"', getattr(self, key), remedy)
+        elif self.adjacency == "add-or-remove" and self.examples is None:
+            remedy = "Set it: otherwise clients divide by their own numbers of examples, which would reveal a record"
+            raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    @property
+    def row_bound(self) -> float:
+        """The longest bounded gradient of one example, for the unit `example`."""
+        return self.example_clip or 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +204,7 @@ class Config:
     deployment: DeploymentChoice | None = None
     devices: Devices | None = None
     schedule: Schedule | None = None
+    task: TaskKind = field(default_factory=Classification)
 
     @cached_property
     def tables(self) -> Record:
@@ -193,6 +223,8 @@ class Config:
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
+        # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
+        task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
         server = {}
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
@@ -202,6 +234,7 @@ class Config:
             "seed": self.seed,
             "data": data,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
+            **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
             "method": {"name": self.method_name, **write_table(self.method.client_part)},
@@ -225,6 +258,7 @@ class Config:
             "data.partition": self.data.partition,
             "data.shift": self.data.shift,
             "model.name": self.model,
+            "task.name": self.task,
             "local.work": self.local,
             "method.name": self.method.client_part,
             "server.optimizer": optimizer,
@@ -246,7 +280,12 @@ class Config:
     @property
     def not_covered(self) -> tuple[str, ...]:
         """Names of the scores that the privacy guarantee does not cover; empty for a run without privacy."""
-        return () if self.privacy is None else self.data.facts.not_covered
+        return () if self.privacy is None else self.facts.not_covered
+
+    @property
+    def facts(self) -> DataFacts:
+        """The uses of clients' examples, for the privacy statement."""
+        return replace(self.data.facts, scores=self.task.scores)
 
     @property
     def digest(self) -> str:
@@ -304,8 +343,17 @@ class Config:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
-    def plan(self, sampling: Sampling) -> PrivacyPlan | None:
+    @property
+    def needs_sizes(self) -> bool:
+        """True if the plan depends on the clients' numbers of examples, which are then public."""
+        return self.privacy is not None and self.privacy.unit == "example" and self.privacy.examples is None
+
+    def plan(self, sampling: Sampling, fewest: int | None = None) -> PrivacyPlan | None:
         """Return the privacy plan with these cohorts, or None for a non-private run.
+
+        Args:
+            sampling: The sampling of clients.
+            fewest: Examples of the client with the fewest, if `needs_sizes`.
 
         Raises:
             ValueError: If the schedule has its own timeline of cohorts and `sampling` draws others, or the reverse.
@@ -319,8 +367,25 @@ class Config:
             rounds=self.training.rounds,
             l2_bound=self.method.bounded.l2_bound,
             client_memory=has_memory(self.method),
-            **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice, ("draw",))},
+            record=self._record_bound(self.privacy, fewest),
+            **{field: getattr(self.privacy, field) for field in _PLANNED},
         )
+
+    def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
+        if privacy.unit != "example":
+            return None
+        if privacy.examples is None and fewest is None:
+            remedy = "Give a public number: how many examples a client typically has"
+            raise UserError("privacy.examples", "this key, where clients' data are not known", "a missing key", remedy)
+        terms = ExampleTerms(
+            clip=privacy.example_clip,
+            normalization=privacy.example_normalization,
+            examples=privacy.examples or fewest or 1,
+            declared=privacy.examples is not None,
+            rate=getattr(self.local, "rate", 1.0),
+            steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
+        )
+        return record_bound(self.method, terms)
 
 
 def _hash(tables: Table) -> str:
@@ -437,6 +502,7 @@ def parse_config(tables: Table) -> Config:
         deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
         devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
         schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
+        task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
@@ -446,6 +512,7 @@ def parse_config(tables: Table) -> Config:
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
     _check_schedule(config)
+    _check_unit(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
@@ -456,6 +523,30 @@ def check_config(config: Config) -> None:
         )
     if config.deployment is not None:
         config.deployment.check(config.method)
+
+
+def _check_unit(config: Config) -> None:
+    """Raise UserError if local work and unit of privacy do not fit each other."""
+    examples, work = config.privacy is not None and config.privacy.unit == "example", type(config.local)
+    if work is DPSGD and not examples:
+        remedy = 'Add it with example_clip, or choose local.work = "local-steps"'
+        raise UserError("local.work", 'privacy.unit = "example" with "dp-sgd"', "another unit, or no privacy", remedy)
+    bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, config.method.client_part
+    if isinstance(method, DPGD) and method.max_norm < bound:
+        remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
+        expected = f"at least {bound:g}, the longest gradient of an example"
+        raise UserError("method.max_norm", expected, method.max_norm, remedy)
+    if examples and work not in (FullGradient, PoissonGradient, DPSGD):
+        name = LOCAL_WORKS.name_of(config.local)
+        remedy = (
+            "After several steps without noise, one example may change everything: use dp-sgd for local steps"
+            if config.local.client_lr is not None
+            else "Use poisson-gradient: its batches can be accounted for"
+        )
+        raise UserError("local.work", '"full-gradient", "poisson-gradient" or "dp-sgd"', repr(name), remedy)
+    if examples and not config.rule.draws_cohorts:
+        remedy = 'Remove [schedule], or set privacy.unit = "client"'
+        raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)
 
 
 def _check_sources(config: Config, recorded: Table) -> None:

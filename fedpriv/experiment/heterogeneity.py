@@ -35,18 +35,22 @@ def measure_heterogeneity(config: Config, population: Population, *, bounded: bo
         bounded: Limit the cost of gradients as above.
 
     Returns:
-        A dict for JSON: `label_tv` (see `mean_total_variation`), the values of `size_metrics` and `gradient_metrics`,
-        and the numbers of clients they cover. `gradients_skipped` gives the reason if there are no gradients.
+        A dict for JSON: `label_tv` (see `mean_total_variation`; only for labels that are classes), the values of
+        `size_metrics` and `gradient_metrics`, and the numbers of clients they cover. `gradients_skipped` gives the
+        reason if there are no gradients.
     """
     federation = population.federation
     everyone = isinstance(federation, Federation)
     counted = evenly_chosen(federation.population, federation.population if everyone else _MAX_DRAWN)
+    labels = {}
+    if federation.dataset.kind == "classes":
+        counts = federation.label_counts() if everyone else _counts(population, counted)
+        labels = {"label_tv": mean_total_variation(counts), "label_clients": len(counted)}
     return {
         "note": _NOTE,
         "population": federation.population,
         **size_metrics(federation.sizes),
-        "label_tv": mean_total_variation(federation.label_counts() if everyone else _counts(population, counted)),
-        "label_clients": len(counted),
+        **labels,
         **_gradients(config, population, bounded=bounded),
     }
 

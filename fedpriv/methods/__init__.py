@@ -16,11 +16,13 @@ from fedpriv.methods.base import (
 )
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
+from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
+    "DPGD",
     "METHODS",
     "SERVER_OPTIMIZERS",
     "AlphaNormEC",

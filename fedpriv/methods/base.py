@@ -191,6 +191,7 @@ METHODS: Registry[Method] = Registry(
         "normalized-sgd": "fedpriv.methods.normalized_sgd:NormalizedSGD",
         "clip21": "fedpriv.methods.clip21:Clip21",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
+        "dp-gd": "fedpriv.methods.dp_gd:DPGD",
     },
     protocol=Method,
     group="fedpriv.methods",

@@ -14,8 +14,6 @@ from fedpriv.tracking.trackers import Taken, Tracked
 __all__ = ["Tracker", "prepare"]
 
 FOLDER = "tensorboard"
-# Metrics shown with the parameters of a run.
-_METRICS = ("test_accuracy", "test_loss", "epsilon")
 
 
 def prepare() -> str:
@@ -42,7 +40,7 @@ class Tracker:
             parameters = {key: _plain(value) for key, value in run.parameters.items()}
             writer = self._writer._get_file_writer()
             assert writer is not None
-            for part in hparams(parameters, dict.fromkeys(map(run.name_of, _METRICS), 0.0)):
+            for part in hparams(parameters, dict.fromkeys(map(run.name_of, (*run.scores, "epsilon")), 0.0)):
                 writer.add_summary(part)
         return Taken(sent, finished=ended)
 

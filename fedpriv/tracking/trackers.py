@@ -49,6 +49,7 @@ class Tracked:
         store: The destination, as returned by `prepare`.
         not_covered: Names of the scores that the run's guarantee does not cover. They are sent as `not_covered/NAME`.
         diagnostics: True if rows contain values that are not released; their files are then owner-only.
+        scores: Names of the scores on test examples.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Tracked:
     store: str
     not_covered: tuple[str, ...] = ()
     diagnostics: bool = False
+    scores: tuple[str, ...] = ("test_accuracy", "test_loss")
 
     def name_of(self, key: str) -> str:
         """Return the name of a released value in a tracker."""
@@ -136,7 +138,9 @@ def track(
     parameters = {key: value for key, value in flat_tables(config.tables).items() if value is not None}
     called = {"name": name or config.name, "group": group, "folder": Path(out), "digest": config.digest}
     sent = config.privacy is None if diagnostics is None else diagnostics
+    scores = tuple(f"test_{score}" for score in config.task.scores)
     common = {"parameters": parameters, "not_covered": config.not_covered, "diagnostics": sent, **called}
+    common |= {"scores": scores}
     return RunLog([_Sender(key, Tracked(store=store, **common)) for key, store in stores.items()], Path(out))
 
 
