@@ -24,6 +24,7 @@ GROUPS = {
     "fedpriv.partitions": "partitions",
     "fedpriv.shifts": "shifts",
     "fedpriv.models": "models",
+    "fedpriv.tasks": "tasks",
     "fedpriv.local_works": "local",
     "fedpriv.devices": "devices",
 }
@@ -61,6 +62,7 @@ def described() -> dict[str, Entries]:
     from fedpriv.experiment.execution import ENGINES
     from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
     from fedpriv.privacy import SAMPLINGS
+    from fedpriv.tasks.kinds import TASKS
     from fedpriv.tasks.local_work import LOCAL_WORKS
     from fedpriv.tasks.models import MODELS
 
@@ -71,6 +73,7 @@ def described() -> dict[str, Entries]:
         "partitions": _describe(PARTITIONS),
         "shifts": _describe(SHIFTS),
         "models": _describe(MODELS),
+        "tasks": _describe(TASKS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
         "devices": _describe(DEVICES),

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.engines import one_thread
 from fedpriv.errors import has_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.pictures.curves import plot_curves
-from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
+from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
@@ -24,6 +25,7 @@ from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
 from fedpriv.tables import Record, Table
+from fedpriv.tasks.per_client import ClientExamples, evaluate_clients
 from fedpriv.vectors import Layout
 
 __all__ = ["OLDER", "Recorder"]
@@ -167,11 +169,31 @@ class Recorder:
                 rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
             )
         rows = self.directory.rows("diagnostics.jsonl")
-        self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
+        clients = self._evaluate_clients(state.model)
+        self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})
         summary = self._summary(rounds[-1], rows)
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
+
+    def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
+        """Write the scores of single clients if the experiment asks for them, and return their distribution."""
+        choice, people = self.experiment.config.evaluation, self.experiment.population
+        tested = people.federation.dataset.tested
+        if choice is None or not choice.clients or tested is None:
+            return {}
+        data, device = people.federation.dataset, people.task.device
+        rows = np.split(np.argsort(tested.owners, kind="stable"), np.cumsum(np.bincount(tested.owners)))
+        rows = [torch.from_numpy(own) for own in rows[: people.federation.population]]
+        clients = (
+            ClientExamples(client, *people.examples(client), *(part[own].to(device) for part in parts))
+            for client, own in enumerate(rows)
+            for parts in ((data.test_inputs, data.test_labels),)
+        )
+        with one_thread():
+            found = evaluate_clients(people.task, model.to(device), clients, choice)
+        self.directory.write_json(CLIENTS_FILE, found)
+        return {"clients": found["distribution"]}
 
     @property
     def promise(self) -> str:

@@ -6,9 +6,9 @@
 Contenders, each for the same examples, on one thread of one process: `fedpriv` (`PerExample.clipped_sum`, float64),
 `vmap` (every gradient by `torch.func`, then clipped), and Opacus without noise and step: `opacus` (its hooks: every
 gradient, then clipped), `opacus-ghost` (norms, then a second backward pass) and `opacus-functorch`. Measurements
-alternate with the plain gradient of the mean loss; a ratio is a contender's time over the mean of the plain ones before
-and after it. All clipped sums are compared with one another first. Opacus is left out if it is not installed. Fills
-`per-example.csv` and the page.
+alternate with the plain gradient of the mean loss; a ratio is a contender's time on the processor over the mean of the
+plain ones before and after it. All clipped sums are compared with one another first. Opacus is left out if it is not
+installed. Fills `per-example.csv` and the page.
 """
 
 import argparse
@@ -164,7 +164,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Tensor, Tensor], Step]] = {
 
 
 def seconds(step: Step) -> float:
-    """Duration of one call."""
+    """Time of one call on the processor; waiting for other processes does not count."""
     start = time.thread_time()
     step()
     return time.thread_time() - start

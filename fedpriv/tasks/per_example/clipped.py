@@ -48,6 +48,7 @@ takes more. The process needs a few times that: copies in float64, and the graph
 
 _MAX_CHUNK = 256
 _GROUP = 2**11
+_LARGE_BLOCK = 2**25 - 2**16
 _ALL = ""  # the name of all parameters together
 
 
@@ -88,9 +89,12 @@ class PerExample:
         self._parameters = list(trainable(module).values())
         dense = DenseLayers.of_module(module)
         ordinary = all(is_plain(layer) for layer in module.modules())
-        ordinary &= all(parameter.dtype == torch.float32 for parameter in self._parameters)
+        ordinary &= all(parameter.dtype in (torch.float32, torch.float64) for parameter in self._parameters)
         self._dense = dense if dense is not None and dense.size == layout.size and ordinary else None
         self._plans: dict[object, _Plan] = {}
+        # The C library returns freed memory to the system beyond a threshold that grows with the largest block freed.
+        # Without this block, each call would get the gradients' memory page by page again.
+        torch.empty(_LARGE_BLOCK, dtype=torch.uint8)
 
     def clipped_sum(self, inputs: Tensor, labels: Tensor, bound: Bounded, mask: Tensor | None = None) -> Tensor:
         """Return the sum of the bounded gradients, float64 `[params]`; see `SLACK`.
@@ -160,7 +164,7 @@ class PerExample:
     ) -> None:
         """Set `totals` to `keep` times `totals` plus the bounded gradients of a chunk."""
         if not isinstance(bound, IN_PLACE) or type(bound) not in IN_PLACE:
-            parts: list[Part] = [Rows({_ALL: bound(self.rows(inputs, labels))})]
+            parts: list[Part] = [Rows.of({_ALL: bound(self.rows(inputs, labels))})]
             norms = scales = torch.ones(len(labels), dtype=torch.float64, device=inputs.device)
         else:
             parts = self._parts(plan, inputs, labels)
@@ -194,7 +198,7 @@ class PerExample:
                 return chunk_parts(self._module, plan.layers, self._losses, inputs, labels)
             except Unsuitable:
                 pass
-        return [Rows({_ALL: self.rows(inputs, labels)})]
+        return [Rows.of({_ALL: self.rows(inputs, labels)})]
 
     def _dense_parts(self, dense: DenseLayers, inputs: Tensor, labels: Tensor) -> list[Part]:
         """Return the same as `chunk_parts` with fewer small operations."""
