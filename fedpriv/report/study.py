@@ -34,6 +34,7 @@ __all__ = [
 
 Row = Mapping[Hashable, Any]
 """A row of a table of pandas, by column."""
+
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
 TERMS = ("trust", "adjacency", "unit", "delta")
 """The properties of a guarantee besides epsilon: columns with the actual values, from the config or defaults."""
