@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     DROPOUT = 10
     ASKING = 11
     SCORE_NOISE = 12
+    AUGMENTATION = 13
 
 
 class Words(Protocol):

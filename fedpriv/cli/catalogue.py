@@ -23,6 +23,7 @@ GROUPS = {
     "fedpriv.datasets": "data",
     "fedpriv.partitions": "partitions",
     "fedpriv.shifts": "shifts",
+    "fedpriv.augmentations": "augment",
     "fedpriv.models": "models",
     "fedpriv.local_works": "local",
     "fedpriv.devices": "devices",
@@ -47,6 +48,7 @@ def catalogue() -> dict[str, Entries]:
 def described() -> dict[str, Entries]:
     """Return the built-in part of the catalogue, read from the classes."""
     from fedpriv.clock import DEVICES, SCHEDULES
+    from fedpriv.data.augment import AUGMENTATIONS
     from fedpriv.data.dataset import DATASETS
     from fedpriv.data.partitions import PARTITIONS
     from fedpriv.data.shifts import SHIFTS
@@ -62,6 +64,7 @@ def described() -> dict[str, Entries]:
         "data": _describe(DATASETS),
         "partitions": _describe(PARTITIONS),
         "shifts": _describe(SHIFTS),
+        "augment": _describe(AUGMENTATIONS),
         "models": _describe(MODELS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),

@@ -92,6 +92,8 @@ def make_federation(config: Config, data_root: Path | None = None) -> Holders:
         dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
     elif choice.validation is not None:
         dataset = hold_out(replace(dataset, groups=None), choice.validation)
+    if config.augment is not None:
+        config.augment.check(dataset.input_shape)
     federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
 
@@ -142,7 +144,14 @@ def assemble(
     plan = config.plan(sampling)
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
-    population = Population(rules=agreed.client, task=task, federation=federation, work=config.local, streams=streams)
+    population = Population(
+        rules=agreed.client,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=config.augment,
+    )
     return Experiment(
         config=config,
         population=population,
@@ -175,7 +184,9 @@ def assemble_clients(
         check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
     task = task_of(config, federation, device)
-    return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
+    return Population(
+        rules=rules, task=task, federation=federation, work=config.local, streams=streams, augment=config.augment
+    )
 
 
 def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:

@@ -13,6 +13,7 @@ import tomli_w
 
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
+from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
@@ -46,6 +47,7 @@ MAX_ROUNDS = 10**9
 # Keys with the name of a class, by table.
 _NAMES = {
     "data": ("name", "partition", "shift"),
+    "augment": ("name",),
     "model": ("name",),
     "local": ("work",),
     "method": ("name",),
@@ -58,11 +60,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment", "sources")
+TABLES += ("augment", "devices", "schedule", "deployment", "sources")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
+NOISE_TABLES += ("devices", "schedule", "sources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,7 @@ class Config:
     method: Method
     privacy: PrivacyChoice | None
     training: Training
+    augment: Augmentation | None = None
     deployment: DeploymentChoice | None = None
     devices: Devices | None = None
     schedule: Schedule | None = None
@@ -192,6 +196,7 @@ class Config:
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
+        augment = {} if self.augment is None else {"augment": _write_named(AUGMENTATIONS, self.augment, "name")}
         server = {}
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
@@ -200,6 +205,7 @@ class Config:
             "name": self.name,
             "seed": self.seed,
             "data": data,
+            **augment,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
@@ -223,6 +229,7 @@ class Config:
             "data.name": self.data.dataset,
             "data.partition": self.data.partition,
             "data.shift": self.data.shift,
+            "augment.name": self.augment,
             "model.name": self.model,
             "local.work": self.local,
             "method.name": self.method.client_part,
@@ -436,6 +443,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
         method=_read_method(tables),
         privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
         training=read_table(Training, _need(tables, "training"), "training"),
+        augment=_read_named(AUGMENTATIONS, tables["augment"], "augment", "name") if "augment" in tables else None,
         deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
         devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
         schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,

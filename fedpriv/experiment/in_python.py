@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
@@ -64,6 +65,7 @@ class Experiment:
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
         local: The local work of a client; None for the full gradient.
+        augment: The augmentation of training inputs, such as `fedpriv.data.augment.ImageVariants(flip=True)`.
         cohort: The sampling of a round's clients; None for everyone.
         partition: The division of examples among simulated clients; None for the natural clients if the data have some,
             otherwise at random.
@@ -87,6 +89,7 @@ class Experiment:
     rounds: int
     privacy: PrivacyChoice | None = None
     local: LocalWork | None = None
+    augment: Augmentation | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
     clients: int | None = None
@@ -115,6 +118,7 @@ class Experiment:
             data=DataChoice(dataset=source, partition=partition, clients=self.clients, test=test),
             model=_model_source(self.model),
             local=self.local or FullGradient(),
+            augment=self.augment,
             cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
             method=self.method,
             privacy=self.privacy,
@@ -129,6 +133,7 @@ class Experiment:
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
             ("cohort", "population", "fedpriv.privacy.Poisson(population=100, probability=0.1)"),
+            ("augment", "apply", "fedpriv.data.augment.ImageVariants(flip=True)"),
             ("partition", "__dataclass_fields__", "fedpriv.data.partitions.Dirichlet(concentration=0.3)"),
             ("privacy", "noise_multiplier", "fedpriv.Privacy(epsilon=8.0)"),
         ):

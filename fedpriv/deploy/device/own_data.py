@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.augment import augmented, draws_of
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
 from fedpriv.deploy.device.device import Device
@@ -83,6 +84,9 @@ def _signal_of_file(
     _refuse_other_size(count_parameters(config, shape, classes), model)
     task = Task(build_module(config, shape, classes, 0), run.device)
     batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, instructions.client)
+    if config.augment is not None:
+        draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), terms.turn, instructions.client)
+        inputs = augmented(config.augment, inputs, draws, batches)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     return make_signal(task, at, *given, config.local, batches).cpu()
