@@ -26,7 +26,7 @@ from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from importlib.metadata import version as version_of
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeGuard, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar, cast
 
 from fedpriv.errors import UserError, extra_of, nearest
 
@@ -58,6 +58,11 @@ _TAKEN = ("called", "asked", "reference", "source", "named_in")
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
 T = TypeVar("T")
+KindT = TypeVar("KindT", covariant=True)
+
+
+class _Adapter(Protocol[KindT]):
+    def of(self, found: object, where: str, name: str) -> type[KindT]: ...
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
@@ -174,7 +179,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 return name
         raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
 
-    def _fitting(self, found: Any, where: str, name: str) -> type[T]:
+    def _fitting(self, found: object, where: str, name: str) -> type[T]:
         """Return an imported class as a dataclass of this kind."""
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             missing = self._members - {*dir(found), *(field.name for field in dataclasses.fields(found))}
@@ -183,7 +188,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 raise UserError(where, f"a {self.kind} with {', '.join(sorted(missing))}", repr(name), remedy)
             return cast(type[T], found)
         if self._wrap is not None:
-            return cast(type[T], _imported(self._wrap, where, self._wrap).of(found, where, name))
+            return cast(_Adapter[T], _imported(self._wrap, where, self._wrap)).of(found, where, name)
         remedy = f"Make it a class with @dataclass(frozen=True) and a field for each key of the {self.kind}"
         raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
 
@@ -194,7 +199,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 def settings_of(
     base: type[T],
-    called: Callable[..., Any],
+    called: Callable[..., object],
     where: str,
     *,
     given: Collection[str],
@@ -218,7 +223,7 @@ def settings_of(
     """
     signature = _signature(called, where)
     hints = _hints(called, where)
-    fields: list[tuple[str, Any, Any]] = []
+    fields: list[tuple[str, object, object]] = []
     for parameter in signature.parameters.values():
         name, default = parameter.name, parameter.default
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -236,9 +241,9 @@ def settings_of(
             hint = _plain(hint, default)
             if hint is None:
                 continue
-        hint = _readable(hint, name, where)
-        hint = hint | None if default is None else hint
-        fields.append((name, hint, _default(_as_read(hint, default, name, where), name, where)))
+        read = _readable(hint, name, where)
+        read = read | None if default is None else read
+        fields.append((name, read, _default(_as_read(read, default, name, where), name, where)))
     named = _named(called)
     made = dataclasses.make_dataclass(
         getattr(named, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
@@ -249,21 +254,21 @@ def settings_of(
     return made
 
 
-def _signature(called: Callable[..., Any], where: str) -> inspect.Signature:
+def _signature(called: Callable[..., object], where: str) -> inspect.Signature:
     try:
         return inspect.signature(called)
     except (TypeError, ValueError) as error:
         raise UserError(where, "a function or class with named parameters", str(error), "Wrap it in one") from None
 
 
-def _named(called: Any) -> Any:
+def _named(called: Callable[..., object]) -> Callable[..., object]:
     """Return the function that a `functools.partial` calls; return anything else unchanged."""
     while isinstance(called, functools.partial):
-        called = cast(Any, called).func
+        called = called.func
     return called
 
 
-def _hints(called: Callable[..., Any], where: str) -> dict[str, Any]:
+def _hints(called: Callable[..., object], where: str) -> dict[str, object]:
     try:
         return typing.get_type_hints(called.__init__ if isinstance(called, type) else _named(called))
     except (NameError, TypeError):
@@ -273,7 +278,7 @@ def _hints(called: Callable[..., Any], where: str) -> dict[str, Any]:
         raise UserError(where, "parameters with types", _words(error), remedy) from None
 
 
-def _as_read(hint: Any, default: Any, name: str, where: str) -> Any:
+def _as_read(hint: Any, default: object, name: str, where: str) -> object:
     """Return a default as a config holds it: 0 of a float is 0.0, so that the digest is that of a written value."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -286,7 +291,7 @@ def _as_read(hint: Any, default: Any, name: str, where: str) -> Any:
         ) from None
 
 
-def _default(value: Any, name: str, where: str) -> Any:
+def _default(value: object, name: str, where: str) -> object:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -298,7 +303,7 @@ def _default(value: Any, name: str, where: str) -> Any:
     return dataclasses.field(default=value)
 
 
-def _plain(hint: Any, default: Any) -> Any:
+def _plain(hint: object, default: object) -> object:
     """Return the type of a default value that a config can hold; None if there is none."""
     if isinstance(default, tuple):
         parts = [_plain(hint, value) for value in default]
@@ -327,7 +332,7 @@ def _is_readable(hint: Any) -> bool:
     return hint is not None
 
 
-def _readable(hint: Any, name: str, where: str) -> Any:
+def _readable(hint: object, name: str, where: str) -> Any:
     if hint is None:
         raise UserError(
             where, f"a type for its parameter {name}", "a missing type", f"Write it as {name}: int, for instance"
@@ -338,7 +343,7 @@ def _readable(hint: Any, name: str, where: str) -> Any:
     return hint
 
 
-def line_of(error: BaseException, source: Any) -> str:
+def line_of(error: BaseException, source: Callable[..., object]) -> str:
     """Return an exception in one line, with the file and line in the user's code that raised it.
 
     Args:
@@ -416,7 +421,7 @@ def is_reference(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and ":" in name
 
 
-def whole_reference(name: Any, folder: Path) -> Any:
+def whole_reference(name: object, folder: Path) -> object:
     """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
@@ -429,7 +434,7 @@ def whole_reference(name: Any, folder: Path) -> Any:
     return f"{(folder / place).resolve()}:{found}" if place.endswith(".py") else name
 
 
-def bare_reference(name: Any) -> Any:
+def bare_reference(name: object) -> object:
     """Return a `"folder/file.py:Class"` reference without its folder; return anything else unchanged."""
     if not is_reference(name):
         return name
@@ -453,7 +458,7 @@ def _installed(group: str) -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}
 
 
-def _imported(reference: str, where: str, shown: str) -> Any:
+def _imported(reference: str, where: str, shown: str) -> object:
     place, _, name = reference.rpartition(":")
     if place == MEMORY:
         remedy = "Run the program that made it, or put the object into a file and name the file"
@@ -467,7 +472,7 @@ def _imported(reference: str, where: str, shown: str) -> Any:
         extra = None if not isinstance(error, ModuleNotFoundError) else extra_of(str(error.name).partition(".")[0])
         remedy = remedy if extra is None else f"Install it with pip install 'fedpriv[{extra}]'"
         raise UserError(where, "a class that can be imported", f"{shown!r} ({_words(error)})", remedy) from error
-    found: Any = module
+    found: object = module
     for part in name.split("."):
         if not hasattr(found, part):
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
@@ -492,7 +497,7 @@ def _is_edited(reference: str) -> bool:
     return path.suffix == ".py" and path.is_file() and _module_name(path) not in sys.modules
 
 
-def _module_of_file(path: Path) -> Any:
+def _module_of_file(path: Path) -> ModuleType:
     """Load a file as a module under a unique name, once per process unless its content changes."""
     path = path.resolve(strict=True)
     name = _module_name(path)

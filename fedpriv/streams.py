@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+__all__ = ["Purpose", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
 
 
 class Purpose(IntEnum):
@@ -33,7 +33,8 @@ class Purpose(IntEnum):
     DROPOUT = 10
     ASKING = 11
     SCORE_NOISE = 12
-    AUGMENTATION = 13
+    STEP_NOISE = 13
+    AUGMENTATION = 14
 
 
 class Words(Protocol):
@@ -82,7 +83,7 @@ class Streams(Protocol):
 
 _MORE = 0x6D6F7265
 _FEW = 256  # Up to this many words, the operating system is faster than keying a cipher.
-_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
+_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE, Purpose.STEP_NOISE)
 
 
 class SeededSource:

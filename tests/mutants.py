@@ -1271,7 +1271,7 @@ MUTANTS = [
     Mutant(
         "a score that no promise covers is not marked",
         "fedpriv/experiment/config.py",
-        "return () if self.privacy is None else self.data.facts.not_covered",
+        "return () if self.privacy is None else self.facts.not_covered",
         "return ()",
         RELEASED,
     ),
@@ -1628,8 +1628,8 @@ MUTANTS = [
     Mutant(
         "tuning: a client counts in a score with each of its examples",
         SCORING,
-        "math.floor(accuracy * UNITS)",
-        "math.floor(accuracy * UNITS) * len(rows)",
+        "math.floor(score * UNITS)",
+        "math.floor(score * UNITS) * len(rows)",
         "tests/experiment/test_experiment_neighbors.py",
     ),
     Mutant(

@@ -8,6 +8,13 @@ import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
 
+_PREDICTED = {
+    "classes": "labels",
+    "numbers": "number to predict",
+    "flags": "labels, any number of them",
+    "tokens": "tokens",
+}
+
 
 @app.command()
 def check(
@@ -27,7 +34,7 @@ def check(
     numbers = dict.fromkeys(f"{number:,}" for number in (found.fewest, found.most) if number is not None)
     held = f", {' to '.join(numbers)} examples each" if numbers else ""
     print(f"data        {found.examples:,} examples to train on, {found.test_examples:,} to test on; inputs {shape}")
-    print(f"clients     {found.clients:,}{held}; {found.classes:,} labels")
+    print(f"clients     {found.clients:,}{held}; {found.classes:,} {_PREDICTED[experiment.task.labels]}")
     print(f"model       {found.parameters:,} trainable parameters, first loss {found.loss:.4g}")
     print(f"client      one computed its signal, of length {found.signal_norm:.4g}")
     if found.epsilon is None:

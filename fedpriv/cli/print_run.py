@@ -9,6 +9,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
 from fedpriv.privacy import rounded_up
+from fedpriv.tasks.metrics import recorded_metrics
 
 __all__ = ["print_summary", "print_warnings"]
 
@@ -20,18 +21,19 @@ def print_summary(summary: dict[str, Any], directory: Path) -> None:
         summary: See `fedpriv.run_experiment`.
         directory: The run directory.
     """
-    accuracy, loss = summary["test_accuracy"], summary["test_loss"]
+    metric, loss = recorded_metrics(summary)[0], summary["test_loss"]
+    score, validated = (summary.get(f"{on}_{metric.name}") for on in ("test", "validation"))
     if summary["private"]:
         promise = f"{rounded_up(summary['epsilon'])} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
         promise += f"\nadversary   {summary['adversary']}"
     else:
         promise = "none: this run is not private"
-    if summary.get("validation_accuracy") is not None:
-        unprotected = _mark(summary, "validation_accuracy")
-        print(f"validation  {summary['validation_accuracy']:.4f} on the held-out examples, to choose by{unprotected}")
+    if validated is not None:
+        unprotected = _mark(summary, f"validation_{metric.name}")
+        print(f"validation  {validated:.4f} on the held-out examples, to choose by{unprotected}")
     print(
-        f"accuracy    {accuracy:.4f} on the test set (loss {'not finite' if loss is None else format(loss, '.4f')})"
-        f"{_mark(summary, 'test_accuracy')}\n"
+        f"{metric.name:11} {_number(score)} on the test set (loss {_number(loss)})"
+        f"{_mark(summary, f'test_{metric.name}')}\n"
         f"epsilon     {promise}\n"
         f"{_clock_line(summary, directory)}"
         f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
@@ -53,6 +55,10 @@ def print_warnings(directory: Path) -> None:
         raise UserError("the run", "updates of finite numbers", "only NaN or infinity", remedy)
     for warning in warnings:
         print(f"warning     {warning}", file=sys.stderr)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _mark(summary: dict[str, Any], score: str) -> str:

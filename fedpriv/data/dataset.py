@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.labels import LabelKind, fault_of
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.released import Whose
@@ -29,15 +30,15 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Training and test examples for classification.
+    """Training and test examples.
 
     Args:
         name: The name in reports.
         train_inputs: float32 `[examples, *input_shape]`; or inputs on the disk, see `fedpriv.data.mapped`.
-        train_labels: int64 `[examples]`, 0 to `classes - 1`.
+        train_labels: int64 `[examples]`, 0 to `classes - 1`; or labels of another `kind`, see `labels.LabelKind`.
         test_inputs: float32 `[test_examples, *input_shape]`.
-        test_labels: int64 `[test_examples]`, 0 to `classes - 1`.
-        classes: Number of labels, at least 2.
+        test_labels: Labels of the test examples, of the same kind.
+        classes: Number of labels or tokens, at least 2; for `numbers`, of targets.
         groups: int64 `[examples]`, the natural client 0 to g-1 of each training example; None if there are none.
         natural_clients: Number g of natural clients, including those without examples; None if each of them has some.
         test_groups: int64 `[test_examples]`, the natural client of each test example; None if the test examples
@@ -46,6 +47,7 @@ class Dataset:
         validation_labels: Their labels.
         tested: The owners of the test examples; None if they belong to no client. See `evaluated_on`.
         validated: The owners of the validation examples, likewise.
+        kind: The kind of labels.
 
     Raises:
         UserError: If shapes, types or ranges are wrong.
@@ -64,6 +66,7 @@ class Dataset:
     validation_labels: Tensor | None = None
     tested: HeldOut | None = None
     validated: HeldOut | None = None
+    kind: LabelKind = "classes"
 
     def __post_init__(self) -> None:
         self._check_examples("train", self.train_inputs, self.train_labels)
@@ -97,13 +100,15 @@ class Dataset:
         return tuple(self.train_inputs.shape[1:])
 
     def _check_examples(self, split: str, inputs: Tensor, labels: Tensor) -> None:
-        if inputs.dtype != torch.float32 or labels.dtype != torch.int64:
+        of_classes = self.kind == "classes"
+        if inputs.dtype != torch.float32 or (of_classes and labels.dtype != torch.int64):
             raise self._wrong(f"float32 {split} inputs and int64 labels", (inputs.dtype, labels.dtype))
-        if labels.shape != inputs.shape[:1] or len(labels) == 0:
+        paired = labels.shape == inputs.shape[:1] if of_classes else labels.shape[:1] == inputs.shape[:1]
+        if not paired or len(labels) == 0:
             raise self._wrong(f"one label for each {split} example", (list(inputs.shape), list(labels.shape)))
-        low, high = int(labels.min()), int(labels.max())
-        if self.classes < 2 or low < 0 or high >= self.classes:
-            raise self._wrong(f"{split} labels 0 to classes - 1", f"{low} to {high} of {self.classes} classes")
+        fault = fault_of(self.kind, split, labels, self.classes)
+        if fault is not None:
+            raise self._wrong(*fault)
 
     def _check_groups(self, split: str, groups: np.ndarray, examples: int) -> None:
         if groups.dtype != np.int64 or groups.shape != (examples,):

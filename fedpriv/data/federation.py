@@ -11,7 +11,15 @@ import torch
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.mapped import mapped
-from fedpriv.data.partitions import Natural, Partition, Resampled, given_clients, mean_total_variation
+from fedpriv.data.partitions import (
+    Dirichlet,
+    LabelShards,
+    Natural,
+    Partition,
+    Resampled,
+    given_clients,
+    mean_total_variation,
+)
 from fedpriv.data.shifts import Shift
 from fedpriv.errors import UserError, require_extra
 from fedpriv.streams import Purpose, SeededStreams
@@ -98,7 +106,12 @@ class Federation:
         return self.rows[self.offsets[client] : self.offsets[client + 1]]
 
     def label_counts(self) -> np.ndarray:
-        """Return the number of examples of each label at each client, int64 `[clients, classes]`."""
+        """Return the number of examples of each label at each client, int64 `[clients, classes]`.
+
+        Labels that are not classes count as one.
+        """
+        if self.dataset.kind != "classes":
+            return self.sizes[:, None]
         classes = self.dataset.classes
         holder = np.repeat(np.arange(self.population), self.sizes)
         cells = holder * classes + self.dataset.train_labels.numpy()[self.rows]
@@ -142,6 +155,8 @@ class ResampledFederation:
 
     def label_counts(self) -> np.ndarray:
         """Return the number of examples of each label at each client, int64 `[clients, classes]`."""
+        if self.dataset.kind != "classes":
+            return self.sizes[:, None]
         labels, classes = self.dataset.train_labels.numpy(), self.dataset.classes
         counts = (np.bincount(labels[self.rows_of(c)], minlength=classes) for c in range(self.population))
         return np.fromiter(counts, dtype=(np.int64, classes), count=self.population)
@@ -186,6 +201,9 @@ def federate(dataset: Dataset, partition: Partition, clients: int | None, rng: n
     if isinstance(partition, Natural):
         parts = partition.split_among(dataset.groups, dataset.natural_population, clients)
     else:
+        if dataset.kind != "classes" and isinstance(partition, Dirichlet | LabelShards):
+            got = f"{type(partition).__name__} with labels that are {dataset.kind}"
+            raise UserError("data.partition", "a partition without classes", got, "Choose iid, natural or another one")
         parts = partition.split(dataset.train_labels.numpy(), dataset.groups, clients, rng)
     offsets = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])

@@ -12,6 +12,7 @@ import torch
 
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import default_data_root
+from fedpriv.data.labels import expected_labels
 from fedpriv.data.mapped import mapped
 from fedpriv.data.validation import test_rows_within
 from fedpriv.errors import UserError, nearest
@@ -71,12 +72,12 @@ def dataset_of(found: Any, name: str) -> Dataset:
 
     Args:
         found: A `Dataset`; or a mapping with `inputs` (numbers, `[examples, *input_shape]`) and `labels` (whole numbers
-            from 0, `[examples]`). Optional are `client_ids` (the natural client of each example: whole numbers or
-            texts), `clients` (the ids of all clients, if some hold no example), `test_inputs` and `test_labels` (which
-            count as public), and `classes` (the number of labels; by default one more than the largest). All are arrays
-            of numpy or torch, or lists; inputs that `numpy.load(path, mmap_mode="r")` returned stay on the disk.
-            Without test arrays, a fifth of each natural client's examples is held out; without natural clients, a fifth
-            of each label's examples.
+            from 0, `[examples]`, unless the task expects another kind). Optional are `client_ids` (the natural client
+            of each example: whole numbers or texts), `clients` (the ids of all clients, if some hold no example),
+            `test_inputs` and `test_labels` (which count as public), and `classes` (the number of labels; by default one
+            more than the largest). All are arrays of numpy or torch, or lists; inputs that `numpy.load(path,
+            mmap_mode="r")` returned stay on the disk. Without test arrays, a fifth of each natural client's examples is
+            held out; without natural clients, a fifth of each label's examples.
         name: The name of the data set.
 
     Raises:
@@ -99,7 +100,7 @@ def dataset_of(found: Any, name: str) -> Dataset:
         raise UserError(f"dataset {name}", "both test_inputs and test_labels", f"only {given[0]}", "Return both")
     test_groups = None
     if given:
-        test = _numbers(name, found, "test_inputs"), _whole_numbers(name, found, "test_labels")
+        test = _numbers(name, found, "test_inputs"), _labels(name, found, "test_labels")
         _same_length(name, "test_labels", test[1], len(test[0]))
     else:
         held = _every_fifth(labels) if groups is None else test_rows_within(groups)
@@ -124,11 +125,12 @@ def dataset_of(found: Any, name: str) -> Dataset:
         groups=groups,
         natural_clients=population,
         test_groups=test_groups,
+        kind=expected_labels(),
     )
 
 
 def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return inputs float32 `[examples, *input_shape]`, labels int64 `[examples]` and the number of labels.
+    """Return inputs float32 `[examples, *input_shape]`, labels and the number of labels; see `Dataset`.
 
     Args:
         found: The mapping that `dataset_of` takes.
@@ -141,7 +143,7 @@ def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np
         if found.get(key) is None:
             got = f"only {', '.join(map(str, found))}" if found else "an empty mapping"
             raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
-    inputs, labels = _numbers(name, found, "inputs"), _whole_numbers(name, found, "labels")
+    inputs, labels = _numbers(name, found, "inputs"), _labels(name, found, "labels")
     _same_length(name, "labels", labels, len(inputs))
     return inputs, labels, _classes(name, found.get("classes"), labels)
 
@@ -198,6 +200,28 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def _labels(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+    """Return labels as the task expects them; see `labels.LabelKind`."""
+    kind = expected_labels()
+    if kind == "classes":
+        return _whole_numbers(name, found, key)
+    array = _numbers(name, found, key)
+    if kind == "tokens":
+        array = _array(name, found, key)  # float32 holds whole numbers up to 2**24 alone
+        wrong = array != np.floor(array)
+        if wrong.any():
+            row = int(np.argmax(wrong.reshape(len(array), -1).any(axis=1)))
+            raise UserError(f"dataset {name}", f"{key} that are tokens", _shown(array, row), "Return whole numbers")
+        array = array.astype(np.int64)
+    if array.ndim == 2 and array.shape[1] == 1 and kind == "numbers":
+        array = array[:, 0]
+    if array.ndim != 2 and not (kind == "numbers" and array.ndim == 1):
+        axes = {"numbers": "[examples] or [examples, targets]", "flags": "[examples, labels]"}
+        expected = f"{key} {axes.get(kind, '[examples, positions]')} for this task"
+        raise UserError(f"dataset {name}", expected, f"shape {array.shape}", "Change the labels or [task] name")
+    return array
+
+
 def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
     """Return the rank of each example's client among all, int64 `[examples]`, and the number of clients."""
     array, remedy = (
@@ -246,6 +270,8 @@ def _refuse_two_spellings(name: str, known: np.ndarray) -> None:
 
 
 def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
+    if expected_labels() in ("numbers", "flags"):
+        return labels[0].shape[1] if labels[0].ndim == 2 else 1
     found = max(int(part.max()) for part in labels) + 1
     if given is None:
         return max(found, 2)
@@ -274,7 +300,7 @@ def _same_length(name: str, key: str, array: np.ndarray, examples: int) -> None:
 def _every_fifth(labels: np.ndarray) -> np.ndarray:
     from fedpriv.data.datasets import every_fifth_of_each_label
 
-    return every_fifth_of_each_label(labels)
+    return every_fifth_of_each_label(labels if expected_labels() == "classes" else np.zeros(len(labels), np.int64))
 
 
 def _first_row(array: np.ndarray, wrong: Callable[[Any], bool]) -> int | None:

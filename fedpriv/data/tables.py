@@ -178,7 +178,7 @@ def _of_clients(clients: Any, columns: Columns) -> dict[str, Any]:
             raise UserError(f"data of client {number}", "as many inputs as labels", got, "Give one label for each")
         if len(parts[0]):
             inputs.append(parts[0])
-            labels.append(parts[1].reshape(-1))
+            labels.append(parts[1].reshape(len(parts[0]), -1) if parts[1].ndim > 1 else parts[1])
             owners.append(np.full(len(parts[0]), number))
     shapes = {part.shape[1:] for part in inputs}
     if len(shapes) != 1:

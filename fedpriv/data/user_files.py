@@ -17,6 +17,7 @@ import numpy as np
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
+from fedpriv.data.labels import expected_labels
 from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
 from fedpriv.errors import UserError, nearest, require_extra
@@ -213,7 +214,9 @@ class _Table(_Files):
         return made
 
     def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
-        """Return the label of each row, int64 `[rows]`."""
+        """Return the label of each row, int64 `[rows]`; float64 if the task expects numbers."""
+        if expected_labels() == "numbers":
+            return self._targets(path, column)
         if self.labels is None:
             places = {str(number): number for number in range(len(column) + 1)}
             remedy = f"List the values of {self.target!r} in data.labels"
@@ -226,6 +229,17 @@ class _Table(_Files):
             expected = f"a label in column {self.target!r}"
             raise UserError(str(path), expected, f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}", remedy)
         return at
+
+    def _targets(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+        """Return the number of each row, float64 `[rows]`."""
+        import pandas as pd
+
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        if not np.isfinite(numbers).all():
+            row = int(np.argmin(np.isfinite(numbers)))
+            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            raise UserError(str(path), f"a number in column {self.target!r}", got, "Correct or remove such rows")
+        return numbers
 
     def _ids_of_clients(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
         absent = self._absent(column)

@@ -54,7 +54,8 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         UserError: If no example, or every example, would be held out.
     """
     if dataset.groups is None:
-        held = _held_out_of_labels(dataset.train_labels.numpy(), share)
+        one = np.zeros(dataset.examples, dtype=np.int64)  # labels that are not classes count as one
+        held = _held_out_of_labels(dataset.train_labels.numpy() if dataset.kind == "classes" else one, share)
     else:
         held = _held_out_of_clients(dataset.groups, share, _TO_VALIDATE)
     if not 0 < held.sum() < len(held):

@@ -159,12 +159,14 @@ class Coordinator:
     def instructions(self, client: int) -> tuple[ClientInstructions, RunTerms]:
         """Return the instructions and terms for one client in the open turn."""
         rules, plan, sampling = self.client, self.plan, self.server.sampling
-        seeded = isinstance(rules.streams, SeededStreams) and rules.noise_stddev > 0.0
+        seeded = isinstance(rules.streams, SeededStreams) and rules.draws_secrets
         instructions = ClientInstructions(
             method=rules.method,
             round=self.applied + 1,
             client=client,
             noise_stddev=rules.noise_stddev,
+            examples="" if rules.examples is None else rules.examples.as_text(),
+            step_stddev=rules.step_stddev,
             seed=rules.streams.seed if seeded else None,  # type: ignore[union-attr]
             noise_id=rules.streams.noise_id if seeded else "",  # type: ignore[union-attr]
             private=plan is not None,

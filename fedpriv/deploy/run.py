@@ -56,7 +56,8 @@ class Connection:
         """
         folder = Path(given).expanduser()
         home = folder.resolve() if folder.is_dir() else Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
-        tables = read_config_file(home / "config.toml").get("superlink", {})
+        superlink = read_config_file(home / "config.toml").get("superlink", {})
+        tables = superlink if isinstance(superlink, dict) else {}
         name = str(tables.get("default", "")) if folder.is_dir() else given
         found = tables.get(name)
         if not isinstance(found, dict) or "address" not in found:

@@ -18,7 +18,7 @@ from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import LocalWork, batches_of, make_signal
+from fedpriv.tasks.local_work import LocalWork, PoissonGradient, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
@@ -105,13 +105,24 @@ class Population:
         start, end = self.federation.offsets[client : client + 2].tolist()
         return inputs[start:end], labels[start:end]
 
-    def signal(self, client: int, model: Tensor, round: int) -> Tensor:
-        """Return the signal `[params]` of one client in one round, as a new tensor."""
+    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
+        """Return the signal `[params]` of one client in one round, as a new tensor.
+
+        `rules` replaces those of the population, if the client receives its rules with the model.
+        """
+        rules = rules or self.rules
         inputs, labels = self.examples(client)
-        batches = batches_of(self.work, self.streams, len(labels), round, client)
+        streams = self.streams if rules.examples is None else rules.streams  # secret batches
+        batches = batches_of(self.work, streams, len(labels), round, client)
         if self.augment is not None:
             inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
-        return make_signal(self.task, model, inputs, labels, self.work, batches)
+        clipped = rules.clipped(round, client)
+        return make_signal(self.task, model, inputs, labels, self.work, batches, clipped)
+
+    @property
+    def one_by_one(self) -> bool:
+        """True if the signals of several clients cannot be computed at once."""
+        return self.rules.examples is not None or isinstance(self.work, PoissonGradient)
 
     def draws(self, examples: int, round: int, client: int) -> np.ndarray:
         """Return the draws for the augmentation of one client's examples in one round; no columns without one."""
@@ -137,7 +148,8 @@ class Population:
 
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
         """Return an empty store for these clients' states; see `StateStore`."""
-        return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)
+        exact = self.rules.examples is not None
+        return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder, exact)
 
 
 @cache

@@ -61,7 +61,7 @@ class VectorizedEngine:
         step = ClientStep(self._population.rules, broadcast, model.device, native=True)
         with one_thread():  # further cores are better used by further workers
             for clients in self._chunks(broadcast.cohort):
-                if self._batched:
+                if self._batched and not self._population.one_by_one:
                     self._batch(step, model, clients, broadcast.round)
                 else:
                     self._one_by_one(step, model, clients, broadcast.round)

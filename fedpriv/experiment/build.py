@@ -5,12 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.clock import Timeline
+from fedpriv.data.augment import Augmentation
+from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Holders, shifted, spread
+from fedpriv.data.labels import labels_as
 from fedpriv.data.validation import evaluated_on, hold_out
 from fedpriv.engines import Population
 from fedpriv.errors import UserError
@@ -19,6 +23,8 @@ from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import Agreement, ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.tasks.kinds import check_losses
+from fedpriv.tasks.own import OwnModule
 from fedpriv.tasks.task import Task
 
 __all__ = [
@@ -27,8 +33,11 @@ __all__ = [
     "assemble_clients",
     "build_module",
     "check_device",
+    "check_task",
     "count_parameters",
+    "fewest_examples",
     "make_federation",
+    "plan_of",
     "sampling_of",
     "task_of",
 ]
@@ -59,13 +68,13 @@ class Experiment:
         """The rules that server and clients follow."""
         return Agreement(self.server, self.population.rules, self.plan)
 
-    def evaluate(self, model: Tensor) -> tuple[float, float]:
-        """Return test loss (nats) and test accuracy (0 to 1) of a model `[params]`."""
+    def evaluate(self, model: Tensor) -> dict[str, float]:
+        """Return the loss and the metrics of a model `[params]` on test examples; see `Task.evaluate`."""
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
 
-    def validate(self, model: Tensor) -> tuple[float, float] | None:
-        """Return loss and accuracy on the validation examples; None if none are held out."""
+    def validate(self, model: Tensor) -> dict[str, float] | None:
+        """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
         if dataset.validation_inputs is None or dataset.validation_labels is None:
             return None
@@ -77,7 +86,7 @@ class Experiment:
         if timeline is not None:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
-        plan = config.plan(sampling)
+        plan = config.plan(sampling, fewest_examples(config, federation))
         streams = config.streams
         agreed = agree(config.method, sampling, plan, streams)
         population = replace(self.population, rules=agreed.client, streams=streams)
@@ -87,15 +96,40 @@ class Experiment:
 def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     """Load the data and split them among the clients, as the config and its seed say."""
     choice, streams = config.data, SeededStreams(config.seed)
-    dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
+    with labels_as(config.task.labels):
+        dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
+    _check_labels(config, dataset)
     if choice.test is not None:
         dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
     elif choice.validation is not None:
         dataset = hold_out(replace(dataset, groups=None), choice.validation)
-    if config.augment is not None:
-        config.augment.check(dataset.input_shape)
     federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
+
+
+def fewest_examples(config: Config, federation: Holders) -> int | None:
+    """Return the number of examples of the client with the fewest, if the config's plan depends on it."""
+    if not config.needs_sizes:
+        return None
+    sizes = np.asarray(federation.sizes)
+    return int(sizes[sizes > 0].min(initial=int(sizes.max(initial=1))))
+
+
+def plan_of(config: Config, sampling: Sampling, data_root: Path | None = None) -> PrivacyPlan | None:
+    """Return the config's plan; read the data only if it depends on the clients' numbers of examples."""
+    federation = make_federation(config, data_root) if config.needs_sizes else None
+    return config.plan(sampling, None if federation is None else fewest_examples(config, federation))
+
+
+def _check_labels(config: Config, dataset: Dataset) -> None:
+    """Raise UserError, naming the first row, unless the labels suit the task."""
+    kind = config.task
+    if dataset.kind != kind.labels:
+        remedy = "Choose another [task], or data with such labels"
+        raise UserError(f"dataset {dataset.name}", f"labels that are {kind.labels}", dataset.kind, remedy)
+    if not kind.plain:
+        for labels in (dataset.train_labels, dataset.test_labels):
+            kind.check_labels(f"dataset {dataset.name}", labels, dataset.classes)
 
 
 def sampling_of(config: Config, data_root: Path | None = None) -> Sampling:
@@ -141,7 +175,7 @@ def assemble(
     task = task_of(config, federation, device, channels_last=channels_last, precision=precision)
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
-    plan = config.plan(sampling)
+    plan = config.plan(sampling, fewest_examples(config, federation))
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
     population = Population(
@@ -150,7 +184,7 @@ def assemble(
         federation=federation,
         work=config.local,
         streams=streams,
-        augment=config.augment,
+        augment=_augmentation(config, federation),
     )
     return Experiment(
         config=config,
@@ -185,16 +219,52 @@ def assemble_clients(
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
     task = task_of(config, federation, device)
     return Population(
-        rules=rules, task=task, federation=federation, work=config.local, streams=streams, augment=config.augment
+        rules=rules,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=_augmentation(config, federation),
     )
+
+
+def _augmentation(config: Config, federation: Holders) -> Augmentation | None:
+    """Return the config's augmentation, if there is one, after checking that it fits the inputs."""
+    if config.augment is not None:
+        config.augment.check(federation.dataset.input_shape)
+    return config.augment
 
 
 def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:
     """Return the config's model with its loss; see `Task` for the options."""
     seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
-    module = build_module(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes, seed)
-    return Task(module, device, **options)
+    shape = tuple(dataset.train_inputs.shape[1:])
+    module = build_module(config, shape, dataset.classes, seed)
+    check_task(config, module, shape, dataset.train_labels[:1], dataset.classes)
+    return Task(module, device, kind=config.task, **options)
+
+
+def check_task(config: Config, module: nn.Module, input_shape: tuple[int, ...], labels: Tensor, classes: int) -> None:
+    """Raise UserError unless the model's outputs suit the task, and each loss depends on its own example alone.
+
+    Args:
+        config: The experiment.
+        module: Its model.
+        input_shape: Shape of one input.
+        labels: Some labels, for their shape.
+        classes: Number of labels, targets or tokens.
+    """
+    if config.task.plain and not isinstance(config.model, OwnModule):
+        return
+    with torch.no_grad():
+        outputs = module(torch.zeros(2, *input_shape))
+    expected = config.task.output_shape(labels, classes)
+    if list(outputs.shape) != [2, *expected]:
+        wanted = f"outputs [batch, {', '.join(map(str, expected))}] of the model, for [task]"
+        raise UserError("model.name", wanted, f"{list(outputs.shape)} for 2 inputs", "Choose another model or task")
+    if not config.task.plain:
+        check_losses(config.task, expected, labels, classes)
 
 
 # A module, the model, a gradient and a message in float32, and the sum of messages in float64.
@@ -208,7 +278,7 @@ def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int)
         UserError: If the model is invalid or too large to count.
     """
     try:
-        return config.model.parameters(input_shape, classes)
+        return config.model.parameters(input_shape, config.task.width(classes))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise _too_large(error) from None
 
@@ -219,7 +289,7 @@ def build_module(config: Config, input_shape: tuple[int, ...], classes: int, see
     remedy = f"Make the model smaller: a run holds several copies of its {count:,} parameters"
     refuse_beyond_memory("[model]", _BYTES_A_PARAMETER * count, remedy)
     try:
-        return config.model.build(input_shape, classes, seed)
+        return config.model.build(input_shape, config.task.width(classes), seed)
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise _too_large(error) from None
 

@@ -75,7 +75,7 @@ def try_experiment(config: Config, *, device: str = "cpu", data_root: Path | Non
     federation, task = population.federation, population.task
     dataset, model = federation.dataset, experiment.initial_model
     sizes = np.diff(federation.offsets) if isinstance(federation, Federation) else None
-    loss, _ = task.evaluate(model, dataset.test_inputs[:_MAX_TESTED], dataset.test_labels[:_MAX_TESTED])
+    loss = task.evaluate(model, dataset.test_inputs[:_MAX_TESTED], dataset.test_labels[:_MAX_TESTED])["loss"]
     if not math.isfinite(loss):
         remedy = "Scale the inputs by fixed constants, or lower the first weights"
         raise UserError("[model]", "a finite loss of the first model on test examples", loss, remedy)

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
 
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
+from fedpriv.data.labels import labels_as
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
 from fedpriv.data.tables import Columns, arrays_of, is_table
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.build import plan_of, sampling_of
 from fedpriv.experiment.config import (
     CohortChoice,
     Config,
@@ -33,9 +34,12 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tables import Record
+from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
 from fedpriv.tasks.own import OwnModule
+from fedpriv.tasks.own_task import own_loss
 
 __all__ = ["Experiment"]
 
@@ -64,6 +68,9 @@ class Experiment:
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
+        task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
+            `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
+            for classification.
         local: The local work of a client; None for the full gradient.
         augment: The augmentation of training inputs, such as `fedpriv.data.augment.ImageVariants(flip=True)`.
         cohort: The sampling of a round's clients; None for everyone.
@@ -84,10 +91,11 @@ class Experiment:
     """
 
     model: nn.Module | ModelSource | Callable[..., nn.Module] = field(repr=False)
-    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource" = field(repr=False)
+    data: "Sequence[object] | Mapping[str, object] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
+    task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
     augment: Augmentation | None = None
     cohort: Sampling | None = None
@@ -105,7 +113,10 @@ class Experiment:
     def config(self) -> Config:
         """The resolved experiment, as for one from a file."""
         self._check_kinds()
-        source, dataset = _data_source(self.data, Columns(label=self.label, client=self.client, inputs=self.inputs))
+        task = _task_kind(self.task)
+        with labels_as(task.labels):
+            columns = Columns(label=self.label, client=self.client, inputs=self.inputs)
+            source, dataset = _data_source(self.data, columns)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
@@ -123,6 +134,7 @@ class Experiment:
             method=self.method,
             privacy=self.privacy,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
+            task=task,
         )
         check_config(config)
         return config
@@ -144,7 +156,7 @@ class Experiment:
 
     def plan(self) -> PrivacyPlan | None:
         """Return the privacy plan; None for a run without privacy. Train nothing."""
-        return self.config.plan(sampling_of(self.config))
+        return plan_of(self.config, sampling_of(self.config))
 
     def check(self, *, device: str = "cpu") -> Findings:
         """Build all parts and let one client compute one step; see `fedpriv check`."""
@@ -159,7 +171,7 @@ class Experiment:
         resume: bool = False,
         watch: Watcher | None = None,
         checkpoint_every: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Run the experiment and return its summary; see `fedpriv.run_experiment`.
 
         Args:
@@ -205,7 +217,7 @@ class _Held:
         return self.dataset
 
 
-def _data_source(data: Any, columns: Columns) -> tuple[DatasetSource, Dataset | None]:
+def _data_source(data: object, columns: Columns) -> tuple[DatasetSource, Dataset | None]:
     """Return the settings of the data, and the data set if it is in memory."""
     if not (isinstance(data, Dataset | Mapping | Sequence) or is_table(data)) and hasattr(data, "load"):
         return cast(DatasetSource, data), None
@@ -214,7 +226,13 @@ def _data_source(data: Any, columns: Columns) -> tuple[DatasetSource, Dataset | 
     return dataclass(frozen=True, kw_only=True)(held)(), dataset
 
 
-def _model_source(model: Any) -> ModelSource:
+def _task_kind(task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> TaskKind:
+    if task is None or isinstance(task, TaskKind):
+        return task or Classification()
+    return own_loss(task)
+
+
+def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
     if hasattr(model, "build") and hasattr(model, "parameters"):

@@ -55,9 +55,10 @@ class RoundProgress:
         shown = dict(self._latest)
         if math.isfinite(shown.get("epsilon", math.inf)):
             shown["epsilon"] = rounded_up(shown["epsilon"])
+        scores = (key for key in shown if key.startswith("test_") and key != "test_loss")
         metrics = (
             ("loss {:.3f}", "test_loss"),
-            ("accuracy {:.3f}", "test_accuracy"),
+            *((f"{key.removeprefix('test_')} {{:.3f}}", key) for key in scores),
             ("eps {}", "epsilon"),
             ("clock {:.0f} s", "simulated_seconds"),
             ("{:.0f} clients/s", "clients_per_second"),

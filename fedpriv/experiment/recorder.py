@@ -79,7 +79,7 @@ class Recorder:
             randomness=self.randomness,
             deployed=self.deployed,
             simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
-            data=experiment.config.data.facts,
+            data=experiment.config.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
             size=size,
@@ -162,7 +162,9 @@ class Recorder:
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
         if has_extra("report"):  # otherwise the command line suggests the extra
-            plot_curves(rounds, self.directory.file("curves.png"), title=self._title())
+            plot_curves(
+                rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
+            )
         rows = self.directory.rows("diagnostics.jsonl")
         self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
         summary = self._summary(rounds[-1], rows)
@@ -229,11 +231,12 @@ class Recorder:
 
     def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:
         looks = self.experiment.config.training.evaluates(round)
-        loss, accuracy = self.experiment.evaluate(model) if looks else (None, None)
-        row = {"test_accuracy": accuracy, "test_loss": loss}
+        names = self.experiment.config.task.scores
+        found: dict[str, Any] = self.experiment.evaluate(model) if looks else {}
+        row = {f"test_{name}": found.get(name) for name in names}
         if self.experiment.config.data.validation is not None:
-            loss, accuracy = (looks and self.experiment.validate(model)) or (None, None)
-            row |= {"validation_accuracy": accuracy, "validation_loss": loss}
+            found = (looks and self.experiment.validate(model)) or {}
+            row |= {f"validation_{name}": found.get(name) for name in names}
         return {**row, **self._marks}
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:
@@ -297,9 +300,8 @@ class Recorder:
             "population": self.experiment.population.federation.population,
             "expected_cohort": expected,
             "parameters": self.experiment.population.task.layout.size,
-            "test_accuracy": last["test_accuracy"],
-            "test_loss": last["test_loss"],
-            **{key: last[key] for key in ("validation_accuracy", "validation_loss") if key in last},
+            **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
+            **({} if config.task.usual else {"metrics": {one.name: one.better for one in config.task.measured}}),
             **self._marks,
             **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
             **({"ledger": self._ledger()} if self._keeps_ledger else {}),

@@ -83,17 +83,23 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         if summary is None:
             raise UserError(str(path), "a finished run", "an unfinished one", "Finish it with fedpriv run ... --resume")
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
-        columns[str(path)] = {key: _shown(key, summary.get(key)) for key in _COMPARED}
-        columns[str(path)] |= {key: _shown(key, summary[key]) for key in _IF_THERE if key in summary}
+        scored = [key for on in ("test_", "validation_") for key in summary if key.startswith(on)]
+        first = ["method", *(key for key in scored if key.startswith("test_"))]
+        columns[str(path)] = {key: _shown(key, summary.get(key)) for key in (*first, *_COMPARED)}
+        columns[str(path)] |= {key: _shown(key, summary[key]) for key in (*scored, *_IF_THERE) if key in summary}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
-    together = {run: {**{key: configs[run].get(key) for key in differing}, **columns[run]} for run in columns}
+    rows = list(dict.fromkeys(key for column in columns.values() for key in column))
+    together = {
+        run: {**{key: configs[run].get(key) for key in differing}, **{key: column.get(key) for key in rows}}
+        for run, column in columns.items()
+    }
     return pd.DataFrame(together, dtype=object)
 
 
 _PROMISE = ("epsilon", "delta", "trust", "adjacency")
-_COMPARED = ("method", "test_accuracy", "test_loss", *_PROMISE, "rounds", "engine", "seconds")
-_IF_THERE = ("validation_accuracy", "validation_loss", "not_covered", "simulated_seconds", "bytes_down", "bytes_up")
+_COMPARED = (*_PROMISE, "rounds", "engine", "seconds")
+_IF_THERE = ("not_covered", "simulated_seconds", "bytes_down", "bytes_up")
 
 
 def _shown(key: str, value: object) -> object:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-__all__ = ["OUTPUTS", "OWNER_ONLY", "VALUES", "DataFacts", "Kind", "Output", "Whose", "mode_of", "outputs_of"]
+__all__ = ["OUTPUTS", "OWNER_ONLY", "SCORES", "VALUES", "DataFacts", "Kind", "Output", "Whose", "mode_of", "outputs_of"]
 
 OWNER_ONLY = 0o600
 """Mode of a file that is not released; a folder of such files has mode 0700."""
@@ -99,12 +99,16 @@ OUTPUTS = (
 
 _OF_NAME = {output.name: output for output in OUTPUTS}
 
+SCORES = ("accuracy", "loss", "auroc", "f1", "ece", "rmse", "mae", "perplexity")
+"""Built-in scores. Those of user tasks are released, too."""
+
 VALUES = {
     **dict.fromkeys(("name", "method", "engine", "digest", "seed", "rounds", "round"), Kind.RELEASED),
     **dict.fromkeys(("population", "expected_cohort", "parameters", "not_covered"), Kind.RELEASED),
     **dict.fromkeys(("private", "epsilon", "delta", "noise_multiplier", "noise_stddev"), Kind.RELEASED),
     **dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant", "adversary", "ledger"), Kind.RELEASED),
-    **dict.fromkeys(("test_accuracy", "test_loss", "validation_accuracy", "validation_loss"), Kind.RELEASED),
+    **dict.fromkeys((f"{on}_{score}" for on in ("test", "validation") for score in SCORES), Kind.RELEASED),
+    "metrics": Kind.RELEASED,
     **dict.fromkeys(("simulated_seconds", "bytes_down", "bytes_up", "counted"), Kind.RELEASED),
     **dict.fromkeys(("seconds", "clients_per_second", "execution"), Kind.TIMING),
 }
@@ -142,16 +146,16 @@ class DataFacts:
             for clients that draw from a pool.
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
+        scores: Names of the scores, without `test_` or `validation_`.
     """
 
     clients: Literal["natural", "simulated", "resampled"]
     test: Whose = "public"
     validation: Whose | None = None
+    scores: tuple[str, ...] = ("accuracy", "loss")
 
     @property
     def not_covered(self) -> tuple[str, ...]:
         """Names of the scores that are computed without noise on protected clients' examples."""
         scored = {"test": self.test, "validation": self.validation}
-        return tuple(
-            f"{on}_{score}" for on, whose in scored.items() if whose == "within" for score in ("accuracy", "loss")
-        )
+        return tuple(f"{on}_{score}" for on, whose in scored.items() if whose == "within" for score in self.scores)

@@ -21,7 +21,6 @@ from fedpriv.privacy import rounded_up
 from fedpriv.report.study import (
     COSTS,
     HYPERPARAMETERS,
-    METRICS,
     TERMS,
     Study,
     as_text,
@@ -29,6 +28,7 @@ from fedpriv.report.study import (
     telling,
     words_of,
 )
+from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = [
     "QUANTITIES",
@@ -54,14 +54,14 @@ GROUP = ["problem", "privacy", "method"]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """A quantity on the horizontal axis of accuracy.
+    """A quantity on the horizontal axis of the metric.
 
     Args:
         name: Name of the figure.
         label: Label of the axis.
         column: Column of the table of settings.
         own: Config keys that set the quantity: its figure does not separate runs by them.
-        cost: True if less is better: the figure then shows the front of accuracy and cost.
+        cost: True if less is better: the figure then shows the front of metric and cost.
     """
 
     name: str
@@ -95,14 +95,14 @@ QUANTITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """Accuracy over two hyperparameters, for one problem, privacy and method.
+    """The metric over two hyperparameters, for one problem, privacy and method.
 
     Args:
         group: Problem, privacy and method.
         keys: The config keys of rows and of columns.
         rows: Values of the first key, ascending, as text.
         columns: Values of the second key.
-        accuracy: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN for missing runs.
+        values: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN for missing runs.
         seeds: int `[rows, columns]`, the number of seeds of that setting; 0 for missing runs.
     """
 
@@ -110,22 +110,24 @@ class HeatMap:
     keys: tuple[str, str]
     rows: list[str]
     columns: list[str]
-    accuracy: np.ndarray
+    values: np.ndarray
     seeds: np.ndarray
 
 
 def judge_of(study: Study, wanted: str | None = None) -> Judge:
-    """Return the accuracy that selects settings: the wanted one, or validation if every run has it, otherwise test.
+    """Return the examples that select settings: the wanted ones, or validation if every run has it, otherwise test.
 
     Raises:
         UserError: If validation is wanted and a run lacks it.
     """
     if wanted not in (None, "test", "validation"):
         raise UserError("--select", "test or validation", repr(wanted), "Choose one, or remove --select")
-    lacking = study.runs.loc[study.runs["validation_accuracy"].isna(), "run"].tolist()
+    lacking = study.runs.loc[study.runs[f"validation_{study.metric.name}"].isna(), "run"].tolist()
     if wanted == "validation" and lacking:
         some = f"{len(lacking)} without it, such as {lacking[0]}"
-        raise UserError("--select validation", "runs with a validation accuracy", some, "Choose --select test")
+        raise UserError(
+            "--select validation", f"runs with a validation {study.metric.label}", some, "Choose --select test"
+        )
     return "test" if lacking or wanted == "test" else "validation"
 
 
@@ -135,24 +137,24 @@ def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
     Returns:
         Columns `setting`, `problem`, `privacy`, `method`, `hyperparameters` (those that vary for the method, in words),
         `seeds` (their number), `METRIC_mean`, `_std` (of the sample; NaN for one seed), `_min` and `_max` of each
-        metric over seeds, `score` (the mean of the judging accuracy), `epsilon` (the largest), `delta`, means of costs
-        and distances, `partition` in words, and the keys of the configs. Runs of one setting and seed count as one
-        seed.
+        metric over seeds, `score` (the mean of the judging metric, its negative if lower is better), `epsilon` (the
+        largest), `delta`, means of costs and distances, `partition` in words, and the keys of the configs. Runs of one
+        setting and seed count as one seed.
     """
     runs = study.runs
-    measured = [*METRICS, *COSTS, "bytes", *(key for key in runs.columns if key.startswith("heterogeneity."))]
+    measured = [*study.scores, *COSTS, "bytes", *(key for key in runs.columns if key.startswith("heterogeneity."))]
     by_seed = runs.groupby(["setting", "seed"], sort=True)[measured].mean().reset_index()
     by_setting = by_seed.groupby("setting", sort=True)
     made = runs.groupby("setting", sort=True).first(skipna=False)
     made = made.drop(columns=["run", "name", "seed", *measured], errors="ignore")
     made["epsilon"] = runs.groupby("setting")["epsilon"].max()
     made["seeds"] = by_setting["seed"].nunique()
-    for metric in METRICS:
+    for metric in study.scores:
         for name, value in by_setting[metric].agg(["mean", "std", "min", "max"]).items():
             made[f"{metric}_{name}"] = value
-    for key in measured[len(METRICS) :]:
+    for key in measured[len(study.scores) :]:
         made[key] = by_setting[key].mean()
-    made["score"] = made[f"{judge}_accuracy_mean"]
+    made["score"] = study.metric.sign * made[f"{judge}_{study.metric.name}_mean"]
     made = made.reset_index()
     made["partition"] = [text or "default" for text in words_of(made, [k for k in study.varying() if k in _PARTITION])]
     made["hyperparameters"] = ""
@@ -181,12 +183,15 @@ def best_settings(settings: pd.DataFrame, judge: Judge) -> pd.DataFrame:
     return order.drop(columns=["weakness", "weakest"]).reset_index(drop=True)
 
 
-def share_near_best(settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0, 5.0, 10.0)) -> pd.DataFrame:
+def share_near_best(
+    settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0, 5.0, 10.0), *, relative: bool = False
+) -> pd.DataFrame:
     """Return the robustness of methods over hyperparameters: the share of settings that come near the best.
 
     Args:
         settings: See `settings_table`.
-        points: Distances in percentage points of accuracy.
+        points: Distances in percentage points.
+        relative: Distances are in percent of the best score instead.
 
     Returns:
         One row for each problem, privacy, method and distance: `settings` (their number), `points`, and the share of
@@ -198,23 +203,25 @@ def share_near_best(settings: pd.DataFrame, points: Sequence[float] = (1.0, 2.0,
     for (problem, privacy), rivals in judged.groupby(["problem", "privacy"], sort=False):
         for method, group in rivals.groupby("method", sort=True):
             for distance in points:
-                near = {
-                    name: float((group["score"] >= best - distance / 100.0 - 1e-12).mean())
-                    for name, best in (("near_own", group["score"].max()), ("near_all", rivals["score"].max()))
-                }
+                near: dict[str, float] = {}
+                for name, best in (("near_own", group["score"].max()), ("near_all", rivals["score"].max())):
+                    off = distance / 100.0 * (abs(best) if relative else 1.0)
+                    near[name] = float((group["score"] >= best - off - 1e-12).mean())
                 facts = {"problem": problem, "privacy": privacy, "method": method, "settings": len(group)}
                 rows.append({**facts, "points": distance, **near})
     return pd.DataFrame(rows, columns=["problem", "privacy", "method", "settings", "points", "near_own", "near_all"])
 
 
-def against(settings: pd.DataFrame, quantity: Quantity, judge: Judge) -> pd.DataFrame:
-    """Return accuracy against a quantity: the best setting at each of its values, or the front if it is a cost.
+def against(
+    settings: pd.DataFrame, quantity: Quantity, judge: Judge, metric: Metric = METRICS["accuracy"]
+) -> pd.DataFrame:
+    """Return the metric against a quantity: the best setting at each of its values, or the front if it is a cost.
 
     Returns:
         Columns `series` (method, privacy and problem, as far as they differ and the quantity does not set them),
-        `method`, `x` (a number, or a text), `setting`, `seeds`, `accuracy` (test, mean over seeds), `std`, `low`,
-        `high`, `private`. In the figure of epsilon, `x` is infinite without privacy. Series with a constant quantity
-        are left out.
+        `method`, `x` (a number, or a text), `setting`, `seeds`, the metric's name (test, mean over seeds), `std`,
+        `low`, `high`, `private`. In the figure of epsilon, `x` is infinite without privacy. Series with a constant
+        quantity are left out.
     """
     rows = settings.assign(series=_series(settings, quantity), x=settings[quantity.column])
     rows["place"] = words_of(rows, [key for key in quantity.own if key in rows]) if quantity.own else rows["x"]
@@ -232,9 +239,9 @@ def against(settings: pd.DataFrame, quantity: Quantity, judge: Judge) -> pd.Data
         free = rows[~rows["private"] & rows["series"].isin(list(known["series"]))].assign(x=math.inf)
         kept = pd.concat([kept, _ranked(free, judge).groupby("series", sort=False).head(1)])
     kept = kept.assign(series=_series(kept, quantity)).sort_values(["series", "x", "setting"])
-    names = {"accuracy": "mean", "std": "std", "low": "min", "high": "max"}
+    names = {metric.name: "mean", "std": "std", "low": "min", "high": "max"}
     for name, statistic in names.items():
-        kept[name] = kept[f"test_accuracy_{statistic}"]
+        kept[name] = kept[f"test_{metric.name}_{statistic}"]
     return kept[["series", "method", "private", "x", "setting", "seeds", *names]].reset_index(drop=True)
 
 
@@ -261,19 +268,20 @@ def heat_maps(study: Study, settings: pd.DataFrame) -> list[HeatMap]:
     made = []
     for group, rows in settings[settings["score"].notna()].groupby(GROUP, sort=True):
         keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
-        made += [_heat_map(rows, group, pair) for pair in itertools.combinations(keys, 2)]
+        made += [_heat_map(rows, group, pair, study.metric.sign) for pair in itertools.combinations(keys, 2)]
     return made
 
 
 def curves(study: Study) -> pd.DataFrame:
     """Return one row per setting and recorded round: means over runs of metrics, epsilon and costs, and the minimum and
-    maximum test accuracy (`low`, `high`). Rounds without an accuracy are left out.
+    maximum of the test metric (`low`, `high`). Rounds without it are left out.
     """
-    rounds = study.rounds[study.rounds["test_accuracy"].notna()]
+    tested = f"test_{study.metric.name}"
+    rounds = study.rounds[study.rounds[tested].notna()]
     grouped = rounds.groupby(["setting", "round"], sort=True)
-    made = grouped[[*METRICS, "epsilon", *COSTS, "bytes"]].mean()
+    made = grouped[[*study.scores, "epsilon", *COSTS, "bytes"]].mean()
     made["epsilon"] = grouped["epsilon"].max()
-    made["low"], made["high"] = grouped["test_accuracy"].min(), grouped["test_accuracy"].max()
+    made["low"], made["high"] = grouped[tested].min(), grouped[tested].max()
     return made.reset_index()
 
 
@@ -330,21 +338,21 @@ def held(settings: pd.DataFrame, table: pd.DataFrame, quantity: Quantity) -> str
     )
 
 
-def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str]) -> HeatMap:
+def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str], sign: float) -> HeatMap:
     kept = rows[[*pair, "score", "seeds"]].copy()
     for key in pair:
         kept[key] = kept[key].map(as_text)
     kept = kept[(kept[list(pair)] != "").all(axis=1)]
     best = kept.sort_values("score", ascending=False, kind="stable").drop_duplicates(list(pair))
     places = [sorted(kept[key].unique(), key=_by_size) for key in pair]
-    accuracy = np.full((len(places[0]), len(places[1])), np.nan)
-    seeds = np.zeros(accuracy.shape, dtype=np.int64)
+    values = np.full((len(places[0]), len(places[1])), np.nan)
+    seeds = np.zeros(values.shape, dtype=np.int64)
     for row, column, score, count in best.itertuples(index=False):
         at = places[0].index(row), places[1].index(column)
-        accuracy[at], seeds[at] = score, count
+        values[at], seeds[at] = sign * score, count
     problem, privacy, method = group
     return HeatMap(
-        group=(problem, privacy, method), keys=pair, rows=places[0], columns=places[1], accuracy=accuracy, seeds=seeds
+        group=(problem, privacy, method), keys=pair, rows=places[0], columns=places[1], values=values, seeds=seeds
     )
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 
 from fedpriv.data.federation import PALETTE
 from fedpriv.report.analysis import HeatMap, Quantity
+from fedpriv.tasks.metrics import Metric
 
 __all__ = ["Look", "draw_against", "draw_best", "draw_curves", "draw_heat_map", "looks", "save_figure"]
 
@@ -81,10 +82,9 @@ def looks(series: Mapping[str, str], methods: Sequence[str]) -> dict[str, Look]:
     return made
 
 
-def draw_best(
-    best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look], label: str = "test accuracy"
-) -> Figure:
-    """Draw the best settings' test accuracies, one line each: mean and range over seeds."""
+def draw_best(best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look], label: str, metric: Metric) -> Figure:
+    """Draw the best settings' test metric, one line each: mean and range over seeds."""
+    column = f"test_{metric.name}"
     with _styled():
         wrapped = [_wrapped(name, 30) for name in names]
         lines = np.array([1 + name.count("\n") for name in wrapped])
@@ -92,21 +92,22 @@ def draw_best(
         heights = (-np.cumsum(lines + 0.5) + lines / 2).astype(float)
         for height, row in zip(heights, best.to_dict("records"), strict=True):
             color = COLORS[look[row["series"]].color]
-            axes.plot([row["test_accuracy_min"], row["test_accuracy_max"]], [height, height], color=color, lw=1.5)
-            axes.plot(row["test_accuracy_mean"], height, "o", color=color, ms=5)
+            axes.plot([row[f"{column}_min"], row[f"{column}_max"]], [height, height], color=color, lw=1.5)
+            axes.plot(row[f"{column}_mean"], height, "o", color=color, ms=5)
         axes.set_yticks(heights, wrapped)
         axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
-        axes.xaxis.set_major_formatter(_in_percent)
+        axes.xaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(visible=False, axis="y")
     return figure
 
 
 def draw_against(
-    table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str = "test accuracy"
+    table: pd.DataFrame, quantity: Quantity, look: Mapping[str, Look], label: str, metric: Metric
 ) -> Figure:
-    """Draw accuracy against a quantity, one line per series, the `MAX_SERIES` best; see `analysis.against`."""
-    chosen = table.groupby("series")["accuracy"].max().sort_values(ascending=False, kind="stable").index[:MAX_SERIES]
+    """Draw the metric against a quantity, one line per series, the `MAX_SERIES` best; see `analysis.against`."""
+    name_of, best = metric.name, (metric.sign * table[metric.name]).groupby(table["series"]).max()
+    chosen = best.sort_values(ascending=False, kind="stable").index[:MAX_SERIES]
     table = table[table["series"].isin(list(chosen))]
     finite = table[table["x"] != np.inf]
     texts = [] if pd.api.types.is_numeric_dtype(finite["x"]) else sorted(finite["x"].astype(str).unique())
@@ -115,52 +116,61 @@ def draw_against(
         for name, rows in finite.groupby("series", sort=True):
             x = [texts.index(str(v)) for v in rows["x"]] if texts else rows["x"].to_numpy(dtype=float)
             line = look[str(name)].line
-            spread = np.clip(np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]), 0.0, None)
+            spread = np.clip(np.stack([rows[name_of] - rows["low"], rows["high"] - rows[name_of]]), 0.0, None)
             line |= {"drawstyle": "steps-post"} if quantity.cost else {}
-            axes.errorbar(x, rows["accuracy"], spread, label=str(name), ms=4, lw=1.5, elinewidth=1, **line)
+            axes.errorbar(x, rows[name_of], spread, label=str(name), ms=4, lw=1.5, elinewidth=1, **line)
         for name, rows in table[table["x"] == np.inf].groupby("series", sort=True):
             line = {**look[str(name)].line, "marker": None, "linestyle": (0, (1.0, 1.5))}
-            axes.axhline(rows["accuracy"].iloc[0], label=f"{name}, not private", lw=1.2, **line)
+            axes.axhline(rows[name_of].iloc[0], label=f"{name}, not private", lw=1.2, **line)
         _set_x(axes, finite["x"], texts, quantity)
         axes.set(xlabel=quantity.label, ylabel=label)
-        axes.yaxis.set_major_formatter(_in_percent)
+        axes.yaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         _add_legend(figure)
     return figure
 
 
-def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str = "test accuracy") -> Figure:
-    """Draw test accuracy over rounds, per series: columns `series`, `round`, `test_accuracy`, `low`, `high`."""
+def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str, metric: Metric) -> Figure:
+    """Draw the test metric over rounds, per series: columns `series`, `round`, `test_METRIC`, `low`, `high`."""
     with _styled():
         figure, axes = _figure(2.7)
         for name, rows in table.groupby("series", sort=True):
             line = {**look[str(name)].line, "marker": None}
-            axes.plot(rows["round"], rows["test_accuracy"], label=str(name), lw=1.5, **line)
+            axes.plot(rows["round"], rows[f"test_{metric.name}"], label=str(name), lw=1.5, **line)
             axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
         axes.set(xlabel="round", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_formatter(_in_percent)
+        axes.yaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         _add_legend(figure)
     return figure
 
 
-def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str = "accuracy") -> Figure:
-    """Draw accuracy over two hyperparameters, with the numbers in the cells."""
-    rows, columns = map_.accuracy.shape
+def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str, metric: Metric) -> Figure:
+    """Draw the metric over two hyperparameters, with the numbers in the cells; darker is better."""
+    rows, columns = map_.values.shape
+    shown = 100.0 * map_.values if metric.bounded else map_.values
+    heat = _HEAT if metric.better == "higher" else f"{_HEAT}_r"
     with _styled():
         figure, axes = _figure(1.3 + 0.32 * rows, width=max(_WIDTH, 1.6 + 0.5 * columns))
-        image = axes.imshow(100.0 * map_.accuracy, aspect="auto", cmap=_HEAT)
+        image = axes.imshow(shown, aspect="auto", cmap=heat)
         axes.set_xticks(range(columns), map_.columns, rotation=45 if columns > 6 else 0)
         axes.set_yticks(range(rows), map_.rows)
         axes.set(xlabel=names[map_.keys[1]], ylabel=names[map_.keys[0]])
         axes.set_title(" · ".join(part for part in map_.group if part), fontsize=9)
         axes.grid(visible=False)
-        middle = (np.nanmin(map_.accuracy) + np.nanmax(map_.accuracy)) / 2
-        for (row, column), value in np.ndenumerate(map_.accuracy):
+        middle = (np.nanmin(shown) + np.nanmax(shown)) / 2
+        for (row, column), value in np.ndenumerate(shown):
             if value == value:
-                color = "#ffffff" if value > middle else "#000000"
-                axes.text(column, row, f"{100.0 * value:.1f}", ha="center", va="center", color=color)
-        figure.colorbar(image, ax=axes, label=f"{label}, %")
+                color = "#ffffff" if metric.sign * (value - middle) > 0 else "#000000"
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.1f}" if metric.bounded else _as_number(value),
+                    ha="center",
+                    va="center",
+                    color=color,
+                )
+        figure.colorbar(image, ax=axes, label=f"{label}, %" if metric.bounded else label)
     return figure
 
 
@@ -215,6 +225,10 @@ def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
 
 def _in_percent(share: float, _: float | None = None) -> str:
     return f"{100.0 * share:.4g} %"
+
+
+def _as_number(value: float, _: float | None = None) -> str:
+    return f"{value:.4g}"
 
 
 def _add_legend(figure: Figure) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Central, Everyone, PrivacyPlan
@@ -59,7 +58,7 @@ class Group:
         runs: Ordered by name; runs without privacy are in every group of their clients.
     """
 
-    clients: dict[str, Any]
+    clients: dict[str, object]
     trust: str | None
     adjacency: str | None
     unit: str | None
@@ -85,7 +84,7 @@ class Group:
         """The clients in words."""
         return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in self.clients.items())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the group for JSON; an infinite epsilon is None."""
         total, planned = self.total, self.planned.epsilon
         return {

@@ -10,27 +10,27 @@ from typing import Any
 import pandas as pd
 
 from fedpriv.clock import SCHEDULES, FedBuff, FedFix
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.results import load_results
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
 from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy import SAMPLINGS, rounded_up
 from fedpriv.sweeps.files import CHOSEN, FAILURE, STOPPED, TABLE, TRIALS, TUNED, status_of
+from fedpriv.tasks.metrics import METRICS, Metric, recorded_metrics
 
 __all__ = [
     "HYPERPARAMETERS",
-    "METRICS",
     "TERMS",
     "Study",
     "load_study",
     "not_covered",
     "problem_key",
+    "scores_of",
     "short_names",
     "unreleased",
 ]
 
-METRICS = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss")
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
 TERMS = ("trust", "adjacency", "unit", "delta")
 """The properties of a guarantee besides epsilon: columns with the actual values, from the config or defaults."""
@@ -57,6 +57,7 @@ class Study:
         rounds: One row per recorded round of a finished run: `run`, `setting`, `round`, and the recorded values.
         statements: The privacy statements, each with its runs.
         tuning: The trial selected by a tuning, with its guarantee; None for other sweeps.
+        metrics: The metrics of all runs, except the loss; the first one selects settings.
     """
 
     name: str
@@ -65,6 +66,17 @@ class Study:
     rounds: pd.DataFrame
     statements: dict[str, tuple[str, ...]]
     tuning: dict[str, Any] | None = None
+    metrics: tuple[Metric, ...] = (METRICS["accuracy"],)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that selects settings."""
+        return self.metrics[0]
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The columns of metrics and losses."""
+        return scores_of(self.metrics)
 
     @property
     def keys(self) -> list[str]:
@@ -77,14 +89,22 @@ class Study:
         return [key for key in self.keys if key not in _NOT_SETTING and rows[key].map(as_text).nunique() > 1]
 
 
-def load_study(path: Path | str) -> Study:
+def scores_of(metrics: Iterable[Metric]) -> tuple[str, ...]:
+    """Return the columns of metrics and losses: on test examples, then on validation examples."""
+    names = dict.fromkeys((*(metric.name for metric in metrics), "loss"))
+    return tuple(f"{on}_{name}" for on in ("test", "validation") for name in names)
+
+
+def load_study(path: Path | str, metric: str | None = None) -> Study:
     """Load all runs of a sweep's folder, of any folder of run directories, or one run.
 
     Args:
         path: The folder.
+        metric: The metric that selects settings; None for the first of each run's task.
 
     Raises:
-        UserError: If there is no finished run, a file is damaged, or runs of one setting and seed used different data.
+        UserError: If there is no finished run, a file is damaged, runs of one setting and seed used different data, or
+            the runs do not share the metric.
     """
     root = Path(path)
     found = {_name(folder, root): folder for folder in _folders(root)}
@@ -95,11 +115,12 @@ def load_study(path: Path | str) -> Study:
             ", ".join(sorted({str(row["reason"]) for row in trials.values() if row["reason"]})[:1]) or "unfinished runs"
         )
         raise UserError(str(root), "at least one finished run", words, "Create one with: fedpriv run or fedpriv sweep")
-    rounds = load_results(root)
-    runs = pd.DataFrame([_run(name, found[name], configs[name]) for name in done])
+    rounds, metrics = load_results(root), _metrics([found[name] for name in done], metric)
+    scores = scores_of(metrics)
+    runs = pd.DataFrame([_run(name, found[name], configs[name], scores) for name in done])
     _refuse_other_data(runs)
-    _describe(runs, rounds, {name: str(found[name].relative_to(root)) for name in done})
-    rounds = _rounds(rounds, runs)
+    _describe(runs, rounds, {name: str(found[name].relative_to(root)) for name in done}, scores)
+    rounds = _rounds(rounds, runs, scores)
     statements: dict[str, list[str]] = {}
     for name in done:
         file = found[name] / "privacy.txt"
@@ -112,6 +133,7 @@ def load_study(path: Path | str) -> Study:
         rounds=rounds,
         statements={text: tuple(names) for text, names in statements.items()},
         tuning=RunDirectory(root).read_json(CHOSEN),
+        metrics=metrics,
     )
 
 
@@ -208,13 +230,32 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(str(path), "a TOML file", str(error), "Start the run again with a new --out") from None
 
 
-def _run(name: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _metrics(folders: Iterable[Path], wanted: str | None) -> tuple[Metric, ...]:
+    """Return the metrics of all runs, the selecting one first."""
+    recorded = [recorded_metrics(RunDirectory(folder).read_json("summary.json") or {}) for folder in folders]
+    known = {metric.name: metric for metrics in recorded for metric in metrics} | {"loss": METRICS["loss"]}
+    firsts = list(dict.fromkeys(metrics[0].name for metrics in recorded))
+    if wanted is None and len(firsts) > 1:
+        remedy = "Choose one by --select, such as --select test_loss, or report on the runs in different folders"
+        raise UserError("--select", "runs that are judged by one metric", ", ".join(firsts), remedy)
+    first = firsts[0] if wanted is None else wanted
+    if first not in known:
+        raise UserError("--select", f"test or validation, or one of {', '.join(known)}", first, nearest(first, known))
+    if wanted is not None:
+        lacking = sum(first not in {metric.name for metric in metrics} | {"loss"} for metrics in recorded)
+        if lacking:
+            raise UserError("--select", f"runs with {first}", f"{lacking} without it", "Choose a metric of all runs")
+    rest = (name for name in known if name not in (first, "loss"))
+    return (known[first], *(known[name] for name in rest))
+
+
+def _run(name: str, folder: Path, config: dict[str, Any], scores: Iterable[str]) -> dict[str, Any]:
     directory = RunDirectory(folder)
     summary = directory.read_json("summary.json")
     if not isinstance(summary, dict) or not config:
         raise UserError(str(folder), "config.toml and summary.json of a run", "other files", "Start the run again")
     plan = directory.read_json("privacy.json") or {}
-    metrics = {key: summary.get(key) for key in (*_PROMISED, *METRICS, *COSTS) if key in summary}
+    metrics = {key: summary.get(key) for key in (*_PROMISED, *scores, *COSTS) if key in summary}
     # Older runs have it in their summary.
     known = {**summary, **(directory.read_json(DIAGNOSTICS_FILE) or {})}
     metrics |= {"data_fingerprint": known["data_fingerprint"]} if "data_fingerprint" in known else {}
@@ -245,15 +286,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str]) -> None:
+def _describe(runs: pd.DataFrame, rounds: pd.DataFrame, places: Mapping[str, str], scores: tuple[str, ...]) -> None:
     """Add columns to the runs: those derived from several runs, and those that only the rounds have."""
     runs["place"] = runs["run"].map(places)
     distances = [key for key in rounds.columns if key.startswith("heterogeneity.") and key not in runs]
     last = rounds.groupby("run", sort=False).last(skipna=False)
-    for key in (*METRICS, *COSTS, *_PROMISED, *distances):
+    for key in (*scores, *COSTS, *_PROMISED, *distances):
         known = runs[key].astype(object) if key in runs else pd.Series(None, runs.index, dtype=object)
         runs[key] = known.where(known.notna(), runs["place"].map(last[key])) if key in last else known
-    for key in (*METRICS, *COSTS, *distances, "epsilon", "delta", "population", "rounds", "cohort_size"):
+    for key in (*scores, *COSTS, *distances, "epsilon", "delta", "population", "rounds", "cohort_size"):
         runs[key] = pd.to_numeric(runs[key], errors="coerce")
     runs["hidden"] &= runs[list(COSTS)].notna().any(axis=1)
     runs["private"] = runs["private"].fillna(value=False).astype(bool)
@@ -336,12 +377,12 @@ def _cohort_size(row: Mapping[Any, Any]) -> float:
         return float("nan")
 
 
-def _rounds(rounds: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+def _rounds(rounds: pd.DataFrame, runs: pd.DataFrame, scores: tuple[str, ...]) -> pd.DataFrame:
     """Return the rounds of finished runs, with the columns that curves need."""
     names, settings = (dict(zip(runs["place"], runs[key], strict=True)) for key in ("run", "setting"))
     kept = rounds[rounds["run"].isin(list(names))]
     made = pd.DataFrame({"run": kept["run"].map(names), "setting": kept["run"].map(settings), "round": kept["round"]})
-    for key in (*METRICS, *COSTS, "epsilon"):
+    for key in (*scores, *COSTS, "epsilon"):
         made[key] = pd.to_numeric(kept[key], errors="coerce") if key in kept else float("nan")
     made["bytes"] = made["bytes_up"] + made["bytes_down"].fillna(0.0)
     return made.reset_index(drop=True)

@@ -11,6 +11,7 @@ from fedpriv.report.analysis import Judge, Quantity
 from fedpriv.report.figures import MAX_SERIES
 from fedpriv.report.study import Study, as_text
 from fedpriv.sweeps.tuning import about_tuning
+from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = [
     "about_choice",
@@ -19,8 +20,6 @@ __all__ = [
     "about_marks",
     "about_trials",
     "about_uncovered",
-    "accuracy",
-    "accuracy_range",
     "brief",
     "caption",
     "epsilon_delta",
@@ -31,11 +30,14 @@ __all__ = [
     "percent",
     "plus_minus",
     "points",
+    "score",
+    "score_range",
+    "shown",
 ]
 
 FIGURES = (
     "Each point is the best setting at that value, selected by the rule above: the mean over its seeds, with the "
-    "range over seeds. For costs, the front is shown: no other setting is both as accurate and cheaper."
+    "range over seeds. For costs, the front is shown: no other setting is both as good and cheaper."
 )
 SPREAD = (
     "± is the standard deviation over seeds (of the sample). Pictures show the range over seeds, with a tick at the "
@@ -53,19 +55,20 @@ def about_trials(study: Study) -> str:
 
 def about_choice(study: Study, settings: pd.DataFrame, best: pd.DataFrame, judge: Judge) -> list[str]:
     """Return paragraphs on how the best settings were selected, on which data, and the limits of the selection."""
+    name = study.metric.label
     paragraphs = [_rule(study, judge) if len(settings) > len(best) else _NO_CHOICE]
     if settings["privacy"].nunique() > 1:
         paragraphs.append(
-            "Rows with different privacy are listed separately: an accuracy under one guarantee says nothing about "
-            "another."
+            f"Rows with different privacy are listed separately: {_article(study.metric)} under one guarantee says "
+            "nothing about another."
         )
     if settings["seeds"].nunique() > 1:
         paragraphs.append("Settings have different numbers of seeds; a mean over few of them is less certain.")
     stopped = int((study.trials["status"] == "stopped").sum())
     if stopped:
         paragraphs.append(
-            f"{many(stopped, 'trial')} of the sweep stopped early, based on the accuracy at that time (validation "
-            "accuracy if available, otherwise test accuracy). They are excluded from all means and shares on this "
+            f"{many(stopped, 'trial')} of the sweep stopped early, based on the {name} at that time (validation "
+            f"{name} if available, otherwise test {name}). They are excluded from all means and shares on this "
             "page: a setting with only some finished seeds looks better than it is."
         )
     if study.tuning is not None:
@@ -89,18 +92,20 @@ _NO_CHOICE = (
 
 
 def _rule(study: Study, judge: Judge) -> str:
-    lacking = study.runs["validation_accuracy"].isna()
+    metric = study.metric
+    name, best = metric.label, "highest" if metric.better == "higher" else "lowest"
+    lacking = study.runs[f"validation_{metric.name}"].isna()
     if judge == "validation":
         return (
-            "The best setting is the one with the highest validation accuracy after the last round, as the mean over "
-            "seeds. No selection on this page looked at the test accuracy shown next to it."
+            f"The best setting is the one with the {best} validation {name} after the last round, as the mean over "
+            f"seeds. No selection on this page looked at the test {name} shown next to it."
         )
-    why = "no run has a validation accuracy" if lacking.all() else "not every run has a validation accuracy"
+    why = f"no run has a validation {name}" if lacking.all() else f"not every run has a validation {name}"
     return (
-        "The best setting is the one with the highest test accuracy after the last round, as the mean over seeds, "
+        f"The best setting is the one with the {best} test {name} after the last round, as the mean over seeds, "
         f"because {why if lacking.any() else 'that was requested'}. The selection looked at the test data, so the "
-        "accuracy of the best of many settings is somewhat too high. The bias grows with the number of settings, and "
-        "with fewer seeds."
+        f"{name} of the best of many settings is somewhat too {'high' if metric.sign > 0 else 'low'}. The bias grows "
+        "with the number of settings, and with fewer seeds."
     )
 
 
@@ -121,7 +126,7 @@ def about_cost(study: Study) -> list[str]:
     ]
 
 
-def about_curves(settings: int, held: int, longest: int, points: int) -> str:
+def about_curves(settings: int, held: int, longest: int, points: int, metric: Metric = METRICS["accuracy"]) -> str:
     """Return a text about the curves, and about those left out to keep the page small.
 
     Args:
@@ -129,19 +134,29 @@ def about_curves(settings: int, held: int, longest: int, points: int) -> str:
         held: Maximum number of curves on the page.
         longest: Number of recorded rounds of the longest curve.
         points: Maximum number of points per curve on the page.
+        metric: The metric that orders settings.
     """
     text = (
         "Each curve is a setting: the mean over its seeds and, if few curves are shown, the range over seeds. Click a "
         "name below the chart to hide or show its curves."
     )
     if settings > held:
-        text += f" Of {settings:,} settings the page has the curves of {held}: the best of each, then by accuracy."
+        text += (
+            f" Of {settings:,} settings the page has the curves of {held}: the best of each, then by {metric.label}."
+        )
     if longest > points:
         text += f" Of up to {longest:,} recorded rounds a curve shows {points}, evenly spread."
     return text + (" The file tables/curves.csv has all of them." if settings > held or longest > points else "")
 
 
-def caption(quantity: Quantity, table: pd.DataFrame, same: str, *, released: bool = True) -> str:
+def caption(
+    quantity: Quantity,
+    table: pd.DataFrame,
+    same: str,
+    *,
+    released: bool = True,
+    metric: Metric = METRICS["accuracy"],
+) -> str:
     """Return the caption of a quantity's figure.
 
     Args:
@@ -149,6 +164,7 @@ def caption(quantity: Quantity, table: pd.DataFrame, same: str, *, released: boo
         table: The data in the figure.
         same: The properties that all shown settings share, in words.
         released: True if the quantity is released.
+        metric: The metric on the vertical axis.
     """
     parts = [f"All settings have {same}."] if same else []
     if not released:
@@ -159,7 +175,7 @@ def caption(quantity: Quantity, table: pd.DataFrame, same: str, *, released: boo
             parts.append("Dotted lines are runs without privacy.")
     count = table["series"].nunique()
     if count > MAX_SERIES:
-        parts.append(f"Of {count} series the {MAX_SERIES} with the best accuracy are drawn; the table has all.")
+        parts.append(f"Of {count} series the {MAX_SERIES} with the best {metric.label} are drawn; the table has all.")
     return " ".join(parts)
 
 
@@ -192,9 +208,9 @@ def many(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def points(points: float) -> str:
-    """Return percentage points, in words."""
-    return many(int(points), "point")
+def points(points: float, *, relative: bool = False) -> str:
+    """Return percentage points in words, or percent of the best."""
+    return f"{int(points)} % of it" if relative else many(int(points), "point")
 
 
 def listed(values: Iterable[Any], maximum: int) -> str:
@@ -211,20 +227,30 @@ def percent(value: float) -> str:
     return f"{100.0 * value:.1f}"
 
 
-def plus_minus(mean: float, std: float) -> str:
-    """Return mean and standard deviation in percent; for one seed, only the mean."""
-    return percent(mean) + (f" ± {percent(std)}" if std == std else "")
+def plus_minus(mean: float, std: float, metric: Metric = METRICS["accuracy"]) -> str:
+    """Return mean and standard deviation, in percent for a metric in [0, 1]; for one seed, only the mean."""
+    return shown(mean, metric) + (f" ± {shown(std, metric)}" if std == std else "")
 
 
-def accuracy(row: dict[Any, Any], metric: str) -> str:
-    """Return a setting's mean accuracy over seeds, with its standard deviation, in percent."""
-    mean = row[f"{metric}_mean"]
-    return "–" if mean != mean else plus_minus(mean, row[f"{metric}_std"])
+def score(row: dict[Any, Any], column: str, metric: Metric) -> str:
+    """Return a setting's mean over seeds, with its standard deviation; in percent if the metric is in [0, 1]."""
+    mean = row[f"{column}_mean"]
+    return "–" if mean != mean else plus_minus(mean, row[f"{column}_std"], metric)
 
 
-def accuracy_range(row: dict[Any, Any], metric: str) -> str:
-    """Return the minimum and maximum over seeds, in percent."""
-    return f"{percent(row[f'{metric}_min'])} to {percent(row[f'{metric}_max'])}" if row["seeds"] > 1 else "–"
+def score_range(row: dict[Any, Any], column: str, metric: Metric) -> str:
+    """Return the minimum and maximum over seeds, likewise."""
+    low, high = (shown(row[f"{column}_{end}"], metric) for end in ("min", "max"))
+    return f"{low} to {high}" if row["seeds"] > 1 else "–"
+
+
+def shown(value: float, metric: Metric) -> str:
+    """Return a value of a metric, in percent if it is in [0, 1]."""
+    return percent(value) if metric.bounded else number(value)
+
+
+def _article(metric: Metric) -> str:
+    return f"an {metric.label}" if metric.label[0] in "aeiou" else f"a {metric.label}"
 
 
 def epsilon_delta(row: dict[Any, Any]) -> list[str]:

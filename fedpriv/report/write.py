@@ -46,6 +46,7 @@ from fedpriv.report.study import (
     unreleased,
     words_of,
 )
+from fedpriv.tasks.metrics import METRICS
 from fedpriv.version import __version__
 
 __all__ = ["report_on", "write_report"]
@@ -63,22 +64,16 @@ MARK, PREFIX = " (not released)", "not_released."
 # The mark on scores that some run's epsilon does not cover.
 UNCOVERED = " (not covered)"
 
-_METRICS = {
-    "test_accuracy": "test accuracy",
-    "validation_accuracy": "validation accuracy",
-    "test_loss": "test loss (nats)",
-    "validation_loss": "validation loss (nats)",
-}
 _X = {"round": "round", "epsilon": "epsilon spent", "simulated_seconds": "simulated time", "bytes": "bytes up and down"}
 _TITLES = {
-    "epsilon": "Accuracy and epsilon",
-    "label_distance": "Accuracy and differences between clients' labels",
-    "gradient_distance": "Accuracy and differences between clients' gradients",
-    "partition": "Accuracy and the partition",
-    "cohort_size": "Accuracy and the cohort",
-    "population": "Accuracy and the population",
-    "simulated_time": "Accuracy and its cost in simulated time",
-    "bytes": "Accuracy and its cost in bytes",
+    "epsilon": "epsilon",
+    "label_distance": "differences between clients' labels",
+    "gradient_distance": "differences between clients' gradients",
+    "partition": "the partition",
+    "cohort_size": "the cohort",
+    "population": "the population",
+    "simulated_time": "its cost in simulated time",
+    "bytes": "its cost in bytes",
 }
 _FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MAX_MAP_FIGURES + 1)))
 _TABLE_FILES = ("best", "settings", "trials", "near_best", "heat_maps", "curves", "privacy", "failed", *_TITLES)
@@ -109,8 +104,8 @@ def write_report(path: Path | str, out: Path | str | None = None, *, select: str
     Args:
         path: A sweep's folder, a folder of run directories, or a run directory.
         out: The destination; None for `report` in that folder. Files of an earlier report are replaced.
-        select: The accuracy that selects the best settings: `test` or `validation`; None for validation if every run
-            has it.
+        select: What selects the best settings: `test` or `validation` examples, a metric of all runs such as `loss`, or
+            both as `test_loss`. None for validation if every run has it, and the first metric of the task.
 
     Returns:
         The path of the page.
@@ -118,11 +113,12 @@ def write_report(path: Path | str, out: Path | str | None = None, *, select: str
     Raises:
         UserError: If there is no finished run, a file is damaged, `select` is unavailable, or `out` is not writable.
     """
-    return report_on(load_study(path), Path(path) / "report" if out is None else Path(out), select=select)
+    on, metric = _selection(select)
+    return report_on(load_study(path, metric), Path(path) / "report" if out is None else Path(out), select=on)
 
 
 def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
-    """Write a report on a loaded study; see `write_report`."""
+    """Write a report on a loaded study; `select` is `test`, `validation` or None. See `write_report`."""
     report = _Report(study, judge_of(study, select), folder)
     _clear(folder)
     page = report.page()
@@ -130,6 +126,14 @@ def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
         write_atomically(folder / "tables" / f"{name}.csv", _csv(table))
     write_atomically(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _selection(select: str | None) -> tuple[str | None, str | None]:
+    """Return the examples and the metric of `--select`."""
+    if select in (None, "test", "validation"):
+        return select, None
+    on, _, metric = select.partition("_")
+    return (on, metric) if on in ("test", "validation") and metric else (None, select)
 
 
 def _clear(folder: Path) -> None:
@@ -152,6 +156,8 @@ class _Report:
     def __init__(self, study: Study, judge: Judge, folder: Path) -> None:
         self.study, self.figures = study, folder / "figures"
         self.judge: Judge = judge
+        self.metric = study.metric
+        self.tested, self.validated = f"test_{study.metric.name}", f"validation_{study.metric.name}"
         self.settings = settings_table(study, judge)
         self.best = best_settings(self.settings, judge)
         self.curves = curves(study)
@@ -161,10 +167,11 @@ class _Report:
         self.best["series"] = self.settings.set_index("setting")["series"].loc[self.best["setting"]].to_numpy()
         self.look = looks(_method_of(self.best) | _method_of(self.settings), self.methods)
         self.short = short_names(key for key in study.keys if key.startswith(HYPERPARAMETERS))
-        self.has_validation = bool(study.runs["validation_accuracy"].notna().any())
+        self.has_validation = bool(study.runs[self.validated].notna().any())
         self.unreleased = {key for key in study.runs.columns if unreleased(study.runs, key)}
         self.uncovered = sorted(not_covered(study.runs))
-        self.labels = {key: label + (UNCOVERED if key in self.uncovered else "") for key, label in _METRICS.items()}
+        named = _labels(study)
+        self.labels = {key: label + (UNCOVERED if key in self.uncovered else "") for key, label in named.items()}
         self.tables: dict[str, pd.DataFrame] = {}
 
     def page(self) -> str:
@@ -186,7 +193,9 @@ class _Report:
             "figures_text": words.FIGURES,
             "curves_svg": self._draw_curves(),
             "near": self._near(),
-            "judged_by": f"Settings are judged by {self.judge} accuracy, the mean over seeds.",
+            "judged_by": f"Settings are judged by {self.judge} {self.metric.label}, the mean over seeds.",
+            "metric": self.metric.label,
+            "map_unit": " in %" if self.metric.bounded else "",
             "promises": self._promises(),
             "statements": self._statements(),
             "settings": self._all_settings(),
@@ -203,10 +212,12 @@ class _Report:
             if self.curves[key].notna().any()
         ]
         content["curve_y"] = [(key, label) for key, label in self.labels.items() if self.curves[key].notna().any()]
-        content["contents"] = _contents(bool(content["figures"]), bool(content["failed"].rows))
+        content["contents"] = _contents(bool(content["figures"]), bool(content["failed"].rows), self.metric.label)
         self._trials()
         texts = {name: _csv(table) for name, table in self.tables.items() if name != "curves"}
-        data = {"tables": texts, "near": [words.points(p) for p in POINTS], "dashes": DASHES, **drawn}
+        near = [words.points(p, relative=not self.metric.bounded) for p in POINTS]
+        shares = [f"{on}_{one.name}" for on in ("test", "validation") for one in self.study.metrics if one.bounded]
+        data = {"tables": texts, "near": near, "dashes": DASHES, "shares": shares, "main": self.tested, **drawn}
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         return environment.from_string(template).render(
             **content, style=style, script=script, script_hash=f"sha256-{digest}", data=_embedded(data)
@@ -257,18 +268,19 @@ class _Report:
 
     def _best(self) -> dict[str, Any]:
         best = self.best
-        low, high = best["test_accuracy_min"].min(), best["test_accuracy_max"].max()
+        low, high = best[f"{self.tested}_min"].min(), best[f"{self.tested}_max"].max()
         width = max(float(high - low), 1e-9)
-        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        tested, validated = self._headings()
         first = [("method", "nowrap"), *([(validated, "n")] if self.has_validation else [])]
         first += [(tested, "n"), ("min to max", "n")]
         then = [("hyperparameters", "w"), ("seeds", "n"), ("best of", "n"), ("epsilon", "n"), ("delta", "n")]
         groups: list[dict[str, Any]] = []
+        unit = " %" if self.metric.bounded else ""
         for row, title in zip(best.to_dict("records"), self._titles(best), strict=True):
-            told = [row["method"], *([words.accuracy(row, "validation_accuracy")] if self.has_validation else [])]
-            told += [words.accuracy(row, "test_accuracy"), words.accuracy_range(row, "test_accuracy")]
+            told = [row["method"], *self._validated(row)]
+            told += [words.score(row, self.tested, self.metric), words.score_range(row, self.tested, self.metric)]
             more = [row["hyperparameters"] or "–", str(row["seeds"]), str(row["tried"]), *words.epsilon_delta(row)]
-            place = {k: f"{100 * (row[f'test_accuracy_{k}'] - low) / width:.1f}" for k in ("min", "max", "mean")}
+            place = {k: f"{100 * (row[f'{self.tested}_{k}'] - low) / width:.1f}" for k in ("min", "max", "mean")}
             if not groups or groups[-1]["title"] != title:
                 groups.append({"title": title, "rows": []})
             groups[-1]["rows"].append(
@@ -279,21 +291,30 @@ class _Report:
                         "low": place["min"],
                         "high": place["max"],
                         "mean": place["mean"],
-                        "words": f"test accuracy {told[-2]} %, {told[-1]} %",
+                        "words": f"test {self.metric.label} {told[-2]}{unit}, {told[-1]}{unit}",
                     },
                     "color": self.look[row["series"]].color,
                 }
             )
-        columns = [*first, (f"{words.percent(low)} to {words.percent(high)} %", ""), *then]
+        ends = f"{words.shown(low, self.metric)} to {words.shown(high, self.metric)}{unit}"
+        columns = [*first, (ends, ""), *then]
         self.tables["best"] = _numbers(self._marked(self._told(best, extra=("tried",))))
         names = _joined(best, self._apart("method", "privacy", "problem"))
-        drawn = report_figures.draw_best(best, names, self.look, self.labels["test_accuracy"])
+        drawn = report_figures.draw_best(best, names, self.look, self.labels[self.tested], self.metric)
         report_figures.save_figure(drawn, self.figures, "best")
         return {"columns": columns, "groups": groups, "legend": words.SPREAD}
 
+    def _headings(self) -> tuple[str, str]:
+        """Return the headings of the columns of the metric on test and on validation examples."""
+        unit = ", %" if self.metric.bounded else ""
+        return self.labels[self.tested] + unit, self.labels[self.validated] + unit
+
+    def _validated(self, row: dict[Any, Any]) -> list[str]:
+        return [words.score(row, self.validated, self.metric)] if self.has_validation else []
+
     def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
         """Return settings as a table for other programs: identifying columns, metrics, and the keys that vary."""
-        metrics = [m for m in _METRICS if self.settings[f"{m}_mean"].notna().any()]
+        metrics = [m for m in self.labels if self.settings[f"{m}_mean"].notna().any()]
         statistics = [f"{metric}_{name}" for metric in metrics for name in ("mean", "std", "min", "max")]
         costs = [q.column for q in QUANTITIES if q.column in settings and q.column not in ("epsilon", "partition")]
         costs = [key for key in costs if settings[key].notna().any()]
@@ -307,31 +328,32 @@ class _Report:
         for quantity in QUANTITIES:
             if quantity.column not in self.settings or (quantity.name == "partition" and distances):
                 continue
-            table = against(self.settings, quantity, self.judge)
+            table = against(self.settings, quantity, self.judge, self.metric)
             if table.empty:
                 continue
             look = looks(_method_of(table), self.methods)
             hidden = unreleased(self.settings[self.settings["setting"].isin(list(table["setting"]))], quantity.column)
             same = held(self.settings, table, quantity)
-            caption = words.caption(quantity, table, same, released=not hidden)
+            caption = words.caption(quantity, table, same, released=not hidden, metric=self.metric)
             labeled = replace(quantity, label=quantity.label + MARK) if hidden else quantity
-            figure = report_figures.draw_against(table, labeled, look, self.labels["test_accuracy"])
+            figure = report_figures.draw_against(table, labeled, look, self.labels[self.tested], self.metric)
             svg = report_figures.save_figure(figure, self.figures, quantity.name)
             self.tables[quantity.name] = _numbers(table.rename(columns={"x": f"{PREFIX}x"}) if hidden else table)
             shown = self._shown_against(table, labeled)
-            title = _TITLES[quantity.name]
+            title = f"{_capital(self.metric.label)} and {_TITLES[quantity.name]}"
             made.append({"name": quantity.name, "title": title, "svg": svg, "caption": caption, "table": shown})
         return made
 
     def _shown_against(self, table: pd.DataFrame, quantity: Quantity) -> _Shown:
         names = self.settings.set_index("setting")["hyperparameters"]
-        accuracy = "accuracy" + (UNCOVERED if "test_accuracy" in self.uncovered else "")
-        columns = [_Column("series", "w"), _Column(quantity.label, "n"), _Column(f"{accuracy}, %", "n")]
+        name = self.metric.label + (UNCOVERED if self.tested in self.uncovered else "")
+        name += ", %" if self.metric.bounded else ""
+        columns = [_Column("series", "w"), _Column(quantity.label, "n"), _Column(name, "n")]
         columns += [_Column("seeds", "n"), _Column("setting", "w")]
         rows = []
         for row in table.to_dict("records"):
             x = "not private" if row["x"] == math.inf else words.number(row["x"])
-            spread = words.plus_minus(row["accuracy"], row["std"])
+            spread = words.plus_minus(row[self.metric.name], row["std"], self.metric)
             rows.append([row["series"], x, spread, str(row["seeds"]), names.loc[row["setting"]] or "–"])
         return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
@@ -342,7 +364,7 @@ class _Report:
         chosen = self.best.sort_values("score", ascending=False, kind="stable")["series"]
         table = table[table["series"].isin(list(chosen[: report_figures.MAX_SERIES]))]
         self.tables["curves"] = _numbers(self._marked(self.curves.dropna(axis="columns", how="all")))
-        drawn = report_figures.draw_curves(table, self.look, self.labels["test_accuracy"])
+        drawn = report_figures.draw_curves(table, self.look, self.labels[self.tested], self.metric)
         return report_figures.save_figure(drawn, self.figures, "curves")
 
     def _drawn_curves(self) -> tuple[dict[str, Any], str]:
@@ -359,7 +381,7 @@ class _Report:
             rows = by_setting[setting]
             longest = max(longest, len(rows))
             rows = rows.iloc[thinned(len(rows), MAX_POINTS)]
-            keys = [key for key in (*_X, *_METRICS, "low", "high") if rows[key].notna().any()]
+            keys = [key for key in (*_X, *self.labels, "low", "high") if rows[key].notna().any()]
             values = {key: [words.brief(value) for value in rows[key].tolist()] for key in keys}
             if "epsilon" in values:
                 values["epsilon"] = [words.brief(value) for value in _numbers(rows)["epsilon"].tolist()]
@@ -378,11 +400,12 @@ class _Report:
             {"name": n, "color": self.look[n].color, "dash": self.look[n].dash, "best": best_names.get(n, "")}
             for n in names
         ]
-        text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS)
+        text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS, self.metric)
         return {"curves": kept, "series": series}, text
 
     def _near(self) -> dict[str, Any]:
-        table = share_near_best(self.settings, POINTS)
+        relative = not self.metric.bounded
+        table = share_near_best(self.settings, POINTS, relative=relative)
         self.tables["near_best"] = _numbers(table)
         groups: list[dict[str, Any]] = []
         order = self.best[["problem", "privacy", "method"]].drop_duplicates()
@@ -395,26 +418,36 @@ class _Report:
                 groups.append({"title": title, "rows": []})
             shares = {name: [words.brief(v) for v in rows[f"near_{name}"]] for name in ("own", "all")}
             groups[-1]["rows"].append({"method": first["method"], "settings": int(first["settings"]), **shares})
-        return {"groups": groups, "points": POINTS, "words": [words.points(p) for p in POINTS], "start": 1}
+        return {
+            "groups": groups,
+            "points": POINTS,
+            "words": [words.points(p, relative=relative) for p in POINTS],
+            "start": 1,
+        }
 
     def _maps(self) -> tuple[list[dict[str, Any]], int]:
         maps = heat_maps(self.study, self.settings)
         for number, one in enumerate(maps[:MAX_MAP_FIGURES], 1):
-            figure = report_figures.draw_heat_map(one, self.short, self.labels[f"{self.judge}_accuracy"])
+            figure = report_figures.draw_heat_map(
+                one, self.short, self.labels[f"{self.judge}_{self.metric.name}"], self.metric
+            )
             report_figures.save_figure(figure, self.figures, f"heat_map_{number}")
         if maps:
-            self.tables["heat_maps"] = _numbers(pd.concat([_long(one) for one in maps], ignore_index=True))
+            self.tables["heat_maps"] = _numbers(
+                pd.concat([_long(one, self.metric.name) for one in maps], ignore_index=True)
+            )
         return [self._map(one) for one in maps[:MAX_MAPS]], max(len(maps) - MAX_MAPS, 0)
 
     def _map(self, one: HeatMap) -> dict[str, Any]:
         row_key, column_key = (self.short[key] for key in one.keys)
-        low, high = float(np.nanmin(one.accuracy)), float(np.nanmax(one.accuracy))
+        higher = self.metric.better == "higher"
+        low, high = float(np.nanmin(one.values)), float(np.nanmax(one.values))
         rows = []
-        for text, values, counts in zip(one.rows, one.accuracy.tolist(), one.seeds.tolist(), strict=True):
+        for text, values, counts in zip(one.rows, one.values.tolist(), one.seeds.tolist(), strict=True):
             cells = [
                 {
-                    "text": words.percent(value),
-                    "part": f"{(value - low) / max(high - low, 1e-9):.3f}",
+                    "text": words.shown(value, self.metric),
+                    "part": f"{max(value - low if higher else high - value, 0.0) / max(high - low, 1e-9):.3f}",
                     "words": f"{row_key} {text}, {column_key} {column}: {words.many(count, 'seed')}",
                 }
                 if value == value
@@ -425,7 +458,7 @@ class _Report:
         apart = self._apart("method", "privacy", "problem")
         group: dict[str, str] = dict(zip(("problem", "privacy", "method"), one.group, strict=True))
         told = " · ".join(group[name] for name in apart if group[name])
-        mark = UNCOVERED if f"{self.judge}_accuracy" in self.uncovered else ""
+        mark = UNCOVERED if f"{self.judge}_{self.metric.name}" in self.uncovered else ""
         title = f"{told}: {row_key} and {column_key}{mark}"
         return {"title": title, "row_key": row_key, "column_key": column_key, "columns": one.columns, "rows": rows}
 
@@ -473,7 +506,7 @@ class _Report:
         ]
         columns = [_Column("setting", "n"), *(_Column(name, "w" if name == "problem" else "nowrap") for name in groups)]
         columns += [_Column("hyperparameters", "w"), _Column("seeds", "n")]
-        tested, validated = (f"{self.labels[f'{on}_accuracy']}, %" for on in ("test", "validation"))
+        tested, validated = self._headings()
         columns += [_Column(validated, "n")] if self.has_validation else []
         columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
         columns += [_Column("epsilon", "n")]
@@ -485,10 +518,10 @@ class _Report:
                 row["hyperparameters"] or "–",
                 str(row["seeds"]),
             ]
-            cells += [words.accuracy(row, "validation_accuracy")] if self.has_validation else []
+            cells += self._validated(row)
             cells += [
-                words.accuracy(row, "test_accuracy"),
-                words.accuracy_range(row, "test_accuracy"),
+                words.score(row, self.tested, self.metric),
+                words.score_range(row, self.tested, self.metric),
                 words.number(row["test_loss_mean"]),
             ]
             rows.append([*cells, words.epsilon_delta(row)[0]])
@@ -506,7 +539,7 @@ class _Report:
         return _Shown(columns, rows[:MAX_ROWS], max(len(rows) - MAX_ROWS, 0))
 
     def _trials(self) -> None:
-        columns = ["setting", "method", "problem", "privacy", *_METRICS, "epsilon", "delta", "population", "rounds"]
+        columns = ["setting", "method", "problem", "privacy", *self.labels, "epsilon", "delta", "population", "rounds"]
         columns += ["not_covered"] if self.uncovered else []
         columns += ["cohort_size", *(q.column for q in QUANTITIES if q.column in self.study.runs)]
         runs = self.study.runs[["run", *dict.fromkeys(f for f in columns if self.study.runs[f].notna().any())]]
@@ -516,8 +549,26 @@ class _Report:
         self.tables["trials"] = _numbers(self._marked(told))
 
 
-def _contents(figures: bool, failed: bool) -> list[tuple[str, str]]:
-    all_ = [("what", "Runs"), ("best", "Best of each method"), ("figures", "Accuracy by factor")]
+def _labels(study: Study) -> dict[str, str]:
+    """Return the label of each score, with the direction in which it is better unless it is accuracy or a loss."""
+    usual = [metric.name for metric in study.metrics] == ["accuracy"]
+    named = {metric.name: metric for metric in study.metrics} | {"loss": METRICS["loss"]}
+    labels = {}
+    for on in ("test", "validation"):
+        for name, metric in named.items():
+            more = " (nats)" if name == "loss" and usual else ""
+            more = more if name in ("accuracy", "loss") else f" ({metric.better} is better)"
+            labels[f"{on}_{name}"] = f"{on} {metric.label}{more}"
+    order = [f"{on}_{name}" for name in named for on in ("test", "validation")]
+    return {key: labels[key] for key in order}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _contents(figures: bool, failed: bool, metric: str) -> list[tuple[str, str]]:
+    all_ = [("what", "Runs"), ("best", "Best of each method"), ("figures", f"{_capital(metric)} by factor")]
     all_ += [("curves", "Curves"), ("robustness", "Hyperparameters"), ("privacy", "Privacy guarantees")]
     all_ += [("settings", "All settings"), ("failed", "Failed trials")]
     return [(key, title) for key, title in all_ if (key != "figures" or figures) and (key != "failed" or failed)]
@@ -550,11 +601,11 @@ def _csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, lineterminator="\n", float_format="%.8g")
 
 
-def _long(one: HeatMap) -> pd.DataFrame:
+def _long(one: HeatMap, metric: str) -> pd.DataFrame:
     group = dict(zip(("problem", "privacy", "method"), one.group, strict=True))
     rows = [
         {**group, "row_key": one.keys[0], "row": row, "column_key": one.keys[1], "column": column}
-        | {"accuracy": one.accuracy[i, j], "seeds": int(one.seeds[i, j])}
+        | {metric: one.values[i, j], "seeds": int(one.seeds[i, j])}
         for i, row in enumerate(one.rows)
         for j, column in enumerate(one.columns)
     ]

@@ -182,9 +182,9 @@ def _select(
 ) -> dict[str, Any]:
     """Return the best trial, by its score in the table or by its score with noise."""
     config, noise = next(iter(trials.values())).config, tuning.score_noise
-    score = score_of(config, noise)
+    score, better = score_of(config, noise), config.task.selects.better
     if noise is None:
-        return choose_best(tuning, plan, score, trials, table)
+        return choose_best(tuning, plan, score, trials, table, better=better)
     scores, clients = noised_scores(
         folder,
         {name: folder.file(TRIALS) / name for name in table["trial"][table["status"] == "done"]},
@@ -196,7 +196,8 @@ def _select(
         device=device,
         data_root=root,
     )
-    return choose_best(tuning, plan, score, trials, table.assign(**{score: table["trial"].map(scores)}), clients)
+    noised = table.assign(**{score: table["trial"].map(scores)})
+    return choose_best(tuning, plan, score, trials, noised, clients, better)
 
 
 def _check_tuning(sweep: Sweep, *, retry: bool, logs: Sequence[str]) -> None:

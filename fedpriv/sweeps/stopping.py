@@ -22,6 +22,7 @@ from fedpriv.experiment.schema import read_table
 from fedpriv.experiment.watching import StopRun
 from fedpriv.plugins import Registry
 from fedpriv.sweeps.files import STOPPED, TUNED
+from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = ["RULES", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
 
@@ -144,12 +145,14 @@ class Stopping:
         folder: The trial's folder.
         others: Folders of the comparable trials.
         rounds: Number of rounds; a trial is never stopped after the last one.
+        metric: The metric of the score. If lower is better, the score is its negative.
     """
 
     rule: StopRule
     folder: Path
     others: Iterable[Path]
     rounds: int
+    metric: Metric = METRICS["accuracy"]
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _finished: dict[Path, Curve] = field(default_factory=dict)
 
@@ -168,8 +171,9 @@ class Stopping:
             self._rows = directory.rows("rounds.jsonl")
         if number >= self.rounds or not self.rule.looks(number):
             return
-        reason = self.rule.verdict(_curve(self._rows), self._curves(number), number)
+        reason = self.rule.verdict(self._curve(self._rows), self._curves(number), number)
         if reason is not None:
+            reason += "" if self.metric.better == "higher" else f" (scores: -{self.metric.name})"
             directory.write_json(STOPPED, {"reason": reason, **released})
             raise StopRun(reason)
 
@@ -181,12 +185,19 @@ class Stopping:
             if path not in self._finished and self.rule.counts(other):
                 finished, rows = other.file("summary.json").exists(), _rows_of(other)
                 if finished:
-                    self._finished[path] = _curve(rows)
+                    self._finished[path] = self._curve(rows)
                 elif rows and rows[-1]["round"] >= number:
-                    found.append(_curve(rows))
+                    found.append(self._curve(rows))
             if path in self._finished:
                 found.append(self._finished[path])
         return found
+
+    def _curve(self, rows: Sequence[dict[str, Any]]) -> Curve:
+        """Return scores on validation examples if there are any, otherwise on test examples."""
+        keys = (f"{on}_{self.metric.name}" for on in ("validation", "test"))
+        key = next((key for key in keys if any(row.get(key) is not None for row in rows)), "")
+        scored = [row for row in rows if row["round"] > 0 and row.get(key) is not None]
+        return [(row["round"], self.metric.sign * row[key]) for row in scored]
 
 
 def _rows_of(other: RunDirectory) -> list[dict[str, Any]]:
@@ -195,13 +206,6 @@ def _rows_of(other: RunDirectory) -> list[dict[str, Any]]:
         return other.rows("rounds.jsonl")
     except UserError:
         return []
-
-
-def _curve(rows: Sequence[dict[str, Any]]) -> Curve:
-    """Return validation accuracies if there are any, otherwise test accuracies."""
-    validated = any(row.get("validation_accuracy") is not None for row in rows)
-    key = "validation_accuracy" if validated else "test_accuracy"
-    return [(row["round"], row[key]) for row in rows if row["round"] > 0 and row.get(key) is not None]
 
 
 def _until(curve: Curve, last: int) -> list[float]:

@@ -15,8 +15,7 @@ from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
 
 __all__ = ["TrialsTable", "label", "other_trials"]
 
-_METRICS = ("test_accuracy", "test_loss", "epsilon", "rounds", "population", "parameters", "seconds")
-_VALIDATED = ("validation_accuracy", "validation_loss")
+_METRICS = ("epsilon", "rounds", "population", "parameters", "seconds")
 # Writing takes about this share of the time at most, for any number of trials.
 _SHARE = 0.01
 
@@ -86,8 +85,9 @@ class TrialsTable:
         status = status_of(folder.path)
         file = {"done": "summary.json", "stopped": STOPPED, "failed": FAILURE}.get(status)
         found = (file and folder.read_json(file)) or {}
-        metrics = {key: found.get(key) for key in _METRICS}
-        metrics |= {key: found[key] for key in _VALIDATED if key in found}
+        scores = self._named[name].config.task.scores
+        metrics = {key: found.get(key) for key in (*(f"test_{score}" for score in scores), *_METRICS)}
+        metrics |= {key: found[key] for key in (f"validation_{score}" for score in scores) if key in found}
         metrics |= {"not_covered": ", ".join(found["not_covered"])} if "not_covered" in found else {}
         if status == "stopped":
             metrics["rounds"] = found.get("round")

@@ -131,7 +131,8 @@ def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: Ma
             config = parse_config(tables)
             watchers: list[Watcher] = []
             if manner.rule is not None:
-                watchers.append(Stopping(manner.rule, folder, _comparable(folder), config.training.rounds))
+                others, rounds = _comparable(folder), config.training.rounds
+                watchers.append(Stopping(manner.rule, folder, others, rounds, config.task.selects))
             log = track(manner.logs, config, folder, name=called, **manner.tracked)
             try:
                 with log:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +13,14 @@ import pandas as pd
 
 from fedpriv.checks import whole_from
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.build import plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.released import Whose
 from fedpriv.privacy.tuning import NegativeBinomialTrials, PoissonTrials, ScoreNoise, TrialCount, tuning_epsilon
 from fedpriv.sweeps.files import DRAWN
+from fedpriv.tasks.metrics import Better
 
 if TYPE_CHECKING:
     from fedpriv.sweeps.config import Sweep, Trial
@@ -119,7 +121,7 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
     sampling, plans = sampling_of(grid[0].config, data_root), []
     for config in (trial.config for trial in grid):
         _check_trial(config, sweep.tuning)
-        plan = config.plan(sampling)
+        plan = plan_of(config, sampling, data_root)
         assert plan is not None
         plans.append(plan)
     first = but_for_bound(plans[0])
@@ -176,7 +178,17 @@ def score_of(config: Config, noise: ScoreNoise | None) -> str:
             "public test examples, or hold out validation examples of a pool"
         )
         raise UserError("[tuning]", "a score on public examples, or one with noise", f"{on} examples of {of}", remedy)
-    return f"{on}_accuracy" if noise is None else f"noised_{on}_accuracy"
+    metric = config.task.selects
+    if noise is not None and not metric.bounded:
+        bounded = [known for known in config.task.known if config.task.known[known].bounded]
+        remedy = f"List one of {', '.join(bounded)} first in task.metrics" if bounded else "Use public examples"
+        raise UserError(
+            "tuning.score_noise_multiplier",
+            "scores from 0 to 1 of each client",
+            f"{metric.name}, without limit",
+            remedy,
+        )
+    return f"{on}_{metric.name}" if noise is None else f"noised_{on}_{metric.name}"
 
 
 def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
@@ -189,10 +201,11 @@ def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
     if "score_noise_multiplier" in chosen:
         alone = alone.replace("alone", "alone, without a score")
         many, deviation = "", ""
+        what_of = str(chosen["by"]).rpartition("_")[2]
         if name is not None:
             many, deviation = f"{chosen['score_clients']} ", f" of deviation {chosen['score_noise_stddev']:.2g}"
         lines.append(
-            f"the score is the mean over {many}clients of each client's accuracy on its held-out examples, with "
+            f"the score is the mean over {many}clients of each client's {what_of} on its held-out examples, with "
             f"Gaussian noise{deviation} (multiplier {chosen['score_noise_multiplier']:g}), which the epsilon of the "
             "tuning includes"
         )
@@ -255,8 +268,9 @@ def choose_best(
     trials: Mapping[str, "Trial"],
     table: pd.DataFrame,
     clients: int | None = None,
+    better: Better = "higher",
 ) -> dict[str, Any]:
-    """Return the trial with the highest score, the first drawn among ties, and the guarantee for the selection.
+    """Return the trial with the best score, the first drawn among ties, and the guarantee for the selection.
 
     A failed trial has the worst score. It was drawn like the others and counts like them.
 
@@ -267,10 +281,13 @@ def choose_best(
         trials: All trials by name, in the order of the draw.
         table: One row per trial, in the same order.
         clients: Number of clients in the mean, if the score has noise and any trial has a score.
+        better: The direction in which scores are better. A trial without a score has the worst.
     """
     noise = tuning.score_noise
     done = {str(row["trial"]): float(row[score]) for row in table.to_dict("records") if row["status"] == "done"}
-    name = max(done, key=done.__getitem__) if done else None
+    ranked = {name: value if better == "higher" else -value for name, value in done.items()}
+    ranked = {name: -math.inf if math.isnan(value) else value for name, value in ranked.items()}
+    name = max(ranked, key=ranked.__getitem__) if ranked else None
     return {
         "selected": name,
         "changes": {} if name is None else {k: v for k, v in trials[name].changes.items() if k != "privacy.draw"},

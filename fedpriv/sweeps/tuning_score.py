@@ -1,8 +1,9 @@
 """A private selection score for tuning: computed on clients' examples, with noise.
 
 The score of a model is the mean, over all clients that may hold held-out examples, of the model's accuracy on the
-client's examples. Gaussian noise is added to the sum of the accuracies, as `fedpriv.privacy.tuning.ScoreNoise` accounts
-for it. The divisor, the number of these clients, is public, regardless of which of them hold examples.
+client's examples, or another metric in [0, 1]. Gaussian noise is added to the sum of these numbers, as
+`fedpriv.privacy.tuning.ScoreNoise` accounts for it. The divisor, the number of these clients, is public, regardless of
+which of them hold examples.
 """
 
 import math
@@ -27,16 +28,16 @@ from fedpriv.tasks.task import Task
 if TYPE_CHECKING:
     from fedpriv.sweeps.config import Trial
 
-__all__ = ["SCORES", "UNITS", "noised_scores", "streams_of", "sum_of_accuracies", "with_noise"]
+__all__ = ["SCORES", "UNITS", "noised_scores", "streams_of", "sum_of_scores", "with_noise"]
 
 SCORES = "scores.json"
 
 UNITS = 2**20
-"""Accuracies are rounded down to multiples of 1 / `UNITS`, so that their sum is exact."""
+"""Scores are rounded down to multiples of 1 / `UNITS`, so that their sum is exact."""
 
 
-def sum_of_accuracies(task: Task, model: Tensor, inputs: Tensor, labels: Tensor, held_out: HeldOut) -> int:
-    """Return the sum of clients' accuracies, in units of 1 / `UNITS`.
+def sum_of_scores(task: Task, model: Tensor, inputs: Tensor, labels: Tensor, held_out: HeldOut) -> int:
+    """Return the sum of clients' scores by the task's first metric, in units of 1 / `UNITS`.
 
     Args:
         task: Evaluates the model.
@@ -46,18 +47,21 @@ def sum_of_accuracies(task: Task, model: Tensor, inputs: Tensor, labels: Tensor,
         held_out: Their owners.
 
     Formal guarantees:
-        Each client adds a whole number from 0 to `UNITS`, 0 if it has no examples. It is computed only from the model
+        Each client adds a whole number from 0 to `UNITS`, 0 if it has no examples. A score that is undefined for a
+        client's examples counts as the worst one. The number is computed only from the model
         and the client's examples: each client's examples pass through the model separately, because the rest of a batch
         may affect how an example is rounded. Changing, adding or removing one client's examples thus moves the sum by
         at most `UNITS`, regardless of the examples: its sensitivity is 1.
     """
     order = np.argsort(held_out.owners, kind="stable")
     ends = np.cumsum(np.bincount(held_out.owners, minlength=held_out.clients))
-    total = 0
+    total, metric = 0, task.kind.selects
+    worst = 0.0 if metric.better == "higher" else 1.0
     for rows in map(torch.from_numpy, np.split(order, ends[:-1])):
         if len(rows):
-            _, accuracy = task.evaluate(model, inputs[rows], labels[rows])
-            total += math.floor(accuracy * UNITS)
+            score = task.evaluate(model, inputs[rows], labels[rows])[metric.name]
+            score = min(max(worst if math.isnan(score) else score, 0.0), 1.0)
+            total += math.floor(score * UNITS)
     return total
 
 
@@ -96,7 +100,7 @@ def noised_scores(
         noise: The noise of each score.
         streams: The source of the noise, at the trial's place.
         released: True if a selection by these scores may be known already.
-        device: The device that computes accuracies.
+        device: The device that computes scores.
         data_root: The folder of the data sets.
 
     Raises:
@@ -116,7 +120,7 @@ def noised_scores(
         if name in left:
             task = task_of(trial.config, federation, device)
             model = task.layout.flatten(load_model(runs[name]))
-            total = sum_of_accuracies(task, model, inputs, labels, held_out)
+            total = sum_of_scores(task, model, inputs, labels, held_out)
             source = streams.source(Purpose.SCORE_NOISE, client=place)
             scores[name] = with_noise(total, held_out.clients, noise, source)
             found = {"noise_multiplier": noise.multiplier, "clients": held_out.clients, "scores": scores}

@@ -93,7 +93,7 @@ class OwnModule:
             expected = f"a model that takes float32 inputs [batch, {', '.join(map(str, input_shape))}]"
             raise UserError(_KEY, expected, line_of(error, type(self).called), "Correct its forward") from error
         shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if shape != [2, classes]:
+        if not isinstance(shape, list) or len(shape) < 2 or (shape[0], shape[-1]) != (2, classes):
             raise UserError(_KEY, f"logits [batch, {classes}] of the model", f"{shape} for 2 inputs", "Correct forward")
         if logits.dtype != torch.float32:
             raise UserError(_KEY, "logits of type torch.float32", logits.dtype, "Convert them in forward")

@@ -1,8 +1,8 @@
-"""The learning task: a module as a function of one flat vector, and its loss on labeled examples."""
+"""The learning task: a module as a function of one flat vector, and its losses on labeled examples."""
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 
 import torch
@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
+from fedpriv.tasks.kinds import Classification, TaskKind
+from fedpriv.tasks.metrics import meter_of
+from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Task"]
@@ -24,15 +28,16 @@ MAX_PIECE_FLOATS = 2**22
 
 
 class Task:
-    """Classification by a module. The flat model vector holds its trainable parameters; frozen ones never change.
+    """A module and a loss. The flat model vector holds its trainable parameters; frozen ones never change.
 
     Args:
-        module: Maps inputs `[examples, *input_shape]` to logits `[examples, classes]`; no layer keeps statistics of
-            examples.
+        module: Maps inputs `[examples, *input_shape]` to outputs `[examples, ...]`, such as logits
+            `[examples, classes]`; no layer keeps statistics of examples.
         device: The device for gradients.
         channels_last: Store images with channels innermost, which is faster for convolutions on CPUs. Gradients are
             equal up to rounding (which occasionally changes the maximum of a pooling window).
         precision: `float32`, or `bfloat16` for products in that format: gradient errors reach a tenth of their length.
+        kind: The losses and the metrics; None for plain classification.
     """
 
     def __init__(
@@ -42,11 +47,13 @@ class Task:
         *,
         channels_last: bool = False,
         precision: str = "float32",
+        kind: TaskKind | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise UserError("--precision", " or ".join(PRECISIONS), repr(precision), nearest(precision, PRECISIONS))
         self.layout = Layout.of_module(module)
         self.device = torch.device(device)
+        self.kind = kind or Classification()
         self._module = module.to(self.device)
         parameters = trainable(self._module)
         self._parameters = list(parameters.values())
@@ -54,7 +61,8 @@ class Task:
         self._loaded: Tensor | None = None
         self._channels_last = channels_last
         self._precision = precision
-        dense = DenseLayers.of_module(module) if precision == "float32" else None
+        losses = None if self.kind.plain else self.kind.losses
+        dense = DenseLayers.of_module(module, losses) if precision == "float32" else None
         self.dense = dense if dense is not None and dense.size == self.layout.size else None
 
     def initial_model(self) -> Tensor:
@@ -68,17 +76,22 @@ class Task:
         module = copy.deepcopy(self._module)
         for name, parameter in trainable(module).items():
             parameter.data = self.layout.unflatten(self._initial)[name].clone()
-        return Task(module, device, channels_last=self._channels_last, precision=self._precision)
+        return Task(module, device, channels_last=self._channels_last, precision=self._precision, kind=self.kind)
 
     def logits(self, model: Tensor, inputs: Tensor) -> Tensor:
-        """Return logits `[examples, classes]` of the model `[params]` on inputs."""
+        """Return outputs `[examples, ...]` of the model `[params]` on inputs."""
         parameters = self.layout.unflatten(model)
         return self._in_precision(lambda: functional_call(self._module, parameters, (inputs,)))
 
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each example `[examples]`, which depends on no other example; see `TaskKind.losses`."""
+        if self.kind.plain:
+            return F.cross_entropy(outputs, labels, reduction="none")
+        return self.kind.losses(outputs, labels)
+
     def loss(self, model: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum of cross entropies (nats); `weights` `[examples]` of 1/m each give the mean."""
-        losses = F.cross_entropy(self.logits(model, inputs), labels, reduction="none")
-        return (losses * weights).sum()
+        """Return the weighted sum of the examples' losses; `weights` `[examples]` of 1/m each give the mean."""
+        return (self.losses(self.logits(model, inputs), labels) * weights).sum()
 
     def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return the gradient `[params]` of the mean loss over the examples; zero if there are none."""
@@ -90,7 +103,8 @@ class Task:
 
     def _gradient_of_part(self, inputs: Tensor, labels: Tensor, examples: int) -> Tensor:
         """Return these inputs' part `[params]` of the gradient of the mean loss over `examples`."""
-        loss = F.cross_entropy(self._forward(inputs), labels)
+        outputs = self._forward(inputs)
+        loss = F.cross_entropy(outputs, labels) if self.kind.plain else self.losses(outputs, labels).mean()
         if len(labels) < examples:
             loss = loss * (len(labels) / examples)
         parts = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
@@ -134,6 +148,30 @@ class Task:
         pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
         return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of models."""
+        return self._initial.dtype
+
+    def clipped_sum(self, model: Tensor, inputs: Tensor, labels: Tensor, bound: Bounded) -> Tensor:
+        """Return the sum of the bounded gradients of all examples, float64 `[params]`; see `tasks.per_example`.
+
+        Args:
+            model: `[params]`.
+            inputs: `[examples, *input_shape]`; there may be none.
+            labels: `[examples]`.
+            bound: Applied to the gradient of each example's own loss.
+
+        Raises:
+            UserError: If a layer mixes examples.
+        """
+        self._load(model)
+        return self._per_example.clipped_sum(inputs, labels, bound)
+
+    @cached_property
+    def _per_example(self) -> PerExample:
+        return PerExample(self._module, self.layout, cross_entropies if self.kind.plain else self.losses)
+
     def operations(self, inputs: Tensor) -> int:
         """Estimate the floating-point operations of computing logits: two for each use of a weight.
 
@@ -160,17 +198,24 @@ class Task:
                 hook.remove()
         return max(found, 2 * self.layout.size * len(inputs))
 
-    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Return mean loss (nats) and accuracy (0 to 1) of the model `[params]` on labeled examples."""
-        loss, right = 0.0, 0
+    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the mean `loss` and the metrics, by name, of the model `[params]` on labeled examples.
+
+        For classification, these are `accuracy` (0 to 1) and `loss` (nats).
+        """
+        loss, meters = 0.0, {metric.name: meter_of(metric, self.kind) for metric in self.kind.measured}
         self._load(model.to(self.device))
         with torch.no_grad():
             for x, y in _pieces(_width(inputs, 1), inputs, labels):
-                logits = self._forward(x.to(self.device))
+                outputs = self._forward(x.to(self.device))
                 y = y.to(self.device)
-                loss += float(F.cross_entropy(logits, y, reduction="sum").double())
-                right += int((logits.argmax(dim=1) == y).sum())
-        return loss / len(labels), right / len(labels)
+                if self.kind.plain:
+                    loss += float(F.cross_entropy(outputs, y, reduction="sum").double())
+                else:
+                    loss += float(self.losses(outputs, y).double().sum())
+                for meter in meters.values():
+                    meter.update(outputs, y)
+        return {**{name: meter.value() for name, meter in meters.items()}, "loss": loss / len(labels)}
 
 
 def _width(inputs: Tensor, lead: int) -> int:

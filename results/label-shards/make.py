@@ -87,7 +87,7 @@ def walk(method: dict[str, Any]) -> pd.DataFrame:
         state = finish_round(experiment.server, state, number, total.sum)
         if number % 50 == 0:
             rows.append({"round": number, "train_loss": float(objective(experiment, state.model))})
-            rows[-1]["test_accuracy"] = experiment.evaluate(state.model)[1]
+            rows[-1]["test_accuracy"] = experiment.evaluate(state.model)["accuracy"]
     return pd.DataFrame(rows)
 
 

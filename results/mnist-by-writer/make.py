@@ -131,8 +131,8 @@ def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, dat
     }
     figures = {
         f"{part}_{what}": value
-        for part, pair in judged.items()
-        for what, value in zip(("loss", "accuracy"), pair, strict=True)
+        for part, scores in judged.items()
+        for what, value in (("loss", scores["loss"]), ("accuracy", scores["accuracy"]))
     }
     return {**figures, "signal_to_noise": ratio, "epsilon": experiment.plan and experiment.plan.epsilon}
 

@@ -59,7 +59,7 @@ def trained(experiment: Experiment, method: dict) -> tuple[float, float]:
         rows = torch.from_numpy(people.federation.rows_of(client))
         weights = torch.full((len(rows),), 1.0 / len(rows))
         losses.append(people.task.loss(state.model, people.inputs[rows], people.labels[rows], weights))
-    return float(torch.stack(losses).mean()), tried.evaluate(state.model)[1]
+    return float(torch.stack(losses).mean()), tried.evaluate(state.model)["accuracy"]
 
 
 def test_alpha_normec_reaches_gradient_descent_on_label_shards_where_normalized_sgd_stalls():

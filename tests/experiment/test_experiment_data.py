@@ -206,8 +206,8 @@ def test_validation_figures_stand_beside_the_test_figures(tmp_path: Path):
     for row in recorded:
         assert (row["validation_loss"] is None) == (row["test_loss"] is None) == (row["round"] in (1, 3))
     experiment = assemble(config)
-    loss, accuracy = experiment.validate(experiment.initial_model) or (None, None)
-    assert (recorded[0]["validation_loss"], recorded[0]["validation_accuracy"]) == (loss, accuracy)
+    found = experiment.validate(experiment.initial_model) or {}
+    assert (recorded[0]["validation_loss"], recorded[0]["validation_accuracy"]) == (found["loss"], found["accuracy"])
     assert summary["validation_accuracy"] == recorded[-1]["validation_accuracy"] != summary["test_accuracy"]
     assert "validation_loss" in summary
     statement = " ".join((tmp_path / "run" / "privacy.txt").read_text().split())

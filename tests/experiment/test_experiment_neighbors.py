@@ -20,7 +20,7 @@ from fedpriv.engines import LoopEngine
 from fedpriv.experiment.build import assemble, make_federation, task_of
 from fedpriv.experiment.config import Config, parse_config
 from fedpriv.rounds import begin_round
-from fedpriv.sweeps.tuning_score import UNITS, sum_of_accuracies
+from fedpriv.sweeps.tuning_score import UNITS, sum_of_scores
 
 CHANGES = ("labels", "order", "values", "fewer", "more", "none")
 
@@ -176,7 +176,7 @@ def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples
                 continue
             model = torch.randn(task.layout.size, generator=torch.Generator().manual_seed(seed))
             assert one[2].clients == other[2].clients
-            found = [sum_of_accuracies(task, model, *part) for part in (one, other)]  # pyright: ignore[reportArgumentType]
+            found = [sum_of_scores(task, model, *part) for part in (one, other)]  # pyright: ignore[reportArgumentType]
             assert all(0 <= total <= UNITS * one[2].clients for total in found)
             moves.append(abs(found[0] - found[1]))
     assert 0 < max(moves) <= UNITS
@@ -195,7 +195,7 @@ def test_a_client_counts_with_its_share_of_right_answers_however_many_examples_i
     owners = dataset.tested.owners
     shares = [right[owners == client].mean() for client in np.unique(owners)]
     assert len(set(np.bincount(owners).tolist())) > 1
-    total = sum_of_accuracies(task, model, dataset.test_inputs, dataset.test_labels, dataset.tested)
+    total = sum_of_scores(task, model, dataset.test_inputs, dataset.test_labels, dataset.tested)
     assert 0.0 < sum(shares) - total / UNITS + 1e-9 < dataset.tested.clients / UNITS
 
 

@@ -156,7 +156,7 @@ def test_a_cell_of_a_heat_map_is_the_best_over_all_other_hyperparameters() -> No
     for i, a in enumerate((0.1, 1.0)):
         for j, b in enumerate((1, 2, 10)):
             wanted = best.get((a, b), float("nan"))
-            assert one.accuracy[i, j] == pytest.approx(wanted, nan_ok=True)
+            assert one.values[i, j] == pytest.approx(wanted, nan_ok=True)
             assert one.seeds[i, j] == (0 if np.isnan(wanted) else 2)
 
 

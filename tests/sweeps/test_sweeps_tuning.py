@@ -31,7 +31,7 @@ from fedpriv.sweeps.jobs import Began, Ended, Job, call
 from fedpriv.sweeps.run import run_sweep
 from fedpriv.sweeps.trial import Tracking
 from fedpriv.sweeps.tuning import Tuning, about_tuning, choose_best, common_plan, draw_trials
-from fedpriv.sweeps.tuning_score import UNITS, streams_of, sum_of_accuracies, with_noise
+from fedpriv.sweeps.tuning_score import UNITS, streams_of, sum_of_scores, with_noise
 
 BASE = """
 name = "base"
@@ -298,7 +298,7 @@ def test_a_noised_score_selects_and_is_all_that_is_said_of_scores(
         assert data.validation_labels is not None
         assert data.validated is not None
         model = task.layout.flatten(load_model(out / "trials" / name))
-        total = sum_of_accuracies(task, model, data.validation_inputs, data.validation_labels, data.validated)
+        total = sum_of_scores(task, model, data.validation_inputs, data.validation_labels, data.validated)
         bare.append(total / UNITS / clients)
         summary = json.loads((out / "trials" / name / "summary.json").read_text())
         assert ("validation_accuracy" in summary.get("not_covered", ())) == (test == "within")

@@ -6,25 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from fedpriv.errors import require_extra
+from fedpriv.tasks.kinds import Classification, TaskKind
 
 __all__ = ["plot_curves"]
 
-PANELS = (
-    ("test_accuracy", "test accuracy", "#0072B2"),
-    ("test_loss", "test loss (nats)", "#D55E00"),
-    ("epsilon", "epsilon spent", "#009E73"),
-)
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 _WARNING = "#B00020"
 
 
-def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Write accuracy, loss and epsilon over rounds as one PNG.
+def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str, task: TaskKind | None = None) -> None:
+    """Write the first metric, loss and epsilon over rounds as one PNG.
 
     Args:
         rows: The released rows of a run, by round; the scores in `not_covered` are marked.
         path: The file to write.
         title: The title above the panels.
+        task: The task, which has the metric; None for classification.
 
     Raises:
         UserError: If the plotting packages are not installed.
@@ -38,7 +36,15 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title, parse_math=False)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
-    for axes, (key, label, color) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    task = task or Classification()
+    metric, unit = task.selects, f" ({task.loss_unit})" if task.loss_unit else ""
+    usual = metric.name == "accuracy"
+    panels = [
+        (f"test_{metric.name}", f"test {metric.label}" + ("" if usual else f", {metric.better} is better")),
+        ("test_loss", f"test loss{unit}"),
+        ("epsilon", "epsilon spent"),
+    ]
+    for axes, (key, label), color in zip(figure.subplots(1, 3), panels, COLORS, strict=True):
         points = [(row["round"], row[key]) for row in rows if row[key] is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
@@ -50,8 +56,9 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             continue
         marker = "o" if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3)
-        if key == "test_accuracy":
-            axes.set(ylim=(0, 1), title=f"{label}: {points[-1][1]:.3f} at the end")
+        if key == f"test_{metric.name}":
+            limits = {"ylim": (0, 1)} if metric.bounded else {}
+            axes.set(**limits, title=f"{label}: {points[-1][1]:.3f} at the end")
         if any(key in row.get("not_covered", ()) for row in rows):
             axes.set_title(f"{axes.get_title()}\nnot covered by epsilon", color=_WARNING)
     with warnings.catch_warnings():

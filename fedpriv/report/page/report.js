@@ -73,7 +73,7 @@
   let shown = [];
   let place = null; // { curve, point }
 
-  const isShare = (key) => key.endsWith("accuracy");
+  const isShare = (key) => data.shares.includes(key);
   const scaled = (value, size, unit) => {
     const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
     const [by, prefix] = steps.find(([step]) => Math.abs(size) >= step) || [1, ""];
@@ -148,7 +148,7 @@
     make("text", { x: (box.left + box.right) / 2, y: height - 5, "text-anchor": "middle" }, chart, label);
     make("path", { class: "rule", d: `M${box.left} ${box.bottom}H${box.right}` }, chart);
 
-    if (yAxis.value === "test_accuracy" && shown.length <= 6) {
+    if (yAxis.value === data.main && shown.length <= 6) {
       for (const { curve, points: own } of shown) {
         const up = own.map((p) => `${px(p.x)} ${py(Math.min(curve.values.high[p.at], y1))}`);
         const down = own.map((p) => `${px(p.x)} ${py(Math.max(curve.values.low[p.at], y0))}`).reverse();
@@ -190,7 +190,7 @@
     make("circle", { class: "spot", cx: point.px, cy: point.py, r: 5, style: `fill: var(--c${color}); stroke: var(--panel); stroke-width: 2` }, chart);
     const values = curve.values;
     const parts = [`${yAxis.selectedOptions[0].textContent} ${format(yAxis.value, point.y)}`];
-    if (yAxis.value === "test_accuracy" && curve.seeds > 1) {
+    if (yAxis.value === data.main && curve.seeds > 1) {
       parts.push(`${format(yAxis.value, values.low[point.at])} to ${format(yAxis.value, values.high[point.at])} over ${curve.seeds} seeds`);
     }
     parts.push(`round ${values.round[point.at]}`);
