@@ -501,14 +501,6 @@ def parse_config(tables: Table) -> Config:
         data=data,
         model=_read_named(MODELS, _need(given, "model"), "model", "name"),
         local=local,
-        cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_method(tables),
-        privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
-        training=read_table(Training, _need(tables, "training"), "training"),
-        augment=_read_named(AUGMENTATIONS, tables["augment"], "augment", "name") if "augment" in tables else None,
-        deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
-        devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
-        schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
         cohort=_read_cohort(given.get("cohort", {"sampling": "everyone"}), data.clients),
         method=_read_method(given),
         privacy=read_table(PrivacyChoice, given["privacy"], "privacy") if "privacy" in given else None,
@@ -516,6 +508,7 @@ def parse_config(tables: Table) -> Config:
         deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
         devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
         schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
+        augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
         task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
     )
     _check_sources(config, given.get("sources", {}))
