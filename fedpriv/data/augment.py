@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedpriv.checks import real_within, whole_from
+from fedpriv.checks import real_within, whole_within
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry, line_of, settings_of
 from fedpriv.streams import Purpose, SeededStreams
@@ -72,7 +72,7 @@ class ImageVariants:
     rotate: float = 0.0
 
     def __post_init__(self) -> None:
-        whole_from("augment.crop", self.crop, 0, "Give a number of pixels such as 4")
+        whole_within("augment.crop", self.crop, 0, 10_000, "Give a number of pixels such as 4")
         real_within("augment.rotate", self.rotate, 0, 180)
         if not (self.flip or self.crop or self.rotate):
             remedy = "Set flip = true, crop = 4 or rotate = 10.0, or remove [augment]"
