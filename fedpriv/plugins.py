@@ -130,12 +130,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, an entry point, or a reference that `resolve` has already resolved.
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved. A reference to a
+                file may name another folder: the class is the one of the resolved reference. (Another content of the
+                file is another experiment; see `source_of`.)
             where: The key that holds the name, for the error.
 
         Raises:
             UserError: If the name is unknown.
         """
+        if is_reference(name) and name not in self:
+            bare = bare_reference(name)
+            name = next((known for known in self._referred if bare_reference(known) == bare), name)
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]

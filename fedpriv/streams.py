@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     ASKING = 11
     SCORE_NOISE = 12
     STEP_NOISE = 13
+    AUGMENTATION = 14
 
 
 class Words(Protocol):

@@ -23,6 +23,7 @@ GROUPS = {
     "fedpriv.datasets": "data",
     "fedpriv.partitions": "partitions",
     "fedpriv.shifts": "shifts",
+    "fedpriv.augmentations": "augment",
     "fedpriv.models": "models",
     "fedpriv.tasks": "tasks",
     "fedpriv.local_works": "local",
@@ -56,6 +57,7 @@ def catalogue() -> dict[str, Entries]:
 def described() -> dict[str, Entries]:
     """Return the built-in part of the catalogue, read from the classes."""
     from fedpriv.clock import DEVICES, SCHEDULES
+    from fedpriv.data.augment import AUGMENTATIONS
     from fedpriv.data.dataset import DATASETS
     from fedpriv.data.partitions import PARTITIONS
     from fedpriv.data.shifts import SHIFTS
@@ -72,6 +74,7 @@ def described() -> dict[str, Entries]:
         "data": _describe(DATASETS),
         "partitions": _describe(PARTITIONS),
         "shifts": _describe(SHIFTS),
+        "augment": _describe(AUGMENTATIONS),
         "models": _describe(MODELS),
         "tasks": _describe(TASKS),
         "local": _describe(LOCAL_WORKS),

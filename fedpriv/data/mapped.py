@@ -21,6 +21,7 @@ class MappedInputs:
     Args:
         array: An array that `numpy.load(path, mmap_mode="r")` or `numpy.memmap` returned, `[rows, *input_shape]`.
         scale: The divisor of all values.
+        normal: The arrays to subtract after that, and to divide by; each fits one input. None for neither.
         rows: The rows of the array that these inputs are, int64; None for all.
         device: The device of the tensors that are read.
     """
@@ -31,10 +32,11 @@ class MappedInputs:
         self,
         array: np.memmap[Any, Any],
         scale: float = 1.0,
+        normal: tuple[np.ndarray, np.ndarray] | None = None,
         rows: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._array, self._scale = array, scale
+        self._array, self._scale, self._normal = array, scale, normal
         self._rows, self._device = rows, torch.device(device)
 
     @property
@@ -62,20 +64,26 @@ class MappedInputs:
                 f"NaN or infinity in row {self._first_wrong(rows, values)}",
                 "Fill in or drop missing values, by a rule that does not use other clients' data",
             )
-        return torch.from_numpy(values).div_(self._scale).to(self._device)
+        values /= np.float32(self._scale)
+        if self._normal is not None:
+            values = (values - self._normal[0]) / self._normal[1]
+        return torch.from_numpy(values).to(self._device)
 
     def chosen(self, rows: np.ndarray) -> "MappedInputs":
         """Return the rows of these numbers, int64, without reading any."""
-        return MappedInputs(self._array, self._scale, rows if self._rows is None else self._rows[rows], self._device)
+        return self._with(rows if self._rows is None else self._rows[rows], self._device)
 
     def joined(self, other: "MappedInputs") -> "MappedInputs":
         """Return these rows followed by those of `other`, which are of the same file, without reading any."""
         parts = [np.arange(len(part)) if part._rows is None else part._rows for part in (self, other)]
-        return MappedInputs(self._array, self._scale, np.concatenate(parts), self._device)
+        return self._with(np.concatenate(parts), self._device)
 
     def to(self, device: torch.device | str) -> "MappedInputs":
         """Return the same inputs, which are read to a device."""
-        return MappedInputs(self._array, self._scale, self._rows, device)
+        return self._with(self._rows, device)
+
+    def _with(self, rows: np.ndarray | None, device: torch.device | str) -> "MappedInputs":
+        return MappedInputs(self._array, self._scale, self._normal, rows, device)
 
     def cpu(self) -> "MappedInputs":
         """Return the same inputs, which are read to the CPU."""
@@ -91,7 +99,7 @@ class MappedInputs:
         array = self._array
         order = "C" if array.flags.c_contiguous else "F"
         place = (array.filename, array.dtype, array.offset, array.shape, order)
-        return _opened, (place, self._scale, self._rows, self._device)
+        return _opened, (place, self._scale, self._normal, self._rows, self._device)
 
     def _first_wrong(self, rows: Any, values: np.ndarray) -> int:
         numbers = (np.arange(len(self._array))[rows] if isinstance(rows, slice) else np.asarray(rows)).reshape(-1)
@@ -99,10 +107,10 @@ class MappedInputs:
         return int(numbers[np.argmin(finite)])
 
 
-def _opened(place: tuple[Any, ...], scale: float, rows: np.ndarray | None, device: torch.device) -> MappedInputs:
+def _opened(place: tuple[Any, ...], *options: Any) -> MappedInputs:
     """Return mapped inputs that were sent to this process."""
     name, dtype, offset, shape, order = place
-    return MappedInputs(np.memmap(name, dtype, "r", offset, shape, order), scale, rows, device)
+    return MappedInputs(np.memmap(name, dtype, "r", offset, shape, order), *options)
 
 
 def mapped(array: object) -> MappedInputs | None:

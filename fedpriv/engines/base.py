@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.augment import Augmentation, augmented, draws_of
 from fedpriv.data.federation import Federation, Holders
 from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
@@ -63,7 +64,8 @@ class Population:
         task: Computes gradients.
         federation: Who holds which examples.
         work: Computes a signal.
-        streams: Source of randomness for local batches.
+        streams: Source of randomness for local batches and augmentations.
+        augment: The random change of clients' inputs in each round; None for none.
     """
 
     rules: ClientRules
@@ -71,6 +73,7 @@ class Population:
     federation: Holders
     work: LocalWork
     streams: SeededStreams
+    augment: Augmentation | None = None
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -111,6 +114,8 @@ class Population:
         inputs, labels = self.examples(client)
         streams = self.streams if rules.examples is None else rules.streams  # secret batches
         batches = batches_of(self.work, streams, len(labels), round, client)
+        if self.augment is not None:
+            inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
         clipped = rules.clipped(round, client)
         return make_signal(self.task, model, inputs, labels, self.work, batches, clipped)
 
@@ -118,6 +123,12 @@ class Population:
     def one_by_one(self) -> bool:
         """True if the signals of several clients cannot be computed at once."""
         return self.rules.examples is not None or isinstance(self.work, PoissonGradient)
+
+    def draws(self, examples: int, round: int, client: int) -> np.ndarray:
+        """Return the draws for the augmentation of one client's examples in one round; no columns without one."""
+        if self.augment is None:
+            return np.zeros((examples, 0))
+        return draws_of(self.augment, self.streams, examples, round, client)
 
     def on(self, device: torch.device) -> "Population":
         """Return the same clients on another device."""

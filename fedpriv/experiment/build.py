@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.clock import Timeline
+from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Holders, shifted, spread
 from fedpriv.data.labels import labels_as
@@ -177,7 +178,14 @@ def assemble(
     plan = config.plan(sampling, fewest_examples(config, federation))
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
-    population = Population(rules=agreed.client, task=task, federation=federation, work=config.local, streams=streams)
+    population = Population(
+        rules=agreed.client,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=_augmentation(config, federation),
+    )
     return Experiment(
         config=config,
         population=population,
@@ -210,7 +218,21 @@ def assemble_clients(
         check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
     task = task_of(config, federation, device)
-    return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
+    return Population(
+        rules=rules,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=_augmentation(config, federation),
+    )
+
+
+def _augmentation(config: Config, federation: Holders) -> Augmentation | None:
+    """Return the config's augmentation, if there is one, after checking that it fits the inputs."""
+    if config.augment is not None:
+        config.augment.check(federation.dataset.input_shape)
+    return config.augment
 
 
 def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:

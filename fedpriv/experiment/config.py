@@ -13,6 +13,7 @@ import tomli_w
 
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
+from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
@@ -51,6 +52,7 @@ MAX_ROUNDS = 10**9
 # Keys with the name of a class, by table.
 _NAMES = {
     "data": ("name", "partition", "shift"),
+    "augment": ("name",),
     "model": ("name",),
     "task": ("name",),
     "local": ("work",),
@@ -64,12 +66,16 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
+<<<<<<< HEAD
 TABLES += ("devices", "schedule", "deployment", "sources", "task", "evaluation")
+=======
+TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task")
+>>>>>>> data
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
-NOISE_TABLES += ("task",)
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
+NOISE_TABLES += ("devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +208,7 @@ class Config:
     method: Method
     privacy: PrivacyChoice | None
     training: Training
+    augment: Augmentation | None = None
     deployment: DeploymentChoice | None = None
     devices: Devices | None = None
     schedule: Schedule | None = None
@@ -225,6 +232,7 @@ class Config:
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
+        augment = {} if self.augment is None else {"augment": _write_named(AUGMENTATIONS, self.augment, "name")}
         # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
         task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
         server = {}
@@ -235,6 +243,7 @@ class Config:
             "name": self.name,
             "seed": self.seed,
             "data": data,
+            **augment,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
@@ -260,6 +269,7 @@ class Config:
             "data.name": self.data.dataset,
             "data.partition": self.data.partition,
             "data.shift": self.data.shift,
+            "augment.name": self.augment,
             "model.name": self.model,
             "task.name": self.task,
             "local.work": self.local,
@@ -508,6 +518,7 @@ def parse_config(tables: Table) -> Config:
         deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
         devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
         schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
+        augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
         task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
     )

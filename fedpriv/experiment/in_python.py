@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import dataset_of
@@ -72,6 +73,7 @@ class Experiment:
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
         local: The local work of a client; None for the full gradient.
+        augment: The augmentation of training inputs, such as `fedpriv.data.augment.ImageVariants(flip=True)`.
         cohort: The sampling of a round's clients; None for everyone.
         partition: The division of examples among simulated clients; None for the natural clients if the data have some,
             otherwise at random.
@@ -97,6 +99,7 @@ class Experiment:
     privacy: PrivacyChoice | None = None
     task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
+    augment: Augmentation | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
     clients: int | None = None
@@ -129,6 +132,7 @@ class Experiment:
             data=DataChoice(dataset=source, partition=partition, clients=self.clients, test=test),
             model=_model_source(self.model),
             local=self.local or FullGradient(),
+            augment=self.augment,
             cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
             method=self.method,
             privacy=self.privacy,
@@ -145,6 +149,7 @@ class Experiment:
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
             ("cohort", "population", "fedpriv.privacy.Poisson(population=100, probability=0.1)"),
+            ("augment", "apply", "fedpriv.data.augment.ImageVariants(flip=True)"),
             ("partition", "__dataclass_fields__", "fedpriv.data.partitions.Dirichlet(concentration=0.3)"),
             ("privacy", "noise_multiplier", "fedpriv.Privacy(epsilon=8.0)"),
         ):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.augment import augmented, draws_of
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
@@ -93,6 +94,9 @@ def _signal_of_file(
     task = Task(module, run.device, kind=config.task)
     streams = SeededStreams(config.seed) if rules.examples is None else rules.streams
     batches = batches_of(config.local, streams, len(labels), *address)
+    if config.augment is not None:
+        draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), *address)
+        inputs = augmented(config.augment, inputs, draws, batches)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     return make_signal(task, at, *given, config.local, batches, rules.clipped(*address)).cpu()

@@ -16,7 +16,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
-from fedpriv.plugins import is_reference
+from fedpriv.plugins import is_reference, whole_reference
 from fedpriv.privacy import REPLACE_FACTOR, UNITS, Local, PrivacyPlan, by_reliance
 from fedpriv.rounds import record_bound
 from fedpriv.tables import Table
@@ -90,10 +90,17 @@ class Accepts:
             examples.
         trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
             a server that is trusted to add the noise. none: also runs without a privacy guarantee.
+<<<<<<< HEAD
         methods: Names of methods; empty for all.
         models: Names of models; empty for all.
         data: Names of data sets; empty for all.
         tasks: Names of tasks; empty for all.
+=======
+        methods: Names of methods; empty for all. A class of the client's own file is named as in a config, by a path
+            from the policy's folder; a server's config names its own copy of the file, with the same content.
+        models: Names of models, likewise.
+        data: Names of data sets, likewise.
+>>>>>>> data
         max_parameters: Maximum number of parameters of a model.
         evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
@@ -191,8 +198,14 @@ class Policy:
         """Raise a `Refusal` unless the policy accepts model, data and task, and all files are in the data folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
+<<<<<<< HEAD
         _among("accepts.tasks", TASKS.name_of(config.task), self.accepts.tasks)
         for value in config.tables["data"].values():
+=======
+        for key, value in config.tables["data"].items():
+            if key == "name":
+                continue  # accepted above; a class is one that this client's policy names
+>>>>>>> data
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise _no("data", "files below this client's data folder", repr(value))
 
@@ -275,6 +288,10 @@ def load_policy(path: Path) -> Policy:
     if "limits" not in tables:
         remedy = "Add it with the client's privacy budget"
         raise UserError(str(path), "a table [limits] with epsilon and delta", "a file without it", remedy)
+    given["accepts"] = {
+        key: [whole_reference(name, path.parent) for name in value] if isinstance(value, list) else value
+        for key, value in given["accepts"].items()
+    }
     policy = Policy(**{name: read_table(kind, given[name], name) for name, kind in kinds.items()})
     accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS), ("tasks", TASKS))
     for key, registry in accepted:
