@@ -3,6 +3,7 @@
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.own_classes import own_config
 from torch import nn
 
 from fedpriv import Experiment, load_config, load_results
+from fedpriv.deploy.device.own_data import _signal_of_file
 from fedpriv.deploy.device.policy import Accepts, Limits, Policy
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
@@ -192,6 +194,21 @@ def test_a_policy_names_the_tasks_that_a_device_accepts(tmp_path: Path) -> None:
     Policy(accepts=Accepts(tasks=("classification",)), limits=limits).check_experiment(config)
     with pytest.raises(Refusal, match=r"accepts\.tasks: expected regression"):
         Policy(accepts=Accepts(tasks=("regression",)), limits=limits).check_experiment(config)
+
+
+def test_a_device_learns_numbers_of_a_file_of_its_own(tmp_path: Path) -> None:
+    task: dict[str, Any] = {"name": "regression", "loss": "poisson"}
+    config = with_clients(tmp_path, task=task, evaluation=None)
+    inputs, labels = torch.from_numpy(drawn(20, 3)), torch.arange(20.0) / 2
+    facts: list[Any] = [SimpleNamespace(device="cpu"), config, SimpleNamespace(client=3), SimpleNamespace(turn=1)]
+    facts.append(torch.zeros(4))
+    np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels, classes=1)
+    signal = _signal_of_file(tmp_path / "mine.npz", *facts)
+    slope = (1.0 - labels) / 20
+    assert torch.allclose(signal, torch.cat([slope @ inputs, slope.sum()[None]]), atol=1e-5)
+    np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels - 1.0, classes=1)
+    with pytest.raises(UserError, match=r"counts from 0 with poisson, got row 0: -1\.0"):
+        _signal_of_file(tmp_path / "mine.npz", *facts)
 
 
 def with_clients(folder: Path, **more: Any) -> Config:
