@@ -970,13 +970,6 @@ MUTANTS = [
         BY_EXAMPLE,
     ),
     Mutant(
-        "gradients of a tied weight are bounded without one of its uses",
-        f"{PER_EXAMPLE}/capture.py",
-        "    if shared:",
-        "    if False:",
-        BY_EXAMPLE,
-    ),
-    Mutant(
         "a parameter's use outside its layer is not noticed",
         f"{PER_EXAMPLE}/capture.py",
         "    if any(counts[key] > uses for key, uses in expected.items()):",

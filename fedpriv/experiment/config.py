@@ -66,11 +66,7 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-<<<<<<< HEAD
-TABLES += ("devices", "schedule", "deployment", "sources", "task", "evaluation")
-=======
-TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task")
->>>>>>> data
+TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.

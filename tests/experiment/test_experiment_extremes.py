@@ -67,11 +67,8 @@ KEYS = {
     "local": ("work", LOCAL_WORKS),
     "cohort": ("sampling", SAMPLINGS),
     "model": ("name", MODELS),
-<<<<<<< HEAD
     "task": ("name", TASKS),
-=======
     "augment": ("name", AUGMENTATIONS),
->>>>>>> data
     "devices": ("kind", DEVICES),
     "schedule": ("kind", SCHEDULES),
 }

@@ -259,11 +259,18 @@ def test_what_the_table_does_not_cover_is_computed_one_by_one(name, examples):
     assert float((found - bounded(rows, bound).sum(0)).norm()) <= 2e-6 * bound.l2_bound * examples
 
 
-def test_a_module_that_computes_otherwise_on_some_inputs_is_right_there_too():
-    def forward(net, x):
-        return net.layer(net.layer(x).tanh() if float(x.abs().sum()) > 1e4 else x)
+def twice(net: nn.Module, inputs: Tensor) -> Tensor:
+    return net.layer(net.layer(inputs).tanh() if float(inputs.abs().sum()) > 1e4 else inputs)
 
-    net = Called(forward, layer=nn.Linear(4, 4))
+
+def elsewhere(net: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = net.layer(inputs)
+    return outputs + inputs @ net.layer.weight.T.square() if float(inputs.abs().sum()) > 1e4 else outputs
+
+
+@pytest.mark.parametrize("function", [twice, elsewhere])
+def test_a_module_that_computes_otherwise_on_some_inputs_is_right_there_too(function):
+    net = Called(function, layer=nn.Linear(4, 4))
     sums = made(net)
     for scale in (1.0, 1e4):
         inputs, labels = scale * torch.randn(6, 4), torch.randn(6, 4)
@@ -508,6 +515,16 @@ def test_a_chunk_holds_a_limited_number_of_floats(monkeypatch):
     sums.clipped_sum(torch.randn(50, 9, 8, 8), torch.randint(3, (50,)), BOUNDS[0])
     assert max(seen[3:]) < 10
     assert sum(seen) >= 50
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_modules_in_float64_are_summed_likewise(name):
+    net, shape = nets()[name]
+    net.double()
+    inputs, labels = torch.randn(5, *shape, dtype=torch.float64), torch.randint(3, (5,))
+    rows = loop(net, cross_entropy, inputs, labels)
+    found = made(net, cross_entropy).clipped_sum(inputs, labels, BOUNDS[0])
+    assert torch.allclose(found, bounded(rows, BOUNDS[0]).sum(0), atol=3e-6)
 
 
 @pytest.mark.parametrize("examples", [3, 300])

@@ -90,17 +90,11 @@ class Accepts:
             examples.
         trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
             a server that is trusted to add the noise. none: also runs without a privacy guarantee.
-<<<<<<< HEAD
-        methods: Names of methods; empty for all.
-        models: Names of models; empty for all.
-        data: Names of data sets; empty for all.
-        tasks: Names of tasks; empty for all.
-=======
         methods: Names of methods; empty for all. A class of the client's own file is named as in a config, by a path
             from the policy's folder; a server's config names its own copy of the file, with the same content.
         models: Names of models, likewise.
         data: Names of data sets, likewise.
->>>>>>> data
+        tasks: Names of tasks, likewise.
         max_parameters: Maximum number of parameters of a model.
         evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
@@ -198,14 +192,10 @@ class Policy:
         """Raise a `Refusal` unless the policy accepts model, data and task, and all files are in the data folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
-<<<<<<< HEAD
         _among("accepts.tasks", TASKS.name_of(config.task), self.accepts.tasks)
-        for value in config.tables["data"].values():
-=======
         for key, value in config.tables["data"].items():
             if key == "name":
                 continue  # accepted above; a class is one that this client's policy names
->>>>>>> data
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise _no("data", "files below this client's data folder", repr(value))
 

@@ -4,7 +4,8 @@ Why a sum keeps its bound (`SLACK`). A row is an example's gradient, computed in
 rounding unit 2^-53 of float64.
 
 1. Norms are computed in float64 from the same numbers as the sums. Scales are those of `fedpriv.bounding`, whose margin
-   of 2^-21 covers the norms' rounding: a scaled row is never longer than C.
+   of 2^-21 covers the norms' rounding: a scaled row is never longer than C. Norms from inner products of terms are off
+   by at most (in + out + 2^6) u / 2 (2^8)^2 of themselves, for layers of up to 2^15 inputs and outputs below 2^-22.
 2. A sum of R rows in float64 is off by at most R T u (the total length of their terms) for T terms a row, which is at
    most R^2 T 2^8 u C, because a scale never lets terms exceed 2^8 C (`MAX_CANCELLATION`). Groups have
    R <= 2^11 / sqrt(T) rows, so that this is below 2^-23 C.
@@ -14,9 +15,10 @@ rounding unit 2^-53 of float64.
    the same bits. So only the sum of one group changes, by the row, twice its error of 2 and twice that of 3. In total
    2 C (1 + 2^-21) for a replaced example and C (1 + 2^-20) for an excluded one.
 
-Point 4 needs kernels whose result for one example does not depend on the content of others, as PyTorch's on CPUs do
-(tests check this); on a GPU, deterministic algorithms. It says nothing about batches of another length, where other
-examples may change in their last bits: draw batches first, and exclude examples by `mask`.
+Point 4 needs a module without branches by content, and kernels whose result for one example does not depend on the
+content of others: PyTorch's on CPUs (tests check this), deterministic algorithms on a GPU. It says nothing about
+batches of another length, where other examples may change in their last bits: draw batches first, and exclude examples
+by `mask`.
 """
 
 from collections.abc import Iterator
@@ -128,11 +130,10 @@ class PerExample:
         return group if total is None else total.add_(group)
 
     def norms(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the l2 norms of the examples' gradients, float64 `[examples]`; infinity or NaN for one
-        that is not finite.
+        """Return the l2 norms of the examples' gradients, float64 `[examples]`.
 
-        The norm of a gradient whose terms (of tokens) are more than `MAX_CANCELLATION` times as long in total is
-        rounded up.
+        A gradient that is not finite has the norm infinity or NaN. The norm of a gradient whose terms (of tokens) are
+        more than `MAX_CANCELLATION` times as long in total is rounded up.
         """
         if len(labels) == 0:
             return torch.zeros(0, dtype=torch.float64, device=inputs.device)
