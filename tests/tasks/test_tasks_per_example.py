@@ -368,9 +368,9 @@ def test_layers_that_mix_examples_are_refused(make):
     "function", [lambda net, x: net.layer(x - x.mean(0)), lambda net, x: F.dropout(net.layer(x), 0.5)]
 )
 def test_outputs_that_depend_on_other_examples_or_chance_are_refused(function):
-    sums = made(Called(function, layer=nn.Linear(4, 3)))
+    sums = made(Called(function, layer=nn.Linear(4, 30)))
     with pytest.raises(UserError, match="depend on it alone"):
-        sums.clipped_sum(torch.randn(6, 4), torch.randn(6, 3), BOUNDS[0])
+        sums.clipped_sum(torch.randn(6, 4), torch.randn(6, 30), BOUNDS[0])
 
 
 def test_losses_that_are_no_vector_by_example_are_refused():
