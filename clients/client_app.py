@@ -68,7 +68,7 @@ def _train(message: Message, context: Context) -> Message:
     instructions = ClientInstructions.of(message.content)
     with one_thread():
         x = model.vector(received).to(population.task.device)
-        signal = population.signal(instructions.client, x, instructions.round).cpu()
+        signal = population.signal(instructions.client, x, instructions.round, instructions.rules).cpu()
     return Message(send_message(instructions, signal, model, context), reply_to=message)
 
 

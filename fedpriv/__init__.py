@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedpriv import torchvision_import
 from fedpriv.errors import require_extra
 from fedpriv.version import __version__ as __version__
 
@@ -38,6 +39,8 @@ _HOMES = {
 }
 _ALIASES = {"Privacy": "PrivacyChoice"}
 _EXTRAS = {"write_report": "report"}
+
+torchvision_import.install()
 
 
 def __getattr__(name: str) -> Any:

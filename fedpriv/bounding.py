@@ -30,6 +30,7 @@ __all__ = [
     "SmoothedNormalization",
     "finite_rows",
     "row_norms",
+    "scales_of",
 ]
 
 # Rounding to float32 may lengthen a vector by a few parts in 2**24; this margin guarantees the bound.
@@ -93,6 +94,11 @@ class Clip:
         return self.clip_norm
 
     @property
+    def cocoercive(self) -> float:
+        """1: the map is the gradient of a convex function, and 1-Lipschitz (Baillon and Haddad 1977)."""
+        return 1.0
+
+    @property
     def lipschitz(self) -> float:
         """1: a projection onto a convex set never increases the distance of two points."""
         return 1.0
@@ -133,6 +139,11 @@ class SmoothedNormalization:
     def l2_bound(self) -> float:
         """||u|| / (alpha + ||u||) < 1."""
         return 1.0
+
+    @property
+    def cocoercive(self) -> float:
+        """alpha: the map is the gradient of a convex function, and 1 / alpha-Lipschitz (Baillon and Haddad 1977)."""
+        return self.alpha
 
     @property
     def lipschitz(self) -> float:
@@ -189,6 +200,13 @@ def _scale_in_float64(vectors: Tensor, scale_of: Callable[[Tensor, Tensor], Tens
     rows = safe / ratio
     norms = norm(rows, -1, keepdim=True).clamp(min=1e-300)
     return (rows * scale_of(norms, ratio)).to(vectors.dtype)
+
+
+def scales_of(norms: Tensor, bound: InPlace) -> Tensor:
+    """Return the float64 scales by which a map of `IN_PLACE` multiplies rows of these float64 norms."""
+    p, q, r, t = bound.coefficients
+    scales = p / (norms + q if q else norms)
+    return (scales if t == math.inf else torch.minimum(scales, t / norms)).clamp_(max=r)
 
 
 def row_norms(vectors: Tensor) -> Tensor:

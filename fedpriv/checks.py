@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TypeGuard
 
 from fedpriv.errors import UserError
 
@@ -28,7 +29,7 @@ __all__ = [
 _GIB = 2.0**30
 
 
-def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[int]:
     """Return True for a whole number (Python or numpy, not bool) from `low` to `high`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
@@ -39,14 +40,15 @@ def is_real(value: object, low: float = -math.inf, high: float = math.inf) -> bo
     return real and -math.inf < value < math.inf and low <= value <= high  # type: ignore[operator]
 
 
-def positive_int(where: str, value: object, remedy: str | None = None) -> None:
-    """Raise UserError unless the value is a whole number of at least 1.
+def positive_int(where: str, value: object, remedy: str | None = None) -> int:
+    """Return the value if it is a whole number of at least 1.
 
     Raises:
         UserError: Names `where`, the configuration key.
     """
     if not is_whole(value, 1):
         raise UserError(where, "a whole number of at least 1", repr(value), remedy or f"Change {where}")
+    return value
 
 
 def at_least_one(where: str, value: int, remedy: str) -> None:

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
-__all__ = ["EXTRAS", "UserError", "has_extra", "nearest", "require_extra"]
+__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "require_extra"]
 
 EXTRAS = {
     "flower": ("flwr", "ray"),
@@ -14,6 +14,8 @@ EXTRAS = {
     "data": ("sklearn", "PIL"),
     "parquet": ("pyarrow",),
     "vision": ("torchvision",),
+    "datasets": ("flwr_datasets",),
+    "adapters": ("transformers", "peft"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
@@ -53,6 +55,11 @@ def has_extra(extra: str) -> bool:
         extra: A key of `EXTRAS`.
     """
     return not _absent(EXTRAS[extra])
+
+
+def extra_of(package: str) -> str | None:
+    """Return the first extra that adds the package of this import name; None if there is none."""
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
 
 
 def require_extra(where: str, extra: str, packages: Iterable[str] | None = None) -> None:

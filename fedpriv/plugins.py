@@ -13,8 +13,10 @@ import importlib
 import importlib.util
 import inspect
 import json
+import operator
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +26,9 @@ from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from importlib.metadata import version as version_of
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeGuard, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar, cast
 
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, extra_of, nearest
 
 __all__ = [
     "MEMORY",
@@ -56,6 +58,11 @@ _TAKEN = ("called", "asked", "reference", "source", "named_in")
 _ONLY_KNOWN: ContextVar[bool] = ContextVar("only_known", default=False)
 
 T = TypeVar("T")
+KindT = TypeVar("KindT", covariant=True)
+
+
+class _Adapter(Protocol[KindT]):
+    def of(self, found: object, where: str, name: str) -> type[KindT]: ...
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
@@ -123,12 +130,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, an entry point, or a reference that `resolve` has already resolved.
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved. A reference to a
+                file may name another folder: the class is the one of the resolved reference. (Another content of the
+                file is another experiment; see `source_of`.)
             where: The key that holds the name, for the error.
 
         Raises:
             UserError: If the name is unknown.
         """
+        if is_reference(name) and name not in self:
+            bare = bare_reference(name)
+            name = next((known for known in self._referred if bare_reference(known) == bare), name)
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]
@@ -183,7 +195,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 return name
         raise KeyError(f"{kind.__qualname__} is not a registered {self.kind}")
 
-    def _fitting(self, found: Any, where: str, name: str) -> type[T]:
+    def _fitting(self, found: object, where: str, name: str) -> type[T]:
         """Return an imported class as a dataclass of this kind."""
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             missing = self._members - {*dir(found), *(field.name for field in dataclasses.fields(found))}
@@ -192,7 +204,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 raise UserError(where, f"a {self.kind} with {', '.join(sorted(missing))}", repr(name), remedy)
             return cast(type[T], found)
         if self._wrap is not None:
-            return cast(type[T], _imported(self._wrap, where, self._wrap).of(found, where, name))
+            return cast(_Adapter[T], _imported(self._wrap, where, self._wrap)).of(found, where, name)
         remedy = f"Make it a class with @dataclass(frozen=True) and a field for each key of the {self.kind}"
         raise UserError(where, f"a dataclass that is a {self.kind}", repr(name), remedy)
 
@@ -203,7 +215,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
 def settings_of(
     base: type[T],
-    called: Callable[..., Any],
+    called: Callable[..., object],
     where: str,
     *,
     given: Collection[str],
@@ -227,7 +239,7 @@ def settings_of(
     """
     signature = _signature(called, where)
     hints = _hints(called, where)
-    fields: list[tuple[str, Any, Any]] = []
+    fields: list[tuple[str, object, object]] = []
     for parameter in signature.parameters.values():
         name, default = parameter.name, parameter.default
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -238,16 +250,16 @@ def settings_of(
             table = where.partition(".")[0]
             raise UserError(where, f"parameters with other names than the keys of [{table}]", name, "Rename it")
         if default is parameter.empty:
-            fields.append((name, _readable(hints.get(name), name, where), dataclasses.field()))
+            fields.append((name, _readable(_possible(hints.get(name)), name, where), dataclasses.field()))
             continue
         hint = hints.get(name) or (None if default is None else type(default))
         if optional and not _is_readable(hint):
             hint = _plain(hint, default)
             if hint is None:
                 continue
-        hint = _readable(hint, name, where)
-        hint = hint | None if default is None else hint
-        fields.append((name, hint, _default(_as_read(hint, default, name, where), name, where)))
+        read = _readable(hint, name, where)
+        read = read | None if default is None else read
+        fields.append((name, read, _default(_as_read(read, default, name, where), name, where)))
     named = _named(called)
     made = dataclasses.make_dataclass(
         getattr(named, "__name__", base.__name__), fields, bases=(base,), frozen=True, kw_only=True
@@ -258,21 +270,21 @@ def settings_of(
     return made
 
 
-def _signature(called: Callable[..., Any], where: str) -> inspect.Signature:
+def _signature(called: Callable[..., object], where: str) -> inspect.Signature:
     try:
         return inspect.signature(called)
     except (TypeError, ValueError) as error:
         raise UserError(where, "a function or class with named parameters", str(error), "Wrap it in one") from None
 
 
-def _named(called: Any) -> Any:
+def _named(called: Callable[..., object]) -> Callable[..., object]:
     """Return the function that a `functools.partial` calls; return anything else unchanged."""
     while isinstance(called, functools.partial):
-        called = cast(Any, called).func
+        called = called.func
     return called
 
 
-def _hints(called: Callable[..., Any], where: str) -> dict[str, Any]:
+def _hints(called: Callable[..., object], where: str) -> dict[str, object]:
     try:
         return typing.get_type_hints(called.__init__ if isinstance(called, type) else _named(called))
     except (NameError, TypeError):
@@ -282,7 +294,7 @@ def _hints(called: Callable[..., Any], where: str) -> dict[str, Any]:
         raise UserError(where, "parameters with types", _words(error), remedy) from None
 
 
-def _as_read(hint: Any, default: Any, name: str, where: str) -> Any:
+def _as_read(hint: Any, default: object, name: str, where: str) -> object:
     """Return a default as a config holds it: 0 of a float is 0.0, so that the digest is that of a written value."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -295,7 +307,7 @@ def _as_read(hint: Any, default: Any, name: str, where: str) -> Any:
         ) from None
 
 
-def _default(value: Any, name: str, where: str) -> Any:
+def _default(value: object, name: str, where: str) -> object:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
@@ -307,7 +319,7 @@ def _default(value: Any, name: str, where: str) -> Any:
     return dataclasses.field(default=value)
 
 
-def _plain(hint: Any, default: Any) -> Any:
+def _plain(hint: object, default: object) -> object:
     """Return the type of a default value that a config can hold; None if there is none."""
     if isinstance(default, tuple):
         parts = [_plain(hint, value) for value in default]
@@ -315,6 +327,14 @@ def _plain(hint: Any, default: Any) -> Any:
     if isinstance(default, int) and not isinstance(default, bool) and "float" in str(hint):
         return float
     return type(default) if isinstance(default, bool | int | float | str) else None
+
+
+def _possible(hint: Any) -> Any:
+    """Return a union without the types that a config cannot hold, if it can hold some of them."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType) or _is_readable(hint):
+        return hint
+    parts = [part for part in typing.get_args(hint) if part is not type(None) and _is_readable(part)]
+    return functools.reduce(operator.or_, parts) if parts else hint
 
 
 def _is_readable(hint: Any) -> bool:
@@ -328,7 +348,7 @@ def _is_readable(hint: Any) -> bool:
     return hint is not None
 
 
-def _readable(hint: Any, name: str, where: str) -> Any:
+def _readable(hint: object, name: str, where: str) -> Any:
     if hint is None:
         raise UserError(
             where, f"a type for its parameter {name}", "a missing type", f"Write it as {name}: int, for instance"
@@ -339,7 +359,7 @@ def _readable(hint: Any, name: str, where: str) -> Any:
     return hint
 
 
-def line_of(error: BaseException, source: Any) -> str:
+def line_of(error: BaseException, source: Callable[..., object]) -> str:
     """Return an exception in one line, with the file and line in the user's code that raised it.
 
     Args:
@@ -417,7 +437,7 @@ def is_reference(name: object) -> TypeGuard[str]:
     return isinstance(name, str) and ":" in name
 
 
-def whole_reference(name: Any, folder: Path) -> Any:
+def whole_reference(name: object, folder: Path) -> object:
     """Return a `"file.py:Class"` reference with the file's absolute path; return anything else unchanged.
 
     Args:
@@ -430,7 +450,7 @@ def whole_reference(name: Any, folder: Path) -> Any:
     return f"{(folder / place).resolve()}:{found}" if place.endswith(".py") else name
 
 
-def bare_reference(name: Any) -> Any:
+def bare_reference(name: object) -> object:
     """Return a `"folder/file.py:Class"` reference without its folder; return anything else unchanged."""
     if not is_reference(name):
         return name
@@ -454,7 +474,7 @@ def _installed(group: str) -> Mapping[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=group)}
 
 
-def _imported(reference: str, where: str, shown: str) -> Any:
+def _imported(reference: str, where: str, shown: str) -> object:
     place, _, name = reference.rpartition(":")
     if place == MEMORY:
         remedy = "Run the program that made it, or put the object into a file and name the file"
@@ -465,8 +485,10 @@ def _imported(reference: str, where: str, shown: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         remedy = 'Write "package.module:Class" or "./file.py:Class", and see that the module can be imported'
+        extra = None if not isinstance(error, ModuleNotFoundError) else extra_of(str(error.name).partition(".")[0])
+        remedy = remedy if extra is None else f"Install it with pip install 'fedpriv[{extra}]'"
         raise UserError(where, "a class that can be imported", f"{shown!r} ({_words(error)})", remedy) from error
-    found: Any = module
+    found: object = module
     for part in name.split("."):
         if not hasattr(found, part):
             own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
@@ -485,7 +507,13 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _module_of_file(path: Path) -> Any:
+def _is_edited(reference: str) -> bool:
+    """Return True if the file of a reference has changed since it was loaded."""
+    path = Path(reference.rpartition(":")[0])
+    return path.suffix == ".py" and path.is_file() and _module_name(path) not in sys.modules
+
+
+def _module_of_file(path: Path) -> ModuleType:
     """Load a file as a module under a unique name, once per process unless its content changes."""
     path = path.resolve(strict=True)
     name = _module_name(path)

@@ -22,10 +22,12 @@ from fedpriv.errors import UserError
 from fedpriv.feedback import Release
 from fedpriv.mechanisms.base import Mechanism, MechanismState
 from fedpriv.mechanisms.gaussian import release_grid
-from fedpriv.mechanisms.noise import Gaussian, max_level, release_message, release_rows
-from fedpriv.methods import ClientState, Method, ServerState, has_memory, server_step
+from fedpriv.mechanisms.noise import Gaussian, StepNoise, max_level, release_message, release_rows
+from fedpriv.methods import METHODS, ClientState, Method, ServerState, feedback_of, has_memory, server_step
 from fedpriv.privacy import PrivacyPlan, Sampling
+from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.streams import Purpose, Streams
+from fedpriv.tasks.local_work import ClippedGradients
 from fedpriv.vectors import joined, norm, parted
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "client_round",
     "counted_norms",
     "finish_round",
+    "record_bound",
     "signal_to_noise",
     "total_of",
 ]
@@ -54,11 +57,33 @@ class ClientRules:
         method: The method; the client follows its client rule.
         noise_stddev: Standard deviation per coordinate of the noise that the client adds to its message; 0 for none.
         streams: Source of its noise.
+        examples: How it bounds the gradients of its examples; None unless the unit of privacy is `example`.
+        step_stddev: Standard deviation of the noise on the sum of every local step (`dp-sgd`); 0 for none.
     """
 
     method: Method
     noise_stddev: float
     streams: Streams
+    examples: ExampleTerms | None = None
+    step_stddev: float = 0.0
+
+    @property
+    def draws_secrets(self) -> bool:
+        """True if the client draws noise, or batches that epsilon relies on."""
+        batches = self.examples is not None and self.examples.rate < 1.0
+        return batches or self.noise_stddev > 0.0 or self.step_stddev > 0.0
+
+    def clipped(self, round: int, client: int) -> ClippedGradients | None:
+        """Return the gradients of one client in `round` under the unit `example`; None for plain means."""
+        if self.examples is None:
+            return None
+        noise = StepNoise(self.streams, self.step_stddev, round, client) if self.step_stddev > 0.0 else None
+        return ClippedGradients(terms=self.examples, noise=noise)
+
+    def init_client(self, size: int) -> ClientState:
+        """Return the state of a new client, in float64 if single records must not be lost in its rounding."""
+        state = self.method.init_client(size)
+        return state if self.examples is None else type(state)(*(field.double() for field in state))
 
     @property
     def release_grid(self) -> float | None:
@@ -158,6 +183,8 @@ class Broadcast(NamedTuple):
         """
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
+        if rules.examples is not None:
+            bound = min(bound, rules.examples.alone)
         if rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
             expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"
             remedy = "Use a smaller cohort or model: rounding could lengthen a message beyond its bound"
@@ -201,11 +228,48 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
                 f'privacy.trust = "{plan.trust}"',
                 "Sent memory contains each client's noise: set privacy.trust to local, or method.memory to noiseless",
             )
-        server_stddev, client_stddev = plan.trust_rules.split(plan.noise_stddev, sampling.expected_size)
+        server_stddev, client_stddev = plan.trust_rules.split(plan.message_stddev, sampling.expected_size)
+    record = None if plan is None else plan.record
+    in_steps = record is not None and record.route == "steps"
+    if plan is not None and in_steps and not plan.trust_rules.clients_add_noise:
+        remedy = 'Set privacy.trust = "local": the promise then holds against the server, too'
+        raise UserError("local.work", '"dp-sgd" with privacy.trust = "local"', f'trust "{plan.trust}"', remedy)
     return Agreement(
         ServerRules(method=method, sampling=sampling, mechanism=Gaussian(server_stddev), streams=streams),
-        ClientRules(method=method.client_part, noise_stddev=client_stddev, streams=streams),
+        ClientRules(
+            method=method.client_part,
+            noise_stddev=client_stddev,
+            streams=streams,
+            examples=None if record is None else record.terms,
+            step_stddev=plan.noise_stddev if plan is not None and in_steps else 0.0,
+        ),
         plan,
+    )
+
+
+def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
+    """Return how far one record moves the releases of a client with this method.
+
+    Raises:
+        UserError: If the method's client rule or its bounded map is not one that can be accounted for.
+    """
+    bounded, rule = method.bounded, feedback_of(method)
+    if terms.steps:
+        return RecordBound(terms=terms, l2_bound=bounded.l2_bound)
+    if rule is None:
+        remedy = "Use a built-in method, or dp-sgd as local work: its noise covers everything that follows"
+        name = METHODS.name_of(method.client_part)
+        raise UserError(
+            "method.name", 'a method with an accounted client rule for unit = "example"', repr(name), remedy
+        )
+    noiseless = rule.beta is not None and not rule.sent
+    return RecordBound(
+        terms=terms,
+        l2_bound=bounded.l2_bound,
+        lipschitz=bounded.lipschitz,
+        cocoercive=getattr(bounded, "cocoercive", None),
+        beta=rule.beta if noiseless else None,
+        damping=rule.damping if noiseless else 0.0,
     )
 
 

@@ -9,12 +9,15 @@ import os
 import random
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+__all__ = ["Purpose", "Randomness", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+
+Randomness = Literal["seeded", "system"]
+"""The source of noise and cohorts: a seed, or the operating system."""
 
 
 class Purpose(IntEnum):
@@ -33,6 +36,8 @@ class Purpose(IntEnum):
     DROPOUT = 10
     ASKING = 11
     SCORE_NOISE = 12
+    STEP_NOISE = 13
+    AUGMENTATION = 14
 
 
 class Words(Protocol):
@@ -81,7 +86,7 @@ class Streams(Protocol):
 
 _MORE = 0x6D6F7265
 _FEW = 256  # Up to this many words, the operating system is faster than keying a cipher.
-_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
+_NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE, Purpose.STEP_NOISE)
 
 
 class SeededSource:

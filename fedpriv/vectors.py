@@ -5,18 +5,29 @@ of a cohort's clients as `[clients, params]`.
 """
 
 from collections import namedtuple
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any, cast
+from typing import Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedpriv.errors import UserError
 
-__all__ = ["Layout", "joined", "named_fields", "norm", "parted", "refuse_buffers", "trainable"]
+__all__ = [
+    "Layout",
+    "ServerState",
+    "State",
+    "joined",
+    "named_fields",
+    "norm",
+    "parted",
+    "rebuilt",
+    "refuse_buffers",
+    "trainable",
+]
 
 
 _NORMS = (
@@ -129,21 +140,59 @@ def refuse_buffers(names: Iterable[str]) -> None:
         )
 
 
-def joined(first: Any, second: Any) -> Any:
+class State(Protocol):
+    """A NamedTuple of tensors: vectors `[..., params]` or numbers `[..., 1]`, possibly none."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Tensor], /) -> Self: ...
+
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+    def _replace(self, **changes: Tensor) -> Self: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __len__(self) -> int: ...
+
+
+class ServerState(State, Protocol):
+    """A state of vectors `[params]` and numbers `[1]`, with the model x as its field `model`."""
+
+    @property
+    def model(self) -> Tensor:
+        """x, `[params]`."""
+        ...
+
+
+StateT = TypeVar("StateT", bound=State)
+FirstT = TypeVar("FirstT", bound=State)
+SecondT = TypeVar("SecondT", bound=State)
+
+
+def joined(first: ServerState, second: State) -> ServerState:
     """Return one NamedTuple with the fields of two; the first itself if the second has none.
 
     So one state holds the states of a method, its server optimizer and a noise mechanism, and is saved as a whole.
     """
-    return named_fields(first._fields + second._fields)(*first, *second) if second._fields else first
+    names = (*first._fields, *second._fields)  # pyright: ignore[reportPrivateUsage]
+    return named_fields(names)(*first, *second) if len(second) else first
 
 
-def parted(state: Any, first: Any, second: Any) -> tuple[Any, Any]:
+def parted(state: State, first: FirstT, second: SecondT) -> tuple[FirstT, SecondT]:
     """Split a state from `joined` into its two parts; `first` and `second` are any states of the same types."""
-    cut = len(first._fields)
-    return type(first)(*state[:cut]), type(second)(*state[cut:])
+    parts, cut = tuple(state), len(first)
+    return rebuilt(first, parts[:cut]), rebuilt(second, parts[cut:])
+
+
+def rebuilt(state: StateT, fields: Iterable[Tensor]) -> StateT:
+    """Return a state of the same type with other values of its fields, in order."""
+    return state._make(fields)  # pyright: ignore[reportPrivateUsage]
 
 
 @cache
-def named_fields(fields: tuple[str, ...]) -> Any:
-    """Return the NamedTuple of states with these fields."""
-    return namedtuple("State", fields)  # pyright: ignore[reportUntypedNamedTuple]
+def named_fields(fields: tuple[str, ...]) -> Callable[..., ServerState]:
+    """Return the NamedTuple of states with these fields; only those of a server have a model."""
+    return cast(Callable[..., ServerState], namedtuple("State", fields))  # pyright: ignore[reportUntypedNamedTuple]

@@ -48,7 +48,7 @@ from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
 from fedpriv.rounds import Agreement, Total, begin_round, finish_round
-from fedpriv.streams import SeededStreams
+from fedpriv.streams import Randomness, SeededStreams
 
 __all__ = ["MethodStrategy"]
 
@@ -383,7 +383,7 @@ class MethodStrategy(Strategy):
 
     def _instructions(self, client: int, server_round: int) -> ClientInstructions:
         rules = self.agreement.client
-        streams = rules.streams if rules.noise_stddev > 0.0 else None
+        streams = rules.streams if rules.draws_secrets else None
         seeded = isinstance(streams, SeededStreams)
         return ClientInstructions(
             method=rules.method,
@@ -391,6 +391,8 @@ class MethodStrategy(Strategy):
             client=client,
             last_round=self.attendance.last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
+            examples="" if rules.examples is None else rules.examples.as_text(),
+            step_stddev=rules.step_stddev,
             seed=streams.seed if seeded else None,
             noise_id=streams.noise_id if seeded else "",
             private=self.plan is not None,
@@ -398,7 +400,7 @@ class MethodStrategy(Strategy):
         )
 
     @property
-    def _randomness(self) -> str:
+    def _randomness(self) -> Randomness:
         return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
 
     def _new_attendance(self, rounds: int) -> Attendance:

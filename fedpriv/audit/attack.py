@@ -16,7 +16,7 @@ each canary's messages are requested separately, and the engine's sum is the mes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class _Observed:
         self._divisor = divisor
         self._rounds = 0
 
-    def server_rule(self, state: Any, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, Any]:
+    def server_rule(self, state: object, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, object]:
         """See `Method.server_rule`."""
         self._released[self._rounds] = mean_message.double() * self._divisor
         self._rounds += 1
         return self._method.server_rule(state, mean_message, sampling_prob)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._method, name)
 
 

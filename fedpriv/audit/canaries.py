@@ -190,7 +190,7 @@ class CanaryPopulation(Population):
     first: int
     scale: float
 
-    def signal(self, client: int, model: Tensor, round: int) -> Tensor:
+    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
         """See `Population.signal`; independent of the model."""
         push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
         return (push * self.scale).to(model.device, model.dtype)

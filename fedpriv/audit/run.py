@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
@@ -20,6 +19,7 @@ from fedpriv.experiment.run_directory import RunDirectory, jsonable
 from fedpriv.files import write_atomically
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
+from fedpriv.tables import Record
 from fedpriv.version import __version__
 
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
@@ -72,7 +72,7 @@ def run_audit(
     *,
     data_root: Path | None = None,
     watch: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> Record:
     """Attack the experiment with canary clients, write `audit.json` and `audit.png`, and return the former.
 
     Both files are readable by their owner only.
@@ -110,7 +110,7 @@ def run_audit(
 
 def audit_experiment(
     experiment: Experiment, choice: AuditChoice, watch: Callable[[int], None] = lambda _: None
-) -> tuple[Findings, dict[str, Any]]:
+) -> tuple[Findings, Record]:
     """Attack an experiment; return the findings and the contents of `audit.json`. Writes no files.
 
     Args:
@@ -188,7 +188,7 @@ def _memory() -> float:
 
 def _record(
     experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice, canaries: Canaries, findings: Findings
-) -> dict[str, Any]:
+) -> Record:
     """Return the contents of `audit.json`, without its words."""
     best, config = findings.best, experiment.config
     taken = canaries.takes_part[canaries.seen].sum(axis=1)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fedpriv.native import about_compiled, native_library
 
@@ -23,6 +23,7 @@ GROUPS = {
     "fedpriv.datasets": "data",
     "fedpriv.partitions": "partitions",
     "fedpriv.shifts": "shifts",
+    "fedpriv.augmentations": "augment",
     "fedpriv.models": "models",
     "fedpriv.tasks": "tasks",
     "fedpriv.local_works": "local",
@@ -30,7 +31,15 @@ GROUPS = {
 }
 """The groups of entry points by which packages add names."""
 
-Entries = dict[str, dict[str, Any]]
+
+class Entry(TypedDict):
+    """A name's description and the default of each of its keys."""
+
+    about: str
+    keys: dict[str, object]
+
+
+Entries = dict[str, Entry]
 
 
 def catalogue() -> dict[str, Entries]:
@@ -48,6 +57,7 @@ def catalogue() -> dict[str, Entries]:
 def described() -> dict[str, Entries]:
     """Return the built-in part of the catalogue, read from the classes."""
     from fedpriv.clock import DEVICES, SCHEDULES
+    from fedpriv.data.augment import AUGMENTATIONS
     from fedpriv.data.dataset import DATASETS
     from fedpriv.data.partitions import PARTITIONS
     from fedpriv.data.shifts import SHIFTS
@@ -64,6 +74,7 @@ def described() -> dict[str, Entries]:
         "data": _describe(DATASETS),
         "partitions": _describe(PARTITIONS),
         "shifts": _describe(SHIFTS),
+        "augment": _describe(AUGMENTATIONS),
         "models": _describe(MODELS),
         "tasks": _describe(TASKS),
         "local": _describe(LOCAL_WORKS),
@@ -74,7 +85,7 @@ def described() -> dict[str, Entries]:
     }
 
 
-def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> Entries:
     return {
         name: {
             "about": _first_line(kind),
@@ -85,7 +96,7 @@ def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> d
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[object]) -> object:
     if field.default is not dataclasses.MISSING:
         return field.default
     return "required" if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -135,7 +135,7 @@ def ledger(
 
     device = Device.at(bundle)
     limits = device.policy.limits
-    print(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency))
+    print(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency, device.policy.accepts.unit))
 
 
 @deploy.command()

@@ -3,14 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import assemble_clients, sampling_of
+from fedpriv.experiment.build import assemble_clients, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
 from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
@@ -34,7 +34,7 @@ def _size_of(experiment: Config, data_root: Path | None) -> int | None:
 def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *, as_json: bool) -> None:
     """Print the privacy statement of an experiment, or its plan as JSON; draw the trade-off curve to `plot`."""
     sampling = sampling_of(experiment, data_root)
-    plan = experiment.plan(sampling)
+    plan = plan_of(experiment, sampling, data_root)
     agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
@@ -49,13 +49,16 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             found |= noise_against_signal(plan, size).as_dict()
         print(json.dumps(jsonable(found), indent=2))
     else:
-        facts: dict[str, Any] = {
-            "size": size,
-            "simulated": Simulated(clock=experiment.devices is not None),
-            "data": experiment.facts,
-            "recorded": True,
-        }
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **facts))
+        statement = privacy_statement(
+            plan,
+            method=experiment.method_name,
+            randomness="seeded",
+            size=size,
+            simulated=Simulated(clock=experiment.devices is not None),
+            data=experiment.facts,
+            recorded=True,
+        )
+        print(statement)
         if plot is not None:
             print(f"picture     {plot}")
 

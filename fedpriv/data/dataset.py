@@ -34,7 +34,7 @@ class Dataset:
 
     Args:
         name: The name in reports.
-        train_inputs: float32 `[examples, *input_shape]`.
+        train_inputs: float32 `[examples, *input_shape]`; or inputs on the disk, see `fedpriv.data.mapped`.
         train_labels: int64 `[examples]`, 0 to `classes - 1`; or labels of another `kind`, see `labels.LabelKind`.
         test_inputs: float32 `[test_examples, *input_shape]`.
         test_labels: Labels of the test examples, of the same kind.
@@ -151,6 +151,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         "csv": "fedpriv.data.user_files:Csv",
         "parquet": "fedpriv.data.user_files:Parquet",
         "npz": "fedpriv.data.user_files:Npz",
+        "npy": "fedpriv.data.user_files:Npy",
         "leaf": "fedpriv.data.user_files:Leaf",
         "image-folder": "fedpriv.data.user_files:ImageFolder",
     },

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedpriv.data.dataset import Dataset
+from fedpriv.data.mapped import mapped
 from fedpriv.data.partitions import (
     Dirichlet,
     LabelShards,
@@ -314,6 +315,9 @@ def shifted(federation: Holders, shift: Shift, streams: SeededStreams) -> Federa
         remedy = "Choose another data.partition, or remove data.shift"
         raise UserError("data.shift", "a partition that assigns each example to one client", "'resampled'", remedy)
     dataset, rows = federation.dataset, torch.from_numpy(federation.rows)
+    if mapped(dataset.train_inputs) is not None:
+        remedy = "Remove data.shift, or choose data that fit in memory"
+        raise UserError("data.shift", "inputs in memory", "inputs in a mapped file", remedy)
     shift.check(dataset.input_shape)
     inputs = torch.empty(len(rows), *dataset.input_shape)
     for client in range(federation.population):

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -13,16 +13,17 @@ import torch
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import default_data_root
 from fedpriv.data.labels import expected_labels
+from fedpriv.data.mapped import mapped
 from fedpriv.data.validation import test_rows_within
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import line_of, settings_of
 from fedpriv.privacy.released import Whose
 
-__all__ = ["OwnData", "dataset_of", "labelled_arrays"]
+__all__ = ["RESERVED", "OwnData", "dataset_of", "labelled_arrays"]
 
 _KEY = "data.name"
 # Keys of [data] that do not belong to the data set.
-_RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
+RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
 _ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
 
 
@@ -45,7 +46,7 @@ class OwnData:
         if not callable(found):
             remedy = "Name a function that returns the arrays"
             raise UserError(where, "a function", f"{name!r}, which is a {type(found).__name__}", remedy)
-        return settings_of(OwnData, found, where, given=("data_root",), reserved=_RESERVED)
+        return settings_of(OwnData, found, where, given=("data_root",), reserved=RESERVED)
 
     def load(self, data_root: Path | None) -> Dataset:
         """Call the function; see `DatasetSource.load`.
@@ -74,8 +75,9 @@ def dataset_of(found: Any, name: str) -> Dataset:
             from 0, `[examples]`, unless the task expects another kind). Optional are `client_ids` (the natural client
             of each example: whole numbers or texts), `clients` (the ids of all clients, if some hold no example),
             `test_inputs` and `test_labels` (which count as public), and `classes` (the number of labels; by default one
-            more than the largest). All are arrays of numpy or torch, or lists. Without test arrays, a fifth of each
-            natural client's examples is held out; without natural clients, a fifth of each label's examples.
+            more than the largest). All are arrays of numpy or torch, or lists; inputs that `numpy.load(path,
+            mmap_mode="r")` returned stay on the disk. Without test arrays, a fifth of each natural client's examples is
+            held out; without natural clients, a fifth of each label's examples.
         name: The name of the data set.
 
     Raises:
@@ -105,8 +107,8 @@ def dataset_of(found: Any, name: str) -> Dataset:
         if not held.any():
             remedy = "Return test_inputs and test_labels, or more examples"
             raise UserError(f"dataset {name}", "enough examples to hold some out to test on", len(labels), remedy)
-        test = inputs[held], labels[held]
-        inputs, labels = inputs[~held], labels[~held]
+        test = _chosen(inputs, held), labels[held]
+        inputs, labels = _chosen(inputs, ~held), labels[~held]
         if groups is not None:
             groups, test_groups = groups[~held], groups[held]
     arrays = (inputs, labels, *test)
@@ -115,7 +117,7 @@ def dataset_of(found: Any, name: str) -> Dataset:
         **dict(
             zip(
                 ("train_inputs", "train_labels", "test_inputs", "test_labels"),
-                (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays),
+                (_tensor(array) for array in arrays),
                 strict=True,
             )
         ),
@@ -163,7 +165,10 @@ def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
-    """Return the array as float32; raise UserError unless all values are finite."""
+    """Return the array as float32; raise UserError unless all values are finite. Mapped inputs stay in their file."""
+    held = mapped(found[key])
+    if held is not None and len(held) and held.kind in "biuf":
+        return cast(np.ndarray, held)
     array = _array(name, found, key)
     if array.dtype.kind not in "biuf":
         row = _first_row(array, lambda value: not isinstance(value, int | float | np.number))
@@ -275,6 +280,16 @@ def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
     if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < found:
         raise UserError(f"dataset {name}", f"classes of at least {found}", repr(given), "Correct classes or the labels")
     return int(given)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    held = mapped(array)
+    return torch.from_numpy(np.ascontiguousarray(array)) if held is None else cast(torch.Tensor, held)
+
+
+def _chosen(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    held = mapped(array)
+    return array[rows] if held is None else cast(np.ndarray, held.chosen(np.flatnonzero(rows)))
 
 
 def _same_length(name: str, key: str, array: np.ndarray, examples: int) -> None:

@@ -272,6 +272,7 @@ PARTITIONS: Registry[Partition] = Registry(
     },
     protocol=Partition,
     group="fedpriv.partitions",
+    wrap="fedpriv.data.flwr_partitions:FlwrPartition",
 )
 
 

@@ -1,29 +1,20 @@
-"""Import torchvision lazily, only to download, even if its operators do not match the installed torch.
-
-A torchvision built for CUDA cannot be imported with a CPU build of torch, because it describes operators (`nms`) that
-it cannot load. Data sets need none of them, so declaring the missing ones by name is enough.
-"""
+"""Import torchvision lazily, only to download; see `fedpriv.torchvision_import` for builds that do not match torch."""
 
 import contextlib
-import functools
 import importlib
 import io
 import logging
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-
-import torch
 
 __all__ = ["CONNECTION_TIMEOUT", "download", "torchvision_datasets"]
 
 CONNECTION_TIMEOUT = 10.0
 """Seconds without an answer after which a download is abandoned."""
 
-OPERATORS = ("nms", "qnms")
 DOWNLOADS = {
     "MNIST": {"train": True},
     "FashionMNIST": {"train": True},
@@ -56,28 +47,7 @@ def torchvision_datasets() -> ModuleType:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module("torchvision.datasets")
-        except RuntimeError as error:
-            if "operator torchvision::" not in str(error):
-                raise
-        _forget_torchvision()
-        _declare_operators()
         return importlib.import_module("torchvision.datasets")
-
-
-def _forget_torchvision() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-
-
-@functools.cache
-def _declare_operators() -> torch.library.Library:
-    """Declare the operators. The cache keeps the library object alive, and with it the declarations."""
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in OPERATORS:
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Data sets in a user's own files: CSV, Parquet, npz, LEAF's JSON, and a folder of images.
+"""Data sets in a user's own files: CSV, Parquet, npz, npy, LEAF's JSON, and a folder of images.
 
 The experiment declares scales, categories and labels. None is computed from the rows, because they belong to clients: a
 mean over all rows would let one client change the message of another.
@@ -18,6 +18,7 @@ from fedpriv.checks import refuse_beyond_memory
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
 from fedpriv.data.labels import expected_labels
+from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.privacy.released import Whose
@@ -25,7 +26,7 @@ from fedpriv.privacy.released import Whose
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Csv", "ImageFolder", "Leaf", "Npz", "Parquet", "read_arrays"]
+__all__ = ["Csv", "ImageFolder", "Leaf", "Npy", "Npz", "Parquet", "read_arrays"]
 
 Labels = list[str | list[str]]
 
@@ -308,15 +309,18 @@ class Npz(_Files):
 
     Args:
         scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
+        mean: The number to subtract from each channel, or each feature, after that; public constants.
+        std: The number to divide each channel or feature by, after that; public constants.
     """
 
     scale: float = 1.0
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_scale(self.scale):
-            remedy = "Give a divisor such as 255"
-            raise UserError("data.scale", "a number from 1e-20 to 1e20", self.scale, remedy)
+        _require_scale(self.scale)
+        _check_channels(self.mean, self.std)
 
     def _read(self, path: Path) -> dict[str, Any]:
         found = read_arrays(path)
@@ -324,13 +328,77 @@ class Npz(_Files):
             array = found.get(key)
             if not isinstance(array, np.ndarray):
                 continue
-            if array.dtype == np.uint8 and self.scale == 1.0:
-                remedy = "Set data.scale = 255, or convert them to float32 in the file"
-                raise UserError("data.scale", f"a scale for {key} that are bytes", self.scale, remedy)
+            _require_scale_of_bytes(key, array, self.scale)
             if array.dtype.kind in "biuf":
                 with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
-                    found[key] = array / np.float32(self.scale)
+                    found[key] = _normalized(array / np.float32(self.scale), self.mean, self.std)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npy:
+    """A user's arrays in files of `numpy.save`; inputs stay on the disk, so that they may be larger than memory.
+
+    A round reads the examples of its clients. All processes read the same files.
+
+    Args:
+        inputs: The inputs; a path from the data root, as all files here.
+        labels: The labels, whole numbers from 0.
+        client_ids: The natural client of each example; None if there are none.
+        test_inputs: Inputs of public test examples. Without them, a fifth of each natural client's examples is held
+            out; without natural clients, a fifth of each label's examples.
+        test_labels: Their labels.
+        scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
+        mean: The number to subtract from each channel, or each feature, after that; public constants.
+        std: The number to divide each channel or feature by, after that; public constants.
+        label_count: Number of labels; None for one more than the largest.
+
+    Raises:
+        UserError: If `scale` is out of range.
+    """
+
+    natural: ClassVar[bool] = True
+    test: ClassVar[Whose] = "public"
+    inputs: str
+    labels: str
+    client_ids: str | None = None
+    test_inputs: str | None = None
+    test_labels: str | None = None
+    scale: float = 1.0
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    label_count: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_scale(self.scale)
+        _check_channels(self.mean, self.std)
+
+    def load(self, data_root: Path | None) -> Dataset:
+        """Map the inputs and read the other files; see `DatasetSource.load`.
+
+        Raises:
+            UserError: If a file is missing or damaged, or has unexpected contents.
+        """
+        root = data_root or default_data_root()
+        found: dict[str, Any] = {} if self.label_count is None else {"classes": self.label_count}
+        for key in ("inputs", "labels", "client_ids", "test_inputs", "test_labels"):
+            file = getattr(self, key)
+            if file is None:
+                continue
+            path = _existing(root, file, f"data.{key}")
+            try:
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+                raise _damaged(path, "a file of numpy.save without objects", error) from None
+            if not isinstance(array, np.memmap):
+                array.close()
+                raise UserError(f"data.{key}", "a file of numpy.save", f"{path}, one of numpy.savez", "Use numpy.save")
+            if key.endswith("inputs") and array.dtype.kind in "biuf":
+                _require_scale_of_bytes(key, array, self.scale)
+                found[key] = MappedInputs(array, self.scale, _channels(array.shape, self.mean, self.std))
+            else:
+                found[key] = np.array(array)
+        return dataset_of(found, Path(self.inputs).name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,10 +466,7 @@ class ImageFolder(_Files):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(abs(number) <= 1e20 for number in self.mean):
-            raise UserError("data.mean", "numbers from -1e20 to 1e20", self.mean, "Give one for each channel")
-        if not all(_is_scale(number) for number in self.std):
-            raise UserError("data.std", "numbers from 1e-20 to 1e20", self.std, "Give one for each channel")
+        _check_channels(self.mean, self.std)
 
     def _read(self, path: Path) -> dict[str, Any]:
         require_extra("data.name = 'image-folder'", "data", ["PIL"])
@@ -430,15 +495,7 @@ class ImageFolder(_Files):
             images.append(pixels)
             labels.append(names.index(file.parent.name))
         inputs = np.stack(images).astype(np.float32) / np.float32(255)
-        for key, numbers in (("mean", self.mean), ("std", self.std)):
-            if numbers and len(numbers) != inputs.shape[1]:
-                raise UserError(
-                    f"data.{key}", f"{inputs.shape[1]} numbers, one per channel", numbers, "Give one for each channel"
-                )
-        if self.mean:
-            inputs -= np.array(self.mean, dtype=np.float32)[:, None, None]
-        if self.std:
-            inputs /= np.array(self.std, dtype=np.float32)[:, None, None]
+        inputs = _normalized(inputs, self.mean, self.std)
         found: dict[str, Any] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2), _LABELS: names}
         return {**found, "client_ids": [file.parts[-3] for file in files]} if self.clients_first else found
 
@@ -468,6 +525,47 @@ def _renamed(path: Path, frame: "pd.DataFrame", names: list[str]) -> "pd.DataFra
 def _is_scale(number: float) -> bool:
     """Return True for a number that float32 inputs can be divided by."""
     return 1e-20 <= number <= 1e20
+
+
+def _require_scale(scale: float) -> None:
+    if not _is_scale(scale):
+        raise UserError("data.scale", "a number from 1e-20 to 1e20", scale, "Give a divisor such as 255")
+
+
+def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
+    if array.dtype == np.uint8 and scale == 1.0:
+        remedy = "Set data.scale = 255, or convert them to float32 in the file"
+        raise UserError("data.scale", f"a scale for {key} that are bytes", scale, remedy)
+
+
+def _check_channels(mean: list[float] | None, std: list[float] | None) -> None:
+    remedy = "Give one for each channel"
+    if not all(abs(number) <= 1e20 for number in mean or ()):
+        raise UserError("data.mean", "numbers from -1e20 to 1e20", mean, remedy)
+    if not all(_is_scale(number) for number in std or ()):
+        raise UserError("data.std", "numbers from 1e-20 to 1e20", std, remedy)
+
+
+def _normalized(inputs: np.ndarray, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
+    """Return inputs `[examples, channels, ...]` with each channel's mean subtracted, divided by its std."""
+    normal = _channels(inputs.shape, mean, std)
+    return inputs if normal is None else (inputs - normal[0]) / normal[1]
+
+
+def _channels(
+    shape: tuple[int, ...], mean: list[float] | None, std: list[float] | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return mean and std as float32 arrays that fit an input, given the shape `[examples, channels, ...]` of all."""
+    if not mean and not std:
+        return None
+    channels = shape[1] if len(shape) > 1 else 1
+    for key, numbers in (("mean", mean), ("std", std)):
+        if numbers and len(numbers) != channels:
+            expected = f"{channels} numbers, one per channel"
+            raise UserError(f"data.{key}", expected, numbers, "Give one for each channel")
+    both = (np.array(given or [other] * channels, np.float32) for given, other in ((mean, 0.0), (std, 1.0)))
+    first, second = (numbers.reshape(-1, *[1] * (len(shape) - 2)) for numbers in both)
+    return first, second
 
 
 def _existing(root: Path, file: str, key: str) -> Path:

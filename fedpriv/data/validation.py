@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.data.dataset import Dataset, HeldOut
+from fedpriv.data.mapped import chosen_rows, joined_rows
 from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
@@ -137,7 +138,7 @@ def _with_own_tests(dataset: Dataset) -> Dataset:
         return dataset
     return replace(
         dataset,
-        train_inputs=torch.cat([dataset.train_inputs, dataset.test_inputs]),
+        train_inputs=joined_rows(dataset.train_inputs, dataset.test_inputs),
         train_labels=torch.cat([dataset.train_labels, dataset.test_labels]),
         groups=np.concatenate([groups, of_test]),
         natural_clients=dataset.natural_population,
@@ -153,8 +154,8 @@ def _groups(dataset: Dataset) -> np.ndarray:
 
 def _rows(dataset: Dataset, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return inputs and labels of the training examples selected by the bool mask `[examples]`."""
-    at = torch.from_numpy(np.flatnonzero(chosen))
-    return dataset.train_inputs[at], dataset.train_labels[at]
+    at = np.flatnonzero(chosen)
+    return chosen_rows(dataset.train_inputs, at), dataset.train_labels[torch.from_numpy(at)]
 
 
 def _kept(dataset: Dataset, chosen: np.ndarray) -> Dataset:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.augment import Augmentation, augmented, draws_of
 from fedpriv.data.federation import Federation, Holders
+from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import LocalWork, batches_of, make_signal
+from fedpriv.tasks.local_work import LocalWork, PoissonGradient, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
@@ -62,7 +64,8 @@ class Population:
         task: Computes gradients.
         federation: Who holds which examples.
         work: Computes a signal.
-        streams: Source of randomness for local batches.
+        streams: Source of randomness for local batches and augmentations.
+        augment: The random change of clients' inputs in each round; None for none.
     """
 
     rules: ClientRules
@@ -70,6 +73,7 @@ class Population:
     federation: Holders
     work: LocalWork
     streams: SeededStreams
+    augment: Augmentation | None = None
 
     @cached_property
     def inputs(self) -> Tensor:
@@ -90,7 +94,7 @@ class Population:
         if np.array_equal(rows, np.arange(len(self.labels))):
             return self.inputs, self.labels
         at = torch.from_numpy(rows).to(self.task.device)
-        return self.inputs[at], self.labels[at]
+        return chosen_rows(self.inputs, rows), self.labels[at]
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
         """Return inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
@@ -101,11 +105,30 @@ class Population:
         start, end = self.federation.offsets[client : client + 2].tolist()
         return inputs[start:end], labels[start:end]
 
-    def signal(self, client: int, model: Tensor, round: int) -> Tensor:
-        """Return the signal `[params]` of one client in one round, as a new tensor."""
+    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
+        """Return the signal `[params]` of one client in one round, as a new tensor.
+
+        `rules` replaces those of the population, if the client receives its rules with the model.
+        """
+        rules = rules or self.rules
         inputs, labels = self.examples(client)
-        batches = batches_of(self.work, self.streams, len(labels), round, client)
-        return make_signal(self.task, model, inputs, labels, self.work, batches)
+        streams = self.streams if rules.examples is None else rules.streams  # secret batches
+        batches = batches_of(self.work, streams, len(labels), round, client)
+        if self.augment is not None:
+            inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
+        clipped = rules.clipped(round, client)
+        return make_signal(self.task, model, inputs, labels, self.work, batches, clipped)
+
+    @property
+    def one_by_one(self) -> bool:
+        """True if the signals of several clients cannot be computed at once."""
+        return self.rules.examples is not None or isinstance(self.work, PoissonGradient)
+
+    def draws(self, examples: int, round: int, client: int) -> np.ndarray:
+        """Return the draws for the augmentation of one client's examples in one round; no columns without one."""
+        if self.augment is None:
+            return np.zeros((examples, 0))
+        return draws_of(self.augment, self.streams, examples, round, client)
 
     def on(self, device: torch.device) -> "Population":
         """Return the same clients on another device."""
@@ -125,7 +148,8 @@ class Population:
 
     def state_store(self, memory: int | None = None, folder: Path | None = None) -> StateStore:
         """Return an empty store for these clients' states; see `StateStore`."""
-        return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder)
+        exact = self.rules.examples is not None
+        return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder, exact)
 
 
 @cache

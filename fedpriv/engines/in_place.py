@@ -105,7 +105,7 @@ class ClientStep:
 
     def _memories_suit_c(self) -> bool:
         """Return True if a client's state is at most one float32 vector and the round of its last change."""
-        state = self.rules.method.init_client(1)
+        state = self.rules.init_client(1)
         kinds = [(name, field.dtype, field.numel()) for name, field in zip(state._fields, state, strict=True)]
         memory, updated = ("memory", torch.float32, 1), ("updated", torch.float32, 1)
         return kinds in ([], [memory], [memory, updated])
@@ -137,15 +137,16 @@ def _feed_back_(
     if rule.beta is None:
         rule.bounded.bound_(signals, norms)
         return sent_message(signals, release), norms
-    memory = state.memory
+    fields = state._asdict()
+    memory = fields["memory"]
     if rule.damping > 0.0:
-        memory.mul_((1.0 - rule.damping) ** (round - 1 - state.updated))
+        memory.mul_((1.0 - rule.damping) ** (round - 1 - fields["updated"]))
     residuals = row_norms(signals.sub_(memory))
     rule.bounded.bound_(signals, residuals)
     if rule.damping > 0.0:
         memory.mul_(1.0 - rule.damping)
     sent = sent_message(signals, release)
     memory.add_(sent if rule.sent else signals, alpha=rule.beta)
-    if "updated" in state._fields:
-        state.updated.fill_(round)
+    if "updated" in fields:
+        fields["updated"].fill_(round)
     return sent, residuals

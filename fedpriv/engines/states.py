@@ -9,12 +9,13 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from fedpriv.errors import UserError
-from fedpriv.methods import ClientState, Method
+from fedpriv.methods import ClientStateT, Method
 
 __all__ = ["StateStore"]
 
@@ -25,7 +26,7 @@ _ALIGNMENT = 64
 _MIN_PADDED_ROW = 1024
 
 
-class StateStore:
+class StateStore(Generic[ClientStateT]):
     """The states of the clients that took part; grows with the clients seen, not with the population.
 
     States are stored in pieces of memory, one row for each client. Once `memory` bytes are used, the least recently
@@ -37,6 +38,7 @@ class StateStore:
         device: The device of the states.
         memory: Most bytes of states in memory; None for no bound.
         folder: The folder of the file; None for the system's temporary folder.
+        exact: Keep all fields in float64.
 
     Raises:
         UserError: If `memory` does not hold one state.
@@ -44,14 +46,16 @@ class StateStore:
 
     def __init__(
         self,
-        method: Method,
+        method: Method[ClientStateT],
         size: int,
         device: torch.device | str = "cpu",
         memory: int | None = None,
         folder: Path | None = None,
+        exact: bool = False,
     ) -> None:
-        self._fresh = [field.to(device) for field in method.init_client(size)]
-        self._kind = type(method.init_client(0))
+        dtype = torch.float64 if exact else None
+        self._fresh = [field.to(device, dtype or field.dtype) for field in method.init_client(size)]
+        self._kind, self._names = type(method.init_client(0)), method.init_client(0)._fields
         self._device = torch.device(device)
         self._row_bytes = sum(field.numel() * field.element_size() for field in self._fresh)
         self._strides = [_padded(field) for field in self._fresh]
@@ -83,7 +87,7 @@ class StateStore:
         return len(self._slots) + (len(self._file.away) if self._file else 0)
 
     @contextmanager
-    def borrowed(self, clients: Sequence[int]) -> Iterator[ClientState]:
+    def borrowed(self, clients: Sequence[int]) -> Iterator[ClientStateT]:
         """Yield the states of `clients`, fields `[clients, ...]`, to be changed in place; new clients start fresh.
 
         Raises:
@@ -132,13 +136,13 @@ class StateStore:
             fields = [torch.stack(parts).cpu() for parts in zip(*rows, strict=True)]
         else:
             fields = self._save_to_file(clients)
-        named = dict(zip(self._kind._fields, fields, strict=True))
+        named = dict(zip(self._names, fields, strict=True))
         return {"clients": torch.tensor(clients, dtype=torch.int64), **named}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`."""
         self._clear()
-        fields = [tensors[name] for name in self._kind._fields] if len(tensors["clients"]) else []
+        fields = [tensors[name] for name in self._names] if len(tensors["clients"]) else []
         for row, client in enumerate(tensors["clients"].tolist()):
             with self.borrowed([client]) as state:
                 for target, source in zip(state, fields, strict=True):

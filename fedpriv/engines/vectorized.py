@@ -53,6 +53,7 @@ class VectorizedEngine:
         self._cache: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._next_cache: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._cached_floats = 0
+        self._round = 0
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
@@ -60,7 +61,7 @@ class VectorizedEngine:
         step = ClientStep(self._population.rules, broadcast, model.device, native=True)
         with one_thread():  # further cores are better used by further workers
             for clients in self._chunks(broadcast.cohort):
-                if self._batched:
+                if self._batched and not self._population.one_by_one:
                     self._batch(step, model, clients, broadcast.round)
                 else:
                     self._one_by_one(step, model, clients, broadcast.round)
@@ -120,7 +121,7 @@ class VectorizedEngine:
         return chunks
 
     def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
-        people = self._population
+        people, self._round = self._population, round
         rows = [people.federation.rows_of(client) for client in clients]
         plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]
         if people.work.client_lr is None:
@@ -147,13 +148,27 @@ class VectorizedEngine:
     def _padded(self, clients: list[int], rows: list[np.ndarray], batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs `[clients, examples, ...]`, labels and weights of one step; cache those of whole clients."""
         if any(batch is not None for batch in batches):
-            return self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])
+            padded = self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])
+            return self._augmented(padded, clients, rows, batches)
         key = tuple(clients)
         padded = self._cache.get(key) or self._gather(rows)
         self._cached_floats += padded[0].numel()
         if self._cached_floats <= _MAX_CACHE_FLOATS:
             self._next_cache[key] = padded
-        return padded
+        return self._augmented(padded, clients, rows, batches)
+
+    def _augmented(
+        self, padded: tuple[Tensor, Tensor, Tensor], clients: list[int], rows: list[np.ndarray], batches: Batches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the padded inputs of one step with all examples augmented, but not the padding."""
+        people, (inputs, labels, weights) = self._population, padded
+        if people.augment is None:
+            return padded
+        draws = [people.draws(len(r), self._round, c) for c, r in zip(clients, rows, strict=True)]
+        used = np.concatenate([d if b is None else d[b] for d, b in zip(draws, batches, strict=True)])
+        real, changed = weights > 0, inputs.clone()
+        changed[real] = people.augment.apply(inputs[real], used)
+        return changed, labels, weights
 
     def _gather(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         longest = max(len(r) for r in rows)

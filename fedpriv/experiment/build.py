@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.clock import Timeline
+from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.federation import Holders, shifted, spread
 from fedpriv.data.labels import labels_as
@@ -34,7 +36,9 @@ __all__ = [
     "check_device",
     "check_task",
     "count_parameters",
+    "fewest_examples",
     "make_federation",
+    "plan_of",
     "sampling_of",
     "task_of",
 ]
@@ -83,7 +87,7 @@ class Experiment:
         if timeline is not None:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
-        plan = config.plan(sampling)
+        plan = config.plan(sampling, fewest_examples(config, federation))
         streams = config.streams
         agreed = agree(config.method, sampling, plan, streams)
         population = replace(self.population, rules=agreed.client, streams=streams)
@@ -101,6 +105,20 @@ def make_federation(config: Config, data_root: Path | None = None) -> Holders:
         dataset = hold_out(replace(dataset, groups=None), choice.validation)
     federation = spread(dataset, choice.partition, choice.clients, rng)
     return federation if choice.shift is None else shifted(federation, choice.shift, streams)
+
+
+def fewest_examples(config: Config, federation: Holders) -> int | None:
+    """Return the number of examples of the client with the fewest, if the config's plan depends on it."""
+    if not config.needs_sizes:
+        return None
+    sizes = np.asarray(federation.sizes)
+    return int(sizes[sizes > 0].min(initial=int(sizes.max(initial=1))))
+
+
+def plan_of(config: Config, sampling: Sampling, data_root: Path | None = None) -> PrivacyPlan | None:
+    """Return the config's plan; read the data only if it depends on the clients' numbers of examples."""
+    federation = make_federation(config, data_root) if config.needs_sizes else None
+    return config.plan(sampling, None if federation is None else fewest_examples(config, federation))
 
 
 def _check_labels(config: Config, dataset: Dataset) -> None:
@@ -157,10 +175,17 @@ def assemble(
     task = task_of(config, federation, device, channels_last=channels_last, precision=precision)
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
-    plan = config.plan(sampling)
+    plan = config.plan(sampling, fewest_examples(config, federation))
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
-    population = Population(rules=agreed.client, task=task, federation=federation, work=config.local, streams=streams)
+    population = Population(
+        rules=agreed.client,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=_augmentation(config, federation),
+    )
     return Experiment(
         config=config,
         population=population,
@@ -193,7 +218,21 @@ def assemble_clients(
         check_size(count_parameters(config, tuple(dataset.train_inputs.shape[1:]), dataset.classes))
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=streams)
     task = task_of(config, federation, device)
-    return Population(rules=rules, task=task, federation=federation, work=config.local, streams=streams)
+    return Population(
+        rules=rules,
+        task=task,
+        federation=federation,
+        work=config.local,
+        streams=streams,
+        augment=_augmentation(config, federation),
+    )
+
+
+def _augmentation(config: Config, federation: Holders) -> Augmentation | None:
+    """Return the config's augmentation, if there is one, after checking that it fits the inputs."""
+    if config.augment is not None:
+        config.augment.check(federation.dataset.input_shape)
+    return config.augment
 
 
 def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:

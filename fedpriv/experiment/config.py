@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tomli_w
 
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
+from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
@@ -20,13 +21,16 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
+from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
-from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan
+from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, unit_of
+from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
+from fedpriv.rounds import record_bound
 from fedpriv.streams import SeededStreams
+from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
-from fedpriv.tasks.local_work import LOCAL_WORKS, LocalWork
+from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
 from fedpriv.tasks.per_client import PerClient
 
@@ -48,6 +52,7 @@ MAX_ROUNDS = 10**9
 # Keys with the name of a class, by table.
 _NAMES = {
     "data": ("name", "partition", "shift"),
+    "augment": ("name",),
     "model": ("name",),
     "task": ("name",),
     "local": ("work",),
@@ -61,12 +66,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("devices", "schedule", "deployment", "sources", "task", "evaluation")
+TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "devices", "schedule", "sources")
-NOISE_TABLES += ("task",)
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
+NOISE_TABLES += ("devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +106,15 @@ class CohortChoice:
     """The sampling of a round's clients; becomes a `Sampling` once the population is known."""
 
     sampling: str
-    options: dict[str, Any]
+    options: Table
 
     def of(self, population: int) -> Sampling:
         """Return the sampling of `population` clients."""
         return read_table(SAMPLINGS[self.sampling], self.options, "cohort", population=population)
+
+
+_PLANNED = ("trust", "adjacency", "delta", "epsilon", "noise_multiplier")
+_OF_EXAMPLES = ("example_clip", "example_normalization", "examples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +128,11 @@ class PrivacyChoice:
         delta: Probability in (0, 1) with which the guarantee may fail; well below one over the number of clients.
         epsilon: The target; the noise is calibrated to it.
         noise_multiplier: Noise standard deviation over the sensitivity; epsilon follows from it. 0 for no noise.
-        unit: Whose data one unit of the guarantee protects: `client`.
+        unit: The data that the guarantee protects together: all examples of one `client`, or a single `example`.
+        example_clip: C, to which the gradient of each example is clipped; for the unit `example`.
+        example_normalization: alpha of N_alpha on the gradient of each example, in place of `example_clip`.
+        examples: A public number by which every client divides the sum of its gradients; None for each client's own
+            number of examples, which is then public. For the unit `example`.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
 
     Raises:
@@ -132,11 +145,27 @@ class PrivacyChoice:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     unit: str = "client"
+    example_clip: float | None = None
+    example_normalization: float | None = None
+    examples: int | None = None
     draw: int | None = None
 
     def __post_init__(self) -> None:
+        if unit_of(self.unit).name != "example":
+            for key in _OF_EXAMPLES:
+                if getattr(self, key) is not None:
+                    remedy = 'Remove it, or set unit = "example"'
+                    raise UserError(f"privacy.{key}", 'no value unless unit = "example"', getattr(self, key), remedy)
+        elif self.adjacency == "add-or-remove" and self.examples is None:
+            remedy = "Set it: otherwise clients divide by their own numbers of examples, which would reveal a record"
+            raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    @property
+    def row_bound(self) -> float:
+        """The longest bounded gradient of one example, for the unit `example`."""
+        return self.example_clip or 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +204,7 @@ class Config:
     method: Method
     privacy: PrivacyChoice | None
     training: Training
+    augment: Augmentation | None = None
     deployment: DeploymentChoice | None = None
     devices: Devices | None = None
     schedule: Schedule | None = None
@@ -182,7 +212,7 @@ class Config:
     evaluation: PerClient | None = None
 
     @cached_property
-    def tables(self) -> dict[str, Any]:
+    def tables(self) -> Record:
         """The experiment as TOML tables; reading them gives this config again."""
         clients = {} if self.data.clients is None else {"clients": self.data.clients}
         data = {"name": DATASETS.name_of(self.data.dataset), **write_table(self.data.dataset), **clients}
@@ -198,6 +228,7 @@ class Config:
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
+        augment = {} if self.augment is None else {"augment": _write_named(AUGMENTATIONS, self.augment, "name")}
         # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
         task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
         server = {}
@@ -208,6 +239,7 @@ class Config:
             "name": self.name,
             "seed": self.seed,
             "data": data,
+            **augment,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
@@ -233,6 +265,7 @@ class Config:
             "data.name": self.data.dataset,
             "data.partition": self.data.partition,
             "data.shift": self.data.shift,
+            "augment.name": self.augment,
             "model.name": self.model,
             "task.name": self.task,
             "local.work": self.local,
@@ -282,7 +315,7 @@ class Config:
         return _hash({**tables, "rounds": self.training.rounds})
 
     @property
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """The tables, with file names instead of paths."""
         return with_bare_names(self.tables)
 
@@ -322,8 +355,17 @@ class Config:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
-    def plan(self, sampling: Sampling) -> PrivacyPlan | None:
+    @property
+    def needs_sizes(self) -> bool:
+        """True if the plan depends on the clients' numbers of examples, which are then public."""
+        return self.privacy is not None and self.privacy.unit == "example" and self.privacy.examples is None
+
+    def plan(self, sampling: Sampling, fewest: int | None = None) -> PrivacyPlan | None:
         """Return the privacy plan with these cohorts, or None for a non-private run.
+
+        Args:
+            sampling: The sampling of clients.
+            fewest: Examples of the client with the fewest, if `needs_sizes`.
 
         Raises:
             ValueError: If the schedule has its own timeline of cohorts and `sampling` draws others, or the reverse.
@@ -337,16 +379,33 @@ class Config:
             rounds=self.training.rounds,
             l2_bound=self.method.bounded.l2_bound,
             client_memory=has_memory(self.method),
-            **{field: getattr(self.privacy, field) for field in field_names(PrivacyChoice, ("draw",))},
+            record=self._record_bound(self.privacy, fewest),
+            **{field: getattr(self.privacy, field) for field in _PLANNED},
         )
 
+    def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
+        if privacy.unit != "example":
+            return None
+        if privacy.examples is None and fewest is None:
+            remedy = "Give a public number: how many examples a client typically has"
+            raise UserError("privacy.examples", "this key, where clients' data are not known", "a missing key", remedy)
+        terms = ExampleTerms(
+            clip=privacy.example_clip,
+            normalization=privacy.example_normalization,
+            examples=privacy.examples or fewest or 1,
+            declared=privacy.examples is not None,
+            rate=getattr(self.local, "rate", 1.0),
+            steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
+        )
+        return record_bound(self.method, terms)
 
-def _hash(tables: dict[str, Any]) -> str:
+
+def _hash(tables: Table) -> str:
     canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] = ()) -> Config:
+def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Config:
     """Read an experiment.
 
     Args:
@@ -360,7 +419,7 @@ def load_config(source: Path | str | Mapping[str, Any], settings: Sequence[str] 
     return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, object]:
     """Return the tables of a TOML file; paths of classes (`"./own.py:Class"`) are relative to the TOML file."""
     try:
         return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
@@ -371,7 +430,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(str(path), "a TOML file", str(error), "Correct the file") from None
 
 
-def read_config_text(text: str, where: str) -> dict[str, Any]:
+def read_config_text(text: str, where: str) -> dict[str, object]:
     """Return the tables of a TOML text; errors name its origin, `where`."""
     try:
         return tomllib.loads(text)
@@ -379,17 +438,17 @@ def read_config_text(text: str, where: str) -> dict[str, Any]:
         raise UserError(where, "a TOML file", str(error), "Correct the file") from None
 
 
-def with_whole_paths(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+def with_whole_paths(tables: Table, folder: Path) -> dict[str, object]:
     """Return the tables with the file of every `"file.py:Class"` as an absolute path."""
     return _with_names(tables, lambda name: whole_reference(name, folder))
 
 
-def with_bare_names(tables: Mapping[str, Any]) -> dict[str, Any]:
+def with_bare_names(tables: Table) -> dict[str, object]:
     """Return the tables with file names instead of paths in references: the folder is no part of an experiment."""
     return _with_names(tables, bare_reference)
 
 
-def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _with_names(tables: Table, change: Callable[[object], object]) -> dict[str, object]:
     """Return the tables with `change` applied to every name of a class."""
     changed = dict(tables)
     for table, keys in _NAMES.items():
@@ -399,9 +458,10 @@ def _with_names(tables: Mapping[str, Any], change: Callable[[Any], Any]) -> dict
     return changed
 
 
-def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def apply_settings(tables: Table, settings: Sequence[str]) -> dict[str, object]:
     """Return a copy of `tables` with each `table.key=value` applied."""
-    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    changed = dict(tables)
+    changed |= {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
     for setting in settings:
         address, equals, value = setting.partition("=")
         parts = address.strip().split(".")
@@ -413,19 +473,17 @@ def apply_settings(tables: dict[str, Any], settings: Sequence[str]) -> dict[str,
     return changed
 
 
-def _put(tables: dict[str, Any], parts: list[str], value: str) -> None:
-    place = tables
-    if len(parts) == 2:
-        place = tables.setdefault(parts[0], {})
-        if not isinstance(place, dict):
-            raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
+def _put(tables: dict[str, object], parts: list[str], value: str) -> None:
+    place: object = tables if len(parts) == 1 else tables.setdefault(parts[0], {})
+    if not isinstance(place, dict):
+        raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
     if value:
         place[parts[-1]] = _toml_value(value)
     else:
         place.pop(parts[-1], None)
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -434,34 +492,33 @@ def _toml_value(text: str) -> Any:
         raise UserError("-s", "a TOML value", str(error), "Give a shorter value") from None
 
 
-def parse_config(tables: dict[str, Any]) -> Config:
+def parse_config(tables: Table) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
     if "base" in tables and "data" not in tables:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
-    for table in TABLES:
-        if not isinstance(tables.get(table, {}), dict):
-            raise UserError(table, "a table", repr(tables[table]), f"Write [{table}] and its keys below")
+    given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
-    data = _read_data(_need(tables, "data"))
-    local = _read_named(LOCAL_WORKS, tables.get("local", {"work": "full-gradient"}), "local", "work")
+    data = _read_data(_need(given, "data"))
+    local = _read_named(LOCAL_WORKS, given.get("local", {"work": "full-gradient"}), "local", "work")
     config = Config(
         name=top.name,
         seed=top.seed,
         data=data,
-        model=_read_named(MODELS, _need(tables, "model"), "model", "name"),
+        model=_read_named(MODELS, _need(given, "model"), "model", "name"),
         local=local,
-        cohort=_read_cohort(tables.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_method(tables),
-        privacy=read_table(PrivacyChoice, tables["privacy"], "privacy") if "privacy" in tables else None,
-        training=read_table(Training, _need(tables, "training"), "training"),
-        deployment=read_table(DeploymentChoice, tables["deployment"], "deployment") if "deployment" in tables else None,
-        devices=_read_named(DEVICES, tables["devices"], "devices", "kind") if "devices" in tables else None,
-        schedule=_read_named(SCHEDULES, tables["schedule"], "schedule", "kind") if "schedule" in tables else None,
-        task=_read_named(TASKS, {"name": "classification"} | tables.get("task", {}), "task", "name"),
-        evaluation=read_table(PerClient, tables["evaluation"], "evaluation") if "evaluation" in tables else None,
+        cohort=_read_cohort(given.get("cohort", {"sampling": "everyone"}), data.clients),
+        method=_read_method(given),
+        privacy=read_table(PrivacyChoice, given["privacy"], "privacy") if "privacy" in given else None,
+        training=read_table(Training, _need(given, "training"), "training"),
+        deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
+        devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
+        schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
+        augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
+        task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
+        evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
     )
-    _check_sources(config, tables.get("sources", {}))
+    _check_sources(config, given.get("sources", {}))
     check_config(config)
     return config
 
@@ -469,6 +526,7 @@ def parse_config(tables: dict[str, Any]) -> Config:
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
     _check_schedule(config)
+    _check_unit(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
@@ -493,7 +551,31 @@ def _check_evaluation(config: Config) -> None:
         raise UserError("evaluation.clients", "clients with own test examples", got, remedy)
 
 
-def _check_sources(config: Config, recorded: Mapping[str, Any]) -> None:
+def _check_unit(config: Config) -> None:
+    """Raise UserError if local work and unit of privacy do not fit each other."""
+    examples, work = config.privacy is not None and config.privacy.unit == "example", type(config.local)
+    if work is DPSGD and not examples:
+        remedy = 'Add it with example_clip, or choose local.work = "local-steps"'
+        raise UserError("local.work", 'privacy.unit = "example" with "dp-sgd"', "another unit, or no privacy", remedy)
+    bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, config.method.client_part
+    if isinstance(method, DPGD) and method.max_norm < bound:
+        remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
+        expected = f"at least {bound:g}, the longest gradient of an example"
+        raise UserError("method.max_norm", expected, method.max_norm, remedy)
+    if examples and work not in (FullGradient, PoissonGradient, DPSGD):
+        name = LOCAL_WORKS.name_of(config.local)
+        remedy = (
+            "After several steps without noise, one example may change everything: use dp-sgd for local steps"
+            if config.local.client_lr is not None
+            else "Use poisson-gradient: its batches can be accounted for"
+        )
+        raise UserError("local.work", '"full-gradient", "poisson-gradient" or "dp-sgd"', repr(name), remedy)
+    if examples and not config.rule.draws_cohorts:
+        remedy = 'Remove [schedule], or set privacy.unit = "client"'
+        raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)
+
+
+def _check_sources(config: Config, recorded: Table) -> None:
     """Raise UserError if the source of a class differs from the source that a run recorded in its `config.toml`."""
     for key, source in config.sources.items():
         expected = recorded.get(key, source)
@@ -522,13 +604,19 @@ class _Top:
         folder_name("name", self.name)
 
 
-def _need(tables: dict[str, Any], table: str) -> dict[str, Any]:
+def _table(name: str, value: object) -> Table:
+    if not isinstance(value, dict):
+        raise UserError(name, "a table", repr(value), f"Write [{name}] and its keys below")
+    return value
+
+
+def _need(tables: Mapping[str, Table], table: str) -> Table:
     if table not in tables:
         raise UserError(f"[{table}]", "this table", "a missing table", f"Add [{table}] to the config")
     return tables[table]
 
 
-def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str) -> T:
+def _read_named(kinds: Registry[T], table: Table, where: str, key: str) -> T:
     if key not in table:
         raise UserError(
             f"{where}.{key}", f"one of {', '.join(sorted(kinds))}", "a missing key", f"Add {key} to [{where}]"
@@ -539,7 +627,7 @@ def _read_named(kinds: Registry[T], table: dict[str, Any], where: str, key: str)
     return read_table(kind, options, where)
 
 
-def _read_method(tables: dict[str, Any]) -> Method:
+def _read_method(tables: Mapping[str, Table]) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
     if "server" not in tables:
         return method
@@ -551,13 +639,12 @@ def _left_over(where: str, key: str, name: object) -> str:
     return f". If it is left over from another {where} in the file, clear the table first: {clear}"
 
 
-def _read_data(table: dict[str, Any]) -> DataChoice:
+def _read_data(table: Table) -> DataChoice:
     options = dict(table)
     dataset_kind = DATASETS.resolve(options.pop("name", "nothing"), "data.name")
     partition_kind = PARTITIONS.resolve(options.pop("partition", "iid"), "data.partition")
-    clients = options.pop("clients", None)
-    if clients is not None:
-        positive_int("data.clients", clients, "Give the number of clients")
+    given = options.pop("clients", None)
+    clients = None if given is None else positive_int("data.clients", given, "Give the number of clients")
     shift_kind = SHIFTS.resolve(options.pop("shift"), "data.shift") if "shift" in options else None
     validation = options.pop("validation", None)
     if validation is not None and (isinstance(validation, bool) or not isinstance(validation, int | float)):
@@ -584,7 +671,7 @@ def _read_data(table: dict[str, Any]) -> DataChoice:
     )
 
 
-def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whose | None:
+def _read_test(given: object, dataset: type[DatasetSource], partition: object) -> Whose | None:
     """Return the choice of test examples for natural clients; None for simulated clients, tested on the pool's."""
     expected = " or ".join(f'"{test}"' for test in TESTS)
     if given is not None and given not in TESTS:
@@ -597,14 +684,14 @@ def _read_test(given: Any, dataset: type[DatasetSource], partition: str) -> Whos
     return None
 
 
-def _read_cohort(table: dict[str, Any], clients: int | None) -> CohortChoice:
+def _read_cohort(table: Table, clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
     kind = SAMPLINGS.resolve(name, "cohort.sampling")
     refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)
-    return CohortChoice(sampling=name, options=write_table(sampling, ("population",)))
+    return CohortChoice(sampling=str(name), options=write_table(sampling, ("population",)))
 
 
-def _write_named(table: Registry[Any], instance: object, key: str) -> dict[str, Any]:
+def _write_named(table: Registry[T], instance: T, key: str) -> dict[str, object]:
     return {key: table.name_of(instance), **write_table(instance)}

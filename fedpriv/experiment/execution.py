@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ class Execution:
                 where = "--" + option.replace("_", "-")
                 raise UserError(where, f"--engine {engine}", f"--engine {self.engine}", f"Drop {where}")
 
-    def completed(self, recorded: dict[str, Any] | None, *, begun: bool) -> "Execution":
+    def completed(self, recorded: dict[str, object] | None, *, begun: bool) -> "Execution":
         """Return these options, completed by those of the run to resume and by the defaults.
 
         Args:
@@ -127,7 +127,7 @@ class Execution:
             remedy = "Run it with fedpriv run --engine flower, or fedpriv.run_experiment"
             raise UserError("--engine", "an in-process engine", "'flower'", remedy)
         before = recorded or ({"client_noise": "faithful"} if begun else {})
-        changes: dict[str, Any] = {
+        changes: dict[str, object] = {
             "client_noise": self.client_noise or before.get("client_noise", "fused"),
             "precision": self.precision or before.get("precision", "float32"),
             "channels_last": before.get("channels_last", False) if self.channels_last is None else self.channels_last,
@@ -153,7 +153,7 @@ def _choose(where: str, given: str, known: list[str]) -> None:
         raise UserError(where, " or ".join(known), repr(given), nearest(given, known))
 
 
-def read_record(directory: RunDirectory) -> dict[str, Any] | None:
+def read_record(directory: RunDirectory) -> dict[str, object] | None:
     """Return the contents of a run's `engine.json`; None if there is no such file.
 
     Raises:
@@ -201,7 +201,7 @@ class Ran(NamedTuple):
     client_noise: str
     seconds_per_client: dict[str, float]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return a dict for JSON."""
         return self._asdict()
 

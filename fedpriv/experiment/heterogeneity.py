@@ -1,7 +1,5 @@
 """Measure how much the clients of an experiment differ. For simulations only: the results are not private."""
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -23,7 +21,7 @@ _MAX_DRAWN = 2_000
 _SHARE_OF_RUN, _FREE_OPERATIONS = 0.01, 2e10
 
 
-def measure_heterogeneity(config: Config, population: Population, *, bounded: bool = True) -> dict[str, Any]:
+def measure_heterogeneity(config: Config, population: Population, *, bounded: bool = True) -> dict[str, object]:
     """Measure how clients differ in sizes, labels, and full local gradients at the initial model.
 
     Labels are counted for all clients, or for 2,000 evenly spaced clients if examples are drawn for each client.
@@ -64,7 +62,7 @@ def _counts(population: Population, clients: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(labels[federation.rows_of(c)], minlength=classes) for c in clients.tolist()])
 
 
-def _gradients(config: Config, population: Population, *, bounded: bool) -> dict[str, Any]:
+def _gradients(config: Config, population: Population, *, bounded: bool) -> dict[str, object]:
     federation, task = population.federation, population.task
     allowed = _allowed_examples(config, population) if bounded else np.inf
     clients = evenly_chosen(federation.population, _MAX_CLIENTS)

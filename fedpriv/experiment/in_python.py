@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
-import numpy as np
 import torch
 from torch import nn
 
+from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import dataset_of
 from fedpriv.data.partitions import Iid, Natural, Partition
+from fedpriv.data.tables import Columns, arrays_of, is_table
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import sampling_of
+from fedpriv.experiment.build import plan_of, sampling_of
 from fedpriv.experiment.config import (
     CohortChoice,
     Config,
@@ -33,6 +34,7 @@ from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
 from fedpriv.privacy.released import Whose
+from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
@@ -61,8 +63,9 @@ class Experiment:
         model: A torch module, of which a copy is trained from its current weights; or a function that returns one,
             or a class, as for `[model] name`; or a built-in model such as `Mlp(hidden=(32,))`.
         data: A list with the examples of each client, as a pair of arrays `(inputs, labels)` or as a torch `Dataset`
-            of such pairs; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a
-            `fedpriv.data.dataset.Dataset`; or a built-in data set such as `Digits()`.
+            of such pairs; or a pandas data frame or a Hugging Face `datasets.Dataset`, or `{"train": ..., "test": ...}`
+            of them; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a `fedpriv.data.dataset.Dataset`;
+            or a built-in data set such as `Digits()`.
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
@@ -70,10 +73,14 @@ class Experiment:
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
         local: The local work of a client; None for the full gradient.
+        augment: The augmentation of training inputs, such as `fedpriv.data.augment.ImageVariants(flip=True)`.
         cohort: The sampling of a round's clients; None for everyone.
         partition: The division of examples among simulated clients; None for the natural clients if the data have some,
             otherwise at random.
         clients: Number of simulated clients; None for the natural clients.
+        label: The column of the labels in a table; see `fedpriv.data.tables.Columns`.
+        client: The column of the clients' ids in a table; None if it has no natural clients.
+        inputs: The columns of the inputs in a table; None for all other columns.
         test: The test examples of natural clients, see `[data] test`; None for public test examples if the data have
             some, otherwise a fifth of each client's examples.
         evaluation: The evaluation of single clients, `fedpriv.tasks.per_client.PerClient()`; None for none.
@@ -86,15 +93,19 @@ class Experiment:
     """
 
     model: nn.Module | ModelSource | Callable[..., nn.Module] = field(repr=False)
-    data: "Sequence[Any] | Mapping[str, Any] | Dataset | DatasetSource" = field(repr=False)
+    data: "Sequence[object] | Mapping[str, object] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
-    task: TaskKind | Callable[..., Any] | None = None
+    task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
+    augment: Augmentation | None = None
     cohort: Sampling | None = None
     partition: Partition | None = None
     clients: int | None = None
+    label: str | None = None
+    client: str | None = None
+    inputs: str | Sequence[str] | None = None
     test: Whose | None = None
     evaluation: PerClient | None = None
     seed: int = 0
@@ -107,7 +118,8 @@ class Experiment:
         self._check_kinds()
         task = _task_kind(self.task)
         with labels_as(task.labels):
-            source, dataset = _data_source(self.data)
+            columns = Columns(label=self.label, client=self.client, inputs=self.inputs)
+            source, dataset = _data_source(self.data, columns)
         natural = source.natural if dataset is None else dataset.groups is not None
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
@@ -120,6 +132,7 @@ class Experiment:
             data=DataChoice(dataset=source, partition=partition, clients=self.clients, test=test),
             model=_model_source(self.model),
             local=self.local or FullGradient(),
+            augment=self.augment,
             cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
             method=self.method,
             privacy=self.privacy,
@@ -136,6 +149,7 @@ class Experiment:
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
             ("cohort", "population", "fedpriv.privacy.Poisson(population=100, probability=0.1)"),
+            ("augment", "apply", "fedpriv.data.augment.ImageVariants(flip=True)"),
             ("partition", "__dataclass_fields__", "fedpriv.data.partitions.Dirichlet(concentration=0.3)"),
             ("privacy", "noise_multiplier", "fedpriv.Privacy(epsilon=8.0)"),
         ):
@@ -146,7 +160,7 @@ class Experiment:
 
     def plan(self) -> PrivacyPlan | None:
         """Return the privacy plan; None for a run without privacy. Train nothing."""
-        return self.config.plan(sampling_of(self.config))
+        return plan_of(self.config, sampling_of(self.config))
 
     def check(self, *, device: str = "cpu") -> Findings:
         """Build all parts and let one client compute one step; see `fedpriv check`."""
@@ -161,7 +175,7 @@ class Experiment:
         resume: bool = False,
         watch: Watcher | None = None,
         checkpoint_every: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Run the experiment and return its summary; see `fedpriv.run_experiment`.
 
         Args:
@@ -207,56 +221,22 @@ class _Held:
         return self.dataset
 
 
-def _data_source(data: Any) -> tuple[DatasetSource, Dataset | None]:
+def _data_source(data: object, columns: Columns) -> tuple[DatasetSource, Dataset | None]:
     """Return the settings of the data, and the data set if it is in memory."""
-    if not isinstance(data, Dataset | Mapping | Sequence) and hasattr(data, "load"):
+    if not (isinstance(data, Dataset | Mapping | Sequence) or is_table(data)) and hasattr(data, "load"):
         return cast(DatasetSource, data), None
-    dataset = data if isinstance(data, Dataset | Mapping) else _of_clients(data)
-    dataset = dataset_of(dataset, "data")
+    dataset = data if isinstance(data, Dataset) else dataset_of(arrays_of(data, columns), "data")
     held = type("Data", (_Held,), {"reference": f"{MEMORY}:data", "dataset": dataset})
     return dataclass(frozen=True, kw_only=True)(held)(), dataset
 
 
-def _of_clients(clients: Any) -> dict[str, Any]:
-    """Return the arrays of a list of clients."""
-    if isinstance(clients, tuple) and len(clients) == 2 and all(hasattr(part, "shape") for part in clients):
-        remedy = 'Write data={"inputs": inputs, "labels": labels}, or a list with such a pair for each client'
-        raise UserError("data", "a list of clients", "one pair of arrays", remedy)
-    if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
-        expected = "a list of clients, a mapping of arrays, or a data set"
-        raise UserError("data", expected, f"a {type(clients).__name__}", "Give data as fedpriv.Experiment describes")
-    inputs, labels, owners = [], [], []
-    for number, client in enumerate(clients):
-        if isinstance(client, tuple | list) and len(client) == 2:
-            parts = [np.asarray(torch.as_tensor(part)) for part in client]
-        elif hasattr(client, "__len__") and hasattr(client, "__getitem__"):
-            rows = [client[i] for i in range(len(client))]
-            parts = [np.array([np.asarray(row[at]) for row in rows]) for at in (0, 1)]
-        else:
-            remedy = "Give a pair of arrays, or a torch Dataset with a length"
-            raise UserError(f"data of client {number}", "inputs and labels", f"a {type(client).__name__}", remedy)
-        if len(parts[0]) != len(parts[1]):
-            got = f"{len(parts[0]):,} and {len(parts[1]):,}"
-            raise UserError(f"data of client {number}", "as many inputs as labels", got, "Give one label for each")
-        if len(parts[0]):
-            inputs.append(parts[0])
-            labels.append(parts[1].reshape(len(parts[0]), -1) if parts[1].ndim > 1 else parts[1])
-            owners.append(np.full(len(parts[0]), number))
-    shapes = {part.shape[1:] for part in inputs}
-    if len(shapes) != 1:
-        got = ", ".join(map(str, sorted(shapes))) or "no examples"
-        raise UserError("data", "inputs of one shape", got, "Give all clients inputs of one shape")
-    joined = (np.concatenate(parts) for parts in (inputs, labels, owners))
-    return {**dict(zip(("inputs", "labels", "client_ids"), joined, strict=True)), "clients": np.arange(len(clients))}
-
-
-def _task_kind(task: Any) -> TaskKind:
+def _task_kind(task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None) -> TaskKind:
     if task is None or isinstance(task, TaskKind):
         return task or Classification()
     return own_loss(task)
 
 
-def _model_source(model: Any) -> ModelSource:
+def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
     if hasattr(model, "build") and hasattr(model, "parameters"):

@@ -3,7 +3,6 @@
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fedpriv.experiment.timing import Versions
 from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import ServerState
 from fedpriv.rounds import begin_round, finish_round
+from fedpriv.tables import Record
 
 __all__ = ["run_experiment"]
 
@@ -32,7 +32,7 @@ def run_experiment(
     watch: Watcher | None = None,
     checkpoint_every: int | None = None,
     execution: Execution | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Run an experiment and return its summary.
 
     Args:
@@ -67,7 +67,7 @@ def run_experiment(
             return _run(experiment, runner, recorder, directory)
 
 
-def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: RunDirectory) -> dict[str, Any]:
+def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: RunDirectory) -> Record:
     start, state, versions = _take_up(experiment, engine, directory, recorder.promise)
     directory.write_json(ENGINE_FILE, recorder.ran)
     recorder.begin()

@@ -18,6 +18,7 @@ from fedpriv.errors import UserError
 from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy.released import OUTPUTS, mode_of
+from fedpriv.tables import Record, Table
 from fedpriv.vectors import Layout
 
 __all__ = [
@@ -45,7 +46,7 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
     Source: the format's description, version 0.x: header length (8 bytes), JSON header, then the tensors in order.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": metadata}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
     for name in names:
@@ -60,7 +61,7 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         yield flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: object) -> object:
     """Return the value with every number that JSON cannot represent (infinite, NaN) replaced by None."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
@@ -172,9 +173,9 @@ def _difference(config: Path, toml: str) -> str:
     return "written by another version"
 
 
-def flat_tables(tables: dict[str, Any]) -> dict[str, Any]:
+def flat_tables(tables: Table) -> dict[str, object]:
     """Flatten TOML tables to keys `table.key`."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in tables.items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
@@ -202,7 +203,7 @@ class RunDirectory:
         """Return the path of one of the run's files."""
         return self.path / name
 
-    def claim(self, toml: str, digest: str, *, resume: bool) -> dict[str, Any] | None:
+    def claim(self, toml: str, digest: str, *, resume: bool) -> Record | None:
         """Claim the directory for this experiment; return the summary if the run is finished, otherwise None.
 
         Call it while the directory is locked; otherwise two runs may claim it at once.
@@ -240,7 +241,7 @@ class RunDirectory:
             if (mode := mode_of(file.name)) is not None and file.exists() and file.stat().st_mode & 0o077:
                 file.chmod(mode)
 
-    def _finished(self, digest: str) -> dict[str, Any] | None:
+    def _finished(self, digest: str) -> Record | None:
         summary = self.read_json("summary.json")
         if summary is not None and (not isinstance(summary, dict) or summary.get("digest") != digest):
             where = str(self.file("summary.json"))
@@ -274,7 +275,7 @@ class RunDirectory:
         """Write a text file."""
         write_atomically(self.file(name), text, mode_of(name))
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Write a JSON file."""
         self.write_text(name, json.dumps(jsonable(value), indent=2) + "\n")
 
@@ -289,12 +290,12 @@ class RunDirectory:
         tensors = {"model": model.detach().cpu().to(torch.float32).contiguous()}
         write_atomically(self.file(name), safetensors_bytes(tensors, metadata), mode_of(name))
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
+    def append(self, name: str, row: Table) -> None:
         """Append one row to a JSON-lines file."""
         with open_to_append(self.file(name), mode_of(name)) as file:
             file.write((json.dumps(jsonable(row)) + "\n").encode())
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> list[Record]:
         """Return the complete rows of a JSON-lines file. Skips a torn last line; raises UserError for a damaged one."""
         path = self.file(name)
         if not path.exists():
@@ -310,7 +311,7 @@ class RunDirectory:
             with self.file(name).open("rb") as file:
                 os.fsync(file.fileno())
 
-    def keep_rows(self, name: str, last_round: int) -> list[dict[str, Any]]:
+    def keep_rows(self, name: str, last_round: int) -> list[Record]:
         """Drop the rows of rounds after `last_round` and return the remaining ones."""
         kept = [row for row in self.rows(name) if row["round"] <= last_round]
         self.write_text(name, "".join(json.dumps(row) + "\n" for row in kept))

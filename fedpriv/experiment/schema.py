@@ -4,12 +4,12 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedpriv.errors import UserError, nearest
+from fedpriv.tables import Record, Table
 
 __all__ = ["field_names", "read_table", "write_table"]
 
@@ -21,7 +21,7 @@ def field_names(kind: type, given: tuple[str, ...] = ()) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.init and field.name not in given]
 
 
-def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: object) -> T:
+def read_table(kind: type[T], table: Table, where: str, **given: object) -> T:
     """Return an instance of the dataclass `kind` from a TOML table.
 
     Args:
@@ -36,7 +36,7 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: obj
     known = field_names(kind, tuple(given))
     refuse_unknown(table, known, where)
     hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
         key = f"{where}.{field.name}" if where else field.name
         if field.name in given or not field.init:
@@ -49,7 +49,7 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, **given: obj
     return kind(**values, **given)
 
 
-def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint: str = "") -> None:
+def refuse_unknown(table: Table, known: list[str], where: str, hint: str = "") -> None:
     """Raise UserError for an unknown key in the table; suggests the nearest known key, followed by `hint`."""
     for key in table:
         if key not in known:
@@ -58,7 +58,7 @@ def refuse_unknown(table: Mapping[str, Any], known: list[str], where: str, hint:
             )
 
 
-def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]:
+def write_table(instance: object, given: tuple[str, ...] = ()) -> Record:
     """Return the TOML table that `read_table` would read as `instance`, with every default spelled out.
 
     The default of a field with `metadata={"absent_by_default": True}` is omitted: the field was added later, and
@@ -72,7 +72,7 @@ def write_table(instance: object, given: tuple[str, ...] = ()) -> dict[str, Any]
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
 
-def _typed(hint: Any, value: Any, key: str) -> Any:
+def _typed(hint: Any, value: object, key: str) -> object:
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError):
@@ -82,7 +82,7 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
 _WORDS = {int: "a whole number", float: "a number", str: "a quoted string", bool: "true or false"}
 
 
-def _describe(hint: Any) -> str:
+def _describe(hint: object) -> str:
     if hint in _WORDS:
         return _WORDS[hint]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from math import fsum, nan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -96,7 +96,7 @@ def sampling_under(config: Config, population: int, timeline: Timeline | None) -
     return timeline.scheduled()
 
 
-def clock_row(step: Step | None) -> dict[str, Any]:
+def clock_row(step: Step | None) -> dict[str, object]:
     """Return the clock after a step, and the totals sent since the run began; None is before the first step."""
     if step is None:
         return {"simulated_seconds": 0.0, "bytes_down": 0, "bytes_up": 0, "counted": 0}
@@ -104,7 +104,7 @@ def clock_row(step: Step | None) -> dict[str, Any]:
     return {"simulated_seconds": step.seconds, **sent, "counted": len(step.counted)}
 
 
-def lateness_row(step: Step) -> dict[str, Any]:
+def lateness_row(step: Step) -> dict[str, object]:
     """Return how many clients were asked, dropped out or answered too late, and how stale the counted ones were."""
     many = {"asked": len(step.asked), "late": len(step.late), "dropped": len(step.dropped)}
     return {**many, "staleness": step.staleness}

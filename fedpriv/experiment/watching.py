@@ -1,12 +1,13 @@
 """The interface of callbacks that watch a run and may stop it."""
 
 from collections.abc import Callable
-from typing import Any
+
+from fedpriv.tables import Record
 
 __all__ = ["StopRun", "Watcher"]
 
 # Called with the released row and the diagnostics row of every recorded round. May raise `StopRun`.
-Watcher = Callable[[dict[str, Any], dict[str, Any]], None]
+Watcher = Callable[[Record, Record], None]
 
 
 class StopRun(Exception):  # noqa: N818

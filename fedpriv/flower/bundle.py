@@ -6,7 +6,6 @@ accepts only this bundle runs its own installed fedpriv and never executes code 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -19,7 +18,7 @@ SERVER_MODULE = "from strategies.server_app import app\n\n__all__ = ['app']\n"
 CLIENT_MODULE = "from clients.client_app import app\n\n__all__ = ['app']\n"
 
 # Keys of the run config in a deployment, with their defaults.
-_DEPLOYED: dict[str, Any] = {
+_DEPLOYED: dict[str, object] = {
     "config-toml": "",
     "out": "",
     "device": "cpu",
@@ -32,7 +31,7 @@ _DEPLOYED: dict[str, Any] = {
 }
 
 
-def app_files(run_config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+def app_files(run_config: Mapping[str, object] | None = None) -> dict[str, bytes]:
     """Return the app's files by name.
 
     Args:
@@ -51,7 +50,7 @@ def app_files(run_config: Mapping[str, Any] | None = None) -> dict[str, bytes]:
     }
 
 
-def write_app(folder: Path, run_config: Mapping[str, Any] | None = None) -> None:
+def write_app(folder: Path, run_config: Mapping[str, object] | None = None) -> None:
     """Write the app.
 
     Args:

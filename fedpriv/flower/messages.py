@@ -27,6 +27,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.methods import METHODS, Method
+from fedpriv.privacy.records import ExampleTerms
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout, refuse_buffers
@@ -101,17 +102,17 @@ class ModelArrays:
         entries = tuple((name, tuple(array.shape)) for name, array in record.items())
         return cls(Layout(entries), tuple(array.dtype for array in record.values()))
 
-    def vector(self, record: ArrayRecord) -> Tensor:
-        """Return the float32 vector `[params]` of arrays in this layout.
+    def vector(self, record: ArrayRecord, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the vector `[params]` of arrays in this layout.
 
         Raises:
             UserError: If the arrays have another layout.
         """
-        tensors = {name: torch.from_numpy(array.numpy()).float() for name, array in record.items()}
+        tensors = {name: torch.from_numpy(array.numpy()).to(dtype) for name, array in record.items()}
         return self.layout.flatten(tensors)
 
     def received(self, content: RecordDict, form: "MessageFormat") -> Tensor:
-        """Return the message `[params]`, float32, in an untrusted answer.
+        """Return the message `[params]` in an untrusted answer: float32, or float64 if the format is.
 
         Args:
             content: The answer.
@@ -138,7 +139,7 @@ class ModelArrays:
                 read = False
             if not read or (read[0], read[2]) != (tuple(shape), form.numpy):
                 raise _no_message(f"{name} with a wrong header")
-        vector = self.vector(record)
+        vector = self.vector(record, torch.float64 if form.dtype == "float64" else torch.float32)
         return vector if form.scale is None else vector * form.scale
 
     def model(self, vector: Tensor) -> ArrayRecord:
@@ -178,9 +179,12 @@ class MessageFormat:
     def of(cls, rules: ClientRules) -> "MessageFormat":
         """Return float32 for messages without noise, otherwise the smallest integers that hold every message.
 
-        If the noise multiplier is too small for any privacy, the levels may exceed 24 bits. The format is then float32,
-        which rounds a message that is already released.
+        Without noise, messages are float64 if the unit of privacy is `example`: rounding to float32 could exceed the
+        part of a single record. If the noise multiplier is too small for any privacy, the levels may exceed 24 bits.
+        The format is then float32, which rounds a message that is already released.
         """
+        if rules.examples is not None and rules.noise_stddev == 0.0:
+            return cls(dtype="float64")
         grid = rules.release_grid
         largest = math.inf if grid is None else rules.message_limit / grid
         fitting = (name for name in ("int8", "int16", "int32") if largest <= min(np.iinfo(name).max, _MAX_EXACT))
@@ -208,6 +212,9 @@ class ClientInstructions:
         client: Id of the client.
         last_round: Last round that summed a message of this client; 0 for none.
         noise_stddev: Standard deviation per coordinate of the noise that the client adds; 0 for none.
+        examples: How the gradients of examples are bounded, as text (`ExampleTerms.as_text`); empty unless the unit of
+            privacy is `example`.
+        step_stddev: See `ClientRules`.
         seed: Seed of the noise in a simulation; None for noise from the client's operating system.
         noise_id: Separates the noise of experiments that share a seed; see `SeededStreams`.
         private: True if nothing but the message may leave the client.
@@ -220,6 +227,8 @@ class ClientInstructions:
     client: int
     last_round: int = 0
     noise_stddev: float = 0.0
+    examples: str = ""
+    step_stddev: float = 0.0
     seed: int | None = None
     noise_id: str = ""
     private: bool = True
@@ -229,7 +238,22 @@ class ClientInstructions:
     def rules(self) -> ClientRules:
         """Client's half of the agreement."""
         streams = SystemStreams() if self.seed is None else SeededStreams(self.seed, self.noise_id)
-        return ClientRules(method=self.method, noise_stddev=self.noise_stddev, streams=streams)
+        return ClientRules(
+            method=self.method,
+            noise_stddev=self.noise_stddev,
+            streams=streams,
+            examples=self.example_terms,
+            step_stddev=self.step_stddev,
+        )
+
+    @property
+    def example_terms(self) -> ExampleTerms | None:
+        """How the gradients of examples are bounded; None unless the unit of privacy is `example`.
+
+        Raises:
+            UserError: If the text does not say that.
+        """
+        return ExampleTerms.of_text(self.examples) if self.examples else None
 
     def to_record(self) -> ConfigRecord:
         """Return the record `fedpriv`, which includes a seed only if there is one."""
@@ -311,6 +335,7 @@ def printable(text: object, longest: int = 300) -> str:
 
 
 _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "private", "diagnostics")
+_PLAIN += ("examples", "step_stddev")
 
 
 def method_name(method: Method) -> str:

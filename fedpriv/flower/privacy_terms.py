@@ -5,6 +5,7 @@ from typing import Any
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
+from fedpriv.privacy.records import RecordBound
 
 __all__ = ["NO_PROMISE", "PrivacyTerms", "promised"]
 
@@ -29,6 +30,7 @@ class PrivacyTerms:
         client_memory: See `PrivacyPlan`. Older terms without this field count as with memory, which never
             underestimates epsilon.
         unit: See `PrivacyPlan`.
+        record: How far one record moves the releases, as text (`RecordBound.as_text`); empty for the unit `client`.
     """
 
     trust: str
@@ -42,6 +44,16 @@ class PrivacyTerms:
     cohort_size: int
     client_memory: bool = True
     unit: str = "client"
+    record: str = ""
+
+    @property
+    def record_bound(self) -> RecordBound | None:
+        """How far one record moves the releases; None for the unit `client`.
+
+        Raises:
+            UserError: If the text is not a record of that.
+        """
+        return RecordBound.read(self.record) if self.record else None
 
     @property
     def trust_rules(self) -> Trust | None:
@@ -77,6 +89,7 @@ class PrivacyTerms:
             noise_multiplier=self.noise_multiplier,
             client_memory=self.client_memory,
             unit=self.unit,
+            record=self.record_bound,
         )
 
 
@@ -92,6 +105,7 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
     if plan is not None:
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}
         facts["trust"] = plan.trust if plan.private else NO_PROMISE
+        facts["record"] = "" if plan.record is None else plan.record.as_text()
     return {
         **facts,
         "rounds": rounds,

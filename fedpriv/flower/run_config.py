@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedpriv.engines import Population
 from fedpriv.errors import UserError
@@ -41,14 +40,14 @@ class RunConfig:
     out: str = ""
 
     @classmethod
-    def of(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any] | None = None) -> "RunConfig":
+    def of(cls, run_config: Mapping[str, object], node_config: Mapping[str, object] | None = None) -> "RunConfig":
         """Read it from a Flower context; a node may override `data-root` and `device`."""
         both = {**run_config, **{k: v for k, v in (node_config or {}).items() if k in ("data-root", "device")}}
         keys = {key: key.replace("_", "-") for key in cls.__dataclass_fields__}
         return cls(**{key: str(both[name]) for key, name in keys.items() if name in both})
 
     @classmethod
-    def of_device(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> "RunConfig":
+    def of_device(cls, run_config: Mapping[str, object], node_config: Mapping[str, object]) -> "RunConfig":
         """Read it from the context of a guarded device: only the text of the experiment comes from the server."""
         own = {key.replace("-", "_"): str(node_config[key]) for key in ("data-root", "device") if key in node_config}
         return cls(config_toml=str(run_config.get("config-toml", "")), **own)

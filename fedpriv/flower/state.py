@@ -37,7 +37,7 @@ def load_state(context: Context, instructions: ClientInstructions, size: int) ->
     Raises:
         Refusal: If the client has no state from the last round in which its message counted.
     """
-    fresh = instructions.method.init_client(size)
+    fresh = instructions.rules.init_client(size)
     if not fresh._fields:
         return fresh
     _, fields = _settled(context, instructions)

@@ -3,20 +3,24 @@
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fedpriv.streams import Streams
+from fedpriv.vectors import State
 
 __all__ = ["Mechanism", "MechanismState", "NoState"]
 
-# A NamedTuple of vectors `[params]` or numbers `[1]`, possibly none. Its names differ from methods' and optimizers'.
-MechanismState = Any
+MechanismState = State
+"""Its names differ from those of methods' and optimizers' states."""
+
+StateT = TypeVar("StateT", bound=State, default=Any)
 
 
 class NoState(NamedTuple):
     """The state of a mechanism with independent rounds."""
 
 
-class Mechanism(Protocol):
+class Mechanism(Protocol[StateT]):
     """A frozen dataclass that adds noise to the sum of each round's messages, at the server.
 
     Its state is part of the server's state: it is saved and restored with it, and kept if memories are reset. Noise
@@ -28,13 +32,11 @@ class Mechanism(Protocol):
         """Standard deviation of the noise on one round's sum, per coordinate; 0 for none."""
         ...
 
-    def init(self, size: int) -> MechanismState:
+    def init(self, size: int) -> StateT:
         """Return the state before the first round; `size` is d."""
         ...
 
-    def noise(
-        self, state: MechanismState, total: Tensor, streams: Streams, round: int
-    ) -> tuple[Tensor, MechanismState]:
+    def noise(self, state: StateT, total: Tensor, streams: Streams, round: int) -> tuple[Tensor, StateT]:
         """Return the sum with the round's noise on it, and the new state.
 
         The noise is not returned separately, because it is rounded together with the sum (`fedpriv.mechanisms.noise`).

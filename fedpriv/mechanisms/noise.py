@@ -26,6 +26,7 @@ from fedpriv.streams import Purpose, Streams
 
 __all__ = [
     "Gaussian",
+    "StepNoise",
     "max_level",
     "release_clients_sum",
     "release_message",
@@ -149,6 +150,27 @@ def release_rows(
     """Return `release_message` of each row of `[clients, params]`."""
     rows = zip(messages, clients, strict=True)
     return torch.stack([release_message(streams, stddev, level, row, round, client) for row, client in rows])
+
+
+class StepNoise:
+    """The noise of one client's local steps in one round: independent for each step, on the grid of releases.
+
+    Args:
+        streams: Source of randomness.
+        stddev: Standard deviation of the noise in each coordinate, above 0.
+        round: The round, from 1.
+        client: Id of the client.
+    """
+
+    def __init__(self, streams: Streams, stddev: float, round: int, client: int) -> None:
+        self._source = streams.source(Purpose.STEP_NOISE, round, client)
+        self._stddev = stddev
+
+    def release(self, total: Tensor) -> Tensor:
+        """Return the sum of a step's bounded gradients with its noise; float64 `[params]`, multiples of the grid."""
+        exact, grid = total.detach().cpu().double().numpy(), release_grid(self._stddev)
+        levels = rounded_noise(exact, self._stddev, self._source, grid)
+        return torch.as_tensor(levels.astype(np.float64) * grid, device=total.device)
 
 
 def _released(

@@ -4,33 +4,41 @@ from fedpriv.methods.alpha_normec import AlphaNormEC
 from fedpriv.methods.base import (
     METHODS,
     ClientState,
+    ClientStateT,
+    LostMemory,
     Method,
     PlainMethod,
     ServerState,
+    ServerStateT,
     feedback_of,
     has_memory,
     server_step,
 )
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.dp_fedavg import DPFedAvg
+from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
+    "DPGD",
     "METHODS",
     "SERVER_OPTIMIZERS",
     "AlphaNormEC",
     "ClientState",
+    "ClientStateT",
     "Clip21",
     "DPFedAvg",
     "FedAlphaNormEC",
+    "LostMemory",
     "Method",
     "NormalizedSGD",
     "PlainMethod",
     "ServerOptimized",
     "ServerOptimizer",
     "ServerState",
+    "ServerStateT",
     "feedback_of",
     "has_memory",
     "optimized",

@@ -37,7 +37,7 @@ from fedpriv.bounding import SmoothedNormalization
 from fedpriv.checks import require_fraction, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
-from fedpriv.methods.base import PlainMethod, Row, direction
+from fedpriv.methods.base import LostMemory, PlainMethod, Row, direction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
 
@@ -111,7 +111,7 @@ class AlphaNormEC(PlainMethod):
         return Feedback(bounded=self.bounded, beta=self.beta, damping=self.damping, sent=self.memory == "sent")
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """With damping, the server's copy of a lost memory fades by (1 - lambda) per round; otherwise it stays."""
         return "start-afresh" if self.damping >= _FADES else "re-base"
 

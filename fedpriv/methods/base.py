@@ -4,31 +4,37 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.feedback import Feedback, Release
 from fedpriv.plugins import Registry
-from fedpriv.vectors import norm
+from fedpriv.vectors import ServerState, State, norm
 
 __all__ = [
     "METHODS",
     "ClientState",
+    "ClientStateT",
+    "LostMemory",
     "Method",
     "PlainMethod",
     "Row",
     "ServerState",
+    "ServerStateT",
     "direction",
     "feedback_of",
     "has_memory",
     "server_step",
 ]
 
+ClientState = State
+"""A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it for any method."""
 
-# A NamedTuple of tensors `[..., any]`, possibly none: engines stack, index and store it for any method.
-ClientState = Any
+ClientStateT = TypeVar("ClientStateT", bound=ClientState, default=Any)
+ServerStateT = TypeVar("ServerStateT", bound=ServerState, default=Any)
 
-# A NamedTuple of vectors `[params]` or numbers `[1]`; its field `model` is the model x.
-ServerState = Any
+LostMemory = Literal["start-afresh", "re-base"]
+"""The action of a deployment if a client has lost its state; see `Method.lost_memory`."""
 
 
 class Row(NamedTuple):
@@ -40,8 +46,10 @@ class Row(NamedTuple):
     source: str = "-"
 
 
-class Method(Protocol):
+class Method(Protocol[ClientStateT, ServerStateT]):
     """A frozen dataclass of hyperparameters with the two rules of a paper.
+
+    Its parameters are the NamedTuples of a client's and of the server's state; `Method` alone is one with any states.
 
     Rules are pure: they use no randomness, input or output, and change no argument. They act on the last axis, so
     `[params]` is one client and `[clients, params]` a cohort.
@@ -63,7 +71,7 @@ class Method(Protocol):
         ...
 
     @property
-    def client_part(self) -> "Method":
+    def client_part(self) -> "Method[ClientStateT]":
         """The method that clients run, without any server optimizer around it."""
         ...
 
@@ -83,7 +91,7 @@ class Method(Protocol):
         ...
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """The action of a deployment if a client has lost its state.
 
         `start-afresh`: only that client's state is reset; correct if the server's copy of the lost state fades, or if
@@ -92,21 +100,21 @@ class Method(Protocol):
         """
         ...
 
-    def init_client(self, size: int) -> ClientState:
+    def init_client(self, size: int) -> ClientStateT:
         """Return the state of a client that has never taken part; independent of its data. `size` is d."""
         ...
 
-    def init_server(self, model: Tensor) -> ServerState:
+    def init_server(self, model: Tensor) -> ServerStateT:
         """Return the server's state before the first round, from the model `[params]`."""
         ...
 
     def client_rule(
         self,
-        state: ClientState,
+        state: ClientStateT,
         signal: Tensor,
         release: Release | None,
         round: int,
-    ) -> tuple[Tensor, ClientState]:
+    ) -> tuple[Tensor, ClientStateT]:
         """Return the message and the new state.
 
         Args:
@@ -118,7 +126,9 @@ class Method(Protocol):
         """
         ...
 
-    def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ServerState]:
+    def server_rule(
+        self, state: ServerStateT, mean_message: Tensor, sampling_prob: float
+    ) -> tuple[Tensor, ServerStateT]:
         """Return the direction d `[params]`, against which `server_step` moves the model, and the new state.
 
         Args:
@@ -158,7 +168,9 @@ class PlainMethod:
         return False
 
 
-def server_step(method: Method, state: ServerState, mean_message: Tensor, sampling_prob: float) -> ServerState:
+def server_step(
+    method: Method[Any, ServerStateT], state: ServerStateT, mean_message: Tensor, sampling_prob: float
+) -> ServerStateT:
     """Return the server's next state: its rule's new memory, and x <- x - gamma d.
 
     No other code moves a model. Arguments are those of `Method.server_rule`.
@@ -167,7 +179,8 @@ def server_step(method: Method, state: ServerState, mean_message: Tensor, sampli
     if direction.shape != state.model.shape:
         given, expected = list(direction.shape), list(state.model.shape)
         raise ValueError(f"{method}: a direction of shape {given} for a model of {expected}")
-    return after._replace(model=state.model - method.server_lr * direction.to(state.model.dtype))
+    moved = state.model - method.server_lr * direction.to(state.model.dtype)
+    return after._replace(model=moved)  # pyright: ignore[reportPrivateUsage]
 
 
 METHODS: Registry[Method] = Registry(
@@ -178,6 +191,7 @@ METHODS: Registry[Method] = Registry(
         "normalized-sgd": "fedpriv.methods.normalized_sgd:NormalizedSGD",
         "clip21": "fedpriv.methods.clip21:Clip21",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
+        "dp-gd": "fedpriv.methods.dp_gd:DPGD",
     },
     protocol=Method,
     group="fedpriv.methods",
@@ -204,7 +218,7 @@ def feedback_of(method: Method) -> Feedback | None:
 
 def has_memory(method: Method) -> bool:
     """Return True if clients keep a state from round to round."""
-    return bool(method.init_client(0)._fields)
+    return len(method.init_client(0)) > 0
 
 
 def direction(vector: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ is gradient descent from then on.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
 from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
-from fedpriv.methods.base import PlainMethod, Row
+from fedpriv.methods.base import LostMemory, PlainMethod, Row
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
 
@@ -76,7 +76,7 @@ class Clip21(PlainMethod):
         return Feedback(bounded=self.bounded, beta=1.0)
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """`re-base`: the server's memory would contain the lost one forever."""
         return "re-base"
 

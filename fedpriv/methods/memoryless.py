@@ -1,11 +1,12 @@
 """The two rules that all methods without memory share: m_i = B(u_i) + z_i, x <- x - gamma mean_i m_i."""
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from fedpriv.bounding import IN_PLACE, Bounded
 from fedpriv.feedback import Feedback, Release, sent_message
-from fedpriv.methods.base import PlainMethod
+from fedpriv.methods.base import LostMemory, PlainMethod
 
 __all__ = ["Memoryless", "ModelOnly", "NoMemory"]
 
@@ -22,19 +23,20 @@ class ModelOnly(NamedTuple):
 
 class _Hyperparameters(Protocol):
     @property
-    def bounded(self) -> Any: ...
+    def bounded(self) -> Bounded: ...
 
 
 class Memoryless(PlainMethod):
     """Rules for a frozen dataclass with `bounded` and `server_lr`; d is the mean message."""
 
     @property
-    def feedback(self: _Hyperparameters) -> Feedback:
-        """The client rule as parameters."""
-        return Feedback(bounded=self.bounded, beta=None)
+    def feedback(self: _Hyperparameters) -> Feedback | None:
+        """The client rule as parameters; None for a map without a form in place."""
+        bounded = self.bounded
+        return Feedback(bounded=bounded, beta=None) if isinstance(bounded, IN_PLACE) else None
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """`start-afresh`: nothing is lost."""
         return "start-afresh"
 

@@ -29,17 +29,18 @@ step is near gamma m / (its standard deviation), for any data. Unlike in the pap
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from fedpriv.bounding import Bounded
 from fedpriv.checks import real_within, require_fraction
 from fedpriv.feedback import Feedback, Release
-from fedpriv.methods.base import ClientState, Method, Row, ServerState
+from fedpriv.methods.base import ClientStateT, LostMemory, Method, Row, ServerState
 from fedpriv.plugins import Registry
-from fedpriv.vectors import joined, parted
+from fedpriv.vectors import State, joined, parted, rebuilt
 
 __all__ = [
     "SERVER_OPTIMIZERS",
@@ -60,17 +61,20 @@ MAX_TAU = 1e20
 """Above this, steps are too short for float32."""
 
 
-class ServerOptimizer(Protocol):
+OptimizerStateT = TypeVar("OptimizerStateT", bound=State, default=Any)
+
+
+class ServerOptimizer(Protocol[OptimizerStateT]):
     """A frozen dataclass of hyperparameters with one rule, pure and coordinate by coordinate."""
 
-    def init(self, model: Tensor) -> Any:
+    def init(self, model: Tensor) -> OptimizerStateT:
         """Return the state before the first round: a NamedTuple of zeros, `[params]` or `[1]`, named `optimizer_...`.
 
         Names must differ from those of all methods' states.
         """
         ...
 
-    def step(self, state: Any, direction: Tensor) -> tuple[Tensor, Any]:
+    def step(self, state: OptimizerStateT, direction: Tensor) -> tuple[Tensor, OptimizerStateT]:
         """Return the new direction `[params]` from a method's, and the new state, both float64."""
         ...
 
@@ -214,7 +218,7 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerOptimized:
+class ServerOptimized(Generic[ClientStateT]):
     """A method with a server optimizer: the server transforms the method's direction; clients are unaffected.
 
     Its server state is the method's state followed by the optimizer's.
@@ -226,11 +230,11 @@ class ServerOptimized:
 
     row: ClassVar[Row] = Row("the method's", memory="the method's", server="momentum, Adam, Yogi or Adagrad")
 
-    method: Method
+    method: Method[ClientStateT]
     optimizer: ServerOptimizer
 
     @property
-    def client_part(self) -> Method:
+    def client_part(self) -> Method[ClientStateT]:
         """The method's client part."""
         return self.method.client_part
 
@@ -260,11 +264,11 @@ class ServerOptimized:
         return self.method.needs_client_noise
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """The method's. The optimizer's memory holds only released values, and is reset with the server's."""
         return self.method.lost_memory
 
-    def init_client(self, size: int) -> ClientState:
+    def init_client(self, size: int) -> ClientStateT:
         """Return the method's state."""
         return self.method.init_client(size)
 
@@ -274,11 +278,11 @@ class ServerOptimized:
 
     def client_rule(
         self,
-        state: ClientState,
+        state: ClientStateT,
         signal: Tensor,
         release: Release | None,
         round: int,
-    ) -> tuple[Tensor, ClientState]:
+    ) -> tuple[Tensor, ClientStateT]:
         """See `Method.client_rule`; the method's rule."""
         return self.method.client_rule(state, signal, release, round)
 
@@ -287,12 +291,12 @@ class ServerOptimized:
         nothing = state.model[:0]
         own, past = parted(state, self.method.init_server(nothing), self.optimizer.init(nothing))
         direction, own = self.method.server_rule(own, mean_message, sampling_prob)
-        direction, after = self.optimizer.step(type(past)(*(each.double() for each in past)), direction.double())
-        kept = type(past)(*(new.to(old.dtype) for new, old in zip(after, past, strict=True)))
+        direction, after = self.optimizer.step(rebuilt(past, (each.double() for each in past)), direction.double())
+        kept = rebuilt(past, (new.to(old.dtype) for new, old in zip(after, past, strict=True)))
         return direction, joined(own, kept)
 
 
-def optimized(method: Method, optimizer: ServerOptimizer | None) -> Method:
+def optimized(method: Method[ClientStateT], optimizer: ServerOptimizer | None) -> Method[ClientStateT]:
     """Return the method with an optimizer at its server; the method itself for None."""
     return method if optimizer is None else ServerOptimized(method=method, optimizer=optimizer)
 

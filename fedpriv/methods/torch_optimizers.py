@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import ClassVar, SupportsFloat, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from fedpriv.errors import UserError
 from fedpriv.plugins import line_of, settings_of
-from fedpriv.vectors import named_fields
+from fedpriv.vectors import State, named_fields, rebuilt
 
 __all__ = ["TorchOptimizer"]
 
@@ -26,6 +26,10 @@ _KEY = "server.optimizer"
 _ROUNDS = "optimizer_rounds"
 # Rounds and coordinates of the trial that shows what an optimizer keeps and depends on.
 _TRIED, _SIZE = 24, 4
+
+# What an optimizer keeps of each parameter, by name.
+_Kept = Tensor | SupportsFloat
+_Memory = dict[nn.Parameter, dict[str, _Kept | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class TorchOptimizer:
     asked: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def of(found: Any, where: str, name: str) -> "type[TorchOptimizer]":
+    def of(found: object, where: str, name: str) -> "type[TorchOptimizer]":
         """Return the settings of an optimizer's class; see `fedpriv.plugins.Registry`."""
         if not (inspect.isclass(found) and issubclass(found, Optimizer)):
             remedy = "Name a subclass of torch.optim.Optimizer"
@@ -67,23 +71,23 @@ class TorchOptimizer:
             got = "one that looks at the parameters, such as by weight decay"
             raise UserError(_KEY, expected, got, remedy)
 
-    def init(self, model: Tensor) -> Any:
+    def init(self, model: Tensor) -> State:
         """Return the state before the first round; see `ServerOptimizer.init`."""
         made = (model.new_zeros(1 if self._kept[name] else len(model)) for name in self._kept)
         return named_fields((*self._kept, _ROUNDS))(*made, model.new_zeros(1))
 
-    def step(self, state: Any, direction: Tensor) -> tuple[Tensor, Any]:
+    def step(self, state: State, direction: Tensor) -> tuple[Tensor, State]:
         """Return the direction of the optimizer's step; see `ServerOptimizer.step`."""
         if not len(direction):
             return direction, state
-        begun = bool(state[-1] > 0)
+        *kept, rounds = state
         at, optimizer = self._made(torch.zeros_like(direction))
-        if begun:
-            self._put(optimizer, at, state._asdict())
+        if bool(rounds > 0):
+            self._put(optimizer, at, dict(zip(self._kept, kept, strict=True)))
         at.grad = direction.clone()
         optimizer.step()
         after = _read(optimizer, at)
-        return -at.detach(), type(state)(*(_vector(after[name]) for name in self._kept), state[-1] + 1.0)
+        return -at.detach(), rebuilt(state, (*(_vector(after[name]) for name in self._kept), rounds + 1.0))
 
     @cached_property
     def _kept(self) -> dict[str, bool]:
@@ -107,7 +111,7 @@ class TorchOptimizer:
 
     def _put(self, optimizer: Optimizer, at: nn.Parameter, kept: Mapping[str, Tensor]) -> None:
         """Give an optimizer what it has kept."""
-        own = cast(dict[Any, Any], optimizer.state)[at] = {}
+        own = cast(_Memory, optimizer.state)[at] = {}
         for name in self._kept:
             where, key = _place(name)
             value = kept[name].clone()
@@ -118,7 +122,7 @@ class TorchOptimizer:
 
     def _trial(self, directions: Tensor) -> Tensor:
         """The steps `[rounds, params]` by `step`."""
-        state: Any = self.init(directions[0])
+        state = self.init(directions[0])
         found: list[Tensor] = []
         for direction in directions:
             step, state = self.step(state, direction)
@@ -136,9 +140,9 @@ class TorchOptimizer:
         return torch.stack(found)
 
 
-def _read(optimizer: Optimizer, at: nn.Parameter) -> dict[str, Any]:
+def _read(optimizer: Optimizer, at: nn.Parameter) -> dict[str, _Kept]:
     """What an optimizer keeps: of the parameter, and numbers of its group that count."""
-    own: Mapping[str, Any] = cast(dict[Any, Any], optimizer.state).get(at, {})
+    own = cast(_Memory, optimizer.state).get(at, {})
     found = {f"optimizer_{key}": value for key, value in own.items() if value is not None}
     group = optimizer.param_groups[0]
     return found | {f"optimizer_group_{key}": group[key] for key in ("step", "k", "t") if key in group}
@@ -149,6 +153,6 @@ def _place(name: str) -> tuple[str, str]:
     return ("group", rest.removeprefix("group_")) if rest.startswith("group_") else ("state", rest)
 
 
-def _vector(value: Any) -> Tensor:
+def _vector(value: _Kept) -> Tensor:
     made = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
     return made.reshape(1) if made.dim() == 0 else made

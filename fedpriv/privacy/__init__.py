@@ -2,6 +2,7 @@
 
 from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.reading import read_plan
+from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
@@ -19,10 +20,12 @@ __all__ = [
     "Central",
     "DataFacts",
     "Everyone",
+    "ExampleTerms",
     "FixedSize",
     "Local",
     "Poisson",
     "PrivacyPlan",
+    "RecordBound",
     "Sampling",
     "Scheduled",
     "Shares",

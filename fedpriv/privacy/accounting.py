@@ -47,7 +47,19 @@ from fedpriv.version import __version__
 if TYPE_CHECKING:
     import dp_accounting
 
-__all__ = ["Bound", "Releases"]
+__all__ = [
+    "GAUSSIAN",
+    "MAX_HIDING_NOISE",
+    "MAX_TARGET",
+    "NO_NOISE",
+    "PLD",
+    "Bound",
+    "Direction",
+    "Releases",
+    "narrow",
+    "noise_by_moments",
+    "sampled_epsilon",
+]
 
 PLD = f"PLD (fedpriv {__version__})"
 GAUSSIAN = f"one Gaussian, exactly (fedpriv {__version__})"
@@ -105,9 +117,14 @@ class Releases:
         return 2.0 if self.adjacency == "replace" else 1.0
 
     @property
+    def credits_sampling(self) -> bool:
+        """True if epsilon may rely on secret cohorts; otherwise it follows from one exact mu."""
+        return self.trust.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
+
+    @property
     def pairs(self) -> tuple[Direction, ...]:
         """The orders of neighbors to compose, the worse first; empty if sampling hides no client."""
-        if not self.trust.hides_cohorts or not self.sampling.amplifies(client_memory=self.client_memory):
+        if not self.credits_sampling:
             return ()
         q, stead = self.sampling.hiding_prob, self.sampling.stead
         gone, come, other = Half(q, 1.0 + stead, 1.0), Half(q, stead, 1.0), Half(q, 1.0 + stead, 2.0)
@@ -175,11 +192,12 @@ class Releases:
             raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
         if not self.pairs:
             return enough
-        fewer, factor = _noise_by_moments(self, epsilon, rounds, enough), 1.05
+        fewer = noise_by_moments(self.pairs, self.sensitivity, self.delta, epsilon, rounds, enough)
+        factor = 1.05
         enough = fewer if within(fewer) >= 1.0 else enough
         while within(enough / factor) >= 1.0:
             enough, factor = enough / factor, factor**2
-        return _narrow(within, enough / factor, enough)
+        return narrow(within, enough / factor, enough)
 
     def event(self, noise_multiplier: float) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
         """Return one round as dp-accounting's event and neighboring relation, in the units of the table above.
@@ -223,11 +241,12 @@ def _tightest_bound(releases: Releases, noise_multiplier: float, rounds: int, ho
     noise = min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)
     if noise * MAX_SHIFT < 1.0:
         return whole
-    sampled = _sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
+    sampled = sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
     return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
 
 
-def _sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:
+def sampled_epsilon(pairs: tuple[Direction, ...], noise: float, rounds: int, delta: float, horizon: int) -> float:
+    """Return epsilon of `rounds` rounds, with noise in the unit of the pairs and a grid built for `horizon` rounds."""
     directions, epsilon = _losses(pairs, noise, horizon, delta)
     return epsilon if rounds == horizon else _composed_epsilon(directions, rounds, delta)
 
@@ -298,9 +317,13 @@ def _noise_of_one_gaussian(releases: float, delta: float, epsilon: float) -> flo
     return math.sqrt(releases) / small if small > 0.0 else math.inf
 
 
-def _noise_by_moments(releases: Releases, epsilon: float, rounds: int, enough: float) -> float:
-    """Return roughly the noise multiplier at which moments on a coarse grid prove `epsilon`; at most `enough`."""
-    pairs, delta, in_bounds = releases.pairs, releases.delta, releases.sensitivity
+def noise_by_moments(
+    pairs: tuple[Direction, ...], in_bounds: float, delta: float, epsilon: float, rounds: int, enough: float
+) -> float:
+    """Return roughly the noise multiplier at which moments on a coarse grid prove `epsilon`; at most `enough`.
+
+    `in_bounds` is the sensitivity in the unit of the pairs.
+    """
     cut = _negligible(delta, rounds)
     low, high = max(1e-3 * enough, 1.0 / MAX_SHIFT / in_bounds), enough
     while high > 1.02 * low:
@@ -311,7 +334,7 @@ def _noise_by_moments(releases: Releases, epsilon: float, rounds: int, enough: f
     return high
 
 
-def _narrow(within: Callable[[float], float], too_little: float, enough: float) -> float:
+def narrow(within: Callable[[float], float], too_little: float, enough: float) -> float:
     """Narrow the bracket until 0.05 % of epsilon, or 1e-6 of the noise, is left; return its safe end.
 
     Interpolation (log noise against log epsilon, nearly a line) and bisection alternate.

@@ -20,6 +20,7 @@ from fedpriv.privacy.unit import ADJACENCIES, unit_of
 # The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
 if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound, Releases
+    from fedpriv.privacy.records import RecordBound, RecordReleases
 
 __all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
 
@@ -52,7 +53,8 @@ class PrivacyPlan:
         l2_bound: Bound B on the l2 norm of one message.
         noise_multiplier: Standard deviation of the noise over `l2_sensitivity`; 0 guarantees nothing.
         client_memory: True if clients keep a state from round to round; see `accounting.Releases`.
-        unit: The unit of protection; only `client` for now.
+        unit: The unit of protection: `client`, or `example` for a single record of a client.
+        record: How far one record moves the releases; None unless `unit` is `example`.
 
     Formal guarantee: let every message have norm at most `l2_bound`, and let noise of `noise_stddev` per coordinate be
     added to the sum (trust central) or to every message (trust local). Then the adversary's view of all rounds is
@@ -68,10 +70,16 @@ class PrivacyPlan:
     noise_multiplier: float
     client_memory: bool = True
     unit: str = "client"
+    record: "RecordBound | None" = None
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
-        self.sampling.check_neighbors(self.adjacency)
+        if (self.unit == "example") != (self.record is not None):
+            raise ValueError(f"unit {self.unit!r} with the record bound {self.record}")
+        if self.record is None:
+            self.sampling.check_neighbors(self.adjacency)
+        else:
+            self.record.check_rounds(self.rounds)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
         if not is_real(self.noise_multiplier, 0.0, MAX_NOISE):
             expected = f"a number from 0 to {MAX_NOISE:g}"
@@ -83,8 +91,20 @@ class PrivacyPlan:
         return trust_of(self.trust)
 
     @property
-    def releases(self) -> "Releases":
+    def releases(self) -> "Releases | RecordReleases":
         """The plan's releases, for the accountant."""
+        if self.record is not None:
+            from fedpriv.privacy.records import RecordReleases
+
+            return RecordReleases(
+                trust=self.trust_rules,
+                adjacency=self.adjacency,
+                sampling=self.sampling,
+                delta=self.delta,
+                record=self.record,
+                rounds=self.rounds,
+                client_memory=self.client_memory,
+            )
         from fedpriv.privacy.accounting import Releases
 
         return Releases(
@@ -97,13 +117,23 @@ class PrivacyPlan:
 
     @property
     def l2_sensitivity(self) -> float:
-        """Maximum change of a sum of messages due to one client: B for add-or-remove, 2 B for replace."""
+        """Maximum change of a sum of messages due to one client: B for add-or-remove, 2 B for replace.
+
+        For the unit `example`, it may be that of all rounds, or of a local step: see `RecordBound.sensitivity`.
+        """
+        if self.record is not None:
+            return self.record.sensitivity(self.adjacency, max(self.rounds, 1))
         return self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation per coordinate, on the sum (trust central) or on each message (trust local)."""
+        """Standard deviation per coordinate: on the sum (trust central), on each message (local) or on each step."""
         return self.noise_multiplier * self.l2_sensitivity
+
+    @property
+    def message_stddev(self) -> float:
+        """Standard deviation of the noise on the sum, or on each message; 0 if local steps have the noise."""
+        return 0.0 if self.record is not None and self.record.route == "steps" else self.noise_stddev
 
     @property
     def release_grid(self) -> float | None:
@@ -168,7 +198,7 @@ class PrivacyPlan:
         _check_numbers(rounds, self.delta, self.l2_bound)
         if self._credits_sampling:
             return None
-        releases = self.sampling.charge(rounds, each_message=self.trust_rules.shows_messages)
+        releases = self.releases.charged(rounds)
         return Gaussian(self.noise_multiplier).event(moved=1.0, rounds=releases)
 
     @property
@@ -199,7 +229,21 @@ class PrivacyPlan:
         """Return the same mechanism as a plan for `replace`: the same noise over twice the sensitivity."""
         if self.adjacency == "replace":
             return self
-        return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)
+        found = replace(self, adjacency="replace")
+        return replace(found, noise_multiplier=self.noise_stddev / found.l2_sensitivity)
+
+    def of_clients(self) -> "PrivacyPlan | None":
+        """Return the promise of the same noise to whole clients; None if messages have no noise.
+
+        For the unit `client`, it is the plan itself. Otherwise it is a plan with the default adjacency of the trust.
+        """
+        if self.record is None:
+            return self
+        if self.message_stddev == 0.0:
+            return None
+        adjacency = _default_adjacency(self.trust_rules, self.sampling)
+        found = replace(self, unit="client", record=None, adjacency=adjacency)
+        return replace(found, noise_multiplier=self.noise_stddev / found.l2_sensitivity)
 
     def promises(self, *, thorough: bool = True) -> list[dict[str, Any]]:
         """Return all guarantees of the mechanism, the plan's first; an infinite epsilon is None.
@@ -210,6 +254,9 @@ class PrivacyPlan:
         plans: list[PrivacyPlan] = [self]
         if self.adjacency != "replace" and (thorough or not self._credits_sampling):
             plans.append(self.under_replace())
+        whole = None if self.record is None else self.of_clients()
+        if whole is not None and whole.private and (thorough or not whole._credits_sampling):
+            plans.append(whole)
         return [plan._promise() for plan in plans]
 
     def as_dict(self, *, thorough: bool = False) -> dict[str, Any]:
@@ -240,6 +287,7 @@ class PrivacyPlan:
             "accountant": self.accountant,
             "amplification": self.amplification,
             "client_memory": self.client_memory,
+            **({} if self.record is None else {"record": self.record.as_dict()}),
             "promises": self.promises(thorough=thorough),
             "gaussian_dp_mu": _finite(self.gaussian_dp_mu),
             "zcdp_rho": _finite(self.zcdp_rho),
@@ -249,7 +297,7 @@ class PrivacyPlan:
     @property
     def _credits_sampling(self) -> bool:
         """True if the accountant may credit sampling. Otherwise epsilon follows from one exact mu."""
-        return self.trust_rules.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
+        return self.releases.credits_sampling
 
     def _promise(self) -> dict[str, Any]:
         return {
@@ -277,14 +325,14 @@ def make_plan(
     epsilon: float | None = None,
     noise_multiplier: float | None = None,
     client_memory: bool = True,
-    unit: str = "client",
+    record: "RecordBound | None" = None,
 ) -> PrivacyPlan:
     """Return a plan for a target epsilon or a noise multiplier.
 
     Args:
         trust: See `PrivacyPlan`.
-        adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local or a timeline decides who counts
-            (`Scheduled`), and otherwise for `add-or-remove`.
+        adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local, if the unit is `example` or if a
+            timeline decides who counts (`Scheduled`), and otherwise for `add-or-remove`.
         sampling: See `PrivacyPlan`.
         rounds: See `PrivacyPlan`.
         delta: See `PrivacyPlan`.
@@ -292,7 +340,7 @@ def make_plan(
         epsilon: Target after all rounds, finite and above 0; met within 1 % and never exceeded.
         noise_multiplier: See `PrivacyPlan`; set exactly one of `noise_multiplier` and `epsilon`.
         client_memory: See `PrivacyPlan`; True is always safe.
-        unit: See `PrivacyPlan`.
+        record: See `PrivacyPlan`; the unit is `example` if it is given.
 
     Raises:
         UserError: If the plan is not valid, or uses an option that is not offered yet.
@@ -303,14 +351,15 @@ def make_plan(
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
     plan = PrivacyPlan(
         trust=trust,
-        adjacency=adjacency or _default_adjacency(trust_of(trust), sampling),
+        adjacency=adjacency or ("replace" if record else _default_adjacency(trust_of(trust), sampling)),
         sampling=sampling,
         rounds=rounds,
         delta=delta,
         l2_bound=l2_bound,
         noise_multiplier=0.0 if noise_multiplier is None else noise_multiplier,
         client_memory=client_memory,
-        unit=unit,
+        unit="client" if record is None else "example",
+        record=record,
     )
     if noise_multiplier is not None:
         return plan

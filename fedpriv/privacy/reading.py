@@ -5,6 +5,7 @@ from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.sampling import read_sampling
 
 __all__ = ["read_plan"]
@@ -39,6 +40,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             noise_multiplier=table["noise_multiplier"],
             client_memory=table.get("client_memory", True),
             unit=table.get("unit", "client"),
+            record=RecordBound.read(table["record"]) if "record" in table else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore the file, or move the run to another folder"

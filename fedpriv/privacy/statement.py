@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import signal_warning
@@ -198,7 +199,8 @@ def privacy_statement(
         _fill(unit.neighbors[plan.adjacency]),
         _fill(_cohorts(plan)),
         *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if simulated.clock else []),
-        _fill(_mechanism(plan)),
+        _fill(_mechanism(plan) if plan.record is None else _mechanism_of_records(plan, plan.record)),
+        *([] if plan.record is None else [_fill(_whole_clients(plan))]),
         *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed),
@@ -251,10 +253,12 @@ def _listed(title: str, items: Sequence[str]) -> str:
 def _promise(plan: PrivacyPlan) -> str:
     epsilon, against = rounded_up(plan.epsilon), "the adversary below"
     weak = ""
-    if plan.delta >= 1.0 / plan.sampling.population:
+    units = plan.sampling.population * (1 if plan.record is None else plan.record.terms.examples)
+    if plan.delta >= 1.0 / units:
+        one = unit_of(plan.unit).one
         weak = (
-            f" WARNING: delta is at least 1 / clients ({1.0 / plan.sampling.population:.2g}): such a delta would also "
-            "allow one client's data to be released outright."
+            f" WARNING: delta is at least 1 / {one}s ({1.0 / units:.2g}): such a delta would also allow one {one}'s "
+            "data to be released outright."
         )
     return (
         f"Promise: against {against}, the run is (epsilon, delta)-differentially private with epsilon = {epsilon} at "
@@ -287,6 +291,60 @@ def _mechanism(plan: PrivacyPlan) -> str:
         f"{plan.noise_stddev:.6g} per coordinate is added to {plan.trust_rules.noised} ({plan.noise_multiplier:.6g} "
         f"times the sensitivity), in {plan.rounds} {sampling.turns}. {_grid(plan)} Sums are divided by "
         f"{sampling.divisor}."
+    )
+
+
+_ROUTES = {
+    "memory": "Clients remember their messages without noise, so an example of one round also changes later messages. "
+    "Over all {rounds} rounds, one example moves a client's messages together by at most {sensitivity:g} (Euclidean "
+    "norm). Gaussian noise of standard deviation {stddev:.6g} per coordinate is added to {noised}: {multiplier:.6g} "
+    "times that sensitivity.",
+    "fresh": "One example moves a message by at most {sensitivity:g}. Gaussian noise of standard deviation "
+    "{stddev:.6g} per coordinate is added to {noised} ({multiplier:.6g} times the sensitivity), in {rounds} {turns}.",
+    "steps": "In each of {steps} local steps, Gaussian noise of standard deviation {stddev:.6g} per coordinate is "
+    "added to the sum of bounded gradients, before the division: {multiplier:.6g} times the sensitivity "
+    "{sensitivity:g} of the sum. Everything after that, including the message, is computed from the noised sums.",
+}
+
+_BATCHES = (
+    " Each example is in a batch with probability {rate:g}, by a secret coin of its own, and sums are divided by the "
+    "expected size of the batch, never by the actual one. Epsilon relies on the adversary not knowing the batches."
+)
+
+
+def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
+    terms = record.terms
+    how = "clipped" if terms.normalization is None else "smoothly normalized"
+    whose = (
+        f"{terms.examples}, a public number"
+        if terms.declared
+        else f"the client's number of examples, which is public ({terms.examples} for the client with the fewest)"
+    )
+    found = (
+        f"Mechanism: the gradient of each example is {how} to a norm of at most {terms.bound:g}; a gradient that is "
+        f"not finite counts as zero. The sum of a client's gradients is divided by {whose}."
+    )
+    numbers = {"rounds": plan.rounds, "sensitivity": plan.l2_sensitivity, "stddev": plan.noise_stddev}
+    numbers |= {"noised": plan.trust_rules.noised, "multiplier": plan.noise_multiplier, "steps": terms.steps}
+    found += " " + _ROUTES[record.route].format(**numbers, turns=plan.sampling.turns)
+    found += _BATCHES.format(rate=terms.rate) if terms.rate < 1.0 else ""
+    if plan.amplification:
+        found += (
+            " Sampling of clients counts only the rounds of a client: a secret cohort does not hide a single example, "
+            "because the client's other examples show whether it takes part."
+        )
+    return f"{found} {_grid(plan)} Sums of messages are divided by {plan.sampling.divisor}."
+
+
+def _whole_clients(plan: PrivacyPlan) -> str:
+    """Return the promise of the same noise to whole clients."""
+    whole = plan.of_clients()
+    if whole is None or not whole.private:
+        return "Whole clients: nothing is promised for all examples of a client together."
+    return (
+        f"Whole clients: the same noise also promises epsilon = {rounded_up(whole.epsilon)} at delta = {plan.delta:g} "
+        f"for all examples of a client together ({whole.adjacency}), against the same adversary. Above 10 or so, such "
+        "an epsilon means little: facts about a client as a whole may show."
     )
 
 

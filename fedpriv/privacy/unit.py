@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 
-__all__ = ["ADJACENCIES", "UNITS", "Client", "Unit", "unit_of"]
+__all__ = ["ADJACENCIES", "UNITS", "Client", "Example", "Unit", "unit_of"]
 
 ADJACENCIES = ("add-or-remove", "replace")
 """The ways in which two neighboring populations differ; see `Unit.neighbors`."""
@@ -52,7 +52,32 @@ class Client:
         return f"Unit: one client, that is, all of its data in all of its {rounds} rounds together."
 
 
-UNITS: Registry[Unit] = Registry("unit", {"client": Client})
+@dataclass(frozen=True)
+class Example:
+    """A single record of a client, in all rounds."""
+
+    name: ClassVar[str] = "example"
+    one: ClassVar[str] = "example"
+    neighbors: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "add-or-remove": "Neighbors (add-or-remove): two populations of the same clients that differ in one "
+            "example of one client, which is present in one of them and absent in the other. The number that sums are "
+            "divided by is public, and the same in both.",
+            "replace": "Neighbors (replace): two populations of the same clients that differ in the content of one "
+            "example of one client. The number of examples of each client is public, and the same in both.",
+        }
+    )
+
+    def over(self, rounds: int) -> str:
+        """See `Unit.over`."""
+        return (
+            f"Unit: one example, that is, one row of one client's data, in all of the {rounds} rounds together. The "
+            "adversary may know all other examples of the client. A person with several rows, or whose row is held by "
+            "several clients, is protected less: the epsilons of the rows add up."
+        )
+
+
+UNITS: Registry[Unit] = Registry("unit", {"client": Client, "example": Example})
 
 
 def unit_of(name: str) -> Unit:
@@ -61,9 +86,6 @@ def unit_of(name: str) -> Unit:
     Raises:
         UserError: If there is none.
     """
-    if name == "example":
-        remedy = 'Not offered yet: use unit = "client", which protects all examples of a client together'
-        raise UserError("privacy.unit", '"client"', '"example"', remedy)
     if name not in UNITS:
         raise UserError("privacy.unit", "a known name", repr(name), nearest(str(name), UNITS))
     return UNITS[name]()

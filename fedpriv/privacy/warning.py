@@ -43,7 +43,11 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
     """
     expected, population = plan.sampling.expected_size, plan.sampling.population
     trust = plan.trust_rules
-    ratio = plan.noise_stddev * math.sqrt(size * trust.noises(expected)) / expected / plan.l2_bound
+    longest = plan.l2_bound if plan.record is None else min(plan.l2_bound, plan.record.terms.bound)
+    stddev = plan.message_stddev
+    if stddev == 0.0 and plan.record is not None:  # of the mean gradient of a step
+        stddev = plan.noise_stddev * plan.record.terms.alone / plan.record.terms.bound
+    ratio = stddev * math.sqrt(size * trust.noises(expected)) / expected / longest
     if ratio <= MAX_RATIO:
         return NoiseAgainstSignal(ratio=ratio, clients=None, epsilon=None)
     excess = ratio / MAX_RATIO

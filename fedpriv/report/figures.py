@@ -250,7 +250,7 @@ def _fitted(label: str) -> str:
     return label if len(label) <= 36 else _wrapped(label, 24)
 
 
-def _set_x(axes: Axes, values: "pd.Series[Any]", texts: Sequence[str], quantity: Quantity) -> None:
+def _set_x(axes: Axes, values: pd.Series, texts: Sequence[str], quantity: Quantity) -> None:
     if texts:
         axes.set_xticks(
             range(len(texts)), texts, rotation=30 if len(texts) > 3 else 0, ha="right" if len(texts) > 3 else "center"

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Central, Everyone, PrivacyPlan
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
+from fedpriv.tables import Record
 
 __all__ = ["Group", "Total", "compose", "notes_on", "spent_below"]
 
@@ -59,7 +59,7 @@ class Group:
         runs: Ordered by name; runs without privacy are in every group of their clients.
     """
 
-    clients: dict[str, Any]
+    clients: dict[str, object]
     trust: str | None
     adjacency: str | None
     unit: str | None
@@ -85,7 +85,7 @@ class Group:
         """The clients in words."""
         return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in self.clients.items())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         """Return the group for JSON; an infinite epsilon is None."""
         total, planned = self.total, self.planned.epsilon
         return {

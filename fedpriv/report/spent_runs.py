@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import NOISE_TABLES, with_bare_names
@@ -14,13 +14,15 @@ from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy import PrivacyPlan, read_plan
 from fedpriv.sweeps.files import STOPPED
+from fedpriv.tables import Record
 
 __all__ = ["Run", "finite", "name_of", "read_run"]
 
 # The rounds of real devices, one row each; only deployments have this file.
 _PARTICIPATION = "participation.jsonl"
 
-_STATES = ("finished", "stopped", "unfinished")
+State = Literal["finished", "stopped", "unfinished", "tuning"]
+"""The state of a run, or `tuning` for a tuning that counts as one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,8 @@ class Run:
     """
 
     name: str
-    clients: dict[str, Any]
-    state: str
+    clients: dict[str, object]
+    state: State
     rounds: int
     planned: int
     plan: PrivacyPlan | None
@@ -71,7 +73,7 @@ class Run:
         """Return mu of Gaussian DP after some rounds; None if there is no exact mu or no guarantee."""
         return None if self.plan is None else self.plan.mu_after(rounds)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the run's entry for JSON."""
         epsilon, plan = self.epsilon_after(self.rounds), self.plan
         return {
@@ -119,11 +121,11 @@ def read_run(path: Path, root: Path) -> Run:
         plan=plan,
         noise=None if deployed or plan is None else _noise_of(config),
         scores={row["round"]: row["test_loss"] for row in rows if row["round"] and row.get("test_loss") is not None},
-        draw=flat_tables(config).get("privacy.draw"),
+        draw=config.get("privacy", {}).get("draw"),
     )
 
 
-def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
+def clients_of(config: Record, *, deployed: bool) -> dict[str, object]:
     """Return values that identify a run's clients.
 
     Simulated clients are determined by the whole table `[data]` and the seed. Natural clients of a data set, and real
@@ -137,15 +139,15 @@ def clients_of(config: dict[str, Any], *, deployed: bool) -> dict[str, Any]:
     return {**data, "seed": config["seed"]}
 
 
-def _noise_of(config: dict[str, Any]) -> str:
+def _noise_of(config: Record) -> str:
     """Return the tables and the seed that determine a simulation's noise, as in `Config.noise_id`."""
     tables = with_bare_names({name: config[name] for name in NOISE_TABLES if name in config})
     return json.dumps([tables, config["training"]["rounds"], config["seed"]], sort_keys=True)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> Record:
     try:
-        config = tomllib.loads(path.read_text(encoding="utf-8"))
+        config: Record = tomllib.loads(path.read_text(encoding="utf-8"))
         flat = flat_tables(config)
         missing = [key for key in ("seed", "data.name", "data.partition", "training.rounds") if key not in flat]
     except (OSError, ValueError) as error:
@@ -155,14 +157,13 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _state(directory: RunDirectory) -> str:
-    finished, stopped, unfinished = _STATES
+def _state(directory: RunDirectory) -> State:
     if directory.file("summary.json").exists():
-        return finished
-    return stopped if directory.file(STOPPED).exists() else unfinished
+        return "finished"
+    return "stopped" if directory.file(STOPPED).exists() else "unfinished"
 
 
-def _released(directory: RunDirectory, rows: Sequence[dict[str, Any]]) -> int:
+def _released(directory: RunDirectory, rows: Sequence[Record]) -> int:
     """Return the last recorded round: from a row, even an incomplete one, or a checkpoint."""
     recorded = max((row["round"] for row in rows), default=0)
     file = directory.file("rounds.jsonl")

@@ -3,11 +3,11 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedpriv.checks import folder_name
 from fedpriv.errors import UserError
@@ -16,12 +16,15 @@ from fedpriv.experiment.schema import read_table, refuse_unknown
 from fedpriv.plugins import whole_reference
 from fedpriv.sweeps.stopping import StopRule, read_rule
 from fedpriv.sweeps.tuning import Tuning
+from fedpriv.tables import Table
 
 __all__ = ["Axis", "Sweep", "Trial", "load_sweep"]
 
 # More trials than any real sweep.
 MAX_TRIALS = 100_000
 _ABSENT = object()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +72,13 @@ class Axis:
         """The name in messages."""
         return "+".join(self.keys)
 
-    def changes(self) -> list[dict[str, Any]]:
+    def changes(self) -> list[dict[str, object]]:
         """Return the changes of each trial along the axis."""
-        values: Sequence[Any] = self.values or self._range()
-        rows: list[Any] = list(values) if len(self.keys) > 1 else [[value] for value in values]
+        values = self.values or self._range()
+        rows = (value if len(self.keys) > 1 and isinstance(value, list) else [value] for value in values)
         return [dict(zip(self.keys, row, strict=True)) for row in rows]
 
-    def holds(self, tables: Mapping[str, Any]) -> bool:
+    def holds(self, tables: Table) -> bool:
         """Return True if the axis applies to these tables."""
         wanted = {key: value if isinstance(value, list) else [value] for key, value in self.when.items()}
         return all(_get(tables, key) in accepted for key, accepted in wanted.items())
@@ -120,8 +123,8 @@ class Trial:
         tables: The tables of the trial's config.
     """
 
-    changes: dict[str, Any]
-    tables: dict[str, Any]
+    changes: dict[str, object]
+    tables: dict[str, object]
 
     @cached_property
     def config(self) -> Config:
@@ -148,7 +151,7 @@ class Sweep:
     """
 
     name: str
-    base: dict[str, Any]
+    base: dict[str, object]
     axes: tuple[Axis, ...]
     stop: StopRule | None = None
     tuning: Tuning | None = None
@@ -173,7 +176,7 @@ class Sweep:
         change = {"privacy.draw": draw}
         return Trial({**grid[place].changes, **change}, _changed(grid[place].tables, change))
 
-    def _along(self, changes: dict[str, Any], tables: dict[str, Any], axes: Sequence[Axis]) -> Iterator[Trial]:
+    def _along(self, changes: dict[str, object], tables: dict[str, object], axes: Sequence[Axis]) -> Iterator[Trial]:
         if not axes:
             yield Trial(changes, with_whole_paths(tables, self.folder))
         elif not axes[0].holds(tables):
@@ -195,28 +198,39 @@ def load_sweep(path: Path | str) -> Sweep:
         UserError: If the file is not a valid sweep.
     """
     path = Path(path)
-    tables = _with_whole_references(read_config_file(path), path.parent)
+    tables = {key: _with_whole_references(value, path.parent) for key, value in read_config_file(path).items()}
     if "base" not in tables and "data" in tables:
         raise UserError(str(path), "a sweep", "an experiment", "Use fedpriv run")
     refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
-    for key, kind, example in (("name", str, '"my-sweep"'), ("base", str, '"../quickstart.toml"')):
-        if not isinstance(tables.get(key), kind):
-            raise UserError(key, f"a string such as {example}", repr(tables.get(key)), f"Add {key} to {path}")
-    folder_name("name", tables["name"])
-    for key in ("set", "axis", "stop", "tuning"):
-        kind, words = (list, "tables [[axis]]") if key == "axis" else (dict, "a table")
-        if not isinstance(tables.get(key, kind()), kind):
-            raise UserError(key, words, repr(tables[key]), f"Fix {path}")
-    base = _changed(read_config_file(path.parent / tables["base"]), _leaves(tables.get("set", {})))
-    axes = [_read_axis(number, table) for number, table in enumerate(tables.get("axis", []), 1)]
+    name, base_file = (_text(tables, *key, path) for key in (("name", "my-sweep"), ("base", "../quickstart.toml")))
+    folder_name("name", name)
+    changes = _part(tables, "set", dict, "a table", path)
+    listed = _part(tables, "axis", list, "tables [[axis]]", path)
+    stopping, tuned = (_part(tables, key, dict, "a table", path) for key in ("stop", "tuning"))
+    base = _changed(read_config_file(path.parent / base_file), _leaves(changes))
+    axes = [_read_axis(number, table) for number, table in enumerate(listed, 1)]
     if "seeds" in tables:
         axes.append(Axis(key="seed", values=_seeds(tables["seeds"], base.get("seed"))))
-    stop = read_rule(tables["stop"]) if "stop" in tables else None
-    tuning = read_table(Tuning, tables["tuning"], "tuning") if "tuning" in tables else None
-    return Sweep(name=tables["name"], base=base, axes=tuple(axes), stop=stop, tuning=tuning, folder=path.parent)
+    stop = read_rule(stopping) if "stop" in tables else None
+    tuning = read_table(Tuning, tuned, "tuning") if "tuning" in tables else None
+    return Sweep(name=name, base=base, axes=tuple(axes), stop=stop, tuning=tuning, folder=path.parent)
 
 
-def _with_whole_references(value: Any, folder: Path) -> Any:
+def _text(tables: Table, key: str, example: str, path: Path) -> str:
+    value = tables.get(key)
+    if not isinstance(value, str):
+        raise UserError(key, f'a string such as "{example}"', repr(value), f"Add {key} to {path}")
+    return value
+
+
+def _part(tables: Table, key: str, kind: type[T], words: str, path: Path) -> T:
+    value = tables.get(key, kind())
+    if not isinstance(value, kind):
+        raise UserError(key, words, repr(value), f"Fix {path}")
+    return value
+
+
+def _with_whole_references(value: object, folder: Path) -> object:
     """Return a value of a sweep's file with the file of every `"./file.py:Class"` as an absolute path."""
     if isinstance(value, dict):
         return {key: _with_whole_references(inner, folder) for key, inner in value.items()}
@@ -225,7 +239,7 @@ def _with_whole_references(value: Any, folder: Path) -> Any:
     return whole_reference(value, folder)
 
 
-def _seeds(given: Any, first: Any) -> tuple[int, ...]:
+def _seeds(given: object, first: object) -> tuple[int, ...]:
     if type(given) is int and given >= 1 and type(first) is int:
         return tuple(range(first, first + min(given, MAX_TRIALS + 1)))
     if isinstance(given, list) and given and all(type(seed) is int for seed in given):
@@ -234,7 +248,7 @@ def _seeds(given: Any, first: Any) -> tuple[int, ...]:
     raise UserError("seeds", expected, repr(given), "Write for example seeds = 5, or seeds = [1, 2, 3]")
 
 
-def _read_axis(number: int, table: Any) -> Axis:
+def _read_axis(number: int, table: object) -> Axis:
     if not isinstance(table, dict):
         raise UserError(f"axis {number}", "a table", repr(table), "Write [[axis]], and its keys below it")
     options = dict(table)
@@ -243,7 +257,7 @@ def _read_axis(number: int, table: Any) -> Axis:
     return read_table(Axis, options, f"axis {number}")
 
 
-def _refuse_overwriting(axis: Axis, changes: Mapping[str, Any]) -> None:
+def _refuse_overwriting(axis: Axis, changes: Table) -> None:
     """Raise UserError for an axis that overwrites an earlier one; changing a part of an earlier value is allowed."""
     for key in axis.keys:
         lost = [earlier for earlier in changes if earlier == key or earlier.startswith(f"{key}.")]
@@ -254,15 +268,15 @@ def _refuse_overwriting(axis: Axis, changes: Mapping[str, Any]) -> None:
             )
 
 
-def _leaves(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def _leaves(tables: Table, above: str = "") -> dict[str, object]:
     """Flatten tables to keys by address: TOML reads `training.rounds = 9` and [training] rounds = 9 alike."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in tables.items():
         found |= _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
     return found
 
 
-def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(tables: Table, changes: Table) -> dict[str, object]:
     """Return a copy of `tables` with each `table.key`, or each whole table, replaced, or removed if the value is ""."""
     made = copy.deepcopy(dict(tables))
     for address, value in changes.items():
@@ -280,8 +294,8 @@ def _changed(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return made
 
 
-def _get(tables: Mapping[str, Any], address: str) -> Any:
-    found: Any = tables
+def _get(tables: Table, address: str) -> object:
+    found: object = tables
     for part in address.split("."):
         found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
     return found

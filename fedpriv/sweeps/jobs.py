@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedpriv.errors import UserError
 
@@ -17,8 +17,8 @@ class Job(NamedTuple):
     """A function of a module with its arguments."""
 
     name: str
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Ended:
     """A job ended, with its return value or its error."""
 
     name: str
-    result: Any
+    result: object
 
 
-def call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def call(function: Callable[..., object], arguments: tuple[object, ...]) -> object:
     """Run a job. Return its errors as values with their texts: an exception might not survive pickling."""
     try:
         return function(*arguments)

@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any
 
 from fedpriv.sweeps.jobs import Began, Ended, Job, JobDied
 
@@ -90,7 +89,7 @@ class _Worker:
             return False
         return True
 
-    def answer(self) -> Any:
+    def answer(self) -> object:
         """Return the job's result, or the reason why the process ended."""
         try:
             return self.connection.recv()

@@ -66,7 +66,7 @@ class _Worker:
     def ready(self) -> None:
         """Return once the process runs."""
 
-    def do(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def do(self, function: Callable[..., object], arguments: tuple[object, ...]) -> object:
         """Run one job."""
         return call(function, arguments)
 
@@ -78,7 +78,7 @@ class _Pool:
         self._waiting = waiting
         with quiet():
             self._kind: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Worker)
-        self._asked: dict[Any, tuple[Any, Job | None]] = {}
+        self._asked: dict[ray.ObjectRef, tuple[Any, Job | None]] = {}
         self._failed_starts = 0
 
     def run(self, places: int) -> Iterator[Began | Ended | None]:
@@ -96,7 +96,7 @@ class _Pool:
             worker = self._kind.remote()
             self._asked[worker.ready.remote()] = (worker, None)
 
-    def _take(self, reference: Any) -> list[Began | Ended]:
+    def _take(self, reference: ray.ObjectRef) -> list[Began | Ended]:
         """Handle an answer; gives its worker the next job first."""
         worker, job = self._asked.pop(reference)
         result = _result(reference)
@@ -118,7 +118,7 @@ class _Pool:
         return events
 
 
-def _result(reference: Any) -> Any:
+def _result(reference: ray.ObjectRef) -> object:
     try:
         return ray.get(reference)
     except RayActorError as error:

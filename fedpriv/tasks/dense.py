@@ -5,14 +5,20 @@ ReLU between them, forward and backward are a few products. If clients share a m
 gradients take one batched product, with one batch per client.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DenseLayers"]
+from fedpriv.bounding import InPlace, scales_of
+from fedpriv.vectors import norm
+
+__all__ = ["MAX_EXAMPLES", "DenseLayers", "slopes_of_losses"]
+
+MAX_EXAMPLES = 2**15
+"""Most examples of a client in one call of `DenseLayers.clipped_sums`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,8 @@ class DenseLayers:
         """
         clients, examples = labels.shape[:2]
         layers = list(self._layers(models))
-        outputs = [inputs.reshape(clients, examples, self.shapes[0][1])]
-        for i, (weight, bias) in enumerate(layers):
-            linear = _affine(outputs[-1], weight, bias)
-            outputs.append(linear if i == len(layers) - 1 else linear.relu_())
-        slope = self.slope(outputs.pop(), labels, weights)
+        outputs, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
+        slope = self.slope(logits, labels, weights)
         found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(
             reversed(list(self._layers(found))), reversed(layers), reversed(outputs), strict=True
@@ -68,6 +71,53 @@ class DenseLayers:
             torch.bmm(slope.transpose(1, 2), below, out=weight_part)
             if below is not outputs[0]:
                 slope = (slope @ weight).mul_(below > 0)
+        return found
+
+    def forward(self, layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the inputs `[..., examples, width]` of each layer, and the logits `[..., examples, classes]`.
+
+        Args:
+            layers: Weights `[outputs, inputs]` and biases; for several models at once, with a first axis.
+            inputs: `[..., examples, width]`.
+        """
+        found = [inputs]
+        for i, (weight, bias) in enumerate(layers):
+            linear = _affine(found[-1], weight, bias)
+            found.append(linear if i == len(layers) - 1 else linear.relu_())
+        return found[:-1], found[-1]
+
+    def clipped_sums(self, models: Tensor, inputs: Tensor, labels: Tensor, mask: Tensor, bound: InPlace) -> Tensor:
+        """Return the sums of the clients' bounded gradients, float64 `[clients, params]`.
+
+        Each example's gradient of its cross entropy is bounded by itself; one that is not finite counts as zero. As
+        for one client in `fedpriv.tasks.per_example`, no sum exceeds its bound by more than `SLACK` there.
+
+        Args:
+            models: `[params]` for all clients, or `[clients, params]`.
+            inputs: `[clients, examples, *input_shape]`, at most `MAX_EXAMPLES` examples.
+            labels: `[clients, examples]`.
+            mask: Bool `[clients, examples]`; False for padding.
+            bound: One of `fedpriv.bounding.IN_PLACE`.
+        """
+        clients, examples = labels.shape[:2]
+        if examples > MAX_EXAMPLES:
+            raise ValueError(f"at most {MAX_EXAMPLES} examples of a client at once, {examples} given")
+        layers = list(self._layers(models))
+        below, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
+        slopes = [self.slope(logits, labels, logits.new_ones((clients, examples)))]
+        for (weight, _), values in zip(reversed(layers[1:]), reversed(below[1:]), strict=True):
+            slopes.append((slopes[-1] @ weight).mul_(values > 0))
+        pairs = list(zip(below, reversed(slopes), strict=True))
+        squares = [norm(a, -1, exact=True).square_().add_(1.0) * norm(b, -1, exact=True).square_() for a, b in pairs]
+        norms = torch.stack(squares).sum(0).sqrt_()
+        excluded = ~(mask & torch.isfinite(norms))
+        scales = scales_of(norms, bound).masked_fill_(excluded, 0.0).unsqueeze(-1)
+        found = torch.empty((clients, self.size), dtype=torch.float64, device=inputs.device)
+        for (weight_part, bias_part), pair in zip(self._layers(found), pairs, strict=True):
+            values, slope = (part.double().masked_fill_(excluded.unsqueeze(-1), 0.0) for part in pair)
+            slope.mul_(scales)
+            torch.sum(slope, dim=1, out=bias_part)
+            torch.bmm(slope.transpose(1, 2), values, out=weight_part)
         return found
 
     def slope(self, outputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -106,8 +156,13 @@ def _affine(below: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), below, weight.transpose(1, 2))
 
 
+def slopes_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the derivatives of the cross entropies by the logits, `[..., classes]`, for labels `[...]`."""
+    slopes = torch.softmax(logits, dim=-1)
+    return slopes.scatter_add_(-1, labels.unsqueeze(-1), slopes.new_tensor(-1.0).expand(*labels.shape, 1))
+
+
 def _slope_of_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Return the derivative of the weighted cross entropies by the logits, `[clients, examples, classes]`."""
-    slope = torch.softmax(logits, dim=-1)
-    slope.scatter_add_(-1, labels.unsqueeze(-1), slope.new_full((1, 1, 1), -1.0).expand(*labels.shape, 1))
+    slope = slopes_of_losses(logits, labels)
     return slope.mul_(weights.unsqueeze(-1))

@@ -1,5 +1,6 @@
 """Local work: how a client computes its signal from the model and its data. Methods do not depend on it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -8,18 +9,23 @@ from torch import Tensor
 
 from fedpriv.checks import positive_int, require_representable
 from fedpriv.errors import UserError
+from fedpriv.mechanisms.noise import StepNoise
 from fedpriv.plugins import Registry
-from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.privacy.records import ExampleTerms
+from fedpriv.streams import Purpose, SeededSource, Streams
 from fedpriv.tasks.task import Task
 
 __all__ = [
+    "DPSGD",
     "LOCAL_WORKS",
+    "ClippedGradients",
     "FullGradient",
     "LocalEpochs",
     "LocalSGD",
     "LocalSteps",
     "LocalWork",
     "MinibatchGradient",
+    "PoissonGradient",
     "make_signal",
 ]
 
@@ -197,6 +203,81 @@ class LocalEpochs:
         return [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
 
 
+class _PoissonBatches:
+    """Base of local work on batches that contain each example independently with the same probability."""
+
+    rate: float
+
+    @property
+    def batch_size(self) -> int:
+        """0: every client draws its batches, and a batch may be empty or contain all examples."""
+        return 0
+
+    def batches(self, examples: int, rng: np.random.Generator) -> Batches:
+        """Return one batch per step."""
+        return self.drawn(examples, rng.random)
+
+    def drawn(self, examples: int, uniform: Callable[[int], np.ndarray]) -> Batches:
+        """Return the batch of each step from uniform numbers in [0, 1)."""
+        return [np.flatnonzero(uniform(examples) < self.rate) for _ in range(self._steps)]
+
+    @property
+    def _steps(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonGradient(_PoissonBatches, _OneGradient):
+    """The sum of the gradients of a random batch over its expected size; every example has its own coin.
+
+    Args:
+        rate: Probability with which each example is in the batch, above 0 and at most 1.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        _require_rate(self.rate)
+
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """Return the expected size of the batch; see `LocalWork.walked`."""
+        return np.ceil(examples * self.rate).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGD(_PoissonBatches):
+    """Local steps of DP-SGD (Abadi et al. 2016): noise on the sum of clipped gradients in every step.
+
+    Only for `privacy.unit = "example"`, which determines clipping and noise. Everything after a step's noise is
+    post-processing: the client's messages get no further noise.
+
+    Args:
+        rate: Probability with which each example is in a step's batch, above 0 and at most 1.
+        steps: Number of local steps, at most `MAX_STEPS`.
+        client_lr: Length of each.
+        signal: See `LocalWork`.
+    """
+
+    rate: float
+    steps: int
+    client_lr: float
+    signal: Signal = "move"
+
+    def __post_init__(self) -> None:
+        _require_rate(self.rate)
+        _require_count("local.steps", self.steps, MAX_STEPS)
+        require_representable("local.client_lr", self.client_lr)
+        _require_signal(self.signal)
+
+    def walked(self, examples: np.ndarray) -> np.ndarray:
+        """Return the expected examples of all steps; see `LocalWork.walked`."""
+        return self.steps * np.ceil(examples * self.rate).astype(np.int64)
+
+    @property
+    def _steps(self) -> int:
+        return self.steps
+
+
 LOCAL_WORKS: Registry[LocalWork] = Registry(
     "local work",
     {
@@ -204,6 +285,8 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
         "minibatch-gradient": MinibatchGradient,
         "local-steps": LocalSteps,
         "local-epochs": LocalEpochs,
+        "poisson-gradient": PoissonGradient,
+        "dp-sgd": DPSGD,
     },
     protocol=LocalWork,
     group="fedpriv.local_works",
@@ -216,15 +299,42 @@ _UNUSED = np.random.default_rng(0)
 
 def batches_of(
     work: LocalWork,
-    streams: SeededStreams,
+    streams: Streams,
     examples: int,
     round: int,
     client: int,
 ) -> Batches:
-    """Return the examples of each of the client's steps in this round, the same in every engine."""
+    """Return the examples of each of the client's steps in this round, the same in every engine.
+
+    `streams` may be those of the operating system only for `poisson-gradient` and `dp-sgd`, whose batches are secret.
+    """
+    if isinstance(work, _PoissonBatches):
+        return work.drawn(examples, streams.source(Purpose.LOCAL_WORK, round, client).uniform)
     if work.batch_size is None or work.batch_size >= examples:
         return work.batches(examples, _UNUSED)
-    return work.batches(examples, streams.source(Purpose.LOCAL_WORK, round, client).rng)
+    source = streams.source(Purpose.LOCAL_WORK, round, client)
+    if not isinstance(source, SeededSource):
+        raise ValueError(f"{work} draws its batches from a seed")
+    return work.batches(examples, source.rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedGradients:
+    """The gradients of one client in one round under `privacy.unit = "example"`.
+
+    Args:
+        terms: How the gradients of examples are bounded and weighted.
+        noise: Noise on the sum of every step, for the route `steps`; None if the message gets the noise.
+    """
+
+    terms: ExampleTerms
+    noise: StepNoise | None = None
+
+    def gradient(self, task: Task, model: Tensor, inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> Tensor:
+        """Return the sum of the bounded gradients of a batch over the public divisor, float64 `[params]`."""
+        total = task.clipped_sum(model.to(task.dtype), *_select(inputs, labels, batch), self.terms.bounded)
+        noised = total if self.noise is None else self.noise.release(total)
+        return noised / self.terms.divisor(len(labels))
 
 
 class LocalSGD:
@@ -270,6 +380,7 @@ def make_signal(
     labels: Tensor,
     work: LocalWork,
     batches: Batches,
+    clipped: ClippedGradients | None = None,
 ) -> Tensor:
     """Return one client's signal `[params]`; batched engines are tested against this reference.
 
@@ -280,12 +391,22 @@ def make_signal(
         labels: Its labels `[examples]`.
         work: See `LocalWork`.
         batches: See `LocalWork.batches`; at least one.
+        clipped: Bounds the gradient of every example, and makes the signal float64; None for plain means.
     """
+
+    def gradient(at: Tensor, batch: np.ndarray | None) -> Tensor:
+        if clipped is not None:
+            return clipped.gradient(task, at, inputs, labels, batch)
+        mean = task.gradient(at, *_select(inputs, labels, batch))
+        if isinstance(work, _PoissonBatches) and batch is not None and len(labels):
+            mean *= len(batch) / (work.rate * len(labels))
+        return mean
+
     if work.client_lr is None:
-        return task.gradient(model, *_select(inputs, labels, batches[0]))
-    steps = LocalSGD(work, model)
+        return gradient(model, batches[0])
+    steps = LocalSGD(work, model if clipped is None else model.double())
     for batch in batches:
-        steps.step(task.gradient(steps.model, *_select(inputs, labels, batch)))
+        steps.step(gradient(steps.model, batch))
     return steps.signal(len(batches))
 
 
@@ -303,6 +424,11 @@ def _require_count(key: str, value: int, maximum: int | None = None) -> None:
     positive_int(key, value, "Give a larger number")
     if maximum is not None and value > maximum:
         raise UserError(key, f"at most {maximum:,}", value, "Give less: a client does all of them in one round")
+
+
+def _require_rate(rate: float) -> None:
+    if not 1e-6 <= rate <= 1.0:
+        raise UserError("local.rate", "a probability from 1e-6 to 1", rate, "Give the share of examples in a batch")
 
 
 def _require_signal(kind: str) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import cached_property, reduce
 from math import prod
 
 import torch
@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedpriv.bounding import Bounded
 from fedpriv.errors import UserError, nearest
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import meter_of
+from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Task"]
@@ -145,6 +147,30 @@ class Task:
         batched = vmap(grad(self.loss), in_dims=(by_client, 0, 0, 0))
         pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
         return reduce(torch.add, (batched(models, x, y, w) for x, y, w in pieces))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of models."""
+        return self._initial.dtype
+
+    def clipped_sum(self, model: Tensor, inputs: Tensor, labels: Tensor, bound: Bounded) -> Tensor:
+        """Return the sum of the bounded gradients of all examples, float64 `[params]`; see `tasks.per_example`.
+
+        Args:
+            model: `[params]`.
+            inputs: `[examples, *input_shape]`; there may be none.
+            labels: `[examples]`.
+            bound: Applied to the gradient of each example's own loss.
+
+        Raises:
+            UserError: If a layer mixes examples.
+        """
+        self._load(model)
+        return self._per_example.clipped_sum(inputs, labels, bound)
+
+    @cached_property
+    def _per_example(self) -> PerExample:
+        return PerExample(self._module, self.layout, cross_entropies if self.kind.plain else self.losses)
 
     def operations(self, inputs: Tensor) -> int:
         """Estimate the floating-point operations of computing logits: two for each use of a weight.

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 
 # Otherwise MLflow would report its usage to its makers.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -16,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.tables import Table
 from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
@@ -65,7 +65,7 @@ class Tracker:
         now = time.time_ns() // 1_000_000
         self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in metrics.items()])
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
         """Log texts as artifacts, and the run's status."""
         del summary
         for name, text in texts.items():
@@ -91,5 +91,5 @@ def _experiment(client: MlflowClient) -> str:
         return str(found.experiment_id)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return (value if isinstance(value, str) else json.dumps(value))[:_MAX_LENGTH]

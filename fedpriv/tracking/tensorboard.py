@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from fedpriv.files import make_owners_folder
+from fedpriv.tables import Table
 from fedpriv.tracking.trackers import Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
@@ -50,7 +50,7 @@ class Tracker:
             for key, value in metrics.items():
                 self._writer.add_scalar(key, value, round)
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
         """Log texts if the run is finished, and close the file."""
         del summary
         if self._writer is not None:
@@ -59,5 +59,5 @@ class Tracker:
             self._writer.close()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.privacy.released import VALUES, Kind
+from fedpriv.tables import Record, Table
 
 __all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
 
@@ -55,7 +56,7 @@ class Tracked:
     group: str | None
     folder: Path
     digest: str
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
     store: str
     not_covered: tuple[str, ...] = ()
     diagnostics: bool = False
@@ -85,7 +86,7 @@ class Tracker(Protocol):
         """Log the metrics of a round."""
         ...
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
         """End the session as `finished`, `stopped`, `failed` or `killed`; `texts` are by file name."""
         ...
 
@@ -146,7 +147,7 @@ def track(
 def watched_by(*watchers: Watcher) -> Watcher:
     """Combine watchers into one that calls them in turn."""
 
-    def watch(released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def watch(released: Record, diagnostics: Record) -> None:
         for watcher in watchers:
             watcher(released, diagnostics)
 
@@ -164,7 +165,7 @@ class RunLog:
         """The errors, as printed on stderr."""
         return [complaint for sender in self._senders for complaint in sender.complaints]
 
-    def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def __call__(self, released: Record, diagnostics: Record) -> None:
         """See `watching.Watcher`."""
         for sender in self._senders:
             sender.send(released, diagnostics)
@@ -204,15 +205,13 @@ class _Sender:
         """True if the tracker has begun the run or failed to."""
         return self._taken is not None or self._broken
 
-    def send(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def send(self, released: Record, diagnostics: Record) -> None:
         """Send a row; the first call also sends the recorded rows that the tracker lacks."""
         if not self._broken:
             first = self._taken is None
             self._guarded(lambda: self._catch_up() if first else self._row(released, diagnostics))
 
-    def end(
-        self, status: str, texts: Mapping[str, str], summary: Mapping[str, Any], diagnostics: Mapping[str, Any]
-    ) -> None:
+    def end(self, status: str, texts: Mapping[str, str], summary: Record, diagnostics: Record) -> None:
         """Send missing rows, texts and summary."""
 
         def rest() -> None:
@@ -244,7 +243,7 @@ class _Sender:
         for released in directory.rows("rounds.jsonl"):
             self._row(released, diagnostics.get(released["round"], {}))
 
-    def _row(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def _row(self, released: Record, diagnostics: Record) -> None:
         number, taken = released["round"], self._taken
         assert taken is not None
         if number <= taken.rounds or taken.finished:
@@ -258,7 +257,7 @@ class _Sender:
             taken.metrics.update((key, number) for key in new)
 
 
-def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+def _released(texts: Mapping[str, str], summary: Record) -> tuple[dict[str, str], Record]:
     """Return texts and summary without values that are not released."""
     kept = {key: value for key, value in summary.items() if key not in TIMINGS}
     if "execution" in kept:
@@ -267,7 +266,7 @@ def _released(texts: Mapping[str, str], summary: Mapping[str, Any]) -> tuple[dic
     return {**texts, **file}, kept
 
 
-def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(row: Table, above: str = "") -> Iterator[tuple[str, float]]:
     """Yield the finite numbers of a row except its round; nested tables become table/key."""
     for key, value in row.items():
         if isinstance(value, Mapping):

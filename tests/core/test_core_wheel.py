@@ -22,7 +22,7 @@ from fedpriv.version import __version__
 
 ROOT = Path(__file__).parents[2]
 # Packages that may not come with an extra that does not name them.
-HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb"}
+HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb", "peft"}
 MAY = {
     "": set(),
     "flower": {"flwr", "ray"},
@@ -30,6 +30,8 @@ MAY = {
     "ray": {"ray"},
     "report": {"matplotlib"},
     "data": {"scikit-learn"},
+    "datasets": {"matplotlib"},
+    "adapters": {"peft"},
 }
 
 
@@ -146,7 +148,7 @@ def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) 
     (everything,) = (Requirement(line) for line in extras["all"])
     assert everything.extras == set(EXTRAS)
     assert "fedpriv[all]" in extras["dev"]
-    named = {"sklearn": "scikit-learn", "PIL": "pillow", "mlflow": "mlflow-skinny"}
+    named = {"sklearn": "scikit-learn", "PIL": "pillow", "mlflow": "mlflow-skinny", "flwr_datasets": "flwr-datasets"}
     for extra, packages in EXTRAS.items():
         brought = asked_for(requirements, extra)
         assert {named.get(package, package) for package in packages} <= {r.name.lower() for r in brought}, extra

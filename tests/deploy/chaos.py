@@ -325,7 +325,7 @@ class World:
             if self.trust != "none":
                 assert spent(entries, 1e-5, "replace") <= self.budget
         if has_memory(self.method) and self.exact:
-            assert torch.allclose(self.server.state.memory, self.expected_memory(), atol=1e-5)
+            assert torch.allclose(self.server.state._asdict()["memory"], self.expected_memory(), atol=1e-5)
 
     @property
     def exact(self) -> bool:

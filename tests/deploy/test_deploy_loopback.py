@@ -1,11 +1,14 @@
 """Real processes: a deployment computes the loop's model to the bit, even if its node and its server are killed."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from loopback import Loopback, wait_until
+from support.own_folder import own_folder
 
+from fedpriv.deploy.device.policy import POLICY_FILE
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook
 from fedpriv.experiment.config import load_config
 from fedpriv.experiment.execution import Execution
@@ -46,6 +49,13 @@ min_participants = 3
 """
 
 
+ACCEPTED = {
+    "methods": ["alpha-normec", "./method.py:Shifted"],
+    "models": ["softmax", "./net.py:Net"],
+    "data": ["digits", "./data.py:load"],
+}
+
+
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     made = Loopback(tmp_path_factory.mktemp("deployment") / "d", nodes=3)
@@ -74,6 +84,25 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
     heads = HeadBook(deployment.folder / "server" / "flower" / HEADS_FILE).heads
     assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(3), 2)
+
+
+def test_a_users_own_folder_runs_on_nodes_that_name_its_files_in_their_policies(
+    deployment: Loopback, tmp_path: Path
+) -> None:
+    """Each node has a copy of the files; none of them comes from the server."""
+    config = own_folder(tmp_path)
+    for i in range(deployment.nodes):
+        home = deployment.folder / f"node-{i}"
+        own_folder(home)
+        policy = home / POLICY_FILE
+        text = policy.read_text()
+        for key, names in ACCEPTED.items():
+            text = re.sub(rf"^{key} = \[.*?\]", f"{key} = {names}", text, flags=re.MULTILINE | re.DOTALL)
+        policy.write_text(text)
+    run = deployment.run(config, tmp_path / "devices", "--test-seeded")
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
 
 
 @pytest.mark.slow

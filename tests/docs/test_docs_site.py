@@ -137,9 +137,10 @@ def test_the_programs_of_the_guides_run(page: str, tmp_path: Path) -> None:
 
 def test_the_experiment_on_objects_in_memory_runs(tmp_path: Path) -> None:
     text = (DOCS / "guides" / "experiments.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"^```python\n(import torch\n.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    run("-c", program, cwd=tmp_path)
-    assert (tmp_path / "runs" / "in-memory" / "model.safetensors").is_file()
+    programs = re.findall(r"^```python\n(import (?:torch|pandas).*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    run("-c", "\n".join(programs), cwd=tmp_path)
+    made = {path.parent.name for path in tmp_path.glob("runs/*/model.safetensors")}
+    assert made == {"in-memory", "frame"}
 
 
 def test_versions_agree() -> None:

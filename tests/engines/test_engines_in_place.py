@@ -84,7 +84,7 @@ def test_a_client_whose_memory_is_not_finite_is_counted(
     signals = torch.full((clients, SIZE), -3e38) if poison == 3e38 else torch.ones(clients, SIZE)
     store = StateStore(method, SIZE)
     with store.borrowed(list(range(clients))) as state:
-        state.memory[2, 7] = poison
+        state._asdict()["memory"][2, 7] = poison
     step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(clients)), torch.device("cpu"), how == "in C")
     if how == "several at once":
         with store.borrowed(list(range(clients))) as state:

@@ -13,24 +13,25 @@ from support.helpers import EXAMPLES, same
 from fedpriv.engines import LoopEngine, StateStore, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
+from fedpriv.methods.alpha_normec import ClientMemory
 from fedpriv.privacy import FixedSize
 
 SIZE = 5
 ROW = 4 * (SIZE + 1)  # alpha-normec: a memory, and the round of its last change
 
 
-def store_of(rows: int | None, folder: Path | None = None) -> StateStore:
+def store_of(rows: int | None, folder: Path | None = None) -> StateStore[ClientMemory]:
     return StateStore(AlphaNormEC(), SIZE, memory=None if rows is None else rows * ROW, folder=folder)
 
 
-def write(store: StateStore, clients: list[int], value: float) -> None:
+def write(store: StateStore[ClientMemory], clients: list[int], value: float) -> None:
     """Write client + value to the memory of every client, and the value to its round."""
     with store.borrowed(clients) as state:
         state.memory.copy_(torch.tensor(clients).unsqueeze(1) + torch.full((len(clients), SIZE), value))
         state.updated.fill_(value)
 
 
-def read(store: StateStore, client: int) -> tuple[float, float]:
+def read(store: StateStore[ClientMemory], client: int) -> tuple[float, float]:
     with store.borrowed([client]) as state:
         assert bool((state.memory == state.memory[0, 0]).all())
         return float(state.memory[0, 0]), float(state.updated[0, 0])

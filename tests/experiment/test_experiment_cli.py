@@ -57,7 +57,7 @@ def call(*arguments: str) -> int:
         (("run", QUICKSTART, "-s", "seed=" + 5000 * "9"), "-s"),
         (("run",), "CONFIG"),
         (("rum", QUICKSTART), "rum"),
-        (("privacy", QUICKSTART, "-s", "privacy.unit=example"), "privacy.unit"),
+        (("privacy", QUICKSTART, "-s", "privacy.unit=examples"), "privacy.unit"),
         (("data", QUICKSTART, "-s", "data.clients=100000"), "data.clients"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedpriv.clock import DEVICES, SCHEDULES
+from fedpriv.data.augment import AUGMENTATIONS
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.federation import Holders
 from fedpriv.data.partitions import PARTITIONS
@@ -55,6 +56,7 @@ REQUIRED: dict[str, dict[str, dict[str, Any]]] = {
         "log-normal": {"speed": 100.0, "download": 1e6, "upload": 1e6},
         "uniform": {"speed": [50.0, 90.0], "download": [1e5, 1e6], "upload": [1e5, 1e6]},
     },
+    "augment": {"images": {"flip": True}},
     "schedule": {"fedbuff": {"buffer_size": 2, "concurrency": 3}, "fedfix": {"window": 10.0}},
 }
 """Required keys besides the name, by table and name."""
@@ -66,6 +68,7 @@ KEYS = {
     "cohort": ("sampling", SAMPLINGS),
     "model": ("name", MODELS),
     "task": ("name", TASKS),
+    "augment": ("name", AUGMENTATIONS),
     "devices": ("kind", DEVICES),
     "schedule": ("kind", SCHEDULES),
 }
@@ -160,7 +163,7 @@ def test_every_registered_dataclass_is_tried() -> None:
 
 # Data sets from files: their numbers count examples or features in the files; the readers' tests cover them.
 SIZED = ("mnist", "fashion-mnist", "cifar10", "tiny-shakespeare", "libsvm")
-SIZED += ("csv", "parquet", "npz", "leaf", "image-folder")
+SIZED += ("csv", "parquet", "npz", "npy", "leaf", "image-folder")
 
 
 @pytest.mark.parametrize("kind", [*METHODS.values(), *SERVER_OPTIMIZERS.values(), *LOCAL_WORKS.values()])

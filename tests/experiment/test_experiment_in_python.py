@@ -1,8 +1,10 @@
 """Experiments on a program's own objects: fedpriv.Experiment."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -11,6 +13,7 @@ import fedpriv
 from fedpriv.cli import main
 from fedpriv.data.datasets import Digits
 from fedpriv.data.partitions import Dirichlet
+from fedpriv.data.tables import Columns, arrays_of
 from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC, DPFedAvg, FedAlphaNormEC
 from fedpriv.privacy import Poisson
@@ -116,6 +119,78 @@ def test_a_function_that_makes_a_model_is_asked_with_the_seed():
 
     found = experiment(model=made).check()
     assert (found.parameters, found.clients, found.classes) == (5 * 3 + 3 + 9 + 3, 6, 3)
+
+
+def frame(**changes):
+    arrays = clients()
+    table = pd.DataFrame(np.concatenate([x for x, _ in arrays]), columns=list("abcde"))
+    table["disease"] = np.concatenate([y for _, y in arrays])
+    table["hospital"] = np.repeat([f"h{i}" for i in range(6)], 20)
+    return table.assign(**changes)
+
+
+def test_a_data_frame_and_a_hugging_face_data_set_are_the_same_data(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = frame()
+    names = {"label": "disease", "client": "hospital"}
+    kinds = datasets.Features(
+        dict.fromkeys("abcde", datasets.Value("float64"))
+        | {"disease": datasets.ClassLabel(names=["no", "mild", "ill"]), "hospital": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_dict({name: table[name].tolist() for name in table}, features=kinds)
+    apart = datasets.Dataset.from_dict(
+        {"x": table[list("abcde")].to_numpy(), "disease": table["disease"], "hospital": table["hospital"]}
+    )
+    plain = {"data": clients()}
+    given = [plain, {"data": table, **names}, {"data": rows, **names}, {"data": apart, "inputs": "x", **names}]
+    given += [{"data": [table[table.hospital == f"h{i}"] for i in range(6)], "inputs": list("abcde"), **names}]
+    models = []
+    for i, changes in enumerate(given):
+        experiment(**changes).run(tmp_path / str(i), engine="vectorized")
+        models.append(load_file(tmp_path / str(i) / "model.safetensors"))
+    assert all(torch.equal(models[0][name], model[name]) for model in models for name in models[0])
+
+
+def test_categories_of_a_data_frame_number_labels_and_clients():
+    texts = frame(disease=lambda table: table["disease"].map({0: "no", 1: "mild", 2: "ill"}))
+    labels = pd.CategoricalDtype(["no", "mild", "ill", "unknown"])
+    people = pd.CategoricalDtype([f"h{i}" for i in range(8)])
+    table = texts.astype({"disease": labels, "hospital": people})
+    data = {"train": table, "test": table[:30]}
+    found = experiment(data=data, label="disease", client="hospital", model=Mlp(hidden=(4,))).check()
+    assert (found.clients, found.fewest, found.classes, found.test_examples, found.examples) == (8, 0, 4, 30, 120)
+
+
+def test_images_of_a_hugging_face_data_set_have_channels_and_values_from_0_to_1():
+    datasets = pytest.importorskip("datasets")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3)).astype(np.uint8)
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 10})
+    made = arrays_of(rows, Columns(label="label"))
+    assert np.array_equal(made["inputs"], pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"label": None}, "^label: expected one of the columns a, b, c, d, e, disease, hospital, got no name"),
+        ({"label": "diseases"}, "^label: expected a column of the data, got 'diseases'. Did you mean 'disease'"),
+        ({"client": "ward"}, "^client: expected a column of the data, got 'ward'"),
+        ({"inputs": ["a", "z"]}, "^inputs: expected a column of the data, got 'z'"),
+        ({"inputs": []}, "^inputs: expected at least one column"),
+        ({"client": None}, r"^column 'hospital': expected numbers of one shape, got texts such as \['h0'\]"),
+        ({"data": frame(a=np.nan)}, "^column 'a': expected finite numbers, got a missing or infinite value in row 0"),
+        ({"data": frame(disease="ill")}, "labels that are whole numbers from 0"),
+        ({"data": frame(hospital=None)}, "a client for each example, got row 0: None"),
+        ({"data": {"train": frame(), "tests": frame()}}, "^data: expected tables 'train' and 'test', got 'tests'"),
+        ({"data": {"test": frame()}}, "^data: expected a table 'train'"),
+        ({"data": clients()}, "^label: expected no value, because the data are no table, got 'disease'"),
+        ({"data": [[{"x": 1.0, "y": 0}]], "label": None, "client": None}, "^data of client 0: expected examples that"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_one_line(changes, line):
+    with pytest.raises(UserError, match=line) as caught:
+        experiment(**({"data": frame(), "label": "disease", "client": "hospital"} | changes)).check()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

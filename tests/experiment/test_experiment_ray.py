@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from support.helpers import same
-from support.own_classes import own_config
+from support.own_folder import own_folder
 
+from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
 
@@ -166,11 +167,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     assert_same_model(tmp_path / "full", tmp_path / "whole")
 
 
-def test_classes_of_a_users_own_file_run_on_workers_to_the_bit(tmp_path: Path) -> None:
-    """Their module has no name that a worker could import."""
-    config = own_config(tmp_path)
-    run_experiment(config, tmp_path / "loop", engine="loop")
-    done(fedpriv(config, tmp_path / "ray", "--engine", "ray", "--workers", "2"))
+def test_a_users_own_folder_runs_on_workers_to_the_bit(tmp_path: Path) -> None:
+    """Its modules have no name that a worker could import."""
+    config = own_folder(tmp_path)
+    run_experiment(config, tmp_path / "loop", engine="loop", execution=Execution(client_noise="faithful"))
+    options = ("--engine", "ray", "--workers", "2", "--client-noise", "faithful")
+    done(fedpriv(config, tmp_path / "ray", *options))
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("loop", "ray")]
     assert models[0] == models[1]
     assert json.loads((tmp_path / "ray" / "engine.json").read_text())["workers"] == 2

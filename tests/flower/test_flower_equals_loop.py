@@ -106,6 +106,23 @@ def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
     assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[1], local), tmp_path)
 
 
+@pytest.mark.parametrize("trust", ["central", "local"])
+@pytest.mark.parametrize(
+    ("method", "local"),
+    [
+        ({"name": "clip21"}, {"work": "full-gradient"}),
+        ({"name": "dp-gd"}, {"work": "poisson-gradient", "rate": 0.2}),
+        ({"name": "dp-gd"}, {"work": "dp-sgd", "rate": 0.2, "steps": 2, "client_lr": 0.1}),
+    ],
+    ids=["full", "poisson", "dp-sgd"],
+)
+def test_flower_gives_the_loops_model_if_single_examples_are_protected(method, local, trust, tmp_path):
+    if local["work"] == "dp-sgd":
+        trust = "local"
+    privacy = {"unit": "example", "example_clip": 1.0, "noise_multiplier": 1.0, "trust": trust}
+    assert_same(make_experiment(method, COHORTS[1], privacy, local), tmp_path)
+
+
 @pytest.mark.parametrize("shift", ["rotation", "noise", "style"])
 def test_flowers_clients_see_the_shifted_inputs_of_the_loops(shift, tmp_path):
     plain = make_experiment({"name": "clip21"}, COHORTS[0], None)

@@ -13,11 +13,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from support.own_classes import own_config
+from support.own_folder import own_folder
 from support.wheels import build_wheel
 
 from fedpriv.cli import main
 from fedpriv.experiment.config import Config, parse_config
+from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower import bundle, launch
@@ -103,9 +104,9 @@ def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, t
     assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
 
 
-def test_classes_of_a_users_own_file_run_in_flowers_processes_to_the_bit(tmp_path):
-    toml = own_config(tmp_path)
-    run_experiment(toml, tmp_path / "loop", engine="loop")
+def test_a_users_own_folder_runs_in_flowers_processes_to_the_bit(tmp_path):
+    toml = own_folder(tmp_path)
+    run_experiment(toml, tmp_path / "loop", engine="loop", execution=Execution(client_noise="faithful"))
     process = fedpriv("run", toml, "--engine", "flower", "--out", "flower", cwd=tmp_path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

@@ -162,7 +162,6 @@ def test_the_dictionary_is_json_without_infinities(trust: str, adjacency: str, n
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        ("privacy.unit", {"unit": "example"}),
         ("privacy.unit", {"unit": "cleint"}),
         ("privacy.trust", {"trust": "aggregator"}),
         ("privacy.trust", {"trust": "centrall"}),
@@ -207,7 +206,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(change: dict[str, Any], ne
         plan(**change)
 
 
-@pytest.mark.parametrize("change", [{"unit": "example"}, {"trust": "aggregator"}])
+@pytest.mark.parametrize("change", [{"trust": "aggregator"}])
 def test_what_is_not_offered_yet_says_so(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"[Nn]ot offered yet.* use"):
         plan(**change)

@@ -126,7 +126,7 @@ def test_a_memory_of_noise_asks_for_noise_at_the_client(trust: Trust) -> None:
     ("make", "where", "words"),
     [
         (trust_of, "privacy.trust", {"aggregator": "not offered yet", "locl": "Did you mean 'local'", "none": "Known"}),
-        (unit_of, "privacy.unit", {"example": "Not offered yet", "clients": "Did you mean 'client'"}),
+        (unit_of, "privacy.unit", {"exemple": "Did you mean 'example'", "clients": "Did you mean 'client'"}),
     ],
 )
 def test_other_words_are_refused_in_one_line(make: Any, where: str, words: dict[str, str]) -> None:

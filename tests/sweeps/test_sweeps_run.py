@@ -87,9 +87,10 @@ values = [4]
 when = {"data.shift.name" = "b"}
 """
     trials = load_sweep(sweep_file(tmp_path, text)).trials()
-    found = [(t.tables["data"]["shift"]["name"], t.tables["data"]["shift"]["by"]["x"]) for t in trials]
+    data: list[Any] = [t.tables["data"] for t in trials]
+    found = [(one["shift"]["name"], one["shift"]["by"]["x"]) for one in data]
     assert found == [("a", 2), ("a", 3), ("b", 2), ("b", 3)]
-    assert [t.tables["data"]["shift"].get("late") for t in trials] == [None, None, 4, 4]
+    assert [one["shift"].get("late") for one in data] == [None, None, 4, 4]
 
 
 def test_paired_values_go_together(tmp_path: Path) -> None:

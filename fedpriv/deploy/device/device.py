@@ -141,7 +141,8 @@ class Device:
             _refuse_released(past, entry)
             self._afford(past, entry)
             with one_thread():
-                signal = make_signal().float().reshape(-1)
+                exact = torch.float32 if instructions.example_terms is None else torch.float64
+                signal = make_signal().to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
                 message, after = self._make(instructions, terms, state, signal)
@@ -189,13 +190,14 @@ class Device:
             return
         # A release without a guarantee has infinite epsilon, unless the client's operator still accepts such releases.
         releases = [*(e for e in past if e.trust_rules is not None or not self.policy.accepts.unpromised), entry]
-        if surely_within(releases, limits.epsilon, limits.delta, limits.adjacency):
-            return
-        epsilon = spent(releases, limits.delta, limits.adjacency)
-        if not epsilon <= limits.epsilon:
-            expected = f"at most {limits.epsilon:g} at delta = {limits.delta:g}, over all runs"
-            remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
-            raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
+        for unit, budget in self.policy.budgets.items():
+            if surely_within(releases, budget, limits.delta, limits.adjacency, unit):
+                continue
+            epsilon = spent(releases, limits.delta, limits.adjacency, unit)
+            if not epsilon <= budget:
+                expected = f"at most {budget:g} at delta = {limits.delta:g} for one {unit}, over all runs"
+                remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
+                raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(
         self, instructions: ClientInstructions, terms: RunTerms, state: ClientState, signal: Tensor
@@ -254,7 +256,7 @@ def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) 
 
 def _state(instructions: ClientInstructions, record: Record, size: int) -> ClientState:
     """Return the client's state before this turn."""
-    fresh = instructions.method.init_client(size)
+    fresh = instructions.rules.init_client(size)
     if record.committed_turn == 0 or not fresh._fields:
         return fresh
     shapes = {name: tuple(field.shape) for name, field in fresh._asdict().items()}
@@ -285,5 +287,5 @@ def _entry(instructions: ClientInstructions, terms: RunTerms, request: str) -> E
         request=request,
         method=method_name(instructions.method),
         l2_bound=instructions.method.bounded.l2_bound,
-        noise_stddev=instructions.noise_stddev,
+        noise_stddev=instructions.noise_stddev or instructions.step_stddev,
     )

@@ -6,7 +6,6 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -84,7 +83,7 @@ class NodeSettings:
                 raise
             raise UserError(str(path), "valid settings of a node", f"an error ({error})", "Edit the file") from None
 
-    def node_config(self, folder: Path) -> dict[str, Any]:
+    def node_config(self, folder: Path) -> dict[str, object]:
         """Return the node config for the ClientApp."""
         given = {"data-root": self.data_root, "device": self.device}
         return {

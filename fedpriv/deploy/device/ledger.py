@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from fedpriv.deploy.device.memory import remembered_ledgers
@@ -40,7 +40,8 @@ class Entry(PrivacyTerms):
         request: SHA-256 of the request.
         method: Method whose client rule was applied.
         l2_bound: Bound of the message.
-        noise_stddev: Standard deviation per coordinate of this client's noise; 0 for none.
+        noise_stddev: Standard deviation per coordinate of this client's noise, on its message or on the sum of every
+            local step (`dp-sgd`); 0 for none.
     """
 
     run: str
@@ -172,7 +173,7 @@ class Ledger:
         return UserError(where, expected, "a changed or missing line", remedy)
 
 
-def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str) -> bool:
+def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str, unit: str = "client") -> bool:
     """Return whether a simple bound shows that the releases cost at most `epsilon` at `delta`.
 
     The bound is zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP
@@ -181,11 +182,11 @@ def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjace
     """
     if not all(entry.charges_participations for entry in entries):
         return False
-    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries, adjacency))
+    rho = 0.5 * math.fsum(ratio**2 for ratio in _ratios(entries, adjacency, unit))
     return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
 
 
-def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+def spent(entries: Sequence[Entry], delta: float, adjacency: str, unit: str = "client") -> float:
     """Return epsilon at `delta` of all releases together; infinite if any release has no privacy guarantee.
 
     If all trust was local, this epsilon holds against the server, because only this client's own noise counts. A run
@@ -197,18 +198,19 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
         delta: Delta of all releases together.
         adjacency: Adjacency for the client's own noise. Central runs count under the adjacency of their guarantee; if
             that is add-or-remove for any run, the sum is for add-or-remove, too.
+        unit: The unit whose privacy is spent. A run that protects clients protects their examples by the same epsilon.
     """
     if not entries:
         return 0.0
     if any(entry.trust_rules is None for entry in entries):
         return math.inf
     local = [entry for entry in entries if entry.charges_participations]
-    central = {(e.run, e.client, e.plan(e.l2_bound)) for e in entries if not e.charges_participations}
+    central = {(e.run, e.client, _plan_of(e, unit)) for e in entries if not e.charges_participations}
     left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
     by_others = math.fsum(plan.epsilon for *_, plan in central)
-    return by_others + (_spent_locally(local, left, adjacency) if local else 0.0)
+    return by_others + (_spent_locally(local, left, adjacency, unit) if local else 0.0)
 
 
 def in_words(epsilon: float) -> str:
@@ -216,7 +218,7 @@ def in_words(epsilon: float) -> str:
     return rounded_up(epsilon) if math.isfinite(epsilon) else "inf"
 
 
-def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> str:
+def account_of(folder: Path, epsilon: float, delta: float, adjacency: str, unit: str = "client") -> str:
     """Return a summary of a ledger as text: one line for each run, and the total.
 
     Args:
@@ -224,6 +226,7 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         epsilon: Privacy budget.
         delta: Delta of the budget.
         adjacency: See `spent`.
+        unit: See `spent`.
 
     Raises:
         UserError: If the ledger is damaged, or shorter than a memory next to it records.
@@ -243,30 +246,63 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str) -> st
         alone = (
             "no privacy guarantee"
             if last.trust_rules is None
-            else f"epsilon {in_words(spent(part, delta, adjacency))} for this run alone"
+            else f"epsilon {in_words(spent(part, delta, adjacency, unit))} for this run alone"
         )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise from this client"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
     adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary
-    all_runs = in_words(spent(entries, delta, adjacency))
-    total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency"
+    all_runs = in_words(spent(entries, delta, adjacency, unit))
+    total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency, for one {unit}"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 
-def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+def _plan_of(entry: Entry, unit: str) -> PrivacyPlan:
+    """Return the plan of a run with central trust, for one `unit`."""
+    plan = entry.plan(entry.l2_bound)
+    return plan if unit == "example" else plan.of_clients() or replace(plan, noise_multiplier=0.0)
+
+
+def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str, unit: str) -> float:
     """Return epsilon of releases with this client's Gaussian noise.
 
-    They compose to a single Gaussian release with mu^2 equal to the sum of (sensitivity / stddev)^2.
+    They compose to a single Gaussian release with mu^2 equal to the sum of (sensitivity / stddev)^2. Secret batches are
+    credited run by run; epsilons and deltas of runs then add up. The smaller bound is returned.
     """
-    ratios = _ratios(entries, adjacency)
+    ratios = _ratios(entries, adjacency, unit)
+    if not all(map(math.isfinite, ratios)):
+        return math.inf
+    together = _gaussian(ratios, delta)
+    batched = unit == "example" and any(entry.record for entry in entries)
+    return min(together, _run_by_run(entries, delta, adjacency)) if batched else together
+
+
+def _run_by_run(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+    runs: dict[tuple[str, int, PrivacyTerms], list[Entry]] = {}
+    for entry in entries:
+        terms = PrivacyTerms(**{field.name: getattr(entry, field.name) for field in fields(PrivacyTerms)})
+        runs.setdefault((entry.run, entry.client, terms), []).append(entry)
+    share, epsilon = delta / len(runs), 0.0
+    for part in runs.values():
+        record = part[0].record_bound
+        if record is None:
+            epsilon += _gaussian(_ratios(part, adjacency, "example"), share)
+            continue
+        found = replace(part[0].plan(part[0].l2_bound), delta=share, adjacency=adjacency)
+        found = replace(found, noise_multiplier=part[0].noise_stddev / found.l2_sensitivity)
+        epsilon += found.epsilon_of_participations(len(part))
+    return epsilon
+
+
+def _gaussian(ratios: Sequence[float], delta: float) -> float:
+    """Return epsilon of Gaussian releases with these sensitivities over standard deviations."""
     same = len(set(ratios)) == 1
     mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
     rounds = len(ratios) if same else 1
     plan = PrivacyPlan(
         trust=Local.name,
-        adjacency=adjacency,
+        adjacency="replace",
         sampling=Everyone(1),
         rounds=rounds,
         delta=delta,
@@ -276,7 +312,17 @@ def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str) -> fl
     return plan.epsilon_of_participations(rounds)
 
 
-def _ratios(entries: Sequence[Entry], adjacency: str) -> list[float]:
-    """Return sensitivity over standard deviation of each release."""
-    moved = REPLACE_FACTOR if adjacency == "replace" else 1.0
-    return [moved * entry.l2_bound / entry.noise_stddev for entry in entries]
+def _ratios(entries: Sequence[Entry], adjacency: str, unit: str) -> list[float]:
+    """Return sensitivity over standard deviation of each release; infinite if it promises nothing for the unit."""
+    return [_moved(entry, adjacency, unit) / entry.noise_stddev for entry in entries]
+
+
+def _moved(entry: Entry, adjacency: str, unit: str) -> float:
+    """Return how far one unit of data moves a release, so that the squares of all releases of a run add up."""
+    record = entry.record_bound
+    if record is None:
+        return (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound
+    steps = record.terms.steps
+    if unit == "example":
+        return record.sensitivity(adjacency, 1) * math.sqrt(max(steps, 1))
+    return math.inf if steps else (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound

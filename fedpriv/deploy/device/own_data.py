@@ -1,11 +1,13 @@
 """Training data of a device: its own file, or its part of the experiment's data set."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.augment import augmented, draws_of
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
@@ -18,6 +20,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.plugins import only_known
+from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import batches_of, make_signal
 from fedpriv.tasks.task import Task
@@ -45,14 +48,16 @@ def own_signal(
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
-            return _signal_of_file(path, run, config, instructions, terms, model)
+            rules = _rules(device, instructions)
+            return _signal_of_file(path, run, config, rules, (terms.turn, instructions.client), model)
         # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not instructions.client < population.federation.population:
             expected = f"a client below {population.federation.population}"
             remedy = "Start the nodes with the client ids of the experiment"
             raise Refusal("model", "instructions", expected, instructions.client, remedy)
-        return population.signal(instructions.client, model.to(population.task.device), terms.turn).cpu()
+        rules, at = _rules(device, instructions), model.to(population.task.device)
+        return population.signal(instructions.client, at, terms.turn, rules).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
@@ -76,7 +81,7 @@ def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
 
 
 def _signal_of_file(
-    path: Path, run: RunConfig, config: Config, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+    path: Path, run: RunConfig, config: Config, rules: ClientRules, address: tuple[int, int], model: Tensor
 ) -> Tensor:
     check_device(run.device)
     with labels_as(config.task.labels):
@@ -87,10 +92,19 @@ def _signal_of_file(
     module = build_module(config, shape, classes, 0)
     check_task(config, module, shape, labels[:1], classes)
     task = Task(module, run.device, kind=config.task)
-    batches = batches_of(config.local, SeededStreams(config.seed), len(labels), terms.turn, instructions.client)
+    streams = SeededStreams(config.seed) if rules.examples is None else rules.streams
+    batches = batches_of(config.local, streams, len(labels), *address)
+    if config.augment is not None:
+        draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), *address)
+        inputs = augmented(config.augment, inputs, draws, batches)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
-    return make_signal(task, at, *given, config.local, batches).cpu()
+    return make_signal(task, at, *given, config.local, batches, rules.clipped(*address)).cpu()
+
+
+def _rules(device: Device, instructions: ClientInstructions) -> ClientRules:
+    """Return the client's half of the agreement, with the device's own source of randomness."""
+    return replace(instructions.rules, streams=device.streams)
 
 
 def _refuse_other_size(size: int, model: Tensor) -> None:

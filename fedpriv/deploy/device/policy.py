@@ -16,8 +16,10 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
-from fedpriv.plugins import is_reference
-from fedpriv.privacy import REPLACE_FACTOR, Local, PrivacyPlan, by_reliance
+from fedpriv.plugins import is_reference, whole_reference
+from fedpriv.privacy import REPLACE_FACTOR, UNITS, Local, PrivacyPlan, by_reliance
+from fedpriv.rounds import record_bound
+from fedpriv.tables import Table
 from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.models import MODELS
 
@@ -41,6 +43,9 @@ _POLICY = """\
 # "local": the client sends only messages that it has noised itself.
 # "central": the client may send bounded messages without noise to the server, which is trusted to add noise.
 trust = "$trust"
+# "client": only runs that protect all examples of this client together.
+# "example": also runs that protect single examples; [limits] epsilon is then the budget of one example.
+unit = "client"
 # Names from `fedpriv list`; an empty list accepts all.
 methods = [@methods@]
 models = []                 # names from `fedpriv list`; empty: all
@@ -52,6 +57,7 @@ evaluation = false          # true: metrics of an app's evaluation may leave; th
 [limits]
 # Privacy budget of this client's data, over all runs together, against the adversary defined by `trust`.
 epsilon = $epsilon
+# client_epsilon = 100.0    # with accepts.unit = "example": also a budget of all examples together; absent: none
 delta = $delta
 min_noise_multiplier = 0.3  # minimum of noise over l2 sensitivity in a single release
 max_l2_bound = 100.0        # longest message
@@ -80,12 +86,15 @@ class Accepts:
     """Instructions that the client accepts.
 
     Args:
+        unit: client: only runs that protect all examples of the client together. example: also runs that protect single
+            examples.
         trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
             a server that is trusted to add the noise. none: also runs without a privacy guarantee.
-        methods: Names of methods; empty for all.
-        models: Names of models; empty for all.
-        data: Names of data sets; empty for all.
-        tasks: Names of tasks; empty for all.
+        methods: Names of methods; empty for all. A class of the client's own file is named as in a config, by a path
+            from the policy's folder; a server's config names its own copy of the file, with the same content.
+        models: Names of models, likewise.
+        data: Names of data sets, likewise.
+        tasks: Names of tasks, likewise.
         max_parameters: Maximum number of parameters of a model.
         evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
@@ -97,8 +106,11 @@ class Accepts:
     tasks: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
+    unit: Literal["client", "example"] = "client"
 
     def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UserError("accepts.unit", '"client" or "example"', repr(self.unit), "Change the value")
         words = (*by_reliance(), NO_PROMISE)
         if self.trust not in words:
             expected = " or ".join(f'"{word}"' for word in words)
@@ -121,7 +133,9 @@ class Limits:
     """Limits of the client.
 
     Args:
-        epsilon: Privacy budget of its data, over all runs together, against the adversary of `trust`.
+        epsilon: Privacy budget of one unit of its data (`accepts.unit`), over all runs together, against the adversary
+            of `trust`.
+        client_epsilon: Budget of all its examples together, if the unit is `example`; None for none.
         delta: Delta of the budget.
         min_noise_multiplier: Minimum of noise over l2 sensitivity in a single release.
         max_l2_bound: Maximum bound of a message.
@@ -135,11 +149,14 @@ class Limits:
     max_l2_bound: float = math.inf
     max_rounds: int = 100_000
     adjacency: Literal["replace", "add-or-remove"] = "replace"
+    client_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         positive_real("limits.epsilon", self.epsilon, "Set it to the budget")
         if not 0.0 < self.delta < 1.0:
             raise UserError("limits.delta", "a number between 0 and 1", self.delta, "Set it well below 1 / clients")
+        if self.client_epsilon is not None:
+            positive_real("limits.client_epsilon", self.client_epsilon, "Set it to the budget, or remove it")
         real_from("limits.min_noise_multiplier", self.min_noise_multiplier, 0, "Change the value")
         if not self.max_l2_bound > 0.0:
             raise UserError("limits.max_l2_bound", "a number above 0", self.max_l2_bound, "Change the value")
@@ -164,12 +181,21 @@ class Policy:
     limits: Limits
     data: OwnData = field(default_factory=OwnData)
 
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets by unit."""
+        whole = self.limits.client_epsilon
+        own = {self.accepts.unit: self.limits.epsilon}
+        return own if whole is None or self.accepts.unit == "client" else {**own, "client": whole}
+
     def check_experiment(self, config: Config) -> None:
         """Raise a `Refusal` unless the policy accepts model, data and task, and all files are in the data folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
         _among("accepts.tasks", TASKS.name_of(config.task), self.accepts.tasks)
-        for value in config.tables["data"].values():
+        for key, value in config.tables["data"].items():
+            if key == "name":
+                continue  # accepted above; a class is one that this client's policy names
             if isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
                 raise _no("data", "files below this client's data folder", repr(value))
 
@@ -215,17 +241,20 @@ class Policy:
             return None
         if not instructions.private:
             raise _no("private", "requests for messages only, as in the terms", "a request for metrics")
+        if terms.unit == "example" and self.accepts.unit != "example":
+            raise _no("accepts.unit", "runs that protect clients", "a run that protects single examples")
         plan = _plan(instructions, terms)
+        _check_examples(instructions, plan)
         multiplier = plan.noise_multiplier
         if plan.trust_rules.charges_participations:
-            multiplier = instructions.noise_stddev / (
-                bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0)
-            )
+            moved = bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0)
+            moved = moved if plan.record is None else plan.record.sensitivity(self.limits.adjacency, 1)
+            multiplier = (instructions.noise_stddev or instructions.step_stddev) / moved
         least = max(self.limits.min_noise_multiplier, _MIN_NOISE_MULTIPLIER)
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
-        needed = plan.trust_rules.split(plan.noise_stddev, plan.sampling.expected_size).client
+        needed = plan.trust_rules.split(plan.message_stddev, plan.sampling.expected_size).client
         if not abs(instructions.noise_stddev - needed) <= _TOLERANCE * needed:
             raise _no("noise", f"a standard deviation of {needed:g}, as in the terms", f"{instructions.noise_stddev:g}")
         return plan
@@ -240,13 +269,20 @@ def load_policy(path: Path) -> Policy:
     tables = read_config_file(path)
     refuse_unknown(tables, ["accepts", "limits", "data"], "")
     kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
+    given: dict[str, Table] = {}
     for name in kinds:
-        if not isinstance(tables.get(name, {}), dict):
-            raise UserError(f"{path}: {name}", "a table", repr(tables[name]), f"Write [{name}], and its keys below")
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name}", "a table", repr(table), f"Write [{name}], and its keys below")
+        given[name] = table
     if "limits" not in tables:
         remedy = "Add it with the client's privacy budget"
         raise UserError(str(path), "a table [limits] with epsilon and delta", "a file without it", remedy)
-    policy = Policy(**{name: read_table(kind, tables.get(name, {}), name) for name, kind in kinds.items()})
+    given["accepts"] = {
+        key: [whole_reference(name, path.parent) for name in value] if isinstance(value, list) else value
+        for key, value in given["accepts"].items()
+    }
+    policy = Policy(**{name: read_table(kind, given[name], name) for name, kind in kinds.items()})
     accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS), ("tasks", TASKS))
     for key, registry in accepted:
         for name in filter(is_reference, getattr(policy.accepts, key)):
@@ -282,10 +318,29 @@ def _plan(instructions: ClientInstructions, terms: RunTerms) -> PrivacyPlan:
         ) from None
 
 
+def _check_examples(instructions: ClientInstructions, plan: PrivacyPlan) -> None:
+    """Raise a `Refusal` unless gradients are bounded and noised as the terms promise for single examples."""
+    asked, record = instructions.example_terms, plan.record
+    if asked != (None if record is None else record.terms):
+        raise _no("examples", "gradients bounded as in the terms", instructions.examples or "no bound")
+    if record is None:
+        if instructions.step_stddev != 0.0:
+            raise _no("step_stddev", "no noise on local steps", instructions.step_stddev)
+        return
+    if not record.terms.declared:
+        raise _no("examples", "a public number of examples in the terms (privacy.examples)", "none")
+    if record != record_bound(instructions.method, record.terms):
+        raise _no("record", "the sensitivity of this method", plan.record)
+    needed = plan.noise_stddev if record.route == "steps" else 0.0
+    if not abs(instructions.step_stddev - needed) <= _TOLERANCE * needed:
+        raise _no("noise", f"a deviation of {needed:g} on every step, as in the terms", f"{instructions.step_stddev:g}")
+
+
 def _refuse_odd_numbers(instructions: ClientInstructions, terms: RunTerms) -> None:
     """Raise a `Refusal` for numbers that no correct server sends."""
     asked = {"bound": instructions.method.bounded.l2_bound, "round": instructions.round, "client": instructions.client}
-    for name, value in {**asdict(terms), **asked, "noise_stddev": instructions.noise_stddev}.items():
+    noise = {"noise_stddev": instructions.noise_stddev, "step_stddev": instructions.step_stddev}
+    for name, value in {**asdict(terms), **asked, **noise}.items():
         if isinstance(value, int | float) and not 0 <= value < _MAX_NUMBER:
             raise _no(name, "a finite number of at least 0", value)
 

@@ -168,7 +168,8 @@ def _check_admin(folder: Path, connect: bool) -> list[Finding]:
 def _connection(folder: Path) -> str:
     """Return the address of a secure connection in Flower's `config.toml`."""
     path = folder / "config.toml"
-    connection = read_config_file(path).get("superlink", {}).get(CONNECTION, {})
+    superlink = read_config_file(path).get("superlink", {})
+    connection = superlink.get(CONNECTION, {}) if isinstance(superlink, dict) else {}
     remedy = "Run ./register.sh, which writes it, or edit the file"
     address, certificate = connection.get("address", ""), connection.get("root-certificates", "")
     if connection.get("insecure"):

@@ -194,7 +194,7 @@ class RayEngine:
         mean = sum(partial.signal_norms for partial in found.values()) / finite if finite else float("nan")
         return Total(torch.from_numpy(sum_), messages, non_finite, mean), {w: p.seconds for w, p in found.items()}
 
-    def _collect(self, calls: dict[int, Any]) -> dict[int, Any]:
+    def _collect(self, calls: dict[int, ray.ObjectRef]) -> dict[int, Any]:
         """Return the workers' answers, once all have answered or died.
 
         Raises:
@@ -246,7 +246,7 @@ class RayEngine:
 
     def _spread(self) -> None:
         """Send the snapshot's states to their owners."""
-        inboxes: dict[int, list[Any]] = {worker: [] for worker in self._owners.workers}
+        inboxes: dict[int, list[ray.ObjectRef]] = {worker: [] for worker in self._owners.workers}
         for part in self._snapshots.parts():
             owners = self._owners.owners_of(part["clients"].numpy())
             for worker in np.unique(owners).tolist():
@@ -306,7 +306,7 @@ class RayEngine:
         self._collect({worker: self._start(worker) for worker in here})
         return late
 
-    def _start(self, worker: int) -> Any:
+    def _start(self, worker: int) -> ray.ObjectRef:
         need = self._needs[worker]
         path = [folder for folder in sys.path if folder and Path(folder).is_dir()]
         return self._hosts[worker].start.remote(self._shipment, max(1, int(need.cpus)), need.gpus > 0, path)
@@ -349,9 +349,9 @@ class _RemoteTracebackError(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
-def _one_by_one(calls: dict[int, Any]) -> tuple[dict[int, Any], dict[int, str]]:
+def _one_by_one(calls: dict[int, ray.ObjectRef]) -> tuple[dict[int, object], dict[int, str]]:
     """Return the answers of live workers, and the reasons why the others died."""
-    found: dict[int, Any] = {}
+    found: dict[int, object] = {}
     lost: dict[int, str] = {}
     for worker, call in calls.items():
         try:

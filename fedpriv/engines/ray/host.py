@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ MakeLocal = Callable[[Population, torch.device], Engine]
 # Smallest array that the processes of a machine share; smaller ones are copied.
 _MIN_SHARED_BYTES = 2**16
 _NUMPY_TYPES = {torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16}
+
+T = TypeVar("T")
 
 
 class Shipment(NamedTuple):
@@ -146,7 +148,7 @@ class Host:
         return Partial(whole, messages, non_finite, norms, seconds)
 
 
-def pack(value: Any) -> Shipment:
+def pack(value: object) -> Shipment:
     """Pack an object that cloudpickle accepts; tensors of any device become arrays and are unpacked on the CPU."""
     arrays: list[np.ndarray] = []
 
@@ -174,7 +176,7 @@ def merged(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Pickler(cloudpickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: Any) -> object:
         if type(obj) in (Tensor, torch.nn.Parameter) and obj.layout is torch.strided and obj.dtype in _NUMPY_TYPES:
             array = obj.detach().cpu().resolve_conj().resolve_neg().numpy()
             return (_tensor, (array,)) if type(obj) is Tensor else (_parameter, (array, obj.requires_grad))
@@ -196,7 +198,7 @@ def _view(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _caught(work: Callable[[], Any]) -> Any:
+def _caught(work: Callable[[], T]) -> T | Failure:
     try:
         return work()
     except Exception as error:
@@ -231,7 +233,7 @@ def _survivor(error: Exception) -> bytes:
     return content
 
 
-def _pickled(value: Any, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+def _pickled(value: object, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
     for module in modules_of_files():
         cloudpickle.register_pickle_by_value(module)
     file = io.BytesIO()

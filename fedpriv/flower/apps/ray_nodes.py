@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Array, Message
@@ -113,7 +114,7 @@ def _taken_apart(array: Array) -> tuple[str, tuple[int, ...], str, pickle.Pickle
     return array.dtype, array.shape, array.stype, pickle.PickleBuffer(array.data)
 
 
-def _put_together(parts: tuple[str, tuple[int, ...], str, Any]) -> Array:
+def _put_together(parts: tuple[str, tuple[int, ...], str, bytes | memoryview]) -> Array:
     dtype, shape, stype, data = parts
     return Array(dtype, shape, stype, bytes(data))
 
@@ -135,7 +136,7 @@ class RayClients:
         self.workers = min(workers.count, population.size)
         self._ray = _import_ray()
         self._connection = _connected(self._ray, workers, self.workers)
-        self._streams: dict[Any, int] = {}
+        self._streams: dict[Iterator[object], int] = {}
         self._former = _leave_on_termination()
         try:
             there = {"env_vars": {"PYTHONPATH": os.pathsep.join(_import_paths())}}
@@ -185,7 +186,7 @@ class RayClients:
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
 
-    def _next(self, stream: Any) -> Message:
+    def _next(self, stream: Iterator[object]) -> Message:
         reply, warnings_ = self._ray.get(next(stream))
         for line in warnings_:
             _log.warning("%s", line)
@@ -194,7 +195,7 @@ class RayClients:
             del self._streams[stream]
         return reply
 
-    def _loaded(self, loading: list[Any]) -> None:
+    def _loaded(self, loading: list[object]) -> None:
         try:
             reasons = self._ray.get(loading, timeout=_START_SECONDS)
         except self._ray.exceptions.RayError as error:
@@ -210,7 +211,7 @@ class RayClients:
             )
 
 
-def _import_ray() -> Any:
+def _import_ray() -> ModuleType:
     try:
         import ray
         import ray.exceptions
@@ -219,7 +220,7 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connected(ray: Any, workers: Workers, count: int) -> "Connection":
+def _connected(ray: ModuleType, workers: Workers, count: int) -> "Connection":
     """Start Ray or connect to it, and check that it has room for the workers."""
     from fedpriv.engines.ray.cluster import connect
 
@@ -266,7 +267,7 @@ def _probe(address: str) -> None:
         ) from None
 
 
-def _check_resources(ray: Any, workers: Workers, count: int) -> None:
+def _check_resources(ray: ModuleType, workers: Workers, count: int) -> None:
     """Check for missing resources, for which Ray would wait forever."""
     there = ray.cluster_resources()
     if there.get("CPU", 0) < count:
