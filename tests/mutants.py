@@ -514,8 +514,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
-        '"devices", "schedule", "sources")\n',
-        '"devices", "schedule")\n',
+        '"devices", "schedule", "sources", "task")\n',
+        '"devices", "schedule", "task")\n',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
