@@ -19,14 +19,14 @@ message so that noise can hide it:
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedpriv.bounding import Clip
 from fedpriv.feedback import Release, sent_message
-from fedpriv.methods import PlainMethod
+from fedpriv.methods import LostMemory, PlainMethod
 
 
 class Shift(NamedTuple):
@@ -62,7 +62,7 @@ class ClippedDiana(PlainMethod):
         return Clip(clip_norm=self.clip_norm)
 
     @property
-    def lost_memory(self) -> Literal["start-afresh", "re-base"]:
+    def lost_memory(self) -> LostMemory:
         """All memories restart together: nothing in h ever fades."""
         return "re-base"
 

@@ -93,6 +93,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self._known: dict[str, type[T] | str] = dict(builtin)
         self._referred: dict[str, type[T]] = {}
         self._names: dict[type, str] = {}
+        self._modules: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> type[T]:
         found = self._known.get(name)
@@ -155,7 +156,12 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         Raises:
             UserError: If there is no such class or, under `only_known`, if this process does not know it yet.
         """
-        if self.group is None or _ONLY_KNOWN.get() or not is_reference(name) or (name in self and not _is_edited(name)):
+        if (
+            self.group is None
+            or _ONLY_KNOWN.get()
+            or not is_reference(name)
+            or (name in self and not self._is_edited(name))
+        ):
             return self.known(name, where)
         place = name.rpartition(":")[0]
         kind = self._fitting(_imported(name, where, name), where, name)
@@ -163,10 +169,15 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def _refer(self, name: str, kind: type[T], module: str) -> type[T]:
         """Remember the class that a name leads to, and the module that the name is of."""
-        self._referred[name], self._names[kind] = kind, name
+        self._referred[name], self._names[kind], self._modules[name] = kind, name, module
         if hasattr(kind, "called"):
             kind.named_in = module  # pyright: ignore[reportAttributeAccessIssue]
         return kind
+
+    def _is_edited(self, reference: str) -> bool:
+        """Return True if the file of a reference has changed since the reference was resolved."""
+        path = Path(reference.rpartition(":")[0])
+        return path.suffix == ".py" and path.is_file() and _module_name(path) != self._modules.get(reference)
 
     def name_of(self, instance: object) -> str:
         """Return the name of an instance's class, or the reference that resolved it."""

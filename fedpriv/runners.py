@@ -1,18 +1,26 @@
 """Run an experiment in this process, on Ray, in Flower's simulation, or on real devices."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from fedpriv.checks import at_least_one
 from fedpriv.experiment import run
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.watching import Watcher
+from fedpriv.tables import Record
 
 if TYPE_CHECKING:
     from fedpriv.deploy.run import Connection
 
 __all__ = ["run_experiment"]
+
+
+class _Common(TypedDict):
+    device: str
+    data_root: Path | None
+    resume: bool
+    watch: Watcher | None
 
 
 def run_experiment(
@@ -27,7 +35,7 @@ def run_experiment(
     checkpoint_every: int | None = None,
     execution: Execution | None = None,
     deploy: "str | Connection | None" = None,
-) -> dict[str, Any] | None:
+) -> Record | None:
     """Run an experiment and return its summary.
 
     Args:
@@ -51,7 +59,7 @@ def run_experiment(
     config = config if isinstance(config, Config) else load_config(config)
     if checkpoint_every is not None:
         at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")
-    common: dict[str, Any] = {"device": device, "data_root": data_root, "resume": resume, "watch": watch}
+    common: _Common = {"device": device, "data_root": data_root, "resume": resume, "watch": watch}
     if deploy is not None:
         from fedpriv.deploy.run import run_deployed
 

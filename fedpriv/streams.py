@@ -9,12 +9,15 @@ import os
 import random
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+__all__ = ["Purpose", "Randomness", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+
+Randomness = Literal["seeded", "system"]
+"""The source of noise and cohorts: a seed, or the operating system."""
 
 
 class Purpose(IntEnum):

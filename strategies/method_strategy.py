@@ -48,7 +48,7 @@ from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
 from fedpriv.rounds import Agreement, Total, begin_round, finish_round
-from fedpriv.streams import SeededStreams
+from fedpriv.streams import Randomness, SeededStreams
 
 __all__ = ["MethodStrategy"]
 
@@ -400,7 +400,7 @@ class MethodStrategy(Strategy):
         )
 
     @property
-    def _randomness(self) -> str:
+    def _randomness(self) -> Randomness:
         return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
 
     def _new_attendance(self, rounds: int) -> Attendance:

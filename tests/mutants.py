@@ -48,6 +48,7 @@ STEP, METHOD = "fedpriv/engines/in_place.py", "fedpriv/methods/base.py"
 LOCAL, OPTIMIZERS = "tests/tasks/test_tasks_local_work.py", "tests/methods/test_methods_server_optimizers.py"
 ENGINES_TESTED = "tests/experiment/test_experiment_engines.py"
 RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.py"
+PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_per_example.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
@@ -80,7 +81,159 @@ NEIGHBORS, RELEASED = "tests/experiment/test_experiment_neighbors.py", "tests/ex
 FAILURES, TRAINED = "tests/flower/test_flower_failures.py", "tests/flower/test_flower_trained.py"
 PACED = "tests/flower/test_flower_pace.py"
 
+RECORDS = "fedpriv/privacy/records.py"
+OF_RECORDS = "tests/privacy/test_privacy_records.py"
+OF_EXAMPLES = "tests/engines/test_engines_examples.py"
+TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
+
 MUTANTS = [
+    Mutant(
+        "examples: a memory's sensitivity forgets that both data sets move",
+        RECORDS,
+        "min(2.0 * moved * math.sqrt(rounds) / left, trivial)",
+        "min(moved * math.sqrt(rounds) / left, trivial)",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: damping does not matter to a memory",
+        RECORDS,
+        "self.beta / (1.0 - self.damping)",
+        "self.beta",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: a round of local steps is charged as one",
+        RECORDS,
+        "return max(self.record.terms.steps, 1)",
+        "return 1",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: the rates of clients and batches are multiplied",
+        RECORDS,
+        "rate = min(self.record.terms.rate + 2.0**-53, 1.0)",
+        "rate = self._hidden * self.record.terms.rate",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: a hidden client counts with its expected number of rounds",
+        RECORDS,
+        "counts = [min(count, most) for count in range(step, most + step, step)]",
+        "counts = [max(round(rounds * self._hidden), 1)]",
+        OF_RECORDS,
+    ),
+    Mutant(
+        "examples: sums are divided by the batch",
+        "fedpriv/tasks/local_work.py",
+        "return noised / self.terms.divisor(len(labels))",
+        "return noised / max(len(labels) if batch is None else len(batch), 1)",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: memories are rounded to float32",
+        "fedpriv/engines/base.py",
+        "exact = self.rules.examples is not None",
+        "exact = False",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: every round draws the same noise for its steps",
+        ROUNDS,
+        "StepNoise(self.streams, self.step_stddev, round, client)",
+        "StepNoise(self.streams, self.step_stddev, 1, client)",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: the noise of a step is on another scale than the sum",
+        "fedpriv/tasks/local_work.py",
+        "noised = total if self.noise is None",
+        "total = total * self.terms.divisor(len(labels))\n        noised = total if self.noise is None",
+        OF_EXAMPLES,
+    ),
+    Mutant(
+        "examples: a device believes the sensitivity that it is told",
+        "fedpriv/deploy/device/policy.py",
+        "if record != record_bound(instructions.method, record.terms):",
+        "if False:",
+        "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
+        "examples: a client's budget ignores local steps",
+        "fedpriv/deploy/device/ledger.py",
+        "return math.inf if steps else",
+        "return 0.0 if steps else",
+        "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
+        "examples: a device sends examples' messages for an operator who protects clients",
+        "fedpriv/deploy/device/policy.py",
+        'if terms.unit == "example" and self.accepts.unit != "example":',
+        "if False:",
+        "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
+        "positions are averaged over the batch",
+        "fedpriv/tasks/kinds.py",
+        "(labels != self.ignore_index).sum(dim=1).clamp(min=1)",
+        "(labels != self.ignore_index).sum(dim=1).float().mean().clamp(min=1)",
+        TASKED,
+    ),
+    Mutant(
+        "class weights are divided by their sum over the batch",
+        "fedpriv/tasks/kinds.py",
+        'label_smoothing=self.label_smoothing, reduction="none")',
+        'reduction="none") / (1.0 if weights is None else weights[labels].mean())',
+        TASKED,
+    ),
+    Mutant(
+        "a loss that changes with other examples is accepted",
+        "fedpriv/tasks/kinds.py",
+        "        if not torch.allclose(first, found.detach()[0]",
+        "        if False and not torch.allclose(first, found.detach()[0]",
+        TASKED,
+    ),
+    Mutant(
+        "the slope of padding in another loss",
+        "fedpriv/tasks/dense.py",
+        "labels.flatten(0, 1)) * weights.flatten()).sum()",
+        "labels.flatten(0, 1))).sum()",
+        TASKED,
+    ),
+    Mutant(
+        "scores of single clients in a private run",
+        "fedpriv/experiment/config.py",
+        '    if config.privacy is not None:\n        remedy = "Remove [evaluation]',
+        '    if False:\n        remedy = "Remove [evaluation]',
+        SCORED,
+    ),
+    Mutant(
+        "tuning: a metric without limits is released with noise",
+        "fedpriv/sweeps/tuning.py",
+        "if noise is not None and not metric.bounded:",
+        "if False:",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "tuning: a client's undefined score ends the sum",
+        SCORING,
+        "worst if math.isnan(score) else score",
+        "score",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "the largest error is the best setting",
+        "fedpriv/report/analysis.py",
+        "study.metric.sign * made[",
+        "1.0 * made[",
+        "tests/tasks/test_tasks_metrics.py",
+    ),
+    Mutant(
+        "a policy that names tasks accepts others",
+        "fedpriv/deploy/device/policy.py",
+        "TASKS.name_of(config.task), self.accepts.tasks)",
+        "TASKS.name_of(config.task), ())",
+        SCORED,
+    ),
     Mutant(
         "a server's config makes a device import what it names",
         "fedpriv/deploy/device/own_data.py",
@@ -302,7 +455,7 @@ MUTANTS = [
     Mutant(
         "the seed of a central run goes to the clients",
         "strategies/method_strategy.py",
-        "streams = rules.streams if rules.noise_stddev > 0.0 else None",
+        "streams = rules.streams if rules.draws_secrets else None",
         "streams = rules.streams",
         FLOWER,
     ),
@@ -479,8 +632,8 @@ MUTANTS = [
     Mutant(
         "amplification claimed in the local model",
         ACCOUNTING,
-        "if not self.trust.hides_cohorts or not self.sampling",
-        "if not self.sampling",
+        "return self.trust.hides_cohorts and self.sampling",
+        "return self.sampling",
         PRIVACY,
     ),
     Mutant(
@@ -692,8 +845,8 @@ MUTANTS = [
     Mutant(
         "server optimiser: clients are told of it",
         ROUNDS,
-        "ClientRules(method=method.client_part, ",
-        "ClientRules(method=method, ",
+        "            method=method.client_part,\n            noise_stddev=client_stddev",
+        "            method=method,\n            noise_stddev=client_stddev",
         OPTIMIZERS,
     ),
     Mutant(
@@ -780,6 +933,62 @@ MUTANTS = [
         "return slope.mul_(weights.unsqueeze(-1))",
         "return slope.mul_(weights.amax(dim=-1, keepdim=True).unsqueeze(-1))",
         ENGINES,
+    ),
+    Mutant(
+        "the bound of one example is ignored",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            scales = scales_of(norms, bound)",
+        "            scales = torch.ones_like(norms)",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "an example outside the mask counts",
+        f"{PER_EXAMPLE}/clipped.py",
+        "~(kept & torch.isfinite(norms))",
+        "~torch.isfinite(norms)",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "numbers that are not finite reach the sum of the others",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            parts = [part.without(excluded) for part in parts]",
+        "            pass",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "terms that cancel are not charged",
+        f"{PER_EXAMPLE}/clipped.py",
+        "torch.maximum(s.norms, s.terms / MAX_CANCELLATION**2)",
+        "s.norms",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "outputs that depend on other examples are accepted",
+        f"{PER_EXAMPLE}/clipped.py",
+        "            self._refuse_dependence(x)\n",
+        "",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "a parameter's use outside its layer is not noticed",
+        f"{PER_EXAMPLE}/capture.py",
+        "    if any(counts[key] > uses for key, uses in expected.items()):",
+        "    if False:",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "the norm of a bias is left out",
+        f"{PER_EXAMPLE}/parts.py",
+        "        left = _squared(self.inputs)\n        if self.bias is not None:",
+        "        left = _squared(self.inputs)\n        if False:",
+        BY_EXAMPLE,
+    ),
+    Mutant(
+        "padding of a client counts as examples",
+        "fedpriv/tasks/dense.py",
+        "excluded = ~(mask & torch.isfinite(norms))",
+        "excluded = ~torch.isfinite(norms)",
+        BY_EXAMPLE,
     ),
     Mutant("memories lost at a restart", "fedpriv/experiment/run.py", "engine.restore(client)", "pass", EXPERIMENT),
     Mutant(
@@ -870,7 +1079,7 @@ MUTANTS = [
     Mutant(
         "deployment: the budget is not looked at",
         "fedpriv/deploy/device/device.py",
-        "if not epsilon <= limits.epsilon:",
+        "if not epsilon <= budget:",
         "if False:",
         MEMBER,
     ),
@@ -884,8 +1093,8 @@ MUTANTS = [
     Mutant(
         "deployment: replacement is counted as removal",
         "fedpriv/deploy/device/ledger.py",
-        'moved = REPLACE_FACTOR if adjacency == "replace" else 1.0',
-        "moved = 1.0",
+        '    if record is None:\n        return (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound',
+        "    if record is None:\n        return entry.l2_bound",
         MEMBER,
     ),
     Mutant(
@@ -1236,8 +1445,8 @@ MUTANTS = [
     Mutant(
         "examples are held out by label over all natural clients",
         "fedpriv/data/validation.py",
-        "    if dataset.groups is None:\n        held = _held_out_of_labels",
-        "    if True:\n        held = _held_out_of_labels",
+        "    if dataset.groups is None:\n        one = np.zeros",
+        "    if True:\n        one = np.zeros",
         NEIGHBORS,
     ),
     Mutant(
@@ -1488,8 +1697,8 @@ MUTANTS = [
     Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
-        'return replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
-        'return replace(self, adjacency="replace")',
+        '        found = replace(self, adjacency="replace")\n        return replace(found, noise_multiplier=',
+        '        found = replace(self, adjacency="replace")\n        return replace(self, noise_multiplier=',
         PROMISED,
     ),
     Mutant(

@@ -1,7 +1,7 @@
 """The plot of an audit: scores of canaries, and the resulting bounds on epsilon."""
 
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from fedpriv.privacy import rounded_up
+from fedpriv.tables import Record
 
 if TYPE_CHECKING:
     from fedpriv.audit.verdict import Findings
@@ -21,7 +22,7 @@ __all__ = ["plot_audit"]
 NULL, SEEN, CLAIM = "#56B4E9", "#D55E00", "#000000"
 
 
-def plot_audit(findings: "Findings", record: dict[str, Any]) -> bytes:
+def plot_audit(findings: "Findings", record: Record) -> bytes:
     """Return histograms of scores, and lower bounds next to the claim, as one PNG.
 
     Args:
@@ -63,7 +64,7 @@ def _bins(scores: np.ndarray, span: float) -> list[float]:
     return (float(scores.min()) - 0.5 * width + width * np.arange(int(np.ptp(scores) / width) + 3)).tolist()
 
 
-def _draw_bounds(axes: Axes, findings: "Findings", record: dict[str, Any]) -> None:
+def _draw_bounds(axes: Axes, findings: "Findings", record: Record) -> None:
     rows = findings.scores[::-1]
     heights = np.arange(len(rows))
     longest = max(row.estimate or row.lower for row in rows)

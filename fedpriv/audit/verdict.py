@@ -7,7 +7,7 @@ shared by all scores (Bonferroni), because one correct run in twenty exceeds a b
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from fedpriv.audit.statistics import (
     one_run_lower,
 )
 from fedpriv.privacy import REPLACE_FACTOR, PrivacyPlan
+from fedpriv.tables import Record
 
 if TYPE_CHECKING:
     from fedpriv.audit.evidence import Evidence
@@ -60,7 +61,7 @@ class Finding:
         """True if the score refutes the claim."""
         return self.convicting > self.claimed
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Record:
         """Return a dict for JSON."""
         return {
             "name": self.name,

@@ -1,8 +1,7 @@
 """An audit in words: the attack, the auditor's knowledge, and the result."""
 
-from typing import Any
-
 from fedpriv.privacy import PrivacyPlan, rounded_up
+from fedpriv.tables import Record
 
 __all__ = ["claim_of", "in_words", "knowledge_of"]
 
@@ -29,7 +28,7 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
     return f"sees {plan.trust_rules.seen}; knows {known}; does not know the noise"
 
 
-def in_words(record: dict[str, Any]) -> str:
+def in_words(record: Record) -> str:
     """Return one paragraph about an audit from its record (`audit.json`)."""
     rounds, mean = record["rounds"], record["participations"]["mean"]
     each = f"{rounds} rounds" if mean == rounds else f"{mean:.1f} of {rounds} rounds on average"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fedpriv.native import about_compiled, native_library
 
@@ -25,12 +25,21 @@ GROUPS = {
     "fedpriv.shifts": "shifts",
     "fedpriv.augmentations": "augment",
     "fedpriv.models": "models",
+    "fedpriv.tasks": "tasks",
     "fedpriv.local_works": "local",
     "fedpriv.devices": "devices",
 }
 """The groups of entry points by which packages add names."""
 
-Entries = dict[str, dict[str, Any]]
+
+class Entry(TypedDict):
+    """A name's description and the default of each of its keys."""
+
+    about: str
+    keys: dict[str, object]
+
+
+Entries = dict[str, Entry]
 
 
 def catalogue() -> dict[str, Entries]:
@@ -55,6 +64,7 @@ def described() -> dict[str, Entries]:
     from fedpriv.experiment.execution import ENGINES
     from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
     from fedpriv.privacy import SAMPLINGS
+    from fedpriv.tasks.kinds import TASKS
     from fedpriv.tasks.local_work import LOCAL_WORKS
     from fedpriv.tasks.models import MODELS
 
@@ -66,6 +76,7 @@ def described() -> dict[str, Entries]:
         "shifts": _describe(SHIFTS),
         "augment": _describe(AUGMENTATIONS),
         "models": _describe(MODELS),
+        "tasks": _describe(TASKS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
         "devices": _describe(DEVICES),
@@ -74,7 +85,7 @@ def described() -> dict[str, Entries]:
     }
 
 
-def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> Entries:
     return {
         name: {
             "about": _first_line(kind),
@@ -85,7 +96,7 @@ def _describe(kinds: Mapping[str, type[Any]], hidden: tuple[str, ...] = ()) -> d
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[object]) -> object:
     if field.default is not dataclasses.MISSING:
         return field.default
     return "required" if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -49,13 +49,16 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             found |= noise_against_signal(plan, size).as_dict()
         print(json.dumps(jsonable(found), indent=2))
     else:
-        facts: dict[str, Any] = {
-            "size": size,
-            "simulated": Simulated(clock=experiment.devices is not None),
-            "data": experiment.facts,
-            "recorded": True,
-        }
-        print(privacy_statement(plan, method=experiment.method_name, randomness="seeded", **facts))
+        statement = privacy_statement(
+            plan,
+            method=experiment.method_name,
+            randomness="seeded",
+            size=size,
+            simulated=Simulated(clock=experiment.devices is not None),
+            data=experiment.facts,
+            recorded=True,
+        )
+        print(statement)
         if plot is not None:
             print(f"picture     {plot}")
 

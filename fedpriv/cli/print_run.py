@@ -2,19 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from fedpriv.cli.app import picture
 from fedpriv.errors import UserError
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
 from fedpriv.privacy import rounded_up
+from fedpriv.tables import Record
 from fedpriv.tasks.metrics import recorded_metrics
 
 __all__ = ["print_summary", "print_warnings"]
 
 
-def print_summary(summary: dict[str, Any], directory: Path) -> None:
+def print_summary(summary: Record, directory: Path) -> None:
     """Print the results of a finished run.
 
     Args:
@@ -61,12 +61,12 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _mark(summary: dict[str, Any], score: str) -> str:
+def _mark(summary: Record, score: str) -> str:
     """Return the warning for a score that is computed on the examples of protected clients; empty for other scores."""
     return "; NOT covered by epsilon: on the clients' own examples" if score in summary.get("not_covered", ()) else ""
 
 
-def _clock_line(summary: dict[str, Any], directory: Path) -> str:
+def _clock_line(summary: Record, directory: Path) -> str:
     """Return the line on the simulated duration and traffic of a run; empty without a virtual clock."""
     unreleased = RunDirectory(directory).read_json(DIAGNOSTICS_FILE) or {}  # the clock may reveal who took part
     found = {**unreleased, **summary}
@@ -77,7 +77,7 @@ def _clock_line(summary: dict[str, Any], directory: Path) -> str:
     return f"clock       {hours} h {rest // 60} min {rest % 60} s, {down:.1f} MB down, {up:.1f} MB up (simulated)\n"
 
 
-def _engine_line(summary: dict[str, Any]) -> str:
+def _engine_line(summary: Record) -> str:
     """Return the engine that ran, with the measured times if it was chosen by measurement."""
     ran, line = summary["execution"], summary["engine"]
     if ran.get("workers", 1) > 1:

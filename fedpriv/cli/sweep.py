@@ -134,7 +134,7 @@ def report(
     select: Annotated[
         str | None,
         typer.Option(
-            help="Choose the best runs by test or validation.",
+            help="Choose the best runs by test or validation, and by a metric: test_loss, validation_rmse.",
             show_default="validation if all runs have it",
         ),
     ] = None,

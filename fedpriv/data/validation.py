@@ -54,8 +54,7 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         UserError: If no example, or every example, would be held out.
     """
     if dataset.groups is None:
-        one = np.zeros(dataset.examples, dtype=np.int64)  # labels that are not classes count as one
-        held = _held_out_of_labels(dataset.train_labels.numpy() if dataset.kind == "classes" else one, share)
+        held = _held_out_of_labels(_classes(dataset), share)
     else:
         held = _held_out_of_clients(dataset.groups, share, _TO_VALIDATE)
     if not 0 < held.sum() < len(held):
@@ -166,6 +165,12 @@ def _kept(dataset: Dataset, chosen: np.ndarray) -> Dataset:
     if dataset.groups is None:
         return replace(dataset, **made)
     return replace(dataset, **made, groups=dataset.groups[chosen], natural_clients=dataset.natural_population)
+
+
+def _classes(dataset: Dataset) -> np.ndarray:
+    """Return the class of each training example, int64; labels that are not classes count as one."""
+    labels = dataset.train_labels
+    return labels.numpy() if dataset.kind == "classes" else np.zeros(len(labels), dtype=np.int64)
 
 
 def _held_out_of_labels(labels: np.ndarray, share: float) -> np.ndarray:

@@ -18,7 +18,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.heads import newer_heads
 from fedpriv.errors import UserError
-from fedpriv.experiment.deployment import DeploymentChoice
+from fedpriv.experiment.deployment import DeploymentChoice, LostMemoryRule
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import believed_losses
@@ -38,6 +38,8 @@ from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_rou
 from fedpriv.streams import SeededStreams
 
 __all__ = ["Coordinator", "Outcome"]
+
+Happened = Literal["applied", "too few", "re-based"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Outcome:
     counted: list[int]
     refused: dict[int, tuple[str, str]]
     invalid: dict[int, str]
-    happened: str
+    happened: Happened
     total: Total
 
     @property
@@ -141,7 +143,7 @@ class Coordinator:
         return self.choice.seconds(secret_cohorts=self.secret_cohorts)
 
     @property
-    def lost_memory(self) -> str:
+    def lost_memory(self) -> LostMemoryRule:
         """Rule for a client that has lost its memory."""
         return self.server.method.lost_memory if self.choice.lost_memory == "method" else self.choice.lost_memory
 
@@ -207,7 +209,7 @@ class Coordinator:
         invalid = {i: why for i in asked if i in replies and (why := self._fault(replies[i]))}
         valid = [i for i in asked if i in replies and i not in invalid]
         lost = [i for i in asked if i in refusals and refusals[i][0] == "lost" and self.last_turn.get(i, 0) > 0]
-        happened = "applied"
+        happened: Happened = "applied"
         if lost and self.lost_memory == "stop":
             raise _stopped(lost)
         if self._memories_are_lost(lost):
@@ -236,7 +238,7 @@ class Coordinator:
 
     def save(self) -> dict[str, Tensor]:
         """Return everything except the server's state, as tensors; see `restore`."""
-        facts: dict[str, Any] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
+        facts: dict[str, object] = {"run": self.run, "turn": self.turn, "applied": self.applied, "epoch": self.epoch}
         facts |= {"last_turn": {str(k): v for k, v in self.last_turn.items()}, "left_out": sorted(self.left_out)}
         facts |= {"asked_times": {str(k): v for k, v in self.asked_times.items()}}
         facts |= {"losses": {str(k): v for k, v in self.losses.items()}}

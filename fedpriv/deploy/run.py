@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -24,6 +23,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
 from fedpriv.flower.bundle import write_app
 from fedpriv.flower.launch import RecordedRounds, failure_in
+from fedpriv.tables import Record
 
 __all__ = ["Connection", "run_deployed"]
 
@@ -89,7 +89,7 @@ class _FlowerRun:
             "FLWR_TELEMETRY_ENABLED": "0",
         }
 
-    def start(self, run_config: dict[str, Any]) -> None:
+    def start(self, run_config: dict[str, object]) -> None:
         """Submit the app.
 
         Raises:
@@ -110,7 +110,7 @@ class _FlowerRun:
                 stderr=subprocess.STDOUT,
             )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return Flower's description of this run; empty if Flower does not know the run."""
         return next((run for run in self._runs() if str(run["run-id"]) not in self._known), {})
 
@@ -127,7 +127,7 @@ class _FlowerRun:
             self._process.terminate()
             self._process.wait(timeout=10.0)
 
-    def _runs(self) -> list[dict[str, Any]]:
+    def _runs(self) -> list[dict[str, object]]:
         text = self._flwr(["ls", self.connection.name, "--format", "json"])
         try:
             answer = json.loads(text)
@@ -160,7 +160,7 @@ def run_deployed(
     data_root: Path | None = None,
     resume: bool = False,
     watch: Watcher | None = None,
-) -> dict[str, Any] | None:
+) -> Record | None:
     """Run an experiment on the devices of a deployment.
 
     Args:
@@ -207,7 +207,7 @@ def run_deployed(
             run.stop()
 
 
-def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> dict[str, Any] | None:
+def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> Record | None:
     rounds, shown = RecordedRounds(directory, watch), 0
     while run.alive():
         if directory.file("digest.txt").exists():  # the SuperLink runs on this machine

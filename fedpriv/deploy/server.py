@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -35,6 +34,7 @@ from fedpriv.flower.messages import (
     refused,
 )
 from fedpriv.streams import SystemStreams
+from fedpriv.tables import Record
 
 __all__ = ["PARTICIPATION", "Network", "refuse_full_disk", "run_turns", "take_up", "with_secret_streams"]
 
@@ -254,7 +254,7 @@ def run_turns(
     arrays: ModelArrays,
     recorder: Recorder,
     directory: RunDirectory,
-) -> dict[str, Any]:
+) -> Record:
     """Run the remaining turns, and return the summary.
 
     Raises:
@@ -341,7 +341,7 @@ def _heads(answers: Mapping[int, Message | str]) -> dict[int, Head]:
     return {client: head for client, head in heads.items() if head is not None}
 
 
-def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, Any]:
+def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str, object]:
     silent = [client for client in outcome.silent if client not in failed]
     return {
         "round": outcome.turn,

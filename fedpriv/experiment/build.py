@@ -1,5 +1,6 @@
 """Build the parts of an experiment from its config: data, model, the two halves of the agreement, a plan."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,6 @@ def make_federation(config: Config, data_root: Path | None = None) -> Holders:
     choice, streams = config.data, SeededStreams(config.seed)
     with labels_as(config.task.labels):
         dataset, rng = choice.dataset.load(data_root), streams.source(Purpose.PARTITION).rng
-    _check_labels(config, dataset)
     if choice.test is not None:
         dataset = evaluated_on(dataset, choice.test, choice.validation, rng)
     elif choice.validation is not None:
@@ -239,6 +239,7 @@ def task_of(config: Config, federation: Holders, device: str, **options: Any) ->
     """Return the config's model with its loss; see `Task` for the options."""
     seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
+    _check_labels(config, dataset)
     shape = tuple(dataset.train_inputs.shape[1:])
     module = build_module(config, shape, dataset.classes, seed)
     check_task(config, module, shape, dataset.train_labels[:1], dataset.classes)
@@ -257,8 +258,8 @@ def check_task(config: Config, module: nn.Module, input_shape: tuple[int, ...], 
     """
     if config.task.plain and not isinstance(config.model, OwnModule):
         return
-    with torch.no_grad():
-        outputs = module(torch.zeros(2, *input_shape))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = copy.deepcopy(module)(torch.zeros(2, *input_shape))
     expected = config.task.output_shape(labels, classes)
     if list(outputs.shape) != [2, *expected]:
         wanted = f"outputs [batch, {', '.join(map(str, expected))}] of the model, for [task]"

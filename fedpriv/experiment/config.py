@@ -32,6 +32,7 @@ from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
+from fedpriv.tasks.per_client import PerClient
 
 __all__ = [
     "Config",
@@ -65,7 +66,7 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task")
+TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
@@ -208,6 +209,7 @@ class Config:
     devices: Devices | None = None
     schedule: Schedule | None = None
     task: TaskKind = field(default_factory=Classification)
+    evaluation: PerClient | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -247,6 +249,7 @@ class Config:
             **privacy,
             "training": write_table(self.training),
             **clock,
+            **({} if self.evaluation is None else {"evaluation": write_table(self.evaluation)}),
             **deployment,
             **({"sources": self.sources} if self.sources else {}),
         }
@@ -330,12 +333,15 @@ class Config:
         """Raise UserError if the experiment needs a simulation.
 
         Raises:
-            UserError: If it shifts clients' inputs, holds out their examples, or has the table `[devices]`.
+            UserError: If it shifts clients' inputs, holds out their examples, tests single clients, or has the table
+                `[devices]`.
         """
         self.check_unclocked()
         remedy = "Remove the key: a deployment does not change devices' data, and tests on the server's data"
         if self.data.validation is not None:
             raise UserError("data.validation", "no value in a deployment", self.data.validation, remedy)
+        if self.evaluation is not None:
+            raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
 
@@ -510,6 +516,7 @@ def parse_config(tables: Table) -> Config:
         schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
         augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
         task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
+        evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
@@ -530,6 +537,18 @@ def check_config(config: Config) -> None:
         )
     if config.deployment is not None:
         config.deployment.check(config.method)
+    if config.evaluation is not None and config.evaluation.clients:
+        _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raise UserError unless scores of single clients may be computed: never in a private run."""
+    if config.privacy is not None:
+        remedy = "Remove [evaluation], or [privacy] in a simulation of clients whose data are public"
+        raise UserError("evaluation.clients", "no private run", "[privacy]: such scores show single clients", remedy)
+    if config.data.test != "within":
+        got, remedy = repr(config.data.test or "public"), 'Choose natural clients and data.test = "within"'
+        raise UserError("evaluation.clients", "clients with own test examples", got, remedy)
 
 
 def _check_unit(config: Config) -> None:

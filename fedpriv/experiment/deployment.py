@@ -14,6 +14,10 @@ _SECONDS = 300.0
 _SECRET_SECONDS = 60.0
 
 
+LostMemoryRule = Literal["method", "start-afresh", "re-base", "leave-out", "stop"]
+"""The actions of a deployment when a client has lost its memory; see `DeploymentChoice`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeploymentChoice:
     """Deadlines, the minimum number of clients, and the handling of failures. Simulations ignore this table.
@@ -34,7 +38,7 @@ class DeploymentChoice:
     deadline: float | None = None
     min_participants: int = 1
     too_few: Literal["skip", "stop"] = "skip"
-    lost_memory: Literal["method", "start-afresh", "re-base", "leave-out", "stop"] = "method"
+    lost_memory: LostMemoryRule = "method"
     join_timeout: float = 300.0
 
     def __post_init__(self) -> None:

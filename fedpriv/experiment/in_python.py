@@ -40,6 +40,7 @@ from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
 from fedpriv.tasks.own import OwnModule
 from fedpriv.tasks.own_task import own_loss
+from fedpriv.tasks.per_client import PerClient
 
 __all__ = ["Experiment"]
 
@@ -82,6 +83,7 @@ class Experiment:
         inputs: The columns of the inputs in a table; None for all other columns.
         test: The test examples of natural clients, see `[data] test`; None for public test examples if the data have
             some, otherwise a fifth of each client's examples.
+        evaluation: The evaluation of single clients, `fedpriv.tasks.per_client.PerClient()`; None for none.
         seed: The seed of all randomness.
         evaluate_every: Rounds from one evaluation to the next.
         name: The name of the experiment.
@@ -105,6 +107,7 @@ class Experiment:
     client: str | None = None
     inputs: str | Sequence[str] | None = None
     test: Whose | None = None
+    evaluation: PerClient | None = None
     seed: int = 0
     evaluate_every: int = 1
     name: str = "experiment"
@@ -135,6 +138,7 @@ class Experiment:
             privacy=self.privacy,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
+            evaluation=self.evaluation,
         )
         check_config(config)
         return config

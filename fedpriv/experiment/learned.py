@@ -4,12 +4,11 @@ An update that is not finite counts as zero. Without a warning, a run in which e
 other, with a model that is pure noise. All warnings derive from `diagnostics.jsonl`, which is for simulations only.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from fedpriv.tables import Record
 
 __all__ = ["Complaints", "learned_nothing", "warnings_of"]
-
-Row = Mapping[str, Any]
 
 _CAUSE = "Lower local.client_lr or method.server_lr, or look at the clients' inputs."
 
@@ -23,7 +22,7 @@ class Complaints:
     def __init__(self) -> None:
         self._any = self._all = False
 
-    def __call__(self, row: Row) -> str:
+    def __call__(self, row: Record) -> str:
         """Return a line to show; empty if there is nothing new to report."""
         bad, messages = row.get("non_finite") or 0, row.get("cohort_size") or 0
         new = (bad > 0 and not self._any) or (0 < messages == bad and not self._all)
@@ -31,7 +30,7 @@ class Complaints:
         return f"round {row['round']}: {_updates(bad, messages)} not finite and counted as zero" if new else ""
 
 
-def warnings_of(rows: Sequence[Row]) -> list[str]:
+def warnings_of(rows: Sequence[Record]) -> list[str]:
     """Return the warnings for a run, one or two sentences each; an empty list for an ordinary run.
 
     Args:
@@ -51,13 +50,13 @@ def warnings_of(rows: Sequence[Row]) -> list[str]:
     return [f"{_updates(bad, messages)} not finite and counted as zero.{last} {_CAUSE}"]
 
 
-def learned_nothing(rows: Sequence[Row]) -> bool:
+def learned_nothing(rows: Sequence[Record]) -> bool:
     """Return True if clients sent messages and none of them came from a finite update."""
     messages = _sum(rows, "cohort_size")
     return 0 < messages == _sum(rows, "non_finite")
 
 
-def _useless_since(rows: Sequence[Row]) -> int | None:
+def _useless_since(rows: Sequence[Record]) -> int | None:
     """Return the first of the final rounds in which no update was finite; None if the last round had a finite one."""
     since = None
     for row in reversed(rows):
@@ -71,5 +70,5 @@ def _updates(bad: int, messages: int) -> str:
     return f"{bad} of {messages} updates {'was' if bad == 1 else 'were'}"
 
 
-def _sum(rows: Sequence[Row], key: str) -> int:
+def _sum(rows: Sequence[Record], key: str) -> int:
     return sum(row.get(key) or 0 for row in rows)

@@ -2,13 +2,13 @@
 
 import math
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedpriv.experiment.learned import Complaints
 from fedpriv.privacy import rounded_up
+from fedpriv.tables import Record
 
 __all__ = ["RoundProgress"]
 
@@ -30,7 +30,7 @@ class RoundProgress:
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task("", total=rounds)
-        self._latest: dict[str, Any] = {}
+        self._latest: Record = {}
         self._complaints = Complaints()
 
     def __enter__(self) -> "RoundProgress":
@@ -42,7 +42,7 @@ class RoundProgress:
         if self._progress.live.is_started:
             self._progress.stop()
 
-    def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def __call__(self, released: Record, diagnostics: Record) -> None:
         """Show one recorded round. Nothing is shown before the first, so an early error is the only output."""
         self._progress.start()
         complaint = self._complaints(diagnostics)

@@ -6,23 +6,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.engines import one_thread
 from fedpriv.errors import has_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.pictures.curves import plot_curves
-from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
+from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState
 from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
+from fedpriv.streams import Randomness
+from fedpriv.tables import Record, Table
+from fedpriv.tasks.per_client import ClientExamples, evaluate_clients
 from fedpriv.vectors import Layout
 
 __all__ = ["OLDER", "Recorder"]
@@ -57,11 +60,11 @@ class Recorder:
 
     experiment: Experiment
     directory: RunDirectory
-    ran: dict[str, Any]
+    ran: Table
     watch: Watcher | None = None
     checkpoint_seconds: float = 10.0
     checkpoint_every: int | None = None
-    randomness: str = "seeded"
+    randomness: Randomness = "seeded"
     deployed: bool = False
     _taken: Counter[int] = field(default_factory=Counter)
     _saved_at: float = field(default_factory=time.monotonic)
@@ -157,7 +160,7 @@ class Recorder:
             raise stopped
         self._round_began = time.monotonic()
 
-    def finish(self, state: ServerState) -> dict[str, Any]:
+    def finish(self, state: ServerState) -> Record:
         """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
@@ -166,11 +169,31 @@ class Recorder:
                 rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
             )
         rows = self.directory.rows("diagnostics.jsonl")
-        self.directory.write_json(DIAGNOSTICS_FILE, self._diagnostics(rows))
+        clients = self._evaluate_clients(state.model)
+        self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})
         summary = self._summary(rounds[-1], rows)
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
+
+    def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
+        """Write the scores of single clients if the experiment asks for them, and return their distribution."""
+        choice, people = self.experiment.config.evaluation, self.experiment.population
+        tested = people.federation.dataset.tested
+        if choice is None or not choice.clients or tested is None:
+            return {}
+        data, device = people.federation.dataset, people.task.device
+        rows = np.split(np.argsort(tested.owners, kind="stable"), np.cumsum(np.bincount(tested.owners)))
+        rows = [torch.from_numpy(own) for own in rows[: people.federation.population]]
+        clients = (
+            ClientExamples(client, *people.examples(client), *(part[own].to(device) for part in parts))
+            for client, own in enumerate(rows)
+            for parts in ((data.test_inputs, data.test_labels),)
+        )
+        with one_thread():
+            found = evaluate_clients(people.task, model.to(device), clients, choice)
+        self.directory.write_json(CLIENTS_FILE, found)
+        return {"clients": found["distribution"]}
 
     @property
     def promise(self) -> str:
@@ -189,7 +212,7 @@ class Recorder:
         return self.ran.get("client_noise") == "fused"
 
     @property
-    def _marks(self) -> dict[str, Any]:
+    def _marks(self) -> dict[str, object]:
         """The scores that the privacy guarantee does not cover, if any."""
         names = self.experiment.config.not_covered
         return {"not_covered": list(names)} if names else {}
@@ -202,7 +225,7 @@ class Recorder:
     def _keeps_ledger(self) -> bool:
         return self.experiment.plan is not None and self.experiment.plan.trust_rules.charges_participations
 
-    def _clock(self, round: int, *, released: bool) -> dict[str, Any]:
+    def _clock(self, round: int, *, released: bool) -> dict[str, object]:
         """Return a round's values of the virtual clock, either the released ones or the others."""
         timeline = self.experiment.timeline
         if timeline is None:
@@ -225,21 +248,21 @@ class Recorder:
             return round % self.checkpoint_every == 0
         return time.monotonic() - self._saved_at >= self.checkpoint_seconds
 
-    def _promise(self, round: int) -> dict[str, Any]:
+    def _promise(self, round: int) -> dict[str, object]:
         plan = self.experiment.plan
         return {"epsilon": None if plan is None else plan.epsilon_after(round)}
 
-    def _evaluation(self, model: Tensor, round: int) -> dict[str, Any]:
+    def _evaluation(self, model: Tensor, round: int) -> dict[str, object]:
         looks = self.experiment.config.training.evaluates(round)
         names = self.experiment.config.task.scores
-        found: dict[str, Any] = self.experiment.evaluate(model) if looks else {}
+        found: Mapping[str, float | None] = self.experiment.evaluate(model) if looks else {}
         row = {f"test_{name}": found.get(name) for name in names}
         if self.experiment.config.data.validation is not None:
             found = (looks and self.experiment.validate(model)) or {}
             row |= {f"validation_{name}": found.get(name) for name in names}
         return {**row, **self._marks}
 
-    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, Any]:
+    def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, object]:
         population = self.experiment.population
         if self.deployed and self.experiment.plan is not None:  # record nothing about a noiseless sum
             rate = total.messages / max(seconds, 1e-9)
@@ -267,7 +290,7 @@ class Recorder:
         step = self.experiment.timeline.step(round)
         return math.sqrt(step.squared_weights / max(len(step.counted), 1))
 
-    def _record(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def _record(self, released: Record, diagnostics: Record) -> None:
         self.directory.append("rounds.jsonl", released)
         if len(diagnostics) > 1:
             self.directory.append("diagnostics.jsonl", diagnostics)
@@ -281,7 +304,7 @@ class Recorder:
             promise = f"{plan.trust} trust, ({rounded_up(plan.epsilon)}, {plan.delta:g})-DP"
         return f"{config.name}: {config.method_name}, {promise}"
 
-    def _summary(self, last: dict[str, Any], diagnostics: list[dict[str, Any]]) -> dict[str, Any]:
+    def _summary(self, last: Record, diagnostics: list[Record]) -> dict[str, object]:
         config, plan = self.experiment.config, self.experiment.plan
         seconds = sum(row["seconds"] for row in diagnostics)
         expected = self.experiment.server.sampling.expected_size
@@ -310,7 +333,7 @@ class Recorder:
             **self._clock_at_the_end(released=True),
         }
 
-    def _diagnostics(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _diagnostics(self, rows: list[Record]) -> dict[str, object]:
         """Return the totals that accompany the summary and are not released."""
         return {
             "data_fingerprint": self.experiment.population.federation.fingerprint,
@@ -321,14 +344,14 @@ class Recorder:
             **({} if self.deployed else {"heterogeneity": self.directory.read_json(HETEROGENEITY_FILE)}),
         }
 
-    def _clock_at_the_end(self, *, released: bool) -> dict[str, Any]:
+    def _clock_at_the_end(self, *, released: bool) -> dict[str, object]:
         timeline, rounds = self.experiment.timeline, self.experiment.config.training.rounds
         if timeline is None or clock_is_public(self.experiment.config) != released:
             return {}
         row = clock_row(timeline.step(rounds) if rounds else None)
         return {key: value for key, value in row.items() if key != "counted"}
 
-    def _ledger(self) -> dict[str, Any]:
+    def _ledger(self) -> dict[str, object]:
         """Return the epsilon that single clients actually spent, by how often each took part."""
         plan = self.experiment.plan
         counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
@@ -341,7 +364,7 @@ class Recorder:
         }
 
 
-def _no_promise() -> dict[str, Any]:
+def _no_promise() -> dict[str, object]:
     keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
     absent = {"private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
     return {**dict.fromkeys(keys), **absent, **NOT_PROMISED}

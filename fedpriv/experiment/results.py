@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
-from fedpriv.experiment.run_directory import HETEROGENEITY_FILE, RunDirectory, flat_tables
+from fedpriv.experiment.run_directory import CLIENTS_FILE, HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
 from fedpriv.vectors import Layout
 
@@ -26,7 +26,8 @@ def load_results(path: Path | str) -> pd.DataFrame:
 
     Returns:
         Columns `run` (the directory's path relative to `path`), every key of the config as `table.key`, `engine`, the
-        values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, and the columns of `rounds.jsonl` and
+        values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, those of `[evaluation]` as
+        `clients.accuracy.worst_decile` and so on, and the columns of `rounds.jsonl` and
         `diagnostics.jsonl`; missing values are NaN. `not_covered` lists the scores that a run's epsilon does not cover,
         separated by commas.
 
@@ -121,6 +122,8 @@ def _one_run(folder: Path, root: Path) -> pd.DataFrame:
     summary = directory.read_json("summary.json") or {}
     measured = metrics_of(directory.read_json(HETEROGENEITY_FILE) or {})
     clients_differ = {f"heterogeneity.{key}": value for key, value in measured.items()}
+    found = (directory.read_json(CLIENTS_FILE) or {}).get("distribution", {})
+    clients_differ |= {f"clients.{key}.{name}": value for key, row in found.items() for name, value in row.items()}
     constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config, **clients_differ}
     return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)
 

@@ -37,6 +37,7 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 """The totals of a finished run that are not released, and a checksum of its data."""
 
 HETEROGENEITY_FILE = "heterogeneity.json"
+CLIENTS_FILE = "clients.json"
 """Measures of how much the clients of a simulated run differ."""
 
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -36,6 +35,7 @@ from fedpriv.experiment.watching import Watcher
 from fedpriv.files import open_to_append
 from fedpriv.flower.bundle import write_app
 from fedpriv.privacy.released import OWNER_ONLY
+from fedpriv.tables import Record, Table
 
 __all__ = ["RecordedRounds", "failure_in", "run_with_flower"]
 
@@ -60,7 +60,7 @@ def run_with_flower(
     data_root: Path | None = None,
     resume: bool = False,
     watch: Watcher | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Run an experiment in Flower's simulation and return its summary.
 
     Args:
@@ -99,7 +99,7 @@ def run_with_flower(
     return directory.read_json("summary.json")
 
 
-def _claim(directory: RunDirectory, config: Config, resume: bool) -> dict[str, Any] | None:
+def _claim(directory: RunDirectory, config: Config, resume: bool) -> Record | None:
     """Claim the directory for this run; return the summary if the run is already finished."""
     with directory.locked():
         begun = directory.file("config.toml").exists()
@@ -149,7 +149,7 @@ class FlowerRun:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
-    def write_app(self, run_config: dict[str, Any]) -> None:
+    def write_app(self, run_config: Table) -> None:
         """Write the submitted app, and create an empty working directory."""
         (self.home / "work").mkdir()
         write_app(self.home / "app", run_config)
@@ -309,7 +309,7 @@ class RecordedRounds:
 
 
 @contextmanager
-def _on_signal(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+def _on_signal(handler: Callable[[int, object], None] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
     """Handle signals within the block; do nothing outside the main thread, which Python does not support."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -233,7 +233,7 @@ class PrivacyPlan:
         return replace(found, noise_multiplier=self.noise_stddev / found.l2_sensitivity)
 
     def of_clients(self) -> "PrivacyPlan | None":
-        """Return what the same noise promises to whole clients; None if messages have no noise.
+        """Return the promise of the same noise to whole clients; None if messages have no noise.
 
         For the unit `client`, it is the plan itself. Otherwise it is a plan with the default adjacency of the trust.
         """

@@ -1,12 +1,12 @@
 """Accounting for single records (`unit = "example"`): how far one record moves its client's releases.
 
 A client sums the gradients of its examples, each bounded to the norm C, and divides by a public number: the signal. One
-record moves a signal by at most D. What the adversary sees depends on what the client does with its signal:
+record moves a signal by at most D. The cost depends on the rule that turns signals into messages:
 
 | route | the client | cost of K rounds with noise of standard deviation s on each message |
 |---|---|---|
 | `memory` | remembers its messages without noise, full gradients | one Gaussian of sensitivity S, below |
-| `fresh` | has no memory, or remembers what it sent | K releases of sensitivity D L, each with secret batches |
+| `fresh` | has no memory, or remembers its noised messages | K releases of sensitivity D L, each with secret batches |
 | `steps` | adds the noise to the sum of every local step | K T releases of sensitivity C; all else is post-processing |
 
 **Noiseless memory.** Let B be cocoercive with constant a: the gradient of a convex function, with a 1/a-Lipschitz
@@ -244,7 +244,7 @@ class RecordBound:
         return trivial if left <= 0.0 else min(2.0 * moved * math.sqrt(rounds) / left, trivial)
 
     def check_rounds(self, rounds: int) -> None:
-        """Raise UserError if memories could round away what one record changes."""
+        """Raise UserError if memories could round away the part of one record."""
         if self.terms.examples * max(rounds, 1) * self.l2_bound / self.terms.bound > _MAX_RECORDED:
             expected = f"rounds times examples times bound over example_clip of at most {_MAX_RECORDED:g}"
             remedy = "Use fewer rounds, or a smaller bound of messages"

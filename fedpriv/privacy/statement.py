@@ -331,14 +331,14 @@ def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
 
 
 def _whole_clients(plan: PrivacyPlan) -> str:
-    """Return what the same noise promises to whole clients."""
+    """Return the promise of the same noise to whole clients."""
     whole = plan.of_clients()
     if whole is None or not whole.private:
         return "Whole clients: nothing is promised for all examples of a client together."
     return (
         f"Whole clients: the same noise also promises epsilon = {rounded_up(whole.epsilon)} at delta = {plan.delta:g} "
         f"for all examples of a client together ({whole.adjacency}), against the same adversary. Above 10 or so, such "
-        "an epsilon means little: what is true of a client as a whole may show."
+        "an epsilon means little: facts about a client as a whole may show."
     )
 
 

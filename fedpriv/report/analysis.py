@@ -203,7 +203,7 @@ def share_near_best(
         problem and privacy (`near_all`).
     """
     judged = settings[settings["score"].notna()]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for (problem, privacy), rivals in judged.groupby(["problem", "privacy"], sort=False):
         for method, group in rivals.groupby("method", sort=True):
             for distance in points:

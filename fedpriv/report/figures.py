@@ -245,7 +245,7 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width, max_lines=4, placeholder=" ...") or "-"
 
 
-def _set_x(axes: Axes, values: "pd.Series[Any]", texts: Sequence[str], quantity: Quantity) -> None:
+def _set_x(axes: Axes, values: pd.Series, texts: Sequence[str], quantity: Quantity) -> None:
     if texts:
         axes.set_xticks(
             range(len(texts)), texts, rotation=30 if len(texts) > 3 else 0, ha="right" if len(texts) > 3 else "center"

@@ -16,6 +16,7 @@ from fedpriv.errors import UserError
 from fedpriv.privacy import Central, Everyone, PrivacyPlan
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
+from fedpriv.tables import Record
 
 __all__ = ["Group", "Total", "compose", "notes_on", "spent_below"]
 
@@ -84,7 +85,7 @@ class Group:
         """The clients in words."""
         return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in self.clients.items())
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> Record:
         """Return the group for JSON; an infinite epsilon is None."""
         total, planned = self.total, self.planned.epsilon
         return {

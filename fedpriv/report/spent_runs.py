@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import NOISE_TABLES, with_bare_names
@@ -20,7 +21,8 @@ __all__ = ["Run", "finite", "name_of", "read_run"]
 # The rounds of real devices, one row each; only deployments have this file.
 _PARTICIPATION = "participation.jsonl"
 
-_STATES = ("finished", "stopped", "unfinished")
+State = Literal["finished", "stopped", "unfinished", "tuning"]
+"""The state of a run, or `tuning` for a tuning that counts as one run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Run:
 
     name: str
     clients: dict[str, object]
-    state: str
+    state: State
     rounds: int
     planned: int
     plan: PrivacyPlan | None
@@ -155,11 +157,10 @@ def _config(path: Path) -> Record:
     return config
 
 
-def _state(directory: RunDirectory) -> str:
-    finished, stopped, unfinished = _STATES
+def _state(directory: RunDirectory) -> State:
     if directory.file("summary.json").exists():
-        return finished
-    return stopped if directory.file(STOPPED).exists() else unfinished
+        return "finished"
+    return "stopped" if directory.file(STOPPED).exists() else "unfinished"
 
 
 def _released(directory: RunDirectory, rows: Sequence[Record]) -> int:

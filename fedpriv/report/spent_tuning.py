@@ -19,6 +19,7 @@ from fedpriv.report.spent_runs import Run, name_of
 from fedpriv.sweeps.files import CHOSEN, DRAWN, TRIALS
 from fedpriv.sweeps.tuning import Tuning, but_for_bound
 from fedpriv.sweeps.tuning_score import SCORES
+from fedpriv.tables import Record
 
 __all__ = ["TunedRun", "with_tunings"]
 
@@ -60,7 +61,7 @@ class TunedRun(Run):
         """Return None: the best of many trials is not a Gaussian mechanism."""
         return None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See `Run.as_dict`."""
         return {**super().as_dict(), "selected": self.selected, "condition": self.condition}
 
@@ -100,7 +101,7 @@ def _counted(folder: RunDirectory, name: str, trials: Mapping[str, Run]) -> list
         return _one_by_one(folder, name, trials, chosen if isinstance(chosen, dict) else {}, why)
 
 
-def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> TunedRun:
+def _as_one(name: str, trials: Mapping[str, Run], chosen: Record, drawn: object) -> TunedRun:
     tuning, stated = _record(chosen)
     selected = chosen["selected"]
     _check_drawn(trials, selected, drawn)
@@ -131,7 +132,7 @@ def _as_one(name: str, trials: Mapping[str, Run], chosen: Any, drawn: Any) -> Tu
     )
 
 
-def _record(chosen: Any) -> tuple[Tuning, float]:
+def _record(chosen: Record) -> tuple[Tuning, float]:
     """Return the distribution of trials and the stated epsilon."""
     try:
         tuning = read_table(Tuning, {key: chosen[key] for key in field_names(Tuning) if key in chosen}, "tuning")
@@ -143,11 +144,11 @@ def _record(chosen: Any) -> tuple[Tuning, float]:
     raise _Misfit("it is not the record of a tuning")
 
 
-def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: Any) -> None:
+def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: object) -> None:
     """Check that all trials were drawn before the first began; a released tuning keeps only the selected trial."""
     if drawn is None and set(trials) == {selected} and all(run.draw is not None for run in trials.values()):
         return
-    kept: Any = {} if drawn is None else drawn
+    kept = drawn if isinstance(drawn, dict) else {}
     try:
         left = {row["draw"] for row in kept["trials"]}
     except (TypeError, KeyError):
@@ -171,9 +172,7 @@ def _common_plan(trials: Mapping[str, Run]) -> PrivacyPlan:
     return plans[0]
 
 
-def _one_by_one(
-    folder: RunDirectory, name: str, trials: Mapping[str, Run], chosen: Mapping[str, Any], why: str
-) -> list[Run]:
+def _one_by_one(folder: RunDirectory, name: str, trials: Mapping[str, Run], chosen: Record, why: str) -> list[Run]:
     """Return all trials and, in addition, their scores if those come from clients' examples."""
     runs = [replace(run, note=why) for run in trials.values()]
     kept = folder.read_json(SCORES)

@@ -2,10 +2,10 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy import SAMPLINGS, rounded_up
 from fedpriv.sweeps.files import CHOSEN, FAILURE, STOPPED, TABLE, TRIALS, TUNED, status_of
+from fedpriv.tables import Record
 from fedpriv.tasks.metrics import METRICS, Metric, recorded_metrics
 
 __all__ = [
@@ -30,6 +31,9 @@ __all__ = [
     "short_names",
     "unreleased",
 ]
+
+Row = Mapping[Hashable, Any]
+"""A row of a table of pandas, by column."""
 
 COSTS = ("simulated_seconds", "bytes_up", "bytes_down")
 TERMS = ("trust", "adjacency", "unit", "delta")
@@ -65,7 +69,7 @@ class Study:
     runs: pd.DataFrame
     rounds: pd.DataFrame
     statements: dict[str, tuple[str, ...]]
-    tuning: dict[str, Any] | None = None
+    tuning: Record | None = None
     metrics: tuple[Metric, ...] = (METRICS["accuracy"],)
 
     @property
@@ -137,7 +141,7 @@ def load_study(path: Path | str, metric: str | None = None) -> Study:
     )
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return one text for equal values of any type; empty for missing values."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
@@ -188,10 +192,10 @@ def _name(folder: Path, root: Path) -> str:
     return "/".join(parts[1:] if parts[:1] == (TRIALS,) and len(parts) > 1 else parts) or root.resolve().name
 
 
-def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, object]], dict[str, Record]]:
     """Return the rows of all trials by name, and the configs of those that have one."""
-    rows: dict[str, dict[str, Any]] = {}
-    configs: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, object]] = {}
+    configs: dict[str, Record] = {}
     for name, folder in found.items():
         directory = RunDirectory(folder)
         configs[name] = _config(directory.file("config.toml"))
@@ -221,7 +225,7 @@ def _listed(path: Path) -> list[dict[str, str]]:
         raise UserError(str(path), "a sweep's table", repr(error), "Run the sweep again with --resume") from None
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> Record:
     if not path.exists():
         return {}
     try:
@@ -249,7 +253,7 @@ def _metrics(folders: Iterable[Path], wanted: str | None) -> tuple[Metric, ...]:
     return (known[first], *(known[name] for name in rest))
 
 
-def _run(name: str, folder: Path, config: dict[str, Any], scores: Iterable[str]) -> dict[str, Any]:
+def _run(name: str, folder: Path, config: Record, scores: Iterable[str]) -> dict[str, object]:
     directory = RunDirectory(folder)
     summary = directory.read_json("summary.json")
     if not isinstance(summary, dict) or not config:
@@ -282,7 +286,7 @@ def _refuse_other_data(runs: pd.DataFrame) -> None:
             raise UserError(f"{one} and {other}", "one setting and seed with the same data", "different data", remedy)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -328,7 +332,7 @@ def words_of(rows: pd.DataFrame, keys: list[str]) -> list[str]:
     return [", ".join(f"{names[k]}={texts[k][i]}" for k in keys if texts[k][i]) for i in range(len(rows))]
 
 
-def _shown(values: "pd.Series[Any]") -> list[str]:
+def _shown(values: pd.Series) -> list[str]:
     """Return texts with four digits if these distinguish the values, otherwise with ten."""
     whole = values.map(as_text)
     brief = values.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else as_text(v))
@@ -352,7 +356,7 @@ def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
     ]
 
 
-def epsilon_of(row: Mapping[Any, Any]) -> str:
+def epsilon_of(row: Row) -> str:
     """Return a run's epsilon in words: the requested value, or that of a given noise, rounded up."""
     wanted = row.get("privacy.epsilon")
     if _is_number(wanted) and wanted == wanted:
@@ -360,7 +364,7 @@ def epsilon_of(row: Mapping[Any, Any]) -> str:
     return f"ε = {rounded_up(row['epsilon'])}" if row["epsilon"] == row["epsilon"] else "ε unknown"
 
 
-def _cohort_size(row: Mapping[Any, Any]) -> float:
+def _cohort_size(row: Row) -> float:
     """Return the expected cohort size of an older run without a record; NaN if its config does not define it."""
     schedule = SCHEDULES.get(str(row.get("schedule.kind")))
     if schedule in (FedBuff, FedFix):

@@ -9,7 +9,7 @@ import pandas as pd
 from fedpriv.privacy import rounded_up
 from fedpriv.report.analysis import Judge, Quantity
 from fedpriv.report.figures import MAX_SERIES
-from fedpriv.report.study import Study, as_text
+from fedpriv.report.study import Row, Study, as_text
 from fedpriv.sweeps.tuning import about_tuning
 from fedpriv.tasks.metrics import METRICS, Metric
 
@@ -232,13 +232,13 @@ def plus_minus(mean: float, std: float, metric: Metric = METRICS["accuracy"]) ->
     return shown(mean, metric) + (f" ± {shown(std, metric)}" if std == std else "")
 
 
-def score(row: dict[Any, Any], column: str, metric: Metric) -> str:
+def score(row: Row, column: str, metric: Metric) -> str:
     """Return a setting's mean over seeds, with its standard deviation; in percent if the metric is in [0, 1]."""
     mean = row[f"{column}_mean"]
     return "–" if mean != mean else plus_minus(mean, row[f"{column}_std"], metric)
 
 
-def score_range(row: dict[Any, Any], column: str, metric: Metric) -> str:
+def score_range(row: Row, column: str, metric: Metric) -> str:
     """Return the minimum and maximum over seeds, likewise."""
     low, high = (shown(row[f"{column}_{end}"], metric) for end in ("min", "max"))
     return f"{low} to {high}" if row["seeds"] > 1 else "–"
@@ -253,21 +253,21 @@ def _article(metric: Metric) -> str:
     return f"an {metric.label}" if metric.label[0] in "aeiou" else f"a {metric.label}"
 
 
-def epsilon_delta(row: dict[Any, Any]) -> list[str]:
+def epsilon_delta(row: Row) -> list[str]:
     """Return a setting's epsilon, rounded up, and delta."""
     if not row["private"]:
         return ["none", "–"]
     return [rounded_up(row["epsilon"]) if row["epsilon"] == row["epsilon"] else "–", f"{row['delta']:g}"]
 
 
-def number(value: Any) -> str:
+def number(value: str | float) -> str:
     """Return any other number, with four digits."""
     if isinstance(value, str):
         return value
     return "–" if value != value else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def brief(value: Any) -> Any:
+def brief(value: float) -> int | float | None:
     """Return a number with five digits, valid in JSON."""
     if isinstance(value, int) or value != value or math.isinf(value):
         return value if isinstance(value, int) else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,7 @@ from fedpriv.report.analysis import (
 from fedpriv.report.figures import DASHES, looks
 from fedpriv.report.study import (
     HYPERPARAMETERS,
+    Row,
     Study,
     as_text,
     load_study,
@@ -77,6 +78,11 @@ _TITLES = {
 }
 _FIGURE_FILES = ("best", "curves", *_TITLES, *(f"heat_map_{number}" for number in range(1, MAX_MAP_FIGURES + 1)))
 _TABLE_FILES = ("best", "settings", "trials", "near_best", "heat_maps", "curves", "privacy", "failed", *_TITLES)
+
+
+class _Group(TypedDict):
+    title: str
+    rows: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,7 @@ class _Report:
                 made.append((key, count, words.listed(self.study.runs[key], 12)))
         return made
 
-    def _best(self) -> dict[str, Any]:
+    def _best(self) -> dict[str, object]:
         best = self.best
         low, high = best[f"{self.tested}_min"].min(), best[f"{self.tested}_max"].max()
         width = max(float(high - low), 1e-9)
@@ -274,7 +280,7 @@ class _Report:
         first = [("method", "nowrap"), *([(validated, "n")] if self.has_validation else [])]
         first += [(tested, "n"), ("min to max", "n")]
         then = [("hyperparameters", "w"), ("seeds", "n"), ("best of", "n"), ("epsilon", "n"), ("delta", "n")]
-        groups: list[dict[str, Any]] = []
+        groups: list[_Group] = []
         unit = " %" if self.metric.bounded else ""
         for row, title in zip(best.to_dict("records"), self._titles(best), strict=True):
             told = [row["method"], *self._validated(row)]
@@ -282,7 +288,7 @@ class _Report:
             more = [row["hyperparameters"] or "–", str(row["seeds"]), str(row["tried"]), *words.epsilon_delta(row)]
             place = {k: f"{100 * (row[f'{self.tested}_{k}'] - low) / width:.1f}" for k in ("min", "max", "mean")}
             if not groups or groups[-1]["title"] != title:
-                groups.append({"title": title, "rows": []})
+                groups.append(_Group(title=str(title), rows=[]))
             groups[-1]["rows"].append(
                 {
                     "first": [(cell, kind) for cell, (_, kind) in zip(told, first, strict=True)],
@@ -309,7 +315,7 @@ class _Report:
         unit = ", %" if self.metric.bounded else ""
         return self.labels[self.tested] + unit, self.labels[self.validated] + unit
 
-    def _validated(self, row: dict[Any, Any]) -> list[str]:
+    def _validated(self, row: Row) -> list[str]:
         return [words.score(row, self.validated, self.metric)] if self.has_validation else []
 
     def _told(self, settings: pd.DataFrame, extra: Sequence[str] = ()) -> pd.DataFrame:
@@ -322,7 +328,7 @@ class _Report:
         marks = ["not_covered"] if self.uncovered else []
         return settings[[*first, *statistics, "epsilon", "delta", *marks, *costs, *self.study.varying()]]
 
-    def _figures(self) -> list[dict[str, Any]]:
+    def _figures(self) -> list[dict[str, object]]:
         made = []
         distances = any(q.column in self.settings for q in QUANTITIES if q.column.startswith("heterogeneity."))
         for quantity in QUANTITIES:
@@ -367,7 +373,7 @@ class _Report:
         drawn = report_figures.draw_curves(table, self.look, self.labels[self.tested], self.metric)
         return report_figures.save_figure(drawn, self.figures, "curves")
 
-    def _drawn_curves(self) -> tuple[dict[str, Any], str]:
+    def _drawn_curves(self) -> tuple[dict[str, object], str]:
         """Return the curves of the page, thinned, and the text about them."""
         best = self.best["setting"].tolist()
         ranked = self.settings[self.settings["score"].notna()].sort_values("score", ascending=False, kind="stable")
@@ -403,11 +409,11 @@ class _Report:
         text = words.about_curves(len(order), MAX_CURVES, longest, MAX_POINTS, self.metric)
         return {"curves": kept, "series": series}, text
 
-    def _near(self) -> dict[str, Any]:
+    def _near(self) -> dict[str, object]:
         relative = not self.metric.bounded
         table = share_near_best(self.settings, POINTS, relative=relative)
         self.tables["near_best"] = _numbers(table)
-        groups: list[dict[str, Any]] = []
+        groups: list[_Group] = []
         order = self.best[["problem", "privacy", "method"]].drop_duplicates()
         ordered = order.merge(table, on=["problem", "privacy", "method"], how="left")
         for _, rows in ordered.groupby(["problem", "privacy", "method"], sort=False):
@@ -415,7 +421,7 @@ class _Report:
             if first["settings"] < 2:
                 continue
             if not groups or groups[-1]["title"] != title:
-                groups.append({"title": title, "rows": []})
+                groups.append(_Group(title=str(title), rows=[]))
             shares = {name: [words.brief(v) for v in rows[f"near_{name}"]] for name in ("own", "all")}
             groups[-1]["rows"].append({"method": first["method"], "settings": int(first["settings"]), **shares})
         return {
@@ -425,7 +431,7 @@ class _Report:
             "start": 1,
         }
 
-    def _maps(self) -> tuple[list[dict[str, Any]], int]:
+    def _maps(self) -> tuple[list[dict[str, object]], int]:
         maps = heat_maps(self.study, self.settings)
         for number, one in enumerate(maps[:MAX_MAP_FIGURES], 1):
             figure = report_figures.draw_heat_map(
@@ -438,7 +444,7 @@ class _Report:
             )
         return [self._map(one) for one in maps[:MAX_MAPS]], max(len(maps) - MAX_MAPS, 0)
 
-    def _map(self, one: HeatMap) -> dict[str, Any]:
+    def _map(self, one: HeatMap) -> dict[str, object]:
         row_key, column_key = (self.short[key] for key in one.keys)
         higher = self.metric.better == "higher"
         low, high = float(np.nanmin(one.values)), float(np.nanmax(one.values))
@@ -483,10 +489,10 @@ class _Report:
         kinds |= {"runs": "n"}
         return _Shown([_Column(name, kind) for name, kind in kinds.items()], rows)
 
-    def _place(self, promise: Any) -> int:
+    def _place(self, promise: object) -> int:
         return self.promises.index(str(promise))
 
-    def _statements(self) -> list[dict[str, Any]]:
+    def _statements(self) -> list[dict[str, object]]:
         promise = {row["run"]: row for row in self.study.runs.to_dict("records")}
         made = []
         for text, runs in self.study.statements.items():
@@ -612,7 +618,7 @@ def _long(one: HeatMap, metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _embedded(data: Any) -> str:
+def _embedded(data: object) -> str:
     """Return JSON that can be embedded in a page: nothing in it can end its element."""
     text = json.dumps(jsonable(data), separators=(",", ":"), ensure_ascii=True)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -32,6 +31,7 @@ from fedpriv.sweeps.table import TrialsTable, label
 from fedpriv.sweeps.trial import DiskTrouble, Manner, Tracking, TrialExecution, run_trial
 from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials, score_of, scored_on
 from fedpriv.sweeps.tuning_score import noised_scores, streams_of
+from fedpriv.tables import Record
 from fedpriv.tracking.trackers import check_trackers
 
 __all__ = ["SweepState", "run_sweep"]
@@ -179,7 +179,7 @@ def _select(
     folder: RunDirectory,
     device: str,
     root: Path,
-) -> dict[str, Any]:
+) -> Record:
     """Return the best trial, by its score in the table or by its score with noise."""
     config, noise = next(iter(trials.values())).config, tuning.score_noise
     score, better = score_of(config, noise), config.task.selects.better
@@ -278,7 +278,7 @@ def _side_by_side(work: Iterable[Job], jobs: int | None, execution: TrialExecuti
     return local_jobs.side_by_side(work, min(jobs or places, places), threads=execution.threads)
 
 
-def _ended(folder: Path, result: Any) -> str:
+def _ended(folder: Path, result: object) -> str:
     """Return the status of a trial that has just ended; write a file for a failure."""
     if isinstance(result, DiskTrouble):
         raise OSError(result.number, result.words, result.where)

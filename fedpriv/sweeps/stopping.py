@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fedpriv.checks import at_least_one
 from fedpriv.errors import UserError
@@ -22,6 +21,7 @@ from fedpriv.experiment.schema import read_table
 from fedpriv.experiment.watching import StopRun
 from fedpriv.plugins import Registry
 from fedpriv.sweeps.files import STOPPED, TUNED
+from fedpriv.tables import Record, Table
 from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = ["RULES", "Halving", "Median", "StopRule", "Stopping", "group_of", "read_rule"]
@@ -120,7 +120,7 @@ StopRule = Median | Halving
 RULES: Registry[StopRule] = Registry("rule", {"median": Median, "halving": Halving}, group="fedpriv.stop_rules")
 
 
-def read_rule(table: dict[str, Any]) -> StopRule:
+def read_rule(table: Table) -> StopRule:
     """Return the rule described by `[stop]`: `rule`, a key of `RULES`, and that rule's fields."""
     options = {key: value for key, value in table.items() if key != "rule"}
     return read_table(RULES.resolve(table.get("rule", "nothing"), "stop.rule"), options, "stop")
@@ -153,10 +153,10 @@ class Stopping:
     others: Iterable[Path]
     rounds: int
     metric: Metric = METRICS["accuracy"]
-    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _rows: list[Record] = field(default_factory=list)
     _finished: dict[Path, Curve] = field(default_factory=dict)
 
-    def __call__(self, released: dict[str, Any], diagnostics: dict[str, Any]) -> None:
+    def __call__(self, released: Record, diagnostics: Record) -> None:
         """Decide after a recorded round; see `watching.Watcher`.
 
         Raises:
@@ -192,7 +192,7 @@ class Stopping:
                 found.append(self._finished[path])
         return found
 
-    def _curve(self, rows: Sequence[dict[str, Any]]) -> Curve:
+    def _curve(self, rows: Sequence[Record]) -> Curve:
         """Return scores on validation examples if there are any, otherwise on test examples."""
         keys = (f"{on}_{self.metric.name}" for on in ("validation", "test"))
         key = next((key for key in keys if any(row.get(key) is not None for row in rows)), "")
@@ -200,7 +200,7 @@ class Stopping:
         return [(row["round"], self.metric.sign * row[key]) for row in scored]
 
 
-def _rows_of(other: RunDirectory) -> list[dict[str, Any]]:
+def _rows_of(other: RunDirectory) -> list[Record]:
     """Return no rows for a damaged file: the failure belongs to that trial, not to this one."""
     try:
         return other.rows("rounds.jsonl")

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,6 +11,7 @@ from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.files import write_atomically
 from fedpriv.sweeps.config import Trial
 from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
+from fedpriv.tables import Record
 
 __all__ = ["TrialsTable", "label", "other_trials"]
 
@@ -80,7 +80,7 @@ class TrialsTable:
         write_atomically(self._file, table.to_csv(index=False), self._mode)
         return table
 
-    def _row(self, name: str) -> dict[str, Any]:
+    def _row(self, name: str) -> Record:
         folder = RunDirectory(self._trials / name)
         status = status_of(folder.path)
         file = {"done": "summary.json", "stopped": STOPPED, "failed": FAILURE}.get(status)

@@ -19,6 +19,7 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.sweeps.files import GROUPS
 from fedpriv.sweeps.stopping import Stopping, StopRule
+from fedpriv.tables import Table
 from fedpriv.tracking.trackers import track, watched_by
 
 __all__ = ["DiskTrouble", "Manner", "Tracking", "TrialExecution", "run_trial"]
@@ -104,7 +105,7 @@ class DiskTrouble:
     where: str
 
 
-def run_trial(tables: dict[str, Any], folder: Path, called: str, manner: Manner) -> list[str] | DiskTrouble:
+def run_trial(tables: Table, folder: Path, called: str, manner: Manner) -> list[str] | DiskTrouble:
     """Run one trial in a worker process, resuming a killed one; return the trackers' complaints."""
     torch.set_num_threads(manner.threads)
     complaints: list[str] = []
@@ -124,7 +125,7 @@ def run_trial(tables: dict[str, Any], folder: Path, called: str, manner: Manner)
             torch.cuda.empty_cache()
 
 
-def _run_when_free(tables: dict[str, Any], folder: Path, called: str, manner: Manner, complaints: list[str]) -> None:
+def _run_when_free(tables: Table, folder: Path, called: str, manner: Manner, complaints: list[str]) -> None:
     end = time.monotonic() + _LOCKED_SECONDS
     while True:
         try:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.released import Whose
 from fedpriv.privacy.tuning import NegativeBinomialTrials, PoissonTrials, ScoreNoise, TrialCount, tuning_epsilon
 from fedpriv.sweeps.files import DRAWN
+from fedpriv.tables import Record
 from fedpriv.tasks.metrics import Better
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def score_of(config: Config, noise: ScoreNoise | None) -> str:
     return f"{on}_{metric.name}" if noise is None else f"noised_{on}_{metric.name}"
 
 
-def about_tuning(chosen: Mapping[str, Any]) -> list[str]:
+def about_tuning(chosen: Record) -> list[str]:
     """Return the selected trial, the score that selected it, and the guarantee, one sentence per line."""
     name = chosen["selected"]
     epsilon = "none" if chosen["epsilon"] is None else rounded_up(chosen["epsilon"])
@@ -221,7 +222,7 @@ def but_for_bound(plan: PrivacyPlan) -> PrivacyPlan:
     return replace(plan, l2_bound=1.0, client_memory=True)
 
 
-def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *, begun: bool) -> list[dict[str, Any]]:
+def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *, begun: bool) -> list[Record]:
     """Draw K trials from a grid, or read the trials that were drawn when the tuning began.
 
     Each has a number that cannot be guessed and that does not reveal how many trials there are.
@@ -269,7 +270,7 @@ def choose_best(
     table: pd.DataFrame,
     clients: int | None = None,
     better: Better = "higher",
-) -> dict[str, Any]:
+) -> Record:
     """Return the trial with the best score, the first drawn among ties, and the guarantee for the selection.
 
     A failed trial has the worst score. It was drawn like the others and counts like them.
@@ -307,7 +308,7 @@ def choose_best(
     }
 
 
-def _about_noise(noise: ScoreNoise, clients: int | None) -> dict[str, Any]:
+def _about_noise(noise: ScoreNoise, clients: int | None) -> Record:
     """Return the facts about the noise of the selected score; the deviation is that of the mean over clients."""
     deviation = None if clients is None else noise.stddev / clients
     return {"score_noise_multiplier": noise.multiplier, "score_noise_stddev": deviation, "score_clients": clients}

@@ -9,7 +9,7 @@ which of them hold examples.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
 from fedpriv.privacy.tuning import ScoreNoise
 from fedpriv.streams import Purpose, SeededStreams, Streams, SystemStreams, Words
+from fedpriv.tables import Record
 from fedpriv.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def noised_scores(
     Raises:
         UserError: If scores are lost that a selection has used.
     """
-    found: dict[str, Any] = folder.read_json(SCORES) or {"clients": None, "scores": {}}
+    found: Record = folder.read_json(SCORES) or {"clients": None, "scores": {}}
     scores: dict[str, float] = found["scores"]
     left = runs.keys() - scores.keys()
     if left and released:

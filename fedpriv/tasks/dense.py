@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpriv.bounding import InPlace, scales_of
+from fedpriv.vectors import norm
 
 __all__ = ["MAX_EXAMPLES", "DenseLayers", "slopes_of_losses"]
 
@@ -106,18 +107,17 @@ class DenseLayers:
         slopes = [self.slope(logits, labels, logits.new_ones((clients, examples)))]
         for (weight, _), values in zip(reversed(layers[1:]), reversed(below[1:]), strict=True):
             slopes.append((slopes[-1] @ weight).mul_(values > 0))
-        exact = [(a.double(), b.double()) for a, b in zip(below, reversed(slopes), strict=True)]
-        squares = [(torch.linalg.vecdot(a, a) + 1.0) * torch.linalg.vecdot(b, b) for a, b in exact]
-        norms = torch.stack(squares).sum(0).sqrt()
+        pairs = list(zip(below, reversed(slopes), strict=True))
+        squares = [norm(a, -1, exact=True).square_().add_(1.0) * norm(b, -1, exact=True).square_() for a, b in pairs]
+        norms = torch.stack(squares).sum(0).sqrt_()
         excluded = ~(mask & torch.isfinite(norms))
         scales = scales_of(norms, bound).masked_fill_(excluded, 0.0).unsqueeze(-1)
-        if bool(excluded.any()):
-            exact = [tuple(part.masked_fill(excluded.unsqueeze(-1), 0.0) for part in pair) for pair in exact]
         found = torch.empty((clients, self.size), dtype=torch.float64, device=inputs.device)
-        for (weight_part, bias_part), (values, slope) in zip(self._layers(found), exact, strict=True):
-            scaled = slope * scales
-            torch.sum(scaled, dim=1, out=bias_part)
-            torch.bmm(scaled.transpose(1, 2), values, out=weight_part)
+        for (weight_part, bias_part), pair in zip(self._layers(found), pairs, strict=True):
+            values, slope = (part.double().masked_fill_(excluded.unsqueeze(-1), 0.0) for part in pair)
+            slope.mul_(scales)
+            torch.sum(slope, dim=1, out=bias_part)
+            torch.bmm(slope.transpose(1, 2), values, out=weight_part)
         return found
 
     def slope(self, outputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -279,12 +279,20 @@ class NextToken(TaskKind):
 
     Args:
         ignore_index: The label of positions that do not count, such as padding. An example without others has loss 0.
+
+    Raises:
+        UserError: If it has more than 32 bits.
     """
 
     labels: ClassVar[LabelKind] = "tokens"
     default_metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     loss_unit: ClassVar[str] = "nats"
     ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not abs(self.ignore_index) < 2**31:
+            raise UserError("task.ignore_index", "a number of 32 bits", self.ignore_index, "Give one such as -100")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """See `TaskKind.losses`; in nats. Outputs are `[examples, positions, tokens]`."""

@@ -204,6 +204,7 @@ def test_a_forked_process_does_not_repeat_its_parent() -> None:
 
 
 NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE)
+NOISE += (Purpose.STEP_NOISE,)
 
 
 def test_experiments_of_one_seed_share_everything_but_their_noise() -> None:
@@ -239,6 +240,7 @@ def test_seeded_numbers_stay_what_they_are() -> None:
         Purpose.CLIENT_NOISE: 0.64071003,
         Purpose.CLIENT_NOISE_SUM: 0.97405391,
         Purpose.SCORE_NOISE: 0.27219797,
+        Purpose.STEP_NOISE: 0.43484891,
         Purpose.AUGMENTATION: 0.72293443,
     }
     assert known.keys() == set(Purpose)

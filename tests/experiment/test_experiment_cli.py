@@ -17,6 +17,7 @@ from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
+from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.local_work import LOCAL_WORKS
 from fedpriv.tasks.models import MODELS
 
@@ -56,7 +57,7 @@ def call(*arguments: str) -> int:
         (("run", QUICKSTART, "-s", "seed=" + 5000 * "9"), "-s"),
         (("run",), "CONFIG"),
         (("rum", QUICKSTART), "rum"),
-        (("privacy", QUICKSTART, "-s", "privacy.unit=example"), "privacy.unit"),
+        (("privacy", QUICKSTART, "-s", "privacy.unit=examples"), "privacy.unit"),
         (("data", QUICKSTART, "-s", "data.clients=100000"), "data.clients"),
     ],
 )
@@ -177,7 +178,7 @@ def test_names_that_packages_add_are_listed_without_importing_them(monkeypatch):
 
 
 def test_every_kind_that_packages_can_add_to_is_listed():
-    registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, LOCAL_WORKS, DEVICES)
+    registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, TASKS, LOCAL_WORKS, DEVICES)
     assert set(catalogue.GROUPS) == {registry.group for registry in registries}
 
 

@@ -27,6 +27,7 @@ from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.privacy import SAMPLINGS, Everyone, Poisson, make_plan
 from fedpriv.rounds import agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
+from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.local_work import LOCAL_WORKS
 from fedpriv.tasks.models import MODELS
 
@@ -66,6 +67,7 @@ KEYS = {
     "local": ("work", LOCAL_WORKS),
     "cohort": ("sampling", SAMPLINGS),
     "model": ("name", MODELS),
+    "task": ("name", TASKS),
     "augment": ("name", AUGMENTATIONS),
     "devices": ("kind", DEVICES),
     "schedule": ("kind", SCHEDULES),

@@ -423,7 +423,7 @@ def test_a_lost_memory_makes_all_memories_begin_again_where_the_method_says_so(c
     start(strategy, restarting((2, "3")), rounds=3)
     before = reference(strategy, {}, rounds=2)
     assert torch.equal(strategy.state.model, before.model)
-    assert not strategy.state.memory.any()
+    assert not strategy.state._asdict()["memory"].any()
     assert strategy.attendance.last_round == {}
     assert "round 3: memories are lost" in caplog.text
     strategy = AlphaNormEC(num_clients=CLIENTS, privacy=CENTRAL, seed=3)

@@ -1,6 +1,7 @@
 """Messages arrive unchanged, and Flower still has the interfaces that the tests' grid needs."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_a_clients_state_is_kept_to_the_bit():
     keep_state(context, instructions, state)
     context = pickle.loads(pickle.dumps(context))
     later = ClientInstructions(method=AlphaNormEC(), round=6, client=1, last_round=4)
-    loaded = load_state(context, later, 7)
+    loaded: Any = load_state(context, later, 7)
     assert loaded.memory.view(torch.int32).tolist() == SPECIAL.view(torch.int32).tolist()
     assert torch.equal(loaded.updated, state.updated)
 
@@ -117,7 +118,7 @@ def test_a_clients_state_is_kept_to_the_bit():
 def answered(context, round, last_round, value):
     """Act as a client: load its state, and store another one as the state after the round."""
     instructions = ClientInstructions(method=AlphaNormEC(), round=round, client=1, last_round=last_round)
-    before = load_state(context, instructions, 2)
+    before: Any = load_state(context, instructions, 2)
     keep_state(context, instructions, before._replace(memory=torch.full((2,), value)))
     return before.memory[0].item()
 
@@ -172,9 +173,8 @@ def test_a_client_whose_memory_is_not_finite_reports_no_norm_that_is(poison):
 
 
 def test_a_first_round_starts_with_a_fresh_state():
-    assert torch.equal(
-        load_state(new_context(), ClientInstructions(method=AlphaNormEC(), round=9, client=1), 3).memory, torch.zeros(3)
-    )
+    fresh: Any = load_state(new_context(), ClientInstructions(method=AlphaNormEC(), round=9, client=1), 3)
+    assert torch.equal(fresh.memory, torch.zeros(3))
 
 
 def test_nodes_introduce_themselves():

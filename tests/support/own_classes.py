@@ -1,4 +1,4 @@
-"""A method, a model and a data set in a file of a user's own, and an experiment of them."""
+"""A method, a model, a data set and a loss in a file of a user's own, and an experiment of them."""
 
 from pathlib import Path
 
@@ -13,6 +13,12 @@ from torch import nn
 from fedpriv.bounding import Clip
 from fedpriv.data.dataset import Dataset
 from fedpriv.methods.memoryless import Memoryless
+
+
+def focal(outputs, labels, power: float = 1.0):
+    """Weighs examples that are right already less."""
+    losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+    return (1.0 - torch.exp(-losses)) ** power * losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,10 @@ clients = 5
 [model]
 name = "./own.py:Line"
 scale = 0.2
+[task]
+name = "./own.py:focal"
+power = 2.0
+metrics = ["accuracy"]
 [method]
 name = "./own.py:HalfClip"
 server_lr = 0.5

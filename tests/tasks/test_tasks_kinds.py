@@ -201,7 +201,7 @@ def test_a_half_precision_backbone_stays_so() -> None:
     assert torch.allclose(together[0], alone, atol=3e-3)  # bfloat16 has 8 bits
     task.evaluate(task.initial_model() + together[0], x[0], y[0])
     assert task.layout.size == 4 * V + V
-    held = task.on(torch.device("cpu"))._module.body.weight
+    held = dict(task.on(torch.device("cpu"))._module.named_parameters())["body.weight"]
     assert held.dtype == torch.bfloat16
     assert torch.equal(held, before)
 

@@ -16,7 +16,9 @@ from fedpriv.tasks.equivariant import GroupConv, LiftingConv, OrientedNorm
 from fedpriv.tasks.models import MODELS, Cnn, Mlp
 from fedpriv.tasks.per_example import SLACK, PerExample, clipped
 from fedpriv.tasks.per_example import cross_entropies as cross_entropy
+from fedpriv.tasks.per_example.capture import chunk_parts, known_layers
 from fedpriv.tasks.per_example.layers import LAYERS
+from fedpriv.tasks.per_example.parts import Factors, Products, Rows, Segments
 from fedpriv.vectors import Layout, trainable
 
 BOUNDS = [Clip(clip_norm=0.5), SmoothedNormalization(alpha=0.3)]
@@ -74,9 +76,9 @@ CASES = {
     "linear, only its bias": (lambda: frozen(nn.Linear(4, 3), "weight"), (4,)),
     "linear, only its weight": (lambda: frozen(nn.Linear(4, 3), "bias"), (4,)),
     "linear on many tokens": (lambda: nn.Linear(4, 3), TOKENS),
-    "linear on few tokens": (lambda: nn.Linear(40, 30), (5, 40)),
-    "linear on few tokens without bias": (lambda: nn.Linear(40, 30, bias=False), (5, 40)),
-    "linear on a grid of tokens": (lambda: nn.Linear(40, 30), (2, 3, 40)),
+    "linear on few tokens": (lambda: nn.Linear(60, 50), (5, 60)),
+    "linear on few tokens without bias": (lambda: nn.Linear(60, 50, bias=False), (5, 60)),
+    "linear on a grid of tokens": (lambda: nn.Linear(60, 50), (2, 3, 60)),
     "conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), IMAGE),
     "conv2d with stride": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)), IMAGE),
     "conv2d with dilation": (lambda: nn.Conv2d(3, 4, 2, dilation=(2, 3), bias=False), IMAGE),
@@ -130,6 +132,24 @@ def test_every_layer_gives_the_sum_of_single_bounded_gradients(name, bound):
 
 def test_every_layer_of_the_table_is_tested():
     assert {type(make()) for make, _ in CASES.values()} == set(LAYERS)
+
+
+FORMS = {
+    "linear": Products,
+    "linear on many tokens": Rows,
+    "linear on few tokens": Factors,
+    "conv2d": Rows,
+    "conv2d with few places": Factors,
+    "embedding": Segments,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_of_a_layers_gradients_follows_from_its_shape(name):
+    make, shape = CASES[name]
+    net, inputs, labels = drawn(make(), shape)
+    (part,) = chunk_parts(net, known_layers(net), half_squares, inputs, labels)
+    assert type(part) is FORMS[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -239,11 +259,18 @@ def test_what_the_table_does_not_cover_is_computed_one_by_one(name, examples):
     assert float((found - bounded(rows, bound).sum(0)).norm()) <= 2e-6 * bound.l2_bound * examples
 
 
-def test_a_module_that_computes_otherwise_on_some_inputs_is_right_there_too():
-    def forward(net, x):
-        return net.layer(net.layer(x).tanh() if float(x.abs().sum()) > 1e4 else x)
+def twice(net: nn.Module, inputs: Tensor) -> Tensor:
+    return net.layer(net.layer(inputs).tanh() if float(inputs.abs().sum()) > 1e4 else inputs)
 
-    net = Called(forward, layer=nn.Linear(4, 4))
+
+def elsewhere(net: nn.Module, inputs: Tensor) -> Tensor:
+    outputs = net.layer(inputs)
+    return outputs + inputs @ net.layer.weight.T.square() if float(inputs.abs().sum()) > 1e4 else outputs
+
+
+@pytest.mark.parametrize("function", [twice, elsewhere])
+def test_a_module_that_computes_otherwise_on_some_inputs_is_right_there_too(function):
+    net = Called(function, layer=nn.Linear(4, 4))
     sums = made(net)
     for scale in (1.0, 1e4):
         inputs, labels = scale * torch.randn(6, 4), torch.randn(6, 4)
@@ -358,9 +385,9 @@ def nets() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "dense": (Mlp(hidden=(8,)).build((6,), 3, 0), (6,)),
         "tokens": (
             Called(
-                lambda net, x: net.last(net.layer(x).tanh().mean(1)), layer=nn.Linear(20, 20), last=nn.Linear(20, 3)
+                lambda net, x: net.last(net.layer(x).tanh().mean(1)), layer=nn.Linear(40, 40), last=nn.Linear(40, 3)
             ),
-            (4, 20),
+            (4, 40),
         ),
         "cnn": (Cnn(width=2).build((3, 8, 8), 3, 0), (3, 8, 8)),
         "slow": (nn.Sequential(Own()), (4,)),
@@ -488,6 +515,16 @@ def test_a_chunk_holds_a_limited_number_of_floats(monkeypatch):
     sums.clipped_sum(torch.randn(50, 9, 8, 8), torch.randint(3, (50,)), BOUNDS[0])
     assert max(seen[3:]) < 10
     assert sum(seen) >= 50
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_modules_in_float64_are_summed_likewise(name):
+    net, shape = nets()[name]
+    net.double()
+    inputs, labels = torch.randn(5, *shape, dtype=torch.float64), torch.randint(3, (5,))
+    rows = loop(net, cross_entropy, inputs, labels)
+    found = made(net, cross_entropy).clipped_sum(inputs, labels, BOUNDS[0])
+    assert torch.allclose(found, bounded(rows, BOUNDS[0]).sum(0), atol=3e-6)
 
 
 @pytest.mark.parametrize("examples", [3, 300])

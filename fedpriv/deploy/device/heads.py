@@ -8,7 +8,6 @@ key. It can withhold a head; then only the client's own files bear witness.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -65,7 +64,7 @@ class Head:
         """Return the record `head`."""
         return ConfigRecord(asdict(self))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return a JSON object."""
         return asdict(self)
 
@@ -76,13 +75,13 @@ class Head:
         return None if record is None else cls.of_json(dict(record))
 
     @classmethod
-    def of_json(cls, value: Any) -> "Head | None":
+    def of_json(cls, value: object) -> "Head | None":
         """Return the head in a JSON object; None if it is not a head, or if its signature is invalid."""
         try:
-            head = read_table(cls, value, HEAD)
+            head = read_table(cls, value, HEAD) if isinstance(value, dict) else None
         except (UserError, TypeError):
             return None
-        return head if head.valid else None
+        return head if head is not None and head.valid else None
 
 
 @dataclass(frozen=True)

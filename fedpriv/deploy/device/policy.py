@@ -20,6 +20,7 @@ from fedpriv.plugins import is_reference, whole_reference
 from fedpriv.privacy import REPLACE_FACTOR, UNITS, Local, PrivacyPlan, by_reliance
 from fedpriv.rounds import record_bound
 from fedpriv.tables import Table
+from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.models import MODELS
 
 __all__ = [
@@ -49,6 +50,7 @@ unit = "client"
 methods = [@methods@]
 models = []                 # names from `fedpriv list`; empty: all
 data = []                   # names from `fedpriv list`; empty: all
+tasks = []                  # names from `fedpriv list`; empty: all
 max_parameters = 10000000   # largest model
 evaluation = false          # true: metrics of an app's evaluation may leave; they are neither bounded nor noised
 
@@ -92,6 +94,7 @@ class Accepts:
             from the policy's folder; a server's config names another copy of the file, with the same content.
         models: Names of models, likewise.
         data: Names of data sets, likewise.
+        tasks: Names of tasks, likewise.
         max_parameters: Maximum number of parameters of a model.
         evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
@@ -100,6 +103,7 @@ class Accepts:
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
     unit: Literal["client", "example"] = "client"
@@ -185,9 +189,10 @@ class Policy:
         return own if whole is None or self.accepts.unit == "client" else {**own, "client": whole}
 
     def check_experiment(self, config: Config) -> None:
-        """Raise a `Refusal` unless the policy accepts the model and the data, and all files are in the data folder."""
+        """Raise a `Refusal` unless the policy accepts model, data and task, and all files are in the data folder."""
         _among("accepts.models", config.tables["model"]["name"], self.accepts.models)
         _among("accepts.data", config.tables["data"]["name"], self.accepts.data)
+        _among("accepts.tasks", TASKS.name_of(config.task), self.accepts.tasks)
         for key, value in config.tables["data"].items():
             if key == "name":
                 continue  # accepted above; a class is one that this client's policy names
@@ -195,9 +200,10 @@ class Policy:
                 raise _no("data", "files below this client's data folder", repr(value))
 
     def check_app(self) -> None:
-        """Raise a `Refusal` if the policy names models or data sets, because those of a user's app are unknown."""
+        """Raise a `Refusal` if the policy names models, data sets or tasks: those of a user's app are unknown."""
         _among("accepts.models", "the app's own model", self.accepts.models)
         _among("accepts.data", "the app's own data", self.accepts.data)
+        _among("accepts.tasks", "the app's own task", self.accepts.tasks)
 
     def check_evaluation(self, asked: str) -> None:
         """Raise a `Refusal` unless a message other than for training is an evaluation and the policy accepts it.
@@ -277,7 +283,7 @@ def load_policy(path: Path) -> Policy:
         for key, value in given["accepts"].items()
     }
     policy = Policy(**{name: read_table(kind, given[name], name) for name, kind in kinds.items()})
-    accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS))
+    accepted = (("methods", METHODS), ("models", MODELS), ("data", DATASETS), ("tasks", TASKS))
     for key, registry in accepted:
         for name in filter(is_reference, getattr(policy.accepts, key)):
             registry.resolve(name, f"accepts.{key}")  # from here on instructions may name it

@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedpriv.errors import require_extra
+from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
 
 __all__ = ["plot_curves"]
@@ -15,7 +15,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73")
 _WARNING = "#B00020"
 
 
-def plot_curves(rows: Sequence[dict[str, Any]], path: Path, title: str, task: TaskKind | None = None) -> None:
+def plot_curves(rows: Sequence[Record], path: Path, title: str, task: TaskKind | None = None) -> None:
     """Write the first metric, loss and epsilon over rounds as one PNG.
 
     Args:

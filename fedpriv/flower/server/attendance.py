@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from fedpriv.errors import UserError
 from fedpriv.flower.server.nodes import in_words
+from fedpriv.methods import LostMemory
 
 __all__ = ["MAX_FAILURES", "Attendance", "believed_losses"]
 
@@ -51,7 +52,7 @@ class Attendance:
     rounds: int
     max_failures: float | None
     secret: bool
-    lost_memory: str
+    lost_memory: LostMemory
     last_round: dict[int, int] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)
     losses: Counter[int] = field(default_factory=Counter)

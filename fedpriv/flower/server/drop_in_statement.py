@@ -5,6 +5,7 @@ from typing import Literal
 
 from fedpriv.flower.trained import TrainedArrays
 from fedpriv.privacy import PrivacyPlan, privacy_statement
+from fedpriv.streams import Randomness
 
 __all__ = ["drop_in_statement"]
 
@@ -40,7 +41,7 @@ def drop_in_statement(
     plan: PrivacyPlan | None,
     *,
     method: str,
-    randomness: str,
+    randomness: Randomness,
     arrays: TrainedArrays,
     size: int,
     app: Literal["fixed", "supplied"] | None = None,

@@ -4,12 +4,14 @@ Each form gives the squared norm of every example's part and adds the weighted p
 sums are float64: they do not overflow for float32 numbers, and their rounding is charged by `SLACK`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fedpriv.vectors import norm
 
 __all__ = ["MAX_CANCELLATION", "Factors", "Part", "Products", "Rows", "Segments", "Squares", "sum_of"]
 
@@ -73,12 +75,17 @@ class Rows:
     """Every example's gradient as such.
 
     Args:
-        rows: `[examples, *shape]` by name of the parameter.
+        rows: `[examples, params]` by name of the parameter.
         work: Further floats that computing them took.
     """
 
     rows: Mapping[str, Tensor]
     work: int = 0
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Tensor], work: int = 0) -> "Rows":
+        """Return the part of gradients `[examples, *shape]` by name of the parameter."""
+        return cls({name: found.flatten(1) for name, found in rows.items()}, work)
 
     @property
     def names(self) -> Collection[str]:
@@ -88,7 +95,7 @@ class Rows:
     @property
     def floats(self) -> int:
         """See `Part.floats`."""
-        return self.work + 3 * sum(rows.numel() for rows in self.rows.values())
+        return self.work + sum(rows.numel() for rows in self.rows.values())
 
     @property
     def tokens(self) -> int:
@@ -97,12 +104,14 @@ class Rows:
 
     def squares(self) -> Squares:
         """See `Part.squares`."""
-        return Squares(sum_of([_squared(rows.flatten(1)) for rows in self.rows.values()]))
+        return Squares(sum_of([_squared(block) for rows in self.rows.values() for _, block in _blocks(rows)]))
 
     def add_to(self, totals: Mapping[str, Tensor], scales: Tensor, keep: int) -> None:
         """See `Part.add_to`."""
         for name, rows in self.rows.items():
-            totals[name].view(-1).addmv_(rows.flatten(1).double().T, scales, beta=keep)
+            total = totals[name].view(-1)
+            for place, block in _blocks(rows):
+                total[place].addmv_(block.T, scales, beta=keep)
 
     def without(self, excluded: Tensor) -> "Rows":
         """See `Part.without`."""
@@ -272,9 +281,21 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return found
 
 
+_BLOCK = 2**18
+"""Floats that are converted to float64 at once: they stay in a processor's cache."""
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield all columns of `[examples, params]` in float64, in blocks, with their places."""
+    width = max(_BLOCK // max(len(rows), 1), 1)
+    for start in range(0, rows.shape[1], width):
+        place = slice(start, start + width)
+        yield place, rows[:, place].double()
+
+
 def _squared(rows: Tensor) -> Tensor:
     """Return the squared norms of rows `[rows, width]`, float64."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square_()
+    return norm(rows, 1, exact=True).square_()
 
 
 def _zeroed(rows: Tensor, excluded: Tensor) -> Tensor:
