@@ -27,6 +27,8 @@ from fedpriv.privacy.released import Whose
 if TYPE_CHECKING:
     import pandas as pd
 
+    Column = pd.Series[Any]
+
 __all__ = ["Csv", "ImageFolder", "Leaf", "Npy", "Npz", "Parquet", "read_arrays"]
 
 Labels = list[str | list[str]]
@@ -141,7 +143,7 @@ class _Table(_Files):
         """Return the table with unchanged cells."""
         raise NotImplementedError
 
-    def _place(self, path: Path, column: "pd.Series[Any]", row: int) -> str:
+    def _place(self, path: Path, column: "Column", row: int) -> str:
         """Return the place in the file of one row of a column, for errors."""
         return f"row {column.index[row]}"
 
@@ -176,11 +178,11 @@ class _Table(_Files):
             made |= {} if everyone is None else {"clients": everyone}
         return made
 
-    def _absent(self, column: "pd.Series[Any]") -> np.ndarray:
+    def _absent(self, column: "Column") -> np.ndarray:
         texts = column.astype(str).str.strip()
         return (column.isna() | texts.isin(["", *self.missing])).to_numpy(dtype=bool)
 
-    def _scaled(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+    def _scaled(self, path: Path, column: "Column", name: str) -> np.ndarray:
         """Return a scaled column, float32 `[rows, 1]`."""
         import pandas as pd
 
@@ -206,7 +208,7 @@ class _Table(_Files):
         with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
             return ((filled - shift) / scale).astype(np.float32)[:, None]
 
-    def _one_hot(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+    def _one_hot(self, path: Path, column: "Column", name: str) -> np.ndarray:
         """Return a column of categories as zeros and ones, float32 `[rows, categories]`."""
         values, absent = self.categories[name], self._absent(column)
         at = _places(column, {value: place for place, value in enumerate(values)})
@@ -221,7 +223,7 @@ class _Table(_Files):
         made[rows, at[rows]] = 1.0
         return made
 
-    def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _numbered(self, path: Path, column: "Column") -> np.ndarray:
         """Return the label of each row, int64 `[rows]`; float64 if the task expects numbers."""
         if expected_labels() == "numbers":
             return self._targets(path, column)
@@ -240,7 +242,7 @@ class _Table(_Files):
             )
         return at
 
-    def _targets(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _targets(self, path: Path, column: "Column") -> np.ndarray:
         """Return the number of each row, float64 `[rows]`."""
         import pandas as pd
 
@@ -251,7 +253,7 @@ class _Table(_Files):
             raise UserError(str(path), f"a number in column {self.target!r}", got, "Correct or remove such rows")
         return numbers
 
-    def _ids_of_clients(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _ids_of_clients(self, path: Path, column: "Column") -> np.ndarray:
         absent = self._absent(column)
         if absent.any():
             row, remedy = int(np.argmax(absent)), "Name the client of each row, or remove such rows"
@@ -298,7 +300,7 @@ class Csv(_Table):
         header = [str(name).removeprefix("\ufeff").strip() for name in cells.iloc[0]]
         return cells.iloc[1:].set_axis(header, axis=1)
 
-    def _place(self, path: Path, column: "pd.Series[Any]", row: int) -> str:
+    def _place(self, path: Path, column: "Column", row: int) -> str:
         """Return the line of the file; lines are counted from 1, with the header, empty lines and comments."""
         wanted, end, number = int(str(column.index[row])), 0, -1
         with path.open(encoding="utf-8", newline="") as file:
@@ -606,7 +608,7 @@ def _existing(root: Path, file: str, key: str) -> Path:
     return path
 
 
-def _places(column: "pd.Series[Any]", places: Mapping[str, int]) -> np.ndarray:
+def _places(column: "Column", places: Mapping[str, int]) -> np.ndarray:
     """Return the place of each cell's text, int64 `[rows]`; -1 if it has none. Whole numbers may be 1 or 1.0."""
     texts = column.astype(str).str.strip()
     exact = texts.map(places)
