@@ -13,6 +13,7 @@ from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.device.own_data import own_signal
+from fedpriv.deploy.device.policy import POLICY_FILE, load_policy
 from fedpriv.engines import Population, one_thread
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
@@ -75,6 +76,7 @@ def _train(message: Message, context: Context) -> Message:
 def _deployed(message: Message, context: Context, home: Path) -> Message:
     """Return the answer of a device that follows its own policy; a refusal is an answer, too."""
     try:
+        load_policy(home / POLICY_FILE)  # only classes that it names are known when the instructions are read
         instructions, terms = _instructions_of(message)
         if instructions.client != own_id(context):
             remedy = "Check the partition-id of the nodes"

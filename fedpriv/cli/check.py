@@ -44,7 +44,7 @@ def check(
         print(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {rounds:,} rounds")
     for key, source in found.sources.items():
         print(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
-    if found.warning is not None:
-        print(f"warning     {found.warning}", file=sys.stderr)
+    for warning in found.warnings:
+        print(f"warning     {warning}", file=sys.stderr)
     again = ["fedpriv", "run", str(config), *(part for setting in settings or () for part in ("-s", setting))]
     print(f"next        {shlex.join(again)}")

@@ -59,7 +59,7 @@ class ImageVariants:
 
     Args:
         flip: Flip each image from left to right with probability 1/2.
-        crop: Pad images with this many zeros on each side, and cut out a piece of their own size at random.
+        crop: Pad images with this many zeros on each side, and cut out a piece of the former size at random.
         rotate: Largest angle of a random rotation, in degrees, 0 to 180; bilinear, and pixels from beyond the border
             repeat the nearest border pixel.
 

@@ -95,7 +95,7 @@ class MappedInputs:
             raise ValueError("mapped inputs have one axis of rows")
         return (self[start : start + size] for start in range(0, len(self), size))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         array = self._array
         order = "C" if array.flags.c_contiguous else "F"
         place = (array.filename, array.dtype, array.offset, array.shape, order)

@@ -4,6 +4,7 @@ The experiment declares scales, categories and labels. None is computed from the
 mean over all rows would let one client change the message of another.
 """
 
+import csv
 import json
 import math
 import zipfile
@@ -25,6 +26,8 @@ from fedpriv.privacy.released import Whose
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    Column = pd.Series[Any]
 
 __all__ = ["Csv", "ImageFolder", "Leaf", "Npy", "Npz", "Parquet", "read_arrays"]
 
@@ -140,6 +143,10 @@ class _Table(_Files):
         """Return the table with unchanged cells."""
         raise NotImplementedError
 
+    def _place(self, path: Path, column: "Column", row: int) -> str:
+        """Return the place in the file of one row of a column, for errors."""
+        return f"row {column.index[row]}"
+
     def _read(self, path: Path) -> dict[str, Any]:
         frame = self._frame(path, self.columns)
         twice = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
@@ -171,11 +178,11 @@ class _Table(_Files):
             made |= {} if everyone is None else {"clients": everyone}
         return made
 
-    def _absent(self, column: "pd.Series[Any]") -> np.ndarray:
+    def _absent(self, column: "Column") -> np.ndarray:
         texts = column.astype(str).str.strip()
         return (column.isna() | texts.isin(["", *self.missing])).to_numpy(dtype=bool)
 
-    def _scaled(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+    def _scaled(self, path: Path, column: "Column", name: str) -> np.ndarray:
         """Return a scaled column, float32 `[rows, 1]`."""
         import pandas as pd
 
@@ -184,28 +191,31 @@ class _Table(_Files):
             row = int(np.argmax(absent))
             remedy = f"Set data.fill = {{{name} = ...}} to a public constant, or data.drop_missing = true"
             raise UserError(
-                str(path), f"a number in column {name!r}", f"a missing value in row {column.index[row]}", remedy
+                str(path),
+                f"a number in column {name!r}",
+                f"a missing value in {self._place(path, column, row)}",
+                remedy,
             )
         numbers = pd.to_numeric(column.where(~absent), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
         wrong = ~absent & ~np.isfinite(numbers)
         if wrong.any():
             row = int(np.argmax(wrong))
             remedy = "Declare the column in data.categories, or add texts for missing values to data.missing"
-            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
         filled = np.where(absent, self.fill.get(name, 0.0), numbers)
         with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
             return ((filled - shift) / scale).astype(np.float32)[:, None]
 
-    def _one_hot(self, path: Path, column: "pd.Series[Any]", name: str) -> np.ndarray:
+    def _one_hot(self, path: Path, column: "Column", name: str) -> np.ndarray:
         """Return a column of categories as zeros and ones, float32 `[rows, categories]`."""
         values, absent = self.categories[name], self._absent(column)
         at = _places(column, {value: place for place, value in enumerate(values)})
         wrong = (at < 0) & ~absent
         if wrong.any():
             row = int(np.argmax(wrong))
-            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             remedy = "Add it to data.categories, or to data.missing"
             raise UserError(str(path), f"a declared category in column {name!r}", got, remedy)
         made = np.zeros((len(column), len(values)), dtype=np.float32)
@@ -213,7 +223,7 @@ class _Table(_Files):
         made[rows, at[rows]] = 1.0
         return made
 
-    def _numbered(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _numbered(self, path: Path, column: "Column") -> np.ndarray:
         """Return the label of each row, int64 `[rows]`; float64 if the task expects numbers."""
         if expected_labels() == "numbers":
             return self._targets(path, column)
@@ -227,26 +237,31 @@ class _Table(_Files):
         if (at < 0).any():
             row = int(np.argmax(at < 0))
             expected = f"a label in column {self.target!r}"
-            raise UserError(str(path), expected, f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}", remedy)
+            raise UserError(
+                str(path), expected, f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}", remedy
+            )
         return at
 
-    def _targets(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _targets(self, path: Path, column: "Column") -> np.ndarray:
         """Return the number of each row, float64 `[rows]`."""
         import pandas as pd
 
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
         if not np.isfinite(numbers).all():
             row = int(np.argmin(np.isfinite(numbers)))
-            got = f"{str(column.iloc[row])[:40]!r} in row {column.index[row]}"
+            got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             raise UserError(str(path), f"a number in column {self.target!r}", got, "Correct or remove such rows")
         return numbers
 
-    def _ids_of_clients(self, path: Path, column: "pd.Series[Any]") -> np.ndarray:
+    def _ids_of_clients(self, path: Path, column: "Column") -> np.ndarray:
         absent = self._absent(column)
         if absent.any():
             row, remedy = int(np.argmax(absent)), "Name the client of each row, or remove such rows"
             raise UserError(
-                str(path), f"a client in column {self.client!r}", f"an empty cell in row {column.index[row]}", remedy
+                str(path),
+                f"a client in column {self.client!r}",
+                f"an empty cell in {self._place(path, column, row)}",
+                remedy,
             )
         return column.astype(str).str.strip().to_numpy(dtype=object)
 
@@ -283,7 +298,24 @@ class Csv(_Table):
         if names is not None:
             return _renamed(path, cells, names)
         header = [str(name).removeprefix("\ufeff").strip() for name in cells.iloc[0]]
-        return cells.iloc[1:].reset_index(drop=True).set_axis(header, axis=1)
+        return cells.iloc[1:].set_axis(header, axis=1)
+
+    def _place(self, path: Path, column: "Column", row: int) -> str:
+        """Return the line of the file; lines are counted from 1, with the header, empty lines and comments."""
+        wanted, end, number = int(str(column.index[row])), 0, -1
+        with path.open(encoding="utf-8", newline="") as file:
+            try:
+                reader = csv.reader(file, delimiter=self.separator, skipinitialspace=True)
+                for cells in reader:
+                    start, end = end + 1, reader.line_num
+                    first = cells[0].strip() if cells else ""
+                    skipped = self.comment is not None and first.startswith(self.comment)
+                    number += not skipped and (len(cells) > 1 or first != "")
+                    if number == wanted:
+                        return f"line {start}"
+            except (csv.Error, TypeError, UnicodeDecodeError):  # pandas reads more kinds of files
+                pass
+        return f"row {wanted}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -576,7 +608,7 @@ def _existing(root: Path, file: str, key: str) -> Path:
     return path
 
 
-def _places(column: "pd.Series[Any]", places: Mapping[str, int]) -> np.ndarray:
+def _places(column: "Column", places: Mapping[str, int]) -> np.ndarray:
     """Return the place of each cell's text, int64 `[rows]`; -1 if it has none. Whole numbers may be 1 or 1.0."""
     texts = column.astype(str).str.strip()
     exact = texts.map(places)

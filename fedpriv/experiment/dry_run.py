@@ -11,7 +11,7 @@ from fedpriv.data.federation import Federation
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
-from fedpriv.privacy import signal_warning
+from fedpriv.privacy import delta_warning, signal_warning
 from fedpriv.rounds import client_round
 
 __all__ = ["Findings", "try_experiment"]
@@ -37,7 +37,7 @@ class Findings:
         signal_norm: Norm of the client's signal, before bounding and noise.
         epsilon: Epsilon of the whole run; None if it is not private.
         delta: Its delta.
-        warning: A warning to read before training, if any.
+        warnings: Warnings to read before training.
         sources: Sources of classes outside of fedpriv, by key.
     """
 
@@ -53,7 +53,7 @@ class Findings:
     signal_norm: float
     epsilon: float | None
     delta: float | None
-    warning: str | None
+    warnings: tuple[str, ...]
     sources: dict[str, dict[str, str]]
 
 
@@ -99,6 +99,8 @@ def try_experiment(config: Config, *, device: str = "cpu", data_root: Path | Non
         signal_norm=norm,
         epsilon=None if plan is None else plan.epsilon,
         delta=None if plan is None else plan.delta,
-        warning=None if plan is None else signal_warning(plan, task.layout.size),
+        warnings=()
+        if plan is None
+        else tuple(filter(None, (delta_warning(plan), signal_warning(plan, task.layout.size)))),
         sources=config.sources,
     )

@@ -8,7 +8,7 @@ from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sa
 from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
 from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, by_reliance, trust_of
 from fedpriv.privacy.unit import UNITS, Unit, unit_of
-from fedpriv.privacy.warning import noise_against_signal, signal_warning
+from fedpriv.privacy.warning import delta_warning, noise_against_signal, signal_warning
 
 __all__ = [
     "ADJACENCIES",
@@ -33,6 +33,7 @@ __all__ = [
     "Trust",
     "Unit",
     "by_reliance",
+    "delta_warning",
     "make_plan",
     "noise_against_signal",
     "privacy_statement",

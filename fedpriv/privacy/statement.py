@@ -10,7 +10,7 @@ from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
-from fedpriv.privacy.warning import signal_warning
+from fedpriv.privacy.warning import delta_warning, signal_warning
 
 __all__ = ["Simulated", "privacy_statement", "rounded_up"]
 
@@ -252,14 +252,8 @@ def _listed(title: str, items: Sequence[str]) -> str:
 
 def _promise(plan: PrivacyPlan) -> str:
     epsilon, against = rounded_up(plan.epsilon), "the adversary below"
-    weak = ""
-    units = plan.sampling.population * (1 if plan.record is None else plan.record.terms.examples)
-    if plan.delta >= 1.0 / units:
-        one = unit_of(plan.unit).one
-        weak = (
-            f" WARNING: delta is at least 1 / {one}s ({1.0 / units:.2g}): such a delta would also allow one {one}'s "
-            "data to be released outright."
-        )
+    warning = delta_warning(plan)
+    weak = "" if warning is None else f" WARNING: {warning}"
     return (
         f"Promise: against {against}, the run is (epsilon, delta)-differentially private with epsilon = {epsilon} at "
         f"delta = {plan.delta:g}, for each {unit_of(plan.unit).one}.{weak}"

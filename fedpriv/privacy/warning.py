@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.unit import unit_of
 
-__all__ = ["MAX_RATIO", "NoiseAgainstSignal", "noise_against_signal", "signal_warning"]
+__all__ = ["MAX_RATIO", "NoiseAgainstSignal", "delta_warning", "noise_against_signal", "signal_warning"]
 
 MAX_RATIO = 3.0
 """Largest ratio of noise to bound without a warning. Noise averages out over rounds, so models still learn at a ratio
@@ -54,6 +55,18 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
     clients = math.ceil(population * trust.more_clients(excess))
     epsilon = replace(plan, noise_multiplier=plan.noise_multiplier / excess).epsilon
     return NoiseAgainstSignal(ratio=ratio, clients=clients, epsilon=epsilon if math.isfinite(epsilon) else None)
+
+
+def delta_warning(plan: PrivacyPlan) -> str | None:
+    """Return a warning of one sentence if delta is at least one over the number of protected units; otherwise None."""
+    units = plan.sampling.population * (1 if plan.record is None else plan.record.terms.examples)
+    if not plan.private or plan.delta < 1.0 / units:
+        return None
+    one = unit_of(plan.unit).one
+    return (
+        f"delta is at least 1 / {one}s ({1.0 / units:.2g}): such a delta would also allow one {one}'s data to be "
+        "released outright."
+    )
 
 
 def signal_warning(plan: PrivacyPlan, size: int) -> str | None:

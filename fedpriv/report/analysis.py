@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 Judge = Literal["validation", "test"]
+_OPTIMIZER, _MOMENTUM = "server.optimizer", "server.momentum"
 GROUP = ["problem", "privacy", "method"]
 """Columns within which settings are compared; only methods are also compared, under one guarantee."""
 
@@ -160,7 +161,10 @@ def settings_table(study: Study, judge: Judge) -> pd.DataFrame:
     made["hyperparameters"] = ""
     for _, rows in made.groupby("method", sort=True):
         keys = [key for key in study.varying(rows) if key.startswith(HYPERPARAMETERS)]
-        made.loc[rows.index, "hyperparameters"] = words_of(rows, telling(rows, keys))
+        told = telling(rows, keys)
+        if _OPTIMIZER in told and _MOMENTUM in keys and _MOMENTUM not in told:
+            told.append(_MOMENTUM)
+        made.loc[rows.index, "hyperparameters"] = words_of(rows, told)
     first = ["setting", *GROUP, "hyperparameters", "seeds", "score", "epsilon", "delta"]
     return made[[*first, *(key for key in made.columns if key not in first)]]
 

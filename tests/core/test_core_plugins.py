@@ -162,6 +162,22 @@ def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytes
     assert METHODS.known(own, "method").__name__ == "HalfClip"
 
 
+@pytest.mark.usefixtures("config")
+def test_a_servers_copy_of_a_file_leads_to_the_class_of_the_devices_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy names its file by the path from its folder, like a config."""
+    monkeypatch.setattr(METHODS, "_referred", {})
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[accepts]\nmethods = ["./own.py:HalfClip"]\n[limits]\nepsilon = 1.0\ndelta = 1e-5\n')
+    assert load_policy(policy).accepts.methods == (f"{tmp_path / 'own.py'}:HalfClip",)
+    found = METHODS.known("/of/the/server/own.py:HalfClip", "method")
+    assert METHODS.name_of(found()) == f"{tmp_path / 'own.py'}:HalfClip"
+    for other in ("/of/the/server/own.py:Line", "/of/the/server/other.py:HalfClip", "own:HalfClip"):
+        with pytest.raises(UserError, match="a known name"):
+            METHODS.known(other, "method")
+
+
 def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path) -> None:
     """Else it would be noticed in the middle of a run."""
     path = tmp_path / "half.py"

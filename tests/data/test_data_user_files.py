@@ -58,6 +58,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ODD = """# people of two places
+
+age,job,place,income
+# the first of them
+40,"clerk",north,low
+
+55,"clerk
+of the town",south,high
+"""
+
+
+@pytest.mark.parametrize(
+    ("declared", "line"),
+    [
+        ({"categories": {"job": ["clerk", "smith"]}}, "of the town' in line 7"),
+        ({"categories": {"job": ["smith"]}}, "'clerk' in line 5"),
+        ({"drop_missing": True, "missing": ["north"], "labels": ["low"], "categories": {}}, "'high' in line 7"),
+        ({"columns": ["age", "job", "place", "income"], "fill": {}, "categories": {}}, "'age' in line 3"),
+    ],
+)
+def test_a_place_in_a_csv_file_is_the_line_that_an_editor_shows(tmp_path, declared, line):
+    (tmp_path / "odd.csv").write_text(ODD)
+    with pytest.raises(UserError, match=line):
+        table(file="odd.csv", comment="#", **declared).load(tmp_path)
+
+
 def table(**changes):
     chosen = {key: value for key, value in DECLARED.items() if key not in ("name", "partition", "test")}
     return Csv(**(chosen | changes))
@@ -99,20 +125,20 @@ def test_a_table_goes_through_a_config_and_back(folder):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"fill": None}, r"a number in column 'age', got a missing value in row 3\. Set data\.fill = \{age = "),
-        ({"missing": None}, r"a declared category in column 'job', got '\?' in row 1"),
+        ({"fill": None}, r"a number in column 'age', got a missing value in line 5\. Set data\.fill = \{age = "),
+        ({"missing": None}, r"a declared category in column 'job', got '\?' in line 3"),
         (
             {"numeric": {"job": [0, 1]}, "fill": None, "categories": None},
-            r"a number in column 'job', got a missing value in row 1",
+            r"a number in column 'job', got a missing value in line 3",
         ),
         (
             {"numeric": {"job": [0, 1]}, "fill": {"job": 0.0}, "categories": None},
-            r"finite numbers in column 'job', got 'clerk ?' in row 0\. Declare the column in data\.categories",
+            r"finite numbers in column 'job', got 'clerk ?' in line 2\. Declare the column in data\.categories",
         ),
-        ({"labels": ["low"]}, r"a label in column 'income', got 'high' in row 1"),
+        ({"labels": ["low"]}, r"a label in column 'income', got 'high' in line 3"),
         (
             {"labels": None},
-            r"a label in column 'income', got 'low' in row 0\. List the values of 'income' in data\.labels",
+            r"a label in column 'income', got 'low' in line 2\. List the values of 'income' in data\.labels",
         ),
         ({"target": "incom"}, r"a column 'incom', got age, job, place, income\. Did you mean 'income'"),
         ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second from 1e-20"),

@@ -423,6 +423,13 @@ def test_check_says_what_an_experiment_consists_of_and_writes_nothing(folder, ca
     assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)] == before
 
 
+def test_check_warns_of_a_delta_that_would_allow_to_release_a_clients_data(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", str(folder / "own.toml"), "-s", "privacy.delta=0.2"])
+    shown = capsys.readouterr().err
+    assert "warning     delta is at least 1 / clients (0.17): such a delta would also allow one client's data" in shown
+
+
 @pytest.mark.parametrize(
     ("data", "line"),
     [

@@ -172,3 +172,10 @@ def test_accuracy_against_epsilon_takes_the_best_at_each_and_rounds_up() -> None
 def test_a_quantity_that_does_not_vary_has_no_figure() -> None:
     table = settings_table(study_of({"epsilon": 2.0}, {"method.lr": 2.0, "epsilon": 2.0}, {"accuracy": 0.9}), "test")
     assert all(against(table, quantity, "test").empty for quantity in QUANTITIES if quantity.column in table)
+
+
+def test_the_momentum_of_a_server_optimizer_is_told_with_its_name() -> None:
+    plain = {"method.lr": 0.1}
+    heavy = {"method.lr": 0.1, "server.optimizer": "momentum", "server.momentum": 0.9}
+    table = settings_table(study_of(plain, heavy), "test")
+    assert set(table["hyperparameters"]) == {"", "optimizer=momentum, momentum=0.9"}

@@ -90,8 +90,8 @@ class Accepts:
             examples.
         trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
             a server that is trusted to add the noise. none: also runs without a privacy guarantee.
-        methods: Names of methods; empty for all. A class of the client's own file is named as in a config, by a path
-            from the policy's folder; a server's config names its own copy of the file, with the same content.
+        methods: Names of methods; empty for all. A class in a file of the client is named as in a config, by a path
+            from the policy's folder; a server's config names another copy of the file, with the same content.
         models: Names of models, likewise.
         data: Names of data sets, likewise.
         tasks: Names of tasks, likewise.
