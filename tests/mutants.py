@@ -667,6 +667,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
+        '("devices", "schedule", "sources", "task")',
+        '("devices", "schedule", "task")',
         '"devices", "schedule", "sources", "task")\n',
         '"devices", "schedule", "task")\n',
         "tests/experiment/test_experiment_own.py",
@@ -1445,8 +1447,8 @@ MUTANTS = [
     Mutant(
         "examples are held out by label over all natural clients",
         "fedpriv/data/validation.py",
-        "    if dataset.groups is None:\n        one = np.zeros",
-        "    if True:\n        one = np.zeros",
+        "    if dataset.groups is None:\n        held = _held_out_of_labels",
+        "    if True:\n        held = _held_out_of_labels",
         NEIGHBORS,
     ),
     Mutant(

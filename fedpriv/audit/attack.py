@@ -147,6 +147,7 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Ite
         engine: `loop`, `vectorized`, or `auto`, which measures the real clients.
     """
     people, sampling = experiment.population, experiment.server.sampling
+    examples = people.rules.examples
     wider = Poisson(sampling.population + len(canaries.planted), sampling.sampling_prob)
     size, rounds = people.task.layout.size, experiment.config.training.rounds
     planted = CanaryPopulation(
@@ -157,7 +158,7 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Ite
         streams=people.streams,
         canaries=canaries,
         first=sampling.population,
-        scale=signal_scale(people.rules, size, rounds),
+        scale=signal_scale(people.rules, size, rounds) if examples is None else examples.alone,
     )
     clients = make_engine(engine, experiment)
     try:

@@ -183,7 +183,8 @@ class CanaryPopulation(Population):
     Args:
         canaries: The canaries.
         first: The id of the first of `canaries.planted`.
-        scale: Length of a signal; see `signal_scale`.
+        scale: Length of a signal; see `signal_scale`. For the unit `example`, the part of one example: a canary client
+            then stands for a client with a single canary, whose other examples have no gradients.
     """
 
     canaries: Canaries
@@ -193,7 +194,8 @@ class CanaryPopulation(Population):
     def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
         """See `Population.signal`; independent of the model."""
         push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
-        return (push * self.scale).to(model.device, model.dtype)
+        exact = model.dtype if self.rules.examples is None else torch.float64
+        return push.to(model.device, exact) * self.scale
 
 
 class VectorizedCanaries(VectorizedEngine):

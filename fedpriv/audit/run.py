@@ -20,6 +20,7 @@ from fedpriv.files import write_atomically
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.tables import Record
+from fedpriv.tasks.local_work import LOCAL_WORKS, FullGradient
 from fedpriv.version import __version__
 
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
@@ -137,6 +138,10 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError(
             "training.rounds", "at least 1 in an audit", config.training.rounds, "Set training.rounds to 1 or more"
         )
+    if config.privacy.unit == "example" and type(config.local) is not FullGradient:
+        remedy = "Audit the same plan with -s local= -s local.work=full-gradient"
+        got = repr(LOCAL_WORKS.name_of(config.local))
+        raise UserError("local.work", '"full-gradient" in an audit with unit = "example"', got, remedy)
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)
@@ -176,7 +181,8 @@ def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> 
     """Return the variance that other canaries add to a score, over the noise's; 0 if messages are seen one by one."""
     if plan.trust_rules.shows_messages:
         return 0.0
-    bound = plan.l2_bound / plan.noise_stddev
+    longest = plan.l2_bound if plan.record is None else plan.record.terms.alone
+    bound = longest / plan.noise_stddev
     sampled = experiment.server.sampling.sampling_prob * len(canaries.planted)
     return sampled * bound**2 / experiment.population.task.layout.size
 
@@ -201,8 +207,9 @@ def _record(
         "confidence": choice.confidence,
         "verdict_confidence": CONVICTION,
         "canaries": choice.canaries,
+        "unit": plan.unit,
         "adversary": plan.adversary,
-        "claim": claim_of(hidden),
+        "claim": claim_of(hidden, plan.unit),
         "knowledge": knowledge_of(plan, hidden),
         "epsilon_promised": plan.epsilon,
         **{key: getattr(plan, key) for key in ("delta", "trust", "adjacency", "noise_multiplier", "noise_stddev")},

@@ -131,6 +131,8 @@ class _Claims:
 
     def score(self, root: float) -> float:
         """Return the claimed mean score of canaries; `root` is the root of their number of participations."""
+        if self.plan.record is not None:  # the noise multiplier is stated over all rounds of the plan
+            root = math.sqrt(self.plan.releases.charged(round(root**2)))
         return root / self.plan.noise_multiplier / self.distance
 
     def claimed(self, root: float) -> float:

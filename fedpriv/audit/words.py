@@ -5,13 +5,18 @@ from fedpriv.tables import Record
 
 __all__ = ["claim_of", "in_words", "knowledge_of"]
 
+_CANARIES = {"client": "canary clients", "example": "canary examples, each of another client without other examples,"}
 
-def claim_of(hidden: bool) -> str:
+
+def claim_of(hidden: bool, unit: str) -> str:
     """Return the epsilon under attack, as a clause.
 
     Args:
         hidden: True if only some clients take part in a round.
+        unit: The unit of privacy.
     """
+    if hidden and unit == "example":
+        return "epsilon of an example in its client's participations: the cohorts are known"
     if hidden:
         return "epsilon of a client's participations, without amplification by sampling: the cohorts are known"
     return "epsilon of the plan, after all rounds"
@@ -33,9 +38,9 @@ def in_words(record: Record) -> str:
     rounds, mean = record["rounds"], record["participations"]["mean"]
     each = f"{rounds} rounds" if mean == rounds else f"{mean:.1f} of {rounds} rounds on average"
     attacked = (
-        f"{record['canaries_seen']} canary clients took part in {each} of {record['name']} ({record['method']}, "
-        f"{record['parameters']} parameters) next to {record['population']} clients, and went through the same rule, "
-        f"bound, noise and sum. The auditor {record['knowledge']}."
+        f"{record['canaries_seen']} {_CANARIES[record['unit']]} took part in {each} of {record['name']} "
+        f"({record['method']}, {record['parameters']} parameters) next to {record['population']} clients, and went "
+        f"through the same rule, bound, noise and sum. The auditor {record['knowledge']}."
     )
     lower = (
         f"At {100 * record['confidence']:g} % confidence epsilon is at least {record['epsilon_lower']:.2f} at delta = "

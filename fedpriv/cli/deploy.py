@@ -32,13 +32,15 @@ def init(
     port: Annotated[int, typer.Option(help="Port of the server.")] = 9092,
     days: Days = 365,
     trust: Annotated[str, typer.Option(help="Trust in the nodes' policies: local or central.")] = "local",
-    epsilon: Annotated[float, typer.Option(help="Privacy budget in the nodes' policies.")] = 8.0,
+    unit: Annotated[str, typer.Option(help="Unit of privacy in the nodes' policies: client or example.")] = "client",
+    epsilon: Annotated[float, typer.Option(help="Privacy budget of one unit in the nodes' policies.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Delta of that budget.")] = 1e-5,
 ) -> None:
     """Create the folders of a deployment: keys, certificates, policies, scripts and a README."""
     from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 
-    deployment = make_deployment(host=host, port=port, nodes=nodes, trust=trust, epsilon=epsilon, delta=delta)
+    policy = {"trust": trust, "unit": unit, "epsilon": epsilon, "delta": delta}
+    deployment = make_deployment(host=host, port=port, nodes=nodes, **policy)
     init_deployment(folder, deployment, days)
     print(f"made        server, admin, ca and {nodes} nodes in {folder}\nnext        {folder / 'README.md'}")
 

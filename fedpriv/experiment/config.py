@@ -333,10 +333,13 @@ class Config:
         """Raise UserError if the experiment needs a simulation.
 
         Raises:
-            UserError: If it shifts clients' inputs, holds out their examples, tests single clients, or has the table
-                `[devices]`.
+            UserError: If it shifts clients' inputs, holds out their examples, tests single clients, has the table
+                `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
+        if self.needs_sizes:
+            remedy = "Set it: devices do not tell the server how many examples they have"
+            raise UserError("privacy.examples", "a public number in a deployment", "a missing key", remedy)
         remedy = "Remove the key: a deployment does not change devices' data, and tests on the server's data"
         if self.data.validation is not None:
             raise UserError("data.validation", "no value in a deployment", self.data.validation, remedy)

@@ -95,7 +95,7 @@ def draw_best(best: pd.DataFrame, names: Sequence[str], look: Mapping[str, Look]
             axes.plot([row[f"{column}_min"], row[f"{column}_max"]], [height, height], color=color, lw=1.5)
             axes.plot(row[f"{column}_mean"], height, "o", color=color, ms=5)
         axes.set_yticks(heights, wrapped)
-        axes.set(xlabel=label, ylim=(heights[-1] - 1.0, heights[0] + 1.0))
+        axes.set(xlabel=_fitted(label), ylim=(heights[-1] - 1.0, heights[0] + 1.0))
         axes.xaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(visible=False, axis="y")
@@ -123,7 +123,7 @@ def draw_against(
             line = {**look[str(name)].line, "marker": None, "linestyle": (0, (1.0, 1.5))}
             axes.axhline(rows[name_of].iloc[0], label=f"{name}, not private", lw=1.2, **line)
         _set_x(axes, finite["x"], texts, quantity)
-        axes.set(xlabel=quantity.label, ylabel=label)
+        axes.set(xlabel=quantity.label, ylabel=_fitted(label))
         axes.yaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         _add_legend(figure)
@@ -138,7 +138,7 @@ def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str, metri
             line = {**look[str(name)].line, "marker": None}
             axes.plot(rows["round"], rows[f"test_{metric.name}"], label=str(name), lw=1.5, **line)
             axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
-        axes.set(xlabel="round", ylabel=label)
+        axes.set(xlabel="round", ylabel=_fitted(label))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter(_in_percent if metric.bounded else _as_number)
         _add_legend(figure)
@@ -170,7 +170,7 @@ def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str, metric: M
                     va="center",
                     color=color,
                 )
-        figure.colorbar(image, ax=axes, label=f"{label}, %" if metric.bounded else label)
+        figure.colorbar(image, ax=axes, label=_fitted(f"{label}, %" if metric.bounded else label))
     return figure
 
 
@@ -243,6 +243,11 @@ def _add_legend(figure: Figure) -> None:
 
 def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width, max_lines=4, placeholder=" ...") or "-"
+
+
+def _fitted(label: str) -> str:
+    """Return the label of an axis in several lines if it is too long for one."""
+    return label if len(label) <= 36 else _wrapped(label, 24)
 
 
 def _set_x(axes: Axes, values: pd.Series, texts: Sequence[str], quantity: Quantity) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "score",
     "score_range",
     "shown",
+    "with_article",
 ]
 
 FIGURES = (
@@ -59,7 +60,7 @@ def about_choice(study: Study, settings: pd.DataFrame, best: pd.DataFrame, judge
     paragraphs = [_rule(study, judge) if len(settings) > len(best) else _NO_CHOICE]
     if settings["privacy"].nunique() > 1:
         paragraphs.append(
-            f"Rows with different privacy are listed separately: {_article(study.metric)} under one guarantee says "
+            f"Rows with different privacy are listed separately: {with_article(study.metric)} under one guarantee says "
             "nothing about another."
         )
     if settings["seeds"].nunique() > 1:
@@ -249,8 +250,10 @@ def shown(value: float, metric: Metric) -> str:
     return percent(value) if metric.bounded else number(value)
 
 
-def _article(metric: Metric) -> str:
-    return f"an {metric.label}" if metric.label[0] in "aeiou" else f"a {metric.label}"
+def with_article(metric: Metric) -> str:
+    """Return the metric's name after `a` or `an`, as it is spoken."""
+    spoken = metric.label[0].lower() in "aeiou" or metric.label in ("RMSE", "F1")
+    return f"{'an' if spoken else 'a'} {metric.label}"
 
 
 def epsilon_delta(row: Row) -> list[str]:

@@ -201,6 +201,7 @@ class _Report:
             "near": self._near(),
             "judged_by": f"Settings are judged by {self.judge} {self.metric.label}, the mean over seeds.",
             "metric": self.metric.label,
+            "a_metric": words.with_article(self.metric),
             "map_unit": " in %" if self.metric.bounded else "",
             "promises": self._promises(),
             "statements": self._statements(),

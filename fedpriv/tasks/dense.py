@@ -112,12 +112,13 @@ class DenseLayers:
         norms = torch.stack(squares).sum(0).sqrt_()
         excluded = ~(mask & torch.isfinite(norms))
         scales = scales_of(norms, bound).masked_fill_(excluded, 0.0).unsqueeze(-1)
+        if bool(excluded.any()):
+            pairs = [tuple(part.masked_fill(excluded.unsqueeze(-1), 0.0) for part in pair) for pair in pairs]
         found = torch.empty((clients, self.size), dtype=torch.float64, device=inputs.device)
-        for (weight_part, bias_part), pair in zip(self._layers(found), pairs, strict=True):
-            values, slope = (part.double().masked_fill_(excluded.unsqueeze(-1), 0.0) for part in pair)
-            slope.mul_(scales)
-            torch.sum(slope, dim=1, out=bias_part)
-            torch.bmm(slope.transpose(1, 2), values, out=weight_part)
+        for (weight_part, bias_part), (values, slope) in zip(self._layers(found), pairs, strict=True):
+            scaled = slope * scales
+            torch.sum(scaled, dim=1, out=bias_part)
+            torch.bmm(scaled.transpose(1, 2), values.double(), out=weight_part)
         return found
 
     def slope(self, outputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

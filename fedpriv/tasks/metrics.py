@@ -3,7 +3,6 @@
 AUC, F1 and the calibration error come from torchmetrics, which is imported on first use, because it takes seconds.
 """
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -222,14 +221,7 @@ class _OfTorchmetrics:
 
 
 def _torchmetrics() -> Any:
-    """Return `torchmetrics.classification`.
-
-    It imports every installed package that any of its metrics needs, and so torchvision, which may not match torch.
-    """
-    from fedpriv.data.torchvision_cpu import torchvision_datasets
-
-    with contextlib.suppress(ImportError, RuntimeError):
-        torchvision_datasets()
+    """Return `torchmetrics.classification`; it imports every installed package that any of its metrics needs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torchmetrics.classification

@@ -60,7 +60,7 @@ class OwnTask(TaskKind):
     @property
     def known(self) -> dict[str, Metric]:
         """See `TaskKind.known`."""
-        if self.outputs is not None:  # its outputs have a meaning of their own
+        if self.outputs is not None:  # its outputs are neither classes nor numbers
             return {}
         return {name: metric for name, metric in METRICS.items() if self.labels in metric.labels}
 

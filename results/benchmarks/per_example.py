@@ -32,7 +32,7 @@ from fedpriv.vectors import Layout, trainable
 HERE = Path(__file__).parent
 CLIP = 0.5
 TOLERANCE = 1e-4
-FEW, SLOW = 5, 20.0  # contenders beyond this ratio are measured a few times
+FEW, SLOW = 3, 20.0  # contenders beyond this ratio are measured a few times
 WORDS, LENGTH = 2000, 32
 
 Step = Callable[[], Tensor]

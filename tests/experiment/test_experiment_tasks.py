@@ -22,6 +22,8 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import DPFedAvg
 from fedpriv.report.study import load_study
+from fedpriv.rounds import ClientRules
+from fedpriv.streams import SeededStreams
 from fedpriv.tasks.kinds import MultiLabel, NextToken, Regression
 from fedpriv.tasks.local_work import LocalSteps
 from fedpriv.tasks.models import Mlp, Softmax
@@ -200,8 +202,8 @@ def test_a_device_learns_numbers_of_a_file_of_its_own(tmp_path: Path) -> None:
     task: dict[str, Any] = {"name": "regression", "loss": "poisson"}
     config = with_clients(tmp_path, task=task, evaluation=None)
     inputs, labels = torch.from_numpy(drawn(20, 3)), torch.arange(20.0) / 2
-    facts: list[Any] = [SimpleNamespace(device="cpu"), config, SimpleNamespace(client=3), SimpleNamespace(turn=1)]
-    facts.append(torch.zeros(4))
+    rules = ClientRules(method=config.method, noise_stddev=0.0, streams=SeededStreams(1))
+    facts: list[Any] = [SimpleNamespace(device="cpu"), config, rules, (1, 3), torch.zeros(4)]
     np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels, classes=1)
     signal = _signal_of_file(tmp_path / "mine.npz", *facts)
     slope = (1.0 - labels) / 20

@@ -45,7 +45,7 @@ _POLICY = """\
 trust = "$trust"
 # "client": only runs that protect all examples of this client together.
 # "example": also runs that protect single examples; [limits] epsilon is then the budget of one example.
-unit = "client"
+unit = "$unit"
 # Names from `fedpriv list`; an empty list accepts all.
 methods = [@methods@]
 models = []                 # names from `fedpriv list`; empty: all
@@ -70,7 +70,7 @@ own = ""                    # a file with this client's own examples; empty: its
 """
 
 POLICY_TEXT = Template(_POLICY.replace("@methods@", ", ".join(f'"{name}"' for name in sorted(METHODS))))
-"""Template of a policy, for `trust`, `epsilon` and `delta`, that accepts all methods."""
+"""Template of a policy, for `trust`, `unit`, `epsilon` and `delta`, that accepts all methods."""
 
 # The noise in the instructions must be the noise that the terms require, up to the last digits of a float64.
 _TOLERANCE = 1e-9
@@ -303,7 +303,9 @@ def write_default_policy(home: Path) -> bool:
     if path.exists():
         return False
     make_private_folder(home)
-    replace_durably(path, POLICY_TEXT.substitute(trust=Accepts().trust, epsilon=8.0, delta=1e-5).encode())
+    accepts, limits = Accepts(), Limits(epsilon=8.0, delta=1e-5)
+    values = {"trust": accepts.trust, "unit": accepts.unit, "epsilon": limits.epsilon, "delta": limits.delta}
+    replace_durably(path, POLICY_TEXT.substitute(values).encode())
     return True
 
 

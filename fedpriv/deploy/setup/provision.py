@@ -27,11 +27,12 @@ from fedpriv.deploy.setup.texts import (
     SERVICE,
     START,
 )
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
 from fedpriv.files import write_atomically
-from fedpriv.privacy import Local, by_reliance
+from fedpriv.privacy import UNITS, Local, by_reliance
+from fedpriv.privacy.unit import Client
 
 __all__ = [
     "BUNDLES",
@@ -60,6 +61,7 @@ class Deployment:
         port: Port of the server.
         nodes: Number of nodes.
         trust: Trust in the policies.
+        unit: Unit of privacy in the policies.
         epsilon: Privacy budget in the policies.
         delta: Delta of the budget.
     """
@@ -68,6 +70,7 @@ class Deployment:
     port: int = 9092
     nodes: int
     trust: str = Local.name
+    unit: str = Client.name
     epsilon: float = 8.0
     delta: float = 1e-5
 
@@ -76,6 +79,8 @@ class Deployment:
         if self.trust not in by_reliance():
             expected = " or ".join(f'"{name}"' for name in by_reliance())
             raise UserError("trust", expected, repr(self.trust), "Change the value")
+        if self.unit not in UNITS:
+            raise UserError("--unit", '"client" or "example"', repr(self.unit), nearest(self.unit, UNITS))
         whole_within("--nodes", self.nodes, 1, _MAX_NODES, "Give one node for each client")
         real_within("--port", self.port, 1, 65535, "Use 9092 if it is free")
         positive_real("--epsilon", self.epsilon, "Set it to each client's total budget")
@@ -228,7 +233,7 @@ def _write_node(root: Path, deployment: Deployment, node: int) -> None:
     values = {"address": deployment.address, "node": node, "nodes": deployment.nodes}
     _write(folder / NODE_TOML, NODE_TOML_TEXT.substitute(values))
     limits = {"epsilon": repr(deployment.epsilon), "delta": repr(deployment.delta)}
-    _write(folder / POLICY_FILE, POLICY.substitute(trust=deployment.trust, **limits))
+    _write(folder / POLICY_FILE, POLICY.substitute(trust=deployment.trust, unit=deployment.unit, **limits))
     _write_programs(folder, "start-node.sh", "fedpriv-node", "node", "/opt/fedpriv/node")
     _write_manifest(folder, _public_files(folder))
 

@@ -271,7 +271,7 @@ class PerExample:
     def _refuse_dependence(self, inputs: Tensor) -> None:
         """Raise UserError if the outputs of an example depend on other examples."""
         with torch.no_grad():
-            together, alone = self._module(inputs)[:1], self._module(inputs[:1])
+            together, alone = self._module(inputs), torch.cat([self._module(x) for x in inputs.split(1)])
         if together.shape != alone.shape or not torch.allclose(together, alone, 1e-3, 1e-4, equal_nan=True):
             expected = "outputs of each example that depend on it alone"
             remedy = "Remove layers that mix examples or draw random numbers: a bound for one example needs this"
