@@ -25,10 +25,9 @@ def load_results(path: Path | str) -> pd.DataFrame:
         path: A run directory, or a folder that contains run directories at any depth.
 
     Returns:
-        Columns `run` (the directory's path relative to `path`), every key of the config as `table.key` (such as `privacy.trust`),
-        `engine`, the
-        values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, those of `[evaluation]` as
-        `clients.accuracy.worst_decile` and so on, and the columns of `rounds.jsonl` and
+        Columns `run` (the directory's path relative to `path`), every key of the config as `table.key` (such as
+        `privacy.trust`), `engine`, the values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, those of
+        `[evaluation]` as `clients.accuracy.worst_decile` and so on, and the columns of `rounds.jsonl` and
         `diagnostics.jsonl`; missing values are NaN. `not_covered` lists the scores that a run's epsilon does not cover,
         separated by commas.
 

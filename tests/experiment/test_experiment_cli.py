@@ -13,6 +13,7 @@ import pytest
 from fedpriv.cli import catalogue, main
 from fedpriv.cli.catalogue import FILE, described
 from fedpriv.clock import DEVICES
+from fedpriv.data.augment import AUGMENTATIONS
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
@@ -179,6 +180,7 @@ def test_names_that_packages_add_are_listed_without_importing_them(monkeypatch):
 
 def test_every_kind_that_packages_can_add_to_is_listed():
     registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, TASKS, LOCAL_WORKS, DEVICES)
+    registries += (AUGMENTATIONS,)
     assert set(catalogue.GROUPS) == {registry.group for registry in registries}
 
 
