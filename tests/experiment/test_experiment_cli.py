@@ -179,18 +179,8 @@ def test_names_that_packages_add_are_listed_without_importing_them(monkeypatch):
 
 
 def test_every_kind_that_packages_can_add_to_is_listed():
-    registries = (
-        METHODS,
-        SERVER_OPTIMIZERS,
-        DATASETS,
-        PARTITIONS,
-        SHIFTS,
-        MODELS,
-        TASKS,
-        LOCAL_WORKS,
-        DEVICES,
-        AUGMENTATIONS,
-    )
+    registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, TASKS, LOCAL_WORKS, DEVICES)
+    registries += (AUGMENTATIONS,)
     assert set(catalogue.GROUPS) == {registry.group for registry in registries}
 
 

@@ -113,7 +113,7 @@ def test_a_csv_file_may_have_numbers_as_its_target(tmp_path: Path) -> None:
     assert dataset.train_labels.dtype == torch.float32
     assert torch.allclose(dataset.train_labels, 2 * dataset.train_inputs[:, 0], atol=2e-3)
     (tmp_path / "d.csv").write_text("\n".join(["x,y,who", *rows, "0.5,much,c1"]))
-    with pytest.raises(UserError, match=r"a number in column 'y', got 'much' in row"):
+    with pytest.raises(UserError, match=r"a number in column 'y', got 'much' in line 32"):
         assemble(parse_config(tables))
     del data["test"]
     split = {**data, "partition": "dirichlet", "concentration": 0.5, "clients": 3}
