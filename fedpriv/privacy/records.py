@@ -184,7 +184,7 @@ class RecordBound:
             expected = "full gradients with a noiseless memory: it remembers a record long after its batch"
             raise UserError("local.work", expected, '"poisson-gradient"', remedy)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the bound for JSON; see `read`."""
         own = {key: value for key, value in asdict(self).items() if key != "terms"}
         return {"route": self.route, **asdict(self.terms), **own}

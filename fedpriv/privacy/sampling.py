@@ -143,7 +143,7 @@ class Sampling(Protocol):
         """Raise UserError if the sampling cannot be accounted for under this adjacency."""
         ...
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the sampling's record, for JSON."""
         ...
 
@@ -202,7 +202,7 @@ class _Drawn:
     def check_neighbors(self, adjacency: str) -> None:
         """Accept every adjacency."""
 
-    def as_dict(self: Sampling) -> dict[str, Any]:
+    def as_dict(self: Sampling) -> dict[str, object]:
         """See `Sampling.as_dict`."""
         return _record(self)
 
@@ -446,7 +446,7 @@ class FixedSize(_Drawn):
         event = dpa.SampledWithoutReplacementDpEvent(int(self.population), int(self.size), noise)
         return event, dpa.NeighboringRelation.REPLACE_ONE
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See `Sampling.as_dict`."""
         return {**_record(self), "size": self.size}
 
@@ -571,7 +571,7 @@ class Scheduled:
             remedy = "Set it to replace: a removed client would shift the steps in which others count"
             raise UserError("privacy.adjacency", '"replace"', got, remedy)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """See `Sampling.as_dict`; holds only the last charges."""
         last = {"most_squared_weights": self.squares[-1], "most_messages_sent": self.sent[-1]}
         return {**_record(self), "scheme": self.scheme, **last}
@@ -654,7 +654,7 @@ def gaussian_event(noise_multiplier: float) -> "tuple[DpEvent, NeighboringRelati
     return dpa.GaussianDpEvent(noise_multiplier), dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
-def _record(sampling: Sampling) -> dict[str, Any]:
+def _record(sampling: Sampling) -> dict[str, object]:
     return {
         "name": sampling.name,
         "population": sampling.population,
