@@ -1093,8 +1093,8 @@ MUTANTS = [
     Mutant(
         "deployment: replacement is counted as removal",
         "fedpriv/deploy/device/ledger.py",
-        '    if record is None:\n        return (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound',
-        "    if record is None:\n        return entry.l2_bound",
+        'return (REPLACE_FACTOR if adjacency == "replace" or unit == "example" else 1.0)',
+        "return 1.0",
         MEMBER,
     ),
     Mutant(

@@ -389,7 +389,16 @@ class Config:
         if privacy.examples is None and fewest is None:
             remedy = "Give a public number: how many examples a client typically has"
             raise UserError("privacy.examples", "this key, where clients' data are not known", "a missing key", remedy)
-        terms = ExampleTerms(
+        return record_bound(self.method, self._example_terms(privacy, fewest))
+
+    @property
+    def example_terms(self) -> ExampleTerms | None:
+        """How clients of a deployment bound and weight gradients; None unless the unit of privacy is `example`."""
+        privacy = self.privacy
+        return None if privacy is None or privacy.unit != "example" else self._example_terms(privacy, None)
+
+    def _example_terms(self, privacy: PrivacyChoice, fewest: int | None) -> ExampleTerms:
+        return ExampleTerms(
             clip=privacy.example_clip,
             normalization=privacy.example_normalization,
             examples=privacy.examples or fewest or 1,
@@ -397,7 +406,6 @@ class Config:
             rate=getattr(self.local, "rate", 1.0),
             steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
         )
-        return record_bound(self.method, terms)
 
 
 def _hash(tables: Table) -> str:
