@@ -667,8 +667,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
-        '"devices", "schedule", "sources")\n',
-        '"devices", "schedule")\n',
+        '"devices", "schedule", "sources", "task")\n',
+        '"devices", "schedule", "task")\n',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
@@ -1445,8 +1445,8 @@ MUTANTS = [
     Mutant(
         "examples are held out by label over all natural clients",
         "fedpriv/data/validation.py",
-        "    if dataset.groups is None:\n        one = np.zeros",
-        "    if True:\n        one = np.zeros",
+        "    if dataset.groups is None:\n        held = _held_out_of_labels",
+        "    if True:\n        held = _held_out_of_labels",
         NEIGHBORS,
     ),
     Mutant(

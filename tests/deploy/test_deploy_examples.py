@@ -212,6 +212,15 @@ def test_an_experiment_with_the_work_that_the_ledger_charges_is_followed(tmp_pat
     assert 0.0 < float(signal.norm()) < 4.0
 
 
+def test_a_device_that_counts_one_example_more_or_less_refuses_what_depends_on_the_number(tmp_path: Path) -> None:
+    text = f'{RUN.format(method="dp-gd")}{PRIVATE}[augment]\nname = "images"\nflip = true'
+    run = RunConfig(config_toml=text)
+    instructions, terms = asked(DPGD(), plan_of(DPGD()))
+    device = device_of(tmp_path, adjacency="add-or-remove")
+    with pytest.raises(UserError, match=r"\[augment\]: expected no"):
+        own_signal(device, run, instructions, replace(terms, digest=run.load().digest), torch.zeros(650))
+
+
 @pytest.mark.parametrize(
     ("first", "then", "what"),
     [

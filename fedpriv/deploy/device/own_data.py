@@ -46,6 +46,8 @@ def own_signal(
         raise Refusal("model", "experiment", expected, f"experiment {config.digest[:12]}", "Start the run again")
     device.policy.check_experiment(config)
     _refuse_other_work(config, instructions)
+    if instructions.examples and device.policy.limits.adjacency == "add-or-remove":
+        config.check_positions()
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
