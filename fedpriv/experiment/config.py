@@ -599,6 +599,12 @@ def _check_unit(config: Config) -> None:
         raise UserError("local.work", '"full-gradient", "poisson-gradient" or "dp-sgd"', repr(name), remedy)
     if examples and config.privacy is not None and config.privacy.adjacency == "add-or-remove":
         config.check_positions()
+    forgets = has_memory(method) and not method.needs_client_noise and work is not DPSGD
+    late = config.privacy is not None and config.privacy.trust == "local" and getattr(config.rule, "deadline", None)
+    if examples and forgets and late:
+        expected = "no deadline with a noiseless memory: the server sees late messages that the memory would lack"
+        remedy = 'Remove it, or set method.memory = "sent" or privacy.trust = "central"'
+        raise UserError("schedule.deadline", expected, late, remedy)
     if examples and not config.rule.draws_cohorts:
         remedy = 'Remove [schedule], or set privacy.unit = "client"'
         raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)

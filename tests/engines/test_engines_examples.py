@@ -294,3 +294,23 @@ def test_one_example_more_must_not_change_the_use_of_others(changed: dict[str, A
 def test_no_examples_are_no_public_number() -> None:
     with pytest.raises(UserError, match=r"privacy\.examples: expected a whole number of at least 1"):
         made(PLAIN, FULL, examples=0)
+
+
+def test_late_messages_must_not_be_missing_in_a_noiseless_memory() -> None:
+    tables: dict[str, Any] = {
+        "name": "records",
+        "seed": 3,
+        "data": {"name": "digits", "clients": 5},
+        "model": {"name": "softmax"},
+        "method": CLIP21,
+        "privacy": {"unit": "example", "example_clip": 0.3, "noise_multiplier": 1.0, "trust": "central"},
+        "training": {"rounds": ROUNDS},
+        "devices": {"kind": "uniform", "speed": [1.0, 2.0], "download": [1.0, 2.0], "upload": [1.0, 2.0]},
+        "schedule": {"kind": "synchronous", "deadline": 5.0},
+    }
+    parse_config(tables)
+    tables["privacy"]["trust"] = "local"
+    with pytest.raises(UserError, match=r"schedule\.deadline: expected no deadline with a noiseless memory"):
+        parse_config(tables)
+    parse_config({**tables, "method": {**NORMEC, "memory": "sent"}})
+    parse_config({**tables, "method": {**PLAIN}})
