@@ -83,6 +83,9 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         start = model.vector(arrays.part(received))
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
+    if instructions.examples:
+        remedy = "Ask the server's operator for a run whose unit is the client"
+        raise Refusal("model", "examples", "a run that protects clients", "an app that bounds no examples", remedy)
     fixed = {name: received[name] for name in arrays.fixed}  # copied before the app can change them
     metrics: dict[str, Any] = {}
 

@@ -184,7 +184,7 @@ class Broadcast(NamedTuple):
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.examples is not None:
-            bound = min(bound, rules.examples.alone)
+            bound = min(bound, rules.examples.alone * rules.method.bounded.lipschitz)
         if rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
             expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"
             remedy = "Use a smaller cohort or model: rounding could lengthen a message beyond its bound"

@@ -159,6 +159,8 @@ class PrivacyChoice:
         elif self.adjacency == "add-or-remove" and self.examples is None:
             remedy = "Set it: otherwise clients divide by their own numbers of examples, which would reveal a record"
             raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
+        if self.examples is not None:
+            positive_int("privacy.examples", self.examples, "Give a public number: how many examples a client has")
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
 
@@ -358,6 +360,23 @@ class Config:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
+    def check_positions(self) -> None:
+        """Raise UserError if one example more would change how other examples of its client are used.
+
+        Which examples are held out, and how each is augmented, follows from their order and number.
+
+        Raises:
+            UserError: If some of a client's own examples are held out, or inputs are augmented.
+        """
+        data, remedy = self.data, 'Set privacy.adjacency = "replace", or remove the key'
+        if data.test == "within" or (data.test is not None and data.test != "clients" and data.validation is not None):
+            key = "data.test" if data.test == "within" else "data.validation"
+            expected = "no examples held out within clients with add-or-remove of single examples"
+            raise UserError(key, expected, "some, chosen by their number", remedy)
+        if self.augment is not None:
+            expected = "no [augment] with add-or-remove of single examples"
+            raise UserError("[augment]", expected, "random changes by the position of an example", remedy)
+
     @property
     def needs_sizes(self) -> bool:
         """True if the plan depends on the clients' numbers of examples, which are then public."""
@@ -392,7 +411,16 @@ class Config:
         if privacy.examples is None and fewest is None:
             remedy = "Give a public number: how many examples a client typically has"
             raise UserError("privacy.examples", "this key, where clients' data are not known", "a missing key", remedy)
-        terms = ExampleTerms(
+        return record_bound(self.method, self._example_terms(privacy, fewest))
+
+    @property
+    def example_terms(self) -> ExampleTerms | None:
+        """How clients of a deployment bound and weight gradients; None unless the unit of privacy is `example`."""
+        privacy = self.privacy
+        return None if privacy is None or privacy.unit != "example" else self._example_terms(privacy, None)
+
+    def _example_terms(self, privacy: PrivacyChoice, fewest: int | None) -> ExampleTerms:
+        return ExampleTerms(
             clip=privacy.example_clip,
             normalization=privacy.example_normalization,
             examples=privacy.examples or fewest or 1,
@@ -400,7 +428,6 @@ class Config:
             rate=getattr(self.local, "rate", 1.0),
             steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
         )
-        return record_bound(self.method, terms)
 
 
 def _hash(tables: Table) -> str:
@@ -573,6 +600,14 @@ def _check_unit(config: Config) -> None:
             else "Use poisson-gradient: its batches can be accounted for"
         )
         raise UserError("local.work", '"full-gradient", "poisson-gradient" or "dp-sgd"', repr(name), remedy)
+    if examples and config.privacy is not None and config.privacy.adjacency == "add-or-remove":
+        config.check_positions()
+    forgets = has_memory(method) and not method.needs_client_noise and work is not DPSGD
+    late = config.privacy is not None and config.privacy.trust == "local" and getattr(config.rule, "deadline", None)
+    if examples and forgets and late:
+        expected = "no deadline with a noiseless memory: the server sees late messages that the memory would lack"
+        remedy = 'Remove it, or set method.memory = "sent" or privacy.trust = "central"'
+        raise UserError("schedule.deadline", expected, late, remedy)
     if examples and not config.rule.draws_cohorts:
         remedy = 'Remove [schedule], or set privacy.unit = "client"'
         raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)

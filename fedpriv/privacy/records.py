@@ -114,6 +114,12 @@ class ExampleTerms:
         if not is_whole(self.examples, 1, 10**12):
             remedy = "Give a public number: how many examples a client typically has"
             raise UserError("privacy.examples", "a whole number from 1 to 1e12", self.examples, remedy)
+        if not (is_real(self.rate, 1e-6) and self.rate <= 1.0):
+            raise UserError("local.rate", "a probability from 1e-6 to 1", self.rate, "Give the share of a batch")
+        if not is_whole(self.steps, 0, 10**9):
+            raise UserError("local.steps", "a whole number from 0", self.steps, "Give the number of local steps")
+        if self.declared is not True and self.declared is not False:
+            raise UserError("privacy.examples", "a public number, or none", repr(self.declared), "Correct it")
 
     def as_text(self) -> str:
         """Return the numbers as one line, for instructions."""

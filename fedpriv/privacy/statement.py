@@ -44,9 +44,17 @@ _CLIENTS = {
     "used labels. Neighboring populations differ in one client's data after that division; these data may be replaced "
     "by any others. The division itself, the shape of an example and the set of labels are treated as public.",
 }
-_CLIENTS["resampled"] = _CLIENTS["simulated"] + (
-    " Here clients draw from the pool with replacement, so several may hold the same example: the promise protects a "
-    "client, not an example."
+_DRAWN_AGAIN = " Here clients draw from the pool with replacement, so several may hold the same example: "
+_CLIENTS["resampled"] = _CLIENTS["simulated"] + _DRAWN_AGAIN + "the promise protects a client, not an example."
+
+_CLIENTS_OF_EXAMPLES = {
+    **_CLIENTS,
+    "simulated": "Clients: simulated. A public rule, the partition, divided a pool of examples among them; it may have "
+    "used labels. Neighboring populations differ in one example of one client after that division. The division "
+    "itself, the shape of an example and the set of labels are treated as public.",
+}
+_CLIENTS_OF_EXAMPLES["resampled"] = (
+    _CLIENTS_OF_EXAMPLES["simulated"] + _DRAWN_AGAIN + "the promise protects one copy in one client, not all copies."
 )
 
 _TESTED = {
@@ -203,7 +211,7 @@ def privacy_statement(
         *([] if plan.record is None else [_fill(_whole_clients(plan))]),
         *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
-        *_about_data(data, deployed=deployed),
+        *_about_data(data, deployed=deployed, examples=plan.record is not None),
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
         _listed("Not covered", not_covered),
@@ -212,15 +220,16 @@ def privacy_statement(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _about_data(data: DataFacts | None, *, deployed: bool) -> list[str]:
+def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> list[str]:
     """Return paragraphs on the clients (of a simulation), and on the examples that models are scored on."""
     if data is None:
         return []
-    paragraphs = [] if deployed else [_CLIENTS[data.clients]]
+    paragraphs = [] if deployed else [(_CLIENTS_OF_EXAMPLES if examples else _CLIENTS)[data.clients]]
     paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
     if data.validation is not None:
         scores = ", ".join(f"validation_{score}" for score in data.scores)
         ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
+        ending = ending.replace("are protected together", "are protected one by one") if examples else ending
         paragraphs.append(_HELD_OUT.format(whose=_WHOSE[data.validation]) + ending)
     return [_fill(paragraph) for paragraph in paragraphs]
 
@@ -305,6 +314,17 @@ _BATCHES = (
     "expected size of the batch, never by the actual one. Epsilon relies on the adversary not knowing the batches."
 )
 
+_GRID_OF_STEPS = (
+    "Noise is sampled exactly, and every noised sum is a multiple of {grid:g}. So the promise holds for the bits that "
+    "a computer releases, which follow from these sums, and sampling the noise adds nothing to epsilon or delta."
+)
+
+_COUNTED = (
+    " Sampling of clients is credited only as the number of rounds of a client, because its other examples may show "
+    "whether it takes part, or by the promise of the same noise to whole clients (replace): the smaller epsilon is "
+    "stated."
+)
+
 
 def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
     terms = record.terms
@@ -322,12 +342,9 @@ def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
     numbers |= {"noised": plan.trust_rules.noised, "multiplier": plan.noise_multiplier, "steps": terms.steps}
     found += " " + _ROUTES[record.route].format(**numbers, turns=plan.sampling.turns)
     found += _BATCHES.format(rate=terms.rate) if terms.rate < 1.0 else ""
-    if plan.amplification:
-        found += (
-            " Sampling of clients counts only the rounds of a client: a secret cohort does not hide a single example, "
-            "because the client's other examples show whether it takes part."
-        )
-    return f"{found} {_grid(plan)} Sums of messages are divided by {plan.sampling.divisor}."
+    found += _COUNTED if plan.amplification else ""
+    released = _GRID_OF_STEPS.format(grid=plan.release_grid) if record.route == "steps" else _grid(plan)
+    return f"{found} {released} Sums of messages are divided by {plan.sampling.divisor}."
 
 
 def _whole_clients(plan: PrivacyPlan) -> str:

@@ -224,8 +224,9 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
     promises = {json.dumps(group.clients, sort_keys=True) for group in groups}
     if len(promises) < len(groups):
         notes.append(
-            "Runs on the same clients with another trust or adjacency are added up separately: their guarantees "
-            "differ. Runs with trust local also spend against the adversary of trust central: add them to that total."
+            "Runs on the same clients with another trust, adjacency or unit are added up separately: their guarantees "
+            "differ. Runs with trust local also spend against the adversary of trust central, and runs that protect "
+            "clients (replace) also spend for single examples: add them to that total."
         )
     if any(run.rounds < run.planned for run in runs):
         notes.append(

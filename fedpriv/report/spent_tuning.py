@@ -13,7 +13,7 @@ from typing import Any
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.schema import field_names, read_table
-from fedpriv.privacy import Everyone, PrivacyPlan
+from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, RecordBound
 from fedpriv.privacy.tuning import ScoreNoise, tuning_epsilon
 from fedpriv.report.spent_runs import Run, name_of
 from fedpriv.sweeps.files import CHOSEN, DRAWN, TRIALS
@@ -25,6 +25,8 @@ __all__ = ["TunedRun", "with_tunings"]
 
 _PROMISE = ("trust", "adjacency", "unit", "delta")
 _ROUNDING = 1e-9
+# One example moves the score of its client by at most the sensitivity, whatever the training's own route.
+_OF_SCORES = RecordBound(terms=ExampleTerms(clip=1.0, examples=1, declared=True), l2_bound=ScoreNoise.SENSITIVITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,7 @@ def _one_by_one(folder: RunDirectory, name: str, trials: Mapping[str, Run], chos
             rounds=len(runs),
             l2_bound=ScoreNoise.SENSITIVITY,
             noise_multiplier=noise.multiplier,
+            record=None if first.plan.record is None else _OF_SCORES,
         ),
         noise=None,
         scores={},

@@ -10,12 +10,14 @@ import torch
 
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, account_of, spent, surely_within
+from fedpriv.deploy.device.own_data import own_signal
 from fedpriv.deploy.device.policy import Accepts, Limits, Policy, load_policy
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import DPGD, Clip21, Method
+from fedpriv.flower.run_config import RunConfig
+from fedpriv.methods import DPGD, AlphaNormEC, Clip21, Method
 from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, make_plan
 from fedpriv.rounds import record_bound
 
@@ -150,3 +152,153 @@ def test_the_unit_is_read_from_the_policy(tmp_path: Path) -> None:
     path.write_text('[accepts]\nunit = "person"\n[limits]\nepsilon = 3.0\ndelta = 1e-5\n')
     with pytest.raises(UserError, match=r"accepts\.unit"):
         load_policy(path)
+
+
+RUN = """
+name = "run"
+seed = 1
+[data]
+name = "digits"
+clients = 4
+[model]
+name = "softmax"
+[method]
+name = "{method}"
+[training]
+rounds = 9
+"""
+PRIVATE = """
+[privacy]
+trust = "local"
+noise_multiplier = 4.0
+unit = "example"
+example_clip = 1.0
+examples = 200
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "does"),
+    [
+        pytest.param(DPGD(), {"rate": 0.01}, PRIVATE, id="all examples for a batch"),
+        pytest.param(DPGD(), {"rate": 0.01}, f'{PRIVATE}[local]\nwork = "poisson-gradient"\nrate = 0.5', id="rate"),
+        pytest.param(
+            DPGD(),
+            {"rate": 0.1, "steps": 1},
+            f'{PRIVATE}[local]\nwork = "dp-sgd"\nrate = 0.1\nsteps = 50\nclient_lr = 0.1',
+            id="more steps than charged",
+        ),
+        pytest.param(DPGD(), {}, '[local]\nwork = "local-steps"\nsteps = 9\nclient_lr = 0.1', id="steps without noise"),
+    ],
+)
+def test_an_experiment_with_other_work_than_the_ledger_charges_is_refused(
+    method: Method[Any, Any], told: dict[str, Any], does: str, tmp_path: Path
+) -> None:
+    run = RunConfig(config_toml=RUN.format(method="dp-gd") + does)
+    instructions, terms = asked(method, plan_of(method, **told))
+    terms = replace(terms, digest=run.load().digest)
+    device = device_of(tmp_path, epsilon=100.0)
+    with pytest.raises(Refusal, match="experiment: expected the work in the instructions"):
+        own_signal(device, run, instructions, terms, torch.zeros(650))
+
+
+def test_an_experiment_with_the_work_that_the_ledger_charges_is_followed(tmp_path: Path) -> None:
+    run = RunConfig(config_toml=f'{RUN.format(method="dp-gd")}{PRIVATE}[local]\nwork = "poisson-gradient"\nrate = 0.5')
+    instructions, terms = asked(DPGD(), plan_of(DPGD(), rate=0.5))
+    signal = own_signal(
+        device_of(tmp_path), run, instructions, replace(terms, digest=run.load().digest), torch.zeros(650)
+    )
+    assert signal.dtype == torch.float64
+    assert 0.0 < float(signal.norm()) < 4.0
+
+
+def test_a_device_that_counts_one_example_more_or_less_refuses_what_depends_on_the_number(tmp_path: Path) -> None:
+    text = f'{RUN.format(method="dp-gd")}{PRIVATE}[augment]\nname = "images"\nflip = true'
+    run = RunConfig(config_toml=text)
+    instructions, terms = asked(DPGD(), plan_of(DPGD()))
+    device = device_of(tmp_path, adjacency="add-or-remove")
+    with pytest.raises(UserError, match=r"\[augment\]: expected no"):
+        own_signal(device, run, instructions, replace(terms, digest=run.load().digest), torch.zeros(650))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "what"),
+    [
+        pytest.param(plan_of(Clip21(), clip=1e4), plan_of(Clip21()), "record", id="a larger bound before"),
+        pytest.param(
+            replace(plan_of(Clip21()), noise_multiplier=1e6), plan_of(Clip21()), "noise", id="more noise before"
+        ),
+        pytest.param(
+            replace(plan_of(Clip21()), unit="client", record=None), plan_of(Clip21()), "unit", id="other unit"
+        ),
+    ],
+)
+def test_the_terms_of_a_run_with_memory_never_change(
+    first: PrivacyPlan, then: PrivacyPlan, what: str, tmp_path: Path
+) -> None:
+    device = device_of(tmp_path, epsilon=100.0)
+    instructions, terms = asked(Clip21(), plan_of(Clip21()))
+    old = replace(
+        instructions,
+        noise_stddev=first.message_stddev,
+        examples="" if first.record is None else first.record.terms.as_text(),
+    )
+    send(device, old, replace(terms, **promised(first, EVERYONE, ROUNDS)))
+    with pytest.raises(Refusal, match=f"terms: expected the terms of turn 1 of this run, got a different {what}"):
+        send(device, *asked(Clip21(), then, 2))
+
+
+def test_a_sent_message_that_the_memory_would_lack_makes_the_client_start_afresh(tmp_path: Path) -> None:
+    device, plan = device_of(tmp_path, epsilon=100.0), plan_of(Clip21())
+    for turn in (1, 2):
+        send(device, *asked(Clip21(), plan, turn))
+    instructions, terms = asked(Clip21(), plan, 3)
+    with pytest.raises(Refusal, match="expected that turn 2 counted") as refused:
+        send(device, instructions, replace(terms, last_turn=1))
+    assert refused.value.kind == "lost"
+    send(device, replace(instructions, round=1), replace(terms, last_turn=0))
+
+
+@pytest.mark.parametrize(
+    ("method", "trust"), [(DPGD(), "local"), (AlphaNormEC(memory="sent"), "local"), (Clip21(), "central")]
+)
+def test_other_memories_may_lack_a_message(method: Method[Any, Any], trust: str, tmp_path: Path) -> None:
+    device, plan = device_of(tmp_path, trust="central", epsilon=100.0), plan_of(method, trust)
+    for turn, last in ((1, 0), (2, 1), (3, 1)):
+        instructions, terms = asked(method, plan, turn)
+        send(device, replace(instructions, round=min(turn, 2)), replace(terms, last_turn=last))
+
+
+def test_a_memory_with_damping_is_not_taken_back_in_time(tmp_path: Path) -> None:
+    method = AlphaNormEC(damping=0.5)
+    device, plan = device_of(tmp_path, epsilon=100.0), plan_of(method)
+    for turn in (1, 2):
+        instructions, terms = asked(method, plan, turn)
+        send(device, replace(instructions, round=100 * turn), terms)
+    instructions, terms = asked(method, plan, 3)
+    with pytest.raises(Refusal, match="round: expected a round after 200"):
+        send(device, replace(instructions, round=1), terms)
+
+
+@pytest.mark.parametrize("trust", ["local", "central"])
+def test_one_example_more_costs_as_much_as_another_client_in_a_run_for_clients(trust: str, tmp_path: Path) -> None:
+    method = Clip21()
+    plan = replace(plan_of(method, trust), unit="client", record=None, adjacency="add-or-remove")
+    noise = plan.message_stddev if trust == "local" else 0.0
+    instructions = ClientInstructions(method=method, round=1, client=0, noise_stddev=noise)
+    told = {"run": "r2", "turn": 1, "last_turn": 0, "epoch": 0, "digest": "d"}
+    device = device_of(tmp_path, trust="central", epsilon=100.0)
+    send(device, instructions, RunTerms(**told, **promised(plan, EVERYONE, ROUNDS)))
+    entries = Ledger(device.folder).entries()
+    replaced = plan.under_replace()
+    expected = replaced.epsilon if trust == "central" else replaced.epsilon_of_participations(1)
+    assert spent(entries, 1e-5, "add-or-remove", "example") == pytest.approx(expected)
+    assert spent(entries, 1e-5, "add-or-remove", "client") < expected
+
+
+@pytest.mark.parametrize(
+    "change", [{"rate": float("nan")}, {"rate": -0.5}, {"rate": 2.0}, {"steps": -1}, {"steps": 0.5}]
+)
+def test_numbers_of_terms_that_mean_nothing_are_one_line(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        ExampleTerms(**{"clip": 1.0, "examples": 200, **change})

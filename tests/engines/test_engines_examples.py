@@ -253,3 +253,64 @@ def test_a_combination_without_accounting_is_refused_in_one_line(
         made(method, local, **privacy)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_map_that_shrinks_an_example_below_the_rounding_of_sums_is_refused() -> None:
+    flat = {**NORMEC, "alpha": 1e12}
+    made(flat, FULL)
+    experiment = made(flat, FULL, trust="central")
+    with pytest.raises(UserError, match="rounding could lengthen a message"):
+        models_of(experiment)
+
+
+WITHIN = {"name": "mnist-by-writer", "partition": "natural", "test": "within"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"data": WITHIN}, r"data\.test: expected no examples held out within clients"),
+        ({"data": {**WITHIN, "test": "public", "validation": 0.1}}, r"data\.validation: expected no examples held out"),
+        ({"augment": {"name": "images", "flip": True}}, r"\[augment\]: expected no"),
+    ],
+)
+def test_one_example_more_must_not_change_the_use_of_others(changed: dict[str, Any], line: str) -> None:
+    tables = {
+        "name": "records",
+        "seed": 3,
+        "data": {"name": "digits", "clients": 5},
+        "model": {"name": "softmax"},
+        "method": PLAIN,
+        "privacy": {"unit": "example", "example_clip": 0.7, "noise_multiplier": 1.0, "examples": 100},
+        "training": {"rounds": ROUNDS},
+        **changed,
+    }
+    parse_config(tables)
+    tables["privacy"]["adjacency"] = "add-or-remove"
+    with pytest.raises(UserError, match=line):
+        parse_config(tables)
+
+
+def test_no_examples_are_no_public_number() -> None:
+    with pytest.raises(UserError, match=r"privacy\.examples: expected a whole number of at least 1"):
+        made(PLAIN, FULL, examples=0)
+
+
+def test_late_messages_must_not_be_missing_in_a_noiseless_memory() -> None:
+    tables: dict[str, Any] = {
+        "name": "records",
+        "seed": 3,
+        "data": {"name": "digits", "clients": 5},
+        "model": {"name": "softmax"},
+        "method": CLIP21,
+        "privacy": {"unit": "example", "example_clip": 0.3, "noise_multiplier": 1.0, "trust": "central"},
+        "training": {"rounds": ROUNDS},
+        "devices": {"kind": "uniform", "speed": [1.0, 2.0], "download": [1.0, 2.0], "upload": [1.0, 2.0]},
+        "schedule": {"kind": "synchronous", "deadline": 5.0},
+    }
+    parse_config(tables)
+    tables["privacy"]["trust"] = "local"
+    with pytest.raises(UserError, match=r"schedule\.deadline: expected no deadline with a noiseless memory"):
+        parse_config(tables)
+    parse_config({**tables, "method": {**NORMEC, "memory": "sent"}})
+    parse_config({**tables, "method": {**PLAIN}})

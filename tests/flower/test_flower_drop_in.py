@@ -17,11 +17,11 @@ from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
-from fedpriv.privacy import Everyone, FixedSize, Poisson
-from fedpriv.rounds import agree, begin_round, client_round, finish_round
+from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, make_plan
+from fedpriv.rounds import agree, begin_round, client_round, finish_round, record_bound
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
-from strategies import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
+from strategies import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, MethodStrategy, NormalizedSGD, Privacy
 
 LOCAL = Privacy(epsilon=20.0, trust="local")
 LR = ConfigRecord({"lr": 0.1})
@@ -194,6 +194,19 @@ def answering(content_of):
 def test_the_mod_refuses_answers_that_are_no_update_of_the_model(content_of, reason):
     with pytest.raises(ValueError, match=f"round 1: .*client 0: private_mod: .*{reason}"):
         start(DPFedAvg(num_clients=2), InProcessGrid(answering(content_of), 2))
+
+
+def test_an_app_whose_updates_bound_no_examples_takes_part_in_no_run_that_protects_them():
+    terms = ExampleTerms(clip=1.0, examples=100, declared=True)
+
+    def agreed(population, rounds):
+        method, cohort = DPFedAvgRules(), Everyone(population)
+        known = {"trust": "local", "sampling": cohort, "rounds": rounds, "delta": 1e-5, "noise_multiplier": 1.0}
+        plan = make_plan(**known, l2_bound=1.0, record=record_bound(method, terms))
+        return agree(method, cohort, plan, SeededStreams(1))
+
+    with pytest.raises(ValueError, match="an app that bounds no examples"):
+        start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))
 
 
 def test_a_client_app_without_the_mod_is_found_out_before_training():

@@ -15,6 +15,8 @@ from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, PrivacyPlan, RecordBound, make_plan, read_plan
 from fedpriv.privacy.gaussian import gaussian_delta, gaussian_epsilon
 from fedpriv.privacy.records import ROUNDING
+from fedpriv.privacy.released import DataFacts
+from fedpriv.privacy.statement import privacy_statement
 
 DELTA = 1e-5
 
@@ -316,3 +318,23 @@ def test_batches_with_a_noiseless_memory_are_refused() -> None:
 def test_a_federation_in_which_float64_rounds_a_record_away_is_refused() -> None:
     with pytest.raises(UserError, match=r"training\.rounds"):
         plan(remembered(terms=terms(examples=10**9)), rounds=100)
+
+
+def said(record: RecordBound, clients: Any = "simulated", **change: Any) -> str:
+    facts = DataFacts(clients=clients, test="within", validation="within")
+    made = plan(record, **{"noise_multiplier": 20.0, **change})
+    return " ".join(privacy_statement(made, method="m", randomness="seeded", data=facts).split())
+
+
+def test_a_statement_says_what_holds_for_single_examples() -> None:
+    text = said(forgotten())
+    assert "differ in one example of one client after that division" in text
+    assert "one client's data after that division" not in text
+    assert "a client's other examples are protected one by one" in text
+    assert "every noised number is released as a multiple" in text
+    assert "the promise protects one copy in one client, not all copies" in said(forgotten(), "resampled")
+    assert "protects a client, not an example" not in said(forgotten(), "resampled")
+    steps = said(forgotten(terms=terms(rate=0.1, steps=3)))
+    assert "every noised number is released" not in steps
+    assert "every noised sum is a multiple of" in steps
+    assert "credited only as the number of rounds" in said(forgotten(), trust="central", sampling=Poisson(10, 0.1))

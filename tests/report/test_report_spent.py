@@ -429,6 +429,19 @@ def test_scores_of_a_tuning_that_is_not_counted_as_one_are_added_to_its_trials(t
             spent_below(tmp_path)
 
 
+EXAMPLES = ["privacy.unit=example", "privacy.example_clip=1.0", "privacy.examples=100"]
+BATCHES = ["method=", "method.name=dp-gd", "local=", "local.work=poisson-gradient", "local.rate=0.1"]
+
+
+@pytest.mark.parametrize("settings", [EXAMPLES, [*EXAMPLES, *BATCHES]], ids=["memory", "batches"])
+def test_scores_cost_an_example_as_much_as_a_client(settings: list[str], tmp_path: Path) -> None:
+    folder = RunDirectory(tmp_path / "best")
+    tuned(folder.path, *settings, score=4.0)
+    folder.file("tuning.json").unlink()
+    (scores,) = [run for run in only(tmp_path).runs if run.name.endswith("scores.json")]
+    assert scores.mu_after(3) == pytest.approx(math.sqrt(3) / 4.0)
+
+
 def test_tunings_that_share_their_noise_are_no_better_than_runs_that_do(tmp_path: Path) -> None:
     tuned(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.files import make_private_folder, only_one
 from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
+from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, has_memory
 from fedpriv.rounds import client_round
@@ -136,6 +137,7 @@ class Device:
                 return _given_before(record, terms, request)
             past, entry = ledger.entries(), _entry(instructions, terms, request)
             self._refuse_forgotten(ledger, shown)
+            _refuse_changed(past, entry)
             settled = _settled(instructions, terms, record)
             state = _state(instructions, settled, len(model))
             _refuse_released(past, entry)
@@ -242,9 +244,29 @@ def _refuse_released(past: list[Entry], entry: Entry) -> None:
         raise Refusal("stale", "turn", expected, entry.turn, remedy)
 
 
+def _refuse_changed(past: list[Entry], entry: Entry) -> None:
+    """Raise a `Refusal` if the terms of a run change: a memory without noise is accounted under those of all its turns.
+
+    A memory that differs by one example under other terms, or hardly any noise in the turn that shows the difference,
+    would reveal more than the sum of the turns' own costs.
+    """
+    names = (*(field.name for field in fields(PrivacyTerms)), "method", "l2_bound", "noise_stddev")
+    for other in past:
+        if (other.run, other.client) != (entry.run, entry.client) or not (other.record or entry.record):
+            continue
+        changed = [name for name in names if getattr(other, name) != getattr(entry, name)]
+        if changed:
+            expected, got = f"the terms of turn {other.turn} of this run", f"a different {changed[0]}"
+            raise Refusal("policy", "terms", expected, got, "Start a new run")
+
+
 def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) -> Record:
     """Return the record after the server has named the last turn that counted."""
     settled = record.settled(terms.last_turn)
+    if _is_dropped(terms, record):
+        where, expected = f"memory of client {instructions.client}", f"that turn {record.pending_turn} counted"
+        got = "a message that was sent but is not remembered, which costs single examples more"
+        raise Refusal("lost", where, expected, got, "The server applies its rule for lost memories")
     if settled is None and not has_memory(instructions.method):
         return Record(epoch=record.epoch, committed_turn=terms.last_turn)
     if settled is None:
@@ -252,6 +274,16 @@ def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) 
         got = f"its state after turn {record.latest_turn}" if record.latest_turn else "a lost memory"
         raise Refusal("lost", where, expected, got, "The server applies its rule for lost memories")
     return settled
+
+
+def _is_dropped(terms: RunTerms, record: Record) -> bool:
+    """Return True if the server saw a message that a noiseless memory, accounted for single examples, would lack.
+
+    The bound of `fedpriv.privacy.records` needs every message in the memory that follows it. A restart is as good.
+    """
+    bound = terms.record_bound if terms.charges_participations else None
+    remembers = bound is not None and bound.route == "memory"
+    return remembers and record.pending_turn > 0 and terms.last_turn not in (0, record.pending_turn)
 
 
 def _state(instructions: ClientInstructions, record: Record, size: int) -> ClientState:
@@ -267,6 +299,10 @@ def _state(instructions: ClientInstructions, record: Record, size: int) -> Clien
     if not all(bool(torch.isfinite(field).all()) for field in record.committed.values()):
         where, remedy = f"memory of client {instructions.client}", "The server applies its rule for lost memories"
         raise Refusal("lost", where, "finite numbers", "NaN or infinity", remedy)
+    updated = record.committed.get("updated")
+    if updated is not None and not float(updated.max()) < instructions.round:  # damping would undo itself
+        expected = f"a round after {float(updated.max()):g}, which is in the memory"
+        raise Refusal("stale", "round", expected, instructions.round, "Send a new turn with the next round")
     return type(fresh)(**record.committed)
 
 

@@ -83,9 +83,6 @@ class Guard:
             remedy = "Check the partition-id of the nodes"
             raise Refusal("model", "instructions", f"client {self.client}", instructions.client, remedy)
         self.device.policy.check_app()
-        if instructions.examples:
-            remedy = "Ask the server's operator for a run whose unit is the client"
-            raise Refusal("model", "examples", "a run that protects clients", "an app that bounds no examples", remedy)
         shown, settings = Head.of(message.content), _settings(message.content)
         signal = partial(_signal_or_nothing, make_signal, instructions, start) if terms.against_server else make_signal
         answer = self.device.answer(instructions, terms, start, signal, shown, settings)

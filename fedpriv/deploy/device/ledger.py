@@ -198,7 +198,8 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: str, unit: str = "c
         delta: Delta of all releases together.
         adjacency: Adjacency for the client's own noise. Central runs count under the adjacency of their guarantee; if
             that is add-or-remove for any run, the sum is for add-or-remove, too.
-        unit: The unit whose privacy is spent. A run that protects clients protects their examples by the same epsilon.
+        unit: The unit whose privacy is spent. A run that protects clients protects their examples by its epsilon under
+            `replace`: one example more or less also changes a message that is present.
     """
     if not entries:
         return 0.0
@@ -261,7 +262,9 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str, unit:
 def _plan_of(entry: Entry, unit: str) -> PrivacyPlan:
     """Return the plan of a run with central trust, for one `unit`."""
     plan = entry.plan(entry.l2_bound)
-    return plan if unit == "example" else plan.of_clients() or replace(plan, noise_multiplier=0.0)
+    if unit == "example":
+        return plan.under_replace() if plan.record is None else plan
+    return plan.of_clients() or replace(plan, noise_multiplier=0.0)
 
 
 def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str, unit: str) -> float:
@@ -321,7 +324,7 @@ def _moved(entry: Entry, adjacency: str, unit: str) -> float:
     """Return how far one unit of data moves a release, so that the squares of all releases of a run add up."""
     record = entry.record_bound
     if record is None:
-        return (REPLACE_FACTOR if adjacency == "replace" else 1.0) * entry.l2_bound
+        return (REPLACE_FACTOR if adjacency == "replace" or unit == "example" else 1.0) * entry.l2_bound
     steps = record.terms.steps
     if unit == "example":
         return record.sensitivity(adjacency, 1) * math.sqrt(max(steps, 1))

@@ -45,6 +45,9 @@ def own_signal(
         expected = f"experiment {terms.digest[:12]} of the terms"
         raise Refusal("model", "experiment", expected, f"experiment {config.digest[:12]}", "Start the run again")
     device.policy.check_experiment(config)
+    _refuse_other_work(config, instructions)
+    if instructions.examples and device.policy.limits.adjacency == "add-or-remove":
+        config.check_positions()
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
@@ -105,6 +108,14 @@ def _signal_of_file(
 def _rules(device: Device, instructions: ClientInstructions) -> ClientRules:
     """Return the client's half of the agreement, with the device's own source of randomness."""
     return replace(instructions.rules, streams=device.streams)
+
+
+def _refuse_other_work(config: Config, instructions: ClientInstructions) -> None:
+    """Raise a `Refusal` if batches or local steps are not those that the ledger charges for single examples."""
+    charged = instructions.example_terms
+    if charged is not None and charged != config.example_terms:
+        got = "an experiment with other batches, local steps or bounds"
+        raise Refusal("model", "experiment", f"the work in the instructions, {charged.as_text()}", got, "Do not join")
 
 
 def _refuse_other_size(size: int, model: Tensor) -> None:
