@@ -134,10 +134,6 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError(
             "[privacy]", "a guarantee to attack", "a non-private config", "Add [privacy] with an epsilon to audit it"
         )
-    if config.privacy.unit != "client":
-        remedy = "Audit a run with privacy.unit = client"
-        expected = '"client": canaries are whole clients, and prove nothing about single examples'
-        raise UserError("privacy.unit", expected, repr(config.privacy.unit), remedy)
     if config.training.rounds < 1:
         raise UserError(
             "training.rounds", "at least 1 in an audit", config.training.rounds, "Set training.rounds to 1 or more"
