@@ -669,8 +669,6 @@ MUTANTS = [
         "fedpriv/experiment/config.py",
         '("devices", "schedule", "sources", "task")',
         '("devices", "schedule", "task")',
-        '"devices", "schedule", "sources", "task")\n',
-        '"devices", "schedule", "task")\n',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(

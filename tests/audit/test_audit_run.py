@@ -294,8 +294,8 @@ def test_a_guilty_mechanism_is_exit_code_1(quick_file: str, tmp_path: Path, monk
     assert "does not hold" in record["words"]
 
 
-EXAMPLES = ("-s", "local=", "-s", "local.work=poisson-gradient", "-s", "local.rate=0.5")
-EXAMPLES += ("-s", "privacy.unit=example", "-s", "privacy.example_clip=1.0")
+_BATCHES = ("-s", "local=", "-s", "local.work=poisson-gradient", "-s", "local.rate=0.5")
+_BATCHES += ("-s", "privacy.unit=example", "-s", "privacy.example_clip=1.0")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ EXAMPLES += ("-s", "privacy.unit=example", "-s", "privacy.example_clip=1.0")
         (("-s", "privacy.epsilon=", "-s", "privacy.noise_multiplier=0"), "noise"),
         (("-s", "training.rounds=0"), "training.rounds"),
         (("-s", "devices.kind=uniform"), "devices"),
-        (EXAMPLES, "full-gradient"),
+        (_BATCHES, "full-gradient"),
         (("--canaries", "100000", "-s", "training.rounds=1000000"), "GB"),
     ],
 )
