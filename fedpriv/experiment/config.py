@@ -23,7 +23,7 @@ from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
 from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
-from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, unit_of
+from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, trust_of, unit_of
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
 from fedpriv.rounds import record_bound
@@ -603,7 +603,8 @@ def _check_unit(config: Config) -> None:
     if examples and config.privacy is not None and config.privacy.adjacency == "add-or-remove":
         config.check_positions()
     forgets = has_memory(method) and not method.needs_client_noise and work is not DPSGD
-    late = config.privacy is not None and config.privacy.trust == "local" and getattr(config.rule, "deadline", None)
+    seen = config.privacy is not None and trust_of(config.privacy.trust).shows_messages
+    late = getattr(config.rule, "deadline", None) if seen else None
     if examples and forgets and late:
         expected = "no deadline with a noiseless memory: the server sees late messages that the memory would lack"
         remedy = 'Remove it, or set method.memory = "sent" or privacy.trust = "central"'

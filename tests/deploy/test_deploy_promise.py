@@ -18,7 +18,17 @@ from fedpriv.flower.messages import RunTerms
 from fedpriv.flower.privacy_terms import PrivacyTerms, promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, has_memory
-from fedpriv.privacy import SAMPLINGS, Everyone, FixedSize, Poisson, PrivacyPlan, Sampling, make_plan
+from fedpriv.privacy import (
+    SAMPLINGS,
+    Everyone,
+    ExampleTerms,
+    FixedSize,
+    Poisson,
+    PrivacyPlan,
+    RecordBound,
+    Sampling,
+    make_plan,
+)
 from fedpriv.rounds import agree
 from fedpriv.streams import SystemStreams
 
@@ -40,7 +50,8 @@ OTHER: dict[str, Any] = {
     "l2_bound": 2.5,
     "noise_multiplier": 3.0,
     "client_memory": False,
-    "unit": "client",
+    "unit": "client",  # `example` comes with a record
+    "record": RecordBound(terms=ExampleTerms(clip=0.5, examples=9, declared=True), l2_bound=1.0),
 }
 
 
@@ -58,7 +69,7 @@ def test_every_field_of_a_plan_is_in_the_test_below() -> None:
 
 @pytest.mark.parametrize("field", OTHER)
 def test_every_fact_of_a_plan_reaches_the_client_and_its_ledger(field: str) -> None:
-    made = plan(**{field: OTHER[field]})
+    made = plan(**({} if field == "unit" else {field: OTHER[field]}))
     facts = promised(made, made.sampling, made.rounds)
     assert PrivacyTerms(**facts).plan(made.l2_bound) == made
     entry = Entry(**facts, run="r", client=0, turn=1, request="", method="m", l2_bound=made.l2_bound, noise_stddev=0.0)
@@ -101,6 +112,7 @@ def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folde
         answer = device.answer(instructions, terms, broadcast.model, lambda: torch.ones(SIZE))
         coordinator.last_turn[0] = broadcast.round
         coordinator.finish({}, {})
+        coordinator.applied = broadcast.round  # as if it had counted
         assert len(answer) == SIZE
     return made, device
 

@@ -161,11 +161,10 @@ def test_batches_of_classes_are_the_same_bits_for_any_number_of_workers() -> Non
     """They are equal to the loop only up to rounding, which shows that batches are used."""
     made = setting(EXAMPLES["clip21"], work=STEPS, sampling=FixedSize(CLIENTS, 9))
     found = []
-    for workers in (1, 2, 5):
+    for workers in (1, 3):
         with over_ray(made, vectorized, workers, unit=3) as engine:
             found.append(models_of(made, lambda _, engine=engine: engine, 4))
     assert all_same(found[0], found[1])
-    assert all_same(found[0], found[2])
     reference = models_of(made, rounds=4)
     assert not same(found[0][-1], reference[-1])
     assert float((found[0][-1] - reference[-1]).abs().max()) <= 1e-6

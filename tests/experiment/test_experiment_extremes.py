@@ -169,7 +169,7 @@ SIZED += ("csv", "parquet", "npz", "npy", "leaf", "image-folder")
 @pytest.mark.parametrize("kind", [*METHODS.values(), *SERVER_OPTIMIZERS.values(), *LOCAL_WORKS.values()])
 def test_a_whole_number_without_end_is_refused_where_a_dataclass_is_made(kind: type) -> None:
     """In Python, no config parser checks the values first."""
-    given = {"batch_size": 5, "steps": 2, "epochs": 2, "client_lr": 0.1}
+    given = {"batch_size": 5, "steps": 2, "epochs": 2, "client_lr": 0.1, "rate": 0.5}
     needed = {name: value for name, value in given.items() if name in kind.__dataclass_fields__}
     for field in numbers_in(kind):
         if field != "batch_size":  # all examples

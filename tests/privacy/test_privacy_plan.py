@@ -162,7 +162,6 @@ def test_the_dictionary_is_json_without_infinities(trust: str, adjacency: str, n
 @pytest.mark.parametrize(
     ("key", "change"),
     [
-        ("privacy.unit", {"unit": "cleint"}),
         ("privacy.trust", {"trust": "aggregator"}),
         ("privacy.trust", {"trust": "centrall"}),
         ("privacy.adjacency", {"adjacency": "replce"}),
@@ -199,7 +198,7 @@ def test_exactly_one_of_epsilon_and_noise_is_wanted(change: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     ("change", "near"),
-    [({"trust": "centrall"}, "central"), ({"adjacency": "replce"}, "replace"), ({"unit": "cleint"}, "client")],
+    [({"trust": "centrall"}, "central"), ({"adjacency": "replce"}, "replace")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(change: dict[str, Any], near: str) -> None:
     with pytest.raises(UserError, match=f"Did you mean '{near}'"):

@@ -13,7 +13,17 @@ from scipy import stats
 from torch import Tensor
 
 from fedpriv.feedback import Release
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, Method, NormalizedSGD, optimized, server_step
+from fedpriv.methods import (
+    DPGD,
+    AlphaNormEC,
+    Clip21,
+    DPFedAvg,
+    FedAlphaNormEC,
+    Method,
+    NormalizedSGD,
+    optimized,
+    server_step,
+)
 from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
 FALSE_ALARM = 1e-9
@@ -45,6 +55,7 @@ EXAMPLES: dict[str, Method] = {
     "clip21": Clip21(clip_norm=0.5, server_lr=0.2),
     "clip21 with a tight clip": Clip21(clip_norm=0.01, server_lr=0.5),
     "dp-fedavg": DPFedAvg(clip_norm=0.5, server_lr=0.5),
+    "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
     "dp-fedavg with server adam": optimized(DPFedAvg(clip_norm=0.5, server_lr=0.02), Adam(tau=0.01)),
     "clip21 with server momentum": optimized(Clip21(clip_norm=0.5, server_lr=0.05), Momentum(momentum=0.8)),
     "alpha-normec damped with server yogi": optimized(
