@@ -55,7 +55,6 @@ EXAMPLES: dict[str, Method] = {
     "clip21": Clip21(clip_norm=0.5, server_lr=0.2),
     "clip21 with a tight clip": Clip21(clip_norm=0.01, server_lr=0.5),
     "dp-fedavg": DPFedAvg(clip_norm=0.5, server_lr=0.5),
-    "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
     "dp-fedavg with server adam": optimized(DPFedAvg(clip_norm=0.5, server_lr=0.02), Adam(tau=0.01)),
     "clip21 with server momentum": optimized(Clip21(clip_norm=0.5, server_lr=0.05), Momentum(momentum=0.8)),
     "alpha-normec damped with server yogi": optimized(
@@ -65,6 +64,7 @@ EXAMPLES: dict[str, Method] = {
         AlphaNormEC(alpha=1.0, beta=0.3, server_lr=0.05, server_normalization=False, memory="sent"),
         Adagrad(beta1=0.5, tau=0.1),
     ),
+    "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 
