@@ -243,6 +243,7 @@ def test_without_memory_a_killed_worker_costs_a_round_and_nothing_else(tmp_path:
     assert not (tmp_path / "3").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tmp_path: Path) -> None:
     """Three failures end in one line; once the cause is removed, the round equals the undisturbed one."""
