@@ -213,7 +213,7 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
 
     Raises:
         UserError: If the method needs noise at the client and the plan puts it at the server.
-        ValueError: If the plan was made for another bound, sampling or client memory.
+        ValueError: If the plan was made for another bound, sampling, client memory or client rule.
     """
     server_stddev = client_stddev = 0.0
     if plan is not None:
@@ -230,6 +230,8 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
             )
         server_stddev, client_stddev = plan.trust_rules.split(plan.message_stddev, sampling.expected_size)
     record = None if plan is None else plan.record
+    if record is not None and record != record_bound(method, record.terms):
+        raise ValueError(f"the plan was made for another client rule: {record}, {method}")
     in_steps = record is not None and record.route == "steps"
     if plan is not None and in_steps and not plan.trust_rules.clients_add_noise:
         remedy = 'Set privacy.trust = "local": the promise then holds against the server, too'

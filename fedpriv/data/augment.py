@@ -1,4 +1,4 @@
-"""Augmentations: variants of clients' training inputs, drawn anew in every round.
+"""Augmentations: random variants of clients' training inputs in each round.
 
 The draws of an example depend only on the experiment's seed, the round, the client and the position of the example
 among the client's own. So all engines see the same variants, and an example has one variant in all steps of a round.

@@ -611,7 +611,7 @@ def _check_unit(config: Config) -> None:
         raise UserError("schedule.deadline", expected, late, remedy)
     if examples and not config.rule.draws_cohorts:
         remedy = 'Remove [schedule], or set privacy.unit = "client"'
-        raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a timeline of its own", remedy)
+        raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a schedule", remedy)
 
 
 def _check_sources(config: Config, recorded: Table) -> None:

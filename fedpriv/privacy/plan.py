@@ -255,7 +255,7 @@ class PrivacyPlan:
         if self.adjacency != "replace" and (thorough or not self._credits_sampling):
             plans.append(self.under_replace())
         whole = None if self.record is None else self.of_clients()
-        if whole is not None and whole.private and (thorough or not whole._credits_sampling):
+        if whole is not None and (thorough or not whole._credits_sampling) and whole.private:
             plans.append(whole)
         return [plan._promise() for plan in plans]
 

@@ -310,7 +310,7 @@ _ROUTES = {
 }
 
 _BATCHES = (
-    " Each example is in a batch with probability {rate:g}, by a secret coin of its own, and sums are divided by the "
+    " Each example is in a batch independently with probability {rate:g}, in secret, and sums are divided by the "
     "expected size of the batch, never by the actual one. Epsilon relies on the adversary not knowing the batches."
 )
 

@@ -393,6 +393,8 @@ def make_signal(
         batches: See `LocalWork.batches`; at least one.
         clipped: Bounds the gradient of every example, and makes the signal float64; None for plain means.
     """
+    if clipped is not None:
+        _refuse_unaccounted(work, clipped.terms)
 
     def gradient(at: Tensor, batch: np.ndarray | None) -> Tensor:
         if clipped is not None:
@@ -408,6 +410,14 @@ def make_signal(
     for batch in batches:
         steps.step(gradient(steps.model, batch))
     return steps.signal(len(batches))
+
+
+def _refuse_unaccounted(work: LocalWork, terms: ExampleTerms) -> None:
+    """Raise ValueError unless the batches and steps of `work` are those that the terms account for."""
+    steps = work.steps if isinstance(work, DPSGD) else 0
+    rate = work.rate if isinstance(work, DPSGD | PoissonGradient) else 1.0
+    if not isinstance(work, DPSGD | PoissonGradient | FullGradient) or (rate, steps) != (terms.rate, terms.steps):
+        raise ValueError(f"{work} is not the work that {terms} accounts for")
 
 
 def _select(inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Runs that protect single examples: against a reference in numpy, between engines, and under attack."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +12,9 @@ from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.rounds import begin_round, client_round, finish_round
-from fedpriv.streams import Purpose
-from fedpriv.tasks.local_work import batches_of, make_signal
+from fedpriv.rounds import agree, begin_round, client_round, finish_round
+from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.tasks.local_work import DPSGD, LocalSteps, LocalWork, PoissonGradient, batches_of, make_signal
 
 ROUNDS = 4
 FULL = {"work": "full-gradient"}
@@ -225,6 +226,27 @@ def test_an_empty_batch_still_gets_noise() -> None:
     assert not bool(signal.any())
     message, _ = client_round(people.rules, 0, people.rules.init_client(len(signal)), signal, 1)
     assert bool(message.any())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [PoissonGradient(rate=0.3), DPSGD(rate=1.0, steps=2, client_lr=0.1), LocalSteps(steps=2, client_lr=0.1)],
+)
+def test_clients_refuse_work_that_the_plan_does_not_account_for(work: LocalWork) -> None:
+    experiment = made(PLAIN, FULL)
+    people = dataclasses.replace(experiment.population, work=work)
+    with pytest.raises(ValueError, match="is not the work that"):
+        people.signal(0, experiment.initial_model, 1)
+
+
+def test_a_plan_for_another_memory_is_refused() -> None:
+    """The noise of a method without memory would be too little for one that remembers its messages."""
+    plan, other = made(PLAIN, FULL).plan, made(CLIP21, FULL)
+    assert plan is not None
+    bound = other.config.method.bounded.l2_bound
+    plan = dataclasses.replace(plan, l2_bound=bound, client_memory=True)
+    with pytest.raises(ValueError, match="another client rule"):
+        agree(other.config.method, plan.sampling, plan, SeededStreams(0))
 
 
 # What does not fit is refused before anything is computed.

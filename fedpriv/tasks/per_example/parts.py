@@ -5,8 +5,8 @@ sums are float64: they do not overflow for float32 numbers, and their rounding i
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -119,15 +119,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Gradients of a dense layer on one vector for each example: products `slopes^T inputs`.
-
-    Args:
-        inputs: `[examples, in]`.
-        slopes: Derivatives by the layer's outputs, `[examples, out]`.
-        weight: Name of the parameter `[out, in]`.
-        bias: Name of the parameter `[out]`; None if there is none or it is frozen.
-    """
+class _Outer:
+    """Base of gradients that are products of a layer's inputs and the derivatives by its outputs."""
 
     inputs: Tensor
     slopes: Tensor
@@ -138,6 +131,23 @@ class Products:
     def names(self) -> Collection[str]:
         """See `Part.names`."""
         return _named(self.weight, self.bias)
+
+    def without(self, excluded: Tensor) -> Self:
+        """See `Part.without`."""
+        inputs, slopes = _zeroed(self.inputs, excluded), _zeroed(self.slopes, excluded)
+        return replace(self, inputs=inputs, slopes=slopes)
+
+
+@dataclass(frozen=True)
+class Products(_Outer):
+    """Gradients of a dense layer on one vector for each example: products `slopes^T inputs`.
+
+    Args:
+        inputs: `[examples, in]`.
+        slopes: Derivatives by the layer's outputs, `[examples, out]`.
+        weight: Name of the parameter `[out, in]`.
+        bias: Name of the parameter `[out]`; None if there is none or it is frozen.
+    """
 
     @property
     def floats(self) -> int:
@@ -163,13 +173,9 @@ class Products:
         if self.bias is not None:
             _add(totals[self.bias], slopes.sum(0), keep)
 
-    def without(self, excluded: Tensor) -> "Products":
-        """See `Part.without`."""
-        return Products(_zeroed(self.inputs, excluded), _zeroed(self.slopes, excluded), self.weight, self.bias)
-
 
 @dataclass(frozen=True)
-class Factors:
+class Factors(_Outer):
     """Gradients of a matrix of weights as sums over tokens t of the products `slopes[t]^T inputs[t]`.
 
     Args:
@@ -178,16 +184,6 @@ class Factors:
         weight: Name of the parameter, `[out, in]` or of a shape that can be viewed so.
         bias: Name of the parameter `[out]`; None if there is none or it is frozen.
     """
-
-    inputs: Tensor
-    slopes: Tensor
-    weight: str
-    bias: str | None
-
-    @property
-    def names(self) -> Collection[str]:
-        """See `Part.names`."""
-        return _named(self.weight, self.bias)
 
     @property
     def floats(self) -> int:
@@ -216,11 +212,6 @@ class Factors:
         weight.addmm_(slopes.T, self.inputs.double().flatten(0, 1), beta=keep)
         if self.bias is not None:
             _add(totals[self.bias], slopes.sum(0), keep)
-
-    def without(self, excluded: Tensor) -> "Factors":
-        """See `Part.without`."""
-        inputs, slopes = _zeroed(self.inputs, excluded), _zeroed(self.slopes, excluded)
-        return Factors(inputs, slopes, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
