@@ -22,6 +22,9 @@ DOCS = ROOT / "docs"
 LIMITS = {"what": 5.0, "where": 9.0, "whoever": 4.0, "figure": 1.0, "whether": 1.0, "got nothing": 0.0}
 
 
+SITE = pytest.mark.xdist_group("site")  # it is built once
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
@@ -55,6 +58,7 @@ def urls(css: str) -> list[str]:
     return re.findall(r"(?:url\(|@import )\s*[\"']?([^\"')\s;]+)", css)
 
 
+@SITE
 def test_nothing_is_loaded_from_another_server(site: Path) -> None:
     loaded: list[str] = []
     for page in site.rglob("*.html"):
@@ -68,11 +72,13 @@ def test_nothing_is_loaded_from_another_server(site: Path) -> None:
     assert not elsewhere
 
 
+@SITE
 def test_examples_are_shown_and_no_marker_of_them_is_left(site: Path) -> None:
     assert "ClippedDiana" in (site / "guides" / "method" / "index.html").read_text(encoding="utf-8")
     assert not [page for page in site.rglob("index.html") if "--8" in page.read_text(encoding="utf-8")]
 
 
+@SITE
 def test_formulas_are_mathml(site: Path) -> None:
     page = (site / "concepts" / "round" / "index.html").read_text(encoding="utf-8")
     assert page.count("<math") >= 8
@@ -80,6 +86,7 @@ def test_formulas_are_mathml(site: Path) -> None:
     assert "$" not in re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
 
 
+@SITE
 def test_results_and_changelog_are_pages(site: Path) -> None:
     assert {path.parent.name for path in (site / "results").glob("*/index.html")} == {
         path.parent.name for path in ROOT.glob("results/*/README.md")
@@ -88,6 +95,7 @@ def test_results_and_changelog_are_pages(site: Path) -> None:
     assert (site / "changelog" / "index.html").is_file()
 
 
+@SITE
 def test_the_table_of_methods_is_that_of_the_readme(site: Path) -> None:
     page = (site / "methods" / "index.html").read_text(encoding="utf-8")
     assert all(f"<code>{name}</code>" in page for name in METHODS)

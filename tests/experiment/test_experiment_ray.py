@@ -12,6 +12,7 @@ import pytest
 from support.helpers import same
 from support.own_folder import own_folder
 
+from fedpriv.cli import main
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
@@ -87,8 +88,7 @@ def rounds_in(out: Path) -> int:
 def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_path: Path) -> None:
     """A worker is killed during the run; the run still finishes with the same result, and records its execution."""
     config = config_in(tmp_path, 400)
-    loop = fedpriv(config, tmp_path / "loop", "--engine", "loop")
-    done(loop)
+    main(["run", str(config), "--out", str(tmp_path / "loop"), "--engine", "loop"])
     options = ("--engine", "ray", "--workers", "2", "--compute", "loop", "--checkpoint-every", "7")
     run = fedpriv(config, tmp_path / "ray", *options)
     until = time.monotonic() + 90
@@ -131,7 +131,7 @@ def test_a_run_on_workers_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> 
     [
         (("--ray-address", "127.0.0.1:1"), "127.0.0.1:1"),
         (("--gpus-per-worker", "1"), "GPU"),
-        (("--workers", "1000"), "1000"),
+        pytest.param(("--workers", "1000"), "1000", marks=pytest.mark.slow),
     ],
 )
 def test_what_ray_cannot_give_is_one_line(options: tuple[str, str], line: str, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     assert "--resume" in said
     assert "Traceback" not in run.stderr
     assert 0 < rounds_in(tmp_path / "full") < 31
-    done(fedpriv(config, tmp_path / "full", *options, "--resume"))
-    done(fedpriv(config, tmp_path / "whole", *options))
+    for out, *more in (("full", "--resume"), ("whole",)):
+        main(["run", str(config), "--out", str(tmp_path / out), *options, *more])
     assert_same_model(tmp_path / "full", tmp_path / "whole")
 
 

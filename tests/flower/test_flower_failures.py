@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import time
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 def start(strategy, grid, rounds=ROUNDS, **given):
     arrays = ArrayRecord(initial_net().state_dict())
     with inside_a_run():
-        return strategy.start(grid, arrays, num_rounds=rounds, timeout=5.0, train_config=LR, **given)
+        return strategy.start(grid, arrays, num_rounds=rounds, timeout=60.0, train_config=LR, **given)
 
 
 def reference(strategy, absent, rounds=ROUNDS):
@@ -498,13 +497,12 @@ def app_grid(size):
 
 
 @pytest.mark.parametrize("clients", [3, 7])
-def test_a_grid_whose_nodes_are_all_there_is_not_waited_for(clients):
-    began = time.monotonic()
+def test_a_grid_whose_nodes_are_all_there_is_not_waited_for(clients, monkeypatch):
+    monkeypatch.setattr("fedpriv.flower.server.nodes._POLL_SECONDS", "no time to wait")
     expected = rf"Flower nodes: expected {clients}, .* got 5\. Start it with --clients {clients}, .*num_clients=5"
     with pytest.raises(UserError, match=expected):
         start(DPFedAvg(num_clients=clients), app_grid(5))
     start(DPFedAvg(), app_grid(2), rounds=1)
-    assert time.monotonic() - began < 3.0
 
 
 @pytest.mark.parametrize("clients", [0, -1, 2.5, True])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -505,18 +506,22 @@ def test_a_client_that_breaks_the_rules_has_an_error_for_a_reply(train, words):
 
 
 @pytest.mark.usefixtures("_in_a_run")
-def test_a_timeout_ends_the_waiting_and_not_the_client():
+def test_a_timeout_ends_the_waiting_and_not_the_client(monkeypatch):
+    clock = SimpleNamespace(now=time.monotonic(), monotonic=lambda: clock.now, time=time.time)
+    for module in ("grid", "virtual_clients"):
+        monkeypatch.setattr(f"fedpriv.flower.apps.{module}.time", clock)
+
     def slow(message: Message, context: Context) -> Message:
         context.state["seen"] = MetricRecord({"count": len(context.state) + 1})
-        time.sleep(0.05)
+        clock.now += 0.05
         return echo(message, context)
 
     grid = grid_of(client_of(slow), 4)
     asked = [to(client) for client in range(4)]
-    began = time.monotonic()
+    began = clock.now
     early = grid.send_and_receive(asked, timeout=0.12)
-    assert time.monotonic() - began < 0.19
-    assert 1 <= len(early) <= 2
+    assert clock.now - began == pytest.approx(0.15)
+    assert len(early) == 2
     late = grid.pull_messages([message.metadata.message_id for message in asked[len(early) :]])
     assert [reply.metadata.src_node_id - FIRST_NODE for reply in late] == list(range(len(early), 4))
     assert grid.send_and_receive([to(0)], timeout=0) == []

@@ -78,6 +78,7 @@ def fedpriv(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, toml, tmp_path, home):
     run_experiment(config, tmp_path / "loop", engine="loop")

@@ -174,8 +174,10 @@ FILES = {
 }
 
 
-def own_folder(folder: Path) -> Path:
-    """Write the files; return the path of the experiment."""
+def own_folder(folder: Path, people: int = 3) -> Path:
+    """Write the files, with as many clients as `people`; return the path of the experiment."""
     for name, text in FILES.items():
+        for three in ("people: int = 3", "min_participants = 3"):
+            text = text.replace(three, three.replace("3", str(people)))
         (folder / name).write_text(text.lstrip(), encoding="utf-8")
     return folder / "corners.toml"
