@@ -1,5 +1,6 @@
 """For all tests."""
 
+import gc
 import signal
 import threading
 
@@ -8,3 +9,9 @@ def pytest_configure() -> None:
     """Ctrl-C works in what tests start, also where the suite itself was started with it ignored (`nohup`, `&`)."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all modules and tests again and again."""
+    gc.collect()
+    gc.freeze()
