@@ -2,12 +2,13 @@
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, nearest
 
 __all__ = [
     "at_least_one",
@@ -15,6 +16,7 @@ __all__ = [
     "free_memory",
     "is_real",
     "is_whole",
+    "one_of",
     "positive_int",
     "positive_real",
     "real_from",
@@ -28,6 +30,8 @@ __all__ = [
 
 _GIB = 2.0**30
 
+WordT = TypeVar("WordT", bound=str)
+
 
 def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[int]:
     """Return True for a whole number (Python or numpy, not bool) from `low` to `high`."""
@@ -38,6 +42,18 @@ def is_real(value: object, low: float = -math.inf, high: float = math.inf) -> bo
     """Return True for a finite number (Python or numpy, not bool) from `low` to `high`."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     return real and -math.inf < value < math.inf and low <= value <= high  # type: ignore[operator]
+
+
+def one_of(where: str, value: str, known: Sequence[WordT]) -> WordT:
+    """Return the word of `known` that equals the value.
+
+    Raises:
+        UserError: Names `where`, the configuration key or option, and the nearest word.
+    """
+    for word in known:
+        if word == value:
+            return word
+    raise UserError(where, " or ".join(known), repr(value), nearest(value, known))
 
 
 def positive_int(where: str, value: object, remedy: str | None = None) -> int:

@@ -11,7 +11,7 @@ makes this sum the boundary of secure aggregation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Generic, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fedpriv.feedback import Release
 from fedpriv.mechanisms.base import Mechanism, MechanismState
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian, StepNoise, max_level, release_message, release_rows
-from fedpriv.methods import METHODS, ClientState, Method, ServerState, feedback_of, has_memory, server_step
+from fedpriv.methods import METHODS, ClientStateT, Method, ServerState, feedback_of, has_memory, server_step
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.streams import Purpose, Streams
@@ -50,8 +50,8 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientRules:
-    """The client's half of the agreement.
+class ClientRules(Generic[ClientStateT]):
+    """The client's half of the agreement; `ClientRules` alone is one with any states.
 
     Args:
         method: The method; the client follows its client rule.
@@ -61,7 +61,7 @@ class ClientRules:
         step_stddev: Standard deviation of the noise on the sum of every local step (`dp-sgd`); 0 for none.
     """
 
-    method: Method
+    method: Method[ClientStateT]
     noise_stddev: float
     streams: Streams
     examples: ExampleTerms | None = None
@@ -80,7 +80,7 @@ class ClientRules:
         noise = StepNoise(self.streams, self.step_stddev, round, client) if self.step_stddev > 0.0 else None
         return ClippedGradients(terms=self.examples, noise=noise)
 
-    def init_client(self, size: int) -> ClientState:
+    def init_client(self, size: int) -> ClientStateT:
         """Return the state of a new client, in float64 if single records must not be lost in its rounding."""
         state = self.method.init_client(size)
         return state if self.examples is None else type(state)(*(field.double() for field in state))
@@ -288,13 +288,13 @@ def capacity_of(sampling: Sampling) -> int:
 
 
 def client_round(
-    rules: ClientRules,
+    rules: ClientRules[ClientStateT],
     client: int,
-    state: ClientState,
+    state: ClientStateT,
     signal: Tensor,
     round: int,
     turn: int | None = None,
-) -> tuple[Tensor, ClientState]:
+) -> tuple[Tensor, ClientStateT]:
     """Return one client's message `[params]` and its new state.
 
     Args:
@@ -310,12 +310,12 @@ def client_round(
 
 
 def apply_client_rule(
-    method: Method,
-    state: ClientState,
+    method: Method[ClientStateT],
+    state: ClientStateT,
     signal: Tensor,
     release: Release | None,
     round: int,
-) -> tuple[Tensor, ClientState]:
+) -> tuple[Tensor, ClientStateT]:
     """Apply the method's client rule to one client or a cohort; refuse a message with another shape than the signal.
 
     In the sum, a message of another shape would be broadcast over the parameters and could exceed its bound. Messages
@@ -338,8 +338,8 @@ def _is_own(method: Method) -> bool:
 
 
 def _checked_client_rule(
-    method: Method, state: ClientState, signal: Tensor, release: Release | None, round: int
-) -> tuple[Tensor, ClientState]:
+    method: Method[ClientStateT], state: ClientStateT, signal: Tensor, release: Release | None, round: int
+) -> tuple[Tensor, ClientStateT]:
     """Return the rule's message and state; check each message against the bound before it gets noise."""
     bounded: list[Tensor] = []
     released: list[Tensor] = []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
-from fedpriv.privacy import Everyone, PrivacyPlan, Sampling, make_plan
+from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
 from fedpriv.rounds import Agreement, agree
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -42,8 +42,8 @@ class Privacy:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
-    trust: str = "central"
-    adjacency: str | None = None
+    trust: TrustName = "central"
+    adjacency: Adjacency | None = None
     app_memory: bool = True
 
     def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedpriv", "strategies", "clients")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples")
+RESULTS = "results"  # its pages alone
 
 # Name: pattern. A pattern is matched in one sentence with its line breaks replaced by spaces.
 CONSTRUCTIONS = {
@@ -68,6 +69,12 @@ class Found:
     path: Path
     line: int
     sentence: str
+
+
+def documents() -> list[Path]:
+    """Return the documents: files, and folders of which everything is one."""
+    named = [ROOT / name for name in DOCUMENTS if (ROOT / name).exists()]
+    return [*named, *sorted((ROOT / RESULTS).rglob("*.md"))]
 
 
 def texts(path: Path) -> Iterator[Text]:
@@ -187,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--by-file", action="store_true", help="one line a file, the worst first")
     options = parser.parse_args(arguments)
-    paths = options.paths or [ROOT / name for name in (*PACKAGES, *DOCUMENTS) if (ROOT / name).exists()]
+    paths = options.paths or [*(ROOT / name for name in PACKAGES), *documents()]
     if options.list:
         for one in count(paths)[1]:
             if options.list in (one.name, "all"):
@@ -203,7 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     for path in paths:
         words, found = count([path])
         cells = [sum(f.name == name for f in found) for name in CONSTRUCTIONS]
-        print(f"{path.name[:23]:24}{words:8d}" + "".join(f"{c:5d} {1e4 * c / max(words, 1):6.1f} " for c in cells))
+        name = path.parent.name if path.name == "README.md" and path.parent != ROOT else path.name
+        print(f"{name[:23]:24}{words:8d}" + "".join(f"{c:5d} {1e4 * c / max(words, 1):6.1f} " for c in cells))
 
 
 if __name__ == "__main__":

@@ -286,8 +286,8 @@ MUTANTS = [
     Mutant(
         "a timeline that a removed client would change",
         SAMPLING,
-        'adjacencies: ClassVar[tuple[str, ...]] = ("replace",)',
-        "adjacencies: ClassVar[tuple[str, ...]] = ADJACENCIES",
+        'adjacencies: ClassVar[tuple[Adjacency, ...]] = ("replace",)',
+        "adjacencies: ClassVar[tuple[Adjacency, ...]] = ADJACENCIES",
         CHARGED,
     ),
     Mutant(

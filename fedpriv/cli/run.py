@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpriv.checks import one_of
 from fedpriv.cli.app import ConfigFile, DataRoot, LogDiagnostics, Logs, Settings, app
 from fedpriv.errors import UserError, require_extra
 
@@ -84,9 +85,10 @@ def run(
     """Run an experiment and record it in its run directory."""
     from fedpriv.cli.print_run import print_summary, print_warnings
     from fedpriv.experiment.config import load_config
-    from fedpriv.experiment.execution import Execution, bytes_of
+    from fedpriv.experiment.execution import CLIENT_NOISES, Execution, bytes_of
     from fedpriv.experiment.progress import RoundProgress
     from fedpriv.runners import run_experiment
+    from fedpriv.tasks.task import PRECISIONS
     from fedpriv.tracking.trackers import track, watched_by
 
     experiment = load_config(config, settings or ())
@@ -94,14 +96,14 @@ def run(
     execution = Execution(
         engine=engine,
         compute=compute,
-        client_noise=client_noise,
+        client_noise=None if client_noise is None else one_of("--client-noise", client_noise, CLIENT_NOISES),
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         ray_address=ray_address,
         state_memory=None if state_memory is None else bytes_of(state_memory),
         state_folder=state_folder,
         channels_last=channels_last,
-        precision=precision,
+        precision=None if precision is None else one_of("--precision", precision, PRECISIONS),
     )
     if log and deploy is not None:
         raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two options")

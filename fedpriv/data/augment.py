@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -112,11 +112,11 @@ class OwnAugmentation:
     the seed of torch set from the example's number: some tenths of a millisecond for each example.
     """
 
-    called: ClassVar[Callable[..., Any]]
+    called: ClassVar[Callable[..., Callable[[Tensor], object]]]
     asked: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def of(found: Any, where: str, name: str) -> "type[OwnAugmentation]":
+    def of(found: object, where: str, name: str) -> "type[OwnAugmentation]":
         """Return the settings of a transform's class, or of a function that returns one; see `plugins.Registry`."""
         if not callable(found):
             remedy = "Name the class of a transform, or a function that returns one"
@@ -166,7 +166,7 @@ class OwnAugmentation:
         return found
 
     @cached_property
-    def _transform(self) -> Callable[[Tensor], Any]:
+    def _transform(self) -> Callable[[Tensor], object]:
         try:
             return type(self).called(**{field.name: getattr(self, field.name) for field in fields(self)})
         except Exception as error:

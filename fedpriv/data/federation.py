@@ -4,7 +4,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from fedpriv.streams import Purpose, SeededStreams
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "Federation",
@@ -255,7 +257,7 @@ def _title(federation: Holders, counts: np.ndarray, partition: str) -> str:
     return f"{what} · {clients} · mean total variation of labels {mean_total_variation(counts):.2f}"
 
 
-def _draw_bars(figure: Any, counts: np.ndarray) -> None:
+def _draw_bars(figure: "Figure", counts: np.ndarray) -> None:
     axes = figure.add_subplot()
     clients, bottom = np.arange(len(counts)), np.zeros(len(counts))
     for label, held in enumerate(counts.T):
@@ -269,7 +271,7 @@ def _draw_bars(figure: Any, counts: np.ndarray) -> None:
     figure.legend(handles[::-1], names[::-1], title="label", loc="outside right center", frameon=False)
 
 
-def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
+def _draw_heat_map(figure: "Figure", counts: np.ndarray) -> None:
     shares, sizes = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), counts.sum(axis=1)
     order = np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))
     left, right = figure.subplots(1, 2, width_ratios=(5, 2))
@@ -286,7 +288,7 @@ def _draw_heat_map(figure: Any, counts: np.ndarray) -> None:
     right.spines[["top", "right"]].set_visible(False)
 
 
-def _whole_ticks(maximum: int) -> Any:
+def _whole_ticks(maximum: int) -> "MaxNLocator":
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(maximum, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])

@@ -52,7 +52,7 @@ class MappedInputs:
     def __len__(self) -> int:
         return len(self._array) if self._rows is None else len(self._rows)
 
-    def __getitem__(self, at: Any) -> Tensor:
+    def __getitem__(self, at: "slice | np.ndarray | Tensor") -> Tensor:
         """Read rows: `at` is a slice, or an array or tensor of row numbers or a mask."""
         index = at.cpu().numpy() if isinstance(at, Tensor) else at
         rows = index if self._rows is None else self._rows[index]
@@ -101,7 +101,7 @@ class MappedInputs:
         place = (array.filename, array.dtype, array.offset, array.shape, order)
         return _opened, (place, self._scale, self._normal, self._rows, self._device)
 
-    def _first_wrong(self, rows: Any, values: np.ndarray) -> int:
+    def _first_wrong(self, rows: slice | np.ndarray, values: np.ndarray) -> int:
         numbers = (np.arange(len(self._array))[rows] if isinstance(rows, slice) else np.asarray(rows)).reshape(-1)
         finite = np.isfinite(values.reshape(len(numbers), -1)).all(axis=1)
         return int(numbers[np.argmin(finite)])

@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -37,11 +37,11 @@ class OwnData:
 
     natural: ClassVar[bool] = True
     test: ClassVar[Whose] = "public"
-    called: ClassVar[Callable[..., Any]]
+    called: ClassVar[Callable[..., object]]
     asked: ClassVar[tuple[str, ...]]
 
     @staticmethod
-    def of(found: Any, where: str, name: str) -> "type[OwnData]":
+    def of(found: object, where: str, name: str) -> "type[OwnData]":
         """Return the settings of a function that returns data; see `fedpriv.plugins.Registry`."""
         if not callable(found):
             remedy = "Name a function that returns the arrays"
@@ -67,7 +67,7 @@ class OwnData:
         return dataset_of(found, getattr(called, "__name__", "own"))
 
 
-def dataset_of(found: Any, name: str) -> Dataset:
+def dataset_of(found: object, name: str) -> Dataset:
     """Return a data set made of arrays, after checking every value.
 
     Args:
@@ -129,7 +129,7 @@ def dataset_of(found: Any, name: str) -> Dataset:
     )
 
 
-def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, int]:
+def labelled_arrays(found: Mapping[str, object], name: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Return inputs float32 `[examples, *input_shape]`, labels and the number of labels; see `Dataset`.
 
     Args:
@@ -148,7 +148,7 @@ def labelled_arrays(found: Mapping[str, Any], name: str) -> tuple[np.ndarray, np
     return inputs, labels, _classes(name, found.get("classes"), labels)
 
 
-def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+def _array(name: str, found: Mapping[str, object], key: str) -> np.ndarray:
     value = found[key]
     try:
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
@@ -164,7 +164,7 @@ def _array(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array
 
 
-def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+def _numbers(name: str, found: Mapping[str, object], key: str) -> np.ndarray:
     """Return the array as float32; raise UserError unless all values are finite. Mapped inputs stay in their file."""
     held = mapped(found[key])
     if held is not None and len(held) and held.kind in "biuf":
@@ -183,7 +183,7 @@ def _numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array
 
 
-def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+def _whole_numbers(name: str, found: Mapping[str, object], key: str) -> np.ndarray:
     """Return the array as int64 `[examples]`; raise UserError unless all values are whole numbers from 0."""
     array = _array(name, found, key)
     if array.ndim == 2 and array.shape[1] == 1:
@@ -200,7 +200,7 @@ def _whole_numbers(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _labels(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
+def _labels(name: str, found: Mapping[str, object], key: str) -> np.ndarray:
     """Return labels as the task expects them; see `labels.LabelKind`."""
     kind = expected_labels()
     if kind == "classes":
@@ -222,7 +222,7 @@ def _labels(name: str, found: Mapping[str, Any], key: str) -> np.ndarray:
     return array
 
 
-def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndarray, int]:
+def _clients(name: str, ids: object, everyone: object, examples: int) -> tuple[np.ndarray, int]:
     """Return the rank of each example's client among all, int64 `[examples]`, and the number of clients."""
     array, remedy = (
         _array(name, {"client_ids": ids}, "client_ids"),
@@ -246,7 +246,7 @@ def _clients(name: str, ids: Any, everyone: Any, examples: int) -> tuple[np.ndar
     return at.astype(np.int64), len(known)
 
 
-def _everyone(name: str, clients: Any, *, texts: bool) -> np.ndarray:
+def _everyone(name: str, clients: object, *, texts: bool) -> np.ndarray:
     """The ids of all clients, as texts if those of the examples are."""
     array = _array(name, {"clients": clients}, "clients")
     if array.ndim != 1 or array.dtype.kind not in ("biuUSO" if texts else "biu"):
@@ -269,7 +269,7 @@ def _refuse_two_spellings(name: str, known: np.ndarray) -> None:
         first[plain] = text
 
 
-def _classes(name: str, given: Any, *labels: np.ndarray) -> int:
+def _classes(name: str, given: object, *labels: np.ndarray) -> int:
     if expected_labels() in ("numbers", "flags"):
         return labels[0].shape[1] if labels[0].ndim == 2 else 1
     found = max(int(part.max()) for part in labels) + 1
@@ -303,8 +303,8 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
     return every_fifth_of_each_label(labels if expected_labels() == "classes" else np.zeros(len(labels), np.int64))
 
 
-def _first_row(array: np.ndarray, wrong: Callable[[Any], bool]) -> int | None:
-    rows: Sequence[Any] = array.reshape(len(array), -1).tolist()
+def _first_row(array: np.ndarray, wrong: Callable[[object], bool]) -> int | None:
+    rows: Sequence[Sequence[object]] = array.reshape(len(array), -1).tolist()
     return next((at for at, row in enumerate(rows) if any(wrong(value) for value in row)), None)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,23 @@ def is_table(data: object) -> bool:
     return hasattr(data, "column_names") or (hasattr(data, "columns") and hasattr(data, "iloc"))
 
 
-def arrays_of(data: Any, columns: Columns) -> Mapping[str, Any]:
+class _Read(NamedTuple):
+    """The arrays of a table, the number of its labels if that is known, and the names of its inputs."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    classes: int | None = None
+    client_ids: np.ndarray | None = None
+    clients: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> dict[str, object]:
+        """The arrays for `fedpriv.data.own.dataset_of`."""
+        return {key: value for key, value in self._asdict().items() if key != "names" and value is not None}
+
+
+def arrays_of(data: object, columns: Columns) -> Mapping[str, object]:
     """Return the arrays of data in memory, for `fedpriv.data.own.dataset_of`.
 
     Args:
@@ -54,27 +70,23 @@ def arrays_of(data: Any, columns: Columns) -> Mapping[str, Any]:
             raise UserError("data", "a table 'train'", ", ".join(map(repr, data)), "Add the examples to train on")
         made = _of_table(data["train"], columns)
         if "test" in data:
-            tests = _of_table(data["test"], Columns(label=columns.label, inputs=made["columns"]))
-            made |= {"test_inputs": tests["inputs"], "test_labels": tests["labels"]}
-        return _without_names(made)
+            tests = _of_table(data["test"], Columns(label=columns.label, inputs=made.names))
+            return {**made.arrays, "test_inputs": tests.inputs, "test_labels": tests.labels}
+        return made.arrays
     if is_table(data):
-        return _without_names(_of_table(data, columns))
+        return _of_table(data, columns).arrays
     if columns != Columns() and not _has_tables(data):
         name = next(key for key, value in vars(columns).items() if value is not None)
         raise UserError(name, "no value, because the data are no table", repr(getattr(columns, name)), f"Remove {name}")
     return data if isinstance(data, Mapping) else _of_clients(data, columns)
 
 
-def _has_tables(data: Any) -> bool:
+def _has_tables(data: object) -> bool:
     return isinstance(data, Sequence) and any(is_table(part) for part in data)
 
 
-def _without_names(made: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in made.items() if key != "columns" and value is not None}
-
-
-def _of_table(table: Any, columns: Columns) -> dict[str, Any]:
-    """Return the arrays of a table, and under `columns` the names of its inputs."""
+def _of_table(table: Any, columns: Columns) -> _Read:
+    """Return the arrays of a table."""
     known = [str(name) for name in (table.column_names if hasattr(table, "column_names") else table.columns)]
     if columns.label is None:
         remedy = "Name the column, as in Experiment(..., label='disease')"
@@ -88,14 +100,12 @@ def _of_table(table: Any, columns: Columns) -> dict[str, Any]:
             if name is not None and name not in known:
                 raise UserError(key, "a column of the data", repr(name), nearest(str(name), known))
     labels, classes = _categories(table, columns.label)
-    made = {"inputs": _inputs(table, chosen), "labels": labels, "columns": list(chosen)}
-    made["classes"] = None if classes is None else max(len(classes), 2)
-    if columns.client is not None:
-        ids, everyone = _categories(table, columns.client)
-        made["client_ids"] = ids
-        if everyone is not None and hasattr(table, "iloc"):
-            made["clients"] = np.arange(len(everyone))
-    return made
+    made = _Read(_inputs(table, chosen), labels, list(chosen), None if classes is None else max(len(classes), 2))
+    if columns.client is None:
+        return made
+    ids, everyone = _categories(table, columns.client)
+    clients = np.arange(len(everyone)) if everyone is not None and hasattr(table, "iloc") else None
+    return made._replace(client_ids=ids, clients=clients)
 
 
 def _categories(table: Any, name: str) -> tuple[np.ndarray, list[str] | None]:
@@ -158,7 +168,7 @@ def _images(table: Any, name: str) -> np.ndarray:
     return stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)
 
 
-def _of_clients(clients: Any, columns: Columns) -> dict[str, Any]:
+def _of_clients(clients: object, columns: Columns) -> dict[str, object]:
     """Return the arrays of a list of clients."""
     if isinstance(clients, tuple) and len(clients) == 2 and all(hasattr(part, "shape") for part in clients):
         remedy = 'Write data={"inputs": inputs, "labels": labels}, or a list with such a pair for each client'
@@ -169,8 +179,8 @@ def _of_clients(clients: Any, columns: Columns) -> dict[str, Any]:
     inputs, labels, owners, classes = [], [], [], None
     for number, client in enumerate(clients):
         if is_table(client):
-            made = _of_table(client, columns)
-            parts, classes = [made["inputs"], np.asarray(made["labels"])], made["classes"]
+            table = _of_table(client, columns)
+            parts, classes = [table.inputs, np.asarray(table.labels)], table.classes
         else:
             parts = _pair(client, f"data of client {number}")
         if len(parts[0]) != len(parts[1]):
@@ -185,7 +195,7 @@ def _of_clients(clients: Any, columns: Columns) -> dict[str, Any]:
         got = ", ".join(map(str, sorted(shapes))) or "no examples"
         raise UserError("data", "inputs of one shape", got, "Give all clients inputs of one shape")
     joined = (np.concatenate(parts) for parts in (inputs, labels, owners))
-    made = dict(zip(("inputs", "labels", "client_ids"), joined, strict=True))
+    made: dict[str, object] = dict(zip(("inputs", "labels", "client_ids"), joined, strict=True))
     return made | {"clients": np.arange(len(clients))} | ({} if classes is None else {"classes": classes})
 
 

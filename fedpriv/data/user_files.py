@@ -73,13 +73,13 @@ class _Files:
             if found.get(_LABELS) != tests.get(_LABELS):
                 remedy = "List all labels in data.labels: they are numbered in that order"
                 raise UserError("data.test_file", f"labels {found[_LABELS]}", tests[_LABELS], remedy)
-            counts = [part["classes"] for part in (found, tests) if "classes" in part]
-            if len(counts) == 2 and all(isinstance(count, int) for count in counts):
+            counts = [count for part in (found, tests) if isinstance(count := part.get("classes"), int)]
+            if len(counts) == 2:
                 found["classes"] = max(counts)
         found.pop(_LABELS, None)
         return dataset_of(found, Path(self.file).name)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, object]:
         """Return the arrays of one file, for `dataset_of`."""
         raise NotImplementedError
 
@@ -147,7 +147,7 @@ class _Table(_Files):
         """Return the place in the file of one row of a column, for errors."""
         return f"row {column.index[row]}"
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, object]:
         frame = self._frame(path, self.columns)
         twice = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
         if twice:
@@ -169,7 +169,7 @@ class _Table(_Files):
         refuse_beyond_memory("data.file", 4 * len(frame) * width, "Declare fewer columns, or use fewer rows")
         parts = [self._scaled(path, frame[name], name) for name in self.numeric]
         parts += [self._one_hot(path, frame[name], name) for name in self.categories]
-        made: dict[str, Any] = {"inputs": np.concatenate(parts, axis=1)}
+        made: dict[str, object] = {"inputs": np.concatenate(parts, axis=1)}
         made["labels"] = self._numbered(path, frame[self.target])
         if self.labels is not None:
             made["classes"] = max(len(self.labels), 2)
@@ -354,7 +354,7 @@ class Npz(_Files):
         _require_scale(self.scale)
         _check_channels(self.mean, self.std)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, object]:
         found = read_arrays(path)
         for key in ("inputs", "test_inputs"):
             array = found.get(key)
@@ -412,7 +412,7 @@ class Npy:
             UserError: If a file is missing or damaged, or has unexpected contents.
         """
         root = data_root or default_data_root()
-        found: dict[str, Any] = {} if self.label_count is None else {"classes": self.label_count}
+        found: dict[str, object] = {} if self.label_count is None else {"classes": self.label_count}
         for key in ("inputs", "labels", "client_ids", "test_inputs", "test_labels"):
             file = getattr(self, key)
             if file is None:
@@ -445,7 +445,7 @@ class Leaf(_Files):
 
     shape: list[int] | None = None
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, object]:
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
             users, held = found["users"], found["user_data"]
@@ -500,7 +500,7 @@ class ImageFolder(_Files):
         super().__post_init__()
         _check_channels(self.mean, self.std)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> dict[str, object]:
         require_extra("data.name = 'image-folder'", "data", ["PIL"])
         from PIL import Image, UnidentifiedImageError
 
@@ -528,11 +528,11 @@ class ImageFolder(_Files):
             labels.append(names.index(file.parent.name))
         inputs = np.stack(images).astype(np.float32) / np.float32(255)
         inputs = _normalized(inputs, self.mean, self.std)
-        found: dict[str, Any] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2), _LABELS: names}
+        found: dict[str, object] = {"inputs": inputs, "labels": labels, "classes": max(len(names), 2), _LABELS: names}
         return {**found, "client_ids": [file.parts[-3] for file in files]} if self.clients_first else found
 
 
-def read_arrays(path: Path) -> dict[str, Any]:
+def read_arrays(path: Path) -> dict[str, object]:
     """Return the arrays of a file of `numpy.savez`; an array without axes becomes a number.
 
     Raises:
@@ -542,7 +542,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UserError(str(path), "a file of numpy.savez", "one of numpy.save", "Write it with numpy.savez")
-            found: dict[str, Any] = {name: file[name] for name in file.files}
+            found: dict[str, np.ndarray] = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise _damaged(path, "a file of numpy.savez without objects", error) from None
     return {name: array.item() if array.ndim == 0 else array for name, array in found.items()}

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from fedpriv.rounds import Agreement, ClientRules, ServerRules, agree
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.kinds import check_losses
 from fedpriv.tasks.own import OwnModule
-from fedpriv.tasks.task import Task
+from fedpriv.tasks.task import Precision, Task
 
 __all__ = [
     "Experiment",
@@ -155,7 +154,7 @@ def assemble(
     data_root: Path | None = None,
     federation: Holders | None = None,
     channels_last: bool = False,
-    precision: str = "float32",
+    precision: Precision = "float32",
 ) -> Experiment:
     """Build everything that a run of `config` needs.
 
@@ -235,7 +234,14 @@ def _augmentation(config: Config, federation: Holders) -> Augmentation | None:
     return config.augment
 
 
-def task_of(config: Config, federation: Holders, device: str, **options: Any) -> Task:
+def task_of(
+    config: Config,
+    federation: Holders,
+    device: str,
+    *,
+    channels_last: bool = False,
+    precision: Precision = "float32",
+) -> Task:
     """Return the config's model with its loss; see `Task` for the options."""
     seed = int(SeededStreams(config.seed).source(Purpose.MODEL).rng.integers(2**31))
     dataset = federation.dataset
@@ -243,7 +249,7 @@ def task_of(config: Config, federation: Holders, device: str, **options: Any) ->
     shape = tuple(dataset.train_inputs.shape[1:])
     module = build_module(config, shape, dataset.classes, seed)
     check_task(config, module, shape, dataset.train_labels[:1], dataset.classes)
-    return Task(module, device, kind=config.task, **options)
+    return Task(module, device, channels_last=channels_last, precision=precision, kind=config.task)
 
 
 def check_task(config: Config, module: nn.Module, input_shape: tuple[int, ...], labels: Tensor, classes: int) -> None:

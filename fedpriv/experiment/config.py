@@ -20,10 +20,22 @@ from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
-from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
+from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
 from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
-from fedpriv.privacy import SAMPLINGS, DataFacts, PrivacyPlan, Sampling, make_plan, trust_of, unit_of
+from fedpriv.privacy import (
+    SAMPLINGS,
+    Adjacency,
+    DataFacts,
+    PrivacyPlan,
+    Sampling,
+    TrustName,
+    UnitName,
+    adjacency_of,
+    make_plan,
+    trust_of,
+    unit_of,
+)
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
 from fedpriv.rounds import record_bound
@@ -139,18 +151,21 @@ class PrivacyChoice:
         UserError: If a value is out of range; the plan checks the other values.
     """
 
-    trust: str = "central"
-    adjacency: str | None = None
+    trust: TrustName = field(default="central", metadata=NAMED)
+    adjacency: Adjacency | None = field(default=None, metadata=NAMED)
     delta: float = 1e-5
     epsilon: float | None = None
     noise_multiplier: float | None = None
-    unit: str = "client"
+    unit: UnitName = field(default="client", metadata=NAMED)
     example_clip: float | None = None
     example_normalization: float | None = None
     examples: int | None = None
     draw: int | None = None
 
     def __post_init__(self) -> None:
+        trust_of(self.trust)
+        if self.adjacency is not None:
+            adjacency_of(self.adjacency)
         if unit_of(self.unit).name != "example":
             for key in _OF_EXAMPLES:
                 if getattr(self, key) is not None:

@@ -8,25 +8,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.checks import at_least_one, real_from
+from fedpriv.checks import at_least_one, one_of, real_from
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
-from fedpriv.errors import UserError, has_extra, nearest, require_extra
+from fedpriv.errors import UserError, has_extra, require_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import FixedSize
 from fedpriv.rounds import Broadcast, ServerRules, begin_round
-from fedpriv.tasks.task import PRECISIONS
+from fedpriv.tasks.task import PRECISIONS, Precision
 
 __all__ = [
+    "CLIENT_NOISES",
     "ENGINES",
     "ENGINE_FILE",
+    "ClientNoise",
     "Execution",
     "Ran",
     "bytes_of",
@@ -45,6 +47,11 @@ ENGINES: dict[str, str] = {
     "ray": "Workers that each own clients, on the CPUs and GPUs of one or more machines.",
     "flower": "Flower's simulation: the same rules as messages between a ServerApp and ClientApps.",
 }
+
+ClientNoise = Literal["fused", "faithful"]
+"""How noise is drawn for the sum of all clients; see `Execution`."""
+
+CLIENT_NOISES: tuple[ClientNoise, ...] = get_args(ClientNoise)
 
 # Workers are worthwhile if they reduce the time to this share, including startup and communication.
 _WORTH_WORKERS = 0.9
@@ -84,20 +91,20 @@ class Execution:
 
     engine: str = "auto"
     compute: str = "auto"
-    client_noise: str | None = None
+    client_noise: ClientNoise | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
     ray_address: str | None = None
     state_memory: int | None = None
     state_folder: Path | None = None
     channels_last: bool | None = None
-    precision: str | None = None
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
-        _choose("--engine", self.engine, ["auto", *ENGINES])
-        _choose("--compute", self.compute, ["auto", *_COMPUTES])
-        _choose("--client-noise", self.client_noise or "fused", ["fused", "faithful"])
-        _choose("--precision", self.precision or "float32", PRECISIONS)
+        one_of("--engine", self.engine, ["auto", *ENGINES])
+        one_of("--compute", self.compute, ["auto", *_COMPUTES])
+        one_of("--client-noise", self.client_noise or "fused", CLIENT_NOISES)
+        one_of("--precision", self.precision or "float32", PRECISIONS)
         if self.workers is not None:
             at_least_one("--workers", self.workers, "Set --workers to 1 or more")
         if self.gpus_per_worker is not None:
@@ -148,11 +155,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _choose(where: str, given: str, known: list[str]) -> None:
-    if given not in known:
-        raise UserError(where, " or ".join(known), repr(given), nearest(given, known))
-
-
 def read_record(directory: RunDirectory) -> dict[str, object] | None:
     """Return the contents of a run's `engine.json`; None if there is no such file.
 
@@ -198,7 +200,7 @@ class Ran(NamedTuple):
     engine: str
     compute: str
     workers: int
-    client_noise: str
+    client_noise: ClientNoise
     seconds_per_client: dict[str, float]
 
     def as_dict(self) -> dict[str, object]:

@@ -54,15 +54,15 @@ def run_experiment(
     execution = replace(execution or Execution(), engine=engine).completed(
         read_record(directory) if resume else None, begun=resume and directory.checkpoint.path.exists()
     )
-    options = {"channels_last": bool(execution.channels_last), "precision": str(execution.precision)}
-    experiment = assemble(config, device=device, data_root=data_root, **options)
+    channels_last, precision = bool(execution.channels_last), execution.precision or "float32"
+    experiment = assemble(config, device=device, data_root=data_root, channels_last=channels_last, precision=precision)
     with directory.locked():
         done = directory.claim(config.to_toml(), config.digest, resume=resume)
         if done is not None:
             return done
         runner, ran = start_engine(experiment, execution)
         with closing(runner):
-            record = {**ran.as_dict(), "device": device, **options}
+            record = {**ran.as_dict(), "device": device, "channels_last": channels_last, "precision": precision}
             recorder = Recorder(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
             return _run(experiment, runner, recorder, directory)
 

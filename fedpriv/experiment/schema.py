@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,7 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from fedpriv.errors import UserError, nearest
 from fedpriv.tables import Record, Table
 
-__all__ = ["field_names", "read_table", "write_table"]
+__all__ = ["NAMED", "field_names", "read_table", "write_table"]
+
+NAMED: Mapping[str, bool] = {"named": True}
+"""Metadata of a field whose class checks the name in it, with an error that suggests the nearest name."""
 
 T = TypeVar("T")
 
@@ -42,7 +46,8 @@ def read_table(kind: type[T], table: Table, where: str, **given: object) -> T:
         if field.name in given or not field.init:
             continue
         if field.name in table:
-            values[field.name] = _typed(hints[field.name], table[field.name], key)
+            hint = _text(hints[field.name]) if field.metadata.get("named") else hints[field.name]
+            values[field.name] = _typed(hint, table[field.name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             place = f"to [{where}]" if where else "at the top of the file"
             raise UserError(key, _describe(hints[field.name]), "a missing key", f"Add {field.name} {place}")
@@ -77,6 +82,11 @@ def _typed(hint: Any, value: object, key: str) -> object:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError):
         raise UserError(key, _describe(hint), repr(value), f"Change {key}") from None
+
+
+def _text(hint: object) -> object:
+    """Return the type of any text; None is accepted if the type accepts it."""
+    return str | None if type(None) in typing.get_args(hint) else str
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "a quoted string", bool: "true or false"}

@@ -32,7 +32,9 @@ def companion_of(lock: str, command: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", __file__, lock, *command]
 
 
-def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[bytes]], None] = lambda *_: None) -> Any:
+def starting_companions(
+    lock: str, started: Callable[[str, subprocess.Popen[bytes]], None] = lambda *_: None
+) -> SimpleNamespace:
     """Return a stand-in for the module `subprocess` that starts Flower's programs as companions.
 
     Args:
@@ -40,7 +42,7 @@ def starting_companions(lock: str, started: Callable[[str, subprocess.Popen[byte
         started: Called with each program's name and its process.
     """
 
-    def start(command: Sequence[str], **options: Any) -> Any:
+    def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         process: Any = subprocess.Popen(companion_of(lock, command), **options)
         started(command[0], process)
         return process

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpriv.errors import UserError, nearest
-from fedpriv.privacy import SAMPLINGS, TRUSTS, PrivacyPlan, Sampling, Trust, trust_of
+from fedpriv.privacy import (
+    SAMPLINGS,
+    TRUSTS,
+    PrivacyPlan,
+    Sampling,
+    Trust,
+    adjacency_of,
+    trust_name,
+    trust_of,
+    unit_name,
+)
 from fedpriv.privacy.records import RecordBound
 
 __all__ = ["NO_PROMISE", "PrivacyTerms", "promised"]
@@ -80,15 +90,15 @@ class PrivacyTerms:
             raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
         cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
         return PrivacyPlan(
-            trust=self.trust,
-            adjacency=self.adjacency,
+            trust=trust_name(self.trust),
+            adjacency=adjacency_of(self.adjacency),
             sampling=SAMPLINGS[self.sampling].recorded(cohorts),
             rounds=self.rounds,
             delta=self.delta,
             l2_bound=l2_bound,
             noise_multiplier=self.noise_multiplier,
             client_memory=self.client_memory,
-            unit=self.unit,
+            unit=unit_name(self.unit),
             record=self.record_bound,
         )
 

@@ -6,8 +6,8 @@ from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
-from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, by_reliance, trust_of
-from fedpriv.privacy.unit import UNITS, Unit, unit_of
+from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, TrustName, by_reliance, trust_name, trust_of
+from fedpriv.privacy.unit import UNITS, Adjacency, Unit, UnitName, adjacency_of, unit_name, unit_of
 from fedpriv.privacy.warning import delta_warning, noise_against_signal, signal_warning
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SAMPLINGS",
     "TRUSTS",
     "UNITS",
+    "Adjacency",
     "Central",
     "DataFacts",
     "Everyone",
@@ -31,7 +32,10 @@ __all__ = [
     "Shares",
     "Simulated",
     "Trust",
+    "TrustName",
     "Unit",
+    "UnitName",
+    "adjacency_of",
     "by_reliance",
     "delta_warning",
     "make_plan",
@@ -40,6 +44,8 @@ __all__ = [
     "read_plan",
     "rounded_up",
     "signal_warning",
+    "trust_name",
     "trust_of",
+    "unit_name",
     "unit_of",
 ]

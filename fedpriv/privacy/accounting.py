@@ -42,6 +42,7 @@ from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
+from fedpriv.privacy.unit import Adjacency
 from fedpriv.version import __version__
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Releases:
     """
 
     trust: Trust
-    adjacency: str
+    adjacency: Adjacency
     sampling: Sampling
     delta: float
     client_memory: bool = True

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedpriv.checks import is_real, is_whole
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
-from fedpriv.privacy.trust import Trust, trust_of
-from fedpriv.privacy.unit import ADJACENCIES, unit_of
+from fedpriv.privacy.trust import Trust, TrustName, trust_of
+from fedpriv.privacy.unit import ADJACENCIES, Adjacency, UnitName, adjacency_of, unit_of
 
 # The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
 if TYPE_CHECKING:
@@ -61,15 +61,15 @@ class PrivacyPlan:
     (`epsilon`, `delta`)-differentially private under `adjacency`, for any state that clients and server keep.
     """
 
-    trust: str
-    adjacency: str
+    trust: TrustName
+    adjacency: Adjacency
     sampling: Sampling
     rounds: int
     delta: float
     l2_bound: float
     noise_multiplier: float
     client_memory: bool = True
-    unit: str = "client"
+    unit: UnitName = "client"
     record: "RecordBound | None" = None
 
     def __post_init__(self) -> None:
@@ -316,8 +316,8 @@ class PrivacyPlan:
 
 def make_plan(
     *,
-    trust: str,
-    adjacency: str | None = None,
+    trust: TrustName,
+    adjacency: Adjacency | None = None,
     sampling: Sampling,
     rounds: int,
     delta: float,
@@ -369,11 +369,10 @@ def make_plan(
 def _check_names(trust: str, adjacency: str, unit: str) -> None:
     unit_of(unit)
     trust_of(trust)
-    if adjacency not in ADJACENCIES:
-        raise UserError("privacy.adjacency", "a known name", repr(adjacency), nearest(str(adjacency), ADJACENCIES))
+    adjacency_of(adjacency)
 
 
-def _default_adjacency(trust: Trust, sampling: Sampling) -> str:
+def _default_adjacency(trust: Trust, sampling: Sampling) -> Adjacency:
     """Return the trust's default if the sampling can be accounted under it, otherwise the sampling's first."""
     default = trust.default_adjacency
     return default if default in sampling.adjacencies else sampling.adjacencies[0]

@@ -60,6 +60,7 @@ from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_delta, gauss
 from fedpriv.privacy.losses import Half
 from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
+from fedpriv.privacy.unit import Adjacency
 
 if TYPE_CHECKING:
     import dp_accounting
@@ -228,7 +229,7 @@ class RecordBound:
             return self.terms.bound * (1.0 + ROUNDING)
         return min(self.terms.alone * (1.0 + ROUNDING) * self.lipschitz, 2.0 * self.l2_bound)
 
-    def sensitivity(self, adjacency: str, rounds: int) -> float:
+    def sensitivity(self, adjacency: Adjacency, rounds: int) -> float:
         """Return the sensitivity that noise is measured by: of one release, and on the route `memory` of all rounds.
 
         Args:
@@ -275,7 +276,7 @@ class RecordReleases:
     """
 
     trust: Trust
-    adjacency: str
+    adjacency: Adjacency
     sampling: Sampling
     delta: float
     record: RecordBound

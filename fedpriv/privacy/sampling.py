@@ -19,7 +19,7 @@ from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.trust import Trust
-from fedpriv.privacy.unit import ADJACENCIES
+from fedpriv.privacy.unit import ADJACENCIES, Adjacency
 from fedpriv.streams import Source
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Sampling(Protocol):
     draws_cohorts: ClassVar[bool]
     by_coins: ClassVar[bool]
     stead: ClassVar[float]
-    adjacencies: ClassVar[tuple[str, ...]]
+    adjacencies: ClassVar[tuple[Adjacency, ...]]
     turns: ClassVar[str]
     most: ClassVar[str]
 
@@ -139,7 +139,7 @@ class Sampling(Protocol):
         """
         ...
 
-    def check_neighbors(self, adjacency: str) -> None:
+    def check_neighbors(self, adjacency: Adjacency) -> None:
         """Raise UserError if the sampling cannot be accounted for under this adjacency."""
         ...
 
@@ -147,7 +147,7 @@ class Sampling(Protocol):
         """Return the sampling's record, for JSON."""
         ...
 
-    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+    def caveats(self, *, trust: Trust, adjacency: Adjacency, client_memory: bool, rounds: int) -> str:
         """Return further sentences about the cohorts for the statement, possibly none.
 
         Args:
@@ -173,7 +173,7 @@ class _Drawn:
     draws_cohorts: ClassVar[bool] = True
     by_coins: ClassVar[bool] = False
     stead: ClassVar[float] = 0.0
-    adjacencies: ClassVar[tuple[str, ...]] = ADJACENCIES
+    adjacencies: ClassVar[tuple[Adjacency, ...]] = ADJACENCIES
     turns: ClassVar[str] = "rounds"
     most: ClassVar[str] = (
         "Epsilon is that of a client that takes part in every round, the worst case; a client that takes part less "
@@ -199,14 +199,14 @@ class _Drawn:
         """Return one release per round: a client may be in all of them."""
         return float(rounds)
 
-    def check_neighbors(self, adjacency: str) -> None:
+    def check_neighbors(self, adjacency: Adjacency) -> None:
         """Accept every adjacency."""
 
     def as_dict(self: Sampling) -> dict[str, object]:
         """See `Sampling.as_dict`."""
         return _record(self)
 
-    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+    def caveats(self, *, trust: Trust, adjacency: Adjacency, client_memory: bool, rounds: int) -> str:
         """Return no sentences."""
         return ""
 
@@ -455,7 +455,7 @@ class FixedSize(_Drawn):
         """Return the sampling that wrote the record."""
         return cls(record["population"], record["size"])
 
-    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+    def caveats(self, *, trust: Trust, adjacency: Adjacency, client_memory: bool, rounds: int) -> str:
         """Return the effects of memory and adjacency on hidden cohorts."""
         said = ""
         if trust.hides_cohorts and client_memory:
@@ -502,7 +502,7 @@ class Scheduled:
     draws_cohorts: ClassVar[bool] = False
     by_coins: ClassVar[bool] = False
     stead: ClassVar[float] = 0.0
-    adjacencies: ClassVar[tuple[str, ...]] = ("replace",)
+    adjacencies: ClassVar[tuple[Adjacency, ...]] = ("replace",)
     turns: ClassVar[str] = "steps"
     most: ClassVar[str] = (
         "Epsilon is that of the client that sends the most messages in this timeline; a client that sends fewer has "
@@ -564,7 +564,7 @@ class Scheduled:
         """Return the event of a message of weight 1."""
         return gaussian_event(noise_multiplier)
 
-    def check_neighbors(self, adjacency: str) -> None:
+    def check_neighbors(self, adjacency: Adjacency) -> None:
         """Raise UserError under add-or-remove."""
         if adjacency not in self.adjacencies:
             got = f'"{adjacency}" with {self.scheme}'
@@ -588,7 +588,7 @@ class Scheduled:
             sent=(record["most_messages_sent"],) * steps,
         )
 
-    def caveats(self, *, trust: Trust, adjacency: str, client_memory: bool, rounds: int) -> str:
+    def caveats(self, *, trust: Trust, adjacency: Adjacency, client_memory: bool, rounds: int) -> str:
         """Return sentences on known participation, and on the client charged most."""
         most = self.charge(rounds, each_message=trust.shows_messages)
         charged = f"with the largest sum of squared message weights, {most:g}"

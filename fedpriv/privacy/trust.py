@@ -4,12 +4,16 @@ Configs, records, instructions and ledgers keep only the name; `trust_of` return
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
+from fedpriv.privacy.unit import Adjacency
 
-__all__ = ["TRUSTS", "Central", "Local", "Shares", "Trust", "by_reliance", "trust_of"]
+__all__ = ["TRUSTS", "Central", "Local", "Shares", "Trust", "TrustName", "by_reliance", "trust_name", "trust_of"]
+
+TrustName = Literal["central", "local"]
+"""The name of a trust in `TRUSTS`."""
 
 
 class Shares(NamedTuple):
@@ -44,7 +48,7 @@ class Trust(Protocol):
     adversary: ClassVar[str]
     seen: ClassVar[str]
     noised: ClassVar[str]
-    default_adjacency: ClassVar[str]
+    default_adjacency: ClassVar[Adjacency]
     reliance: ClassVar[int]
     trusts_server: ClassVar[bool]
     clients_add_noise: ClassVar[bool]
@@ -88,7 +92,7 @@ class Central:
     )
     seen: ClassVar[str] = "every noised sum of messages, which reveals at least as much as the models computed from it"
     noised: ClassVar[str] = "the sum of a round's messages"
-    default_adjacency: ClassVar[str] = "add-or-remove"
+    default_adjacency: ClassVar[Adjacency] = "add-or-remove"
     reliance: ClassVar[int] = 2
     trusts_server: ClassVar[bool] = True
     clients_add_noise: ClassVar[bool] = False
@@ -124,7 +128,7 @@ class Local:
     adversary: ClassVar[str] = "the server itself, or anyone who sees every message and knows whose it is"
     seen: ClassVar[str] = "every noised message of every canary, and its sender"
     noised: ClassVar[str] = "every message"
-    default_adjacency: ClassVar[str] = "replace"
+    default_adjacency: ClassVar[Adjacency] = "replace"
     reliance: ClassVar[int] = 0
     trusts_server: ClassVar[bool] = False
     clients_add_noise: ClassVar[bool] = True
@@ -172,3 +176,9 @@ def trust_of(name: str) -> Trust:
     if name not in TRUSTS:
         raise UserError("privacy.trust", "a known name", repr(name), nearest(str(name), TRUSTS))
     return TRUSTS[name]()
+
+
+def trust_name(name: str) -> TrustName:
+    """Return the name if there is such a trust; see `trust_of` for errors."""
+    trust_of(name)
+    return cast(TrustName, name)

@@ -3,15 +3,31 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, cast, get_args
 
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 
-__all__ = ["ADJACENCIES", "UNITS", "Client", "Example", "Unit", "unit_of"]
+__all__ = [
+    "ADJACENCIES",
+    "UNITS",
+    "Adjacency",
+    "Client",
+    "Example",
+    "Unit",
+    "UnitName",
+    "adjacency_of",
+    "unit_name",
+    "unit_of",
+]
 
-ADJACENCIES = ("add-or-remove", "replace")
-"""The ways in which two neighboring populations differ; see `Unit.neighbors`."""
+Adjacency = Literal["add-or-remove", "replace"]
+"""The way in which two neighboring populations differ; see `Unit.neighbors`."""
+
+ADJACENCIES: tuple[Adjacency, ...] = get_args(Adjacency)
+
+UnitName = Literal["client", "example"]
+"""The name of a unit in `UNITS`."""
 
 
 class Unit(Protocol):
@@ -89,3 +105,21 @@ def unit_of(name: str) -> Unit:
     if name not in UNITS:
         raise UserError("privacy.unit", "a known name", repr(name), nearest(str(name), UNITS))
     return UNITS[name]()
+
+
+def unit_name(name: str) -> UnitName:
+    """Return the name if there is such a unit; see `unit_of` for errors."""
+    unit_of(name)
+    return cast(UnitName, name)
+
+
+def adjacency_of(name: str) -> Adjacency:
+    """Return the name if there is such an adjacency.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for known in ADJACENCIES:
+        if name == known:
+            return known
+    raise UserError("privacy.adjacency", "a known name", repr(name), nearest(str(name), ADJACENCIES))

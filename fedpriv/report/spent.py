@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fedpriv.errors import UserError
-from fedpriv.privacy import Central, Everyone, PrivacyPlan
+from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, TrustName, UnitName
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
 from fedpriv.tables import Record
@@ -60,9 +60,9 @@ class Group:
     """
 
     clients: dict[str, object]
-    trust: str | None
-    adjacency: str | None
-    unit: str | None
+    trust: TrustName | None
+    adjacency: Adjacency | None
+    unit: UnitName | None
     runs: tuple[Run, ...]
 
     @cached_property
@@ -130,7 +130,7 @@ def _grouped(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _promise_of(plan: PrivacyPlan) -> tuple[str, str, str]:
+def _promise_of(plan: PrivacyPlan) -> tuple[TrustName, Adjacency, UnitName]:
     return plan.trust, plan.adjacency, plan.unit
 
 
@@ -183,7 +183,7 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     if mu == 0.0 or math.isinf(mu):
         return mu
     one = PrivacyPlan(
-        trust=Central.name,
+        trust="central",
         adjacency="add-or-remove",
         sampling=Everyone(1),
         rounds=1,

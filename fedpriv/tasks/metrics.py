@@ -7,12 +7,15 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import torchmetrics
+
     from fedpriv.tasks.kinds import TaskKind
 
 __all__ = ["METRICS", "Meter", "Metric", "known_metric", "meter_of", "recorded_metrics"]
@@ -174,7 +177,7 @@ class _OfTorchmetrics:
 
     def __init__(self, name: str, kind: "TaskKind") -> None:
         self._name, self._kind = name, kind
-        self._meter: Any = None
+        self._meter: torchmetrics.Metric | None = None  # made by the first outputs, which have its width
         self._positive = torch.zeros(0)
         self._examples, self._finite = 0, True
 
@@ -183,8 +186,7 @@ class _OfTorchmetrics:
         self._finite &= bool(torch.isfinite(outputs).all())
         if not self._finite:
             return
-        if self._meter is None:
-            self._meter = self._made(outputs.shape[-1])
+        meter = self._meter = self._made(outputs.shape[-1]) if self._meter is None else self._meter
         flags = torch.nn.functional.one_hot(labels, outputs.shape[-1]) if labels.dim() == 1 else labels
         self._positive = flags.sum(dim=0) + (self._positive if len(self._positive) else 0)
         self._examples += len(labels)
@@ -193,7 +195,7 @@ class _OfTorchmetrics:
             labels = labels.long()
             if self._name == "ece":
                 given, labels = given.flatten(), labels.flatten()
-        self._meter.update(given.contiguous(), labels.contiguous())
+        meter.update(given.contiguous(), labels.contiguous())
 
     def value(self) -> float:
         if self._meter is None or not self._finite:
@@ -208,7 +210,7 @@ class _OfTorchmetrics:
             kept &= self._positive < self._examples
         return float(found[kept].mean()) if bool(kept.any()) else math.nan
 
-    def _made(self, width: int) -> Any:
+    def _made(self, width: int) -> "torchmetrics.Metric":
         """Return an empty metric of torchmetrics for outputs of this width."""
         classification = _torchmetrics()
         options: dict[str, Any] = {"average": None} if self._name in ("auroc", "f1") else {}
@@ -220,7 +222,7 @@ class _OfTorchmetrics:
         return getattr(classification, f"Multilabel{names[self._name]}")(num_labels=width, **options)
 
 
-def _torchmetrics() -> Any:
+def _torchmetrics() -> ModuleType:
     """Return `torchmetrics.classification`; it imports every installed package that any of its metrics needs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

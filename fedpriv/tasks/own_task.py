@@ -31,7 +31,7 @@ class OwnTask(TaskKind):
         UserError: If the kind of labels is unknown, or the width is not positive.
     """
 
-    called: ClassVar[Callable[..., Any]]
+    called: ClassVar[Callable[..., Tensor]]
     asked: ClassVar[tuple[str, ...]]
     labels: LabelKind = "classes"  # pyright: ignore[reportIncompatibleVariableOverride]
     outputs: int | None = None
@@ -46,7 +46,7 @@ class OwnTask(TaskKind):
         super().__post_init__()
 
     @staticmethod
-    def of(found: Any, where: str, name: str) -> "type[OwnTask]":
+    def of(found: object, where: str, name: str) -> "type[OwnTask]":
         """Return the settings of a loss function; see `fedpriv.plugins.Registry`."""
         if not callable(found) or isinstance(found, type):
             remedy = "Name a function loss(outputs, labels), or a dataclass that inherits fedpriv.tasks.kinds.TaskKind"
@@ -90,7 +90,7 @@ class OwnTask(TaskKind):
             raise UserError(_KEY, "a loss that can be computed", line_of(error, called), remedy) from error
 
 
-def own_loss(loss: Callable[..., Any], **settings: Any) -> OwnTask:
+def own_loss(loss: Callable[..., Tensor], **settings: Any) -> OwnTask:
     """Return the task of a function in memory.
 
     Args:

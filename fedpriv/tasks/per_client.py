@@ -4,9 +4,9 @@ For simulations without privacy: these numbers are computed from single clients'
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpriv.checks import require_representable
 from fedpriv.errors import UserError
 from fedpriv.tasks.local_work import MAX_STEPS
-from fedpriv.tasks.metrics import known_metric
+from fedpriv.tasks.metrics import Better, known_metric
 from fedpriv.tasks.task import Task
 
 __all__ = ["ClientExamples", "PerClient", "distribution", "evaluate_clients"]
@@ -60,7 +60,9 @@ class PerClient:
             require_representable("evaluation.client_lr", self.client_lr)
 
 
-def evaluate_clients(task: Task, model: Tensor, clients: Iterable[ClientExamples], choice: PerClient) -> dict[str, Any]:
+def evaluate_clients(
+    task: Task, model: Tensor, clients: Iterable[ClientExamples], choice: PerClient
+) -> dict[str, object]:
     """Return each client's scores, and their distribution.
 
     Args:
@@ -73,11 +75,15 @@ def evaluate_clients(task: Task, model: Tensor, clients: Iterable[ClientExamples
         A dict for JSON: the lists `clients` (their numbers), `examples` (to train on), `test_examples` and each score
         by name; the same scores as `personalized_NAME`; and `distribution`.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     for one in clients:
         if not len(one.test_labels):
             continue
-        row = {"clients": one.client, "examples": len(one.labels), "test_examples": len(one.test_labels)}
+        row: dict[str, float] = {
+            "clients": one.client,
+            "examples": len(one.labels),
+            "test_examples": len(one.test_labels),
+        }
         row |= task.evaluate(model, one.test_inputs, one.test_labels)
         if choice.client_lr is not None:
             own = model
@@ -87,11 +93,11 @@ def evaluate_clients(task: Task, model: Tensor, clients: Iterable[ClientExamples
             row |= {f"personalized_{name}": value for name, value in found.items()}
         rows.append(row)
     lists = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
-    better = {metric.name: metric.better for metric in task.kind.measured}
+    better: dict[str, Better] = {metric.name: metric.better for metric in task.kind.measured}
     return {"note": _NOTE, **lists, "distribution": distribution(lists, better)}
 
 
-def distribution(lists: Mapping[str, list[Any]], better: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def distribution(lists: Mapping[str, Sequence[float]], better: Mapping[str, Better]) -> dict[str, dict[str, float]]:
     """Return mean, standard deviation, quantiles and the mean of the worst decile of clients, for each score.
 
     Args:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import cached_property, reduce
 from math import prod
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedpriv.bounding import Bounded
-from fedpriv.errors import UserError, nearest
+from fedpriv.checks import one_of
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import meter_of
 from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.vectors import Layout, trainable
 
-__all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Task"]
+__all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Precision", "Task"]
 
-PRECISIONS = ["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
+"""The format of products; see `Task`."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 # Most floats of inputs that go through the module at once. Activations are many times larger, so full gradients of
 # thousands of images are summed piece by piece. The pieces affect rounding; they are the same in every engine.
@@ -46,11 +50,10 @@ class Task:
         device: torch.device | str = "cpu",
         *,
         channels_last: bool = False,
-        precision: str = "float32",
+        precision: Precision = "float32",
         kind: TaskKind | None = None,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise UserError("--precision", " or ".join(PRECISIONS), repr(precision), nearest(precision, PRECISIONS))
+        one_of("--precision", precision, PRECISIONS)
         self.layout = Layout.of_module(module)
         self.device = torch.device(device)
         self.kind = kind or Classification()
@@ -60,7 +63,7 @@ class Task:
         self._initial = self.layout.flatten(parameters).detach().cpu().clone()
         self._loaded: Tensor | None = None
         self._channels_last = channels_last
-        self._precision = precision
+        self._precision: Precision = precision
         losses = None if self.kind.plain else self.kind.losses
         dense = DenseLayers.of_module(module, losses) if precision == "float32" else None
         self.dense = dense if dense is not None and dense.size == self.layout.size else None

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.tables import Table
-from fedpriv.tracking.trackers import Taken, Tracked
+from fedpriv.tracking.trackers import Ended, Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
 
@@ -65,7 +65,7 @@ class Tracker:
         now = time.time_ns() // 1_000_000
         self._client.log_batch(self._run, metrics=[Metric(key, value, now, round) for key, value in metrics.items()])
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
+    def end(self, status: Ended, texts: Mapping[str, str], summary: Table) -> None:
         """Log texts as artifacts, and the run's status."""
         del summary
         for name, text in texts.items():

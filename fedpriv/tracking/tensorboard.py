@@ -9,7 +9,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from fedpriv.files import make_owners_folder
 from fedpriv.tables import Table
-from fedpriv.tracking.trackers import Taken, Tracked
+from fedpriv.tracking.trackers import Ended, Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
 
@@ -50,7 +50,7 @@ class Tracker:
             for key, value in metrics.items():
                 self._writer.add_scalar(key, value, round)
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
+    def end(self, status: Ended, texts: Mapping[str, str], summary: Table) -> None:
         """Log texts if the run is finished, and close the file."""
         del summary
         if self._writer is not None:

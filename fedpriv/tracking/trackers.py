@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.experiment.config import Config
@@ -21,7 +21,10 @@ from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.privacy.released import VALUES, Kind
 from fedpriv.tables import Record, Table
 
-__all__ = ["TRACKERS", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
+__all__ = ["TRACKERS", "Ended", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
+
+Ended = Literal["finished", "stopped", "failed", "killed"]
+"""How a run ended."""
 
 DIAGNOSTICS, NOT_COVERED = "diagnostics/", "not_covered/"
 
@@ -86,7 +89,7 @@ class Tracker(Protocol):
         """Log the metrics of a round."""
         ...
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
+    def end(self, status: Ended, texts: Mapping[str, str], summary: Table) -> None:
         """End the session as `finished`, `stopped`, `failed` or `killed`; `texts` are by file name."""
         ...
 
@@ -180,7 +183,9 @@ class RunLog:
             return
         summary = self._directory.read_json("summary.json") if kind is None else None
         diagnostics = self._directory.read_json(DIAGNOSTICS_FILE) if summary else None
-        status = "finished" if summary else "stopped" if kind is not None and issubclass(kind, StopRun) else "failed"
+        status: Ended = (
+            "finished" if summary else "stopped" if kind is not None and issubclass(kind, StopRun) else "failed"
+        )
         if kind is not None and not issubclass(kind, Exception):
             status = "killed"
         files = {name: self._directory.file(name) for name in ("privacy.txt", "config.toml", "summary.json")}
@@ -209,9 +214,9 @@ class _Sender:
         """Send a row; the first call also sends the recorded rows that the tracker lacks."""
         if not self._broken:
             first = self._taken is None
-            self._guarded(lambda: self._catch_up() if first else self._row(released, diagnostics))
+            self._guarded(lambda: self._catch_up() if first else self._row(released["round"], released, diagnostics))
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Record, diagnostics: Record) -> None:
+    def end(self, status: Ended, texts: Mapping[str, str], summary: Table, diagnostics: Table) -> None:
         """Send missing rows, texts and summary."""
 
         def rest() -> None:
@@ -241,10 +246,11 @@ class _Sender:
         directory = RunDirectory(self._run.folder)
         diagnostics = {row["round"]: row for row in directory.rows("diagnostics.jsonl")}
         for released in directory.rows("rounds.jsonl"):
-            self._row(released, diagnostics.get(released["round"], {}))
+            number: int = released["round"]
+            self._row(number, released, diagnostics.get(number, {}))
 
-    def _row(self, released: Record, diagnostics: Record) -> None:
-        number, taken = released["round"], self._taken
+    def _row(self, number: int, released: Table, diagnostics: Table) -> None:
+        taken = self._taken
         assert taken is not None
         if number <= taken.rounds or taken.finished:
             return
@@ -257,11 +263,12 @@ class _Sender:
             taken.metrics.update((key, number) for key in new)
 
 
-def _released(texts: Mapping[str, str], summary: Record) -> tuple[dict[str, str], Record]:
+def _released(texts: Mapping[str, str], summary: Table) -> tuple[dict[str, str], Table]:
     """Return texts and summary without values that are not released."""
     kept = {key: value for key, value in summary.items() if key not in TIMINGS}
-    if "execution" in kept:
-        kept["execution"] = {key: value for key, value in kept["execution"].items() if key != "seconds_per_client"}
+    execution = kept.get("execution")
+    if isinstance(execution, Mapping):
+        kept["execution"] = {key: value for key, value in execution.items() if key != "seconds_per_client"}
     file = {"summary.json": json.dumps(kept, indent=2) + "\n"} if "summary.json" in texts else {}
     return {**texts, **file}, kept
 

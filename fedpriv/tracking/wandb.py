@@ -9,7 +9,7 @@ import wandb
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.files import make_owners_folder
 from fedpriv.tables import Table
-from fedpriv.tracking.trackers import Taken, Tracked
+from fedpriv.tracking.trackers import Ended, Taken, Tracked
 
 __all__ = ["Tracker", "prepare"]
 
@@ -63,7 +63,7 @@ class Tracker:
         self._directory.write_json(FILE, self._known)
         self._run.log(dict(metrics), step=round)
 
-    def end(self, status: str, texts: Mapping[str, str], summary: Table) -> None:
+    def end(self, status: Ended, texts: Mapping[str, str], summary: Table) -> None:
         """Log summary and privacy statement, and end the session."""
         flat = {key: value for key, value in flat_tables(dict(summary)).items() if value is not None}
         statement = {"privacy": texts["privacy.txt"]} if "privacy.txt" in texts else {}

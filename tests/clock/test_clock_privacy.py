@@ -26,6 +26,7 @@ from fedpriv.privacy import (
     Sampling,
     Scheduled,
     Simulated,
+    TrustName,
     make_plan,
     privacy_statement,
 )
@@ -35,7 +36,7 @@ from fedpriv.streams import SeededStreams
 every_free_schedule = pytest.mark.parametrize("name", FREE)
 
 
-def plan_of(sampling: Sampling, rounds: int, trust: str = "central", **change: Any) -> PrivacyPlan:
+def plan_of(sampling: Sampling, rounds: int, trust: TrustName = "central", **change: Any) -> PrivacyPlan:
     given = {"delta": 1e-5, "l2_bound": 0.5, "noise_multiplier": 2.0, **change}
     return make_plan(trust=trust, sampling=sampling, rounds=rounds, **given)
 
@@ -75,7 +76,7 @@ def test_charges_are_those_of_a_count_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("trust", ["central", "local"])
 @every_free_schedule
-def test_epsilon_never_falls_and_ends_at_the_plans(name: str, trust: str) -> None:
+def test_epsilon_never_falls_and_ends_at_the_plans(name: str, trust: TrustName) -> None:
     plan = plan_of(timeline(name).scheduled(), 25, trust)
     spent = [plan.epsilon_after(step) for step in range(26)]
     assert spent[0] == 0.0
@@ -123,7 +124,7 @@ def test_over_selection_gets_no_amplification_although_its_cohorts_are_drawn() -
 
 @every_free_schedule
 @pytest.mark.parametrize("trust", ["central", "local"])
-def test_only_replace_is_offered_and_is_the_default(name: str, trust: str) -> None:
+def test_only_replace_is_offered_and_is_the_default(name: str, trust: TrustName) -> None:
     scheduled = timeline(name).scheduled()
     assert plan_of(scheduled, 25, trust).adjacency == "replace"
     with pytest.raises(UserError, match=r"privacy\.adjacency"):
@@ -226,7 +227,7 @@ def test_every_part_of_a_step_has_noise_of_its_own() -> None:
 
 @every_free_schedule
 @pytest.mark.parametrize("trust", ["central", "local"])
-def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str, trust: str) -> None:
+def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str, trust: TrustName) -> None:
     plan = plan_of(timeline(name).scheduled(), 25, trust, noise_multiplier=8.0)
     text = " ".join(
         privacy_statement(plan, method="a method", randomness="seeded", simulated=Simulated(clock=True)).split()

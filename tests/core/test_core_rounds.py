@@ -16,7 +16,7 @@ from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
 from fedpriv.methods.memoryless import NoMemory
-from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, make_plan
+from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, TrustName, make_plan
 from fedpriv.rounds import (
     Broadcast,
     ClientRules,
@@ -37,7 +37,7 @@ STREAMS = SeededStreams(1)
 every_method = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES.keys())
 
 
-def plan_of(method: Method, sampling: Sampling, trust: str, **changes: Any) -> Any:
+def plan_of(method: Method, sampling: Sampling, trust: TrustName, **changes: Any) -> Any:
     settings: dict[str, Any] = {
         "rounds": 10,
         "delta": 1e-5,
@@ -47,7 +47,7 @@ def plan_of(method: Method, sampling: Sampling, trust: str, **changes: Any) -> A
     return make_plan(trust=trust, sampling=sampling, **settings | changes)
 
 
-def trust_for(method: Method) -> str:
+def trust_for(method: Method) -> TrustName:
     return "local" if method.needs_client_noise else "central"
 
 
@@ -81,7 +81,7 @@ class TestAgreement:
         ("trust", "adjacency", "factor"), [("central", "add-or-remove", 1.0), ("local", "replace", 2.0)]
     )
     def test_the_noise_is_the_multiplier_times_the_sensitivity(
-        self, method: Method, trust: str, adjacency: str, factor: float
+        self, method: Method, trust: TrustName, adjacency: str, factor: float
     ) -> None:
         if method.needs_client_noise and trust == "central":
             return

@@ -89,8 +89,12 @@ def table(**changes):
     return Csv(**(chosen | changes))
 
 
+def arrays_of(source: Csv | Parquet, file: Path) -> dict[str, Any]:
+    return source._read(file)
+
+
 def test_a_table_is_read_as_declared(folder):
-    found = table()._read(folder / "people.csv")
+    found = arrays_of(table(), folder / "people.csv")
     assert found["inputs"].tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     assert found["labels"].tolist() == [0, 1, 0, 1]
     assert found["client_ids"].tolist() == ["north", "south", "north", "south"]
@@ -98,20 +102,20 @@ def test_a_table_is_read_as_declared(folder):
 
 def test_no_row_changes_another_rows_numbers(folder):
     """Scales and categories are declared: a client's rows look the same whoever else there is."""
-    whole = table()._read(folder / "people.csv")["inputs"]
+    whole = arrays_of(table(), folder / "people.csv")["inputs"]
     (folder / "part.csv").write_text("\n".join([TABLE.splitlines()[0], *TABLE.splitlines()[3:]]))
-    assert np.array_equal(table()._read(folder / "part.csv")["inputs"], whole[2:])
+    assert np.array_equal(arrays_of(table(), folder / "part.csv")["inputs"], whole[2:])
 
 
 def test_rows_with_missing_values_can_be_left_out(folder):
-    found = table(drop_missing=True, fill={})._read(folder / "people.csv")
+    found = arrays_of(table(drop_missing=True, fill={}), folder / "people.csv")
     assert found["labels"].tolist() == [0, 0]
 
 
 def test_a_table_without_a_heading_and_with_several_names_of_a_label(folder):
     (folder / "bare.csv").write_text("|a comment\n40;clerk;north;low.\n25;smith;north;HIGH\n")
     options = {"columns": ["age", "job", "place", "income"], "separator": ";", "comment": "|"}
-    found = table(labels=[["low", "low."], ["high", "HIGH"]], **options)._read(folder / "bare.csv")
+    found = arrays_of(table(labels=[["low", "low."], ["high", "HIGH"]], **options), folder / "bare.csv")
     assert found["labels"].tolist() == [0, 1]
 
 
@@ -184,8 +188,8 @@ def test_a_parquet_file_is_read_like_the_same_table_in_csv(folder):
     chosen: dict[str, Any] = {
         key: DECLARED[key] for key in DECLARED if key not in ("name", "partition", "test", "missing")
     }
-    found = Parquet(**{**chosen, "file": "people.parquet"})._read(folder / "people.parquet")
-    expected = table()._read(folder / "people.csv")
+    found = arrays_of(Parquet(**{**chosen, "file": "people.parquet"}), folder / "people.parquet")
+    expected = arrays_of(table(), folder / "people.csv")
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
     with pytest.raises(UserError, match=r"people\.csv: expected a Parquet file, got ArrowInvalid"):
         Parquet(**chosen).load(folder)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, spent
 from fedpriv.deploy.device.memory import MemoryFile
-from fedpriv.deploy.device.policy import Accepts, Limits, Policy
+from fedpriv.deploy.device.policy import AcceptedTrust, Accepts, Limits, Policy
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.feedback import decayed
 from fedpriv.flower.messages import ClientInstructions, RunTerms
@@ -181,7 +181,7 @@ class World:
 
     folder: Path
     method: Any
-    trust: str
+    trust: AcceptedTrust
     seed: int
     turns: int = 60
     choice: DeploymentChoice = field(default_factory=DeploymentChoice)
@@ -208,7 +208,7 @@ class World:
         self.server = self._new_server()
         self.noise_only = self.method.init_server(torch.zeros(SIZE))
         limits = Limits(epsilon=self.budget, delta=1e-5)
-        self.policy = Policy(accepts=Accepts(trust=cast(Any, self.trust)), limits=limits)
+        self.policy = Policy(accepts=Accepts(trust=self.trust), limits=limits)
         self.members = [self._new_member(i) for i in range(CLIENTS)]
         self.disk = Disk(np.random.default_rng(self.seed + 2 * 10**6))
         self.saved: Any = None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from chaos import World
 
+from fedpriv.deploy.device.policy import AcceptedTrust
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 
 METHODS = {
@@ -21,7 +22,7 @@ SEEDS = int(os.environ.get("FEDPRIV_CHAOS", "3"))
 
 @pytest.mark.parametrize("trust", ["none", "central", "local"])
 @pytest.mark.parametrize("name", METHODS)
-def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: str, tmp_path: Path) -> None:
+def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: AcceptedTrust, tmp_path: Path) -> None:
     for seed in range(SEEDS):
         World(tmp_path / str(seed), METHODS[name], trust, seed).run()
 

@@ -14,7 +14,7 @@ from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
 from fedpriv.methods.server_optimizers import Adam
-from fedpriv.privacy import Everyone, FixedSize, Poisson, make_plan
+from fedpriv.privacy import Everyone, FixedSize, Poisson, TrustName, make_plan
 from fedpriv.rounds import agree
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -22,7 +22,7 @@ SIZE, CLIENTS = 4, 5
 UNDAMPED, DAMPED = AlphaNormEC(alpha=1.0, beta=0.5), AlphaNormEC(alpha=1.0, beta=0.5, damping=0.2)
 
 
-def coordinator(method: Any = UNDAMPED, trust: str | None = None, size: int = SIZE, **rules: Any) -> Coordinator:
+def coordinator(method: Any = UNDAMPED, trust: TrustName | None = None, size: int = SIZE, **rules: Any) -> Coordinator:
     sampling, plan = Everyone(CLIENTS), None
     if trust is not None:
         plan = make_plan(

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.methods import DPGD, AlphaNormEC, Clip21, Method
-from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, make_plan
+from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, TrustName, UnitName, make_plan
 from fedpriv.rounds import record_bound
 
 SIZE, ROUNDS = 5, 9
 EVERYONE = Everyone(4)
 
 
-def plan_of(method: Method[Any, Any], trust: str = "local", **change: Any) -> PrivacyPlan:
+def plan_of(method: Method[Any, Any], trust: TrustName = "local", **change: Any) -> PrivacyPlan:
     terms = ExampleTerms(**{"clip": 1.0, "examples": 200, "declared": True, **change})
     return make_plan(
         trust=trust,
@@ -53,8 +53,8 @@ def asked(method: Method[Any, Any], plan: PrivacyPlan, turn: int = 1) -> tuple[C
     return instructions, RunTerms(**told, **promised(plan, EVERYONE, ROUNDS))
 
 
-def device_of(tmp_path: Path, unit: str = "example", trust: str = "local", **limits: Any) -> Device:
-    accepts = Accepts(unit=cast(Any, unit), trust=trust)
+def device_of(tmp_path: Path, unit: UnitName = "example", trust: TrustName = "local", **limits: Any) -> Device:
+    accepts = Accepts(unit=unit, trust=trust)
     policy = Policy(accepts=accepts, limits=Limits(**{"epsilon": 5.0, "delta": 1e-5, **limits}))
     return Device(policy, tmp_path / "home" / "state")
 
@@ -91,7 +91,7 @@ def test_the_ledger_counts_up_to_the_plans_epsilon(
 
 @pytest.mark.parametrize("trust", ["local", "central"])
 def test_a_client_protects_all_its_examples_together_unless_its_operator_says_otherwise(
-    trust: str, tmp_path: Path
+    trust: TrustName, tmp_path: Path
 ) -> None:
     method = Clip21()
     device = device_of(tmp_path, unit="client", trust="central")
@@ -262,7 +262,7 @@ def test_a_sent_message_that_the_memory_would_lack_makes_the_client_start_afresh
 @pytest.mark.parametrize(
     ("method", "trust"), [(DPGD(), "local"), (AlphaNormEC(memory="sent"), "local"), (Clip21(), "central")]
 )
-def test_other_memories_may_lack_a_message(method: Method[Any, Any], trust: str, tmp_path: Path) -> None:
+def test_other_memories_may_lack_a_message(method: Method[Any, Any], trust: TrustName, tmp_path: Path) -> None:
     device, plan = device_of(tmp_path, trust="central", epsilon=100.0), plan_of(method, trust)
     for turn, last in ((1, 0), (2, 1), (3, 1)):
         instructions, terms = asked(method, plan, turn)
@@ -281,7 +281,9 @@ def test_a_memory_with_damping_is_not_taken_back_in_time(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("trust", ["local", "central"])
-def test_one_example_more_costs_as_much_as_another_client_in_a_run_for_clients(trust: str, tmp_path: Path) -> None:
+def test_one_example_more_costs_as_much_as_another_client_in_a_run_for_clients(
+    trust: TrustName, tmp_path: Path
+) -> None:
     method = Clip21()
     plan = replace(plan_of(method, trust), unit="client", record=None, adjacency="add-or-remove")
     noise = plan.message_stddev if trust == "local" else 0.0

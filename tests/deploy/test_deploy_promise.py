@@ -20,6 +20,7 @@ from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, has_memory
 from fedpriv.privacy import (
     SAMPLINGS,
+    Adjacency,
     Everyone,
     ExampleTerms,
     FixedSize,
@@ -27,6 +28,7 @@ from fedpriv.privacy import (
     PrivacyPlan,
     RecordBound,
     Sampling,
+    TrustName,
     make_plan,
 )
 from fedpriv.rounds import agree
@@ -82,7 +84,9 @@ def test_every_fact_of_the_cohorts_reaches_the_client(name: str) -> None:
     assert PrivacyTerms(**promised(made, made.sampling, made.rounds)).plan(1.0).sampling == SAMPLED[name]
 
 
-def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folder: Path) -> tuple[PrivacyPlan, Device]:
+def served(
+    method: Method, trust: TrustName, adjacency: Adjacency, sampling: Sampling, folder: Path
+) -> tuple[PrivacyPlan, Device]:
     """Return a client that has answered all turns of a run with a plan."""
     made = make_plan(
         trust=trust,
@@ -122,7 +126,7 @@ def served(method: Method, trust: str, adjacency: str, sampling: Sampling, folde
     list(itertools.product(("central", "local"), ("add-or-remove", "replace"), SAMPLED, METHODS)),
 )
 def test_the_ledger_charges_a_client_in_all_rounds_what_the_server_states(
-    trust: str, adjacency: str, sampling: str, method: str, tmp_path: Path
+    trust: TrustName, adjacency: Adjacency, sampling: str, method: str, tmp_path: Path
 ) -> None:
     made, device = served(METHODS[method], trust, adjacency, SAMPLED[sampling], tmp_path)
     entries = Ledger(device.folder).entries()

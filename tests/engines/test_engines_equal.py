@@ -25,7 +25,7 @@ from torch import Tensor
 from fedpriv.bounding import Clip
 from fedpriv.engines import LoopEngine, Population, VectorizedEngine, one_thread
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
-from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling
+from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, TrustName
 from fedpriv.rounds import Broadcast, begin_round
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, MinibatchGradient
@@ -62,11 +62,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 every_engine = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
 
 
-def covering() -> list[tuple[str, str, str | None, str]]:
+def covering() -> list[tuple[str, str, TrustName | None, str]]:
     """Return methods, works, trust and cohorts that cover every valid pair of values for some method."""
     found = []
     for shift, name in enumerate(EXAMPLES):
-        trusts = ["local"] if EXAMPLES[name].needs_client_noise else [None, "central", "local"]
+        trusts: list[TrustName | None] = ["local"] if EXAMPLES[name].needs_client_noise else [None, "central", "local"]
         for turn in range(3):
             work = list(WORKS)[(shift + turn) % len(WORKS)]
             cohort = list(COHORTS)[(shift // len(WORKS) + turn) % len(COHORTS)]
@@ -84,7 +84,7 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 
 
 @pytest.mark.parametrize(("name", "work", "trust", "cohort"), covering())
-def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: str | None, cohort: str) -> None:
+def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: TrustName | None, cohort: str) -> None:
     """Compare the models of twenty rounds within 1e-6, and the states of all clients seen."""
     method, rounds = EXAMPLES[name], 20
     made = setting(method, work=WORKS[work], sampling=COHORTS[cohort], trust=trust, noise_multiplier=0.05)

@@ -171,6 +171,28 @@ def test_a_mistake_is_one_line_that_names_the_key(setting: str, where: str, says
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("privacy.trust=locall", "expected a known name, got 'locall'. Did you mean 'local'? Known: central, local."),
+        ("privacy.trust=3", "expected a quoted string, got 3. Change privacy.trust."),
+        (
+            "privacy.adjacency=replce",
+            "expected a known name, got 'replce'. Did you mean 'replace'? Known: add-or-remove, replace.",
+        ),
+        ("privacy.adjacency=true", "expected a quoted string, got True. Change privacy.adjacency."),
+        (
+            "privacy.unit=examples",
+            "expected a known name, got 'examples'. Did you mean 'example'? Known: client, example.",
+        ),
+    ],
+)
+def test_a_closed_word_suggests_the_nearest_before_any_data_are_read(setting: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, [setting])
+    assert str(caught.value) == f"{setting.partition('=')[0]}: {line}"
+
+
 @pytest.mark.parametrize("table", ["data", "model", "method", "training"])
 def test_a_missing_table_is_named(table: str):
     tables = {key: value for key, value in load_config(QUICKSTART).tables.items() if key != table}

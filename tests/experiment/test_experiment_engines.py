@@ -268,7 +268,7 @@ def test_performance_options_keep_gradients_within_their_tolerance(options: dict
 
 def test_another_precision_is_one_line() -> None:
     with pytest.raises(UserError, match=r"--precision: expected float32 or bfloat16.*bfloat16"):
-        assemble(config_of(), precision="bfloat")
+        assemble(config_of(), precision="bfloat")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_task_elsewhere_is_the_same_task_with_parameters_of_its_own() -> None:

@@ -34,7 +34,7 @@ from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.simulation import SIMULATION, playing_clients, simulated
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
-from fedpriv.privacy import Everyone, make_plan
+from fedpriv.privacy import Everyone, TrustName, make_plan
 from strategies import AlphaNormEC, DPFedAvg, Privacy
 
 SECRET = "row 17: Alice Smith"
@@ -414,7 +414,8 @@ def test_a_seeded_strategy_is_a_simulation_s_and_gets_nothing_from_guarded_clien
 
 
 def test_the_statement_says_against_whom_a_plain_flower_app_is_no_protection() -> None:
-    for trust, says in (("local", True), ("central", False)):
+    expected: dict[TrustName, bool] = {"local": True, "central": False}
+    for trust, says in expected.items():
         strategy = DPFedAvg(privacy=Privacy(epsilon=3.0, trust=trust), num_clients=CLIENTS)
         start(strategy, InProcessGrid(app, CLIENTS), 1)
         statement = " ".join(strategy.statement.split())

@@ -19,7 +19,7 @@ import fedpriv.mechanisms.noise
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.methods import DPFedAvg
-from fedpriv.privacy import Everyone, PrivacyPlan, make_plan
+from fedpriv.privacy import Everyone, PrivacyPlan, TrustName, make_plan
 from fedpriv.rounds import ClientRules, ServerRules, agree, client_round, finish_round
 from fedpriv.streams import SeededStreams, Streams, SystemStreams
 
@@ -29,7 +29,7 @@ METHOD = DPFedAvg(clip_norm=1.0, server_lr=1.0)
 Play = Callable[[Streams, int, bool], Tensor]
 
 
-def plan_of(trust: str, epsilon: float = 1.0) -> PrivacyPlan:
+def plan_of(trust: TrustName, epsilon: float = 1.0) -> PrivacyPlan:
     return make_plan(
         trust=trust, sampling=Everyone(10), rounds=1, delta=1e-5, l2_bound=1.0, epsilon=epsilon, client_memory=False
     )
@@ -134,12 +134,12 @@ ATTACKS = {"local": local_attack, "central": central_attack}
 
 
 @pytest.mark.parametrize("trust", ATTACKS)
-def test_which_floats_can_be_reached_tells_nothing(trust: str) -> None:
+def test_which_floats_can_be_reached_tells_nothing(trust: TrustName) -> None:
     assert at_chance(ATTACKS[trust](plan_of(trust)))
 
 
 @pytest.mark.parametrize("trust", ATTACKS)
-def test_the_attack_is_certain_without_the_rounding(trust: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attack_is_certain_without_the_rounding(trust: TrustName, monkeypatch: pytest.MonkeyPatch) -> None:
     """The former noise: a float32 draw, added to the number."""
 
     def float_noise(streams, purpose, stddev, values, address, grid=None, level=0):  # noqa: ARG001
@@ -152,7 +152,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("trust", ATTACKS)
-def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: str) -> None:
+def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: TrustName) -> None:
     """A likelihood-ratio attack on two worlds as far apart as the plan allows does no better than its epsilon."""
     plan = plan_of(trust, epsilon=0.5)
     server, client, _ = agree(METHOD, Everyone(10), plan, SystemStreams())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.helpers import brief
 
-from fedpriv.privacy import FixedSize, Poisson, Sampling, trust_of
+from fedpriv.privacy import Adjacency, FixedSize, Poisson, Sampling, trust_of
 from fedpriv.privacy.accounting import Releases
 from fedpriv.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_tradeoff
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
@@ -29,11 +29,11 @@ def hockey_stick(first: np.ndarray, second: np.ndarray, epsilon: float, weight: 
     return float(np.maximum(first - math.exp(epsilon) * second, 0.0).sum() * weight)
 
 
-def spent(sampling: Sampling, noise: float, rounds: int, delta: float, adjacency: str = "add-or-remove") -> float:
+def spent(sampling: Sampling, noise: float, rounds: int, delta: float, adjacency: Adjacency = "add-or-remove") -> float:
     return hidden(sampling, adjacency, delta).epsilon(noise, rounds)
 
 
-def hidden(sampling: Sampling, adjacency: str = "add-or-remove", delta: float = 1e-5) -> Releases:
+def hidden(sampling: Sampling, adjacency: Adjacency = "add-or-remove", delta: float = 1e-5) -> Releases:
     """Return releases of noised sums alone, of clients without memory."""
     trust = trust_of("central")
     return Releases(trust=trust, adjacency=adjacency, sampling=sampling, delta=delta, client_memory=False)
@@ -45,11 +45,12 @@ def test_the_losses_above_zero_are_those_of_the_worst_pair_of_mixtures(sampling:
     """Integrate over the three messages of the lemma: the losses of one round, at every epsilon from 0."""
     grid = np.linspace(-3.0 - 12.0 * noise, 3.0 + 12.0 * noise, 200_001)
     places = sides if isinstance(sampling, Poisson) else in_its_place
-    for name, adjacency, order in (
+    cases: list[tuple[str, Adjacency, int]] = [
         ("gone", "add-or-remove", 0),
         ("come", "add-or-remove", 1),
         ("replaced", "replace", 0),
-    ):
+    ]
+    for name, adjacency, order in cases:
         present, other, absent = (stats.norm.pdf(grid, place, noise) for place in places[name])
         pair = hidden(sampling, adjacency).pairs[order]
         one = Composition([(losses_of_one_round(*pair, noise, CUT, 1e-3), 1)])
@@ -93,7 +94,7 @@ def cohort_law(grid: np.ndarray, messages: tuple[float, ...], size: int, noise: 
 @pytest.mark.parametrize(("adjacency", "neighbors"), [("replace", (1.0, -1.0)), ("add-or-remove", (1.0, 0.0))])
 @pytest.mark.parametrize(("clients", "size", "noise"), [(4, 2, 1.0), (3, 1, 0.6), (4, 3, 2.0)])
 def test_no_two_rounds_of_a_fixed_size_beat_the_account_which_is_within_a_tenth_of_the_best(
-    adjacency: str, neighbors: tuple[float, float], clients: int, size: int, noise: float
+    adjacency: Adjacency, neighbors: tuple[float, float], clients: int, size: int, noise: float
 ) -> None:
     """Two rounds of the true mechanism of few clients; the adversary picks the others' messages, given round 1."""
     grid = np.linspace(-size - 7.0 * noise, size + 7.0 * noise, 401)
@@ -172,17 +173,17 @@ def test_rounds_of_different_kinds_compose_as_dp_accounting_has_it() -> None:
 
 
 SAMPLED = {"poisson": Poisson(10**6, 1e-3), "fixed": FixedSize(10**6, 10**3)}
-ADJACENCIES = ("add-or-remove", "replace")
+ADJACENCIES: tuple[Adjacency, ...] = ("add-or-remove", "replace")
 
 
-def renyi(adjacency: str, sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
+def renyi(adjacency: Adjacency, sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
     event, relation = hidden(sampling, adjacency).event(noise)
     orders = [1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128]
     return float(dpa.rdp.RdpAccountant(orders, relation).compose(event, rounds).get_epsilon(delta))
 
 
 @pytest.mark.parametrize(("adjacency", "name"), [("add-or-remove", "poisson"), ("replace", "fixed")])
-def test_epsilon_is_below_that_of_renyi_divergence_for_every_delta(adjacency: str, name: str) -> None:
+def test_epsilon_is_below_that_of_renyi_divergence_for_every_delta(adjacency: Adjacency, name: str) -> None:
     for delta in (1e-5, 1e-10, 2.1e-12, 1e-12, 1e-18, 1e-30):
         ours = spent(SAMPLED[name], 1.0, 2000, delta, adjacency)
         assert ours <= renyi(adjacency, SAMPLED[name], 1.0, 2000, delta)
@@ -190,7 +191,7 @@ def test_epsilon_is_below_that_of_renyi_divergence_for_every_delta(adjacency: st
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
 @pytest.mark.parametrize("name", SAMPLED)
-def test_a_smaller_delta_costs_a_little_more_and_nowhere_falls_off_a_cliff(adjacency: str, name: str) -> None:
+def test_a_smaller_delta_costs_a_little_more_and_nowhere_falls_off_a_cliff(adjacency: Adjacency, name: str) -> None:
     """Deltas around rounds x 1e-15, at which amplification was once dropped, and far below."""
     deltas = 1e-10 * 0.5 ** np.arange(0, 40, 3.0)
     found = [spent(SAMPLED[name], 1.0, 2000, delta, adjacency) for delta in deltas]
@@ -220,7 +221,7 @@ def test_noise_for_a_target_does_not_jump_where_delta_is_small() -> None:
 @example("poisson", "replace", 3.8e-4, 2.0, 10_000, 0.99e-11, 1.03)
 @example("fixed", "add-or-remove", 1e-3, 1.0, 2000, 1e-18, 1.5)
 def test_epsilon_never_wavers_as_delta_noise_and_rounds_change(
-    kind: str, adjacency: str, prob: float, noise: float, rounds: int, delta: float, factor: float
+    kind: str, adjacency: Adjacency, prob: float, noise: float, rounds: int, delta: float, factor: float
 ) -> None:
     population = 10**6
     sampling = Poisson(population, prob) if kind == "poisson" else FixedSize(population, int(population * prob))
@@ -240,7 +241,7 @@ def test_epsilon_never_wavers_as_delta_noise_and_rounds_change(
     factor=st.floats(-2.0, 0.3).map(lambda x: 1.0 + 10.0**x),
 )
 def test_calibrated_noise_never_wavers_as_delta_epsilon_and_rounds_change(
-    adjacency: str, name: str, rounds: int, delta: float, epsilon: float, factor: float
+    adjacency: Adjacency, name: str, rounds: int, delta: float, epsilon: float, factor: float
 ) -> None:
     releases = hidden(SAMPLED[name], adjacency, delta)
     base = releases.calibrate(epsilon, rounds)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.trusts import Pooled
@@ -12,7 +12,7 @@ from support.trusts import Pooled
 from fedpriv.audit.words import knowledge_of
 from fedpriv.deploy.device.policy import Accepts
 from fedpriv.errors import UserError
-from fedpriv.flower.privacy_terms import NO_PROMISE, PrivacyTerms, promised
+from fedpriv.flower.privacy_terms import PrivacyTerms, promised
 from fedpriv.methods import AlphaNormEC, NormalizedSGD
 from fedpriv.privacy import (
     ADJACENCIES,
@@ -27,10 +27,13 @@ from fedpriv.privacy import (
     Sampling,
     Scheduled,
     Trust,
+    TrustName,
+    UnitName,
     by_reliance,
     make_plan,
     noise_against_signal,
     privacy_statement,
+    trust_name,
     trust_of,
     unit_of,
 )
@@ -56,8 +59,8 @@ def plan_of(trust: str, **facts: Any) -> PrivacyPlan:
 
 
 def test_every_name_is_that_of_its_object() -> None:
-    assert [trust_of(name).name for name in TRUSTS] == list(TRUSTS)
-    assert [unit_of(name).name for name in UNITS] == list(UNITS)
+    assert [trust_of(name).name for name in TRUSTS] == list(TRUSTS) == [*get_args(TrustName), "pooled"]
+    assert [unit_of(name).name for name in UNITS] == list(UNITS) == list(get_args(UnitName))
     assert trust_of("local") == trust_of("local") != trust_of("central")
     with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
         trust_of("local").name = "central"  # type: ignore[misc]
@@ -195,12 +198,13 @@ def test_no_part_of_the_code_asks_for_the_class_of_a_sampling_or_the_name_of_a_t
 
 def test_who_accepts_a_trust_accepts_those_that_rely_on_less() -> None:
     assert by_reliance() == ("local", "pooled", "central")
-    accepted = {trust: Accepts(trust=trust).trusts for trust in (*by_reliance(), NO_PROMISE)}
+    accepted = {trust: Accepts(trust=trust_name(trust)).trusts for trust in by_reliance()}
+    accepted["none"] = Accepts(trust="none").trusts
     assert accepted["local"] == ("local",)
     assert accepted["pooled"] == ("local", "pooled")
     assert accepted["none"] == ("local", "pooled", "central", "none")
     with pytest.raises(UserError, match=r'accepts\.trust: expected "local" or "pooled" or "central" or "none"'):
-        Accepts(trust="nobody")
+        Accepts(trust="nobody")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_promise_of_a_third_trust_is_one_on_the_wire() -> None:

@@ -10,6 +10,7 @@ from fedpriv.privacy import (
     Poisson,
     PrivacyPlan,
     Sampling,
+    TrustName,
     make_plan,
     noise_against_signal,
     privacy_statement,
@@ -23,20 +24,20 @@ SAMPLINGS: dict[str, Sampling] = {
 }
 
 
-def plan_of(sampling: Sampling, trust: str = "central", epsilon: float = 8.0, rounds: int = 50) -> PrivacyPlan:
+def plan_of(sampling: Sampling, trust: TrustName = "central", epsilon: float = 8.0, rounds: int = 50) -> PrivacyPlan:
     return make_plan(trust=trust, sampling=sampling, rounds=rounds, delta=1e-5, l2_bound=1.0, epsilon=epsilon)
 
 
 @pytest.mark.parametrize("trust", ["central", "local"])
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_the_ratio_is_the_expected_length_of_the_noise_on_the_mean_over_the_bound(name: str, trust: str) -> None:
+def test_the_ratio_is_the_expected_length_of_the_noise_on_the_mean_over_the_bound(name: str, trust: TrustName) -> None:
     made, size = plan_of(SAMPLINGS[name], trust), 10_000
     on_sum = made.noise_stddev * (1.0 if trust == "central" else math.sqrt(10.0))
     assert noise_against_signal(made, size).ratio == pytest.approx(on_sum * math.sqrt(size) / 10.0)
 
 
 @pytest.mark.parametrize("trust", ["central", "local"])
-def test_with_the_clients_or_the_epsilon_that_it_names_there_is_no_warning(trust: str) -> None:
+def test_with_the_clients_or_the_epsilon_that_it_names_there_is_no_warning(trust: TrustName) -> None:
     size = 1_000
     found = noise_against_signal(plan_of(Everyone(10), trust), size)
     assert found.clients is not None

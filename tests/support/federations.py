@@ -15,7 +15,7 @@ from fedpriv.data.federation import Federation, federate
 from fedpriv.data.partitions import Dirichlet
 from fedpriv.engines import Engine, LoopEngine, Population
 from fedpriv.methods import Method, ServerState
-from fedpriv.privacy import Everyone, Sampling, make_plan
+from fedpriv.privacy import Everyone, Sampling, TrustName, make_plan
 from fedpriv.rounds import ClientRules, ServerRules, Total, agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import FullGradient, LocalWork
@@ -80,7 +80,7 @@ def setting(
     module: nn.Module | None = None,
     work: LocalWork | None = None,
     sampling: Sampling | None = None,
-    trust: str | None = None,
+    trust: TrustName | None = None,
     noise_multiplier: float = 0.1,
     seed: int = 5,
 ) -> Setting:

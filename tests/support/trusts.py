@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedpriv.privacy import Shares
+from fedpriv.privacy import Adjacency, Shares
 
 __all__ = ["Pooled"]
 
@@ -17,7 +17,7 @@ class Pooled:
     adversary: ClassVar[str] = "the server itself, who sees the sum of the messages and who took part"
     seen: ClassVar[str] = "every noised sum"
     noised: ClassVar[str] = "the sum of a round's messages, in equal shares"
-    default_adjacency: ClassVar[str] = "replace"
+    default_adjacency: ClassVar[Adjacency] = "replace"
     reliance: ClassVar[int] = 1
     trusts_server: ClassVar[bool] = False
     clients_add_noise: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.privacy_terms import PrivacyTerms
-from fedpriv.privacy import REPLACE_FACTOR, Everyone, Local, PrivacyPlan, rounded_up
+from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, Local, PrivacyPlan, UnitName, rounded_up
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
@@ -173,7 +173,9 @@ class Ledger:
         return UserError(where, expected, "a changed or missing line", remedy)
 
 
-def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjacency: str, unit: str = "client") -> bool:
+def surely_within(
+    entries: Sequence[Entry], epsilon: float, delta: float, adjacency: Adjacency, unit: UnitName = "client"
+) -> bool:
     """Return whether a simple bound shows that the releases cost at most `epsilon` at `delta`.
 
     The bound is zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP
@@ -186,7 +188,7 @@ def surely_within(entries: Sequence[Entry], epsilon: float, delta: float, adjace
     return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
 
 
-def spent(entries: Sequence[Entry], delta: float, adjacency: str, unit: str = "client") -> float:
+def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: UnitName = "client") -> float:
     """Return epsilon at `delta` of all releases together; infinite if any release has no privacy guarantee.
 
     If all trust was local, this epsilon holds against the server, because only this client's own noise counts. A run
@@ -219,7 +221,7 @@ def in_words(epsilon: float) -> str:
     return rounded_up(epsilon) if math.isfinite(epsilon) else "inf"
 
 
-def account_of(folder: Path, epsilon: float, delta: float, adjacency: str, unit: str = "client") -> str:
+def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency, unit: UnitName = "client") -> str:
     """Return a summary of a ledger as text: one line for each run, and the total.
 
     Args:
@@ -259,7 +261,7 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: str, unit:
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 
-def _plan_of(entry: Entry, unit: str) -> PrivacyPlan:
+def _plan_of(entry: Entry, unit: UnitName) -> PrivacyPlan:
     """Return the plan of a run with central trust, for one `unit`."""
     plan = entry.plan(entry.l2_bound)
     if unit == "example":
@@ -267,7 +269,7 @@ def _plan_of(entry: Entry, unit: str) -> PrivacyPlan:
     return plan.of_clients() or replace(plan, noise_multiplier=0.0)
 
 
-def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str, unit: str) -> float:
+def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: UnitName) -> float:
     """Return epsilon of releases with this client's Gaussian noise.
 
     They compose to a single Gaussian release with mu^2 equal to the sum of (sensitivity / stddev)^2. Secret batches are
@@ -281,7 +283,7 @@ def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: str, unit:
     return min(together, _run_by_run(entries, delta, adjacency)) if batched else together
 
 
-def _run_by_run(entries: Sequence[Entry], delta: float, adjacency: str) -> float:
+def _run_by_run(entries: Sequence[Entry], delta: float, adjacency: Adjacency) -> float:
     runs: dict[tuple[str, int, PrivacyTerms], list[Entry]] = {}
     for entry in entries:
         terms = PrivacyTerms(**{field.name: getattr(entry, field.name) for field in fields(PrivacyTerms)})
@@ -304,7 +306,7 @@ def _gaussian(ratios: Sequence[float], delta: float) -> float:
     mu = ratios[0] if same else math.sqrt(math.fsum(ratio**2 for ratio in ratios))
     rounds = len(ratios) if same else 1
     plan = PrivacyPlan(
-        trust=Local.name,
+        trust="local",
         adjacency="replace",
         sampling=Everyone(1),
         rounds=rounds,
@@ -315,12 +317,12 @@ def _gaussian(ratios: Sequence[float], delta: float) -> float:
     return plan.epsilon_of_participations(rounds)
 
 
-def _ratios(entries: Sequence[Entry], adjacency: str, unit: str) -> list[float]:
+def _ratios(entries: Sequence[Entry], adjacency: Adjacency, unit: UnitName) -> list[float]:
     """Return sensitivity over standard deviation of each release; infinite if it promises nothing for the unit."""
     return [_moved(entry, adjacency, unit) / entry.noise_stddev for entry in entries]
 
 
-def _moved(entry: Entry, adjacency: str, unit: str) -> float:
+def _moved(entry: Entry, adjacency: Adjacency, unit: UnitName) -> float:
     """Return how far one unit of data moves a release, so that the squares of all releases of a run add up."""
     record = entry.record_bound
     if record is None:

@@ -10,14 +10,14 @@ from fedpriv.checks import positive_real, real_from
 from fedpriv.data.dataset import DATASETS
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
-from fedpriv.experiment.schema import read_table, refuse_unknown
+from fedpriv.experiment.schema import NAMED, read_table, refuse_unknown
 from fedpriv.files import make_private_folder, replace_durably
 from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference, whole_reference
-from fedpriv.privacy import REPLACE_FACTOR, UNITS, Local, PrivacyPlan, by_reliance
+from fedpriv.privacy import REPLACE_FACTOR, UNITS, PrivacyPlan, TrustName, UnitName, by_reliance
 from fedpriv.rounds import record_bound
 from fedpriv.tables import Table
 from fedpriv.tasks.kinds import TASKS
@@ -26,6 +26,7 @@ from fedpriv.tasks.models import MODELS
 __all__ = [
     "POLICY_FILE",
     "POLICY_TEXT",
+    "AcceptedTrust",
     "Accepts",
     "Limits",
     "OwnData",
@@ -72,6 +73,9 @@ own = ""                    # a file with this client's own examples; empty: its
 POLICY_TEXT = Template(_POLICY.replace("@methods@", ", ".join(f'"{name}"' for name in sorted(METHODS))))
 """Template of a policy, for `trust`, `unit`, `epsilon` and `delta`, that accepts all methods."""
 
+AcceptedTrust = TrustName | Literal["none"]
+"""The word of `accepts.trust`; see `Accepts`."""
+
 # The noise in the instructions must be the noise that the terms require, up to the last digits of a float64.
 _TOLERANCE = 1e-9
 
@@ -99,14 +103,14 @@ class Accepts:
         evaluation: True if the metrics of an app's evaluation may leave, although they are neither bounded nor noised.
     """
 
-    trust: str = Local.name
+    trust: AcceptedTrust = field(default="local", metadata=NAMED)
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     max_parameters: int = 10_000_000
     evaluation: bool = False
-    unit: Literal["client", "example"] = "client"
+    unit: UnitName = "client"
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
@@ -182,10 +186,10 @@ class Policy:
     data: OwnData = field(default_factory=OwnData)
 
     @property
-    def budgets(self) -> dict[str, float]:
+    def budgets(self) -> dict[UnitName, float]:
         """The budgets by unit."""
         whole = self.limits.client_epsilon
-        own = {self.accepts.unit: self.limits.epsilon}
+        own: dict[UnitName, float] = {self.accepts.unit: self.limits.epsilon}
         return own if whole is None or self.accepts.unit == "client" else {**own, "client": whole}
 
     def check_experiment(self, config: Config) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tomli_w
@@ -29,10 +29,9 @@ from fedpriv.deploy.setup.texts import (
 )
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import read_config_file
-from fedpriv.experiment.schema import read_table
+from fedpriv.experiment.schema import NAMED, read_table
 from fedpriv.files import write_atomically
-from fedpriv.privacy import UNITS, Local, by_reliance
-from fedpriv.privacy.unit import Client
+from fedpriv.privacy import UNITS, TrustName, UnitName, by_reliance
 
 __all__ = [
     "BUNDLES",
@@ -69,8 +68,8 @@ class Deployment:
     host: str
     port: int = 9092
     nodes: int
-    trust: str = Local.name
-    unit: str = Client.name
+    trust: TrustName = field(default="local", metadata=NAMED)
+    unit: UnitName = field(default="client", metadata=NAMED)
     epsilon: float = 8.0
     delta: float = 1e-5
 
