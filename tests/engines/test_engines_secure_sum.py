@@ -27,7 +27,7 @@ from fedpriv.methods import AlphaNormEC, Clip21, ServerState
 from fedpriv.methods.clip21 import ClientMemory
 from fedpriv.privacy import AggregationChoice, Poisson
 from fedpriv.rounds import Broadcast, Total, begin_round, client_round, finish_round, skip_round
-from fedpriv.streams import Purpose
+from fedpriv.streams import Purpose, Streams
 
 CLIENTS = 12
 CHOICE = AggregationChoice(least_survivors=8, colluders=1)
@@ -127,9 +127,17 @@ def test_sums_wrap_around_and_any_part_of_the_clients_adds_up() -> None:
 
 
 @every_engine
-def test_a_round_in_the_guard_band_changes_nothing_but_the_count(make: Callable[[Population], Any]) -> None:
+def test_a_round_in_the_guard_band_changes_nothing_but_the_count(
+    make: Callable[[Population], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A limit that the second round's sum exceeds: models and memories stay, the next round has fresh noise."""
-    of = made()
+    of, drawn, addresses = made(), IntegerSums.noised, []
+
+    def watched(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
+        addresses.append((round, client))
+        return drawn(self, streams, stddev, message, round, client)
+
+    monkeypatch.setattr(IntegerSums, "noised", watched)
     engine, limits = make(of.population), [10**9, 1, 10**9, 10**9]
     state, models, voids, saved = of.server.init(of.initial_model), [], [], []
     for number, limit in enumerate(limits, start=1):
@@ -142,6 +150,7 @@ def test_a_round_in_the_guard_band_changes_nothing_but_the_count(make: Callable[
         models.append(state.model)
         saved.append(engine.save())
     assert voids == [False, True, False, False]
+    assert addresses == [(turn, client) for turn in range(1, 5) for client in range(CLIENTS)]
     assert same(models[0], models[1])
     assert not same(models[1], models[2])
     assert all(same(saved[0][key], saved[1][key]) for key in saved[0])
