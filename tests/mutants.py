@@ -669,8 +669,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
-        '("devices", "schedule", "sources", "task")',
-        '("devices", "schedule", "task")',
+        '("aggregation", "devices", "schedule", "sources", "task")',
+        '("aggregation", "devices", "schedule", "task")',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
@@ -1629,7 +1629,7 @@ MUTANTS = [
     Mutant(
         "an audit is blind to replace counted as add-or-remove",
         PLAN,
-        'self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)',
+        "(self.l2_bound if self.sums is None else self.sums.l2_bound) * self._factor",
         "self.l2_bound",
         AUDITED,
     ),
@@ -2168,8 +2168,8 @@ MUTANTS = [
     Mutant(
         "aggregator: sampling is credited although the server sees who answers",
         TRUST,
-        '    noised: ClassVar[str] = "the sum of a round\'s messages, in equal shares by the clients"\n    default_adjacency: ClassVar[str] = "replace"\n    reliance: ClassVar[int] = 1\n    trusts_server: ClassVar[bool] = False\n    clients_add_noise: ClassVar[bool] = True\n    shows_messages: ClassVar[bool] = False\n    hides_cohorts: ClassVar[bool] = False',
-        '    noised: ClassVar[str] = "the sum of a round\'s messages, in equal shares by the clients"\n    default_adjacency: ClassVar[str] = "replace"\n    reliance: ClassVar[int] = 1\n    trusts_server: ClassVar[bool] = False\n    clients_add_noise: ClassVar[bool] = True\n    shows_messages: ClassVar[bool] = False\n    hides_cohorts: ClassVar[bool] = True',
+        "    hides_cohorts: ClassVar[bool] = False\n    charges_participations: ClassVar[bool] = False\n",
+        "    hides_cohorts: ClassVar[bool] = True\n    charges_participations: ClassVar[bool] = False\n",
         AGGREGATION,
     ),
     Mutant(
