@@ -14,11 +14,39 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fedpriv.bounding import Bounded, InPlace
 
-__all__ = ["Feedback", "Release", "bounded_residual", "decayed", "remember", "sent_message"]
+__all__ = [
+    "Feedback",
+    "Release",
+    "RoundedRelease",
+    "bounded_residual",
+    "decayed",
+    "on_grid",
+    "remember",
+    "sent_message",
+]
 
 Release = Callable[[Tensor], Tensor]
 """Turns a bounded message `[..., params]` into the one that leaves the client: adds noise and rounds to the grid of
-`fedpriv.mechanisms.noise`. Keeps shape, number format and device."""
+`fedpriv.mechanisms.noise`. Keeps shape and device, and the number format except under secure aggregation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedRelease:
+    """A `Release` for secure aggregation, which rounds a bounded message before it adds integer noise.
+
+    Args:
+        rounded: Rounds a bounded message to the grid of the sums.
+        noised: Adds noise to a rounded message; returns float64.
+        step: The grid.
+    """
+
+    rounded: Release
+    noised: Release
+    step: float
+
+    def __call__(self, message: Tensor) -> Tensor:
+        """Return the message that leaves the client."""
+        return self.noised(self.rounded(message))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +69,14 @@ class Feedback:
 def bounded_residual(bounded: "Bounded", memory: Tensor, signal: Tensor) -> Tensor:
     """Return B(signal - memory) on the last axis, `[..., params]`, every row within `bounded.l2_bound`."""
     return bounded(signal - memory)
+
+
+def on_grid(message: Tensor, release: Release | None) -> Tensor:
+    """Return the message to remember, `[..., params]`: rounded under secure aggregation, otherwise unchanged.
+
+    Server and clients then agree on the same numbers. A rule with a memory calls it on its bounded message.
+    """
+    return release.rounded(message) if isinstance(release, RoundedRelease) else message
 
 
 def sent_message(message: Tensor, release: Release | None) -> Tensor:

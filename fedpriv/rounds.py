@@ -19,11 +19,20 @@ from torch import Tensor
 
 from fedpriv.aggregation.exact import ExactSum, grid_step
 from fedpriv.errors import UserError
-from fedpriv.feedback import Release
+from fedpriv.feedback import Release, RoundedRelease
 from fedpriv.mechanisms.base import Mechanism, MechanismState
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian, StepNoise, max_level, release_message, release_rows
-from fedpriv.methods import METHODS, ClientStateT, Method, ServerState, feedback_of, has_memory, server_step
+from fedpriv.mechanisms.shares import IntegerSums, NoServerNoise, Voids
+from fedpriv.methods import (
+    METHODS,
+    ClientStateT,
+    Method,
+    ServerState,
+    feedback_of,
+    has_memory,
+    server_step,
+)
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.streams import Purpose, Streams
@@ -45,6 +54,7 @@ __all__ = [
     "finish_round",
     "record_bound",
     "signal_to_noise",
+    "skip_round",
     "total_of",
 ]
 
@@ -59,6 +69,7 @@ class ClientRules(Generic[ClientStateT]):
         streams: Source of its noise.
         examples: How it bounds the gradients of its examples; None unless the unit of privacy is `example`.
         step_stddev: Standard deviation of the noise on the sum of every local step (`dp-sgd`); 0 for none.
+        sums: The rules for sums of integers under secure aggregation; None for other trusts.
     """
 
     method: Method[ClientStateT]
@@ -66,6 +77,7 @@ class ClientRules(Generic[ClientStateT]):
     streams: Streams
     examples: ExampleTerms | None = None
     step_stddev: float = 0.0
+    sums: IntegerSums | None = None
 
     @property
     def draws_secrets(self) -> bool:
@@ -88,16 +100,27 @@ class ClientRules(Generic[ClientStateT]):
     @property
     def release_grid(self) -> float | None:
         """G: every coordinate of a noised message is a multiple of it; None without noise."""
+        if self.sums is not None:
+            return self.sums.grid
         return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
 
     @property
     def message_limit(self) -> float:
         """Largest absolute value of a message's coordinate: the bound plus 16 standard deviations of noise."""
         bound, grid = self.method.bounded.l2_bound, self.release_grid
+        if self.sums is not None:
+            return bound + self.sums.grid + 16.0 * self.noise_stddev
         return bound if grid is None else max_level(bound, self.noise_stddev) * grid
 
     def release(self, round: int, client: int) -> Release | None:
         """Return the function that noises the message `[params]` of one client in `round`; None without noise."""
+        if self.sums is not None:
+            sums = self.sums
+            return RoundedRelease(
+                rounded=sums.rounded,
+                noised=lambda message: sums.noised(self.streams, self.noise_stddev, message, round, client),
+                step=sums.grid,
+            )
         if self.noise_stddev == 0.0:
             return None
         level = max_level(self.method.bounded.l2_bound, self.noise_stddev)
@@ -105,6 +128,13 @@ class ClientRules(Generic[ClientStateT]):
 
     def release_rows(self, round: int, clients: Sequence[int]) -> Release | None:
         """Return the same for the messages `[clients, params]` of several clients."""
+        if self.sums is not None:
+            sums = self.sums
+            return RoundedRelease(
+                rounded=sums.rounded,
+                noised=lambda messages: sums.noised_rows(self.streams, self.noise_stddev, messages, round, clients),
+                step=sums.grid,
+            )
         if self.noise_stddev == 0.0:
             return None
         level = max_level(self.method.bounded.l2_bound, self.noise_stddev)
@@ -141,6 +171,11 @@ class ServerRules:
         _, noise = self.parts(state)
         return joined(self.method.init_server(state.model), noise)
 
+    def voids(self, state: ServerState) -> int:
+        """Return the number of void rounds so far; 0 unless sums are aggregated securely."""
+        noise = self.parts(state)[1]
+        return int(noise.voids) if isinstance(noise, Voids) else 0
+
     def parts(self, state: ServerState) -> tuple[ServerState, MechanismState]:
         """Return the state of the method with its optimizer, and that of the mechanism."""
         return parted(state, self.method.init_server(state.model[:0]), self.mechanism.init(0))
@@ -166,7 +201,8 @@ class Broadcast(NamedTuple):
     a cohort, with the capacity of the whole, add up to the sum of the whole, bit by bit. None stands for the length of
     `cohort`.
 
-    `part` distinguishes the broadcasts of one round if clients start from different models.
+    `part` distinguishes the broadcasts of one round if clients start from different models. `turn` is the address of
+    noise if some rounds are void: it counts all of them, and `round` those that count. None stands for `round`.
     """
 
     round: int
@@ -174,18 +210,28 @@ class Broadcast(NamedTuple):
     cohort: np.ndarray
     capacity: int | None = None
     part: int = 0
+    turn: int | None = None
+
+    @property
+    def address(self) -> int:
+        """The address of the clients' noise."""
+        return self.round if self.turn is None else self.turn
 
     def empty_sum(self, rules: "ClientRules", device: torch.device | str = "cpu") -> ExactSum:
         """Return an empty sum for the round's messages, which may arrive in any order.
 
         Raises:
-            UserError: If rounding to the grid could lengthen a message beyond its bound.
+            UserError: If rounding to the grid could lengthen a message beyond its bound, or change an integer.
         """
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.examples is not None:
             bound = min(bound, rules.examples.alone * rules.method.bounded.lipschitz)
-        if rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
+        if rules.sums is not None:
+            if step > rules.sums.grid:
+                expected = "a cohort whose integers float64 can add"
+                raise UserError("cohort", expected, f"{capacity:,} clients", "Use a smaller cohort")
+        elif rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
             expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"
             remedy = "Use a smaller cohort or model: rounding could lengthen a message beyond its bound"
             raise UserError("cohort", expected, f"{capacity:,}", remedy)
@@ -200,19 +246,23 @@ class Total(NamedTuple):
 
     `messages` counts the senders. `non_finite` counts those with a signal or memory that was not finite; their message
     was the bounded map of zero. `signal_norm` is the mean l2 norm of the others' signals (NaN if there is none).
+
+    `void` is True if the round does not count, under secure aggregation: the sum is then zero, and no state changes.
     """
 
     sum: Tensor
     messages: int
     non_finite: int
     signal_norm: float
+    void: bool = False
 
 
 def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
     """Return the agreement of server and clients; the plan's trust decides which of them adds the noise.
 
     Raises:
-        UserError: If the method needs noise at the client and the plan puts it at the server.
+        UserError: If the method needs noise at the client and the plan puts it at the server, or remembers noise that
+            only the sum may contain.
         ValueError: If the plan was made for another bound, sampling, client memory or client rule.
     """
     server_stddev = client_stddev = 0.0
@@ -228,7 +278,10 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
                 f'privacy.trust = "{plan.trust}"',
                 "Sent memory contains each client's noise: set privacy.trust to local, or method.memory to noiseless",
             )
-        server_stddev, client_stddev = plan.trust_rules.split(plan.message_stddev, sampling.expected_size)
+        if method.needs_client_noise and plan.trust_rules.secure_sums:
+            expected = '"noiseless" with secure aggregation: the next sums would depend on shares of earlier noise'
+            raise UserError("method.memory", expected, '"sent"', 'Set it to "noiseless", or privacy.trust to "local"')
+        server_stddev, client_stddev = plan.shares
     record = None if plan is None else plan.record
     if record is not None and record != record_bound(method, record.terms):
         raise ValueError(f"the plan was made for another client rule: {record}, {method}")
@@ -236,17 +289,26 @@ def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams:
     if plan is not None and in_steps and not plan.trust_rules.clients_add_noise:
         remedy = 'Set privacy.trust = "local": the promise then holds against the server, too'
         raise UserError("local.work", '"dp-sgd" with privacy.trust = "local"', f'trust "{plan.trust}"', remedy)
+    sums = None if plan is None else _integer_sums(plan)
+    mechanism: Mechanism = Gaussian(server_stddev) if sums is None else NoServerNoise()
     return Agreement(
-        ServerRules(method=method, sampling=sampling, mechanism=Gaussian(server_stddev), streams=streams),
+        ServerRules(method=method, sampling=sampling, mechanism=mechanism, streams=streams),
         ClientRules(
             method=method.client_part,
             noise_stddev=client_stddev,
             streams=streams,
             examples=None if record is None else record.terms,
             step_stddev=plan.noise_stddev if plan is not None and in_steps else 0.0,
+            sums=sums,
         ),
         plan,
     )
+
+
+def _integer_sums(plan: PrivacyPlan) -> IntegerSums | None:
+    if plan.aggregation is None or plan.sums is None:
+        return None
+    return IntegerSums(grid=plan.sums.step, limit=plan.sums.limit, least=plan.aggregation.least_survivors)
 
 
 def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
@@ -278,7 +340,8 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:
     """Return the server's broadcast in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
-    return Broadcast(round, state.model, cohort, capacity_of(rules.sampling))
+    counting = round - rules.voids(state)
+    return Broadcast(counting, state.model, cohort, capacity_of(rules.sampling), turn=round)
 
 
 def capacity_of(sampling: Sampling) -> int:
@@ -346,10 +409,14 @@ def _checked_client_rule(
 
     def watched(message: Tensor) -> Tensor:
         bounded.append(message)
-        released.append(message if release is None else release(message))
+        noised = release.noised if isinstance(release, RoundedRelease) else release
+        released.append(message if noised is None else noised(message))
         return released[-1]
 
-    message, state = method.client_rule(state, signal, None if release is None else watched, round)
+    own: Release | None = None if release is None else watched
+    if isinstance(release, RoundedRelease):
+        own = _watched_rounding(method, release, watched)
+    message, state = method.client_rule(state, signal, own, round)
     if release is not None and len(bounded) != 1:
         remedy = "Call release once, on the bounded message: without it the message has no noise"
         raise UserError("method.name", "a client rule that calls release once", f"{len(bounded)} calls", remedy)
@@ -358,10 +425,32 @@ def _checked_client_rule(
         raise UserError("method.name", "a client rule that sends its released message", "another message", remedy)
     longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
     bound = method.bounded.l2_bound
+    if isinstance(release, RoundedRelease):
+        longest -= 0.5 * release.step * math.sqrt(message.shape[-1])
     if not longest <= bound:
         remedy = "Correct client_rule or bounded: the noise hides messages up to the bound, and no longer ones"
         raise UserError("method.name", f"messages of norm at most {bound:g}, its l2_bound", f"{longest:g}", remedy)
     return message, state
+
+
+def _watched_rounding(method: Method, release: RoundedRelease, noised: Release) -> RoundedRelease:
+    """Return the release with other noise; raise UserError if a rule with memory releases what it did not round."""
+
+    def rounded(message: Tensor) -> Tensor:
+        found.append(release.rounded(message))
+        return found[-1]
+
+    def checked(message: Tensor) -> Tensor:
+        if has_memory(method) and len(found) != 2:
+            remedy = (
+                "Call on_grid(message, release) of fedpriv.feedback on the bounded message, and remember its result"
+            )
+            expected = "a client rule that remembers its rounded message, with secure aggregation"
+            raise UserError("method.name", expected, "one that does not round it", remedy)
+        return noised(message)
+
+    found: list[Tensor] = []
+    return RoundedRelease(rounded=rounded, noised=checked, step=release.step)
 
 
 def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
@@ -405,6 +494,12 @@ def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tens
         remedy = "Lower method.server_lr or its factors: beta, the bound, or the noise over the cohort size"
         raise UserError(f"the model after round {round}", "finite numbers", "NaN or infinity", remedy)
     return joined(after, noise)
+
+
+def skip_round(rules: ServerRules, state: ServerState) -> ServerState:
+    """Return the server's state after a void round: nothing changes, and the round does not count."""
+    own, noise = rules.parts(state)
+    return joined(own, Voids(noise.voids + 1)) if isinstance(noise, Voids) else state
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:

@@ -57,6 +57,8 @@ GUARD, LEDGER, PROMISE = (
     "tests/deploy/test_deploy_ledger.py",
     "tests/deploy/test_deploy_promise.py",
 )
+SUMS, AGGREGATION = "tests/engines/test_engines_secure_sum.py", "tests/privacy/test_privacy_aggregation.py"
+AGGREGATED, SHARES = "fedpriv/privacy/aggregation.py", "fedpriv/mechanisms/shares.py"
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
@@ -667,8 +669,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
-        '("devices", "schedule", "sources", "task")',
-        '("devices", "schedule", "task")',
+        '("aggregation", "devices", "schedule", "sources", "task")',
+        '("aggregation", "devices", "schedule", "task")',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
@@ -1627,7 +1629,7 @@ MUTANTS = [
     Mutant(
         "an audit is blind to replace counted as add-or-remove",
         PLAN,
-        'self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)',
+        "(self.l2_bound if self.sums is None else self.sums.l2_bound) * self._factor",
         "self.l2_bound",
         AUDITED,
     ),
@@ -2148,6 +2150,118 @@ MUTANTS = [
         "        if coordinator.secret_cohorts:\n            # The times",
         "        if False:\n            # The times",
         APPS,
+    ),
+    Mutant(
+        "aggregator: a memory keeps the message that was not rounded",
+        "fedpriv/feedback.py",
+        "return release.rounded(message) if isinstance(release, RoundedRelease) else message",
+        "return message",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: memories in place keep the message that was not rounded",
+        STEP,
+        "    signals = on_grid(signals, release)\n",
+        "",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: sampling is credited although the server sees who answers",
+        TRUST,
+        "    hides_cohorts: ClassVar[bool] = False\n    charges_participations: ClassVar[bool] = False\n",
+        "    hides_cohorts: ClassVar[bool] = True\n    charges_participations: ClassVar[bool] = False\n",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: shares do not make up for colluding clients",
+        AGGREGATED,
+        "share = noise / math.sqrt(self.honest)",
+        "share = noise / math.sqrt(self.least_survivors)",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: shares do not make up for clients that do not answer",
+        AGGREGATED,
+        "share = noise / math.sqrt(self.honest)",
+        "share = noise / math.sqrt(self.most - self.colluders)",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: the rounding of messages is not charged",
+        PLAN,
+        "return (self.l2_bound if self.sums is None else self.sums.l2_bound) * self._factor",
+        "return self.l2_bound * self._factor",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: all helpers together are promised what the sum is",
+        PLAN,
+        "alone = whole.bound(self.sums.share_stddev / (REPLACE_FACTOR * bound), self.rounds).epsilon",
+        "alone = whole.bound(self.noise_multiplier, self.rounds).epsilon",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: a sum beyond the guard band counts",
+        SHARES,
+        "if bool((levels.abs() > self.limit).any()):",
+        "if bool((levels.abs() > HALF_MODULUS).any()):",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: sums do not wrap around",
+        SHARES,
+        "return torch.remainder(levels + HALF_MODULUS, 2 * HALF_MODULUS) - HALF_MODULUS",
+        "return levels",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: a void round moves the memories",
+        "fedpriv/engines/secure_sum.py",
+        "            self._inner.undo()\n",
+        "",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: a round counts however few answer",
+        "fedpriv/engines/secure_sum.py",
+        "if len(broadcast.cohort) < self._sums.least:",
+        "if len(broadcast.cohort) < 1:",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: memories fade in void rounds",
+        ROUNDS,
+        "counting = round - rules.voids(state)",
+        "counting = round",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: the noise of a void round is used again",
+        ROUNDS,
+        "return self.round if self.turn is None else self.turn",
+        "return self.round",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: coarse shares are taken for Gaussian noise",
+        AGGREGATED,
+        "if sums.share_stddev > 0.0 and self.closeness(sums, rounds) > MAX_CLOSENESS:",
+        "if False:",
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: memories may keep noised messages",
+        "fedpriv/experiment/config.py",
+        '    if config.method.needs_client_noise:\n        expected = \'"noiseless" with privacy.trust',
+        '    if False:\n        expected = \'"noiseless" with privacy.trust',
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: a deployment sends bare messages",
+        "fedpriv/experiment/config.py",
+        "        self.check_plain_sums()\n",
+        "",
+        SUMS,
     ),
 ]
 

@@ -9,6 +9,8 @@ the whole, to the bit (`fedpriv.aggregation.exact`), so no draw of the experimen
 | population n + m; expected cohort q (n + m), which divides sums; capacity and grid of the sums to match | n |
 | noise multiplier, q and claim | the same |
 
+Under secure aggregation, canaries add no noise: the shares of the real clients are the plan's whole noise.
+
 The observer wraps the server's rule and records its input: the noisy sum over the expected cohort. If trust is local,
 each canary's messages are requested separately, and the engine's sum is the message itself.
 """
@@ -26,6 +28,7 @@ from fedpriv.audit.canaries import Canaries, CanaryPopulation, VectorizedCanarie
 from fedpriv.data.federation import ResampledFederation
 from fedpriv.data.partitions import Resampled
 from fedpriv.engines import Engine, LoopEngine, Population
+from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.execution import make_engine
 from fedpriv.methods import Method
@@ -122,6 +125,9 @@ class Attack:
             broadcast = begin_round(self.experiment.server, state, number)
             broadcast = broadcast._replace(capacity=capacity_of(server.sampling))
             total = self.clients.sum_messages(broadcast)
+            if total.void:
+                remedy = "Lower aggregation.least_survivors, or audit a plan in which everyone takes part"
+                raise UserError(f"round {number}", "a round that counts, in an audit", "a void round", remedy)
             planted = self._planted(broadcast) if apart is None else apart[number - 1]
             state = finish_round(server, state, number, _with(total, planted).sum)
             watch(number)
@@ -148,10 +154,12 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Ite
     """
     people, sampling = experiment.population, experiment.server.sampling
     examples = people.rules.examples
+    # Under secure aggregation, the real clients' shares are the whole noise: canaries add none.
+    rules = people.rules if people.rules.sums is None else replace(people.rules, noise_stddev=0.0)
     wider = Poisson(sampling.population + len(canaries.planted), sampling.sampling_prob)
     size, rounds = people.task.layout.size, experiment.config.training.rounds
     planted = CanaryPopulation(
-        rules=people.rules,
+        rules=rules,
         task=people.task,
         federation=_holders(people, wider.population),
         work=people.work,

@@ -21,7 +21,7 @@ from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalWork, PoissonGradient, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
-__all__ = ["Engine", "Population", "keep_freed_memory", "one_thread"]
+__all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread"]
 
 # The names M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -52,6 +52,14 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End everything that the engine started outside this process. Do not use the engine afterwards."""
+        ...
+
+
+class UndoingEngine(Engine, Protocol):
+    """An engine that can take back a round, for secure aggregation."""
+
+    def undo(self) -> None:
+        """Restore all states from before the last call of `sum_messages`, if clients' rules have `sums`."""
         ...
 
 

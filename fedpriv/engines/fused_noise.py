@@ -15,9 +15,10 @@ __all__ = ["FusedNoise", "can_fuse", "without_noise"]
 def can_fuse(rules: ClientRules) -> bool:
     """Return True if clients add noise that no memory stores, so that only the sum of the noise is ever used.
 
+    Shares under secure aggregation are integers of single clients, as in a deployment, and are not fused.
     A method with memory and a rule that is not `Feedback` may store noise: its noise is not fused.
     """
-    if rules.noise_stddev == 0.0 or rules.method.needs_client_noise:
+    if rules.noise_stddev == 0.0 or rules.method.needs_client_noise or rules.sums is not None:
         return False
     rule = feedback_of(rules.method)
     return not has_memory(rules.method) if rule is None else not rule.sent
@@ -25,7 +26,7 @@ def can_fuse(rules: ClientRules) -> bool:
 
 def without_noise(population: Population) -> Population:
     """Return the same clients without noise, for the engine inside a `FusedNoise`."""
-    return replace(population, rules=replace(population.rules, noise_stddev=0.0))
+    return replace(population, rules=replace(population.rules, noise_stddev=0.0, sums=None))
 
 
 class FusedNoise:

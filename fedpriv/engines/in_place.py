@@ -14,7 +14,7 @@ from fedpriv.aggregation.exact import ExactSum
 from fedpriv.bounding import row_norms
 from fedpriv.engines.native import FeedbackInC, feedback_in_c
 from fedpriv.engines.states import StateStore
-from fedpriv.feedback import Feedback, Release, sent_message
+from fedpriv.feedback import Feedback, Release, on_grid, sent_message
 from fedpriv.methods import ClientState, feedback_of
 from fedpriv.rounds import Broadcast, ClientRules, Total, apply_client_rule, counted_norms, total_of
 
@@ -47,7 +47,8 @@ class ClientStep:
         self._feedback = feedback_of(self.rules.method)
         self._without_memory = self._feedback is not None and self._feedback.beta is None
         self._in_c = None
-        if self.native and self.rules.noise_stddev == 0.0 and self.device.type == "cpu" and self._feedback is not None:
+        plain = self.rules.noise_stddev == 0.0 and self.rules.sums is None
+        if self.native and plain and self.device.type == "cpu" and self._feedback is not None:
             library = feedback_in_c()
             if library is not None and self._memories_suit_c():
                 self._in_c = FeedbackInC(
@@ -63,9 +64,10 @@ class ClientStep:
             state: Fields `[clients, ...]`.
         """
         norms = row_norms(signals)
-        round, release = self.broadcast.round, self.rules.release_rows(self.broadcast.round, clients)
+        round, turn = self.broadcast.round, self.broadcast.address
+        release = self.rules.release_rows(turn, clients)
         if len(clients) == 1:  # as a vector, for the same bits as a client alone
-            signals, norms, release = signals[0], norms[0], self.rules.release(round, clients[0])
+            signals, norms, release = signals[0], norms[0], self.rules.release(turn, clients[0])
             state = type(state)(*(part[0] for part in state))
         if self._feedback is None:
             decisive = sum((row_norms(part.double()) for part in state), norms)
@@ -145,6 +147,7 @@ def _feed_back_(
     rule.bounded.bound_(signals, residuals)
     if rule.damping > 0.0:
         memory.mul_(1.0 - rule.damping)
+    signals = on_grid(signals, release)
     sent = sent_message(signals, release)
     memory.add_(sent if rule.sent else signals, alpha=rule.beta)
     if "updated" in fields:

@@ -29,6 +29,8 @@ class LoopEngine:
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
         population, round = self._population, broadcast.round
+        if self._population.rules.sums is not None:
+            self._states.begin()
         rules, model = population.rules, broadcast.model.to(population.task.device)
         total, norms = broadcast.empty_sum(rules, model.device), []
         with one_thread():
@@ -37,7 +39,7 @@ class LoopEngine:
                 with self._states.borrowed([client]) as kept:
                     state = type(kept)(*(field[0] for field in kept))
                     norms += _counted_norm(signal, state)
-                    message, new = client_round(rules, client, state, signal, round)
+                    message, new = client_round(rules, client, state, signal, round, broadcast.address)
                     total.add(message)
                     _write(state, new)
         return total_of(total, norms)
@@ -49,6 +51,10 @@ class LoopEngine:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`."""
         self._states.restore(tensors)
+
+    def undo(self) -> None:
+        """See `UndoingEngine.undo`."""
+        self._states.undo()
 
     def close(self) -> None:
         """Do nothing: the engine starts no process."""

@@ -77,6 +77,7 @@ class StateStore(Generic[ClientStateT]):
         self._slots: dict[int, int] = {}  # client -> row in memory, least recently used first
         self._free: list[int] = []
         self._file: _SpillFile | None = None
+        self._before: dict[int, list[Tensor]] | None = None  # states from before a round that may be taken back
 
     @property
     def capacity(self) -> int | None:
@@ -109,6 +110,18 @@ class StateStore(Generic[ClientStateT]):
         for view, *new in zip(views, *copies, strict=True):
             for field, value in zip(view, new, strict=True):
                 field.copy_(value)
+
+    def begin(self) -> None:
+        """Begin a round that `undo` can take back: keep a copy of each state that is used, beyond the memory bound."""
+        self._before = {}
+
+    def undo(self) -> None:
+        """Restore the states from before the last `begin`."""
+        before, self._before = self._before or {}, None
+        for client, fields in before.items():
+            with self.borrowed([client]) as state:
+                for target, source in zip(state, fields, strict=True):
+                    target[0].copy_(source)
 
     def count(self, client: int) -> None:
         """Count a client without state as seen."""
@@ -166,6 +179,8 @@ class StateStore(Generic[ClientStateT]):
                 for field, fresh in zip(self._row(slot), self._fresh, strict=True):
                     field.copy_(fresh)
         self._slots[client] = slot
+        if self._before is not None and client not in self._before:
+            self._before[client] = [field.clone() for field in self._row(slot)]
         return slot
 
     def _room(self, needed: Sequence[int]) -> int:

@@ -58,6 +58,8 @@ class VectorizedEngine:
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
         model = broadcast.model.to(self._population.task.device)
+        if self._population.rules.sums is not None:
+            self._states.begin()
         step = ClientStep(self._population.rules, broadcast, model.device, native=True)
         with one_thread():  # further cores are better used by further workers
             for clients in self._chunks(broadcast.cohort):
@@ -95,6 +97,10 @@ class VectorizedEngine:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`."""
         self._states.restore(tensors)
+
+    def undo(self) -> None:
+        """See `UndoingEngine.undo`."""
+        self._states.undo()
 
     def close(self) -> None:
         """Do nothing: the engine starts no process."""

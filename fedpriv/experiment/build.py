@@ -86,7 +86,8 @@ class Experiment:
         if timeline is not None:
             timeline = make_timeline(config, federation, self.population.task.layout.size)
             sampling = sampling_under(config, federation.population, timeline)
-        plan = config.plan(sampling, fewest_examples(config, federation))
+        size = self.population.task.layout.size
+        plan = config.plan(sampling, fewest_examples(config, federation), size)
         streams = config.streams
         agreed = agree(config.method, sampling, plan, streams)
         population = replace(self.population, rules=agreed.client, streams=streams)
@@ -115,9 +116,12 @@ def fewest_examples(config: Config, federation: Holders) -> int | None:
 
 
 def plan_of(config: Config, sampling: Sampling, data_root: Path | None = None) -> PrivacyPlan | None:
-    """Return the config's plan; read the data only if it depends on the clients' numbers of examples."""
-    federation = make_federation(config, data_root) if config.needs_sizes else None
-    return config.plan(sampling, None if federation is None else fewest_examples(config, federation))
+    """Return the config's plan; read the data only if it depends on them: on numbers of examples, or on their shape."""
+    if not config.needs_sizes and not config.sums_securely:
+        return config.plan(sampling)
+    federation = make_federation(config, data_root)
+    size = task_of(config, federation, "cpu").layout.size if config.sums_securely else None
+    return config.plan(sampling, fewest_examples(config, federation), size)
 
 
 def _check_labels(config: Config, dataset: Dataset) -> None:
@@ -174,7 +178,7 @@ def assemble(
     task = task_of(config, federation, device, channels_last=channels_last, precision=precision)
     timeline = make_timeline(config, federation, task.layout.size)
     sampling = sampling_under(config, federation.population, timeline)
-    plan = config.plan(sampling, fewest_examples(config, federation))
+    plan = config.plan(sampling, fewest_examples(config, federation), task.layout.size)
     streams = config.streams
     agreed = agree(config.method, sampling, plan, streams)
     population = Population(

@@ -26,6 +26,8 @@ from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import (
     SAMPLINGS,
     Adjacency,
+    Aggregation,
+    AggregationChoice,
     DataFacts,
     PrivacyPlan,
     Sampling,
@@ -38,7 +40,7 @@ from fedpriv.privacy import (
 )
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
-from fedpriv.rounds import record_bound
+from fedpriv.rounds import capacity_of, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
@@ -78,12 +80,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
+TABLES += ("aggregation", "augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
-NOISE_TABLES += ("devices", "schedule", "sources", "task")
+NOISE_TABLES += ("aggregation", "devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,8 @@ class PrivacyChoice:
 
     Args:
         trust: `central`: a trusted server adds the noise. `local`: every client adds noise, and the server is the
-            adversary.
+            adversary. `aggregator`: every client adds a share of the noise, and the server sees only the sum; see
+            `AggregationChoice`.
         adjacency: `add-or-remove` or `replace`; None for the default of the trust.
         delta: Probability in (0, 1) with which the guarantee may fail; well below one over the number of clients.
         epsilon: The target; the noise is calibrated to it.
@@ -227,6 +230,7 @@ class Config:
     schedule: Schedule | None = None
     task: TaskKind = field(default_factory=Classification)
     evaluation: PerClient | None = None
+    aggregation: AggregationChoice | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -242,6 +246,7 @@ class Config:
         if self.data.test is not None and (self.data.test != "public" or self.data.validation is not None):
             data["test"] = self.data.test
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
+        aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
@@ -264,6 +269,7 @@ class Config:
             "method": {"name": self.method_name, **write_table(self.method.client_part)},
             **server,
             **privacy,
+            **aggregation,
             "training": write_table(self.training),
             **clock,
             **({} if self.evaluation is None else {"evaluation": write_table(self.evaluation)}),
@@ -354,6 +360,7 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
+        self.check_plain_sums()
         if self.needs_sizes:
             remedy = "Set it: devices do not tell the server how many examples they have"
             raise UserError("privacy.examples", "a public number in a deployment", "a missing key", remedy)
@@ -374,6 +381,17 @@ class Config:
         if self.devices is not None:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
+
+    def check_plain_sums(self) -> None:
+        """Raise UserError if the experiment needs secure aggregation, which only engines in process simulate for now.
+
+        Raises:
+            UserError: If `privacy.trust` is `aggregator`.
+        """
+        if self.sums_securely and self.privacy is not None:
+            remedy = 'Simulate it with --engine loop, vectorized or ray, or set it to "local" or "central"'
+            expected = '"local" or "central" with Flower and in deployments, for now'
+            raise UserError("privacy.trust", expected, f'"{self.privacy.trust}"', remedy)
 
     def check_positions(self) -> None:
         """Raise UserError if one example more would change how other examples of its client are used.
@@ -397,12 +415,18 @@ class Config:
         """True if the plan depends on the clients' numbers of examples, which are then public."""
         return self.privacy is not None and self.privacy.unit == "example" and self.privacy.examples is None
 
-    def plan(self, sampling: Sampling, fewest: int | None = None) -> PrivacyPlan | None:
+    @property
+    def sums_securely(self) -> bool:
+        """True if the plan rounds messages to integers, and therefore depends on the number of parameters."""
+        return self.privacy is not None and trust_of(self.privacy.trust).secure_sums
+
+    def plan(self, sampling: Sampling, fewest: int | None = None, size: int | None = None) -> PrivacyPlan | None:
         """Return the privacy plan with these cohorts, or None for a non-private run.
 
         Args:
             sampling: The sampling of clients.
             fewest: Examples of the client with the fewest, if `needs_sizes`.
+            size: Number of parameters, if `sums_securely`.
 
         Raises:
             ValueError: If the schedule has its own timeline of cohorts and `sampling` draws others, or the reverse.
@@ -417,8 +441,15 @@ class Config:
             l2_bound=self.method.bounded.l2_bound,
             client_memory=has_memory(self.method),
             record=self._record_bound(self.privacy, fewest),
+            aggregation=self._aggregation(sampling, size),
             **{field: getattr(self.privacy, field) for field in _PLANNED},
         )
+
+    def _aggregation(self, sampling: Sampling, size: int | None) -> Aggregation | None:
+        if not self.sums_securely or size is None:
+            return None
+        most = sampling.cohort_size or min(capacity_of(sampling), sampling.population)
+        return (self.aggregation or AggregationChoice()).of(sampling, most, size)
 
     def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
         if privacy.unit != "example":
@@ -562,14 +593,24 @@ def parse_config(tables: Table) -> Config:
         augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
         task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
+        aggregation=_read_aggregation(given),
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
     return config
 
 
+def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
+    """Return the numbers of secure aggregation; the defaults if a config names its trust alone."""
+    trust = given.get("privacy", {}).get("trust", "central")
+    secure = isinstance(trust, str) and trust_of(trust).secure_sums
+    table = given.get("aggregation", {} if secure else None)
+    return None if table is None else read_table(AggregationChoice, table, "aggregation")
+
+
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
+    _check_sums(config)
     _check_schedule(config)
     _check_unit(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
@@ -584,6 +625,24 @@ def check_config(config: Config) -> None:
         config.deployment.check(config.method)
     if config.evaluation is not None and config.evaluation.clients:
         _check_evaluation(config)
+
+
+def _check_sums(config: Config) -> None:
+    """Raise UserError for what secure aggregation cannot protect, or does not offer yet."""
+    if config.aggregation is not None and not config.sums_securely:
+        remedy = 'Remove the table, or set privacy.trust = "aggregator"'
+        raise UserError("[aggregation]", 'no such table unless privacy.trust = "aggregator"', "a table", remedy)
+    if not config.sums_securely or config.privacy is None:
+        return
+    if config.method.needs_client_noise:
+        expected = '"noiseless" with privacy.trust = "aggregator": sent memories would reveal shares of the noise'
+        raise UserError("method.memory", expected, '"sent"', 'Set it to "noiseless", or privacy.trust to "local"')
+    if config.privacy.unit == "example":
+        expected = '"client" with privacy.trust = "aggregator": rounding to its grid may enlarge one record\'s change'
+        raise UserError("privacy.unit", expected, '"example"', 'Set it to "client", or privacy.trust to "local"')
+    if config.devices is not None:
+        expected = 'no such table with privacy.trust = "aggregator", for now'
+        raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
 
 
 def _check_evaluation(config: Config) -> None:

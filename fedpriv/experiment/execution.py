@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedpriv.checks import at_least_one, one_of, real_from
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
+from fedpriv.engines.base import UndoingEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
+from fedpriv.engines.secure_sum import SecureSum
 from fedpriv.errors import UserError, has_extra, require_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.run_directory import RunDirectory
@@ -208,15 +210,15 @@ class Ran(NamedTuple):
         return self._asdict()
 
 
-def _loop(population: Population, memory: int | None, folder: Path | None) -> Engine:
+def _loop(population: Population, memory: int | None, folder: Path | None) -> UndoingEngine:
     return LoopEngine(population, states=population.state_store(memory, folder))
 
 
-def _vectorized(population: Population, memory: int | None, folder: Path | None) -> Engine:
+def _vectorized(population: Population, memory: int | None, folder: Path | None) -> UndoingEngine:
     return VectorizedEngine(population, states=population.state_store(memory, folder))
 
 
-_COMPUTES: dict[str, Callable[[Population, int | None, Path | None], Engine]] = {
+_COMPUTES: dict[str, Callable[[Population, int | None, Path | None], UndoingEngine]] = {
     "loop": _loop,
     "vectorized": _vectorized,
 }
@@ -256,11 +258,13 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
     fused = execution.client_noise != "faithful" and can_fuse(experiment.population.rules)
     population = without_noise(experiment.population) if fused else experiment.population
     if engine == "ray":
-        runner = _ray(experiment, population, execution, compute, workers)
+        clients = _ray(experiment, population, execution, compute, workers)
     else:
-        runner = _COMPUTES[compute](population, execution.state_memory, execution.state_folder)
+        clients = _COMPUTES[compute](population, execution.state_memory, execution.state_folder)
+    sums = population.rules.sums
+    runner: Engine = clients if sums is None else SecureSum(clients, sums)
     if fused:
-        runner = FusedNoise(runner, experiment.population.rules)
+        runner = FusedNoise(clients, experiment.population.rules)
     noise = "fused" if fused else "faithful"
     return runner, Ran(engine if engine == "ray" else compute, compute, workers, noise, seconds)
 
@@ -297,7 +301,9 @@ def _workers_pay(experiment: Experiment, workers: int, seconds_per_client: float
     return alone / workers + _RAY_START_SECONDS + _RAY_ROUND_SECONDS * rounds < _WORTH_WORKERS * alone
 
 
-def _ray(experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int) -> Engine:
+def _ray(
+    experiment: Experiment, population: Population, execution: Execution, compute: str, workers: int
+) -> UndoingEngine:
     from fedpriv.engines.ray.engine import RayEngine
     from fedpriv.engines.ray.snapshots import KeepSnapshots
 

@@ -32,7 +32,7 @@ from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import Method
 from fedpriv.plugins import MEMORY
-from fedpriv.privacy import SAMPLINGS, Everyone, PrivacyPlan, Sampling
+from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, PrivacyPlan, Sampling, trust_of
 from fedpriv.privacy.released import Whose
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
@@ -69,6 +69,7 @@ class Experiment:
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         privacy: The privacy guarantee; None for a run without privacy.
+        aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
@@ -97,6 +98,7 @@ class Experiment:
     method: Method
     rounds: int
     privacy: PrivacyChoice | None = None
+    aggregation: AggregationChoice | None = None
     task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
     augment: Augmentation | None = None
@@ -136,12 +138,17 @@ class Experiment:
             cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
             method=self.method,
             privacy=self.privacy,
+            aggregation=self._sums(),
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
             evaluation=self.evaluation,
         )
         check_config(config)
         return config
+
+    def _sums(self) -> AggregationChoice | None:
+        secure = self.privacy is not None and trust_of(self.privacy.trust).secure_sums
+        return self.aggregation or (AggregationChoice() if secure else None)
 
     def _check_kinds(self) -> None:
         """Raise UserError for an argument of another kind, such as a class or a name in place of an object."""

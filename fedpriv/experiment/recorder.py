@@ -145,6 +145,8 @@ class Recorder:
             self._count(round)
         evaluation = self._evaluation(state.model, round)
         released = {"round": round, **self._promise(round), **evaluation, **self._clock(round, released=True)}
+        if self.experiment.population.rules.sums is not None:
+            released["void"] = total.void
         stopped = None
         try:
             self._record(released, self._diagnose(round, state, total, seconds))

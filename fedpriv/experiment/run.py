@@ -15,7 +15,7 @@ from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
 from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import ServerState
-from fedpriv.rounds import begin_round, finish_round
+from fedpriv.rounds import begin_round, finish_round, skip_round
 from fedpriv.tables import Record
 
 __all__ = ["run_experiment"]
@@ -79,7 +79,10 @@ def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: 
             total = engine.sum_messages(begin_round(experiment.server, state, number))
         else:
             total = versions.total(engine, experiment.server, number)
-        state = finish_round(experiment.server, state, number, total.sum)
+        if total.void:
+            state = skip_round(experiment.server, state)
+        else:
+            state = finish_round(experiment.server, state, number, total.sum)
         if versions is not None:
             versions.moved(number, state.model)
         older = {} if versions is None else versions.older_than(number)

@@ -36,7 +36,7 @@ from torch import Tensor
 from fedpriv.bounding import SmoothedNormalization
 from fedpriv.checks import require_fraction, require_representable
 from fedpriv.errors import UserError
-from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, remember, sent_message
+from fedpriv.feedback import Feedback, Release, bounded_residual, decayed, on_grid, remember, sent_message
 from fedpriv.methods.base import LostMemory, PlainMethod, Row, direction
 
 __all__ = ["AlphaNormEC", "ClientMemory", "ServerMemory"]
@@ -132,7 +132,7 @@ class AlphaNormEC(PlainMethod):
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
         memory = decayed(state.memory, self.damping, round - 1 - state.updated)
-        message = bounded_residual(self.bounded, memory, signal)
+        message = on_grid(bounded_residual(self.bounded, memory, signal), release)
         sent = sent_message(message, release)
         learned = sent if self.memory == "sent" else message
         memory = remember(decayed(memory, self.damping, 1), learned, self.beta)

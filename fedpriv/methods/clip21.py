@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip
 from fedpriv.checks import require_representable
-from fedpriv.feedback import Feedback, Release, bounded_residual, remember, sent_message
+from fedpriv.feedback import Feedback, Release, bounded_residual, on_grid, remember, sent_message
 from fedpriv.methods.base import LostMemory, PlainMethod, Row
 
 __all__ = ["ClientMemory", "Clip21", "ServerMemory"]
@@ -96,7 +96,7 @@ class Clip21(PlainMethod):
         round: int,
     ) -> tuple[Tensor, ClientMemory]:
         """See `Method.client_rule`."""
-        message = bounded_residual(self.bounded, state.memory, signal)
+        message = on_grid(bounded_residual(self.bounded, state.memory, signal), release)
         return sent_message(message, release), ClientMemory(remember(state.memory, message, 1.0))
 
     def server_rule(

@@ -1,12 +1,24 @@
 """Privacy plans, the accounting behind them, and the statement of a run's guarantee."""
 
+from fedpriv.privacy.aggregation import Aggregation, AggregationChoice
 from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
 from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
 from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
-from fedpriv.privacy.trust import TRUSTS, Central, Local, Shares, Trust, TrustName, by_reliance, trust_name, trust_of
+from fedpriv.privacy.trust import (
+    TRUSTS,
+    Aggregator,
+    Central,
+    Local,
+    Shares,
+    Trust,
+    TrustName,
+    by_reliance,
+    trust_name,
+    trust_of,
+)
 from fedpriv.privacy.unit import UNITS, Adjacency, Unit, UnitName, adjacency_of, unit_name, unit_of
 from fedpriv.privacy.warning import delta_warning, noise_against_signal, signal_warning
 
@@ -18,6 +30,9 @@ __all__ = [
     "TRUSTS",
     "UNITS",
     "Adjacency",
+    "Aggregation",
+    "AggregationChoice",
+    "Aggregator",
     "Central",
     "DataFacts",
     "Everyone",

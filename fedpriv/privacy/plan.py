@@ -12,9 +12,11 @@ from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
+from fedpriv.mechanisms.shares import HALF_MODULUS
+from fedpriv.privacy.aggregation import Aggregation, SumGrid
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
-from fedpriv.privacy.trust import Trust, TrustName, trust_of
+from fedpriv.privacy.trust import Shares, Trust, TrustName, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, Adjacency, UnitName, adjacency_of, unit_of
 
 # The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
@@ -45,7 +47,8 @@ class PrivacyPlan:
 
     Args:
         trust: central: the server adds the noise to the sum, and only models are released. local: each client adds
-            noise to its message, and the server sees every message.
+            noise to its message, and the server sees every message. aggregator: each client adds a share of the noise,
+            and the server sees only the sum.
         adjacency: add-or-remove: a client's message is present or zero. replace: it is any other bounded message.
         sampling: The sampling of clients; draws the cohorts and is accounted for.
         rounds: Number of rounds, from 0.
@@ -55,9 +58,11 @@ class PrivacyPlan:
         client_memory: True if clients keep a state from round to round; see `accounting.Releases`.
         unit: The unit of protection: `client`, or `example` for a single record of a client.
         record: How far one record moves the releases; None unless `unit` is `example`.
+        aggregation: The numbers of secure aggregation; None unless `trust` is `aggregator`.
 
     Formal guarantee: let every message have norm at most `l2_bound`, and let noise of `noise_stddev` per coordinate be
-    added to the sum (trust central) or to every message (trust local). Then the adversary's view of all rounds is
+    added to the sum (trust central), to every message (trust local), or to the sum in shares (trust aggregator, see
+    `fedpriv.privacy.aggregation`). Then the adversary's view of all rounds is
     (`epsilon`, `delta`)-differentially private under `adjacency`, for any state that clients and server keep.
     """
 
@@ -71,9 +76,11 @@ class PrivacyPlan:
     client_memory: bool = True
     unit: UnitName = "client"
     record: "RecordBound | None" = None
+    aggregation: Aggregation | None = None
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
+        self._check_aggregation()
         if (self.unit == "example") != (self.record is not None):
             raise ValueError(f"unit {self.unit!r} with the record bound {self.record}")
         if self.record is None:
@@ -84,6 +91,8 @@ class PrivacyPlan:
         if not is_real(self.noise_multiplier, 0.0, MAX_NOISE):
             expected = f"a number from 0 to {MAX_NOISE:g}"
             raise UserError("privacy.noise_multiplier", expected, self.noise_multiplier, "Set it or privacy.epsilon")
+        if self.aggregation is not None and (sums := self.sums) is not None:
+            self.aggregation.check(sums, self.rounds)
 
     @property
     def trust_rules(self) -> Trust:
@@ -119,15 +128,30 @@ class PrivacyPlan:
     def l2_sensitivity(self) -> float:
         """Maximum change of a sum of messages due to one client: B for add-or-remove, 2 B for replace.
 
-        For the unit `example`, it may be that of all rounds, or of a local step: see `RecordBound.sensitivity`.
+        Under secure aggregation, B is the bound of a rounded message. For the unit `example`, it may be that of all
+        rounds, or of a local step: see `RecordBound.sensitivity`.
         """
         if self.record is not None:
             return self.record.sensitivity(self.adjacency, max(self.rounds, 1))
-        return self.l2_bound * (REPLACE_FACTOR if self.adjacency == "replace" else 1.0)
+        return (self.l2_bound if self.sums is None else self.sums.l2_bound) * self._factor
+
+    @property
+    def sums(self) -> SumGrid | None:
+        """The grid of the sums under secure aggregation; otherwise None."""
+        if self.aggregation is None:
+            return None
+        return self.aggregation.grid(self.l2_bound, self.noise_multiplier * self._factor)
+
+    @property
+    def shares(self) -> Shares:
+        """Standard deviations of the noise that the server and each client add."""
+        if self.sums is not None:
+            return Shares(server=0.0, client=self.sums.share_stddev)
+        return self.trust_rules.split(self.message_stddev, self.sampling.expected_size)
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation per coordinate: on the sum (trust central), on each message (local) or on each step."""
+        """Standard deviation per coordinate: on the sum (trust central or aggregator), a message (local) or a step."""
         return self.noise_multiplier * self.l2_sensitivity
 
     @property
@@ -141,6 +165,8 @@ class PrivacyPlan:
 
         The noise is sampled exactly, so the sampler adds nothing to epsilon or delta.
         """
+        if self.sums is not None:
+            return self.sums.step
         return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
 
     @property
@@ -274,7 +300,7 @@ class PrivacyPlan:
             "noise_multiplier": self.noise_multiplier,
             "noise_stddev": self.noise_stddev,
             "release_grid": self.release_grid,
-            "epsilon_of_sampling": 0.0,
+            "epsilon_of_sampling": self._closeness,
             "delta_of_sampling": 0.0,
             "l2_bound": self.l2_bound,
             "l2_sensitivity": self.l2_sensitivity,
@@ -288,6 +314,7 @@ class PrivacyPlan:
             "amplification": self.amplification,
             "client_memory": self.client_memory,
             **({} if self.record is None else {"record": self.record.as_dict()}),
+            **self._of_aggregation(),
             "promises": self.promises(thorough=thorough),
             "gaussian_dp_mu": _finite(self.gaussian_dp_mu),
             "zcdp_rho": _finite(self.zcdp_rho),
@@ -298,6 +325,68 @@ class PrivacyPlan:
     def _credits_sampling(self) -> bool:
         """True if the accountant may credit sampling. Otherwise epsilon follows from one exact mu."""
         return self.releases.credits_sampling
+
+    def adversaries(self) -> list[dict[str, Any]]:
+        """Return the epsilon against each adversary of secure aggregation; an infinite one is None.
+
+        `sums`: sees the noised sums. `colluders`: also has c of the clients, or their noise is missing; the plan's
+        epsilon. `all-helpers`: has the server and all helpers, or t - 1 of the clients; only the client's own share
+        protects it, and neighbors differ by `replace`. Empty for other trusts.
+        """
+        if self.aggregation is None or self.sums is None:
+            return []
+        terms, bound = self.aggregation, self.sums.l2_bound
+        more = math.sqrt(terms.least_survivors / terms.honest)
+        whole = replace(self.releases, adjacency="replace")
+        alone = whole.bound(self.sums.share_stddev / (REPLACE_FACTOR * bound), self.rounds).epsilon
+        seen = self.releases.bound(self.noise_multiplier * more, self.rounds).epsilon
+        return [
+            self._against("sums", seen, self.adjacency, self.noise_stddev * more),
+            {
+                **self._against("colluders", self.epsilon, self.adjacency, self.noise_stddev),
+                "colluders": terms.colluders,
+            },
+            self._against("all-helpers", alone, "replace", self.sums.share_stddev),
+        ]
+
+    def _against(self, name: str, epsilon: float, adjacency: str, stddev: float) -> dict[str, Any]:
+        facts = {"name": name, "epsilon": _finite(epsilon), "delta": self.delta}
+        return {**facts, "adjacency": adjacency, "noise_stddev": stddev}
+
+    def _of_aggregation(self) -> dict[str, Any]:
+        """Return the entries of `as_dict` on secure aggregation."""
+        if self.aggregation is None or self.sums is None:
+            return {}
+        own = {"share_stddev": self.sums.share_stddev, "rounded_l2_bound": self.sums.l2_bound}
+        own |= {"sum_limit": self.sums.limit, "modulus": 2 * HALF_MODULUS}
+        return {**own, "aggregation": self.aggregation.as_dict(), "adversaries": self.adversaries()}
+
+    @property
+    def _closeness(self) -> float:
+        if self.aggregation is None or self.sums is None or self.sums.share_stddev == 0.0:
+            return 0.0
+        return self.aggregation.closeness(self.sums, self.rounds)
+
+    @property
+    def _factor(self) -> float:
+        return REPLACE_FACTOR if self.adjacency == "replace" else 1.0
+
+    def _check_aggregation(self) -> None:
+        if self.trust_rules.secure_sums and self.aggregation is None:
+            remedy = 'Run it in a simulation on the engines loop, vectorized or ray, or set it to "local" or "central"'
+            raise UserError("privacy.trust", "a trust that is offered here", f'"{self.trust}"', remedy)
+        if self.aggregation is not None and not self.trust_rules.secure_sums:
+            remedy = 'Remove [aggregation], or set privacy.trust = "aggregator"'
+            raise UserError("[aggregation]", f'no such table with privacy.trust = "{self.trust}"', "a table", remedy)
+        if self.aggregation is None:
+            return
+        if self.record is not None:
+            remedy = 'Set privacy.unit = "client", or privacy.trust to local or central'
+            expected = '"client" with secure aggregation: rounding to its grid could hide or reveal single records'
+            raise UserError("privacy.unit", expected, f'"{self.unit}"', remedy)
+        if not self.sampling.draws_cohorts:
+            remedy = "Remove [schedule]: weights would change integers, and no round could be declared void"
+            raise UserError("[schedule]", "no such table with secure aggregation", "a schedule", remedy)
 
     def _promise(self) -> dict[str, Any]:
         return {
@@ -326,13 +415,14 @@ def make_plan(
     noise_multiplier: float | None = None,
     client_memory: bool = True,
     record: "RecordBound | None" = None,
+    aggregation: Aggregation | None = None,
 ) -> PrivacyPlan:
     """Return a plan for a target epsilon or a noise multiplier.
 
     Args:
         trust: See `PrivacyPlan`.
-        adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local, if the unit is `example` or if a
-            timeline decides who counts (`Scheduled`), and otherwise for `add-or-remove`.
+        adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local or aggregator, if the unit is
+            `example` or if a timeline decides who counts (`Scheduled`), and otherwise for `add-or-remove`.
         sampling: See `PrivacyPlan`.
         rounds: See `PrivacyPlan`.
         delta: See `PrivacyPlan`.
@@ -341,6 +431,7 @@ def make_plan(
         noise_multiplier: See `PrivacyPlan`; set exactly one of `noise_multiplier` and `epsilon`.
         client_memory: See `PrivacyPlan`; True is always safe.
         record: See `PrivacyPlan`; the unit is `example` if it is given.
+        aggregation: See `PrivacyPlan`.
 
     Raises:
         UserError: If the plan is not valid, or uses an option that is not offered yet.
@@ -360,6 +451,7 @@ def make_plan(
         client_memory=client_memory,
         unit="client" if record is None else "example",
         record=record,
+        aggregation=aggregation,
     )
     if noise_multiplier is not None:
         return plan

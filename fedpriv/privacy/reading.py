@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpriv.errors import UserError
+from fedpriv.privacy.aggregation import Aggregation
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.sampling import read_sampling
@@ -41,6 +42,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             client_memory=table.get("client_memory", True),
             unit=table.get("unit", "client"),
             record=RecordBound.read(table["record"]) if "record" in table else None,
+            aggregation=Aggregation(**table["aggregation"]) if "aggregation" in table else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore the file, or move the run to another folder"

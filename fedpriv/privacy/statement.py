@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
@@ -145,6 +146,28 @@ _IN_TIME = (
 )
 
 
+_ADVERSARIES = (
+    "Adversaries: with up to {honest} clients on its side, that is colluding with it, invented by it, or leaving out "
+    "their noise, the adversary above learns at most epsilon = {colluders}. Whoever sees the noised sums alone learns "
+    "at most epsilon = {sums}. The server together with {all_helpers}, or with {puppets} of the clients that answer, "
+    "sees a client's message alone: then only the client's own share of the noise, of standard deviation {share:.6g}, "
+    "protects it, and epsilon = {alone} ({adjacency}). All at delta = {delta:g}."
+)
+
+_VOID = (
+    "Aggregation: messages and shares are whole multiples of {grid:g}, added modulo 2^{bits}. Messages of norm "
+    "{bound:g} are rounded to the grid first, and the rounded bound {rounded:.9g} is charged. Every client adds "
+    "Gaussian noise of standard deviation {share:.6g}, so that any {honest} shares have at least the noise above; more "
+    "answers give more noise, which is not credited. A round with fewer than {least} answers, or with a sum beyond "
+    "{limit:g} in some coordinate, is void: nobody keeps a state, and it is charged all the same."
+)
+
+_SIMULATED_SUMS = (
+    "Simulated: one process computed all messages and added the clients' integer shares. There were no masks, no keys "
+    "and no helpers. A deployment with secure aggregation would release the same sums."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
     """Choices that only a simulation may make, for its statement.
@@ -209,6 +232,7 @@ def privacy_statement(
         *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if simulated.clock else []),
         _fill(_mechanism(plan) if plan.record is None else _mechanism_of_records(plan, plan.record)),
         *([] if plan.record is None else [_fill(_whole_clients(plan))]),
+        *_about_sums(plan, deployed=deployed),
         *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed, examples=plan.record is not None),
@@ -218,6 +242,42 @@ def privacy_statement(
         *([_listed(_FILES, _recorded(data, deployed=deployed))] if recorded else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
+    """Return paragraphs on secure aggregation: its numbers, its adversaries, and whether it is simulated."""
+    terms, sums = plan.aggregation, plan.sums
+    if terms is None or sums is None:
+        return []
+    against = {one["name"]: one for one in plan.adversaries()}
+    epsilons = {name: _in_words(one["epsilon"]) for name, one in against.items()}
+    helpers = "the helper" if terms.helpers == 1 else f"all {terms.helpers} helpers"
+    adversaries = _ADVERSARIES.format(
+        honest=terms.colluders,
+        colluders=epsilons["colluders"],
+        sums=epsilons["sums"],
+        all_helpers=helpers,
+        puppets=terms.least_survivors - 1,
+        share=sums.share_stddev,
+        alone=epsilons["all-helpers"],
+        adjacency=against["all-helpers"]["adjacency"],
+        delta=plan.delta,
+    )
+    aggregation = _VOID.format(
+        grid=sums.step,
+        bits=(2 * HALF_MODULUS).bit_length() - 1,
+        bound=plan.l2_bound,
+        rounded=sums.l2_bound,
+        share=sums.share_stddev,
+        honest=terms.honest,
+        least=terms.least_survivors,
+        limit=sums.limit * sums.step,
+    )
+    return [_fill(aggregation), _fill(adversaries), *([] if deployed else [_fill(_SIMULATED_SUMS)])]
+
+
+def _in_words(epsilon: float | None) -> str:
+    return "infinite" if epsilon is None else rounded_up(epsilon)
 
 
 def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> list[str]:

@@ -3,6 +3,7 @@
 Configs, records, instructions and ledgers keep only the name; `trust_of` returns its object.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
@@ -10,9 +11,20 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 from fedpriv.privacy.unit import Adjacency
 
-__all__ = ["TRUSTS", "Central", "Local", "Shares", "Trust", "TrustName", "by_reliance", "trust_name", "trust_of"]
+__all__ = [
+    "TRUSTS",
+    "Aggregator",
+    "Central",
+    "Local",
+    "Shares",
+    "Trust",
+    "TrustName",
+    "by_reliance",
+    "trust_name",
+    "trust_of",
+]
 
-TrustName = Literal["central", "local"]
+TrustName = Literal["central", "local", "aggregator"]
 """The name of a trust in `TRUSTS`."""
 
 
@@ -42,6 +54,8 @@ class Trust(Protocol):
         hides_cohorts: True if the adversary does not see who took part; only then may sampling be credited.
         charges_participations: True if a client's own noise alone protects it, so that it is charged for the messages
             that it sent; otherwise its first message is charged with the whole guarantee.
+        secure_sums: True if messages are summed by secure aggregation; a plan then has an `Aggregation`, and clients
+            add integer shares of the noise (`fedpriv.privacy.aggregation`).
     """
 
     name: ClassVar[str]
@@ -55,6 +69,7 @@ class Trust(Protocol):
     shows_messages: ClassVar[bool]
     hides_cohorts: ClassVar[bool]
     charges_participations: ClassVar[bool]
+    secure_sums: ClassVar[bool]
 
     def split(self, stddev: float, cohort: float) -> Shares:
         """Return the noise that the server and each client add.
@@ -99,6 +114,7 @@ class Central:
     shows_messages: ClassVar[bool] = False
     hides_cohorts: ClassVar[bool] = True
     charges_participations: ClassVar[bool] = False
+    secure_sums: ClassVar[bool] = False
 
     def split(self, stddev: float, cohort: float) -> Shares:
         """Return all noise for the server."""
@@ -135,6 +151,7 @@ class Local:
     shows_messages: ClassVar[bool] = True
     hides_cohorts: ClassVar[bool] = False
     charges_participations: ClassVar[bool] = True
+    secure_sums: ClassVar[bool] = False
 
     def split(self, stddev: float, cohort: float) -> Shares:
         """Return all noise for each client."""
@@ -156,7 +173,48 @@ class Local:
         )
 
 
-TRUSTS: Registry[Trust] = Registry("trust", {"central": Central, "local": Local})
+@dataclass(frozen=True)
+class Aggregator:
+    """Each client adds a share of the noise and masks its message, and the server learns only the noised sum."""
+
+    name: ClassVar[str] = "aggregator"
+    adversary: ClassVar[str] = (
+        "the server itself, or anyone who sees the noised sums and who took part, together with all helpers but one "
+        "and with as many clients as the plan allows to collude"
+    )
+    seen: ClassVar[str] = "every noised sum of messages, and who took part"
+    noised: ClassVar[str] = "the sum of a round's messages, in equal shares by the clients"
+    default_adjacency: ClassVar[Adjacency] = "replace"
+    reliance: ClassVar[int] = 1
+    trusts_server: ClassVar[bool] = False
+    clients_add_noise: ClassVar[bool] = True
+    shows_messages: ClassVar[bool] = False
+    hides_cohorts: ClassVar[bool] = False
+    charges_participations: ClassVar[bool] = False
+    secure_sums: ClassVar[bool] = True
+
+    def split(self, stddev: float, cohort: float) -> Shares:
+        """Return equal shares for the clients, if all of the cohort answer; see `PrivacyPlan.shares` for a plan's."""
+        return Shares(server=0.0, client=stddev / math.sqrt(cohort))
+
+    def noises(self, cohort: float) -> float:
+        """Return 1 for any number of messages."""
+        return 1.0
+
+    def more_clients(self, excess: float) -> float:
+        """Return `excess`: the same noise is divided by a larger number."""
+        return excess
+
+    def who(self, most: str) -> str:
+        """See `Trust.who`."""
+        return (
+            f"Adversary: {self.adversary}. Every client adds its share of the noise to its own message and masks it. "
+            "The masks cancel only in the sum, and one honest helper keeps them secret. The server sees who took part, "
+            f"so no amplification by sampling is claimed. {most}"
+        )
+
+
+TRUSTS: Registry[Trust] = Registry("trust", {"central": Central, "local": Local, "aggregator": Aggregator})
 
 
 def by_reliance() -> tuple[str, ...]:
@@ -170,9 +228,6 @@ def trust_of(name: str) -> Trust:
     Raises:
         UserError: If there is none.
     """
-    if name == "aggregator":
-        remedy = 'Secure aggregation is not offered yet: use "local", or "central" with a server that you trust'
-        raise UserError("privacy.trust", '"central" or "local"', '"aggregator"', remedy)
     if name not in TRUSTS:
         raise UserError("privacy.trust", "a known name", repr(name), nearest(str(name), TRUSTS))
     return TRUSTS[name]()

@@ -18,6 +18,8 @@ from audit_cases import (
 from torch import Tensor
 
 from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
+from fedpriv.mechanisms.shares import IntegerSums
+from fedpriv.streams import Streams
 
 CENTRAL: Changes = {"privacy": PRIVACY}
 REPLACE: Changes = {"privacy": {**PRIVACY, "adjacency": "replace"}}
@@ -27,6 +29,10 @@ FULL_MEMORY: Changes = {"method": {"name": "clip21", "clip_norm": 0.5}}
 SENT: Changes = {
     "method": {"name": "alpha-normec", "beta": 0.1, "server_normalization": False, "memory": "sent"},
     "privacy": {**PRIVACY, "trust": "local"},
+}
+AGGREGATOR: Changes = {
+    "privacy": {**PRIVACY, "trust": "aggregator"},
+    "aggregation": {"least_survivors": 10},
 }
 POISSON: Changes = {"cohort": {"sampling": "poisson", "probability": 0.5}}
 FIXED: Changes = {"cohort": {"sampling": "fixed", "size": 4}}
@@ -44,6 +50,8 @@ RIGHT: dict[str, Changes] = {
     "local, sent memory": SENT,
     "local, no memory, poisson": LOCAL | MEMORYLESS | POISSON,
     "central, server adam": MEMORYLESS | {"server": {"optimizer": "adam"}},
+    "aggregator": AGGREGATOR,
+    "aggregator, no memory": AGGREGATOR | MEMORYLESS,
     "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
 }
 SHORT: Changes = {"training": {"rounds": 12}}
@@ -102,6 +110,19 @@ def test_noise_that_is_wrong_at_clients_is_found_guilty(
     in_few_coordinates = fault in (in_half, in_every_other)  # the score of a coordinate is at most sqrt(rounds)
     plan = LOCAL if in_few_coordinates else SHORT | LOCAL
     assert quick_audit(plan, canaries=30 if in_few_coordinates else 50)[1]["verdict"] == "guilty"
+
+
+@pytest.mark.parametrize("fault", ["half", "the same each round"])
+def test_shares_that_are_wrong_are_found_guilty_in_the_sum(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = IntegerSums.noised
+
+    def faulty(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
+        if fault == "half":
+            return drawn(self, streams, 0.5 * stddev, message, round, client)
+        return drawn(self, streams, stddev, message, 1, client)
+
+    monkeypatch.setattr(IntegerSums, "noised", faulty)
+    assert quick_audit(AGGREGATOR, canaries=150)[1]["verdict"] == "guilty"
 
 
 @pytest.mark.parametrize("plan", [CENTRAL, LOCAL, POISSON], ids=["central", "local", "poisson"])

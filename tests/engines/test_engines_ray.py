@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +36,11 @@ from fedpriv.engines.ray.engine import RayEngine
 from fedpriv.engines.ray.host import merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners
 from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
+from fedpriv.engines.secure_sum import SecureSum
 from fedpriv.errors import UserError
 from fedpriv.methods import ServerState
-from fedpriv.privacy import Everyone, FixedSize, Poisson
-from fedpriv.rounds import Broadcast, Total
+from fedpriv.privacy import AggregationChoice, Everyone, FixedSize, Poisson
+from fedpriv.rounds import Broadcast, Total, begin_round, finish_round, skip_round
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalSteps, MinibatchGradient
 
@@ -239,6 +241,33 @@ def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: 
     reference = LoopEngine(made.population)
     assert all_same(found, advance(reference, made.server, start_of(made), 1, rounds)[1])
     assert same_states(states, reference.save())
+
+
+@pytest.mark.usefixtures("some_ray")
+def test_integer_sums_and_void_rounds_are_those_of_the_loop() -> None:
+    """Workers take back the third round, whose sum is beyond the limit, from a snapshot and the rounds since."""
+    made = setting(
+        EXAMPLES["alpha-normec damped"], trust="aggregator", aggregation=AggregationChoice(least_survivors=CLIENTS)
+    )
+    rules = made.population.rules.sums
+    assert rules is not None
+
+    def run(engine: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        state, models = made.server.init(made.initial_model), []
+        for number in range(1, 6):
+            limited = replace(rules, limit=1) if number == 3 else rules
+            total = SecureSum(engine, limited).sum_messages(begin_round(made.server, state, number))
+            assert total.void == (number == 3)
+            void = total.void
+            state = skip_round(made.server, state) if void else finish_round(made.server, state, number, total.sum)
+            models.append(state.model)
+        return models, engine.save()
+
+    with over_ray(made, snapshots=KeepSnapshots(every=2, share=1e9)) as engine:
+        found, states = run(engine)
+    wanted, expected = run(LoopEngine(made.population))
+    assert all_same(found, wanted)
+    assert same_states(states, expected)
 
 
 @pytest.mark.usefixtures("some_ray")

@@ -205,12 +205,6 @@ def test_an_unknown_name_is_answered_with_the_nearest(change: dict[str, Any], ne
         plan(**change)
 
 
-@pytest.mark.parametrize("change", [{"trust": "aggregator"}])
-def test_what_is_not_offered_yet_says_so(change: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"[Nn]ot offered yet.* use"):
-        plan(**change)
-
-
 @every_combination
 def test_a_statement_never_gives_a_number_without_its_adversary(trust: str, adjacency: str, name: str) -> None:
     made = plan(trust=trust, adjacency=adjacency, sampling=SAMPLINGS[name])

@@ -128,7 +128,7 @@ def test_a_memory_of_noise_asks_for_noise_at_the_client(trust: Trust) -> None:
 @pytest.mark.parametrize(
     ("make", "where", "words"),
     [
-        (trust_of, "privacy.trust", {"aggregator": "not offered yet", "locl": "Did you mean 'local'", "none": "Known"}),
+        (trust_of, "privacy.trust", {"locl": "Did you mean 'local'", "none": "Known"}),
         (unit_of, "privacy.unit", {"exemple": "Did you mean 'example'", "clients": "Did you mean 'client'"}),
     ],
 )
@@ -197,13 +197,14 @@ def test_no_part_of_the_code_asks_for_the_class_of_a_sampling_or_the_name_of_a_t
 
 
 def test_who_accepts_a_trust_accepts_those_that_rely_on_less() -> None:
-    assert by_reliance() == ("local", "pooled", "central")
+    assert by_reliance() == ("local", "aggregator", "pooled", "central")
     accepted = {trust: Accepts(trust=trust_name(trust)).trusts for trust in by_reliance()}
     accepted["none"] = Accepts(trust="none").trusts
     assert accepted["local"] == ("local",)
-    assert accepted["pooled"] == ("local", "pooled")
-    assert accepted["none"] == ("local", "pooled", "central", "none")
-    with pytest.raises(UserError, match=r'accepts\.trust: expected "local" or "pooled" or "central" or "none"'):
+    assert accepted["pooled"] == ("local", "aggregator", "pooled")
+    assert accepted["none"] == (*by_reliance(), "none")
+    words = " or ".join(f'"{name}"' for name in (*by_reliance(), "none"))
+    with pytest.raises(UserError, match=rf"accepts\.trust: expected {words}"):
         Accepts(trust="nobody")  # pyright: ignore[reportArgumentType]
 
 

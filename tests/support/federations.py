@@ -15,7 +15,7 @@ from fedpriv.data.federation import Federation, federate
 from fedpriv.data.partitions import Dirichlet
 from fedpriv.engines import Engine, LoopEngine, Population
 from fedpriv.methods import Method, ServerState
-from fedpriv.privacy import Everyone, Sampling, TrustName, make_plan
+from fedpriv.privacy import AggregationChoice, Everyone, Sampling, TrustName, make_plan
 from fedpriv.rounds import ClientRules, ServerRules, Total, agree, begin_round, finish_round
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import FullGradient, LocalWork
@@ -83,6 +83,7 @@ def setting(
     trust: TrustName | None = None,
     noise_multiplier: float = 0.1,
     seed: int = 5,
+    aggregation: AggregationChoice | None = None,
 ) -> Setting:
     """A setting on the ragged digits with full gradients and everyone, unless something else is given."""
     federation = federation or ragged_digits()
@@ -99,6 +100,7 @@ def setting(
             delta=1e-5,
             l2_bound=method.bounded.l2_bound,
             noise_multiplier=noise_multiplier,
+            aggregation=aggregation and aggregation.of(sampling, sampling.population, task.layout.size),
         )
     server, client, _ = agree(method, sampling, plan, streams)
     population = Population(

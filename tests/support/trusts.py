@@ -24,6 +24,7 @@ class Pooled:
     shows_messages: ClassVar[bool] = False
     hides_cohorts: ClassVar[bool] = False
     charges_participations: ClassVar[bool] = False
+    secure_sums: ClassVar[bool] = False
 
     def split(self, stddev: float, cohort: float) -> Shares:
         return Shares(server=0.0, client=stddev / math.sqrt(cohort))

@@ -258,7 +258,7 @@ class Policy:
         if not multiplier >= least:
             floor = f"at least {least:g}"
             raise _no("limits.min_noise_multiplier", floor, f"{multiplier:g}")
-        needed = plan.trust_rules.split(plan.message_stddev, plan.sampling.expected_size).client
+        needed = plan.shares.client
         if not abs(instructions.noise_stddev - needed) <= _TOLERANCE * needed:
             raise _no("noise", f"a standard deviation of {needed:g}, as in the terms", f"{instructions.noise_stddev:g}")
         return plan

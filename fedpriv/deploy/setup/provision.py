@@ -31,7 +31,7 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import NAMED, read_table
 from fedpriv.files import write_atomically
-from fedpriv.privacy import UNITS, TrustName, UnitName, by_reliance
+from fedpriv.privacy import TRUSTS, UNITS, TrustName, UnitName, by_reliance
 
 __all__ = [
     "BUNDLES",
@@ -75,8 +75,9 @@ class Deployment:
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
-        if self.trust not in by_reliance():
-            expected = " or ".join(f'"{name}"' for name in by_reliance())
+        offered = [name for name in by_reliance() if not TRUSTS[name].secure_sums]
+        if self.trust not in offered:
+            expected = " or ".join(f'"{name}"' for name in offered)
             raise UserError("trust", expected, repr(self.trust), "Change the value")
         if self.unit not in UNITS:
             raise UserError("--unit", '"client" or "example"', repr(self.unit), nearest(self.unit, UNITS))

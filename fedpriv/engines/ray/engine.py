@@ -106,6 +106,7 @@ class RayEngine:
         self._hosts: dict[int, Any] = {}
         self._dead: set[int] = set()
         self._stale = False
+        self._last: Broadcast | None = None  # a round that may still be taken back
         shipment = pack((_to_ship(population), make_local))
         size = sum(array.nbytes for array in shipment.arrays)
         vectors = 16 * population.task.layout.size * (workers + 2)
@@ -135,29 +136,45 @@ class RayEngine:
         """
         if broadcast.capacity is None:
             broadcast = broadcast._replace(capacity=len(broadcast.cohort))
-        doing = f"round {broadcast.round}"
+        self._settle()
+        doing = f"round {broadcast.address}"
         total, seconds = self._until_done(lambda: self._run(broadcast), doing)
         self._owners.measured(seconds)
         if not self._memory:
             self._seen.update(broadcast.cohort.tolist())
             return total
+        self._last = broadcast
+        if self._population.rules.sums is None:
+            self._settle()
+        return total
+
+    def undo(self) -> None:
+        """See `UndoingEngine.undo`: workers return to the last snapshot and repeat the rounds since then."""
+        if self._last is not None:
+            self._last, self._stale = None, True
+
+    def _settle(self) -> None:
+        """Record the last round, which is no longer taken back."""
+        if self._last is None:
+            return
+        broadcast, self._last = self._last, None
         self._snapshots.log(broadcast)
         if self._owners.rebalanced():
-            self._until_done(self._exchange, doing)
+            self._until_done(self._exchange, f"round {broadcast.address}")
         elif self._snapshots.due:
-            self._until_done(self._snapshot, doing)
-        return total
+            self._until_done(self._snapshot, f"round {broadcast.address}")
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`. The saved states become the last snapshot."""
         if not self._memory:
             return {"clients": torch.tensor(sorted(self._seen), dtype=torch.int64)}
+        self._settle()
         self._until_done(self._snapshot, "a checkpoint")
         return merged(self._snapshots.parts())
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine.restore`. Clients get new owners."""
-        self._seen = set(tensors["clients"].tolist())
+        self._seen, self._last = set(tensors["clients"].tolist()), None
         if self._memory:
             self._owners.forget()
             self._snapshots.keep([tensors])
@@ -183,7 +200,7 @@ class RayEngine:
         sum_ = np.zeros(broadcast.model.shape[-1])
         shares = self._owners.shares(broadcast.cohort)
         model = ray.put(broadcast.model.detach().cpu().numpy())
-        about = broadcast.round, model, broadcast.capacity
+        about = broadcast.round, broadcast.turn, model, broadcast.capacity
         calls = {worker: self._hosts[worker].run.remote(*about, share) for worker, share in shares.items()}
         found: dict[int, Partial] = self._collect(calls)
         for partial in found.values():

@@ -112,9 +112,12 @@ class Host:
         """
         return _caught(lambda: self._start(population, threads, gpu, path))
 
-    def run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial | Failure:
+    def run(
+        self, round: int, turn: int | None, model: np.ndarray, capacity: int, groups: list[np.ndarray]
+    ) -> Partial | Failure:
         """Run groups of clients on the model `[params]`, each group as a separate cohort."""
-        return _caught(lambda: self._run(round, model, capacity, groups))
+        whole = Broadcast(round, _view(model), np.zeros(0, dtype=np.int64), capacity, turn=turn)
+        return _caught(lambda: self._run(whole, groups))
 
     def save(self) -> Shipment | Failure:
         """Return the states that `Engine.save` of the local engine returns."""
@@ -133,19 +136,18 @@ class Host:
         people, make_local = unpack(population)
         self._local = make_local(people, torch.device("cuda" if gpu else "cpu"))
 
-    def _run(self, round: int, model: np.ndarray, capacity: int, groups: list[np.ndarray]) -> Partial:
+    def _run(self, whole: Broadcast, groups: list[np.ndarray]) -> Partial:
         began = time.perf_counter()
-        vector = _view(model)
-        totals = [self._local.sum_messages(Broadcast(round, vector, np.array(g), capacity)) for g in groups]
-        whole = totals[0].sum.numpy()
+        totals = [self._local.sum_messages(whole._replace(cohort=np.array(group))) for group in groups]
+        sum_ = totals[0].sum.numpy()
         for total in totals[1:]:
-            whole = whole + total.sum.numpy()
+            sum_ = sum_ + total.sum.numpy()
         finite = [total.messages - total.non_finite for total in totals]
         norms = math.fsum(t.signal_norm * count for t, count in zip(totals, finite, strict=True) if count)
         seconds = time.perf_counter() - began if self._warm else math.nan
         self._warm = True
         messages, non_finite = sum(t.messages for t in totals), sum(t.non_finite for t in totals)
-        return Partial(whole, messages, non_finite, norms, seconds)
+        return Partial(sum_, messages, non_finite, norms, seconds)
 
 
 def pack(value: object) -> Shipment:

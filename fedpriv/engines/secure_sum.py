@@ -1,0 +1,60 @@
+"""Sums under secure aggregation in a simulation: integers modulo 2^32, void rounds, and no cryptography.
+
+A deployment adds the same integers under masks that cancel in the sum, so that it gets the same bits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedpriv.engines.base import UndoingEngine
+from fedpriv.mechanisms.shares import IntegerSums
+from fedpriv.rounds import Broadcast, Total
+
+__all__ = ["SecureSum"]
+
+
+class SecureSum:
+    """An engine whose rounds are void if too few clients answer, or if a sum is beyond the limit of the grid.
+
+    In a void round, the server learns nothing that it uses, and no client's state changes.
+
+    Args:
+        inner: Runs the clients, who add integer shares of the noise.
+        sums: The rules for the sums.
+    """
+
+    def __init__(self, inner: UndoingEngine, sums: IntegerSums) -> None:
+        self._inner = inner
+        self._sums = sums
+
+    @property
+    def name(self) -> str:
+        """The name of the inner engine."""
+        return self._inner.name
+
+    def sum_messages(self, broadcast: Broadcast) -> Total:
+        """See `Engine.sum_messages`."""
+        size = broadcast.model.shape[-1]
+        if len(broadcast.cohort) < self._sums.least:
+            nothing = torch.zeros(size, dtype=torch.float64)
+            return Total(nothing, len(broadcast.cohort), 0, math.nan, void=True)
+        total = self._inner.sum_messages(broadcast)
+        sum_ = self._sums.total(total.sum)
+        if sum_ is None:
+            self._inner.undo()
+            return total._replace(sum=torch.zeros(size, dtype=torch.float64), void=True)
+        return total._replace(sum=sum_)
+
+    def save(self) -> dict[str, Tensor]:
+        """See `Engine.save`."""
+        return self._inner.save()
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine.restore`."""
+        self._inner.restore(tensors)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._inner.close()

@@ -1,0 +1,114 @@
+"""Integer shares of noise for sums under secure aggregation: rounded messages, shares, and the sum modulo 2^32.
+
+Why such sums are as private as a Gaussian mechanism is proved in `fedpriv.privacy.aggregation`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpriv.mechanisms.gaussian import rounded_noise
+from fedpriv.streams import Purpose, Streams
+
+__all__ = ["HALF_MODULUS", "IntegerSums", "NoServerNoise", "Voids", "centered"]
+
+HALF_MODULUS = 2**31
+"""Sums are taken modulo twice this number of grid steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerSums:
+    """The rules for sums of integers under secure aggregation.
+
+    Args:
+        grid: G, a power of two: messages are rounded to multiples of it.
+        limit: Largest absolute value of a sum in grid steps; a larger sum makes its round void.
+        least: Fewest messages for which a round counts.
+    """
+
+    grid: float
+    limit: int
+    least: int
+
+    def rounded(self, message: Tensor) -> Tensor:
+        """Return the nearest multiples of the grid, in the message's number format, which holds them exactly.
+
+        A number whose last bit exceeds the grid is a multiple of it; any other has a quotient below 2^24 (float32).
+        """
+        return torch.round(message * (1.0 / self.grid)).mul_(self.grid)
+
+    def noised(self, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
+        """Return a rounded message with its share of the noise: multiples of the grid, float64 `[params]`.
+
+        Args:
+            streams: Source of randomness.
+            stddev: Standard deviation of the share in each coordinate; 0 for none.
+            message: The rounded message `[params]`.
+            round: The round or turn, from 1.
+            client: Id of the sender; each client has independent noise.
+        """
+        if stddev == 0.0:
+            return message.double()
+        exact = message.detach().cpu().double().numpy()
+        source = streams.source(Purpose.CLIENT_NOISE, round, client)
+        levels = rounded_noise(exact, stddev, source, self.grid)
+        return torch.as_tensor(levels.astype(np.float64) * self.grid, device=message.device)
+
+    def noised_rows(
+        self, streams: Streams, stddev: float, messages: Tensor, round: int, clients: Sequence[int]
+    ) -> Tensor:
+        """Return `noised` of each row of `[clients, params]`."""
+        rows = zip(messages, clients, strict=True)
+        return torch.stack([self.noised(streams, stddev, row, round, client) for row, client in rows])
+
+    def total(self, sum_: Tensor) -> Tensor | None:
+        """Return the sum modulo 2^32 steps, in the half-open range around zero; None if it is beyond the limit.
+
+        Args:
+            sum_: A sum of noised messages, float64 `[params]`, multiples of the grid.
+        """
+        levels = centered((sum_ / self.grid).to(torch.int64))
+        if bool((levels.abs() > self.limit).any()):
+            return None
+        return levels.double() * self.grid
+
+
+def centered(levels: Tensor) -> Tensor:
+    """Return integers modulo 2^32, from -2^31 to 2^31 - 1."""
+    return torch.remainder(levels + HALF_MODULUS, 2 * HALF_MODULUS) - HALF_MODULUS
+
+
+class Voids(NamedTuple):
+    """The number of void rounds so far, `[1]`: `round` of a method counts the others."""
+
+    voids: Tensor
+
+
+@dataclass(frozen=True)
+class NoServerNoise:
+    """The server's part of secure aggregation: it adds no noise, and counts void rounds; see `Mechanism`."""
+
+    @property
+    def stddev(self) -> float:
+        """0: the server adds no noise."""
+        return 0.0
+
+    def init(self, size: int) -> Voids:
+        """Return zero void rounds."""
+        return Voids(torch.zeros(1, dtype=torch.int64))
+
+    def noise(self, state: Voids, total: Tensor, streams: Streams, round: int) -> tuple[Tensor, Voids]:
+        """Return the sum unchanged."""
+        return total, state
+
+    def sensitivity(self, moved: float, rounds: float) -> float:
+        """See `Mechanism.sensitivity`; rounds are orthogonal."""
+        return moved * rounds**0.5
+
+    def event(self, moved: float, rounds: float) -> float:
+        """See `Mechanism.event`; the noise is the clients'."""
+        return float("inf") if moved > 0.0 else 0.0
