@@ -86,6 +86,10 @@ OF_RECORDS = "tests/privacy/test_privacy_records.py"
 OF_EXAMPLES = "tests/engines/test_engines_examples.py"
 TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
 
+SECURE = "fedpriv/secure"
+SECURE_MASKS, SECURE_ROUND = "tests/secure/test_secure_masks.py", "tests/secure/test_secure_round.py"
+SECURE_ATTACKS, SECURE_RECORD = "tests/secure/test_secure_attacks.py", "tests/secure/test_secure_record.py"
+
 MUTANTS = [
     Mutant(
         "examples: a memory's sensitivity forgets that both data sets move",
@@ -2148,6 +2152,167 @@ MUTANTS = [
         "        if coordinator.secret_cohorts:\n            # The times",
         "        if False:\n            # The times",
         APPS,
+    ),
+    Mutant(
+        "secure: a client draws the same seed in every round",
+        f"{SECURE}/client.py",
+        "seed = random(SEED_BYTES)",
+        "seed = helper.identity",
+        SECURE_MASKS,
+    ),
+    Mutant(
+        "secure: masks of all rounds have one key",
+        f"{SECURE}/masks.py",
+        'pack("mask", run, round, client, helper)',
+        'pack("mask", run, client, helper)',
+        SECURE_MASKS,
+    ),
+    Mutant(
+        "secure: masks of all helpers have one key",
+        f"{SECURE}/masks.py",
+        'pack("mask", run, round, client, helper)',
+        'pack("mask", run, round, client)',
+        SECURE_MASKS,
+    ),
+    Mutant(
+        "secure: a box is not bound to its facts",
+        f"{SECURE}/sealing.py",
+        ", context)",
+        ', b"")',
+        "tests/secure",
+    ),
+    Mutant(
+        "secure: a signature does not cover the facts",
+        f"{SECURE}/messages.py",
+        'return pack("sealed seed", box, context)',
+        'return pack("sealed seed", box)',
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: a client signs all facts but one",
+        f"{SECURE}/messages.py",
+        'return pack("context", *self.values, client, identity, key)',
+        'return pack("context", *self.values[:-1], client, identity, key)',
+        "tests/secure",
+    ),
+    Mutant(
+        "secure: a client masks for any helpers that the server shows",
+        f"{SECURE}/client.py",
+        "    require_pinned(helpers, pinned, facts.run)\n",
+        "",
+        SECURE_ROUND,
+    ),
+    Mutant(
+        "secure: a helper's key needs no signature",
+        f"{SECURE}/messages.py",
+        "if helper.run != run or not helper.is_valid:",
+        "if helper.run != run:",
+        SECURE_ROUND,
+    ),
+    Mutant(
+        "secure: a helper has no minimum",
+        f"{SECURE}/helper.py",
+        "least = max(self.min_clients, query.facts.least_survivors)",
+        "least = query.facts.least_survivors",
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: a helper ignores the minimum that clients signed",
+        f"{SECURE}/helper.py",
+        "least = max(self.min_clients, query.facts.least_survivors)",
+        "least = self.min_clients",
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: a helper does not check signatures",
+        f"{SECURE}/helper.py",
+        "if not sealed.is_signed_by(public, query.facts, member.client):",
+        "if False:",
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: a helper counts a client twice",
+        f"{SECURE}/helper.py",
+        "if any(later <= earlier for earlier",
+        "if any(later < earlier for earlier",
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: one key is enrolled under two names",
+        f"{SECURE}/helper.py",
+        "if owners.setdefault(key, client) != client:",
+        "if False:",
+        SECURE_ATTACKS,
+    ),
+    Mutant(
+        "secure: a helper answers another query about a round",
+        f"{SECURE}/helper.py",
+        "if answered is not None:",
+        "if answered is not None and answered.query == query.digest:",
+        f"{SECURE_ATTACKS} {SECURE_RECORD}",
+    ),
+    Mutant(
+        "secure: a helper does not compare queries",
+        f"{SECURE}/helper.py",
+        "if answered.query != query.digest:",
+        "if False:",
+        f"{SECURE_ATTACKS} {SECURE_RECORD}",
+    ),
+    Mutant(
+        "secure: a helper's record is not durable",
+        f"{SECURE}/log.py",
+        "replace_durably(self.folder / LOG_FILE, record.to_bytes())",
+        "(self.folder / LOG_FILE).write_bytes(record.to_bytes())",
+        SECURE_RECORD,
+    ),
+    Mutant(
+        "secure: a helper's key outlives its record",
+        f"{SECURE}/helper.py",
+        "X25519PrivateKey.generate().private_bytes_raw()",
+        "self.identity.private_bytes_raw()",
+        SECURE_RECORD,
+    ),
+    Mutant(
+        "secure: a damaged record is used",
+        f"{SECURE}/log.py",
+        "if record.to_bytes() != content:",
+        "if False:",
+        SECURE_RECORD,
+    ),
+    Mutant(
+        "secure: a helper answers two queries at once",
+        f"{SECURE}/helper.py",
+        "with only_one(self.folder / LOCK_FILE):",
+        "if True:",
+        SECURE_RECORD,
+    ),
+    Mutant(
+        "secure: clients join after the first query",
+        f"{SECURE}/server.py",
+        "if self._closed is not None:",
+        "if False:",
+        SECURE_ROUND,
+    ),
+    Mutant(
+        "secure: a round with too few clients is closed",
+        f"{SECURE}/server.py",
+        "if len(self._digests) < self.facts.least_survivors:",
+        "if not self._digests:",
+        SECURE_ROUND,
+    ),
+    Mutant(
+        "secure: an answer needs no signature",
+        f"{SECURE}/messages.py",
+        "return same and is_signed(self.identity, self.signature, signed)",
+        "return same",
+        "tests/secure",
+    ),
+    Mutant(
+        "secure: a sum in the guard band is used",
+        f"{SECURE}/server.py",
+        "np.abs(total) > max_total",
+        "np.abs(total) > 2**31",
+        SECURE_ROUND,
     ),
 ]
 
