@@ -2314,6 +2314,20 @@ MUTANTS = [
         "np.abs(total) > 2**31",
         SECURE_ROUND,
     ),
+    Mutant(
+        "secure: a node takes a helper's place by naming it",
+        "fedpriv/deploy/helpers.py",
+        "if (key.identity.hex(), key.run) != (identity, run) or not key.is_valid:",
+        "if key.run != run:",
+        "tests/deploy/test_deploy_helper.py",
+    ),
+    Mutant(
+        "secure: a stale answer of a helper is taken",
+        "fedpriv/deploy/helpers.py",
+        "if not answer.answers(queries[identity]):",
+        "if False:",
+        "tests/deploy/test_deploy_helper.py",
+    ),
 ]
 
 
