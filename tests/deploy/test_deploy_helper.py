@@ -12,6 +12,7 @@ from flower_in_process import NodeError, inside_a_run
 from flwr.app import Message, RecordDict
 from support.secure_round import MAX_TOTAL, World, public_key, signing_key, some_values
 
+import fedpriv.deploy.helper.answers as answers_module
 import fedpriv.deploy.server as server_module
 from fedpriv.deploy.helper.folder import (
     CLIENTS_TOML,
@@ -23,11 +24,11 @@ from fedpriv.deploy.helper.folder import (
     read_clients,
     read_signing_key,
 )
-from fedpriv.deploy.helper.messages import HELPER_HOME, helper_content, question_of
+from fedpriv.deploy.helper.messages import HELPER_HOME, Question, helper_content, question_of
 from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
 from fedpriv.deploy.server import Network
 from fedpriv.errors import UserError
-from fedpriv.secure import Closed, Collector, HelperKey, mask_message
+from fedpriv.secure import Answer, Closed, Collector, HelperKey, Query, mask_message
 
 CLIENTS = 5
 
@@ -45,6 +46,7 @@ class Deployment:
         self.world = World(folder, helpers=helpers)
         self.silent: set[int] = set()
         self.dead: set[int] = set()
+        self.lost = 0  # questions to the first helper that are lost from now on
         self.asked: list[int] = []
         self.grid = DeploymentGrid(folder, CLIENTS + helpers + liars, {}, hook=self.reaches)
         self.folders: list[Path] = []
@@ -70,7 +72,8 @@ class Deployment:
             self.asked.append(place - CLIENTS)
             if place - CLIENTS in self.dead:
                 raise NodeError("gone")
-            return place - CLIENTS not in self.silent
+            self.lost -= place == CLIENTS
+            return place - CLIENTS not in self.silent and not (place == CLIENTS and self.lost >= 0)
         return True
 
     def keys(self, seconds: float = 5.0) -> list[HelperKey]:
@@ -136,10 +139,25 @@ def test_a_helper_that_refuses_says_why_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - began < 30.0
 
 
-def test_a_node_that_names_itself_a_helper_cannot_take_its_place(tmp_path: Path) -> None:
+def test_a_node_that_names_itself_a_helper_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other nodes have folders and keys of helpers, and answer any query with a sum of zero."""
+    answered = answers_module._answered
+
+    def with_zeros(message: Message, home: Path) -> tuple[Question, bytes]:
+        question, content = question_of(message.content)
+        if home.name == "helper-0" or question != "sum":
+            return answered(message, home)
+        zeros = np.zeros(7, dtype=np.uint32)
+        return question, Answer.signed(Query.from_bytes(content), zeros, load_helper(home).identity).to_bytes()
+
+    monkeypatch.setattr(answers_module, "_answered", with_zeros)
     with inside_a_run():
         made = Deployment(tmp_path, helpers=1, liars=2)
-        np.testing.assert_array_equal(made.total(made.closed(made.keys())), TOTAL)
+        closed = made.closed(made.keys())
+        made.lost = 1
+        np.testing.assert_array_equal(made.total(closed), TOTAL)
         made.silent = {0}
         with pytest.raises(UserError, match="expected an answer in time"):
             made.keys(0.2)
