@@ -18,6 +18,7 @@ from fedpriv.deploy.helper.folder import (
     CLIENTS_TOML,
     HELPER_TOML,
     IDENTITY_FILE,
+    SIGNING_FILE,
     HelperSettings,
     load_helper,
     make_signing_key,
@@ -27,6 +28,9 @@ from fedpriv.deploy.helper.folder import (
 from fedpriv.deploy.helper.messages import HELPER_HOME, Question, helper_content, question_of
 from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
 from fedpriv.deploy.server import Network
+from fedpriv.deploy.setup.check import check_folder
+from fedpriv.deploy.setup.provision import Deployment as ByInit
+from fedpriv.deploy.setup.provision import add_nodes, init_deployment
 from fedpriv.errors import UserError
 from fedpriv.secure import Answer, Closed, Collector, HelperKey, Query, mask_message
 
@@ -221,6 +225,68 @@ def test_other_contents_are_refused_in_one_line(tmp_path: Path) -> None:
             assert "\n" not in line
     with pytest.raises(UserError, match="a question to a helper"):
         question_of(RecordDict())
+
+
+class TestFolders:
+    """`fedpriv deploy init` with helpers."""
+
+    @pytest.fixture(scope="class")
+    def made(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("made") / "d"
+        init_deployment(folder, ByInit(host="server.example.org", nodes=3, helpers=2))
+        return folder
+
+    def test_helpers_have_the_keys_of_all_clients_and_keys_of_their_own(self, made: Path) -> None:
+        helpers = [load_helper(made / f"helper-{j}") for j in range(2)]
+        clients = {i: read_signing_key(made / f"node-{i}" / SIGNING_FILE).public_key() for i in range(3)}
+        for j, helper in enumerate(helpers):
+            assert helper.enrolled == {i: key.public_bytes_raw() for i, key in clients.items()}
+            assert helper.min_clients == 2
+            identity = helper.identity.public_key().public_bytes_raw().hex()
+            assert (made / "admin" / "helpers" / f"helper-{j}.pub").read_text().strip() == identity
+            config = HelperSettings.read(made / f"helper-{j}" / HELPER_TOML).node_config(made / f"helper-{j}")
+            assert config == {HELPER_HOME: str(made / f"helper-{j}"), "fedpriv-helper": identity}
+        assert len({helper.identity.private_bytes_raw() for helper in helpers}) == 2
+
+    def test_secret_keys_are_in_their_folders_alone(self, made: Path) -> None:
+        held = [path for path in made.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+        assert sum(path.name == SIGNING_FILE for path in held) == 3
+        assert sum(path.name == IDENTITY_FILE for path in held) == 2
+        for path in held:
+            assert path.stat().st_mode & 0o077 == 0
+            assert path.parent.name.split("-")[0] in ("ca", "server", "node", "helper")
+
+    def test_all_checks_pass_and_a_helpers_mistakes_are_found(self, made: Path, tmp_path: Path) -> None:
+        found = check_folder(made, connect=False)
+        assert {"helper-0", "helper-1", "node-2"} <= set(found)
+        assert all(finding.state == "ok" for one in found.values() for finding in one)
+        names = {path.stem for path in (made / "admin" / "nodes").glob("*.pub")}
+        assert names == {"node-0", "node-1", "node-2", "helper-0", "helper-1"}
+        copied = tmp_path / "helper-0"
+        shutil.copytree(made / "helper-0", copied)
+        path = copied / CLIENTS_TOML
+        path.write_text("\n".join(path.read_text().splitlines()[:3]))
+        (wrong,) = [finding for finding in check_folder(copied, connect=False)["helper-0"] if finding.state == "wrong"]
+        assert "at least min-clients = 2 clients, got 1" in wrong.line
+
+    def test_added_clients_are_in_the_list_for_helpers(self, made: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "d"
+        shutil.copytree(made, folder)
+        add_nodes(folder, 1)
+        public = read_signing_key(folder / "node-3" / SIGNING_FILE).public_key().public_bytes_raw()
+        assert read_clients(folder / "admin" / CLIENTS_TOML)[3] == public
+        assert 3 not in load_helper(folder / "helper-0").enrolled  # its operator decides
+
+    def test_without_helpers_nothing_of_them_is_made(self, tmp_path: Path) -> None:
+        init_deployment(tmp_path / "d", ByInit(host="server.example.org", nodes=1))
+        assert not [
+            p for p in (tmp_path / "d").rglob("*") if "helper" in p.name or p.name in (SIGNING_FILE, CLIENTS_TOML)
+        ]
+
+    @pytest.mark.parametrize("options", [{"nodes": 1, "helpers": 1}, {"nodes": 2, "helpers": 101}])
+    def test_impossible_numbers_are_refused(self, options: dict[str, int]) -> None:
+        with pytest.raises(UserError, match=r"--nodes|--helpers"):
+            ByInit(host="server.example.org", **options)  # type: ignore[arg-type]
 
 
 class TestFolder:

@@ -11,7 +11,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from fedpriv.checks import is_whole
-from fedpriv.deploy.checks import split_address
+from fedpriv.deploy.checks import (
+    MANIFEST,
+    VERSIONS,
+    Finding,
+    check_certificate,
+    check_manifest,
+    check_permissions,
+    check_presence,
+    check_versions,
+    judge,
+    split_address,
+)
+from fedpriv.deploy.device.folder import key_pair
+from fedpriv.deploy.helper.messages import HELPER_HOME
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
@@ -22,7 +35,9 @@ __all__ = [
     "CLIENTS_TOML",
     "HELPER_TOML",
     "IDENTITY_FILE",
+    "SIGNING_FILE",
     "HelperSettings",
+    "check_helper_folder",
     "load_helper",
     "make_signing_key",
     "read_clients",
@@ -32,7 +47,11 @@ __all__ = [
 HELPER_TOML = "helper.toml"
 CLIENTS_TOML = "clients.toml"
 IDENTITY_FILE = "helper.key"
+SIGNING_FILE = "signing.key"
+"""In the folder of a client: the key with which it signs sealed seeds."""
+
 STATE_FOLDER = "state"
+HELPER_FILES = ("ca.crt", "node.key", "node.pub", HELPER_TOML, CLIENTS_TOML, IDENTITY_FILE, VERSIONS, MANIFEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +83,40 @@ class HelperSettings:
             UserError: If the file is missing or invalid.
         """
         return read_table(cls, {key.replace("-", "_"): value for key, value in read_config_file(path).items()}, "")
+
+    def node_config(self, folder: Path) -> dict[str, object]:
+        """Return the node config for the ClientApp.
+
+        Raises:
+            UserError: If the identity key cannot be read.
+        """
+        identity = read_signing_key(folder / IDENTITY_FILE).public_key().public_bytes_raw()
+        return {HELPER_HOME: str(folder), "fedpriv-helper": identity.hex()}
+
+
+def check_helper_folder(folder: Path) -> list[Finding]:
+    """Run all checks of a helper's folder that need no other machine."""
+    findings = [
+        *check_presence(folder, HELPER_FILES),
+        *check_manifest(folder),
+        *check_permissions(folder, ["node.key", IDENTITY_FILE]),
+        *judge(HELPER_TOML, lambda: f"for {HelperSettings.read(folder / HELPER_TOML).superlink}"),
+        *judge("node key", lambda: key_pair(folder)),
+        *judge("helper", lambda: _helper(folder)),
+        *check_versions(folder),
+    ]
+    if (folder / "ca.crt").is_file():
+        findings += check_certificate("CA certificate", folder / "ca.crt", folder / "ca.crt")
+    return findings
+
+
+def _helper(folder: Path) -> str:
+    helper = load_helper(folder)
+    if len(helper.enrolled) < helper.min_clients:
+        expected = f"at least min-clients = {helper.min_clients} clients"
+        raise UserError(CLIENTS_TOML, expected, len(helper.enrolled), "Add the keys of the clients")
+    identity = helper.identity.public_key().public_bytes_raw().hex()
+    return f"identity {identity}, {len(helper.enrolled)} clients, at least {helper.min_clients} in a sum"
 
 
 def load_helper(folder: Path) -> Helper:
