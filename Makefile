@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
-FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/tasks tests/data
+FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/secure tests/tasks tests/data
 
 .PHONY: demo test check test-all lint style unit docs bench mutants setup browser clean
 .DEFAULT_GOAL := demo

@@ -14,6 +14,8 @@ from fedpriv.deploy.device.guard import HOME, answer_content, own_id, refuse_unl
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.device.own_data import own_signal
 from fedpriv.deploy.device.policy import POLICY_FILE, load_policy
+from fedpriv.deploy.helper.answers import answer_query
+from fedpriv.deploy.helper.messages import ACTION
 from fedpriv.engines import Population, one_thread
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
@@ -48,6 +50,12 @@ def train(message: Message, context: Context) -> Message:
         return _train(message, context)
     except UserError as error:
         return refusal(message, str(error))
+
+
+@app.query(ACTION)
+def query(message: Message, context: Context) -> Message:
+    """Return the answer of a helper of secure aggregation; other nodes refuse."""
+    return answer_query(message, context)
 
 
 def _train(message: Message, context: Context) -> Message:

@@ -3,9 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +16,7 @@ from fedpriv.deploy.checks import check_space
 from fedpriv.deploy.coordinator import Coordinator, Outcome
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
+from fedpriv.deploy.helper.messages import ACTION
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
@@ -40,7 +42,10 @@ __all__ = ["PARTICIPATION", "Network", "refuse_full_disk", "run_turns", "take_up
 
 PARTICIPATION = "participation.jsonl"
 
+T = TypeVar("T")
+
 _log = logging.getLogger("flwr")
+_SECURE = f"{MessageType.QUERY}.{ACTION}"
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
 _QUESTION_SECONDS = 30.0
@@ -51,10 +56,11 @@ _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
 
 @dataclass
 class Network:
-    """Nodes of a Flower run, by client id.
+    """Nodes of a Flower run, by client id, and the helpers of secure aggregation among them.
 
     The server asks each node once for its client id. A node that restarts gets another node id and is asked again. If
-    two nodes have the same client id, the first one stays.
+    two nodes have the same client id, the first one stays. Nodes that name the same helper are all asked: only answers
+    with the helper's signature count, so no other node can take its place.
 
     Args:
         grid: Connection to the nodes.
@@ -64,6 +70,7 @@ class Network:
     grid: Grid
     population: int
     nodes: dict[int, int] = field(default_factory=dict)
+    helpers: dict[int, str] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
     _questions: dict[str, int] = field(default_factory=dict)
 
@@ -74,8 +81,9 @@ class Network:
         """
         online, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
+        self.helpers = {node: identity for node, identity in self.helpers.items() if node in online}
         self._asked_at = {node: at for node, at in self._asked_at.items() if node in online}
-        known = set(self.nodes.values())
+        known = {*self.nodes.values(), *self.helpers}
         new = sorted(n for n in online - known if now - self._asked_at.get(n, -math.inf) >= _QUESTION_SECONDS)
         sent = self._push({node: Message(ask_node_info(), node, MessageType.TRAIN) for node in new})
         self._questions |= sent
@@ -147,6 +155,52 @@ class Network:
             time.sleep(_POLL_SECONDS)
         return answers
 
+    def ask_helpers(
+        self,
+        contents: Mapping[str, RecordDict],
+        read: Callable[[str, RecordDict], T],
+        seconds: float,
+        group: str,
+    ) -> tuple[dict[str, T], dict[str, str]]:
+        """Send each helper its content; return the answers in time, and the reasons why others are missing.
+
+        A silent helper is asked again: it answers the same question with the same bytes.
+
+        Args:
+            contents: Contents by identity key of the helper.
+            read: Returns a helper's answer in a content, or raises `UserError` if it is not that helper's.
+            seconds: Time until the deadline.
+            group: Name of the turn in Flower's log.
+        """
+        end = time.monotonic() + seconds
+        again = max(seconds / 4.0, _RETRY_SECONDS)
+        found: dict[str, T] = {}
+        reasons: dict[str, str] = {}
+        waiting: dict[str, int] = {}
+        send_at: dict[int, float] = {}
+        while (left := end - time.monotonic()) > 0.0:
+            self.meet()
+            now = time.monotonic()
+            open_nodes = {n: who for n, who in self.helpers.items() if who in contents and who not in found}
+            due = [node for node in open_nodes if send_at.get(node, 0.0) <= now]
+            waiting |= self._push({n: _message(contents[open_nodes[n]], n, left, group, _SECURE) for n in due})
+            send_at |= dict.fromkeys(due, now + again)
+            for message_id, answer in self._pull(waiting):
+                node = waiting.pop(message_id)
+                identity = self.helpers.get(node, "")
+                try:
+                    found[identity] = read(identity, _content(answer))
+                except UserError as error:
+                    reasons[identity] = printable(error)
+                    send_at[node] = math.inf if not isinstance(answer, str) and answer.has_content() else send_at[node]
+            refused = {self.helpers[n] for n, at in send_at.items() if at == math.inf and n in self.helpers}
+            pending = {self.helpers[n] for n, at in send_at.items() if at < math.inf and n in self.helpers}
+            if all(identity in found or identity in refused - pending for identity in contents):
+                break
+            time.sleep(_POLL_SECONDS)
+        missing = {who: reasons.get(who, "no answer in time") for who in contents if who not in found}
+        return found, missing
+
     def _push(self, messages: dict[int, Message]) -> dict[str, int]:
         """Send messages, and return the keys of those that Flower accepted, by their message ids."""
         if not messages:
@@ -183,7 +237,9 @@ class Network:
             _log.warning("node %d: %s", node, printable(reason_in_short(answer.error)))
             return
         found = NodeInfo.of_answer(answer.content)
-        if found is None or found.client is None or not 0 <= found.client < self.population:
+        if found is not None and found.helper:
+            self.helpers[node] = found.helper
+        elif found is None or found.client is None or not 0 <= found.client < self.population:
             given = None if found is None else found.client
             _log.warning("node %d: partition-id %s, expected 0 to %d: ignored", node, given, self.population - 1)
         elif self.nodes.get(found.client, node) != node:
@@ -306,8 +362,24 @@ def _sleep_until(moment: float) -> None:
     time.sleep(max(moment - time.monotonic(), 0.0))
 
 
-def _message(content: RecordDict, node: int, seconds: float, group: str) -> Message:
-    return Message(content, node, MessageType.TRAIN, ttl=max(seconds, 1.0), group_id=group)
+def _message(content: RecordDict, node: int, seconds: float, group: str, kind: str = MessageType.TRAIN) -> Message:
+    return Message(content, node, kind, ttl=max(seconds, 1.0), group_id=group)
+
+
+def _content(answer: Message | str) -> RecordDict:
+    """Return the content of a helper's answer.
+
+    Raises:
+        UserError: If it is a refusal, an error or unreadable.
+    """
+    if isinstance(answer, str):
+        raise UserError("answer of a helper", "an answer", answer, "Ask it again")
+    if answer.has_error():
+        raise UserError("answer of a helper", "an answer", reason_in_short(answer.error), "Ask it again")
+    no = refused(answer.content)
+    if no is not None:
+        raise UserError("answer of a helper", "an answer", f"a refusal ({no[1].rstrip('.')})", "See the helper's log")
+    return answer.content
 
 
 def _read(

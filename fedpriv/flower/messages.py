@@ -345,24 +345,31 @@ def method_name(method: Method) -> str:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Answer of a node about itself: the client id set by its operator; None if it has none."""
+    """Answer of a node about itself, as its operator has set it.
+
+    Args:
+        client: Client id; None if it has none.
+        helper: Public identity key of a helper of secure aggregation, in hexadecimal digits; empty for other nodes.
+    """
 
     client: int | None
+    helper: str = ""
 
     def to_content(self) -> RecordDict:
         """Return the content of an answer."""
-        return RecordDict({FEDPRIV: ConfigRecord({} if self.client is None else {"client": self.client})})
+        known: dict[str, int | str] = {} if self.client is None else {"client": self.client}
+        return RecordDict({FEDPRIV: ConfigRecord({**known, **({"helper": self.helper} if self.helper else {})})})
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, Any]) -> "NodeInfo":
-        """Read it from a node's configuration (`partition-id`).
+        """Read it from a node's configuration (`partition-id`, `fedpriv-helper`).
 
         Raises:
             UserError: If the id is not a whole number.
         """
         client = node_config.get("partition-id")
         try:
-            return cls(None if client is None else int(client))
+            return cls(None if client is None else int(client), str(node_config.get("fedpriv-helper", "")))
         except ValueError:
             raise UserError(
                 "--node-config partition-id", "a whole number", repr(client), "Set it to a number from 0"
@@ -374,8 +381,8 @@ class NodeInfo:
         record = content.config_records.get(FEDPRIV)
         if record is None or _ASK in record:
             return None
-        client = record.get("client")
-        return cls(client if type(client) is int else None)
+        client, helper = record.get("client"), record.get("helper", "")
+        return cls(client if type(client) is int else None, helper if isinstance(helper, str) else "")
 
 
 def ask_node_info() -> RecordDict:

@@ -260,7 +260,7 @@ def test_every_template_is_a_file_of_the_package_and_filled_in(made):
         "start.sh": "node-1/start-node.sh",
     }
     templates = files("fedpriv.deploy.setup") / "templates"
-    assert {file.name for file in templates.iterdir()} == set(written)
+    assert {file.name for file in templates.iterdir()} == {*written, "helper.toml"}
     shipped = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     assert shipped["tool"]["setuptools"]["package-data"]["fedpriv.deploy.setup"] == ["templates/*"]
     for name, place in written.items():

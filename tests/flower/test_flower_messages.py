@@ -181,6 +181,8 @@ def test_nodes_introduce_themselves():
     assert asks_node_info(ask_node_info())
     for config, client in (({"partition-id": 3}, 3), ({"partition-id": "3"}, 3), ({}, None)):
         assert NodeInfo.of_answer(sent(NodeInfo.of_node(config).to_content())) == NodeInfo(client)
+    helper = NodeInfo.of_node({"fedpriv-helper": "ab"})
+    assert NodeInfo.of_answer(sent(helper.to_content())) == helper == NodeInfo(None, "ab")
     assert NodeInfo.of_answer(ask_node_info()) is None
     assert NodeInfo.of_answer(RecordDict({"config": ConfigRecord()})) is None
     with pytest.raises(ValueError, match="partition-id: expected a whole number, got 'x'"):

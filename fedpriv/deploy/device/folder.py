@@ -29,7 +29,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
 
-__all__ = ["NODE_FILES", "NODE_TOML", "NodeSettings", "check_node_folder"]
+__all__ = ["NODE_FILES", "NODE_TOML", "NodeSettings", "check_node_folder", "key_pair"]
 
 NODE_TOML = "node.toml"
 NODE_FILES = ("ca.crt", "node.key", "node.pub", NODE_TOML, POLICY_FILE, VERSIONS, MANIFEST)
@@ -101,7 +101,7 @@ def check_node_folder(folder: Path) -> list[Finding]:
         *check_manifest(folder),
         *check_permissions(folder, ["node.key"]),
         *judge(NODE_TOML, lambda: f"for {NodeSettings.read(folder / NODE_TOML).superlink}"),
-        *judge("node key", lambda: _key_pair(folder)),
+        *judge("node key", lambda: key_pair(folder)),
         *judge("policy", lambda: _policy(folder)),
         *check_versions(folder),
     ]
@@ -124,7 +124,12 @@ def _space(folder: Path, policy: Policy) -> list[Finding]:
     return check_space(folder / "state", wanted, what, least=max(kept, default=0))
 
 
-def _key_pair(folder: Path) -> str:
+def key_pair(folder: Path) -> str:
+    """Return a line about the key with which a node authenticates.
+
+    Raises:
+        UserError: If `node.key` and `node.pub` are not the halves of one key.
+    """
     path, public = folder / "node.key", folder / "node.pub"
     remedy = "Copy both again, or run `ssh-keygen -y -f node.key > node.pub` and register the new node.pub"
     try:

@@ -24,6 +24,7 @@ from fedpriv.deploy.checks import (
     split_address,
 )
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
+from fedpriv.deploy.helper.folder import HELPER_TOML, HelperSettings, check_helper_folder
 from fedpriv.deploy.setup.provision import BUNDLES, DEPLOYMENT
 from fedpriv.deploy.setup.roster import CONNECTION, REMOVED, Roster, key_in
 from fedpriv.deploy.setup.superlink import SERVER_TOML, ServerSettings, check_server_folder
@@ -50,7 +51,12 @@ def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]
     folder = folder.resolve()
     if (folder / DEPLOYMENT).is_file():
         return _check_deployment(folder, connect)
-    kinds = {"node.toml": _check_node, "server.toml": _check_server, "register.sh": _check_admin}
+    kinds = {
+        NODE_TOML: _check_node,
+        HELPER_TOML: _check_helper,
+        "server.toml": _check_server,
+        "register.sh": _check_admin,
+    }
     for mark, check in kinds.items():
         if (folder / mark).is_file():
             return {folder.name: check(folder, connect)}
@@ -95,6 +101,8 @@ def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
         certificate = folder / "server" / "server.pem"
         if certificate.is_file():
             found[node.name] += judge("server name", lambda n=node, c=certificate: _called_name(n, c))
+    for helper in sorted(path for path in folder.glob("helper-*") if path.is_dir()):
+        found[helper.name] = _check_helper(helper, connect=False)
     return found
 
 
@@ -129,6 +137,14 @@ def _check_node(folder: Path, connect: bool) -> list[Finding]:
     if connect:
         with contextlib.suppress(UserError):  # already a finding
             findings += check_server(NodeSettings.read(folder / NODE_TOML).superlink, folder / "ca.crt")
+    return findings
+
+
+def _check_helper(folder: Path, connect: bool) -> list[Finding]:
+    findings = check_helper_folder(folder)
+    if connect:
+        with contextlib.suppress(UserError):  # already a finding
+            findings += check_server(HelperSettings.read(folder / HELPER_TOML).superlink, folder / "ca.crt")
     return findings
 
 

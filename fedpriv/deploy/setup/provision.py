@@ -13,12 +13,14 @@ from fedpriv.checks import at_least_one, positive_real, real_within, whole_withi
 from fedpriv.deploy.checks import MANIFEST, VERSIONS, load_certificate, manifest_of, versions
 from fedpriv.deploy.device.folder import NODE_TOML
 from fedpriv.deploy.device.policy import POLICY_FILE
+from fedpriv.deploy.helper.folder import CLIENTS_TOML, HELPER_TOML, IDENTITY_FILE, SIGNING_FILE, make_signing_key
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key, refuse_host
 from fedpriv.deploy.setup.roster import Roster
 from fedpriv.deploy.setup.superlink import SERVER_TOML
 from fedpriv.deploy.setup.texts import (
     ADMIN_CONFIG,
     DOCKERFILE,
+    HELPER_TOML_TEXT,
     NODE_TOML_TEXT,
     POLICY,
     README,
@@ -48,6 +50,7 @@ DEPLOYMENT = "deployment.toml"
 BUNDLES = "bundles.sha256"
 
 _MAX_NODES = 100_000
+_MAX_HELPERS = 100
 _PRIVATE, _PUBLIC, _PROGRAM = 0o600, 0o644, 0o755
 
 
@@ -63,6 +66,7 @@ class Deployment:
         unit: Unit of privacy in the policies.
         epsilon: Privacy budget in the policies.
         delta: Delta of the budget.
+        helpers: Number of helpers of secure aggregation.
     """
 
     host: str
@@ -72,6 +76,7 @@ class Deployment:
     unit: UnitName = field(default="client", metadata=NAMED)
     epsilon: float = 8.0
     delta: float = 1e-5
+    helpers: int = 0
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
@@ -82,6 +87,9 @@ class Deployment:
         if self.unit not in UNITS:
             raise UserError("--unit", '"client" or "example"', repr(self.unit), nearest(self.unit, UNITS))
         whole_within("--nodes", self.nodes, 1, _MAX_NODES, "Give one node for each client")
+        whole_within("--helpers", self.helpers, 0, _MAX_HELPERS, "One honest helper is enough")
+        if self.helpers and self.nodes < 2:
+            raise UserError("--nodes", "at least 2 with helpers", self.nodes, "A sum over one client hides nothing")
         real_within("--port", self.port, 1, 65535, "Use 9092 if it is free")
         positive_real("--epsilon", self.epsilon, "Set it to each client's total budget")
         if not 0.0 < self.delta < 1.0:
@@ -129,6 +137,8 @@ def init_deployment(folder: Path, deployment: Deployment, days: int = 365) -> No
         _write_admin(part / "admin", deployment, authority, folder / "admin")
         for node in range(deployment.nodes):
             _write_node(part, deployment, node)
+        for helper in range(deployment.helpers):
+            _write_helper(part, deployment, helper)
         _write(part / DEPLOYMENT, tomli_w.dumps(asdict(deployment)))
         _seal(part, deployment)
         part.replace(folder)
@@ -232,10 +242,35 @@ def _write_node(root: Path, deployment: Deployment, node: int) -> None:
     _write(root / "admin" / "nodes" / f"node-{node}.pub", key.public)
     values = {"address": deployment.address, "node": node, "nodes": deployment.nodes}
     _write(folder / NODE_TOML, NODE_TOML_TEXT.substitute(values))
+    if deployment.helpers:
+        public = make_signing_key(folder / SIGNING_FILE).public_key().public_bytes_raw().hex()
+        _enroll(root / "admin" / CLIENTS_TOML, node, public)
     limits = {"epsilon": repr(deployment.epsilon), "delta": repr(deployment.delta)}
     _write(folder / POLICY_FILE, POLICY.substitute(trust=deployment.trust, unit=deployment.unit, **limits))
     _write_programs(folder, "start-node.sh", "fedpriv-node", "node", "/opt/fedpriv/node")
     _write_manifest(folder, _public_files(folder))
+
+
+def _write_helper(root: Path, deployment: Deployment, helper: int) -> None:
+    """Write the folder of a helper, with the clients that have a folder here in its list."""
+    folder, key = root / f"helper-{helper}", make_node_key()
+    _write(folder / "ca.crt", (root / "ca" / "ca.crt").read_bytes())
+    _write_pair(folder, key, "node.key", "node.pub")
+    _write(root / "admin" / "nodes" / f"helper-{helper}.pub", key.public)
+    identity = make_signing_key(folder / IDENTITY_FILE).public_key().public_bytes_raw().hex()
+    _write(root / "admin" / "helpers" / f"helper-{helper}.pub", f"{identity}\n")
+    _write(folder / CLIENTS_TOML, (root / "admin" / CLIENTS_TOML).read_bytes())
+    values = {"address": deployment.address, "least": max(2, deployment.nodes // 2 + 1)}
+    _write(folder / HELPER_TOML, HELPER_TOML_TEXT.substitute(values))
+    _write_programs(folder, "start-helper.sh", "fedpriv-helper", "node", "/opt/fedpriv/helper")
+    _write_manifest(folder, _public_files(folder))
+
+
+def _enroll(path: Path, client: int, public: str) -> None:
+    """Add the public key of a client to the list for helpers."""
+    head = "# Public keys of the clients that may count in a sum, by their numbers.\n[clients]\n"
+    before = path.read_text(encoding="utf-8") if path.exists() else head
+    _write(path, f'{before}{client} = "{public}"\n')
 
 
 def _write_programs(folder: Path, start: str, unit: str, command: str, home: str) -> None:
@@ -264,6 +299,10 @@ _CHANGING = (
     "server.key",
     "server.pem",
     "config.toml",
+    HELPER_TOML,
+    CLIENTS_TOML,
+    IDENTITY_FILE,
+    SIGNING_FILE,
 )
 
 
@@ -281,7 +320,8 @@ def _seal(folder: Path, deployment: Deployment) -> None:
     """Write the README of all folders, and the list of their manifests."""
     gone = Roster.read(folder / "admin").removed_nodes if (folder / "admin" / "register.sh").is_file() else []
     nodes = (f"node-{node}" for node in range(deployment.nodes))
-    kinds = ["server", "admin", *(name for name in nodes if name not in gone)]
+    helpers = (f"helper-{helper}" for helper in range(deployment.helpers))
+    kinds = ["server", "admin", *(name for name in (*nodes, *helpers) if name not in gone)]
     present = [kind for kind in kinds if (folder / kind / MANIFEST).is_file()]
     digests = {kind: hashlib.sha256((folder / kind / MANIFEST).read_bytes()).hexdigest() for kind in present}
     kept = _sealed(folder)

@@ -1,4 +1,4 @@
-"""`fedpriv deploy node`: run one node of a deployment, which executes only its own installed code.
+"""`fedpriv deploy node`: run one node of a deployment, a client or a helper; it executes only its own installed code.
 
 The node is Flower's SuperNode, in this process. It checks the server's certificate against the deployment's CA, and
 authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content.
@@ -15,6 +15,7 @@ import tomli_w
 
 from fedpriv.deploy.checks import WrongServerError, call_server, refuse_wrong, split_address
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
+from fedpriv.deploy.helper.folder import HELPER_TOML, HelperSettings, check_helper_folder
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, write_atomically
 from fedpriv.flower.bundle import app_hash
@@ -38,8 +39,9 @@ def run_node(bundle: Path) -> int:
     bundle = bundle.resolve()
     if not bundle.is_dir():
         raise UserError(str(bundle), "a node's folder", "a missing folder", "Give a folder from `fedpriv deploy init`")
-    refuse_wrong(bundle, check_node_folder(bundle))
-    settings = NodeSettings.read(bundle / NODE_TOML)
+    helps = (bundle / HELPER_TOML).is_file()
+    refuse_wrong(bundle, check_helper_folder(bundle) if helps else check_node_folder(bundle))
+    settings = HelperSettings.read(bundle / HELPER_TOML) if helps else NodeSettings.read(bundle / NODE_TOML)
     _refuse_impostor(settings, bundle / "ca.crt")
     home = flower_home(bundle)
     with held_alone(home):
@@ -54,7 +56,8 @@ def run_node(bundle: Path) -> int:
             *("--node-config", str(config)),
             *("--host", "127.0.0.1", "--port", str(settings.runtime_port or _free_port())),
         ]
-        return run_supernode(options, {app_hash(), *settings.accepted_apps})
+        accepted = settings.accepted_apps if isinstance(settings, NodeSettings) else ()
+        return run_supernode(options, {app_hash(), *accepted})
 
 
 def flower_home(folder: Path) -> Path:
@@ -84,7 +87,7 @@ def held_alone(home: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_impostor(settings: NodeSettings, ca: Path) -> None:
+def _refuse_impostor(settings: NodeSettings | HelperSettings, ca: Path) -> None:
     """Raise a `UserError` if the server has a wrong certificate. If the server is not up yet, Flower waits for it."""
     host, port = split_address(settings.superlink, "superlink")
     try:

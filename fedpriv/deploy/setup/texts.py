@@ -8,6 +8,7 @@ from fedpriv.deploy.device.policy import POLICY_TEXT as POLICY
 __all__ = [
     "ADMIN_CONFIG",
     "DOCKERFILE",
+    "HELPER_TOML_TEXT",
     "NODE_TOML_TEXT",
     "POLICY",
     "README",
@@ -24,6 +25,7 @@ def _template(name: str) -> Template:
 
 ADMIN_CONFIG = _template("config.toml")
 DOCKERFILE = _template("Dockerfile")
+HELPER_TOML_TEXT = _template("helper.toml")
 NODE_TOML_TEXT = _template("node.toml")
 README = _template("README.md")
 REGISTER = _template("register.sh")

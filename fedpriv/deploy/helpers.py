@@ -1,0 +1,75 @@
+"""Server's side of the helpers of a deployment: their keys for a run, and their answers about a round."""
+
+from collections.abc import Collection
+
+from flwr.app import RecordDict
+
+from fedpriv.deploy.helper.messages import content_of, helper_content
+from fedpriv.deploy.server import Network
+from fedpriv.errors import UserError
+from fedpriv.secure import Answer, Closed, HelperKey
+
+__all__ = ["end_run", "helper_answers", "helper_keys"]
+
+
+def helper_keys(network: Network, run: str, pinned: Collection[bytes], seconds: float) -> list[HelperKey]:
+    """Return the key of each helper for a run, ordered by identity.
+
+    Args:
+        network: The nodes.
+        run: Name of the run.
+        pinned: Public identity keys of the helpers.
+        seconds: Time until the deadline.
+
+    Raises:
+        UserError: If a helper does not answer in time.
+    """
+
+    def read(identity: str, content: RecordDict) -> HelperKey:
+        key = HelperKey.from_bytes(content_of(content, "key"))
+        if (key.identity.hex(), key.run) != (identity, run) or not key.is_valid:
+            raise UserError("key of a helper", f"a signed key for run {run!r}", "another key or signature", "Ask again")
+        return key
+
+    question = helper_content("key", run.encode())
+    found, missing = network.ask_helpers({one.hex(): question for one in pinned}, read, seconds, "keys")
+    _refuse_missing(missing)
+    return [found[identity] for identity in sorted(found)]
+
+
+def helper_answers(network: Network, closed: Closed, seconds: float) -> list[Answer]:
+    """Return the answers of all helpers about a round. The bytes of `closed` are on disk before this is called.
+
+    Args:
+        network: The nodes.
+        closed: The round, after U was fixed.
+        seconds: Time until the deadline.
+
+    Raises:
+        UserError: If a helper refuses, or does not answer in time: the round is then void.
+    """
+    queries = {query.identity.hex(): query for query in closed.queries}
+
+    def read(identity: str, content: RecordDict) -> Answer:
+        answer = Answer.from_bytes(content_of(content, "sum"))
+        if not answer.answers(queries[identity]):
+            raise UserError("answer of a helper", "its signed answer to this query", "another", "Ask it again")
+        return answer
+
+    contents = {identity: helper_content("sum", query.to_bytes()) for identity, query in queries.items()}
+    found, missing = network.ask_helpers(contents, read, seconds, str(closed.facts.round))
+    _refuse_missing(missing)
+    return list(found.values())
+
+
+def end_run(network: Network, run: str, pinned: Collection[bytes], seconds: float) -> dict[str, str]:
+    """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity."""
+    question = helper_content("end", run.encode())
+    contents = {one.hex(): question for one in pinned}
+    return network.ask_helpers(contents, lambda _, content: content_of(content, "end"), seconds, "end")[1]
+
+
+def _refuse_missing(missing: dict[str, str]) -> None:
+    for identity, reason in sorted(missing.items()):
+        remedy = "Start the helper, or see its log"
+        raise UserError(f"helper {identity[:16]}", "an answer in time", reason.rstrip("."), remedy)
