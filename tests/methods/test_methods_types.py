@@ -13,6 +13,8 @@ from fedpriv.methods import alpha_normec as normec
 from fedpriv.methods import clip21 as clip
 from fedpriv.methods.memoryless import ModelOnly, NoMemory
 from fedpriv.methods.server_optimizers import Momentum, Velocity
+from fedpriv.rounds import ClientRules, apply_client_rule, client_round
+from fedpriv.streams import SeededStreams
 
 
 @pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES.keys())
@@ -42,3 +44,16 @@ def test_a_checker_knows_the_states_of_a_method() -> None:
 def test_a_checker_knows_the_state_of_an_optimizer() -> None:
     optimizer: ServerOptimizer[Velocity] = Momentum()
     assert_type(optimizer.init(torch.zeros(2)), Velocity)
+
+
+def test_a_checker_knows_the_state_after_a_round_of_a_client() -> None:
+    method, signal = AlphaNormEC(), torch.ones(2)
+    rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(1))
+    assert_type(rules.init_client(2), normec.ClientMemory)
+    _, after = client_round(rules, 0, rules.init_client(2), signal, 1)
+    assert_type(after, normec.ClientMemory)
+    _, same = apply_client_rule(method, method.init_client(2), signal, None, 1)
+    assert_type(same, normec.ClientMemory)
+    assert torch.equal(after.memory, same.memory)
+    with pytest.raises(AttributeError):
+        client_round(rules, 0, NoMemory(), signal, 1)  # pyright: ignore[reportArgumentType]
