@@ -13,5 +13,4 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking through all modules and tests again and again."""
-    gc.collect()
-    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)

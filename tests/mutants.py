@@ -2266,6 +2266,8 @@ MUTANTS = [
         "        self.check_plain_sums()\n",
         "",
         SUMS,
+    ),
+    Mutant(
         "secure: a client draws the same seed in every round",
         f"{SECURE}/client.py",
         "seed = random(SEED_BYTES)",

@@ -15,7 +15,7 @@ from fedpriv.tables import Record, Table
 __all__ = ["NAMED", "field_names", "read_table", "write_table"]
 
 NAMED: Mapping[str, bool] = {"named": True}
-"""Metadata of a field whose class checks the name in it, with an error that suggests the nearest name."""
+"""Metadata of a field that holds a name; its class checks the name, and the error suggests the nearest one."""
 
 T = TypeVar("T")
 

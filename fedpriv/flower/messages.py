@@ -207,7 +207,7 @@ class ClientInstructions:
     """Instructions to one client for one round.
 
     Args:
-        method: Method whose client rule applies.
+        method: Method of the client rule.
         round: Current round, from 1.
         client: Id of the client.
         last_round: Last round that summed a message of this client; 0 for none.

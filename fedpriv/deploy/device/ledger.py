@@ -38,7 +38,7 @@ class Entry(PrivacyTerms):
         client: Client id in the run.
         turn: Turn of the release.
         request: SHA-256 of the request.
-        method: Method whose client rule was applied.
+        method: Method of the client rule that was applied.
         l2_bound: Bound of the message.
         noise_stddev: Standard deviation per coordinate of this client's noise, on its message or on the sum of every
             local step (`dp-sgd`); 0 for none.
