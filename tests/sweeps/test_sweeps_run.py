@@ -156,6 +156,25 @@ when = {"method.name" = ["alpha-normec"]}
     assert names == ["dp-fedavg", "alpha-normec", "alpha-normec"]
 
 
+def test_an_axis_may_be_there_for_trials_without_a_key_only(tmp_path: Path) -> None:
+    text = """
+[[axis]]
+key = "privacy"
+values = ["", {epsilon = 8.0}]
+[[axis]]
+key = "method.server_lr"
+values = [1.0, 3.0]
+when = {"privacy.epsilon" = ""}
+[[axis]]
+key = "training.rounds"
+values = [4]
+when = {"privacy.epsilon" = ["", 8.0]}
+"""
+    found = changes(tmp_path, text)
+    assert [c.get("method.server_lr") for c in found] == [1.0, 3.0, None]
+    assert [c["training.rounds"] for c in found] == [4, 4, 4]
+
+
 @pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
     trials = load_sweep(path).trials()
