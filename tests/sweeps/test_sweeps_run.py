@@ -481,3 +481,18 @@ def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().err
     assert "4 of 10 trials: 2 done, 1 failed, 1 stopped early, 1 min 00 s left" in shown
     assert "beta=0.1" in shown
+
+
+def test_a_sweep_whose_output_is_a_file_writes_a_line_from_time_to_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SweepTable() as table:
+        state = SweepState(total=10, done=2)
+        table(state)
+        assert capsys.readouterr().err == ""
+        later = time.monotonic() + 31.0
+        monkeypatch.setattr("fedpriv.sweeps.live.time.monotonic", lambda: later)
+        table(state)
+        table(state)
+        shown = capsys.readouterr().err
+    assert shown.count("2 of 10 trials: 2 done, 0 failed") == 1
