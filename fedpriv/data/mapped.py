@@ -49,6 +49,16 @@ class MappedInputs:
         """Number of rows, and shape of one input."""
         return torch.Size((len(self), *self._array.shape[1:]))
 
+    @property
+    def parts(self) -> tuple[str, tuple[np.ndarray, ...]]:
+        """The path of the file, and arrays that determine the inputs made of it."""
+        array, normal = self._array, () if self._normal is None else self._normal
+        order = int(not array.flags.c_contiguous)
+        place = np.array([array.offset, order, *array.shape])
+        kind = np.frombuffer(array.dtype.str.encode(), np.uint8)
+        rows = () if self._rows is None else (self._rows,)
+        return str(array.filename), (place, kind, np.array([self._scale]), *rows, *normal)
+
     def __len__(self) -> int:
         return len(self._array) if self._rows is None else len(self._rows)
 

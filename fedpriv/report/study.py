@@ -278,7 +278,9 @@ def _refuse_other_data(runs: pd.DataFrame) -> None:
     """Raise UserError unless runs of one setting and seed used the same data: their mean would be meaningless."""
     if "data_fingerprint" not in runs:
         return
-    for _, rows in runs[runs["data_fingerprint"].notna()].groupby(["setting", "seed"], sort=True):
+    known = runs[runs["data_fingerprint"].notna()]
+    kind = known["data_fingerprint"].str.len()  # checksums of different versions of fedpriv cannot be compared
+    for _, rows in known.groupby(["setting", "seed", kind.rename("kind")], sort=True):
         first = rows.drop_duplicates("data_fingerprint")
         if len(first) > 1:
             one, other = first["run"].iloc[:2]

@@ -38,7 +38,8 @@ class Axis:
         to: End of the range.
         count: Number of values. They are whole numbers if both ends and all values are.
         scale: Spacing of the range: `linear` or `log`.
-        when: Use the axis only if these keys have this value, or one of these values; otherwise it changes nothing.
+        when: Use the axis only if these keys have this value, or one of these values; otherwise it changes nothing. The
+            value "" stands for a key that the trial does not have.
     """
 
     key: str | tuple[str, ...]
@@ -81,7 +82,8 @@ class Axis:
     def holds(self, tables: Table) -> bool:
         """Return True if the axis applies to these tables."""
         wanted = {key: value if isinstance(value, list) else [value] for key, value in self.when.items()}
-        return all(_get(tables, key) in accepted for key, accepted in wanted.items())
+        found = {key: _get(tables, key) for key in wanted}
+        return all(("" if found[key] is _ABSENT else found[key]) in accepted for key, accepted in wanted.items())
 
     def _check_range(self) -> None:
         assert self.first is not None

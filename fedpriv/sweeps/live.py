@@ -1,5 +1,6 @@
 """A live table of a sweep: running trials, progress, failures, early stops, and the time left."""
 
+import time
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -14,14 +15,17 @@ __all__ = ["SweepTable"]
 
 # Maximum number of running trials in the table.
 _SHOWN = 12
+# Seconds between two lines of progress, if the output is a file instead of a terminal.
+_PAUSE = 30.0
 
 
 class SweepTable:
-    """A table of a sweep on stderr; call it with the sweep's state."""
+    """A table of a sweep on stderr, or from time to time a line in a file; call it with the sweep's state."""
 
     def __init__(self) -> None:
         self._live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
         self._started = False
+        self._wrote_at = time.monotonic()
 
     def __enter__(self) -> "SweepTable":
         return self
@@ -40,19 +44,26 @@ class SweepTable:
             self._live.start()
             self._started = True
         self._live.update(self._render(state))
+        now = time.monotonic()
+        if not self._live.console.is_terminal and now - self._wrote_at >= _PAUSE:
+            self._live.console.print(_progress(state))
+            self._wrote_at = now
 
     def _render(self, state: SweepState) -> Group:
-        left = state.seconds_left
-        time_left = "" if left is None or state.ended == state.total else f", {_duration(left)} left"
-        stopped = f", {state.stopped} stopped early" if state.stopped else ""
-        counts = f"{state.done} done, {state.failed} failed{stopped}{time_left}"
-        line = Text(f"{state.ended} of {state.total} trials: {counts}")
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for name, label in list(state.running.items())[:_SHOWN]:
             table.add_row(Text(name), Text(label))
         bar = Table.grid()
         bar.add_row(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40))
-        return Group(bar, line, table)
+        return Group(bar, _progress(state), table)
+
+
+def _progress(state: SweepState) -> Text:
+    left = state.seconds_left
+    time_left = "" if left is None or state.ended == state.total else f", {_duration(left)} left"
+    stopped = f", {state.stopped} stopped early" if state.stopped else ""
+    counts = f"{state.done} done, {state.failed} failed{stopped}{time_left}"
+    return Text(f"{state.ended} of {state.total} trials: {counts}")
 
 
 def _duration(seconds: float) -> str:

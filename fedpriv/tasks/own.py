@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fedpriv.errors import UserError
 from fedpriv.plugins import line_of, settings_of
@@ -41,7 +42,7 @@ class OwnModule:
     def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
         """See `ModelSource.parameters`. Frozen parameters do not count; shared ones count once."""
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            with torch.random.fork_rng(devices=[]), torch.device("meta"), _Undrawn():
                 module = self._make(input_shape, classes)
         except UserError:  # it may need values, which tensors on the meta device do not have
             module = self.build(input_shape, classes, 0)
@@ -106,6 +107,19 @@ class OwnModule:
         if not _equal(logits, again):
             remedy = "Set the rate of dropout to 0: its draws would differ between engines"
             raise UserError(_KEY, "logits that depend on the inputs alone", "different ones in two calls", remedy)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves normal numbers of tensors without values undrawn: torch would import its compiler, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call the function, unless it fills a tensor on the meta device with normal numbers."""
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.normal_, nn.init.normal_):
+            filled = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -261,7 +261,7 @@ def test_no_checksum_of_the_data_is_released(tmp_path: Path) -> None:
     config = small()
     stopped(config, tmp_path)
     with safe_open(str(tmp_path / "checkpoint.safetensors"), framework="pt") as file:
-        found = re.match(r"data ([0-9a-f]{8}), ", file.metadata()["promise"])
+        found = re.match(r"data ([0-9a-f]{64}), ", file.metadata()["promise"])
     assert found is not None
     run_experiment(config, tmp_path, resume=True)
     holding = {path.name for path in tmp_path.iterdir() if found[1].encode() in path.read_bytes()}
@@ -273,14 +273,14 @@ def test_a_run_that_is_resumed_with_other_data_is_refused_without_a_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(small(), tmp_path)
-    monkeypatch.setattr("fedpriv.data.federation.Federation.fingerprint", "0badc0de")
+    monkeypatch.setattr("fedpriv.data.federation.Federation.fingerprint", 8 * "0badc0de")
     with pytest.raises(UserError, match=r"the same privacy terms and data.*got other data") as caught:
         run_experiment(small(), tmp_path, engine="loop", resume=True)
-    assert not re.search(r"\b[0-9a-f]{8}\b", str(caught.value))
+    assert not re.search(r"\b[0-9a-f]{64}\b", str(caught.value))
     monkeypatch.undo()
     with pytest.raises(UserError, match="bfloat16") as caught:
         run_experiment(small(), tmp_path, engine="loop", resume=True, execution=Execution(precision="bfloat16"))
-    assert not re.search(r"\b[0-9a-f]{8}\b", str(caught.value))
+    assert not re.search(r"\b[0-9a-f]{64}\b", str(caught.value))
 
 
 # Scores that no guarantee covers

@@ -137,6 +137,12 @@ def test_runs_of_one_setting_and_seed_with_other_data_are_refused(tmp_path: Path
         load_study(tmp_path)
 
 
+def test_checksums_of_two_versions_are_not_compared(tmp_path: Path) -> None:
+    for name, data in (("old", "0badc0de"), ("new", 64 * "0")):
+        record(tmp_path / name, summary={"data_fingerprint": data})
+    assert len(load_study(tmp_path).runs) == 2
+
+
 def test_people_are_never_shown_a_smaller_epsilon(tmp_path: Path) -> None:
     run = record(tmp_path / "a", plan={"epsilon": 1.00001})
     assert list(compare_runs([run]).loc["epsilon"]) == [1.001]

@@ -156,6 +156,25 @@ when = {"method.name" = ["alpha-normec"]}
     assert names == ["dp-fedavg", "alpha-normec", "alpha-normec"]
 
 
+def test_an_axis_may_be_there_for_trials_without_a_key_only(tmp_path: Path) -> None:
+    text = """
+[[axis]]
+key = "privacy"
+values = ["", {epsilon = 8.0}]
+[[axis]]
+key = "method.server_lr"
+values = [1.0, 3.0]
+when = {"privacy.epsilon" = ""}
+[[axis]]
+key = "training.rounds"
+values = [4]
+when = {"privacy.epsilon" = ["", 8.0]}
+"""
+    found = changes(tmp_path, text)
+    assert [c.get("method.server_lr") for c in found] == [1.0, 3.0, None]
+    assert [c["training.rounds"] for c in found] == [4, 4, 4]
+
+
 @pytest.mark.parametrize("path", sorted(SWEEPS.rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_sweep_is_experiments_alone(path: Path) -> None:
     trials = load_sweep(path).trials()
@@ -462,3 +481,18 @@ def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().err
     assert "4 of 10 trials: 2 done, 1 failed, 1 stopped early, 1 min 00 s left" in shown
     assert "beta=0.1" in shown
+
+
+def test_a_sweep_whose_output_is_a_file_writes_a_line_from_time_to_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SweepTable() as table:
+        state = SweepState(total=10, done=2)
+        table(state)
+        assert capsys.readouterr().err == ""
+        later = time.monotonic() + 31.0
+        monkeypatch.setattr("fedpriv.sweeps.live.time.monotonic", lambda: later)
+        table(state)
+        table(state)
+        shown = capsys.readouterr().err
+    assert shown.count("2 of 10 trials: 2 done, 0 failed") == 1
