@@ -166,7 +166,7 @@ def test_images_of_a_hugging_face_data_set_have_channels_and_values_from_0_to_1(
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3)).astype(np.uint8)
     rows = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 10})
     made = arrays_of(rows, Columns(label="label"))
-    assert np.array_equal(made["inputs"], pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
+    assert np.array_equal(np.asarray(made["inputs"]), pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
 
 
 @pytest.mark.parametrize(
