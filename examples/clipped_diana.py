@@ -64,7 +64,7 @@ class ClippedDiana(PlainMethod):
     @property
     def lost_memory(self) -> LostMemory:
         """All memories restart together: nothing in h ever fades."""
-        return "re-base"
+        return "reset-all"
 
     def init_client(self, size: int) -> Shift:
         """h_i = 0, which depends on no data."""

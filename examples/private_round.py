@@ -10,7 +10,7 @@ import torch
 
 from fedpriv.methods import DPFedAvg, Method
 from fedpriv.privacy import Everyone, make_plan, privacy_statement
-from fedpriv.rounds import agree, begin_round, client_round, finish_round
+from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement
 from fedpriv.streams import SystemStreams
 
 CLIENTS, ROUNDS = 100, 20
@@ -28,7 +28,7 @@ plan = make_plan(
     delta=1e-5,
     client_memory=False,  # DP-FedAvg's clients keep nothing between rounds
 )
-rules = agree(method, cohorts, plan, SystemStreams())  # noise from the operating system
+rules = make_agreement(method, cohorts, plan, SystemStreams())  # noise from the operating system
 
 server = method.init_server(torch.zeros(2))
 clients = [method.init_client(2) for _ in range(CLIENTS)]

@@ -45,13 +45,13 @@ __all__ = [
     "ClientRules",
     "ServerRules",
     "Total",
-    "agree",
     "apply_client_rule",
     "begin_round",
     "capacity_of",
     "client_round",
     "counted_norms",
     "finish_round",
+    "make_agreement",
     "record_bound",
     "signal_to_noise",
     "skip_round",
@@ -260,7 +260,7 @@ class Total(NamedTuple):
     void: bool = False
 
 
-def agree(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
+def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
     """Return the agreement of server and clients; the plan's trust decides which of them adds the noise.
 
     Raises:

@@ -97,7 +97,7 @@ class MethodStrategy(Strategy):
 
     def __init__(
         self,
-        agree: Callable[[int, int], Agreement],
+        make_agreement: Callable[[int, int], Agreement],
         *,
         num_clients: int | None = None,
         evaluate: bool = False,
@@ -113,7 +113,7 @@ class MethodStrategy(Strategy):
             raise UserError("num_clients", "a whole number from 1", repr(num_clients), remedy)
         if max_failures is not None and not 0.0 <= max_failures <= 1.0:
             raise UserError("max_failures", "a share from 0 to 1", max_failures, "Give a share such as 0.5")
-        self._agree = agree
+        self._agree = make_agreement
         self._heads = HeadBook(None if heads is None else Path(heads))
         self._num_clients = num_clients
         self._evaluate = evaluate

@@ -16,7 +16,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
-from fedpriv.rounds import Agreement, agree
+from fedpriv.rounds import Agreement, make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
 
 from .method_strategy import MethodStrategy
@@ -111,7 +111,7 @@ class NamedStrategy(MethodStrategy):
             begun = self._settings, self._digest_of_first_model
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
-        return agree(self.method, sampling, plan, self.streams)
+        return make_agreement(self.method, sampling, plan, self.streams)
 
     @property
     def _digest_of_first_model(self) -> str:

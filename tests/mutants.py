@@ -2144,7 +2144,7 @@ MUTANTS = [
     Mutant(
         "deployment: a lost memory may end a run of secret cohorts",
         "fedpriv/deploy/coordinator.py",
-        'self.choice.lost_memory in ("re-base", "stop"):',
+        'self.choice.lost_memory in ("reset-all", "stop"):',
         "False:",
         COORDINATOR,
     ),

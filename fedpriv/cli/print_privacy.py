@@ -14,7 +14,7 @@ from fedpriv.experiment.build import assemble_clients, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
 from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     """Print the privacy statement of an experiment, or its plan as JSON; draw the trade-off curve to `plot`."""
     sampling = sampling_of(experiment, data_root)
     plan = plan_of(experiment, sampling, data_root)
-    agree(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed))
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off

@@ -39,7 +39,7 @@ from fedpriv.streams import SeededStreams
 
 __all__ = ["Coordinator", "Outcome"]
 
-Happened = Literal["applied", "too few", "re-based"]
+Happened = Literal["applied", "too few", "reset-alld"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Outcome:
         counted: Clients with a message in the sum.
         refused: Kind and reason by client.
         invalid: Fault of the message by client.
-        happened: `applied`, `too few` or `re-based`.
+        happened: `applied`, `too few` or `reset-alld`.
         total: The sum, and metrics about it.
     """
 
@@ -122,7 +122,7 @@ class Coordinator:
             remedy = "Set it to 1, or choose another sampling: a round that fails reveals who was absent"
             expected = "1 if epsilon requires secret cohorts"
             raise UserError("deployment.min_participants", expected, self.choice.min_participants, remedy)
-        if self.secret_cohorts and self.choice.lost_memory in ("re-base", "stop"):
+        if self.secret_cohorts and self.choice.lost_memory in ("reset-all", "stop"):
             expected = "another rule if epsilon requires secret cohorts"
             remedy = 'Set it to "leave-out" or remove it: a visible reaction to a lost memory reveals who was asked'
             raise UserError("deployment.lost_memory", expected, f'"{self.choice.lost_memory}"', remedy)
@@ -213,7 +213,7 @@ class Coordinator:
         if lost and self.lost_memory == "stop":
             raise _stopped(lost)
         if self._memories_are_lost(lost):
-            happened = "re-based"
+            happened = "reset-alld"
         elif len(valid) < self._needed:
             happened = "too few"
             if self.choice.too_few == "stop":
@@ -324,5 +324,5 @@ class Coordinator:
 
 def _stopped(lost: list[int]) -> UserError:
     where = ", ".join(f"client {i}" for i in lost[:3])
-    remedy = 'Restore its state folder, or set deployment.lost_memory = "leave-out" or "re-base"'
+    remedy = 'Restore its state folder, or set deployment.lost_memory = "leave-out" or "reset-all"'
     return UserError(where, "its memory of earlier turns", "a lost memory", remedy)

@@ -21,7 +21,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.privacy import PrivacyPlan, Sampling
-from fedpriv.rounds import Agreement, ClientRules, ServerRules, agree
+from fedpriv.rounds import Agreement, ClientRules, ServerRules, make_agreement
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.kinds import check_losses
 from fedpriv.tasks.own import OwnModule
@@ -89,7 +89,7 @@ class Experiment:
         size = self.population.task.layout.size
         plan = config.plan(sampling, fewest_examples(config, federation), size)
         streams = config.streams
-        agreed = agree(config.method, sampling, plan, streams)
+        agreed = make_agreement(config.method, sampling, plan, streams)
         population = replace(self.population, rules=agreed.client, streams=streams)
         return replace(self, config=config, population=population, server=agreed.server, plan=plan, timeline=timeline)
 
@@ -180,7 +180,7 @@ def assemble(
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling, fewest_examples(config, federation), task.layout.size)
     streams = config.streams
-    agreed = agree(config.method, sampling, plan, streams)
+    agreed = make_agreement(config.method, sampling, plan, streams)
     population = Population(
         rules=agreed.client,
         task=task,

@@ -339,8 +339,12 @@ class Config:
 
     @property
     def _identity(self) -> dict[str, object]:
-        """The tables, with file names instead of paths."""
-        return with_bare_names(self.tables)
+        """The tables, with file names instead of paths, in words that never change."""
+        found = with_bare_names(self.tables)
+        local = found["local"]
+        if isinstance(local, Mapping) and local.get("signal") == "pseudo-gradient":
+            found["local"] = {**local, "signal": "move"}  # as older versions wrote it
+        return found
 
     @property
     def streams(self) -> SeededStreams:
@@ -613,12 +617,12 @@ def check_config(config: Config) -> None:
     _check_sums(config)
     _check_schedule(config)
     _check_unit(config)
-    if config.method.client_part.needs_gradient_scale and config.local.signal == "move":
+    if config.method.client_part.needs_gradient_scale and config.local.signal == "pseudo-gradient":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
             "local.signal",
             expected,
-            '"move"',
+            '"pseudo-gradient"',
             "Set it to one of the two, or choose alpha-normec, which does not divide",
         )
     if config.deployment is not None:

@@ -34,6 +34,8 @@ def read_table(kind: type[T], table: Table, where: str, **given: object) -> T:
         where: The table's name, for errors.
         given: Fields that the program sets.
 
+    A field with `metadata={"formerly": {"old": "new"}}` also takes the old words of its values.
+
     Raises:
         UserError: For an unknown key, a missing key or a value of the wrong type.
     """
@@ -47,7 +49,8 @@ def read_table(kind: type[T], table: Table, where: str, **given: object) -> T:
             continue
         if field.name in table:
             hint = _text(hints[field.name]) if field.metadata.get("named") else hints[field.name]
-            values[field.name] = _typed(hint, table[field.name], key)
+            former, value = field.metadata.get("formerly", {}), table[field.name]
+            values[field.name] = _typed(hint, former.get(value, value) if isinstance(value, str) else value, key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             place = f"to [{where}]" if where else "at the top of the file"
             raise UserError(key, _describe(hints[field.name]), "a missing key", f"Add {field.name} {place}")

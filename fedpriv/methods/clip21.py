@@ -77,8 +77,8 @@ class Clip21(PlainMethod):
 
     @property
     def lost_memory(self) -> LostMemory:
-        """`re-base`: the server's memory would contain the lost one forever."""
-        return "re-base"
+        """`reset-all`: the server's memory would contain the lost one forever."""
+        return "reset-all"
 
     def init_client(self, size: int) -> ClientMemory:
         """Return v_i = 0."""

@@ -35,7 +35,8 @@ MAX_EPOCHS = 10_000
 
 # The examples of each step as positions in the client's data; None for all of them.
 Batches = list[np.ndarray | None]
-Signal = Literal["move", "gradient-sum", "gradient-mean"]
+Signal = Literal["pseudo-gradient", "gradient-sum", "gradient-mean"]
+_FORMERLY = {"formerly": {"move": "pseudo-gradient"}}
 
 
 class LocalWork(Protocol):
@@ -44,7 +45,7 @@ class LocalWork(Protocol):
     With `client_lr` None, the client sends one gradient. Otherwise it takes the steps
     x_{t+1} = x_t - client_lr grad_t and sends a pseudo-gradient, chosen by `signal`:
 
-    * `move`: x_0 - x_T;
+    * `pseudo-gradient`: x_0 - x_T;
     * `gradient-sum`: (x_0 - x_T) / client_lr, the sum of the gradients of its steps;
     * `gradient-mean`: (x_0 - x_T) / (client_lr T), their mean, as long as one gradient however many steps there are.
     """
@@ -135,13 +136,13 @@ class LocalSteps:
         steps: Number of local steps, at most `MAX_STEPS`.
         client_lr: Length of each.
         batch_size: Examples of each step, drawn without replacement; None for all.
-        signal: See `LocalWork`. Resolved configs omit `move`, the only kind of older versions.
+        signal: See `LocalWork`. Resolved configs omit `pseudo-gradient`, the only kind of older versions.
     """
 
     steps: int
     client_lr: float
     batch_size: int | None = None
-    signal: Signal = field(default="move", metadata={"absent_by_default": True})
+    signal: Signal = field(default="pseudo-gradient", metadata={**_FORMERLY, "absent_by_default": True})
 
     def __post_init__(self) -> None:
         _require_count("local.steps", self.steps, MAX_STEPS)
@@ -178,7 +179,7 @@ class LocalEpochs:
     client_lr: float
     batch_size: int | None = None
     order: Literal["fixed", "reshuffled"] = "reshuffled"
-    signal: Signal = "move"
+    signal: Signal = field(default="pseudo-gradient", metadata=_FORMERLY)
 
     def __post_init__(self) -> None:
         _require_count("local.epochs", self.epochs, MAX_EPOCHS)
@@ -261,7 +262,7 @@ class DPSGD(_PoissonBatches):
     rate: float
     steps: int
     client_lr: float
-    signal: Signal = "move"
+    signal: Signal = field(default="pseudo-gradient", metadata=_FORMERLY)
 
     def __post_init__(self) -> None:
         _require_rate(self.rate)
@@ -359,7 +360,7 @@ class LocalSGD:
     def step(self, gradient: Tensor) -> None:
         """Take a step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished."""
         self.model = self.model - self._lr * gradient
-        if self._kind != "move":
+        if self._kind != "pseudo-gradient":
             self._sum = gradient if self._sum is None else self._sum + gradient
 
     def signal(self, steps: Tensor | int) -> Tensor:

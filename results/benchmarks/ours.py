@@ -26,7 +26,7 @@ from fedpriv.experiment.execution import choose_compute
 from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.methods import DPFedAvg, has_memory
 from fedpriv.privacy import FixedSize, make_plan
-from fedpriv.rounds import ServerRules, agree, begin_round, finish_round
+from fedpriv.rounds import ServerRules, begin_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import FullGradient
 from fedpriv.tasks.task import Task
@@ -173,7 +173,7 @@ def build(
         client_memory=has_memory(method),
     )
     streams = SeededStreams(seed)
-    server, client, _ = agree(method, sampling, plan, streams)
+    server, client, _ = make_agreement(method, sampling, plan, streams)
     task = kind(module, device, **for_task)
     people = kind_of_population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
     made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)

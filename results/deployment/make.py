@@ -38,7 +38,7 @@ from fedpriv.flower.internals.supernode import bundle_hash  # noqa: E402
 from fedpriv.flower.messages import ARRAYS, CONFIG, FEDPRIV, TERMS, MessageFormat, ModelArrays  # noqa: E402
 from fedpriv.methods import AlphaNormEC  # noqa: E402
 from fedpriv.privacy import Everyone, make_plan  # noqa: E402
-from fedpriv.rounds import agree  # noqa: E402
+from fedpriv.rounds import make_agreement  # noqa: E402
 from fedpriv.streams import SystemStreams  # noqa: E402
 
 NODES = 4
@@ -136,7 +136,7 @@ def sizes() -> pd.DataFrame:
     rows = []
     method, sampling = AlphaNormEC(), Everyone(NODES)
     plan = make_plan(trust="local", sampling=sampling, rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
-    server, client, _ = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, plan, SystemStreams())
     for size in SIZES:
         state = method.init_server(torch.randn(size))
         coordinator = Coordinator(

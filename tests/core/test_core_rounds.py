@@ -22,11 +22,11 @@ from fedpriv.rounds import (
     ClientRules,
     ServerRules,
     Total,
-    agree,
     apply_client_rule,
     begin_round,
     client_round,
     finish_round,
+    make_agreement,
     signal_to_noise,
 )
 from fedpriv.streams import Purpose, SeededStreams, SystemStreams
@@ -56,24 +56,28 @@ class TestAgreement:
     @pytest.mark.parametrize("sampling", [Everyone(20), Poisson(20, 0.25), FixedSize(20, 4)])
     def test_noise_goes_to_exactly_one_side_by_trust(self, method: Method, sampling: Sampling) -> None:
         local = plan_of(method, sampling, "local")
-        server, client, _ = agree(method, sampling, local, STREAMS)
+        server, client, _ = make_agreement(method, sampling, local, STREAMS)
         assert (server.noise_stddev, client.noise_stddev) == (0.0, local.noise_stddev)
         if not method.needs_client_noise:
             central = plan_of(method, sampling, "central")
-            server, client, _ = agree(method, sampling, central, STREAMS)
+            server, client, _ = make_agreement(method, sampling, central, STREAMS)
             assert (server.noise_stddev, client.noise_stddev) == (central.noise_stddev, 0.0)
 
     def test_it_is_one_value_for_engines_and_strategies(self) -> None:
         method = NormalizedSGD()
         plan = plan_of(method, Everyone(3), "local")
-        agreed = agree(method, Everyone(3), plan, STREAMS)
+        agreed = make_agreement(method, Everyone(3), plan, STREAMS)
         assert agreed.plan is plan
         assert strategies.Agreement is type(agreed)
-        assert agreed == agree(method, Everyone(3), plan, STREAMS) != agree(method, Everyone(3), None, STREAMS)
+        assert (
+            agreed
+            == make_agreement(method, Everyone(3), plan, STREAMS)
+            != make_agreement(method, Everyone(3), None, STREAMS)
+        )
 
     @every_method
     def test_without_a_plan_nobody_adds_noise(self, method: Method) -> None:
-        server, client, _ = agree(method, Everyone(3), None, STREAMS)
+        server, client, _ = make_agreement(method, Everyone(3), None, STREAMS)
         assert (server.noise_stddev, client.noise_stddev) == (0.0, 0.0)
 
     @every_method
@@ -86,13 +90,13 @@ class TestAgreement:
         if method.needs_client_noise and trust == "central":
             return
         plan = plan_of(method, Everyone(3), trust, adjacency=adjacency)
-        server, client, _ = agree(method, Everyone(3), plan, STREAMS)
+        server, client, _ = make_agreement(method, Everyone(3), plan, STREAMS)
         wanted = 0.8 * factor * method.bounded.l2_bound
         assert server.noise_stddev + client.noise_stddev == pytest.approx(wanted, rel=1e-12)
 
     def test_both_sides_follow_the_same_method_and_streams(self) -> None:
         method = Clip21(clip_norm=0.3)
-        server, client, _ = agree(method, Everyone(3), None, STREAMS)
+        server, client, _ = make_agreement(method, Everyone(3), None, STREAMS)
         assert server.method is client.method is method
         assert server.streams is client.streams is STREAMS
         assert server.sampling == Everyone(3)
@@ -102,24 +106,24 @@ class TestAgreement:
         method = dataclasses.replace(SENT, damping=damping)
         plan = plan_of(method, Everyone(3), "central")
         with pytest.raises(UserError, match=r'^method\.memory: expected privacy\.trust = "local"') as caught:
-            agree(method, Everyone(3), plan, STREAMS)
+            make_agreement(method, Everyone(3), plan, STREAMS)
         assert "\n" not in str(caught.value)
 
     def test_sent_memory_without_a_plan_is_the_non_private_method(self) -> None:
-        agree(SENT, Everyone(3), None, STREAMS)
+        make_agreement(SENT, Everyone(3), None, STREAMS)
 
     @pytest.mark.parametrize("bound", [0.5, 0.999, 1.001, 2.0])
     def test_a_plan_for_another_bound_is_refused(self, bound: float) -> None:
         for trust in ("central", "local"):
             plan = plan_of(NormalizedSGD(), Everyone(3), trust, l2_bound=bound)
             with pytest.raises(ValueError, match="another"):
-                agree(NormalizedSGD(), Everyone(3), plan, STREAMS)
+                make_agreement(NormalizedSGD(), Everyone(3), plan, STREAMS)
 
     @pytest.mark.parametrize("other", [Everyone(4), Poisson(3, 0.5), FixedSize(3, 1)])
     def test_a_plan_for_another_cohort_is_refused(self, other: Sampling) -> None:
         plan = plan_of(NormalizedSGD(), other, "central")
         with pytest.raises(ValueError, match="another"):
-            agree(NormalizedSGD(), Everyone(3), plan, STREAMS)
+            make_agreement(NormalizedSGD(), Everyone(3), plan, STREAMS)
 
 
 class TestBegin:
@@ -143,7 +147,7 @@ class TestClient:
     @every_method
     def test_the_noise_on_a_message_has_the_agreed_deviation(self, method: Method) -> None:
         plan = plan_of(method, Everyone(3), "local")
-        rules = agree(method, Everyone(3), plan, STREAMS).client
+        rules = make_agreement(method, Everyone(3), plan, STREAMS).client
         state = fresh_clients(method, 0, SIZE, torch.float32)
         signal = torch.randn(SIZE, generator=torch.Generator().manual_seed(1)) / SIZE**0.5
         quiet, _ = method.client_rule(state, signal, None, 2)
@@ -155,7 +159,7 @@ class TestClient:
 
     def test_no_two_clients_and_no_two_rounds_share_noise(self) -> None:
         method = NormalizedSGD(alpha=1.0)
-        rules = agree(method, Everyone(9), plan_of(method, Everyone(9), "local"), STREAMS).client
+        rules = make_agreement(method, Everyone(9), plan_of(method, Everyone(9), "local"), STREAMS).client
         zero = torch.zeros(40)
         found = [
             client_round(rules, client, method.init_client(40), zero, k)[0] for client in range(9) for k in range(1, 8)
@@ -170,7 +174,7 @@ class TestClient:
 
     @every_method
     def test_without_noise_a_round_is_the_rule_to_the_bit(self, method: Method) -> None:
-        rules = agree(method, Everyone(3), None, STREAMS).client
+        rules = make_agreement(method, Everyone(3), None, STREAMS).client
         state, signal = method.init_client(7), torch.linspace(-3.0, 2.0, 7)
         message, after = client_round(rules, 2, state, signal, 4)
         wanted, wanted_after = method.client_rule(state, signal, None, 4)
@@ -182,7 +186,7 @@ class TestFinish:
     @every_method
     @pytest.mark.parametrize("sampling", [Everyone(8), Poisson(80, 0.1), FixedSize(80, 8)])
     def test_the_sum_is_divided_by_the_expected_cohort(self, method: Method, sampling: Sampling) -> None:
-        rules = agree(method, sampling, None, STREAMS).server
+        rules = make_agreement(method, sampling, None, STREAMS).server
         state = method.init_server(torch.linspace(0.0, 1.0, 5))
         total = torch.tensor([3.0, -1.0, 0.0, 4.0, 2.0])
         found = finish_round(rules, state, 1, total)
@@ -194,7 +198,7 @@ class TestFinish:
         method, sampling = DPFedAvg(clip_norm=1.0, server_lr=1.0), Poisson(60, 0.1)
         made = setting(method, federation=None, sampling=Poisson(12, 0.25))
         assert made.server.sampling.expected_size == 3.0
-        rules = agree(method, sampling, None, STREAMS).server
+        rules = make_agreement(method, sampling, None, STREAMS).server
         sizes = set()
         for k in range(1, 30):
             state = method.init_server(torch.zeros(2))
@@ -231,7 +235,7 @@ class TestFinish:
             return
         sampling = Poisson(1000, 0.05)
         plan = plan_of(method, sampling, "central")
-        rules = agree(method, sampling, plan, STREAMS).server
+        rules = make_agreement(method, sampling, plan, STREAMS).server
         plain = dataclasses.replace(rules, mechanism=Gaussian(0.0))
         if getattr(method, "server_normalization", False):
             return
@@ -307,7 +311,7 @@ def test_the_signal_to_noise_ratio_is_of_the_sum() -> None:
 
 def test_a_cohort_under_local_trust_carries_the_noise_of_its_members() -> None:
     method = NormalizedSGD(alpha=1e6)
-    rules = agree(method, Everyone(6), plan_of(method, Everyone(6), "local"), STREAMS).client
+    rules = make_agreement(method, Everyone(6), plan_of(method, Everyone(6), "local"), STREAMS).client
     total = sum(
         (client_round(rules, i, method.init_client(SIZE), torch.zeros(SIZE), 1)[0] for i in range(6)), torch.zeros(1)
     )
@@ -357,5 +361,5 @@ def test_a_plan_for_clients_without_memory_is_refused_for_a_method_that_has_one(
         client_memory=False,
     )
     with pytest.raises(ValueError, match="without memory"):
-        agree(AlphaNormEC(), sampling, plan, SeededStreams(1))
-    agree(NormalizedSGD(), sampling, plan, SeededStreams(1))
+        make_agreement(AlphaNormEC(), sampling, plan, SeededStreams(1))
+    make_agreement(NormalizedSGD(), sampling, plan, SeededStreams(1))

@@ -30,7 +30,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import has_memory, server_step
 from fedpriv.privacy import Poisson, make_plan
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import Purpose, Streams
 
 SIZE = 6
@@ -203,7 +203,7 @@ class World:
                 noise_multiplier=1.0,
                 client_memory=has_memory(self.method),
             )
-        self.server_rules, self.client_rules, _ = agree(self.method, sampling, plan, self.draws)
+        self.server_rules, self.client_rules, _ = make_agreement(self.method, sampling, plan, self.draws)
         self.plan = plan
         self.server = self._new_server()
         self.noise_only = self.method.init_server(torch.zeros(SIZE))
@@ -360,7 +360,7 @@ class World:
         """Track the effect of the noise alone on the server's memory."""
         if not has_memory(self.method):
             return
-        if outcome.happened == "re-based":
+        if outcome.happened == "reset-alld":
             self.lost.clear()
             self.noise_only = self.method.init_server(torch.zeros(SIZE))
         if outcome.happened != "applied":
@@ -405,7 +405,7 @@ class World:
         folder = self.members[client].folder / f"{self.server.run}-{client}"
         if not folder.exists():
             return
-        left_out = self.server.secret_cohorts and self.method.lost_memory == "re-base"
+        left_out = self.server.secret_cohorts and self.method.lost_memory == "reset-all"
         if left_out and len(self.gone) == CLIENTS - 1:
             return  # a run without any client would end
         if self.server.last_turn.get(client, 0) and left_out and client not in self.gone:

@@ -15,7 +15,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, TrustName, make_plan
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
 
 SIZE, CLIENTS = 4, 5
@@ -34,7 +34,7 @@ def coordinator(method: Any = UNDAMPED, trust: TrustName | None = None, size: in
             noise_multiplier=1.5,
             client_memory=has_memory(method),
         )
-    server, client, _ = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, plan, SystemStreams())
     return Coordinator(
         server=server,
         client=client,
@@ -154,7 +154,7 @@ def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
     assert torch.count_nonzero(server.state._asdict()["memory"])
     server.begin()
     outcome = server.finish(messages(0, 1, 2, 3), lost(4))
-    assert (outcome.happened, outcome.counted, server.epoch, server.last_turn) == ("re-based", [], 1, {})
+    assert (outcome.happened, outcome.counted, server.epoch, server.last_turn) == ("reset-alld", [], 1, {})
     assert torch.equal(server.state.model, model)
     assert not torch.count_nonzero(server.state._asdict()["memory"])
     server.begin()
@@ -172,7 +172,7 @@ def test_where_all_begin_anew_a_server_optimiser_does_too_and_clients_hear_nothi
     again.restore(type(server.state)(**server.state._asdict()), server.save())
     for one in (server, again):
         one.begin()
-        assert one.finish(messages(0, 1, 2, 3), lost(4)).happened == "re-based"
+        assert one.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset-alld"
         assert torch.equal(one.state.model, model)
         assert all(not field.any() for field in tuple(one.state)[1:])
         one.begin()
@@ -245,7 +245,7 @@ def test_a_lost_memory_does_not_stop_a_run_for_ever() -> None:
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    assert server.finish(messages(0, 1, 2, 3), lost(4)).happened == "re-based"
+    assert server.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset-alld"
     server.begin()
     assert server.finish(messages(*range(CLIENTS)), {}).happened == "applied"
 
@@ -292,7 +292,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
         client_memory=False,
     )
     assert plan.amplification
-    server, client, _ = agree(method, sampling, plan, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, plan, SystemStreams())
 
     def made(least: int) -> Coordinator:
         return Coordinator(
@@ -325,7 +325,7 @@ def secretly(method: Any, **rules: Any) -> Coordinator:
         client_memory=has_memory(method),
     )
     assert plan.amplification
-    server, client, _ = agree(method, sampling, plan, SeededStreams(7))
+    server, client, _ = make_agreement(method, sampling, plan, SeededStreams(7))
     choice = DeploymentChoice(**rules)
     state = method.init_server(torch.zeros(SIZE))
     return Coordinator(server=server, client=client, plan=plan, choice=choice, turns=20, digest="d", state=state)
@@ -362,7 +362,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh_in_a_secret_cohort_to
     assert (server.left_out, server.last_turn[2], server.last_turn[0]) == (set(), 0, 2)
 
 
-@pytest.mark.parametrize("rule", ["re-base", "stop"])
+@pytest.mark.parametrize("rule", ["reset-all", "stop"])
 def test_what_would_show_a_lost_memory_is_refused_where_cohorts_are_secret(rule: str) -> None:
     with pytest.raises(
         UserError, match=r"^deployment\.lost_memory: expected another rule if epsilon requires secret cohorts"
@@ -390,7 +390,7 @@ def test_an_open_turn_is_begun_again_with_the_same_cohort_model_and_order() -> N
     """Cohorts come from the operating system, so that only the saved state can restore them."""
     method = DPFedAvg(clip_norm=1.0)
     sampling = FixedSize(10**6, 3)
-    server_rules, client_rules, _ = agree(method, sampling, None, SystemStreams())
+    server_rules, client_rules, _ = make_agreement(method, sampling, None, SystemStreams())
 
     def fresh() -> Coordinator:
         return Coordinator(
@@ -438,7 +438,7 @@ def test_terms_carry_what_the_promise_rests_on() -> None:
             noise_multiplier=1.0,
             client_memory=False,
         )
-        server, client, _ = agree(method, sampling, plan, SystemStreams())
+        server, client, _ = make_agreement(method, sampling, plan, SystemStreams())
         made = Coordinator(
             server=server,
             client=client,

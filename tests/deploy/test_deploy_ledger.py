@@ -27,7 +27,7 @@ from fedpriv.flower.messages import TERMS
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Everyone
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SystemStreams
 
 
@@ -211,7 +211,7 @@ def test_heads_outlive_the_server_and_a_damaged_book_is_said(tmp_path: Path) -> 
 
 def test_a_server_that_is_restored_still_knows_its_clients_heads(tmp_path: Path) -> None:
     method, sampling = DPFedAvg(clip_norm=1.0), Everyone(2)
-    server, client, _ = agree(method, sampling, None, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, None, SystemStreams())
 
     def fresh() -> Coordinator:
         return Coordinator(

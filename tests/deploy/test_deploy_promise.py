@@ -31,7 +31,7 @@ from fedpriv.privacy import (
     TrustName,
     make_plan,
 )
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SystemStreams
 
 SIZE, CLIENTS, ROUNDS = 3, 12, 3
@@ -98,7 +98,7 @@ def served(
         noise_multiplier=1.5,
         client_memory=has_memory(method),
     )
-    server, client, _ = agree(method, sampling, made, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, made, SystemStreams())
     limits = Limits(epsilon=1e4, delta=1e-5, adjacency=adjacency)  # type: ignore[arg-type]
     device = Device(Policy(accepts=Accepts(trust="central"), limits=limits), folder / "state")
     coordinator = Coordinator(
@@ -165,7 +165,7 @@ def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path
     method = METHODS["memory"]
     made = plan(sampling=SAMPLED["fixed"], client_memory=False)
     terms = RunTerms(run="r", turn=1, last_turn=0, epoch=0, digest="d", **promised(made, made.sampling, made.rounds))
-    server, client, _ = agree(method, made.sampling, plan(sampling=made.sampling), SystemStreams())
+    server, client, _ = make_agreement(method, made.sampling, plan(sampling=made.sampling), SystemStreams())
     coordinator = Coordinator(
         server=server,
         client=client,
@@ -188,7 +188,7 @@ def test_a_server_that_denies_the_memory_of_its_method_is_refused(tmp_path: Path
 def test_a_run_of_more_turns_than_were_accounted_does_not_begin() -> None:
     method = METHODS["none"]
     made = plan(l2_bound=0.7, client_memory=False)
-    server, client, _ = agree(method, made.sampling, made, SystemStreams())
+    server, client, _ = make_agreement(method, made.sampling, made, SystemStreams())
     with pytest.raises(ValueError, match="the plan is for 3 turns, and the run has 4"):
         Coordinator(
             server=server,

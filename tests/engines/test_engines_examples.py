@@ -12,7 +12,7 @@ from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
-from fedpriv.rounds import agree, begin_round, client_round, finish_round
+from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.local_work import DPSGD, LocalSteps, LocalWork, PoissonGradient, batches_of, make_signal
 
@@ -246,7 +246,7 @@ def test_a_plan_for_another_memory_is_refused() -> None:
     bound = other.config.method.bounded.l2_bound
     plan = dataclasses.replace(plan, l2_bound=bound, client_memory=True)
     with pytest.raises(ValueError, match="another client rule"):
-        agree(other.config.method, plan.sampling, plan, SeededStreams(0))
+        make_agreement(other.config.method, plan.sampling, plan, SeededStreams(0))
 
 
 # What does not fit is refused before anything is computed.

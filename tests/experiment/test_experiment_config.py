@@ -1,6 +1,8 @@
 """Strict TOML: each mistake is one line that names the key and the nearest known one."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -105,7 +107,7 @@ def test_fed_alpha_normec_takes_gradients_and_no_bare_moves(kind: str):
 
 def test_a_client_may_start_afresh_only_where_what_it_lost_fades():
     load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=start-afresh"])
-    with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "start-afresh"\. Choose "re-base"'):
+    with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "start-afresh"\. Choose "reset-all"'):
         load_config(QUICKSTART, ["method.damping=0", "deployment.lost_memory=start-afresh"])
 
 
@@ -174,7 +176,7 @@ def test_a_mistake_is_one_line_that_names_the_key(setting: str, where: str, says
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("privacy.trust=locall", "expected a known name, got 'locall'. Did you mean 'local'? Known: central, local."),
+        ("privacy.trust=locall", "expected a known name, got 'locall'. Did you mean 'local'? Known: aggregator, central, local."),
         ("privacy.trust=3", "expected a quoted string, got 3. Change privacy.trust."),
         (
             "privacy.adjacency=replce",
@@ -225,3 +227,16 @@ def test_every_shipped_config_is_valid(path: Path):
     config = load_config(path)
     if config.data.clients is not None:
         config.plan(sampling_of(config))
+
+
+def test_old_words_are_read_and_leave_an_experiment_as_it_was() -> None:
+    """The digest is that of `signal = "move"`, as older versions wrote it, and so is the noise."""
+    epochs = ["local.work=local-epochs", "local.epochs=1", "local.client_lr=0.1"]
+    old = load_config(QUICKSTART, [*epochs, "local.signal=move", "deployment.lost_memory=re-base"])
+    new = load_config(QUICKSTART, [*epochs, "local.signal=pseudo-gradient", "deployment.lost_memory=reset-all"])
+    assert old.tables == new.tables
+    assert (old.digest, old.noise_id) == (new.digest, new.noise_id)
+    assert old.tables["local"]["signal"] == "pseudo-gradient"
+    written = {**old.tables, "local": {**old.tables["local"], "signal": "move"}}
+    del written["deployment"]
+    assert old.digest == hashlib.sha256(json.dumps(written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -25,7 +25,7 @@ from fedpriv.experiment.execution import Execution, start_engine
 from fedpriv.experiment.timing import Versions
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.privacy import SAMPLINGS, Everyone, Poisson, make_plan
-from fedpriv.rounds import agree, begin_round, finish_round
+from fedpriv.rounds import begin_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.local_work import LOCAL_WORKS
@@ -187,7 +187,7 @@ def test_a_model_that_leaves_float32_ends_the_run_in_one_line() -> None:
     """Each number is within its limits, but their product is not."""
     method = DPFedAvg(clip_norm=1e20, server_lr=1e20)
     plan = make_plan(trust="central", sampling=Everyone(3), rounds=1, delta=1e-5, l2_bound=1e20, noise_multiplier=1.0)
-    server = agree(method, Everyone(3), plan, SeededStreams(1)).server
+    server = make_agreement(method, Everyone(3), plan, SeededStreams(1)).server
     state = method.init_server(torch.zeros(4))
     with pytest.raises(UserError, match=r"^the model after round 1: expected finite numbers, got NaN or infinity\."):
         finish_round(server, state, 1, torch.from_numpy(np.ones(4)))

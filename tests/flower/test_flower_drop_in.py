@@ -18,7 +18,7 @@ from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, make_plan
-from fedpriv.rounds import agree, begin_round, client_round, finish_round, record_bound
+from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement, record_bound
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
 from strategies import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, MethodStrategy, NormalizedSGD, Privacy
@@ -36,7 +36,7 @@ def start(strategy, grid, rounds=ROUNDS, timeout=5.0, arrays=None):
 def reference(strategy, rounds=ROUNDS):
     """Return the result of the same run in plain code: memories in a dictionary, signals x - x_local."""
     method, plan = strategy.method, strategy.plan
-    server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
+    server, client, _ = make_agreement(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
     layout = Layout.of(net.state_dict())
     state = method.init_server(layout.flatten(net.state_dict()))
@@ -203,7 +203,7 @@ def test_an_app_whose_updates_bound_no_examples_takes_part_in_no_run_that_protec
         method, cohort = DPFedAvgRules(), Everyone(population)
         known = {"trust": "local", "sampling": cohort, "rounds": rounds, "delta": 1e-5, "noise_multiplier": 1.0}
         plan = make_plan(**known, l2_bound=1.0, record=record_bound(method, terms))
-        return agree(method, cohort, plan, SeededStreams(1))
+        return make_agreement(method, cohort, plan, SeededStreams(1))
 
     with pytest.raises(ValueError, match="an app that bounds no examples"):
         start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))

@@ -23,7 +23,7 @@ from fedpriv.flower.server.attendance import Attendance
 from fedpriv.flower.server.faults import message_fault, norm_limit
 from fedpriv.flower.server.nodes import in_words
 from fedpriv.privacy import Poisson
-from fedpriv.rounds import agree, begin_round, client_round, finish_round
+from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement
 from fedpriv.vectors import Layout
 from strategies import AlphaNormEC, Clip21, DPFedAvg, Privacy
 
@@ -46,7 +46,7 @@ def start(strategy, grid, rounds=ROUNDS, **given):
 def reference(strategy, absent, rounds=ROUNDS):
     """Return the result of the same run in plain code: clients in `absent[k]` miss round k and keep their memory."""
     method, plan = strategy.method, strategy.plan
-    server, client, _ = agree(method, strategy.agreement.server.sampling, plan, strategy.streams)
+    server, client, _ = make_agreement(method, strategy.agreement.server.sampling, plan, strategy.streams)
     net = initial_net()
     layout = Layout.of(net.state_dict())
     state = method.init_server(layout.flatten(net.state_dict()))
@@ -461,7 +461,7 @@ def test_a_lost_memory_in_a_secret_cohort_does_not_show():
 
 
 def test_a_run_all_of_whose_clients_are_left_out_ends():
-    attendance = Attendance(population=1, rounds=5, max_failures=None, secret=True, lost_memory="re-base")
+    attendance = Attendance(population=1, rounds=5, max_failures=None, secret=True, lost_memory="reset-all")
     assert attendance.finish(1, [0], {})
     with pytest.raises(UserError, match="clients: expected memories of earlier rounds, got lost memories on all"):
         attendance.finish(2, [], {0: "client 0: lost"}, [0])

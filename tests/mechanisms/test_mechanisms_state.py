@@ -19,7 +19,7 @@ from fedpriv.mechanisms.noise import Gaussian, release_sum
 from fedpriv.methods import AlphaNormEC, DPFedAvg, Method, optimized
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, Poisson, make_plan
-from fedpriv.rounds import Agreement, ServerRules, agree, begin_round, client_round, finish_round
+from fedpriv.rounds import Agreement, ServerRules, begin_round, client_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams, Streams
 
 SIZE = 40
@@ -62,7 +62,7 @@ def agreed(method: Method, mechanism: type = TakesBack) -> Agreement:
         l2_bound=method.bounded.l2_bound,
         noise_multiplier=2.0,
     )
-    rules = agree(method, Everyone(4), plan, SeededStreams(3))
+    rules = make_agreement(method, Everyone(4), plan, SeededStreams(3))
     return rules._replace(server=replace(rules.server, mechanism=mechanism(rules.server.noise_stddev)))
 
 

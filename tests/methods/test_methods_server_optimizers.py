@@ -16,7 +16,7 @@ from fedpriv.methods import DPFedAvg, Method, ServerOptimized, feedback_of, has_
 from fedpriv.methods.memoryless import ModelOnly
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, Adagrad, Adam, Momentum, ServerOptimizer, Yogi
 from fedpriv.privacy import Poisson
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import LocalSteps
 
@@ -107,7 +107,7 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
     assert feedback_of(wrapped) == feedback_of(method) is not None
     assert has_memory(wrapped) == has_memory(method)
     assert type(wrapped.init_client(3)) is type(method.init_client(3))
-    server, client, _ = agree(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
+    server, client, _ = make_agreement(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
     assert server.method is wrapped
     assert client.method is method
     assert wrapped.client_part is method

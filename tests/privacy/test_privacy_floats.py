@@ -20,7 +20,7 @@ from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import Everyone, PrivacyPlan, TrustName, make_plan
-from fedpriv.rounds import ClientRules, ServerRules, agree, client_round, finish_round
+from fedpriv.rounds import ClientRules, ServerRules, client_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams, Streams, SystemStreams
 
 SIZE, TRIALS, APART = 1000, 200, 1e-3
@@ -119,13 +119,13 @@ def at_chance(wrong: int) -> bool:
 
 
 def local_attack(plan: PrivacyPlan) -> int:
-    rules = agree(METHOD, Everyone(10), plan, SystemStreams()).client
+    rules = make_agreement(METHOD, Everyone(10), plan, SystemStreams()).client
     bounded = tuple(METHOD.bounded(message) for message in candidates(APART))
     return wrong_guesses(play_local(rules), (bounded[0], bounded[1]), MESSAGE)
 
 
 def central_attack(plan: PrivacyPlan) -> int:
-    rules = agree(METHOD, Everyone(10), plan, SystemStreams()).server
+    rules = make_agreement(METHOD, Everyone(10), plan, SystemStreams()).server
     known = torch.from_numpy(np.random.default_rng(4).normal(size=SIZE))
     return wrong_guesses(play_central(rules), (known, known + APART * candidates(APART)[0].double()), MODEL)
 
@@ -155,7 +155,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: TrustName, monkeypatc
 def test_an_attacker_who_weighs_all_numbers_stays_within_the_promise(trust: TrustName) -> None:
     """A likelihood-ratio attack on two worlds as far apart as the plan allows does no better than its epsilon."""
     plan = plan_of(trust, epsilon=0.5)
-    server, client, _ = agree(METHOD, Everyone(10), plan, SystemStreams())
+    server, client, _ = make_agreement(METHOD, Everyone(10), plan, SystemStreams())
     stddev, grid = plan.noise_stddev, fedpriv.mechanisms.noise.release_grid(plan.noise_stddev)
     one = torch.zeros(SIZE)
     other = one.clone()

@@ -38,7 +38,7 @@ from fedpriv.privacy import (
     unit_of,
 )
 from fedpriv.privacy.sampling import read_sampling
-from fedpriv.rounds import agree
+from fedpriv.rounds import make_agreement
 from fedpriv.streams import SystemStreams
 
 BOUND = NormalizedSGD().bounded.l2_bound
@@ -72,7 +72,7 @@ def test_the_shares_of_the_noise_add_up_to_the_plans_on_whatever_is_noised(trust
     assert server**2 + 10.0 * client**2 == pytest.approx(4.0 * trust.noises(10.0))
     assert (client > 0.0) == trust.clients_add_noise
     method = NormalizedSGD()
-    rules = agree(method, Everyone(100), plan_of(trust.name), SystemStreams())
+    rules = make_agreement(method, Everyone(100), plan_of(trust.name), SystemStreams())
     assert (rules[0].noise_stddev, rules[1].noise_stddev) == trust.split(plan_of(trust.name).noise_stddev, 100.0)
 
 
@@ -119,10 +119,10 @@ def test_a_memory_of_noise_asks_for_noise_at_the_client(trust: Trust) -> None:
     method = AlphaNormEC(memory="sent")
     plan = plan_of(trust.name, l2_bound=method.bounded.l2_bound)
     if trust.clients_add_noise:
-        agree(method, Everyone(100), plan, SystemStreams())
+        make_agreement(method, Everyone(100), plan, SystemStreams())
     else:
         with pytest.raises(UserError, match=rf'got privacy\.trust = "{trust.name}"'):
-            agree(method, Everyone(100), plan, SystemStreams())
+            make_agreement(method, Everyone(100), plan, SystemStreams())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fedpriv.data.partitions import Dirichlet
 from fedpriv.engines import Engine, LoopEngine, Population
 from fedpriv.methods import Method, ServerState
 from fedpriv.privacy import AggregationChoice, Everyone, Sampling, TrustName, make_plan
-from fedpriv.rounds import ClientRules, ServerRules, Total, agree, begin_round, finish_round
+from fedpriv.rounds import ClientRules, ServerRules, Total, begin_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import Softmax
@@ -101,7 +101,7 @@ def setting(
             l2_bound=method.bounded.l2_bound,
             noise_multiplier=noise_multiplier,
         )
-    server, client, _ = agree(method, sampling, plan, streams)
+    server, client, _ = make_agreement(method, sampling, plan, streams)
     population = Population(
         rules=client,
         task=task,

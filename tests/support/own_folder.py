@@ -85,7 +85,7 @@ class Shifted(PlainMethod):
     clip_norm: float = 1.0
     beta: float = 0.1
     server_lr: float = 0.5
-    lost_memory = "re-base"
+    lost_memory = "reset-all"
 
     @property
     def bounded(self) -> Clip:

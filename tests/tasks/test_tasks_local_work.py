@@ -76,7 +76,7 @@ def test_the_signals_of_a_walk_are_its_move_that_by_its_length_and_by_its_steps(
     move, total, mean = (
         signals(made)
         for made in of_works(
-            *(kind(client_lr=0.05, signal=s, **given) for s in ("move", "gradient-sum", "gradient-mean"))  # type: ignore[arg-type]
+            *(kind(client_lr=0.05, signal=s, **given) for s in ("pseudo-gradient", "gradient-sum", "gradient-mean"))  # type: ignore[arg-type]
         )
     )
     assert torch.allclose(total, move / 0.05, rtol=1e-4, atol=2e-5)
@@ -154,7 +154,7 @@ def test_bare_moves_are_fed_alpha_normec_with_figures_by_the_length_of_a_step() 
         ({"client_lr": 0.0}, r"^local\.client_lr: expected a positive number"),
         ({"batch_size": 0}, r"^local\.batch_size: expected a whole number of at least 1"),
         ({"order": "random"}, r'^local\.order: expected "fixed" or "reshuffled"'),
-        ({"signal": "step"}, r'^local\.signal: expected "move" or "gradient-sum" or "gradient-mean"'),
+        ({"signal": "step"}, r'^local\.signal: expected "pseudo-gradient" or "gradient-sum" or "gradient-mean"'),
     ],
 )
 def test_a_wrong_figure_is_refused(wrong: dict, says: str) -> None:
