@@ -166,7 +166,7 @@ class ServerRules:
         """Return the state before the first round for the model `[params]`: the method's and the mechanism's."""
         return joined(self.method.init_server(model), self.mechanism.init(len(model)))
 
-    def begin_anew(self, state: ServerState) -> ServerState:
+    def reset_memories(self, state: ServerState) -> ServerState:
         """Return the state with all memories reset; keep the model and the state of the noise mechanism."""
         _, noise = self.parts(state)
         return joined(self.method.init_server(state.model), noise)

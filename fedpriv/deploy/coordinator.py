@@ -307,7 +307,7 @@ class Coordinator:
 
     def _reset_memories(self) -> None:
         """Reset the memories on both sides; the model stays."""
-        self.state = self.server.begin_anew(self.state)
+        self.state = self.server.reset_memories(self.state)
         self.epoch += 1
         self.last_turn = {}
 

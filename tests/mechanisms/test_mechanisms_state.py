@@ -100,7 +100,7 @@ def test_its_state_stands_beside_the_methods_and_stays_where_memories_begin_anew
     state: Any = played(rules, rules.server.init(torch.ones(SIZE)), [method.init_client(SIZE) for _ in range(4)], 1, 3)
     assert state._fields == (*method.init_server(torch.ones(1))._fields, "noise_last")
     assert float(state.memory.abs().sum()) > 0.0
-    anew: Any = rules.server.begin_anew(state)
+    anew: Any = rules.server.reset_memories(state)
     assert float(anew.memory.abs().sum()) == 0.0
     assert same(anew.model, state.model)
     assert same(anew.noise_last, state.noise_last)
@@ -113,7 +113,7 @@ def test_a_mechanism_without_a_state_leaves_the_methods_own() -> None:
     state = rules.init(torch.ones(3))
     assert type(state) is type(method.init_server(torch.ones(3)))
     after = finish_round(rules, state, 1, torch.zeros(3))
-    assert type(after) is type(state) is type(rules.begin_anew(after))
+    assert type(after) is type(state) is type(rules.reset_memories(after))
 
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
