@@ -7,10 +7,15 @@ if it is killed, and the companion then ends at once. Flower's own programs only
 and miss the answer while they wait for a server that is gone.
 
 The program is run by its path and imports nothing from fedpriv: the app that it loads may have packages of those names.
+
+Flower starts a process for every message to a ClientApp, and each would import PyTorch and Flower again. On Linux, the
+first of them is therefore started by a process that imports them once and then forks for every message.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +30,9 @@ __all__ = ["LOCK", "companion_of", "end_with", "starting_companions"]
 
 LOCK = "lock"
 """Name of the file, in the folder of Flower's files, that a node or server locks while it runs."""
+
+_CLIENT_APP = "flwr-clientapp"
+_FORKING = "fork-client-apps"
 
 
 def companion_of(lock: str, command: Sequence[str]) -> list[str]:
@@ -42,12 +50,62 @@ def starting_companions(
         started: Called with each program's name and its process.
     """
 
-    def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
         process: Any = subprocess.Popen(companion_of(lock, command), **options)
         started(command[0], process)
         return process
 
     return SimpleNamespace(**{**vars(subprocess), "Popen": start})
+
+
+class ForkedClientApps:
+    """Starts ClientApp processes of Flower by forking one that has imported PyTorch and Flower.
+
+    Args:
+        lock: See `companion_of`.
+    """
+
+    def __init__(self, lock: str) -> None:
+        self._lock = lock
+        self._parent: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Sequence[str], **options: Any) -> None:
+        """Start a process that runs `command` and ends by itself; only the absence of output is an option."""
+        request = json.dumps({"command": list(command), "quiet": options.get("stdout") == subprocess.DEVNULL})
+        try:
+            self._send(request)
+        except OSError:  # the process was killed
+            self._parent = None
+            self._send(request)
+
+    def _send(self, request: str) -> None:
+        if self._parent is None:
+            parent = companion_of(self._lock, [_FORKING])
+            self._parent = subprocess.Popen(parent, stdin=subprocess.PIPE, bufsize=0)
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(f"{request}\n".encode())
+
+
+def fork_client_apps(lock: str) -> None:
+    """Fork a process for each line of the standard input; return in each of them, and exit at the end of the input."""
+    _entry(_CLIENT_APP)
+    for name in ("torch", "scipy.special", "pydantic"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the node, too, which closes the input
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
+    while line := sys.stdin.readline():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            request = json.loads(line)
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2) if request["quiet"] else (0,):
+                os.dup2(null, descriptor)
+            run(lock, request["command"])
+    sys.exit(0)
 
 
 def end_with(lock: str) -> None:
@@ -63,15 +121,39 @@ def end_with(lock: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of Flower's programs in this process."""
-    lock, program, *rest = arguments
+    """Run one of Flower's programs in this process, or fork processes for ClientApps."""
+    lock, *command = arguments
+    if command == [_FORKING]:
+        fork_client_apps(lock)
+    run(lock, command)
+
+
+def run(lock: str, command: Sequence[str]) -> None:
+    """Run one of Flower's programs, which end with the lock, and exit."""
     end_with(lock)
-    if program == "flower-superexec":
+    if command[0] == "flower-superexec":
         executor: Any = importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
-        executor.subprocess = starting_companions(lock)
+        executor.subprocess = _for_superexec(lock)
+    sys.argv = list(command)
+    sys.exit(_entry(command[0])())
+
+
+def _for_superexec(lock: str) -> Any:
+    companions = starting_companions(lock)
+    if sys.platform != "linux":
+        return companions
+    forked, others = ForkedClientApps(lock), companions.Popen
+
+    def start(command: Sequence[str], **options: Any) -> Any:
+        return (forked.start if command[0] == _CLIENT_APP else others)(command, **options)
+
+    return SimpleNamespace(**{**vars(companions), "Popen": start})
+
+
+def _entry(program: str) -> Callable[[], Any]:
+    """Return the function behind one of Flower's programs."""
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name=program)
-    sys.argv = [program, *rest]
-    sys.exit(entry.load()())
+    return entry.load()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,8 @@ from fedpriv.flower import companion
 from fedpriv.flower.companion import companion_of, starting_companions
 from fedpriv.flower.internals import superlink as superlink_internals
 from fedpriv.flower.internals.supernode import accompanied
+
+ROOT = Path(__file__).parents[2]
 
 # Holds the lock, starts a companion, prints its number, and waits.
 KEEPER = """
@@ -131,3 +135,67 @@ def test_a_companion_leaves_the_names_of_packages_to_the_app(tmp_path: Path) -> 
     assert "--runtime-api-address" in printed
     assert "[] [" in printed
     assert str(Path(companion.__file__).parent) not in printed
+
+
+# Holds the lock and starts three programs, one of them without output; the one that forks is killed after the first.
+FORKER = """
+import fcntl, os, signal, subprocess, sys, time
+from fedpriv.flower.companion import ForkedClientApps
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+apps, program = ForkedClientApps(sys.argv[1]), ["flwr-clientapp", "--help"]
+apps.start(program)
+apps.start(program, stdout=subprocess.DEVNULL)
+apps.start(program)
+while not os.path.exists(sys.argv[1] + ".ended"):
+    time.sleep(0.05)
+apps._parent.kill()
+apps._parent.wait()
+apps.start(program)
+apps._parent.stdin.close()
+apps._parent.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not forked")
+def test_client_apps_are_forked_by_one_process_that_may_be_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    said = (
+        "open(LOCK + '.ended', 'a').close() if os.getppid() != KEEPER else None; print('by', os.getppid(), flush=True)"
+    )
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import atexit, os, sys; LOCK = {str(lock)!r}\n"
+        "KEEPER = int(os.environ.setdefault('KEEPER', str(os.getpid())))\n"
+        f"atexit.register(lambda: exec({said!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    call = [sys.executable, "-c", FORKER, str(lock)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("usage: flwr-clientapp") == 3
+    parents = Counter(line for line in done.stdout.splitlines() if line.startswith("by "))
+    assert sorted(parents.values()) == [1, 1, 1, 2]  # the first two, the last, the second that forks, and the keeper
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+def test_a_killed_keeper_takes_forked_client_apps_along(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    command = [sys.executable, "-c", KEEPER, str(lock), *companion_of(str(lock), ["fork-client-apps"])]
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert keeper.stdout is not None
+    assert keeper.stdin is not None
+    parent = int(keeper.stdout.readline())
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    app = ["flwr-clientapp", "--insecure", "--runtime-api-address", "127.0.0.1:1", "--token", "t"]
+    try:
+        keeper.stdin.write(json.dumps({"command": app, "quiet": True}) + "\n")
+        keeper.stdin.flush()
+        wait_until(lambda: children.read_text() != "", 120.0)
+        pid = int(children.read_text())
+        keeper.kill()
+        keeper.stdin.close()
+        wait_until(lambda: not alive(pid), 10.0, "the app lives on")
+        wait_until(lambda: not alive(parent), 10.0, "the process that forks lives on")
+    finally:
+        keeper.kill()
+        keeper.wait()
+        keeper.stdout.close()

@@ -176,7 +176,10 @@ def test_a_mistake_is_one_line_that_names_the_key(setting: str, where: str, says
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ("privacy.trust=locall", "expected a known name, got 'locall'. Did you mean 'local'? Known: aggregator, central, local."),
+        (
+            "privacy.trust=locall",
+            "expected a known name, got 'locall'. Did you mean 'local'? Known: aggregator, central, local.",
+        ),
         ("privacy.trust=3", "expected a quoted string, got 3. Change privacy.trust."),
         (
             "privacy.adjacency=replce",
