@@ -35,6 +35,7 @@ from fedpriv.flower.messages import (
     printable,
     refused,
 )
+from fedpriv.flower.refusals import Refusal
 from fedpriv.streams import SystemStreams
 from fedpriv.tables import Record
 
@@ -188,17 +189,20 @@ class Network:
             for message_id, answer in self._pull(waiting):
                 node = waiting.pop(message_id)
                 identity = self.helpers.get(node, "")
+                if isinstance(answer, str) or answer.has_error():  # its node may return
+                    reasons[identity] = answer if isinstance(answer, str) else reason_in_short(answer.error)
+                    continue
                 try:
-                    found[identity] = read(identity, _content(answer))
+                    found[identity] = read(identity, _not_refused(answer.content))
                 except UserError as error:
-                    reasons[identity] = printable(error)
-                    send_at[node] = math.inf if not isinstance(answer, str) and answer.has_content() else send_at[node]
+                    reasons[identity] = str(error)
+                    send_at[node] = math.inf
             refused = {self.helpers[n] for n, at in send_at.items() if at == math.inf and n in self.helpers}
             pending = {self.helpers[n] for n, at in send_at.items() if at < math.inf and n in self.helpers}
             if all(identity in found or identity in refused - pending for identity in contents):
                 break
             time.sleep(_POLL_SECONDS)
-        missing = {who: reasons.get(who, "no answer in time") for who in contents if who not in found}
+        missing = {who: printable(reasons.get(who, "no answer in time")) for who in contents if who not in found}
         return found, missing
 
     def _push(self, messages: dict[int, Message]) -> dict[str, int]:
@@ -366,20 +370,16 @@ def _message(content: RecordDict, node: int, seconds: float, group: str, kind: s
     return Message(content, node, kind, ttl=max(seconds, 1.0), group_id=group)
 
 
-def _content(answer: Message | str) -> RecordDict:
+def _not_refused(content: RecordDict) -> RecordDict:
     """Return the content of a helper's answer.
 
     Raises:
-        UserError: If it is a refusal, an error or unreadable.
+        UserError: If it is a refusal; the text is the helper's.
     """
-    if isinstance(answer, str):
-        raise UserError("answer of a helper", "an answer", answer, "Ask it again")
-    if answer.has_error():
-        raise UserError("answer of a helper", "an answer", reason_in_short(answer.error), "Ask it again")
-    no = refused(answer.content)
+    no = refused(content)
     if no is not None:
-        raise UserError("answer of a helper", "an answer", f"a refusal ({no[1].rstrip('.')})", "See the helper's log")
-    return answer.content
+        raise Refusal.because("policy", f"a refusal ({no[1].rstrip('.')})")
+    return content
 
 
 def _read(

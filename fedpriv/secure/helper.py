@@ -26,7 +26,8 @@ LOCK_FILE = "lock"
 class Helper:
     """A helper with a folder for its records.
 
-    Processes and threads may share the folder: one query at a time is answered.
+    Processes and threads may share the folder: one query at a time is answered. The folder keeps all answers of a run,
+    four bytes for each coordinate and round, until `erase`.
 
     Args:
         folder: Folder of the records; it must never be restored from a backup (`fedpriv.secure.log`).
