@@ -222,12 +222,14 @@ class Broadcast(NamedTuple):
 
         Raises:
             UserError: If rounding to the grid could lengthen a message beyond its bound, or change an integer.
+            ValueError: If the plan of secure aggregation was made for a model of another size.
         """
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.examples is not None:
             bound = min(bound, rules.examples.alone * rules.method.bounded.lipschitz)
         if rules.sums is not None:
+            rules.sums.check_size(size)
             if step > rules.sums.grid:
                 expected = "integers that float64 can add"
                 raise UserError("cohort", expected, f"{capacity:,} clients", "Use a smaller cohort")
@@ -311,7 +313,8 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
 def _integer_sums(plan: PrivacyPlan) -> IntegerSums | None:
     if plan.aggregation is None or plan.sums is None:
         return None
-    return IntegerSums(grid=plan.sums.step, limit=plan.sums.limit, least=plan.aggregation.least_survivors)
+    terms, sums = plan.aggregation, plan.sums
+    return IntegerSums(grid=sums.step, limit=sums.limit, least=terms.least_survivors, size=terms.size)
 
 
 def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
@@ -388,7 +391,8 @@ def apply_client_rule(
     of a method from outside fedpriv are checked against its bound, which determines the noise.
 
     Raises:
-        UserError: If such a method makes a message longer than `bounded.l2_bound`, or does not call `release` once.
+        UserError: If such a method makes a message longer than `bounded.l2_bound`, does not call `release` once, or
+            remembers its share of the noise under secure aggregation.
     """
     rule = _checked_client_rule if _is_own(method) else type(method).client_rule
     message, state = rule(method, state, signal, release, round)
@@ -407,6 +411,7 @@ def _checked_client_rule(
     method: Method[ClientStateT], state: ClientStateT, signal: Tensor, release: Release | None, round: int
 ) -> tuple[Tensor, ClientStateT]:
     """Return the rule's message and state; check each message against the bound before it gets noise."""
+    before = state
     bounded: list[Tensor] = []
     released: list[Tensor] = []
 
@@ -426,6 +431,8 @@ def _checked_client_rule(
     if released and not torch.equal(message, released[0]):
         remedy = "Return what release returns: nothing else has noise"
         raise UserError("method.name", "a client rule that sends its released message", "another message", remedy)
+    if isinstance(release, RoundedRelease):
+        _refuse_remembered_noise(method, (before, signal, round), state, release)
     longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
     bound = method.bounded.l2_bound
     if isinstance(release, RoundedRelease):
@@ -434,6 +441,22 @@ def _checked_client_rule(
         remedy = "Correct client_rule or bounded: the noise hides messages up to the bound, and no longer ones"
         raise UserError("method.name", f"messages of norm at most {bound:g}, its l2_bound", f"{longest:g}", remedy)
     return message, state
+
+
+def _refuse_remembered_noise(
+    method: Method[ClientStateT], given: tuple[ClientStateT, Tensor, int], after: ClientStateT, release: RoundedRelease
+) -> None:
+    """Raise UserError if a rule's state depends on its share of the noise: later sums would then reveal earlier shares.
+
+    Rules are pure, so the same rule without noise must have the same state.
+    """
+    before, signal, round = given
+    silent = RoundedRelease(rounded=release.rounded, noised=lambda message: message.double(), step=release.step)
+    _, plain = method.client_rule(before, signal, silent, round)
+    if not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(after, plain, strict=True)):
+        remedy = 'Remember on_grid(message, release), not what release returns, or set privacy.trust to "local"'
+        expected = "a client rule that remembers no noise, with secure aggregation"
+        raise UserError("method.name", expected, "one that remembers its share of the noise", remedy)
 
 
 def _watched_rounding(method: Method, release: RoundedRelease, noised: Release) -> RoundedRelease:

@@ -36,6 +36,20 @@ def warnings_of(rows: Sequence[Record]) -> list[str]:
     Args:
         rows: The rows of `diagnostics.jsonl`.
     """
+    void = sum(row.get("void", False) for row in rows)
+    if 2 * void >= len(rows) > 0:
+        return [*_warnings_of([row for row in rows if not row.get("void", False)]), _void(void, len(rows))]
+    return _warnings_of(rows)
+
+
+def _void(void: int, rounds: int) -> str:
+    return (
+        f"{void} of {rounds} rounds were void, with too few answers or too large a sum: they are charged, but change "
+        "no model. Use larger cohorts, or lower aggregation.least_survivors."
+    )
+
+
+def _warnings_of(rows: Sequence[Record]) -> list[str]:
     messages, bad = _sum(rows, "cohort_size"), _sum(rows, "non_finite")
     if not rows:
         return []

@@ -282,6 +282,7 @@ class Recorder:
             "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
             "seconds": seconds,
             "clients_per_second": total.messages / max(seconds, 1e-9),
+            **({} if population.rules.sums is None else {"void": total.void}),
             **self._clock(round, released=False),
         }
 

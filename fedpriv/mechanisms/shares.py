@@ -28,11 +28,18 @@ class IntegerSums:
         grid: G, a power of two: messages are rounded to multiples of it.
         limit: Largest absolute value of a sum in grid steps; a larger sum makes its round void.
         least: Fewest messages for which a round counts.
+        size: Number of parameters that the plan charges the rounding of; None if no plan does.
     """
 
     grid: float
     limit: int
     least: int
+    size: int | None = None
+
+    def check_size(self, size: int) -> None:
+        """Raise ValueError if messages of `size` numbers are rounded by more than the plan charges."""
+        if self.size not in (None, size):
+            raise ValueError(f"the plan was made for {self.size:,} parameters, and messages have {size:,}")
 
     def rounded(self, message: Tensor) -> Tensor:
         """Return the nearest multiples of the grid, in the message's number format, which holds them exactly.

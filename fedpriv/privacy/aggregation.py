@@ -53,6 +53,7 @@ _MAX_SHARE_STEPS = 2.0**20
 _DEVIATIONS = 10.0
 _SURVIVING = 0.8
 _COIN_DEVIATIONS = 3.0
+_FEWEST = 2  # clients in a sum; helpers answer about no fewer
 
 
 class SumGrid(NamedTuple):
@@ -154,7 +155,7 @@ class AggregationChoice:
     Args:
         helpers: Number of helpers outside the server's organization; one honest helper suffices.
         least_survivors: t, the fewest answers for which a round counts. None for four fifths of the expected cohort; if
-            coins decide who takes part, at most the expected number minus three standard deviations.
+            coins decide who takes part, at most the expected number minus three standard deviations. At least 2.
         colluders: c, the number of clients that may collude with the server, be its puppets or leave out their noise.
         everyone_answers: True if clients that are not sampled send noise alone; not offered yet.
     """
@@ -171,7 +172,8 @@ class AggregationChoice:
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
         if self.least_survivors is not None:
-            whole_from("aggregation.least_survivors", self.least_survivors, 1, "Remove it for the default")
+            remedy = "Remove it for the default: a sum of one message is that message"
+            whole_from("aggregation.least_survivors", self.least_survivors, _FEWEST, remedy)
 
     def of(self, sampling: Sampling, most: int, size: int) -> Aggregation:
         """Return the numbers for a cohort and a model.
@@ -183,7 +185,7 @@ class AggregationChoice:
         """
         return Aggregation(
             helpers=self.helpers,
-            least_survivors=self.least_survivors or max(_default_survivors(sampling), self.colluders + 1),
+            least_survivors=self.least_survivors or max(_default_survivors(sampling), self.colluders + 1, _FEWEST),
             colluders=self.colluders,
             most=most,
             size=size,

@@ -255,7 +255,9 @@ class PrivacyPlan:
         """Return the same mechanism as a plan for `replace`: the same noise over twice the sensitivity."""
         if self.adjacency == "replace":
             return self
-        found = replace(self, adjacency="replace")
+        found = replace(self, adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)
+        if self.record is None:
+            return found
         return replace(found, noise_multiplier=self.noise_stddev / found.l2_sensitivity)
 
     def of_clients(self) -> "PrivacyPlan | None":

@@ -225,8 +225,9 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
     if len(promises) < len(groups):
         notes.append(
             "Runs on the same clients with another trust, adjacency or unit are added up separately: their guarantees "
-            "differ. Runs with trust local also spend against the adversary of trust central, and runs that protect "
-            "clients (replace) also spend for single examples: add them to that total."
+            "differ. Runs with trust local also spend against the adversaries of aggregator and central, runs with "
+            "trust aggregator against that of central, and runs that protect clients (replace) also spend for single "
+            "examples: add them to that total."
         )
     if any(run.rounds < run.planned for run in runs):
         notes.append(

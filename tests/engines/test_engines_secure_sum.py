@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -255,6 +256,32 @@ def test_own_methods_with_a_memory_have_to_round_what_they_remember() -> None:
     forgetful = setting(Forgetful(clip_norm=0.5, server_lr=0.2), **facts)
     with pytest.raises(UserError, match=r"method\.name: expected a client rule that remembers its rounded message"):
         LoopEngine(forgetful.population).sum_messages(Broadcast(1, forgetful.initial_model, np.arange(CLIENTS)))
+
+
+class Remembering(Clip21):
+    """One that rounds, and remembers its share of the noise all the same."""
+
+    def client_rule(
+        self, state: ClientMemory, signal: Tensor, release: Release | None, round: int
+    ) -> tuple[Tensor, ClientMemory]:
+        message = sent_message(on_grid(bounded_residual(self.bounded, state.memory, signal), release), release)
+        return message, ClientMemory(remember(state.memory, message.float(), 1.0))
+
+
+@every_engine
+def test_own_methods_must_not_remember_their_share_of_the_noise(make: Callable[[Population], Any]) -> None:
+    """Sums of later rounds would depend on shares of earlier ones, as with sent memories."""
+    of = setting(Remembering(clip_norm=0.5, server_lr=0.2), trust="aggregator", aggregation=CHOICE)
+    with pytest.raises(UserError, match=r"method\.name: expected a client rule that remembers no noise"):
+        make(of.population).sum_messages(Broadcast(1, of.initial_model, np.arange(CLIENTS)))
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    """The plan charges the rounding of as many numbers as it knows of."""
+    of = made()
+    rules = replace(of.population.rules, sums=replace(sums_of(of), size=len(of.initial_model) - 1))
+    with pytest.raises(ValueError, match="the plan was made for"):
+        LoopEngine(replace(of.population, rules=rules)).sum_messages(Broadcast(1, of.initial_model, np.arange(CLIENTS)))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

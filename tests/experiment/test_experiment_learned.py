@@ -117,6 +117,15 @@ def test_a_runs_rows_say_what_to_warn_of(counts, words):
     assert all(line.startswith(word) for line, word in zip(found, words, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("voids", "words"), [(3, ["3 of 3 rounds were void"]), (2, ["2 of 3 rounds were void"]), (1, [])]
+)
+def test_rounds_that_do_not_count_are_warned_of_if_they_are_many(voids, words):
+    found = warnings_of([row | {"void": row["round"] <= voids} for row in rows((4, 0), (4, 0), (4, 0))])
+    assert len(found) == len(words)
+    assert all(line.startswith(word) for line, word in zip(found, words, strict=True))
+
+
 def test_learning_nothing_takes_messages_none_of_which_was_finite():
     assert learned_nothing(rows((4, 4), (0, 0)))
     assert not learned_nothing(rows((4, 4), (4, 3)))

@@ -208,7 +208,7 @@ def test_a_plan_is_read_back_from_its_record() -> None:
 
 @pytest.mark.parametrize(
     ("sampling", "least"),
-    [(Everyone(100), 80), (Everyone(1), 1), (FixedSize(1000, 30), 24), (Poisson(1000, 0.1), 72), (Poisson(50, 0.1), 3)],
+    [(Everyone(100), 80), (Everyone(1), 2), (FixedSize(1000, 30), 24), (Poisson(1000, 0.1), 72), (Poisson(50, 0.1), 3)],
     ids=repr,
 )
 def test_four_fifths_answer_by_default_or_fewer_if_coins_decide(sampling: Sampling, least: int) -> None:
@@ -255,3 +255,20 @@ def test_a_statement_names_the_three_adversaries_and_that_it_is_simulated() -> N
     assert "Simulated: one process computed all messages" in text
     deployed = privacy_statement(plan, method="m", randomness="system", deployed=True)
     assert "Simulated" not in deployed
+
+
+def test_every_plan_has_its_other_promises() -> None:
+    """Twice the noise would need a coarser grid than shares allow: `replace` is the same noise, on the same grid."""
+    terms = Aggregation(helpers=1, least_survivors=20, colluders=0, most=25, size=10**7)
+    plan = plan_of(terms, adjacency="add-or-remove", noise_multiplier=2500.0, l2_bound=1.0)
+    other = plan.under_replace()
+    assert (other.sums, other.noise_stddev) == (plan.sums, plan.noise_stddev)
+    assert [one["adjacency"] for one in plan.promises()] == ["add-or-remove", "replace"]
+
+
+def test_a_sum_of_one_message_is_not_offered() -> None:
+    assert AggregationChoice().of(Poisson(12, 0.25), 12, 650).least_survivors == 2
+    with pytest.raises(UserError, match=r"aggregation\.least_survivors"):
+        AggregationChoice(least_survivors=1)
+    with pytest.raises(UserError, match=r"aggregation\.least_survivors: .* at most the 1 clients"):
+        AggregationChoice().of(Everyone(1), 1, 650)
