@@ -221,7 +221,7 @@ class Broadcast(NamedTuple):
             bound = min(bound, rules.examples.alone * rules.method.bounded.lipschitz)
         if rules.sums is not None:
             if step > rules.sums.grid:
-                expected = "a cohort whose integers float64 can add"
+                expected = "sums of integers that float64 holds"
                 raise UserError("cohort", expected, f"{capacity:,} clients", "Use a smaller cohort")
         elif rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
             expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"

@@ -16,7 +16,7 @@ __all__ = ["SecureSum"]
 
 
 class SecureSum:
-    """An engine whose rounds are void if too few clients answer, or if a sum is beyond the limit of the grid.
+    """An engine with void rounds: if too few clients answer, or if a sum is beyond the limit of the grid.
 
     In a void round, the server learns nothing that it uses, and no client's state changes.
 

@@ -123,7 +123,7 @@ class CohortChoice:
         return read_table(SAMPLINGS[self.sampling], self.options, "cohort", population=population)
 
 
-_PLANNED = ("trust", "adjacency", "delta", "epsilon", "noise_multiplier")
+_PLANNED = ("adjacency", "delta", "epsilon", "noise_multiplier")
 _OF_EXAMPLES = ("example_clip", "example_normalization", "examples")
 
 
@@ -434,7 +434,7 @@ class Config:
             l2_bound=self.method.bounded.l2_bound,
             client_memory=has_memory(self.method),
             record=self._record_bound(self.privacy, fewest),
-            aggregation=self._aggregation(sampling, size),
+            trust=self._aggregation(sampling, size) or self.privacy.trust,
             **{field: getattr(self.privacy, field) for field in _PLANNED},
         )
 

@@ -37,7 +37,7 @@ class IntegerSums:
     def rounded(self, message: Tensor) -> Tensor:
         """Return the nearest multiples of the grid, in the message's number format, which holds them exactly.
 
-        A number whose last bit exceeds the grid is a multiple of it; any other has a quotient below 2^24 (float32).
+        Large numbers are multiples of the grid already; the quotient of any other is below 2^24 (float32).
         """
         return torch.round(message * (1.0 / self.grid)).mul_(self.grid)
 

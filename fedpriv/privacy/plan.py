@@ -16,7 +16,7 @@ from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.aggregation import Aggregation, SumGrid
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
-from fedpriv.privacy.trust import Shares, Trust, trust_of
+from fedpriv.privacy.trust import Aggregator, Shares, Trust, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, unit_of
 
 # The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
@@ -405,7 +405,7 @@ class PrivacyPlan:
 
 def make_plan(
     *,
-    trust: str,
+    trust: str | Aggregation,
     adjacency: str | None = None,
     sampling: Sampling,
     rounds: int,
@@ -415,12 +415,11 @@ def make_plan(
     noise_multiplier: float | None = None,
     client_memory: bool = True,
     record: "RecordBound | None" = None,
-    aggregation: Aggregation | None = None,
 ) -> PrivacyPlan:
     """Return a plan for a target epsilon or a noise multiplier.
 
     Args:
-        trust: See `PrivacyPlan`.
+        trust: See `PrivacyPlan`; the numbers of secure aggregation stand for `aggregator`.
         adjacency: See `PrivacyPlan`; None stands for `replace` if trust is local or aggregator, if the unit is
             `example` or if a timeline decides who counts (`Scheduled`), and otherwise for `add-or-remove`.
         sampling: See `PrivacyPlan`.
@@ -431,7 +430,6 @@ def make_plan(
         noise_multiplier: See `PrivacyPlan`; set exactly one of `noise_multiplier` and `epsilon`.
         client_memory: See `PrivacyPlan`; True is always safe.
         record: See `PrivacyPlan`; the unit is `example` if it is given.
-        aggregation: See `PrivacyPlan`.
 
     Raises:
         UserError: If the plan is not valid, or uses an option that is not offered yet.
@@ -440,6 +438,8 @@ def make_plan(
         got = "neither" if epsilon is None else "both"
         remedy = "Set epsilon for a fixed guarantee, or noise_multiplier for a fixed noise; the other follows"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
+    aggregation = trust if isinstance(trust, Aggregation) else None
+    trust = trust if isinstance(trust, str) else Aggregator.name
     plan = PrivacyPlan(
         trust=trust,
         adjacency=adjacency or ("replace" if record else _default_adjacency(trust_of(trust), sampling)),

@@ -148,9 +148,9 @@ _IN_TIME = (
 
 _ADVERSARIES = (
     "Adversaries: with up to {honest} clients on its side, that is colluding with it, invented by it, or leaving out "
-    "their noise, the adversary above learns at most epsilon = {colluders}. Whoever sees the noised sums alone learns "
-    "at most epsilon = {sums}. The server together with {all_helpers}, or with {puppets} of the clients that answer, "
-    "sees a client's message alone: then only the client's own share of the noise, of standard deviation {share:.6g}, "
+    "their noise, the adversary above learns at most epsilon = {colluders}. Anyone who sees the noised sums alone "
+    "learns at most epsilon = {sums}. The server together with {all_helpers}, or with {puppets} of the clients that "
+    "answer, sees a client's message alone: then only the client's own share of the noise, of standard deviation {share:.6g}, "
     "protects it, and epsilon = {alone} ({adjacency}). All at delta = {delta:g}."
 )
 
@@ -159,7 +159,7 @@ _VOID = (
     "{bound:g} are rounded to the grid first, and the rounded bound {rounded:.9g} is charged. Every client adds "
     "Gaussian noise of standard deviation {share:.6g}, so that any {honest} shares have at least the noise above; more "
     "answers give more noise, which is not credited. A round with fewer than {least} answers, or with a sum beyond "
-    "{limit:g} in some coordinate, is void: nobody keeps a state, and it is charged all the same."
+    "{limit:g} in some coordinate, is void: no client keeps a new state, and it is charged all the same."
 )
 
 _SIMULATED_SUMS = (

@@ -93,7 +93,7 @@ def test_the_sum_without_its_noise_is_that_of_the_integers_in_the_memories(
             beta = getattr(rules.method, "beta", 1.0)
             wanted = remember(torch.zeros(size), (own.double() * grid).float(), beta)
             assert same(kept["memory"][client], wanted)
-            assert same(state.memory, wanted)
+            assert same(state._asdict()["memory"], wanted)
     assert torch.equal(steps(total.sum, grid) - noise, whole)
     assert int(whole.abs().max()) > 1000
 
@@ -155,7 +155,7 @@ def test_a_round_in_the_guard_band_changes_nothing_but_the_count(
     assert not same(models[1], models[2])
     assert all(same(saved[0][key], saved[1][key]) for key in saved[0])
     assert saved[3]["updated"].tolist() == [[3.0]] * CLIENTS
-    assert int(of.server.parts(state)[1].voids) == 1
+    assert of.server.voids(state) == 1
 
 
 def test_the_memories_of_clients_and_server_agree_after_void_rounds() -> None:

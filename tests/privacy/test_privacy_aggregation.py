@@ -33,7 +33,7 @@ TERMS = Aggregation(helpers=2, least_survivors=80, colluders=5, most=100, size=6
 
 def plan_of(terms: Aggregation = TERMS, **facts: Any) -> PrivacyPlan:
     known: dict[str, Any] = {"rounds": 20, "delta": 1e-6, "l2_bound": 0.7, "noise_multiplier": 3.0}
-    known |= {"trust": "aggregator", "sampling": Everyone(terms.most), "aggregation": terms}
+    known |= {"trust": terms, "sampling": Everyone(terms.most)}
     return make_plan(**{**known, **facts})
 
 
@@ -236,9 +236,9 @@ def test_numbers_that_protect_nobody_are_one_line(change: dict[str, int], where:
 
 def test_other_trusts_have_no_aggregation_and_this_one_needs_it() -> None:
     with pytest.raises(UserError, match=r"\[aggregation\]: expected no such table"):
-        plan_of(trust="local")
+        replace(plan_of(), trust="local")
     with pytest.raises(UserError, match=r"privacy\.trust: expected a trust that is offered here"):
-        plan_of(aggregation=None)
+        plan_of(trust="aggregator")
 
 
 def test_a_statement_names_the_three_adversaries_and_that_it_is_simulated() -> None:

@@ -94,13 +94,12 @@ def setting(
     plan = None
     if trust is not None:
         plan = make_plan(
-            trust=trust,
+            trust=trust if aggregation is None else aggregation.of(sampling, sampling.population, task.layout.size),
             sampling=sampling,
             rounds=50,
             delta=1e-5,
             l2_bound=method.bounded.l2_bound,
             noise_multiplier=noise_multiplier,
-            aggregation=aggregation and aggregation.of(sampling, sampling.population, task.layout.size),
         )
     server, client, _ = agree(method, sampling, plan, streams)
     population = Population(
