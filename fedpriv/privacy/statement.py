@@ -150,8 +150,8 @@ _ADVERSARIES = (
     "Adversaries: with up to {honest} clients on its side, that is colluding with it, invented by it, or leaving out "
     "their noise, the adversary above learns at most epsilon = {colluders}. Anyone who sees the noised sums alone "
     "learns at most epsilon = {sums}. The server together with {all_helpers}, or with {puppets} of the clients that "
-    "answer, sees a client's message alone: then only the client's own share of the noise, of standard deviation {share:.6g}, "
-    "protects it, and epsilon = {alone} ({adjacency}). All at delta = {delta:g}."
+    "answer, sees a client's message alone: then only the client's own share of the noise, of standard deviation "
+    "{share:.6g}, protects it, and epsilon = {alone} ({adjacency}). All at delta = {delta:g}."
 )
 
 _VOID = (
