@@ -39,7 +39,7 @@ class IntegerSums:
 
         Large numbers are multiples of the grid already; the quotient of any other is below 2^24 (float32).
         """
-        return torch.round(message * (1.0 / self.grid)).mul_(self.grid)
+        return (message.double() / self.grid).round_().mul_(self.grid).to(message.dtype)
 
     def noised(self, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
         """Return a rounded message with its share of the noise: multiples of the grid, float64 `[params]`.

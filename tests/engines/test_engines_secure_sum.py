@@ -291,3 +291,17 @@ def test_the_table_is_part_of_the_experiment_and_of_its_noise() -> None:
     plain = {key: table for key, table in TABLES.items() if key != "aggregation"}
     assert parse_config(plain).aggregation == AggregationChoice()
     assert "aggregation" not in parse_config({**plain, "privacy": {"epsilon": 8.0}}).tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-145, -20, 0, 90])
+def test_rounding_is_exact_in_every_format_and_changes_no_argument(dtype: torch.dtype, exponent: int) -> None:
+    """Grids far outside of the numbers of float32 as well: their inverse may be too large for it."""
+    sums = IntegerSums(grid=2.0**exponent, limit=1, least=1)
+    message = (torch.linspace(-900.0, 900.0, 1001, dtype=torch.float64) * 2.0**exponent).to(dtype)
+    before = message.clone()
+    found = sums.rounded(message)
+    assert same(message, before)
+    assert found.dtype == dtype
+    assert torch.equal(steps(found, sums.grid), (before.double() / sums.grid).round().to(torch.int64))
+    assert same(sums.rounded(found), found)
