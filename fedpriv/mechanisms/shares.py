@@ -44,9 +44,9 @@ class IntegerSums:
     def rounded(self, message: Tensor) -> Tensor:
         """Return the nearest multiples of the grid, in the message's number format, which holds them exactly.
 
-        A number whose last bit exceeds the grid is a multiple of it; any other has a quotient below 2^24 (float32).
+        Large numbers are multiples of the grid already; the quotient of any other is below 2^24 (float32).
         """
-        return torch.round(message * (1.0 / self.grid)).mul_(self.grid)
+        return (message.double() / self.grid).round_().mul_(self.grid).to(message.dtype)
 
     def noised(self, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
         """Return a rounded message with its share of the noise: multiples of the grid, float64 `[params]`.

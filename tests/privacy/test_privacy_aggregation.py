@@ -10,7 +10,9 @@ import pytest
 import torch
 from scipy.special import ndtr
 
+from fedpriv.deploy.setup.provision import make_deployment
 from fedpriv.errors import UserError
+from fedpriv.flower.privacy_terms import PrivacyTerms, promised
 from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.privacy import (
     Aggregation,
@@ -239,6 +241,17 @@ def test_other_trusts_have_no_aggregation_and_this_one_needs_it() -> None:
         replace(plan_of(), trust="local")
     with pytest.raises(UserError, match=r"privacy\.trust: expected a trust that is offered here"):
         plan_of(trust="aggregator")
+
+
+def test_terms_and_policies_of_a_deployment_refuse_it_for_now() -> None:
+    """A device cannot check terms without the numbers of the aggregation, so it refuses them in one line."""
+    plan = plan_of()
+    terms = PrivacyTerms(**promised(plan, plan.sampling, plan.rounds))
+    assert terms.against_server
+    with pytest.raises(UserError, match=r"privacy\.trust: expected a trust that is offered here"):
+        terms.plan(0.7)
+    with pytest.raises(UserError, match='trust: expected "local" or "central", got'):
+        make_deployment(host="localhost", nodes=1, trust="aggregator")
 
 
 def test_a_statement_names_the_three_adversaries_and_that_it_is_simulated() -> None:

@@ -94,7 +94,7 @@ def setting(
     plan = None
     if trust is not None:
         plan = make_plan(
-            trust=aggregation.of(sampling, sampling.population, task.layout.size) if aggregation else trust,
+            trust=trust if aggregation is None else aggregation.of(sampling, sampling.population, task.layout.size),
             sampling=sampling,
             rounds=50,
             delta=1e-5,
