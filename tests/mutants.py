@@ -1731,8 +1731,8 @@ MUTANTS = [
     Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
-        '        found = replace(self, adjacency="replace")\n        return replace(found, noise_multiplier=',
-        '        found = replace(self, adjacency="replace")\n        return replace(self, noise_multiplier=',
+        "            return found\n        return replace(found, noise_multiplier=",
+        "            return self\n        return replace(self, noise_multiplier=",
         PROMISED,
     ),
     Mutant(
