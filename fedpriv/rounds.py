@@ -283,7 +283,9 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
                 f'privacy.trust = "{plan.trust}"',
                 "Sent memory contains each client's noise: set privacy.trust to local, or method.memory to noiseless",
             )
-        if method.needs_client_noise and plan.trust_rules.secure_sums:
+        rule = feedback_of(method)
+        remembers = method.needs_client_noise or (rule is not None and rule.sent)
+        if remembers and plan.trust_rules.secure_sums:
             expected = '"noiseless" with secure aggregation: the next sums would depend on shares of earlier noise'
             raise UserError("method.memory", expected, '"sent"', 'Set it to "noiseless", or privacy.trust to "local"')
         server_stddev, client_stddev = plan.shares
@@ -431,7 +433,7 @@ def _checked_client_rule(
     if released and not torch.equal(message, released[0]):
         remedy = "Return what release returns: nothing else has noise"
         raise UserError("method.name", "a client rule that sends its released message", "another message", remedy)
-    if isinstance(release, RoundedRelease):
+    if isinstance(release, RoundedRelease) and has_memory(method):
         _refuse_remembered_noise(method, (before, signal, round), state, release)
     longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
     bound = method.bounded.l2_bound

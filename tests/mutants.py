@@ -1733,6 +1733,8 @@ MUTANTS = [
         PLAN,
         'adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
         'adjacency="replace")',
+        "            return found\n        return replace(found, noise_multiplier=",
+        "            return self\n        return replace(self, noise_multiplier=",
         PROMISED,
     ),
     Mutant(

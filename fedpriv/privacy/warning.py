@@ -48,6 +48,8 @@ def noise_against_signal(plan: PrivacyPlan, size: int) -> NoiseAgainstSignal:
     stddev = plan.message_stddev
     if stddev == 0.0 and plan.record is not None:  # of the mean gradient of a step
         stddev = plan.noise_stddev * plan.record.terms.alone / plan.record.terms.bound
+    if plan.sums is not None:  # all shares, also those beyond the fewest that the plan needs
+        stddev = plan.shares.client * math.sqrt(expected)
     ratio = stddev * math.sqrt(size * trust.noises(expected)) / expected / longest
     if ratio <= MAX_RATIO:
         return NoiseAgainstSignal(ratio=ratio, clients=None, epsilon=None)

@@ -225,10 +225,14 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
     if len(promises) < len(groups):
         notes.append(
             "Runs on the same clients with another trust, adjacency or unit are added up separately: their guarantees "
-            "differ. Runs with trust local also spend against the adversaries of aggregator and central, runs with "
-            "trust aggregator against that of central, and runs that protect clients (replace) also spend for single "
-            "examples: add them to that total."
+            "differ. Runs with trust local or aggregator also spend against the adversary of trust central, runs with "
+            "trust local also against that of trust aggregator, and runs that protect clients (replace) also spend for "
+            "single examples: add them to that total."
         )
+    sums = [run.plan.aggregation for run in runs if run.plan is not None and run.plan.aggregation is not None]
+    if len({terms.colluders for terms in sums}) > 1:
+        least = min(terms.colluders for terms in sums)
+        notes.append(f"Runs with secure aggregation allow different numbers of colluders: together, at most {least}.")
     if any(run.rounds < run.planned for run in runs):
         notes.append(
             "Unfinished runs are charged for the rounds that they released. If results decided when a run ended, a "

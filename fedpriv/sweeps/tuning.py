@@ -130,7 +130,7 @@ def common_plan(sweep: "Sweep", grid: Sequence["Trial"], data_root: Path | None)
         remedy = "Set privacy.noise_multiplier instead of privacy.epsilon, or tune such methods separately"
         raise UserError("[tuning]", "trials with the same noise multiplier", "different ones", remedy)
     if not plans[0].trust_rules.trusts_server:
-        remedy = "Choose trust central: with trust local the server sees every trial, and each costs its full epsilon"
+        remedy = "Choose trust central: otherwise the server sees every trial, and each costs its full epsilon"
         raise UserError("[tuning]", 'privacy.trust = "central"', f'"{plans[0].trust}"', remedy)
     if not plans[0].private:
         raise UserError("[tuning]", "private trials", "trials without a guarantee", "Set privacy.epsilon")

@@ -276,6 +276,19 @@ def test_own_methods_must_not_remember_their_share_of_the_noise(make: Callable[[
         make(of.population).sum_messages(Broadcast(1, of.initial_model, np.arange(CLIENTS)))
 
 
+class Undeclared(AlphaNormEC):
+    """One with a sent memory that does not say that it needs noise at the client."""
+
+    @property
+    def needs_client_noise(self) -> bool:
+        return False
+
+
+def test_sent_memories_are_refused_by_their_rule_too() -> None:
+    with pytest.raises(UserError, match=r'method\.memory: expected "noiseless" with secure aggregation'):
+        setting(Undeclared(memory="sent"), trust="aggregator", aggregation=CHOICE)
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     """The plan charges the rounding of as many numbers as it knows of."""
     of = made()

@@ -23,6 +23,7 @@ from fedpriv.privacy import (
     PrivacyPlan,
     Sampling,
     make_plan,
+    noise_against_signal,
     privacy_statement,
     read_plan,
 )
@@ -277,6 +278,15 @@ def test_every_plan_has_its_other_promises() -> None:
     other = plan.under_replace()
     assert (other.sums, other.noise_stddev) == (plan.sums, plan.noise_stddev)
     assert [one["adjacency"] for one in plan.promises()] == ["add-or-remove", "replace"]
+
+
+@pytest.mark.parametrize("least", [3, 50, 100])
+def test_the_noise_that_is_warned_of_is_that_of_all_shares(least: int) -> None:
+    """If few answers suffice, shares are large, and all of them are in the sum."""
+    terms = Aggregation(helpers=1, least_survivors=least, colluders=1, most=100, size=400)
+    plan = plan_of(terms, adjacency="add-or-remove", noise_multiplier=5.0, l2_bound=0.7)
+    found = noise_against_signal(plan, 400).ratio
+    assert found == pytest.approx(5.0 * math.sqrt(100 / (least - 1)) * math.sqrt(400) / 100, rel=1e-4)
 
 
 def test_a_sum_of_one_message_is_not_offered() -> None:

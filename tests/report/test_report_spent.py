@@ -38,7 +38,7 @@ def record(folder: Path, *settings: str, released: int | None = None, population
     experiment, directory = config(*settings), RunDirectory(folder)
     folder.mkdir(parents=True)
     directory.claim(experiment.to_toml(), experiment.digest, resume=False)
-    plan = experiment.plan(experiment.cohort.of(population))
+    plan = experiment.plan(experiment.cohort.of(population), size=650)
     promise = {"private": False, "trust": None} if plan is None else plan.as_dict()
     directory.write_json("privacy.json", promise)
     for number in range((6 if released is None else released) + 1):
@@ -150,6 +150,18 @@ def test_other_trust_and_adjacency_are_other_promises_on_the_same_clients_and_sa
     assert len({group.adversary for group in groups}) == 2
     (said,) = [note for note in notes_on(groups) if "adversary of trust central" in note]
     assert "trust local" in said
+
+
+def test_runs_with_secure_aggregation_hold_together_against_the_fewest_colluders(tmp_path: Path) -> None:
+    sums = [*LOCAL, "privacy.trust=aggregator", "aggregation.least_survivors=8"]
+    record(tmp_path / "a", *sums, "aggregation.colluders=3")
+    assert not any("colluders" in note for note in notes_on(spent_below(tmp_path)))
+    record(tmp_path / "b", *sums, "aggregation.colluders=1", "method.beta=0.2")
+    group = only(tmp_path)
+    assert group.total.mu == pytest.approx(math.sqrt(2 * 6) / 3.0)
+    assert any(note.endswith("colluders: together, at most 1.") for note in notes_on([group]))
+    record(tmp_path / "c")
+    assert any("also against that of trust aggregator" in note for note in notes_on(spent_below(tmp_path)))
 
 
 @pytest.mark.parametrize("released", [0, 2, 5])
