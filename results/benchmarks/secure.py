@@ -1,6 +1,6 @@
 """Cost of secure aggregation: bytes and time on the processor of a client, the server and a helper, for one round.
 
-    python results/benchmarks/secure.py [--clients 10 100 1000] [--secagg 10 100] [--repeats 3]
+    python results/benchmarks/secure.py [--clients 10 100 1000] [--secagg 10 100 1000] [--repeats 3]
 
 Contenders, on the same vectors of 61,794 numbers, on one thread of one process, without dropouts:
 
