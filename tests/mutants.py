@@ -1731,8 +1731,6 @@ MUTANTS = [
     Mutant(
         "promises: replace is promised at the epsilon of add-or-remove",
         PLAN,
-        'adjacency="replace", noise_multiplier=self.noise_multiplier / REPLACE_FACTOR)',
-        'adjacency="replace")',
         "            return found\n        return replace(found, noise_multiplier=",
         "            return self\n        return replace(self, noise_multiplier=",
         PROMISED,
