@@ -1,8 +1,14 @@
 """For all tests."""
 
 import gc
+import os
 import signal
 import threading
+
+# Ray's workers have a low priority otherwise, and each start of Ray starts some that no test asked for.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
 
 def pytest_configure() -> None:

@@ -17,7 +17,7 @@ METHODS = {
 }
 SENT = AlphaNormEC(alpha=1.0, beta=0.2, server_lr=0.1, memory="sent")
 # More seeds than in continuous integration: FEDPRIV_CHAOS=100 pytest tests/deploy/test_deploy_chaos.py
-SEEDS = range(3 * int(os.environ.get("FEDPRIV_CHAOS", "1")))
+SEEDS = range(2 * int(os.environ.get("FEDPRIV_CHAOS", "1")))
 
 
 @pytest.mark.parametrize("trust", ["none", "central", "local"])

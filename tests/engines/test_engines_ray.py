@@ -126,7 +126,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    ["memory", "no memory", *(pytest.param(case, marks=pytest.mark.slow) for case in ("everyone", "sent", "shifted"))],
+    ["memory", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "memory")],
 )
 @pytest.mark.usefixtures("some_ray")
 def test_the_loop_inside_workers_is_the_loop_to_the_bit(case: str) -> None:
@@ -221,7 +221,8 @@ def taken(path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("folder", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.usefixtures("some_ray")
 def test_workers_that_are_killed_in_the_middle_of_rounds_change_nothing(folder: bool, tmp_path: Path) -> None:
     """Workers die before any snapshot, in its round, right after it, and twice in one round; in memory and in files."""
@@ -270,6 +271,7 @@ def test_integer_sums_and_void_rounds_are_those_of_the_loop() -> None:
     assert same_states(states, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_without_memory_a_killed_worker_costs_a_round_and_nothing_else(tmp_path: Path) -> None:
     """An empty cohort sums to zero; a cohort without a capacity gets the size of the whole cohort."""
@@ -311,6 +313,7 @@ def test_workers_that_die_every_time_are_given_up_and_the_run_can_go_on_later(tm
         assert all_same(advance(engine, made.server, state, 2, 3)[1], models_of(made, rounds=3)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_want_of_memory_is_named_and_passes_if_it_was_short(tmp_path: Path) -> None:
     made, always = CASES["everyone"], tmp_path / "always"
@@ -521,7 +524,7 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("way", ["close", pytest.param("term", marks=pytest.mark.slow), "kill"])
+@pytest.mark.parametrize("way", [*(pytest.param(way, marks=pytest.mark.slow) for way in ("close", "term")), "kill"])
 def test_no_process_is_left_behind(way: str, short_folder: Path, tmp_path: Path) -> None:
     """Check this after `close`, SIGTERM and SIGKILL."""
     mark = f"FEDPRIV_TEST_MARK={tmp_path}"

@@ -130,7 +130,7 @@ def test_a_run_on_workers_that_was_killed_goes_on_to_the_bit(tmp_path: Path) -> 
     ("options", "line"),
     [
         (("--ray-address", "127.0.0.1:1"), "127.0.0.1:1"),
-        (("--gpus-per-worker", "1"), "GPU"),
+        pytest.param(("--gpus-per-worker", "1"), "GPU", marks=pytest.mark.slow),
         pytest.param(("--workers", "1000"), "1000", marks=pytest.mark.slow),
     ],
 )

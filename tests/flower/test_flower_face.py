@@ -74,6 +74,7 @@ def found(path: Path) -> tuple[np.ndarray, str]:
         return file["w"], str(file["module"])
 
 
+@pytest.mark.slow
 def test_an_app_with_packages_of_the_same_names_runs_with_fedpriv_flower_and_with_flwr_run(
     colliding: Path, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def in_a_process(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_workers_agree_to_the_bit_even_if_clients_draw_without_a_seed(plain, tmp_path):
     """The client module seeds PyTorch only on import; each client still has independent random numbers."""
     arguments = [plain, "--clients", CLIENTS, "--workers", 2, "-c", "seeded=false out='two.npz'"]
@@ -288,6 +289,7 @@ def test_ray_refuses_more_than_it_has(plain, tmp_path):
     assert processes_with(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_since_its_clients_forgot(tmp_path):
     dying = CLIENT.replace("    net, partition, x, y = asked(msg, context)", "    __import__('os')._exit(1)", 1)
     app = write_app(tmp_path / "app", client=dying)

@@ -228,6 +228,7 @@ def test_settings_change_the_experiment_of_the_run_config(toml):
     assert json.dumps(run.load().name) == '"two words"'
 
 
+@pytest.mark.slow
 def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch):
     """The bundle that Flower builds from a clone contains everything that its processes need."""
     home, out, start = tmp_path / "home", tmp_path / "out", launch.FlowerRun._start
