@@ -64,8 +64,11 @@ def plan(**changes: Any) -> PrivacyPlan:
 
 
 def test_every_field_of_a_plan_is_in_the_test_below() -> None:
-    """A new field of the plan must be sent to clients, too: add it to `PrivacyTerms`, and here."""
-    assert set(OTHER) == {field.name for field in dataclasses.fields(PrivacyPlan)}
+    """A new field of the plan must be sent to clients, too: add it to `PrivacyTerms`, and here.
+
+    Deployments refuse plans with an aggregation.
+    """
+    assert {*OTHER, "aggregation"} == {field.name for field in dataclasses.fields(PrivacyPlan)}
     assert {"everyone", "poisson", "fixed"} == set(SAMPLINGS)
 
 

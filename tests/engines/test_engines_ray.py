@@ -91,6 +91,8 @@ def vectorized(population: Population, _: torch.device) -> Engine:
 
 
 def over_ray(made: Setting, make: Any = loop, workers: int = 2, **options: Any) -> RayEngine:
+    if ray.is_initialized():  # the workers of the test before may still be ending
+        eventually(lambda: ray.available_resources().get("CPU", 0.0) >= 1.0)
     return RayEngine(made.population, make, workers=workers, cpus_per_worker=1.0 / workers, **options)
 
 

@@ -47,7 +47,7 @@ def test_an_own_method(tmp_path: Path) -> None:
 
 def test_an_own_flower_app(tmp_path: Path) -> None:
     settings = "rounds=3 out='model.pt'"
-    output = run(*FEDPRIV, "flower", EXAMPLES / "flower_app", "--clients", "20", "-c", settings, cwd=tmp_path)
+    output = run(*FEDPRIV, "flower", EXAMPLES / "flower_app", "--clients", "100", "-c", settings, cwd=tmp_path)
     assert "at epsilon 8.000, delta 1e-05" in output
     assert (tmp_path / "model.pt").is_file()
 

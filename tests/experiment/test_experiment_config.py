@@ -229,7 +229,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path):
 def test_every_shipped_config_is_valid(path: Path):
     config = load_config(path)
     if config.data.clients is not None:
-        config.plan(sampling_of(config))
+        config.plan(sampling_of(config), size=1000)
 
 
 def test_old_words_are_read_and_leave_an_experiment_as_it_was() -> None:

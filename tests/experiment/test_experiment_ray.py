@@ -50,6 +50,12 @@ def fedpriv(config: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
+def run_here(config: Path, out: Path, *options: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(config), "--out", str(out), *options])
+    assert ended.value.code == 0
+
+
 def done(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -88,7 +94,7 @@ def rounds_in(out: Path) -> int:
 def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_path: Path) -> None:
     """A worker is killed during the run; the run still finishes with the same result, and records its execution."""
     config = config_in(tmp_path, 400)
-    main(["run", str(config), "--out", str(tmp_path / "loop"), "--engine", "loop"])
+    run_here(config, tmp_path / "loop", "--engine", "loop")
     options = ("--engine", "ray", "--workers", "2", "--compute", "loop", "--checkpoint-every", "7")
     run = fedpriv(config, tmp_path / "ray", *options)
     until = time.monotonic() + 90
@@ -163,7 +169,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     assert "Traceback" not in run.stderr
     assert 0 < rounds_in(tmp_path / "full") < 31
     for out, *more in (("full", "--resume"), ("whole",)):
-        main(["run", str(config), "--out", str(tmp_path / out), *options, *more])
+        run_here(config, tmp_path / out, *options, *more)
     assert_same_model(tmp_path / "full", tmp_path / "whole")
 
 
