@@ -292,7 +292,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
         client_memory=False,
     )
     assert plan.amplification
-    server, client, _ = make_agreement(method, sampling, plan, SystemStreams())
+    server, client, _ = make_agreement(method, sampling, plan, SeededStreams(1))
 
     def made(least: int) -> Coordinator:
         return Coordinator(
@@ -310,7 +310,7 @@ def test_a_turn_with_secret_cohorts_counts_whoever_answers() -> None:
     one = made(1)
     one.begin()
     assert one.finish({}, {}).happened == "applied"
-    assert torch.count_nonzero(one.state.model) > SIZE / 2  # the grid has a zero, too
+    assert torch.count_nonzero(one.state.model) > SIZE / 2  # with this seed: the grid has a zero, too
 
 
 def secretly(method: Any, **rules: Any) -> Coordinator:

@@ -72,6 +72,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], kind: str = "") -> 
 # ---------------------------------------------------------------- whole apps
 
 
+@pytest.mark.slow
 def test_results_are_those_of_flwr_run(plain, tmp_path):
     """FedAvg adds replies in their order of arrival, which is random in Flower (it takes them from a set), so that the
     results agree up to rounding. An app that sorts its replies agrees to the bit."""

@@ -297,6 +297,7 @@ values = [1, 2, 3, 4, 5, 6]
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_or_killed_goes_on_to_the_same_table(tmp_path: Path) -> None:
     """First by Ctrl-C, with one line; then by an uncatchable signal, to the driver alone."""
     path = sweep_file(tmp_path, SLOW)
