@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,11 +132,22 @@ def main(arguments: Sequence[str]) -> None:
 def run(lock: str, command: Sequence[str]) -> None:
     """Run one of Flower's programs, which end with the lock, and exit."""
     end_with(lock)
+    threading.excepthook = _one_line_for_refused_heartbeats
     if command[0] == "flower-superexec":
         executor: Any = importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
         executor.subprocess = _for_superexec(lock)
     sys.argv = list(command)
     sys.exit(_entry(command[0])())
+
+
+def _one_line_for_refused_heartbeats(raised: threading.ExceptHookArgs) -> None:
+    """Say in one line that a node's heartbeat failed, as it does once the server has removed the node."""
+    files = (Path(frame.filename) for frame in traceback.extract_tb(raised.exc_traceback))
+    if any(file.parts[-2:] == ("supercore", "heartbeat.py") for file in files):
+        message = str(raised.exc_value).partition("\n")[0]
+        print(f"fedpriv: the server did not accept a heartbeat: {message}", file=sys.stderr)
+    else:
+        threading.__excepthook__(raised)
 
 
 def _for_superexec(lock: str) -> Any:

@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.supercore.constant import ExecutorType, TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.superexec.executor import get_executor
 from flwr.supercore.superexec.executor.types import ExecutionSpec
@@ -137,6 +140,38 @@ def test_a_companion_leaves_the_names_of_packages_to_the_app(tmp_path: Path) -> 
     assert str(Path(companion.__file__).parent) not in printed
 
 
+def test_a_heartbeat_that_the_server_refuses_is_one_line_and_other_failures_of_threads_are_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server refuses those of a removed node's client app, which Flower leaves to Python's report of a thread."""
+
+    monkeypatch.setattr(companion, "end_with", lambda _: None)
+    monkeypatch.setattr(companion, "_entry", lambda _: lambda: None)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    with pytest.raises(SystemExit):
+        companion.run("/the/lock", ["flwr-clientapp"])
+    response = httpx.Response(401, request=httpx.Request("POST", "http://127.0.0.1:1/heartbeat"))
+
+    def refused() -> bool:
+        response.raise_for_status()
+        return True
+
+    def wrong() -> None:
+        raise ValueError("a fault of the app")
+
+    sender = HeartbeatSender(refused)
+    sender.start()
+    sender._thread.join()
+    said = capsys.readouterr().err
+    assert said.startswith("fedpriv: the server did not accept a heartbeat: Client error '401 Unauthorized'")
+    assert said.count("\n") == 1
+    other = threading.Thread(target=wrong)
+    other.start()
+    other.join()
+    assert "Traceback" in capsys.readouterr().err
+
+
 # Holds the lock and starts three programs, one of them without output; the one that forks is killed after the first.
 FORKER = """
 import fcntl, os, signal, subprocess, sys, time
@@ -157,6 +192,7 @@ apps._parent.wait()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not forked")
 def test_client_apps_are_forked_by_one_process_that_may_be_killed(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
