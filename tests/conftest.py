@@ -4,6 +4,9 @@ import gc
 import os
 import signal
 import threading
+from collections import Counter
+
+import pytest
 
 # Ray's workers have a low priority otherwise, and each start of Ray starts some that no test asked for.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -15,6 +18,19 @@ def pytest_configure() -> None:
     """Ctrl-C works in what tests start, also where the suite itself was started with it ignored (`nohup`, `&`)."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark two thirds of the cases of a `sampled` test as slow, in a pattern that keeps each parameter varied."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            test = item.nodeid.partition("[")[0]
+            i = seen[test]
+            seen[test] += 1
+            if (i + i // 3 + i // 9) % 3:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -59,6 +59,7 @@ LONG: Changes = {"training": {"rounds": 50}}
 
 
 @pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.sampled
 def test_a_correct_mechanism_is_not_guilty_whatever_the_canaries(name: str) -> None:
     """Directions in no run also score as they should."""
     for seed in range(1 if "local" in name else 3):
@@ -95,6 +96,7 @@ def test_the_last_model_shows_a_steady_client_if_the_server_adds_the_noise_and_n
 
 @pytest.mark.parametrize("fault", NOISE_FAULTS.values(), ids=NOISE_FAULTS.keys())
 @pytest.mark.parametrize("plan", [CENTRAL, LONG | MEMORYLESS | REPLACE], ids=["central", "replace, no memory"])
+@pytest.mark.sampled
 def test_noise_that_is_wrong_at_the_server_is_found_guilty(
     plan: Changes, fault: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def rows(directory: Path, name: str = "rounds") -> list[dict]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.sampled
 def test_the_servers_memory_stays_the_mean_of_the_clients_whoever_drops_out_or_comes_late(name: str, seed: int) -> None:
     people = ragged_digits()
     made = timeline(name.replace("fedbuff that weighs little", "fedbuff"), clients=12, seed=seed, steps=12, memory=True)

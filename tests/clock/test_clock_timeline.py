@@ -242,6 +242,7 @@ def test_where_cohorts_are_hidden_being_in_time_depends_on_nobody_else() -> None
 @pytest.mark.parametrize("available", [1.0, 0.5])
 @pytest.mark.parametrize("deadline", [None, 8.0])
 @pytest.mark.parametrize("sampling", [Everyone(12), Poisson(12, 0.4), FixedSize(12, 5)])
+@pytest.mark.sampled
 def test_slowing_a_client_changes_no_other_clients_rounds(
     tmp_path: Path, sampling: Sampling, deadline: float | None, available: float, hidden: bool
 ) -> None:

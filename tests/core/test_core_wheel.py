@@ -112,6 +112,7 @@ def test_an_installed_torch_stays(extra: str, requirements: list[Requirement]) -
         assert {part.operator for part in requirement.specifier} <= {">=", "!="}, requirement
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("CI" not in os.environ, reason="asks the package index what it would install")
 def test_pip_leaves_an_installed_torch_alone(wheel: Path, tmp_path: Path) -> None:
     """What pip would install, from its index, where a torch for CPUs and nothing else is there: its metadata alone."""

@@ -105,6 +105,7 @@ def bits_of_loop(toml: str, folder: Path) -> bytes:
 @pytest.mark.parametrize("cohort", ['sampling = "everyone"', 'sampling = "poisson"\nprobability = 0.6'])
 @pytest.mark.parametrize("trust", ["none", "central", "local"])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled
 def test_a_deployment_is_the_loop_to_the_bit(
     method: str, trust: str, cohort: str, seeded: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -428,6 +429,7 @@ def _answer_strange_refusal(content: RecordDict) -> RecordDict:  # noqa: ARG001
         *(_raw(_npy("(650,)", "O")), _raw(_npy("(650,)"), (10**13,)), _raw(_npy("(650,)"), dtype="object")),
     ],
 )
+@pytest.mark.sampled
 def test_an_answer_that_cannot_be_is_left_out_and_the_run_goes_on(change: Any, tmp_path: Path) -> None:
     class Tampered(DeploymentGrid):
         def _play(self, message: Message) -> Message | None:

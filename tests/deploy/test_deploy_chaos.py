@@ -22,6 +22,7 @@ SEEDS = range(2 * int(os.environ.get("FEDPRIV_CHAOS", "1")))
 
 @pytest.mark.parametrize("trust", ["none", "central", "local"])
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.sampled
 def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: AcceptedTrust, tmp_path: Path) -> None:
     for seed in SEEDS:
         World(tmp_path / str(seed), METHODS[name], trust, seed).run()

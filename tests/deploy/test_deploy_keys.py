@@ -94,6 +94,7 @@ def test_each_key_is_registered_once(deployment: Path) -> None:
     assert said(deployment)["nodes"] == [("ok", "all 3 registered; online: none")]
 
 
+@pytest.mark.slow
 def test_the_script_registers_from_wherever_its_folder_has_moved(deployment: Path) -> None:
     moved = deployment.parent / "moved here"
     (deployment / "admin").rename(moved)

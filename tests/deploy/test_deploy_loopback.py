@@ -87,6 +87,7 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(2), 2)
 
 
+@pytest.mark.slow
 def test_a_users_own_folder_runs_on_nodes_that_name_its_files_in_their_policies(
     deployment: Loopback, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_killed_node_and_a_killed_server_change_nothing(deployment: Loopback, 
     assert asked == [[0, 1]] * 3
 
 
+@pytest.mark.slow
 def test_a_removed_node_ends_with_one_line_and_leaves_nothing_behind(deployment: Loopback) -> None:
     """This is the last of these tests, because node-1 does not come back."""
     ended = deployment.deploy("remove", "node-1", str(deployment.folder))

@@ -84,6 +84,7 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 
 
 @pytest.mark.parametrize(("name", "work", "trust", "cohort"), covering())
+@pytest.mark.sampled
 def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: TrustName | None, cohort: str) -> None:
     """Compare the models of twenty rounds within 1e-6, and the states of all clients seen."""
     method, rounds = EXAMPLES[name], 20

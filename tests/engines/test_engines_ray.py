@@ -165,6 +165,7 @@ def _cohort(made: Setting, round: int) -> np.ndarray:
     return begin_round(made.server, start_of(made), round).cohort
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_batches_of_classes_are_the_same_bits_for_any_number_of_workers() -> None:
     """They are equal to the loop only up to rounding, which shows that batches are used."""
@@ -340,6 +341,7 @@ class OddError(Exception):
         super().__init__(f"{one} and {other}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_what_clients_raise_comes_out_as_itself_and_is_not_tried_again(tmp_path: Path) -> None:
     made, log = CASES["everyone"], tmp_path / "log"
@@ -376,6 +378,7 @@ def test_what_clients_raise_comes_out_as_itself_and_is_not_tried_again(tmp_path:
         assert all_same(advance(engine, made.server, state, 2, 4)[1], models_of(made, rounds=4)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("some_ray")
 def test_owners_change_when_a_worker_is_slow_and_nothing_else_does(tmp_path: Path) -> None:
     made, mark = setting(EXAMPLES["clip21"], sampling=Everyone(CLIENTS)), tmp_path / "slow"
@@ -526,7 +529,8 @@ def short_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("way", [*(pytest.param(way, marks=pytest.mark.slow) for way in ("close", "term")), "kill"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["close", "term", "kill"])
 def test_no_process_is_left_behind(way: str, short_folder: Path, tmp_path: Path) -> None:
     """Check this after `close`, SIGTERM and SIGKILL."""
     mark = f"FEDPRIV_TEST_MARK={tmp_path}"

@@ -159,6 +159,7 @@ def test_the_bare_sum_of_messages_moves_by_no_more_than_the_sensitivity(
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.sampled
 def test_the_sum_of_accuracies_moves_by_at_most_one_client_whatever_its_examples(
     name: str, change: str, roots: dict[tuple[str, str], Path]
 ) -> None:

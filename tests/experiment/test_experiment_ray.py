@@ -91,6 +91,7 @@ def rounds_in(out: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_path: Path) -> None:
     """A worker is killed during the run; the run still finishes with the same result, and records its execution."""
     config = config_in(tmp_path, 400)
@@ -150,6 +151,7 @@ def test_what_ray_cannot_give_is_one_line(options: tuple[str, str], line: str, t
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [9_000, 30_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: int, tmp_path: Path) -> None:
     """Files may not grow beyond a limit, which the states' file or the checkpoint reaches. No bit is lost."""
@@ -173,6 +175,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(limit: i
     assert_same_model(tmp_path / "full", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_users_own_folder_runs_on_workers_to_the_bit(tmp_path: Path) -> None:
     """Its modules have no name that a worker could import."""
     config = own_folder(tmp_path)

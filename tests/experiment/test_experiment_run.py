@@ -125,6 +125,7 @@ def test_noise_zero_and_everyone_is_the_run_without_privacy_to_the_bit(tmp_path:
 
 @pytest.mark.parametrize("engine", ["loop", "vectorized"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.sampled
 def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: str):
     config = load_config(QUICKSTART, settings)
     run_experiment(config, tmp_path / "whole", engine=engine)
@@ -139,6 +140,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, set
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path):
     settings = [*VARIANTS["poisson, local, sent"], "training.rounds=120", "data.clients=30"]
     config = load_config(QUICKSTART, settings)
@@ -311,6 +313,7 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("after", range(1, 13))
+@pytest.mark.sampled
 def test_killed_at_any_write_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, monkeypatch, after: int):
     """The first writes claim the directory and begin the run; the last ones finish it."""
     config = small("training.rounds=4")

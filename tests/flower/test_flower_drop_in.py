@@ -68,6 +68,7 @@ def reference(strategy, rounds=ROUNDS):
     ids=["alpha-normec", "sent-memory", "normalized-sgd", "clip21", "dp-fedavg", "fed-alpha-normec with adam"],
 )
 @pytest.mark.parametrize("privacy", [Privacy(epsilon=8.0), LOCAL, None], ids=["central", "local", "none"])
+@pytest.mark.sampled
 def test_an_apps_run_is_the_method_on_its_updates_with_memories_kept(make, privacy, cohort):
     strategy = make(privacy=privacy, cohort=cohort, seed=3)
     result = start(strategy, InProcessGrid(app, CLIENTS))

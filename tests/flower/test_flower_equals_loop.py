@@ -89,6 +89,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("method", "cohort", "privacy"), COMBINATIONS)
+@pytest.mark.sampled
 def test_flower_gives_the_loops_model_to_the_bit(method, cohort, privacy, tmp_path):
     assert_same(make_experiment(method, cohort, privacy), tmp_path)
 

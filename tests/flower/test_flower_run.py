@@ -105,6 +105,7 @@ def test_a_flower_run_gives_the_loops_files_and_leaves_nothing_running(config, t
     assert run_with_flower(config, flower.path, resume=True) == flower.read_json("summary.json")
 
 
+@pytest.mark.slow
 def test_a_users_own_folder_runs_in_flowers_processes_to_the_bit(tmp_path):
     toml = own_folder(tmp_path)
     run_experiment(toml, tmp_path / "loop", engine="loop", execution=Execution(client_noise="faithful"))
@@ -274,6 +275,7 @@ raise SystemExit(code)
 """
 
 
+@pytest.mark.slow
 def test_flwr_run_of_an_app_works_with_an_installed_wheel(tmp_path):
     """The app is a user's own, far from this folder; fedpriv comes from the unpacked wheel alone."""
     home, out = tmp_path / "h", tmp_path / "model.pt"

@@ -128,6 +128,7 @@ def test_the_references_gradient_is_the_slope_of_its_loss() -> None:
 
 
 @every_method
+@pytest.mark.sampled
 def test_models_in_a_loop_over_digits_are_the_references(method: Method) -> None:
     """Fifty rounds of everyone's full gradients without noise, in float32 against float64."""
     made = setting(method)
@@ -161,6 +162,7 @@ def rules_alone(method: Method, problem: SoftmaxRegression, start: np.ndarray, r
 @every_method
 @pytest.mark.parametrize("cohort", ["everyone", "some"])
 @pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.sampled
 def test_rules_in_float64_are_the_references_to_ten_digits(method: Method, cohort: str, noisy: bool) -> None:
     problem, rng, count = blobs(), np.random.default_rng(5), 50
     prob = 1.0 if cohort == "everyone" else 0.4

@@ -62,6 +62,7 @@ class TestStalls:
     @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
     @pytest.mark.parametrize("first", [-3.0, 2.0, 20.0])
     @pytest.mark.parametrize("step", [0.2, 1.0, 1.9])
+    @pytest.mark.sampled
     def test_normalized_sgd_stalls_at_the_closed_form_for_every_stable_step(
         self, alpha: float, first: float, step: float
     ) -> None:
@@ -94,6 +95,7 @@ class TestStalls:
             (DPFedAvg(clip_norm=1.0), (2 * 1 - 1) / 3),
         ],
     )
+    @pytest.mark.sampled
     def test_without_memory_the_optimum_is_left_whatever_the_step(
         self, method: NormalizedSGD | DPFedAvg, message: float, lr: float
     ) -> None:

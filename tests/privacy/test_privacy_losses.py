@@ -266,6 +266,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("prob", "noise", "rounds", "delta"), PLANS)
+@pytest.mark.sampled
 def test_over_a_wide_grid_epsilon_is_between_the_two_estimates_of_dp_accounting(
     prob: float, noise: float, rounds: int, delta: float
 ) -> None:

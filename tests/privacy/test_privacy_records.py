@@ -69,6 +69,7 @@ def test_a_noiseless_memory_costs_one_gaussian_of_the_stated_sensitivity(
 @pytest.mark.parametrize("rate", [0.02, 0.3, 1.0])
 @pytest.mark.parametrize(("adjacency", "unit"), [("add-or-remove", 1.0), ("replace", 2.0)])
 @pytest.mark.parametrize("rounds", [5, 60])
+@pytest.mark.sampled
 def test_fresh_messages_cost_one_sampled_gaussian_a_round(
     rate: float, adjacency: str, unit: float, rounds: int
 ) -> None:

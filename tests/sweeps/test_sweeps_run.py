@@ -252,6 +252,7 @@ values = [{sampling = "everyone"}, {sampling = "fixed", size = 99}]
 """
 
 
+@pytest.mark.slow
 def test_each_experiment_runs_once_and_failures_stop_nothing(tmp_path: Path, some_ray: str) -> None:
     """Twelve combinations: four experiments; the rest are duplicates or have too many clients."""
     states: list[tuple[int, int]] = []
