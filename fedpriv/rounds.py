@@ -235,9 +235,7 @@ class Broadcast(NamedTuple):
                 raise UserError("cohort", expected, f"{capacity:,} clients", "Use a smaller cohort")
         elif rules.noise_stddev == 0.0 and 0.5 * step * math.sqrt(size) > _LONGER * bound:
             expected = f"fewer than {capacity:,} clients per round with {size:,} parameters"
-            smaller = (
-                "cohort or model" if rules.examples is None else "method.max_norm or method.alpha, cohort or model"
-            )
+            smaller = "" if rules.examples is None else "method.max_norm or method.alpha, "
             remedy = f"Use a smaller {smaller}cohort or model: rounding could lengthen a message beyond its bound"
             raise UserError("cohort", expected, f"{capacity:,}", remedy)
         return ExactSum(size, rules.message_limit, capacity, device)

@@ -281,7 +281,7 @@ def test_a_map_that_shrinks_an_example_below_the_rounding_of_sums_is_refused() -
     flat = {**NORMEC, "alpha": 1e12}
     made(flat, FULL)
     experiment = made(flat, FULL, trust="central")
-    with pytest.raises(UserError, match=r"smaller method\.max_norm or method\.alpha.*rounding could lengthen"):
+    with pytest.raises(UserError, match=r"Use a smaller method\.max_norm or method\.alpha, cohort or model: rounding"):
         models_of(experiment)
 
 
