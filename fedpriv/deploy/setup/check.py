@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -134,18 +134,19 @@ def _check_bundles(folder: Path) -> list[Finding]:
 
 def _check_node(folder: Path, connect: bool) -> list[Finding]:
     findings = check_node_folder(folder)
-    if connect:
-        with contextlib.suppress(UserError):  # already a finding
-            findings += check_server(NodeSettings.read(folder / NODE_TOML).superlink, folder / "ca.crt")
-    return findings
+    return [*findings, *_check_connection(folder, lambda: NodeSettings.read(folder / NODE_TOML).superlink, connect)]
 
 
 def _check_helper(folder: Path, connect: bool) -> list[Finding]:
     findings = check_helper_folder(folder)
+    return [*findings, *_check_connection(folder, lambda: HelperSettings.read(folder / HELPER_TOML).superlink, connect)]
+
+
+def _check_connection(folder: Path, superlink: Callable[[], str], connect: bool) -> list[Finding]:
     if connect:
-        with contextlib.suppress(UserError):  # already a finding
-            findings += check_server(HelperSettings.read(folder / HELPER_TOML).superlink, folder / "ca.crt")
-    return findings
+        with contextlib.suppress(UserError):  # settings that cannot be read are already a finding
+            return check_server(superlink(), folder / "ca.crt")
+    return []
 
 
 def _called_name(folder: Path, certificate: Path) -> str:
