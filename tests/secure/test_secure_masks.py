@@ -4,13 +4,14 @@ import hashlib
 import hmac
 import itertools
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from Crypto.Cipher import AES, ChaCha20_Poly1305
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from scipy.stats import chi2, kstest
-from support.secure_round import public_key, signing_key, tape
+from support.secure_round import FACTS, public_key, signing_key, tape
 
 from fedpriv.errors import UserError
 from fedpriv.secure import HelperKey, Masked, RoundFacts, mask_message
@@ -129,16 +130,7 @@ def test_a_key_that_gives_every_client_the_same_secret_is_refused() -> None:
 
 
 def facts_of(size: int) -> RoundFacts:
-    return RoundFacts(
-        run="run-1",
-        round=1,
-        least_survivors=3,
-        colluders=1,
-        share_stddev=0.75,
-        grid=2.0**-20,
-        size=size,
-        digest=bytes(32),
-    )
+    return replace(FACTS, size=size)
 
 
 def helper_key(j: int) -> HelperKey:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,18 @@ def some_values(size: int, client: int = 0) -> Values:
     return values + (-1) ** client * (2**31 - 2**24)
 
 
+FACTS = RoundFacts(
+    run="run-1",
+    round=1,
+    least_survivors=3,
+    colluders=1,
+    share_stddev=0.75,
+    grid=2.0**-20,
+    size=7,
+    digest=bytes(range(32)),
+)
+
+
 @dataclass
 class World:
     """Five clients and some helpers, which have enrolled them."""
@@ -50,18 +62,7 @@ class World:
     helpers: int = 1
     clients: int = 5
     min_clients: int = 3
-    facts: RoundFacts = field(
-        default_factory=lambda: RoundFacts(
-            run="run-1",
-            round=1,
-            least_survivors=3,
-            colluders=1,
-            share_stddev=0.75,
-            grid=2.0**-20,
-            size=7,
-            digest=bytes(range(32)),
-        )
-    )
+    facts: RoundFacts = FACTS
 
     @property
     def enrolled(self) -> dict[int, bytes]:
