@@ -50,7 +50,7 @@ setup: $(STAMP) browser
 browser:
 	@tests/browser.sh
 
-# Modules are compiled when they are imported, which most never are.
+# Most installed modules are never imported, so none is compiled before its first import.
 # torch goes first and alone: a later step then finds it there and does not fetch another build of it.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2130,7 +2130,7 @@ MUTANTS = [
     Mutant(
         "deployment: a client starts afresh whatever the server holds for ever",
         "fedpriv/experiment/deployment.py",
-        'if self.lost_memory == "start-afresh" and method.lost_memory != "start-afresh":',
+        'if self.lost_memory == "reset-one" and method.lost_memory != "reset-one":',
         "if False:",
         COORDINATOR,
     ),
@@ -2475,6 +2475,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str | None]:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-o", f"cache_dir={folder}", *tests]
         command += ["--ignore=tests/core/test_core_mutants.py"]
         environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.setdefault("FEDPRIV_CHAOS", "4")
         code = subprocess.run(command, cwd=tree, env=environment, capture_output=True, check=False).returncode
         found = Path(folder) / "v" / "cache" / "lastfailed"
         return code, next(iter(json.loads(found.read_text())), None) if found.exists() else None

@@ -39,7 +39,7 @@ from fedpriv.streams import SeededStreams
 
 __all__ = ["Coordinator", "Outcome"]
 
-Happened = Literal["applied", "too few", "reset-alld"]
+Happened = Literal["applied", "too few", "reset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Outcome:
         counted: Clients with a message in the sum.
         refused: Kind and reason by client.
         invalid: Fault of the message by client.
-        happened: `applied`, `too few` or `reset-alld`.
+        happened: `applied`, `too few` or `reset`.
         total: The sum, and metrics about it.
     """
 
@@ -213,7 +213,7 @@ class Coordinator:
         if lost and self.lost_memory == "stop":
             raise _stopped(lost)
         if self._memories_are_lost(lost):
-            happened = "reset-alld"
+            happened = "reset"
         elif len(valid) < self._needed:
             happened = "too few"
             if self.choice.too_few == "stop":
@@ -285,7 +285,7 @@ class Coordinator:
         client with zero messages. The server's memory keeps the contribution of that client, as does the mean of all.
         """
         self.losses.update(lost)
-        if self.lost_memory == "start-afresh":
+        if self.lost_memory == "reset-one":
             self.last_turn |= dict.fromkeys(lost, 0)
             return False
         believed = [] if self.secret_cohorts else believed_losses(lost, self.losses, self.epoch, self.turns)

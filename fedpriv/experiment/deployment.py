@@ -14,7 +14,8 @@ _SECONDS = 300.0
 _SECRET_SECONDS = 60.0
 
 
-LostMemoryRule = Literal["method", "start-afresh", "reset-all", "leave-out", "stop"]
+_FORMERLY = {"start-afresh": "reset-one", "re-base": "reset-all"}
+LostMemoryRule = Literal["method", "reset-one", "reset-all", "leave-out", "stop"]
 """The actions of a deployment when a client has lost its memory; see `DeploymentChoice`."""
 
 
@@ -29,7 +30,7 @@ class DeploymentChoice:
         min_participants: Minimum number of valid messages in a turn; with fewer, the turn is discarded.
         too_few: skip: the turn is spent and the next one begins. stop: the run ends, and resumes with --resume.
         lost_memory: The action when a client has lost its memory. method: follow the method, but leave-out instead of
-            reset-all if cohorts are secret. start-afresh: reset that client's memory; refused if the server would keep
+            reset-all if cohorts are secret. reset-one: reset that client's memory; refused if the server would keep
             the lost part forever. reset-all: reset all memories. leave-out: stop asking that client. stop: end the run.
             reset-all and stop are refused if cohorts are secret.
         join_timeout: Seconds to wait at the start for `min_participants` clients.
@@ -38,7 +39,7 @@ class DeploymentChoice:
     deadline: float | None = None
     min_participants: int = 1
     too_few: Literal["skip", "stop"] = "skip"
-    lost_memory: LostMemoryRule = field(default="method", metadata={"formerly": {"re-base": "reset-all"}})
+    lost_memory: LostMemoryRule = field(default="method", metadata={"formerly": _FORMERLY})
     join_timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class DeploymentChoice:
 
     def check(self, method: Method) -> None:
         """Raise UserError unless the rule for lost memories suits this method."""
-        if self.lost_memory == "start-afresh" and method.lost_memory != "start-afresh":
+        if self.lost_memory == "reset-one" and method.lost_memory != "reset-one":
             expected = "another rule, because this method's memory does not fade"
             remedy = 'Choose "reset-all", or set method.damping: the server would keep the lost part forever'
-            raise UserError("deployment.lost_memory", expected, '"start-afresh"', remedy)
+            raise UserError("deployment.lost_memory", expected, '"reset-one"', remedy)

@@ -113,7 +113,7 @@ class AlphaNormEC(PlainMethod):
     @property
     def lost_memory(self) -> LostMemory:
         """With damping, the server's copy of a lost memory fades by (1 - lambda) per round; otherwise it stays."""
-        return "start-afresh" if self.damping >= _FADES else "reset-all"
+        return "reset-one" if self.damping >= _FADES else "reset-all"
 
     def init_client(self, size: int) -> ClientMemory:
         """Return v_i = 0: a start at true gradients would release their mean without noise."""

@@ -33,7 +33,7 @@ ClientState = State
 ClientStateT = TypeVar("ClientStateT", bound=ClientState, default=Any)
 ServerStateT = TypeVar("ServerStateT", bound=ServerState, default=Any)
 
-LostMemory = Literal["start-afresh", "reset-all"]
+LostMemory = Literal["reset-one", "reset-all"]
 """The action of a deployment if a client has lost its state; see `Method.lost_memory`."""
 
 
@@ -94,7 +94,7 @@ class Method(Protocol[ClientStateT, ServerStateT]):
     def lost_memory(self) -> LostMemory:
         """The action of a deployment if a client has lost its state.
 
-        `start-afresh`: only that client's state is reset; correct if the server's copy of the lost state fades, or if
+        `reset-one`: only that client's state is reset; correct if the server's copy of the lost state fades, or if
         there is none. `reset-all`: the states of all clients and the server's memory are reset, and the model is kept;
         correct if the server's copy would stay forever.
         """

@@ -37,8 +37,8 @@ class Memoryless(PlainMethod):
 
     @property
     def lost_memory(self) -> LostMemory:
-        """`start-afresh`: nothing is lost."""
-        return "start-afresh"
+        """`reset-one`: nothing is lost."""
+        return "reset-one"
 
     def init_client(self, size: int) -> NoMemory:
         """Return no state."""

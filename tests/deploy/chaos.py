@@ -360,7 +360,7 @@ class World:
         """Track the effect of the noise alone on the server's memory."""
         if not has_memory(self.method):
             return
-        if outcome.happened == "reset-alld":
+        if outcome.happened == "reset":
             self.lost.clear()
             self.noise_only = self.method.init_server(torch.zeros(SIZE))
         if outcome.happened != "applied":

@@ -145,7 +145,7 @@ def test_who_was_not_asked_is_not_heard() -> None:
 
 
 @pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0)])
-def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
+def test_a_lost_memory_that_would_stay_resets_all(method: Any) -> None:
     server = coordinator(method)
     for _ in range(3):
         server.begin()
@@ -154,14 +154,14 @@ def test_a_lost_memory_that_would_stay_starts_all_anew(method: Any) -> None:
     assert torch.count_nonzero(server.state._asdict()["memory"])
     server.begin()
     outcome = server.finish(messages(0, 1, 2, 3), lost(4))
-    assert (outcome.happened, outcome.counted, server.epoch, server.last_turn) == ("reset-alld", [], 1, {})
+    assert (outcome.happened, outcome.counted, server.epoch, server.last_turn) == ("reset", [], 1, {})
     assert torch.equal(server.state.model, model)
     assert not torch.count_nonzero(server.state._asdict()["memory"])
     server.begin()
     assert [server.instructions(i)[1].epoch for i in range(CLIENTS)] == [1] * CLIENTS
 
 
-def test_where_all_begin_anew_a_server_optimiser_does_too_and_clients_hear_nothing_of_it() -> None:
+def test_a_reset_of_all_is_one_of_the_server_optimizer_and_clients_hear_nothing_of_it() -> None:
     server = coordinator(optimized(UNDAMPED, Adam()))
     for number in (1, 2):
         server.begin()
@@ -172,7 +172,7 @@ def test_where_all_begin_anew_a_server_optimiser_does_too_and_clients_hear_nothi
     again.restore(type(server.state)(**server.state._asdict()), server.save())
     for one in (server, again):
         one.begin()
-        assert one.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset-alld"
+        assert one.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset"
         assert torch.equal(one.state.model, model)
         assert all(not field.any() for field in tuple(one.state)[1:])
         one.begin()
@@ -193,14 +193,14 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
 def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_for_ever(method: Any) -> None:
     line = r"^deployment\.lost_memory: expected another rule, because this method's memory does not fade"
     with pytest.raises(UserError, match=line):
-        coordinator(method, lost_memory="start-afresh")
+        coordinator(method, lost_memory="reset-one")
     with pytest.raises(UserError, match=line):
-        coordinator(optimized(method, Adam()), lost_memory="start-afresh")
+        coordinator(optimized(method, Adam()), lost_memory="reset-one")
 
 
 @pytest.mark.parametrize("method", [DAMPED, DPFedAvg(clip_norm=1.0)])
 def test_starting_afresh_is_allowed_where_it_does_no_harm(method: Any) -> None:
-    assert coordinator(method, lost_memory="start-afresh").lost_memory == "start-afresh"
+    assert coordinator(method, lost_memory="reset-one").lost_memory == "reset-one"
 
 
 def test_what_the_server_holds_of_a_lost_memory_fades() -> None:
@@ -245,12 +245,12 @@ def test_a_lost_memory_does_not_stop_a_run_for_ever() -> None:
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    assert server.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset-alld"
+    assert server.finish(messages(0, 1, 2, 3), lost(4)).happened == "reset"
     server.begin()
     assert server.finish(messages(*range(CLIENTS)), {}).happened == "applied"
 
 
-def test_nobody_makes_all_begin_anew_for_ever() -> None:
+def test_nobody_can_have_all_reset_forever() -> None:
     """A client without a memory is not believed, and after a second loss it is no longer asked."""
     server = coordinator()
     server.turns = 100
@@ -267,7 +267,7 @@ def test_nobody_makes_all_begin_anew_for_ever() -> None:
     assert server.applied >= 12 + 27
 
 
-def test_memories_begin_anew_in_a_tenth_of_the_turns_at_most() -> None:
+def test_memories_are_reset_in_a_tenth_of_the_turns_at_most() -> None:
     server = coordinator()
     server.turns = 20
     for client in range(4):

@@ -248,7 +248,7 @@ def test_the_terms_of_a_run_with_memory_never_change(
         send(device, *asked(Clip21(), then, 2))
 
 
-def test_a_sent_message_that_the_memory_would_lack_makes_the_client_start_afresh(tmp_path: Path) -> None:
+def test_a_sent_message_that_the_memory_would_lack_resets_the_client(tmp_path: Path) -> None:
     device, plan = device_of(tmp_path, epsilon=100.0), plan_of(Clip21())
     for turn in (1, 2):
         send(device, *asked(Clip21(), plan, turn))

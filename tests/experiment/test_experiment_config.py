@@ -105,10 +105,10 @@ def test_fed_alpha_normec_takes_gradients_and_no_bare_moves(kind: str):
     load_config(QUICKSTART, steps[2:])
 
 
-def test_a_client_may_start_afresh_only_where_what_it_lost_fades():
-    load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=start-afresh"])
-    with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "start-afresh"\. Choose "reset-all"'):
-        load_config(QUICKSTART, ["method.damping=0", "deployment.lost_memory=start-afresh"])
+def test_one_client_may_be_reset_only_where_what_it_lost_fades():
+    load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=reset-one"])
+    with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "reset-one"\. Choose "reset-all"'):
+        load_config(QUICKSTART, ["method.damping=0", "deployment.lost_memory=reset-one"])
 
 
 MISTAKES = [

@@ -95,7 +95,7 @@ def test_what_it_remembers_goes_from_round_to_round() -> None:
 
 
 @pytest.mark.parametrize("method", [AlphaNormEC(), optimized(AlphaNormEC(), Adam())])
-def test_its_state_stands_beside_the_methods_and_stays_where_memories_begin_anew(method: Method) -> None:
+def test_its_state_stands_beside_the_methods_and_stays_when_memories_are_reset(method: Method) -> None:
     rules = agreed(method)
     state: Any = played(rules, rules.server.init(torch.ones(SIZE)), [method.init_client(SIZE) for _ in range(4)], 1, 3)
     assert state._fields == (*method.init_server(torch.ones(1))._fields, "noise_last")

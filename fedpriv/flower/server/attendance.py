@@ -121,7 +121,7 @@ class Attendance:
         """Apply the rule for lost memories, and return whether all memories are reset."""
         lost = [client for client in lost if self.last_round.get(client, 0) > 0]
         self.losses.update(lost)
-        if self.lost_memory == "start-afresh":
+        if self.lost_memory == "reset-one":
             self.last_round |= dict.fromkeys(lost, 0)
             return False
         believed = [] if self.secret else believed_losses(lost, self.losses, self.resets, self.rounds)
