@@ -30,7 +30,7 @@ plan = make_plan(
 )
 rules = make_agreement(method, cohorts, plan, SystemStreams())  # noise from the operating system
 
-server = method.init_server(torch.zeros(2))
+server = rules.server.init(torch.zeros(2))
 clients = [method.init_client(2) for _ in range(CLIENTS)]
 for number in range(1, ROUNDS + 1):
     broadcast = begin_round(rules.server, server, number)

@@ -177,7 +177,15 @@ class ServerRules:
         return int(noise.voids) if isinstance(noise, Voids) else 0
 
     def parts(self, state: ServerState) -> tuple[ServerState, MechanismState]:
-        """Return the state of the method with its optimizer, and that of the mechanism."""
+        """Return the state of the method with its optimizer, and that of the mechanism.
+
+        Raises:
+            ValueError: If the state is not of these rules; one of `method.init_server` may lack the mechanism's part.
+        """
+        first = self.init(state.model[:0])
+        if state._fields != first._fields:  # pyright: ignore[reportPrivateUsage]
+            expected, got = ", ".join(first._fields), ", ".join(state._fields)  # pyright: ignore[reportPrivateUsage]
+            raise ValueError(f"expected a server state with the fields {expected}, got {got}: use ServerRules.init")
         return parted(state, self.method.init_server(state.model[:0]), self.mechanism.init(0))
 
 

@@ -177,7 +177,7 @@ def build(
     task = kind(module, device, **for_task)
     people = kind_of_population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
     made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)
-    return Ours(server, made, method.init_server(task.initial_model()))
+    return Ours(server, made, server.init(task.initial_model()))
 
 
 def make_engine(people: Population, name: str, workers: int, options: dict[str, Any], *, fused: bool) -> Engine:

@@ -80,7 +80,7 @@ def walk(method: dict[str, Any]) -> pd.DataFrame:
     """Training loss (mean of the clients' losses, nats) and test accuracy, every 50 rounds."""
     experiment = experiment_of(method)
     engine = make_engine("vectorized", experiment)
-    state = experiment.config.method.init_server(experiment.initial_model)
+    state = experiment.server.init(experiment.initial_model)
     rows = []
     for number in range(1, ROUNDS + 1):
         total = engine.sum_messages(begin_round(experiment.server, state, number))

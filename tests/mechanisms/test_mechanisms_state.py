@@ -107,6 +107,14 @@ def test_its_state_stands_beside_the_methods_and_stays_when_memories_are_reset(m
     assert not torch.equal(anew.model, torch.ones(SIZE))
 
 
+def test_a_state_without_the_mechanisms_part_is_refused_by_name() -> None:
+    method = DPFedAvg(clip_norm=1.0)
+    rules = agreed(method)
+    for use in (rules.server.voids, rules.server.reset_memories, lambda state: begin_round(rules.server, state, 1)):
+        with pytest.raises(ValueError, match=r"fields model, noise_last, got model: use ServerRules\.init"):
+            use(method.init_server(torch.zeros(SIZE)))
+
+
 def test_a_mechanism_without_a_state_leaves_the_methods_own() -> None:
     method = AlphaNormEC()
     rules = ServerRules(method=method, sampling=Poisson(4, 0.5), mechanism=Gaussian(1.0), streams=SeededStreams(0))
