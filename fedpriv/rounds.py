@@ -322,7 +322,9 @@ def _integer_sums(plan: PrivacyPlan) -> IntegerSums | None:
     if plan.aggregation is None or plan.sums is None:
         return None
     terms, sums = plan.aggregation, plan.sums
-    return IntegerSums(grid=sums.step, limit=sums.limit, least=terms.least_survivors, size=terms.size)
+    answering = plan.sampling.population if terms.everyone_answers else None
+    least = terms.least_survivors
+    return IntegerSums(grid=sums.step, limit=sums.limit, least=least, size=terms.size, answering=answering)
 
 
 def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:

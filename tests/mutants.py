@@ -2228,9 +2228,23 @@ MUTANTS = [
     Mutant(
         "aggregator: a round counts however few answer",
         "fedpriv/engines/secure_sum.py",
-        "if len(broadcast.cohort) < self._sums.least:",
+        "if (self._sums.answering or len(broadcast.cohort)) < self._sums.least:",
         "if len(broadcast.cohort) < 1:",
         SUMS,
+    ),
+    Mutant(
+        "aggregator: clients that are not sampled do not answer, and sampling is credited",
+        "fedpriv/engines/secure_sum.py",
+        "if self._sums.answering is None:",
+        "if True:",
+        SUMS,
+    ),
+    Mutant(
+        "aggregator: sampling is credited against all helpers",
+        PLAN,
+        'replace(self.releases, adjacency="replace", trust=trust_of(self.trust))',
+        'replace(self.releases, adjacency="replace")',
+        AGGREGATION,
     ),
     Mutant(
         "aggregator: memories fade in void rounds",

@@ -5,12 +5,13 @@ A deployment adds the same integers under masks that cancel in the sum, so that 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedpriv.engines.base import UndoingEngine
 from fedpriv.mechanisms.shares import IntegerSums
-from fedpriv.rounds import Broadcast, Total
+from fedpriv.rounds import Broadcast, ClientRules, Total
 
 __all__ = ["SecureSum"]
 
@@ -18,15 +19,19 @@ __all__ = ["SecureSum"]
 class SecureSum:
     """An engine that declares rounds void if too few clients answer, or if a sum is beyond the limit of the grid.
 
+    If everyone answers, the shares of the clients that are not sampled are added here, one after another.
+
     In a void round, the server learns nothing that it uses, and no client's state changes.
 
     Args:
         inner: Runs the clients, who add integer shares of the noise.
         sums: The rules for the sums.
+        rules: The clients' rules, for the noise of those that are not sampled.
     """
 
-    def __init__(self, inner: UndoingEngine, sums: IntegerSums) -> None:
+    def __init__(self, inner: UndoingEngine, sums: IntegerSums, rules: ClientRules) -> None:
         self._inner = inner
+        self._rules = rules
         self._sums = sums
 
     @property
@@ -37,15 +42,25 @@ class SecureSum:
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
         size = broadcast.model.shape[-1]
-        if len(broadcast.cohort) < self._sums.least:
+        if (self._sums.answering or len(broadcast.cohort)) < self._sums.least:
             nothing = torch.zeros(size, dtype=torch.float64)
             return Total(nothing, len(broadcast.cohort), 0, math.nan, void=True)
         total = self._inner.sum_messages(broadcast)
-        sum_ = self._sums.total(total.sum)
+        sum_ = self._sums.total(self._with_others(broadcast, total.sum))
         if sum_ is None:
             self._inner.undo()
             return total._replace(sum=torch.zeros(size, dtype=torch.float64), void=True)
         return total._replace(sum=sum_)
+
+    def _with_others(self, broadcast: Broadcast, sum_: Tensor) -> Tensor:
+        """Return the sum with the shares of the clients that answer without being sampled; integers, so exact."""
+        if self._sums.answering is None:
+            return sum_
+        sum_, zero = sum_.clone(), torch.zeros_like(sum_)
+        for client in np.setdiff1d(np.arange(self._sums.answering), broadcast.cohort):
+            stddev, turn = self._rules.noise_stddev, broadcast.address
+            sum_ += self._sums.noised(self._rules.streams, stddev, zero, turn, int(client))
+        return sum_
 
     def save(self) -> dict[str, Tensor]:
         """See `Engine.save`."""

@@ -638,6 +638,8 @@ def _check_sums(config: Config) -> None:
         raise UserError("[aggregation]", 'no such table unless privacy.trust = "aggregator"', "a table", remedy)
     if not config.sums_securely or config.privacy is None:
         return
+    if config.aggregation is not None:
+        config.aggregation.check_sampling(by_coins=SAMPLINGS[config.cohort.sampling].by_coins)
     if config.method.needs_client_noise:
         expected = '"noiseless" with privacy.trust = "aggregator": sent memories would reveal shares of the noise'
         raise UserError("method.memory", expected, '"sent"', 'Set it to "noiseless", or privacy.trust to "local"')

@@ -261,8 +261,8 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
         clients = _ray(experiment, population, execution, compute, workers)
     else:
         clients = _COMPUTES[compute](population, execution.state_memory, execution.state_folder)
-    sums = population.rules.sums
-    runner: Engine = clients if sums is None else SecureSum(clients, sums)
+    rules = population.rules
+    runner: Engine = clients if rules.sums is None else SecureSum(clients, rules.sums, rules)
     if fused:
         runner = FusedNoise(clients, experiment.population.rules)
     noise = "fused" if fused else "faithful"

@@ -86,7 +86,10 @@ def clock_is_public(config: Config) -> bool:
     They may not if the account relies on a secret cohort: the duration of a round would show who was in it.
     """
     sampled = config.rule.draws_cohorts and config.cohort.sampling != Everyone.name
-    return not (sampled and config.privacy is not None and trust_of(config.privacy.trust).hides_cohorts)
+    if not sampled or config.privacy is None:
+        return True
+    everyone_answers = config.aggregation is not None and config.aggregation.everyone_answers
+    return not (everyone_answers or trust_of(config.privacy.trust).hides_cohorts)
 
 
 def sampling_under(config: Config, population: int, timeline: Timeline | None) -> Sampling:

@@ -29,12 +29,15 @@ class IntegerSums:
         limit: Largest absolute value of a sum in grid steps; a larger sum makes its round void.
         least: Fewest messages for which a round counts.
         size: Number of parameters that the plan charges the rounding of; None if no plan does.
+        answering: Number of clients that answer in every round, those that are not sampled with their share of the
+            noise alone; None if only sampled clients answer.
     """
 
     grid: float
     limit: int
     least: int
     size: int | None = None
+    answering: int | None = None
 
     def check_size(self, size: int) -> None:
         """Raise ValueError if messages of `size` numbers are rounded by more than the plan charges."""

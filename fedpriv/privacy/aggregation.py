@@ -29,6 +29,11 @@ delta. A plan is refused unless this is at most 1e-30, which the accountant's ow
 result modulo 2^32 is post-processing. A single share (all helpers collude, or t - 1 puppets) is a rounded Gaussian:
 exact.
 
+**Everyone answers.** If clients flip their own coins, and those that are not sampled send a zero message with their
+share of the noise, then every round has an answer of each client, and nothing shows who was sampled. A sum is then a
+Poisson-sampled Gaussian mechanism, amplified as with a trusted server. Against the server with all helpers, who see
+each message, no sampling is credited.
+
 **Guard band.** Sums of honest clients are within n_max (B' / G + 1) + 10 deviations of all shares together, which is
 less than 2^31 steps. A sum beyond this limit makes its round void: after a true wrap nothing can be counted.
 """
@@ -40,7 +45,7 @@ from typing import Any, NamedTuple
 from fedpriv.checks import whole_from
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import HALF_MODULUS
-from fedpriv.privacy.sampling import Sampling
+from fedpriv.privacy.sampling import Everyone, Sampling
 
 __all__ = ["MAX_CLOSENESS", "Aggregation", "AggregationChoice", "SumGrid", "closeness"]
 
@@ -82,6 +87,7 @@ class Aggregation:
         colluders: c, the number of clients that may collude, be puppets or leave out their noise.
         most: n_max, the largest number of messages in a sum.
         size: d, the number of parameters.
+        everyone_answers: True if clients that are not sampled send their share of the noise with a zero message.
 
     Raises:
         UserError: If a number is out of range.
@@ -92,6 +98,7 @@ class Aggregation:
     colluders: int
     most: int
     size: int
+    everyone_answers: bool = False
 
     def __post_init__(self) -> None:
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
@@ -154,10 +161,11 @@ class AggregationChoice:
 
     Args:
         helpers: Number of helpers outside the server's organization; one honest helper suffices.
-        least_survivors: t, the fewest answers for which a round counts. None for four fifths of the expected cohort; if
-            coins decide who takes part, at most the expected number minus three standard deviations. At least 2.
+        least_survivors: t, the fewest answers for which a round counts. None for four fifths of the expected number; if
+            coins decide who answers, at most the expected number minus three standard deviations. At least 2.
         colluders: c, the number of clients that may collude with the server, be its puppets or leave out their noise.
-        everyone_answers: True if clients that are not sampled send noise alone; not offered yet.
+        everyone_answers: True if clients that are not sampled send their share of the noise alone, so that nobody sees
+            who is sampled, and sampling is credited; for `sampling = "poisson"` in simulations.
     """
 
     helpers: int = 1
@@ -166,29 +174,40 @@ class AggregationChoice:
     everyone_answers: bool = False
 
     def __post_init__(self) -> None:
-        if self.everyone_answers:
-            remedy = "Remove it: no amplification by sampling is then claimed"
-            raise UserError("aggregation.everyone_answers", "false for now", "true", remedy)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
         if self.least_survivors is not None:
             remedy = "Remove it for the default: a sum of one message is that message"
             whole_from("aggregation.least_survivors", self.least_survivors, _FEWEST, remedy)
 
+    def check_sampling(self, *, by_coins: bool) -> None:
+        """Raise UserError if everyone is to answer and clients do not take part by coins of their own."""
+        if self.everyone_answers and not by_coins:
+            expected = 'false unless cohort.sampling = "poisson": each client flips its own coin'
+            remedy = "Remove it, or sample clients by coins"
+            raise UserError("aggregation.everyone_answers", expected, "true", remedy)
+
     def of(self, sampling: Sampling, most: int, size: int) -> Aggregation:
         """Return the numbers for a cohort and a model.
 
         Args:
             sampling: The sampling of clients.
-            most: The largest number of messages in a round.
+            most: The largest number of messages in a round, if only sampled clients answer.
             size: Number of parameters.
+
+        Raises:
+            UserError: If everyone is to answer and clients are not sampled by coins of their own.
         """
+        self.check_sampling(by_coins=sampling.by_coins)
+        if self.everyone_answers:
+            most, sampling = sampling.population, Everyone(sampling.population)
         return Aggregation(
             helpers=self.helpers,
             least_survivors=self.least_survivors or max(_default_survivors(sampling), self.colluders + 1, _FEWEST),
             colluders=self.colluders,
             most=most,
             size=size,
+            everyone_answers=self.everyone_answers,
         )
 
 

@@ -16,7 +16,7 @@ from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.aggregation import Aggregation, SumGrid
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
-from fedpriv.privacy.trust import Shares, Trust, TrustName, trust_of
+from fedpriv.privacy.trust import HiddenAggregator, Shares, Trust, TrustName, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, Adjacency, UnitName, adjacency_of, unit_of
 
 # The accountant is slow to import, and neither clients nor `--help` need an epsilon: see the late import.
@@ -96,8 +96,9 @@ class PrivacyPlan:
 
     @property
     def trust_rules(self) -> Trust:
-        """The rules that follow from `trust`."""
-        return trust_of(self.trust)
+        """The rules that follow from `trust`, and from whether everyone answers under secure aggregation."""
+        hidden = self.aggregation is not None and self.aggregation.everyone_answers
+        return HiddenAggregator() if hidden else trust_of(self.trust)
 
     @property
     def releases(self) -> "Releases | RecordReleases":
@@ -339,7 +340,7 @@ class PrivacyPlan:
             return []
         terms, bound = self.aggregation, self.sums.l2_bound
         more = math.sqrt(terms.least_survivors / terms.honest)
-        whole = replace(self.releases, adjacency="replace")
+        whole = replace(self.releases, adjacency="replace", trust=trust_of(self.trust))
         alone = whole.bound(self.sums.share_stddev / (REPLACE_FACTOR * bound), self.rounds).epsilon
         seen = self.releases.bound(self.noise_multiplier * more, self.rounds).epsilon
         return [
@@ -386,6 +387,8 @@ class PrivacyPlan:
             remedy = 'Set privacy.unit = "client", or privacy.trust to local or central'
             expected = '"client" with secure aggregation: rounding to its grid could hide or reveal single records'
             raise UserError("privacy.unit", expected, f'"{self.unit}"', remedy)
+        if self.aggregation.everyone_answers and not self.sampling.by_coins:
+            raise ValueError(f"clients that all answer are sampled by coins, not by {self.sampling.name}")
         if not self.sampling.draws_cohorts:
             remedy = "Remove [schedule]: weights would change integers, and no round could be declared void"
             raise UserError("[schedule]", "no such table with secure aggregation", "a schedule", remedy)

@@ -15,6 +15,7 @@ __all__ = [
     "TRUSTS",
     "Aggregator",
     "Central",
+    "HiddenAggregator",
     "Local",
     "Shares",
     "Trust",
@@ -211,6 +212,27 @@ class Aggregator:
             f"Adversary: {self.adversary}. Every client adds its share of the noise to its own message and masks it. "
             "The masks cancel only in the sum, and one honest helper keeps them secret. The server sees who took part, "
             f"so no amplification by sampling is claimed. {most}"
+        )
+
+
+@dataclass(frozen=True)
+class HiddenAggregator(Aggregator):
+    """`Aggregator`, if all clients answer in all rounds: those that are not sampled send their share of the noise."""
+
+    adversary: ClassVar[str] = (
+        "the server itself, or anyone who sees the noised sums, together with all helpers but one and with as many "
+        "clients as the plan allows to collude"
+    )
+    seen: ClassVar[str] = "every noised sum of messages"
+    hides_cohorts: ClassVar[bool] = True
+
+    def who(self, most: str) -> str:
+        """See `Trust.who`."""
+        return (
+            f"Adversary: {self.adversary}. Every client adds its share of the noise to its own message and masks it. "
+            "The masks cancel only in the sum, and one honest helper keeps them secret. A client flips its own coins, "
+            "and a client that is not sampled answers with a message of zero and its share, so that nobody else knows "
+            "who took part."
         )
 
 

@@ -260,7 +260,9 @@ def test_integer_sums_and_void_rounds_are_those_of_the_loop() -> None:
         state, models = made.server.init(made.initial_model), []
         for number in range(1, 6):
             limited = replace(rules, limit=1) if number == 3 else rules
-            total = SecureSum(engine, limited).sum_messages(begin_round(made.server, state, number))
+            total = SecureSum(engine, limited, made.population.rules).sum_messages(
+                begin_round(made.server, state, number)
+            )
             assert total.void == (number == 3)
             void = total.void
             state = skip_round(made.server, state) if void else finish_round(made.server, state, number, total.sum)

@@ -50,6 +50,10 @@ def sums_of(of: Setting) -> IntegerSums:
     return found
 
 
+def secured(engine: Any, of: Setting) -> SecureSum:
+    return SecureSum(engine, sums_of(of), of.population.rules)
+
+
 def steps(vector: Tensor, grid: float) -> Tensor:
     """Return a vector in grid steps, int64; fail unless it is a multiple of the grid."""
     found = vector.double() / grid
@@ -82,7 +86,7 @@ def test_the_sum_without_its_noise_is_that_of_the_integers_in_the_memories(
     of = made(name)
     rules, grid, engine = of.population.rules, sums_of(of).grid, make(of.population)
     size = len(of.initial_model)
-    total = SecureSum(engine, sums_of(of)).sum_messages(begin_round(of.server, of.server.init(of.initial_model), 1))
+    total = secured(engine, of).sum_messages(begin_round(of.server, of.server.init(of.initial_model), 1))
     noise = sum((noise_of(of, 1, client, size) for client in range(CLIENTS)), torch.zeros(size, dtype=torch.int64))
     kept, whole = engine.save(), torch.zeros(size, dtype=torch.int64)
     for client in range(CLIENTS):
@@ -102,11 +106,11 @@ def test_the_sum_without_its_noise_is_that_of_the_integers_in_the_memories(
 @pytest.mark.parametrize("name", METHODS)
 def test_the_engines_add_the_same_integers(name: str) -> None:
     of = made(name)
-    found = [advanced(SecureSum(make(of.population), sums_of(of)), of, 4) for make in ENGINES.values()]
+    found = [advanced(secured(make(of.population), of), of, 4) for make in ENGINES.values()]
     assert same(found[0][0].model, found[1][0].model)
     assert all(same(one.sum, other.sum) for one, other in zip(found[0][1], found[1][1], strict=True))
     assert not can_fuse(of.population.rules)
-    apart = advanced(SecureSum(VectorizedEngine(of.population, chunk=5), sums_of(of)), of, 4)[0]
+    apart = advanced(secured(VectorizedEngine(of.population, chunk=5), of), of, 4)[0]
     assert float((apart.model - found[0][0].model).abs().max()) < 1e-5
 
 
@@ -142,7 +146,7 @@ def test_a_round_in_the_guard_band_changes_nothing_but_the_count(
     engine, limits = make(of.population), [10**9, 1, 10**9, 10**9]
     state, models, voids, saved = of.server.init(of.initial_model), [], [], []
     for number, limit in enumerate(limits, start=1):
-        guarded = SecureSum(engine, IntegerSums(grid=sums_of(of).grid, limit=limit, least=8))
+        guarded = SecureSum(engine, IntegerSums(grid=sums_of(of).grid, limit=limit, least=8), of.population.rules)
         broadcast = begin_round(of.server, state, number)
         assert (broadcast.turn, broadcast.round) == (number, number if number < 3 else number - 1)
         total = guarded.sum_messages(broadcast)
@@ -169,7 +173,7 @@ def test_the_memories_of_clients_and_server_agree_after_void_rounds() -> None:
         noise_multiplier=0.0,
     )
     engine = LoopEngine(of.population)
-    state, totals = advanced(SecureSum(engine, sums_of(of)), of, 12)
+    state, totals = advanced(secured(engine, of), of, 12)
     void = [total.void for total in totals]
     assert void == [total.messages < 4 for total in totals]
     assert 1 < sum(void) < 11
@@ -183,7 +187,7 @@ def test_too_few_answers_ask_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
     of = made()
     engine = LoopEngine(of.population)
     monkeypatch.setattr(engine, "sum_messages", lambda _: pytest.fail("a client was asked"))
-    total = SecureSum(engine, sums_of(of)).sum_messages(Broadcast(1, of.initial_model, np.arange(7)))
+    total = secured(engine, of).sum_messages(Broadcast(1, of.initial_model, np.arange(7)))
     assert (total.void, total.messages, float(total.sum.abs().max())) == (True, 7, 0.0)
 
 
@@ -251,7 +255,7 @@ class Careful(Clip21):
 def test_own_methods_with_a_memory_have_to_round_what_they_remember() -> None:
     facts: dict[str, Any] = {"trust": "aggregator", "aggregation": CHOICE}
     careful, shipped = (setting(kind(clip_norm=0.5, server_lr=0.2), **facts) for kind in (Careful, Clip21))
-    models = [advanced(SecureSum(LoopEngine(of.population), sums_of(of)), of, 2)[0].model for of in (careful, shipped)]
+    models = [advanced(secured(LoopEngine(of.population), of), of, 2)[0].model for of in (careful, shipped)]
     assert same(*models)
     forgetful = setting(Forgetful(clip_norm=0.5, server_lr=0.2), **facts)
     with pytest.raises(UserError, match=r"method\.name: expected a client rule that remembers its rounded message"):
@@ -289,6 +293,29 @@ def test_sent_memories_are_refused_by_their_rule_too() -> None:
         setting(Undeclared(memory="sent"), trust="aggregator", aggregation=CHOICE)
 
 
+EVERYONE = AggregationChoice(least_survivors=10, colluders=1, everyone_answers=True)
+
+
+@pytest.mark.parametrize("name", ["alpha-normec damped", "dp-fedavg"])
+def test_clients_that_are_not_sampled_answer_with_their_share_alone(name: str) -> None:
+    """On integers: sampled clients' messages and everyone's shares, also if nobody is sampled."""
+    of = made(name, EVERYONE, sampling=Poisson(CLIENTS, 0.3))
+    size, grid, state = len(of.initial_model), sums_of(of).grid, of.server.init(of.initial_model)
+    for cohort in (np.array([2, 3, 7]), np.array([], dtype=np.int64)):
+        broadcast = Broadcast(1, state.model, cohort, capacity=CLIENTS)
+        totals = [secured(make(of.population), of).sum_messages(broadcast) for make in ENGINES.values()]
+        assert not any(total.void for total in totals)
+        assert same(totals[0].sum, totals[1].sum)
+        rest = steps(totals[0].sum, grid)
+        for client in range(CLIENTS):
+            rest -= noise_of(of, 1, client, size)
+        for client in cohort.tolist():
+            signal = of.population.signal(client, state.model, 1)
+            own = client_round(of.population.rules, client, of.population.rules.init_client(size), signal, 1)[0]
+            rest -= steps(own, grid) - noise_of(of, 1, client, size)
+        assert not bool(rest.any())
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     """The plan charges the rounding of as many numbers as it knows of."""
     of = made()
@@ -302,7 +329,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"privacy": {"trust": "aggregator", "epsilon": 8.0, "unit": "example", "example_clip": 1.0}}, r"privacy\.unit"),
     ({"devices": {"kind": "same", "speed": 10.0, "download": 1e6, "upload": 1e6}}, r"\[devices\]"),
     ({"privacy": {"trust": "local", "epsilon": 8.0}}, r"\[aggregation\]: expected no such table unless"),
-    ({"aggregation": {"everyone_answers": True}}, r"aggregation\.everyone_answers: expected false for now"),
+    (
+        {"aggregation": {"everyone_answers": True}, "cohort": {"sampling": "everyone"}},
+        r"aggregation\.everyone_answers: expected false unless",
+    ),
     ({"aggregation": {"survivors": 3}}, r"aggregation\.survivors"),
 ]
 

@@ -233,8 +233,38 @@ def test_numbers_that_protect_nobody_are_one_line(change: dict[str, int], where:
     with pytest.raises(UserError, match=says) as refusal:
         replace(TERMS, **change)
     assert refusal.value.where == where
-    with pytest.raises(UserError, match="false for now"):
-        AggregationChoice(everyone_answers=True)
+
+
+def test_where_everyone_answers_sampling_is_credited_as_with_a_trusted_server() -> None:
+    cohorts, choice = Poisson(200, 0.1), AggregationChoice(colluders=4, everyone_answers=True)
+    terms = choice.of(cohorts, most=50, size=100)
+    assert (terms.most, terms.least_survivors) == (200, 160)
+    plan = plan_of(terms, sampling=cohorts, noise_multiplier=1.0)
+    trusted = make_plan(
+        trust="central",
+        adjacency="replace",
+        sampling=cohorts,
+        rounds=plan.rounds,
+        delta=plan.delta,
+        l2_bound=plan.l2_bound,
+        noise_multiplier=1.0,
+    )
+    seen = plan_of(replace(terms, everyone_answers=False), sampling=cohorts, noise_multiplier=1.0)
+    assert plan.epsilon == trusted.epsilon
+    assert plan.amplification
+    assert not seen.amplification
+    assert plan.epsilon < 0.5 * seen.epsilon
+    (_, _, alone), (_, _, without) = plan.adversaries(), seen.adversaries()
+    assert alone == without  # they see each message, and the sampling of its client is not credited
+    assert "who took part" not in plan.adversary
+    said = " ".join(privacy_statement(plan, method="dp-fedavg", randomness="system").split())
+    assert "a client that is not sampled answers with a message of zero and its share" in said
+    assert read_plan(plan.as_dict(), "privacy.json") == plan
+    for others in (Everyone(200), FixedSize(200, 20)):
+        with pytest.raises(UserError, match=r'everyone_answers: expected false unless cohort\.sampling = "poisson"'):
+            choice.of(others, most=50, size=100)
+        with pytest.raises(ValueError, match="sampled by coins"):
+            plan_of(terms, sampling=others)
 
 
 def test_other_trusts_have_no_aggregation_and_this_one_needs_it() -> None:
