@@ -2198,13 +2198,6 @@ MUTANTS = [
         AGGREGATION,
     ),
     Mutant(
-        "aggregator: all helpers together are promised what the sum is",
-        PLAN,
-        "alone = whole.bound(self.sums.share_stddev / (REPLACE_FACTOR * bound), self.rounds).epsilon",
-        "alone = whole.bound(self.noise_multiplier, self.rounds).epsilon",
-        AGGREGATION,
-    ),
-    Mutant(
         "aggregator: a sum beyond the guard band counts",
         SHARES,
         "if bool((levels.abs() > self.limit).any()):",
@@ -2242,8 +2235,15 @@ MUTANTS = [
     Mutant(
         "aggregator: sampling is credited against all helpers",
         PLAN,
-        'replace(self.releases, adjacency="replace", trust=trust_of(self.trust))',
-        'replace(self.releases, adjacency="replace")',
+        'alone = {"trust": "local", "adjacency": "replace", "aggregation": None, "l2_bound": bound}',
+        'alone = {"trust": "central", "adjacency": "replace", "aggregation": None, "l2_bound": bound}',
+        AGGREGATION,
+    ),
+    Mutant(
+        "aggregator: against all helpers, the noise of the sum is counted as a client's",
+        PLAN,
+        "noise_multiplier=share / (REPLACE_FACTOR * bound))",
+        "noise_multiplier=self.noise_multiplier)",
         AGGREGATION,
     ),
     Mutant(

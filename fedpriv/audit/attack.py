@@ -9,7 +9,8 @@ the whole, to the bit (`fedpriv.aggregation.exact`), so no draw of the experimen
 | population n + m; expected cohort q (n + m), which divides sums; capacity and grid of the sums to match | n |
 | noise multiplier, q and claim | the same |
 
-Under secure aggregation, canaries add no noise: the shares of the real clients are the plan's whole noise.
+Under secure aggregation, canaries add no noise: the shares of the real clients are the plan's whole noise. Against the
+server with all helpers, who see each message, a canary has its own share.
 
 The observer wraps the server's rule and records its input: the noisy sum over the expected cohort. If trust is local,
 each canary's messages are requested separately, and the engine's sum is the message itself.
@@ -154,8 +155,9 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Ite
     """
     people, sampling = experiment.population, experiment.server.sampling
     examples = people.rules.examples
-    # Under secure aggregation, the real clients' shares are the whole noise: canaries add none.
-    rules = people.rules if people.rules.sums is None else replace(people.rules, noise_stddev=0.0)
+    # In a secure sum, the real clients' shares are the whole noise: canaries add none.
+    in_sums = people.rules.sums is not None and not canaries.absent_send
+    rules = replace(people.rules, noise_stddev=0.0) if in_sums else people.rules
     wider = Poisson(sampling.population + len(canaries.planted), sampling.sampling_prob)
     size, rounds = people.task.layout.size, experiment.config.training.rounds
     planted = CanaryPopulation(

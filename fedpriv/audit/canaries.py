@@ -126,7 +126,7 @@ def draw_canaries(
         rounds: Number of rounds.
         sampling_prob: Probability that a canary takes part in a round.
         replace: True if adjacency is replace.
-        local: True if trust is local.
+        local: True if the auditor sees messages one by one, as under local trust.
     """
     steady = max(round(_SHARE * count), 2)
     along = min(steady, size)

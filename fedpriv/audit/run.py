@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
@@ -23,12 +24,14 @@ from fedpriv.tables import Record
 from fedpriv.tasks.local_work import LOCAL_WORKS, FullGradient
 from fedpriv.version import __version__
 
-__all__ = ["AUDIT_FILE", "PICTURE_FILE", "AuditChoice", "audit_experiment", "run_audit"]
+__all__ = ["AUDIT_FILE", "PICTURE_FILE", "Against", "AuditChoice", "audit_experiment", "run_audit"]
 
+Against = Literal["plan", "all-helpers"]
 AUDIT_FILE, PICTURE_FILE = "audit.json", "audit.png"
 # With fewer canaries, the coin flips might leave nothing to compare.
 MIN_CANARIES, MAX_CANARIES = 20, 100_000
 _MIN_SEEN = 5
+_ALL_HELPERS = "the server together with all helpers, who see every message and know whose it is"
 # Share of a canary's noise that the other canaries may add before the report mentions it.
 _CROWDED = 0.1
 
@@ -43,6 +46,8 @@ class AuditChoice:
         seed: Seed of the canaries. Different seeds are different attacks on the same run.
         engine: `auto`, `loop` or `vectorized`.
         device: The device that computes gradients.
+        against: `plan` for the adversary of the plan, or `all-helpers` for the server with all helpers of secure
+            aggregation, who see each client's message with its own share of the noise.
 
     Raises:
         UserError: If a number is out of range, or the engine is unavailable in audits.
@@ -53,6 +58,7 @@ class AuditChoice:
     seed: int = 0
     engine: str = "auto"
     device: str = "cpu"
+    against: Against = "plan"
 
     def __post_init__(self) -> None:
         whole_within("--canaries", self.canaries, MIN_CANARIES, MAX_CANARIES, "Choose a few hundred")
@@ -61,6 +67,8 @@ class AuditChoice:
                 "--confidence", "above 0.5 and below 1", self.confidence, "Set --confidence to a number such as 0.95"
             )
         whole_from("--audit-seed", self.seed, 0, "Set --audit-seed to a number such as 1")
+        if self.against not in get_args(Against):
+            raise UserError("--against", " or ".join(get_args(Against)), repr(self.against), "Set it to plan")
         if self.engine not in ("auto", *CANARY_ENGINES):
             remedy = "Use --engine loop, which audits the other engines as well: their sums are bit-identical"
             raise UserError("--engine", " or ".join(["auto", *CANARY_ENGINES]), repr(self.engine), remedy)
@@ -119,7 +127,7 @@ def audit_experiment(
         choice: The options.
         watch: See `run_audit`.
     """
-    plan = _promise_of(experiment)
+    plan = _promise_of(experiment, choice.against)
     canaries = _draw(experiment, plan, choice)
     with start_attack(experiment, canaries, choice.engine) as attack:
         evidence = (attack_local if plan.trust_rules.shows_messages else attack_central)(attack, watch)
@@ -147,12 +155,17 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)
 
 
-def _promise_of(experiment: Experiment) -> PrivacyPlan:
+def _promise_of(experiment: Experiment, against: Against) -> PrivacyPlan:
     plan = experiment.plan
     if plan is None or not plan.private:
         remedy = "Set privacy.epsilon: without noise there is no guarantee to attack"
         raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "no noise", remedy)
-    return plan
+    if against == "plan":
+        return plan
+    if plan.sums is None:
+        remedy = 'Remove the option, or audit a plan with privacy.trust = "aggregator"'
+        raise UserError("--against", f'plan with privacy.trust = "{plan.trust}"', against, remedy)
+    return plan.against_all_helpers()
 
 
 def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Canaries:
@@ -208,11 +221,13 @@ def _record(
         "verdict_confidence": CONVICTION,
         "canaries": choice.canaries,
         "unit": plan.unit,
-        "adversary": plan.adversary,
+        "against": choice.against,
+        "adversary": _ALL_HELPERS if choice.against == "all-helpers" else plan.adversary,
         "claim": claim_of(hidden, plan.unit),
         "knowledge": knowledge_of(plan, hidden),
         "epsilon_promised": plan.epsilon,
-        **{key: getattr(plan, key) for key in ("delta", "trust", "adjacency", "noise_multiplier", "noise_stddev")},
+        "trust": config.privacy and config.privacy.trust,
+        **{key: getattr(plan, key) for key in ("delta", "adjacency", "noise_multiplier", "noise_stddev")},
         "canaries_seen": len(canaries.seen) + len(canaries.coordinates) + len(canaries.steady),
         "candidates": len(canaries.coins),
         "participations": {"mean": float(taken.mean()), "min": int(taken.min()), "max": int(taken.max())},

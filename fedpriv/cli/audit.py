@@ -2,11 +2,14 @@
 
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+
+if TYPE_CHECKING:
+    from fedpriv.audit.run import Against
 
 
 @app.command()
@@ -22,6 +25,9 @@ def audit(
     audit_seed: Annotated[
         int, typer.Option(help="Seed of the planted clients; each seed gives a different attack.")
     ] = 0,
+    against: Annotated[
+        str, typer.Option(help="plan, or all-helpers: the server with all helpers of secure aggregation.")
+    ] = "plan",
 ) -> None:
     """Test the claimed epsilon of an experiment by an attack with planted clients; exit code 1 if it is refuted."""
     from fedpriv.audit import AUDIT_FILE, PICTURE_FILE, AuditChoice, run_audit
@@ -31,7 +37,14 @@ def audit(
 
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / f"{experiment.name}-audit"
-    choice = AuditChoice(canaries=canaries, confidence=confidence, seed=audit_seed, engine=engine, device=device)
+    choice = AuditChoice(
+        canaries=canaries,
+        confidence=confidence,
+        seed=audit_seed,
+        engine=engine,
+        device=device,
+        against=cast("Against", against),
+    )
     with RoundProgress(experiment.training.rounds) as progress:
         found = run_audit(
             experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})

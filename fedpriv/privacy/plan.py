@@ -338,10 +338,9 @@ class PrivacyPlan:
         """
         if self.aggregation is None or self.sums is None:
             return []
-        terms, bound = self.aggregation, self.sums.l2_bound
+        terms = self.aggregation
         more = math.sqrt(terms.least_survivors / terms.honest)
-        whole = replace(self.releases, adjacency="replace", trust=trust_of(self.trust))
-        alone = whole.bound(self.sums.share_stddev / (REPLACE_FACTOR * bound), self.rounds).epsilon
+        alone = self.against_all_helpers().epsilon
         seen = self.releases.bound(self.noise_multiplier * more, self.rounds).epsilon
         return [
             self._against("sums", seen, self.adjacency, self.noise_stddev * more),
@@ -351,6 +350,20 @@ class PrivacyPlan:
             },
             self._against("all-helpers", alone, "replace", self.sums.share_stddev),
         ]
+
+    def against_all_helpers(self) -> "PrivacyPlan":
+        """Return what is promised under secure aggregation against the server together with all helpers.
+
+        They see each client's message with its own share of the noise, as a server sees messages under local trust.
+
+        Raises:
+            ValueError: If messages are not aggregated securely.
+        """
+        if self.sums is None:
+            raise ValueError(f"no secure aggregation with trust {self.trust}")
+        bound, share = self.sums.l2_bound, self.sums.share_stddev
+        alone = {"trust": "local", "adjacency": "replace", "aggregation": None, "l2_bound": bound}
+        return replace(self, **alone, noise_multiplier=share / (REPLACE_FACTOR * bound))
 
     def _against(self, name: str, epsilon: float, adjacency: str, stddev: float) -> dict[str, Any]:
         facts = {"name": name, "epsilon": _finite(epsilon), "delta": self.delta}

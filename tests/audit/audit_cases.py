@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 import fedpriv.mechanisms.noise
-from fedpriv.audit.run import AuditChoice, audit_experiment
+from fedpriv.audit.run import Against, AuditChoice, audit_experiment
 from fedpriv.audit.verdict import Findings
 from fedpriv.bounding import SmoothedNormalization
 from fedpriv.data.federation import Holders
@@ -47,10 +47,16 @@ def quick_experiment(changes: Changes | None = None) -> Experiment:
 
 
 def quick_audit(
-    changes: Changes | None = None, canaries: int = 80, seed: int = 0, engine: str = "vectorized"
+    changes: Changes | None = None,
+    canaries: int = 80,
+    seed: int = 0,
+    engine: str = "vectorized",
+    against: Against = "plan",
 ) -> tuple[Findings, dict[str, Any]]:
     """Return the findings and the record of an audit of the quick problem."""
-    return audit_experiment(quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine))
+    return audit_experiment(
+        quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine, against=against)
+    )
 
 
 # Arguments of `fedpriv.mechanisms.noise._released`: streams, purpose, stddev, values, (round, client), and others.

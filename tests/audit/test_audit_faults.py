@@ -12,12 +12,14 @@ from audit_cases import (
     in_every_other,
     in_half,
     quick_audit,
+    quick_experiment,
     seed_bound_fault,
     seed_noise_fault,
 )
 from torch import Tensor
 
 from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
+from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.streams import Streams
 
@@ -112,6 +114,32 @@ def test_noise_that_is_wrong_at_clients_is_found_guilty(
     in_few_coordinates = fault in (in_half, in_every_other)  # the score of a coordinate is at most sqrt(rounds)
     plan = LOCAL if in_few_coordinates else SHORT | LOCAL
     assert quick_audit(plan, canaries=30 if in_few_coordinates else 50)[1]["verdict"] == "guilty"
+
+
+def test_the_server_with_all_helpers_is_attacked_by_the_messages_and_their_own_shares() -> None:
+    findings, record = quick_audit(AGGREGATOR, canaries=60, against="all-helpers")
+    plan = quick_experiment(AGGREGATOR).plan
+    assert plan is not None
+    (sums, _, alone) = plan.adversaries()
+    assert record["epsilon_claimed"] == findings.claimed == pytest.approx(alone["epsilon"], rel=1e-12)
+    assert record["verdict"] == "not guilty"
+    assert sums["epsilon"] < 0.6 * alone["epsilon"] < record["epsilon_lower"] <= alone["epsilon"]
+    assert (record["against"], record["trust"]) == ("all-helpers", "aggregator")
+    assert "all helpers" in record["adversary"]
+    with pytest.raises(UserError, match="--against: expected plan"):
+        quick_audit(CENTRAL, against="all-helpers")
+
+
+def test_a_share_that_is_too_small_is_found_guilty_by_the_server_with_all_helpers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = IntegerSums.noised
+
+    def half(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
+        return drawn(self, streams, 0.5 * stddev, message, round, client)
+
+    monkeypatch.setattr(IntegerSums, "noised", half)
+    assert quick_audit(SHORT | AGGREGATOR, canaries=50, against="all-helpers")[1]["verdict"] == "guilty"
 
 
 @pytest.mark.parametrize("fault", ["half", "the same each round"])

@@ -255,7 +255,10 @@ def test_where_everyone_answers_sampling_is_credited_as_with_a_trusted_server() 
     assert not seen.amplification
     assert plan.epsilon < 0.5 * seen.epsilon
     (_, _, alone), (_, _, without) = plan.adversaries(), seen.adversaries()
-    assert alone == without  # they see each message, and the sampling of its client is not credited
+    assert alone == without
+    assert plan.sums is not None
+    moved = 2.0 * plan.sums.l2_bound * math.sqrt(plan.rounds) / plan.sums.share_stddev
+    assert alone["epsilon"] == pytest.approx(gaussian_epsilon(moved, plan.delta), rel=1e-9)  # nothing is amplified
     assert "who took part" not in plan.adversary
     said = " ".join(privacy_statement(plan, method="dp-fedavg", randomness="system").split())
     assert "a client that is not sampled answers with a message of zero and its share" in said
