@@ -329,8 +329,8 @@ def test_a_device_corrects_its_steps_by_the_vector_that_it_was_sent(tmp_path: Pa
     for wrong, said in ((None, "a second vector"), (torch.full((SIZE,), torch.nan), "finite numbers")):
         with pytest.raises(Refusal, match=f"model: expected {said}"):
             send_beside(3, wrong)
+    other = plan_of(DPGD(), rate=0.1, steps=3)
     with pytest.raises(Refusal, match="model: expected no second vector"):
-        other = plan_of(DPGD(), rate=0.1, steps=3)
         device.answer(*asked(DPGD(), other), torch.zeros(SIZE), torch.zeros, shared=torch.zeros(SIZE))
 
 
