@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.guard import HOME, answer_content, own_id, refuse_unless_simulated, terms_of
@@ -32,6 +33,7 @@ from fedpriv.flower.messages import (
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
+from fedpriv.flower.state import load_state
 from fedpriv.streams import SeededStreams, Streams
 
 __all__ = ["app"]
@@ -77,7 +79,12 @@ def _train(message: Message, context: Context) -> Message:
     instructions = ClientInstructions.of(message.content)
     with one_thread():
         x = model.vector(received).to(population.task.device)
-        signal = population.signal(instructions.client, x, instructions.round, instructions.rules).cpu()
+        shared, offset = model.shared(message.content, instructions.method), None
+        if shared is not None:
+            state = load_state(context, instructions, model.layout.size)
+            offset = instructions.method.step_offset(state, shared)
+        offset = None if offset is None else offset.to(x.device)
+        signal = population.signal(instructions.client, x, instructions.round, instructions.rules, offset).cpu()
     return Message(send_message(instructions, signal, model, context), reply_to=message)
 
 
@@ -96,7 +103,12 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
         vector = model.vector(received)
         shown = Head.of(message.content)
         answer = device.answer(
-            instructions, terms, vector, lambda: own_signal(device, run, instructions, terms, vector), shown
+            instructions,
+            terms,
+            vector,
+            lambda offset=None: own_signal(device, run, instructions, terms, vector, offset),
+            shown,
+            shared=_shared_of(message, model, instructions),
         )
         content = answer_content(device, instructions, model, answer)
     except Refusal as refusal:
@@ -125,6 +137,13 @@ def _model_of(message: Message) -> tuple[ArrayRecord, ModelArrays]:
         raise Refusal(
             "model", "instructions", f"a record {ARRAYS!r}", "a message without it", "Start the run again"
         ) from None
+    except UserError as error:
+        raise Refusal.because("model", str(error)) from None
+
+
+def _shared_of(message: Message, model: ModelArrays, instructions: ClientInstructions) -> Tensor | None:
+    try:
+        return model.shared(message.content, instructions.method)
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
 

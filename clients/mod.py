@@ -37,6 +37,7 @@ from fedpriv.flower.messages import (
     ModelArrays,
     NodeInfo,
     asks_node_info,
+    method_name,
     refusal_record,
 )
 from fedpriv.flower.refusals import Refusal
@@ -77,6 +78,7 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         return Message(NodeInfo.of_node(context.node_config).to_content(), reply_to=message)
     try:
         instructions = ClientInstructions.of(message.content)
+        _refuse_corrections(instructions)
         received = _only_model(message.content, "message")
         arrays = TrainedArrays.of_message(message.content, received)
         model = ModelArrays.of(arrays.part(received))
@@ -107,6 +109,13 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
         content = guard.train(message, instructions, model, start, lambda: _in_private(make_signal))
     released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics
     return Message(RecordDict({**released, **content}), reply_to=message)
+
+
+def _refuse_corrections(instructions: ClientInstructions) -> None:
+    """Raise UserError for a method with its own local steps: those of an app are inside its train function."""
+    if instructions.method.corrects_steps:
+        expected, got = "a method that leaves local steps alone", f"{method_name(instructions.method)}, which does not"
+        raise UserError("method", expected, got, "Choose another, or run the experiment with fedpriv's own ClientApp")
 
 
 def _in_private(make_signal: Callable[[], Tensor]) -> Tensor:

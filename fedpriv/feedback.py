@@ -58,12 +58,15 @@ class Feedback:
         beta: The share of a message that is remembered; None for a rule without memory, Delta = B(u).
         damping: `lambda`, the share of the memory that is forgotten each round.
         sent: If True, the message is remembered with its noise.
+        weight: The share of the newest signal in an exponential average of the client's signals, which takes the
+            signal's place; None for the signal itself. Engines run such a rule by its `client_rule`.
     """
 
     bounded: "InPlace"
     beta: float | None
     damping: float = 0.0
     sent: bool = False
+    weight: float | None = None
 
 
 def bounded_residual(bounded: "Bounded", memory: Tensor, signal: Tensor) -> Tensor:

@@ -171,6 +171,10 @@ class ServerRules:
         _, noise = self.parts(state)
         return joined(self.method.init_server(state.model), noise)
 
+    def shared(self, state: ServerState) -> Tensor | None:
+        """Return the vector `[params]` that clients receive beside the model; None for the model alone."""
+        return self.method.shared(self.parts(state)[0])
+
     def voids(self, state: ServerState) -> int:
         """Return the number of void rounds so far; 0 unless sums are aggregated securely."""
         noise = self.parts(state)[1]
@@ -211,6 +215,8 @@ class Broadcast(NamedTuple):
 
     `part` distinguishes the broadcasts of one round if clients start from different models. `turn` is the address of
     noise if some rounds are void: it counts all of them, and `round` those that count. None stands for `round`.
+
+    `shared` is the vector `[params]` that a method sends beside the model; see `Method.shared`.
     """
 
     round: int
@@ -219,6 +225,11 @@ class Broadcast(NamedTuple):
     capacity: int | None = None
     part: int = 0
     turn: int | None = None
+    shared: Tensor | None = None
+
+    def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
+        """Return what clients with this `state` add to the gradient of each local step, `[..., params]`; or None."""
+        return None if self.shared is None else method.step_offset(state, self.shared)
 
     @property
     def address(self) -> int:
@@ -357,7 +368,8 @@ def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast
     """Return the server's broadcast in `round`."""
     cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
     counting = round - rules.voids(state)
-    return Broadcast(counting, state.model, cohort, capacity_of(rules.sampling), turn=round)
+    capacity, shared = capacity_of(rules.sampling), rules.shared(state)
+    return Broadcast(counting, state.model, cohort, capacity, turn=round, shared=shared)
 
 
 def capacity_of(sampling: Sampling) -> int:

@@ -4,12 +4,13 @@ from fedpriv.flower.trained import frozen_arrays
 from fedpriv.rounds import Agreement
 
 from .method_strategy import MethodStrategy
-from .named import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
+from .named import AlphaNormEC, Clip21, Clip21SGD2M, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 __all__ = [
     "Agreement",
     "AlphaNormEC",
     "Clip21",
+    "Clip21SGD2M",
     "DPFedAvg",
     "FedAlphaNormEC",
     "MethodStrategy",

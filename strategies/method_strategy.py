@@ -226,7 +226,12 @@ class MethodStrategy(Strategy):
         self._nodes = find_rejoined(grid, self._nodes, self._seen, min(REJOIN_SECONDS, 0.25 * self._pace.window))
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
         config[_ROUND] = server_round
-        shared = {ARRAYS: self._model(broadcast.model), CONFIG: config, TRAINED: self._declared_arrays.to_record()}
+        shared = {
+            **self._layout.question(broadcast.model, broadcast.shared),
+            ARRAYS: self._model(broadcast.model),
+            CONFIG: config,
+            TRAINED: self._declared_arrays.to_record(),
+        }
         last_round = self.attendance.last_round
         terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
         self._asked = {

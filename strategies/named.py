@@ -21,7 +21,16 @@ from fedpriv.streams import SeededStreams, SystemStreams
 
 from .method_strategy import MethodStrategy
 
-__all__ = ["AlphaNormEC", "Clip21", "DPFedAvg", "FedAlphaNormEC", "NamedStrategy", "NormalizedSGD", "Privacy"]
+__all__ = [
+    "AlphaNormEC",
+    "Clip21",
+    "Clip21SGD2M",
+    "DPFedAvg",
+    "FedAlphaNormEC",
+    "NamedStrategy",
+    "NormalizedSGD",
+    "Privacy",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,12 @@ class Clip21(NamedStrategy):
     """Clipping with error feedback: `fedpriv.methods.Clip21`."""
 
     method_name = "clip21"
+
+
+class Clip21SGD2M(NamedStrategy):
+    """Clipping with error feedback and momentum: `fedpriv.methods.Clip21SGD2M`."""
+
+    method_name = "clip21-sgd2m"
 
 
 class DPFedAvg(NamedStrategy):

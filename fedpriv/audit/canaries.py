@@ -191,9 +191,24 @@ class CanaryPopulation(Population):
     first: int
     scale: float
 
-    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
-        """See `Population.signal`; independent of the model."""
-        push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
+    def signal(
+        self,
+        client: int,
+        model: Tensor,
+        round: int,
+        rules: ClientRules | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """See `Population.signal`; independent of the model.
+
+        If the client averages its signals, the average is the push: signals make up for those of earlier rounds.
+        """
+        candidate = int(self.canaries.planted[client - self.first])
+        push, rule = self.canaries.push(candidate, round), feedback_of(self.rules.method)
+        if rule is not None and rule.weight is not None and self.rules.examples is None:
+            before = np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])
+            past = self.canaries.push(candidate, int(before[-1]) + 1) if len(before) else torch.zeros_like(push)
+            push = (push - (1.0 - rule.weight) * past) / rule.weight
         exact = model.dtype if self.rules.examples is None else torch.float64
         return push.to(model.device, exact) * self.scale
 
@@ -201,5 +216,5 @@ class CanaryPopulation(Population):
 class VectorizedCanaries(VectorizedEngine):
     """The vectorized engine for canaries: same chunks, client steps and sums, but signals are not computed."""
 
-    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
+    def _signals(self, model: Tensor, clients: list[int], round: int, offsets: Tensor | None = None) -> Tensor:
         return torch.stack([self._population.signal(client, model, round) for client in clients])

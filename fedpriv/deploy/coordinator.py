@@ -260,7 +260,8 @@ class Coordinator:
         self._open = None
         if facts["open"] is not None:
             cohort = np.array(facts["open"], dtype=np.int64)
-            self._open = Broadcast(self.turn + 1, state.model, cohort, capacity_of(self.server.sampling))
+            capacity, shared = capacity_of(self.server.sampling), self.server.shared(state)
+            self._open = Broadcast(self.turn + 1, state.model, cohort, capacity, shared=shared)
 
     @property
     def _broadcast(self) -> Broadcast:

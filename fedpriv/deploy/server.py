@@ -24,7 +24,6 @@ from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.internals.app import SERVER_NODE, reason_in_short
 from fedpriv.flower.messages import (
-    ARRAYS,
     CONFIG,
     FEDPRIV,
     TERMS,
@@ -341,7 +340,8 @@ def run_turns(
         broadcast = coordinator.begin()
         save()
         began = time.monotonic()
-        shared = {ARRAYS: arrays.model(broadcast.model), CONFIG: ConfigRecord({"experiment": coordinator.digest})}
+        question = arrays.question(broadcast.model, broadcast.shared)
+        shared = {**question, CONFIG: ConfigRecord({"experiment": coordinator.digest})}
         contents = {}
         for client in coordinator.asked():
             instructions, terms = coordinator.instructions(client)

@@ -113,10 +113,18 @@ class Population:
         start, end = self.federation.offsets[client : client + 2].tolist()
         return inputs[start:end], labels[start:end]
 
-    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
+    def signal(
+        self,
+        client: int,
+        model: Tensor,
+        round: int,
+        rules: ClientRules | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
         """Return the signal `[params]` of one client in one round, as a new tensor.
 
-        `rules` replaces those of the population, if the client receives its rules with the model.
+        `rules` replaces those of the population, if the client receives its rules with the model. `offset` is added to
+        the gradient of each local step; see `Broadcast.offset`.
         """
         rules = rules or self.rules
         inputs, labels = self.examples(client)
@@ -125,7 +133,7 @@ class Population:
         if self.augment is not None:
             inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
         clipped = rules.clipped(round, client)
-        return make_signal(self.task, model, inputs, labels, self.work, batches, clipped)
+        return make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset)
 
     @property
     def one_by_one(self) -> bool:

@@ -44,7 +44,8 @@ class ClientStep:
 
     def __post_init__(self) -> None:
         self._sum = self.broadcast.empty_sum(self.rules, self.device)
-        self._feedback = feedback_of(self.rules.method)
+        form = feedback_of(self.rules.method)
+        self._feedback = None if form is None or form.weight is not None else form
         self._without_memory = self._feedback is not None and self._feedback.beta is None
         self._in_c = None
         plain = self.rules.noise_stddev == 0.0 and self.rules.sums is None

@@ -64,14 +64,14 @@ class VectorizedEngine:
         with one_thread():  # further cores are better used by further workers
             for clients in self._chunks(broadcast.cohort):
                 if self._batched and not self._population.one_by_one:
-                    self._batch(step, model, clients, broadcast.round)
+                    self._batch(step, model, clients, broadcast)
                 else:
-                    self._one_by_one(step, model, clients, broadcast.round)
+                    self._one_by_one(step, model, clients, broadcast)
         self._cache, self._next_cache, self._cached_floats = self._next_cache, {}, 0
         return step.total()
 
-    def _batch(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:
-        signals = self._signals(model, clients, round)
+    def _batch(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
+        signals = self._signals(model, clients, broadcast.round, self._offsets(clients, broadcast))
         rows = self._rows_at_once(len(clients))
         if rows == 1:
             for signal, client, following in zip(signals, clients, [*clients[1:], None], strict=True):
@@ -82,9 +82,21 @@ class VectorizedEngine:
             with self._states.borrowed(few) as state:
                 step.take(few, signals[start : start + rows], state)
 
-    def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], round: int) -> None:
+    def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
         for client, following in zip(clients, [*clients[1:], None], strict=True):
-            step.take_alone(client, self._population.signal(client, model, round), self._states, following)
+            offset = self._offsets([client], broadcast)
+            offset = None if offset is None else offset[0]
+            signal = self._population.signal(client, model, broadcast.round, offset=offset)
+            step.take_alone(client, signal, self._states, following)
+
+    def _offsets(self, clients: list[int], broadcast: Broadcast) -> Tensor | None:
+        """Return what each client adds to the gradient of its local steps, `[clients, params]`; None for nothing."""
+        found: list[Tensor] = []
+        for client in clients if broadcast.shared is not None else ():
+            with self._states.borrowed([client]) as state:
+                offset = broadcast.offset(self._population.rules.method, state)
+            found += [] if offset is None else [offset]
+        return torch.cat(found) if found else None
 
     def first_chunk(self, cohort: np.ndarray) -> list[int]:
         """Return the clients of the first chunk of a cohort."""
@@ -126,15 +138,16 @@ class VectorizedEngine:
             start += count
         return chunks
 
-    def _signals(self, model: Tensor, clients: list[int], round: int) -> Tensor:
+    def _signals(self, model: Tensor, clients: list[int], round: int, offsets: Tensor | None = None) -> Tensor:
         people, self._round = self._population, round
         rows = [people.federation.rows_of(client) for client in clients]
         plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]
         if people.work.client_lr is None:
             return people.task.gradients(model, *self._padded(clients, rows, [plan[0] for plan in plans]))
-        local, steps = LocalSGD(people.work, model), [len(plan) for plan in plans]
+        local, steps = LocalSGD(people.work, model, offsets), [len(plan) for plan in plans]
         for number in range(max(steps)):
-            local.step(self._gradients(local.model, clients, rows, plans, number))
+            at_work = model.new_tensor([number < count for count in steps]).unsqueeze(1)
+            local.step(self._gradients(local.model, clients, rows, plans, number), at_work)
         return local.signal(model.new_tensor(steps).unsqueeze(1))
 
     def _gradients(

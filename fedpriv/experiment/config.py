@@ -625,10 +625,23 @@ def check_config(config: Config) -> None:
             '"pseudo-gradient"',
             "Set it to one of the two, or choose alpha-normec, which does not divide",
         )
+    _check_corrections(config)
     if config.deployment is not None:
         config.deployment.check(config.method)
     if config.evaluation is not None and config.evaluation.clients:
         _check_evaluation(config)
+
+
+def _check_corrections(config: Config) -> None:
+    """Raise UserError if a method that corrects local steps could not: it needs their mean gradient."""
+    if not config.method.corrects_steps:
+        return
+    if config.local.signal not in (None, "gradient-mean"):
+        expected = f'"gradient-mean" with {config.method_name}: corrections are as long as one gradient'
+        raise UserError("local.signal", expected, f'"{config.local.signal}"', 'Set it to "gradient-mean"')
+    if config.devices is not None:
+        expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
+        raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
 
 
 def _check_sums(config: Config) -> None:

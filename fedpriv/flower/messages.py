@@ -4,6 +4,7 @@
 |---|---|---|
 | question | `fedpriv`: the question | `fedpriv`: a `NodeInfo` |
 | training | `arrays`: the model; `config`: the app's; `fedpriv`: `ClientInstructions` | `arrays`: the message; scale |
+| training with control variates | also `shared`: a second vector, as arrays | the same |
 | training in a deployment | also `terms`: `RunTerms` | the same, or `fedpriv`: a refusal |
 
 In a message with client noise, each coordinate is a multiple of the grid of `fedpriv.mechanisms.noise`. It is sent as
@@ -37,6 +38,7 @@ __all__ = [
     "CONFIG",
     "DIAGNOSTICS",
     "FEDPRIV",
+    "SHARED",
     "TERMS",
     "ClientInstructions",
     "MessageFormat",
@@ -55,6 +57,7 @@ ARRAYS = "arrays"
 CONFIG = "config"
 DIAGNOSTICS = "diagnostics"
 FEDPRIV = "fedpriv"
+SHARED = "shared"
 
 TERMS = "terms"
 
@@ -145,6 +148,24 @@ class ModelArrays:
     def model(self, vector: Tensor) -> ArrayRecord:
         """Return a model `[params]` as arrays in their number formats."""
         return self._record(vector, self.dtypes)
+
+    def question(self, model: Tensor, shared: Tensor | None) -> dict[str, ArrayRecord | ConfigRecord]:
+        """Return the records of a model and of the vector beside it, both `[params]`; see `Broadcast.shared`."""
+        beside = {} if shared is None else {SHARED: self._record(shared, ("float32",) * len(self.dtypes))}
+        return {ARRAYS: self.model(model), **beside}
+
+    def shared(self, content: RecordDict, method: Method) -> Tensor | None:
+        """Return the vector `[params]` beside the model in a message; None if the method has none.
+
+        Raises:
+            UserError: If the method needs it and the message lacks it, the reverse, or it is not as long as the model.
+        """
+        record = content.array_records.get(SHARED)
+        if (record is not None) != method.corrects_steps:
+            expected = "a second vector" if method.corrects_steps else "the model alone"
+            remedy = "Use one version of fedpriv on both sides"
+            raise UserError("message", f"{expected} for {method_name(method)}", ", ".join(content) or "none", remedy)
+        return None if record is None else self.vector(record)
 
     def message(self, vector: Tensor, form: "MessageFormat") -> dict[str, ArrayRecord | ConfigRecord]:
         """Return the records of a message `[params]`: float32 arrays, or integers with their scale.

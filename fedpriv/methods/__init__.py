@@ -15,8 +15,10 @@ from fedpriv.methods.base import (
     server_step,
 )
 from fedpriv.methods.clip21 import Clip21
+from fedpriv.methods.clip21_sgd2m import Clip21SGD2M
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.dp_gd import DPGD
+from fedpriv.methods.dp_scaffold import DPScaffold
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
@@ -29,7 +31,9 @@ __all__ = [
     "ClientState",
     "ClientStateT",
     "Clip21",
+    "Clip21SGD2M",
     "DPFedAvg",
+    "DPScaffold",
     "FedAlphaNormEC",
     "LostMemory",
     "Method",

@@ -91,6 +91,11 @@ class Method(Protocol[ClientStateT, ServerStateT]):
         ...
 
     @property
+    def corrects_steps(self) -> bool:
+        """True if clients correct their local steps, with the server's second vector; see `shared`, `step_offset`."""
+        ...
+
+    @property
     def lost_memory(self) -> LostMemory:
         """The action of a deployment if a client has lost its state.
 
@@ -106,6 +111,24 @@ class Method(Protocol[ClientStateT, ServerStateT]):
 
     def init_server(self, model: Tensor) -> ServerStateT:
         """Return the server's state before the first round, from the model `[params]`."""
+        ...
+
+    def shared(self, state: ServerStateT) -> Tensor | None:
+        """Return the vector `[params]` that clients receive beside the model; None for the model alone.
+
+        Like the model, it depends only on released values.
+        """
+        ...
+
+    def step_offset(self, state: ClientStateT, shared: Tensor) -> Tensor | None:
+        """Return the vector `[..., params]` that a client adds to the gradient of each local step; None for none.
+
+        The signal is still the mean (or the sum) of the gradients without it.
+
+        Args:
+            state: The client's state before the round.
+            shared: What the server's `shared` returned, `[params]`.
+        """
         ...
 
     def client_rule(
@@ -167,6 +190,19 @@ class PlainMethod:
         """False."""
         return False
 
+    @property
+    def corrects_steps(self) -> bool:
+        """False."""
+        return False
+
+    def shared(self, state: Any) -> Tensor | None:
+        """Return None: clients receive the model alone."""
+        return None
+
+    def step_offset(self, state: Any, shared: Tensor) -> Tensor | None:
+        """Return None: local steps are those of the local work."""
+        return None
+
 
 def server_step(
     method: Method[Any, ServerStateT], state: ServerStateT, mean_message: Tensor, sampling_prob: float
@@ -190,8 +226,10 @@ METHODS: Registry[Method] = Registry(
         "fed-alpha-normec": "fedpriv.methods.fed_alpha_normec:FedAlphaNormEC",
         "normalized-sgd": "fedpriv.methods.normalized_sgd:NormalizedSGD",
         "clip21": "fedpriv.methods.clip21:Clip21",
+        "clip21-sgd2m": "fedpriv.methods.clip21_sgd2m:Clip21SGD2M",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
         "dp-gd": "fedpriv.methods.dp_gd:DPGD",
+        "dp-scaffold": "fedpriv.methods.dp_scaffold:DPScaffold",
     },
     protocol=Method,
     group="fedpriv.methods",

@@ -264,6 +264,11 @@ class ServerOptimized(Generic[ClientStateT]):
         return self.method.needs_client_noise
 
     @property
+    def corrects_steps(self) -> bool:
+        """The method's."""
+        return self.method.corrects_steps
+
+    @property
     def lost_memory(self) -> LostMemory:
         """The method's. The optimizer's memory holds only released values, and is reset with the server's."""
         return self.method.lost_memory
@@ -275,6 +280,14 @@ class ServerOptimized(Generic[ClientStateT]):
     def init_server(self, model: Tensor) -> ServerState:
         """Return the method's state followed by the optimizer's zeros."""
         return joined(self.method.init_server(model), self.optimizer.init(model))
+
+    def shared(self, state: ServerState) -> Tensor | None:
+        """Return the method's."""
+        return self.method.shared(self._parts(state)[0])
+
+    def step_offset(self, state: ClientStateT, shared: Tensor) -> Tensor | None:
+        """Return the method's."""
+        return self.method.step_offset(state, shared)
 
     def client_rule(
         self,
@@ -288,12 +301,16 @@ class ServerOptimized(Generic[ClientStateT]):
 
     def server_rule(self, state: ServerState, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ServerState]:
         """See `Method.server_rule`. The optimizer computes in float64."""
-        nothing = state.model[:0]
-        own, past = parted(state, self.method.init_server(nothing), self.optimizer.init(nothing))
+        own, past = self._parts(state)
         direction, own = self.method.server_rule(own, mean_message, sampling_prob)
         direction, after = self.optimizer.step(rebuilt(past, (each.double() for each in past)), direction.double())
         kept = rebuilt(past, (new.to(old.dtype) for new, old in zip(after, past, strict=True)))
         return direction, joined(own, kept)
+
+    def _parts(self, state: ServerState) -> tuple[ServerState, State]:
+        """Return the method's state and the optimizer's."""
+        nothing = state.model[:0]
+        return parted(state, self.method.init_server(nothing), self.optimizer.init(nothing))
 
 
 def optimized(method: Method[ClientStateT], optimizer: ServerOptimizer | None) -> Method[ClientStateT]:

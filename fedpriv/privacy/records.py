@@ -22,6 +22,10 @@ Proof. Cocoercivity gives <s, d - e> >= a ||s||^2 with d = u - u'. So <s, e> <= 
 Cauchy-Schwarz bounds the sum of <s, d> by D sqrt(J) sqrt(sum ||s||^2). QED. The sum covers *all* rounds: a memory also
 leaks a record in rounds that do not use it. For any other beta, S = 2 B sqrt(K), which holds for every bounded map.
 
+A client may first average its signals (`Feedback.weight`): u_k <- (1 - b) u_{k-1} + b signal_k. The weights b (1 - b)^j
+of this filter add up to at most 1. So by Young's inequality the sum of ||u_k - u'_k||^2 is at most J D^2, and the proof
+needs nothing else.
+
 **Sampling of clients** lowers the cost of a record only as a count. Other records of the same client reveal whether it
 takes part, so a secret cohort does not hide one record. Given who takes part, which the record does not influence, the
 cost is that of J rounds, with J binomial: delta(epsilon) <= E[delta_J(epsilon)] (joint convexity). A changed record is

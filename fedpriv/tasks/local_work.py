@@ -344,22 +344,34 @@ class LocalSGD:
     Args:
         work: Its `client_lr`, which is not None, is the length of a step; its `signal` the kind of signal.
         start: x_0, `[params]`.
+        offset: Added to the gradient of each step, but not to the signal's sum of gradients, `[params]` or
+            `[clients, params]`; None for none.
 
     Attributes:
         model: The local model `[params]`; `[clients, params]` for several clients after the first step.
     """
 
-    def __init__(self, work: LocalWork, start: Tensor) -> None:
+    def __init__(self, work: LocalWork, start: Tensor, offset: Tensor | None = None) -> None:
         if work.client_lr is None:
             raise ValueError(f"{work} takes no steps")
         self._lr = work.client_lr
         self._kind = work.signal
+        self._offset = offset
         self._start = self.model = start
         self._sum: Tensor | None = None
 
-    def step(self, gradient: Tensor) -> None:
-        """Take a step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished."""
-        self.model = self.model - self._lr * gradient
+    def step(self, gradient: Tensor, at_work: Tensor | None = None) -> None:
+        """Take a step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished.
+
+        Args:
+            gradient: The gradient of each client.
+            at_work: 1 for clients that take this step and 0 for those that have finished, `[clients, 1]`; None if all
+                take it.
+        """
+        direction = gradient
+        if self._offset is not None:
+            direction = gradient + (self._offset if at_work is None else self._offset * at_work)
+        self.model = self.model - self._lr * direction
         if self._kind != "pseudo-gradient":
             self._sum = gradient if self._sum is None else self._sum + gradient
 
@@ -382,6 +394,7 @@ def make_signal(
     work: LocalWork,
     batches: Batches,
     clipped: ClippedGradients | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Return one client's signal `[params]`; batched engines are tested against this reference.
 
@@ -393,6 +406,7 @@ def make_signal(
         work: See `LocalWork`.
         batches: See `LocalWork.batches`; at least one.
         clipped: Bounds the gradient of every example, and makes the signal float64; None for plain means.
+        offset: Added to the gradient of each local step, `[params]`; see `Method.step_offset`. None for none.
     """
     if clipped is not None:
         _refuse_unaccounted(work, clipped.terms)
@@ -407,7 +421,7 @@ def make_signal(
 
     if work.client_lr is None:
         return gradient(model, batches[0])
-    steps = LocalSGD(work, model if clipped is None else model.double())
+    steps = LocalSGD(work, model if clipped is None else model.double(), offset)
     for batch in batches:
         steps.step(gradient(steps.model, batch))
     return steps.signal(len(batches))

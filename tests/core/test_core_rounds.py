@@ -335,7 +335,7 @@ def test_the_false_alarm_rate_is_small() -> None:
 
 
 def test_a_broadcast_says_nothing_of_who_else_might_have_come() -> None:
-    assert Broadcast._fields == ("round", "model", "cohort", "capacity", "part", "turn")
+    assert Broadcast._fields == ("round", "model", "cohort", "capacity", "part", "turn", "shared")
 
 
 def test_a_message_of_another_shape_is_refused_before_it_is_spread_over_the_parameters() -> None:

@@ -118,6 +118,13 @@ def test_a_deployment_is_the_loop_to_the_bit(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
 
 
+def test_a_deployment_that_corrects_local_steps_is_the_loop_to_the_bit(seeded: dict[str, Any], tmp_path: Path) -> None:
+    steps = 'steps = 3\nclient_lr = 0.1\nbatch_size = 20\nsignal = "gradient-mean"'
+    toml = config("clip21", work="local-steps", batch=steps, rounds=3).replace('"clip21"', '"dp-scaffold"')
+    run_server(DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", epsilon=1e6), toml, tmp_path / "out", **seeded)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
+
+
 @pytest.mark.parametrize("secret", [True, False])
 def test_how_long_a_turn_lasts_shows_nothing_of_a_secret_cohort(
     secret: bool, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.flower.messages import ClientInstructions, RunTerms
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, has_memory, optimized
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, DPScaffold, has_memory, optimized
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, FixedSize, Poisson, TrustName, make_plan
 from fedpriv.rounds import make_agreement
@@ -459,3 +459,18 @@ def test_terms_carry_what_the_promise_rests_on() -> None:
 def test_choices_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"deployment.{next(iter(wrong))}"):
         DeploymentChoice(**wrong)
+
+
+def test_a_restarted_turn_sends_the_same_second_vector() -> None:
+    server = coordinator(optimized(DPScaffold(clip_norm=1.0, server_lr=1.0), Adam()))
+    server.begin()
+    server.finish(messages(*range(CLIENTS)), {})
+    sent = server.begin().shared
+    assert sent is not None
+    assert torch.equal(sent, torch.full((SIZE,), 0.003))
+    again = coordinator(optimized(DPScaffold(clip_norm=1.0, server_lr=1.0), Adam()))
+    again.restore(server.state, server.save())
+    found = again.begin().shared
+    assert found is not None
+    assert torch.equal(found, sent)
+    assert coordinator(UNDAMPED).begin().shared is None

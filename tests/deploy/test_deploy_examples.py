@@ -5,19 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, account_of, spent, surely_within
 from fedpriv.deploy.device.own_data import own_signal
-from fedpriv.deploy.device.policy import Accepts, Limits, Policy, load_policy
+from fedpriv.deploy.device.policy import Accepts, Limits, OwnData, Policy, load_policy
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
-from fedpriv.methods import DPGD, AlphaNormEC, Clip21, Method
+from fedpriv.methods import DPGD, AlphaNormEC, Clip21, DPScaffold, Method
 from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, TrustName, UnitName, make_plan
 from fedpriv.rounds import record_bound
 
@@ -304,3 +305,51 @@ def test_one_example_more_costs_as_much_as_another_client_in_a_run_for_clients(
 def test_numbers_of_terms_that_mean_nothing_are_one_line(change: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         ExampleTerms(**{"clip": 1.0, "examples": 200, **change})
+
+
+def test_a_device_corrects_its_steps_by_the_vector_that_it_was_sent(tmp_path: Path) -> None:
+    """The vector is a part of the question: it is checked, and another one for the same turn gets no answer."""
+    method, given = DPScaffold(clip_norm=100.0), list[torch.Tensor]()
+    device, plan = device_of(tmp_path, epsilon=100.0), plan_of(method, rate=0.1, steps=3)
+
+    def send_beside(turn: int, shared: torch.Tensor | None) -> torch.Tensor:
+        def signal(offset: torch.Tensor) -> torch.Tensor:
+            given.append(offset)
+            return torch.full((SIZE,), float(turn)).double()
+
+        return device.answer(*asked(method, plan, turn), torch.zeros(SIZE), signal, shared=shared)
+
+    first = send_beside(1, torch.zeros(SIZE))
+    assert torch.equal(first, torch.ones(SIZE).double())
+    assert torch.equal(send_beside(1, torch.zeros(SIZE)), first)
+    with pytest.raises(Refusal, match="turn: expected a turn after 1, or the same request again"):
+        send_beside(1, torch.ones(SIZE))
+    send_beside(2, torch.full((SIZE,), 0.25))
+    assert [float(offset[0]) for offset in given] == [0.0, 0.25 - 1.0]
+    for wrong, said in ((None, "a second vector"), (torch.full((SIZE,), torch.nan), "finite numbers")):
+        with pytest.raises(Refusal, match=f"model: expected {said}"):
+            send_beside(3, wrong)
+    other = plan_of(DPGD(), rate=0.1, steps=3)
+    with pytest.raises(Refusal, match="model: expected no second vector"):
+        device.answer(*asked(DPGD(), other), torch.zeros(SIZE), torch.zeros, shared=torch.zeros(SIZE))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_devices_local_steps_take_the_offset(own: bool, tmp_path: Path) -> None:
+    work = '[local]\nwork = "dp-sgd"\nrate = 1.0\nsteps = 2\nclient_lr = 0.5\nsignal = "gradient-mean"'
+    run = RunConfig(config_toml=f"{RUN.format(method='dp-scaffold')}{PRIVATE}{work}")
+    instructions, terms = asked(DPScaffold(), plan_of(DPScaffold(), rate=1.0, steps=2))
+    device = device_of(tmp_path, epsilon=100.0)
+    if own:
+        device = replace(device, policy=replace(device.policy, data=OwnData(own="own.npz")))
+        rng = np.random.default_rng(0)
+        inputs, labels = rng.random((20, 1, 8, 8), dtype=np.float32), rng.integers(10, size=20)
+        (tmp_path / "home").mkdir()
+        np.savez(tmp_path / "home" / "own.npz", inputs=inputs, labels=labels, classes=10)
+    terms, instructions = replace(terms, digest=run.load().digest), replace(instructions, step_stddev=0.0)
+    plain, zero, far = (
+        own_signal(device, run, instructions, terms, torch.zeros(650), offset)
+        for offset in (None, torch.zeros(650).double(), torch.linspace(-1.0, 1.0, 650).double())
+    )
+    assert torch.equal(plain, zero)
+    assert float((far - plain).norm()) > 1e-3

@@ -12,6 +12,7 @@ from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
+from fedpriv.methods import DPFedAvg, DPScaffold, Method
 from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.local_work import DPSGD, LocalSteps, LocalWork, PoissonGradient, batches_of, make_signal
@@ -24,14 +25,16 @@ NORMEC = {"name": "alpha-normec", "alpha": 0.5, "beta": 0.2, "damping": 0.1, "se
 NORMEC["server_normalization"] = False
 CLIP21 = {"name": "clip21", "clip_norm": 0.3, "server_lr": 1.0}
 PLAIN = {"name": "dp-gd", "server_lr": 2.0}
+SCAFFOLD = {"name": "dp-scaffold", "clip_norm": 0.3, "server_lr": 1.0}
+SGD2M = {"name": "clip21-sgd2m", "clip_norm": 0.3, "weight": 0.4, "beta": 0.5, "server_lr": 1.0}
 
 
-def made(method: dict[str, Any], local: dict[str, Any], **privacy: Any) -> Experiment:
+def made(method: dict[str, Any], local: dict[str, Any], clients: int = 5, **privacy: Any) -> Experiment:
     promised = {"unit": "example", "example_clip": 0.7, "noise_multiplier": 0.0, "trust": "local", **privacy}
     tables = {
         "name": "records",
         "seed": 3,
-        "data": {"name": "digits", "clients": 5, "partition": "dirichlet", "concentration": 0.5},
+        "data": {"name": "digits", "clients": clients, "partition": "dirichlet", "concentration": 0.5},
         "model": {"name": "softmax"},
         "local": local,
         "method": method,
@@ -76,6 +79,7 @@ def reference(experiment: Experiment, local: dict[str, Any], method: dict[str, A
     people = experiment.population
     model, clients = experiment.initial_model.double().numpy(), range(5)
     memories, mean_memory, models = [np.zeros_like(model) for _ in clients], np.zeros_like(model), []
+    averages, corrects = [np.zeros_like(model) for _ in clients], method["name"] == "dp-scaffold"
     for k in range(1, ROUNDS + 1):
         messages = []
         for client in clients:
@@ -88,26 +92,31 @@ def reference(experiment: Experiment, local: dict[str, Any], method: dict[str, A
                 chosen = source.uniform(len(labels)) < rate if rate < 1.0 else np.ones(len(labels), dtype=bool)
                 total = clipped(rows_of(at, inputs[chosen], labels[chosen]), 0.7).sum(axis=0)
                 gradients.append(total / (rate * len(labels)))
-                at = at - local.get("client_lr", 0.0) * gradients[-1]
-            signal = np.mean(gradients, axis=0)
+                correction = mean_memory - memories[client] if corrects else 0.0
+                at = at - local.get("client_lr", 0.0) * (gradients[-1] + correction)
+            weight = method.get("weight", 1.0)
+            averages[client] = (1.0 - weight) * averages[client] + weight * np.mean(gradients, axis=0)
+            signal = averages[client]
             if method["name"] == "dp-gd":
                 messages.append(clipped(signal[None], 1.0)[0])
                 continue
             damping, beta = method.get("damping", 0.0), method.get("beta", 1.0)
             residual = signal - memories[client]
             length = float(np.linalg.norm(residual))
-            scale = min(1.0, 0.3 / length) if method["name"] == "clip21" else 1.0 / (0.5 + length)
+            scale = min(1.0, 0.3 / length) if "clip_norm" in method else 1.0 / (0.5 + length)
             messages.append(scale * residual)
             memories[client] = (1.0 - damping) * memories[client] + beta * messages[-1]
         mean = np.mean(messages, axis=0)
         damping, beta = method.get("damping", 0.0), method.get("beta", 1.0)
         mean_memory = mean if method["name"] == "dp-gd" else (1.0 - damping) * mean_memory + beta * mean
-        model = model - method.get("server_lr", 0.1) * mean_memory
+        model = model - method.get("server_lr", 0.1) * mean_memory  # c + mean, if all take part
         models.append(model)
     return models
 
 
-@pytest.mark.parametrize(("method", "local"), [(NORMEC, FULL), (CLIP21, FULL), (PLAIN, FULL), (PLAIN, POISSON)])
+@pytest.mark.parametrize(
+    ("method", "local"), [(NORMEC, FULL), (CLIP21, FULL), (SGD2M, FULL), (PLAIN, FULL), (PLAIN, POISSON)]
+)
 def test_every_route_is_its_reference_in_numpy(method: dict[str, Any], local: dict[str, Any]) -> None:
     experiment = made(method, local)
     expected = reference(experiment, local, method)
@@ -116,10 +125,46 @@ def test_every_route_is_its_reference_in_numpy(method: dict[str, Any], local: di
     assert not np.allclose(expected[-1], experiment.initial_model.numpy(), atol=1e-2)
 
 
-def test_dp_sgd_is_its_reference_up_to_a_little_noise() -> None:
-    experiment = made(PLAIN, STEPS, noise_multiplier=1e-6)
-    for ours, theirs in zip(models_of(experiment), reference(experiment, STEPS, PLAIN), strict=True):
+@pytest.mark.parametrize("method", [PLAIN, SCAFFOLD])
+def test_dp_sgd_is_its_reference_up_to_a_little_noise(method: dict[str, Any]) -> None:
+    experiment = made(method, STEPS, noise_multiplier=1e-6)
+    for ours, theirs in zip(models_of(experiment), reference(experiment, STEPS, method), strict=True):
         assert np.allclose(ours.numpy(), theirs, rtol=0.0, atol=1e-5)
+
+
+def models_under(method: Method, experiment: Experiment, rounds: int) -> list[torch.Tensor]:
+    """The models of another method with the plan, clients and noise of an experiment."""
+    people, plan = experiment.population, experiment.plan
+    assert plan is not None
+    server, client, _ = make_agreement(method, plan.sampling, plan, people.rules.streams)
+    running, models = LoopEngine(dataclasses.replace(people, rules=client)), list[torch.Tensor]()
+    state = server.init(people.task.initial_model())
+    for k in range(1, rounds + 1):
+        state = finish_round(server, state, k, running.sum_messages(begin_round(server, state, k)).sum)
+        models.append(state.model)
+    return models
+
+
+def test_dp_scaffold_is_dp_fedavg_in_the_first_round_and_for_a_single_client_in_all() -> None:
+    """All control variates start at zero; one client's is the server's, so that corrections vanish."""
+    scaffold, fedavg = DPScaffold(clip_norm=100.0, server_lr=0.5), DPFedAvg(clip_norm=100.0, server_lr=0.5)
+    given = {**SCAFFOLD, "clip_norm": 100.0}
+    for clients, equal in ((5, 1), (1, ROUNDS)):
+        experiment = made(given, STEPS, clients=clients, noise_multiplier=2.0)
+        one, other = (models_under(method, experiment, ROUNDS) for method in (scaffold, fedavg))
+        apart = [float((first - second).abs().max()) for first, second in zip(one, other, strict=True)]
+        assert max(apart[:equal]) < 1e-5
+        assert all(gap > 1e-4 for gap in apart[equal:])
+
+
+def test_the_noise_of_dp_scaffold_is_that_of_dp_sgd() -> None:
+    """Everything after a step's noise is post-processing: the plans of the two methods are equal."""
+    plans = [made(method, STEPS, noise_multiplier=1.0).plan for method in (SCAFFOLD, {**PLAIN, "max_norm": 0.7})]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].epsilon == plans[1].epsilon
+    assert plans[0].noise_stddev == plans[1].noise_stddev
+    assert plans[0].shares == plans[1].shares == (0.0, 0.0)
 
 
 def test_the_noise_of_a_step_is_on_the_sum_and_fresh_in_every_step_round_and_client() -> None:
@@ -143,13 +188,20 @@ def test_the_noise_of_a_step_is_on_the_sum_and_fresh_in_every_step_round_and_cli
 
 @pytest.mark.parametrize("trust", ["central", "local"])
 @pytest.mark.parametrize(
-    ("method", "local"), [(NORMEC, FULL), (PLAIN, POISSON), ({"name": "alpha-normec", "memory": "sent"}, POISSON)]
+    ("method", "local"),
+    [
+        (NORMEC, FULL),
+        (SGD2M, FULL),
+        (SCAFFOLD, STEPS),
+        (PLAIN, POISSON),
+        ({"name": "alpha-normec", "memory": "sent"}, POISSON),
+    ],
 )
 def test_engines_agree(method: dict[str, Any], local: dict[str, Any], trust: str) -> None:
     if trust == "central" and "memory" in method:
         method = {key: value for key, value in method.items() if key != "memory"}
         local = FULL
-    experiment = made(method, local, trust=trust, noise_multiplier=0.5)
+    experiment = made(method, local, trust="local" if local is STEPS else trust, noise_multiplier=0.5)
     for one, other in zip(models_of(experiment), models_of(experiment, VectorizedEngine), strict=True):
         assert torch.equal(one, other)
 
@@ -168,7 +220,9 @@ def test_memories_and_messages_are_float64() -> None:
 # Neighbors: one example of one client is another.
 
 
-@pytest.mark.parametrize(("method", "least"), [(PLAIN, 0.98), (CLIP21, 0.25), ({**NORMEC, "damping": 0.0}, 0.1)])
+@pytest.mark.parametrize(
+    ("method", "least"), [(PLAIN, 0.98), (CLIP21, 0.25), (SGD2M, 0.1), ({**NORMEC, "damping": 0.0}, 0.1)]
+)
 def test_no_other_example_moves_a_clients_messages_by_more_than_the_plan_says(
     method: dict[str, Any], least: float
 ) -> None:
@@ -256,6 +310,10 @@ def test_a_plan_for_another_memory_is_refused() -> None:
     ("line", "method", "local", "privacy"),
     [
         ("dp-sgd for local steps", PLAIN, {"work": "local-steps", "steps": 2, "client_lr": 0.1}, {}),
+        ('"gradient-mean" with dp-scaffold', SCAFFOLD, {**STEPS, "signal": "gradient-sum"}, {}),
+        ('trust = "local"', SCAFFOLD, STEPS, {"trust": "central"}),
+        ("full gradients with a noiseless memory", SCAFFOLD, POISSON, {}),
+        ("full gradients with a noiseless memory", SGD2M, POISSON, {}),
         ("dp-sgd for local steps", PLAIN, {"work": "local-epochs", "epochs": 1, "client_lr": 0.1}, {}),
         ("poisson-gradient", PLAIN, {"work": "minibatch-gradient", "batch_size": 4}, {}),
         ('"full-gradient"', CLIP21, POISSON, {}),

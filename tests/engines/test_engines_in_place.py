@@ -76,10 +76,11 @@ def test_a_client_whose_memory_is_not_finite_is_counted(
     name: str, how: str, poison: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message of such a client is always zero. 3e38 is finite, but its distance from the signal is not."""
-    if how == "by its own rule":
+    method, clients = EXAMPLES[name], 4
+    form = feedback_of(method)
+    if how == "by its own rule" or (form is not None and form.weight is not None):
         by_its_own_rule(monkeypatch)
         poison = torch.nan if poison == 3e38 else poison
-    method, clients = EXAMPLES[name], 4
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
     signals = torch.full((clients, SIZE), -3e38) if poison == 3e38 else torch.ones(clients, SIZE)
     store = StateStore(method, SIZE)

@@ -33,7 +33,7 @@ from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.ray import host
 from fedpriv.engines.ray.cluster import Connection, connect, quiet
 from fedpriv.engines.ray.engine import RayEngine
-from fedpriv.engines.ray.host import merged, pack, unpack
+from fedpriv.engines.ray.host import Host, Partial, merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners
 from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.engines.secure_sum import SecureSum
@@ -118,6 +118,12 @@ CASES = {
         sampling=FixedSize(CLIENTS, 4),
     ),
     "no memory": setting(EXAMPLES["dp-fedavg"], work=STEPS, trust="central", sampling=Poisson(CLIENTS, 0.3)),
+    "control variates": setting(
+        EXAMPLES["dp-scaffold"],
+        work=LocalSteps(steps=3, client_lr=0.1, batch_size=20, signal="gradient-mean"),
+        trust="central",
+        sampling=Poisson(CLIENTS, 0.5),
+    ),
     "shifted": setting(
         EXAMPLES["clip21"],
         federation=shifted(ragged_digits(CLIENTS), Rotation(), SeededStreams(3)),
@@ -734,3 +740,26 @@ def test_what_ray_is_asked_for(address: str | None, cpus: int | None, monkeypatc
     else:
         assert options["address"] == "auto"
         assert not {"num_cpus", "object_store_memory"} & set(options)
+
+
+def test_a_worker_corrects_local_steps_by_the_vector_that_it_is_sent() -> None:
+    """A host in this process, whose arrays are read-only as in shared memory, is the loop to the bit."""
+    made = CASES["control variates"]
+    loop, state, host = LoopEngine(made.population), made.server.init(made.initial_model), Host()
+    assert host.start(pack((made.population, lambda people, _: LoopEngine(people))), 1, False, []) is None
+    snapshots = Snapshots(KeepSnapshots(every=1, share=1e9))
+    for k in range(1, 4):
+        broadcast = begin_round(made.server, state, k)
+        assert broadcast.shared is not None
+        model, shared = broadcast.model.numpy().copy(), broadcast.shared.numpy().copy()
+        model.flags.writeable = shared.flags.writeable = False
+        assert broadcast.capacity is not None
+        found = host.run(k, broadcast.turn, model, broadcast.capacity, [broadcast.cohort], shared)
+        total = loop.sum_messages(broadcast)
+        assert isinstance(found, Partial)
+        assert same(torch.from_numpy(found.sum), total.sum)
+        snapshots.log(broadcast)
+        logged = snapshots.rounds[-1].shared
+        assert logged is not None
+        assert same(logged, broadcast.shared)
+        state = finish_round(made.server, state, k, total.sum)

@@ -105,6 +105,18 @@ def test_fed_alpha_normec_takes_gradients_and_no_bare_moves(kind: str):
     load_config(QUICKSTART, steps[2:])
 
 
+def test_dp_scaffold_takes_mean_gradients_of_local_steps_or_one_gradient_and_no_clock():
+    scaffold = ["method=", "method.name=dp-scaffold"]
+    steps = [*scaffold, "local.work=local-steps", "local.steps=2", "local.client_lr=0.1"]
+    for kind in ("pseudo-gradient", "gradient-sum"):
+        with pytest.raises(UserError, match=r'^local\.signal: expected "gradient-mean" with dp-scaffold'):
+            load_config(QUICKSTART, [*steps, f"local.signal={kind}"])
+    load_config(QUICKSTART, [*steps, "local.signal=gradient-mean"])
+    load_config(QUICKSTART, scaffold)
+    with pytest.raises(UserError, match=r"^\[devices\]: expected no such table with dp-scaffold"):
+        load_config(QUICKSTART.with_name("devices-sync.toml"), scaffold)
+
+
 def test_one_client_may_be_reset_only_where_what_it_lost_fades():
     load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=reset-one"])
     with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "reset-one"\. Choose "reset-all"'):

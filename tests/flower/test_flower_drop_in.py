@@ -16,6 +16,7 @@ from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
+from fedpriv.methods import DPScaffold
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, make_plan
 from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement, record_bound
@@ -443,3 +444,11 @@ def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_
         Privacy(noise_multiplier=2.0, app_memory=known).plan(rules, Poisson(1000, 0.02), 50) for known in (False, True)
     ]
     assert drawn[0].epsilon == drawn[1].epsilon < charged.epsilon
+
+
+def test_an_app_whose_local_steps_nobody_can_correct_takes_part_in_no_run_that_corrects_them():
+    def agreed(population, rounds):  # noqa: ARG001
+        return make_agreement(DPScaffold(), Everyone(population), None, SeededStreams(1))
+
+    with pytest.raises(ValueError, match="a method that leaves local steps alone, got dp-scaffold"):
+        start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from support import reference
-from support.federations import models_of, ragged_digits, setting
+from support.federations import MakeEngine, models_of, ragged_digits, setting
 from support.helpers import adding, fresh_clients
 from support.reference import Rounds, SoftmaxRegression
 
-from fedpriv.engines import LoopEngine
+from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.methods import (
     AlphaNormEC,
     Clip21,
+    Clip21SGD2M,
     DPFedAvg,
+    DPScaffold,
     FedAlphaNormEC,
     Method,
     NormalizedSGD,
@@ -54,6 +56,8 @@ METHODS: dict[str, Method] = {
     "clip21 with FedAdam": optimized(Clip21(clip_norm=0.2, server_lr=0.01), Adam(tau=0.02, bias_correction=False)),
     "normalized-sgd with server yogi": optimized(NormalizedSGD(alpha=0.3, server_lr=0.01), Yogi(beta1=0.8, tau=0.01)),
     "dp-fedavg with server adagrad": optimized(DPFedAvg(clip_norm=0.3, server_lr=0.02), Adagrad(beta1=0.5, tau=0.01)),
+    "clip21-sgd2m": Clip21SGD2M(clip_norm=0.2, weight=0.4, beta=0.6, server_lr=0.5),
+    "dp-scaffold, one gradient": DPScaffold(clip_norm=0.2, server_lr=0.3),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
@@ -74,6 +78,15 @@ def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds
             sent=method.memory == "sent",
             damping=method.damping,
             turn=turn,
+        )
+    if isinstance(method, Clip21SGD2M):
+        tau, b, b_hat = method.clip_norm * CLIP_MARGIN, method.weight, method.beta
+        gamma = method.server_lr
+        return reference.clip21_sgd2m(problem.gradients, start, rounds, tau=tau, b=b, b_hat=b_hat, gamma=gamma)
+    if isinstance(method, DPScaffold):
+        radius = method.clip_norm * CLIP_MARGIN
+        return reference.scaffold(
+            lambda x, i, *_: problem.gradient(x, i), start, rounds, radius=radius, gamma=method.server_lr
         )
     if isinstance(method, Clip21):
         tau = method.clip_norm * CLIP_MARGIN
@@ -183,6 +196,9 @@ def test_rules_in_float64_are_the_references_to_ten_digits(method: Method, cohor
         ("alpha-normec without server normalization", {"server_lr": 0.505}),
         ("alpha-normec damped", {"damping": 0.101}),
         ("clip21", {"clip_norm": 0.202}),
+        ("clip21-sgd2m", {"weight": 0.404}),
+        ("clip21-sgd2m", {"beta": 0.606}),
+        ("dp-scaffold, one gradient", {"clip_norm": 0.202}),
         ("normalized-sgd", {"alpha": 0.303}),
         ("dp-fedavg", {"clip_norm": 0.303}),
         ("dp-fedavg with server momentum", {"momentum": 0.909}),
@@ -255,3 +271,34 @@ def fixed_batches(examples: int, size: int, epochs: int) -> list[np.ndarray]:
     """Return the batches of a fixed order."""
     once = np.array_split(np.arange(examples), range(size, examples, size))
     return once * epochs
+
+
+@pytest.mark.parametrize("engine", [LoopEngine, VectorizedEngine])
+@pytest.mark.parametrize("clip_norm", [0.3, 5.0])
+def test_dp_scaffold_with_local_steps_is_its_reference(engine: MakeEngine, clip_norm: float) -> None:
+    """Run Poisson rounds of ragged clients with different numbers of steps, in float32 against float64."""
+    method = DPScaffold(clip_norm=clip_norm, server_lr=0.4)
+    work = LocalEpochs(epochs=2, client_lr=0.2, batch_size=16, order="fixed", signal="gradient-mean")
+    problem, clients, count = digits(), ragged_digits().population, 12
+    made = setting(method, work=work, sampling=Poisson(clients, 0.6))
+    batches = [fixed_batches(len(y), 16, 2) for y in problem.labels]
+    found = models_of(made, engine, rounds=count)
+    empty = method.init_server(made.initial_model)
+    cohorts = [begin_round(made.server, empty, k).cohort for k in range(1, count + 1)]
+
+    def steps(x: np.ndarray, client: int, _: int, correction: np.ndarray) -> np.ndarray:
+        gradients, y = [], x
+        for batch in batches[client]:
+            gradients.append(problem.gradient(y, client, batch))
+            y = y - 0.2 * (gradients[-1] + correction)
+        return np.mean(gradients, axis=0)
+
+    start = made.initial_model.numpy().astype(np.float64)
+    rounds, radius = Rounds(count, clients, 0.6, cohorts), clip_norm * CLIP_MARGIN
+    models = reference.scaffold(steps, start, rounds, radius=radius, gamma=method.server_lr)
+    bare = reference.scaffold(
+        lambda x, i, k, c: steps(x, i, k, 0.0 * c), start, rounds, radius=radius, gamma=method.server_lr
+    )
+    for one, other in zip(found, models[1:], strict=True):
+        assert np.abs(one.numpy() - other).max() < 1e-5
+    assert np.abs(models[-1] - bare[-1]).max() > 1e-3  # corrections matter

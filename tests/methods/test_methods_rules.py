@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip, SmoothedNormalization
 from fedpriv.errors import UserError
-from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
+from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, feedback_of, server_step
 from fedpriv.methods.base import direction
 
 SIZE = 3
@@ -355,13 +355,19 @@ def test_skipping_rounds_is_forgetting_once_for_each(method: Method, skipped: in
 
 @every_memory
 def test_feedback_is_from_the_memory_towards_the_signal(method: Method) -> None:
-    """Each message points from the memory to the signal; a memory without damping approaches the signal."""
+    """Each message points from the memory to the signal; a memory without damping approaches it.
+
+    If clients average their signals, the average takes the signal's place.
+    """
     state, signal = reached(method, 2), normal(3, CLIENTS, SIZE)
-    residual = signal - state.memory
+    form = feedback_of(method)
+    weight = 1.0 if form is None or form.weight is None else form.weight
+    aim = signal if weight == 1.0 else (1.0 - weight) * state.average + weight * signal
+    residual = aim - state.memory
     message, after = method.client_rule(state, signal, None, 6)
     assert torch.allclose(message / message.norm(dim=-1, keepdim=True), residual / residual.norm(dim=-1, keepdim=True))
     if damping_of(method) == 0.0:
-        assert ((signal - after.memory).norm(dim=-1) < residual.norm(dim=-1)).all()
+        assert ((aim - after.memory).norm(dim=-1) < residual.norm(dim=-1)).all()
 
 
 @every_method

@@ -29,7 +29,17 @@ from hypothesis import strategies as st
 from support.helpers import accepts_variance, adding, descend, fresh_clients, thorough
 from torch import Tensor
 
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, server_step
+from fedpriv.methods import (
+    AlphaNormEC,
+    Clip21,
+    Clip21SGD2M,
+    DPFedAvg,
+    DPScaffold,
+    Method,
+    NormalizedSGD,
+    server_step,
+)
+from fedpriv.tasks.local_work import LocalSGD, LocalSteps
 
 P = 6.0
 OPTIMUM = P / 3.0
@@ -391,3 +401,74 @@ class TestNoise:
         for k in range(1, 400):
             _, state = method.client_rule(state, signal, adding(noise_of(k, 2, 50)), k)
         assert torch.allclose(state.memory, signal, rtol=1e-10)
+
+
+class TestDrift:
+    """Local steps on f_i(x) = a_i (x - b_i)^2 / 2: after K steps of length h, x - T_i(x) = w_i (x - b_i).
+
+    Here w_i = 1 - (1 - h a_i)^K, so FedAvg stops at sum w_i b_i / sum w_i, for any server step. SCAFFOLD stops at the
+    optimum sum a_i b_i / sum a_i, where control variates are the clients' gradients and no corrected step moves.
+    """
+
+    CURVES = torch.tensor([[0.5], [1.0], [4.0]], dtype=torch.float64)
+    CENTERS = torch.tensor([[3.0], [-1.0], [2.0]], dtype=torch.float64)
+    WORK = LocalSteps(steps=5, client_lr=0.1, signal="gradient-mean")
+
+    def last(self, method: Method, rounds: int = 400) -> float:
+        server, clients = method.init_server(start()), fresh_clients(method, 3, 1)
+        for k in range(1, rounds + 1):
+            shared = method.shared(server)
+            offset = None if shared is None else method.step_offset(clients, shared)
+            local = LocalSGD(self.WORK, server.model, offset)
+            for _ in range(self.WORK.steps):
+                local.step(self.CURVES * (local.model - self.CENTERS))
+            messages, clients = method.client_rule(clients, local.signal(self.WORK.steps), None, k)
+            server = server_step(method, server, messages.mean(dim=0), 1.0)
+        return float(server.model)
+
+    def test_fedavg_stops_at_its_drift_and_scaffold_at_the_optimum(self) -> None:
+        weights = 1.0 - (1.0 - 0.1 * self.CURVES) ** 5
+        drift = float((weights * self.CENTERS).sum() / weights.sum())
+        optimum = float((self.CURVES * self.CENTERS).sum() / self.CURVES.sum())
+        assert abs(drift - optimum) > 0.05
+        assert self.last(DPFedAvg(clip_norm=100.0, server_lr=0.3)) == pytest.approx(drift, abs=1e-9)
+        for clip_norm in (0.1, 100.0):  # a tight clip only delays it
+            assert self.last(DPScaffold(clip_norm=clip_norm, server_lr=0.3)) == pytest.approx(optimum, abs=1e-9)
+
+
+class TestAveragedSignals:
+    @pytest.mark.parametrize("clip_norm", [0.2, 10.0])
+    def test_clip21_sgd2m_reaches_the_optimum_that_clipping_misses(self, clip_norm: float) -> None:
+        method = Clip21SGD2M(clip_norm=clip_norm, weight=0.3, beta=0.5, server_lr=0.05)
+        assert mean_gradient(last_model(method, 3000)) < 1e-9
+
+    def test_with_both_shares_at_one_it_is_clip21(self) -> None:
+        one = descend(Clip21SGD2M(clip_norm=0.5, weight=1.0, beta=1.0, server_lr=0.1), pulls, start(), 60)[0]
+        other = descend(Clip21(clip_norm=0.5, server_lr=0.1), pulls, start(), 60)[0]
+        assert all(torch.equal(a.model, b.model) for a, b in zip(one, other, strict=True))
+
+    def test_no_change_of_signals_moves_messages_by_more_than_the_theorem_says(self) -> None:
+        """Gradient ascent on signals that differ by D = 1 in each of ten rounds, and nowhere else.
+
+        Alternating changes are a good start: a memory follows constant ones, and an average damps others.
+        """
+        method, rounds, used = Clip21SGD2M(clip_norm=1.5, weight=0.9, beta=0.8), 14, 10
+        generator, best = torch.Generator().manual_seed(3), 0.0
+        base = 0.1 * torch.randn(rounds, 2, generator=generator, dtype=torch.float64)
+        change = 0.3 * torch.randn(rounds, 2, generator=generator, dtype=torch.float64)
+        change = (change + (-1.0) ** torch.arange(rounds).unsqueeze(1)).requires_grad_()
+        limit = 2.0 * math.sqrt(used) / (2.0 - method.beta)
+        for _ in range(40):
+            moved = change / change.norm(dim=1, keepdim=True) * (torch.arange(rounds) < used).unsqueeze(1)
+            sent = []
+            for signals in (base, base + moved):
+                state = fresh_clients(method, 1, 2)
+                for k in range(rounds):
+                    message, state = method.client_rule(state, signals[k : k + 1], None, k + 1)
+                    sent.append(message)
+            apart = (torch.stack(sent[:rounds]) - torch.stack(sent[rounds:])).norm()
+            (slope,) = torch.autograd.grad(apart, change)
+            with torch.no_grad():
+                change += slope / slope.norm()
+            best = max(best, float(apart.detach()))
+        assert 0.75 * limit < best <= limit

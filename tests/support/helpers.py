@@ -17,7 +17,9 @@ from fedpriv.methods import (
     DPGD,
     AlphaNormEC,
     Clip21,
+    Clip21SGD2M,
     DPFedAvg,
+    DPScaffold,
     FedAlphaNormEC,
     Method,
     NormalizedSGD,
@@ -65,6 +67,8 @@ EXAMPLES: dict[str, Method] = {
         Adagrad(beta1=0.5, tau=0.1),
     ),
     "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
+    "dp-scaffold": DPScaffold(clip_norm=0.5, server_lr=0.2),
+    "clip21-sgd2m": Clip21SGD2M(clip_norm=0.5, weight=0.4, beta=0.6, server_lr=0.2),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 

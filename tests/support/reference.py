@@ -134,6 +134,56 @@ def clip21(
     return models
 
 
+def clip21_sgd2m(
+    gradients: Gradients, start: Array, rounds: Rounds, *, tau: float, b: float, b_hat: float, gamma: float
+) -> list[Array]:
+    """The models of Clip21-SGD2M, in the order of its paper: the step of x comes first, so x^1 = x^0."""
+    n = rounds.clients
+    x, g = start.copy(), np.zeros_like(start)
+    own, average = [np.zeros_like(start) for _ in range(n)], [np.zeros_like(start) for _ in range(n)]
+    models = []
+    for k in range(rounds.count + 1):
+        x = x - gamma * g
+        models.append(x)
+        if k == rounds.count:
+            break
+        slopes = gradients(x)
+        for i in rounds.cohort(k):
+            average[i] = (1.0 - b) * average[i] + b * slopes[i]
+            c = clip(average[i] - own[i], tau)
+            own[i] = own[i] + b_hat * c
+            g = g + (b_hat / n) * (c + rounds.noise(k, i))
+    return models
+
+
+def scaffold(
+    steps: Callable[[Array, int, int, Array], Array],
+    start: Array,
+    rounds: Rounds,
+    *,
+    radius: float,
+    gamma: float,
+) -> list[Array]:
+    """The models of DP-SCAFFOLD with clipped changes of the control variates.
+
+    `steps(x, client, round, correction)` is the mean gradient of a client's local steps from x, each of which moves
+    along its gradient plus the correction c - c_i.
+    """
+    n = rounds.clients
+    x, c, own = start.copy(), np.zeros_like(start), [np.zeros_like(start) for _ in range(n)]
+    models = [x]
+    for k in range(rounds.count):
+        total = np.zeros_like(start)
+        for i in rounds.cohort(k):
+            change = clip(steps(x, i, k, c - own[i]) - own[i], radius)
+            own[i] = own[i] + change
+            total += change + rounds.noise(k, i)
+        x = x - gamma * (c + total / (rounds.prob * n))
+        c = c + total / n
+        models.append(x)
+    return models
+
+
 def memoryless(
     gradients: Gradients,
     start: Array,

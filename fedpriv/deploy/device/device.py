@@ -74,9 +74,10 @@ class Device:
         instructions: ClientInstructions,
         terms: RunTerms,
         model: Tensor,
-        make_signal: Callable[[], Tensor],
+        make_signal: Callable[..., Tensor],
         shown: Head | None = None,
         settings: str = "",
+        shared: Tensor | None = None,
     ) -> Tensor:
         """Return the message `[params]` for some instructions; it is on disk before this returns.
 
@@ -84,16 +85,18 @@ class Device:
             instructions: Instructions from the server.
             terms: State of the run, and the server's privacy terms.
             model: x, `[params]`.
-            make_signal: Returns the message without privacy, `[params]`; called only if a new message is needed.
+            make_signal: Returns the message without privacy, `[params]`; called only if a new message is needed. If the
+                method corrects local steps, the vector `[params]` to add to their gradients is its argument.
             shown: Head of this client's ledger from the server; None if the server sends none, like servers before
                 heads existed. Then only the client's own files bear witness to the length of the ledger.
             settings: Digest of any other input of the signal.
+            shared: The vector `[params]` that the method sends beside the model; see `Broadcast.shared`.
 
         Raises:
             Refusal: If the device does not follow the instructions; nothing is sent, and no memory changes.
         """
         try:
-            return self._answer(instructions, terms, model, make_signal, shown, settings)
+            return self._answer(instructions, terms, model, make_signal, shown, settings, shared)
         except Refusal:
             raise
         except UserError as error:
@@ -122,12 +125,13 @@ class Device:
         instructions: ClientInstructions,
         terms: RunTerms,
         model: Tensor,
-        make_signal: Callable[[], Tensor],
+        make_signal: Callable[..., Tensor],
         shown: Head | None,
         settings: str,
+        shared: Tensor | None,
     ) -> Tensor:
-        self._check(instructions, terms, model)
-        request = _digest(instructions, terms, model, settings)
+        self._check(instructions, terms, model, shared)
+        request = _digest(instructions, terms, model, settings, shared)
         memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
         make_private_folder(self.folder)
         with only_one(self.folder / LOCK_FILE):
@@ -144,7 +148,8 @@ class Device:
             self._afford(past, entry)
             with one_thread():
                 exact = torch.float32 if instructions.example_terms is None else torch.float64
-                signal = make_signal().to(exact).reshape(-1)
+                offset = None if shared is None else instructions.method.step_offset(state, shared)
+                signal = (make_signal() if offset is None else make_signal(offset)).to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
                 message, after = self._make(instructions, terms, state, signal)
@@ -159,7 +164,7 @@ class Device:
             memory.finish()
         return message
 
-    def _check(self, instructions: ClientInstructions, terms: RunTerms, model: Tensor) -> None:
+    def _check(self, instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None) -> None:
         if (
             terms.turn < 1
             or not 0 <= terms.last_turn < terms.turn
@@ -169,10 +174,13 @@ class Device:
             got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
             raise Refusal("model", "turn", "consecutive turns", got, "Ask the server's operator")
         self.policy.check(instructions, terms, model.numel())
-        if not bool(torch.isfinite(model).all()):
+        if not all(bool(torch.isfinite(sent).all()) for sent in (model, shared) if sent is not None):
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"
             )
+        if (shared is not None) != instructions.method.corrects_steps:
+            expected, got = ("a second vector", "none") if shared is None else ("no second vector", "one")
+            raise Refusal("model", "model", expected, got, "Use one version of fedpriv on both sides")
 
     def _refuse_forgotten(self, ledger: Ledger, shown: Head | None) -> None:
         """Raise a `UserError` if any witness knows of releases that are missing in the ledger."""
@@ -306,12 +314,15 @@ def _state(instructions: ClientInstructions, record: Record, size: int) -> Clien
     return type(fresh)(**record.committed)
 
 
-def _digest(instructions: ClientInstructions, terms: RunTerms, model: Tensor, settings: str) -> str:
+def _digest(
+    instructions: ClientInstructions, terms: RunTerms, model: Tensor, settings: str, shared: Tensor | None
+) -> str:
     """Return a digest of every input of an answer except the client's own data and memory."""
     asked = {**asdict(replace(instructions, last_round=0)), "name": method_name(instructions.method), **asdict(terms)}
     asked |= {"settings": settings} if settings else {}
     hashed = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode())
-    hashed.update(model.detach().cpu().contiguous().numpy().tobytes())
+    for sent in (model, shared):
+        hashed.update(b"" if sent is None else sent.detach().cpu().contiguous().numpy().tobytes())
     return hashed.hexdigest()
 
 

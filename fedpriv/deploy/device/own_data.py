@@ -31,9 +31,16 @@ ARRAYS = ("inputs", "labels", "classes")
 
 
 def own_signal(
-    device: Device, run: RunConfig, instructions: ClientInstructions, terms: RunTerms, model: Tensor
+    device: Device,
+    run: RunConfig,
+    instructions: ClientInstructions,
+    terms: RunTerms,
+    model: Tensor,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Return the client's message without privacy, `[params]`, on the CPU.
+
+    `offset` is added to the gradient of each local step; see `Broadcast.offset`.
 
     Raises:
         Refusal: If the experiment differs from the one in the terms, or the policy does not accept it.
@@ -52,7 +59,7 @@ def own_signal(
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
             rules = _rules(device, instructions)
-            return _signal_of_file(path, run, config, rules, (terms.turn, instructions.client), model)
+            return _signal_of_file(path, run, config, rules, (terms.turn, instructions.client), model, offset)
         # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not instructions.client < population.federation.population:
@@ -60,7 +67,8 @@ def own_signal(
             remedy = "Start the nodes with the client ids of the experiment"
             raise Refusal("model", "instructions", expected, instructions.client, remedy)
         rules, at = _rules(device, instructions), model.to(population.task.device)
-        return population.signal(instructions.client, at, terms.turn, rules).cpu()
+        beside = None if offset is None else offset.to(at.device)
+        return population.signal(instructions.client, at, terms.turn, rules, beside).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
@@ -84,7 +92,13 @@ def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
 
 
 def _signal_of_file(
-    path: Path, run: RunConfig, config: Config, rules: ClientRules, address: tuple[int, int], model: Tensor
+    path: Path,
+    run: RunConfig,
+    config: Config,
+    rules: ClientRules,
+    address: tuple[int, int],
+    model: Tensor,
+    offset: Tensor | None,
 ) -> Tensor:
     check_device(run.device)
     with labels_as(config.task.labels):
@@ -102,7 +116,8 @@ def _signal_of_file(
         inputs = augmented(config.augment, inputs, draws, batches)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
-    return make_signal(task, at, *given, config.local, batches, rules.clipped(*address)).cpu()
+    beside = None if offset is None else offset.to(task.device)
+    return make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside).cpu()
 
 
 def _rules(device: Device, instructions: ClientInstructions) -> ClientRules:

@@ -200,8 +200,9 @@ class RayEngine:
         sum_ = np.zeros(broadcast.model.shape[-1])
         shares = self._owners.shares(broadcast.cohort)
         model = ray.put(broadcast.model.detach().cpu().numpy())
+        beside = None if broadcast.shared is None else ray.put(broadcast.shared.detach().cpu().numpy())
         about = broadcast.round, broadcast.turn, model, broadcast.capacity
-        calls = {worker: self._hosts[worker].run.remote(*about, share) for worker, share in shares.items()}
+        calls = {worker: self._hosts[worker].run.remote(*about, share, beside) for worker, share in shares.items()}
         found: dict[int, Partial] = self._collect(calls)
         for partial in found.values():
             sum_ += partial.sum

@@ -113,10 +113,17 @@ class Host:
         return _caught(lambda: self._start(population, threads, gpu, path))
 
     def run(
-        self, round: int, turn: int | None, model: np.ndarray, capacity: int, groups: list[np.ndarray]
+        self,
+        round: int,
+        turn: int | None,
+        model: np.ndarray,
+        capacity: int,
+        groups: list[np.ndarray],
+        shared: np.ndarray | None = None,
     ) -> Partial | Failure:
-        """Run groups of clients on the model `[params]`, each group as a separate cohort."""
-        whole = Broadcast(round, _view(model), np.zeros(0, dtype=np.int64), capacity, turn=turn)
+        """Run groups of clients on the model `[params]`, each group as a separate cohort; see `Broadcast`."""
+        beside = None if shared is None else _view(shared)
+        whole = Broadcast(round, _view(model), np.zeros(0, dtype=np.int64), capacity, turn=turn, shared=beside)
         return _caught(lambda: self._run(whole, groups))
 
     def save(self) -> Shipment | Failure:

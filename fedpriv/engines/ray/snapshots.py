@@ -58,14 +58,15 @@ class Snapshots:
     @property
     def due(self) -> bool:
         """True if a new snapshot is due: after enough rounds for its cost, or if their models take much memory."""
-        if sum(past.model.nbytes + past.cohort.nbytes for past in self.rounds) >= _MAX_LOG_BYTES:
+        if sum(_bytes_of(past) for past in self.rounds) >= _MAX_LOG_BYTES:
             return True
         worth_it = self._cost <= self._share * (time.monotonic() - self._since)
         return len(self.rounds) >= self._every and worth_it
 
     def log(self, broadcast: Broadcast) -> None:
         """Record a round that all workers have finished."""
-        self.rounds.append(broadcast._replace(model=broadcast.model.detach().cpu().clone()))
+        shared = None if broadcast.shared is None else broadcast.shared.detach().cpu().clone()
+        self.rounds.append(broadcast._replace(model=broadcast.model.detach().cpu().clone(), shared=shared))
 
     def keep(self, parts: Iterable[dict[str, Tensor]]) -> None:
         """Replace the snapshot by states in the form of `Engine.save`, part by part; forget the rounds before it.
@@ -112,3 +113,7 @@ class Snapshots:
         for file in self._files:
             file.unlink(missing_ok=True)
         self._files = []
+
+
+def _bytes_of(past: Broadcast) -> int:
+    return past.model.nbytes + past.cohort.nbytes + (0 if past.shared is None else past.shared.nbytes)
