@@ -32,6 +32,8 @@ from fedpriv.flower.messages import (
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
+from fedpriv.flower.state import load_state
+from fedpriv.methods import own_signal_of
 from fedpriv.streams import SeededStreams, Streams
 
 __all__ = ["app"]
@@ -77,7 +79,9 @@ def _train(message: Message, context: Context) -> Message:
     instructions = ClientInstructions.of(message.content)
     with one_thread():
         x = model.vector(received).to(population.task.device)
-        signal = population.signal(instructions.client, x, instructions.round, instructions.rules).cpu()
+        needed = own_signal_of(instructions.method) is not None
+        state = load_state(context, instructions, model.layout.size) if needed else None
+        signal = population.signal(instructions.client, x, instructions.round, instructions.rules, state).cpu()
     return Message(send_message(instructions, signal, model, context), reply_to=message)
 
 

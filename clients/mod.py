@@ -37,10 +37,12 @@ from fedpriv.flower.messages import (
     ModelArrays,
     NodeInfo,
     asks_node_info,
+    method_name,
     refusal_record,
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
+from fedpriv.methods import own_signal_of
 
 __all__ = ["private_mod"]
 
@@ -86,6 +88,11 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     if instructions.examples:
         remedy = "Ask the server's operator for a run whose unit is the client"
         raise Refusal("model", "examples", "a run that protects clients", "an app that bounds no examples", remedy)
+    if own_signal_of(instructions.method) is not None:
+        remedy = "Ask the server's operator for another method: this one needs gradients at models that it chooses"
+        raise Refusal(
+            "model", "method", "a method that bounds an app's update", method_name(instructions.method), remedy
+        )
     fixed = {name: received[name] for name in arrays.fixed}  # copied before the app can change them
     metrics: dict[str, Any] = {}
 

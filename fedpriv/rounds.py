@@ -31,6 +31,7 @@ from fedpriv.methods import (
     ServerState,
     feedback_of,
     has_memory,
+    own_signal_of,
     server_step,
 )
 from fedpriv.privacy import PrivacyPlan, Sampling
@@ -323,6 +324,8 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
     Raises:
         UserError: If the method's client rule or its bounded map is not one that can be accounted for.
     """
+    if (own := own_signal_of(method)) is not None:
+        return own.record_bound(terms)
     bounded, rule = method.bounded, feedback_of(method)
     if terms.steps:
         return RecordBound(terms=terms, l2_bound=bounded.l2_bound)
@@ -370,7 +373,7 @@ def client_round(
         rules: The client's half of the agreement.
         client: The client's id, part of the address of its noise.
         state: Its state from earlier rounds.
-        signal: Its message without privacy, `[params]`.
+        signal: Its message without privacy, `[params]`; longer for a method with its own (`OwnSignal`).
         round: The current round, from 1.
         turn: The address of the noise if rounds may be retried, as in deployments; None for the round.
     """
@@ -396,9 +399,15 @@ def apply_client_rule(
     """
     rule = _checked_client_rule if _is_own(method) else type(method).client_rule
     message, state = rule(method, state, signal, release, round)
-    if message.shape != signal.shape:
+    if message.shape != signal.shape and not _is_part(method, message, signal):
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
     return message, state
+
+
+def _is_part(method: Method, message: Tensor, signal: Tensor) -> bool:
+    """Return True if a message is as long as each of the vectors that its method's own signals have."""
+    own = own_signal_of(method)
+    return own is not None and (*message.shape[:-1], message.shape[-1] * own.vectors) == signal.shape
 
 
 def _is_own(method: Method) -> bool:

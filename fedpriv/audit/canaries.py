@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines import Population, VectorizedEngine
-from fedpriv.methods import feedback_of
+from fedpriv.methods import ClientState, feedback_of
 from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
@@ -191,8 +191,15 @@ class CanaryPopulation(Population):
     first: int
     scale: float
 
-    def signal(self, client: int, model: Tensor, round: int, rules: ClientRules | None = None) -> Tensor:
-        """See `Population.signal`; independent of the model."""
+    def signal(
+        self,
+        client: int,
+        model: Tensor,
+        round: int,
+        rules: ClientRules | None = None,
+        state: ClientState | None = None,
+    ) -> Tensor:
+        """See `Population.signal`; independent of the model and of the state."""
         push = self.canaries.push(int(self.canaries.planted[client - self.first]), round)
         exact = model.dtype if self.rules.examples is None else torch.float64
         return push.to(model.device, exact) * self.scale

@@ -35,10 +35,10 @@ class LoopEngine:
         total, norms = broadcast.empty_sum(rules, model.device), []
         with one_thread():
             for client in broadcast.cohort.tolist():
-                signal = population.signal(client, model, round)
                 with self._states.borrowed([client]) as kept:
                     state = type(kept)(*(field[0] for field in kept))
-                    norms += _counted_norm(signal, state)
+                    signal = population.signal(client, model, round, state=state)
+                    norms += _counted_norm(signal[: len(model)], state)
                     message, new = client_round(rules, client, state, signal, round, broadcast.address)
                     total.add(message)
                     _write(state, new)

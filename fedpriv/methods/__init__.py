@@ -5,16 +5,21 @@ from fedpriv.methods.base import (
     METHODS,
     ClientState,
     ClientStateT,
+    Gradients,
     LostMemory,
     Method,
+    OwnSignal,
     PlainMethod,
     ServerState,
     ServerStateT,
     feedback_of,
     has_memory,
+    own_signal_of,
     server_step,
 )
 from fedpriv.methods.clip21 import Clip21
+from fedpriv.methods.dice_sgd import DiceSGD
+from fedpriv.methods.difference_estimators import DIFF2, PrivateSpiderBoost
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
@@ -22,6 +27,7 @@ from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
+    "DIFF2",
     "DPGD",
     "METHODS",
     "SERVER_OPTIMIZERS",
@@ -30,11 +36,15 @@ __all__ = [
     "ClientStateT",
     "Clip21",
     "DPFedAvg",
+    "DiceSGD",
     "FedAlphaNormEC",
+    "Gradients",
     "LostMemory",
     "Method",
     "NormalizedSGD",
+    "OwnSignal",
     "PlainMethod",
+    "PrivateSpiderBoost",
     "ServerOptimized",
     "ServerOptimizer",
     "ServerState",
@@ -42,5 +52,6 @@ __all__ = [
     "feedback_of",
     "has_memory",
     "optimized",
+    "own_signal_of",
     "server_step",
 ]

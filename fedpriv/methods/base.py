@@ -1,6 +1,6 @@
 """The interface of methods: a pure client rule and a pure server rule that act on the last axis."""
 
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,12 +11,18 @@ from fedpriv.feedback import Feedback, Release
 from fedpriv.plugins import Registry
 from fedpriv.vectors import ServerState, State, norm
 
+# The accountant is slow to import, and no rule needs an epsilon.
+if TYPE_CHECKING:
+    from fedpriv.privacy.records import ExampleTerms, RecordBound
+
 __all__ = [
     "METHODS",
     "ClientState",
     "ClientStateT",
+    "Gradients",
     "LostMemory",
     "Method",
+    "OwnSignal",
     "PlainMethod",
     "Row",
     "ServerState",
@@ -24,6 +30,7 @@ __all__ = [
     "direction",
     "feedback_of",
     "has_memory",
+    "own_signal_of",
     "server_step",
 ]
 
@@ -168,6 +175,63 @@ class PlainMethod:
         return False
 
 
+class Gradients(Protocol):
+    """The gradients of one client in one round, for a method with its own signal.
+
+    With the unit `example`, bounds apply to the gradient of each example, and sums of gradients are divided by the
+    client's public number. Otherwise, the client's signal is bounded as if it were the gradient of a single example.
+    """
+
+    def mean(self, at: Tensor, clip_norm: float) -> Tensor:
+        """Return the mean `[params]` of the gradients at the model `at`, each clipped to `clip_norm`."""
+        ...
+
+    def change(self, at: Tensor, before: Tensor, radius: float) -> Tensor:
+        """Return the mean `[params]` of the gradients' changes from the model `before` to `at`.
+
+        Each change is divided by `radius`, above 0, and then clipped to 1. Both gradients use the same examples.
+        """
+        ...
+
+
+@runtime_checkable
+class OwnSignal(Protocol):
+    """A method whose signal needs more than one gradient: several bounds of each example, or several models.
+
+    The signal is then several vectors in a row, `[..., vectors * params]`. The client rule takes them, and also a
+    single vector `[..., params]`, a signal without the rest; its message has `params` numbers. The state after a round
+    contains no noise.
+    """
+
+    @property
+    def vectors(self) -> int:
+        """Number of vectors in a signal, at least 2."""
+        ...
+
+    @property
+    def needs_everyone(self) -> bool:
+        """True if clients need the model of the last round, which only those who took part have."""
+        ...
+
+    def own_signal(self, state: Any, model: Tensor, gradients: Gradients, round: int) -> Tensor:
+        """Return the signal `[vectors * params]` of a client with this state at the model `[params]`."""
+        ...
+
+    def record_bound(self, terms: "ExampleTerms") -> "RecordBound":
+        """Return how far one record moves the releases of a client.
+
+        Raises:
+            UserError: If there is no proof for these terms.
+        """
+        ...
+
+
+def own_signal_of(method: Method) -> OwnSignal | None:
+    """Return the method that clients run if it makes its own signal, otherwise None."""
+    method = method.client_part
+    return method if isinstance(method, OwnSignal) else None
+
+
 def server_step(
     method: Method[Any, ServerStateT], state: ServerStateT, mean_message: Tensor, sampling_prob: float
 ) -> ServerStateT:
@@ -192,6 +256,9 @@ METHODS: Registry[Method] = Registry(
         "clip21": "fedpriv.methods.clip21:Clip21",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
         "dp-gd": "fedpriv.methods.dp_gd:DPGD",
+        "diff2": "fedpriv.methods.difference_estimators:DIFF2",
+        "private-spiderboost": "fedpriv.methods.difference_estimators:PrivateSpiderBoost",
+        "dice-sgd": "fedpriv.methods.dice_sgd:DiceSGD",
     },
     protocol=Method,
     group="fedpriv.methods",

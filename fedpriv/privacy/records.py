@@ -6,6 +6,7 @@ record moves a signal by at most D. The cost depends on the rule that turns sign
 | route | the client | cost of K rounds with noise of standard deviation s on each message |
 |---|---|---|
 | `memory` | remembers its messages without noise, full gradients | one Gaussian of sensitivity S, below |
+| `memory`, feedback | remembers what clipping cut off (`fedpriv.methods.dice_sgd`) | one Gaussian of its sensitivity |
 | `fresh` | has no memory, or remembers its noised messages | K releases of sensitivity D L, each with secret batches |
 | `steps` | adds the noise to the sum of every local step | K T releases of sensitivity C; all else is post-processing |
 
@@ -21,6 +22,8 @@ Proof. Cocoercivity gives <s, d - e> >= a ||s||^2 with d = u - u'. So <s, e> <= 
 ||s||^2. Summing over the rounds, the left side telescopes; ||d|| <= D where the record is used and 0 elsewhere, and
 Cauchy-Schwarz bounds the sum of <s, d> by D sqrt(J) sqrt(sum ||s||^2). QED. The sum covers *all* rounds: a memory also
 leaks a record in rounds that do not use it. For any other beta, S = 2 B sqrt(K), which holds for every bounded map.
+
+**Restarts** of weight w (`fedpriv.methods.difference_estimators`) cost w^2 of the other releases of the route `fresh`.
 
 **Sampling of clients** lowers the cost of a record only as a count. Other records of the same client reveal whether it
 takes part, so a secret cohort does not hide one record. Given who takes part, which the record does not influence, the
@@ -58,7 +61,7 @@ from fedpriv.privacy.accounting import (
 )
 from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_delta, gaussian_epsilon
 from fedpriv.privacy.losses import Half
-from fedpriv.privacy.sampling import Sampling, gaussian_event
+from fedpriv.privacy.sampling import Everyone, Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
 from fedpriv.privacy.unit import Adjacency
 
@@ -173,6 +176,12 @@ class RecordBound:
         cocoercive: a, if the method's map is cocoercive.
         beta: The share of a message that a noiseless memory keeps; None without noiseless memory.
         damping: lambda, the share of the memory that is forgotten each round.
+        clip_norm: C1, to which gradients of at most C are clipped in messages, if a memory keeps what was cut off; None
+            for other rules.
+        feedback_clip: C2, the bound of what such a memory sends in a round.
+        period: Rounds from one restart to the next, if the first round and every `period`-th after it is one; None
+            without restarts.
+        restart_weight: w, by which restarts are longer than other messages.
 
     Raises:
         UserError: If there is no route of accounting.
@@ -184,6 +193,10 @@ class RecordBound:
     cocoercive: float | None = None
     beta: float | None = None
     damping: float = 0.0
+    clip_norm: float | None = None
+    feedback_clip: float | None = None
+    period: int | None = None
+    restart_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.route == "memory" and self.terms.rate < 1.0:
@@ -194,6 +207,8 @@ class RecordBound:
     def as_dict(self) -> dict[str, object]:
         """Return the bound for JSON; see `read`."""
         own = {key: value for key, value in asdict(self).items() if key != "terms"}
+        absent = {"clip_norm": None, "feedback_clip": None, "period": None, "restart_weight": 1.0}
+        own = {key: value for key, value in own.items() if key not in absent or value != absent[key]}
         return {"route": self.route, **asdict(self.terms), **own}
 
     def as_text(self) -> str:
@@ -221,7 +236,9 @@ class RecordBound:
     @property
     def route(self) -> Literal["memory", "fresh", "steps"]:
         """The route of accounting."""
-        return "steps" if self.terms.steps else "fresh" if self.beta is None else "memory"
+        if self.terms.steps:
+            return "steps"
+        return "fresh" if self.beta is None and self.feedback_clip is None else "memory"
 
     def alone(self) -> float:
         """Largest change of a release by one record that is present or absent: C for a step, D L for a message."""
@@ -239,9 +256,27 @@ class RecordBound:
         both = 2.0 if adjacency == "replace" else 1.0
         if self.route == "steps":
             return both * self.alone()
+        if self.route == "fresh" and self.period is not None:
+            return both * self.terms.alone * (1.0 + ROUNDING) * self.lipschitz
         if self.route == "fresh":
             return min(both * self.terms.alone * (1.0 + ROUNDING) * self.lipschitz, 2.0 * self.l2_bound)
+        if self.clip_norm is not None and self.feedback_clip is not None:
+            return self._of_feedback(both / self.terms.examples, self.clip_norm, self.feedback_clip, rounds)
         return self._of_memory(both * self.terms.alone * (1.0 + ROUNDING), rounds)
+
+    def releases(self, rounds: int) -> float:
+        """Return the cost of the first `rounds` rounds on the route `fresh`, in releases that are not restarts."""
+        if self.period is None:
+            return float(rounds)
+        restarts = math.ceil(rounds / self.period)
+        return restarts * self.restart_weight**2 + (rounds - restarts)
+
+    def _of_feedback(self, share: float, clip_norm: float, feedback_clip: float, rounds: int) -> float:
+        """Return the sensitivity with a memory of what was cut off; the proof is in `fedpriv.methods.dice_sgd`."""
+        direct = share * clip_norm * (1.0 + ROUNDING) * math.sqrt(rounds)
+        cut = share * (self.terms.bound * (1.0 + ROUNDING) - clip_norm) * rounds
+        fed_back = min(cut, 2.0 * feedback_clip * math.sqrt(rounds))
+        return min(direct + fed_back, 2.0 * self.l2_bound * math.sqrt(rounds))
 
     def _of_memory(self, moved: float, rounds: int) -> float:
         trivial = 2.0 * self.l2_bound * math.sqrt(rounds)
@@ -252,7 +287,8 @@ class RecordBound:
 
     def check_rounds(self, rounds: int) -> None:
         """Raise UserError if memories could round away the part of one record."""
-        if self.terms.examples * max(rounds, 1) * self.l2_bound / self.terms.bound > _MAX_RECORDED:
+        longest = self.l2_bound if self.feedback_clip is None else max(self.l2_bound, self.terms.bound)
+        if self.terms.examples * max(rounds, 1) * longest / self.terms.bound > _MAX_RECORDED:
             expected = f"rounds times examples times bound over example_clip of at most {_MAX_RECORDED:g}"
             remedy = "Use fewer rounds, or a smaller bound of messages"
             raise UserError("training.rounds", expected, f"{rounds:,} rounds", remedy)
@@ -287,6 +323,9 @@ class RecordReleases:
         if not self.sampling.draws_cohorts:
             remedy = 'Remove [schedule], or use privacy.unit = "client"'
             raise UserError("privacy.unit", '"client" with [schedule]', '"example"', remedy)
+        if self.record.restart_weight != 1.0 and not isinstance(self.sampling, Everyone):
+            expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
+            raise UserError("method.restart_weight", expected, self.record.restart_weight, "Set it to 1")
 
     @property
     def sensitivity(self) -> float:
@@ -319,7 +358,7 @@ class RecordReleases:
     def charged(self, rounds: int) -> float:
         """Return (mu times the noise multiplier)^2 of the first `rounds` rounds, without credit for any sampling."""
         if self.record.route != "memory":
-            return float(rounds * self._each)
+            return self.record.releases(rounds) * self._each
         return (self.record.sensitivity(self.adjacency, rounds) / self.sensitivity) ** 2 if rounds else 0.0
 
     def bound(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> Bound:

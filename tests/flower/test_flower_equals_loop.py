@@ -24,6 +24,7 @@ METHOD_TABLES = [{"name": name} for name in METHODS] + [
     {"name": "alpha-normec", "memory": "sent"},
     {"name": "alpha-normec", "memory": "sent", "damping": 0.2, "server_normalization": False},
 ]
+NEED_EVERYONE = ("diff2", "private-spiderboost")
 COHORTS = [{"sampling": "everyone"}, {"sampling": "poisson", "probability": 0.4}]
 PROMISES = [{"trust": "central", "epsilon": 8.0}, {"trust": "local", "epsilon": 50.0}, None]
 
@@ -85,6 +86,7 @@ COMBINATIONS = [
     (method, cohort, privacy)
     for method, cohort, privacy in itertools.product(METHOD_TABLES, COHORTS, PROMISES)
     if not (method.get("memory") == "sent" and privacy and privacy["trust"] == "central")
+    and not (method["name"] in NEED_EVERYONE and cohort["sampling"] != "everyone")
 ]
 
 

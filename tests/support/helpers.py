@@ -14,13 +14,16 @@ from torch import Tensor
 
 from fedpriv.feedback import Release
 from fedpriv.methods import (
+    DIFF2,
     DPGD,
     AlphaNormEC,
     Clip21,
+    DiceSGD,
     DPFedAvg,
     FedAlphaNormEC,
     Method,
     NormalizedSGD,
+    PrivateSpiderBoost,
     optimized,
     server_step,
 )
@@ -65,15 +68,22 @@ EXAMPLES: dict[str, Method] = {
         Adagrad(beta1=0.5, tau=0.1),
     ),
     "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
+    "diff2": DIFF2(clip_norm=0.5, smoothness=2.0, period=3, server_lr=0.5),
+    "private-spiderboost": PrivateSpiderBoost(
+        clip_norm=0.5, smoothness=20.0, period=4, restart_weight=1.5, server_lr=0.2
+    ),
+    "dice-sgd": DiceSGD(clip_norm=0.3, feedback_clip=0.2, gradient_cap=1.0, server_lr=0.5),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 
 LINEAR = {
     name: method
     for name, method in EXAMPLES.items()
-    if not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum)
+    if not isinstance(method, DIFF2)
+    and (not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum))
 }
-"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not."""
+"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not, nor are
+differences, which count by the length of the last step."""
 
 WITH_MEMORY = {name: method for name, method in EXAMPLES.items() if "memory" in method.init_client(1)._fields}
 
