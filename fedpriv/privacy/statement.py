@@ -375,9 +375,9 @@ _ROUTES = {
 }
 
 _RESTARTS = (
-    " This sum is sent at restarts: in the first round and every {period} rounds. In other rounds, the change of each gradient "
-    "since the last round's model is clipped instead, to a bound that follows from the two models, which are public. "
-    "Messages are in units of their round's bound.{weighted}"
+    " This sum is sent at restarts: in the first round and every {period} rounds. In other rounds, the change of each "
+    "gradient since the last round's model is clipped instead, to a bound that follows from the two models, which are "
+    "public. Messages are in units of their round's bound.{weighted}"
 )
 _WEIGHTED = (
     " At restarts they are {weight:g} times as long, so that a restart costs as much as {cost:g} other rounds; the "

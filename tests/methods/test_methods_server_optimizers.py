@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
-from fedpriv.methods import DPFedAvg, Method, ServerOptimized, feedback_of, has_memory, optimized, server_step
+from fedpriv.methods import (
+    DPFedAvg,
+    Method,
+    ServerOptimized,
+    feedback_of,
+    has_memory,
+    optimized,
+    own_signal_of,
+    server_step,
+)
 from fedpriv.methods.memoryless import ModelOnly
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, Adagrad, Adam, Momentum, ServerOptimizer, Yogi
 from fedpriv.privacy import Poisson
@@ -104,7 +113,9 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
         method.needs_client_noise,
         method.lost_memory,
     )
-    assert feedback_of(wrapped) == feedback_of(method) is not None
+    assert feedback_of(wrapped) == feedback_of(method)
+    assert own_signal_of(wrapped) is own_signal_of(method)
+    assert (own_signal_of(method) is None) == (feedback_of(method) is not None)
     assert has_memory(wrapped) == has_memory(method)
     assert type(wrapped.init_client(3)) is type(method.init_client(3))
     server, client, _ = make_agreement(wrapped, Poisson(10, 0.5), None, SeededStreams(1))
