@@ -13,6 +13,7 @@ from torch import Tensor
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.methods import (
+    DIFF2,
     DPFedAvg,
     Method,
     ServerOptimized,
@@ -150,7 +151,8 @@ def test_the_methods_own_memory_is_what_it_is_without(method: Method, kind: type
         mean = torch.sin(torch.arange(6.0) * (k + 1))
         state, plain = server_step(wrapped, state, mean, 0.3), server_step(method, plain, mean, 0.3)
         for name in plain._fields:
-            if name != "model":
+            # Differences of gradients are in units of the last step's length, which the optimizer changes.
+            if name not in ("model", *(("previous", "estimate") if isinstance(method, DIFF2) else ())):
                 assert same(getattr(state, name), getattr(plain, name))
     assert same(state.model, state[0])
     assert not torch.equal(state.model, plain.model)
