@@ -27,6 +27,7 @@ from fedpriv.mechanisms.shares import IntegerSums, NoServerNoise, Voids
 from fedpriv.methods import (
     METHODS,
     ClientStateT,
+    ExampleRule,
     Method,
     ServerState,
     feedback_of,
@@ -325,7 +326,7 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
         UserError: If the method's client rule or its bounded map is not one that can be accounted for.
     """
     if (own := own_signal_of(method)) is not None:
-        return own.record_bound(terms)
+        return _own_record_bound(own.example_rule, method, terms)
     bounded, rule = method.bounded, feedback_of(method)
     if terms.steps:
         return RecordBound(terms=terms, l2_bound=bounded.l2_bound)
@@ -343,6 +344,29 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
         cocoercive=getattr(bounded, "cocoercive", None),
         beta=rule.beta if noiseless else None,
         damping=rule.damping if noiseless else 0.0,
+    )
+
+
+def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) -> RecordBound:
+    """Return the same for a method with its own signal."""
+    name = METHODS.name_of(method.client_part)
+    if terms.steps:
+        remedy = 'Set local.work = "full-gradient", or choose dp-gd for local steps'
+        raise UserError("local.work", f"gradients at given models with {name}", '"dp-sgd"', remedy)
+    if terms.clip != rule.example_clip:
+        got = f"{rule.example_clip:g} against {'none' if terms.clip is None else format(terms.clip, 'g')}"
+        raise UserError(f"method.{rule.key}", "privacy.example_clip", got, "Set both to the same number")
+    if terms.rate < 1.0 and rule.restart_weight != 1.0:
+        expected = '1 with random batches: rounds of unequal cost are accounted with "full-gradient" alone'
+        raise UserError("method.restart_weight", expected, rule.restart_weight, "Set it to 1")
+    return RecordBound(
+        terms=terms,
+        l2_bound=method.bounded.l2_bound,
+        lipschitz=rule.lipschitz,
+        clip_norm=rule.clip_norm,
+        feedback_clip=rule.feedback_clip,
+        period=rule.period,
+        restart_weight=rule.restart_weight,
     )
 
 

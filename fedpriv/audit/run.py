@@ -145,7 +145,9 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError("local.work", '"full-gradient" in an audit with unit = "example"', got, remedy)
     if own_signal_of(config.method) is not None:
         remedy = "Audit the same plan with another method, such as dp-gd"
-        raise UserError("method.name", "a method whose signal is one gradient, in an audit", config.method_name, remedy)
+        raise UserError(
+            "method.name", "a method with one gradient as its signal, in an audit", config.method_name, remedy
+        )
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)

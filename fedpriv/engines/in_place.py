@@ -95,7 +95,7 @@ class ClientStep:
             self.take((client,), signal.unsqueeze(0), state)
 
     def take_with_state(self, client: int, signal: Callable[[ClientState], Tensor], states: StateStore) -> None:
-        """Do the same for one client whose signal depends on its state.
+        """Do the same for one client if its signal depends on its state.
 
         Args:
             client: The sender.

@@ -1,6 +1,6 @@
 """The interface of methods: a pure client rule and a pure server rule that act on the last axis."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,14 +11,11 @@ from fedpriv.feedback import Feedback, Release
 from fedpriv.plugins import Registry
 from fedpriv.vectors import ServerState, State, norm
 
-# The accountant is slow to import, and no rule needs an epsilon.
-if TYPE_CHECKING:
-    from fedpriv.privacy.records import ExampleTerms, RecordBound
-
 __all__ = [
     "METHODS",
     "ClientState",
     "ClientStateT",
+    "ExampleRule",
     "Gradients",
     "LostMemory",
     "Method",
@@ -194,9 +191,31 @@ class Gradients(Protocol):
         ...
 
 
+class ExampleRule(NamedTuple):
+    """How the bounded gradients of examples enter messages; `fedpriv.privacy.records.RecordBound` has the proofs.
+
+    Args:
+        key: The method's parameter that has to be equal to `privacy.example_clip`.
+        example_clip: Its value.
+        lipschitz: The factor by which a message may move as far as a mean of gradients clipped to `example_clip`.
+        clip_norm: See `RecordBound`, as for the other parameters.
+        feedback_clip: See `RecordBound`.
+        period: See `RecordBound`.
+        restart_weight: See `RecordBound`.
+    """
+
+    key: str
+    example_clip: float
+    lipschitz: float = 1.0
+    clip_norm: float | None = None
+    feedback_clip: float | None = None
+    period: int | None = None
+    restart_weight: float = 1.0
+
+
 @runtime_checkable
 class OwnSignal(Protocol):
-    """A method whose signal needs more than one gradient: several bounds of each example, or several models.
+    """A method with a signal of more than one gradient: several bounds of each example, or several models.
 
     The signal is then several vectors in a row, `[..., vectors * params]`. The client rule takes them, and also a
     single vector `[..., params]`, a signal without the rest; its message has `params` numbers. The state after a round
@@ -217,12 +236,9 @@ class OwnSignal(Protocol):
         """Return the signal `[vectors * params]` of a client with this state at the model `[params]`."""
         ...
 
-    def record_bound(self, terms: "ExampleTerms") -> "RecordBound":
-        """Return how far one record moves the releases of a client.
-
-        Raises:
-            UserError: If there is no proof for these terms.
-        """
+    @property
+    def example_rule(self) -> ExampleRule:
+        """The facts by which single examples are accounted."""
         ...
 
 

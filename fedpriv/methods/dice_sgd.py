@@ -17,7 +17,7 @@ arXiv 2311.14632. Here for a client with gradients g_1 ... g_m, none of them lon
 
 **Sensitivity**, ours, without the paper's assumptions: it bounds gradients by clipping them to G. Let R be the most by
 which one example moves mean_j (g_j - clip_C1(g_j)): 2 (G - C1) / m if it is replaced. For two data sets that differ in
-it, let E_k be the difference of the residuals and p_k that of clip_C2(e). A residual without what is sent of it,
+it, let E_k be the difference of the residuals and p_k that of clip_C2(e). The part that stays,
 e - clip_C2(e), is a firmly nonexpansive function of e, so ||E_k - p_k||^2 <= ||E_k||^2 - ||p_k||^2, and
 ||E_{k+1}||^2 <= ||E_k||^2 - ||p_k||^2 + 2 R ||E_k|| + R^2. As ||E_k|| <= (k - 1) R, the sum over J rounds gives
 sum_k ||p_k||^2 <= (J R)^2. Also ||p_k|| <= 2 C2. Together with the clipped gradients themselves,
@@ -30,7 +30,7 @@ amplify nothing, because the residual is hidden.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,8 @@ from fedpriv.bounding import Clip, finite_rows
 from fedpriv.checks import require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release, on_grid, sent_message
-from fedpriv.methods.base import Gradients, LostMemory, PlainMethod, Row
+from fedpriv.methods.base import ExampleRule, Gradients, LostMemory, PlainMethod, Row
 from fedpriv.methods.memoryless import ModelOnly
-
-if TYPE_CHECKING:
-    from fedpriv.privacy.records import ExampleTerms, RecordBound
 
 __all__ = ["DiceSGD", "Residual"]
 
@@ -56,7 +53,7 @@ class Residual(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DiceSGD(PlainMethod):
-    """Clipped gradients, and what clipping cut off in earlier rounds.
+    """Clipped gradients, and the parts that clipping cut off in earlier rounds.
 
     Args:
         clip_norm: C1, for the gradient of each example.
@@ -98,7 +95,7 @@ class DiceSGD(PlainMethod):
 
     @property
     def vectors(self) -> int:
-        """2: the mean of clipped gradients, and the mean of what was cut off."""
+        """2: the mean of clipped gradients, and the mean of the parts cut off."""
         return 2
 
     @property
@@ -111,19 +108,11 @@ class DiceSGD(PlainMethod):
         clipped = gradients.mean(model, self.clip_norm)
         return torch.cat([clipped, gradients.mean(model, self.gradient_cap) - clipped])
 
-    def record_bound(self, terms: "ExampleTerms") -> "RecordBound":
-        """Return the bound of the module's docstring; see `OwnSignal.record_bound`."""
-        from fedpriv.privacy.records import RecordBound
-
-        if terms.steps:
-            remedy = 'Set local.work = "full-gradient", or choose dp-fedavg for local steps'
-            raise UserError("local.work", '"full-gradient" with dice-sgd', '"dp-sgd"', remedy)
-        if terms.clip != self.gradient_cap:
-            expected = "the same number as privacy.example_clip, to which every gradient is clipped first"
-            remedy = "Set both to the longest gradient that may count"
-            raise UserError("method.gradient_cap", expected, self.gradient_cap, remedy)
-        return RecordBound(
-            terms=terms, l2_bound=self.bounded.l2_bound, clip_norm=self.clip_norm, feedback_clip=self.feedback_clip
+    @property
+    def example_rule(self) -> ExampleRule:
+        """See `OwnSignal.example_rule`."""
+        return ExampleRule(
+            "gradient_cap", self.gradient_cap, clip_norm=self.clip_norm, feedback_clip=self.feedback_clip
         )
 
     def init_client(self, size: int) -> Residual:

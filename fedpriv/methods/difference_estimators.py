@@ -10,7 +10,7 @@ Stationary Points in Differentially Private Optimization", arXiv 2206.00846. In 
 
 with rho = C2 d for DIFF2 and rho = min(C2 d, 2 C1) for Private SpiderBoost. Both papers add noise in proportion to C1
 and rho. Here messages are in units of their own bound and get the same noise in all rounds, which is the same. The
-models are public, and so are d and rho: each round is one release, whose sensitivity does not depend on earlier ones.
+models are public, and so are d and rho: each round is one release, of a sensitivity that earlier ones do not change.
 
 | the papers' letter | here | who keeps it |
 |---|---|---|
@@ -31,7 +31,7 @@ model did not move, rho = 0 and v stays.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,8 @@ from fedpriv.bounding import Clip
 from fedpriv.checks import is_whole, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release, on_grid, sent_message
-from fedpriv.methods.base import Gradients, LostMemory, PlainMethod, Row
+from fedpriv.methods.base import ExampleRule, Gradients, LostMemory, PlainMethod, Row
 from fedpriv.vectors import norm
-
-if TYPE_CHECKING:
-    from fedpriv.privacy.records import ExampleTerms, RecordBound
 
 __all__ = ["DIFF2", "ClientModel", "PrivateSpiderBoost", "ServerEstimate"]
 
@@ -110,12 +107,12 @@ class DIFF2(PlainMethod):
 
     @property
     def longest_difference(self) -> float:
-        """The largest radius of a difference, whatever the distance of the models."""
+        """The largest radius of a difference, at any distance of the models."""
         return math.inf
 
     @property
     def lost_memory(self) -> LostMemory:
-        """`reset-one`: a restart replaces what the server has of the client."""
+        """`reset-one`: a restart replaces the estimate, and with it the client's part."""
         return "reset-one"
 
     @property
@@ -133,22 +130,12 @@ class DIFF2(PlainMethod):
         sent = self._in_its_unit(state, model, gradients, round)
         return torch.cat([sent, model.to(sent)])
 
-    def record_bound(self, terms: "ExampleTerms") -> "RecordBound":
-        """Return a fresh release a round, and the weight of restarts; see `OwnSignal.record_bound`."""
-        from fedpriv.privacy.records import RecordBound
-
-        if terms.steps:
-            remedy = 'Set local.work = "full-gradient" or "poisson-gradient"'
-            raise UserError("local.work", "one gradient at each of two models", '"dp-sgd"', remedy)
-        if terms.clip != self.clip_norm:
-            expected = "the same number as privacy.example_clip, the bound of gradients at restarts"
-            raise UserError("method.clip_norm", expected, self.clip_norm, "Set both to the same number")
-        if terms.rate < 1.0 and self.restart_weight != 1.0:
-            expected = '1 with random batches: rounds of unequal cost are accounted with "full-gradient" alone'
-            raise UserError("method.restart_weight", expected, self.restart_weight, "Set it to 1")
-        return RecordBound(
-            terms=terms,
-            l2_bound=self.bounded.l2_bound,
+    @property
+    def example_rule(self) -> ExampleRule:
+        """See `OwnSignal.example_rule`; each round is a fresh release in units of its bound."""
+        return ExampleRule(
+            "clip_norm",
+            self.clip_norm,
             lipschitz=1.0 / self.clip_norm,
             period=self.period,
             restart_weight=self.restart_weight,
@@ -206,7 +193,7 @@ class DIFF2(PlainMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateSpiderBoost(DIFF2):
-    """DIFF2 whose differences are never longer than two gradients, as in SpiderBoost; its parameters are DIFF2's."""
+    """DIFF2 with differences never longer than two gradients, as in SpiderBoost; the parameters are DIFF2's."""
 
     row: ClassVar[Row] = Row(
         "as diff2, differences of at most 2 C1",

@@ -6,7 +6,7 @@ record moves a signal by at most D. The cost depends on the rule that turns sign
 | route | the client | cost of K rounds with noise of standard deviation s on each message |
 |---|---|---|
 | `memory` | remembers its messages without noise, full gradients | one Gaussian of sensitivity S, below |
-| `memory`, feedback | remembers what clipping cut off (`fedpriv.methods.dice_sgd`) | one Gaussian of its sensitivity |
+| `memory` | remembers the parts cut off by clipping | one Gaussian; the proof is in `fedpriv.methods.dice_sgd` |
 | `fresh` | has no memory, or remembers its noised messages | K releases of sensitivity D L, each with secret batches |
 | `steps` | adds the noise to the sum of every local step | K T releases of sensitivity C; all else is post-processing |
 
@@ -176,9 +176,9 @@ class RecordBound:
         cocoercive: a, if the method's map is cocoercive.
         beta: The share of a message that a noiseless memory keeps; None without noiseless memory.
         damping: lambda, the share of the memory that is forgotten each round.
-        clip_norm: C1, to which gradients of at most C are clipped in messages, if a memory keeps what was cut off; None
-            for other rules.
-        feedback_clip: C2, the bound of what such a memory sends in a round.
+        clip_norm: C1, to which gradients of at most C are clipped in messages if a memory keeps the parts cut off;
+            None for other rules.
+        feedback_clip: C2, the bound of the part that such a memory sends in a round.
         period: Rounds from one restart to the next, if the first round and every `period`-th after it is one; None
             without restarts.
         restart_weight: w, by which restarts are longer than other messages.
@@ -272,7 +272,7 @@ class RecordBound:
         return restarts * self.restart_weight**2 + (rounds - restarts)
 
     def _of_feedback(self, share: float, clip_norm: float, feedback_clip: float, rounds: int) -> float:
-        """Return the sensitivity with a memory of what was cut off; the proof is in `fedpriv.methods.dice_sgd`."""
+        """Return the sensitivity with a memory of the parts cut off; the proof is in `fedpriv.methods.dice_sgd`."""
         direct = share * clip_norm * (1.0 + ROUNDING) * math.sqrt(rounds)
         cut = share * (self.terms.bound * (1.0 + ROUNDING) - clip_norm) * rounds
         fed_back = min(cut, 2.0 * feedback_clip * math.sqrt(rounds))

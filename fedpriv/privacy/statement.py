@@ -362,8 +362,8 @@ _ROUTES = {
     "Over all {rounds} rounds, one example moves a client's messages together by at most {sensitivity:g} (Euclidean "
     "norm). Gaussian noise of standard deviation {stddev:.6g} per coordinate is added to {noised}: {multiplier:.6g} "
     "times that sensitivity.",
-    "feedback": "In messages, gradients are clipped once more, to {clip_norm:g}. Clients remember what this cuts off "
-    "and send it in later rounds, at most {feedback_clip:g} a round, so an example of one round also changes later "
+    "feedback": "In messages, gradients are clipped once more, to {clip_norm:g}. Clients remember the parts cut off "
+    "and send them in later rounds, at most {feedback_clip:g} a round, so an example of one round also changes later "
     "messages. Over all {rounds} rounds, one example moves a client's messages together by at most {sensitivity:g} "
     "(Euclidean norm). Gaussian noise of standard deviation {stddev:.6g} per coordinate is added to {noised}: "
     "{multiplier:.6g} times that sensitivity.",

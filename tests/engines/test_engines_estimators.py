@@ -143,7 +143,7 @@ def test_without_clipping_and_noise_differences_are_gradient_descent() -> None:
     """The differences add up: v is the gradient at every model, not only at restarts."""
     free = {**DIFF, "clip_norm": 1e3, "smoothness": 1e3, "period": 50}
     plain = {**PLAIN, "max_norm": 1e3}
-    given = {"example_clip": 1e3}
+    given: dict[str, Any] = {"example_clip": 1e3}
     for one, other in zip(models_of(made(free, **given)), models_of(made(plain, **given)), strict=True):
         assert torch.allclose(one, other, rtol=0.0, atol=2e-6)
 
@@ -304,7 +304,7 @@ def test_no_replaced_example_moves_messages_by_more_than_stated(method: Any) -> 
     """The search starts at an example and its opposite, and reaches nearly the bound of differences."""
     dice, rounds, examples = isinstance(method, DiceSGD), 5, 3
     clip = method.gradient_cap if dice else method.clip_norm
-    record = method.record_bound(ExampleTerms(clip=clip, examples=examples))
+    record = record_bound(method, ExampleTerms(clip=clip, examples=examples))
     limit = record.sensitivity("replace", rounds) * (1.0 if dice else math.sqrt(rounds))
     signs = np.array([1.0, -1.0, 1.0, -1.0, 1.0])[:, None] if not dice else np.ones((rounds, 1))
     for seed in range(2):
@@ -319,7 +319,7 @@ def test_the_price_of_feedback_is_real() -> None:
     """Others push the residual far out, where clipping hides the example's part; at the end they let all of it go."""
     rounds, examples = 10, 4000
     method = DiceSGD(clip_norm=1.0, gradient_cap=3.0, feedback_clip=10.0 * 2.0 / examples * 1.05)
-    record = method.record_bound(ExampleTerms(clip=3.0, examples=examples))
+    record = record_bound(method, ExampleTerms(clip=3.0, examples=examples))
     rows = np.zeros((rounds, examples, 2))
     rows[:, 0] = [0.0, 3.0]
     push = 2.0 - method.feedback_clip  # of clipping a gradient of 3 to 1, as seen in the residual
