@@ -24,6 +24,8 @@ Cauchy-Schwarz bounds the sum of <s, d> by D sqrt(J) sqrt(sum ||s||^2). QED. The
 leaks a record in rounds that do not use it. For any other beta, S = 2 B sqrt(K), which holds for every bounded map.
 
 **Restarts** of weight w (`fedpriv.methods.difference_estimators`) cost w^2 of the other releases of the route `fresh`.
+Between them, changes of gradients count in units of the models' distance, so that the rounding of single gradients may
+be long. It is the same in both data sets only if all other examples keep their places: `replace` alone is offered.
 
 **Sampling of clients** lowers the cost of a record only as a count. Other records of the same client reveal whether it
 takes part, so a secret cohort does not hide one record. Given who takes part, which the record does not influence, the
@@ -285,6 +287,16 @@ class RecordBound:
         left = 2.0 * self.cocoercive - self.beta / (1.0 - self.damping)
         return trivial if left <= 0.0 else min(2.0 * moved * math.sqrt(rounds) / left, trivial)
 
+    def check_neighbors(self, adjacency: Adjacency, sampling: Sampling) -> None:
+        """Raise UserError if restarts have no proof for this adjacency or sampling."""
+        if self.period is not None and adjacency != "replace":
+            remedy = 'Set it to "replace"'
+            expected = '"replace" with differences of gradients: rounding of the others may hide or show an example'
+            raise UserError("privacy.adjacency", expected, repr(adjacency), remedy)
+        if self.restart_weight != 1.0 and not isinstance(sampling, Everyone):
+            expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
+            raise UserError("method.restart_weight", expected, self.restart_weight, "Set it to 1")
+
     def check_rounds(self, rounds: int) -> None:
         """Raise UserError if memories could round away the part of one record."""
         longest = self.l2_bound if self.feedback_clip is None else max(self.l2_bound, self.terms.bound)
@@ -308,7 +320,7 @@ class RecordReleases:
         client_memory: See `Releases`.
 
     Raises:
-        UserError: If a timeline decides who counts.
+        UserError: If a timeline decides who counts, or there is no proof for this adjacency or sampling.
     """
 
     trust: Trust
@@ -323,9 +335,7 @@ class RecordReleases:
         if not self.sampling.draws_cohorts:
             remedy = 'Remove [schedule], or use privacy.unit = "client"'
             raise UserError("privacy.unit", '"client" with [schedule]', '"example"', remedy)
-        if self.record.restart_weight != 1.0 and not isinstance(self.sampling, Everyone):
-            expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
-            raise UserError("method.restart_weight", expected, self.record.restart_weight, "Set it to 1")
+        self.record.check_neighbors(self.adjacency, self.sampling)
 
     @property
     def sensitivity(self) -> float:

@@ -116,8 +116,9 @@ def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
         ({"name": "clip21"}, {"work": "full-gradient"}),
         ({"name": "dp-gd"}, {"work": "poisson-gradient", "rate": 0.2}),
         ({"name": "dp-gd"}, {"work": "dp-sgd", "rate": 0.2, "steps": 2, "client_lr": 0.1}),
+        ({"name": "dice-sgd", "clip_norm": 0.5, "gradient_cap": 1.0}, {"work": "full-gradient"}),
     ],
-    ids=["full", "poisson", "dp-sgd"],
+    ids=["full", "poisson", "dp-sgd", "feedback"],
 )
 def test_flower_gives_the_loops_model_if_single_examples_are_protected(method, local, trust, tmp_path):
     if local["work"] == "dp-sgd":
