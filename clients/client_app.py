@@ -34,6 +34,7 @@ from fedpriv.flower.messages import (
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.state import load_state
+from fedpriv.methods import own_signal_of
 from fedpriv.streams import SeededStreams, Streams
 
 __all__ = ["app"]
@@ -79,12 +80,14 @@ def _train(message: Message, context: Context) -> Message:
     instructions = ClientInstructions.of(message.content)
     with one_thread():
         x = model.vector(received).to(population.task.device)
-        shared, offset = model.shared(message.content, instructions.method), None
-        if shared is not None:
-            state = load_state(context, instructions, model.layout.size)
-            offset = instructions.method.step_offset(state, shared)
+        method, shared, offset = instructions.method, model.shared(message.content, instructions.method), None
+        needed = shared is not None or own_signal_of(method) is not None
+        state = load_state(context, instructions, model.layout.size) if needed else None
+        if shared is not None and state is not None:
+            offset = method.step_offset(state, shared)
         offset = None if offset is None else offset.to(x.device)
-        signal = population.signal(instructions.client, x, instructions.round, instructions.rules, offset).cpu()
+        rules = instructions.rules
+        signal = population.signal(instructions.client, x, instructions.round, rules, offset, state).cpu()
     return Message(send_message(instructions, signal, model, context), reply_to=message)
 
 

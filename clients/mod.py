@@ -42,6 +42,7 @@ from fedpriv.flower.messages import (
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
+from fedpriv.methods import own_signal_of
 
 __all__ = ["private_mod"]
 
@@ -88,6 +89,11 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     if instructions.examples:
         remedy = "Ask the server's operator for a run whose unit is the client"
         raise Refusal("model", "examples", "a run that protects clients", "an app that bounds no examples", remedy)
+    if own_signal_of(instructions.method) is not None:
+        remedy = "Ask the server's operator for another method: this one needs gradients at models that it chooses"
+        raise Refusal(
+            "model", "method", "a method that bounds an app's update", method_name(instructions.method), remedy
+        )
     fixed = {name: received[name] for name in arrays.fixed}  # copied before the app can change them
     metrics: dict[str, Any] = {}
 

@@ -27,10 +27,12 @@ from fedpriv.mechanisms.shares import IntegerSums, NoServerNoise, Voids
 from fedpriv.methods import (
     METHODS,
     ClientStateT,
+    ExampleRule,
     Method,
     ServerState,
     feedback_of,
     has_memory,
+    own_signal_of,
     server_step,
 )
 from fedpriv.privacy import PrivacyPlan, Sampling
@@ -344,6 +346,8 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
     Raises:
         UserError: If the method's client rule or its bounded map is not one that can be accounted for.
     """
+    if (own := own_signal_of(method)) is not None:
+        return _own_record_bound(own.example_rule, method, terms)
     bounded, rule = method.bounded, feedback_of(method)
     if terms.steps:
         return RecordBound(terms=terms, l2_bound=bounded.l2_bound)
@@ -361,6 +365,29 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
         cocoercive=getattr(bounded, "cocoercive", None),
         beta=rule.beta if noiseless else None,
         damping=rule.damping if noiseless else 0.0,
+    )
+
+
+def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) -> RecordBound:
+    """Return the same for a method with its own signal."""
+    name = METHODS.name_of(method.client_part)
+    if terms.steps:
+        remedy = 'Set local.work = "full-gradient", or choose dp-gd for local steps'
+        raise UserError("local.work", f"gradients at given models with {name}", '"dp-sgd"', remedy)
+    if terms.clip != rule.example_clip:
+        got = f"{rule.example_clip:g} against {'none' if terms.clip is None else format(terms.clip, 'g')}"
+        raise UserError(f"method.{rule.key}", "privacy.example_clip", got, "Set both to the same number")
+    if terms.rate < 1.0 and rule.restart_weight != 1.0:
+        expected = '1 with random batches: rounds of unequal cost are accounted with "full-gradient" alone'
+        raise UserError("method.restart_weight", expected, rule.restart_weight, "Set it to 1")
+    return RecordBound(
+        terms=terms,
+        l2_bound=method.bounded.l2_bound,
+        lipschitz=rule.lipschitz,
+        clip_norm=rule.clip_norm,
+        feedback_clip=rule.feedback_clip,
+        period=rule.period,
+        restart_weight=rule.restart_weight,
     )
 
 
@@ -392,7 +419,7 @@ def client_round(
         rules: The client's half of the agreement.
         client: The client's id, part of the address of its noise.
         state: Its state from earlier rounds.
-        signal: Its message without privacy, `[params]`.
+        signal: Its message without privacy, `[params]`; longer for a method with its own (`OwnSignal`).
         round: The current round, from 1.
         turn: The address of the noise if rounds may be retried, as in deployments; None for the round.
     """
@@ -418,9 +445,15 @@ def apply_client_rule(
     """
     rule = _checked_client_rule if _is_own(method) else type(method).client_rule
     message, state = rule(method, state, signal, release, round)
-    if message.shape != signal.shape:
+    if message.shape != signal.shape and not _is_part(method, message, signal):
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
     return message, state
+
+
+def _is_part(method: Method, message: Tensor, signal: Tensor) -> bool:
+    """Return True if a message is as long as each of the vectors that its method's own signals have."""
+    own = own_signal_of(method)
+    return own is not None and (*message.shape[:-1], message.shape[-1] * own.vectors) == signal.shape
 
 
 def _is_own(method: Method) -> bool:

@@ -86,6 +86,7 @@ PACED = "tests/flower/test_flower_pace.py"
 RECORDS = "fedpriv/privacy/records.py"
 OF_RECORDS = "tests/privacy/test_privacy_records.py"
 OF_EXAMPLES = "tests/engines/test_engines_examples.py"
+OF_ESTIMATORS, DIFFERENCES = "tests/engines/test_engines_estimators.py", "fedpriv/methods/difference_estimators.py"
 TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_experiment_tasks.py"
 
 SECURE = "fedpriv/secure"
@@ -2560,6 +2561,60 @@ MUTANTS = [
         "push = (push - (1.0 - rule.weight) * past) / rule.weight",
         "pass",
         "tests/audit/test_audit_run.py",
+        "estimators: the noise of a difference is scaled as that of a gradient",
+        DIFFERENCES,
+        "estimate = state.estimate + mean_message * self._radius(state.model, state.previous)",
+        "estimate = state.estimate + mean_message * self.clip_norm",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: restarts are not charged",
+        RECORDS,
+        "return restarts * self.restart_weight**2 + (rounds - restarts)",
+        "return float(rounds - restarts)",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: restarts are charged as other rounds, whatever their weight",
+        RECORDS,
+        "return restarts * self.restart_weight**2 + (rounds - restarts)",
+        "return float(rounds)",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: a client takes an older model for the last one",
+        DIFFERENCES,
+        "if float(state.updated) != round - 1 or radius == 0.0:",
+        "if radius == 0.0:",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: the mean of differences is clipped instead of each",
+        "fedpriv/tasks/task.py",
+        "total += Clip(clip_norm=1.0)(moved).sum(dim=0)",
+        "total += Clip(clip_norm=1.0)(moved.mean(dim=0)) * len(moved)",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: DiceSGD is charged without its feedback",
+        RECORDS,
+        "return min(direct + fed_back, 2.0 * self.l2_bound * math.sqrt(rounds))",
+        "return min(direct, 2.0 * self.l2_bound * math.sqrt(rounds))",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: the feedback of DiceSGD is charged with the root of the rounds",
+        RECORDS,
+        "* (self.terms.bound * (1.0 + ROUNDING) - clip_norm) * rounds",
+        "* (self.terms.bound * (1.0 + ROUNDING) - clip_norm) * math.sqrt(rounds)",
+        OF_ESTIMATORS,
+    ),
+    Mutant(
+        "estimators: DiceSGD does not cap gradients",
+        "fedpriv/methods/dice_sgd.py",
+        "gradients.mean(model, self.gradient_cap) - clipped",
+        "gradients.mean(model, 1e20) - clipped",
+        OF_ESTIMATORS,
     ),
 ]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines import Population, VectorizedEngine
-from fedpriv.methods import feedback_of
+from fedpriv.methods import ClientState, feedback_of
 from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
@@ -198,8 +198,9 @@ class CanaryPopulation(Population):
         round: int,
         rules: ClientRules | None = None,
         offset: Tensor | None = None,
+        state: ClientState | None = None,
     ) -> Tensor:
-        """See `Population.signal`; independent of the model.
+        """See `Population.signal`; independent of the model and of the state.
 
         If the client averages its signals, the average is the push: signals make up for those of earlier rounds.
         """

@@ -18,6 +18,7 @@ from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.run_directory import RunDirectory, jsonable
 from fedpriv.files import write_atomically
+from fedpriv.methods import own_signal_of
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.tables import Record
@@ -150,6 +151,11 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         remedy = "Audit the same plan with -s local= -s local.work=full-gradient"
         got = repr(LOCAL_WORKS.name_of(config.local))
         raise UserError("local.work", '"full-gradient" in an audit with unit = "example"', got, remedy)
+    if own_signal_of(config.method) is not None:
+        remedy = "Audit the same plan with another method, such as dp-gd"
+        raise UserError(
+            "method.name", "a method with one gradient as its signal, in an audit", config.method_name, remedy
+        )
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)

@@ -16,9 +16,10 @@ from fedpriv.data.augment import Augmentation, augmented, draws_of
 from fedpriv.data.federation import Federation, Holders
 from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
+from fedpriv.methods import ClientState, own_signal_of
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import LocalWork, PoissonGradient, batches_of, make_signal
+from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread"]
@@ -120,11 +121,19 @@ class Population:
         round: int,
         rules: ClientRules | None = None,
         offset: Tensor | None = None,
+        state: ClientState | None = None,
     ) -> Tensor:
-        """Return the signal `[params]` of one client in one round, as a new tensor.
+        """Return the signal of one client in one round, as a new tensor.
 
-        `rules` replaces those of the population, if the client receives its rules with the model. `offset` is added to
-        the gradient of each local step; see `Broadcast.offset`.
+        `[params]`, or `[vectors * params]` for a method with its own signal (`fedpriv.methods.OwnSignal`).
+
+        Args:
+            client: Its id.
+            model: x, `[params]`.
+            round: The round, from 1.
+            rules: Replaces those of the population, if the client receives its rules with the model.
+            offset: Added to the gradient of each local step; see `Broadcast.offset`.
+            state: The client's state; needed by methods with their own signal.
         """
         rules = rules or self.rules
         inputs, labels = self.examples(client)
@@ -132,13 +141,24 @@ class Population:
         batches = batches_of(self.work, streams, len(labels), round, client)
         if self.augment is not None:
             inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
-        clipped = rules.clipped(round, client)
+        clipped, own = rules.clipped(round, client), own_signal_of(rules.method)
+        if own is not None:
+            if state is None:
+                raise ValueError(f"{rules.method} needs a client's state for its signal")
+            given = ClientGradients(self.task, inputs, labels, self.work, batches, clipped)
+            return own.own_signal(state, model, given, round)
         return make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset)
 
     @property
     def one_by_one(self) -> bool:
         """True if the signals of several clients cannot be computed at once."""
-        return self.rules.examples is not None or isinstance(self.work, PoissonGradient)
+        own = self.needs_states or self.rules.examples is not None
+        return own or isinstance(self.work, PoissonGradient)
+
+    @property
+    def needs_states(self) -> bool:
+        """True if signals depend on clients' states."""
+        return own_signal_of(self.rules.method) is not None
 
     def draws(self, examples: int, round: int, client: int) -> np.ndarray:
         """Return the draws for the augmentation of one client's examples in one round; no columns without one."""

@@ -4,7 +4,7 @@ A method's `client_rule` is the definition. If it has the form of `fedpriv.feedb
 operations in place: residual, norm, message, memory and sum, without allocating memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,10 +61,10 @@ class ClientStep:
 
         Args:
             clients: The senders.
-            signals: `[clients, params]`; overwritten.
+            signals: `[clients, params]`, or longer for a method with its own signal; overwritten.
             state: Fields `[clients, ...]`.
         """
-        norms = row_norms(signals)
+        norms = row_norms(signals[..., : len(self.broadcast.model)])
         round, turn = self.broadcast.round, self.broadcast.address
         release = self.rules.release_rows(turn, clients)
         if len(clients) == 1:  # as a vector, for the same bits as a client alone
@@ -94,6 +94,18 @@ class ClientStep:
                 return
         with states.borrowed((client,)) as state:
             self.take((client,), signal.unsqueeze(0), state)
+
+    def take_with_state(self, client: int, signal: Callable[[ClientState], Tensor], states: StateStore) -> None:
+        """Do the same for one client if its signal depends on its state.
+
+        Args:
+            client: The sender.
+            signal: Returns its signal from its state.
+            states: The store of its state.
+        """
+        with states.borrowed((client,)) as state:
+            own = signal(type(state)(*(part[0] for part in state)))
+            self.take((client,), own.unsqueeze(0), state)
 
     def _take_in_c(
         self, in_c: FeedbackInC, client: int, signal: int, states: StateStore, following: int | None

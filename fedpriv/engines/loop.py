@@ -38,8 +38,8 @@ class LoopEngine:
                 with self._states.borrowed([client]) as kept:
                     state = type(kept)(*(field[0] for field in kept))
                     offset = broadcast.offset(rules.method, state)
-                    signal = population.signal(client, model, round, offset=offset)
-                    norms += _counted_norm(signal, state)
+                    signal = population.signal(client, model, round, offset=offset, state=state)
+                    norms += _counted_norm(signal[: len(model)], state)
                     message, new = client_round(rules, client, state, signal, round, broadcast.address)
                     total.add(message)
                     _write(state, new)

@@ -1,5 +1,7 @@
 """The vectorized engine: computes chunks of clients at once if that is faster, and client steps in C if possible."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -83,6 +85,11 @@ class VectorizedEngine:
                 step.take(few, signals[start : start + rows], state)
 
     def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
+        if self._population.needs_states:
+            for client in clients:
+                signal = partial(self._population.signal, client, model, broadcast.round, None, None)
+                step.take_with_state(client, signal, self._states)
+            return
         for client, following in zip(clients, [*clients[1:], None], strict=True):
             offset = self._offsets([client], broadcast)
             offset = None if offset is None else offset[0]

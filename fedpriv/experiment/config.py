@@ -21,7 +21,16 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
-from fedpriv.methods import DPGD, METHODS, SERVER_OPTIMIZERS, Method, ServerOptimized, has_memory, optimized
+from fedpriv.methods import (
+    DPGD,
+    METHODS,
+    SERVER_OPTIMIZERS,
+    Method,
+    ServerOptimized,
+    has_memory,
+    optimized,
+    own_signal_of,
+)
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import (
     SAMPLINGS,
@@ -365,6 +374,9 @@ class Config:
         """
         self.check_unclocked()
         self.check_plain_sums()
+        if own_signal_of(self.method) is not None:
+            remedy = "Simulate it, or choose dp-gd"
+            raise UserError("method.name", "a method that deployments offer", repr(self.method_name), remedy)
         if self.needs_sizes:
             remedy = "Set it: devices do not tell the server how many examples they have"
             raise UserError("privacy.examples", "a public number in a deployment", "a missing key", remedy)
@@ -617,6 +629,7 @@ def check_config(config: Config) -> None:
     _check_sums(config)
     _check_schedule(config)
     _check_unit(config)
+    _check_presence(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "pseudo-gradient":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
@@ -705,6 +718,19 @@ def _check_unit(config: Config) -> None:
     if examples and not config.rule.draws_cohorts:
         remedy = 'Remove [schedule], or set privacy.unit = "client"'
         raise UserError("[schedule]", 'no such table with privacy.unit = "example"', "a schedule", remedy)
+
+
+def _check_presence(config: Config) -> None:
+    """Raise UserError if clients may miss a round although the method needs everyone in every round."""
+    own = own_signal_of(config.method)
+    if own is None or not own.needs_everyone:
+        return
+    expected = f"with {config.method_name}: clients need the model of the last round, which an absent one lacks"
+    if config.cohort.sampling != "everyone":
+        remedy = 'Set it to "everyone", or choose another method'
+        raise UserError("cohort.sampling", f'"everyone" {expected}', repr(config.cohort.sampling), remedy)
+    if config.devices is not None:
+        raise UserError("[devices]", f"no such table {expected}", "a virtual clock", "Remove [devices] and [schedule]")
 
 
 def _check_sources(config: Config, recorded: Table) -> None:

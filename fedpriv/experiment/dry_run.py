@@ -80,12 +80,13 @@ def try_experiment(config: Config, *, device: str = "cpu", data_root: Path | Non
         remedy = "Scale the inputs by fixed constants, or lower the first weights"
         raise UserError("[model]", "a finite loss of the first model on test examples", loss, remedy)
     client = 0 if sizes is None else int(sizes.argmax())
-    signal = population.signal(client, model.to(task.device), 1)
-    norm = float(torch.linalg.vector_norm(signal))
+    state = population.rules.init_client(task.layout.size)
+    signal = population.signal(client, model.to(task.device), 1, state=state)
+    norm = float(torch.linalg.vector_norm(signal[: task.layout.size]))
     if not math.isfinite(norm):
         remedy = "Lower the learning rate of [local], or scale the inputs by fixed constants"
         raise UserError("[local]", f"a finite signal of client {client} in its first round", norm, remedy)
-    client_round(population.rules, client, config.method.init_client(len(signal)), signal.cpu(), 1)
+    client_round(population.rules, client, state, signal.cpu(), 1)
     return Findings(
         examples=dataset.examples,
         test_examples=len(dataset.test_labels),

@@ -23,7 +23,7 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
 
     Args:
         instructions: Instructions to the client for this round.
-        signal: The message without privacy, `[params]`.
+        signal: The message without privacy, `[params]`; longer for a method with its own signal.
         model: Layout of the message in arrays.
         context: Stores the client's state.
     """
@@ -31,7 +31,8 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
         state = load_state(context, instructions, model.layout.size)
         sound = all(bool(torch.isfinite(field).all()) for field in state)
         message, state = client_round(instructions.rules, instructions.client, state, signal, instructions.round)
-        norm = float(torch.linalg.vector_norm(signal, dtype=torch.float64)) if sound else math.inf
+        counted = signal[: model.layout.size]
+        norm = float(torch.linalg.vector_norm(counted, dtype=torch.float64)) if sound else math.inf
     keep_state(context, instructions, state)
     if not math.isfinite(norm):
         part = "update" if sound else "memory"

@@ -5,17 +5,23 @@ from fedpriv.methods.base import (
     METHODS,
     ClientState,
     ClientStateT,
+    ExampleRule,
+    Gradients,
     LostMemory,
     Method,
+    OwnSignal,
     PlainMethod,
     ServerState,
     ServerStateT,
     feedback_of,
     has_memory,
+    own_signal_of,
     server_step,
 )
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.clip21_sgd2m import Clip21SGD2M
+from fedpriv.methods.dice_sgd import DiceSGD
+from fedpriv.methods.difference_estimators import DIFF2, PrivateSpiderBoost
 from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.dp_scaffold import DPScaffold
@@ -24,6 +30,7 @@ from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
 __all__ = [
+    "DIFF2",
     "DPGD",
     "METHODS",
     "SERVER_OPTIMIZERS",
@@ -34,11 +41,16 @@ __all__ = [
     "Clip21SGD2M",
     "DPFedAvg",
     "DPScaffold",
+    "DiceSGD",
+    "ExampleRule",
     "FedAlphaNormEC",
+    "Gradients",
     "LostMemory",
     "Method",
     "NormalizedSGD",
+    "OwnSignal",
     "PlainMethod",
+    "PrivateSpiderBoost",
     "ServerOptimized",
     "ServerOptimizer",
     "ServerState",
@@ -46,5 +58,6 @@ __all__ = [
     "feedback_of",
     "has_memory",
     "optimized",
+    "own_signal_of",
     "server_step",
 ]

@@ -1,6 +1,6 @@
 """The interface of methods: a pure client rule and a pure server rule that act on the last axis."""
 
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ __all__ = [
     "METHODS",
     "ClientState",
     "ClientStateT",
+    "ExampleRule",
+    "Gradients",
     "LostMemory",
     "Method",
+    "OwnSignal",
     "PlainMethod",
     "Row",
     "ServerState",
@@ -24,6 +27,7 @@ __all__ = [
     "direction",
     "feedback_of",
     "has_memory",
+    "own_signal_of",
     "server_step",
 ]
 
@@ -204,6 +208,82 @@ class PlainMethod:
         return None
 
 
+class Gradients(Protocol):
+    """The gradients of one client in one round, for a method with its own signal.
+
+    With the unit `example`, bounds apply to the gradient of each example, and sums of gradients are divided by the
+    client's public number. Otherwise, the client's signal is bounded as if it were the gradient of a single example.
+    """
+
+    def mean(self, at: Tensor, clip_norm: float) -> Tensor:
+        """Return the mean `[params]` of the gradients at the model `at`, each clipped to `clip_norm`."""
+        ...
+
+    def change(self, at: Tensor, before: Tensor, radius: float) -> Tensor:
+        """Return the mean `[params]` of the gradients' changes from the model `before` to `at`.
+
+        Each change is divided by `radius`, above 0, and then clipped to 1. Both gradients use the same examples.
+        """
+        ...
+
+
+class ExampleRule(NamedTuple):
+    """How the bounded gradients of examples enter messages; `fedpriv.privacy.records.RecordBound` has the proofs.
+
+    Args:
+        key: The method's parameter that has to be equal to `privacy.example_clip`.
+        example_clip: Its value.
+        lipschitz: The factor by which a message may move as far as a mean of gradients clipped to `example_clip`.
+        clip_norm: See `RecordBound`, as for the other parameters.
+        feedback_clip: See `RecordBound`.
+        period: See `RecordBound`.
+        restart_weight: See `RecordBound`.
+    """
+
+    key: str
+    example_clip: float
+    lipschitz: float = 1.0
+    clip_norm: float | None = None
+    feedback_clip: float | None = None
+    period: int | None = None
+    restart_weight: float = 1.0
+
+
+@runtime_checkable
+class OwnSignal(Protocol):
+    """A method with a signal of more than one gradient: several bounds of each example, or several models.
+
+    The signal is then several vectors in a row, `[..., vectors * params]`. The client rule takes them, and also a
+    single vector `[..., params]`, a signal without the rest; its message has `params` numbers. The state after a round
+    contains no noise.
+    """
+
+    @property
+    def vectors(self) -> int:
+        """Number of vectors in a signal, at least 2."""
+        ...
+
+    @property
+    def needs_everyone(self) -> bool:
+        """True if clients need the model of the last round, which only those who took part have."""
+        ...
+
+    def own_signal(self, state: Any, model: Tensor, gradients: Gradients, round: int) -> Tensor:
+        """Return the signal `[vectors * params]` of a client with this state at the model `[params]`."""
+        ...
+
+    @property
+    def example_rule(self) -> ExampleRule:
+        """The facts by which single examples are accounted."""
+        ...
+
+
+def own_signal_of(method: Method) -> OwnSignal | None:
+    """Return the method that clients run if it makes its own signal, otherwise None."""
+    method = method.client_part
+    return method if isinstance(method, OwnSignal) else None
+
+
 def server_step(
     method: Method[Any, ServerStateT], state: ServerStateT, mean_message: Tensor, sampling_prob: float
 ) -> ServerStateT:
@@ -230,6 +310,9 @@ METHODS: Registry[Method] = Registry(
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
         "dp-gd": "fedpriv.methods.dp_gd:DPGD",
         "dp-scaffold": "fedpriv.methods.dp_scaffold:DPScaffold",
+        "diff2": "fedpriv.methods.difference_estimators:DIFF2",
+        "private-spiderboost": "fedpriv.methods.difference_estimators:PrivateSpiderBoost",
+        "dice-sgd": "fedpriv.methods.dice_sgd:DiceSGD",
     },
     protocol=Method,
     group="fedpriv.methods",

@@ -87,6 +87,7 @@ class PrivacyPlan:
             self.sampling.check_neighbors(self.adjacency)
         else:
             self.record.check_rounds(self.rounds)
+            self.record.check_neighbors(self.adjacency, self.sampling)
         _check_numbers(self.rounds, self.delta, self.l2_bound)
         if not is_real(self.noise_multiplier, 0.0, MAX_NOISE):
             expected = f"a number from 0 to {MAX_NOISE:g}"

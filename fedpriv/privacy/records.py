@@ -6,6 +6,7 @@ record moves a signal by at most D. The cost depends on the rule that turns sign
 | route | the client | cost of K rounds with noise of standard deviation s on each message |
 |---|---|---|
 | `memory` | remembers its messages without noise, full gradients | one Gaussian of sensitivity S, below |
+| `memory` | remembers the parts cut off by clipping | one Gaussian; the proof is in `fedpriv.methods.dice_sgd` |
 | `fresh` | has no memory, or remembers its noised messages | K releases of sensitivity D L, each with secret batches |
 | `steps` | adds the noise to the sum of every local step | K T releases of sensitivity C; all else is post-processing |
 
@@ -25,6 +26,10 @@ leaks a record in rounds that do not use it. For any other beta, S = 2 B sqrt(K)
 A client may first average its signals (`Feedback.weight`): u_k <- (1 - b) u_{k-1} + b signal_k. The weights b (1 - b)^j
 of this filter add up to at most 1. So by Young's inequality the sum of ||u_k - u'_k||^2 is at most J D^2, and the proof
 needs nothing else.
+
+**Restarts** of weight w (`fedpriv.methods.difference_estimators`) cost w^2 of the other releases of the route `fresh`.
+Between them, changes of gradients count in units of the models' distance, so that the rounding of single gradients may
+be long. It is the same in both data sets only if all other examples keep their places: `replace` alone is offered.
 
 **Sampling of clients** lowers the cost of a record only as a count. Other records of the same client reveal whether it
 takes part, so a secret cohort does not hide one record. Given who takes part, which the record does not influence, the
@@ -62,7 +67,7 @@ from fedpriv.privacy.accounting import (
 )
 from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_delta, gaussian_epsilon
 from fedpriv.privacy.losses import Half
-from fedpriv.privacy.sampling import Sampling, gaussian_event
+from fedpriv.privacy.sampling import Everyone, Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
 from fedpriv.privacy.unit import Adjacency
 
@@ -177,6 +182,12 @@ class RecordBound:
         cocoercive: a, if the method's map is cocoercive.
         beta: The share of a message that a noiseless memory keeps; None without noiseless memory.
         damping: lambda, the share of the memory that is forgotten each round.
+        clip_norm: C1, to which gradients of at most C are clipped in messages if a memory keeps the parts cut off;
+            None for other rules.
+        feedback_clip: C2, the bound of the part that such a memory sends in a round.
+        period: Rounds from one restart to the next, if the first round and every `period`-th after it is one; None
+            without restarts.
+        restart_weight: w, by which restarts are longer than other messages.
 
     Raises:
         UserError: If there is no route of accounting.
@@ -188,6 +199,10 @@ class RecordBound:
     cocoercive: float | None = None
     beta: float | None = None
     damping: float = 0.0
+    clip_norm: float | None = None
+    feedback_clip: float | None = None
+    period: int | None = None
+    restart_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.route == "memory" and self.terms.rate < 1.0:
@@ -198,6 +213,8 @@ class RecordBound:
     def as_dict(self) -> dict[str, object]:
         """Return the bound for JSON; see `read`."""
         own = {key: value for key, value in asdict(self).items() if key != "terms"}
+        absent = {"clip_norm": None, "feedback_clip": None, "period": None, "restart_weight": 1.0}
+        own = {key: value for key, value in own.items() if key not in absent or value != absent[key]}
         return {"route": self.route, **asdict(self.terms), **own}
 
     def as_text(self) -> str:
@@ -225,7 +242,9 @@ class RecordBound:
     @property
     def route(self) -> Literal["memory", "fresh", "steps"]:
         """The route of accounting."""
-        return "steps" if self.terms.steps else "fresh" if self.beta is None else "memory"
+        if self.terms.steps:
+            return "steps"
+        return "fresh" if self.beta is None and self.feedback_clip is None else "memory"
 
     def alone(self) -> float:
         """Largest change of a release by one record that is present or absent: C for a step, D L for a message."""
@@ -243,9 +262,27 @@ class RecordBound:
         both = 2.0 if adjacency == "replace" else 1.0
         if self.route == "steps":
             return both * self.alone()
+        if self.route == "fresh" and self.period is not None:
+            return both * self.terms.alone * (1.0 + ROUNDING) * self.lipschitz
         if self.route == "fresh":
             return min(both * self.terms.alone * (1.0 + ROUNDING) * self.lipschitz, 2.0 * self.l2_bound)
+        if self.clip_norm is not None and self.feedback_clip is not None:
+            return self._of_feedback(both / self.terms.examples, self.clip_norm, self.feedback_clip, rounds)
         return self._of_memory(both * self.terms.alone * (1.0 + ROUNDING), rounds)
+
+    def releases(self, rounds: int) -> float:
+        """Return the cost of the first `rounds` rounds on the route `fresh`, in releases that are not restarts."""
+        if self.period is None:
+            return float(rounds)
+        restarts = math.ceil(rounds / self.period)
+        return restarts * self.restart_weight**2 + (rounds - restarts)
+
+    def _of_feedback(self, share: float, clip_norm: float, feedback_clip: float, rounds: int) -> float:
+        """Return the sensitivity with a memory of the parts cut off; the proof is in `fedpriv.methods.dice_sgd`."""
+        direct = share * clip_norm * (1.0 + ROUNDING) * math.sqrt(rounds)
+        cut = share * (self.terms.bound * (1.0 + ROUNDING) - clip_norm) * rounds
+        fed_back = min(cut, 2.0 * feedback_clip * math.sqrt(rounds))
+        return min(direct + fed_back, 2.0 * self.l2_bound * math.sqrt(rounds))
 
     def _of_memory(self, moved: float, rounds: int) -> float:
         trivial = 2.0 * self.l2_bound * math.sqrt(rounds)
@@ -254,9 +291,20 @@ class RecordBound:
         left = 2.0 * self.cocoercive - self.beta / (1.0 - self.damping)
         return trivial if left <= 0.0 else min(2.0 * moved * math.sqrt(rounds) / left, trivial)
 
+    def check_neighbors(self, adjacency: Adjacency, sampling: Sampling) -> None:
+        """Raise UserError if restarts have no proof for this adjacency or sampling."""
+        if self.period is not None and adjacency != "replace":
+            remedy = 'Set it to "replace"'
+            expected = '"replace" with differences of gradients: rounding of the others may hide or show an example'
+            raise UserError("privacy.adjacency", expected, repr(adjacency), remedy)
+        if self.restart_weight != 1.0 and not isinstance(sampling, Everyone):
+            expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
+            raise UserError("method.restart_weight", expected, self.restart_weight, "Set it to 1")
+
     def check_rounds(self, rounds: int) -> None:
         """Raise UserError if memories could round away the part of one record."""
-        if self.terms.examples * max(rounds, 1) * self.l2_bound / self.terms.bound > _MAX_RECORDED:
+        longest = self.l2_bound if self.feedback_clip is None else max(self.l2_bound, self.terms.bound)
+        if self.terms.examples * max(rounds, 1) * longest / self.terms.bound > _MAX_RECORDED:
             expected = f"rounds times examples times bound over example_clip of at most {_MAX_RECORDED:g}"
             remedy = "Use fewer rounds, or a smaller bound of messages"
             raise UserError("training.rounds", expected, f"{rounds:,} rounds", remedy)
@@ -276,7 +324,7 @@ class RecordReleases:
         client_memory: See `Releases`.
 
     Raises:
-        UserError: If a timeline decides who counts.
+        UserError: If a timeline decides who counts, or there is no proof for this adjacency or sampling.
     """
 
     trust: Trust
@@ -291,6 +339,7 @@ class RecordReleases:
         if not self.sampling.draws_cohorts:
             remedy = 'Remove [schedule], or use privacy.unit = "client"'
             raise UserError("privacy.unit", '"client" with [schedule]', '"example"', remedy)
+        self.record.check_neighbors(self.adjacency, self.sampling)
 
     @property
     def sensitivity(self) -> float:
@@ -323,7 +372,7 @@ class RecordReleases:
     def charged(self, rounds: int) -> float:
         """Return (mu times the noise multiplier)^2 of the first `rounds` rounds, without credit for any sampling."""
         if self.record.route != "memory":
-            return float(rounds * self._each)
+            return self.record.releases(rounds) * self._each
         return (self.record.sensitivity(self.adjacency, rounds) / self.sensitivity) ** 2 if rounds else 0.0
 
     def bound(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> Bound:

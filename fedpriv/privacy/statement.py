@@ -362,12 +362,27 @@ _ROUTES = {
     "Over all {rounds} rounds, one example moves a client's messages together by at most {sensitivity:g} (Euclidean "
     "norm). Gaussian noise of standard deviation {stddev:.6g} per coordinate is added to {noised}: {multiplier:.6g} "
     "times that sensitivity.",
+    "feedback": "In messages, gradients are clipped once more, to {clip_norm:g}. Clients remember the parts cut off "
+    "and send them in later rounds, at most {feedback_clip:g} a round, so an example of one round also changes later "
+    "messages. Over all {rounds} rounds, one example moves a client's messages together by at most {sensitivity:g} "
+    "(Euclidean norm). Gaussian noise of standard deviation {stddev:.6g} per coordinate is added to {noised}: "
+    "{multiplier:.6g} times that sensitivity.",
     "fresh": "One example moves a message by at most {sensitivity:g}. Gaussian noise of standard deviation "
     "{stddev:.6g} per coordinate is added to {noised} ({multiplier:.6g} times the sensitivity), in {rounds} {turns}.",
     "steps": "In each of {steps} local steps, Gaussian noise of standard deviation {stddev:.6g} per coordinate is "
     "added to the sum of bounded gradients, before the division: {multiplier:.6g} times the sensitivity "
     "{sensitivity:g} of the sum. Everything after that, including the message, is computed from the noised sums.",
 }
+
+_RESTARTS = (
+    " This sum is sent at restarts: in the first round and every {period} rounds. In other rounds, the change of each "
+    "gradient since the last round's model is clipped instead, to a bound that follows from the two models, which are "
+    "public. Messages are in units of their round's bound.{weighted}"
+)
+_WEIGHTED = (
+    " At restarts they are {weight:g} times as long, so that a restart costs as much as {cost:g} other rounds; the "
+    "sensitivity below is that of other rounds."
+)
 
 _BATCHES = (
     " Each example is in a batch independently with probability {rate:g}, in secret, and sums are divided by the "
@@ -400,7 +415,13 @@ def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
     )
     numbers = {"rounds": plan.rounds, "sensitivity": plan.l2_sensitivity, "stddev": plan.noise_stddev}
     numbers |= {"noised": plan.trust_rules.noised, "multiplier": plan.noise_multiplier, "steps": terms.steps}
-    found += " " + _ROUTES[record.route].format(**numbers, turns=plan.sampling.turns)
+    if record.period is not None:
+        weight = record.restart_weight
+        weighted = "" if weight == 1.0 else _WEIGHTED.format(weight=weight, cost=weight**2)
+        found += _RESTARTS.format(period=record.period, weighted=weighted)
+    numbers |= {"clip_norm": record.clip_norm, "feedback_clip": record.feedback_clip}
+    words = _ROUTES["feedback" if record.feedback_clip is not None else record.route]
+    found += " " + words.format(**numbers, turns=plan.sampling.turns)
     found += _BATCHES.format(rate=terms.rate) if terms.rate < 1.0 else ""
     found += _COUNTED if plan.amplification else ""
     released = _GRID_OF_STEPS.format(grid=plan.release_grid) if record.route == "steps" else _grid(plan)

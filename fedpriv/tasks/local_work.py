@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 from torch import Tensor
 
+from fedpriv.bounding import Clip
 from fedpriv.checks import positive_int, require_representable
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import StepNoise
@@ -18,6 +19,7 @@ from fedpriv.tasks.task import Task
 __all__ = [
     "DPSGD",
     "LOCAL_WORKS",
+    "ClientGradients",
     "ClippedGradients",
     "FullGradient",
     "LocalEpochs",
@@ -425,6 +427,54 @@ def make_signal(
     for batch in batches:
         steps.step(gradient(steps.model, batch))
     return steps.signal(len(batches))
+
+
+@dataclass(frozen=True)
+class ClientGradients:
+    """The gradients of one client in one round, for methods with their own signal; see `fedpriv.methods.Gradients`.
+
+    Args:
+        task: See `make_signal`.
+        inputs: See `make_signal`.
+        labels: See `make_signal`.
+        work: See `make_signal`.
+        batches: See `make_signal`; the same for all models.
+        clipped: How the sums are weighted under the unit `example`, without noise; None to bound the whole signal.
+    """
+
+    task: Task
+    inputs: Tensor
+    labels: Tensor
+    work: LocalWork
+    batches: Batches
+    clipped: ClippedGradients | None = None
+
+    def mean(self, at: Tensor, clip_norm: float) -> Tensor:
+        """See `fedpriv.methods.Gradients.mean`."""
+        bound = Clip(clip_norm=clip_norm)
+        if self.clipped is None:
+            return bound(self._signal(at))
+        examples, divisor = self._examples(self.clipped)
+        return self.task.clipped_sum(at.to(self.task.dtype), *examples, bound) / divisor
+
+    def change(self, at: Tensor, before: Tensor, radius: float) -> Tensor:
+        """See `fedpriv.methods.Gradients.change`."""
+        if self.clipped is None:
+            moved = (self._signal(at).double() - self._signal(before).double()) / radius
+            return Clip(clip_norm=1.0)(moved).to(at.dtype)
+        examples, divisor = self._examples(self.clipped)
+        models = at.to(self.task.dtype), before.to(self.task.dtype)
+        return self.task.clipped_change(*models, *examples, radius) / divisor
+
+    def _signal(self, at: Tensor) -> Tensor:
+        return make_signal(self.task, at, self.inputs, self.labels, self.work, self.batches)
+
+    def _examples(self, clipped: ClippedGradients) -> tuple[tuple[Tensor, Tensor], float]:
+        """Return the examples of the only batch, and the number to divide their sum by."""
+        _refuse_unaccounted(self.work, clipped.terms)
+        if clipped.noise is not None or clipped.terms.steps:
+            raise ValueError(f"{clipped} are not gradients at given models")
+        return _select(self.inputs, self.labels, self.batches[0]), clipped.terms.divisor(len(self.labels))
 
 
 def _refuse_unaccounted(work: LocalWork, terms: ExampleTerms) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedpriv.bounding import Bounded
+from fedpriv.bounding import Bounded, Clip
 from fedpriv.checks import one_of
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
@@ -170,6 +170,32 @@ class Task:
         """
         self._load(model)
         return self._per_example.clipped_sum(inputs, labels, bound)
+
+    def clipped_change(self, at: Tensor, before: Tensor, inputs: Tensor, labels: Tensor, radius: float) -> Tensor:
+        """Return the sum of the examples' clipped changes of gradient, float64 `[params]`.
+
+        Each change, gradient at `at` minus gradient at `before`, is divided by `radius` and then clipped to 1. One that
+        is not finite counts as zero. Gradients are computed one by one.
+
+        Args:
+            at: `[params]`.
+            before: `[params]`.
+            inputs: `[examples, *input_shape]`; there may be none.
+            labels: `[examples]`.
+            radius: Above 0.
+
+        Raises:
+            UserError: If a layer mixes examples.
+        """
+        total = torch.zeros(self.layout.size, dtype=torch.float64, device=inputs.device)
+        for x, y in _pieces(self.layout.size, inputs, labels) if len(labels) else ():
+            self._per_example.is_fast(x, y)  # raises if a layer mixes examples
+            self._load(before)
+            earlier = self._per_example.rows(x, y).double()
+            self._load(at)
+            moved = (self._per_example.rows(x, y).double() - earlier) / radius
+            total += Clip(clip_norm=1.0)(moved).sum(dim=0)
+        return total
 
     @cached_property
     def _per_example(self) -> PerExample:

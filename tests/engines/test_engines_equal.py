@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip
 from fedpriv.engines import LoopEngine, Population, VectorizedEngine, one_thread
-from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg, Method, NormalizedSGD, own_signal_of
 from fedpriv.privacy import Everyone, FixedSize, Poisson, Sampling, TrustName
 from fedpriv.rounds import Broadcast, begin_round
 from fedpriv.streams import SeededStreams
@@ -132,7 +132,8 @@ def test_the_loop_asks_the_method_once_per_client_and_round(name: str, monkeypat
     size = len(made.initial_model)
     shapes = [tuple(field.shape) for field in made.population.rules.method.init_client(size)]
     models_of(made, LoopEngine, rounds=3)
-    assert asked == [(number, (size,), shapes) for number in (1, 2, 3) for _ in range(4)]
+    own = own_signal_of(EXAMPLES[name])
+    assert asked == [(number, (size * (own.vectors if own else 1),), shapes) for number in (1, 2, 3) for _ in range(4)]
 
 
 def test_the_covering_covers() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.reference import clipped, rows_of
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
@@ -56,22 +57,6 @@ def models_of(experiment: Experiment, engine: Any = LoopEngine) -> list[torch.Te
 
 
 # The reference: softmax regression, one gradient at a time.
-
-
-def rows_of(model: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The gradients `[examples, params]` of the cross entropies, by their formula."""
-    width = inputs.shape[1]
-    weight, bias = model[: 10 * width].reshape(10, width), model[10 * width :]
-    logits = inputs @ weight.T + bias
-    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probs /= probs.sum(axis=1, keepdims=True)
-    probs[np.arange(len(labels)), labels] -= 1.0
-    return np.concatenate([(probs[:, :, None] * inputs[:, None, :]).reshape(len(labels), -1), probs], axis=1)
-
-
-def clipped(rows: np.ndarray, clip: float) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows * np.minimum(1.0, clip / np.maximum(norms, 1e-300))
 
 
 def reference(experiment: Experiment, local: dict[str, Any], method: dict[str, Any]) -> list[np.ndarray]:

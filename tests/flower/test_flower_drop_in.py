@@ -14,9 +14,9 @@ from torch import nn
 from clients import private_mod
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
+from fedpriv.methods import DIFF2, DPScaffold
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
-from fedpriv.methods import DPScaffold
 from fedpriv.methods.server_optimizers import Adam
 from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, make_plan
 from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement, record_bound
@@ -208,6 +208,14 @@ def test_an_app_whose_updates_bound_no_examples_takes_part_in_no_run_that_protec
         return make_agreement(method, cohort, plan, SeededStreams(1))
 
     with pytest.raises(ValueError, match="an app that bounds no examples"):
+        start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))
+
+
+def test_an_app_takes_part_in_no_run_whose_method_chooses_its_own_models():
+    def agreed(population, _):
+        return make_agreement(DIFF2(), Everyone(population), None, SeededStreams(1))
+
+    with pytest.raises(ValueError, match=r"a method that bounds an app's update, got diff2"):
         start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))
 
 

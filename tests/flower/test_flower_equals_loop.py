@@ -24,6 +24,7 @@ METHOD_TABLES = [{"name": name} for name in METHODS] + [
     {"name": "alpha-normec", "memory": "sent"},
     {"name": "alpha-normec", "memory": "sent", "damping": 0.2, "server_normalization": False},
 ]
+NEED_EVERYONE = ("diff2", "private-spiderboost")
 COHORTS = [{"sampling": "everyone"}, {"sampling": "poisson", "probability": 0.4}]
 PROMISES = [{"trust": "central", "epsilon": 8.0}, {"trust": "local", "epsilon": 50.0}, None]
 
@@ -85,6 +86,7 @@ COMBINATIONS = [
     (method, cohort, privacy)
     for method, cohort, privacy in itertools.product(METHOD_TABLES, COHORTS, PROMISES)
     if not (method.get("memory") == "sent" and privacy and privacy["trust"] == "central")
+    and not (method["name"] in NEED_EVERYONE and cohort["sampling"] != "everyone")
 ]
 
 
@@ -118,8 +120,9 @@ def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
             {"name": "dp-scaffold"},
             {"work": "dp-sgd", "rate": 0.2, "steps": 2, "client_lr": 0.1, "signal": "gradient-mean"},
         ),
+        ({"name": "dice-sgd", "clip_norm": 0.5, "gradient_cap": 1.0}, {"work": "full-gradient"}),
     ],
-    ids=["full", "poisson", "dp-sgd", "dp-scaffold"],
+    ids=["full", "poisson", "dp-sgd", "dp-scaffold", "feedback"],
 )
 def test_flower_gives_the_loops_model_if_single_examples_are_protected(method, local, trust, tmp_path):
     if local["work"] == "dp-sgd":

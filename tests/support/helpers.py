@@ -14,15 +14,18 @@ from torch import Tensor
 
 from fedpriv.feedback import Release
 from fedpriv.methods import (
+    DIFF2,
     DPGD,
     AlphaNormEC,
     Clip21,
     Clip21SGD2M,
+    DiceSGD,
     DPFedAvg,
     DPScaffold,
     FedAlphaNormEC,
     Method,
     NormalizedSGD,
+    PrivateSpiderBoost,
     optimized,
     server_step,
 )
@@ -69,15 +72,22 @@ EXAMPLES: dict[str, Method] = {
     "dp-gd": DPGD(max_norm=0.5, server_lr=0.5),
     "dp-scaffold": DPScaffold(clip_norm=0.5, server_lr=0.2),
     "clip21-sgd2m": Clip21SGD2M(clip_norm=0.5, weight=0.4, beta=0.6, server_lr=0.2),
+    "diff2": DIFF2(clip_norm=0.5, smoothness=2.0, period=3, server_lr=0.5),
+    "private-spiderboost": PrivateSpiderBoost(
+        clip_norm=0.5, smoothness=20.0, period=4, restart_weight=1.5, server_lr=0.2
+    ),
+    "dice-sgd": DiceSGD(clip_norm=0.3, feedback_clip=0.2, gradient_cap=1.0, server_lr=0.5),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 
 LINEAR = {
     name: method
     for name, method in EXAMPLES.items()
-    if not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum)
+    if not isinstance(method, DIFF2)
+    and (not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum))
 }
-"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not."""
+"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not, nor are
+differences, which count by the length of the last step."""
 
 WITH_MEMORY = {name: method for name, method in EXAMPLES.items() if "memory" in method.init_client(1)._fields}
 

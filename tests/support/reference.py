@@ -248,3 +248,19 @@ class SoftmaxRegression:
     def gradients(self, x: Array) -> Array:
         """All clients' gradients `[clients, params]`."""
         return np.stack([self.gradient(x, client) for client in range(len(self.inputs))])
+
+
+def rows_of(model: Array, inputs: Array, labels: Array) -> Array:
+    """The gradients `[examples, params]` of the cross entropies, by their formula."""
+    width = inputs.shape[1]
+    weight, bias = model[: 10 * width].reshape(10, width), model[10 * width :]
+    logits = inputs @ weight.T + bias
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    probs[np.arange(len(labels)), labels] -= 1.0
+    return np.concatenate([(probs[:, :, None] * inputs[:, None, :]).reshape(len(labels), -1), probs], axis=1)
+
+
+def clipped(rows: Array, clip: float) -> Array:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows * np.minimum(1.0, clip / np.maximum(norms, 1e-300))

@@ -35,7 +35,7 @@ from fedpriv.files import make_private_folder, only_one
 from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import ClientState, has_memory
+from fedpriv.methods import ClientState, has_memory, own_signal_of
 from fedpriv.rounds import client_round
 from fedpriv.streams import Streams, SystemStreams
 
@@ -173,6 +173,10 @@ class Device:
         ):
             got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
             raise Refusal("model", "turn", "consecutive turns", got, "Ask the server's operator")
+        if own_signal_of(instructions.method) is not None:
+            remedy = "Ask the server's operator for another method, such as dp-gd"
+            got = method_name(instructions.method)
+            raise Refusal("model", "method", "a method that deployments offer", got, remedy)
         self.policy.check(instructions, terms, model.numel())
         if not all(bool(torch.isfinite(sent).all()) for sent in (model, shared) if sent is not None):
             raise Refusal(
