@@ -2561,6 +2561,8 @@ MUTANTS = [
         "push = (push - (1.0 - rule.weight) * past) / rule.weight",
         "pass",
         "tests/audit/test_audit_run.py",
+    ),
+    Mutant(
         "estimators: the noise of a difference is scaled as that of a gradient",
         DIFFERENCES,
         "estimate = state.estimate + mean_message * self._radius(state.model, state.previous)",
