@@ -255,7 +255,7 @@ class OwnSignal(Protocol):
 
     The signal is then several vectors in a row, `[..., vectors * params]`. The client rule takes them, and also a
     single vector `[..., params]`, a signal without the rest; its message has `params` numbers. The state after a round
-    contains no noise.
+    contains no noise. Only classes of fedpriv are accounted for the unit `example`, as each has its own proof.
     """
 
     @property

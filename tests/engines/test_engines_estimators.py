@@ -469,6 +469,15 @@ def test_a_combination_without_accounting_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_the_proof_of_a_class_is_not_that_of_its_subclasses() -> None:
+    class Louder(DiceSGD):
+        def own_signal(self, state: Any, model: Tensor, gradients: Any, round: int) -> Tensor:
+            return 2.0 * super().own_signal(state, model, gradients, round)
+
+    with pytest.raises(UserError, match=r"method\.name: expected a method with an accounted signal"):
+        record_bound(Louder(), ExampleTerms(clip=3.0, examples=100))
+
+
 def test_absent_clients_are_refused_where_differences_need_their_last_model() -> None:
     tables = tables_of(DIFF)
     tables["cohort"] = {"sampling": "poisson", "probability": 0.5}
