@@ -131,7 +131,7 @@ class Method(Protocol[ClientStateT, ServerStateT]):
 
         Args:
             state: The client's state before the round.
-            shared: What the server's `shared` returned, `[params]`.
+            shared: The result of the server's `shared`, `[params]`.
         """
         ...
 

@@ -353,7 +353,7 @@ class PrivacyPlan:
         ]
 
     def against_all_helpers(self) -> "PrivacyPlan":
-        """Return what is promised under secure aggregation against the server together with all helpers.
+        """Return the promise of secure aggregation against the server together with all helpers.
 
         They see each client's message with its own share of the noise, as a server sees messages under local trust.
 
