@@ -230,7 +230,7 @@ class Broadcast(NamedTuple):
     shared: Tensor | None = None
 
     def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
-        """Return the addition of clients with this `state` to the gradient of each local step, `[..., params]`; or None."""
+        """Return the addition to each local step of clients with this `state`, `[..., params]`; or None."""
         return None if self.shared is None else method.step_offset(state, self.shared)
 
     @property
