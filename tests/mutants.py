@@ -2469,7 +2469,7 @@ MUTANTS = [
         "fedpriv/tasks/local_work.py",
         "(self._offset if at_work is None else self._offset * at_work)",
         "self._offset",
-        "tests/methods/test_methods_reference.py",
+        "tests/engines/test_engines_equal.py",
     ),
     Mutant(
         "scaffold: the correction enters the signal",

@@ -259,6 +259,7 @@ def test_a_signal_that_is_not_finite_is_the_zero_message_and_is_not_remembered(
     assert (message[[0, 2, 3]] != 0).any(dim=-1).all()
     noise = normal(10, CLIENTS, SIZE, dtype=dtype)
     assert torch.equal(method.client_rule(state, signal, adding(noise), 6)[0][1], noise[1])
+    assert bool(method.client_rule(after, torch.ones_like(signal), None, 7)[0][1].any())
     if "memory" in state._fields:
         kept = memories_after(method, state, 6)[1]
         assert torch.allclose(
