@@ -1190,15 +1190,15 @@ MUTANTS = [
     Mutant(
         "deployment: who did not answer is counted",
         "fedpriv/deploy/coordinator.py",
-        "self.last_turn |= dict.fromkeys(counted, broadcast.round)",
-        "self.last_turn |= dict.fromkeys(asked, broadcast.round)",
+        "self.last_turn |= dict.fromkeys(counted, turn)",
+        "self.last_turn |= dict.fromkeys(self.asked(), turn)",
         CHAOS,
     ),
     Mutant(
         "deployment: too few are enough",
         "fedpriv/deploy/coordinator.py",
-        "elif len(valid) < self._needed:",
-        "elif False:",
+        "if len(valid) < self.least_messages:",
+        "if False:",
         COORDINATOR,
     ),
     Mutant(
@@ -2261,9 +2261,9 @@ MUTANTS = [
         SUMS,
     ),
     Mutant(
-        "aggregator: a deployment sends bare messages",
-        "fedpriv/experiment/config.py",
-        "        self.check_plain_sums()\n",
+        "aggregator: Flower's simulation sends bare messages",
+        "fedpriv/flower/launch.py",
+        "    config.check_plain_sums()\n",
         "",
         SUMS,
     ),

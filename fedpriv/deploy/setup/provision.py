@@ -258,7 +258,9 @@ def _write_node(root: Path, deployment: Deployment, node: int) -> None:
 
 def _write_identity(root: Path, helper: int) -> None:
     """Write the identity key of a helper, which the policies of nodes pin."""
-    identity = make_signing_key(root / f"helper-{helper}" / IDENTITY_FILE).public_key().public_bytes_raw().hex()
+    folder = root / f"helper-{helper}"
+    folder.mkdir(mode=0o700)
+    identity = make_signing_key(folder / IDENTITY_FILE).public_key().public_bytes_raw().hex()
     _write(root / "admin" / HELPERS_FOLDER / f"helper-{helper}.pub", f"{identity}\n")
 
 
