@@ -172,8 +172,8 @@ _SIMULATED_SUMS = (
 
 _DEPLOYED_SUMS = (
     "Masks: every message was masked on its client, for {helpers} that the client's own policy pins, and every client "
-    "in a sum signed its thresholds, its share of the noise, the instructions and the model. A helper answers once about "
-    "a round, for the clients in its own list. A helper that does not answer makes a round void."
+    "in a sum signed its thresholds, its share of the noise, the instructions and the model. A helper answers once "
+    "about a round, for the clients in its own list. A helper that does not answer makes a round void."
 )
 
 
@@ -284,11 +284,8 @@ def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
         least=terms.least_survivors,
         limit=sums.limit * sums.step,
     )
-    return [
-        _fill(aggregation),
-        _fill(adversaries),
-        _fill(_DEPLOYED_SUMS.format(helpers=named) if deployed else _SIMULATED_SUMS),
-    ]
+    how = _DEPLOYED_SUMS.format(helpers=named) if deployed else _SIMULATED_SUMS
+    return [_fill(aggregation), _fill(adversaries), _fill(how)]
 
 
 def _in_words(epsilon: float | None) -> str:
