@@ -262,7 +262,7 @@ class Coordinator:
         refusals: Mapping[int, tuple[str, str]],
         heads: Mapping[int, Head] | None = None,
     ) -> Outcome | None:
-        """Fix U, the clients in the sum of the open turn, under secure aggregation.
+        """Fix U, the clients in the sum of the open turn, under secure aggregation. A fixed U stays as it is.
 
         Args:
             messages: Masked messages by client.
@@ -275,6 +275,8 @@ class Coordinator:
         Raises:
             UserError: See `finish`.
         """
+        if self._closing is not None:
+            return None
         sums, asked = self._sums, self.asked()
         self.heads = newer_heads(self.heads, heads or {})
         collector, invalid = sums.collected(self._facts(), {i: messages[i] for i in asked if i in messages})

@@ -65,7 +65,8 @@ def test_sums_of_real_processes_are_the_loops_to_the_bit(deployment: Loopback, t
     assert checked.returncode == 0, checked.stdout
     run = deployment.run(config, out, "--test-seeded")
     directory = RunDirectory(out)
-    wait_until(lambda: len(directory.rows("rounds.jsonl")) > 1, 400.0, deployment.log("server"))
+    wait_until(lambda: len(directory.rows("rounds.jsonl")) > 1 or run.poll() is not None, 400.0)
+    assert run.poll() is None, run.communicate()[0]
     deployment.kill("helper-0")
     deployment.start("helper-0")
     printed, _ = run.communicate(timeout=500)
