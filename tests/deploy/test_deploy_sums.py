@@ -2,26 +2,39 @@
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from deploy_in_process import DeploymentGrid, run_server
 from flower_in_process import NodeError
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedpriv.deploy import server as deployment
 from fedpriv.deploy.device.ledger import Ledger, account_of
 from fedpriv.deploy.device.memory import MemoryFile
-from fedpriv.deploy.helper.folder import CLIENTS_TOML, IDENTITY_FILE, SIGNING_FILE, make_signing_key, read_signing_key
+from fedpriv.deploy.device.policy import POLICY_FILE, AggregationLimits, load_policy
+from fedpriv.deploy.helper.folder import (
+    CLIENTS_TOML,
+    IDENTITY_FILE,
+    SIGNING_FILE,
+    make_signing_key,
+    read_clients,
+    read_signing_key,
+)
 from fedpriv.deploy.helper.messages import question_of
+from fedpriv.deploy.parties import helper_list, parties_config
+from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config
 from fedpriv.experiment.execution import Execution
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory
-from fedpriv.flower.messages import FEDPRIV, TERMS, masked_of, refused
+from fedpriv.flower.bundle import app_files
+from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, masked_of, refused
 from fedpriv.secure import HelperKey, Masked, Query
 
 CLIENTS = 4
@@ -457,12 +470,23 @@ def test_an_order_that_was_tampered_with_is_refused(name: str, tmp_path: Path) -
     assert not ledger_of(tmp_path / "nodes", 0)
 
 
-def test_a_client_that_is_shown_another_model_is_left_out(tmp_path: Path) -> None:
+def _later_epoch(content: RecordDict) -> None:
+    content.config_records[TERMS]["epoch"] = 1
+
+
+def _other_model(content: RecordDict) -> None:
+    """Messages to other clients share the record, so it is replaced."""
+    ((name, array),) = content.array_records[ARRAYS].items()
+    content[ARRAYS] = ArrayRecord({name: Array(array.numpy() + np.float32(1.0))})
+
+
+@pytest.mark.parametrize("change", [_later_epoch, _other_model])
+def test_a_client_that_is_shown_another_order_is_left_out(change: Callable[[RecordDict], None], tmp_path: Path) -> None:
     """It signs what it has seen, and the facts of the turn are those of all others."""
 
     def hook(place: int, message: Message) -> bool:
         if place == 0 and turn_of(message):
-            message.content.config_records[TERMS]["epoch"] = 1
+            change(message.content)
         return True
 
     grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=1, hook=hook)
@@ -509,8 +533,29 @@ def test_a_lost_signing_key_is_an_error_of_the_client(tmp_path: Path) -> None:
     assert SIGNING_FILE not in row["refused"]["0"]["reason"]
 
 
-def test_a_helper_has_the_keys_of_the_fake(tmp_path: Path) -> None:
-    grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=1)
-    identity = read_signing_key(grid.helpers[0] / IDENTITY_FILE).public_key().public_bytes_raw().hex()
-    assert grid.parties["helpers"] == identity
-    assert (grid.helpers[0] / CLIENTS_TOML).read_text().count("=") == CLIENTS
+def test_a_new_deployment_pins_its_helpers_and_tells_a_run_who_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    init_deployment(folder, make_deployment(host="fl.example.org", nodes=2, helpers=2, trust="aggregator"))
+    keys = [read_signing_key(folder / f"helper-{j}" / IDENTITY_FILE).public_key().public_bytes_raw() for j in range(2)]
+    for node in range(2):
+        policy = load_policy(folder / f"node-{node}" / POLICY_FILE)
+        assert (policy.accepts.trust, policy.aggregation.identities) == ("aggregator", frozenset(keys))
+    told = parties_config(folder / "admin")
+    parties = helper_list(told)
+    assert parties.pinned == tuple(keys)
+    assert parties.enrolled == read_clients(folder / "helper-0" / CLIENTS_TOML)
+    assert set(told) <= set(tomllib.loads(app_files()["pyproject.toml"].decode())["tool"]["flwr"]["app"]["config"])
+    (folder / "admin" / "helpers" / "helper-1.pub").write_text("no key\n")
+    with pytest.raises(UserError, match="an identity key, 64 digits"):
+        parties_config(folder / "admin")
+    assert parties_config(tmp_path) == {}
+    assert helper_list({}).pinned == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"helpers": ("ab",)}, {"least_survivors": 1}, {"colluders": -1}, {"min_share_multiplier": -1.0}],
+)
+def test_limits_with_mistakes_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"aggregation\.{next(iter(change))}"):
+        AggregationLimits(**change)
