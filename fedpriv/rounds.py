@@ -53,6 +53,7 @@ __all__ = [
     "client_round",
     "counted_norms",
     "finish_round",
+    "integer_sums",
     "make_agreement",
     "record_bound",
     "signal_to_noise",
@@ -315,7 +316,7 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
     if plan is not None and in_steps and not plan.trust_rules.clients_add_noise:
         remedy = 'Set privacy.trust = "local": the promise then holds against the server, too'
         raise UserError("local.work", '"dp-sgd" with privacy.trust = "local"', f'trust "{plan.trust}"', remedy)
-    sums = None if plan is None else _integer_sums(plan)
+    sums = None if plan is None else integer_sums(plan)
     mechanism: Mechanism = Gaussian(server_stddev) if sums is None else NoServerNoise()
     return Agreement(
         ServerRules(method=method, sampling=sampling, mechanism=mechanism, streams=streams),
@@ -331,7 +332,8 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
     )
 
 
-def _integer_sums(plan: PrivacyPlan) -> IntegerSums | None:
+def integer_sums(plan: PrivacyPlan) -> IntegerSums | None:
+    """Return the rules for a plan's sums under secure aggregation; None for other trusts."""
     if plan.aggregation is None or plan.sums is None:
         return None
     terms, sums = plan.aggregation, plan.sums

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedpriv.deploy.parties import helper_list
 from fedpriv.deploy.server import refuse_full_disk, run_turns, take_up, with_secret_streams
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
@@ -37,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
 
     The run config has the keys of `RunConfig`, and keys set by the launcher: `claimed` if the run directory already
     belongs to this run; `failure-report`, a file for the error line of a failed run; `deployed` if clients are devices
-    with local memories; `resume` if the run directory may hold a part of this run; and `test-seeded`, for tests alone.
+    with local memories; `resume` if the run directory may hold a part of this run; `helpers` and `enrolled`, see
+    `helper_list`; and `test-seeded`, for tests alone.
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
@@ -59,6 +61,7 @@ def _line_of(error: UserError | OSError) -> str:
 def _run(grid: Grid, context: Context) -> None:
     run = RunConfig.of(context.run_config)
     config = run.load()
+    config.check_plain_sums()
     experiment = run.assemble(config)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
     with directory.locked():
@@ -94,7 +97,7 @@ def _run_deployed(grid: Grid, context: Context) -> None:
             return
         ran = {"engine": "deployment", "client_noise": "faithful"}
         recorder = Recorder(experiment, directory, ran, randomness="seeded" if seeded else "system", deployed=True)
-        coordinator = take_up(experiment, directory, recorder)
+        coordinator = take_up(experiment, directory, recorder, helper_list(context.run_config))
         _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
         run_turns(grid, experiment, coordinator, arrays, recorder, directory)

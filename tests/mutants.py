@@ -59,6 +59,7 @@ GUARD, LEDGER, PROMISE = (
 )
 SUMS, AGGREGATION = "tests/engines/test_engines_secure_sum.py", "tests/privacy/test_privacy_aggregation.py"
 AGGREGATED, SHARES = "fedpriv/privacy/aggregation.py", "fedpriv/mechanisms/shares.py"
+SECURE_DEPLOYED = "tests/deploy/test_deploy_sums.py"
 COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/test_deploy_app.py"
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
@@ -1191,15 +1192,15 @@ MUTANTS = [
     Mutant(
         "deployment: who did not answer is counted",
         "fedpriv/deploy/coordinator.py",
-        "self.last_turn |= dict.fromkeys(counted, broadcast.round)",
-        "self.last_turn |= dict.fromkeys(asked, broadcast.round)",
+        "self.last_turn |= dict.fromkeys(counted, turn)",
+        "self.last_turn |= dict.fromkeys(self.asked(), turn)",
         CHAOS,
     ),
     Mutant(
         "deployment: too few are enough",
         "fedpriv/deploy/coordinator.py",
-        "elif len(valid) < self._needed:",
-        "elif False:",
+        "if len(valid) < self.least_messages:",
+        "if False:",
         COORDINATOR,
     ),
     Mutant(
@@ -1226,8 +1227,8 @@ MUTANTS = [
     Mutant(
         "deployment: a turn is not saved before it is sent",
         "fedpriv/deploy/server.py",
-        "        broadcast = coordinator.begin()\n        save()\n",
-        "        broadcast = coordinator.begin()\n",
+        "            coordinator.begin()\n            save()\n",
+        "            coordinator.begin()\n",
         APPS,
     ),
     Mutant(
@@ -2276,9 +2277,9 @@ MUTANTS = [
         SUMS,
     ),
     Mutant(
-        "aggregator: a deployment sends bare messages",
-        "fedpriv/experiment/config.py",
-        "        self.check_plain_sums()\n",
+        "aggregator: Flower's simulation sends bare messages",
+        "fedpriv/flower/launch.py",
+        "    config.check_plain_sums()\n",
         "",
         SUMS,
     ),
@@ -2617,6 +2618,91 @@ MUTANTS = [
         "gradients.mean(model, self.gradient_cap) - clipped",
         "gradients.mean(model, 1e20) - clipped",
         OF_ESTIMATORS,
+    ),
+    Mutant(
+        "aggregator: a server asks a helper before it has stored who counts",
+        "fedpriv/deploy/server.py",
+        "            save()  # a server that forgot U could ask only about another one, which helpers refuse\n",
+        "            pass\n",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a device answers a second order for one turn",
+        "fedpriv/deploy/device/device.py",
+        (
+            "            if terms.turn <= record.latest_turn:\n"
+            "                return _given_before(record, terms, request)\n"
+            "            past, entry = ledger.entries(), _entry(instructions, terms, request)\n"
+            "            self._refuse_forgotten(ledger, shown)\n"
+            "            _refuse_changed(past, entry)\n"
+            "            settled = _settled(instructions, terms, record)\n"
+            "            state = _state(instructions, settled, len(model))\n"
+            "            _refuse_released(past, entry)\n"
+        ),
+        (
+            "            past, entry = ledger.entries(), _entry(instructions, terms, request)\n"
+            "            self._refuse_forgotten(ledger, shown)\n"
+            "            _refuse_changed(past, entry)\n"
+            "            settled = _settled(instructions, terms, record)\n"
+            "            state = _state(instructions, settled, len(model))\n"
+        ),
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a device stores the bare message",
+        "fedpriv/deploy/device/device.py",
+        "after._asdict(), request, reply, line.lines",
+        "after._asdict(), request, message, line.lines",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a policy's least number of clients in a sum is ignored",
+        "fedpriv/deploy/device/policy.py",
+        "if not numbers.least_survivors >= self.least_survivors:",
+        "if False:",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a device remembers the message that was not rounded",
+        "fedpriv/deploy/device/device.py",
+        "streams=self.streams, sums=sums)",
+        "streams=self.streams)",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a device accepts a plan for a smaller model",
+        "fedpriv/deploy/device/policy.py",
+        "if numbers.size != parameters:",
+        "if False:",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: clients may sign different models",
+        "fedpriv/deploy/facts.py",
+        '    hashed.update(model.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())\n',
+        "",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: clients are asked while a helper is missing",
+        "fedpriv/deploy/server.py",
+        "        network.wait_for_helpers(sums.parties.pinned, patience)\n",
+        "",
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a turn that a helper did not answer counts",
+        "fedpriv/deploy/coordinator.py",
+        '"void" if sum_ is None else "applied"',
+        '"applied"',
+        SECURE_DEPLOYED,
+    ),
+    Mutant(
+        "aggregator: a helper that lost its key voids all later turns",
+        "fedpriv/deploy/coordinator.py",
+        "            self._sums.keys = []  # a helper that has lost its records makes a new key\n",
+        "            pass\n",
+        SECURE_DEPLOYED,
     ),
 ]
 

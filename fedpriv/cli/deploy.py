@@ -31,18 +31,20 @@ def init(
     ],
     port: Annotated[int, typer.Option(help="Port of the server.")] = 9092,
     days: Days = 365,
-    trust: Annotated[str, typer.Option(help="Trust in the nodes' policies: local or central.")] = "local",
+    trust: Annotated[str, typer.Option(help="Trust in the nodes' policies: local, aggregator or central.")] = "local",
     unit: Annotated[str, typer.Option(help="Unit of privacy in the nodes' policies: client or example.")] = "client",
     epsilon: Annotated[float, typer.Option(help="Privacy budget of one unit in the nodes' policies.")] = 8.0,
     delta: Annotated[float, typer.Option(help="Delta of that budget.")] = 1e-5,
+    helpers: Annotated[int, typer.Option(help="Number of helpers of secure aggregation.")] = 0,
 ) -> None:
     """Create the folders of a deployment: keys, certificates, policies, scripts and a README."""
     from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 
     policy = {"trust": trust, "unit": unit, "epsilon": epsilon, "delta": delta}
-    deployment = make_deployment(host=host, port=port, nodes=nodes, **policy)
+    deployment = make_deployment(host=host, port=port, nodes=nodes, helpers=helpers, **policy)
     init_deployment(folder, deployment, days)
-    print(f"made        server, admin, ca and {nodes} nodes in {folder}\nnext        {folder / 'README.md'}")
+    also = f" and {helpers} helpers" if helpers else ""
+    print(f"made        server, admin, ca and {nodes} nodes{also} in {folder}\nnext        {folder / 'README.md'}")
 
 
 @deploy.command()

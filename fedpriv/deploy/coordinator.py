@@ -10,13 +10,21 @@ A turn is one broadcast. If enough clients answer, the turn counts as a round of
 messages are used. In both cases it is spent: the plan's number of rounds is a number of turns. `save` and `restore`
 make a crash between any two lines harmless. An unfinished turn restarts with the same cohort and the same model, so
 that clients repeat their earlier answers. A turn's noise is drawn again only if no part of it has been seen.
+
+Under secure aggregation, a turn ends in two steps. `close` fixes U, the clients in the sum. Only the saved U leads to
+questions to the helpers: a server that forgot it could ask about another U, which every helper refuses.
+
+    outcome = coordinator.close(messages, refusals)         None if the helpers have to be asked
+    (save)                                                  before a helper is asked
+    outcome = coordinator.conclude(answers, reason)         no answers: the turn is void
+    (save)
 """
 
 import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +34,7 @@ from torch import Tensor
 
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.heads import newer_heads
+from fedpriv.deploy.sums import ClosedTurn, SecureSums
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice, LostMemoryRule
 from fedpriv.flower.messages import ClientInstructions, RunTerms
@@ -34,12 +43,22 @@ from fedpriv.flower.server.attendance import believed_losses
 from fedpriv.flower.server.faults import message_fault
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan
-from fedpriv.rounds import Broadcast, ClientRules, ServerRules, Total, begin_round, capacity_of, finish_round
+from fedpriv.rounds import (
+    Broadcast,
+    ClientRules,
+    ServerRules,
+    Total,
+    begin_round,
+    capacity_of,
+    finish_round,
+    skip_round,
+)
+from fedpriv.secure import Answer, Closed, HelperKey, Masked, RoundFacts
 from fedpriv.streams import SeededStreams
 
 __all__ = ["Coordinator", "Outcome"]
 
-Happened = Literal["applied", "too few", "reset"]
+Happened = Literal["applied", "too few", "reset", "void"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +71,9 @@ class Outcome:
         counted: Clients with a message in the sum.
         refused: Kind and reason by client.
         invalid: Fault of the message by client.
-        happened: `applied`, `too few` or `reset`.
+        happened: `applied`, `too few`, `reset`, or `void`: the sum could not be unmasked, or left its range.
         total: The sum, and metrics about it.
+        reason: Reason of a void turn.
     """
 
     turn: int
@@ -71,6 +91,7 @@ class Outcome:
         return [client for client in self.asked if client not in known]
 
     _unused: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass
@@ -94,6 +115,7 @@ class Coordinator:
         asked_times: Number of requests sent to each client, an upper bound on its messages.
         losses: Number of times that each client reported a lost memory.
         heads: Newest signed head of each client's ledger, sent with its instructions.
+        sums: Sums under secure aggregation; None for other trusts.
     """
 
     server: ServerRules
@@ -112,7 +134,9 @@ class Coordinator:
     asked_times: Counter[int] = field(default_factory=Counter)
     losses: Counter[int] = field(default_factory=Counter)
     heads: dict[int, Head] = field(default_factory=dict)
+    sums: SecureSums | None = None
     _open: Broadcast | None = None
+    _closing: ClosedTurn | None = None
 
     def __post_init__(self) -> None:
         self.choice.check(self.server.method)
@@ -126,6 +150,11 @@ class Coordinator:
             expected = "another rule if epsilon requires secret cohorts"
             remedy = 'Set it to "leave-out" or remove it: a visible reaction to a lost memory reveals who was asked'
             raise UserError("deployment.lost_memory", expected, f'"{self.choice.lost_memory}"', remedy)
+
+    @property
+    def closed(self) -> Closed | None:
+        """The open turn after U was fixed; None before that, and for other trusts."""
+        return None if self._closing is None else self._closing.closed
 
     @property
     def done(self) -> bool:
@@ -175,10 +204,11 @@ class Coordinator:
         )
         terms = RunTerms(
             run=self.run,
-            turn=self._broadcast.round,
+            turn=self._broadcast.address,
             last_turn=self.last_turn.get(client, 0),
             epoch=self.epoch,
             digest=self.digest,
+            helpers=() if self.sums is None else self.sums.shown(),
             **promised(plan, sampling, self.turns),
         )
         return instructions, terms
@@ -205,35 +235,100 @@ class Coordinator:
             UserError: If a lost memory, or a lack of answers, stops the run according to its rules.
         """
         broadcast, asked = self._broadcast, self.asked()
+        if self.sums is not None:
+            raise RuntimeError("bare messages under secure aggregation")
         self.heads = newer_heads(self.heads, heads or {})
         invalid = {i: why for i in asked if i in replies and (why := self._fault(replies[i]))}
         valid = [i for i in asked if i in replies and i not in invalid]
-        lost = [i for i in asked if i in refusals and refusals[i][0] == "lost" and self.last_turn.get(i, 0) > 0]
-        happened: Happened = "applied"
-        if lost and self.lost_memory == "stop":
-            raise _stopped(lost)
-        if self._memories_are_lost(lost):
-            happened = "reset"
-        elif len(valid) < self._needed:
-            happened = "too few"
-            if self.choice.too_few == "stop":
-                raise self._too_few(valid, refusals)
+        happened = self._judged(asked, valid, refusals)
         counted = valid if happened == "applied" else []
         total = self._sum(broadcast, replies, counted)
-        if happened == "applied":
-            self.state = finish_round(self.server, self.state, broadcast.round, total.sum)
-            self.applied += 1
-            self.last_turn |= dict.fromkeys(counted, broadcast.round)
-        self.turn, self._open = broadcast.round, None
+        refused = {i: refusals[i] for i in asked if i in refusals and i not in replies}
+        self._end(happened, counted, total)
         return Outcome(
-            turn=broadcast.round,
+            turn=self.turn,
             asked=asked,
             counted=counted,
-            refused={i: refusals[i] for i in asked if i in refusals and i not in replies},
+            refused=refused,
             invalid=invalid,
             happened=happened,
             total=total,
             _unused=tuple(valid),
+        )
+
+    def close(
+        self,
+        messages: Mapping[int, Masked],
+        refusals: Mapping[int, tuple[str, str]],
+        heads: Mapping[int, Head] | None = None,
+    ) -> Outcome | None:
+        """Fix U, the clients in the sum of the open turn, under secure aggregation. A fixed U stays as it is.
+
+        Args:
+            messages: Masked messages by client.
+            refusals: Kind and reason by client.
+            heads: Heads of clients' ledgers in any of the answers.
+
+        Returns:
+            The outcome if the turn does not count; None if the helpers have to be asked, after `save`.
+
+        Raises:
+            UserError: See `finish`.
+        """
+        if self._closing is not None:
+            return None
+        sums, asked = self._sums, self.asked()
+        self.heads = newer_heads(self.heads, heads or {})
+        collector, invalid = sums.collected(self._facts(), {i: messages[i] for i in asked if i in messages})
+        valid = collector.clients
+        happened = self._judged(asked, valid, refusals)
+        refused = {i: refusals[i] for i in asked if i in refusals and i not in messages}
+        if happened == "applied":
+            self._closing = ClosedTurn(asked=asked, refused=refused, invalid=invalid, content=collector.close())
+            return None
+        total = self._nothing(len(valid))
+        self._end(happened, [], total)
+        return Outcome(
+            turn=self.turn,
+            asked=asked,
+            counted=[],
+            refused=refused,
+            invalid=invalid,
+            happened=happened,
+            total=total,
+            _unused=tuple(valid),
+        )
+
+    def conclude(self, answers: Sequence[Answer], reason: str = "") -> Outcome:
+        """End the open turn after U was fixed.
+
+        Args:
+            answers: The answers of all helpers; none if one of them did not answer, and the turn is void.
+            reason: Why there are no answers.
+        """
+        closing = self._closing
+        if closing is None:
+            raise RuntimeError("U is not fixed: call close")
+        closed, sum_ = closing.closed, None
+        if answers:
+            sum_, reason = self._sums.total(closed, answers)
+        else:
+            self._sums.keys = []  # a helper that has lost its records makes a new key
+        happened: Happened = "void" if sum_ is None else "applied"
+        total = self._nothing(len(closed.clients))
+        total = total if sum_ is None else Total(sum_, len(closed.clients), 0, math.nan)
+        counted = [] if sum_ is None else closed.clients
+        self._end(happened, counted, total)
+        return Outcome(
+            turn=self.turn,
+            asked=closing.asked,
+            counted=counted,
+            refused=closing.refused,
+            invalid=closing.invalid,
+            happened=happened,
+            total=total,
+            _unused=tuple(closed.clients),
+            reason=reason,
         )
 
     def save(self) -> dict[str, Tensor]:
@@ -244,7 +339,9 @@ class Coordinator:
         facts |= {"losses": {str(k): v for k, v in self.losses.items()}}
         facts |= {"heads": {str(k): head.to_json() for k, head in self.heads.items()}}
         facts |= {"open": None if self._open is None else self._open.cohort.tolist()}
-        return {"coordinator": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
+        facts |= {"helpers": [] if self.sums is None else self.sums.shown()}
+        found = {"coordinator": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
+        return found if self._closing is None else {**found, **self._closing.save()}
 
     def restore(self, state: ServerState, tensors: dict[str, Tensor]) -> None:
         """Restore the saved tensors, together with the server's state from the same time."""
@@ -257,11 +354,13 @@ class Coordinator:
         self.losses = Counter({int(k): v for k, v in facts["losses"].items()})
         heads = {int(k): Head.of_json(head) for k, head in facts.get("heads", {}).items()}
         self.heads = {k: head for k, head in heads.items() if head is not None}
-        self._open = None
+        if self.sums is not None:
+            self.sums.keys = [HelperKey.from_bytes(bytes.fromhex(key)) for key in facts.get("helpers", [])]
+        self._open, self._closing = None, ClosedTurn.restored(tensors)
         if facts["open"] is not None:
-            cohort = np.array(facts["open"], dtype=np.int64)
+            cohort, turn = np.array(facts["open"], dtype=np.int64), self.turn + 1
             capacity, shared = capacity_of(self.server.sampling), self.server.shared(state)
-            self._open = Broadcast(self.turn + 1, state.model, cohort, capacity, shared=shared)
+            self._open = Broadcast(turn, state.model, cohort, capacity, turn=turn, shared=shared)
 
     @property
     def _broadcast(self) -> Broadcast:
@@ -270,13 +369,54 @@ class Coordinator:
         return self._open
 
     @property
-    def _needed(self) -> int:
+    def least_messages(self) -> int:
         """Minimum number of messages for a turn to count.
 
         If cohorts are secret, every turn counts, including an empty one: the noise is correct in any case, and a turn
         that does not count would reveal who was in it.
         """
-        return 0 if self.secret_cohorts else self.choice.min_participants
+        if self.secret_cohorts:
+            return 0
+        return max(self.choice.min_participants, 0 if self.sums is None else self.sums.least)
+
+    @property
+    def _sums(self) -> SecureSums:
+        if self.sums is None:
+            raise RuntimeError("no secure aggregation")
+        return self.sums
+
+    def _facts(self) -> RoundFacts:
+        """Return the facts of the open turn."""
+        instructions, terms = self.instructions(int(self._broadcast.cohort[0]) if len(self._broadcast.cohort) else 0)
+        return self._sums.facts(instructions, terms, self.state.model, self._broadcast.shared)
+
+    def _judged(self, asked: list[int], valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> Happened:
+        """Return whether the open turn counts, after the rule for lost memories was applied."""
+        lost = [i for i in asked if i in refusals and refusals[i][0] == "lost" and self.last_turn.get(i, 0) > 0]
+        if lost and self.lost_memory == "stop":
+            raise _stopped(lost)
+        if self._memories_are_lost(lost):
+            return "reset"
+        if len(valid) < self.least_messages:
+            if self.choice.too_few == "stop":
+                raise self._too_few(valid, refusals)
+            return "too few"
+        return "applied"
+
+    def _end(self, happened: Happened, counted: list[int], total: Total) -> None:
+        """End the open turn."""
+        turn = self._broadcast.address
+        if happened == "applied":
+            self.state = finish_round(self.server, self.state, turn, total.sum)
+            self.applied += 1
+            self.last_turn |= dict.fromkeys(counted, turn)
+        else:
+            self.state = skip_round(self.server, self.state)
+        self.turn, self._open, self._closing = turn, None, None
+
+    def _nothing(self, messages: int) -> Total:
+        """Return the total of a turn under secure aggregation that does not count."""
+        return Total(torch.zeros(len(self.state.model), dtype=torch.float64), messages, 0, math.nan, void=True)
 
     def _memories_are_lost(self, lost: list[int]) -> bool:
         """Apply the rule for lost memories, and return whether all memories are reset.
@@ -300,11 +440,11 @@ class Coordinator:
         return True
 
     def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
-        expected = f"at least {self.choice.min_participants} valid messages"
+        expected = f"at least {self.least_messages} valid messages"
         reasons = [f"client {i} refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())]
         got = f"{len(valid)}" + (f" ({'; '.join(reasons[:2])})" if reasons else "")
         remedy = "Fix the clients and continue with --resume, or change [deployment]"
-        return UserError(f"turn {self._broadcast.round}", expected, got, remedy)
+        return UserError(f"turn {self._broadcast.address}", expected, got, remedy)
 
     def _reset_memories(self) -> None:
         """Reset the memories on both sides; the model stays."""

@@ -1,18 +1,30 @@
 """Server's side of the helpers of a deployment: their keys for a run, and their answers about a round."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol, TypeVar
 
 from flwr.app import RecordDict
 
 from fedpriv.deploy.helper.messages import content_of, helper_content
-from fedpriv.deploy.server import Network
 from fedpriv.errors import UserError
 from fedpriv.secure import Answer, Closed, HelperKey
 
-__all__ = ["end_run", "helper_answers", "helper_keys"]
+__all__ = ["HelperNetwork", "end_run", "helper_answers", "helper_keys"]
+
+T = TypeVar("T")
 
 
-def helper_keys(network: Network, run: str, pinned: Collection[bytes], seconds: float) -> list[HelperKey]:
+class HelperNetwork(Protocol):
+    """A connection to helpers; see `fedpriv.deploy.server.Network`."""
+
+    def ask_helpers(
+        self, contents: Mapping[str, RecordDict], read: Callable[[str, RecordDict], T], seconds: float, group: str
+    ) -> tuple[dict[str, T], dict[str, str]]:
+        """See `Network.ask_helpers`."""
+        ...
+
+
+def helper_keys(network: HelperNetwork, run: str, pinned: Collection[bytes], seconds: float) -> list[HelperKey]:
     """Return the key of each helper for a run, ordered by identity.
 
     Args:
@@ -37,7 +49,7 @@ def helper_keys(network: Network, run: str, pinned: Collection[bytes], seconds: 
     return [found[identity] for identity in sorted(found)]
 
 
-def helper_answers(network: Network, closed: Closed, seconds: float) -> list[Answer]:
+def helper_answers(network: HelperNetwork, closed: Closed, seconds: float) -> list[Answer]:
     """Return the answers of all helpers about a round. The bytes of `closed` are on disk before this is called.
 
     Args:
@@ -62,7 +74,7 @@ def helper_answers(network: Network, closed: Closed, seconds: float) -> list[Ans
     return list(found.values())
 
 
-def end_run(network: Network, run: str, pinned: Collection[bytes], seconds: float) -> dict[str, str]:
+def end_run(network: HelperNetwork, run: str, pinned: Collection[bytes], seconds: float) -> dict[str, str]:
     """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity."""
     question = helper_content("end", run.encode())
     contents = {one.hex(): question for one in pinned}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tomli_w
 
+from fedpriv.deploy.parties import parties_config
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.run_directory import RunDirectory
@@ -199,6 +200,7 @@ def run_deployed(
                 "resume": resume,
                 "failure-report": str(report),
                 "test-seeded": way.seeded,
+                **parties_config(way.home),
             }
         )
         try:

@@ -17,6 +17,8 @@ from fedpriv.deploy.coordinator import Coordinator, Outcome
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
 from fedpriv.deploy.helper.messages import ACTION
+from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
+from fedpriv.deploy.sums import HelperList, SecureSums
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
@@ -31,10 +33,12 @@ from fedpriv.flower.messages import (
     ModelArrays,
     NodeInfo,
     ask_node_info,
+    masked_of,
     printable,
     refused,
 )
 from fedpriv.flower.refusals import Refusal
+from fedpriv.secure import Masked
 from fedpriv.streams import SystemStreams
 from fedpriv.tables import Record
 
@@ -49,6 +53,7 @@ _SECURE = f"{MessageType.QUERY}.{ACTION}"
 _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
 _QUESTION_SECONDS = 30.0
+_END_SECONDS = 30.0
 
 # Fixed time, after the deadline of a turn with a secret cohort, for reading and summing its answers.
 _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
@@ -111,6 +116,21 @@ class Network:
                 expected = f"at least {clients} of {self.population} clients within {seconds:g} s"
                 raise UserError("SuperNodes", expected, len(self.nodes), remedy)
             time.sleep(_POLL_SECONDS)
+
+    def wait_for_helpers(self, pinned: Iterable[bytes], seconds: float) -> None:
+        """Wait until all helpers are connected: without one of them, clients would be charged for a void turn.
+
+        Raises:
+            UserError: If they are not connected after `seconds` seconds.
+        """
+        wanted, end = {one.hex() for one in pinned}, time.monotonic() + seconds
+        while missing := sorted(wanted - set(self.helpers.values())):
+            if time.monotonic() > end:
+                remedy = "Start the helper, and continue with --resume"
+                got = f"none for {', '.join(name[:16] for name in missing)}"
+                raise UserError("helpers", f"a node of each helper within {seconds:g} s", got, remedy)
+            time.sleep(_POLL_SECONDS)
+            self.meet()
 
     def exchange(self, contents: dict[int, RecordDict], seconds: float, group: str) -> dict[int, Message | str]:
         """Send each client its content, and return the answers that arrive in time, by client.
@@ -271,16 +291,27 @@ def with_secret_streams(experiment: Experiment) -> Experiment:
     return replace(experiment, server=replace(experiment.server, streams=streams), population=population)
 
 
-def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder) -> Coordinator:
+def take_up(
+    experiment: Experiment, directory: RunDirectory, recorder: Recorder, helpers: HelperList | None = None
+) -> Coordinator:
     """Return the run in its last saved state, or in its initial state, with consistent records.
 
     A turn is saved before its row is written, so that a crash cannot undo published results. A row that is missing for
     that reason is written now.
 
+    Args:
+        experiment: The experiment.
+        directory: The run directory.
+        recorder: Writer of its records.
+        helpers: Helpers of secure aggregation; None for none.
+
     Raises:
-        UserError: If rounds are recorded but their checkpoint is missing.
+        UserError: If rounds are recorded but their checkpoint is missing, or if the plan has other helpers.
     """
     config = experiment.config
+    sums = None
+    if config.sums_securely and experiment.plan is not None:
+        sums = SecureSums(experiment.plan, helpers or HelperList(()))
     coordinator = Coordinator(
         server=experiment.server,
         client=experiment.population.rules,
@@ -289,6 +320,7 @@ def take_up(experiment: Experiment, directory: RunDirectory, recorder: Recorder)
         turns=config.training.rounds,
         digest=config.digest,
         state=experiment.server.init(experiment.initial_model),
+        sums=sums,
     )
     saved = directory.checkpoint.read(config.digest, recorder.promise)
     if saved is not None:
@@ -321,7 +353,7 @@ def run_turns(
     """
     choice = experiment.config.deployment or DeploymentChoice()
     network = Network(grid, experiment.population.federation.population)
-    network.wait_for(choice.min_participants, choice.join_timeout)
+    network.wait_for(max(choice.min_participants, coordinator.least_messages), choice.join_timeout)
 
     book = HeadBook.of_deployment(directory.path)
     coordinator.heads = newer_heads(coordinator.heads, book.heads)
@@ -332,26 +364,23 @@ def run_turns(
         )
         book.keep(coordinator.heads)
 
+    def received(content: RecordDict) -> Tensor:
+        return arrays.received(content, MessageFormat.of(coordinator.client))
+
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:
         left = coordinator.turns - coordinator.turn
         _log.info("Every turn lasts %g s, regardless of who takes part (deployment.deadline); %d remain", seconds, left)
     while not coordinator.done:
-        broadcast = coordinator.begin()
-        save()
         began = time.monotonic()
-        question = arrays.question(broadcast.model, broadcast.shared)
-        shared = {**question, CONFIG: ConfigRecord({"experiment": coordinator.digest})}
-        contents = {}
-        for client in coordinator.asked():
-            instructions, terms = coordinator.instructions(client)
-            shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
-            contents[client] = RecordDict(
-                {**shared, FEDPRIV: instructions.to_record(), TERMS: terms.to_record(), **shown}
-            )
-        answers = network.exchange(contents, seconds, str(broadcast.round))
-        replies, refusals, failed = _read(answers.items(), arrays, MessageFormat.of(coordinator.client))
-        outcome = coordinator.finish(replies, refusals, _heads(answers))
+        if coordinator.sums is None:
+            coordinator.begin()
+            save()
+            answers = _exchanged(network, coordinator, arrays)
+            replies, refusals, failed = _read(answers.items(), received)
+            outcome = coordinator.finish(replies, refusals, _heads(answers))
+        else:
+            outcome, failed = _secure_turn(network, coordinator, arrays, choice.join_timeout, save)
         save()
         if coordinator.secret_cohorts:
             # The times of the model and of the next turn must not depend on who answers or on the time of the sum.
@@ -359,7 +388,64 @@ def run_turns(
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
         _report(outcome, failed)
         recorder.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
+    if coordinator.sums is not None:
+        missing = end_run(network, coordinator.run, coordinator.sums.parties.pinned, _END_SECONDS)
+        for identity, why in sorted(missing.items()):
+            _log.warning("helper %s has not erased its key for the run: %s", identity[:16], why)
     return recorder.finish(coordinator.state)
+
+
+def _secure_turn(
+    network: Network, coordinator: Coordinator, arrays: ModelArrays, patience: float, save: Callable[[], None]
+) -> tuple[Outcome, dict[int, str]]:
+    """Run a turn under secure aggregation, or its rest; return its outcome, and failures by client.
+
+    Args:
+        network: The nodes.
+        coordinator: The run.
+        arrays: Layout of the model.
+        patience: Seconds to wait for helpers that are not connected, before any client is asked.
+        save: Writes a checkpoint.
+
+    Raises:
+        UserError: If a helper is missing before the turn; nothing was charged.
+    """
+    sums, outcome, failed = coordinator.sums, None, dict[int, str]()
+    if sums is None:
+        raise RuntimeError("no secure aggregation")
+    if coordinator.closed is None:
+        network.wait_for_helpers(sums.parties.pinned, patience)
+        if not sums.keys:
+            sums.keys = helper_keys(network, coordinator.run, sums.parties.pinned, patience)
+        coordinator.begin()
+        save()
+        answers = _exchanged(network, coordinator, arrays)
+        messages, refusals, failed = _read(answers.items(), lambda content: Masked.from_bytes(masked_of(content)))
+        outcome = coordinator.close(messages, refusals, _heads(answers))
+        if outcome is None:
+            save()  # a server that forgot U could ask only about another one, which helpers refuse
+    closed = coordinator.closed
+    if closed is not None:
+        try:
+            outcome = coordinator.conclude(helper_answers(network, closed, coordinator.turn_seconds))
+        except UserError as error:
+            outcome = coordinator.conclude((), str(error))
+    if outcome is None:
+        raise RuntimeError("a turn without an outcome")
+    return outcome, failed
+
+
+def _exchanged(network: Network, coordinator: Coordinator, arrays: ModelArrays) -> dict[int, Message | str]:
+    """Send the instructions of the open turn, and return the answers in time, by client."""
+    broadcast = coordinator.begin()
+    question = arrays.question(broadcast.model, broadcast.shared)
+    shared = {**question, CONFIG: ConfigRecord({"experiment": coordinator.digest})}
+    contents = {}
+    for client in coordinator.asked():
+        instructions, terms = coordinator.instructions(client)
+        shown = {HEAD: coordinator.heads[client].to_record()} if client in coordinator.heads else {}
+        contents[client] = RecordDict({**shared, FEDPRIV: instructions.to_record(), TERMS: terms.to_record(), **shown})
+    return network.exchange(contents, coordinator.turn_seconds, str(broadcast.address))
 
 
 def _sleep_until(moment: float) -> None:
@@ -383,10 +469,15 @@ def _not_refused(content: RecordDict) -> RecordDict:
 
 
 def _read(
-    answers: Iterable[tuple[int, Message | str]], arrays: ModelArrays, form: MessageFormat
-) -> tuple[dict[int, Tensor], dict[int, tuple[str, str]], dict[int, str]]:
-    """Return messages, refusals and failures by client; every answer is one of the three."""
-    replies: dict[int, Tensor] = {}
+    answers: Iterable[tuple[int, Message | str]], received: Callable[[RecordDict], T]
+) -> tuple[dict[int, T], dict[int, tuple[str, str]], dict[int, str]]:
+    """Return messages, refusals and failures by client; every answer is one of the three.
+
+    Args:
+        answers: Answers by client, with a text in place of an unreadable one.
+        received: Returns the message in a content, or raises `UserError`.
+    """
+    replies: dict[int, T] = {}
     refusals: dict[int, tuple[str, str]] = {}
     failed: dict[int, str] = {}
     for client, answer in answers:
@@ -398,7 +489,7 @@ def _read(
             elif (no := refused(answer.content)) is not None:
                 refusals[client] = no
             else:
-                replies[client] = arrays.received(answer.content, form)
+                replies[client] = received(answer.content)
         except UserError as error:
             failed[client] = printable(error)
         except Exception as error:
@@ -425,12 +516,14 @@ def _row(outcome: Outcome, failed: dict[int, str], online: set[int]) -> dict[str
         "refused": {str(client): {"kind": kind, "reason": why} for client, (kind, why) in outcome.refused.items()},
         "invalid": {str(client): why for client, why in outcome.invalid.items()},
         "failed": {str(client): why for client, why in failed.items()},
+        **({"reason": outcome.reason} if outcome.reason else {}),
     }
 
 
 def _report(outcome: Outcome, failed: dict[int, str]) -> None:
     if outcome.happened != "applied":
-        _log.warning("turn %d: %s; its messages are not used", outcome.turn, outcome.happened)
+        why = f" ({outcome.reason})" if outcome.reason else ""
+        _log.warning("turn %d: %s%s; its messages are not used", outcome.turn, outcome.happened, why)
     for client, (kind, why) in outcome.refused.items():
         _log.warning("turn %d: client %d refuses (%s): %s", outcome.turn, client, kind, why)
     for client, why in {**outcome.invalid, **failed}.items():

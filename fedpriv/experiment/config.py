@@ -373,7 +373,10 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
-        self.check_plain_sums()
+        if self.aggregation is not None and self.aggregation.everyone_answers:
+            expected = "false in a deployment, for now: the server draws the cohorts"
+            remedy = "Remove it, or run the experiment as a simulation"
+            raise UserError("aggregation.everyone_answers", expected, "true", remedy)
         if own_signal_of(self.method) is not None:
             remedy = "Simulate it, or choose dp-gd"
             raise UserError("method.name", "a method that deployments offer", repr(self.method_name), remedy)
@@ -399,14 +402,14 @@ class Config:
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
     def check_plain_sums(self) -> None:
-        """Raise UserError if the experiment needs secure aggregation, which only engines in process simulate for now.
+        """Raise UserError if the experiment needs secure aggregation, which Flower's simulation does not offer yet.
 
         Raises:
             UserError: If `privacy.trust` is `aggregator`.
         """
         if self.sums_securely and self.privacy is not None:
-            remedy = 'Simulate it with --engine loop, vectorized or ray, or set it to "local" or "central"'
-            expected = '"local" or "central" with Flower and in deployments, for now'
+            remedy = "Simulate it with --engine loop, vectorized or ray, or run it on devices with --deploy"
+            expected = '"local" or "central" with --engine flower, for now'
             raise UserError("privacy.trust", expected, f'"{self.privacy.trust}"', remedy)
 
     def check_positions(self) -> None:

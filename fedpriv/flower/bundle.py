@@ -27,6 +27,8 @@ _DEPLOYED: dict[str, object] = {
     "resume": False,
     "claimed": False,
     "failure-report": "",
+    "helpers": "",
+    "enrolled": "",
     "test-seeded": False,
 }
 

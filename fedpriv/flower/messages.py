@@ -6,6 +6,7 @@
 | training | `arrays`: the model; `config`: the app's; `fedpriv`: `ClientInstructions` | `arrays`: the message; scale |
 | training with control variates | also `shared`: a second vector, as arrays | the same |
 | training in a deployment | also `terms`: `RunTerms` | the same, or `fedpriv`: a refusal |
+| the same with secure aggregation | the same | `masked`: the bytes of a masked message, or a refusal |
 
 In a message with client noise, each coordinate is a multiple of the grid of `fedpriv.mechanisms.noise`. It is sent as
 small integers and that scale, in at most half the bytes of float32.
@@ -16,7 +17,7 @@ All of them are Flower messages of type `train`: mods see this type, and apps ne
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ __all__ = [
     "RunTerms",
     "ask_node_info",
     "asks_node_info",
+    "masked_content",
+    "masked_of",
     "method_name",
     "printable",
     "refusal_record",
@@ -67,6 +70,7 @@ _MAX_HEADER = 1024
 _MAX_EXACT = 2**24
 
 _ASK = "ask"
+_MASKED = "masked"
 _REFUSED = "refused"
 _SCALE = "scale"
 _WHO = "who are you"
@@ -317,6 +321,7 @@ class RunTerms(PrivacyTerms):
         last_turn: Last turn in which a message of this client counted; 0 for none, and the client restarts.
         epoch: Number of times that all memories were reset.
         digest: Digest of the experiment.
+        helpers: Keys of the helpers of secure aggregation for the run, as hexadecimal digits of `HelperKey.to_bytes`.
     """
 
     run: str
@@ -324,6 +329,7 @@ class RunTerms(PrivacyTerms):
     last_turn: int
     epoch: int
     digest: str
+    helpers: tuple[str, ...] = field(default=(), metadata={"absent_by_default": True})
 
     def to_record(self) -> ConfigRecord:
         """Return the record `terms`."""
@@ -334,6 +340,23 @@ class RunTerms(PrivacyTerms):
         """Return the terms in a message; None for a message of a simulation."""
         record = content.config_records.get(TERMS)
         return None if record is None else read_table(cls, dict(record), TERMS)
+
+
+def masked_content(content: bytes) -> RecordDict:
+    """Return the content of a masked message under secure aggregation."""
+    return RecordDict({_MASKED: ConfigRecord({_MASKED: content})})
+
+
+def masked_of(content: RecordDict) -> bytes:
+    """Return the bytes of a masked message in an untrusted answer.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = content.config_records.get(_MASKED, ConfigRecord()).get(_MASKED)
+    if not isinstance(found, bytes):
+        raise _no_message("no masked message")
+    return found
 
 
 def refusal_record(kind: str, reason: str) -> RecordDict:

@@ -7,6 +7,7 @@ from fedpriv.errors import UserError, nearest
 from fedpriv.privacy import (
     SAMPLINGS,
     TRUSTS,
+    Aggregation,
     PrivacyPlan,
     Sampling,
     Trust,
@@ -41,6 +42,7 @@ class PrivacyTerms:
             underestimates epsilon.
         unit: See `PrivacyPlan`.
         record: How far one record moves the releases, as text (`RecordBound.as_text`); empty for the unit `client`.
+        aggregation: The numbers of secure aggregation, as text (`Aggregation.as_text`); empty for other trusts.
     """
 
     trust: str
@@ -55,6 +57,7 @@ class PrivacyTerms:
     client_memory: bool = True
     unit: str = "client"
     record: str = ""
+    aggregation: str = ""
 
     @property
     def record_bound(self) -> RecordBound | None:
@@ -64,6 +67,15 @@ class PrivacyTerms:
             UserError: If the text is not a record of that.
         """
         return RecordBound.read(self.record) if self.record else None
+
+    @property
+    def sums(self) -> Aggregation | None:
+        """The numbers of secure aggregation; None for other trusts.
+
+        Raises:
+            UserError: If the text is not a record of them.
+        """
+        return Aggregation.of_text(self.aggregation) if self.aggregation else None
 
     @property
     def trust_rules(self) -> Trust | None:
@@ -100,6 +112,7 @@ class PrivacyTerms:
             client_memory=self.client_memory,
             unit=unit_name(self.unit),
             record=self.record_bound,
+            aggregation=self.sums,
         )
 
 
@@ -116,6 +129,7 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}
         facts["trust"] = plan.trust if plan.private else NO_PROMISE
         facts["record"] = "" if plan.record is None else plan.record.as_text()
+        facts["aggregation"] = "" if plan.aggregation is None else plan.aggregation.as_text()
     return {
         **facts,
         "rounds": rounds,

@@ -38,6 +38,7 @@ each message, no sampling is credited.
 less than 2^31 steps. A sum beyond this limit makes its round void: after a true wrap nothing can be counted.
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -148,6 +149,23 @@ class Aggregation:
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers for JSON."""
         return asdict(self)
+
+    def as_text(self) -> str:
+        """Return the numbers as one line, for terms and ledgers."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_text(cls, text: str) -> "Aggregation":
+        """Read them again.
+
+        Raises:
+            UserError: If the text is not such a line.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            remedy = "Use one version of fedpriv on both sides"
+            raise UserError("aggregation", "the numbers of secure aggregation", repr(error), remedy) from None
 
     def _too_large(self) -> UserError:
         got = f"{self.most:,} clients and {self.size:,} parameters"

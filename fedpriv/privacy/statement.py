@@ -99,9 +99,12 @@ _DEPLOYED = (
 
 _SECRET = (
     "Noise and cohorts come from the operating systems of the machines that draw them, and are never stored. A client "
-    "that does not answer is treated as one with a zero message. The noise that hides a client does not depend on the "
-    "number of answers. A round is charged even if nothing of it was used."
+    "that does not answer is treated as one with a zero message. {noise} A round is charged even if nothing of it was "
+    "used."
 )
+
+_SAME_NOISE = "The noise that hides a client does not depend on the number of answers."
+_ENOUGH_SHARES = "A sum with too few shares of the noise is never formed: helpers reveal none."
 
 _SECRET_COHORTS = (
     " Here epsilon relies on the adversary not knowing who took part: keep participation.jsonl, logs and network "
@@ -167,6 +170,12 @@ _SIMULATED_SUMS = (
     "and no helpers. A deployment with secure aggregation would release the same sums."
 )
 
+_DEPLOYED_SUMS = (
+    "Masks: every message was masked on its client, for {helpers} that the client's own policy pins, and every client "
+    "in a sum signed its thresholds, its share of the noise, the instructions and the model. A helper answers once "
+    "about a round, for the clients in its own list. A helper that does not answer makes a round void."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
@@ -220,7 +229,8 @@ def privacy_statement(
     not_covered += [*_scored_items(data), *([_EVALUATED_ITEM] if evaluated else [])]
     not_covered += [_ROLLED_BACK] if app else []
     trust, unit, simulated = plan.trust_rules, unit_of(plan.unit), simulated or Simulated()
-    secret = _SECRET + (_SECRET_COHORTS if plan.amplification else "")
+    noise = _SAME_NOISE if plan.aggregation is None else _ENOUGH_SHARES
+    secret = _SECRET.format(noise=noise) + (_SECRET_COHORTS if plan.amplification else "")
     paragraphs = [
         f"Privacy statement for {method}",
         _fill(_promise(plan)),
@@ -251,6 +261,7 @@ def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
         return []
     against = {one["name"]: one for one in plan.adversaries()}
     epsilons = {name: _in_words(one["epsilon"]) for name, one in against.items()}
+    named = "the helper" if terms.helpers == 1 else f"{terms.helpers} helpers"
     helpers = "the helper" if terms.helpers == 1 else f"all {terms.helpers} helpers"
     adversaries = _ADVERSARIES.format(
         honest=terms.colluders,
@@ -273,7 +284,8 @@ def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
         least=terms.least_survivors,
         limit=sums.limit * sums.step,
     )
-    return [_fill(aggregation), _fill(adversaries), *([] if deployed else [_fill(_SIMULATED_SUMS)])]
+    how = _DEPLOYED_SUMS.format(helpers=named) if deployed else _SIMULATED_SUMS
+    return [_fill(aggregation), _fill(adversaries), _fill(how)]
 
 
 def _in_words(epsilon: float | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
 import fedpriv.files
@@ -23,14 +24,19 @@ from fedpriv.deploy.coordinator import Coordinator
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, spent
 from fedpriv.deploy.device.memory import MemoryFile
-from fedpriv.deploy.device.policy import AcceptedTrust, Accepts, Limits, Policy
+from fedpriv.deploy.device.policy import AcceptedTrust, Accepts, AggregationLimits, Limits, Policy
+from fedpriv.deploy.helper.folder import SIGNING_FILE, make_signing_key
+from fedpriv.deploy.sums import HelperList, SecureSums
+from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.feedback import decayed
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
+from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.methods import has_memory, server_step
-from fedpriv.privacy import Poisson, make_plan
+from fedpriv.privacy import Aggregation, Poisson, make_plan
 from fedpriv.rounds import make_agreement
+from fedpriv.secure import Closed, Helper, Masked
 from fedpriv.streams import Purpose, Streams
 
 SIZE = 6
@@ -129,11 +135,20 @@ def unrounded_noise() -> Iterator[None]:
         drawn = torch.from_numpy(streams.source(purpose, *address).normal(len(values)))
         return values.double() + stddev * drawn.double()
 
+    def noised(sums: IntegerSums, streams: "Draws", stddev: float, values: Tensor, turn: int, client: int) -> Tensor:
+        exact, made = values.double(), streams.made[turn, client]
+        drawn = torch.from_numpy(streams.source(Purpose.CLIENT_NOISE, turn, client).normal(len(values)))
+        on_grid = torch.round((exact + stddev * drawn.double()) / sums.grid) * sums.grid
+        made[-1] = ((on_grid - exact) / stddev).float().numpy()
+        return on_grid
+
     before, fedpriv.mechanisms.noise._released = fedpriv.mechanisms.noise._released, released  # type: ignore[assignment]
+    shares, IntegerSums.noised = IntegerSums.noised, noised  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         fedpriv.mechanisms.noise._released = before
+        IntegerSums.noised = shares  # type: ignore[method-assign]
 
 
 @dataclass
@@ -171,7 +186,7 @@ class World:
     Args:
         folder: Folder of the clients' homes.
         method: The method.
-        trust: `none`, `central` or `local`.
+        trust: `none`, `central`, `local` or `aggregator`.
         seed: Seed of all random events.
         turns: Number of turns.
         choice: Rules of the deployment.
@@ -194,8 +209,9 @@ class World:
         sampling = Poisson(CLIENTS, 0.8)
         plan = None
         if self.trust != "none":
+            numbers = Aggregation(helpers=1, least_survivors=2, colluders=0, most=CLIENTS, size=SIZE)
             plan = make_plan(
-                trust=self.trust,
+                trust=numbers if self.trust == "aggregator" else self.trust,
                 sampling=sampling,
                 rounds=self.turns,
                 delta=1e-5,
@@ -205,10 +221,12 @@ class World:
             )
         self.server_rules, self.client_rules, _ = make_agreement(self.method, sampling, plan, self.draws)
         self.plan = plan
+        self.helper = self._new_helper()
         self.server = self._new_server()
         self.noise_only = self.method.init_server(torch.zeros(SIZE))
         limits = Limits(epsilon=self.budget, delta=1e-5)
-        self.policy = Policy(accepts=Accepts(trust=self.trust), limits=limits)
+        pinned = AggregationLimits(helpers=(self._identity.hex(),))
+        self.policy = Policy(accepts=Accepts(trust=self.trust), limits=limits, aggregation=pinned)
         self.members = [self._new_member(i) for i in range(CLIENTS)]
         self.disk = Disk(np.random.default_rng(self.seed + 2 * 10**6))
         self.saved: Any = None
@@ -229,12 +247,16 @@ class World:
     def step(self) -> None:
         """Run one turn."""
         rng, faults = self.rng, self.faults
+        sums = self.server.sums
+        if sums is not None and not sums.keys:
+            sums.keys = [self.helper.key(self.server.run)]
         broadcast = self.server.begin()
         self._save()
         self._perhaps_crash_server()
         broadcast = self.server.begin()
         if rng.random() < faults.disk_lost:
             self._lose_disk(int(rng.integers(CLIENTS)))
+        turn = broadcast.address
         events: list[tuple[int, ClientInstructions, RunTerms, Tensor]] = [*self.delayed]
         self.delayed = []
         for client in self.server.asked():
@@ -246,15 +268,15 @@ class World:
                 continue
             events += [event] * (2 if rng.random() < faults.twice else 1)
         rng.shuffle(events)  # type: ignore[arg-type]
-        replies, refusals = self._deliver(events, broadcast.round)
+        replies, refusals = self._deliver(events, turn)
         if rng.random() < faults.server_crash:  # the answers are lost; the same turn is requested again
             self._restart_server()
             broadcast = self.server.begin()
             again = [
                 (c, *self.server.instructions(c), broadcast.model) for c in self.server.asked() if rng.random() < 0.8
             ]
-            replies, refusals = self._deliver(again, broadcast.round)
-        outcome = self.server.finish(replies, refusals)
+            replies, refusals = self._deliver(again, turn)
+        outcome = self._finished(replies, refusals)
         if rng.random() < faults.server_crash:  # before anything of the turn was saved or published
             self._restart_server()
             return
@@ -262,6 +284,32 @@ class World:
         self.outcomes.append(outcome)
         self._save()
         self._perhaps_crash_server()
+
+    def _finished(self, replies: dict[int, Tensor], refusals: dict[int, tuple[str, str]]) -> Any:
+        """Return the outcome of the open turn; under secure aggregation, the server may stop at any step."""
+        if self.server.sums is None:
+            return self.server.finish(replies, refusals)
+        masked = {client: Masked.from_bytes(reply.numpy().tobytes()) for client, reply in replies.items()}
+        outcome = self.server.close(masked, refusals)
+        if outcome is not None:
+            return outcome
+        self._save()
+        self._perhaps_crash_server()
+        closed = self.server.closed
+        assert closed is not None, "the server forgot who counts"
+        if self.rng.random() < self.faults.disk_lost:
+            self.helper.erase(self.server.run)
+        if self.rng.random() < self.faults.lost_reply:  # the helper answers, and the server asks again
+            self._asked(closed)
+            self._restart_server()
+        return self._asked(closed)
+
+    def _asked(self, closed: Closed) -> Any:
+        try:
+            return self.server.conclude([self.helper.answer(query) for query in closed.queries])
+        except UserError as lost:
+            assert "lost or erased" in str(lost)  # noqa: PT017
+            return self.server.conclude((), str(lost))
 
     def _deliver(
         self, events: list[tuple[int, ClientInstructions, RunTerms, Tensor]], turn: int
@@ -324,6 +372,8 @@ class World:
             assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
             if self.trust != "none":
                 assert spent(entries, 1e-5, "replace") <= self.budget
+        if self.trust == "aggregator":
+            assert self.server_rules.voids(self.server.state) == self.server.turn - self.server.applied
         if has_memory(self.method) and self.exact:
             assert torch.allclose(self.server.state._asdict()["memory"], self.expected_memory(), atol=1e-5)
 
@@ -368,21 +418,36 @@ class World:
         noise = torch.zeros(SIZE)
         if self.trust == "central":
             noise += self.server_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, -1][-1])
-        if self.trust == "local" and not self.method.needs_client_noise:
+        if self.trust in ("local", "aggregator") and not self.method.needs_client_noise:
             for client in outcome.counted:
                 noise += self.client_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, client][-1])
         size, prob = self.server_rules.sampling.expected_size, self.server_rules.sampling.sampling_prob
         self.noise_only = server_step(self.method, self.noise_only, noise / size, prob)
 
+    @property
+    def _identity(self) -> bytes:
+        return self.helper.identity.public_key().public_bytes_raw()
+
+    def _new_helper(self) -> Helper:
+        """Make the helper, and the clients' keys."""
+        enrolled = {}
+        for client in range(CLIENTS):
+            home = self.folder / str(client)
+            home.mkdir(parents=True)
+            enrolled[client] = make_signing_key(home / SIGNING_FILE).public_key().public_bytes_raw()
+        return Helper(self.folder / "helper", Ed25519PrivateKey.generate(), enrolled, 2)
+
     def _new_server(self) -> Coordinator:
+        parties = HelperList((self._identity,), self.helper.enrolled)
         return Coordinator(
+            sums=None if self.trust != "aggregator" or self.plan is None else SecureSums(self.plan, parties),
             server=self.server_rules,
             client=self.client_rules,
             plan=self.plan,
             choice=self.choice,
             turns=self.turns,
             digest="d",
-            state=self.method.init_server(torch.zeros(SIZE)),
+            state=self.server_rules.init(torch.zeros(SIZE)),
         )
 
     def _new_member(self, client: int) -> Device:

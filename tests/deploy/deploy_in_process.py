@@ -8,6 +8,15 @@ from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Context, Message, RecordDict
 
 from clients.client_app import app
+from fedpriv.deploy.helper.folder import (
+    CLIENTS_TOML,
+    HELPER_TOML,
+    IDENTITY_FILE,
+    SIGNING_FILE,
+    make_signing_key,
+    read_signing_key,
+)
+from fedpriv.deploy.helper.messages import HELPER_HOME
 from fedpriv.flower.internals.app import number_message
 from strategies.server_app import main
 
@@ -19,6 +28,8 @@ epsilon = {epsilon}
 delta = 1e-5
 [data]
 own = "{own}"
+[aggregation]
+helpers = {helpers}
 """
 
 
@@ -32,7 +43,8 @@ class DeploymentGrid(InProcessGrid):
         trust: Trust in the policies.
         epsilon: Epsilon in the policies.
         own: Data file in the policies.
-        hook: See `InProcessGrid`.
+        hook: See `InProcessGrid`; helpers have the places after the clients.
+        helpers: Number of helpers, whom all clients pin.
     """
 
     def __init__(
@@ -44,13 +56,22 @@ class DeploymentGrid(InProcessGrid):
         epsilon: float = 1e6,
         own: str = "",
         hook: Callable[[int, Message], bool] = lambda *_: True,
+        helpers: int = 0,
     ) -> None:
-        super().__init__(app, population, run_config, hook=hook, simulated=False)
+        super().__init__(app, population + helpers, run_config, hook=hook, simulated=False)
         self._waiting: dict[str, Message] = {}
-        for partition, node in enumerate(self.order):
+        self.helpers = [folder / f"helper-{j}" for j in range(helpers)]
+        pinned = [make_helper(home, folder, population) for home in self.helpers]
+        for node, home, identity in zip(self.order[population:], self.helpers, pinned, strict=True):
+            config = self.contexts[node].node_config
+            config.clear()
+            config.update({HELPER_HOME: str(home), "fedpriv-helper": identity})
+        self.parties = {"helpers": ",".join(pinned), "enrolled": str(folder / "helper-0" / CLIENTS_TOML)}
+        for partition, node in enumerate(self.order[:population]):
             home = folder / f"node-{partition}"
             home.mkdir(parents=True, exist_ok=True)
-            policy = POLICY.format(trust=trust, epsilon=epsilon, own=own and f"{own}-{partition}.npz")
+            file = own and f"{own}-{partition}.npz"
+            policy = POLICY.format(trust=trust, epsilon=epsilon, own=file, helpers=pinned)
             (home / "fedpriv-client.toml").write_text(policy)
             self.contexts[node].node_config["fedpriv-home"] = str(home)
 
@@ -71,12 +92,29 @@ class DeploymentGrid(InProcessGrid):
         return answers
 
 
+def make_helper(home: Path, folder: Path, clients: int) -> str:
+    """Make the folder of a helper, and the keys of the clients in its list; return its identity key."""
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / IDENTITY_FILE).exists():
+        make_signing_key(home / IDENTITY_FILE)
+    (home / HELPER_TOML).write_text('superlink = "localhost:9092"\nmin-clients = 2\n')
+    rows = []
+    for client in range(clients):
+        path = folder / f"node-{client}" / SIGNING_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = read_signing_key(path) if path.exists() else make_signing_key(path)
+        rows.append(f'{client} = "{key.public_key().public_bytes_raw().hex()}"')
+    (home / CLIENTS_TOML).write_text("\n".join(["[clients]", *rows]))
+    return read_signing_key(home / IDENTITY_FILE).public_key().public_bytes_raw().hex()
+
+
 def run_server(grid: DeploymentGrid, toml: str, out: Path, **more: Any) -> None:
     """Call the ServerApp's main like Flower; `more` are keys of the run config, with underscores."""
     config = {
         "config-toml": toml,
         "out": str(out),
         "deployed": True,
+        **(grid.parties if grid.helpers else {}),
         **{k.replace("_", "-"): v for k, v in more.items()},
     }
     for context in grid.contexts.values():

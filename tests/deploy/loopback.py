@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpriv.deploy.setup.provision import Deployment, init_deployment
+from fedpriv.deploy.setup.provision import init_deployment, make_deployment
 
 FEDPRIV = [sys.executable, "-m", "fedpriv.cli"]
 
@@ -23,17 +23,20 @@ class Loopback:
         folder: Folder of the deployment.
         nodes: Number of nodes.
         seeded: Allow tests to seed the noise.
+        helpers: Number of helpers; with some, policies accept secure aggregation.
     """
 
     folder: Path
     nodes: int
     seeded: bool = True
+    helpers: int = 0
     port: int = field(default_factory=lambda: free_port())
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def make(self) -> None:
         """Create the folders."""
-        init_deployment(self.folder, Deployment(host="127.0.0.1", port=self.port, nodes=self.nodes, epsilon=1e4))
+        facts = {"trust": "aggregator" if self.helpers else "local", "helpers": self.helpers, "epsilon": 1e4}
+        init_deployment(self.folder, make_deployment(host="127.0.0.1", port=self.port, nodes=self.nodes, **facts))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -42,7 +45,7 @@ class Loopback:
         return {**os.environ, **seeded, "PATH": path, "OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
     def start(self, name: str) -> None:
-        """Start `server` or `node-I`."""
+        """Start `server`, `node-I` or `helper-J`."""
         command = "server" if name == "server" else "node"
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
@@ -63,6 +66,8 @@ class Loopback:
         self.register()
         for i in range(self.nodes):
             self.start(f"node-{i}")
+        for j in range(self.helpers):
+            self.start(f"helper-{j}")
 
     def register(self) -> None:
         """Register the nodes' keys with the server."""

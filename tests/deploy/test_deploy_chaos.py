@@ -20,7 +20,7 @@ SENT = AlphaNormEC(alpha=1.0, beta=0.2, server_lr=0.1, memory="sent")
 SEEDS = range(2 * int(os.environ.get("FEDPRIV_CHAOS", "1")))
 
 
-@pytest.mark.parametrize("trust", ["none", "central", "local"])
+@pytest.mark.parametrize("trust", ["none", "central", "local", "aggregator"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.sampled
 def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: AcceptedTrust, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.run import run_experiment
 from fedpriv.feedback import Release, bounded_residual, decayed, on_grid, remember, sent_message
+from fedpriv.flower.launch import run_with_flower
 from fedpriv.mechanisms.gaussian import rounded_noise
 from fedpriv.mechanisms.shares import IntegerSums, centered
 from fedpriv.methods import AlphaNormEC, Clip21, ServerState
@@ -343,11 +344,11 @@ def test_what_cannot_be_aggregated_is_one_line(change: dict[str, Any], line: str
         parse_config({**TABLES, **change})
 
 
-def test_flower_and_deployments_refuse_it_for_now() -> None:
+def test_flowers_simulation_refuses_it_for_now(tmp_path: Path) -> None:
     config = parse_config(TABLES)
-    for check in (config.check_plain_sums, config.check_deployable):
-        with pytest.raises(UserError, match=r'privacy\.trust: expected "local" or "central" with Flower'):
-            check()
+    config.check_deployable()
+    with pytest.raises(UserError, match=r'privacy\.trust: expected "local" or "central" with --engine flower'):
+        run_with_flower(config, tmp_path / "out")
     method = AlphaNormEC(memory="sent")
     with pytest.raises(UserError, match=r"method\.memory"):
         setting(method, trust="aggregator", aggregation=CHOICE)

@@ -277,15 +277,20 @@ def test_other_trusts_have_no_aggregation_and_this_one_needs_it() -> None:
         plan_of(trust="aggregator")
 
 
-def test_terms_and_policies_of_a_deployment_refuse_it_for_now() -> None:
+def test_terms_of_a_deployment_have_its_numbers_and_are_the_plan() -> None:
     """A device cannot check terms without the numbers of the aggregation, so it refuses them in one line."""
     plan = plan_of()
     terms = PrivacyTerms(**promised(plan, plan.sampling, plan.rounds))
     assert terms.against_server
+    assert terms.plan(plan.l2_bound) == plan
+    with pytest.raises(UserError, match="aggregation: expected the numbers of secure aggregation"):
+        replace(terms, aggregation="[]").plan(plan.l2_bound)
+    terms = replace(terms, aggregation="")
     with pytest.raises(UserError, match=r"privacy\.trust: expected a trust that is offered here"):
         terms.plan(0.7)
     with pytest.raises(UserError, match='trust: expected "local" or "central", got'):
-        make_deployment(host="localhost", nodes=1, trust="aggregator")
+        make_deployment(host="localhost", nodes=2, trust="aggregator")
+    assert make_deployment(host="localhost", nodes=2, trust="aggregator", helpers=1).helpers == 1
 
 
 def test_a_statement_names_the_three_adversaries_and_that_it_is_simulated() -> None:

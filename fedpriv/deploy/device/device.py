@@ -11,6 +11,8 @@ A device handles instructions in these steps; each line also gives the state on 
 5. It replaces the memory by the new one. From now on, the same request gets the same message.
 6. It sends the message together with the signed head of the ledger.
 
+Under secure aggregation, the message of steps 2 to 6 is the masked one: its bytes are stored, charged and sent again.
+
 Before step 2, the device compares the ledger with every record of its length: the memory file of each run, and the head
 that the server sends (`fedpriv.deploy.device.heads`). A lost ledger, or an older copy of it, stops all runs.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from fedpriv.deploy.device.heads import Head, LedgerKey
 from fedpriv.deploy.device.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
+from fedpriv.deploy.device.masking import masks_of
 from fedpriv.deploy.device.memory import MemoryFile, Record, remembered_ledgers
 from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
 from fedpriv.engines import one_thread
@@ -36,7 +39,8 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, has_memory, own_signal_of
-from fedpriv.rounds import client_round
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.rounds import client_round, integer_sums
 from fedpriv.streams import Streams, SystemStreams
 
 __all__ = ["Device"]
@@ -79,7 +83,9 @@ class Device:
         settings: str = "",
         shared: Tensor | None = None,
     ) -> Tensor:
-        """Return the message `[params]` for some instructions; it is on disk before this returns.
+        """Return the message for some instructions; it is on disk before this returns.
+
+        It is `[params]`, or under secure aggregation the bytes of a `Masked`, uint8 `[bytes]`.
 
         Args:
             instructions: Instructions from the server.
@@ -130,7 +136,8 @@ class Device:
         settings: str,
         shared: Tensor | None,
     ) -> Tensor:
-        self._check(instructions, terms, model, shared)
+        plan = self._check(instructions, terms, model, shared)
+        masks = masks_of(self.policy, self.folder.parent, instructions, terms, model, plan, shared)
         request = _digest(instructions, terms, model, settings, shared)
         memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
         make_private_folder(self.folder)
@@ -152,9 +159,10 @@ class Device:
                 signal = (make_signal() if offset is None else make_signal(offset)).to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
-                message, after = self._make(instructions, terms, state, signal)
+                message, after = self._make(instructions, terms, state, signal, plan)
+                reply = message if masks is None else masks.mask(message)
             line = ledger.drafted(entry)
-            answered = settled.answered(terms.turn, after._asdict(), request, message, line.lines, line.digest)
+            answered = settled.answered(terms.turn, after._asdict(), request, reply, line.lines, line.digest)
             memory.prepare(answered)
             try:
                 ledger.append(line)
@@ -162,9 +170,11 @@ class Device:
                 memory.drop()
                 raise
             memory.finish()
-        return message
+        return reply
 
-    def _check(self, instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None) -> None:
+    def _check(
+        self, instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None
+    ) -> PrivacyPlan | None:
         if (
             terms.turn < 1
             or not 0 <= terms.last_turn < terms.turn
@@ -177,7 +187,7 @@ class Device:
             remedy = "Ask the server's operator for another method, such as dp-gd"
             got = method_name(instructions.method)
             raise Refusal("model", "method", "a method that deployments offer", got, remedy)
-        self.policy.check(instructions, terms, model.numel())
+        plan = self.policy.check(instructions, terms, model.numel())
         if not all(bool(torch.isfinite(sent).all()) for sent in (model, shared) if sent is not None):
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"
@@ -185,6 +195,7 @@ class Device:
         if (shared is not None) != instructions.method.corrects_steps:
             expected, got = ("a second vector", "none") if shared is None else ("no second vector", "one")
             raise Refusal("model", "model", expected, got, "Use one version of fedpriv on both sides")
+        return plan
 
     def _refuse_forgotten(self, ledger: Ledger, shown: Head | None) -> None:
         """Raise a `UserError` if any witness knows of releases that are missing in the ledger."""
@@ -214,9 +225,15 @@ class Device:
                 raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _make(
-        self, instructions: ClientInstructions, terms: RunTerms, state: ClientState, signal: Tensor
+        self,
+        instructions: ClientInstructions,
+        terms: RunTerms,
+        state: ClientState,
+        signal: Tensor,
+        plan: PrivacyPlan | None,
     ) -> tuple[Tensor, ClientState]:
-        rules = replace(instructions.rules, streams=self.streams)
+        sums = None if plan is None else integer_sums(plan)
+        rules = replace(instructions.rules, streams=self.streams, sums=sums)
         message, after = client_round(
             rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn
         )

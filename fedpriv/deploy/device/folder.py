@@ -99,7 +99,7 @@ def check_node_folder(folder: Path) -> list[Finding]:
     findings = [
         *check_presence(folder, NODE_FILES),
         *check_manifest(folder),
-        *check_permissions(folder, ["node.key"]),
+        *check_permissions(folder, ["node.key", "signing.key"]),
         *judge(NODE_TOML, lambda: f"for {NodeSettings.read(folder / NODE_TOML).superlink}"),
         *judge("node key", lambda: key_pair(folder)),
         *judge("policy", lambda: _policy(folder)),

@@ -33,7 +33,16 @@ from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.device.policy import write_default_policy
 from fedpriv.errors import UserError
-from fedpriv.flower.messages import FEDPRIV, TERMS, ClientInstructions, MessageFormat, ModelArrays, NodeInfo, RunTerms
+from fedpriv.flower.messages import (
+    FEDPRIV,
+    TERMS,
+    ClientInstructions,
+    MessageFormat,
+    ModelArrays,
+    NodeInfo,
+    RunTerms,
+    masked_content,
+)
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.simulation import simulated
 
@@ -169,9 +178,20 @@ def terms_of(message: Message) -> RunTerms:
 
 
 def answer_content(device: Device, instructions: ClientInstructions, model: ModelArrays, answer: Tensor) -> RecordDict:
-    """Return the content of an answer: the message `[params]`, and the signed head of the client's ledger."""
-    head, records = device.head(), model.message(answer, MessageFormat.of(instructions.rules))
-    return RecordDict({**records} if head is None else {**records, HEAD: head.to_record()})
+    """Return the content of an answer: the message, and the signed head of the client's ledger.
+
+    Args:
+        device: The client.
+        instructions: Instructions that it has followed.
+        model: Layout of the arrays.
+        answer: Its message `[params]`, or the bytes of a masked one, uint8 `[bytes]`.
+    """
+    head = device.head()
+    if answer.dtype == torch.uint8:
+        records = masked_content(answer.numpy().tobytes())
+    else:
+        records = RecordDict({**model.message(answer, MessageFormat.of(instructions.rules))})
+    return records if head is None else RecordDict({**records, HEAD: head.to_record()})
 
 
 def _signal_or_nothing(make_signal: Callable[[], Tensor], instructions: ClientInstructions, start: Tensor) -> Tensor:

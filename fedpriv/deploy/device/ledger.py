@@ -253,6 +253,10 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
         )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise from this client"
         what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
+        if (numbers := last.sums) is not None:
+            what += (
+                f", in sums of at least {numbers.least_survivors} clients, up to {numbers.colluders} of them against it"
+            )
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
     adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary

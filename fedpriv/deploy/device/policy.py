@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from fedpriv.checks import positive_real, real_from
+from fedpriv.checks import positive_real, real_from, whole_from
 from fedpriv.data.dataset import DATASETS
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
@@ -28,6 +28,7 @@ __all__ = [
     "POLICY_TEXT",
     "AcceptedTrust",
     "Accepts",
+    "AggregationLimits",
     "Limits",
     "OwnData",
     "Policy",
@@ -42,6 +43,7 @@ _POLICY = """\
 
 [accepts]
 # "local": the client sends only messages that it has noised itself.
+# "aggregator": also masked messages with a share of the noise, if helpers are pinned below in [aggregation].
 # "central": the client may send bounded messages without noise to the server, which is trusted to add noise.
 trust = "$trust"
 # "client": only runs that protect all examples of this client together.
@@ -66,12 +68,19 @@ max_rounds = 100000         # longest run
 # Adjacency for this client's own noise and for the minimum above; "add-or-remove" is half as strict.
 adjacency = "replace"
 
+[aggregation]
+# Identity keys of the helpers of secure aggregation, from their operators: all of them, and no other, must take part.
+helpers = [$helpers]
+least_survivors = 2         # minimum number of clients in a sum; helpers have a minimum of their own
+colluders = 0               # least number of clients whose collusion the noise must withstand
+min_share_multiplier = 0.0  # minimum of this client's own noise over l2 sensitivity, against server and all helpers
+
 [data]
 own = ""                    # a file with this client's own examples; empty: its part of the experiment's data set
 """
 
 POLICY_TEXT = Template(_POLICY.replace("@methods@", ", ".join(f'"{name}"' for name in sorted(METHODS))))
-"""Template of a policy, for `trust`, `unit`, `epsilon` and `delta`, that accepts all methods."""
+"""Template of a policy, for `trust`, `unit`, `epsilon`, `delta` and `helpers`, that accepts all methods."""
 
 AcceptedTrust = TrustName | Literal["none"]
 """The word of `accepts.trust`; see `Accepts`."""
@@ -92,8 +101,9 @@ class Accepts:
     Args:
         unit: client: only runs that protect all examples of the client together. example: also runs that protect single
             examples.
-        trust: local: the client sends only messages that it has noised itself. central: also messages without noise, to
-            a server that is trusted to add the noise. none: also runs without a privacy guarantee.
+        trust: local: the client sends only messages that it has noised itself. aggregator: also masked messages with a
+            share of the noise. central: also messages without noise, to a server that is trusted to add the noise.
+            none: also runs without a privacy guarantee.
         methods: Names of methods; empty for all. A class in a file of the client is named as in a config, by a path
             from the policy's folder; a server's config names another copy of the file, with the same content.
         models: Names of models, likewise.
@@ -167,6 +177,64 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AggregationLimits:
+    """Limits of the client for secure aggregation.
+
+    Args:
+        helpers: Identity keys of the helpers, 64 hexadecimal digits each. All of them and no other must take part: a
+            list from the server could hold its own keys.
+        least_survivors: Minimum of t, the number of clients in a sum.
+        colluders: Minimum of c, the number of clients whose collusion the noise must withstand.
+        min_share_multiplier: Minimum of the client's own share of the noise over l2 sensitivity. Against the server
+            together with all helpers, this share alone protects it.
+    """
+
+    helpers: tuple[str, ...] = ()
+    least_survivors: int = 2
+    colluders: int = 0
+    min_share_multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in self.helpers:
+            if len(key) != 64 or set(key) - set("0123456789abcdef"):
+                expected = "identity keys, 64 digits of 0-9a-f"
+                raise UserError("aggregation.helpers", expected, repr(key), "Ask the helper's operator")
+        whole_from("aggregation.least_survivors", self.least_survivors, 2, "A sum of one message is that message")
+        whole_from("aggregation.colluders", self.colluders, 0, "Set it to 0 or more")
+        real_from("aggregation.min_share_multiplier", self.min_share_multiplier, 0, "Change the value")
+
+    @property
+    def identities(self) -> frozenset[bytes]:
+        """The identity keys."""
+        return frozenset(map(bytes.fromhex, self.helpers))
+
+    def check(self, plan: PrivacyPlan, parameters: int, moved: float) -> None:
+        """Raise a `Refusal` unless a plan with secure aggregation is within the limits.
+
+        Args:
+            plan: The plan.
+            parameters: Number of parameters of the model.
+            moved: Change of a message that the noise has to hide.
+        """
+        numbers = plan.aggregation
+        if numbers is None:
+            return
+        if not self.helpers:
+            raise _no("aggregation.helpers", "a run without secure aggregation: no helper is pinned", plan.trust)
+        if not numbers.least_survivors >= self.least_survivors:
+            floor = f"at least {self.least_survivors} clients in a sum"
+            raise _no("aggregation.least_survivors", floor, numbers.least_survivors)
+        if not numbers.colluders >= self.colluders:
+            raise _no("aggregation.colluders", f"noise for at least {self.colluders}", numbers.colluders)
+        if numbers.size != parameters:
+            raise _no("aggregation", f"a plan for {parameters:,} parameters", f"{numbers.size:,}")
+        share = plan.shares.client / moved
+        if not share >= self.min_share_multiplier:
+            floor = f"at least {self.min_share_multiplier:g}"
+            raise _no("aggregation.min_share_multiplier", floor, f"{share:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OwnData:
     """Training data of the client.
 
@@ -184,6 +252,7 @@ class Policy:
     accepts: Accepts = field(default_factory=Accepts)
     limits: Limits
     data: OwnData = field(default_factory=OwnData)
+    aggregation: AggregationLimits = field(default_factory=AggregationLimits)
 
     @property
     def budgets(self) -> dict[UnitName, float]:
@@ -250,8 +319,12 @@ class Policy:
         plan = _plan(instructions, terms)
         _check_examples(instructions, plan)
         multiplier = plan.noise_multiplier
+        reach = REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0
+        if plan.sums is not None:
+            multiplier = plan.noise_stddev / (plan.sums.l2_bound * reach)
+            self.aggregation.check(plan, parameters, plan.sums.l2_bound * reach)
         if plan.trust_rules.charges_participations:
-            moved = bound * (REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0)
+            moved = bound * reach
             moved = moved if plan.record is None else plan.record.sensitivity(self.limits.adjacency, 1)
             multiplier = (instructions.noise_stddev or instructions.step_stddev) / moved
         least = max(self.limits.min_noise_multiplier, _MIN_NOISE_MULTIPLIER)
@@ -271,8 +344,8 @@ def load_policy(path: Path) -> Policy:
         UserError: If the file is not a valid policy. The client then follows no instructions.
     """
     tables = read_config_file(path)
-    refuse_unknown(tables, ["accepts", "limits", "data"], "")
-    kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData}
+    kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData, "aggregation": AggregationLimits}
+    refuse_unknown(tables, list(kinds), "")
     given: dict[str, Table] = {}
     for name in kinds:
         table = tables.get(name, {})
@@ -309,7 +382,7 @@ def write_default_policy(home: Path) -> bool:
     make_private_folder(home)
     accepts, limits = Accepts(), Limits(epsilon=8.0, delta=1e-5)
     values = {"trust": accepts.trust, "unit": accepts.unit, "epsilon": limits.epsilon, "delta": limits.delta}
-    replace_durably(path, POLICY_TEXT.substitute(values).encode())
+    replace_durably(path, POLICY_TEXT.substitute(values, helpers="").encode())
     return True
 
 

@@ -14,6 +14,7 @@ from fedpriv.deploy.checks import MANIFEST, VERSIONS, load_certificate, manifest
 from fedpriv.deploy.device.folder import NODE_TOML
 from fedpriv.deploy.device.policy import POLICY_FILE
 from fedpriv.deploy.helper.folder import CLIENTS_TOML, HELPER_TOML, IDENTITY_FILE, SIGNING_FILE, make_signing_key
+from fedpriv.deploy.parties import HELPERS_FOLDER
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key, refuse_host
 from fedpriv.deploy.setup.roster import Roster
 from fedpriv.deploy.setup.superlink import SERVER_TOML
@@ -80,10 +81,11 @@ class Deployment:
 
     def __post_init__(self) -> None:
         refuse_host(self.host)
-        offered = [name for name in by_reliance() if not TRUSTS[name].secure_sums]
+        offered = [name for name in by_reliance() if self.helpers or not TRUSTS[name].secure_sums]
         if self.trust not in offered:
             expected = " or ".join(f'"{name}"' for name in offered)
-            raise UserError("trust", expected, repr(self.trust), "Change the value")
+            remedy = "Change the value" if self.helpers else "Change the value, or give --helpers"
+            raise UserError("trust", expected, repr(self.trust), remedy)
         if self.unit not in UNITS:
             raise UserError("--unit", '"client" or "example"', repr(self.unit), nearest(self.unit, UNITS))
         whole_within("--nodes", self.nodes, 1, _MAX_NODES, "Give one node for each client")
@@ -135,6 +137,8 @@ def init_deployment(folder: Path, deployment: Deployment, days: int = 365) -> No
         _write(part / "ca" / "ca.crt", authority.pair.public)
         _write_server(part / "server", deployment, authority, days)
         _write_admin(part / "admin", deployment, authority, folder / "admin")
+        for helper in range(deployment.helpers):
+            _write_identity(part, helper)
         for node in range(deployment.nodes):
             _write_node(part, deployment, node)
         for helper in range(deployment.helpers):
@@ -246,9 +250,24 @@ def _write_node(root: Path, deployment: Deployment, node: int) -> None:
         public = make_signing_key(folder / SIGNING_FILE).public_key().public_bytes_raw().hex()
         _enroll(root / "admin" / CLIENTS_TOML, node, public)
     limits = {"epsilon": repr(deployment.epsilon), "delta": repr(deployment.delta)}
+    limits["helpers"] = ", ".join(f'"{identity}"' for identity in _identities(root))
     _write(folder / POLICY_FILE, POLICY.substitute(trust=deployment.trust, unit=deployment.unit, **limits))
     _write_programs(folder, "start-node.sh", "fedpriv-node", "node", "/opt/fedpriv/node")
     _write_manifest(folder, _public_files(folder))
+
+
+def _write_identity(root: Path, helper: int) -> None:
+    """Write the identity key of a helper, which the policies of nodes pin."""
+    folder = root / f"helper-{helper}"
+    folder.mkdir(mode=0o700)
+    identity = make_signing_key(folder / IDENTITY_FILE).public_key().public_bytes_raw().hex()
+    _write(root / "admin" / HELPERS_FOLDER / f"helper-{helper}.pub", f"{identity}\n")
+
+
+def _identities(root: Path) -> list[str]:
+    """Return the identity keys of all helpers."""
+    paths = sorted((root / "admin" / HELPERS_FOLDER).glob("*.pub"))
+    return [path.read_text(encoding="utf-8").strip() for path in paths]
 
 
 def _write_helper(root: Path, deployment: Deployment, helper: int) -> None:
@@ -257,8 +276,6 @@ def _write_helper(root: Path, deployment: Deployment, helper: int) -> None:
     _write(folder / "ca.crt", (root / "ca" / "ca.crt").read_bytes())
     _write_pair(folder, key, "node.key", "node.pub")
     _write(root / "admin" / "nodes" / f"helper-{helper}.pub", key.public)
-    identity = make_signing_key(folder / IDENTITY_FILE).public_key().public_bytes_raw().hex()
-    _write(root / "admin" / "helpers" / f"helper-{helper}.pub", f"{identity}\n")
     _write(folder / CLIENTS_TOML, (root / "admin" / CLIENTS_TOML).read_bytes())
     values = {"address": deployment.address, "least": max(2, deployment.nodes // 2 + 1)}
     _write(folder / HELPER_TOML, HELPER_TOML_TEXT.substitute(values))

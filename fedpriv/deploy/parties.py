@@ -1,0 +1,51 @@
+"""Helpers and clients of a deployment in the run config, as the folder `admin` names them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedpriv.deploy.helper.folder import CLIENTS_TOML, read_clients
+from fedpriv.deploy.sums import HelperList
+from fedpriv.errors import UserError
+
+__all__ = ["HELPERS_FOLDER", "helper_list", "parties_config"]
+
+HELPERS_FOLDER = "helpers"
+"""In the folder `admin`: the identity keys of the helpers, one file each."""
+
+
+def parties_config(admin: Path) -> dict[str, object]:
+    """Return the keys of the run config for the folder `admin` of a deployment; empty without helpers.
+
+    `helpers` holds the identity keys. `enrolled` is the path of the list of clients, which counts if the server's
+    machine has it: the server then drops a message with a wrong signature, instead of losing the turn at a helper.
+
+    Raises:
+        UserError: If a file does not hold a key.
+    """
+    keys = [_key(path.read_text(encoding="utf-8").strip(), str(path)) for path in _files(admin)]
+    if not keys:
+        return {}
+    return {"helpers": ",".join(key.hex() for key in keys), "enrolled": str(admin / CLIENTS_TOML)}
+
+
+def helper_list(run_config: Mapping[str, object]) -> HelperList:
+    """Return the helpers and clients in a run config.
+
+    Raises:
+        UserError: If a key, or the list of clients, is invalid.
+    """
+    given = [part for part in str(run_config.get("helpers", "")).split(",") if part]
+    path = Path(str(run_config.get("enrolled", "")))
+    enrolled = read_clients(path) if path.is_absolute() and path.is_file() else None
+    return HelperList(tuple(_key(part, "run config helpers") for part in given), enrolled)
+
+
+def _files(admin: Path) -> list[Path]:
+    return sorted((admin / HELPERS_FOLDER).glob("*.pub"))
+
+
+def _key(text: str, where: str) -> bytes:
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        remedy = "Copy it again from the helper's operator"
+        raise UserError(where, "an identity key, 64 digits of 0-9a-f", repr(text[:80]), remedy)
+    return bytes.fromhex(text)
