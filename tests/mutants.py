@@ -2503,8 +2503,8 @@ MUTANTS = [
     Mutant(
         "scaffold: a restarted server sends no second vector",
         "fedpriv/deploy/coordinator.py",
-        "cohort, capacity, shared=shared)",
-        "cohort, capacity)",
+        "cohort, capacity, turn=turn, shared=shared)",
+        "cohort, capacity, turn=turn)",
         "tests/deploy/test_deploy_coordinator.py",
     ),
     Mutant(
@@ -2679,8 +2679,8 @@ MUTANTS = [
     Mutant(
         "aggregator: clients may sign different models",
         "fedpriv/deploy/facts.py",
-        '    hashed.update(model.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())\n',
-        "",
+        "for sent in (model, shared):",
+        "for sent in (shared,):",
         SECURE_DEPLOYED,
     ),
     Mutant(

@@ -43,8 +43,10 @@ def init(
     policy = {"trust": trust, "unit": unit, "epsilon": epsilon, "delta": delta}
     deployment = make_deployment(host=host, port=port, nodes=nodes, helpers=helpers, **policy)
     init_deployment(folder, deployment, days)
-    also = f" and {helpers} helpers" if helpers else ""
-    print(f"made        server, admin, ca and {nodes} nodes{also} in {folder}\nnext        {folder / 'README.md'}")
+    made = f"{nodes} nodes and {helpers} helpers" if helpers else f"and {nodes} nodes"
+    print(
+        f"made        server, admin, ca{',' if helpers else ''} {made} in {folder}\nnext        {folder / 'README.md'}"
+    )
 
 
 @deploy.command()

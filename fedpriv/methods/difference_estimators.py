@@ -9,7 +9,7 @@ Stationary Points in Differentially Private Optimization", arXiv 2206.00846. In 
     server:                   x_{r+1} = x_r - gamma v
 
 with rho = C2 d for DIFF2 and rho = min(C2 d, 2 C1) for Private SpiderBoost. Both papers add noise in proportion to C1
-and rho. Here messages are in units of their own bound and get the same noise in all rounds, which is the same. The
+and rho. Here messages are in units of their bound and get the same noise in all rounds, which is the same. The
 models are public, and so are d and rho: each round is one release, of a sensitivity that earlier ones do not change.
 
 | the papers' letter | here | who keeps it |

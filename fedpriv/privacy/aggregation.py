@@ -199,7 +199,7 @@ class AggregationChoice:
             whole_from("aggregation.least_survivors", self.least_survivors, _FEWEST, remedy)
 
     def check_sampling(self, *, by_coins: bool) -> None:
-        """Raise UserError if everyone is to answer and clients do not take part by coins of their own."""
+        """Raise UserError if everyone is to answer and clients do not take part by coins."""
         if self.everyone_answers and not by_coins:
             expected = 'false unless cohort.sampling = "poisson": each client flips its own coin'
             remedy = "Remove it, or sample clients by coins"
@@ -214,7 +214,7 @@ class AggregationChoice:
             size: Number of parameters.
 
         Raises:
-            UserError: If everyone is to answer and clients are not sampled by coins of their own.
+            UserError: If everyone is to answer and clients are not sampled by coins.
         """
         self.check_sampling(by_coins=sampling.by_coins)
         if self.everyone_answers:

@@ -390,7 +390,7 @@ class PrivacyPlan:
 
     def _check_aggregation(self) -> None:
         if self.trust_rules.secure_sums and self.aggregation is None:
-            remedy = 'Run it in a simulation on the engines loop, vectorized or ray, or set it to "local" or "central"'
+            remedy = 'Use `fedpriv run`, in process or with --deploy, or set it to "local" or "central"'
             raise UserError("privacy.trust", "a trust that is offered here", f'"{self.trust}"', remedy)
         if self.aggregation is not None and not self.trust_rules.secure_sums:
             remedy = 'Remove [aggregation], or set privacy.trust = "aggregator"'

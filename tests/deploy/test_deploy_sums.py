@@ -122,11 +122,11 @@ def turn_of(message: Message) -> int:
     return int(str(message.content.config_records.get(TERMS, {}).get("turn", 0)))
 
 
-def helper_key_of(message: Message) -> str:
-    """Return the first helper's key in the terms of a message to a client."""
-    keys = message.content.config_records[TERMS]["helpers"]
-    assert isinstance(keys, list)
-    return str(keys[0])
+def keys_of(message: Message) -> list[str]:
+    """Return the helpers' keys in a message to a client."""
+    shown = message.content.config_records[TERMS]["helpers"]
+    assert isinstance(shown, list)
+    return [str(key) for key in shown]
 
 
 def asks_sum(message: Message) -> bool:
@@ -141,7 +141,7 @@ def ledger_of(folder: Path, client: int) -> list[Any]:
     return Ledger(folder / f"node-{client}" / "state").entries()
 
 
-@pytest.mark.parametrize("cohort", ['sampling = "everyone"', 'sampling = "poisson"\nprobability = 0.7'])
+@pytest.mark.parametrize("cohort", ['sampling = "everyone"', 'sampling = "poisson"\nprobability = 0.6'])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_deployment_is_the_loop_to_the_bit(method: str, cohort: str, tmp_path: Path) -> None:
     """Turns with too few clients are void on both sides, and address noise alike."""
@@ -151,6 +151,7 @@ def test_a_deployment_is_the_loop_to_the_bit(method: str, cohort: str, tmp_path:
     assert bits_of(tmp_path / "out") == bits_of_loop(toml, tmp_path)
     happened = [row["happened"] for row in rows(tmp_path / "out")]
     assert set(happened) == ({"applied"} if "everyone" in cohort else {"applied", "too few"})
+    assert "everyone" in cohort or happened.index("too few") < len(happened) - 1
     released = [RunDirectory(tmp_path / name).rows("rounds.jsonl") for name in ("out", "loop")]
     assert [row.get("void") for row in released[0]] == [row.get("void") for row in released[1]]
     assert not any((home / "state").exists() and list((home / "state").glob("*/run.log")) for home in grid.helpers)
@@ -227,7 +228,7 @@ def test_a_dropout_costs_nothing_and_below_t_a_turn_is_charged_and_moves_no_memo
     terms = [m.content.config_records[TERMS] for m in grid.seen if turn_of(m) == 4]
     assert sorted(one["last_turn"] for one in terms) == [1, 2, 2, 2]
     orders = [m.content.config_records[FEDPRIV] for m in grid.seen if turn_of(m) == 4]
-    assert [one["round"] for one in orders] == [3] * 4
+    assert [one["round"] for one in orders] == [3] * CLIENTS
 
 
 def test_a_helper_that_loses_its_records_voids_a_turn_and_makes_a_new_key(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_helper_that_loses_its_records_voids_a_turn_and_makes_a_new_key(tmp_pa
     assert [row["happened"] for row in found] == ["applied", "void", "applied"]
     assert "unknown, lost or erased" in found[1]["reason"]
     assert (found[1]["counted"], found[1]["late"], found[2]["counted"]) == ([], [], [0, 1, 2, 3])
-    keys = [helper_key_of(m) for m in grid.seen if turn_of(m)]
+    keys = [keys_of(m)[0] for m in grid.seen if turn_of(m)]
     assert (len(set(keys[:8])), len(set(keys))) == (1, 2)
     assert [e.turn for e in ledger_of(folder, 0)] == [1, 2, 3]
 
@@ -262,7 +263,7 @@ def test_a_silent_helper_voids_its_turn_and_a_restarted_one_goes_on_with_the_sam
     grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=2, hook=hook)
     run_seeded(grid, config(rounds=3, helpers=2), tmp_path / "out")
     assert [row["happened"] for row in rows(tmp_path / "out")] == ["applied", "void", "applied"]
-    assert len({helper_key_of(m) for m in grid.seen if turn_of(m)}) == 1
+    assert len({keys_of(m)[0] for m in grid.seen if turn_of(m)}) == 1
 
 
 def test_no_client_is_asked_while_a_helper_is_missing(tmp_path: Path) -> None:

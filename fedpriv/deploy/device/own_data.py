@@ -55,11 +55,13 @@ def own_signal(
     _refuse_other_work(config, instructions)
     if instructions.examples and device.policy.limits.adjacency == "add-or-remove":
         config.check_positions()
+    # Under secure aggregation a void turn is tried again, as in simulations: with the same batches, and fresh noise.
+    number = instructions.round if terms.aggregation else terms.turn
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
             rules = _rules(device, instructions)
-            return _signal_of_file(path, run, config, rules, (terms.turn, instructions.client), model, offset)
+            return _signal_of_file(path, run, config, rules, (number, instructions.client), model, offset)
         # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not instructions.client < population.federation.population:
@@ -68,7 +70,7 @@ def own_signal(
             raise Refusal("model", "instructions", expected, instructions.client, remedy)
         rules, at = _rules(device, instructions), model.to(population.task.device)
         beside = None if offset is None else offset.to(at.device)
-        return population.signal(instructions.client, at, terms.turn, rules, beside).cpu()
+        return population.signal(instructions.client, at, number, rules, beside).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:

@@ -72,7 +72,7 @@ adjacency = "replace"
 # Identity keys of the helpers of secure aggregation, from their operators: all of them, and no other, must take part.
 helpers = [$helpers]
 least_survivors = 2         # minimum number of clients in a sum; helpers have a minimum of their own
-colluders = 0               # least number of clients whose collusion the noise must withstand
+colluders = 0               # least number of colluding clients that the noise must withstand
 min_share_multiplier = 0.0  # minimum of this client's own noise over l2 sensitivity, against server and all helpers
 
 [data]
@@ -184,7 +184,7 @@ class AggregationLimits:
         helpers: Identity keys of the helpers, 64 hexadecimal digits each. All of them and no other must take part: a
             list from the server could hold its own keys.
         least_survivors: Minimum of t, the number of clients in a sum.
-        colluders: Minimum of c, the number of clients whose collusion the noise must withstand.
+        colluders: Minimum of c, the number of colluding clients that the noise must withstand.
         min_share_multiplier: Minimum of the client's own share of the noise over l2 sensitivity. Against the server
             together with all helpers, this share alone protects it.
     """
