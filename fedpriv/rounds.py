@@ -220,7 +220,7 @@ class Broadcast(NamedTuple):
     shared: Tensor | None = None
 
     def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
-        """Return what clients with this `state` add to the gradient of each local step, `[..., params]`; or None."""
+        """Return the vector that is added to the gradient of each local step, `[..., params]`; None for none."""
         return None if self.shared is None else method.step_offset(state, self.shared)
 
     @property

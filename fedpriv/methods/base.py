@@ -127,7 +127,7 @@ class Method(Protocol[ClientStateT, ServerStateT]):
 
         Args:
             state: The client's state before the round.
-            shared: What the server's `shared` returned, `[params]`.
+            shared: The vector that the server's `shared` returned, `[params]`.
         """
         ...
 
