@@ -231,7 +231,7 @@ class Broadcast(NamedTuple):
     shared: Tensor | None = None
 
     def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
-        """Return the addition to each local step of clients with this `state`, `[..., params]`; or None."""
+        """Return the vector that is added to the gradient of each local step, `[..., params]`; None for none."""
         return None if self.shared is None else method.step_offset(state, self.shared)
 
     @property

@@ -97,7 +97,7 @@ class VectorizedEngine:
             step.take_alone(client, signal, self._states, following)
 
     def _offsets(self, clients: list[int], broadcast: Broadcast) -> Tensor | None:
-        """Return the additions to the gradients of local steps, `[clients, params]`; None for nothing."""
+        """Return the vectors that are added to the gradients of local steps, `[clients, params]`; None for none."""
         found: list[Tensor] = []
         for client in clients if broadcast.shared is not None else ():
             with self._states.borrowed([client]) as state:

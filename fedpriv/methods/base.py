@@ -131,7 +131,7 @@ class Method(Protocol[ClientStateT, ServerStateT]):
 
         Args:
             state: The client's state before the round.
-            shared: The result of the server's `shared`, `[params]`.
+            shared: The vector that the server's `shared` returned, `[params]`.
         """
         ...
 

@@ -15,7 +15,7 @@ y_i - x = -eta_l K (m_i + c) while the clip is inactive:
 
 So one release serves the model and the control variates. With `[local] work = "dp-sgd"` and single examples as the unit
 of privacy, the noise is in every g_t (z_i = 0), and everything else is post-processing. With whole clients as the unit,
-the local steps have no noise, the message gets it, and clip(.) bounds the contribution of one client.
+the local steps have no noise, the message gets it, and clip(.) bounds the part of one client.
 
 | the paper's letter | here | who keeps it |
 |---|---|---|

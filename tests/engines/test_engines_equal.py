@@ -200,14 +200,17 @@ def test_one_thread_gives_the_threads_back_also_after_an_error() -> None:
     assert (inside, torch.get_num_threads()) == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["alpha-normec damped", "alpha-normec sent", "clip21", "dp-fedavg"])
+@pytest.mark.parametrize(
+    "name", ["alpha-normec damped", "alpha-normec sent", "clip21", "dp-fedavg", "clip21-sgd2m", "dp-scaffold"]
+)
 @pytest.mark.parametrize("first", ["loop", "vectorized"])
 @pytest.mark.parametrize("second", ["loop", "vectorized"])
 def test_a_run_that_was_saved_and_restored_is_the_uninterrupted_one(name: str, first: str, second: str) -> None:
     """Results are equal to the bit in one engine, and up to rounding between engines."""
     method = EXAMPLES[name]
     trust = "local" if method.needs_client_noise else "central"
-    made = setting(method, work=WORKS["minibatch"], sampling=COHORTS["poisson"], trust=trust)
+    work = WORKS["epochs, mean gradient" if method.corrects_steps else "minibatch"]
+    made = setting(method, work=work, sampling=COHORTS["poisson"], trust=trust)
     start = method.init_server(made.initial_model)
     _, whole, _ = advance(ENGINES[second](made.population), made.server, start, 1, 8)
     engine = ENGINES[first](made.population)
