@@ -385,17 +385,6 @@ class Config:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
 
-    def check_plain_sums(self) -> None:
-        """Raise UserError if the experiment needs secure aggregation, which Flower's simulation does not offer yet.
-
-        Raises:
-            UserError: If `privacy.trust` is `aggregator`.
-        """
-        if self.sums_securely and self.privacy is not None:
-            remedy = "Simulate it with --engine loop, vectorized or ray, or run it on devices with --deploy"
-            expected = '"local" or "central" with --engine flower, for now'
-            raise UserError("privacy.trust", expected, f'"{self.privacy.trust}"', remedy)
-
     def check_positions(self) -> None:
         """Raise UserError if one example more would change how other examples of its client are used.
 

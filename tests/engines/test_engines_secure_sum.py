@@ -22,7 +22,6 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.run import run_experiment
 from fedpriv.feedback import Release, bounded_residual, decayed, on_grid, remember, sent_message
-from fedpriv.flower.launch import run_with_flower
 from fedpriv.mechanisms.gaussian import rounded_noise
 from fedpriv.mechanisms.shares import IntegerSums, centered
 from fedpriv.methods import AlphaNormEC, Clip21, ServerState
@@ -30,6 +29,7 @@ from fedpriv.methods.clip21 import ClientMemory
 from fedpriv.privacy import AggregationChoice, Poisson
 from fedpriv.rounds import Broadcast, Total, begin_round, client_round, finish_round, skip_round
 from fedpriv.streams import Purpose, Streams
+from strategies import DPFedAvg, Privacy
 
 CLIENTS = 12
 CHOICE = AggregationChoice(least_survivors=8, colluders=1)
@@ -314,11 +314,11 @@ def test_what_cannot_be_aggregated_is_one_line(change: dict[str, Any], line: str
         parse_config({**TABLES, **change})
 
 
-def test_flowers_simulation_refuses_it_for_now(tmp_path: Path) -> None:
-    config = parse_config(TABLES)
-    config.check_deployable()
-    with pytest.raises(UserError, match=r'privacy\.trust: expected "local" or "central" with --engine flower'):
-        run_with_flower(config, tmp_path / "out")
+def test_deployments_and_flower_run_it_and_strategies_of_an_app_refuse_it() -> None:
+    parse_config(TABLES).check_deployable()
+    strategy = DPFedAvg(clip_norm=0.5, privacy=Privacy(trust="aggregator", epsilon=8.0))
+    with pytest.raises(UserError, match=r'privacy\.trust: expected a trust that is offered here, got "aggregator"'):
+        strategy._agree(20, 3)
     method = AlphaNormEC(memory="sent")
     with pytest.raises(UserError, match=r"method\.memory"):
         setting(method, trust="aggregator", aggregation=CHOICE)
