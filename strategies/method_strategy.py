@@ -47,7 +47,7 @@ from fedpriv.flower.server.rescue import rescue
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
-from fedpriv.rounds import Agreement, Total, begin_round, finish_round
+from fedpriv.rounds import Agreement, Total, begin_round, finish_round, skip_round
 from fedpriv.streams import Randomness, SeededStreams
 
 __all__ = ["MethodStrategy"]
@@ -249,7 +249,7 @@ class MethodStrategy(Strategy):
                 ttl=self._pace.ttl,
                 group_id=str(server_round),
             )
-            for client in self.attendance.asked(broadcast.cohort.tolist())
+            for client in self.attendance.asked(self._cohort())
         }
         return list(self._asked.values())
 
@@ -261,11 +261,12 @@ class MethodStrategy(Strategy):
         if failures:
             of, shown = len(self._asked), in_words(failures)
             _log.warning("round %d: %d of %d clients fail: %s", server_round, len(failures), of, shown)
-        if self.attendance.finish(server_round, messages, failures, lost):
-            summed = self._broadcast.empty_sum(self.agreement.client)
-            for message in messages.values():
-                summed.add(message)
-            self.total = total_of_answers(summed.value, [contents[client] for client in messages])
+        total = self._total(contents, messages)
+        if total.void:
+            self.attendance.finish(server_round, [], failures)
+            self.total, self.state = total, skip_round(self.agreement.server, self.state)
+        elif self.attendance.finish(server_round, messages, failures, lost):
+            self.total = total
             self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         else:
             _log.warning("round %d: memories are lost: all are reset, and the round is not used", server_round)
@@ -278,6 +279,23 @@ class MethodStrategy(Strategy):
             self.result.train_metrics_clientapp[server_round] = metrics
         self._pace.end()
         return self.result.arrays, metrics
+
+    def _cohort(self) -> list[int]:
+        """Return the cohort of the round; empty if a sum under secure aggregation would be over too few clients."""
+        cohort, sums = self._broadcast.cohort.tolist(), self.agreement.client.sums
+        return [] if sums is not None and len(cohort) < sums.least else cohort
+
+    def _total(self, contents: dict[int, RecordDict], messages: dict[int, Tensor]) -> Total:
+        """Return the total of the round's messages; under simulated secure aggregation, it may be void."""
+        summed = self._broadcast.empty_sum(self.agreement.client)
+        for message in messages.values():
+            summed.add(message)
+        total = total_of_answers(summed.value, [contents[client] for client in messages])
+        sums = self.agreement.client.sums
+        if sums is None:
+            return total
+        found = None if len(messages) < sums.least else sums.total(total.sum)
+        return total._replace(sum=torch.zeros_like(total.sum) if found is None else found, void=found is None)
 
     def configure_evaluate(
         self,
@@ -392,7 +410,9 @@ class MethodStrategy(Strategy):
         seeded = isinstance(streams, SeededStreams)
         return ClientInstructions(
             method=rules.method,
-            round=server_round,
+            round=self._broadcast.round,
+            turn=0 if rules.sums is None else server_round,
+            grid=0.0 if rules.sums is None else rules.sums.grid,
             client=client,
             last_round=self.attendance.last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,

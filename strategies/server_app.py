@@ -61,7 +61,7 @@ def _line_of(error: UserError | OSError) -> str:
 def _run(grid: Grid, context: Context) -> None:
     run = RunConfig.of(context.run_config)
     config = run.load()
-    config.check_plain_sums()
+    config.check_only_sampled_answer()
     experiment = run.assemble(config)
     directory = RunDirectory(run.run_directory(f"{config.name}-{context.run_id}"))
     with directory.locked():

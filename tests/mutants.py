@@ -2277,11 +2277,18 @@ MUTANTS = [
         SUMS,
     ),
     Mutant(
-        "aggregator: Flower's simulation sends bare messages",
-        "fedpriv/flower/launch.py",
-        "    config.check_plain_sums()\n",
-        "",
-        SUMS,
+        "aggregator: Flower's simulated clients do not round their messages",
+        "fedpriv/flower/messages.py",
+        "least=1) if self.grid else None",
+        "least=1) if False else None",
+        "tests/flower/test_flower_equals_loop.py",
+    ),
+    Mutant(
+        "aggregator: a void round of Flower's simulation moves memories",
+        "strategies/method_strategy.py",
+        "self.attendance.finish(server_round, [], failures)",
+        "self.attendance.finish(server_round, messages, failures)",
+        "tests/flower/test_flower_equals_loop.py",
     ),
     Mutant(
         "secure: a client draws the same seed in every round",

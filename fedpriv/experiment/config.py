@@ -365,6 +365,13 @@ class Config:
         """Return the resolved experiment as TOML text."""
         return tomli_w.dumps(self.tables)
 
+    def check_only_sampled_answer(self) -> None:
+        """Raise UserError if clients that are not sampled answer as well, for which Flower's servers do not ask yet."""
+        if self.aggregation is not None and self.aggregation.everyone_answers:
+            expected = "false with Flower, for now: its servers draw the cohorts"
+            remedy = "Remove it, or simulate it with --engine loop, vectorized or ray"
+            raise UserError("aggregation.everyone_answers", expected, "true", remedy)
+
     def check_deployable(self) -> None:
         """Raise UserError if the experiment needs a simulation.
 
@@ -373,10 +380,7 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
-        if self.aggregation is not None and self.aggregation.everyone_answers:
-            expected = "false in a deployment, for now: the server draws the cohorts"
-            remedy = "Remove it, or run the experiment as a simulation"
-            raise UserError("aggregation.everyone_answers", expected, "true", remedy)
+        self.check_only_sampled_answer()
         if own_signal_of(self.method) is not None:
             remedy = "Simulate it, or choose dp-gd"
             raise UserError("method.name", "a method that deployments offer", repr(self.method_name), remedy)
@@ -400,17 +404,6 @@ class Config:
         if self.devices is not None:
             remedy = "Choose an engine in process, or remove [devices] and [schedule]"
             raise UserError("[devices]", "no such table with Flower", "a virtual clock", remedy)
-
-    def check_plain_sums(self) -> None:
-        """Raise UserError if the experiment needs secure aggregation, which Flower's simulation does not offer yet.
-
-        Raises:
-            UserError: If `privacy.trust` is `aggregator`.
-        """
-        if self.sums_securely and self.privacy is not None:
-            remedy = "Simulate it with --engine loop, vectorized or ray, or run it on devices with --deploy"
-            expected = '"local" or "central" with --engine flower, for now'
-            raise UserError("privacy.trust", expected, f'"{self.privacy.trust}"', remedy)
 
     def check_positions(self) -> None:
         """Raise UserError if one example more would change how other examples of its client are used.

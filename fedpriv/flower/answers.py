@@ -30,7 +30,9 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
     with one_thread():
         state = load_state(context, instructions, model.layout.size)
         sound = all(bool(torch.isfinite(field).all()) for field in state)
-        message, state = client_round(instructions.rules, instructions.client, state, signal, instructions.round)
+        message, state = client_round(
+            instructions.rules, instructions.client, state, signal, instructions.round, instructions.address
+        )
         counted = signal[: model.layout.size]
         norm = float(torch.linalg.vector_norm(counted, dtype=torch.float64)) if sound else math.inf
     keep_state(context, instructions, state)

@@ -77,7 +77,7 @@ def run_with_flower(
     """
     require_extra("--engine flower", "flower")
     config.check_unclocked()
-    config.check_plain_sums()
+    config.check_only_sampled_answer()
     out = Path(out).resolve()
     population = assemble(config, device=device, data_root=data_root).population.federation.population
     directory = RunDirectory(out)

@@ -28,6 +28,7 @@ from torch import Tensor
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
 from fedpriv.flower.privacy_terms import PrivacyTerms
+from fedpriv.mechanisms.shares import HALF_MODULUS, IntegerSums
 from fedpriv.methods import METHODS, Method
 from fedpriv.privacy.records import ExampleTerms
 from fedpriv.rounds import ClientRules
@@ -205,10 +206,11 @@ class MessageFormat:
         """Return float32 for messages without noise, otherwise the smallest integers that hold every message.
 
         Without noise, messages are float64 if the unit of privacy is `example`: rounding to float32 could exceed the
-        part of a single record. If the noise multiplier is too small for any privacy, the levels may exceed 24 bits.
-        The format is then float32, which rounds a message that is already released.
+        part of a single record. Integers of simulated secure aggregation are float64, too. If the noise multiplier is
+        too small for any privacy, the levels may exceed 24 bits. The format is then float32, which rounds a message
+        that is already released.
         """
-        if rules.examples is not None and rules.noise_stddev == 0.0:
+        if rules.sums is not None or (rules.examples is not None and rules.noise_stddev == 0.0):
             return cls(dtype="float64")
         grid = rules.release_grid
         largest = math.inf if grid is None else rules.message_limit / grid
@@ -243,6 +245,8 @@ class ClientInstructions:
         seed: Seed of the noise in a simulation; None for noise from the client's operating system.
         noise_id: Separates the noise of experiments that share a seed; see `SeededStreams`.
         private: True if nothing but the message may leave the client.
+        turn: In simulations, the address of the noise if some rounds are void; 0 for the round.
+        grid: In simulations, the grid of integer shares of noise under secure aggregation; 0 for other trusts.
         diagnostics: True if the client reports the norm of its signal, which is not protected: in simulations, and in
             runs without a privacy guarantee.
     """
@@ -257,6 +261,8 @@ class ClientInstructions:
     seed: int | None = None
     noise_id: str = ""
     private: bool = True
+    turn: int = 0
+    grid: float = 0.0
     diagnostics: bool = False
 
     @property
@@ -269,7 +275,13 @@ class ClientInstructions:
             streams=streams,
             examples=self.example_terms,
             step_stddev=self.step_stddev,
+            sums=IntegerSums(grid=self.grid, limit=HALF_MODULUS - 1, least=1) if self.grid else None,
         )
+
+    @property
+    def address(self) -> int:
+        """The address of the noise, which no other round has."""
+        return self.turn or self.round
 
     @property
     def example_terms(self) -> ExampleTerms | None:
@@ -379,7 +391,7 @@ def printable(text: object, longest: int = 300) -> str:
 
 
 _PLAIN = ("round", "client", "last_round", "noise_stddev", "seed", "noise_id", "private", "diagnostics")
-_PLAIN += ("examples", "step_stddev")
+_PLAIN += ("examples", "step_stddev", "turn", "grid")
 
 
 def method_name(method: Method) -> str:

@@ -49,7 +49,7 @@ def keep_state(context: Context, instructions: ClientInstructions, state: Client
     if not state._fields:
         return
     committed_round, committed = _settled(context, instructions)
-    record = {_ROUNDS: Array(np.array([committed_round, instructions.round], dtype=np.int64))}
+    record = {_ROUNDS: Array(np.array([committed_round, instructions.address], dtype=np.int64))}
     record |= {_COMMITTED + name: array for name, array in committed.items()}
     record |= {_PENDING + name: Array(tensor.detach().cpu().numpy()) for name, tensor in state._asdict().items()}
     context.state[FEDPRIV] = ArrayRecord(record)

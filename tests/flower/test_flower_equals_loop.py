@@ -10,12 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from clients.client_app import app
 from fedpriv.engines import LoopEngine
+from fedpriv.engines.secure_sum import SecureSum
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.flower.messages import ARRAYS, asks_node_info
+from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, ServerState
-from fedpriv.rounds import Total, begin_round, finish_round
+from fedpriv.rounds import Total, begin_round, finish_round, skip_round
 from strategies.server_app import make_strategy
 
 ROUNDS = 3
@@ -56,7 +58,46 @@ def run_loop(experiment: Experiment) -> tuple[ServerState, Total]:
     return state, total
 
 
-def run_flower(experiment: Experiment, folder: Path) -> tuple[ServerState, Total]:
+SUMS: dict = {"trust": "aggregator", "epsilon": 50.0}
+BATCHES: dict = {"work": "minibatch-gradient", "batch_size": 8}
+SUMMED = [{"name": "alpha-normec", "damping": 0.2}, {"name": "clip21"}, {"name": "dp-fedavg"}]
+
+
+@pytest.mark.parametrize("method", SUMMED)
+def test_simulated_secure_aggregation_is_the_loops_to_the_bit(method: dict, tmp_path: Path) -> None:
+    """Rounds with too few clients are void: nobody is asked, and the next round has the same batches."""
+    experiment = make_experiment(method, {"sampling": "poisson", "probability": 0.5}, SUMS, BATCHES)
+    state, voids = run_summed(experiment)
+    assert False in voids[voids.index(True) :]
+    found, _ = run_flower(experiment, tmp_path, rounds=10)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state, found, strict=True))
+
+
+@pytest.mark.parametrize("method", SUMMED)
+def test_a_sum_in_the_guard_band_moves_no_memory(method: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = itertools.count(), IntegerSums.total
+    monkeypatch.setattr(IntegerSums, "total", lambda sums, sum_: None if next(calls) % 10 == 1 else real(sums, sum_))
+    experiment = make_experiment(method, {"sampling": "everyone"}, SUMS, BATCHES)
+    state, voids = run_summed(experiment)
+    assert voids == [False, True, *[False] * 8]
+    found, _ = run_flower(experiment, tmp_path, rounds=10)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state, found, strict=True))
+
+
+def run_summed(experiment: Experiment) -> tuple[ServerState, list[bool]]:
+    """Run ten rounds of the loop; return the state, and the rounds that were void."""
+    server, sums, voids = experiment.server, experiment.population.rules.sums, []
+    assert sums is not None
+    people = experiment.population
+    engine, state = SecureSum(LoopEngine(people), sums, people.rules), server.init(experiment.initial_model)
+    for k in range(1, 11):
+        total = engine.sum_messages(begin_round(server, state, k))
+        state = skip_round(server, state) if total.void else finish_round(server, state, k, total.sum)
+        voids.append(total.void)
+    return state, voids
+
+
+def run_flower(experiment: Experiment, folder: Path, rounds: int = ROUNDS) -> tuple[ServerState, Total]:
     path = folder / f"{experiment.config.digest}.toml"
     path.write_text(experiment.config.to_toml(), encoding="utf-8")
     strategy = make_strategy(experiment)
@@ -64,7 +105,7 @@ def run_flower(experiment: Experiment, folder: Path) -> tuple[ServerState, Total
         strategy.start(
             InProcessGrid(app, experiment.population.federation.population, {"config": str(path)}),
             ArrayRecord({ARRAYS: experiment.initial_model}),
-            num_rounds=ROUNDS,
+            num_rounds=rounds,
             train_config=ConfigRecord({"experiment": experiment.config.digest}),
         )
     return strategy.state, strategy.total

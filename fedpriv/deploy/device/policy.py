@@ -300,6 +300,8 @@ class Policy:
             raise _no("limits.max_rounds", f"at most {self.limits.max_rounds:,}", f"{terms.rounds:,}")
         if instructions.seed is not None:
             raise _no("seed", "noise from this client's operating system", "a seed in the instructions")
+        if instructions.turn or instructions.grid:
+            raise _no("grid", "the grid and the turn of the terms", "others in the instructions")
         if instructions.diagnostics:
             raise _no("diagnostics", "requests for messages only", "a request for norms of signals without noise")
         _among("accepts.methods", method_name(instructions.method), self.accepts.methods)
