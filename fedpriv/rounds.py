@@ -52,6 +52,7 @@ __all__ = [
     "capacity_of",
     "client_round",
     "counted_norms",
+    "counted_total",
     "finish_round",
     "integer_sums",
     "make_agreement",
@@ -550,6 +551,20 @@ def counted_norms(norms: Tensor, decisive: Tensor) -> list[float]:
     """
     counted = torch.where(torch.isfinite(decisive), norms, math.inf).flatten()
     return cast(list[float], counted.tolist())  # pyright: ignore[reportUnknownMemberType]
+
+
+def counted_total(total: Total, sums: IntegerSums | None, answers: int) -> Total:
+    """Return the total of a round as the server of secure aggregation sees it.
+
+    Args:
+        total: The total of the messages.
+        sums: The rules for sums of integers; None without secure aggregation.
+        answers: Number of clients that answered; with fewer than the rules require, the round is void.
+    """
+    if sums is None:
+        return total
+    found = None if answers < sums.least else sums.total(total.sum)
+    return total._replace(sum=torch.zeros_like(total.sum) if found is None else found, void=found is None)
 
 
 def total_of(messages: ExactSum, norms: list[float]) -> Total:

@@ -47,7 +47,7 @@ from fedpriv.flower.server.rescue import rescue
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan, signal_warning
-from fedpriv.rounds import Agreement, Total, begin_round, finish_round, skip_round
+from fedpriv.rounds import Agreement, Total, begin_round, counted_total, finish_round, skip_round
 from fedpriv.streams import Randomness, SeededStreams
 
 __all__ = ["MethodStrategy"]
@@ -291,11 +291,7 @@ class MethodStrategy(Strategy):
         for message in messages.values():
             summed.add(message)
         total = total_of_answers(summed.value, [contents[client] for client in messages])
-        sums = self.agreement.client.sums
-        if sums is None:
-            return total
-        found = None if len(messages) < sums.least else sums.total(total.sum)
-        return total._replace(sum=torch.zeros_like(total.sum) if found is None else found, void=found is None)
+        return counted_total(total, self.agreement.client.sums, len(messages))
 
     def configure_evaluate(
         self,

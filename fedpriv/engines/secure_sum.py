@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpriv.engines.base import UndoingEngine
 from fedpriv.mechanisms.shares import IntegerSums
-from fedpriv.rounds import Broadcast, ClientRules, Total
+from fedpriv.rounds import Broadcast, ClientRules, Total, counted_total
 
 __all__ = ["SecureSum"]
 
@@ -46,11 +46,11 @@ class SecureSum:
             nothing = torch.zeros(size, dtype=torch.float64)
             return Total(nothing, len(broadcast.cohort), 0, math.nan, void=True)
         total = self._inner.sum_messages(broadcast)
-        sum_ = self._sums.total(self._with_others(broadcast, total.sum))
-        if sum_ is None:
+        total = total._replace(sum=self._with_others(broadcast, total.sum))
+        total = counted_total(total, self._sums, self._sums.answering or len(broadcast.cohort))
+        if total.void:
             self._inner.undo()
-            return total._replace(sum=torch.zeros(size, dtype=torch.float64), void=True)
-        return total._replace(sum=sum_)
+        return total
 
     def _with_others(self, broadcast: Broadcast, sum_: Tensor) -> Tensor:
         """Return the sum with the shares of the clients that answer without being sampled; integers, so exact."""
