@@ -2249,6 +2249,13 @@ MUTANTS = [
         AGGREGATION,
     ),
     Mutant(
+        "aggregator: a device credits sampling by the server",
+        "fedpriv/deploy/device/policy.py",
+        "if numbers.everyone_answers:",
+        "if False:",
+        "tests/deploy/test_deploy_sums.py",
+    ),
+    Mutant(
         "aggregator: memories fade in void rounds",
         ROUNDS,
         "counting = round - rules.voids(state)",

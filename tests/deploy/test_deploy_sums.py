@@ -447,6 +447,12 @@ def _forged_key(content: RecordDict) -> None:
     content.config_records[TERMS]["helpers"] = [forged.to_bytes().hex()]
 
 
+def _credited_sampling(content: RecordDict) -> None:
+    terms = content.config_records[TERMS]
+    terms["aggregation"] = json.dumps({**json.loads(str(terms["aggregation"])), "everyone_answers": True})
+    terms["sampling"], terms["probability"] = "poisson", 0.1
+
+
 def _no_keys(content: RecordDict) -> None:
     del content.config_records[TERMS]["helpers"]
 
@@ -457,6 +463,7 @@ TAMPERED = {
     "no numbers": (_no_numbers, "terms"),
     "another trust": (_central, "accepts.trust"),
     "a key of the server's own": (_forged_key, "helpers: expected one signed key"),
+    "sampling that the server sees": (_credited_sampling, "aggregation: expected a plan that credits no sampling"),
     "no keys": (_no_keys, "helpers: expected one signed key"),
 }
 

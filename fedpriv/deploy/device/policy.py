@@ -219,6 +219,8 @@ class AggregationLimits:
         numbers = plan.aggregation
         if numbers is None:
             return
+        if numbers.everyone_answers:  # this device flips no coins, and the server sees whom it asks
+            raise _no("aggregation", "a plan that credits no sampling", "one in which everyone answers")
         if not self.helpers:
             raise _no("aggregation.helpers", "a run without secure aggregation: no helper is pinned", plan.trust)
         if not numbers.least_survivors >= self.least_survivors:
