@@ -67,7 +67,7 @@ from fedpriv.privacy.accounting import (
 )
 from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_delta, gaussian_epsilon
 from fedpriv.privacy.losses import Half
-from fedpriv.privacy.sampling import Everyone, Sampling, gaussian_event
+from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
 from fedpriv.privacy.unit import Adjacency
 
@@ -297,7 +297,8 @@ class RecordBound:
             remedy = 'Set it to "replace"'
             expected = '"replace" with differences of gradients: rounding of the others may hide or show an example'
             raise UserError("privacy.adjacency", expected, repr(adjacency), remedy)
-        if self.restart_weight != 1.0 and not isinstance(sampling, Everyone):
+        everyone = sampling.draws_cohorts and sampling.sampling_prob >= 1.0
+        if self.restart_weight != 1.0 and not everyone:
             expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
             raise UserError("method.restart_weight", expected, self.restart_weight, "Set it to 1")
 

@@ -100,7 +100,7 @@ def _signal_of_file(
     rules: ClientRules,
     address: tuple[int, int],
     model: Tensor,
-    offset: Tensor | None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     check_device(run.device)
     with labels_as(config.task.labels):
