@@ -30,6 +30,7 @@ from fedpriv.rounds import begin_round, finish_round, signal_to_noise
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
+MOMENTUM = 0.9
 
 PROBLEMS: dict[str, dict[str, Any]] = {
     "softmax": {
@@ -47,15 +48,20 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 
 CENTRAL = {"trust": "central", "adjacency": "add-or-remove", "delta": 1e-5}
+AGGREGATOR = {"trust": "aggregator", "adjacency": "replace", "delta": 1e-5}
 LOCAL = {"trust": "local", "adjacency": "replace", "delta": 1e-5}
 PRIVACY: dict[str, dict[str, Any] | None] = {
     "non-private": None,
     "central, epsilon 8": {**CENTRAL, "epsilon": 8.0},
     "central, epsilon 2": {**CENTRAL, "epsilon": 2.0},
+    "aggregator, epsilon 8": {**AGGREGATOR, "epsilon": 8.0},
+    "aggregator, epsilon 2": {**AGGREGATOR, "epsilon": 2.0},
     "local, epsilon 8": {**LOCAL, "epsilon": 8.0},
     "local, epsilon 2": {**LOCAL, "epsilon": 2.0},
 }
-CELLS = [(problem, setting) for problem in PROBLEMS for setting in PRIVACY if problem == "softmax" or setting[0] != "l"]
+CELLS = [
+    (problem, setting) for problem in PROBLEMS for setting in PRIVACY if problem == "softmax" or setting[0] not in "al"
+]
 
 
 def _points(steps: tuple[float, ...], **axes: Any) -> list[dict[str, Any]]:
@@ -85,8 +91,10 @@ def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     residuals = _points(steps, clip_norm=(0.1,) if local else (0.3, 1.0) if small else (0.1, 0.3))
     clipped, smoothed = _points(steps, clip_norm=clips), _points(steps, alpha=(1.0,) if few else (0.1, 1.0))
     damped = ((1.0, 1.0),) if few else ((1.0, 0.3), (1.0, 1.0))
+    slow = [{**p, "server_lr": p["server_lr"] * (1.0 - MOMENTUM), "momentum": MOMENTUM} for p in clipped]
     methods = {
         "DP-FedAvg": [{"name": "dp-fedavg", **p} for p in clipped],
+        "DP-FedAvg, momentum": [{"name": "dp-fedavg", **p} for p in slow],
         "normalized SGD": [{"name": "normalized-sgd", **p} for p in smoothed],
         "Clip21": [{"name": "clip21", **p, "server_lr": p["server_lr"] * p["clip_norm"]} for p in residuals],
         "alpha-NormEC": _feedback(steps, pairs, server_normalization=False),
@@ -107,7 +115,9 @@ def _experiment(problem: str, seed: int, data_root: Path | None) -> Experiment:
 
 def _tables(problem: str, privacy: dict[str, Any] | None, method: dict[str, Any], seed: int) -> dict[str, Any]:
     tables = {"name": problem, "seed": seed, "data": {"name": "mnist-by-writer", "partition": "natural"}}
-    tables |= {**PROBLEMS[problem], "method": method}
+    tables |= {**PROBLEMS[problem], "method": {key: value for key, value in method.items() if key != "momentum"}}
+    if "momentum" in method:
+        tables["server"] = {"optimizer": "momentum", "momentum": method["momentum"]}
     return tables if privacy is None else {**tables, "privacy": privacy}
 
 
@@ -118,7 +128,7 @@ def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, dat
     config = parse_config(_tables(problem, PRIVACY[setting], method, seed))
     experiment = data.with_method(config)
     engine = make_engine("auto", experiment)
-    state = experiment.config.method.init_server(experiment.initial_model)
+    state = experiment.server.init(experiment.initial_model)
     ratio = None
     for number in range(1, config.training.rounds + 1):
         total = engine.sum_messages(begin_round(experiment.server, state, number))
@@ -213,6 +223,7 @@ def summarise(rows: list[dict[str, Any]], trials: Trials) -> pd.DataFrame:
 
 COLOURS = {
     "DP-FedAvg": "#000000",
+    "DP-FedAvg, momentum": "#999999",
     "normalized SGD": "#E69F00",
     "Clip21": "#009E73",
     "alpha-NormEC": "#0072B2",
@@ -248,7 +259,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
     for index, (method, colour) in enumerate(COLOURS.items()):
         rows = part[part["method"] == method].set_index("setting")
         if len(rows):
-            at = [settings.index(setting) + (index - 3) * 0.12 for setting in rows.index]
+            at = [settings.index(setting) + (index - 3.5) * 0.1 for setting in rows.index]
             axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
     axes.set(title=title, ylabel="test accuracy")
     axes.set_xticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
