@@ -250,7 +250,9 @@ class Broadcast(NamedTuple):
         capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.examples is not None:
-            bound = min(bound, rules.examples.alone * rules.method.bounded.lipschitz)
+            own = own_signal_of(rules.method)
+            factor = rules.method.bounded.lipschitz if own is None else own.example_rule.least
+            bound = min(bound, rules.examples.alone * factor)
         if rules.sums is not None:
             rules.sums.check_size(size)
             if step > rules.sums.grid:

@@ -2256,6 +2256,13 @@ MUTANTS = [
         "tests/deploy/test_deploy_sums.py",
     ),
     Mutant(
+        "aggregator: the server chooses the adjacency that a ledger charges",
+        "fedpriv/deploy/device/ledger.py",
+        'return whole.under_replace() if adjacency == "replace" and not plan.trust_rules.trusts_server else whole',
+        "return whole",
+        "tests/deploy/test_deploy_sums.py",
+    ),
+    Mutant(
         "aggregator: memories fade in void rounds",
         ROUNDS,
         "counting = round - rules.voids(state)",

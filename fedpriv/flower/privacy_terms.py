@@ -123,7 +123,13 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
         plan: The server's plan; None without a privacy guarantee.
         sampling: Sampling of the cohorts.
         rounds: Number of turns.
+
+    Raises:
+        UserError: If the plan relies on answers of clients that are not sampled, for which no server of Flower asks.
     """
+    if plan is not None and plan.aggregation is not None and plan.aggregation.everyone_answers:
+        expected, remedy = "false with Flower, for now: its servers ask the sampled clients", "Remove it"
+        raise UserError("aggregation.everyone_answers", expected, "true", remedy)
     facts: dict[str, Any] = {"trust": NO_PROMISE, "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
     if plan is not None:
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}

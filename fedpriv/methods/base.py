@@ -248,6 +248,12 @@ class ExampleRule(NamedTuple):
     period: int | None = None
     restart_weight: float = 1.0
 
+    @property
+    def least(self) -> float:
+        """The factor of the part of a message that one example moves least, against a mean of bounded gradients."""
+        part = 1.0 if self.clip_norm is None else self.clip_norm / self.example_clip
+        return self.lipschitz * part * min(1.0, self.restart_weight)
+
 
 @runtime_checkable
 class OwnSignal(Protocol):

@@ -14,7 +14,7 @@ from flower_in_process import NodeError
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedpriv.deploy import server as deployment
-from fedpriv.deploy.device.ledger import Ledger, account_of
+from fedpriv.deploy.device.ledger import Ledger, account_of, spent
 from fedpriv.deploy.device.memory import MemoryFile
 from fedpriv.deploy.device.policy import POLICY_FILE, AggregationLimits, load_policy
 from fedpriv.deploy.helper.folder import (
@@ -158,6 +158,21 @@ def test_a_deployment_is_the_loop_to_the_bit(method: str, cohort: str, tmp_path:
     statement = (tmp_path / "out" / "privacy.txt").read_text()
     assert "Simulated:" not in statement
     assert "server together with all 2 helpers" in statement.replace("\n", " ")
+
+
+def test_the_server_does_not_choose_the_adjacency_that_a_ledger_charges(tmp_path: Path) -> None:
+    """It is the adversary: under add-or-remove it could state half of what the noise is worth under replacement."""
+    toml = config("clip21", rounds=1).replace(
+        "noise_multiplier = 0.5", 'noise_multiplier = 2.0\nadjacency = "add-or-remove"'
+    )
+    grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=1)
+    run_seeded(grid, toml, tmp_path / "out")
+    entries = ledger_of(tmp_path / "nodes", 0)
+    plan = entries[0].plan(entries[0].l2_bound)
+    assert plan.adjacency == "add-or-remove"
+    assert spent(entries, plan.delta, "replace") == pytest.approx(plan.under_replace().epsilon, rel=1e-12)
+    assert spent(entries, plan.delta, "replace") > 1.5 * plan.epsilon
+    assert spent(entries, plan.delta, "add-or-remove") == plan.epsilon
 
 
 def test_the_server_sees_masks_and_the_ledger_says_what_protects(tmp_path: Path) -> None:

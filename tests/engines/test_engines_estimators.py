@@ -1,5 +1,6 @@
 """Methods with their own signal (DIFF2, Private SpiderBoost, DiceSGD): references, engines, sensitivities, refusals."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from fedpriv.methods import DIFF2, DPGD, DiceSGD, PrivateSpiderBoost, server_ste
 from fedpriv.methods.difference_estimators import ServerEstimate
 from fedpriv.privacy import Everyone, ExampleTerms, Poisson, PrivacyPlan, RecordBound, make_plan
 from fedpriv.privacy.records import ROUNDING
-from fedpriv.rounds import begin_round, client_round, finish_round, record_bound
-from fedpriv.streams import Purpose
+from fedpriv.rounds import Broadcast, begin_round, client_round, finish_round, make_agreement, record_bound
+from fedpriv.streams import Purpose, SeededStreams
 
 ROUNDS, CLIP = 5, 0.7
 FULL: dict[str, Any] = {"work": "full-gradient"}
@@ -476,6 +477,19 @@ def test_the_proof_of_a_class_is_not_that_of_its_subclasses() -> None:
 
     with pytest.raises(UserError, match=r"method\.name: expected a method with an accounted signal"):
         record_bound(Louder(), ExampleTerms(clip=3.0, examples=100))
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e6])
+def test_the_grid_of_sums_is_fine_enough_for_one_example_in_the_units_of_messages(clip: float) -> None:
+    """Messages are in units of the clip, so the limit must not depend on it."""
+    method = DIFF2(clip_norm=clip, smoothness=2.0, period=3, server_lr=0.5)
+    plan = plan_of(method, clip, trust="central")
+    assert plan.record is not None
+    rules = make_agreement(method, plan.sampling, plan, SeededStreams(0)).client
+    terms = dataclasses.replace(plan.record.terms, examples=10**6)
+    many = Broadcast(1, torch.zeros(10**6), np.arange(1), capacity=10_000)
+    with pytest.raises(UserError, match="rounding could lengthen"):
+        many.empty_sum(dataclasses.replace(rules, examples=terms))
 
 
 def test_absent_clients_are_refused_where_differences_need_their_last_model() -> None:

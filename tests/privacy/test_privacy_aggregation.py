@@ -263,6 +263,8 @@ def test_where_everyone_answers_sampling_is_credited_as_with_a_trusted_server() 
     said = " ".join(privacy_statement(plan, method="dp-fedavg", randomness="system").split())
     assert "a client that is not sampled answers with a message of zero and its share" in said
     assert read_plan(plan.as_dict(), "privacy.json") == plan
+    with pytest.raises(UserError, match=r"aggregation\.everyone_answers: expected false with Flower"):
+        promised(plan, cohorts, plan.rounds)
     for others in (Everyone(200), FixedSize(200, 20)):
         with pytest.raises(UserError, match=r'everyone_answers: expected false unless cohort\.sampling = "poisson"'):
             choice.of(others, most=50, size=100)

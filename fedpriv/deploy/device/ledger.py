@@ -198,8 +198,8 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: Un
     Args:
         entries: Releases.
         delta: Delta of all releases together.
-        adjacency: Adjacency for the client's own noise. Central runs count under the adjacency of their guarantee; if
-            that is add-or-remove for any run, the sum is for add-or-remove, too.
+        adjacency: Adjacency for the client's own noise and for secure aggregation. Central runs count under the
+            adjacency of their guarantee; if that is add-or-remove for any run, the sum is for add-or-remove, too.
         unit: The unit whose privacy is spent. A run that protects clients protects their examples by its epsilon under
             `replace`: one example more or less also changes a message that is present.
     """
@@ -208,7 +208,7 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: Un
     if any(entry.trust_rules is None for entry in entries):
         return math.inf
     local = [entry for entry in entries if entry.charges_participations]
-    central = {(e.run, e.client, _plan_of(e, unit)) for e in entries if not e.charges_participations}
+    central = {(e.run, e.client, _plan_of(e, unit, adjacency)) for e in entries if not e.charges_participations}
     left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
@@ -265,12 +265,16 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
 
-def _plan_of(entry: Entry, unit: UnitName) -> PrivacyPlan:
-    """Return the plan of a run with central trust, for one `unit`."""
+def _plan_of(entry: Entry, unit: UnitName, adjacency: Adjacency) -> PrivacyPlan:
+    """Return the plan of a run that is charged as a whole, for one `unit`.
+
+    A server that is not trusted does not choose the adjacency: the same noise is charged under that of the policy.
+    """
     plan = entry.plan(entry.l2_bound)
     if unit == "example":
         return plan.under_replace() if plan.record is None else plan
-    return plan.of_clients() or replace(plan, noise_multiplier=0.0)
+    whole = plan.of_clients() or replace(plan, noise_multiplier=0.0)
+    return whole.under_replace() if adjacency == "replace" and not plan.trust_rules.trusts_server else whole
 
 
 def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: UnitName) -> float:

@@ -18,8 +18,11 @@ _FIXED = "These arrays are not part of it, keep their initial values and are sen
 
 _FAILURES = (
     "Failures: a client that does not answer, or sends an unusable message, counts as a client with a zero message. "
-    "The noise does not depend on how many clients answer, and sums are divided by the expected number of clients."
+    "{noise}, and sums are divided by the expected number of clients."
 )
+
+_SAME_NOISE = "The noise does not depend on how many clients answer"
+_ENOUGH_SHARES = "A round in which too few clients answer with their share of the noise is void"
 
 _SECRET = (
     " Epsilon holds only if the adversary does not know who took part: keep the server's log, which names clients that "
@@ -65,7 +68,8 @@ def drop_in_statement(
         return statement
     fixed = _FIXED.format(names=", ".join(arrays.fixed)) if arrays.fixed else ""
     covered = _COVERED.format(trained=_trained(arrays), size=size, fixed=fixed)
-    paragraphs = [covered, _FAILURES + (_SECRET if plan.amplification else "")]
+    failures = _FAILURES.format(noise=_SAME_NOISE if plan.aggregation is None else _ENOUGH_SHARES)
+    paragraphs = [covered, failures + (_SECRET if plan.amplification else "")]
     if plan.amplification:
         timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None else _EQUALLY_LONG.format(seconds=round_seconds)
         paragraphs.append(timed)
