@@ -376,7 +376,7 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
 def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) -> RecordBound:
     """Return the same for a method with its own signal."""
     if _is_own(method):
-        remedy = "Use a built-in method: the proof for a signal of its own holds for its class alone"
+        remedy = "Use a built-in method: the proof of its signal does not cover other classes"
         got = type(method.client_part).__name__
         raise UserError("method.name", 'a method with an accounted signal for unit = "example"', got, remedy)
     name = METHODS.name_of(method.client_part)

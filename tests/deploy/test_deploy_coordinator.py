@@ -180,7 +180,7 @@ def test_a_reset_of_all_is_one_of_the_server_optimizer_and_clients_hear_nothing_
     assert all(torch.equal(a, b) for a, b in zip(server.state, again.state, strict=True))
 
 
-def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
+def test_a_lost_memory_that_fades_resets_one_client() -> None:
     server = coordinator(DAMPED)
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
@@ -190,7 +190,7 @@ def test_a_lost_memory_that_fades_starts_one_client_afresh() -> None:
 
 
 @pytest.mark.parametrize("method", [UNDAMPED, Clip21(clip_norm=1.0), AlphaNormEC(alpha=1.0, beta=0.5, damping=1e-9)])
-def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_for_ever(method: Any) -> None:
+def test_a_reset_of_one_client_is_refused_if_the_server_would_keep_its_lost_memory_forever(method: Any) -> None:
     line = r"^deployment\.lost_memory: expected another rule, because this method's memory does not fade"
     with pytest.raises(UserError, match=line):
         coordinator(method, lost_memory="reset-one")
@@ -199,7 +199,7 @@ def test_starting_afresh_is_refused_where_the_server_would_hold_what_was_lost_fo
 
 
 @pytest.mark.parametrize("method", [DAMPED, DPFedAvg(clip_norm=1.0)])
-def test_starting_afresh_is_allowed_where_it_does_no_harm(method: Any) -> None:
+def test_a_reset_of_one_client_is_allowed_where_it_does_no_harm(method: Any) -> None:
     assert coordinator(method, lost_memory="reset-one").lost_memory == "reset-one"
 
 
@@ -353,7 +353,7 @@ def test_a_lost_memory_in_a_secret_cohort_does_not_show(method: Any, rules: dict
     assert 2 not in again.asked()
 
 
-def test_a_lost_memory_that_fades_starts_one_client_afresh_in_a_secret_cohort_too() -> None:
+def test_a_lost_memory_that_fades_resets_one_client_in_a_secret_cohort_too() -> None:
     server = secretly(DAMPED)
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
