@@ -389,10 +389,11 @@ class PrivacyPlan:
         return REPLACE_FACTOR if self.adjacency == "replace" else 1.0
 
     def _check_aggregation(self) -> None:
-        if self.trust_rules.secure_sums and self.aggregation is None:
+        secure = trust_of(self.trust).secure_sums
+        if secure and self.aggregation is None:
             remedy = 'Use `fedpriv run`, in process or with --deploy, or set it to "local" or "central"'
             raise UserError("privacy.trust", "a trust that is offered here", f'"{self.trust}"', remedy)
-        if self.aggregation is not None and not self.trust_rules.secure_sums:
+        if self.aggregation is not None and not secure:
             remedy = 'Remove [aggregation], or set privacy.trust = "aggregator"'
             raise UserError("[aggregation]", f'no such table with privacy.trust = "{self.trust}"', "a table", remedy)
         if self.aggregation is None:

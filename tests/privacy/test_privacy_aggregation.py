@@ -273,8 +273,10 @@ def test_where_everyone_answers_sampling_is_credited_as_with_a_trusted_server() 
 
 
 def test_other_trusts_have_no_aggregation_and_this_one_needs_it() -> None:
-    with pytest.raises(UserError, match=r"\[aggregation\]: expected no such table"):
-        replace(plan_of(), trust="local")
+    hidden = replace(TERMS, most=200, everyone_answers=True)
+    for plan in (plan_of(), plan_of(hidden, sampling=Poisson(200, 0.1))):
+        with pytest.raises(UserError, match=r"\[aggregation\]: expected no such table"):
+            replace(plan, trust="local")
     with pytest.raises(UserError, match=r"privacy\.trust: expected a trust that is offered here"):
         plan_of(trust="aggregator")
 
