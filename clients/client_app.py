@@ -88,7 +88,7 @@ def _train(message: Message, context: Context) -> Message:
         offset = None if offset is None else offset.to(x.device)
         rules = instructions.rules
         signal = population.signal(instructions.client, x, instructions.round, rules, offset, state).cpu()
-    return Message(send_message(instructions, signal, model, context), reply_to=message)
+    return Message(send_message(instructions, signal, model, context, shared), reply_to=message)
 
 
 def _deployed(message: Message, context: Context, home: Path) -> Message:

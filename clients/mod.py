@@ -33,6 +33,7 @@ from fedpriv.flower.answers import refusal, send_message
 from fedpriv.flower.messages import (
     ARRAYS,
     FEDPRIV,
+    SHARED,
     ClientInstructions,
     ModelArrays,
     NodeInfo,
@@ -80,10 +81,12 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     try:
         instructions = ClientInstructions.of(message.content)
         _refuse_corrections(instructions)
-        received = _only_model(message.content, "message")
+        received = _only_model(message.content, "message", beside=(SHARED,))
         arrays = TrainedArrays.of_message(message.content, received)
         model = ModelArrays.of(arrays.part(received))
         start = model.vector(arrays.part(received))
+        shared = model.shared(message.content, instructions.method)
+        message.content.pop(SHARED, None)  # the app's own train function expects one model
     except UserError as error:
         raise Refusal.because("model", str(error)) from None
     if instructions.examples:
@@ -110,9 +113,9 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
 
     if guard is None:
         signal = _in_private(make_signal) if instructions.private else make_signal()
-        content = send_message(instructions, signal, model, context)
+        content = send_message(instructions, signal, model, context, shared)
     else:
-        content = guard.train(message, instructions, model, start, lambda: _in_private(make_signal))
+        content = guard.train(message, instructions, model, start, lambda: _in_private(make_signal), shared)
     released = {} if instructions.private or (guard and not guard.releases_metrics(message)) else metrics
     return Message(RecordDict({**released, **content}), reply_to=message)
 
@@ -148,8 +151,10 @@ def _refused(message: Message, no: Refusal, cause: Exception | None = None) -> M
     return Message(refusal_record(no.kind, line), reply_to=message)
 
 
-def _only_model(content: RecordDict, where: str) -> ArrayRecord:
-    if len(content.array_records) != 1:
+def _only_model(content: RecordDict, where: str, beside: tuple[str, ...] = ()) -> ArrayRecord:
+    """Return the only ArrayRecord, not counting those named `beside`."""
+    records = [record for name, record in content.array_records.items() if name not in beside]
+    if len(records) != 1:
         found = ", ".join(content.array_records) or "0 records"
         raise UserError(where, "one ArrayRecord", found, f"Send the model as RecordDict({{{ARRAYS!r}: ...}})")
-    return next(iter(content.array_records.values()))
+    return records[0]

@@ -60,6 +60,7 @@ class Feedback:
         sent: If True, the message is remembered with its noise.
         weight: The share of the newest signal in an exponential average of the client's signals, which takes the
             signal's place; None for the signal itself. Engines run such a rule by its `client_rule`.
+        center: Subtracted from the signal first, `[params]`; None for nothing. Only for a rule without memory.
     """
 
     bounded: "InPlace"
@@ -67,6 +68,7 @@ class Feedback:
     damping: float = 0.0
     sent: bool = False
     weight: float | None = None
+    center: Tensor | None = None
 
 
 def bounded_residual(bounded: "Bounded", memory: Tensor, signal: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ makes this sum the boundary of secure aggregation.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, cast
 
 import numpy as np
@@ -88,6 +88,19 @@ class ClientRules(Generic[ClientStateT]):
         """True if the client draws noise, or batches that epsilon relies on."""
         batches = self.examples is not None and self.examples.rate < 1.0
         return batches or self.noise_stddev > 0.0 or self.step_stddev > 0.0
+
+    def in_round(self, shared: Tensor | None) -> "ClientRules[ClientStateT]":
+        """Return the rules for a round in which clients receive the vector `shared`, `[params]`; None for none.
+
+        Raises:
+            ValueError: If the method then has another bound than the one that the noise is made for.
+        """
+        if shared is None:
+            return self
+        method = self.method.in_round(shared)
+        if method.bounded.l2_bound != self.method.bounded.l2_bound:
+            raise ValueError(f"{self.method}: another l2_bound in a round: {method.bounded.l2_bound:g}")
+        return replace(self, method=method)
 
     def clipped(self, round: int, client: int) -> ClippedGradients | None:
         """Return the gradients of one client in `round` under the unit `example`; None for plain means."""
@@ -421,6 +434,7 @@ def client_round(
     signal: Tensor,
     round: int,
     turn: int | None = None,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, ClientStateT]:
     """Return one client's message `[params]` and its new state.
 
@@ -431,7 +445,9 @@ def client_round(
         signal: Its message without privacy, `[params]`; longer for a method with its own (`OwnSignal`).
         round: The current round, from 1.
         turn: The address of the noise if rounds may be retried, as in deployments; None for the round.
+        shared: The vector that the client received beside the model, `[params]`; None for none.
     """
+    rules = rules.in_round(shared)
     release = rules.release(round if turn is None else turn, client)
     return apply_client_rule(rules.method, state, signal, release, round)
 

@@ -4,11 +4,12 @@ from fedpriv.flower.trained import frozen_arrays
 from fedpriv.rounds import Agreement
 
 from .method_strategy import MethodStrategy
-from .named import AlphaNormEC, Clip21, Clip21SGD2M, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
+from .named import AlphaNormEC, CenteredClip, Clip21, Clip21SGD2M, DPFedAvg, FedAlphaNormEC, NormalizedSGD, Privacy
 
 __all__ = [
     "Agreement",
     "AlphaNormEC",
+    "CenteredClip",
     "Clip21",
     "Clip21SGD2M",
     "DPFedAvg",

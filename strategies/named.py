@@ -7,13 +7,13 @@ with `ClientApp(mods=[private_mod])` on the client side. A method's hyperparamet
 in `fedpriv.methods` describes its own.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
+from fedpriv.flower.trained import digest_of
 from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
 from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
 from fedpriv.rounds import Agreement, make_agreement
@@ -23,6 +23,7 @@ from .method_strategy import MethodStrategy
 
 __all__ = [
     "AlphaNormEC",
+    "CenteredClip",
     "Clip21",
     "Clip21SGD2M",
     "DPFedAvg",
@@ -117,17 +118,10 @@ class NamedStrategy(MethodStrategy):
         sampling = self.cohort or Everyone(population)
         plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
         if isinstance(self.streams, SeededStreams):  # different experiments with one seed must not share noise
-            begun = self._settings, self._digest_of_first_model
+            begun = self._settings, digest_of(self._initial)
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)
             self.streams = SeededStreams(self.streams.seed, repr(done))
         return make_agreement(self.method, sampling, plan, self.streams)
-
-    @property
-    def _digest_of_first_model(self) -> str:
-        hashed = hashlib.sha256()
-        for name, array in self._initial.items():
-            hashed.update(repr((name, array.dtype, tuple(array.shape))).encode() + array.data)
-        return hashed.hexdigest()
 
 
 class AlphaNormEC(NamedStrategy):
@@ -150,6 +144,12 @@ class NormalizedSGD(NamedStrategy):
     """Smoothed normalization without memory: `fedpriv.methods.NormalizedSGD`."""
 
     method_name = "normalized-sgd"
+
+
+class CenteredClip(NamedStrategy):
+    """Signals bounded around a memory that the server broadcasts: `fedpriv.methods.CenteredClip`."""
+
+    method_name = "centered-clip"
 
 
 class Clip21(NamedStrategy):

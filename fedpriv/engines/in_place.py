@@ -40,18 +40,23 @@ class ClientStep:
     _feedback: Feedback | None = field(init=False)
     _in_c: FeedbackInC | None = field(init=False)
     _without_memory: bool = field(init=False)
+    _center: Tensor | None = field(init=False)
     _norms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        shared = self.broadcast.shared
+        self.rules = self.rules.in_round(None if shared is None else shared.to(self.device))
         self._sum = self.broadcast.empty_sum(self.rules, self.device)
         form = feedback_of(self.rules.method)
         self._feedback = None if form is None or form.weight is not None else form
         self._without_memory = self._feedback is not None and self._feedback.beta is None
-        self._in_c = None
+        self._in_c, self._center = None, None
         plain = self.rules.noise_stddev == 0.0 and self.rules.sums is None
         if self.native and plain and self.device.type == "cpu" and self._feedback is not None:
             library = feedback_in_c()
             if library is not None and self._memories_suit_c():
+                center = self._feedback.center
+                self._center = None if center is None else center.clone().contiguous()
                 self._in_c = FeedbackInC(
                     library, self._sum.running, self._feedback, self._sum.shift, self.broadcast.round
                 )
@@ -111,6 +116,9 @@ class ClientStep:
         self, in_c: FeedbackInC, client: int, signal: int, states: StateStore, following: int | None
     ) -> float:
         """Do one client's step and return its signal's norm; in rare cases left to torch, do nothing and return -1."""
+        if self._center is not None:  # a memory that does not change: beta is 0
+            states.count(client)
+            return in_c.feed_back(signal, self._center.data_ptr(), 0, self._center.data_ptr())
         if self._without_memory:
             states.count(client)
             return in_c.add_bounded(signal)
@@ -150,7 +158,9 @@ def _feed_back_(
     The operations are those of `client_rule`, one by one.
     """
     if rule.beta is None:
-        rule.bounded.bound_(signals, norms)
+        if rule.center is not None:
+            signals.sub_(rule.center)
+        rule.bounded.bound_(signals, norms if rule.center is None else None)
         return sent_message(signals, release), norms
     fields = state._asdict()
     memory = fields["memory"]

@@ -40,7 +40,9 @@ class LoopEngine:
                     offset = broadcast.offset(rules.method, state)
                     signal = population.signal(client, model, round, offset=offset, state=state)
                     norms += _counted_norm(signal[: len(model)], state)
-                    message, new = client_round(rules, client, state, signal, round, broadcast.address)
+                    message, new = client_round(
+                        rules, client, state, signal, round, broadcast.address, broadcast.shared
+                    )
                     total.add(message)
                     _write(state, new)
         return total_of(total, norms)

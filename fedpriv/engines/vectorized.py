@@ -99,7 +99,8 @@ class VectorizedEngine:
     def _offsets(self, clients: list[int], broadcast: Broadcast) -> Tensor | None:
         """Return the vectors that are added to the gradients of local steps, `[clients, params]`; None for none."""
         found: list[Tensor] = []
-        for client in clients if broadcast.shared is not None else ():
+        corrected = broadcast.shared is not None and self._population.rules.method.corrects_steps
+        for client in clients if corrected else ():
             with self._states.borrowed([client]) as state:
                 offset = broadcast.offset(self._population.rules.method, state)
             found += [] if offset is None else [offset]

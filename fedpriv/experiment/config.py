@@ -642,13 +642,11 @@ def check_config(config: Config) -> None:
 
 
 def _check_corrections(config: Config) -> None:
-    """Raise UserError if a method that corrects local steps could not: it needs their mean gradient."""
-    if not config.method.corrects_steps:
-        return
-    if config.local.signal not in (None, "gradient-mean"):
+    """Raise UserError if a method that corrects local steps could not (without their mean gradient), or has a clock."""
+    if config.method.corrects_steps and config.local.signal not in (None, "gradient-mean"):
         expected = f'"gradient-mean" with {config.method_name}: corrections are as long as one gradient'
         raise UserError("local.signal", expected, f'"{config.local.signal}"', 'Set it to "gradient-mean"')
-    if config.devices is not None:
+    if config.method.needs_shared and config.devices is not None:
         expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from strategies import (
         Agreement,
         AlphaNormEC,
+        CenteredClip,
         Clip21,
         Clip21SGD2M,
         DPFedAvg,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Agreement",
     "AlphaNormEC",
+    "CenteredClip",
     "Clip21",
     "Clip21SGD2M",
     "DPFedAvg",

@@ -18,7 +18,13 @@ __all__ = ["refusal", "send_message"]
 _log = logging.getLogger("flwr")
 
 
-def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelArrays, context: Context) -> RecordDict:
+def send_message(
+    instructions: ClientInstructions,
+    signal: Tensor,
+    model: ModelArrays,
+    context: Context,
+    shared: Tensor | None = None,
+) -> RecordDict:
     """Return the content of an answer: the message as arrays, and diagnostics if the server asks for them.
 
     Args:
@@ -26,12 +32,13 @@ def send_message(instructions: ClientInstructions, signal: Tensor, model: ModelA
         signal: The message without privacy, `[params]`; longer for a method with its own signal.
         model: Layout of the message in arrays.
         context: Stores the client's state.
+        shared: The vector that the client received beside the model, `[params]`; None for none.
     """
     with one_thread():
         state = load_state(context, instructions, model.layout.size)
         sound = all(bool(torch.isfinite(field).all()) for field in state)
         message, state = client_round(
-            instructions.rules, instructions.client, state, signal, instructions.round, instructions.address
+            instructions.rules, instructions.client, state, signal, instructions.round, instructions.address, shared
         )
         counted = signal[: model.layout.size]
         norm = float(torch.linalg.vector_norm(counted, dtype=torch.float64)) if sound else math.inf

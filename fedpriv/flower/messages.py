@@ -166,8 +166,8 @@ class ModelArrays:
             UserError: If the method needs it and the message lacks it, the reverse, or it is not as long as the model.
         """
         record = content.array_records.get(SHARED)
-        if (record is not None) != method.corrects_steps:
-            expected = "a second vector" if method.corrects_steps else "the model alone"
+        if (record is not None) != method.needs_shared:
+            expected = "a second vector" if method.needs_shared else "the model alone"
             remedy = "Use one version of fedpriv on both sides"
             raise UserError("message", f"{expected} for {method_name(method)}", ", ".join(content) or "none", remedy)
         return None if record is None else self.vector(record)

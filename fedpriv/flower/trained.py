@@ -19,6 +19,7 @@ the server is the adversary (trust local), a client therefore does not refuse bu
 simulation. A change to a fixed array is then dropped, because no message contains it.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from fedpriv.errors import UserError, nearest
 from fedpriv.flower.messages import ClientInstructions, ModelArrays
 
-__all__ = ["TRAINED", "Patterns", "TrainedArrays", "check_training", "frozen_arrays"]
+__all__ = ["TRAINED", "Patterns", "TrainedArrays", "check_training", "digest_of", "frozen_arrays"]
 
 TRAINED = "trained"
 """Record of a training message that names the trained arrays."""
@@ -217,6 +218,14 @@ def _equal(sent: Array, returned: Array) -> bool:
     before, after = sent.numpy(), returned.numpy()
     floating = np.issubdtype(before.dtype, np.floating) and np.issubdtype(after.dtype, np.floating)
     return np.array_equal(before.astype(after.dtype) if floating else before, after, equal_nan=floating)
+
+
+def digest_of(arrays: ArrayRecord) -> str:
+    """Return the SHA-256 digest of a model's arrays with their names, formats and shapes, in hexadecimal."""
+    hashed = hashlib.sha256()
+    for name, array in arrays.items():
+        hashed.update(repr((name, array.dtype, tuple(array.shape))).encode() + array.data)
+    return hashed.hexdigest()
 
 
 def _matching(names: Iterable[str], patterns: Patterns, argument: str) -> set[str]:

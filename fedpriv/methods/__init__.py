@@ -18,6 +18,7 @@ from fedpriv.methods.base import (
     own_signal_of,
     server_step,
 )
+from fedpriv.methods.centered_clip import CenteredClip
 from fedpriv.methods.clip21 import Clip21
 from fedpriv.methods.clip21_sgd2m import Clip21SGD2M
 from fedpriv.methods.dice_sgd import DiceSGD
@@ -35,6 +36,7 @@ __all__ = [
     "METHODS",
     "SERVER_OPTIMIZERS",
     "AlphaNormEC",
+    "CenteredClip",
     "ClientState",
     "ClientStateT",
     "Clip21",

@@ -95,8 +95,13 @@ class Method(Protocol[ClientStateT, ServerStateT]):
         ...
 
     @property
+    def needs_shared(self) -> bool:
+        """True if clients receive a second vector beside the model; see `shared`."""
+        ...
+
+    @property
     def corrects_steps(self) -> bool:
-        """True if clients correct their local steps, with the server's second vector; see `shared`, `step_offset`."""
+        """True if clients correct their local steps with that vector; see `step_offset`."""
         ...
 
     @property
@@ -120,7 +125,14 @@ class Method(Protocol[ClientStateT, ServerStateT]):
     def shared(self, state: ServerStateT) -> Tensor | None:
         """Return the vector `[params]` that clients receive beside the model; None for the model alone.
 
-        Like the model, it depends only on released values.
+        Like the model, it depends only on released values. See `needs_shared`.
+        """
+        ...
+
+    def in_round(self, shared: Tensor) -> "Method[ClientStateT]":
+        """Return the method whose client rule clients follow in a round, from the vector that `shared` returned.
+
+        Its messages have the same `bounded.l2_bound`.
         """
         ...
 
@@ -195,6 +207,11 @@ class PlainMethod:
         return False
 
     @property
+    def needs_shared(self) -> bool:
+        """False, unless the method corrects local steps."""
+        return self.corrects_steps
+
+    @property
     def corrects_steps(self) -> bool:
         """False."""
         return False
@@ -202,6 +219,10 @@ class PlainMethod:
     def shared(self, state: Any) -> Tensor | None:
         """Return None: clients receive the model alone."""
         return None
+
+    def in_round(self: Self, shared: Tensor) -> Self:
+        """Return the method itself."""
+        return self
 
     def step_offset(self, state: Any, shared: Tensor) -> Tensor | None:
         """Return None: local steps are those of the local work."""
@@ -315,6 +336,7 @@ METHODS: Registry[Method] = Registry(
         "clip21-sgd2m": "fedpriv.methods.clip21_sgd2m:Clip21SGD2M",
         "dp-fedavg": "fedpriv.methods.dp_fedavg:DPFedAvg",
         "dp-gd": "fedpriv.methods.dp_gd:DPGD",
+        "centered-clip": "fedpriv.methods.centered_clip:CenteredClip",
         "dp-scaffold": "fedpriv.methods.dp_scaffold:DPScaffold",
         "diff2": "fedpriv.methods.difference_estimators:DIFF2",
         "private-spiderboost": "fedpriv.methods.difference_estimators:PrivateSpiderBoost",

@@ -264,6 +264,11 @@ class ServerOptimized(Generic[ClientStateT]):
         return self.method.needs_client_noise
 
     @property
+    def needs_shared(self) -> bool:
+        """The method's."""
+        return self.method.needs_shared
+
+    @property
     def corrects_steps(self) -> bool:
         """The method's."""
         return self.method.corrects_steps
@@ -284,6 +289,10 @@ class ServerOptimized(Generic[ClientStateT]):
     def shared(self, state: ServerState) -> Tensor | None:
         """Return the method's."""
         return self.method.shared(self._parts(state)[0])
+
+    def in_round(self, shared: Tensor) -> Method[ClientStateT]:
+        """Return the method's, without the optimizer."""
+        return self.method.in_round(shared)
 
     def step_offset(self, state: ClientStateT, shared: Tensor) -> Tensor | None:
         """Return the method's."""

@@ -118,6 +118,7 @@ CASES = {
         sampling=FixedSize(CLIENTS, 4),
     ),
     "no memory": setting(EXAMPLES["dp-fedavg"], work=STEPS, trust="central", sampling=Poisson(CLIENTS, 0.3)),
+    "public memory": setting(EXAMPLES["centered-clip"], trust="central", sampling=Poisson(CLIENTS, 0.5)),
     "control variates": setting(
         EXAMPLES["dp-scaffold"],
         work=LocalSteps(steps=3, client_lr=0.1, batch_size=20, signal="gradient-mean"),
@@ -742,9 +743,10 @@ def test_what_ray_is_asked_for(address: str | None, cpus: int | None, monkeypatc
         assert not {"num_cpus", "object_store_memory"} & set(options)
 
 
-def test_a_worker_corrects_local_steps_by_the_vector_that_it_is_sent() -> None:
+@pytest.mark.parametrize("case", ["control variates", "public memory"])
+def test_a_worker_uses_the_vector_that_it_is_sent(case: str) -> None:
     """A host in this process, whose arrays are read-only as in shared memory, is the loop to the bit."""
-    made = CASES["control variates"]
+    made = CASES[case]
     loop, state, host = LoopEngine(made.population), made.server.init(made.initial_model), Host()
     assert host.start(pack((made.population, lambda people, _: LoopEngine(people))), 1, False, []) is None
     snapshots = Snapshots(KeepSnapshots(every=1, share=1e9))

@@ -22,7 +22,16 @@ from fedpriv.privacy import Everyone, ExampleTerms, FixedSize, Poisson, make_pla
 from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement, record_bound
 from fedpriv.streams import SeededStreams, SystemStreams
 from fedpriv.vectors import Layout
-from strategies import AlphaNormEC, Clip21, DPFedAvg, FedAlphaNormEC, MethodStrategy, NormalizedSGD, Privacy
+from strategies import (
+    AlphaNormEC,
+    CenteredClip,
+    Clip21,
+    DPFedAvg,
+    FedAlphaNormEC,
+    MethodStrategy,
+    NormalizedSGD,
+    Privacy,
+)
 
 LOCAL = Privacy(epsilon=20.0, trust="local")
 LR = ConfigRecord({"lr": 0.1})
@@ -49,7 +58,7 @@ def reference(strategy, rounds=ROUNDS):
             net.load_state_dict(layout.unflatten(state.model))
             train_locally(net, i, 0.1)
             signal = state.model - layout.flatten(net.state_dict())
-            message, memories[i] = client_round(client, i, memories[i], signal, k)
+            message, memories[i] = client_round(client, i, memories[i], signal, k, shared=broadcast.shared)
             summed.add(message)
         state = finish_round(server, state, k, summed.value)
     return state
@@ -64,9 +73,18 @@ def reference(strategy, rounds=ROUNDS):
         lambda **given: NormalizedSGD(alpha=0.5, **given),
         lambda **given: Clip21(clip_norm=0.3, **given),
         lambda **given: DPFedAvg(clip_norm=0.3, **given),
+        lambda **given: CenteredClip(clip_norm=0.1, **given),
         lambda **given: FedAlphaNormEC(alpha=0.05, beta=0.02, server_optimizer=Adam(tau=0.1), **given),
     ],
-    ids=["alpha-normec", "sent-memory", "normalized-sgd", "clip21", "dp-fedavg", "fed-alpha-normec with adam"],
+    ids=[
+        "alpha-normec",
+        "sent-memory",
+        "normalized-sgd",
+        "clip21",
+        "dp-fedavg",
+        "centered-clip",
+        "fed-alpha-normec with adam",
+    ],
 )
 @pytest.mark.parametrize("privacy", [Privacy(epsilon=8.0), LOCAL, None], ids=["central", "local", "none"])
 @pytest.mark.sampled

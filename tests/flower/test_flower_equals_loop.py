@@ -60,7 +60,12 @@ def run_loop(experiment: Experiment) -> tuple[ServerState, Total]:
 
 SUMS: dict = {"trust": "aggregator", "epsilon": 50.0}
 BATCHES: dict = {"work": "minibatch-gradient", "batch_size": 8}
-SUMMED = [{"name": "alpha-normec", "damping": 0.2}, {"name": "clip21"}, {"name": "dp-fedavg"}]
+SUMMED = [
+    {"name": "alpha-normec", "damping": 0.2},
+    {"name": "clip21"},
+    {"name": "dp-fedavg"},
+    {"name": "centered-clip"},
+]
 
 
 @pytest.mark.parametrize("method", SUMMED)

@@ -15,6 +15,7 @@ from support.reference import Rounds, SoftmaxRegression
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.methods import (
     AlphaNormEC,
+    CenteredClip,
     Clip21,
     Clip21SGD2M,
     DPFedAvg,
@@ -58,6 +59,10 @@ METHODS: dict[str, Method] = {
     "dp-fedavg with server adagrad": optimized(DPFedAvg(clip_norm=0.3, server_lr=0.02), Adagrad(beta1=0.5, tau=0.01)),
     "clip21-sgd2m": Clip21SGD2M(clip_norm=0.2, weight=0.4, beta=0.6, server_lr=0.5),
     "dp-scaffold, one gradient": DPScaffold(clip_norm=0.2, server_lr=0.3),
+    "centered-clip": CenteredClip(clip_norm=0.2, beta=0.4, server_lr=0.3),
+    "centered-clip normalized, with server momentum": optimized(
+        CenteredClip(bound="normalize", alpha=0.3, beta=0.2, server_lr=0.05), Momentum(momentum=0.5)
+    ),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
@@ -92,15 +97,16 @@ def wanted(method: Method, problem: SoftmaxRegression, start: np.ndarray, rounds
         tau = method.clip_norm * CLIP_MARGIN
         return reference.clip21(problem.gradients, start, rounds, tau=tau, gamma=method.server_lr, turn=turn)
     bounded: Callable[[np.ndarray], np.ndarray]
-    if isinstance(method, NormalizedSGD):
+    beta = method.beta if isinstance(method, CenteredClip) else None
+    if isinstance(method, NormalizedSGD) or (isinstance(method, CenteredClip) and method.bound == "normalize"):
         alpha = method.alpha
         bounded = lambda vector: reference.normalize(vector, alpha)  # noqa: E731
     else:
-        assert isinstance(method, DPFedAvg)
+        assert isinstance(method, DPFedAvg | CenteredClip)
         radius = method.clip_norm * CLIP_MARGIN
         bounded = lambda vector: reference.clip(vector, radius)  # noqa: E731
     gamma = method.server_lr
-    return reference.memoryless(problem.gradients, start, rounds, bounded=bounded, gamma=gamma, turn=turn)
+    return reference.memoryless(problem.gradients, start, rounds, bounded=bounded, gamma=gamma, turn=turn, beta=beta)
 
 
 def turn_of(method: Method) -> reference.Turn:
@@ -163,7 +169,9 @@ def rules_alone(method: Method, problem: SoftmaxRegression, start: np.ndarray, r
         noise = torch.from_numpy(np.array([rounds.noise(k, i) + np.zeros(len(start)) for i in members]))
         noise = noise.reshape(len(members), len(start))
         own = type(clients)(*(field[members] for field in clients))
-        messages, own = method.client_rule(own, signals, adding(noise), k + 1)
+        shared = method.shared(server)
+        rule = method if shared is None else method.in_round(shared)
+        messages, own = rule.client_rule(own, signals, adding(noise), k + 1)
         for field, new in zip(clients, own, strict=True):
             field[members] = new
         mean = messages.sum(dim=0) / (rounds.prob * rounds.clients)
@@ -199,6 +207,8 @@ def test_rules_in_float64_are_the_references_to_ten_digits(method: Method, cohor
         ("clip21-sgd2m", {"weight": 0.404}),
         ("clip21-sgd2m", {"beta": 0.606}),
         ("dp-scaffold, one gradient", {"clip_norm": 0.202}),
+        ("centered-clip", {"clip_norm": 0.202}),
+        ("centered-clip", {"beta": 0.404}),
         ("normalized-sgd", {"alpha": 0.303}),
         ("dp-fedavg", {"clip_norm": 0.303}),
         ("dp-fedavg with server momentum", {"momentum": 0.909}),

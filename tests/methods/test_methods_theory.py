@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fedpriv.methods import (
     AlphaNormEC,
+    CenteredClip,
     Clip21,
     Clip21SGD2M,
     DPFedAvg,
@@ -116,6 +117,15 @@ class TestStalls:
         models = [state.model for state in descend(stepped, pulls, start(OPTIMUM), 3000)[0][-100:]]
         assert min(mean_gradient(model) for model in models) > 0.1
 
+    @pytest.mark.parametrize("beta", [0.3, 0.6])
+    def test_centered_clip_stalls_where_methods_without_memory_do(self, beta: float) -> None:
+        """Its memory is then zero: it removes no bias, and per-client memory does."""
+        clipped = descend(CenteredClip(clip_norm=1.0, beta=beta, server_lr=0.1), pulls, start(1.5), 500)[0][-1]
+        assert (float(clipped.model), float(clipped.memory)) == pytest.approx((0.5, 0.0), abs=2e-6)
+        normalized = CenteredClip(bound="normalize", alpha=1.0, beta=beta, server_lr=0.2)
+        assert float(last_model(normalized, 800, 1.5)) == pytest.approx(normalized_stall(1.0), abs=1e-6)
+        assert mean_gradient(last_model(Clip21(clip_norm=1.0, server_lr=0.2), 400, 1.5)) < 1e-6
+
     @pytest.mark.parametrize("alpha", [0.3, 1.0])
     @pytest.mark.parametrize("first", [-3.0, 5.0])
     @pytest.mark.parametrize("ratio", [0.3, 1.0])
@@ -150,6 +160,38 @@ class TestStalls:
                 messages, clients = method.client_rule(clients, pulls(server.model), None, k)
                 server = server_step(method, server, messages.mean(dim=0), 1.0)
             assert torch.allclose(clients.memory[:, 0], torch.tensor([-4.0, 2.0, 2.0], dtype=torch.float64), atol=1e-6)
+
+
+class TestPublicMemory:
+    """Constant signals: the memory is the minimizer of the Huber loss or of its smooth kin, and not the mean."""
+
+    def memory(self, method: CenteredClip | Clip21, signals: Tensor, rounds: int = 600) -> Tensor:
+        return descend(method, lambda _: signals, torch.zeros_like(signals[0]), rounds)[0][-1].memory
+
+    def test_skewed_signals_bias_a_public_memory_and_not_those_of_clients(self) -> None:
+        signals = torch.tensor([[0.0], [0.0], [3.0]], dtype=torch.float64)
+        assert float(self.memory(CenteredClip(clip_norm=1.0), signals)) == pytest.approx(0.5, abs=1e-6)
+        assert float(self.memory(Clip21(clip_norm=1.0), signals)) == pytest.approx(1.0, abs=1e-9)
+
+    def test_signals_within_the_clip_norm_of_their_mean_are_averaged(self) -> None:
+        signals = 50.0 + torch.tensor([[0.5, -0.1], [-0.2, 0.3], [0.1, 0.4]], dtype=torch.float64)
+        assert torch.allclose(self.memory(CenteredClip(clip_norm=0.7), signals), signals.mean(dim=0), atol=1e-9)
+        one = self.memory(CenteredClip(clip_norm=200.0, beta=1.0), signals, rounds=1)
+        assert torch.allclose(one, signals.mean(dim=0), atol=1e-9)
+
+    @pytest.mark.parametrize("size", [1, 5])
+    def test_the_memory_minimizes_its_loss(self, size: int) -> None:
+        rng = torch.Generator().manual_seed(size)
+        signals = 3.0 * torch.randn(9, size, generator=rng, dtype=torch.float64)
+        signals[-1] += 20.0
+        for method in (CenteredClip(clip_norm=0.8), CenteredClip(bound="normalize", alpha=0.4)):
+            found = self.memory(method, signals).requires_grad_()
+            r = (signals - found).norm(dim=1)
+            huber = torch.where(r <= 0.8, r**2 / 2.0, 0.8 * r - 0.32)
+            loss = huber if method.bound == "clip" else r - 0.4 * (1.0 + r / 0.4).log()
+            (slope,) = torch.autograd.grad(loss.mean(), found)
+            assert float(slope.norm()) < 2e-6
+            assert float((found.detach() - signals.mean(dim=0)).norm()) > 0.3
 
 
 class TestRates:

@@ -17,6 +17,7 @@ from fedpriv.methods import (
     DIFF2,
     DPGD,
     AlphaNormEC,
+    CenteredClip,
     Clip21,
     Clip21SGD2M,
     DiceSGD,
@@ -77,6 +78,10 @@ EXAMPLES: dict[str, Method] = {
         clip_norm=0.5, smoothness=20.0, period=4, restart_weight=1.5, server_lr=0.2
     ),
     "dice-sgd": DiceSGD(clip_norm=0.3, feedback_clip=0.2, gradient_cap=1.0, server_lr=0.5),
+    "centered-clip": CenteredClip(clip_norm=0.5, beta=0.4, server_lr=0.3),
+    "centered-clip normalized, with server momentum": optimized(
+        CenteredClip(bound="normalize", alpha=0.5, server_lr=0.1), Momentum(momentum=0.5)
+    ),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 
@@ -191,7 +196,9 @@ def descend(
     clients = fresh_clients(method, len(gradients(start)), len(start), start.dtype)
     states, sent = [server], []
     for k in range(1, rounds + 1):
-        messages, clients = method.client_rule(clients, gradients(server.model), None, k)
+        shared = method.shared(server)
+        rule = method if shared is None else method.in_round(shared)
+        messages, clients = rule.client_rule(clients, gradients(server.model), None, k)
         scaled = method if lr_decay == 1.0 else dataclasses.replace(method, server_lr=method.server_lr * lr_decay**k)  # type: ignore[type-var,attr-defined]
         server = server_step(scaled, server, messages.sum(dim=0) / len(messages), 1.0)
         states.append(server)

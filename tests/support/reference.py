@@ -192,15 +192,21 @@ def memoryless(
     bounded: Callable[[Array], Array],
     gamma: float,
     turn: Turn = as_it_is,
+    beta: float | None = None,
 ) -> list[Array]:
-    """The models of x <- x - gamma mean_i (B(g_i) + z_i), the mean over the expected cohort."""
-    x = start.copy()
+    """The models of x <- x - gamma mean_i (B(g_i) + z_i), the mean over the expected cohort.
+
+    With `beta`, they are those of v <- v + beta mean_i (B(g_i - v) + z_i) and x <- x - gamma v.
+    """
+    x, v = start.copy(), np.zeros_like(start)
     models = [x]
     for k in range(rounds.count):
         slopes, total = gradients(x), np.zeros_like(start)
         for i in rounds.cohort(k):
-            total += bounded(slopes[i]) + rounds.noise(k, i)
-        x = x - gamma * turn(total / (rounds.prob * rounds.clients))
+            total += bounded(slopes[i] - v) + rounds.noise(k, i)
+        mean = total / (rounds.prob * rounds.clients)
+        v = v if beta is None else v + beta * mean
+        x = x - gamma * turn(mean if beta is None else v)
         models.append(x)
     return models
 

@@ -159,7 +159,7 @@ class Device:
                 signal = (make_signal() if offset is None else make_signal(offset)).to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
-                message, after = self._make(instructions, terms, state, signal, plan)
+                message, after = self._make(instructions, terms, state, signal, plan, shared)
                 reply = message if masks is None else masks.mask(message)
             line = ledger.drafted(entry)
             answered = settled.answered(terms.turn, after._asdict(), request, reply, line.lines, line.digest)
@@ -192,7 +192,7 @@ class Device:
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"
             )
-        if (shared is not None) != instructions.method.corrects_steps:
+        if (shared is not None) != instructions.method.needs_shared:
             expected, got = ("a second vector", "none") if shared is None else ("no second vector", "one")
             raise Refusal("model", "model", expected, got, "Use one version of fedpriv on both sides")
         return plan
@@ -231,11 +231,12 @@ class Device:
         state: ClientState,
         signal: Tensor,
         plan: PrivacyPlan | None,
+        shared: Tensor | None,
     ) -> tuple[Tensor, ClientState]:
         sums = None if plan is None else integer_sums(plan)
         rules = replace(instructions.rules, streams=self.streams, sums=sums)
         message, after = client_round(
-            rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn
+            rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn, shared=shared
         )
         return message.contiguous(), after
 

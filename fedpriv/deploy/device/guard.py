@@ -73,6 +73,7 @@ class Guard:
         model: ModelArrays,
         start: Tensor,
         make_signal: Callable[[], Tensor],
+        shared: Tensor | None,
     ) -> RecordDict:
         """Return the content of the answer to a training message: the arrays and the head of the ledger.
 
@@ -83,6 +84,7 @@ class Guard:
             start: x, `[params]`.
             make_signal: Returns the message without privacy, `[params]`; raises a `Refusal` of kind `app` if the app
                 fails.
+            shared: The vector that the client received beside the model, `[params]`; None for none.
 
         Raises:
             Refusal: If the client does not follow the instructions.
@@ -94,7 +96,7 @@ class Guard:
         self.device.policy.check_app()
         shown, settings = Head.of(message.content), _settings(message.content)
         signal = partial(_signal_or_nothing, make_signal, instructions, start) if terms.against_server else make_signal
-        answer = self.device.answer(instructions, terms, start, signal, shown, settings)
+        answer = self.device.answer(instructions, terms, start, signal, shown, settings, shared)
         return answer_content(self.device, instructions, model, answer)
 
     def releases_metrics(self, message: Message) -> bool:
