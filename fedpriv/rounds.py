@@ -30,10 +30,13 @@ from fedpriv.methods import (
     ExampleRule,
     Method,
     ServerState,
+    bare,
     feedback_of,
     has_memory,
+    message_size,
     own_signal_of,
     server_step,
+    side_values_of,
 )
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.privacy.records import ExampleTerms, RecordBound
@@ -181,7 +184,8 @@ class ServerRules:
 
     def init(self, model: Tensor) -> ServerState:
         """Return the state before the first round for the model `[params]`: the method's and the mechanism's."""
-        return joined(self.method.init_server(model), self.mechanism.init(len(model)))
+        size = message_size(self.method, len(model))
+        return joined(self.method.init_server(model), self.mechanism.init(size))
 
     def reset_memories(self, state: ServerState) -> ServerState:
         """Return the state with all memories reset; keep the model and the state of the noise mechanism."""
@@ -260,7 +264,8 @@ class Broadcast(NamedTuple):
             UserError: If rounding to the grid could lengthen a message beyond its bound, or change an integer.
             ValueError: If the plan of secure aggregation was made for a model of another size.
         """
-        capacity, size = len(self.cohort) if self.capacity is None else self.capacity, self.model.shape[-1]
+        capacity = len(self.cohort) if self.capacity is None else self.capacity
+        size = message_size(rules.method, self.model.shape[-1])
         step, bound = grid_step(rules.message_limit, capacity), rules.method.bounded.l2_bound
         if rules.examples is not None:
             own = own_signal_of(rules.method)
@@ -371,7 +376,7 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
         return RecordBound(terms=terms, l2_bound=bounded.l2_bound)
     if rule is None:
         remedy = "Use a built-in method, or dp-sgd as local work: its noise covers everything that follows"
-        name = METHODS.name_of(method.client_part)
+        name = METHODS.name_of(bare(method))
         raise UserError(
             "method.name", 'a method with an accounted client rule for unit = "example"', repr(name), remedy
         )
@@ -392,7 +397,7 @@ def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) ->
         remedy = "Use a built-in method: the proof of its signal does not cover other classes"
         got = type(method.client_part).__name__
         raise UserError("method.name", 'a method with an accounted signal for unit = "example"', got, remedy)
-    name = METHODS.name_of(method.client_part)
+    name = METHODS.name_of(bare(method))
     if terms.steps:
         remedy = 'Set local.work = "full-gradient", or choose dp-gd for local steps'
         raise UserError("local.work", f"gradients at given models with {name}", '"dp-sgd"', remedy)
@@ -476,7 +481,10 @@ def apply_client_rule(
 
 
 def _is_part(method: Method, message: Tensor, signal: Tensor) -> bool:
-    """Return True if a message is as long as each of the vectors that its method's own signals have."""
+    """Return True if a message is as long as each vector of a signal that has several, or has its side values."""
+    if (side := side_values_of(method)) is not None:
+        expected = signal.shape[-1] - side.given + side.count
+        return message.shape == (*signal.shape[:-1], expected)
     own = own_signal_of(method)
     return own is not None and (*message.shape[:-1], message.shape[-1] * own.vectors) == signal.shape
 

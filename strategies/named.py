@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
 from fedpriv.flower.trained import digest_of
-from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
+from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, has_memory, optimized, with_side_values
 from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
 from fedpriv.rounds import Agreement, make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
@@ -68,7 +68,7 @@ class Privacy:
         )
 
 
-_OWN = ("privacy", "server_optimizer", "cohort", "seed")
+_OWN = ("privacy", "adaptive", "server_optimizer", "cohort", "seed")
 _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
@@ -77,6 +77,8 @@ class NamedStrategy(MethodStrategy):
 
     Args:
         privacy: The privacy guarantee; None for a run without privacy, which its log states.
+        adaptive: How the bound of messages follows a quantile: `AdaptiveBound()` of `fedpriv.methods`; None for a
+            fixed bound.
         server_optimizer: Transforms the method's direction on the server, such as `Adam()` of
             `fedpriv.methods.server_optimizers`.
         cohort: The sampling of participants, such as `Poisson(population=100, probability=0.1)`; None for everyone.
@@ -96,6 +98,7 @@ class NamedStrategy(MethodStrategy):
         self,
         *,
         privacy: Privacy | None = None,
+        adaptive: AdaptiveBound | None = None,
         server_optimizer: ServerOptimizer | None = None,
         cohort: Sampling | None = None,
         num_clients: int | None = None,
@@ -107,7 +110,7 @@ class NamedStrategy(MethodStrategy):
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
-        self.method: Method = optimized(read_table(kind, options, name), server_optimizer)
+        self.method: Method = optimized(with_side_values(read_table(kind, options, name), adaptive), server_optimizer)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)

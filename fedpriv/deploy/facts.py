@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.flower.messages import ClientInstructions, RunTerms
+from fedpriv.methods import message_size
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.secure import RoundFacts
 
@@ -45,7 +46,7 @@ def facts_of(
         colluders=numbers.colluders,
         share_stddev=instructions.noise_stddev,
         grid=sums.step,
-        size=len(model),
+        size=message_size(instructions.method, len(model)),
         digest=order_digest(instructions, terms, model, shared),
     )
 

@@ -29,7 +29,6 @@ from fedpriv.flower.messages import (
     CONFIG,
     FEDPRIV,
     TERMS,
-    MessageFormat,
     ModelArrays,
     NodeInfo,
     ask_node_info,
@@ -365,7 +364,7 @@ def run_turns(
         book.keep(coordinator.heads)
 
     def received(content: RecordDict) -> Tensor:
-        return arrays.received(content, MessageFormat.of(coordinator.client))
+        return arrays.received(content, coordinator.client)
 
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:

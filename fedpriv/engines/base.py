@@ -16,13 +16,13 @@ from fedpriv.data.augment import Augmentation, augmented, draws_of
 from fedpriv.data.federation import Federation, Holders
 from fedpriv.data.mapped import chosen_rows
 from fedpriv.engines.states import StateStore
-from fedpriv.methods import ClientState, own_signal_of
+from fedpriv.methods import ClientState, own_signal_of, side_values_of
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
-__all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread"]
+__all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread", "with_metrics"]
 
 # The names M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -125,7 +125,8 @@ class Population:
     ) -> Tensor:
         """Return the signal of one client in one round, as a new tensor.
 
-        `[params]`, or `[vectors * params]` for a method with its own signal (`fedpriv.methods.OwnSignal`).
+        `[params]`, or `[vectors * params]` for a method with its own signal (`fedpriv.methods.OwnSignal`); with private
+        metrics, `[params + metrics]` (`fedpriv.methods.SideValues`).
 
         Args:
             client: Its id.
@@ -147,12 +148,14 @@ class Population:
                 raise ValueError(f"{rules.method} needs a client's state for its signal")
             given = ClientGradients(self.task, inputs, labels, self.work, batches, clipped)
             return own.own_signal(state, model, given, round)
-        return make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset)
+        signal = make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset)
+        return with_metrics(rules, signal, self.task, model, inputs, labels)
 
     @property
     def one_by_one(self) -> bool:
         """True if the signals of several clients cannot be computed at once."""
-        own = self.needs_states or self.rules.examples is not None
+        side = side_values_of(self.rules.method)
+        own = self.needs_states or self.rules.examples is not None or (side is not None and side.given > 0)
         return own or isinstance(self.work, PoissonGradient)
 
     @property
@@ -186,6 +189,17 @@ class Population:
         """Return an empty store for these clients' states; see `StateStore`."""
         exact = self.rules.examples is not None
         return StateStore(self.rules.method, self.task.layout.size, self.task.device, memory, folder, exact)
+
+
+def with_metrics(
+    rules: ClientRules, signal: Tensor, task: Task, model: Tensor, inputs: Tensor, labels: Tensor
+) -> Tensor:
+    """Return a client's signal `[params]`, followed by its metrics at the model if the method has private metrics."""
+    side = side_values_of(rules.method)
+    if side is None or side.metrics is None:
+        return signal
+    found = task.evaluate(model, inputs, labels) if len(labels) else {}
+    return torch.cat([signal, signal.new_tensor([found.get(name, 0.0) for name in side.metrics.names])])
 
 
 @cache

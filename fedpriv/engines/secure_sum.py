@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedpriv.engines.base import UndoingEngine
 from fedpriv.mechanisms.shares import IntegerSums
+from fedpriv.methods import message_size
 from fedpriv.rounds import Broadcast, ClientRules, Total, counted_total
 
 __all__ = ["SecureSum"]
@@ -41,7 +42,7 @@ class SecureSum:
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""
-        size = broadcast.model.shape[-1]
+        size = message_size(self._rules.method, broadcast.model.shape[-1])
         if (self._sums.answering or len(broadcast.cohort)) < self._sums.least:
             nothing = torch.zeros(size, dtype=torch.float64)
             return Total(nothing, len(broadcast.cohort), 0, math.nan, void=True)

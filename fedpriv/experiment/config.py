@@ -25,11 +25,17 @@ from fedpriv.methods import (
     DPGD,
     METHODS,
     SERVER_OPTIMIZERS,
+    AdaptiveBound,
     Method,
+    PrivateMetrics,
     ServerOptimized,
+    bare,
     has_memory,
+    message_size,
     optimized,
     own_signal_of,
+    side_values_of,
+    with_side_values,
 )
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import (
@@ -89,12 +95,12 @@ _NAMES = {
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("aggregation", "augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
+TABLES += ("adaptive", "aggregation", "augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
-NOISE_TABLES += ("aggregation", "devices", "schedule", "sources", "task")
+NOISE_TABLES += ("adaptive", "aggregation", "devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +163,9 @@ class PrivacyChoice:
         example_normalization: alpha of N_alpha on the gradient of each example, in place of `example_clip`.
         examples: A public number by which every client divides the sum of its gradients; None for each client's own
             number of examples, which is then public. For the unit `example`.
+        metrics_share: The share of the squared noise multiplier for the clients' own loss and accuracy, which are then
+            reported with noise; see `fedpriv.methods.side_values`. None for no such report.
+        metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
 
     Raises:
@@ -172,6 +181,8 @@ class PrivacyChoice:
     example_clip: float | None = None
     example_normalization: float | None = None
     examples: int | None = None
+    metrics_share: float | None = None
+    metrics_max_loss: float | None = None
     draw: int | None = None
 
     def __post_init__(self) -> None:
@@ -188,8 +199,18 @@ class PrivacyChoice:
             raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
         if self.examples is not None:
             positive_int("privacy.examples", self.examples, "Give a public number: how many examples a client has")
+        if self.metrics_share is None and self.metrics_max_loss is not None:
+            remedy = "Set privacy.metrics_share, or remove it"
+            raise UserError("privacy.metrics_max_loss", "no value without metrics_share", self.metrics_max_loss, remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    def metrics(self, task: TaskKind) -> PrivateMetrics | None:
+        """Return the metrics that clients report with noise; None for none."""
+        if self.metrics_share is None:
+            return None
+        most, named = self.metrics_max_loss or 5.0, any(each.name == "accuracy" for each in task.measured)
+        return PrivateMetrics(share=self.metrics_share, max_loss=most, accuracy=named)
 
     @property
     def row_bound(self) -> float:
@@ -266,6 +287,8 @@ class Config:
         if isinstance(self.method, ServerOptimized):
             optimizer = self.method.optimizer
             server = {"server": {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}}
+        side = side_values_of(self.method)
+        adaptive = {"adaptive": write_table(side.adaptive)} if side is not None and side.adaptive is not None else {}
         return {
             "name": self.name,
             "seed": self.seed,
@@ -275,7 +298,8 @@ class Config:
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(self.method.client_part)},
+            "method": {"name": self.method_name, **write_table(bare(self.method))},
+            **adaptive,
             **server,
             **privacy,
             **aggregation,
@@ -301,7 +325,7 @@ class Config:
             "model.name": self.model,
             "task.name": self.task,
             "local.work": self.local,
-            "method.name": self.method.client_part,
+            "method.name": bare(self.method),
             "server.optimizer": optimizer,
             "devices.kind": self.devices,
         }
@@ -311,7 +335,7 @@ class Config:
     @property
     def method_name(self) -> str:
         """The method's name in the table of methods."""
-        return METHODS.name_of(self.method.client_part)
+        return METHODS.name_of(bare(self.method))
 
     @property
     def rule(self) -> Schedule:
@@ -461,7 +485,7 @@ class Config:
         if not self.sums_securely or size is None:
             return None
         most = sampling.cohort_size or min(capacity_of(sampling), sampling.population)
-        return (self.aggregation or AggregationChoice()).of(sampling, most, size)
+        return (self.aggregation or AggregationChoice()).of(sampling, most, message_size(self.method, size))
 
     def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
         if privacy.unit != "example":
@@ -589,6 +613,8 @@ def parse_config(tables: Table) -> Config:
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
     data = _read_data(_need(given, "data"))
     local = _read_named(LOCAL_WORKS, given.get("local", {"work": "full-gradient"}), "local", "work")
+    task = _read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name")
+    privacy = read_table(PrivacyChoice, given["privacy"], "privacy") if "privacy" in given else None
     config = Config(
         name=top.name,
         seed=top.seed,
@@ -596,14 +622,14 @@ def parse_config(tables: Table) -> Config:
         model=_read_named(MODELS, _need(given, "model"), "model", "name"),
         local=local,
         cohort=_read_cohort(given.get("cohort", {"sampling": "everyone"}), data.clients),
-        method=_read_method(given),
-        privacy=read_table(PrivacyChoice, given["privacy"], "privacy") if "privacy" in given else None,
+        method=_read_method(given, privacy, task),
+        privacy=privacy,
         training=read_table(Training, _need(given, "training"), "training"),
         deployment=read_table(DeploymentChoice, given["deployment"], "deployment") if "deployment" in given else None,
         devices=_read_named(DEVICES, given["devices"], "devices", "kind") if "devices" in given else None,
         schedule=_read_named(SCHEDULES, given["schedule"], "schedule", "kind") if "schedule" in given else None,
         augment=_read_named(AUGMENTATIONS, given["augment"], "augment", "name") if "augment" in given else None,
-        task=_read_named(TASKS, {"name": "classification", **given.get("task", {})}, "task", "name"),
+        task=task,
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
         aggregation=_read_aggregation(given),
     )
@@ -622,6 +648,7 @@ def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
 
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
+    _check_side_values(config)
     _check_sums(config)
     _check_schedule(config)
     _check_unit(config)
@@ -649,6 +676,15 @@ def _check_corrections(config: Config) -> None:
     if config.method.needs_shared and config.devices is not None:
         expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
+
+
+def _check_side_values(config: Config) -> None:
+    """Raise UserError for side values of single examples: one example may change each of them completely."""
+    side = side_values_of(config.method)
+    if side is not None and config.privacy is not None and config.privacy.unit == "example":
+        where = "[adaptive]" if side.adaptive is not None else "privacy.metrics_share"
+        expected = 'privacy.unit = "client": one example may decide a client\'s count, however many examples it has'
+        raise UserError(where, expected, '"example"', f"Remove {where}, or change the unit")
 
 
 def _check_sums(config: Config) -> None:
@@ -687,7 +723,7 @@ def _check_unit(config: Config) -> None:
     if work is DPSGD and not examples:
         remedy = 'Add it with example_clip, or choose local.work = "local-steps"'
         raise UserError("local.work", 'privacy.unit = "example" with "dp-sgd"', "another unit, or no privacy", remedy)
-    bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, config.method.client_part
+    bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, bare(config.method)
     if isinstance(method, DPGD) and method.max_norm < bound:
         remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
         expected = f"at least {bound:g}, the longest gradient of an example"
@@ -779,8 +815,10 @@ def _read_named(kinds: Registry[T], table: Table, where: str, key: str) -> T:
     return read_table(kind, options, where)
 
 
-def _read_method(tables: Mapping[str, Table]) -> Method:
+def _read_method(tables: Mapping[str, Table], privacy: PrivacyChoice | None, task: TaskKind) -> Method:
     method = _read_named(METHODS, _need(tables, "method"), "method", "name")
+    adaptive = read_table(AdaptiveBound, tables["adaptive"], "adaptive") if "adaptive" in tables else None
+    method = with_side_values(method, adaptive, None if privacy is None else privacy.metrics(task))
     if "server" not in tables:
         return method
     return optimized(method, _read_named(SERVER_OPTIMIZERS, tables["server"], "server", "optimizer"))

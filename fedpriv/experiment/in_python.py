@@ -30,7 +30,7 @@ from fedpriv.experiment.config import (
 from fedpriv.experiment.dry_run import Findings, try_experiment
 from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
-from fedpriv.methods import Method
+from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, PrivacyPlan, Sampling, trust_of
 from fedpriv.privacy.released import Whose
@@ -68,6 +68,7 @@ class Experiment:
             or a built-in data set such as `Digits()`.
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
+        adaptive: How the bound of messages follows a quantile: `fedpriv.methods.AdaptiveBound()`; None if it is fixed.
         privacy: The privacy guarantee; None for a run without privacy.
         aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
@@ -97,6 +98,7 @@ class Experiment:
     data: "Sequence[object] | Mapping[str, object] | Dataset | DatasetSource" = field(repr=False)
     method: Method
     rounds: int
+    adaptive: AdaptiveBound | None = None
     privacy: PrivacyChoice | None = None
     aggregation: AggregationChoice | None = None
     task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -136,7 +138,7 @@ class Experiment:
             local=self.local or FullGradient(),
             augment=self.augment,
             cohort=CohortChoice(sampling=SAMPLINGS.name_of(sampling), options=write_table(sampling, ("population",))),
-            method=self.method,
+            method=self._method(task),
             privacy=self.privacy,
             aggregation=self._sums(),
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
@@ -145,6 +147,15 @@ class Experiment:
         )
         check_config(config)
         return config
+
+    def _method(self, task: TaskKind) -> Method:
+        metrics = None if self.privacy is None else self.privacy.metrics(task)
+        if self.adaptive is None and metrics is None:
+            return self.method
+        method, optimizer = self.method, None
+        if isinstance(method, ServerOptimized):
+            method, optimizer = method.method, method.optimizer
+        return optimized(with_side_values(method, self.adaptive, metrics), optimizer)
 
     def _sums(self) -> AggregationChoice | None:
         secure = self.privacy is not None and trust_of(self.privacy.trust).secure_sums

@@ -20,7 +20,7 @@ from fedpriv.experiment.pictures.curves import plot_curves
 from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
-from fedpriv.methods import ServerState
+from fedpriv.methods import ServerState, side_values_of
 from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
@@ -147,6 +147,8 @@ class Recorder:
         released = {"round": round, **self._promise(round), **evaluation, **self._clock(round, released=True)}
         if self.experiment.population.rules.sums is not None:
             released["void"] = total.void
+        if (side := side_values_of(self.experiment.config.method)) is not None:
+            released |= side.released(state._asdict())
         stopped = None
         try:
             self._record(released, self._diagnose(round, state, total, seconds))

@@ -29,7 +29,16 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table, write_table
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.mechanisms.shares import HALF_MODULUS, IntegerSums
-from fedpriv.methods import METHODS, Method
+from fedpriv.methods import (
+    METHODS,
+    AdaptiveBound,
+    Method,
+    PrivateMetrics,
+    bare,
+    message_size,
+    side_values_of,
+    with_side_values,
+)
 from fedpriv.privacy.records import ExampleTerms
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams, SystemStreams
@@ -76,6 +85,8 @@ _REFUSED = "refused"
 _SCALE = "scale"
 _WHO = "who are you"
 _METHOD = "method."
+_SIDE_VALUES = "side values"
+_ADAPTIVE, _METRICS = "adaptive.", "metrics."
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -119,22 +130,27 @@ class ModelArrays:
         tensors = {name: torch.from_numpy(array.numpy()).to(dtype) for name, array in record.items()}
         return self.layout.flatten(tensors)
 
-    def received(self, content: RecordDict, form: "MessageFormat") -> Tensor:
-        """Return the message `[params]` in an untrusted answer: float32, or float64 if the format is.
+    def received(self, content: RecordDict, rules: ClientRules) -> Tensor:
+        """Return the message in an untrusted answer: `[params]`, and side values if the method has some.
+
+        It is float32, or float64 if the number format of the agreement is.
 
         Args:
             content: The answer.
-            form: The number format of the agreement.
+            rules: The clients' half of the agreement.
 
         Raises:
             UserError: If the scale, names, shapes, number formats or lengths are not those of a message in this layout.
         """
         record, facts = content.array_records[ARRAYS], content.config_records.get(FEDPRIV, ConfigRecord())
+        form = MessageFormat.of(rules)
         if facts.get(_SCALE) != form.scale:
             raise _no_message(f"numbers in units of {facts.get(_SCALE)!r}, but the plan has {form.scale!r}")
-        if list(record) != [name for name, _ in self.layout.entries]:
+        beside = message_size(rules.method, 0)
+        entries = (*self.layout.entries, *([(_SIDE_VALUES, (beside,))] if beside else []))
+        if list(record) != [name for name, _ in entries]:
             raise _no_message(f"{len(record)} arrays with other names")
-        for (name, shape), array in zip(self.layout.entries, record.values(), strict=True):
+        for (name, shape), array in zip(entries, record.values(), strict=True):
             data = bytes(array.data)
             if (array.dtype, tuple(array.shape), array.stype) != (form.dtype, tuple(shape), "numpy.ndarray"):
                 raise _no_message(f"{name} of shape {list(array.shape)[:9]}, {str(array.dtype)[:20]}")
@@ -147,7 +163,7 @@ class ModelArrays:
                 read = False
             if not read or (read[0], read[2]) != (tuple(shape), form.numpy):
                 raise _no_message(f"{name} with a wrong header")
-        vector = self.vector(record, torch.float64 if form.dtype == "float64" else torch.float32)
+        vector = self._whole(record, torch.float64 if form.dtype == "float64" else torch.float32)
         return vector if form.scale is None else vector * form.scale
 
     def model(self, vector: Tensor) -> ArrayRecord:
@@ -155,25 +171,33 @@ class ModelArrays:
         return self._record(vector, self.dtypes)
 
     def question(self, model: Tensor, shared: Tensor | None) -> dict[str, ArrayRecord | ConfigRecord]:
-        """Return the records of a model and of the vector beside it, both `[params]`; see `Broadcast.shared`."""
+        """Return the records of a model `[params]` and of the vector beside it; see `Broadcast.shared`."""
         beside = {} if shared is None else {SHARED: self._record(shared, ("float32",) * len(self.dtypes))}
         return {ARRAYS: self.model(model), **beside}
 
     def shared(self, content: RecordDict, method: Method) -> Tensor | None:
-        """Return the vector `[params]` beside the model in a message; None if the method has none.
+        """Return the vector beside the model in a message; None if the method has none.
 
         Raises:
-            UserError: If the method needs it and the message lacks it, the reverse, or it is not as long as the model.
+            UserError: If the method needs it and the message lacks it, the reverse, or it has another length.
         """
         record = content.array_records.get(SHARED)
         if (record is not None) != method.needs_shared:
             expected = "a second vector" if method.needs_shared else "the model alone"
             remedy = "Use one version of fedpriv on both sides"
             raise UserError("message", f"{expected} for {method_name(method)}", ", ".join(content) or "none", remedy)
-        return None if record is None else self.vector(record)
+        if record is None:
+            return None
+        side = side_values_of(method)
+        size = self.layout.size if side is None else side.shared_size(self.layout.size)
+        found = self._whole(record) if size >= self.layout.size else torch.from_numpy(record[_SIDE_VALUES].numpy())
+        if found.shape != (size,):
+            remedy = "Use one version of fedpriv on both sides"
+            raise UserError("message", f"a second vector of {size:,} numbers", f"{found.numel():,}", remedy)
+        return found
 
     def message(self, vector: Tensor, form: "MessageFormat") -> dict[str, ArrayRecord | ConfigRecord]:
-        """Return the records of a message `[params]`: float32 arrays, or integers with their scale.
+        """Return the records of a message, `[params]` or with side values: float32 arrays, or integers with a scale.
 
         A message without noise is never rounded again, because rounding could lengthen it beyond its bound.
         """
@@ -184,9 +208,23 @@ class ModelArrays:
         return {ARRAYS: arrays, FEDPRIV: ConfigRecord({_SCALE: form.scale})}
 
     def _record(self, vector: Tensor, dtypes: tuple[str, ...]) -> ArrayRecord:
-        tensors = self.layout.unflatten(vector.detach().cpu())
-        pairs = zip(tensors.items(), dtypes, strict=True)
-        return ArrayRecord({name: Array(tensor.numpy().astype(dtype)) for (name, tensor), dtype in pairs})
+        """Return a vector as arrays: `[params]`, side values alone, or one after the other."""
+        vector, size = vector.detach().cpu(), self.layout.size
+        whole, beside = (vector[:0], vector) if len(vector) < size else (vector[:size], vector[size:])
+        tensors = self.layout.unflatten(whole) if len(whole) == size else {}
+        pairs = zip(tensors.items(), dtypes[: len(tensors)], strict=True)
+        arrays = {name: Array(tensor.numpy().astype(dtype)) for (name, tensor), dtype in pairs}
+        if len(beside):
+            arrays[_SIDE_VALUES] = Array(beside.numpy().astype(dtypes[0]))
+        return ArrayRecord(arrays)
+
+    def _whole(self, record: ArrayRecord, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the vector `[params]` of arrays in this layout, followed by side values if there are any."""
+        beside = record.get(_SIDE_VALUES)
+        if beside is None:
+            return self.vector(record, dtype)
+        own = self.vector(ArrayRecord({name: array for name, array in record.items() if name != _SIDE_VALUES}), dtype)
+        return torch.cat([own, torch.from_numpy(beside.numpy()).to(dtype).reshape(-1)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +333,9 @@ class ClientInstructions:
     def to_record(self) -> ConfigRecord:
         """Return the record `fedpriv`, which includes a seed only if there is one."""
         table: dict[str, Any] = {"method": method_name(self.method)}
-        table |= {_METHOD + key: value for key, value in write_table(self.method).items()}
+        table |= _prefixed(_METHOD, bare(self.method))
+        if (side := side_values_of(self.method)) is not None:
+            table |= _prefixed(_ADAPTIVE, side.adaptive) | _prefixed(_METRICS, side.metrics)
         table |= {key: getattr(self, key) for key in _PLAIN if getattr(self, key) is not None}
         return ConfigRecord(table)
 
@@ -314,10 +354,24 @@ class ClientInstructions:
                 f"the records {', '.join(content) or 'none'}",
                 "Use a strategy of fedpriv's `strategies` in the ServerApp",
             )
-        hyperparameters = {k.removeprefix(_METHOD): v for k, v in record.items() if k.startswith(_METHOD)}
-        method = read_table(METHODS.known(record["method"], "method"), hyperparameters, "method")
+        method = read_table(METHODS.known(record["method"], "method"), _after(_METHOD, record), "method")
+        adaptive, metrics = _after(_ADAPTIVE, record), _after(_METRICS, record)
+        method = with_side_values(
+            method,
+            read_table(AdaptiveBound, adaptive, "adaptive") if adaptive else None,
+            read_table(PrivateMetrics, metrics, "metrics") if metrics else None,
+        )
         plain = {key: record[key] for key in _PLAIN if key in record}
         return read_table(cls, plain, FEDPRIV, method=method)
+
+
+def _prefixed(prefix: str, instance: object) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, after a prefix; nothing for None."""
+    return {} if instance is None else {prefix + key: value for key, value in write_table(instance).items()}
+
+
+def _after(prefix: str, record: ConfigRecord) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +450,7 @@ _PLAIN += ("examples", "step_stddev", "turn", "grid")
 
 def method_name(method: Method) -> str:
     """Return the method's name in the table of methods, without its server optimizer."""
-    return METHODS.name_of(method.client_part)
+    return METHODS.name_of(bare(method))
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,22 @@ from fedpriv.methods.dp_scaffold import DPScaffold
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
+from fedpriv.methods.side_values import (
+    AdaptiveBound,
+    PrivateMetrics,
+    SideValues,
+    bare,
+    message_size,
+    side_values_of,
+    with_side_values,
+)
 
 __all__ = [
     "DIFF2",
     "DPGD",
     "METHODS",
     "SERVER_OPTIMIZERS",
+    "AdaptiveBound",
     "AlphaNormEC",
     "CenteredClip",
     "ClientState",
@@ -52,14 +62,20 @@ __all__ = [
     "NormalizedSGD",
     "OwnSignal",
     "PlainMethod",
+    "PrivateMetrics",
     "PrivateSpiderBoost",
     "ServerOptimized",
     "ServerOptimizer",
     "ServerState",
     "ServerStateT",
+    "SideValues",
+    "bare",
     "feedback_of",
     "has_memory",
+    "message_size",
     "optimized",
     "own_signal_of",
     "server_step",
+    "side_values_of",
+    "with_side_values",
 ]

@@ -16,6 +16,7 @@ from fedpriv.feedback import Release
 from fedpriv.methods import (
     DIFF2,
     DPGD,
+    AdaptiveBound,
     AlphaNormEC,
     CenteredClip,
     Clip21,
@@ -29,6 +30,7 @@ from fedpriv.methods import (
     PrivateSpiderBoost,
     optimized,
     server_step,
+    with_side_values,
 )
 from fedpriv.methods.server_optimizers import Adagrad, Adam, Momentum, ServerOptimized, Yogi
 
@@ -84,6 +86,18 @@ EXAMPLES: dict[str, Method] = {
     ),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
+
+WITH_SIDE_VALUES: dict[str, Method] = {
+    "dp-fedavg with an adaptive bound": with_side_values(DPFedAvg(clip_norm=0.5, server_lr=0.5), AdaptiveBound()),
+    "alpha-normec sent, damped, with an adaptive bound": with_side_values(
+        AlphaNormEC(alpha=0.5, beta=0.3, server_lr=0.1, memory="sent", damping=0.1), AdaptiveBound(quantile=0.3)
+    ),
+    "centered-clip with an adaptive bound and server momentum": optimized(
+        with_side_values(CenteredClip(server_lr=0.1), AdaptiveBound(rate=0.5)), Momentum(momentum=0.5)
+    ),
+    "clip21 with an adaptive bound": with_side_values(Clip21(clip_norm=0.5, server_lr=0.2), AdaptiveBound(share=0.1)),
+}
+"""Methods whose messages are longer than their signals, and shorter than 1."""
 
 LINEAR = {
     name: method

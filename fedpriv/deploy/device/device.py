@@ -38,7 +38,7 @@ from fedpriv.files import make_private_folder, only_one
 from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import ClientState, has_memory, own_signal_of
+from fedpriv.methods import ClientState, has_memory, message_size, own_signal_of
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import client_round, integer_sums
 from fedpriv.streams import Streams, SystemStreams
@@ -187,7 +187,7 @@ class Device:
             remedy = "Ask the server's operator for another method, such as dp-gd"
             got = method_name(instructions.method)
             raise Refusal("model", "method", "a method that deployments offer", got, remedy)
-        plan = self.policy.check(instructions, terms, model.numel())
+        plan = self.policy.check(instructions, terms, message_size(instructions.method, model.numel()))
         if not all(bool(torch.isfinite(sent).all()) for sent in (model, shared) if sent is not None):
             raise Refusal(
                 "model", "model", "finite numbers", "NaN or infinity", "Start the run again from a finite model"

@@ -12,7 +12,7 @@ from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.user_files import read_arrays
 from fedpriv.deploy.device.device import Device
-from fedpriv.engines import one_thread
+from fedpriv.engines import one_thread, with_metrics
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import build_module, check_device, check_task, count_parameters
 from fedpriv.experiment.config import Config
@@ -119,7 +119,8 @@ def _signal_of_file(
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
     beside = None if offset is None else offset.to(task.device)
-    return make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside).cpu()
+    signal = make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside)
+    return with_metrics(rules, signal, task, at, *given).cpu()
 
 
 def _rules(device: Device, instructions: ClientInstructions) -> ClientRules:

@@ -40,7 +40,7 @@ from fedpriv.engines.ray.host import Failure, Host, MakeLocal, Partial, Versions
 from fedpriv.engines.ray.owners import Owners, Unit, client_costs
 from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.errors import UserError
-from fedpriv.methods import has_memory
+from fedpriv.methods import has_memory, message_size
 from fedpriv.rounds import Broadcast, Total
 
 __all__ = ["RayEngine"]
@@ -99,7 +99,8 @@ class RayEngine:
     ) -> None:
         self._population = population
         self._needs = _needs(workers, cpus_per_worker, gpus_per_worker)
-        self._memory = has_memory(population.rules.method)
+        self._method = population.rules.method
+        self._memory = has_memory(self._method)
         self._owners = Owners(range(workers), unit, client_costs(population), stay=self._memory)
         self._snapshots = Snapshots(snapshots or KeepSnapshots())
         self._seen: set[int] = set()
@@ -197,7 +198,7 @@ class RayEngine:
 
     def _run(self, broadcast: Broadcast) -> tuple[Total, dict[int, float]]:
         """Return the total of a round, and the time that each worker took (seconds)."""
-        sum_ = np.zeros(broadcast.model.shape[-1])
+        sum_ = np.zeros(message_size(self._method, broadcast.model.shape[-1]))
         shares = self._owners.shares(broadcast.cohort)
         model = ray.put(broadcast.model.detach().cpu().numpy())
         beside = None if broadcast.shared is None else ray.put(broadcast.shared.detach().cpu().numpy())

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fedpriv.methods import message_size
 from fedpriv.rounds import ClientRules
 
 __all__ = ["message_fault", "norm_limit"]
@@ -24,6 +25,7 @@ def message_fault(message: Tensor, rules: ClientRules, size: int) -> str:
         rules: The clients' half of the agreement.
         size: Number of parameters of the model.
     """
+    size = message_size(rules.method, size)
     if message.shape != (size,):
         return f"shape {list(message.shape)}, expected {[size]}"
     if not bool(torch.isfinite(message).all()):
