@@ -66,7 +66,8 @@ class _Observed:
 
     def server_rule(self, state: object, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, object]:
         """See `Method.server_rule`."""
-        self._released[self._rounds] = mean_message.double() * self._divisor
+        own = mean_message[: self._released.shape[-1]]  # without side values, which are the same for all canaries
+        self._released[self._rounds] = own.double() * self._divisor
         self._rounds += 1
         return self._method.server_rule(state, mean_message, sampling_prob)
 
@@ -107,7 +108,8 @@ class Attack:
         rounds = 1 + np.flatnonzero(self.canaries.takes_part[self.canaries.planted[position]])
         alone = np.array([self.first_canary + position], dtype=np.int64)
         model, capacity = self.experiment.initial_model, capacity_of(self.server.sampling)
-        sent = [self.planted.sum_messages(Broadcast(k, model, alone, capacity)).sum for k in rounds.tolist()]
+        sums = (self.planted.sum_messages(Broadcast(k, model, alone, capacity)).sum for k in rounds.tolist())
+        sent = [sum_[: len(model)] for sum_ in sums]
         return torch.stack(sent) if sent else model.new_zeros(0, len(model), dtype=torch.float64)
 
     def run(self, apart: Tensor | None = None, watch: Callable[[int], None] = lambda _: None) -> Released:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines import Population, VectorizedEngine
-from fedpriv.methods import ClientState, feedback_of
+from fedpriv.methods import ClientState, feedback_of, side_values_of
 from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
@@ -211,7 +211,8 @@ class CanaryPopulation(Population):
             past = self.canaries.push(candidate, int(before[-1]) + 1) if len(before) else torch.zeros_like(push)
             push = (push - (1.0 - rule.weight) * past) / rule.weight
         exact = model.dtype if self.rules.examples is None else torch.float64
-        return push.to(model.device, exact) * self.scale
+        signal, side = push.to(model.device, exact) * self.scale, side_values_of(self.rules.method)
+        return signal if side is None else torch.cat([signal, signal.new_zeros(side.given)])
 
 
 class VectorizedCanaries(VectorizedEngine):

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import IntegerSums
+from fedpriv.methods import SideValues
 from fedpriv.streams import Streams
 
 CENTRAL: Changes = {"privacy": PRIVACY}
@@ -36,6 +37,7 @@ AGGREGATOR: Changes = {
     "privacy": {**PRIVACY, "trust": "aggregator"},
     "aggregation": {"least_survivors": 10},
 }
+SIDE_VALUES: Changes = {"adaptive": {"share": 0.2}, "privacy": {**PRIVACY, "metrics_share": 0.2}}
 POISSON: Changes = {"cohort": {"sampling": "poisson", "probability": 0.5}}
 FIXED: Changes = {"cohort": {"sampling": "fixed", "size": 4}}
 
@@ -54,6 +56,9 @@ RIGHT: dict[str, Changes] = {
     "central, server adam": MEMORYLESS | {"server": {"optimizer": "adam"}},
     "aggregator": AGGREGATOR,
     "aggregator, no memory": AGGREGATOR | MEMORYLESS,
+    "central, public memory": {"method": {"name": "centered-clip", "clip_norm": 0.5}},
+    "central, side values": FULL_MEMORY | SIDE_VALUES,
+    "local, side values": MEMORYLESS | {"adaptive": {}} | LOCAL,
     "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
 }
 SHORT: Changes = {"training": {"rounds": 12}}
@@ -159,6 +164,18 @@ def test_shares_that_are_wrong_are_found_guilty_in_the_sum(fault: str, monkeypat
 def test_messages_longer_than_their_bound_are_found_guilty(plan: Changes, monkeypatch: pytest.MonkeyPatch) -> None:
     seed_bound_fault(monkeypatch, 3.0)
     assert quick_audit(SHORT | plan, canaries=40)[1]["verdict"] == "guilty"
+
+
+def test_bounds_that_adapt_in_the_clients_units_alone_are_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise is for messages of length 1, so one that is sent in units of the bound is too long."""
+
+    def joined(self: SideValues, message: Tensor, values: Tensor) -> Tensor:
+        return join(self, message, values) * 4.0
+
+    join = SideValues.join
+    monkeypatch.setattr(SideValues, "join", joined)
+    plan: Changes = {"method": {"name": "dp-fedavg", "clip_norm": 4.0}}
+    assert quick_audit(SHORT | plan | SIDE_VALUES, canaries=40)[1]["verdict"] == "guilty"
 
 
 def test_a_bound_that_is_ignored_in_c_is_found_guilty(monkeypatch: pytest.MonkeyPatch) -> None:

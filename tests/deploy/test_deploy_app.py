@@ -55,6 +55,7 @@ METHODS = {
     "clip21": 'name = "clip21"\nclip_norm = 0.5',
     "dp-fedavg": 'name = "dp-fedavg"\nclip_norm = 0.5',
     "centered-clip": 'name = "centered-clip"\nclip_norm = 0.2',
+    "adaptive": 'name = "clip21"\nclip_norm = 0.5\n[adaptive]\nrate = 0.5',
 }
 
 

@@ -74,6 +74,7 @@ METHODS = {
     "damped": 'name = "alpha-normec"\nalpha = 1.0\nbeta = 0.2\ndamping = 0.1',
     "clip21": 'name = "clip21"\nclip_norm = 0.5',
     "dp-fedavg": 'name = "dp-fedavg"\nclip_norm = 0.5',
+    "adaptive": 'name = "clip21"\nclip_norm = 0.5\n[adaptive]\nrate = 0.5',
 }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from clients import private_mod
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
-from fedpriv.methods import DIFF2, DPScaffold
+from fedpriv.methods import DIFF2, AdaptiveBound, DPScaffold
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
@@ -74,6 +74,7 @@ def reference(strategy, rounds=ROUNDS):
         lambda **given: Clip21(clip_norm=0.3, **given),
         lambda **given: DPFedAvg(clip_norm=0.3, **given),
         lambda **given: CenteredClip(clip_norm=0.1, **given),
+        lambda **given: Clip21(adaptive=AdaptiveBound(rate=0.5), **given),
         lambda **given: FedAlphaNormEC(alpha=0.05, beta=0.02, server_optimizer=Adam(tau=0.1), **given),
     ],
     ids=[
@@ -83,6 +84,7 @@ def reference(strategy, rounds=ROUNDS):
         "clip21",
         "dp-fedavg",
         "centered-clip",
+        "adaptive",
         "fed-alpha-normec with adam",
     ],
 )

@@ -68,10 +68,14 @@ SUMMED = [
 ]
 
 
+@pytest.mark.parametrize("side", [False, True], ids=["plain", "side values"])
 @pytest.mark.parametrize("method", SUMMED)
-def test_simulated_secure_aggregation_is_the_loops_to_the_bit(method: dict, tmp_path: Path) -> None:
+def test_simulated_secure_aggregation_is_the_loops_to_the_bit(method: dict, side: bool, tmp_path: Path) -> None:
     """Rounds with too few clients are void: nobody is asked, and the next round has the same batches."""
     experiment = make_experiment(method, {"sampling": "poisson", "probability": 0.5}, SUMS, BATCHES)
+    if side:
+        tables = {**experiment.config.tables, "adaptive": {}, "privacy": {**SUMS, "metrics_share": 0.1}}
+        experiment = assemble(parse_config(tables))
     state, voids = run_summed(experiment)
     assert False in voids[voids.index(True) :]
     found, _ = run_flower(experiment, tmp_path, rounds=10)
@@ -175,6 +179,24 @@ def test_flower_gives_the_loops_model_if_single_examples_are_protected(method, l
         trust = "local"
     privacy = {"unit": "example", "example_clip": 1.0, "noise_multiplier": 1.0, "trust": trust}
     assert_same(make_experiment(method, COHORTS[1], privacy, local), tmp_path)
+
+
+SIDE_VALUES = [{"name": "alpha-normec", "memory": "sent"}, {"name": "centered-clip"}, {"name": "clip21"}]
+
+
+@pytest.mark.parametrize("privacy", [{"trust": "local", "epsilon": 50.0}, {"epsilon": 8.0}, None])
+@pytest.mark.parametrize("method", SIDE_VALUES)
+def test_flower_gives_the_loops_model_and_side_values(method: dict, privacy: dict | None, tmp_path: Path) -> None:
+    """The bound goes to clients beside the model, or beside the memory, and metrics come back with the messages."""
+    if method.get("memory") == "sent" and (privacy is None or "trust" not in privacy):
+        method = {"name": "alpha-normec"}
+    asked = None if privacy is None else {**privacy, "metrics_share": 0.1}
+    plain = make_experiment(method, COHORTS[1], asked, BATCHES)
+    experiment = assemble(parse_config({**plain.config.tables, "adaptive": {"rate": 0.5}}))
+    state, total = run_loop(experiment)
+    assert_same(experiment, tmp_path)
+    assert len(total.sum) == len(state.model) + (1 if privacy is None else 3)
+    assert float(state.side_bound) != 1.0
 
 
 @pytest.mark.parametrize("shift", ["rotation", "noise", "style"])
