@@ -165,7 +165,7 @@ def _promise_of(experiment: Experiment, against: Against) -> PrivacyPlan:
     plan = experiment.plan
     if plan is None or not plan.private:
         remedy = "Set privacy.epsilon: without noise there is no guarantee to attack"
-        raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "no noise", remedy)
+        raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "a run without noise", remedy)
     if against == "plan":
         return plan
     if plan.sums is None:

@@ -92,7 +92,7 @@ class SecureSums:
             raise ValueError(f"a plan without secure aggregation: {self.plan}")
         if not self.plan.private:
             remedy = "Set privacy.epsilon"
-            raise UserError("privacy.noise_multiplier", "noise with secure aggregation in a deployment", "none", remedy)
+            raise UserError("privacy.noise_multiplier", "noise with secure aggregation in a deployment", 0.0, remedy)
         if len(set(self.parties.pinned)) != numbers.helpers:
             got = f"{len(set(self.parties.pinned))} in admin/helpers of the deployment"
             remedy = "Set aggregation.helpers, or make the deployment with `fedpriv deploy init --helpers`"

@@ -176,7 +176,9 @@ def read_record(directory: RunDirectory) -> dict[str, object] | None:
     }
     if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in kinds.items()):
         where = str(directory.file(ENGINE_FILE))
-        raise UserError(where, "the options of a run", "other contents", "Start again with a new --out")
+        raise UserError(
+            where, "the options of a run", "a file with missing or wrong keys", "Start again with a new --out"
+        )
     return {key: found[key] for key in kinds}
 
 

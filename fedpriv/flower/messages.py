@@ -169,7 +169,9 @@ class ModelArrays:
         if (record is not None) != method.corrects_steps:
             expected = "a second vector" if method.corrects_steps else "the model alone"
             remedy = "Use one version of fedpriv on both sides"
-            raise UserError("message", f"{expected} for {method_name(method)}", ", ".join(content) or "none", remedy)
+            raise UserError(
+                "message", f"{expected} for {method_name(method)}", ", ".join(content) or "an empty message", remedy
+            )
         return None if record is None else self.vector(record)
 
     def message(self, vector: Tensor, form: "MessageFormat") -> dict[str, ArrayRecord | ConfigRecord]:
@@ -311,7 +313,7 @@ class ClientInstructions:
             raise UserError(
                 "message",
                 f"a record {FEDPRIV!r}",
-                f"the records {', '.join(content) or 'none'}",
+                f"the records {', '.join(content)}" if content else "an empty message",
                 "Use a strategy of fedpriv's `strategies` in the ServerApp",
             )
         hyperparameters = {k.removeprefix(_METHOD): v for k, v in record.items() if k.startswith(_METHOD)}

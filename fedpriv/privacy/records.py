@@ -115,7 +115,7 @@ class ExampleTerms:
 
     def __post_init__(self) -> None:
         if (self.clip is None) == (self.normalization is None):
-            got = "neither" if self.clip is None else "both"
+            got = "a table without them" if self.clip is None else "both"
             remedy = "Set example_clip, the longest gradient of one example, such as 1.0"
             raise UserError("[privacy]", "one of example_clip and example_normalization", got, remedy)
         for name, value in (("example_clip", self.clip), ("example_normalization", self.normalization)):
@@ -358,7 +358,7 @@ class RecordReleases:
 
     @property
     def credits_sampling(self) -> bool:
-        """True if epsilon may rely on secret batches or cohorts; otherwise one exact mu tells all."""
+        """True if epsilon may rely on secret batches or cohorts; otherwise one exact mu describes the run."""
         return bool(self.pairs) or self._hidden < 1.0
 
     @property

@@ -147,7 +147,7 @@ def require_pinned(helpers: Sequence[HelperKey], pinned: Collection[bytes], run:
     """
     remedy = "Ask the server's operator, and compare the pinned keys"
     if not pinned or sorted(helper.identity for helper in helpers) != sorted(set(pinned)):
-        names = ", ".join(sorted(helper.identity.hex()[:16] for helper in helpers)) or "none"
+        names = ", ".join(sorted(helper.identity.hex()[:16] for helper in helpers)) or "an empty list"
         wanted = ", ".join(sorted(identity.hex()[:16] for identity in pinned)) or "at least one"
         raise UserError("helpers", f"one key from each pinned helper ({wanted})", names, remedy)
     if len({helper.key for helper in helpers}) != len(helpers):
@@ -155,7 +155,7 @@ def require_pinned(helpers: Sequence[HelperKey], pinned: Collection[bytes], run:
     for helper in helpers:
         if helper.run != run or not helper.is_valid:
             name = f"key of helper {helper.identity.hex()[:16]}"
-            raise UserError(name, f"a key for run {run!r} with its signature", "another key or signature", remedy)
+            raise UserError(name, f"a key for run {run!r} with its signature", "a wrong run, key or signature", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,4 +372,4 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
 def _require_ascending(kind: str, names: str, found: Sequence[int] | Sequence[bytes]) -> None:
     if any(later <= earlier for earlier, later in pairwise(found)):  # type: ignore[operator]
         remedy = "Send each once, in ascending order"
-        raise UserError(kind, f"distinct {names} in ascending order", "another order, or the same one twice", remedy)
+        raise UserError(kind, f"distinct {names} in ascending order", "a wrong order, or the same one twice", remedy)

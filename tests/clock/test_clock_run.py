@@ -277,7 +277,7 @@ def test_devices_of_another_trace_are_not_mixed_into_a_run(tmp_path: Path) -> No
     trace.write_text("speed,download,upload\n5,1e4,4e3\n2,1e4,4e3\n9,1e4,4e3\n")
     changed = small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF)
     for folder in ("begun", "done"):
-        with pytest.raises(UserError, match=r"another experiment \(.*checksum"):
+        with pytest.raises(UserError, match=r"a different experiment \(.*checksum"):
             run_experiment(changed, tmp_path / folder, resume=True)
 
 

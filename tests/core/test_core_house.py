@@ -30,7 +30,7 @@ def functions(path: Path) -> Iterator[Function]:
 
 
 def is_command(function: Function) -> bool:
-    """Whether it is a command of the command line, whose parameters are options of a program."""
+    """Return True for a command of the command line: its parameters are options of a program."""
     return any("command" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 

@@ -45,7 +45,7 @@ VARIANTS = {
     "poisson, local, sent": [*POISSON_LOCAL, "method.memory=sent"],
     "poisson, local, minibatch": [*POISSON_LOCAL, "local.work=minibatch-gradient", "local.batch_size=4"],
     "fixed, not private": [*SMALL, "cohort.sampling=fixed", "cohort.size=5", "privacy="],
-    "server optimiser, epochs": [
+    "server optimizer, epochs": [
         *SMALL,
         "server.optimizer=adam",
         *("local.work=local-epochs", "local.epochs=2", "local.client_lr=0.1", "local.batch_size=4"),
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_one_engine_serves_the_other(tmp_path: Path):
 def test_a_directory_of_another_experiment_is_refused_and_untouched(tmp_path: Path):
     run_experiment(small(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="another experiment"):
+    with pytest.raises(UserError, match="a different experiment"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
     with pytest.raises(UserError, match="--resume"):
         run_experiment(small(), tmp_path)
@@ -286,7 +286,7 @@ def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
         run_experiment(small("seed=8"), tmp_path)
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "digest.txt").write_text(small("seed=8").digest)
-    with pytest.raises(UserError, match="another experiment's"):
+    with pytest.raises(UserError, match="that of a different experiment"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
 
 

@@ -71,7 +71,7 @@ adjacency = "replace"
 [aggregation]
 # Identity keys of the helpers of secure aggregation, from their operators: all of them, and no other, must take part.
 helpers = [$helpers]
-least_survivors = 2         # minimum number of clients in a sum; helpers have a minimum of their own
+least_survivors = 2         # minimum number of clients in a sum; helpers have another minimum
 colluders = 0               # least number of colluding clients that the noise must withstand
 min_share_multiplier = 0.0  # minimum of this client's own noise over l2 sensitivity, against server and all helpers
 
