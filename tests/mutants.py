@@ -1572,7 +1572,7 @@ MUTANTS = [
     Mutant(
         "a refusal shows a checksum of the data",
         "fedpriv/experiment/run_directory.py",
-        'else ("", "other data")',
+        'else ("", "different data")',
         "else (promise, theirs[0])",
         RELEASED,
     ),
@@ -2741,9 +2741,7 @@ def verdict(mutant: Mutant, killer: str | None = None) -> tuple[str, str | None]
         file = tree / mutant.file
         text = file.read_text(encoding="utf-8")
         if mutant.old not in text:
-            raise SystemExit(
-                f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Correct the list of mutants."
-            )
+            raise SystemExit(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Fix the list of mutants.")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         if killer is not None and run_tests(tree, [killer])[0] == 1:
             return "killed", killer

@@ -709,7 +709,7 @@ def test_a_full_disk_under_snapshots_is_one_line_and_the_last_snapshot_stays(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", full)
-        with pytest.raises(UserError, match="room for the clients' states, .*No space left"):
+        with pytest.raises(UserError, match=r"room for the clients' states, .*No space left"):
             snapshots.keep([part, part])
     (kept,) = snapshots.parts()
     assert same_states(kept, part)

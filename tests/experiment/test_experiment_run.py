@@ -291,7 +291,7 @@ def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
 
 
 def test_two_runs_cannot_have_one_directory_at_once(tmp_path: Path):
-    with RunDirectory(tmp_path).locked(), pytest.raises(UserError, match="another run"):
+    with RunDirectory(tmp_path).locked(), pytest.raises(UserError, match="a folder that a run is using"):
         run_experiment(small(), tmp_path)
 
 
