@@ -31,7 +31,7 @@ from fedpriv.data.partitions import Resampled
 from fedpriv.engines import Engine, LoopEngine, Population
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
-from fedpriv.experiment.execution import make_engine
+from fedpriv.experiment.execution import LocalEngine, make_engine
 from fedpriv.methods import Method
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import Broadcast, ServerRules, Total, begin_round, capacity_of, finish_round
@@ -145,7 +145,7 @@ def _with(total: Total, planted: Tensor) -> Total:
 
 
 @contextmanager
-def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Iterator[Attack]:
+def start_attack(experiment: Experiment, canaries: Canaries, engine: LocalEngine) -> Iterator[Attack]:
     """Start both engines; close them on exit.
 
     Args:

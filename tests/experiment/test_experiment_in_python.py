@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, changes, line):
 
 def test_engines_of_other_processes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^engine: expected auto, loop, vectorized for objects in memory, got 'ray'"):
-        experiment().run(tmp_path / "out", engine="ray")
+        experiment().run(tmp_path / "out", engine="ray")  # type: ignore[arg-type]
 
 
 def test_shown_it_names_its_parts_and_no_ones_data():

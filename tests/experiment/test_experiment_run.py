@@ -24,6 +24,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment import run_directory as records
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.execution import EngineName
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import FILES, RunDirectory
 from fedpriv.files import write_atomically
@@ -126,7 +127,7 @@ def test_noise_zero_and_everyone_is_the_run_without_privacy_to_the_bit(tmp_path:
 @pytest.mark.parametrize("engine", ["loop", "vectorized"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.sampled
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: str):
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: EngineName):
     config = load_config(QUICKSTART, settings)
     run_experiment(config, tmp_path / "whole", engine=engine)
     part = tmp_path / "part"
