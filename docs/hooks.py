@@ -12,7 +12,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 TABLE = "<!-- the table of README.md -->"
 SHOWN = (".md", ".png", ".csv", ".svg")
-LONG = 40  # characters of a cell that gets a width of its own, because a narrow screen would make it a tall column
+LONG = 40  # characters of a cell that gets a minimum width, because a narrow screen would make it a tall column
 _CELL = re.compile(r"<td( style=[^>]*)?>(.*?)</td>", re.DOTALL)
 _CODE = re.compile(r"(^```.*?^```|^~~~.*?^~~~|`+[^`]*`+)", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
