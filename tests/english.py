@@ -119,8 +119,9 @@ def _found_values(nodes: list[ast.AST]) -> set[int]:
     """Return the ids of the texts that errors show after "got"."""
     found: list[ast.AST] = []
     for node in nodes:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error"):
-            found += node.args[2:3] if len(node.args) == 4 else []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            at = {"Refusal": 3, "_no": 2}.get(node.func.id, 2 if node.func.id.endswith("Error") else None)
+            found += node.args[at : at + 1] if at is not None and len(node.args) >= 3 else []
         elif isinstance(node, ast.Assign):
             names, values = (one.elts if isinstance(one, ast.Tuple) else [one] for one in (node.targets[0], node.value))
             pairs = zip(names, values, strict=False)

@@ -77,7 +77,14 @@ def helper_answers(network: HelperNetwork, closed: Closed, seconds: float) -> li
 
 
 def end_run(network: HelperNetwork, run: str, pinned: Collection[bytes], seconds: float) -> dict[str, str]:
-    """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity."""
+    """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity.
+
+    Args:
+        network: The nodes.
+        run: Name of the run.
+        pinned: Public identity keys of the helpers.
+        seconds: Time until the deadline.
+    """
     question = helper_content("end", run.encode())
     contents = {one.hex(): question for one in pinned}
     return network.ask_helpers(contents, lambda _, content: content_of(content, "end"), seconds, "end")[1]

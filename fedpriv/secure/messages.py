@@ -84,7 +84,13 @@ class RoundFacts:
         )
 
     def context(self, client: int, identity: bytes, key: bytes) -> bytes:
-        """Return the bytes that bind a sealed seed: all facts, the client, the helper, and its key for the run."""
+        """Return the bytes that bind a sealed seed: all facts, the client, the helper, and its key for the run.
+
+        Args:
+            client: Id of the client that seals.
+            identity: Public identity key of the helper, 32 bytes (Ed25519).
+            key: The helper's public key for the run, 32 bytes (X25519).
+        """
         return pack("context", *self.values, client, identity, key)
 
 
@@ -106,7 +112,13 @@ class HelperKey:
 
     @classmethod
     def signed(cls, run: str, key: bytes, identity: Ed25519PrivateKey) -> "HelperKey":
-        """Return a key with its signature."""
+        """Return a key with its signature.
+
+        Args:
+            run: Name of the run.
+            key: Public key for the run, 32 bytes (X25519).
+            identity: The helper's private identity key, which signs.
+        """
         signature = identity.sign(pack("helper key", run, key))
         return cls(run=run, key=key, identity=identity.public_key().public_bytes_raw(), signature=signature)
 
@@ -176,7 +188,13 @@ class Sealed:
     signature: bytes
 
     def is_signed_by(self, public: bytes, facts: RoundFacts, client: int) -> bool:
-        """Return True if the client with this public key signed the box under these facts."""
+        """Return True if the client with this public key signed the box under these facts.
+
+        Args:
+            public: The client's public signing key, 32 bytes (Ed25519), from the verifier's own files.
+            facts: Facts of the round.
+            client: Id of the client.
+        """
         return is_signed(public, self.signature, signed_bytes(self.box, facts.context(client, self.identity, self.key)))
 
 
@@ -313,7 +331,13 @@ class Answer:
 
     @classmethod
     def signed(cls, query: Query, words: Words, identity: Ed25519PrivateKey) -> "Answer":
-        """Return the answer to a query with its signature."""
+        """Return the answer to a query with its signature.
+
+        Args:
+            query: The query.
+            words: Sum of the masks of its clients modulo 2^32, `[size]`.
+            identity: The helper's private identity key, which signs.
+        """
         public, facts = identity.public_key().public_bytes_raw(), query.facts
         signature = identity.sign(_answered_bytes(facts.run, facts.round, query.digest, words))
         return cls(
@@ -352,7 +376,13 @@ def signed_bytes(box: bytes, context: bytes) -> bytes:
 
 
 def is_signed(public: bytes, signature: bytes, content: bytes) -> bool:
-    """Return True if the holder of an Ed25519 key signed the content."""
+    """Return True if the holder of an Ed25519 key signed the content.
+
+    Args:
+        public: The public key, 32 bytes; False for bytes that are not one.
+        signature: The signature, 64 bytes.
+        content: The signed bytes.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, content)
     except (ValueError, InvalidSignature):
