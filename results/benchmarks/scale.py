@@ -36,7 +36,7 @@ from fedpriv.methods import AlphaNormEC, DPFedAvg
 
 HERE = Path(__file__).parent
 METHODS = {"dp-fedavg": DPFedAvg(clip_norm=0.1), "alpha-normec": AlphaNormEC(alpha=0.1, beta=0.1)}
-LARGEST_SECONDS = 10.0
+MAX_SECONDS = 10.0
 ROUNDS = 5
 TRIAD_FLOATS = 2**25
 TRIAD_BYTES = 12
@@ -124,7 +124,7 @@ def measure(point: Point) -> dict[str, Any]:
     )
     ours.round()
     seconds, began = [], time.perf_counter()
-    while len(seconds) < ROUNDS and time.perf_counter() - began < LARGEST_SECONDS:
+    while len(seconds) < ROUNDS and time.perf_counter() - began < MAX_SECONDS:
         start = time.perf_counter()
         ours.round()
         seconds.append(time.perf_counter() - start)

@@ -30,7 +30,7 @@ NOISE_MULTIPLIER = 0.01
 CONSTANT = 0.01
 """Every coordinate of the update of a client that computes nothing; long enough to be clipped."""
 
-SHORTEST_SECONDS = 1.0
+MIN_SECONDS = 1.0
 MAX_ROUNDS = 400
 
 
@@ -170,7 +170,7 @@ class Clock:
             return len(measured) >= self._job.rounds
         if len(measured) < self._job.workload.rounds:
             return False
-        return sum(measured) >= SHORTEST_SECONDS or len(measured) >= MAX_ROUNDS
+        return sum(measured) >= MIN_SECONDS or len(measured) >= MAX_ROUNDS
 
 
 def run_rounds(job: Job, one_round: Callable[[], None], model: Callable[[], Tensor]) -> None:
