@@ -1,5 +1,5 @@
 # make demo: set up, and train a private model on real data. make test: set up, and pass every check and test.
-# make check: style, layers and the fast tests, in two minutes. make test-all: also what takes long, and the seeded faults.
+# make check: style, layers and the fast tests, in two minutes. make test-all: also the slow tests and the seeded faults.
 # make docs: the documentation site, in site/. make bench: speed, beside a bare PyTorch loop and beside other frameworks.
 PYTHON ?= python3
 VENV ?= .venv

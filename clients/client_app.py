@@ -162,7 +162,7 @@ def _population_of(message: Message, context: Context) -> Population:
     digest = message.content.config_records.get(CONFIG, {}).get("experiment")
     if digest is None:
         remedy = "Use fedpriv's own ServerApp, or private_mod with the ClientApp of your app"
-        raise UserError("message", "the digest of an experiment", "none", remedy)
+        raise UserError("message", "the digest of an experiment", "a message without it", remedy)
     return _load(str(digest), RunConfig.of(context.run_config, context.node_config))
 
 

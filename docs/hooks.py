@@ -12,6 +12,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 TABLE = "<!-- the table of README.md -->"
 SHOWN = (".md", ".png", ".csv", ".svg")
+LONG = 40  # characters of a cell that gets a minimum width, because a narrow screen would make it a tall column
+_CELL = re.compile(r"<td( style=[^>]*)?>(.*?)</td>", re.DOTALL)
 _CODE = re.compile(r"(^```.*?^```|^~~~.*?^~~~|`+[^`]*`+)", re.MULTILINE | re.DOTALL)
 _BLOCK = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 _INLINE = re.compile(r"(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])")
@@ -47,6 +49,16 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     parts = _CODE.split(markdown)
     parts[::2] = [_formulas(part) for part in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark long cells of tables, which docs/style.css keeps wide; their table then scrolls."""
+
+    def marked(found: re.Match[str]) -> str:
+        long = len(re.sub(r"<[^>]*>", "", found[2])) > LONG
+        return f'<td{found[1] or ""} class="long">{found[2]}</td>' if long else found[0]
+
+    return _CELL.sub(marked, html)
 
 
 def _formulas(text: str) -> str:

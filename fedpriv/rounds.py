@@ -402,7 +402,7 @@ def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) ->
         remedy = 'Set local.work = "full-gradient", or choose dp-gd for local steps'
         raise UserError("local.work", f"gradients at given models with {name}", '"dp-sgd"', remedy)
     if terms.clip != rule.example_clip:
-        got = f"{rule.example_clip:g} against {'none' if terms.clip is None else format(terms.clip, 'g')}"
+        got = f"{rule.example_clip:g} against {'an absent key' if terms.clip is None else format(terms.clip, 'g')}"
         raise UserError(f"method.{rule.key}", "privacy.example_clip", got, "Set both to the same number")
     if terms.rate < 1.0 and rule.restart_weight != 1.0:
         expected = '1 with random batches: rounds of unequal cost are accounted with "full-gradient" alone'
@@ -517,8 +517,8 @@ def _checked_client_rule(
         remedy = "Call release once, on the bounded message: without it the message has no noise"
         raise UserError("method.name", "a client rule that calls release once", f"{len(bounded)} calls", remedy)
     if released and not torch.equal(message, released[0]):
-        remedy = "Return what release returns: nothing else has noise"
-        raise UserError("method.name", "a client rule that sends its released message", "another message", remedy)
+        remedy = "Return the result of release: nothing else has noise"
+        raise UserError("method.name", "a client rule that sends its released message", "one that changes it", remedy)
     if isinstance(release, RoundedRelease) and has_memory(method):
         _refuse_remembered_noise(method, (before, signal, round), state, release)
     longest = float(norm(bounded[0] if bounded else message, dim=-1, exact=True).max())
@@ -542,13 +542,13 @@ def _refuse_remembered_noise(
     silent = RoundedRelease(rounded=release.rounded, noised=lambda message: message.double(), step=release.step)
     _, plain = method.client_rule(before, signal, silent, round)
     if not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(after, plain, strict=True)):
-        remedy = 'Remember on_grid(message, release), not what release returns, or set privacy.trust to "local"'
+        remedy = 'Remember on_grid(message, release), not the result of release, or set privacy.trust to "local"'
         expected = "a client rule that remembers no noise, with secure aggregation"
         raise UserError("method.name", expected, "one that remembers its share of the noise", remedy)
 
 
 def _watched_rounding(method: Method, release: RoundedRelease, noised: Release) -> RoundedRelease:
-    """Return the release with other noise; raise UserError if a rule with memory releases what it did not round."""
+    """Return the release with other noise; raise UserError if a rule with memory releases an unrounded message."""
 
     def rounded(message: Tensor) -> Tensor:
         found.append(release.rounded(message))

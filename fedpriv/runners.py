@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypedDict
 from fedpriv.checks import at_least_one
 from fedpriv.experiment import run
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.execution import Execution
+from fedpriv.experiment.execution import EngineName, Execution
 from fedpriv.experiment.watching import Watcher
 from fedpriv.tables import Record
 
@@ -27,7 +27,7 @@ def run_experiment(
     config: Config | Path | str,
     out: Path | str,
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     device: str = "cpu",
     data_root: Path | None = None,
     resume: bool = False,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The browser for tests/report: brings Chromium where that needs nobody's leave, else says what to install.
+# Install Chromium for tests/report if no permission is needed; otherwise name the packages to install.
 set -uo pipefail
 command -v chromedriver >/dev/null && command -v chromium >/dev/null && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && grep -qi debian /etc/os-release; then

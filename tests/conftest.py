@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works in what tests start, also where the suite itself was started with it ignored (`nohup`, `&`)."""
+    """Ctrl-C works in processes that tests start, also if the suite was started with it ignored (`nohup`, `&`)."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

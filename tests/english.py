@@ -2,14 +2,16 @@
 
     python tests/english.py [PATH ...] [--list NAME] [--by-file]
 
-A path is a Markdown file, a Python file or a folder. Of Python, docstrings, comments and texts (error messages, help,
-statements: string literals of at least three words) are counted; of Markdown, all but code, addresses and formulas. The
-rules behind the counts are in CONTRIBUTING.md, under "English". `tests/core/test_core_english.py` holds the limits.
+A path is a file or a folder. Of Python, docstrings, comments and texts (error messages, help, statements: string
+literals of at least three words) are counted; the value that a UserError found is read as "got ...". Of C, TOML and
+shell scripts, comments are counted; of Markdown and notebooks, all but code, addresses and formulas. The rules behind
+the counts are in CONTRIBUTING.md, under "English". `tests/core/test_core_english.py` holds the limits.
 """
 
 import argparse
 import ast
 import io
+import json
 import re
 import sys
 import tokenize
@@ -19,8 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fedpriv", "strategies", "clients")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples")
-RESULTS = "results"  # its pages alone
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs", "examples", "sim_configs")
+BUILD = ("Makefile", "pyproject.toml", "mkdocs.yml", ".ci/run", ".github/workflows/ci.yml", ".pre-commit-config.yaml")
+RESULTS = "results"
+KINDS = (".py", ".md", ".ipynb", ".c", ".toml", ".sh")
 
 # Name: pattern. A pattern is matched in one sentence with its line breaks replaced by spaces.
 CONSTRUCTIONS = {
@@ -39,7 +43,7 @@ CONSTRUCTIONS = {
     "goes on": r"\b(?:go|goes|gone|went|going) on\b",
     "whether": r"^\s*Whether\b",
     # Error messages: "got nothing", "got others".
-    "got nothing": r"\bgot (?:nothing|none|others|another|no\b)",
+    "got nothing": r"\bgot (?:nothing|none|nobody|neither|others?|another|no)\b",
     "spelling": (
         r"\b\w*(?:optimis(?!ti|m)|normalis|initialis|minimis|maximis|randomis|regularis|summaris|serialis|synchronis|organis|"
         r"recognis|generalis|capitalis|materialis|realis(?=e|i)|standardis|factoris|neighbour|behaviour|colour|favour|"
@@ -71,64 +75,91 @@ class Found:
     sentence: str
 
 
-def documents() -> list[Path]:
-    """Return the documents: files, and folders of which everything is one."""
-    named = [ROOT / name for name in DOCUMENTS if (ROOT / name).exists()]
-    return [*named, *sorted((ROOT / RESULTS).rglob("*.md"))]
-
-
 def texts(path: Path) -> Iterator[Text]:
-    """Yield the prose of a file, or of all Python and Markdown files below a folder."""
+    """Yield the prose of a file, or of all files of `KINDS` below a folder."""
     if path.is_dir():
         for inner in sorted(path.rglob("*")):
             hidden = any(part.startswith((".", "__pycache__")) for part in inner.relative_to(path).parts)
-            if inner.suffix in (".py", ".md") and not hidden:
+            if inner.suffix in KINDS and not hidden:
                 yield from texts(inner)
-    elif path.suffix == ".py":
-        yield from _python(path)
+        return
+    content = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        yield from _python(path, content)
     elif path.suffix == ".md":
-        yield from _markdown(path)
+        yield from _markdown(path, content)
+    elif path.suffix == ".ipynb":
+        cells = json.loads(content)["cells"]
+        prose = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        yield from _markdown(path, "\n\n".join(prose))
+    elif path.suffix == ".c":
+        for found in re.finditer(r"/\*(.*?)\*/|//([^\n]*)", content, re.DOTALL):
+            words = re.sub(r"\n\s*\*", "\n", found[1] or found[2] or "")
+            yield Text(path, content.count("\n", 0, found.start()) + 1, words)
+    else:
+        lines = (re.search(r"(?:^|\s)#(?!!)\s*(.*)", line) for line in content.splitlines())
+        yield from _comments(path, ((number, found[1]) for number, found in enumerate(lines, start=1) if found))
 
 
-def _python(path: Path) -> Iterator[Text]:
-    source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    docstrings = set()
-    for node in ast.walk(tree):
+def _comments(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Text]:
+    """Yield the comments on adjacent lines as one text each."""
+    block: list[str] = []
+    last = -1
+    for number, words in lines:
+        if number != last + 1 and block:
+            yield Text(path, last + 1 - len(block), "\n".join(block))
+            block = []
+        block.append(words)
+        last = number
+    if block:
+        yield Text(path, last + 1 - len(block), "\n".join(block))
+
+
+def _found_values(nodes: list[ast.AST]) -> set[int]:
+    """Return the ids of the texts that errors show after "got"."""
+    found: list[ast.AST] = []
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            at = {"Refusal": 3, "_no": 2}.get(node.func.id, 2 if node.func.id.endswith("Error") else None)
+            found += node.args[at : at + 1] if at is not None and len(node.args) >= 3 else []
+        elif isinstance(node, ast.Assign):
+            names, values = (one.elts if isinstance(one, ast.Tuple) else [one] for one in (node.targets[0], node.value))
+            pairs = zip(names, values, strict=False)
+            found += [value for name, value in pairs if isinstance(name, ast.Name) and name.id == "got"]
+    return {id(part) for value in found for part in ast.walk(value)}
+
+
+def _python(path: Path, source: str) -> Iterator[Text]:
+    nodes = list(ast.walk(ast.parse(source)))
+    docstrings, values = set(), _found_values(nodes)
+    for node in nodes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 docstrings.add(id(first.value))
-    parts = {
-        id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
-    }  # of f-strings
-    for node in ast.walk(tree):
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}  # of f-strings
+    for node in nodes:
         if isinstance(node, ast.JoinedStr):
             words = "".join(str(p.value) if isinstance(p, ast.Constant) else "x" for p in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             words = node.value
         else:
             continue
-        if id(node) in docstrings or (len(_WORD.findall(words)) >= 3 and " " in words.strip()):
+        if id(node) in values:
+            yield Text(path, node.lineno, f"got {words}")
+        elif id(node) in docstrings or (len(_WORD.findall(words)) >= 3 and " " in words.strip()):
             yield Text(path, node.lineno, words)
-    comment: list[str] = []
-    start, last = 0, -1
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            if token.start[0] != last + 1 and comment:
-                yield Text(path, start, "\n".join(comment))
-                comment = []
-            start = start if comment else token.start[0]
-            comment.append(token.string.lstrip("# "))
-            last = token.start[0]
-    if comment:
-        yield Text(path, start, "\n".join(comment))
+    if "#" not in source:
+        return
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = ((token.start[0], token.string.lstrip("# ")) for token in tokens if token.type == tokenize.COMMENT)
+    yield from _comments(path, found)
 
 
-def _markdown(path: Path) -> Iterator[Text]:
+def _markdown(path: Path, content: str) -> Iterator[Text]:
     block: list[str] = []
     start, fence = 1, None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         mark = re.match(r"\s*(```+|~~~+|\$\$)", line)
         if mark is not None:
             fence = None if fence else mark[1]
@@ -194,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--by-file", action="store_true", help="one line a file, the worst first")
     options = parser.parse_args(arguments)
-    paths = options.paths or [*(ROOT / name for name in PACKAGES), *documents()]
+    paths = options.paths or [ROOT / name for name in (*PACKAGES, *DOCUMENTS, *BUILD, RESULTS)]
     if options.list:
         for one in count(paths)[1]:
             if options.list in (one.name, "all"):

@@ -1572,7 +1572,7 @@ MUTANTS = [
     Mutant(
         "a refusal shows a checksum of the data",
         "fedpriv/experiment/run_directory.py",
-        'else ("", "other data")',
+        'else ("", "different data")',
         "else (promise, theirs[0])",
         RELEASED,
     ),
@@ -2785,7 +2785,7 @@ MUTANTS = [
 
 
 def verdict(mutant: Mutant, killer: str | None = None) -> tuple[str, str | None]:
-    """`killed` if the tests named beside a fault notice it, `ALIVE` if they pass, else what went wrong; and the test.
+    """`killed` if the tests named beside a fault notice it, `ALIVE` if they pass, otherwise the trouble; and the test.
 
     Args:
         mutant: The fault.
@@ -2797,7 +2797,7 @@ def verdict(mutant: Mutant, killer: str | None = None) -> tuple[str, str | None]
         file = tree / mutant.file
         text = file.read_text(encoding="utf-8")
         if mutant.old not in text:
-            raise SystemExit(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Mend the list of mutants.")
+            raise SystemExit(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}. Fix the list of mutants.")
         file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         if killer is not None and run_tests(tree, [killer])[0] == 1:
             return "killed", killer
@@ -2821,7 +2821,7 @@ def run_tests(tree: Path, tests: list[str]) -> tuple[int, str | None]:
 
 
 def refuse_failing_tests(suites: set[str], jobs: int) -> None:
-    """Stops unless the tests pass without a fault: else every fault would seem to be noticed."""
+    """Stops unless the tests pass without a fault: otherwise every fault would seem to be noticed."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copy_tree(Path(folder))
         ordered = sorted(suites)
@@ -2829,7 +2829,7 @@ def refuse_failing_tests(suites: set[str], jobs: int) -> None:
             ordered, pool.map(lambda tests: run_tests(Path(folder), tests.split())[0], ordered), strict=True
         ):
             if code != 0:
-                raise SystemExit(f"{tests} fails without any fault. Mend that first.")
+                raise SystemExit(f"{tests} fails without any fault. Fix that first.")
 
 
 def copy_tree(target: Path) -> None:

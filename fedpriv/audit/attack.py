@@ -31,7 +31,7 @@ from fedpriv.data.partitions import Resampled
 from fedpriv.engines import Engine, LoopEngine, Population
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
-from fedpriv.experiment.execution import make_engine
+from fedpriv.experiment.execution import LocalEngine, make_engine
 from fedpriv.methods import Method
 from fedpriv.privacy import Poisson
 from fedpriv.rounds import Broadcast, ServerRules, Total, begin_round, capacity_of, finish_round
@@ -131,10 +131,15 @@ class Attack:
             if total.void:
                 remedy = "Lower aggregation.least_survivors, or audit a plan in which everyone takes part"
                 raise UserError(f"round {number}", "a round that counts, in an audit", "a void round", remedy)
-            planted = self._planted(broadcast) if apart is None else apart[number - 1]
+            planted = self._planted(broadcast) if apart is None else self._whole(apart[number - 1], total.sum)
             state = finish_round(server, state, number, _with(total, planted).sum)
             watch(number)
         return Released(sums=sums, move=state.model.double() - first.double())
+
+    @staticmethod
+    def _whole(planted: Tensor, like: Tensor) -> Tensor:
+        """Return canaries' messages with side values of zero, as long as another sum."""
+        return torch.cat([planted, planted.new_zeros(len(like) - len(planted))])
 
     def _planted(self, broadcast: Broadcast) -> Tensor:
         """Return the sum of the canaries' messages in a round, float64 `[params]`."""
@@ -147,7 +152,7 @@ def _with(total: Total, planted: Tensor) -> Total:
 
 
 @contextmanager
-def start_attack(experiment: Experiment, canaries: Canaries, engine: str) -> Iterator[Attack]:
+def start_attack(experiment: Experiment, canaries: Canaries, engine: LocalEngine) -> Iterator[Attack]:
     """Start both engines; close them on exit.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from fedpriv.audit.attack import CANARY_ENGINES, bytes_needed, start_attack
+from fedpriv.audit.attack import bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
 from fedpriv.audit.evidence import attack_central, attack_local
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
@@ -16,6 +16,7 @@ from fedpriv.checks import whole_from, whole_within
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.run_directory import RunDirectory, jsonable
 from fedpriv.files import write_atomically
 from fedpriv.methods import own_signal_of
@@ -57,7 +58,7 @@ class AuditChoice:
     canaries: int = 300
     confidence: float = 0.95
     seed: int = 0
-    engine: str = "auto"
+    engine: LocalEngine = "auto"
     device: str = "cpu"
     against: Against = "plan"
 
@@ -70,9 +71,9 @@ class AuditChoice:
         whole_from("--audit-seed", self.seed, 0, "Set --audit-seed to a number such as 1")
         if self.against not in get_args(Against):
             raise UserError("--against", " or ".join(get_args(Against)), repr(self.against), "Set it to plan")
-        if self.engine not in ("auto", *CANARY_ENGINES):
+        if self.engine not in LOCAL_ENGINES:
             remedy = "Use --engine loop, which audits the other engines as well: their sums are bit-identical"
-            raise UserError("--engine", " or ".join(["auto", *CANARY_ENGINES]), repr(self.engine), remedy)
+            raise UserError("--engine", " or ".join(LOCAL_ENGINES), repr(self.engine), remedy)
 
 
 def run_audit(
@@ -165,7 +166,7 @@ def _promise_of(experiment: Experiment, against: Against) -> PrivacyPlan:
     plan = experiment.plan
     if plan is None or not plan.private:
         remedy = "Set privacy.epsilon: without noise there is no guarantee to attack"
-        raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "no noise", remedy)
+        raise UserError("privacy.noise_multiplier", "noise that gives a finite epsilon", "a run without noise", remedy)
     if against == "plan":
         return plan
     if plan.sums is None:

@@ -10,6 +10,7 @@ from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
 
 if TYPE_CHECKING:
     from fedpriv.audit.run import Against
+    from fedpriv.experiment.execution import LocalEngine
 
 
 @app.command()
@@ -41,7 +42,7 @@ def audit(
         canaries=canaries,
         confidence=confidence,
         seed=audit_seed,
-        engine=engine,
+        engine=cast("LocalEngine", engine),
         device=device,
         against=cast("Against", against),
     )

@@ -32,7 +32,7 @@ def privacy(
     """
     if (config is None) == (spent is None) or (spent is not None and (settings or plot)):
         remedy = "Give either CONFIG, with -s and --plot if needed, or --spent DIR alone"
-        raise UserError("CONFIG", "either a config or --spent", "both" if spent else "neither", remedy)
+        raise UserError("CONFIG", "either a config or --spent", "both" if spent else "an empty command", remedy)
     from fedpriv.cli.print_privacy import print_plan, print_spent
     from fedpriv.experiment.config import load_config
 

@@ -85,7 +85,7 @@ def run(
     """Run an experiment and record it in its run directory."""
     from fedpriv.cli.print_run import print_summary, print_warnings
     from fedpriv.experiment.config import load_config
-    from fedpriv.experiment.execution import CLIENT_NOISES, Execution, bytes_of
+    from fedpriv.experiment.execution import CLIENT_NOISES, ENGINE_NAMES, LOCAL_ENGINES, Execution, bytes_of
     from fedpriv.experiment.progress import RoundProgress
     from fedpriv.runners import run_experiment
     from fedpriv.tasks.task import PRECISIONS
@@ -93,9 +93,10 @@ def run(
 
     experiment = load_config(config, settings or ())
     directory = out or Path("runs") / experiment.name
+    engine_name = one_of("--engine", engine, ENGINE_NAMES)
     execution = Execution(
-        engine=engine,
-        compute=compute,
+        engine=engine_name,
+        compute=one_of("--compute", compute, LOCAL_ENGINES),
         client_noise=None if client_noise is None else one_of("--client-noise", client_noise, CLIENT_NOISES),
         workers=workers,
         gpus_per_worker=gpus_per_worker,
@@ -114,7 +115,7 @@ def run(
         summary = run_experiment(
             experiment,
             directory,
-            engine=engine,
+            engine=engine_name,
             device=device,
             data_root=data_root,
             resume=resume,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedpriv.checks import one_of
 from fedpriv.cli.app import DataRoot, LogDiagnostics, Logs, app
 from fedpriv.errors import require_extra
 
@@ -40,6 +41,7 @@ def sweep(
     log_diagnostics: LogDiagnostics = None,
 ) -> None:
     """Run an experiment for each combination of a sweep's values, in parallel. Failed trials do not stop the sweep."""
+    from fedpriv.experiment.execution import LOCAL_ENGINES
     from fedpriv.sweeps.config import load_sweep
     from fedpriv.sweeps.files import CHOSEN, TRIALS
     from fedpriv.sweeps.live import SweepTable
@@ -62,7 +64,7 @@ def sweep(
             folder,
             jobs=jobs,
             execution=TrialExecution(
-                engine=engine,
+                engine=one_of("--engine", engine, LOCAL_ENGINES),
                 device=device,
                 cpus=cpus_per_trial,
                 gpus=gpus_per_trial,

@@ -235,7 +235,7 @@ class Trace:
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(self.file, "a CSV file", str(error), "Fix the file") from None
         if not rows:
-            raise UserError(self.file, "one row per device", "no rows", "Add a row")
+            raise UserError(self.file, "one row per device", "a header alone", "Add a row")
         return rows
 
     @property
@@ -308,7 +308,7 @@ def _device(where: str, row: Mapping[str | None, str | None]) -> Profile:
     values: dict[str, float] = {}
     for name, text in row.items():
         if name is None or text is None:
-            raise UserError(where, "one value for each column", "more or fewer", "Fix the row")
+            raise UserError(where, "one value for each column", "a longer or a shorter row", "Fix the row")
         try:
             values[name] = float(text)
         except ValueError:

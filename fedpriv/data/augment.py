@@ -76,7 +76,7 @@ class ImageVariants:
         real_within("augment.rotate", self.rotate, 0, 180)
         if not (self.flip or self.crop or self.rotate):
             remedy = "Set flip = true, crop = 4 or rotate = 10.0, or remove [augment]"
-            raise UserError("[augment]", "at least one change", "none", remedy)
+            raise UserError("[augment]", "at least one change", "a table without any", remedy)
 
     @property
     def numbers(self) -> int:
@@ -137,7 +137,7 @@ class OwnAugmentation:
         example = torch.linspace(0.0, 1.0, math.prod(input_shape)).reshape(1, *input_shape)
         one, other = (self.apply(example, np.full((1, 1), 0.5)) for _ in range(2))
         if not torch.equal(one, other):
-            got, remedy = "another variant with the same seed", "Draw with torch, without a generator of your own"
+            got, remedy = "two results for one seed", "Draw with torch, without a generator of your own"
             raise UserError(_KEY, "a transform that draws from torch's generator alone", got, remedy)
 
     def apply(self, inputs: Tensor, uniform: np.ndarray) -> Tensor:

@@ -391,10 +391,11 @@ def _idx_examples(image_file: Path, label_file: Path) -> tuple[np.ndarray, np.nd
         raise UserError(str(image_file), "images of bytes", f"shape {images.shape}", "Replace the file")
     if labels.shape != images.shape[:1] or labels.min() < 0 or labels.max() > 9:
         expected = f"{len(images)} labels from 0 to 9, one for each image of {image_file.name}"
+        span = f" from {labels.min()} to {labels.max()}" if labels.size else ""
         raise UserError(
             str(label_file),
             expected,
-            f"other labels, of shape {labels.shape}",
+            f"labels of shape {labels.shape}{span}",
             "Replace both files",
         )
     return images[:, None], labels.astype(np.int64)

@@ -279,7 +279,7 @@ def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition
 
 
 def _wrong(expected: str) -> UserError:
-    return UserError("federation", expected, "other arrays", "Create it with federate(...)")
+    return UserError("federation", expected, "arrays that break this rule", "Create it with federate(...)")
 
 
 def _title(federation: Holders, counts: np.ndarray, partition: str) -> str:

@@ -137,7 +137,7 @@ def read_libsvm(path: Path) -> tuple[Any, np.ndarray]:
 
     if not path.is_file():
         remedy = f"Set the data root, from which paths start, with --data-root or {DATA_ROOT_VARIABLE}"
-        raise UserError("data.file", "a LIBSVM text file", f"no file {path}", remedy)
+        raise UserError("data.file", "a LIBSVM text file", f"{path}, which is not a file", remedy)
     options: dict[str, Any] = {"dtype": np.float32, "zero_based": True}
     try:
         loaded = load_svmlight_file(str(path), **options)

@@ -94,5 +94,5 @@ def _rows(parts: list[Any], clients: int | None) -> list[np.ndarray]:
     empty = [client for client, part in enumerate(rows) if not len(part)]
     if empty:
         remedy = "Change its keys in [data], or lower data.clients"
-        raise UserError(_KEY, "an example for each client", f"none for client {empty[0]}", remedy)
+        raise UserError(_KEY, "an example for each client", f"client {empty[0]} without examples", remedy)
     return rows

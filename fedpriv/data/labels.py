@@ -1,4 +1,4 @@
-"""Kinds of labels: what a task learns from an example. Readers of user files ask here what the task expects."""
+"""Kinds of labels, from which a task learns. Readers of user files ask here which kind the task expects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def expected_labels() -> LabelKind:
 
 
 def fault_of(kind: LabelKind, split: str, labels: Tensor, classes: int) -> tuple[str, object] | None:
-    """Return what is expected of labels and what was found instead; None if nothing is wrong.
+    """Return the expected labels and the wrong ones that were found; None if nothing is wrong.
 
     Args:
         kind: The kind of labels.

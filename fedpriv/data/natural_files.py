@@ -63,14 +63,15 @@ def read_patients(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(str(path), expected, f"a table of shape {table.shape}", REPLACE)
     diagnoses = table[:, 13]
     table = np.where(table == _MISSING, np.nan, table)
-    if not np.isin(diagnoses, range(5)).all():
-        raise UserError(str(path), "diagnoses 0 to 4", "another diagnosis", REPLACE)
+    wrong = diagnoses[~np.isin(diagnoses, range(5))]
+    if len(wrong):
+        raise UserError(str(path), "diagnoses 0 to 4", f"{wrong[0]:g}", REPLACE)
     columns = [_quantity(table[:, i], *scale, never_zero=i in NEVER_ZERO) for i, scale in QUANTITIES.items()]
     columns += [_codes(table[:, i], codes, path) for i, codes in CODES.items()]
     return np.concatenate(columns, axis=1).astype(np.float32), (diagnoses > 0).astype(np.int64)
 
 
-# Stands for a missing value in the unprocessed files, and in what people make of them; no attribute can be so small.
+# Stands for a missing value in the unprocessed files and in copies of them; no attribute can be so small.
 _MISSING = -9.0
 
 
@@ -80,8 +81,9 @@ def _quantity(values: np.ndarray, middle: float, scale: float, *, never_zero: bo
 
 
 def _codes(values: np.ndarray, codes: tuple[int, ...], path: Path) -> np.ndarray:
-    if not (np.isnan(values) | np.isin(values, codes)).all():
-        raise UserError(str(path), f"codes {codes}", "another code", REPLACE)
+    wrong = values[~(np.isnan(values) | np.isin(values, codes))]
+    if len(wrong):
+        raise UserError(str(path), f"codes {codes}", f"{wrong[0]:g}", REPLACE)
     return values[:, None] == np.array(codes)
 
 

@@ -247,7 +247,7 @@ def _clients(name: str, ids: object, everyone: object, examples: int) -> tuple[n
 
 
 def _everyone(name: str, clients: object, *, texts: bool) -> np.ndarray:
-    """The ids of all clients, as texts if those of the examples are."""
+    """Return the ids of all clients, as texts if those of the examples are."""
     array = _array(name, {"clients": clients}, "clients")
     if array.ndim != 1 or array.dtype.kind not in ("biuUSO" if texts else "biu"):
         got, remedy = f"{array.dtype} of shape {array.shape}", "Give their ids in one list, written as in client_ids"

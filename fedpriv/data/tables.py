@@ -90,7 +90,7 @@ def _of_table(table: Any, columns: Columns) -> _Read:
     known = [str(name) for name in (table.column_names if hasattr(table, "column_names") else table.columns)]
     if columns.label is None:
         remedy = "Name the column, as in Experiment(..., label='disease')"
-        raise UserError("label", f"one of the columns {', '.join(known)}"[:200], "no name", remedy)
+        raise UserError("label", f"one of the columns {', '.join(known)}"[:200], "a call without label", remedy)
     chosen = [columns.inputs] if isinstance(columns.inputs, str) else columns.inputs
     if chosen is None:
         chosen = [name for name in known if name not in (columns.label, columns.client)]
@@ -192,7 +192,7 @@ def _of_clients(clients: object, columns: Columns) -> dict[str, object]:
             owners.append(np.full(len(parts[0]), number))
     shapes = {part.shape[1:] for part in inputs}
     if len(shapes) != 1:
-        got = ", ".join(map(str, sorted(shapes))) or "no examples"
+        got = ", ".join(map(str, sorted(shapes))) or "clients without examples"
         raise UserError("data", "inputs of one shape", got, "Give all clients inputs of one shape")
     joined = (np.concatenate(parts) for parts in (inputs, labels, owners))
     made: dict[str, object] = dict(zip(("inputs", "labels", "client_ids"), joined, strict=True))

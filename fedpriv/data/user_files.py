@@ -34,7 +34,7 @@ __all__ = ["Csv", "ImageFolder", "Leaf", "Npy", "Npz", "Parquet", "read_arrays"]
 Labels = list[str | list[str]]
 
 _LABELS = "names of labels"
-"""Beside the arrays of a file whose labels are numbered in the order of their names."""
+"""Key beside the arrays of a file: names of labels, numbered in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,9 @@ class _Table(_Files):
         super().__post_init__()
         if not self.numeric and not self.categories:
             remedy = "Declare the columns to learn from, for example data.numeric = {age = [40, 15]}"
-            raise UserError("data.numeric", "at least one column here or in data.categories", "no column", remedy)
+            raise UserError(
+                "data.numeric", "at least one column here or in data.categories", "two empty tables", remedy
+            )
         twice = sorted((set(self.numeric) & set(self.categories)) | ({self.target} & {*self.numeric, *self.categories}))
         if twice:
             raise UserError(f"data.{twice[0]}", "a column with one meaning", "two meanings", "Declare it once")

@@ -54,7 +54,14 @@ def facts_of(
 def order_digest(
     instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None = None
 ) -> bytes:
-    """Return SHA-256 of the experiment, the instructions and the model, without the entries that differ by client."""
+    """Return SHA-256 of the experiment, the instructions and the model, without the entries that differ by client.
+
+    Args:
+        instructions: Instructions to any client of the turn.
+        terms: Terms of the run.
+        model: The model, `[params]`.
+        shared: The vector beside the model, `[params]`; None if the method has none.
+    """
     asked = {key: value for key, value in instructions.to_record().items() if key not in _OF_ONE_CLIENT}
     asked |= {f"terms.{key}": value for key, value in terms.to_record().items() if key != "last_turn"}
     hashed = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())

@@ -40,7 +40,8 @@ def helper_keys(network: HelperNetwork, run: str, pinned: Collection[bytes], sec
     def read(identity: str, content: RecordDict) -> HelperKey:
         key = HelperKey.from_bytes(content_of(content, "key"))
         if (key.identity.hex(), key.run) != (identity, run) or not key.is_valid:
-            raise UserError("key of a helper", f"a signed key for run {run!r}", "another key or signature", "Ask again")
+            got = "a wrong run, key or signature"
+            raise UserError("key of a helper", f"a signed key for run {run!r}", got, "Ask again")
         return key
 
     question = helper_content("key", run.encode())
@@ -65,7 +66,8 @@ def helper_answers(network: HelperNetwork, closed: Closed, seconds: float) -> li
     def read(identity: str, content: RecordDict) -> Answer:
         answer = Answer.from_bytes(content_of(content, "sum"))
         if not answer.answers(queries[identity]):
-            raise UserError("answer of a helper", "its signed answer to this query", "another", "Ask it again")
+            got = "a wrong signature, query or length"
+            raise UserError("answer of a helper", "its signed answer to this query", got, "Ask it again")
         return answer
 
     contents = {identity: helper_content("sum", query.to_bytes()) for identity, query in queries.items()}
@@ -75,7 +77,14 @@ def helper_answers(network: HelperNetwork, closed: Closed, seconds: float) -> li
 
 
 def end_run(network: HelperNetwork, run: str, pinned: Collection[bytes], seconds: float) -> dict[str, str]:
-    """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity."""
+    """Ask all helpers to erase their keys for a run; return the reasons of those that did not, by identity.
+
+    Args:
+        network: The nodes.
+        run: Name of the run.
+        pinned: Public identity keys of the helpers.
+        seconds: Time until the deadline.
+    """
     question = helper_content("end", run.encode())
     contents = {one.hex(): question for one in pinned}
     return network.ask_helpers(contents, lambda _, content: content_of(content, "end"), seconds, "end")[1]

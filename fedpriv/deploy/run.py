@@ -133,12 +133,18 @@ class _FlowerRun:
         try:
             answer = json.loads(text)
         except ValueError:
-            answer = {"success": False, "error-message": text.strip().splitlines()[-1] if text.strip() else "no answer"}
+            answer = {
+                "success": False,
+                "error-message": text.strip().splitlines()[-1] if text.strip() else "an empty line",
+            }
         if not answer.get("success", True):
             reason = " ".join(str(answer.get("error-message", "")).split())[:200]
             remedy = f"Start it, and run: fedpriv deploy check {self.connection.home}"
             raise UserError(
-                f"SuperLink {self.connection.address}", "an answer", reason.rstrip(".") or "no answer", remedy
+                f"SuperLink {self.connection.address}",
+                "an answer",
+                reason.rstrip(".") or "a failure without a reason",
+                remedy,
             )
         return answer.get("runs", [])
 

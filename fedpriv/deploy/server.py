@@ -126,7 +126,7 @@ class Network:
         while missing := sorted(wanted - set(self.helpers.values())):
             if time.monotonic() > end:
                 remedy = "Start the helper, and continue with --resume"
-                got = f"none for {', '.join(name[:16] for name in missing)}"
+                got = f"silence of {', '.join(name[:16] for name in missing)}"
                 raise UserError("helpers", f"a node of each helper within {seconds:g} s", got, remedy)
             time.sleep(_POLL_SECONDS)
             self.meet()
@@ -220,7 +220,7 @@ class Network:
             if all(identity in found or identity in refused - pending for identity in contents):
                 break
             time.sleep(_POLL_SECONDS)
-        missing = {who: printable(reasons.get(who, "no answer in time")) for who in contents if who not in found}
+        missing = {who: printable(reasons.get(who, "silence")) for who in contents if who not in found}
         return found, missing
 
     def _push(self, messages: dict[int, Message]) -> dict[str, int]:
@@ -230,7 +230,7 @@ class Network:
         ids = list(self.grid.push_messages(list(messages.values())))
         if not ids:
             remedy = "Choose a smaller model: the messages may be too large"
-            raise UserError("SuperLink", f"it to accept {len(messages)} messages", "none accepted", remedy)
+            raise UserError("SuperLink", f"it to accept {len(messages)} messages", "a refusal of all", remedy)
         return {message_id: key for message_id, key in zip(ids, messages, strict=False) if message_id}
 
     def _pull(self, waiting: Mapping[str, int]) -> list[tuple[str, Message | str]]:

@@ -92,7 +92,7 @@ class SecureSums:
             raise ValueError(f"a plan without secure aggregation: {self.plan}")
         if not self.plan.private:
             remedy = "Set privacy.epsilon"
-            raise UserError("privacy.noise_multiplier", "noise with secure aggregation in a deployment", "none", remedy)
+            raise UserError("privacy.noise_multiplier", "noise with secure aggregation in a deployment", 0.0, remedy)
         if len(set(self.parties.pinned)) != numbers.helpers:
             got = f"{len(set(self.parties.pinned))} in admin/helpers of the deployment"
             remedy = "Set aggregation.helpers, or make the deployment with `fedpriv deploy init --helpers`"
@@ -110,7 +110,14 @@ class SecureSums:
     def facts(
         self, instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None
     ) -> RoundFacts:
-        """Return the facts of a turn from the instructions to any of its clients, as that client reads them."""
+        """Return the facts of a turn from the instructions to any of its clients, as that client reads them.
+
+        Args:
+            instructions: Instructions to one client.
+            terms: Terms for this client.
+            model: The model, `[params]`.
+            shared: The vector beside the model, `[params]`; None if the method has none.
+        """
         content = RecordDict({FEDPRIV: instructions.to_record(), TERMS: terms.to_record()})
         read = RunTerms.of(content)
         if read is None:

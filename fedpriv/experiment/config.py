@@ -409,7 +409,7 @@ class Config:
             remedy = "Simulate it, or choose dp-gd"
             raise UserError("method.name", "a method that deployments offer", repr(self.method_name), remedy)
         if self.needs_sizes:
-            remedy = "Set it: devices do not tell the server how many examples they have"
+            remedy = "Set it: devices do not report their numbers of examples"
             raise UserError("privacy.examples", "a public number in a deployment", "a missing key", remedy)
         remedy = "Remove the key: a deployment does not change devices' data, and tests on the server's data"
         if self.data.validation is not None:
@@ -688,7 +688,7 @@ def _check_side_values(config: Config) -> None:
 
 
 def _check_sums(config: Config) -> None:
-    """Raise UserError for what secure aggregation cannot protect, or does not offer yet."""
+    """Raise UserError for settings that secure aggregation cannot protect, or does not offer yet."""
     if config.aggregation is not None and not config.sums_securely:
         remedy = 'Remove the table, or set privacy.trust = "aggregator"'
         raise UserError("[aggregation]", 'no such table unless privacy.trust = "aggregator"', "a table", remedy)
@@ -722,7 +722,12 @@ def _check_unit(config: Config) -> None:
     examples, work = config.privacy is not None and config.privacy.unit == "example", type(config.local)
     if work is DPSGD and not examples:
         remedy = 'Add it with example_clip, or choose local.work = "local-steps"'
-        raise UserError("local.work", 'privacy.unit = "example" with "dp-sgd"', "another unit, or no privacy", remedy)
+        raise UserError(
+            "local.work",
+            'privacy.unit = "example" with "dp-sgd"',
+            "a run for whole clients" if config.privacy else "a run without privacy",
+            remedy,
+        )
     bound, method = config.privacy.row_bound if examples and config.privacy else 0.0, bare(config.method)
     if isinstance(method, DPGD) and method.max_norm < bound:
         remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"

@@ -30,8 +30,12 @@ __all__ = [
     "CLIENT_NOISES",
     "ENGINES",
     "ENGINE_FILE",
+    "ENGINE_NAMES",
+    "LOCAL_ENGINES",
     "ClientNoise",
+    "EngineName",
     "Execution",
+    "LocalEngine",
     "Ran",
     "bytes_of",
     "choose_compute",
@@ -49,6 +53,16 @@ ENGINES: dict[str, str] = {
     "ray": "Workers that each own clients, on the CPUs and GPUs of one or more machines.",
     "flower": "Flower's simulation: the same rules as messages between a ServerApp and ClientApps.",
 }
+
+EngineName = Literal["auto", "loop", "vectorized", "ray", "flower"]
+"""An engine; `auto` measures and chooses."""
+
+LocalEngine = Literal["auto", "loop", "vectorized"]
+"""An engine within one process; `auto` measures and chooses."""
+
+ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
+
+LOCAL_ENGINES: tuple[LocalEngine, ...] = get_args(LocalEngine)
 
 ClientNoise = Literal["fused", "faithful"]
 """How noise is drawn for the sum of all clients; see `Execution`."""
@@ -91,8 +105,8 @@ class Execution:
         precision: See `Task`; None is `float32`.
     """
 
-    engine: str = "auto"
-    compute: str = "auto"
+    engine: EngineName = "auto"
+    compute: LocalEngine = "auto"
     client_noise: ClientNoise | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
@@ -103,8 +117,8 @@ class Execution:
     precision: Precision | None = None
 
     def __post_init__(self) -> None:
-        one_of("--engine", self.engine, ["auto", *ENGINES])
-        one_of("--compute", self.compute, ["auto", *_COMPUTES])
+        one_of("--engine", self.engine, ENGINE_NAMES)
+        one_of("--compute", self.compute, LOCAL_ENGINES)
         one_of("--client-noise", self.client_noise or "fused", CLIENT_NOISES)
         one_of("--precision", self.precision or "float32", PRECISIONS)
         if self.workers is not None:
@@ -176,7 +190,9 @@ def read_record(directory: RunDirectory) -> dict[str, object] | None:
     }
     if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in kinds.items()):
         where = str(directory.file(ENGINE_FILE))
-        raise UserError(where, "the options of a run", "other contents", "Start again with a new --out")
+        raise UserError(
+            where, "the options of a run", "a file with missing or wrong keys", "Start again with a new --out"
+        )
     return {key: found[key] for key in kinds}
 
 
@@ -236,7 +252,7 @@ class _Local:
         return _COMPUTES[self.compute](population.on(device), self.memory, self.folder)
 
 
-def make_engine(name: str, experiment: Experiment) -> Engine:
+def make_engine(name: LocalEngine, experiment: Experiment) -> Engine:
     """Return the engine `name` in this process, with a noise draw for each client; `auto` measures."""
     execution = Execution(engine=name, client_noise="faithful")
     if name == "auto":

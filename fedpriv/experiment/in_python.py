@@ -28,6 +28,7 @@ from fedpriv.experiment.config import (
     check_config,
 )
 from fedpriv.experiment.dry_run import Findings, try_experiment
+from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
@@ -43,8 +44,6 @@ from fedpriv.tasks.own_task import own_loss
 from fedpriv.tasks.per_client import PerClient
 
 __all__ = ["Experiment"]
-
-ENGINES = ("auto", "loop", "vectorized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,7 @@ class Experiment:
         self,
         out: Path | str,
         *,
-        engine: str = "auto",
+        engine: LocalEngine = "auto",
         device: str = "cpu",
         resume: bool = False,
         watch: Watcher | None = None,
@@ -209,9 +208,9 @@ class Experiment:
         """
         from fedpriv.experiment.run import run_experiment
 
-        if engine not in ENGINES:
+        if engine not in LOCAL_ENGINES:
             remedy = "Use one of these, or put model and data into files and name them in a config"
-            raise UserError("engine", f"{', '.join(ENGINES)} for objects in memory", repr(engine), remedy)
+            raise UserError("engine", f"{', '.join(LOCAL_ENGINES)} for objects in memory", repr(engine), remedy)
         return run_experiment(
             self.config,
             out,

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
-from fedpriv.experiment.execution import ENGINE_FILE, Execution, read_record, start_engine
+from fedpriv.experiment.execution import ENGINE_FILE, EngineName, Execution, read_record, start_engine
 from fedpriv.experiment.recorder import OLDER, Recorder
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.timing import Versions
@@ -25,7 +25,7 @@ def run_experiment(
     config: Config | Path | str,
     out: Path | str,
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     device: str = "cpu",
     data_root: Path | None = None,
     resume: bool = False,

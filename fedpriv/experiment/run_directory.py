@@ -147,7 +147,7 @@ class Checkpoint:
             remedy = "Resume with the run's original versions, data and options, or start again with a new --out"
             ours, theirs = (text.partition(", ") for text in (promise, str(metadata.get("promise"))))
             # The first part is a checksum of the data, which must never reach the screen or a log.
-            expected, got = (f"({ours[2]})", f"({theirs[2]})") if ours[0] == theirs[0] else ("", "other data")
+            expected, got = (f"({ours[2]})", f"({theirs[2]})") if ours[0] == theirs[0] else ("", "different data")
             raise UserError(str(self.path), f"the same privacy terms and data {expected}", got, remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
@@ -215,7 +215,7 @@ class RunDirectory:
         if config.exists():
             found = stamp.read_text(errors="replace").strip() if stamp.exists() else "unknown"
             if found != digest:
-                what = f"another experiment ({_difference(config, toml)})"
+                what = f"a different experiment ({_difference(config, toml)})"
                 raise UserError(str(self.path), "a folder without a run", what, "Choose another --out, or remove it")
             if not resume:
                 raise UserError(
@@ -245,7 +245,9 @@ class RunDirectory:
         summary = self.read_json("summary.json")
         if summary is not None and (not isinstance(summary, dict) or summary.get("digest") != digest):
             where = str(self.file("summary.json"))
-            raise UserError(where, "this experiment's summary", "another experiment's", "Choose another --out")
+            raise UserError(
+                where, "this experiment's summary", "that of a different experiment", "Choose another --out"
+            )
         return summary
 
     @contextmanager
@@ -266,7 +268,7 @@ class RunDirectory:
                 raise UserError(
                     str(self.path),
                     "a folder that no other run uses",
-                    "another run at work in it",
+                    "a folder that a run is using",
                     "Wait, or choose another --out",
                 ) from None
             yield

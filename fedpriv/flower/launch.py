@@ -196,7 +196,9 @@ class FlowerRun:
         until = time.monotonic() + _START_SECONDS
         while not _answers(f"http://127.0.0.1:{port}/health"):
             if superlink.poll() is not None or time.monotonic() > until:
-                raise UserError("Flower's SuperLink", "it to start", "no answer", f"See {self.log}")
+                raise UserError(
+                    "Flower's SuperLink", f"an answer within {_START_SECONDS:g} s", "silence", f"See {self.log}"
+                )
             time.sleep(_POLL_SECONDS)
         return f"127.0.0.1:{port}"
 

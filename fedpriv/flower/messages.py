@@ -185,14 +185,14 @@ class ModelArrays:
         if (record is not None) != method.needs_shared:
             expected = "a second vector" if method.needs_shared else "the model alone"
             remedy = "Use one version of fedpriv on both sides"
-            raise UserError("message", f"{expected} for {method_name(method)}", ", ".join(content) or "none", remedy)
+            got = ", ".join(content) or "an empty message"
+            raise UserError("message", f"{expected} for {method_name(method)}", got, remedy)
         if record is None:
             return None
         side = side_values_of(method)
         size = self.layout.size if side is None else side.shared_size(self.layout.size)
-        found = self._whole(record) if size >= self.layout.size else torch.from_numpy(record[_SIDE_VALUES].numpy())
+        found = self._whole(record) if size >= self.layout.size else self._beside(record)
         if found.shape != (size,):
-            remedy = "Use one version of fedpriv on both sides"
             raise UserError("message", f"a second vector of {size:,} numbers", f"{found.numel():,}", remedy)
         return found
 
@@ -220,11 +220,16 @@ class ModelArrays:
 
     def _whole(self, record: ArrayRecord, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the vector `[params]` of arrays in this layout, followed by side values if there are any."""
-        beside = record.get(_SIDE_VALUES)
-        if beside is None:
+        if _SIDE_VALUES not in record:
             return self.vector(record, dtype)
         own = self.vector(ArrayRecord({name: array for name, array in record.items() if name != _SIDE_VALUES}), dtype)
-        return torch.cat([own, torch.from_numpy(beside.numpy()).to(dtype).reshape(-1)])
+        return torch.cat([own, self._beside(record).to(dtype)])
+
+    @staticmethod
+    def _beside(record: ArrayRecord) -> Tensor:
+        """Return the side values of a record; nothing if it has none."""
+        found = record.get(_SIDE_VALUES)
+        return torch.zeros(0) if found is None else torch.from_numpy(found.numpy()).reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +356,7 @@ class ClientInstructions:
             raise UserError(
                 "message",
                 f"a record {FEDPRIV!r}",
-                f"the records {', '.join(content) or 'none'}",
+                f"the records {', '.join(content)}" if content else "an empty message",
                 "Use a strategy of fedpriv's `strategies` in the ServerApp",
             )
         method = read_table(METHODS.known(record["method"], "method"), _after(_METHOD, record), "method")

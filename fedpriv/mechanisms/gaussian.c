@@ -1,7 +1,7 @@
-/* The fast part of fedpriv/mechanisms/gaussian.py: rounds value plus noise to whole steps where float64 settles that.
+/* Fast part of fedpriv/mechanisms/gaussian.py: rounds value plus noise to whole steps if float64 can decide.
  *
  * Three passes over a block that stays in the cache, of which the first and last are done four numbers at a time. Any
- * order of operations is right: what an error in the last places could change is reported as undecided.
+ * order of operations is right: a result that an error in the last places could change is reported as undecided.
  */
 #include <float.h>
 #include <math.h>
@@ -20,7 +20,7 @@
 #define SIGN ((uint64_t)1 << 63)
 #define ONE ((uint64_t)1023 << 52) /* the bits of 1.0 */
 
-/* What fedpriv/mechanisms/gaussian.py settles for all calls: its table of polynomials and the figures of one release. */
+/* Constants of all calls, from fedpriv/mechanisms/gaussian.py: table of polynomials and numbers of one release. */
 struct release {
     const double *table; /* 8 to a row, of which 6 are coefficients, the constant one first */
     uint64_t first;      /* least exponent with rows */
@@ -48,7 +48,7 @@ static inline uint64_t as_bits(double number) {
 static inline double double_of(uint64_t natural) { return as_double(natural | as_bits(0x1p52)) - 0x1p52; }
 static inline uint64_t integer_of(double whole) { return as_bits(whole + 0x1.8p52) - as_bits(0x1.8p52); }
 
-/* Of each word: the sign of its noise, and where in the table the tail probability is; undecided if off the table. */
+/* Of each word: the sign of its noise, and the row of its tail probability; undecided if off the table. */
 static void look_up(const struct release *release, const uint64_t *restrict words, size_t size,
                     uint64_t *restrict signs, uint64_t *restrict rows, double *restrict offsets,
                     uint64_t *restrict undecided) {

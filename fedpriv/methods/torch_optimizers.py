@@ -24,17 +24,17 @@ __all__ = ["TorchOptimizer"]
 
 _KEY = "server.optimizer"
 _ROUNDS = "optimizer_rounds"
-# Rounds and coordinates of the trial that shows what an optimizer keeps and depends on.
+# Rounds and coordinates of the trial that shows the memory of an optimizer and its inputs.
 _TRIED, _SIZE = 24, 4
 
-# What an optimizer keeps of each parameter, by name.
+# Memory of an optimizer for each parameter, by name.
 _Kept = Tensor | SupportsFloat
 _Memory = dict[nn.Parameter, dict[str, _Kept | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchOptimizer:
-    """Base of the settings of such an optimizer; the fields of what `of` returns are the optimizer's parameters."""
+    """Base of the settings of such an optimizer; `of` returns a subclass with the optimizer's parameters as fields."""
 
     called: ClassVar[Callable[..., Optimizer]]
     asked: ClassVar[tuple[str, ...]]
@@ -91,7 +91,7 @@ class TorchOptimizer:
 
     @cached_property
     def _kept(self) -> dict[str, bool]:
-        """Names of what the optimizer keeps, and whether it is one number."""
+        """Names of the optimizer's memories; True for one that is a single number."""
         at, optimizer = self._made(torch.zeros(_SIZE, dtype=torch.float64))
         at.grad = torch.ones_like(at)
         optimizer.step()
@@ -110,7 +110,7 @@ class TorchOptimizer:
         return at, type(self).called([at], **{key: value for key, value in options.items() if value is not None})
 
     def _put(self, optimizer: Optimizer, at: nn.Parameter, kept: Mapping[str, Tensor]) -> None:
-        """Give an optimizer what it has kept."""
+        """Set the memories of an optimizer."""
         own = cast(_Memory, optimizer.state)[at] = {}
         for name in self._kept:
             where, key = _place(name)
@@ -121,7 +121,7 @@ class TorchOptimizer:
                 own[key] = value.reshape(()) if self._kept[name] else value
 
     def _trial(self, directions: Tensor) -> Tensor:
-        """The steps `[rounds, params]` by `step`."""
+        """Return the steps `[rounds, params]` by `step`."""
         state = self.init(directions[0])
         found: list[Tensor] = []
         for direction in directions:
@@ -130,7 +130,7 @@ class TorchOptimizer:
         return torch.stack(found)
 
     def _path(self, directions: Tensor, start: Tensor) -> Tensor:
-        """The steps of the optimizer itself along its path from `start`."""
+        """Return the steps of the optimizer itself along its path from `start`."""
         at, optimizer = self._made(start.clone())
         found: list[Tensor] = []
         for direction in directions:
@@ -141,7 +141,7 @@ class TorchOptimizer:
 
 
 def _read(optimizer: Optimizer, at: nn.Parameter) -> dict[str, _Kept]:
-    """What an optimizer keeps: of the parameter, and numbers of its group that count."""
+    """Return an optimizer's memories of the parameter, and numbers of its group that count."""
     own = cast(_Memory, optimizer.state).get(at, {})
     found = {f"optimizer_{key}": value for key, value in own.items() if value is not None}
     group = optimizer.param_groups[0]

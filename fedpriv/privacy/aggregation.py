@@ -59,7 +59,7 @@ _MAX_SHARE_STEPS = 2.0**20
 _DEVIATIONS = 10.0
 _SURVIVING = 0.8
 _COIN_DEVIATIONS = 3.0
-_FEWEST = 2  # clients in a sum; helpers answer about no fewer
+_MIN_CLIENTS = 2  # clients in a sum; helpers answer about no fewer
 
 
 class SumGrid(NamedTuple):
@@ -196,7 +196,7 @@ class AggregationChoice:
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
         if self.least_survivors is not None:
             remedy = "Remove it for the default: a sum of one message is that message"
-            whole_from("aggregation.least_survivors", self.least_survivors, _FEWEST, remedy)
+            whole_from("aggregation.least_survivors", self.least_survivors, _MIN_CLIENTS, remedy)
 
     def check_sampling(self, *, by_coins: bool) -> None:
         """Raise UserError if everyone is to answer and clients do not take part by coins."""
@@ -221,7 +221,7 @@ class AggregationChoice:
             most, sampling = sampling.population, Everyone(sampling.population)
         return Aggregation(
             helpers=self.helpers,
-            least_survivors=self.least_survivors or max(_default_survivors(sampling), self.colluders + 1, _FEWEST),
+            least_survivors=self.least_survivors or max(_default_survivors(sampling), self.colluders + 1, _MIN_CLIENTS),
             colluders=self.colluders,
             most=most,
             size=size,

@@ -455,7 +455,7 @@ def make_plan(
         UserError: If the plan is not valid, or uses an option that is not offered yet.
     """
     if (epsilon is None) == (noise_multiplier is None):
-        got = "neither" if epsilon is None else "both"
+        got = "a table without them" if epsilon is None else "both"
         remedy = "Set epsilon for a fixed guarantee, or noise_multiplier for a fixed noise; the other follows"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
     aggregation = trust if isinstance(trust, Aggregation) else None

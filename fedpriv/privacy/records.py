@@ -83,9 +83,9 @@ and residuals in float64, and of messages to the grid of sums. It costs as much 
 _MAX_RECORDED = 1e10
 """Largest examples times rounds and bound over C for which float64 memories round by less than their share of D."""
 
-_MOST_COUNTS = 256
+_MAX_COUNTS = 256
 _TAILS = (0.5, 0.1, 0.01)
-_LEAST_NOISE = 1e-9
+_MIN_NOISE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class ExampleTerms:
 
     def __post_init__(self) -> None:
         if (self.clip is None) == (self.normalization is None):
-            got = "neither" if self.clip is None else "both"
+            got = "a table without them" if self.clip is None else "both"
             remedy = "Set example_clip, the longest gradient of one example, such as 1.0"
             raise UserError("[privacy]", "one of example_clip and example_normalization", got, remedy)
         for name, value in (("example_clip", self.clip), ("example_normalization", self.normalization)):
@@ -358,7 +358,7 @@ class RecordReleases:
 
     @property
     def credits_sampling(self) -> bool:
-        """True if epsilon may rely on secret batches or cohorts; otherwise one exact mu tells all."""
+        """True if epsilon may rely on secret batches or cohorts; otherwise one exact mu describes the run."""
         return bool(self.pairs) or self._hidden < 1.0
 
     @property
@@ -419,7 +419,7 @@ class RecordReleases:
             fewer = noise_by_moments(self.pairs, unit, self.delta, epsilon, releases, enough)
             enough = fewer if within(fewer) >= 1.0 else enough
         factor = 1.05
-        while enough > _LEAST_NOISE and within(enough / factor) >= 1.0:
+        while enough > _MIN_NOISE and within(enough / factor) >= 1.0:
             enough, factor = enough / factor, factor**2
         return narrow(within, enough / factor, enough)
 
@@ -466,9 +466,9 @@ class RecordReleases:
         return min(found, key=lambda bound: bound.epsilon, default=Bound(math.inf, PLD, True))
 
     def _of_mixture(self, stddev: float, rounds: int) -> float:
-        """Return epsilon for a binomial mixture of Gaussians; counts are rounded up to `_MOST_COUNTS` values."""
+        """Return epsilon for a binomial mixture of Gaussians; counts are rounded up to `_MAX_COUNTS` values."""
         most = _quantile(rounds, self._hidden, 1e-6 * self.delta)
-        step = max(math.ceil(most / _MOST_COUNTS), 1)
+        step = max(math.ceil(most / _MAX_COUNTS), 1)
         counts = [min(count, most) for count in range(step, most + step, step)]
         tails = [_tail(count, rounds, self._hidden) for count in (0, *counts)]
         shifts = [math.sqrt(self.charged(count)) * self.sensitivity / stddev for count in counts]

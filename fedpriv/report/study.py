@@ -257,7 +257,9 @@ def _run(name: str, folder: Path, config: Record, scores: Iterable[str]) -> dict
     directory = RunDirectory(folder)
     summary = directory.read_json("summary.json")
     if not isinstance(summary, dict) or not config:
-        raise UserError(str(folder), "config.toml and summary.json of a run", "other files", "Start the run again")
+        raise UserError(
+            str(folder), "config.toml and summary.json of a run", "an incomplete folder", "Start the run again"
+        )
     plan = directory.read_json("privacy.json") or {}
     metrics = {key: summary.get(key) for key in (*_PROMISED, *scores, *COSTS) if key in summary}
     # Older runs have it in their summary.

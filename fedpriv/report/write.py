@@ -110,8 +110,9 @@ def write_report(path: Path | str, out: Path | str | None = None, *, select: str
     Args:
         path: A sweep's folder, a folder of run directories, or a run directory.
         out: The destination; None for `report` in that folder. Files of an earlier report are replaced.
-        select: What selects the best settings: `test` or `validation` examples, a metric of all runs such as `loss`, or
-            both as `test_loss`. None for validation if every run has it, and the first metric of the task.
+        select: Name of the metric that selects the best settings: `test` or `validation` examples, a metric of all
+            runs such as `loss`, or both as `test_loss`. None for validation if every run has it, and the first metric
+            of the task.
 
     Returns:
         The path of the page.

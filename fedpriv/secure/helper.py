@@ -96,7 +96,7 @@ class Helper:
             answered = record.answered.get(query.facts.round)
             if answered is not None:
                 if answered.query != query.digest:
-                    where, got = f"query about round {query.facts.round}", "another one"
+                    where, got = f"query about round {query.facts.round}", "a different query"
                     raise UserError(
                         where, "the query that was answered", got, "A round is answered once: start another"
                     )
@@ -119,7 +119,9 @@ class Helper:
         where = f"query about round {query.facts.round}"
         own = (self.identity.public_key().public_bytes_raw(), record.key.public_key().public_bytes_raw())
         if (query.identity, query.key) != own:
-            raise UserError(where, "this helper's key for the run", "another key", "Use the key that it shows")
+            raise UserError(
+                where, "this helper's key for the run", f"the key {query.key.hex()[:16]}", "Use the key that it shows"
+            )
         least = max(self.min_clients, query.facts.least_survivors)
         if len(query.members) < least:
             raise UserError(where, f"at least {least} clients", len(query.members), "The round is void: start another")
@@ -134,7 +136,7 @@ class Helper:
             if not sealed.is_signed_by(public, query.facts, member.client):
                 expected, got = (
                     "each client's signature of its seed and the facts",
-                    f"another for client {member.client}",
+                    f"a wrong one for client {member.client}",
                 )
                 raise UserError(where, expected, got, "Ask without this client, or have it enroll its key")
 
@@ -144,7 +146,7 @@ class Helper:
         for member in query.members:
             seed = open_seed(member.box, private, facts.context(member.client, query.identity, query.key))
             if seed is None:
-                where, got = f"query about round {facts.round}", f"another for client {member.client}"
+                where, got = f"query about round {facts.round}", f"a wrong one for client {member.client}"
                 raise UserError(where, "a sealed seed of these facts", got, "Ask without this client")
             add_mask(words, seed, run=facts.run, round=facts.round, client=member.client, helper=query.identity)
         return words

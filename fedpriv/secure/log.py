@@ -76,7 +76,7 @@ class Record:
         found.end()
         record = cls(run, private, answered)
         if record.to_bytes() != content:
-            raise UserError("helper's record", "an undamaged record", "another checksum", "The run is void: erase it")
+            raise UserError("helper's record", "an undamaged record", "a wrong checksum", "The run is void: erase it")
         return record
 
 

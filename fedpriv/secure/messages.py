@@ -84,7 +84,13 @@ class RoundFacts:
         )
 
     def context(self, client: int, identity: bytes, key: bytes) -> bytes:
-        """Return the bytes that bind a sealed seed: all facts, the client, the helper, and its key for the run."""
+        """Return the bytes that bind a sealed seed: all facts, the client, the helper, and its key for the run.
+
+        Args:
+            client: Id of the client that seals.
+            identity: Public identity key of the helper, 32 bytes (Ed25519).
+            key: The helper's public key for the run, 32 bytes (X25519).
+        """
         return pack("context", *self.values, client, identity, key)
 
 
@@ -106,7 +112,13 @@ class HelperKey:
 
     @classmethod
     def signed(cls, run: str, key: bytes, identity: Ed25519PrivateKey) -> "HelperKey":
-        """Return a key with its signature."""
+        """Return a key with its signature.
+
+        Args:
+            run: Name of the run.
+            key: Public key for the run, 32 bytes (X25519).
+            identity: The helper's private identity key, which signs.
+        """
         signature = identity.sign(pack("helper key", run, key))
         return cls(run=run, key=key, identity=identity.public_key().public_bytes_raw(), signature=signature)
 
@@ -147,7 +159,7 @@ def require_pinned(helpers: Sequence[HelperKey], pinned: Collection[bytes], run:
     """
     remedy = "Ask the server's operator, and compare the pinned keys"
     if not pinned or sorted(helper.identity for helper in helpers) != sorted(set(pinned)):
-        names = ", ".join(sorted(helper.identity.hex()[:16] for helper in helpers)) or "none"
+        names = ", ".join(sorted(helper.identity.hex()[:16] for helper in helpers)) or "an empty list"
         wanted = ", ".join(sorted(identity.hex()[:16] for identity in pinned)) or "at least one"
         raise UserError("helpers", f"one key from each pinned helper ({wanted})", names, remedy)
     if len({helper.key for helper in helpers}) != len(helpers):
@@ -155,7 +167,7 @@ def require_pinned(helpers: Sequence[HelperKey], pinned: Collection[bytes], run:
     for helper in helpers:
         if helper.run != run or not helper.is_valid:
             name = f"key of helper {helper.identity.hex()[:16]}"
-            raise UserError(name, f"a key for run {run!r} with its signature", "another key or signature", remedy)
+            raise UserError(name, f"a key for run {run!r} with its signature", "a wrong run, key or signature", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +188,13 @@ class Sealed:
     signature: bytes
 
     def is_signed_by(self, public: bytes, facts: RoundFacts, client: int) -> bool:
-        """Return True if the client with this public key signed the box under these facts."""
+        """Return True if the client with this public key signed the box under these facts.
+
+        Args:
+            public: The client's public signing key, 32 bytes (Ed25519), from the verifier's own files.
+            facts: Facts of the round.
+            client: Id of the client.
+        """
         return is_signed(public, self.signature, signed_bytes(self.box, facts.context(client, self.identity, self.key)))
 
 
@@ -313,7 +331,13 @@ class Answer:
 
     @classmethod
     def signed(cls, query: Query, words: Words, identity: Ed25519PrivateKey) -> "Answer":
-        """Return the answer to a query with its signature."""
+        """Return the answer to a query with its signature.
+
+        Args:
+            query: The query.
+            words: Sum of the masks of its clients modulo 2^32, `[size]`.
+            identity: The helper's private identity key, which signs.
+        """
         public, facts = identity.public_key().public_bytes_raw(), query.facts
         signature = identity.sign(_answered_bytes(facts.run, facts.round, query.digest, words))
         return cls(
@@ -352,7 +376,13 @@ def signed_bytes(box: bytes, context: bytes) -> bytes:
 
 
 def is_signed(public: bytes, signature: bytes, content: bytes) -> bool:
-    """Return True if the holder of an Ed25519 key signed the content."""
+    """Return True if the holder of an Ed25519 key signed the content.
+
+    Args:
+        public: The public key, 32 bytes; False for bytes that are not one.
+        signature: The signature, 64 bytes.
+        content: The signed bytes.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, content)
     except (ValueError, InvalidSignature):
@@ -372,4 +402,4 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
 def _require_ascending(kind: str, names: str, found: Sequence[int] | Sequence[bytes]) -> None:
     if any(later <= earlier for earlier, later in pairwise(found)):  # type: ignore[operator]
         remedy = "Send each once, in ascending order"
-        raise UserError(kind, f"distinct {names} in ascending order", "another order, or the same one twice", remedy)
+        raise UserError(kind, f"distinct {names} in ascending order", "a wrong order, or the same one twice", remedy)

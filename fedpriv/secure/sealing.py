@@ -50,7 +50,13 @@ def seal_seed(seed: bytes, key: bytes, context: bytes, random: Callable[[int], b
 
 
 def open_seed(box: bytes, private: X25519PrivateKey, context: bytes) -> bytes | None:
-    """Return the seed in a box; None if it was not sealed for this key under these facts."""
+    """Return the seed in a box; None if it was not sealed for this key under these facts.
+
+    Args:
+        box: The sender's one-time public key, 32 bytes, and the encrypted seed.
+        private: The helper's private key for the run.
+        context: See `RoundFacts.context`.
+    """
     public = box[:32]
     try:
         shared = private.exchange(X25519PublicKey.from_public_bytes(public))

@@ -80,11 +80,13 @@ class Collector:
         if self._closed is not None:
             raise UserError(name, "a message before the helpers are asked", "a late one", "Drop it: it does not count")
         if message.facts != self.facts:
-            raise UserError(name, "the facts of this round", "others", "Follow the instructions of this round")
+            raise UserError(name, "the facts of this round", "different facts", "Follow the instructions of this round")
         if [(one.identity, one.key) for one in message.sealed] != [(one.identity, one.key) for one in self.helpers]:
-            raise UserError(name, "a seed for each helper's key of this run", "others", "Use the keys of this run")
+            raise UserError(
+                name, "a seed for each helper's key of this run", "seeds for different keys", "Use the keys of this run"
+            )
         if self.enrolled is not None and not self._is_signed(message):
-            raise UserError(name, "the signature of an enrolled client", "another", "Enroll the client's key")
+            raise UserError(name, "the signature of an enrolled client", "a wrong signature", "Enroll the client's key")
         self._words += message.words
         self._digests[client], self._sealed[client] = digest, message.sealed
         return True
@@ -156,10 +158,10 @@ class Closed:
         for query in self.queries:
             answer, name = given.get(query.identity), f"answer of helper {query.identity.hex()[:16]}"
             if answer is None:
-                raise UserError(name, f"the answer about round {self.facts.round}", "none", "Ask the helper again")
+                raise UserError(name, f"an answer about round {self.facts.round}", "silence", "Ask the helper again")
             if not answer.answers(query):
                 expected = f"its signed answer to the query of round {self.facts.round}"
-                raise UserError(name, expected, "another", "Ask the helper again")
+                raise UserError(name, expected, "a wrong signature, query or length", "Ask the helper again")
             words -= answer.words
         total = words.view(np.int32).astype(np.int64)
         beyond = int(np.count_nonzero(np.abs(total) > max_total))

@@ -54,13 +54,16 @@ class Axis:
         ranged = (self.first, self.to, self.count)
         if bool(self.values) == any(part is not None for part in ranged) or (not self.values and None in ranged):
             raise UserError(
-                f"axis {self.name}", "values, or from, to and count", "another combination", "Set one of the two"
+                f"axis {self.name}", "values, or from, to and count", "a part of them, or both", "Set one of the two"
             )
         if not self.values:
             self._check_range()
         elif len(self.keys) > 1 and not all(isinstance(v, list) and len(v) == len(self.keys) for v in self.values):
             raise UserError(
-                f"axis {self.name}", f"lists of {len(self.keys)} values", "other values", "List one value for each key"
+                f"axis {self.name}",
+                f"lists of {len(self.keys)} values",
+                repr(self.values)[:100],
+                "List one value for each key",
             )
 
     @property
@@ -167,7 +170,7 @@ class Sweep:
         """
         found = list(itertools.islice(self._along({}, self.base, self.axes), MAX_TRIALS + 1))
         if len(found) > MAX_TRIALS:
-            raise UserError("axes", f"at most {MAX_TRIALS:,} trials", "more", "List fewer values")
+            raise UserError("axes", f"at most {MAX_TRIALS:,} trials", "a longer list", "List fewer values")
         for where, key in ((axis.name, key) for axis in self.axes for key in axis.when):
             if all(_get(trial.tables, key) is _ABSENT for trial in found):
                 raise UserError(f"axis {where}.when", "a key of some trial", key, "Correct the key, or set it")

@@ -288,7 +288,7 @@ def _ended(folder: Path, result: object) -> str:
     status = status_of(folder)
     if not status:
         remedy = "Choose a folder on a file system that all machines of the Ray share"
-        raise UserError("--out", "a folder that every trial can write to", f"no results in {folder}", remedy)
+        raise UserError("--out", "a folder that every trial can write to", f"{folder} without results", remedy)
     return status
 
 

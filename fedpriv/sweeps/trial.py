@@ -15,6 +15,7 @@ import torch
 from fedpriv.checks import real_from
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
+from fedpriv.experiment.execution import LocalEngine
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.sweeps.files import GROUPS
@@ -42,7 +43,7 @@ class TrialExecution:
         ray_address: HOST:PORT of a running Ray; its machines then run the trials.
     """
 
-    engine: str = "vectorized"
+    engine: LocalEngine = "vectorized"
     device: str = "cpu"
     cpus: float = 1.0
     gpus: float = 0.0

@@ -252,7 +252,7 @@ def draw_trials(sweep: "Sweep", grid: Sequence["Trial"], folder: RunDirectory, *
     if found is not None:
         if not isinstance(found, dict) or found.get("digest") != digest:
             remedy = "Resume with the original file, or choose another --out and add up both epsilons"
-            raise UserError(str(folder.path), "this tuning, unchanged", "another tuning", remedy)
+            raise UserError(str(folder.path), "this tuning, unchanged", "a different tuning", remedy)
         return found["trials"]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(sweep.tuning.seed)))
     count = sweep.tuning.count.quantile(float(rng.random()))

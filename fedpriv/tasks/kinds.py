@@ -25,7 +25,7 @@ __all__ = ["TASKS", "Classification", "MultiLabel", "NextToken", "Regression", "
 class TaskKind:
     """Base of the settings of a task; filled from the table `[task]`.
 
-    A subclass has `labels`, `losses`, and what differs from the defaults here.
+    A subclass has `labels`, `losses`, and members that differ from the defaults here.
 
     Args:
         metrics: Names of the metrics beside the loss. The first one selects among trials. None for the defaults.
@@ -95,7 +95,7 @@ class TaskKind:
         raise NotImplementedError
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """Return what metrics compare with labels: probabilities, or predicted numbers, of the model's outputs."""
+        """Return the predictions that metrics compare with labels: probabilities or numbers, from the outputs."""
         return outputs
 
     def check_labels(self, where: str, labels: Tensor, classes: int) -> None:

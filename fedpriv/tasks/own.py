@@ -103,7 +103,9 @@ class OwnModule:
             refuse_buffers(changed)
         if _equal(logits, repeated) and not _equal(logits, again):
             remedy = "Keep nothing of the inputs in forward: it would go from one client to the next without noise"
-            raise UserError(_KEY, "logits that follow from the inputs alone", "others after other inputs", remedy)
+            raise UserError(
+                _KEY, "logits that follow from the inputs alone", "logits that change after different inputs", remedy
+            )
         if not _equal(logits, again):
             remedy = "Set the rate of dropout to 0: its draws would differ between engines"
             raise UserError(_KEY, "logits that depend on the inputs alone", "different ones in two calls", remedy)

@@ -1,4 +1,4 @@
-"""What a message to a client of an unmodified Flower app costs: `flwr run` against `fedpriv flower`, on one app.
+"""Cost of a message to a client of an unmodified Flower app: `flwr run` against `fedpriv flower`, on one app.
 
     python results/benchmarks/flower_grid.py [--repeats 3]
 
@@ -76,7 +76,7 @@ def main(grid, context):
 
 
 def write_app(folder: Path, clients: int, out: Path) -> Path:
-    """Writes the app and returns its folder."""
+    """Write the app and return its folder."""
     (folder / "echo").mkdir(parents=True)
     for name, text in {"__init__": "", "client": CLIENT, "server": SERVER}.items():
         (folder / "echo" / f"{name}.py").write_text(text, encoding="utf-8")
@@ -91,7 +91,7 @@ def write_app(folder: Path, clients: int, out: Path) -> Path:
 
 
 def with_flwr_run(home: Path, clients: int, out: Path) -> None:
-    """Runs the app as Flower does."""
+    """Run the app as Flower does."""
     (home / "work").mkdir()
     write_app(home / "app", clients, out)
     run = FlowerRun(home, clients, "cpu", home / "flower.log")
@@ -102,7 +102,7 @@ def with_flwr_run(home: Path, clients: int, out: Path) -> None:
 
 
 def with_fedpriv(home: Path, clients: int, out: Path, workers: int) -> None:
-    """Runs the app on our grid."""
+    """Run the app on our grid."""
     app = write_app(home / "app", clients, out)
     command = [sys.executable, "-m", "fedpriv.cli", "flower", str(app), "--clients", str(clients)]
     subprocess.run([*command, "--workers", str(workers)], check=True, cwd=home, stdout=subprocess.DEVNULL)
@@ -116,7 +116,7 @@ RUNS = {
 
 
 def measure(name: str, clients: int) -> list[tuple[str, int, float]]:
-    """What every round took: the kind of client, the size of the model, seconds."""
+    """Return a row for each round: the kind of client, the size of the model, seconds."""
     with tempfile.TemporaryDirectory(prefix="echo-") as folder:
         home, out = Path(folder), Path(folder) / "seconds.json"
         RUNS[name](home, clients, out)
@@ -124,7 +124,7 @@ def measure(name: str, clients: int) -> list[tuple[str, int, float]]:
 
 
 def main() -> None:
-    """Measures everything, as often as asked, and keeps the shortest."""
+    """Measure everything `repeats` times, and keep the shortest times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats

@@ -2,10 +2,10 @@
 
     python results/benchmarks/gpu.py [--device cuda] [--small] [--rounds N]
 
-A round of each case on each engine, timed to the end of its work on the card; the same run measures what the card can
-do (matrix products, `a += b`). A case's work is counted from one client's gradient: floating-point operations, and the
+A round of each case on each engine, timed to the end of its work on the card; the same run measures the card's limits
+(matrix products, `a += b`). A case's work is counted from one client's gradient: floating-point operations, and the
 bytes that its operations read and write one after the other. Needs torch and numpy alone. Writes `gpu.csv` beside
-itself where it runs on a GPU, and only prints elsewhere (`--device cpu --small` tries it out).
+itself on a GPU, and only prints on other devices (`--device cpu --small` tries it out).
 """
 
 import argparse
@@ -74,10 +74,10 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a device can do.
+    """Measured limits of a device.
 
     Args:
-        name: What it calls itself.
+        name: Name that the device reports.
         matmul: Operations per second of a large matrix product, by precision.
         bandwidth: Bytes per second of `a += b`.
     """
@@ -104,13 +104,13 @@ class Traffic(TorchDispatchMode):
 
 
 def wait(device: str) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def best(work: Callable[[], object], device: str, times: int = 5) -> float:
-    """Seconds of the fastest of some runs."""
+    """Return seconds of the fastest of some runs."""
     work()
     found = []
     for _ in range(times):
@@ -123,7 +123,7 @@ def best(work: Callable[[], object], device: str, times: int = 5) -> float:
 
 
 def card_of(device: str, small: bool) -> Card:
-    """Measures the device."""
+    """Measure the device."""
     size = 512 if small else 8192
     floats = 2**22 if small else 2**28
     matmul = {}
@@ -137,7 +137,7 @@ def card_of(device: str, small: bool) -> Card:
 
 
 def work_of(case: Workload, options: dict[str, Any]) -> tuple[float, float]:
-    """Floating-point operations and bytes of a round, from one client's gradient on the CPU, in pieces of examples."""
+    """Return operations and bytes of a round, from one client's gradient on the CPU, in pieces of examples."""
     few = min(case.examples, 50)
     task = Task(case.module(), **options)
     inputs, labels = torch.randn(few, *case.input_shape), torch.arange(few) % CLASSES
@@ -151,7 +151,7 @@ def work_of(case: Workload, options: dict[str, Any]) -> tuple[float, float]:
 
 
 def make(case: Workload, engine: str, options: dict[str, Any], device: str) -> Ours:
-    """A case on an engine."""
+    """Return a case on an engine."""
     method = DPFedAvg(clip_norm=0.1)
     return build(
         module=case.module(),
@@ -167,7 +167,7 @@ def make(case: Workload, engine: str, options: dict[str, Any], device: str) -> O
 
 
 def timed(ours: Ours, device: str, rounds: int) -> list[float]:
-    """Seconds of each round, after two that warm up."""
+    """Return seconds of each round, after two that warm up."""
     found = []
     for number in range(rounds + 2):
         wait(device)
@@ -180,7 +180,7 @@ def timed(ours: Ours, device: str, rounds: int) -> list[float]:
 
 
 def step_of(case: Workload, engine: str, options: dict[str, Any], device: str) -> Tensor:
-    """What one round of everyone without noise does to the model."""
+    """Return the change of the model by one round of everyone without noise."""
     ours = make(case.checked(), engine, options, device)
     before = ours.state.model.clone()
     ours.round()
@@ -188,7 +188,7 @@ def step_of(case: Workload, engine: str, options: dict[str, Any], device: str) -
 
 
 def measure(case: Workload, device: str, rounds: int, card: Card) -> list[dict[str, Any]]:
-    """A row for each engine."""
+    """Return a row for each engine."""
     rows, reference, loop = [], step_of(case, "loop", {}, device), float("nan")
     for name, engine, options in ENGINES:
         row: dict[str, Any] = {"case": case.name, "engine": name, "clients": case.cohort, "examples": case.examples}
@@ -238,17 +238,17 @@ def _short(value: object) -> object:
 
 
 def shrunk(case: Workload) -> Workload:
-    """A case that a CPU does in a moment."""
+    """Return a case that takes a CPU a moment."""
     return replace(case, examples=min(case.examples, 5), clients=4, cohort=2)
 
 
 def main() -> None:
-    """Measures all cases."""
+    """Measure all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny cases, to try the script")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="only cases with this in their name")
     parser.add_argument("--page", action="store_true", help="measure nothing; put gpu.csv into the README")
     parser.add_argument("--out", type=Path, default=HERE / "gpu.csv")
     found = parser.parse_args()
@@ -266,7 +266,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]], card: Card) -> None:
-    """Writes the table; what the card can do is its first row."""
+    """Write the table; the card's limits are its first row."""
     limits = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in card.matmul.items())
     first = {"case": "the card", "engine": card.name, "gbytes_per_s": card.bandwidth / 1e9, "note": limits}
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -276,7 +276,7 @@ def write(path: Path, rows: list[dict[str, Any]], card: Card) -> None:
 
 
 def markdown(path: Path) -> str:
-    """The table for the page."""
+    """Return the table for the page."""
     with path.open(newline="", encoding="utf-8") as file:
         card, *rows = csv.DictReader(file)
     keys = ("case", "engine", "seconds", "x_loop", "of_matmul", "of_bandwidth", "peak_mb", "seconds_300_rounds")

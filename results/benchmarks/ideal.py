@@ -1,7 +1,7 @@
 """The yardstick: the same rounds in plain PyTorch, without a framework, on one process or several.
 
-The model is one flat vector whose slices are the module's parameters, so that nothing is copied in or out of it. With
-several processes it lies in shared memory, and so does the sum that each process makes of its part of the cohort.
+The model is one flat vector, and the module's parameters are its slices, so that nothing is copied in or out of it.
+With several processes it is in shared memory, as is the sum of each process over its part of the cohort.
 """
 
 import sys
@@ -34,7 +34,7 @@ class Worker:
             parameter.data = part.view_as(parameter)
 
     def add(self, clients: list[int], total: Tensor) -> None:
-        """The sum over `clients`, into `total` `[params]`."""
+        """Write the sum over `clients` into `total` `[params]`."""
         total.zero_()
         for client in clients:
             gradient = self._gradient(client) if self._work.computes else self._constant
@@ -60,7 +60,7 @@ class Ideal:
         self._helpers = [self._start(job, number) for number in range(1, job.workers)]
 
     def round(self) -> None:
-        """One round."""
+        """Run one round."""
         work = self._work
         cohort = torch.randperm(work.clients, generator=self._generator)[: work.cohort].tolist()
         for number, helper in enumerate(self._helpers, start=1):
@@ -81,7 +81,7 @@ class Ideal:
 
 
 def _help(orders: Connection, job: Job, model: Tensor, total: Tensor) -> None:
-    """A further process: adds up what it is told to."""
+    """Run a further process, which adds up the clients that it receives."""
     one_thread()
     worker = Worker(job, model)
     with suppress(EOFError):
@@ -91,7 +91,7 @@ def _help(orders: Connection, job: Job, model: Tensor, total: Tensor) -> None:
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
     job, _ = parse_job()
     one_thread()
     mp.set_start_method("spawn")

@@ -2,7 +2,7 @@
 
     python results/benchmarks/make.py [--quick] [--only NAME] [--without-rivals] [--minutes N] [--check]
 
-Each figure is a ratio: a contender's seconds per round over those of the bare loop on one process, which runs before
+Each number is a ratio: a contender's seconds per round over those of the bare loop on one process, which runs before
 and after it, all in fresh processes of one thread each. `--check` only verifies that all contenders take the same step.
 The rivals are installed by `results/benchmarks/rivals/setup.py`; one that is missing is a row that says so.
 """
@@ -43,15 +43,15 @@ move a step by 4e-3; a float32 norm of a million equal numbers is off by 4e-4.""
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Who does the work.
+    """A contender: a program that does the work.
 
     Args:
         name: In the tables.
         command: Program and first arguments.
         workers: Numbers of workers that it can have.
-        workloads: What it can do.
+        workloads: Workloads that it can run.
         reason: Why it is absent, if it is.
-        same_step: Whether it is to take the same step as the bare loop.
+        same_step: True if it has to take the same step as the bare loop.
     """
 
     name: str
@@ -65,14 +65,14 @@ class Contender:
 def ours(
     name: str, engine: str, workloads: tuple[str, ...], workers: tuple[int, ...] = (1,), **options: Any
 ) -> Contender:
-    """One of the engines of fedpriv, with options."""
+    """Return one of the engines of fedpriv, with options."""
     command = (sys.executable, str(HERE / "ours.py"), "--engine", engine, "--options", json.dumps(options))
     same_step = options.get("precision", "float32") == "float32"
     return Contender(name=name, command=command, workers=workers, workloads=workloads, same_step=same_step)
 
 
 def rival(name: str, workers: Sequence[int]) -> Contender:
-    """A rival in its own environment."""
+    """Return a rival in its own environment."""
     reason = "" if is_installed(name) else "not installed: run rivals/setup.py"
     script = HERE / "rivals" / f"run_{name}.py"
     return Contender(name=name, command=(str(interpreter(name)), str(script)), workers=tuple(workers), reason=reason)
@@ -101,14 +101,14 @@ assert set(RIVALS) <= {contender.name for contender in OTHERS}
 
 
 class Absent(Exception):  # noqa: N818
-    """A contender gave no answer; says why."""
+    """No answer of a contender, with the reason."""
 
 
 def answer_of(contender: Contender, workload: str, workers: int, *more: str) -> dict[str, Any]:
-    """What a contender says, in a fresh process.
+    """Return the answer of a contender, in a fresh process.
 
     Raises:
-        Absent: If it says nothing.
+        Absent: If there is no answer.
     """
     if contender.reason:
         raise Absent(contender.reason)
@@ -130,7 +130,7 @@ def answer_of(contender: Contender, workload: str, workers: int, *more: str) -> 
 
 
 def reason_in(complained: str) -> str:
-    """The line that says why a process failed."""
+    """Return the line that says why a process failed."""
     lines = [line.strip() for line in complained.splitlines() if line.strip(" =-~")]
     errors = [line for line in lines if re.match(r"(absent: |[\w.]*(Error|Exception)\b)", line)]
     return (errors or lines or ["it ended without an answer"])[-1].removeprefix("absent: ")[:200]
@@ -151,7 +151,7 @@ class Row:
 
     @classmethod
     def of_earlier_run(cls, cells: dict[str, Any]) -> "Row":
-        """A line of `speed.csv`, as it was."""
+        """Return a line of `speed.csv`, as it was."""
         ratios = [float(cells["x_ideal"])] if cells["x_ideal"] else []
         named = {"workload": cells["workload"], "workers": int(cells["workers"]), "contender": cells["contender"]}
         return cls(**named, ratios=ratios, absent=cells["absent"], command=cells.get("command") or "", kept=cells)
@@ -193,7 +193,7 @@ class Chain:
 
     Args:
         workload: The work.
-        rows: Whom to measure, by workers and contender.
+        rows: Contenders to measure, each with its row.
         pairs: How often.
         until: When to stop starting processes, in seconds of the monotonic clock.
         options: Further arguments of every contender.
@@ -207,7 +207,7 @@ class Chain:
     ideals: list[float] = field(default_factory=list)
 
     def measure(self) -> None:
-        """Fills the rows."""
+        """Fill the rows."""
         for _ in range(self.pairs):
             before = self._ideal()
             for contender, row in self.rows:
@@ -231,7 +231,7 @@ class Chain:
         return after
 
     def drift(self) -> Row:
-        """The bare loop itself against the two beside it: what of a ratio is the machine's unrest."""
+        """Compare the bare loop with the two beside it: the part of a ratio that is variation of the machine."""
         triples = zip(self.ideals, self.ideals[1:], self.ideals[2:], strict=False)
         ratios = [here / (0.5 * (before + after)) for before, here, after in triples] or [1.0]
         return Row(self.workload.name, 1, IDEAL.name, ratios=ratios, seconds=self.ideals or [0.0])
@@ -245,7 +245,7 @@ class Chain:
 
 
 def rows_of(workload: str, contenders: Sequence[Contender]) -> list[tuple[Contender, Row]]:
-    """Whom to measure on a workload; a number of workers that a contender cannot have is an absence."""
+    """Return the contenders of a workload; a number of workers that a contender cannot have is an absence."""
     found = []
     for workers in (1, 2):
         for contender in contenders:
@@ -259,7 +259,7 @@ def rows_of(workload: str, contenders: Sequence[Contender]) -> list[tuple[Conten
 
 
 def check(workloads: Sequence[str], contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-    """Whether one round of everyone without noise takes each contender where it takes the bare loop."""
+    """Return how far one round without noise moves each contender's model from that of the bare loop."""
     table = []
     for name in workloads:
         expected = answer_of(IDEAL, name, 1, "--check")["probe"]
@@ -272,7 +272,7 @@ def check(workloads: Sequence[str], contenders: Sequence[Contender]) -> list[dic
 
 
 def _error_of(contender: Contender, row: Row, expected: Sequence[float]) -> str:
-    """The largest deviation of a step, relative to its length."""
+    """Return the largest deviation of a step, relative to its length."""
     try:
         found = answer_of(contender, row.workload, row.workers, "--check")["probe"]
     except Absent as absence:
@@ -285,7 +285,7 @@ def _error_of(contender: Contender, row: Row, expected: Sequence[float]) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a table."""
+    """Write a table."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -293,13 +293,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]
 
 
 def made_by(rows: Sequence[Row]) -> str:
-    """Which commands made the rows, and where."""
+    """Return the commands that made the rows, and the machine."""
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(row.command for row in rows) if command)
     return f"Made by {commands} on {machine()}."
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables as a page: a table for each workload."""
+    """Return the tables as a page: a table for each workload."""
     lines = [made_by(rows), ""]
     lines += ["Seconds per round over those of the bare loop on one process: median (least to most) of the pairs.", ""]
     for name in dict.fromkeys(row.workload for row in rows):
@@ -323,7 +323,7 @@ def _cell(row: Row | None) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The medians side by side, for the page: a table for each number of workers, then why cells are empty."""
+    """Return the medians side by side, for the page: a table for each number of workers, then why cells are empty."""
     parts = [f"{made_by(rows)} Ranges and milliseconds: `speed.md`, `speed.csv`.\n"]
     for workers, group in ((1, CENTRAL), (2, CENTRAL), (1, LOCAL), (2, LOCAL)):
         found = [row for row in rows if row.workers == workers and row.workload in group]
@@ -346,7 +346,7 @@ def _summary_rows(rows: Sequence[Row], names: Sequence[str]) -> Iterator[list[st
 
 
 def describe(work: Workload) -> str:
-    """A workload in words."""
+    """Return a workload in words."""
     what = f"{work.examples} examples {list(work.input_shape)}" if work.computes else "no computation"
     noise = ", noise at every client" if work.local else ""
     return (
@@ -355,7 +355,7 @@ def describe(work: Workload) -> str:
 
 
 def machine() -> str:
-    """What it ran on, as far as it matters."""
+    """Return the machine and the versions that matter for speed."""
     import torch
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -363,7 +363,7 @@ def machine() -> str:
 
 
 def chosen(found: argparse.Namespace) -> tuple[list[str], list[Contender]]:
-    """Workloads and contenders that the command line asks for."""
+    """Return workloads and contenders that the command line asks for."""
     names = list(QUICK) if found.quick else list(CENTRAL + LOCAL)
     contenders = [IDEAL, *OURS, *(() if found.without_rivals else OTHERS)]
     if found.only:
@@ -376,21 +376,21 @@ def chosen(found: argparse.Namespace) -> tuple[list[str], list[Contender]]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"one pair of {', '.join(QUICK)}")
     parser.add_argument("--only", action="append", metavar="NAME", help="a workload, or a part of a contender's name")
     parser.add_argument("--without-rivals", action="store_true", help="the bare loop and fedpriv")
     parser.add_argument("--pairs", type=int, help=f"default {PAIRS}")
     parser.add_argument("--minutes", type=float, default=120.0, help="start no process after that; default 120")
-    parser.add_argument("--add", action="store_true", help="keep the figures of other workloads from an earlier run")
+    parser.add_argument("--add", action="store_true", help="keep the numbers of other workloads from an earlier run")
     parser.add_argument("--check", action="store_true", help="verify that all take the same step; no timing")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the tables")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Run the work that the command line asks for."""
     found = parse()
     names, contenders = chosen(found)
     found.out.mkdir(parents=True, exist_ok=True)
@@ -412,7 +412,7 @@ def main() -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier run; none if there was none."""
+    """Return the rows of an earlier run; none if there was none."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -420,7 +420,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write(out: Path, rows: list[Row]) -> None:
-    """Writes the tables and, beside this script, the page; workloads in their order."""
+    """Write the tables and, beside this script, the page; workloads in their order."""
     order = [*CENTRAL, *LOCAL]
     rows = sorted(rows, key=lambda row: order.index(row.workload))
     write_csv(out / "speed.csv", COLUMNS, [row.cells for row in rows])

@@ -1,11 +1,11 @@
-"""What a client costs that computes nothing: everything but its gradient, beside the machine's memory bandwidth.
+"""Cost of a client without its gradient, beside the machine's memory bandwidth.
 
     python results/benchmarks/noop.py [--repeats 3]
 
 A cohort of 1,000, all of 1,000 clients, with 61,794 parameters, on the vectorized engine in one thread. Rounds of each
 method alternate with `a += b` over arrays that fit no cache, in the same process; medians over its rounds, and over
-fresh processes. What alpha-NormEC's bytes need is one `a += b` for each client: its memory is read and written, and its
-signal read. `given`: the engine is handed one prepared signal. `chosen`: the client's examples are looked up first.
+fresh processes. alpha-NormEC has to move the bytes of one `a += b` for each client: its memory is read and written, and
+its signal read. `given`: the engine is handed one prepared signal. `chosen`: the client's examples are looked up first.
 Fills `noop.csv` and the page.
 """
 
@@ -43,7 +43,7 @@ METHODS = {
 
 
 class PreparedTask(ConstantTask):
-    """Hands out one vector; only for engines that leave it as it is, as the C step does."""
+    """A task with one vector as every gradient; only for engines that do not change it, such as the C step."""
 
     def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Task.gradient`."""
@@ -53,7 +53,7 @@ class PreparedTask(ConstantTask):
 
 
 class GivenPopulation(Population):
-    """Clients whose signal is there already."""
+    """Clients with a prepared signal."""
 
     def signal(self, client: int, model: Tensor, round: int) -> Tensor:
         """See `Population.signal`."""
@@ -61,7 +61,7 @@ class GivenPopulation(Population):
 
 
 def one_example_each() -> Federation:
-    """A client for each of a thousand numbers."""
+    """Return a client for each of a thousand numbers."""
     inputs, labels = torch.zeros(COHORT, 1), torch.arange(COHORT) % 2
     dataset = Dataset(
         name="none", train_inputs=inputs, train_labels=labels, test_inputs=inputs, test_labels=labels, classes=2
@@ -70,7 +70,7 @@ def one_example_each() -> Federation:
 
 
 def measure() -> dict[str, Any]:
-    """Seconds a client of each kind, and of the triad, in this process."""
+    """Return seconds per client of each kind, and of the triad, in this process."""
     torch.set_num_threads(1)
     rounds: dict[str, Callable[[], object]] = {}
     for name, method in METHODS.items():
@@ -105,7 +105,7 @@ def _rounds_of(method: Any, signals: str) -> Any:
 
 
 def run(repeats: int) -> pd.DataFrame:
-    """All kinds in fresh processes."""
+    """Measure all kinds in fresh processes."""
     rows = []
     for repeat in range(repeats):
         answer = in_fresh_process("--measure", script=__file__)
@@ -118,7 +118,7 @@ def run(repeats: int) -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Microseconds a client and multiples of what the bytes need, median and range."""
+    """Return microseconds per client, and multiples of the time that the bytes need: median and range."""
     lines = []
     for (method, signals), part in frame.groupby(["method", "signals"], sort=False):
         x = part["x_bytes"]
@@ -130,7 +130,7 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Measures and writes, or does one process's part of it."""
+    """Measure and write, or do one process's part of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE)

@@ -2,9 +2,9 @@
 
     python results/benchmarks/ours.py --workload cnn62k --engine vectorized --options '{"chunk": 10}'
 
-`--options` go to the constructors of the task (`precision`, `channels_last`) and of the engine (`chunk`, ...), but for
+`--options` go to the constructors of the task (`precision`, `channels_last`) and of the engine (`chunk`, ...), except
 `noise`, which says how clients add theirs under local trust: `faithful` (each its own draw, the default), `fused` (one
-draw for the sum of all) or `none`. Needs torch and numpy alone, but for the engines that need more.
+draw for the sum of all) or `none`. Needs only torch and numpy, except for engines that need more.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def ray_engine(population: Population, *, workers: int, local: str = "loop", uni
 
 
 def auto_engine(population: Population) -> Engine:
-    """What `--engine auto` takes on one core: the faster on a first chunk."""
+    """Return the engine that `--engine auto` chooses on one core: the faster on a first chunk."""
     clients = population.federation.population
     server = ServerRules(
         method=population.rules.method,
@@ -113,18 +113,18 @@ class Ours:
     number: int = 0
 
     def round(self) -> None:
-        """One round."""
+        """Run one round."""
         self.number += 1
         total = self.engine.sum_messages(begin_round(self.server, self.state, self.number))
         self.state = finish_round(self.server, self.state, self.number, total.sum)
 
     def close(self) -> None:
-        """Ends what the engine started."""
+        """End the processes that the engine started."""
         getattr(self.engine, "close", lambda: None)()
 
 
 def make_ours(job: Job, engine: str, options: dict[str, Any]) -> Ours:
-    """The workload on the engine called `engine`."""
+    """Return the workload on the engine called `engine`."""
     workload = job.workload
     return build(
         kind=Task if workload.computes else ConstantTask,
@@ -157,7 +157,7 @@ def build(
     workers: int = 1,
     options: dict[str, Any],
 ) -> Ours:
-    """A server and an engine from their parts; `options` as on the command line."""
+    """Return a server and an engine from their parts; `options` as on the command line."""
     for_task = {key: value for key, value in options.items() if key in TASK_OPTIONS}
     for_engine = {key: value for key, value in options.items() if key not in (*TASK_OPTIONS, "noise")}
     noise = options.get("noise", "faithful")
@@ -181,7 +181,7 @@ def build(
 
 
 def make_engine(people: Population, name: str, workers: int, options: dict[str, Any], *, fused: bool) -> Engine:
-    """The engine; workers of an engine in one process are torch's threads."""
+    """Return the engine; workers of an engine in one process are torch's threads."""
     make = ENGINES[name]
     if "workers" in inspect.signature(make).parameters:
         options = {**options, "workers": workers}
@@ -195,7 +195,7 @@ def make_engine(people: Population, name: str, workers: int, options: dict[str, 
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--engine", default="loop", choices=list(ENGINES))

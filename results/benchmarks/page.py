@@ -7,7 +7,7 @@ PAGE = Path(__file__).parent / "README.md"
 
 
 def fill(name: str, text: str, page: Path = PAGE) -> None:
-    """Replaces what stands between the marks of `name`.
+    """Replace the text between the marks of `name`.
 
     Raises:
         ValueError: If the page has no such marks.
@@ -20,6 +20,6 @@ def fill(name: str, text: str, page: Path = PAGE) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""What bounding every example's gradient costs, beside one gradient of the mean and beside Opacus.
+"""Cost of bounding every example's gradient, beside one gradient of the mean and beside Opacus.
 
     pip install --target DIR --no-deps opacus opt_einsum
     PYTHONPATH=DIR python results/benchmarks/per_example.py [--only NAME] [--examples 50] [--seconds 2]
@@ -91,7 +91,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 
 def plain_step(module: nn.Module, inputs: Tensor, labels: Tensor) -> Step:
-    """The gradient of the mean loss."""
+    """Return the gradient of the mean loss."""
     parameters = list(trainable(module).values())
 
     def step() -> Tensor:
@@ -108,7 +108,7 @@ def ours(module: nn.Module, inputs: Tensor, labels: Tensor) -> Step:
 
 
 def by_vmap(module: nn.Module, inputs: Tensor, labels: Tensor) -> Step:
-    """Every gradient by `torch.func`, clipped and added in float32."""
+    """Return every gradient by `torch.func`, clipped and added in float32."""
     sums = PerExample(module, Layout.of_module(module), cross_entropies)
 
     def step() -> Tensor:
@@ -209,7 +209,7 @@ def measure(name: str, examples: int, limit: float) -> Iterator[dict[str, object
 def row(
     model: str, size: int, examples: int, contender: str, times: list[float], ratios: list[float]
 ) -> dict[str, object]:
-    """A line of the table."""
+    """Return a line of the table."""
     ordered = sorted(ratios)
     quarter, last = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     return {
@@ -226,7 +226,7 @@ def row(
 
 
 def page(rows: list[dict[str, object]]) -> str:
-    """The table of the page: ratios by model."""
+    """Return the table of the page: ratios by model."""
     cells = {(r["model"], r["examples"], r["contender"]): r for r in rows}
     lines = []
     for model, examples in dict.fromkeys((r["model"], r["examples"]) for r in rows):

@@ -1,4 +1,4 @@
-"""What a round costs as cohort, population and model grow, beside the machine's own memory bandwidth.
+"""Cost of a round as cohort, population and model grow, beside the machine's own memory bandwidth.
 
     python results/benchmarks/scale.py [--quick] [--draw]
 
@@ -36,7 +36,7 @@ from fedpriv.methods import AlphaNormEC, DPFedAvg
 
 HERE = Path(__file__).parent
 METHODS = {"dp-fedavg": DPFedAvg(clip_norm=0.1), "alpha-normec": AlphaNormEC(alpha=0.1, beta=0.1)}
-LARGEST_SECONDS = 10.0
+MAX_SECONDS = 10.0
 ROUNDS = 5
 TRIAD_FLOATS = 2**25
 TRIAD_BYTES = 12
@@ -71,13 +71,13 @@ class Point:
 
     @property
     def bytes_needed(self) -> float:
-        """A guess at the memory: the states of all clients that may be seen, and the copies beside them."""
+        """Return an estimate of the memory: the states of all clients that may be seen, and the copies beside them."""
         seen = min(self.population, self.cohort * (ROUNDS + 1)) if self.method == "alpha-normec" else 0
         return 4.0 * self.parameters * (2 * seen + 40)
 
 
 def sweeps(quick: bool) -> list[Point]:
-    """All points: cohort, population and parameters, one after the other."""
+    """Return all points: cohort, population and parameters, one after the other."""
     cohorts = (10, 100, 1000) if quick else (10, 31, 100, 316, 1000, 3162, 10_000)
     populations = (100, 10_000, 1_000_000) if quick else (100, 1000, 10_000, 100_000, 1_000_000)
     sizes = (
@@ -108,7 +108,7 @@ def federation_of(population: int) -> ResampledFederation:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """Seconds of a round and the peak of the memory, in this process."""
+    """Return seconds of a round and the peak of the memory, in this process."""
     torch.set_num_threads(1)
     before = peak_bytes()
     ours = build(
@@ -124,7 +124,7 @@ def measure(point: Point) -> dict[str, Any]:
     )
     ours.round()
     seconds, began = [], time.perf_counter()
-    while len(seconds) < ROUNDS and time.perf_counter() - began < LARGEST_SECONDS:
+    while len(seconds) < ROUNDS and time.perf_counter() - began < MAX_SECONDS:
         start = time.perf_counter()
         ours.round()
         seconds.append(time.perf_counter() - start)
@@ -134,7 +134,7 @@ def measure(point: Point) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The largest memory that this process ever held, and those of its descendants that still live; Linux."""
+    """Return the largest memory that this process ever held, and those of its descendants that still live; Linux."""
     found, parents = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -154,7 +154,7 @@ def _descends(pid: int, parents: dict[int, int]) -> bool:
 
 
 def triad(threads: int) -> float:
-    """Bytes per second of `a += b` over arrays that fit no cache: the best of ten."""
+    """Return bytes per second of `a += b` over arrays that fit no cache: the best of ten."""
     torch.set_num_threads(threads)
     a, b = torch.zeros(TRIAD_FLOATS), torch.ones(TRIAD_FLOATS)
     times = []
@@ -172,7 +172,7 @@ def available_bytes() -> int:
 
 
 def in_fresh_process(*arguments: str, script: str = __file__) -> Any:
-    """What a script prints with `arguments`; None if it dies."""
+    """Return the output of a script with `arguments`; None if it dies."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, script, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -180,7 +180,7 @@ def in_fresh_process(*arguments: str, script: str = __file__) -> Any:
 
 
 def run(quick: bool) -> pd.DataFrame:
-    """Measures all points."""
+    """Measure all points."""
     bandwidth = {n: in_fresh_process("--triad", str(n))["bandwidth"] for n in sorted({x.workers for x in LINES})}
     rows = []
     for point in sweeps(quick):
@@ -199,7 +199,7 @@ def run(quick: bool) -> pd.DataFrame:
 
 
 def slope(frame: pd.DataFrame, column: str, y: str) -> float:
-    """The exponent of a curve over its upper half: d log y / d log x."""
+    """Return the exponent of a curve over its upper half: d log y / d log x."""
     part = frame.dropna(subset=[y]).sort_values(column)
     part = part[part[column] ** 2 >= part[column].max() * part[column].min()]
     if len(part) < 2:
@@ -208,7 +208,7 @@ def slope(frame: pd.DataFrame, column: str, y: str) -> float:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A table of the curves: their ends and their slopes."""
+    """Return a table of the curves: their ends and their slopes."""
     head = ("what grows", "method", "engine, workers", "to", "ms/client there", "slope of time", "peak MB", "passes")
     lines = []
     for (sweep, method, engine, workers), part in frame.groupby(["sweep", "method", "engine", "workers"], sort=False):
@@ -234,7 +234,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
-    """Seconds and memory over what grows."""
+    """Draw seconds and memory over cohort, population and parameters."""
     figure = Figure(figsize=(15, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3, sharex="col", sharey="row")
@@ -256,12 +256,12 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     grid[1][0].set_ylabel("peak memory (MB)")
     grid[1][0].yaxis.set_major_locator(LogLocator(10.0, subs=(1.0, 2.0, 5.0)))
     grid[1][0].yaxis.set_major_formatter("{x:,.0f}")
-    figure.suptitle("What a round costs where clients compute nothing; engine, workers at the end of each curve")
+    figure.suptitle("Cost of a round if clients compute nothing; engine, workers at the end of each curve")
     figure.savefig(path, dpi=120)
 
 
 class End(NamedTuple):
-    """Where a curve ends, and what is written there."""
+    """End of a curve, and its label."""
 
     y: float
     label: str
@@ -286,7 +286,7 @@ def _curves(axes: Any, frame: pd.DataFrame, x: str, y: str, unit: float) -> list
 
 
 def _floor(axes: Any, frame: pd.DataFrame) -> End:
-    """What one `a += b` for every message would take."""
+    """Return the time of one `a += b` for every message."""
     sizes = np.array(sorted(frame["parameters"].unique()), dtype=float)
     seconds = 100 * TRIAD_BYTES * sizes / frame["bandwidth"].iloc[0]
     axes.plot(sizes, seconds, color="#888888", linewidth=1)
@@ -294,7 +294,7 @@ def _floor(axes: Any, frame: pd.DataFrame) -> End:
 
 
 def _label(axes: Any, ends: Sequence[End]) -> None:
-    """Writes the labels beside the ends, a line's height apart."""
+    """Write the labels beside the ends, a line's height apart."""
     low, high = np.log(axes.get_ylim())
     height, at = 0.06, -1.0
     for end in sorted(ends):
@@ -311,7 +311,7 @@ def _label(axes: Any, ends: Sequence[End]) -> None:
 
 
 def main() -> None:
-    """Measures and draws, or does one part of it."""
+    """Measure and draw, or do one part of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few points")
     parser.add_argument("--draw", action="store_true", help="draw from scale.csv")
@@ -328,7 +328,7 @@ def main() -> None:
 
 
 def write(frame: pd.DataFrame, out: Path) -> None:
-    """The table, the figure and the page's part."""
+    """Write the table, the plot and the page's part."""
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "scale.csv", index=False, float_format="%.5g")
     if out == HERE:

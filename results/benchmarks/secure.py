@@ -198,7 +198,7 @@ def secagg(clients: int) -> Cost:
             return [self.reply(message) for message in messages]
 
         def reply(self, message: Message) -> Message:
-            """Return the reply of the client of a message, whose content the client may change."""
+            """Return the reply of the client of a message; the client may change the message."""
             client = message.metadata.dst_node_id
             configs = RecordDict(
                 {name: ConfigRecord(dict(one)) for name, one in message.content.config_records.items()}

@@ -1,8 +1,8 @@
-"""The work that every contender does, and how each of them is asked for it and answers.
+"""The work of every contender, and the form of a contender's command line and answer.
 
 Imported by every adapter, also in the environments of the rivals: it needs torch and nothing of fedpriv but its models.
 A contender is a script that takes `--workload cnn62k --workers 1 --rounds 5 --seed 0` and prints one line of JSON:
-`{"seconds": [...]}`, or with `--check` `{"probe": [...]}`, what one round without noise did to the model.
+`{"seconds": [...]}`, or with `--check` `{"probe": [...]}`, a summary of the model's change by one round without noise.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NOISE_MULTIPLIER = 0.01
 CONSTANT = 0.01
 """Every coordinate of the update of a client that computes nothing; long enough to be clipped."""
 
-SHORTEST_SECONDS = 1.0
+MIN_SECONDS = 1.0
 MAX_ROUNDS = 400
 
 
@@ -44,8 +44,8 @@ class Workload:
         input_shape: Shape of one input.
         examples: Of each client.
         rounds: Measured at least, after `warmup`; short rounds are repeated until they fill a second.
-        computes: Whether a client computes its gradient; else its update is constant and only the framework works.
-        local: Whether each client adds the noise to its message, instead of the server to the sum.
+        computes: True if a client computes its gradient; otherwise its update is constant and only the framework works.
+        local: True if each client adds the noise to its message, instead of the server to the sum.
         clients: Size of the population.
         cohort: Clients in a round.
         noise_multiplier: Standard deviation of the noise over the clip norm, on the sum or on each message.
@@ -64,15 +64,15 @@ class Workload:
     noise_multiplier: float = NOISE_MULTIPLIER
 
     def checked(self) -> "Workload":
-        """The same with a cohort of everyone and without noise: after one round, all must hold the same model."""
+        """Return the same work for everyone and without noise: after one round, all must hold the same model."""
         return replace(self, clients=self.cohort, noise_multiplier=0.0, warmup=0, rounds=1)
 
     def module(self) -> nn.Module:
-        """The model at its start."""
+        """Return the model at its start."""
         return self.source.build(self.input_shape, CLASSES, 0)
 
     def data(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Synthetic inputs `[clients, examples, *input_shape]` and labels `[clients, examples]`."""
+        """Return synthetic inputs `[clients, examples, *input_shape]` and labels `[clients, examples]`."""
         generator = torch.Generator().manual_seed(seed)
         inputs = torch.randn(self.clients, self.examples, *self.input_shape, generator=generator)
         return inputs, torch.randint(CLASSES, (self.clients, self.examples), generator=generator)
@@ -111,7 +111,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the command line asks of a contender."""
+    """A contender's task, from the command line."""
 
     workload: Workload
     workers: int
@@ -121,7 +121,7 @@ class Job:
 
 
 def parse_job(add: Callable[[argparse.ArgumentParser], None] | None = None) -> tuple[Job, argparse.Namespace]:
-    """The job of the command line, and all its arguments; `add` declares a contender's own."""
+    """Return the job of the command line, and all its arguments; `add` declares a contender's own."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=list(WORKLOADS), required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -138,7 +138,7 @@ def parse_job(add: Callable[[argparse.ArgumentParser], None] | None = None) -> t
 
 
 class Clock:
-    """Counts rounds for whoever owns the loop: call `tick` once before the first round and once after each.
+    """Counts the rounds of any loop: call `tick` once before the first round and once after each.
 
     Args:
         job: Says how many rounds are measured; the warm-up rounds before them are left out.
@@ -150,7 +150,7 @@ class Clock:
 
     @property
     def planned(self) -> int:
-        """Rounds to run where the number must be known beforehand."""
+        """Number of rounds, for loops that must know it in advance."""
         return self._job.workload.warmup + (self._job.rounds or self._job.workload.rounds)
 
     @property
@@ -160,24 +160,24 @@ class Clock:
         return [after - before for before, after in itertools.pairwise(times)]
 
     def tick(self) -> None:
-        """Marks the end of a round, or the begin of the first."""
+        """Mark the end of a round, or the start of the first."""
         self._times.append(time.perf_counter())
 
     def done(self) -> bool:
-        """Whether enough was measured."""
+        """Return True if enough was measured."""
         measured = self.seconds
         if self._job.rounds is not None:
             return len(measured) >= self._job.rounds
         if len(measured) < self._job.workload.rounds:
             return False
-        return sum(measured) >= SHORTEST_SECONDS or len(measured) >= MAX_ROUNDS
+        return sum(measured) >= MIN_SECONDS or len(measured) >= MAX_ROUNDS
 
 
 def run_rounds(job: Job, one_round: Callable[[], None], model: Callable[[], Tensor]) -> None:
-    """Runs and reports a contender that gives us one round at a time.
+    """Run and report a contender that gives us one round at a time.
 
     Args:
-        job: What was asked.
+        job: The contender's task.
         one_round: Runs the next round.
         model: The model now, `[params]`.
     """
@@ -190,20 +190,20 @@ def run_rounds(job: Job, one_round: Callable[[], None], model: Callable[[], Tens
 
 
 def report(job: Job, seconds: Sequence[float], step: Tensor) -> None:
-    """Prints the answer, and makes it the last line even if something prints on leaving."""
+    """Print the answer, and make it the last line even if something prints on leaving."""
     answer = {"probe": probe(step)} if job.check else {"seconds": list(seconds), "workload": asdict_of(job.workload)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
     sys.stdout.flush()
 
 
 def asdict_of(workload: Workload) -> dict[str, object]:
-    """What a reader of the raw output wants to know."""
+    """Return the facts that a reader of the raw output needs."""
     fields = asdict(workload)
     return {key: fields[key] for key in ("name", "clients", "cohort", "examples")}
 
 
 def probe(step: Tensor) -> list[float]:
-    """The norm of a model's step `[params]` and four random projections of it, which tell another step apart."""
+    """Return the norm of a model's step `[params]` and four random projections of it, which differ for another step."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(4, len(step), generator=generator, dtype=torch.float64)
     exact = step.detach().double().cpu()
@@ -211,16 +211,16 @@ def probe(step: Tensor) -> list[float]:
 
 
 def flat(module: nn.Module) -> Tensor:
-    """A copy of a module's parameters as one vector `[params]`."""
+    """Return a copy of a module's parameters as one vector `[params]`."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
 
 
 def one_thread() -> None:
-    """One thread for every process: processes, not threads, are what workers are here."""
+    """Use one thread in every process, because workers are processes here."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
 def median(values: Sequence[float]) -> float:
-    """The median."""
+    """Return the median."""
     return statistics.median(values)

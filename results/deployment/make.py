@@ -1,10 +1,10 @@
-"""What a deployment costs beyond Flower's own: seconds a round, and bytes a client.
+"""Cost of a deployment beyond Flower's own: seconds a round, and bytes a client.
 
     python results/deployment/make.py [--rounds 8] [--pairs 3]
 
 A SuperLink and four SuperNodes on this machine, with TLS and node keys. Two apps take turns on them: fedpriv's, and a
-plain Flower app (`plain/`) whose clients compute the same full-batch gradient of the same softmax regression on their
-quarter of scikit-learn's digits and which averages them, without privacy, policy or memory. A round is measured from
+plain Flower app (`plain/`). Its clients compute the same full-batch gradient of the same softmax regression on their
+quarter of scikit-learn's digits; its server averages them, without privacy, policy or memory. A round is measured from
 one broadcast to the next, as the servers see it; the first is left out. Fills `rounds.csv`, `bytes.csv` and the page.
 """
 
@@ -56,12 +56,12 @@ CONFIG_TABLES: dict[str, Any] = {
 
 
 def plain_files() -> dict[str, bytes]:
-    """The plain app."""
+    """Return the plain app."""
     return {path.name: path.read_bytes() for path in sorted((HERE / "plain").iterdir()) if path.is_file()}
 
 
 def rounds_of(deployment: Loopback, app: str, rounds: int, folder: Path) -> list[float]:
-    """Seconds of each round but the first."""
+    """Return seconds of each round but the first."""
     stamps = folder / "stamps.jsonl"
     stamps.unlink(missing_ok=True)
     if app == "fedpriv":
@@ -85,7 +85,7 @@ def rounds_of(deployment: Loopback, app: str, rounds: int, folder: Path) -> list
 
 
 def measure(rounds: int, pairs: int) -> pd.DataFrame:
-    """Both apps in turns on one deployment."""
+    """Run both apps in turns on one deployment."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="fedpriv-overhead-") as name:
         folder = Path(name)
@@ -119,7 +119,7 @@ def one_message(app: str) -> float:
 
 
 def processes(pairs: int) -> pd.DataFrame:
-    """Both apps' processes in turns."""
+    """Run both apps' processes in turns."""
     rows = [
         {"pair": i, "app": app, "cpu_seconds": one_message(app)} for i in range(pairs) for app in ("plain", "fedpriv")
     ]
@@ -127,12 +127,12 @@ def processes(pairs: int) -> pd.DataFrame:
 
 
 def size_of(content: RecordDict) -> int:
-    """Bytes of what Flower sends for a content: it and all objects in it."""
+    """Return the bytes that Flower sends for a content, with all objects in it."""
     return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
 
 
 def sizes() -> pd.DataFrame:
-    """Bytes down and up, for a client and a round, beside those of the bare arrays."""
+    """Return bytes down and up, for a client and a round, beside those of the bare arrays."""
     rows = []
     method, sampling = AlphaNormEC(), Everyone(NODES)
     plan = make_plan(trust="local", sampling=sampling, rounds=9, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0)
@@ -155,7 +155,7 @@ def sizes() -> pd.DataFrame:
 
 
 def markdown(rounds: pd.DataFrame) -> str:
-    """Both apps' rounds and their ratio."""
+    """Return both apps' rounds and their ratio."""
     by_pair = rounds.groupby(["pair", "app"])["seconds"].mean().unstack()
     ratios = by_pair["fedpriv"] / by_pair["plain"]
     lines = [
@@ -170,7 +170,7 @@ def markdown(rounds: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)

@@ -1,4 +1,4 @@
-"""One client's process for one message, without the network: what `make.py` times.
+"""One client's process for one message, without the network; `make.py` times it.
 
     python results/deployment/one_message.py fedpriv|plain FOLDER
 
@@ -66,7 +66,7 @@ def fedpriv_message(folder: Path) -> tuple[RecordDict, dict[str, object], dict[s
 
 
 def plain_message() -> tuple[RecordDict, dict[str, object], dict[str, object]]:
-    """The same of the plain app."""
+    """Return the same of the plain app."""
     import torch
 
     arrays = ArrayRecord({"weight": torch.zeros(10, 64), "bias": torch.zeros(10)})
@@ -74,7 +74,7 @@ def plain_message() -> tuple[RecordDict, dict[str, object], dict[str, object]]:
 
 
 def main() -> None:
-    """Answers one message."""
+    """Answer one message."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     with inside_a_run(1, 1):
         if name == "fedpriv":

@@ -2,9 +2,9 @@
 
     python results/devices/make.py [--jobs 2] [--runs runs/devices]
 
-Runs sim_configs/sweeps/devices.toml, or what is left of it, and writes trials.csv (a row a trial), times.csv (a row a
+Runs the missing trials of sim_configs/sweeps/devices.toml, and writes trials.csv (a row a trial), times.csv (a row a
 cell: the better of the two steps by mean time, then by final accuracy, over three seeds), figure.png and the tables of
-README.md. Seconds are simulated: nobody waited for them.
+README.md. Seconds are those of the virtual clock.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CELL = ["privacy", "speed_spread", "dropout", "schedule", "method"]
 
 
 def row(folder: Path) -> dict[str, Any]:
-    """One trial: where it was, when it first had the accuracy aimed at, and where it ended."""
+    """Return a trial's row: settings, time of the target accuracy, and final accuracy."""
     config = flat_tables(tomllib.loads((folder / "config.toml").read_text()))
     summary = json.loads((folder / "summary.json").read_text())
     rounds = pd.DataFrame(RunDirectory(folder).rows("rounds.jsonl"))
@@ -64,7 +64,7 @@ def row(folder: Path) -> dict[str, Any]:
 
 
 def cells(found: pd.DataFrame) -> pd.DataFrame:
-    """A row a cell. A time is given where all seeds came to the accuracy."""
+    """Return a row for each cell; a time is given if all seeds reached the accuracy."""
     figures = ["seconds_to_target", "megabytes_to_target", "test_accuracy", "simulated_seconds", "noise_multiplier"]
     grouped = found.groupby([*CELL, "server_lr"], sort=False)
     means = grouped[figures].mean()
@@ -77,7 +77,7 @@ def cells(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(best: pd.DataFrame, privacy: str) -> str:
-    """Seconds to the accuracy, and the final one, as one table: a row a device setting and method."""
+    """Return seconds to the accuracy, and the final one, as one table: a row for each device setting and method."""
     part = best[best["privacy"] == privacy]
     names = list(SCHEDULES.values())
     lines = ["| speed spread | dropout | method | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
@@ -92,7 +92,7 @@ def markdown(best: pd.DataFrame, privacy: str) -> str:
 
 
 def draw(best: pd.DataFrame) -> None:
-    """Seconds to the accuracy over speed spread; a cross on top where it was not reached by all seeds."""
+    """Draw seconds to the accuracy over speed spread; a cross on top if some seeds did not reach it."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
@@ -119,7 +119,7 @@ def draw(best: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    """Runs what is left and writes."""
+    """Run the missing trials and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/devices"))

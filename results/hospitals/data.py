@@ -71,7 +71,7 @@ def heart(data_root: Path, split: int = 1) -> dict[str, Any]:
 
 
 def adult(data_root: Path, split: int = 1, rows: int = 10_000) -> dict[str, Any]:
-    """Return the first `rows` rows of `adult.data` whose occupation is known; the label is an income above 50,000."""
+    """Return the first `rows` rows of `adult.data` with a known occupation; the label is an income above 50,000."""
     table = pd.read_csv(data_root / "adult" / "adult.data", names=list(_COLUMNS), skipinitialspace=True)
     table = table[table["occupation"] != "?"].iloc[:rows]
     numbers = [(table[name].to_numpy(float) - shift) / scale for name, (shift, scale) in _NUMERIC.items()]

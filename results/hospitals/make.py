@@ -49,7 +49,7 @@ STEPS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class Trial(NamedTuple):
-    """A config, the method's name in tables, its settings, and whose data are trained on."""
+    """A config, the method's name in tables, its settings, and the clients that provide the data."""
 
     data: str
     holders: str
@@ -60,12 +60,12 @@ class Trial(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What identifies it in trials.csv."""
+        """The columns that identify it in trials.csv."""
         return (self.data, self.holders, self.method, self.epsilon, self.setting, self.config.seed)
 
 
 def trials(data: str) -> Iterator[Trial]:
-    """All trials on one data set: of the sweep, of single clients and pooled data, and without privacy."""
+    """Return all trials on one data set: of the sweep, of single clients and pooled data, and without privacy."""
     for trial in load_sweep(HERE / f"{data}.toml").trials():
         name, setting = _named(trial.tables)
         epsilon = trial.config.privacy.epsilon
@@ -81,7 +81,7 @@ def trials(data: str) -> Iterator[Trial]:
 
 
 def alone(data: str) -> tuple[str, ...]:
-    """The clients that also train alone."""
+    """Return the clients that also train alone."""
     return tuple(map(str, range(len(HOSPITALS)))) if data == "heart" else ()
 
 
@@ -107,7 +107,7 @@ def _named(tables: dict[str, Any]) -> tuple[str, str]:
 
 
 def held(federation: Federation, holders: str) -> Federation:
-    """The federation, or one client with its rows alone or with all rows, on the same dataset."""
+    """Return the federation, or one client with its rows alone or with all rows, on the same dataset."""
     if holders == TOGETHER:
         return federation
     rows = federation.rows if holders == POOLED else federation.rows_of(int(holders))
@@ -165,13 +165,13 @@ def run_missing(data_root: Path | None, seconds: float) -> bool:
 
 
 def _picked(data: str) -> set[tuple[object, ...]]:
-    """The settings that are judged on splits on which nothing is tuned."""
+    """Return the settings that are judged on splits on which nothing is tuned."""
     best = chosen(pd.read_csv(TRIALS, dtype={"holders": str}))
     return set(best[best["data"] == data][KEYS[:5]].itertuples(index=False, name=None))
 
 
 def chosen(found: pd.DataFrame) -> pd.DataFrame:
-    """The trials of the setting that each method, epsilon and holder of data prefers on validation rows.
+    """Return the trials of the setting that each method, epsilon and holder of data prefers on validation rows.
 
     A client alone chooses by its own rows. Settings that lack a split of those that are tuned on are left out.
     """
@@ -191,7 +191,7 @@ def _judged(found: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def interval(values: pd.Series, digits: int = 3, sign: str = "") -> str:
-    """The mean, and half the width of its 95 % interval by Student's t."""
+    """Return the mean, and half the width of its 95 % interval by Student's t."""
     if len(values) < 2:
         return f"{values.mean():{sign}.{digits}f}"
     half = student.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
@@ -221,7 +221,7 @@ def methods_table(best: pd.DataFrame, data: str) -> str:
 
 
 def hospitals_table(best: pd.DataFrame) -> str:
-    """Each hospital's own test patients, by models trained alone, together and on pooled data."""
+    """Return scores on each hospital's own test patients, by models trained alone, together and on pooled data."""
     rows = []
     part = best[best["data"] == "heart"]
     for epsilon in (0.0, 3.0, 1.0):
@@ -285,7 +285,7 @@ def write_tables() -> None:
 
 
 def main() -> None:
-    """Run what is missing, then write tables and figure."""
+    """Run the missing trials, then write tables and figure.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--seconds", type=float, default=600.0)

@@ -1,4 +1,4 @@
-"""Makes the figure and the tables of this folder: what error feedback repairs when there is no noise.
+"""Make the plot and the tables of this folder: the effect of error feedback without noise.
 
     python results/label-shards/make.py
 
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "normalized SGD": {"name": "normalized-sgd", "alpha": ALPHA},
     "clipping without memory": {"name": "dp-fedavg", "clip_norm": ALPHA},
 }
-# Three curves lie on each other: a broad one, a dotted one and a dashed one.
+# Three curves coincide: a broad one, a dotted one and a dashed one.
 LOOKS: dict[str, dict[str, Any]] = {
     "gradient descent": {"linestyle": "--", "zorder": 3},
     "alpha-NormEC": {"linewidth": 5, "alpha": 0.45},
@@ -45,7 +45,7 @@ COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
 
 
 def components(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first principal components of the training inputs, at unit variance, of both."""
+    """Return the first principal components of the training inputs, at unit variance, of both."""
     mean = train.mean(dim=0)
     values, vectors = torch.linalg.eigh((train - mean).T @ (train - mean) / len(train))
     turn = vectors[:, -COMPONENTS:] / values[-COMPONENTS:].sqrt()
@@ -54,7 +54,7 @@ def components(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, t
 
 @cache
 def problem() -> Experiment:
-    """The data, spread over the clients, and the model."""
+    """Return the data, spread over the clients, and the model."""
     tables = {
         "name": "label-shards",
         "seed": 1,
@@ -72,12 +72,12 @@ def problem() -> Experiment:
 
 
 def experiment_of(method: dict[str, Any]) -> Experiment:
-    """The problem under one method."""
+    """Return the problem under one method."""
     return problem().with_method(parse_config({**problem().config.tables, "method": method}))
 
 
 def walk(method: dict[str, Any]) -> pd.DataFrame:
-    """Training loss (mean of the clients' losses, nats) and test accuracy, every 50 rounds."""
+    """Return training loss (mean of the clients' losses, nats) and test accuracy, every 50 rounds."""
     experiment = experiment_of(method)
     engine = make_engine("vectorized", experiment)
     state = experiment.server.init(experiment.initial_model)
@@ -103,7 +103,7 @@ def objective(experiment: Experiment, model: torch.Tensor) -> torch.Tensor:
 
 
 def least_objective() -> float:
-    """The smallest possible f, by L-BFGS."""
+    """Return the smallest possible f, by L-BFGS."""
     experiment = problem()
     model = experiment.initial_model.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -121,7 +121,7 @@ def least_objective() -> float:
 
 
 def best_walk(name: str) -> tuple[float, pd.DataFrame]:
-    """The step size with the lowest last training loss, and its walk."""
+    """Return the step size with the lowest last training loss, and its walk."""
     walks = {}
     for step in STEPS:
         walks[step] = walk({**METHODS[name], "server_lr": step})
@@ -130,7 +130,7 @@ def best_walk(name: str) -> tuple[float, pd.DataFrame]:
 
 
 def main() -> None:
-    """Makes curves.csv, table.csv and figure.png."""
+    """Make curves.csv, table.csv and figure.png."""
     torch.set_num_threads(1)
     curves, table = [], []
     for name in METHODS:

@@ -1,11 +1,11 @@
-"""Makes the table and the figure of this folder: private federated learning on MNIST, one client per writer.
+"""Make the table and the plot of this folder: private federated learning on MNIST, one client per writer.
 
     python results/mnist-by-writer/make.py [--data-root DIR] [--jobs N]
 
 For each model, privacy setting and method, every point of the grid below is trained with seed 0 and judged on the
 odd-numbered test images; the best point is trained again with seeds 1, 2 and 3 and judged on the even-numbered ones.
-Trials are kept in runs/ as they finish, so an interrupted run goes on where it was; trials.csv here is their last copy.
-The choice of the best point looks at labelled data that are not private here; on private data it would have to be paid.
+Trials are kept in runs/ as they finish, so an interrupted run resumes from them; trials.csv here is their last copy.
+The choice of the best point looks at labeled data that are not private here; on private data it would have to be paid.
 """
 
 import argparse
@@ -65,7 +65,7 @@ CELLS = [
 
 
 def _points(steps: tuple[float, ...], **axes: Any) -> list[dict[str, Any]]:
-    """All combinations of axes and of how far one bounded message moves the model; step = server_lr x bound."""
+    """Return all combinations of axes and of how far one bounded message moves the model; step = server_lr x bound."""
     grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return [{**p, "server_lr": s / p.get("clip_norm", 1.0)} for p in grid for s in steps]
 
@@ -76,7 +76,7 @@ def _feedback(steps: tuple[float, ...], pairs: tuple[tuple[float, float], ...], 
 
 
 def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
-    """Every method with the hyperparameters that are tried for it."""
+    """Return every method with the hyperparameters that are tried for it."""
     small, local = problem == "cnn", setting.startswith("local")
     if local:
         steps = (0.003, 0.01, 0.03)
@@ -122,7 +122,7 @@ def _tables(problem: str, privacy: dict[str, Any] | None, method: dict[str, Any]
 
 
 def run_trial(problem: str, setting: str, method: dict[str, Any], seed: int, data_root: Path | None) -> dict[str, Any]:
-    """Trains one model; returns its validation and test accuracy, and the last round's signal-to-noise ratio."""
+    """Train one model; return its validation and test accuracy, and the last round's signal-to-noise ratio."""
     torch.set_num_threads(1)
     data = _experiment(problem, seed, data_root)
     config = parse_config(_tables(problem, PRIVACY[setting], method, seed))
@@ -162,11 +162,11 @@ class Trials:
         return (row["problem"], row["setting"], row["method"], row["point"], int(row["seed"]))
 
     def get(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished trial, or None."""
+        """Return the finished trial, or None."""
         return self._done.get(self._key(row))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keeps a finished trial."""
+        """Keep a finished trial."""
         self._done[self._key(row)] = row
         pd.DataFrame([row]).to_csv(
             self._path, mode="a", header=not self._path.exists(), index=False, float_format="%.6g"
@@ -174,7 +174,7 @@ class Trials:
 
 
 def run_all(rows: list[dict[str, Any]], trials: Trials, pool: ProcessPoolExecutor, data_root: Path | None) -> None:
-    """Runs the trials that are not done yet, side by side."""
+    """Run the trials that are not done yet, side by side."""
     waiting = {
         pool.submit(run_trial, r["problem"], r["setting"], json.loads(r["point"]), r["seed"], data_root): r
         for r in rows
@@ -190,7 +190,7 @@ def run_all(rows: list[dict[str, Any]], trials: Trials, pool: ProcessPoolExecuto
 
 
 def trial_rows(cells: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One row per grid point, with seed 0."""
+    """Return one row per grid point, with seed 0."""
     return [
         {"problem": p, "setting": s, "method": name, "point": json.dumps(point, sort_keys=True), "seed": 0}
         for p, s in cells
@@ -200,7 +200,7 @@ def trial_rows(cells: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def winners(rows: list[dict[str, Any]], trials: Trials) -> list[dict[str, Any]]:
-    """The best point of each problem, setting and method, by validation accuracy, for each reported seed."""
+    """Return the best point of each problem, setting and method, by validation accuracy, for each reported seed."""
     frame = pd.DataFrame([trials.get(row) for row in rows])
     best = frame.loc[frame.groupby(["problem", "setting", "method"], sort=False)["validation_accuracy"].idxmax()]
     keys = ["problem", "setting", "method", "point"]
@@ -208,7 +208,7 @@ def winners(rows: list[dict[str, Any]], trials: Trials) -> list[dict[str, Any]]:
 
 
 def summarise(rows: list[dict[str, Any]], trials: Trials) -> pd.DataFrame:
-    """Mean and standard deviation over seeds of test accuracy and loss, and the chosen point."""
+    """Return mean and standard deviation over seeds of test accuracy and loss, and the chosen point."""
     frame = pd.DataFrame([trials.get(row) for row in rows])
     groups = frame.groupby(["problem", "setting", "method", "point"], sort=False)
     table = groups.agg(
@@ -234,7 +234,7 @@ COLOURS = {
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Accuracy by setting and method: one panel a problem, and one for local trust, which lies far below."""
+    """Accuracy by setting and method: one panel a problem, and one for local trust, which is far below."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panel = table["problem"] + table["setting"].str.startswith("local").map({True: ", local trust", False: ""})
@@ -267,7 +267,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table, one row a method, one column a setting."""
+    """Return the table, one row a method, one column a setting."""
     parts = []
     for problem, part in table.groupby("problem", sort=False):
         cells = part.assign(cell=[f"{a:.3f} ± {s:.3f}" for a, s in zip(part["accuracy"], part["spread"], strict=True)])
@@ -280,7 +280,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Runs what is missing and makes table.csv, table.md and figure.png."""
+    """Run the missing trials and make table.csv, table.md and figure.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2)

@@ -99,7 +99,7 @@ def keep(name: str, runs: Path) -> None:
 
 
 def interval(values: pd.Series, digits: int, plus: str = "") -> str:
-    """The mean, and half the width of its 95 % interval by Student's t."""
+    """Return the mean, and half the width of its 95 % interval by Student's t."""
     values = values.dropna()
     if len(values) < 2:
         return f"{values.mean():{plus}.{digits}f}" if len(values) else "-"
@@ -108,7 +108,7 @@ def interval(values: pd.Series, digits: int, plus: str = "") -> str:
 
 
 def results(name: str) -> str:
-    """The chosen settings of one problem: their metric, and the paired difference to plain averaging."""
+    """Return the chosen settings of one problem: their metric, and the paired difference to plain averaging."""
     found, digits = pd.read_csv(HERE / f"{name}-trials.csv"), DIGITS[name]
     rows = []
     for promise in PROMISES:

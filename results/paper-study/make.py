@@ -2,9 +2,9 @@
 
     python results/paper-study/make.py [--data-root DIR] [--jobs 2] [--runs runs/paper-study]
 
-Runs sim_configs/sweeps/paper-*.toml, or what is left of them, and writes trials.csv (a row a trial), best.csv (the best
+Runs the missing trials of sim_configs/sweeps/paper-*.toml, and writes trials.csv (a row a trial), best.csv (the best
 setting of each method), beta.csv, shares.csv, figure.png and the tables of README.md. Settings are chosen by their mean
-test accuracy over three seeds, for every method alike: an optimistic figure, of use for comparing only.
+test accuracy over three seeds, for every method alike: an optimistic number, useful only for comparison.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PRIVACY = {
 
 
 def trials(runs: Path) -> pd.DataFrame:
-    """A row a trial that ended."""
+    """Return a row for each finished trial."""
     rows = []
     for sweep in SWEEPS:
         for folder in sorted((runs / sweep / "trials").iterdir()):
@@ -70,19 +70,19 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def settings(found: pd.DataFrame) -> pd.DataFrame:
-    """A row a setting: mean, deviation and number of seeds."""
+    """Return a row for each setting: mean, deviation and number of seeds."""
     keys = ["privacy", "method", *SETTING]
     grouped = found.groupby(keys, dropna=False, sort=False)["test_accuracy"]
     return grouped.agg(["mean", "std", "count"]).reset_index()
 
 
 def best(made: pd.DataFrame) -> pd.DataFrame:
-    """The best setting of each method under each privacy."""
+    """Return the best setting of each method under each privacy."""
     return made.loc[made.groupby(["privacy", "method"], sort=False)["mean"].idxmax()].reset_index(drop=True)
 
 
 def shares(made: pd.DataFrame, points: tuple[float, ...] = (0.02, 0.05)) -> pd.DataFrame:
-    """How much of each grid is within so many points of the method's own best, and of the best of all methods.
+    """Return the share of each grid within so many points of the method's best, and of the best of all methods.
 
     Once for all settings, and once for pairs of alpha and beta (or one of alpha or clip_norm) at their best step.
     """
@@ -100,7 +100,7 @@ def shares(made: pd.DataFrame, points: tuple[float, ...] = (0.02, 0.05)) -> pd.D
 
 
 def by_beta(made: pd.DataFrame) -> pd.DataFrame:
-    """Best accuracy of published alpha-NormEC at each beta, over alpha and step."""
+    """Return best accuracy of published alpha-NormEC at each beta, over alpha and step."""
     part = made[made["method"].isin(["alpha-NormEC, SN", "alpha-NormEC, without SN"])]
     part = part[part["privacy"].isin(list(PRIVACY.values())[:2])]
     return (
@@ -146,7 +146,7 @@ def _bars(panel: Axes, rows: pd.DataFrame) -> None:
 
 
 def in_words(rows: pd.DataFrame) -> pd.DataFrame:
-    """The best settings with one column for the setting; best first, within each privacy."""
+    """Return the best settings with one column for the setting; best first, within each privacy."""
     order = {name: number for number, name in enumerate(PRIVACY.values())}
     rows = rows.assign(order=rows["privacy"].map(order)).sort_values(["order", "mean"], ascending=[True, False])
     shown = ["alpha", "beta", "clip_norm", "server_lr"]
@@ -159,13 +159,13 @@ def in_words(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """A table as Markdown, three digits."""
+    """Return a table as Markdown, three digits."""
     shown = rows.map(lambda x: "" if x != x else f"{x:.3f}".rstrip("0").rstrip(".") if isinstance(x, float) else str(x))
     return table([f"{name}" for name in shown.columns], shown.to_numpy().tolist())
 
 
 def main() -> None:
-    """Runs what is left and writes."""
+    """Run the missing trials and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2)

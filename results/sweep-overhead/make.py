@@ -1,4 +1,4 @@
-"""Measures what a sweep costs beside its trials' own work, and what is left of it after it was killed twice.
+"""Measure the cost of a sweep beside its trials' own work, and after it was killed twice.
 
     python results/sweep-overhead/make.py [--trials 200] [--rounds 250] [--jobs 2] [--repeats 3] [--runs FOLDER]
 
@@ -7,7 +7,7 @@ thread:
 
 * plain: each process imports the library once and runs its share with `run_experiment` in a loop; nothing else;
 * sweep: `fedpriv sweep`, from starting the command to its end;
-* killed: the same command, killed by SIGKILL when a third and two thirds of the trials are done, and gone on with.
+* killed: the same command, killed by SIGKILL when a third and two thirds of the trials are done, and resumed.
 
 Writes overhead.csv (a row a repeat: wall seconds of each way, and the sweep's overhead over plain) and checks that the
 three tables of trials are equal but for seconds. Nothing else should run on the machine.
@@ -32,13 +32,13 @@ TIMES = ("seconds", "clients_per_second")
 
 
 def main() -> None:
-    """Runs all ways in turn, several times, and writes the table."""
+    """Run all ways in turn, several times, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--runs", type=Path, default=None, help="Where run directories go; else a temporary folder.")
+    parser.add_argument("--runs", type=Path, default=None, help="folder of the runs; a temporary one by default")
     parser.add_argument("--plain", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain is not None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, runs: Path) -> None:
-    """Writes overhead.csv."""
+    """Write overhead.csv."""
     rows = []
     for repeat in range(1, options.repeats + 1):
         place = runs / str(repeat)
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, runs: Path) -> None:
 
 
 def plain(place: Path, jobs: int) -> float:
-    """Seconds of processes that run their shares in a loop."""
+    """Return seconds of processes that run their shares in a loop."""
     began = time.monotonic()
     command = [sys.executable, __file__, "--runs", str(place), "--jobs", str(jobs), "--plain"]
     running = [subprocess.Popen([*command, str(share)], env=environment()) for share in range(jobs)]
@@ -86,7 +86,7 @@ def plain(place: Path, jobs: int) -> float:
 
 
 def run_share(place: Path, share: int, jobs: int) -> None:
-    """Every `jobs`-th trial, one after the other: the leanest way."""
+    """Run every `jobs`-th trial, one after the other: the leanest way."""
     import torch
 
     from fedpriv.experiment.run import run_experiment
@@ -98,13 +98,13 @@ def run_share(place: Path, share: int, jobs: int) -> None:
 
 
 def start(sweep: Path, out: Path, jobs: int) -> "subprocess.Popen[bytes]":
-    """The command, as a user gives it."""
+    """Return the command, as a user gives it."""
     command = [sys.executable, "-m", "fedpriv.cli", "sweep", str(sweep), "--out", str(out), "--jobs", str(jobs)]
     return subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, env=environment())
 
 
 def whole(sweep: Path, out: Path, jobs: int) -> float:
-    """Seconds of a sweep."""
+    """Return seconds of a sweep."""
     began = time.monotonic()
     if start(sweep, out, jobs).wait():
         raise SystemExit("the sweep failed")
@@ -112,7 +112,7 @@ def whole(sweep: Path, out: Path, jobs: int) -> float:
 
 
 def killed(sweep: Path, out: Path, jobs: int, trials: int) -> float:
-    """Seconds of a sweep that is killed twice, and gone on with; no trial that was done may be done again."""
+    """Return the seconds of a sweep that is killed twice and resumed; no finished trial may run again."""
     began = time.monotonic()
     done: dict[Path, int] = {}
     for part in (1, 2):
@@ -131,7 +131,7 @@ def killed(sweep: Path, out: Path, jobs: int, trials: int) -> float:
 
 
 def check(place: Path, trials: int) -> None:
-    """The three tables, and every run's rows, must be equal but for seconds."""
+    """Check that the three tables, and every run's rows, are equal except for seconds."""
     from fedpriv.sweeps.config import load_sweep
     from fedpriv.sweeps.table import TrialsTable
 
@@ -151,12 +151,12 @@ def check(place: Path, trials: int) -> None:
 
 
 def trial_folders(place: Path) -> list[Path]:
-    """Of both sweeps."""
+    """Return the trials of both sweeps."""
     return [place / way / "trials" for way in ("sweep", "killed")]
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, in all ways."""
+    """Return the environment of all ways: one thread per process."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -3,13 +3,13 @@
     python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
 
 Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or
-two shards a client) and a client-level epsilon against whoever sees the models (none, 8; 2 in one cell; delta 1e-5).
+two shards a client) and a client-level epsilon for released models (none, 8; 2 in one cell; delta 1e-5).
 In every cell three families of methods are tuned with as many settings each (8 or 10): without memory (clipping and
 smoothed normalization), the published feedback (alpha-NormEC), and damped feedback (ours). The best of each, by
 validation images, is then trained with two other seeds and judged on test images. In one cell, of 1,000 clients, the
 clients add the noise (trust local), and sent memory joins.
 
-Trials are run directories of two sweeps (tuning, then judging) that go on where they were. Writes tuned.csv,
+Trials are run directories of two sweeps (tuning, then judging), which resume. Writes tuned.csv,
 judged.csv, map.csv and map.png here, and the page's table.
 """
 
@@ -55,7 +55,7 @@ BASE: dict[str, Any] = {
 
 
 def families(trust: str, steps: tuple[float, ...]) -> dict[str, list[dict[str, Any]]]:
-    """As many settings of each family. A step is how far one round of bounded messages can move the model."""
+    """Return as many settings of each family. A step is the longest move of the model by one round."""
     plain: dict[str, Any] = {"name": "alpha-normec", "server_normalization": False}
     without = [{"name": "dp-fedavg", "clip_norm": 1.0}, {"name": "normalized-sgd", "alpha": 1.0}]
     published = [{**plain, "alpha": 1.0, "beta": beta} for beta in (0.1, 1.0)]
@@ -67,7 +67,7 @@ def families(trust: str, steps: tuple[float, ...]) -> dict[str, list[dict[str, A
 
 
 def steps(population: int, privacy: str) -> tuple[float, ...]:
-    """What is tried in a cell: many clients' messages cancel more and want longer steps, much noise shorter ones."""
+    """Return the steps to try in a cell: longer ones if many messages cancel, shorter ones under much noise."""
     if population == 10_000:
         return (0.1, 0.3, 1.0, 3.0) if privacy == "none" else (0.1, 0.3, 1.0, 3.0, 10.0)
     shortest = (0.01,) if population <= 100 and privacy != "none" else ()
@@ -82,14 +82,14 @@ def cells() -> list[tuple[int, str, str]]:
 
 
 def changes(cell: tuple[int, str, str], method: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What a trial changes in BASE."""
+    """Return a trial's changes of BASE."""
     population, spread, privacy = cell
     data = {**BASE["data"], "clients": population, **SPREADS[spread]}
     return {"data": data, "privacy": {**PRIVACY, **LOCAL}[privacy], "method": method, "seed": seed}
 
 
 def run(name: str, trials: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Path]:
-    """Runs trials, or what is left of them; each one's run directory, by its changes as JSON."""
+    """Run the missing trials; return each one's run directory, by its changes as JSON."""
     keys = tuple(trials[0])
     axis = Axis(key=keys, values=tuple([trial[key] for key in keys] for trial in trials))
     sweep = Sweep(name=name, base=BASE, axes=(axis,))
@@ -99,7 +99,7 @@ def run(name: str, trials: list[dict[str, Any]], options: argparse.Namespace) ->
 
 
 def print_state(state: Any) -> None:
-    """One line whenever another ten trials have ended."""
+    """Print one line whenever another ten trials have ended."""
     ended = state.done + state.failed
     if ended % 10 == 0 and ended != getattr(print_state, "last", None):
         print_state.last = ended  # pyright: ignore[reportFunctionMemberAccess]
@@ -114,7 +114,7 @@ class Judge:
         self.inputs, self.labels = dataset.test_inputs.flatten(1), dataset.test_labels
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        """Of the model of a run."""
+        """Return both accuracies of the model of a run."""
         weight, bias = load_model(folder).values()
         right = ((self.inputs @ weight.T + bias).argmax(dim=1) == self.labels).double()
         summary = json.loads((folder / "summary.json").read_text())
@@ -128,7 +128,7 @@ class Judge:
 def table(
     trials: list[dict[str, Any]], found: dict[str, Path], judge: Judge, labels: list[dict[str, Any]]
 ) -> pd.DataFrame:
-    """A row a trial."""
+    """Return a row for each trial."""
     rows = []
     for trial, label in zip(trials, labels, strict=True):
         folder = found[json.dumps(trial, sort_keys=True)]
@@ -138,7 +138,7 @@ def table(
 
 
 def main() -> None:
-    """Tunes, judges, writes."""
+    """Tune, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2)
@@ -171,7 +171,7 @@ KEYS = ["privacy", "spread", "population"]
 
 
 def map_of(judged: pd.DataFrame) -> pd.DataFrame:
-    """A row a cell: mean test accuracy of each family over seeds, and what feedback gains, best and damped alone."""
+    """Return a row for each cell: mean test accuracy of each family, and the gain of feedback, best and damped."""
     means = judged.groupby([*KEYS, "family"], sort=False)["test"].agg(["mean", "std"]).unstack()
     found = means["mean"].copy()
     with_memory = [name for name in found if name.endswith("feedback")]
@@ -184,7 +184,7 @@ def map_of(judged: pd.DataFrame) -> pd.DataFrame:
 
 
 def page_table(drawn: pd.DataFrame) -> str:
-    """The map as Markdown."""
+    """Return the map as Markdown."""
     families = ["without memory", "published feedback", "damped feedback", "sent feedback"]
     head = ["privacy", "labels", "clients", *families, "gain, published", "gain, best"]
     rows = []

@@ -1,4 +1,4 @@
-"""Data of one's own for the sweep beside this file: put a function that reads your files in its place."""
+"""Own data for the sweep beside this file: replace this function by one that reads your files."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def load(people: int = 200, examples: int = 12, difference: float = 0.0) -> dict
     Args:
         people: Number of people, each of whom holds some examples.
         examples: Mean number of examples of a person.
-        difference: Spread of what differs between people: where they wear the phone, and what they do.
+        difference: Spread between people: in the place of the phone on the body, and in their activities.
     """
     rng = np.random.default_rng(0)
     who = np.sort(rng.integers(0, people, people * examples))

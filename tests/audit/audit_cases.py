@@ -14,6 +14,7 @@ from fedpriv.bounding import SmoothedNormalization
 from fedpriv.data.federation import Holders
 from fedpriv.experiment.build import Experiment, assemble, make_federation
 from fedpriv.experiment.config import Config, parse_config
+from fedpriv.experiment.execution import LocalEngine
 
 ROUNDS, CLIENTS = 30, 10
 Changes = dict[str, dict[str, Any]]
@@ -50,7 +51,7 @@ def quick_audit(
     changes: Changes | None = None,
     canaries: int = 80,
     seed: int = 0,
-    engine: str = "vectorized",
+    engine: LocalEngine = "vectorized",
     against: Against = "plan",
 ) -> tuple[Findings, dict[str, Any]]:
     """Return the findings and the record of an audit of the quick problem."""

@@ -17,6 +17,7 @@ from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble, sampling_of
 from fedpriv.experiment.config import Config, load_config, parse_config
+from fedpriv.experiment.execution import EngineName
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import Checkpoint
 from fedpriv.experiment.timing import Versions, gradient_examples, make_timeline
@@ -177,7 +178,7 @@ def test_a_timeline_does_not_depend_on_the_values_of_data() -> None:
     ids=["everyone", "local", "poisson", "poisson, local, minibatch"],
 )
 def test_rounds_without_lateness_are_the_run_without_a_clock_to_the_bit(
-    tmp_path: Path, settings: list[str], engine: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: list[str], engine: EngineName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Config, "noise_id", "one")  # otherwise the two experiments' noise is independent
     before, after = small(*settings), small(*settings, *PHONES, "devices.available=0.5")
@@ -240,7 +241,9 @@ def stop_after(last: int):
     ],
     ids=["fedbuff", "fedbuff, local, weights", "fedfix, weights", "over-selection, local, sent"],
 )
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: str) -> None:
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
+    tmp_path: Path, settings: list[str], engine: EngineName
+) -> None:
     config = small(*PHONES, *AWAY, *settings)
     run_experiment(config, tmp_path / "whole", engine=engine)
     part = tmp_path / "part"
@@ -277,7 +280,7 @@ def test_devices_of_another_trace_are_not_mixed_into_a_run(tmp_path: Path) -> No
     trace.write_text("speed,download,upload\n5,1e4,4e3\n2,1e4,4e3\n9,1e4,4e3\n")
     changed = small("devices.kind=trace", f"devices.file={trace}", *FEDBUFF)
     for folder in ("begun", "done"):
-        with pytest.raises(UserError, match=r"another experiment \(.*checksum"):
+        with pytest.raises(UserError, match=r"a different experiment \(.*checksum"):
             run_experiment(changed, tmp_path / folder, resume=True)
 
 

@@ -81,7 +81,7 @@ def test_a_trace_may_leave_out_habits(tmp_path: Path) -> None:
         ("speed,download,upload,dropout\n1,2,3,1\n", "dropout"),
         ("speed,download,upload,available\n1,2,3,0\n", "available"),
         ("speed,download,upload,phase\n1,2,3,2\n", "phase"),
-        ("speed,download,upload\n", "no rows"),
+        ("speed,download,upload\n", "a header alone"),
         ("", "an empty file"),
     ],
 )

@@ -1,9 +1,13 @@
 """Plain English: counted constructions stay below their limits (`tests/english.py`)."""
 
+import ast
 from pathlib import Path
 
 import pytest
-from english import CONSTRUCTIONS, PACKAGES, ROOT, count, documents, rates, sentences, texts
+from english import BUILD, CONSTRUCTIONS, DOCUMENTS, PACKAGES, RESULTS, ROOT, count, rates, sentences, texts
+
+# They hold examples of bad sentences, and names of faults.
+EXAMPLES = ("english.py", "test_core_english.py", "mutants.py")
 
 # Occurrences per 10,000 words. Lower them, and never raise them.
 CEILINGS = {
@@ -23,18 +27,32 @@ CEILINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("paths", "shown"),
-    [
-        ([ROOT / name for name in PACKAGES], " ".join(PACKAGES)),
-        (documents(), "PATH"),
-        (sorted((ROOT / "results").rglob("*.md")), "results/*/*.md"),
-    ],
-    ids=["packages", "documents", "results"],
-)
-def test_texts_do_not_exceed_their_ceilings(paths: list[Path], shown: str) -> None:
-    above = {name: rate for name, rate in rates(paths).items() if rate > CEILINGS[name]}
-    assert not above, f"python tests/english.py {shown} --list NAME shows the sentences: {above}"
+@pytest.mark.parametrize("named", [PACKAGES, (*DOCUMENTS, *BUILD), (RESULTS,)], ids=["code", "documents", "results"])
+def test_texts_do_not_exceed_their_ceilings(named: tuple[str, ...]) -> None:
+    above = {name: rate for name, rate in rates([ROOT / name for name in named]).items() if rate > CEILINGS[name]}
+    assert not above, f"python tests/english.py {' '.join(named)} --list NAME shows the sentences: {above}"
+
+
+def test_tests_do_not_exceed_their_ceilings() -> None:
+    paths = [path for path in sorted((ROOT / "tests").rglob("*.*")) if path.suffix in (".py", ".sh")]
+    found = rates([path for path in paths if path.name not in EXAMPLES])
+    above = {name: rate for name, rate in found.items() if rate > CEILINGS[name]}
+    assert not above, f"python tests/english.py tests --list NAME shows the sentences: {above}"
+
+
+def is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("property" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    nouns = {"A", "All", "An", "Both", "Each", "Every", "Names", "None", "The", "What", "Where", "Whether", "Which"}
+    begun: dict[str, str] = {}
+    for path in (path for name in (*PACKAGES, "examples") for path in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_property(node):
+                begun[f"{path.relative_to(ROOT)}:{node.lineno}"] = (ast.get_docstring(node) or "-").split()[0]
+    assert len(begun) > 1000
+    assert {place: word for place, word in begun.items() if word in nouns} == {}
 
 
 def found(path: Path) -> list[str]:

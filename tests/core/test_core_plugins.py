@@ -180,7 +180,7 @@ def test_a_servers_copy_of_a_file_leads_to_the_class_of_the_devices_own(
 
 
 def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path) -> None:
-    """Else it would be noticed in the middle of a run."""
+    """Otherwise it would be noticed in the middle of a run."""
     path = tmp_path / "half.py"
     path.write_text(
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"

@@ -1,4 +1,4 @@
-"""The wheel: its contents, its requirements, and that it runs from where it is unpacked."""
+"""The wheel: its contents, its requirements, and that it runs from the folder of its files."""
 
 import json
 import os
@@ -113,9 +113,9 @@ def test_an_installed_torch_stays(extra: str, requirements: list[Requirement]) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("CI" not in os.environ, reason="asks the package index what it would install")
+@pytest.mark.skipif("CI" not in os.environ, reason="asks the package index for the packages to install")
 def test_pip_leaves_an_installed_torch_alone(wheel: Path, tmp_path: Path) -> None:
-    """What pip would install, from its index, where a torch for CPUs and nothing else is there: its metadata alone."""
+    """Return the packages that pip would install beside a torch for CPUs, from the index: metadata alone."""
     here = tmp_path / "there"
     venv.create(here, with_pip=False)
     (site,) = here.glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""Augmentations: what is drawn for an example depends on round, client and example alone."""
+"""Augmentations: the draws for an example depend on round, client and example alone."""
 
 from pathlib import Path
 from typing import Any

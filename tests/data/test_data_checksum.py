@@ -84,7 +84,7 @@ def test_a_run_is_not_resumed_with_one_byte_changed(kind, tmp_path):
             run_experiment(config(kind), out, engine="loop", data_root=tmp_path, watch=stop)
         write(tmp_path, kind, changed=changed)
         if changed:
-            with pytest.raises(UserError, match="got other data"):
+            with pytest.raises(UserError, match="got different data"):
                 run_experiment(config(kind), out, engine="loop", data_root=tmp_path, resume=True)
         else:
             run_experiment(config(kind), out, engine="loop", data_root=tmp_path, resume=True)

@@ -108,7 +108,7 @@ def test_partitioners_have_their_own_keys(folder, settings, sizes):
         ([HERE + "SizePartitioner", *BARE, "data.partition_sizes=[9, 9]"], r"^data\.clients: expected 2, as the"),
         (
             ["data.min_partition_size=0", "data.alpha=0.001", "data.clients=40"],
-            "an example for each client, got none for",
+            "an example for each client, got client",
         ),
         (["data.partition=json:loads"], r"^data\.partition: expected a dataclass that is a partition"),
         ([HERE + "DistributionPartitioner", *BARE], "a type for its parameter distribution_array that a config can"),

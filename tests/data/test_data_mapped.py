@@ -16,6 +16,7 @@ from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble, make_federation
+from fedpriv.experiment.execution import EngineName
 
 ROWS, PEOPLE = 200, 10
 CONFIG: dict[str, Any] = {
@@ -56,7 +57,9 @@ def experiment(data: dict[str, Any], **more: Any):
 )
 def test_a_run_on_mapped_inputs_is_the_run_on_inputs_in_memory(folder, more):
     found: dict[str, Any] = {}
-    for kind, data, engine in (("npz", WHOLE, "loop"), ("npy", MAPPED, "loop"), ("batched", MAPPED, "vectorized")):
+    cases: list[tuple[str, dict[str, Any], EngineName]]
+    cases = [("npz", WHOLE, "loop"), ("npy", MAPPED, "loop"), ("batched", MAPPED, "vectorized")]
+    for kind, data, engine in cases:
         out = folder / kind
         config = experiment(data, **more)
         summary = fedpriv.run_experiment(config, out, engine=engine, data_root=folder)

@@ -101,7 +101,7 @@ def test_a_table_is_read_as_declared(folder):
 
 
 def test_no_row_changes_another_rows_numbers(folder):
-    """Scales and categories are declared: a client's rows look the same whoever else there is."""
+    """Scales and categories are declared: a client's rows look the same beside any other clients."""
     whole = arrays_of(table(), folder / "people.csv")["inputs"]
     (folder / "part.csv").write_text("\n".join([TABLE.splitlines()[0], *TABLE.splitlines()[3:]]))
     assert np.array_equal(arrays_of(table(), folder / "part.csv")["inputs"], whole[2:])
@@ -424,7 +424,7 @@ def write_leaf(folder, rows):
 @pytest.mark.parametrize("write", [write_csv, write_npz, write_leaf])
 @pytest.mark.parametrize("test", ["within", "clients"])
 def test_a_clients_rows_decide_about_no_other_clients(tmp_path, write, test):
-    """Neither about what others train on, nor about who is held out to test on."""
+    """Neither about the training rows of others, nor about the held-out people."""
     found = []
     for changed in (False, True):
         folder = tmp_path / str(changed)

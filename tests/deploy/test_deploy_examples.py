@@ -1,4 +1,4 @@
-"""A client whose operator protects single examples: the policy, the budgets of both units, and the ledger."""
+"""A client that protects single examples: the policy, the budgets of both units, and the ledger."""
 
 import json
 from dataclasses import replace

@@ -458,7 +458,7 @@ def test_a_node_is_run_once(deployment, started, capsys):
 
 def test_a_node_does_not_talk_to_another_server(deployment, started, capsys, monkeypatch):
     def call(*_):
-        raise WrongServerError("x:1", "a certificate for it", "another", "Find out")
+        raise WrongServerError("x:1", "a certificate for it", "one for x:2", "Find out")
 
     monkeypatch.setattr(node, "call_server", call)
     assert "expected a certificate for it" in refused(deployment / "node-0", capsys)
@@ -467,7 +467,7 @@ def test_a_node_does_not_talk_to_another_server(deployment, started, capsys, mon
 
 def test_a_node_waits_for_a_server_that_is_not_up(deployment, started, monkeypatch):
     def call(*_):
-        raise UserError("x:1", "a SuperLink that answers", "none", "Start it")
+        raise UserError("x:1", "a SuperLink that answers", "silence", "Start it")
 
     monkeypatch.setattr(node, "call_server", call)
     assert node.run_node(deployment / "node-0") == 0

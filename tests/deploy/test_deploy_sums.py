@@ -1,4 +1,4 @@
-"""Deployments under secure aggregation: the loop's bits, void turns, restarts, and what clients refuse."""
+"""Deployments under secure aggregation: the loop's bits, void turns, restarts, and refusals by clients."""
 
 import json
 import shutil
@@ -162,7 +162,7 @@ def test_a_deployment_is_the_loop_to_the_bit(method: str, cohort: str, tmp_path:
 
 
 def test_the_server_does_not_choose_the_adjacency_that_a_ledger_charges(tmp_path: Path) -> None:
-    """It is the adversary: under add-or-remove it could state half of what the noise is worth under replacement."""
+    """It is the adversary: under add-or-remove it could state half of the true epsilon under replacement."""
     toml = config("clip21", rounds=1).replace(
         "noise_multiplier = 0.5", 'noise_multiplier = 2.0\nadjacency = "add-or-remove"'
     )
@@ -285,7 +285,7 @@ def test_a_silent_helper_voids_its_turn_and_a_restarted_one_goes_on_with_the_sam
 def test_no_client_is_asked_while_a_helper_is_missing(tmp_path: Path) -> None:
     grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=2)
     absent = grid.order.pop()
-    with pytest.raises(UserError, match=r"helpers: expected a node of each helper within 30 s, got none for"):
+    with pytest.raises(UserError, match=r"helpers: expected a node of each helper within 30 s, got silence of"):
         run_seeded(grid, config(helpers=2), tmp_path / "out")
     assert not any(turn_of(message) for message in grid.seen)
     grid.order.append(absent)
@@ -478,7 +478,7 @@ TAMPERED = {
     "a plan for another model": (_other_size, "aggregation: expected a plan for 650 parameters"),
     "no numbers": (_no_numbers, "terms"),
     "another trust": (_central, "accepts.trust"),
-    "a key of the server's own": (_forged_key, "helpers: expected one signed key"),
+    "a key of the server": (_forged_key, "helpers: expected one signed key"),
     "sampling that the server sees": (_credited_sampling, "aggregation: expected a plan that credits no sampling"),
     "no keys": (_no_keys, "helpers: expected one signed key"),
 }
@@ -513,7 +513,7 @@ def _other_model(content: RecordDict) -> None:
 
 @pytest.mark.parametrize("change", [_later_epoch, _other_model])
 def test_a_client_that_is_shown_another_order_is_left_out(change: Callable[[RecordDict], None], tmp_path: Path) -> None:
-    """It signs what it has seen, and the facts of the turn are those of all others."""
+    """It signs the facts that it has seen, and those of the turn are those of all others."""
 
     def hook(place: int, message: Message) -> bool:
         if place == 0 and turn_of(message):
@@ -523,7 +523,7 @@ def test_a_client_that_is_shown_another_order_is_left_out(change: Callable[[Reco
     grid = DeploymentGrid(tmp_path / "nodes", CLIENTS, {}, trust="aggregator", helpers=1, hook=hook)
     run_seeded(grid, config(rounds=1), tmp_path / "out")
     (row,) = rows(tmp_path / "out")
-    assert "expected the facts of this round, got others" in row["invalid"]["0"]
+    assert "expected the facts of this round, got different facts" in row["invalid"]["0"]
     assert row["counted"] == [1, 2, 3]
 
 

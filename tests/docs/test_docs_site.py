@@ -11,16 +11,11 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from english import DOCUMENTS, rates
 
 from fedpriv.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-
-# Occurrences per 10,000 words in documents; see tests/english.py.
-LIMITS = {"what": 5.0, "where": 9.0, "whoever": 4.0, "figure": 1.0, "whether": 1.0, "got nothing": 0.0}
-
 
 SITE = pytest.mark.xdist_group("site")  # it is built once
 
@@ -96,9 +91,26 @@ def test_results_and_changelog_are_pages(site: Path) -> None:
 
 
 @SITE
+def test_long_cells_of_tables_are_marked_for_narrow_screens(site: Path) -> None:
+    page = (site / "threat-model" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'<td class="long">.{0,40}protected</strong>, unless the node fixes the app', page)
+    assert "<td>every released model</td>" in page
+
+
+@SITE
 def test_the_table_of_methods_is_that_of_the_readme(site: Path) -> None:
     page = (site / "methods" / "index.html").read_text(encoding="utf-8")
     assert all(f"<code>{name}</code>" in page for name in METHODS)
+
+
+def test_every_method_is_in_the_reference() -> None:
+    page = (DOCS / "reference" / "write.md").read_text(encoding="utf-8")
+    places = {f"{type_.__module__}.{type_.__qualname__}" for type_ in (METHODS[name] for name in METHODS)}
+    assert {place for place in places if f"::: {place}\n" not in page} == set()
+
+
+def test_pages_that_moved_into_the_site_are_gone() -> None:
+    assert not [name for name in ("EXPERIMENTS.md", "DEPLOYING.md") if (ROOT / name).exists()]
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
@@ -114,12 +126,6 @@ def test_links_between_documents_lead_somewhere() -> None:
         links = re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL))
         inside = [link for link in links if "//" not in link and link not in ("contributing.md", "../contributing.md")]
         assert [link for link in inside if not (page.parent / link).exists()] == [], page
-
-
-def test_documents_are_plain_english() -> None:
-    found = rates([ROOT / name for name in DOCUMENTS])
-    above = {name: rate for name, rate in found.items() if rate > LIMITS.get(name, 2.0)}
-    assert not above, f"python tests/english.py {' '.join(DOCUMENTS)} --list NAME shows the sentences: {above}"
 
 
 def run(*command: str, cwd: Path) -> None:

@@ -251,7 +251,7 @@ def test_noise_is_in_units_of_the_rounds_bound_and_none_remains_if_the_model_res
 
 
 class Rows:
-    """Gradients of a client whose examples have given gradients, `[examples, params]` by model."""
+    """Gradients of a client with given gradients of its examples, `[examples, params]` by model."""
 
     def __init__(self, at: dict[float, np.ndarray]) -> None:
         self._at = at
@@ -316,7 +316,7 @@ def test_no_replaced_example_moves_messages_by_more_than_stated(method: Any) -> 
 
 
 def test_the_price_of_feedback_is_real() -> None:
-    """Others push the residual far out, where clipping hides the example's part; at the end they let all of it go."""
+    """Others push the residual far out, and clipping hides the example's part; at the end they let all of it go."""
     rounds, examples = 10, 4000
     method = DiceSGD(clip_norm=1.0, gradient_cap=3.0, feedback_clip=10.0 * 2.0 / examples * 1.05)
     record = record_bound(method, ExampleTerms(clip=3.0, examples=examples))
@@ -441,7 +441,7 @@ def test_at_ten_rounds_and_three_clips_feedback_costs_seven_times_the_plain_mean
     assert ratio == pytest.approx(1.0 + 2.0 * math.sqrt(10), rel=1e-3)
 
 
-# What cannot be accounted or computed is refused in one line.
+# Settings that cannot be accounted or computed are refused in one line.
 
 
 @pytest.mark.parametrize(

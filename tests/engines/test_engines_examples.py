@@ -288,7 +288,7 @@ def test_a_plan_for_another_memory_is_refused() -> None:
         make_agreement(other.config.method, plan.sampling, plan, SeededStreams(0))
 
 
-# What does not fit is refused before anything is computed.
+# Settings that do not fit are refused before anything is computed.
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def advanced(engine: Engine, of: Setting, rounds: int) -> tuple[ServerState, lis
 def test_the_sum_without_its_noise_is_that_of_the_integers_in_the_memories(
     name: str, make: Callable[[Population], Any]
 ) -> None:
-    """On integers: sum = q_1 + ... + q_n + noise; and q_i times the grid is what each memory has kept, to the bit."""
+    """On integers: sum = q_1 + ... + q_n + noise; and q_i times the grid is the memory of each client, to the bit."""
     of = made(name)
     rules, grid, engine = of.population.rules, sums_of(of).grid, make(of.population)
     size = len(of.initial_model)
@@ -166,7 +166,7 @@ def test_a_round_in_the_guard_band_changes_nothing_but_the_count(
 
 
 def test_the_memories_of_clients_and_server_agree_after_void_rounds() -> None:
-    """Without noise, v is the mean of the v_i, damped on both sides as often, whatever rounds were void."""
+    """Without noise, v is the mean of the v_i, damped on both sides as often, also after void rounds."""
     of = setting(
         EXAMPLES["alpha-normec damped"],
         trust="aggregator",
@@ -235,7 +235,7 @@ def test_a_run_with_void_rounds_is_resumed_to_the_bit_and_charged_in_full(tmp_pa
 
 
 class Forgetful(Clip21):
-    """A method from outside fedpriv that remembers what it did not round."""
+    """A method from outside fedpriv that remembers an unrounded message."""
 
     def client_rule(
         self, state: ClientMemory, signal: Tensor, release: Release | None, round: int

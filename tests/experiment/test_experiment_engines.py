@@ -387,3 +387,8 @@ def test_a_rule_of_its_own_form_with_a_memory_is_not_trusted_to_forget_noise() -
 
     assert not can_fuse(ClientRules(method=Remembers(), noise_stddev=1.0, streams=SeededStreams(0)))
     assert can_fuse(ClientRules(method=Clip21(), noise_stddev=1.0, streams=SeededStreams(0)))
+
+
+def test_every_engine_has_a_name_for_type_checkers() -> None:
+    assert set(engines.ENGINE_NAMES) == {"auto", *engines.ENGINES}
+    assert set(engines.LOCAL_ENGINES) < set(engines.ENGINE_NAMES)

@@ -109,7 +109,7 @@ def test_the_same_objects_can_be_resumed_and_others_cannot(tmp_path):
     other = net()
     with torch.no_grad():
         next(other.parameters()).add_(1.0)
-    with pytest.raises(UserError, match=r"another experiment \(sources\.model\.name is"):
+    with pytest.raises(UserError, match=r"a different experiment \(sources\.model\.name is"):
         experiment(model=other).run(tmp_path / "out", resume=True)
 
 
@@ -172,7 +172,7 @@ def test_images_of_a_hugging_face_data_set_have_channels_and_values_from_0_to_1(
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"label": None}, "^label: expected one of the columns a, b, c, d, e, disease, hospital, got no name"),
+        ({"label": None}, "^label: expected one of the columns a, b, c, d, e, disease, hospital, got a call without"),
         ({"label": "diseases"}, "^label: expected a column of the data, got 'diseases'. Did you mean 'disease'"),
         ({"client": "ward"}, "^client: expected a column of the data, got 'ward'"),
         ({"inputs": ["a", "z"]}, "^inputs: expected a column of the data, got 'z'"),
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, changes, line):
 
 def test_engines_of_other_processes_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^engine: expected auto, loop, vectorized for objects in memory, got 'ray'"):
-        experiment().run(tmp_path / "out", engine="ray")
+        experiment().run(tmp_path / "out", engine="ray")  # type: ignore[arg-type]
 
 
 def test_shown_it_names_its_parts_and_no_ones_data():

@@ -1,4 +1,4 @@
-"""Models, data and methods of one's own: a class or a function in a file, named by the config."""
+"""Own models, data and methods: a class or a function in a file, named by the config."""
 
 import subprocess
 import sys
@@ -229,7 +229,7 @@ def test_resuming_with_another_source_is_refused(folder, tmp_path_factory):
     changed = tmp_path_factory.mktemp("changed")
     for file in folder.glob("*.*"):
         (changed / file.name).write_bytes(file.read_bytes() + (b"\n" if file.name == "net.py" else b""))
-    with pytest.raises(UserError, match=r"another experiment \(sources\.model\.name is"):
+    with pytest.raises(UserError, match=r"a different experiment \(sources\.model\.name is"):
         run_experiment(load_config(changed / "own.toml"), folder / "out", resume=True)
 
 

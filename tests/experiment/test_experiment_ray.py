@@ -111,7 +111,7 @@ def test_a_run_on_workers_is_the_loops_to_the_bit_also_when_one_is_killed(tmp_pa
     assert_same_model(tmp_path / "ray", tmp_path / "loop")
     ran = json.loads((tmp_path / "ray" / "engine.json").read_text(encoding="utf-8"))
     assert (ran["engine"], ran["workers"], ran["client_noise"]) == ("ray", 2, "fused")
-    until = time.monotonic() + 60  # a worker whose driver has gone ends by itself, on a busy machine not at once
+    until = time.monotonic() + 60  # a worker without its driver ends by itself, on a busy machine not at once
     while workers_of(run.pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert workers_of(run.pid) == []

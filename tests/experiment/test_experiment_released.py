@@ -274,7 +274,7 @@ def test_a_run_that_is_resumed_with_other_data_is_refused_without_a_checksum(
 ) -> None:
     stopped(small(), tmp_path)
     monkeypatch.setattr("fedpriv.data.federation.Federation.fingerprint", 8 * "0badc0de")
-    with pytest.raises(UserError, match=r"the same privacy terms and data.*got other data") as caught:
+    with pytest.raises(UserError, match=r"the same privacy terms and data.*got different data") as caught:
         run_experiment(small(), tmp_path, engine="loop", resume=True)
     assert not re.search(r"\b[0-9a-f]{64}\b", str(caught.value))
     monkeypatch.undo()

@@ -24,6 +24,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment import run_directory as records
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config, load_config
+from fedpriv.experiment.execution import EngineName
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import FILES, RunDirectory
 from fedpriv.files import write_atomically
@@ -45,7 +46,7 @@ VARIANTS = {
     "poisson, local, sent": [*POISSON_LOCAL, "method.memory=sent"],
     "poisson, local, minibatch": [*POISSON_LOCAL, "local.work=minibatch-gradient", "local.batch_size=4"],
     "fixed, not private": [*SMALL, "cohort.sampling=fixed", "cohort.size=5", "privacy="],
-    "server optimiser, epochs": [
+    "server optimizer, epochs": [
         *SMALL,
         "server.optimizer=adam",
         *("local.work=local-epochs", "local.epochs=2", "local.client_lr=0.1", "local.batch_size=4"),
@@ -126,7 +127,7 @@ def test_noise_zero_and_everyone_is_the_run_without_privacy_to_the_bit(tmp_path:
 @pytest.mark.parametrize("engine", ["loop", "vectorized"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.sampled
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: str):
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, settings: list[str], engine: EngineName):
     config = load_config(QUICKSTART, settings)
     run_experiment(config, tmp_path / "whole", engine=engine)
     part = tmp_path / "part"
@@ -181,7 +182,7 @@ def test_a_checkpoint_of_one_engine_serves_the_other(tmp_path: Path):
 def test_a_directory_of_another_experiment_is_refused_and_untouched(tmp_path: Path):
     run_experiment(small(), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="another experiment"):
+    with pytest.raises(UserError, match="a different experiment"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
     with pytest.raises(UserError, match="--resume"):
         run_experiment(small(), tmp_path)
@@ -286,12 +287,12 @@ def test_a_summary_of_another_experiment_is_never_returned(tmp_path: Path):
         run_experiment(small("seed=8"), tmp_path)
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "digest.txt").write_text(small("seed=8").digest)
-    with pytest.raises(UserError, match="another experiment's"):
+    with pytest.raises(UserError, match="that of a different experiment"):
         run_experiment(small("seed=8"), tmp_path, resume=True)
 
 
 def test_two_runs_cannot_have_one_directory_at_once(tmp_path: Path):
-    with RunDirectory(tmp_path).locked(), pytest.raises(UserError, match="another run"):
+    with RunDirectory(tmp_path).locked(), pytest.raises(UserError, match="a folder that a run is using"):
         run_experiment(small(), tmp_path)
 
 

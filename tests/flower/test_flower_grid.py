@@ -230,7 +230,7 @@ def test_a_wrong_option_is_one_line(arguments, words, plain, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda _: "", "tool.flwr.app.components.serverapp: expected \"module:attribute\", got 'none'"),
+        (lambda _: "", 'tool.flwr.app.components.serverapp: expected "module:attribute", got a missing key'),
         (lambda text: text.replace("plain.server:app", "plain.server"), "got 'plain.server'"),
         (lambda text: text + "]", "expected valid TOML"),
         (lambda text: text.replace("plain.client:app", "plain.cliemt:app"), "No module named 'plain.cliemt'"),

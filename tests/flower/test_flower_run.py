@@ -185,7 +185,7 @@ def test_a_part_of_a_run_is_not_gone_on_with(config, tmp_path):
 def test_the_directory_of_another_experiment_is_refused(config, tmp_path):
     other = parse_config({**TABLES, "seed": 8})
     RunDirectory(tmp_path).claim(other.to_toml(), other.digest, resume=False)
-    with pytest.raises(ValueError, match="another experiment"):
+    with pytest.raises(ValueError, match="a different experiment"):
         run_with_flower(config, tmp_path, resume=True)
 
 

@@ -129,7 +129,7 @@ def test_every_message_is_bounded_in_every_state(noisy: bool) -> None:
 @every_method
 @every_dtype
 def test_bounded_messages_use_the_room_that_they_have(method: Method, dtype: torch.dtype) -> None:
-    """In the second of two equal rounds: what clipping cut off in the first may be a part of the message."""
+    """In the second of two equal rounds: the part that clipping cut off in the first may be in the message."""
     state, signal = fresh_clients(method, CLIENTS, SIZE, dtype), 1e6 * normal(2, CLIENTS, SIZE, dtype=dtype)
     _, state = method.client_rule(state, signal, None, 1)
     message, _ = method.client_rule(state, signal, None, 2)

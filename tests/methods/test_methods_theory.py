@@ -449,7 +449,7 @@ class TestDrift:
     """Local steps on f_i(x) = a_i (x - b_i)^2 / 2: after K steps of length h, x - T_i(x) = w_i (x - b_i).
 
     Here w_i = 1 - (1 - h a_i)^K, so FedAvg stops at sum w_i b_i / sum w_i, for any server step. SCAFFOLD stops at the
-    optimum sum a_i b_i / sum a_i, where control variates are the clients' gradients and no corrected step moves.
+    optimum sum a_i b_i / sum a_i, if control variates are the clients' gradients and no corrected step moves.
     """
 
     CURVES = torch.tensor([[0.5], [1.0], [4.0]], dtype=torch.float64)

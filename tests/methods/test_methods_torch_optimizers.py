@@ -1,4 +1,4 @@
-"""PyTorch's optimizers at the server: their steps, what they keep, and those that are refused."""
+"""PyTorch's optimizers at the server: their steps, their memories, and refused ones."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_what_needs_more_than_directions_is_refused(name, options, line):
 
 
 class LooksAhead(torch.optim.SGD):
-    """Every sixth step goes back half the way to where the parameters were: it looks at them late."""
+    """Every sixth step goes back half the way to the earlier parameters: it looks at them late."""
 
     def step(self, closure=None):
         loss = super().step(closure)

@@ -1,4 +1,4 @@
-"""Methods are generic in their states: a type checker tells them apart, and rules are written for their own."""
+"""Methods are generic in their states: a type checker distinguishes them, and rules are written for their own."""
 
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 

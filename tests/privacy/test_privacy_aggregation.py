@@ -1,4 +1,4 @@
-"""Secure aggregation in plans: the grid, the shares, the proof about their sums, and what is promised to whom."""
+"""Secure aggregation in plans: the grid, the shares, the proof about their sums, and the promises to each adversary."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_any_number_of_survivors_has_the_noise_of_the_plan(
 
 
 def test_drawn_shares_of_the_fewest_honest_clients_have_the_noise_of_the_plan() -> None:
-    """The deviation of 4,000 numbers is within 6 %, five of its own deviations; without `- c` it would be 22 % less."""
+    """The deviation of 4,000 numbers is within 6 %, five standard errors; without `- c` it would be 22 % less."""
     terms = Aggregation(helpers=1, least_survivors=10, colluders=4, most=12, size=4_000)
     plan = plan_of(terms)
     sums = IntegerSums(grid=plan.sums.step, limit=plan.sums.limit, least=10) if plan.sums else None
@@ -161,7 +161,7 @@ def test_the_difference_to_a_gaussian_is_charged_and_refused_where_it_could_be_s
 
 @pytest.mark.parametrize("adjacency", ["replace", "add-or-remove"])
 def test_three_adversaries_have_their_own_epsilon(adjacency: str) -> None:
-    """All helpers together see what a server sees under local trust; more honest shares promise more."""
+    """All helpers together see as much as a server under local trust; more honest shares promise more."""
     plan = plan_of(adjacency=adjacency)
     sums, colluders, alone = plan.adversaries()
     assert [one["name"] for one in (sums, colluders, alone)] == ["sums", "colluders", "all-helpers"]

@@ -103,7 +103,7 @@ def test_dp_sgd_costs_no_more_than_its_authors_published() -> None:
     assert 0.7 * 1.26 < made.epsilon < 1.26
 
 
-# What a record can change, attacked.
+# The influence of a record, attacked.
 
 
 @pytest.mark.parametrize("kind", ["clip", "normalize"])
@@ -162,7 +162,7 @@ def test_the_sensitivity_of_a_memory_is_nearly_reached() -> None:
 
 
 def test_a_record_of_one_round_is_charged_for_the_rounds_after_it() -> None:
-    """The releases after the only round with the record still tell it: a charge of one release would be exceeded."""
+    """The releases after the only round with the record still reveal it: a charge of one release would be exceeded."""
     beta, rounds, moved, wide = 0.9, 40, 1.0, 10.0
     record = remembered(terms=terms(examples=2, clip=moved), l2_bound=wide, beta=beta)
     difference, total = 0.0, 0.0
@@ -198,7 +198,7 @@ def test_a_feedback_step_that_is_too_long_gets_the_trivial_bound(beta: float, da
 
 
 def test_sampling_of_clients_is_credited_as_a_count_and_never_as_a_rate() -> None:
-    """fl4health's formula, the product of the rates, states 0.58 where a mixture of counts is 4.26 (one round)."""
+    """fl4health's formula, the product of the rates, states 0.58, and a mixture of counts is 4.26 (one round)."""
     record = RecordBound(terms=terms(rate=0.1, steps=50), l2_bound=1.0)
     one = plan(record, adjacency="add-or-remove", rounds=1, noise_multiplier=1.0)
     event = dpa.PoissonSampledDpEvent(0.1 * 0.1, dpa.GaussianDpEvent(1.0))

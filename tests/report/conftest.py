@@ -45,7 +45,7 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     failed = root / "trials" / "0badc0ffee00"
     failed.mkdir()
     (failed / "failure.json").write_text(
-        json.dumps({"reason": "data.clients: expected <i>fewer</i></script><b>, got 1e9. Mend it."})
+        json.dumps({"reason": "data.clients: expected <i>fewer</i></script><b>, got 1e9. Fix it."})
     )
     (root / "trials.csv").write_text(
         "trial,status,method.server_lr,reason\n0badc0ffee00,failed,0.7,\n"

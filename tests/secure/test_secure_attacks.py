@@ -20,7 +20,7 @@ VICTIM = 2
 
 
 def forged(world: World, victim: Masked, sign: Callable[[int, bytes], bytes]) -> tuple[Query, dict[int, bytes]]:
-    """Return a query with the victim's box and boxes of the server's own under the other clients' names.
+    """Return a query with the victim's box and boxes that the server made under the other clients' names.
 
     Args:
         world: The parties.
@@ -64,7 +64,7 @@ def test_a_server_cannot_isolate_a_victim_with_boxes_of_its_own(
     ]
     attempts = [forged(world, victim, sign) for sign in forgeries]
     for query, _ in attempts:
-        with pytest.raises(UserError, match="expected each client's signature of its seed and the facts, got another"):
+        with pytest.raises(UserError, match="each client's signature of its seed and the facts, got a wrong one"):
             world.helper().answer(query)
     # Without the check, the attack works.
     monkeypatch.setattr(Sealed, "is_signed_by", lambda *_: True)
@@ -108,7 +108,7 @@ class TestClientsOfAQuery:
         world = World(tmp_path)
         query = world.query(range(4))
         copied = replace(query.members[0], client=1)
-        with pytest.raises(UserError, match="got another for client 1"):
+        with pytest.raises(UserError, match="got a wrong one for client 1"):
             world.helper().answer(replace(query, members=(query.members[0], copied, *query.members[2:])))
 
     def test_puppets_are_unknown_to_the_helper(self, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ class TestFactsOfAQuery:
         query, other = world.query(), world.message(3, facts=world.at(**change)).sealed[0]
         replaced = Member(client=3, box=other.box, signature=other.signature)
         asked = replace(query, members=(*query.members[:3], replaced, query.members[4]))
-        with pytest.raises(UserError, match="got another for client 3"):
+        with pytest.raises(UserError, match="got a wrong one for client 3"):
             world.helper().answer(asked)
 
     def test_a_box_of_other_facts_is_refused_with_a_good_signature_too(self, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ class TestFactsOfAQuery:
         content = signed_bytes(box, world.facts.context(3, key.identity, key.key))
         replaced = Member(client=3, box=box, signature=signing_key("client 3").sign(content))
         asked = replace(query, members=(*query.members[:3], replaced, query.members[4]))
-        with pytest.raises(UserError, match="expected a sealed seed of these facts, got another for client 3"):
+        with pytest.raises(UserError, match="expected a sealed seed of these facts, got a wrong one for client 3"):
             world.helper().answer(asked)
 
     def test_a_box_for_another_run_is_refused(self, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ class TestDifferences:
         answer = world.helper().answer(query)
         for position in range(5):
             rest = (*query.members[:position], *query.members[position + 1 :])
-            with pytest.raises(UserError, match="expected the query that was answered, got another one"):
+            with pytest.raises(UserError, match="expected the query that was answered, got a different query"):
                 world.helper().answer(replace(query, members=rest))
         assert world.helper().answer(query).to_bytes() == answer.to_bytes()
 

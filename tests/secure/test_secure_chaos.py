@@ -67,7 +67,7 @@ class Chaos:
             log_module.replace_durably = original
 
     def ask(self, j: int, query: Query) -> Answer | None:
-        """Ask a helper, which may be killed, or whose question or answer may be lost."""
+        """Ask a helper; it may be killed, and the question or the answer may be lost."""
         if self.random.random() < 0.15:
             return None
         try:

@@ -146,7 +146,7 @@ class TestAnswers:
         closed = world.closed([world.message(client) for client in range(3)])
         answers = [world.helper(j).answer(world.query_of(closed, j)) for j in range(2)]
         for given in ([], answers[:1], answers[1:]):
-            with pytest.raises(UserError, match=r"answer of helper .*: expected the answer about round 1, got none"):
+            with pytest.raises(UserError, match=r"answer of helper .*: expected an answer about round 1, got silence"):
                 closed.total(given, MAX_TOTAL)
         np.testing.assert_array_equal(closed.total(reversed(answers), MAX_TOTAL), expected(range(3)))
 

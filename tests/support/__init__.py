@@ -1,1 +1,1 @@
-"""What tests of several rooms share: small federations, example methods, clocks, trusts, reference formulas."""
+"""Shared parts of tests of several folders: small federations, example methods, clocks, trusts, reference formulas."""

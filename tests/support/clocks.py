@@ -27,7 +27,7 @@ SCHEDULES: dict[str, tuple[Schedule, str]] = {
 """By name: the rule, and the cohorts under it."""
 
 FREE = tuple(name for name in SCHEDULES if not name.startswith("rounds"))
-"""Those whose timeline is accounted."""
+"""Those with an accounted timeline."""
 
 
 def sampling_of(cohort: str, clients: int) -> Sampling:

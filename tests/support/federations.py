@@ -35,7 +35,7 @@ def ragged_digits(clients: int = 12) -> Federation:
 
 @dataclasses.dataclass(frozen=True)
 class AnyFederation:
-    """A federation without checks: client i holds `parts[i]`, also nothing, also what another holds."""
+    """A federation without checks: client i holds `parts[i]`, also nothing, also rows of another client."""
 
     dataset: Dataset
     parts: Sequence[np.ndarray]

@@ -1,4 +1,4 @@
-"""What several tests share: an example of every method, adversarial numbers, exact norms, two-sided statistics."""
+"""Shared parts of several tests: an example of every method, adversarial numbers, exact norms, two-sided statistics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -85,7 +85,7 @@ EXAMPLES: dict[str, Method] = {
         CenteredClip(bound="normalize", alpha=0.5, server_lr=0.1), Momentum(momentum=0.5)
     ),
 }
-"""Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
+"""Name of the method, as in the table of all, and the difference of this example. Every method needs one."""
 
 WITH_SIDE_VALUES: dict[str, Method] = {
     "dp-fedavg with an adaptive bound": with_side_values(DPFedAvg(clip_norm=0.5, server_lr=0.5), AdaptiveBound()),
@@ -105,7 +105,7 @@ LINEAR = {
     if not isinstance(method, DIFF2)
     and (not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum))
 }
-"""Those whose server rule is linear, but for the direction of a normalized step: adaptive steps are not, nor are
+"""Those with a linear server rule, except for the direction of a normalized step: adaptive steps are not, nor are
 differences, which count by the length of the last step."""
 
 WITH_MEMORY = {name: method for name, method in EXAMPLES.items() if "memory" in method.init_client(1)._fields}
@@ -138,7 +138,7 @@ def rows(
 
 
 def within(vector: Tensor, bound: float) -> bool:
-    """Whether ||vector||_2 <= bound, in exact arithmetic; no if a coordinate is not finite."""
+    """Return True if ||vector||_2 <= bound, in exact arithmetic; False if a coordinate is not finite."""
     return bool(torch.isfinite(vector).all()) and squared_norm(vector) <= Fraction(bound) ** 2
 
 
@@ -148,7 +148,7 @@ def squared_norm(vector: Tensor) -> Fraction:
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal to the bit, NaN and the sign of zero included."""
+    """Return True if two tensors are equal to the bit, NaN and the sign of zero included."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return first.detach().numpy().tobytes() == second.detach().numpy().tobytes()
@@ -200,7 +200,7 @@ def descend(
     """Server states and clients' messages of rounds with everyone, full gradients and no noise.
 
     Args:
-        method: What is run.
+        method: The method to run.
         gradients: The clients' gradients `[clients, params]` at a model `[params]`.
         start: The first model.
         rounds: How many.

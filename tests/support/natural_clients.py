@@ -1,4 +1,4 @@
-"""Data sets with natural clients as files that a test writes, and what one client may change in them."""
+"""Data sets with natural clients as files that a test writes, and the changes that one client may make in them."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ import numpy as np
 from fedpriv.data.natural_files import ALPHABET, CODES, HOSPITALS, QUANTITIES
 
 CHANGED = 1
-"""The client whose data change, by its place among all natural clients."""
+"""The client with changing data, by its place among all natural clients."""
 
-# What natural clients hold before any file: of each client its rows, each a row of the file that is written.
+# Data of natural clients before any file: of each client its rows, each a row of the file that is written.
 Rows = dict[int, list[Any]]
 
 
@@ -36,7 +36,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def write_play(root: Path, held: Rows) -> None:
-    """Speakers take turns; whoever has nothing left to say still has a heading."""
+    """Speakers take turns; one with nothing left to say still has a heading."""
     (root / "tinyshakespeare").mkdir(parents=True)
     turns = itertools.zip_longest(*held.values(), fillvalue="")
     speeches = [f"{'ABCDEF'[number]}:\n{said}" for turn in turns for number, said in enumerate(turn)]
@@ -69,7 +69,7 @@ def write_writers(root: Path, held: Rows) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A data set with natural clients: how many, what a row is, how its label is changed, how files are written."""
+    """A data set with natural clients: number of clients, content of a row, change of a label, writing of files."""
 
     clients: int
     row: Callable[[random.Random], Any]

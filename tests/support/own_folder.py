@@ -41,7 +41,7 @@ import numpy as np
 
 
 def load(people: int = 3, examples: int = 24):
-    """Each person has a light of their own."""
+    """Each person has their own light."""
     rng = np.random.default_rng(0)
     rows = people * examples
     labels = rng.integers(0, 4, rows)

@@ -1,4 +1,4 @@
-"""The methods once more, written from the papers in plain numpy and float64: what the product is compared with.
+"""The methods once more, written from the papers in plain numpy and float64, to compare the product with.
 
 Nothing of the product is imported here. Everything is a loop over clients, and a client that is not in the cohort
 still shrinks its damped memory in every round, as the definition says.
@@ -12,11 +12,11 @@ Array = np.ndarray
 Gradients = Callable[[Array], Array]
 """From a model `[params]` to the clients' gradients `[clients, params]`."""
 Turn = Callable[[Array], Array]
-"""A server optimiser: from a method's direction `[params]` to the one that is taken."""
+"""A server optimizer: from a method's direction `[params]` to the one that is taken."""
 
 
 def as_it_is(direction: Array) -> Array:
-    """No server optimiser."""
+    """No server optimizer."""
     return direction
 
 
@@ -65,7 +65,7 @@ def clip(vector: Array, radius: float) -> Array:
 
 
 class Rounds:
-    """Who takes part in each round with what noise; `[rounds]` of client lists and of `[clients, params]`."""
+    """Participants and noise of each round; `[rounds]` of client lists and of `[clients, params]`."""
 
     def __init__(
         self, count: int, clients: int, prob: float = 1.0, cohorts: Sequence[Array] = (), noise: Sequence[Array] = ()
@@ -246,7 +246,7 @@ class SoftmaxRegression:
         return float(-log_scores[np.arange(len(y)), y].mean())
 
     def walk(self, x: Array, client: int, lr: float, batches: Sequence[Array]) -> Array:
-        """Where steps of length `lr` on one client's batches lead from x."""
+        """Return the end of steps of length `lr` on one client's batches lead from x."""
         for batch in batches:
             x = x - lr * self.gradient(x, client, batch)
         return x

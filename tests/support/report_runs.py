@@ -17,7 +17,7 @@ DEVICES: dict[str, Any] = {
 
 
 def run_trial(out: Path, method: dict[str, Any], *, seed: int = 1, rounds: int = 3, **tables: Any) -> Path:
-    """Runs a small experiment into `out`, or into a folder of its own below `out/trials` if `out` is there."""
+    """Runs a small experiment into `out`, or into a separate folder below `out/trials` if `out` is there."""
     data = {"name": "digits", "clients": 20, "partition": "dirichlet", "concentration": 0.3, **tables.pop("data", {})}
     config = parse_config(
         {

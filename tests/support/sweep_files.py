@@ -28,7 +28,7 @@ rounds = 3
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials one after the other in this process, for what other processes have no part in."""
+    """Trials one after the other in this process, for tests without other processes."""
 
     def one_by_one(jobs: Iterable[Job], at_once: int, *, threads: int) -> Generator[Began | Ended | None]:
         assert at_once >= 1 <= threads

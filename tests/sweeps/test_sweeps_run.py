@@ -498,3 +498,14 @@ def test_a_sweep_whose_output_is_a_file_writes_a_line_from_time_to_time(
         table(state)
         shown = capsys.readouterr().err
     assert shown.count("2 of 10 trials: 2 done, 0 failed") == 1
+
+
+def test_an_engine_that_trials_cannot_use_is_refused_before_any_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sweep_file(tmp_path, GRID)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(path), "--out", str(tmp_path / "out"), "--engine", "ray"])
+    assert ended.value.code == 2
+    assert "--engine: expected auto or loop or vectorized, got 'ray'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def test_median_rule_is_its_definition() -> None:
     rule = Median(grace=2, least=3)
     others = [curve(0.1, 0.3, 9.0), curve(0.3, 0.3, 9.0), curve(0.6, 0.6)]
     assert rule.verdict(curve(0.1, 0.29), others, 2) is not None
-    assert rule.verdict(curve(0.3, 0.1), others, 2) is None, "the best so far counts, and an equal one goes on"
+    assert rule.verdict(curve(0.3, 0.1), others, 2) is None, "the best so far counts, and an equal one continues"
     assert rule.verdict(curve(0.0, 0.0), others[:2], 2) is None, "too few"
     assert rule.verdict([], others, 2) is None
     assert [n for n in range(12) if Median(grace=4, every=3).looks(n)] == [4, 7, 10]
@@ -52,7 +52,7 @@ def test_halving_keeps_the_best_part_at_its_rungs() -> None:
     rule = Halving(grace=2, factor=3, least=3)
     assert [n for n in range(60) if rule.looks(n)] == [2, 6, 18, 54]
     others = [curve(0.0, figure, 9.0) for figure in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    assert rule.verdict(curve(0.9, 0.45), others, 2) is None, "second of six, of which two go on"
+    assert rule.verdict(curve(0.9, 0.45), others, 2) is None, "second of six, of which two continue"
     assert rule.verdict(curve(0.9, 0.35), others, 2) is not None
     assert rule.verdict(curve(0.0, 0.0), others[:2], 2) is None, "too few"
     assert rule.verdict(curve(0.0, 0.5), others, 2) is None, "the first of equals"

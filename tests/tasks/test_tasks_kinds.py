@@ -1,4 +1,4 @@
-"""Tasks: the loss of each example, their gradients in every engine, what labels must look like, and metrics."""
+"""Tasks: the loss of each example, their gradients in every engine, checks of labels, and metrics."""
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ FLAGS = whole(2, N, V).float()
 
 
 def absolute(outputs: Tensor, labels: Tensor, power: float = 1.0) -> Tensor:
-    """Return a loss of one's own."""
+    """Return an own loss."""
     return (outputs[:, 0] - labels).abs() ** power
 
 

@@ -111,7 +111,7 @@ CASES = {
 
 
 def drawn(layer: nn.Module, shape, examples: int = 6, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A net around the layer whose derivatives by the layer's outputs differ by example, inputs and labels."""
+    """A net around the layer; its derivatives by the layer's outputs differ by example, inputs and labels."""
     torch.manual_seed(seed)
     for parameter in layer.parameters():
         parameter.data.normal_(std=0.3)

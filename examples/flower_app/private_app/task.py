@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def new_model() -> nn.Module:
-    """A linear classifier of 8x8 images, the same at every start."""
+    """Return a linear classifier of 8x8 images, the same at every start."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -14,12 +14,12 @@ def new_model() -> nn.Module:
 
 
 def load_data() -> tuple[Tensor, Tensor]:
-    """All images and labels."""
+    """Return all images and labels."""
     digits = load_digits()
     return torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
 
 
 def load_partition(partition: int, clients: int) -> tuple[Tensor, Tensor]:
-    """The images and labels of one client."""
+    """Return the images and labels of one client."""
     images, labels = load_data()
     return images[partition::clients], labels[partition::clients]

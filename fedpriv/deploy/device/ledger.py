@@ -176,11 +176,18 @@ class Ledger:
 def surely_within(
     entries: Sequence[Entry], epsilon: float, delta: float, adjacency: Adjacency, unit: UnitName = "client"
 ) -> bool:
-    """Return whether a simple bound shows that the releases cost at most `epsilon` at `delta`.
+    """Return True if a simple bound shows that the releases cost at most `epsilon` at `delta`.
 
     The bound is zero-concentrated privacy, Bun and Steinke 2016, propositions 1.3 and 1.6: Gaussian noise is rho-zCDP
     with rho = mu^2 / 2, which is (rho + 2 sqrt(rho log(1 / delta)), delta)-private. It avoids an accountant, which
     takes seconds to load, and whose lower epsilon matters only near the limit.
+
+    Args:
+        entries: Releases.
+        epsilon: The limit.
+        delta: Delta of all releases together.
+        adjacency: See `spent`.
+        unit: See `spent`.
     """
     if not all(entry.charges_participations for entry in entries):
         return False

@@ -61,6 +61,15 @@ def masks_of(
 ) -> Masks | None:
     """Return the masks for the message of some instructions that the policy accepts; None for other trusts.
 
+    Args:
+        policy: The client's policy, with the helpers that it pins.
+        home: Folder of the node, with the client's signing key.
+        instructions: The instructions.
+        terms: Terms of the run, with the helpers' keys.
+        model: The model, `[params]`.
+        plan: Plan of the terms; None without privacy.
+        shared: The vector beside the model, `[params]`; None if the method has none.
+
     Raises:
         Refusal: If the helpers are not those that the policy pins.
         UserError: If the client's signing key cannot be read.
@@ -74,6 +83,6 @@ def masks_of(
     except (UserError, ValueError) as error:
         remedy = "Compare [aggregation] helpers in this client's policy with the helpers' operators"
         expected = "one signed key from each helper that the policy pins"
-        raise Refusal("policy", "helpers", expected, f"others ({error})", remedy) from None
+        raise Refusal("policy", "helpers", expected, f"different ones ({error})", remedy) from None
     facts = facts_of(instructions, terms, model, plan, shared)
     return Masks(facts, instructions.client, read_signing_key(home / SIGNING_FILE), helpers, pinned)

@@ -91,7 +91,16 @@ class Record:
     def answered(
         self, turn: int, state: Fields, request: str, reply: Tensor, ledger_lines: int, ledger_hash: str
     ) -> "Record":
-        """Return the record with an answer that is recorded in the ledger and about to be sent."""
+        """Return the record with an answer that is recorded in the ledger and about to be sent.
+
+        Args:
+            turn: The turn of the answer.
+            state: The client's memory after the answer; it takes effect if the message counts.
+            request: Digest of the request; only the same request gets these bytes again.
+            reply: The answer.
+            ledger_lines: Lines of the ledger, with that of this answer.
+            ledger_hash: Hash of the last of these lines.
+        """
         sent = {"pending_turn": turn, "pending": state, "request": request, "reply": reply}
         return replace(self, **sent, ledger_lines=ledger_lines, ledger_hash=ledger_hash)
 

@@ -83,7 +83,12 @@ def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
     found = read_arrays(path)
     remedy = "Write it with numpy.savez(path, inputs=..., labels=..., classes=...)"
     if "classes" not in found:
-        raise UserError(str(path), "inputs, labels and classes", f"only {', '.join(found) or 'nothing'}", remedy)
+        raise UserError(
+            str(path),
+            "inputs, labels and classes",
+            f"the arrays {', '.join(found)}" if found else "an empty file",
+            remedy,
+        )
     inputs = found.get("inputs")
     if isinstance(inputs, np.ndarray) and (inputs.ndim < 2 or inputs.dtype.kind in "iu"):
         got = f"{inputs.dtype} of shape {list(inputs.shape)}"

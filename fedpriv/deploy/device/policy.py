@@ -71,7 +71,7 @@ adjacency = "replace"
 [aggregation]
 # Identity keys of the helpers of secure aggregation, from their operators: all of them, and no other, must take part.
 helpers = [$helpers]
-least_survivors = 2         # minimum number of clients in a sum; helpers have a minimum of their own
+least_survivors = 2         # minimum number of clients in a sum; helpers have another minimum
 colluders = 0               # least number of colluding clients that the noise must withstand
 min_share_multiplier = 0.0  # minimum of this client's own noise over l2 sensitivity, against server and all helpers
 
@@ -294,6 +294,11 @@ class Policy:
     def check(self, instructions: ClientInstructions, terms: RunTerms, parameters: int) -> PrivacyPlan | None:
         """Return the privacy plan of the terms; None without a privacy guarantee.
 
+        Args:
+            instructions: Instructions from the server, which is not trusted.
+            terms: Terms of the run, from the same message.
+            parameters: Number of parameters of the model.
+
         Raises:
             Refusal: If the instructions exceed the policy, or have less noise than the terms require.
         """
@@ -303,7 +308,7 @@ class Policy:
         if instructions.seed is not None:
             raise _no("seed", "noise from this client's operating system", "a seed in the instructions")
         if instructions.turn or instructions.grid:
-            raise _no("grid", "the grid and the turn of the terms", "others in the instructions")
+            raise _no("grid", "the grid and the turn of the terms", "a grid or a turn in the instructions")
         if instructions.diagnostics:
             raise _no("diagnostics", "requests for messages only", "a request for norms of signals without noise")
         _among("accepts.methods", method_name(instructions.method), self.accepts.methods)
@@ -405,13 +410,13 @@ def _check_examples(instructions: ClientInstructions, plan: PrivacyPlan) -> None
     """Raise a `Refusal` unless gradients are bounded and noised as the terms promise for single examples."""
     asked, record = instructions.example_terms, plan.record
     if asked != (None if record is None else record.terms):
-        raise _no("examples", "gradients bounded as in the terms", instructions.examples or "no bound")
+        raise _no("examples", "gradients bounded as in the terms", instructions.examples or "gradients without a bound")
     if record is None:
         if instructions.step_stddev != 0.0:
             raise _no("step_stddev", "no noise on local steps", instructions.step_stddev)
         return
     if not record.terms.declared:
-        raise _no("examples", "a public number of examples in the terms (privacy.examples)", "none")
+        raise _no("examples", "a public number of examples in the terms (privacy.examples)", "terms without it")
     if record != record_bound(instructions.method, record.terms):
         raise _no("record", "the sensitivity of this method", plan.record)
     needed = plan.noise_stddev if record.route == "steps" else 0.0

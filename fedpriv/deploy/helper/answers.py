@@ -25,7 +25,9 @@ def answer_query(message: Message, context: Context) -> Message:
     try:
         home = context.node_config.get(HELPER_HOME)
         if not home:
-            raise UserError("node", "a helper of secure aggregation", "another node", "Ask a helper")
+            raise UserError(
+                "node", "a helper of secure aggregation", "a node without a helper's folder", "Ask a helper"
+            )
         return Message(helper_content(*_answered(message, Path(str(home)))), reply_to=message)
     except UserError as error:
         _log.warning("refused: %s", error)
@@ -50,4 +52,4 @@ def _run_of(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise UserError("run", "a name", "other bytes", "Use the same version everywhere") from None
+        raise UserError("run", "a name in UTF-8", repr(content[:20]), "Use the same version everywhere") from None

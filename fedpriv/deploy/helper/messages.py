@@ -44,7 +44,8 @@ def question_of(message: RecordDict) -> tuple[Question, bytes]:
     asked, content = (None, None) if record is None else (record.get(_ASKED), record.get(_CONTENT))
     question = _QUESTIONS.get(asked) if isinstance(asked, str) else None
     if question is None or not isinstance(content, bytes):
-        raise UserError("message", "a question to a helper", "another content", "Use the same version everywhere")
+        got = f"records {sorted(message)} with the action {asked!r}"
+        raise UserError("message", "a question to a helper", got, "Use the same version everywhere")
     return question, content
 
 

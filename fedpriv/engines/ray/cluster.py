@@ -166,7 +166,7 @@ def _probe(host: str, port: int, address: str) -> str | None:
     try:
         socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
     except OSError as error:
-        return f"no answer ({error.strerror or error})"
+        return f"a failed connection ({error.strerror or error})"
     try:
         done = subprocess.run([sys.executable, "-c", _PROBE, address], capture_output=True, timeout=_PROBE_SECONDS)
     except subprocess.TimeoutExpired:

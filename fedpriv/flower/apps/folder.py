@@ -63,7 +63,7 @@ class AppFolder:
                 raise UserError(
                     f"{file}: tool.flwr.app.components.{name}",
                     '"module:attribute"',
-                    repr(components.get(name, "none")),
+                    repr(components[name]) if name in components else "a missing key",
                     "Set it to the place of the app object",
                 )
         config = _flat(app.get("config", {}), f"{file}: tool.flwr.app.config")

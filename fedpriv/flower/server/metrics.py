@@ -101,7 +101,7 @@ def _mean(values: Mapping[int, Value], weights: Mapping[int, float]) -> float | 
 
 
 def total_of_answers(summed: Tensor, answers: list[RecordDict]) -> Total:
-    """The sum with the figures that clients reported about their signals, if they were asked to."""
+    """Return the sum with the diagnostics that clients reported about their signals, if they were asked to."""
     reports = [content.metric_records.get(DIAGNOSTICS, MetricRecord()).get("signal-norm") for content in answers]
     norms = [float(norm) for norm in reports if isinstance(norm, int | float)]
     finite = [norm for norm in norms if math.isfinite(norm)]
@@ -110,5 +110,5 @@ def total_of_answers(summed: Tensor, answers: list[RecordDict]) -> Total:
 
 
 def metrics_of_app(content: RecordDict) -> RecordDict:
-    """An answer's metrics but for those that fedpriv's own client adds."""
+    """Return an answer's metrics without those that fedpriv's own client adds."""
     return RecordDict({name: record for name, record in content.metric_records.items() if name != DIAGNOSTICS})

@@ -183,7 +183,7 @@ def _numbered(nodes: Sequence[int], ids: Sequence[int | None]) -> list[int]:
         raise UserError(
             "partition-id of the nodes",
             f"each of 0 to {len(nodes) - 1} once",
-            ", ".join("none" if i is None else str(i) for i in ids[:20]),
+            ", ".join("a missing one" if i is None else str(i) for i in ids[:20]),
             'Start each SuperNode with its own --node-config "partition-id=I"',
         )
     return [node for _, node in sorted(zip(known, nodes, strict=True))]

@@ -275,7 +275,7 @@ class PerExample:
         if together.shape != alone.shape or not torch.allclose(together, alone, 1e-3, 1e-4, equal_nan=True):
             expected = "outputs of each example that depend on it alone"
             remedy = "Remove layers that mix examples or draw random numbers: a bound for one example needs this"
-            raise UserError("model", expected, "others beside other examples", remedy)
+            raise UserError("model", expected, "outputs that change beside different examples", remedy)
 
 
 _PROBE = 3

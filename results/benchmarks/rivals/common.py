@@ -1,4 +1,4 @@
-"""What the adapters of the rivals share: the way to `workloads`, and the private mean for rivals that have none."""
+"""Shared parts of the rivals' adapters: the way to `workloads`, and the private mean for rivals that have none."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ class Enough(Exception):  # noqa: N818
 
 
 def private_step(model: Sequence[Tensor], clients: Iterable[Sequence[Tensor]], work: Workload) -> None:
-    """Moves `model`, a list of parameters, in place by the mean of the clipped updates, with noise.
+    """Move `model`, a list of parameters, in place by the mean of the clipped updates, with noise.
 
     Written as a user of the rival would: one pass for each client, in place, no copies kept.
 

@@ -1,4 +1,4 @@
-"""The Flower app that `run_flower.py` submits: what a user would write, with Flower's own privacy.
+"""The Flower app that `run_flower.py` submits, as a user would write it, with Flower's own privacy.
 
 Flower's federated averaging inside its wrapper for central privacy with fixed clipping at the server. The client keeps
 module and data from one message to the next, and takes one SGD step of length 1 on all its examples.
@@ -22,7 +22,7 @@ client = ClientApp()
 
 
 def job_of(context: Context) -> Job:
-    """The job that was submitted."""
+    """Return the job that was submitted."""
     found = context.run_config
     workload = WORKLOADS[str(found["workload"])]
     check = bool(found["check"])
@@ -44,7 +44,7 @@ class Timer:
         self._start, self._clock, self._done = flat(module), Clock(job), False
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Marks the end of a round."""
+        """Mark the end of a round."""
         self._clock.tick()
         if self._clock.done() and not self._done:
             self._done = True
@@ -59,7 +59,7 @@ class Timer:
 
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Runs rounds; whoever submitted the app ends it once the answer is there."""
+    """Run rounds; the process that submitted the app ends it once there is an answer."""
     job = job_of(context)
     work, module = job.workload, job.workload.module()
     share = work.cohort / work.clients
@@ -75,7 +75,7 @@ def serve(grid: Grid, context: Context) -> None:
 
 @lru_cache(maxsize=1)
 def _material(name: str, check: bool, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """Module and data, once in a process."""
+    """Return module and data, once in a process."""
     one_thread()
     workload = WORKLOADS[name].checked() if check else WORKLOADS[name]
     return workload.module(), *workload.data(seed)
@@ -83,7 +83,7 @@ def _material(name: str, check: bool, seed: int) -> tuple[nn.Module, Tensor, Ten
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """One step, or none where clients compute nothing."""
+    """Take one step, or none if clients compute nothing."""
     job = job_of(context)
     module, inputs, labels = _material(job.workload.name, job.check, job.seed)
     received = message.content["arrays"].to_torch_state_dict()

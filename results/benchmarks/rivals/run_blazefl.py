@@ -2,7 +2,8 @@
 
 It asks for Python 3.12 and is installed on 3.11 against that; nothing that is used here needs more. It has no privacy:
 clip, sum, noise and step are written into its server handler. Its data loader is one whole batch, without copying. It
-forks its processes anew each round; what torch imports late is imported here first, or each would spend seconds on it.
+forks new processes each round. Late imports of torch are done here first; otherwise each process would spend seconds on
+them.
 """
 
 import tempfile
@@ -22,7 +23,7 @@ from workloads import CONSTANT, Job, Workload, flat, one_thread, parse_job, run_
 
 
 class Loader(list):
-    """One whole batch; the attribute is what BlazeFL's workers ask for."""
+    """One whole batch, with the attribute that BlazeFL's workers read."""
 
     dataset = None
 
@@ -116,7 +117,7 @@ def make_trainer(job: Job, data: Data, selector: Selector, folder: Path):  # noq
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
     job, _ = parse_job()
     one_thread()
     work, data = job.workload, Data(job)

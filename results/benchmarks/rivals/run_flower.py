@@ -47,7 +47,7 @@ class BenchmarkRun(FlowerRun):
 
 
 def run(job: Job, home: Path) -> str:
-    """The answer of a whole `flwr run`; no process of it is left."""
+    """Return the answer of a whole `flwr run`; no process of it is left."""
     out = home / "answer.json"
     config = {
         "workload": job.workload.name,
@@ -69,7 +69,7 @@ def run(job: Job, home: Path) -> str:
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
     job, _ = parse_job()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory(prefix="fp-bench-") as home:

@@ -1,7 +1,8 @@
 """FLSim 0.1.0: its synchronous trainer with its server for client-level privacy; one process; patched to run.
 
-The patch, at run time: Python 3.11 refuses its configs, whose defaults are instances of other configs, so that its
-classes are made hashable while it is imported. Its accounting after every round stays on, because it has no switch.
+The patch, at run time: Python 3.11 refuses its configs, because their defaults are instances of other configs.
+Therefore its classes are made hashable while it is imported. Its accounting after every round stays on, because it has
+no switch.
 """
 
 # ruff: noqa: E402 - the patch must come first
@@ -20,7 +21,7 @@ _dataclass = dataclasses.dataclass
 
 
 def _hashable(cls=None, /, **options):
-    """As `dataclass`, and makes FLSim's classes hashable."""
+    """Do as `dataclass`, and make FLSim's classes hashable."""
     if cls is None:
         return functools.partial(_hashable, **options)
     more = {"unsafe_hash": True} if cls.__module__.startswith("flsim") else {}
@@ -43,7 +44,7 @@ dataclasses.dataclass = _dataclass
 
 
 class Model(IFLModel):
-    """The workload's module with what FLSim asks for."""
+    """The workload's module with the methods that FLSim calls."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -74,7 +75,7 @@ class Model(IFLModel):
 
 
 def _constant_train(self, model, optim, optim_scheduler, metrics_reporter, epochs):  # noqa: ARG001
-    """Instead of a client's training: moves its model by a constant."""
+    """Move a client's model by a constant, instead of training."""
     with torch.no_grad():
         torch._foreach_sub_([p.data for p in model.fl_get_module().parameters()], CONSTANT)
     return model, float(self.dataset.num_train_examples())
@@ -87,7 +88,7 @@ class Trainer(SyncTrainer):
     last = None
 
     def stop_fl_training(self, *, epoch, round, num_rounds_in_epoch) -> bool:
-        """Marks the end of each round, and leaves when enough is measured; asked twice where an epoch ends."""
+        """Mark the end of each round, and leave when enough is measured; called twice at the end of an epoch."""
         if (epoch, round) != self.last:
             self.last = (epoch, round)
             self.clock.tick()
@@ -115,7 +116,7 @@ def make_trainer(job: Job, model: Model) -> Trainer:
 
 
 def run(job: Job) -> None:
-    """Runs and reports."""
+    """Run and report."""
     work, clock = job.workload, Clock(job)
     if not work.computes:
         Client.train = _constant_train
@@ -134,7 +135,7 @@ def run(job: Job) -> None:
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
     job, _ = parse_job()
     if job.workers != 1:
         raise SystemExit("absent: several processes need its distributed launcher, which is not part of the package")

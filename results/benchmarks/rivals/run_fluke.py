@@ -1,4 +1,4 @@
-"""fluke: its centralised federated averaging, in memory; 0.8.1, unpatched. A simulation has one process.
+"""fluke: its centralized federated averaging, in memory; 0.8.1, unpatched. A simulation has one process.
 
 It has no client-level privacy (its DP-FedAvg is example-level, by Opacus): clip, sum, noise and step are written into
 its server. Its progress bars stay on, because its loop has no switch for them; they are drawn to nowhere.
@@ -42,7 +42,7 @@ class ConstantClient(Client):
     """A client that computes nothing."""
 
     def fit(self, override_local_epochs: int = 0) -> float:
-        """Moves its model by a constant."""
+        """Move its model by a constant."""
         with torch.no_grad():
             torch._foreach_sub_([p.data for p in self.model.parameters()], CONSTANT)
         return 0.0
@@ -67,7 +67,7 @@ class Timer:
 
 
 def run(job: Job) -> None:
-    """Runs and reports."""
+    """Run and report."""
     work, clock = job.workload, Clock(job)
     FlukeENV().set_seed(job.seed)
     FlukeENV().set_device("cpu")
@@ -102,7 +102,7 @@ def run(job: Job) -> None:
 
 
 def main() -> None:
-    """Runs the job of the command line."""
+    """Run the job of the command line."""
     job, _ = parse_job()
     if job.workers != 1:
         raise SystemExit("absent: one process only")

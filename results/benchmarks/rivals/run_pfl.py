@@ -28,14 +28,14 @@ from workloads import CLIP_NORM, CONSTANT, SERVER_LR, Clock, Job, flat, one_thre
 
 
 class Model(nn.Module):
-    """The workload's module with what pfl asks for."""
+    """The workload's module with the methods that pfl calls."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss."""
+        """Return the mean loss."""
         return cross_entropy(self.module(inputs), labels)
 
     def metrics(self, inputs: Tensor, labels: Tensor) -> dict:
@@ -72,7 +72,7 @@ class Timer(TrainingProcessCallback):
 
 
 def _agreed(done: bool) -> bool:
-    """The first process decides for all."""
+    """Return the decision of the first process, for all."""
     if not torch.distributed.is_initialized():
         return done
     flag = torch.tensor([float(done)])
@@ -81,7 +81,7 @@ def _agreed(done: bool) -> bool:
 
 
 def run(job: Job) -> None:
-    """Runs and reports."""
+    """Run and report."""
     work, clock = job.workload, Clock(job)
     module = Model(work.module())
     optimizer = torch.optim.SGD(module.parameters(), lr=SERVER_LR)
@@ -117,7 +117,7 @@ def run(job: Job) -> None:
 
 
 def _sampler(clients: int, cohort: int, seed: int):
-    """One client after the other, a fresh cohort without replacement each round; the same in every process."""
+    """Yield one client after the other, a fresh cohort without replacement each round; the same in every process."""
     generator = np.random.default_rng(seed)
 
     def stream():
@@ -129,7 +129,7 @@ def _sampler(clients: int, cohort: int, seed: int):
 
 
 def main() -> None:
-    """Runs the job of the command line, under torchrun if it is for several workers."""
+    """Run the job of the command line, under torchrun if it is for several workers."""
     job, _ = parse_job()
     if job.workers > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(job.workers)]

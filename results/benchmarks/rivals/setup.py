@@ -1,10 +1,10 @@
-"""Installs the rivals, each into an environment of its own.
+"""Install the rivals, each into a separate environment.
 
     python results/benchmarks/rivals/setup.py [NAME ...]
 
-The environments lie in `$FEDPRIV_BENCH_CACHE`, else `~/.cache/fedpriv-bench`; what is there already is left alone.
-torch goes first, at one version for all, and alone. The rivals then come without their dependencies, since the pins of
-three of them refuse that torch or pull in a gigabyte that is not used here; what they import is named below.
+The environments are in `$FEDPRIV_BENCH_CACHE`, by default `~/.cache/fedpriv-bench`; existing ones are kept. torch
+is installed first and alone, at one version for all. The rivals then come without their dependencies, because the pins
+of three of them refuse that torch or pull in a gigabyte that is not used here; the packages that they import are below.
 Flower needs nothing: it is a dependency of fedpriv.
 """
 
@@ -20,11 +20,11 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a rival is installed.
+    """Installation of a rival.
 
     Args:
         bare: Packages that come without dependencies.
-        rest: What they import, with dependencies.
+        rest: Packages that they import, with dependencies.
         options: Further options for the bare ones.
     """
 
@@ -56,22 +56,22 @@ RIVALS = {
 
 
 def cache() -> Path:
-    """Where the environments lie."""
+    """Return the folder of the environments."""
     return Path(os.environ.get("FEDPRIV_BENCH_CACHE", Path.home() / ".cache" / "fedpriv-bench"))
 
 
 def interpreter(name: str) -> Path:
-    """A rival's Python; it exists once the rival is installed."""
+    """Return a rival's Python; it exists once the rival is installed."""
     return cache() / name / "bin" / "python"
 
 
 def is_installed(name: str) -> bool:
-    """Whether the installation went through."""
+    """Return True if a rival was installed completely."""
     return (cache() / name / ".ready").exists()
 
 
 def install(name: str) -> None:
-    """Installs one rival.
+    """Install one rival.
 
     Raises:
         subprocess.CalledProcessError: If pip refuses; its last words are on the screen.
@@ -86,7 +86,7 @@ def install(name: str) -> None:
 
 
 def main() -> None:
-    """Installs those that are named, or all; goes on after one that fails."""
+    """Install the named rivals, or all; continue after one that fails."""
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RIVALS))
     names = parser.parse_args().names or list(RIVALS)

@@ -14,7 +14,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the rounds."""
+    """Run the rounds."""
     stamps = Path(str(context.run_config["stamps"]))
 
     def note(number: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
