@@ -8,14 +8,14 @@ in `fedpriv.methods` describes its own.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
-from fedpriv.methods import METHODS, Method, ServerOptimizer, has_memory, optimized
-from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
+from fedpriv.flower.server.promise import Privacy
+from fedpriv.methods import METHODS, Method, ServerOptimizer, optimized
+from fedpriv.privacy import Everyone, Sampling
 from fedpriv.rounds import Agreement, make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -31,40 +31,6 @@ __all__ = [
     "NormalizedSGD",
     "Privacy",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Privacy:
-    """The privacy guarantee of each client. Give exactly one of `epsilon` and `noise_multiplier`.
-
-    Args:
-        epsilon: Target epsilon; the noise is calibrated to it.
-        noise_multiplier: Noise std over l2_sensitivity; epsilon follows from it.
-        delta: Probability of failure, in (0, 1).
-        trust: The party that adds noise: `central`, the server; `local`, every client.
-        adjacency: `add-or-remove` or `replace`; None for the default of the trust.
-        app_memory: True if a client of the app may remember earlier rounds: in `context.state`, in files or in local
-            layers. Cohorts of a fixed size improve epsilon only if this is False and the method has no memory; see
-            `fedpriv.privacy.PrivacyPlan`.
-    """
-
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    delta: float = 1e-5
-    trust: TrustName = "central"
-    adjacency: Adjacency | None = None
-    app_memory: bool = True
-
-    def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
-        """Return the plan for `rounds` rounds of `method`."""
-        promised = {key: value for key, value in asdict(self).items() if key != "app_memory"}
-        return make_plan(
-            **promised,
-            sampling=sampling,
-            rounds=rounds,
-            l2_bound=method.bounded.l2_bound,
-            client_memory=self.app_memory or has_memory(method),
-        )
 
 
 _OWN = ("privacy", "server_optimizer", "cohort", "seed")
@@ -83,7 +49,7 @@ class NamedStrategy(MethodStrategy):
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, which
             runs with real people need. Runs that differ in anything but the app and its data share no noise.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
-            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
+            `max_failures`, `trainable`, `frozen`, `heads`, `round_seconds` and `helpers`.
 
     Raises:
         UserError: If an option is unknown or out of range.
@@ -115,7 +81,8 @@ class NamedStrategy(MethodStrategy):
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
-        plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
+        given = (self.method, sampling, rounds, self._layout.layout.size, self._helpers_in_plan)
+        plan = None if self.privacy is None else self.privacy.plan(*given)
         if isinstance(self.streams, SeededStreams):  # different experiments with one seed must not share noise
             begun = self._settings, self._digest_of_first_model
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)

@@ -41,6 +41,7 @@ class Attendance:
         lost_memory: Rule for a client that has lost its memory; see `Method.lost_memory`.
         last_round: Last round in which each client's message counted.
         left_out: Clients that are no longer asked, because they lost their memories.
+        voids: Number of void rounds under secure aggregation.
         losses: Number of times that each client reported a lost memory.
         resets: Number of times that all memories were reset.
         counted: Number of messages that counted.
@@ -60,19 +61,20 @@ class Attendance:
     counted: int = 0
     failed: dict[int, str] = field(default_factory=dict)
     remedy: str = ""
+    voids: int = 0
 
     def asked(self, cohort: Iterable[int]) -> list[int]:
         """Return the clients of a cohort that are asked."""
         return [client for client in cohort if client not in self.left_out]
 
-    def finish(
+    def judge(
         self,
         round: int,
         counted: Collection[int],
         failures: Mapping[int, str],
         lost: Collection[int] = (),
     ) -> bool:
-        """Record a round, and return whether its messages are used; otherwise all memories are reset.
+        """Record the answers of a round, and return whether its messages are used; otherwise all memories are reset.
 
         Args:
             round: Number of the round.
@@ -87,15 +89,24 @@ class Attendance:
         if self.max_failures != 0.0 and self._reset_by(lost):
             return False
         self._refuse_too_many(round, counted, failures)
+        return True
+
+    def count(self, round: int, counted: Collection[int], *, void: bool = False) -> None:
+        """Record the clients whose messages count in a round, after `judge`; none if the round is void."""
+        if void:
+            self.voids += 1
+            return
         self.last_round |= dict.fromkeys(counted, round)
         self.counted += len(counted)
-        return True
 
     def refuse_nothing(self) -> None:
         """Raise a `UserError` if no message counted in the whole run."""
         if self.counted == 0 and self.rounds > 0:
             got = f"0 messages in {self.rounds} rounds"
-            got += f"; the first failures: {in_words(self.failed)}" if self.failed else "; no client was asked"
+            if self.failed:
+                got += f"; the first failures: {in_words(self.failed)}"
+            else:
+                got += f"; {self.voids} rounds are void" if self.voids else "; no client was asked"
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)
 
