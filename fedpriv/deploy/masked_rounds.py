@@ -90,6 +90,7 @@ class MaskedRounds:
             UserError: If a helper is missing, or shows no key. No client was asked, and none is charged.
         """
         pinned = self.sums.parties.pinned
+        self.network.meet()  # a helper that left since the last round is missing
         self.network.wait_for_helpers(pinned, self.patience, "Start the helper before the next run")
         if not self.sums.keys:
             self._has_keys = True

@@ -179,6 +179,8 @@ def _joined(grid: Grid, clients: int | None, timeout: float, helpers: int) -> li
         f'In simulation use flwr run --federation-config "num-supernodes={expected or 10} '
         f'client-resources-num-cpus=1"; otherwise start as many SuperNodes as there are clients'
     )
+    if helpers:
+        remedy = "Start the nodes of all clients and helpers; a simulation has no helpers: remove helpers"
     return _right_number(nodes, expected, f" after {time.monotonic() - began:.0f} s", remedy, helpers)
 
 
