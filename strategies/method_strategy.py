@@ -23,7 +23,7 @@ from fedpriv.checks import is_whole
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook
 from fedpriv.deploy.masked_rounds import MaskedRounds, masked_message, refuse_other_nodes
-from fedpriv.deploy.parties import HelperNames, named_helpers
+from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import (
     ARRAYS,
@@ -78,6 +78,8 @@ class MethodStrategy(Strategy):
         result: The value that `start` returns; after an error, the model and the metrics of the finished rounds.
         rescue_folder: The folder for the model of the last finished round if the run ends with an error; by default
             the current directory. Set it before `start`.
+        helpers: The helpers of secure aggregation, for real nodes; None for other trusts, and for a simulation. Set it
+            before `start`. The run ends if one of them is not connected for `join_timeout`.
 
     Args:
         agree: Makes the agreement from the population's size and the number of rounds.
@@ -95,11 +97,10 @@ class MethodStrategy(Strategy):
         round_seconds: Duration of every round and of every evaluation by clients. Answers count until 5 s and a
             twentieth of the duration before the end. None ends a round when all have answered, which shows who took
             part: if epsilon relies on secret cohorts, the statement then excludes observers who can time rounds.
-        helpers: The helpers of secure aggregation, for real nodes (`fedpriv.deploy.parties.named_helpers`); None for
-            other trusts, and for a simulation. The run ends if one of them is not connected for `join_timeout`.
     """
 
     rescue_folder = Path()
+    helpers: HelperList | None = None
 
     def __init__(
         self,
@@ -113,7 +114,6 @@ class MethodStrategy(Strategy):
         frozen: Patterns | None = None,
         heads: str | Path | None = None,
         round_seconds: float | None = None,
-        helpers: HelperNames | None = None,
     ) -> None:
         if num_clients is not None and not is_whole(num_clients, 1):
             remedy = "Give the number of clients, or omit it to count the nodes that have joined"
@@ -122,7 +122,6 @@ class MethodStrategy(Strategy):
             raise UserError("max_failures", "a share from 0 to 1", max_failures, "Give a share such as 0.5")
         self._agree = make_agreement
         self._heads = HeadBook(None if heads is None else Path(heads))
-        self._parties = None if helpers is None else named_helpers(helpers)
         self._masked: MaskedRounds | None = None
         self._num_clients = num_clients
         self._evaluate = evaluate
@@ -194,15 +193,15 @@ class MethodStrategy(Strategy):
         self._layout = ModelArrays.of(trained)
         model = self._layout.vector(trained)
         self._timeout = min(timeout, self._pace.window)
-        expected = 0 if self._parties is None else len(self._parties.pinned)
+        expected = 0 if self.helpers is None else len(self.helpers.pinned)
         found = find_nodes(grid, self._num_clients, self._join_timeout, timeout, expected)
         self._nodes, self._run = found.clients, secrets.token_hex(16)
         self._seen |= set(found.helpers)
         self.agreement = self._agree(len(self._nodes), num_rounds)
-        refuse_other_nodes(found, self.plan, self._parties, self.agreement.server.streams)
-        if self._parties is not None:
+        refuse_other_nodes(found, self.plan, self.helpers, self.agreement.server.streams)
+        if self.helpers is not None:
             patience = min(timeout, self._join_timeout)
-            self._masked = MaskedRounds.of(grid, found, self.plan, self._parties, self._run, patience)
+            self._masked = MaskedRounds.of(grid, found, self.plan, self.helpers, self._run, patience)
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
         self._declared_arrays = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
@@ -455,7 +454,7 @@ class MethodStrategy(Strategy):
 
     @property
     def _helpers_in_plan(self) -> int:
-        return 1 if self._parties is None else len(self._parties.pinned)
+        return 1 if self.helpers is None else len(self.helpers.pinned)
 
     @property
     def _is_simulated(self) -> bool:

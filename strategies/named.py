@@ -11,6 +11,7 @@ import hashlib
 from inspect import signature
 from typing import Any, ClassVar
 
+from fedpriv.deploy.parties import HelperNames, named_helpers
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
 from fedpriv.flower.server.promise import Privacy
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 
-_OWN = ("privacy", "server_optimizer", "cohort", "seed")
+_OWN = ("privacy", "server_optimizer", "cohort", "seed", "helpers")
 _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
@@ -48,8 +49,10 @@ class NamedStrategy(MethodStrategy):
         num_clients: Number of clients; None for the cohort's population, or the number that have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, which
             runs with real people need. Runs that differ in anything but the app and its data share no noise.
+        helpers: The helpers of secure aggregation, for real nodes: their identity keys, or the folder `admin` of a
+            deployment (`fedpriv.deploy.parties.named_helpers`). None for other trusts, and for a simulation.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
-            `max_failures`, `trainable`, `frozen`, `heads`, `round_seconds` and `helpers`.
+            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
 
     Raises:
         UserError: If an option is unknown or out of range.
@@ -65,6 +68,7 @@ class NamedStrategy(MethodStrategy):
         cohort: Sampling | None = None,
         num_clients: int | None = None,
         seed: int | None = None,
+        helpers: HelperNames | None = None,
         **options: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -73,6 +77,7 @@ class NamedStrategy(MethodStrategy):
         refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
         self.method: Method = optimized(read_table(kind, options, name), server_optimizer)
+        self.helpers = None if helpers is None else named_helpers(helpers)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)

@@ -1,6 +1,6 @@
 """Facts of a turn under secure aggregation, which server and clients derive from the same instructions and model.
 
-Clients with an app of their own sign everything else in the message that the app may read, too.
+The clients of a Flower app sign everything else in the message that the app may read, too.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def facts_of(
         model: x, `[params]`.
         plan: The plan of the terms.
         shared: The vector `[params]` that the method sends beside the model, if there is one.
-        settings: Digest of everything else in the message that an app may read; empty for fedpriv's own clients.
+        settings: Digest of everything else in the message that an app may read; empty for fedpriv's clients.
 
     Raises:
         ValueError: If the plan has no secure aggregation.
@@ -78,7 +78,7 @@ def order_digest(
 def settings_digest(content: RecordDict) -> str:
     """Return a digest of everything in a message that an app may read, except the instructions.
 
-    It covers the arrays, too: those that the app does not train are in no other digest.
+    It covers the arrays, too: arrays that the app does not train are in no other digest.
     """
     hashed = hashlib.sha256()
     for name, record in sorted(content.items()):

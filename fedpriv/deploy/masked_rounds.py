@@ -1,6 +1,6 @@
 """Secure aggregation for the strategy of a user's app: helpers among the run's nodes, and one sum in each round.
 
-The parts are those of a deployment (`fedpriv.deploy.sums`, `fedpriv.deploy.helpers`). A strategy cannot resume a run:
+A deployment has the same parts (`fedpriv.deploy.sums`, `fedpriv.deploy.helpers`). A strategy cannot resume a run:
 U, the clients in a sum, is fixed before the first helper is asked and never changes afterwards, but it need not outlive
 the strategy's process. If that ends, so does the run, and no helper is ever asked about the round again.
 """
@@ -144,7 +144,7 @@ class MaskedRounds:
             return
         try:
             missing = end_run(self.network, self.run, self.sums.parties.pinned, _END_SECONDS)
-        except Exception as error:  # the run's own end matters more
+        except Exception as error:  # the end of the run matters more
             missing = {key.hex(): f"{type(error).__name__}: {error}" for key in self.sums.parties.pinned}
         for identity, why in sorted(missing.items()):
             _log.warning("helper %s has not erased its key for the run: %s", identity[:16], why)
@@ -160,7 +160,7 @@ def masked_message(content: RecordDict) -> Masked:
 
 
 def refuse_other_nodes(nodes: Nodes, plan: PrivacyPlan | None, parties: HelperList | None, streams: Streams) -> None:
-    """Raise UserError unless real nodes have helpers and secrets of their own, and simulated ones have no helpers.
+    """Raise UserError unless real nodes have helpers and no seed, and simulated ones have no helpers.
 
     Args:
         nodes: Nodes of the run.

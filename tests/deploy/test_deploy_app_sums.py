@@ -1,6 +1,7 @@
 """A user's app on nodes with policies and keys, under secure aggregation with helpers: sums, faults and refusals."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedpriv.deploy.helper.folder import SIGNING_FILE, make_signing_key
 from fedpriv.deploy.helper.messages import HELPER_HOME, question_of
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, CONFIG, FEDPRIV, TERMS, masked_of, refused
+from fedpriv.flower.server.attendance import Attendance
 from fedpriv.privacy import Poisson
 from fedpriv.secure import Masked
 from fedpriv.streams import Streams
@@ -114,6 +116,7 @@ def erased(grid: Nodes) -> bool:
 
 @pytest.mark.parametrize("helpers", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled
 def test_masked_sums_are_those_of_a_simulation_to_the_bit(
     method: str, helpers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,3 +377,75 @@ def test_cohorts_by_coins_void_rounds_of_too_few_clients(tmp_path: Path) -> None
     asked = [sum(round_of(m) == k for m in grid.seen) for k in range(1, 9)]
     assert 1 not in asked
     assert strategy.attendance.voids == asked.count(0)
+
+
+class Chaos(Nodes):
+    """Nodes on a network that loses and repeats messages, with helpers that die and lose their records."""
+
+    def __init__(self, folder: Path, seed: int, helpers: int) -> None:
+        super().__init__(folder, helpers)
+        self.rng = np.random.default_rng(seed)
+        self.sums_asked = 0
+
+    def happens(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def _play(self, message: Message) -> Message | None:
+        if asks_sum(message):
+            self.sums_asked += 1
+            if self.happens(0.05):
+                shutil.rmtree(self.helpers[self.order.index(message.metadata.dst_node_id) - CLIENTS] / "state")
+        if not (round_of(message) or asks_sum(message)):
+            return super()._play(message)
+        if self.happens(0.15 if round_of(message) else 0.3):
+            return None
+        answer = super()._play(message)
+        if self.happens(0.1):
+            answer = super()._play(message)  # the same question again
+        return None if self.happens(0.15 if round_of(message) else 0.2) else answer
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled
+def test_memories_agree_on_a_network_that_fails(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever did not count, and all clients of a void round, are as if they had never been asked."""
+    privacy, rounds = Privacy(epsilon=50.0, trust="aggregator", least_survivors=3), 12
+    for seed in range(int(os.environ.get("FEDPRIV_CHAOS", "1"))):
+        given = {"privacy": privacy, "num_clients": CLIENTS, "max_failures": 1.0}
+        counted: dict[int, set[int]] = {}
+        noise = METHODS[method](**given, seed=seed)
+        start(noise, InProcessGrid(app, CLIENTS), rounds=rounds)
+        with monkeypatch.context() as patched:
+            with_noise_of(noise.streams, patched)
+            grid = Chaos(tmp_path / str(seed), seed, helpers=1 + seed % 2)
+            strategy = METHODS[method](**given, helpers=grid.keys)
+
+            patched.setattr(Attendance, "count", noted(counted))
+            start(strategy, grid, rounds=rounds)
+        assert set(counted) == set(range(1, rounds + 1))
+        assert 0 < sum(map(bool, counted.values())) < rounds
+        again = METHODS[method](**given, seed=seed)
+        made = InProcessGrid(app, CLIENTS)
+        made.hook = lambda i, m, counted=counted: not round_of(m) or i in counted[round_of(m)]
+        start(again, made, rounds=rounds)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(strategy.state, again.state, strict=True))
+        assert strategy.attendance.last_round == again.attendance.last_round
+        for client in range(CLIENTS):
+            turns = [entry.turn for entry in Ledger(tmp_path / str(seed) / f"node-{client}" / "state").entries()]
+            assert turns == sorted(set(turns))
+            assert all(client not in clients or k in turns for k, clients in counted.items())
+        sent: dict[tuple[int, int], set[bytes]] = {}
+        for message in grid.masked:
+            sent.setdefault((message.client, message.facts.round), set()).add(message.to_bytes())
+        assert {len(one) for one in sent.values()} == {1}
+
+
+def noted(counted: dict[int, set[int]]) -> Any:
+    """Return `Attendance.count` that notes who counted in each round."""
+    real = Attendance.count
+
+    def count(attendance: Attendance, number: int, clients: Any, *, void: bool = False) -> None:
+        counted[number] = set() if void else set(clients)
+        real(attendance, number, clients, void=void)
+
+    return count

@@ -2,7 +2,7 @@
 
 The node is Flower's SuperNode, in this process. It checks the server's certificate against the deployment's CA, and
 authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content, except those that
-`accepted-apps` lists. A helper runs `clients.client_app` in every run, and never receives the run's own bundle.
+`accepted-apps` lists. A helper runs `clients.client_app` in every run, and never receives the run's bundle.
 """
 
 import os

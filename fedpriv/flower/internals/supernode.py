@@ -5,7 +5,7 @@ takes the place of Flower's check of signatures: `_pull_and_store_message` answe
 INVALID_FAB before storing any of it. A refused bundle reaches Flower empty, so that there is no code to run even if
 Flower omits the check. `tests/deploy/test_deploy_node.py` fails if Flower changes any of this.
 
-A helper of secure aggregation takes part in runs of any app, and never asks for their bundles: it runs its own one.
+A helper of secure aggregation takes part in runs of any app, and never asks for their bundles: it runs one that it made itself.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def accepting_only(accepted: Collection[str], own: Fab | None = None) -> Iterato
 
     Args:
         accepted: SHA-256 hashes of the accepted bundles.
-        own: Bundle to run in every run, in place of the run's own; None to run accepted ones.
+        own: Bundle to run in every run, in place of the run's bundle; None to run accepted ones.
     """
     pull, verify = supernode._pull_and_store_message, supernode._verify_fab
     supernode._pull_and_store_message = _judging(pull, accepted, own)

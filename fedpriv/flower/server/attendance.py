@@ -92,7 +92,7 @@ class Attendance:
         return True
 
     def count(self, round: int, counted: Collection[int], *, void: bool = False) -> None:
-        """Record the clients whose messages count in a round, after `judge`; none if the round is void."""
+        """Record the clients that count in a round, after `judge`; none if the round is void."""
         if void:
             self.voids += 1
             return

@@ -37,7 +37,7 @@ class Nodes:
     Args:
         clients: Node of each client, indexed by client id.
         helpers: Identity key of each node that names itself a helper of secure aggregation, in hexadecimal digits.
-        guarded: Clients whose node has a home, ascending. The others are simulated: no other node answers without one.
+        guarded: Clients on nodes with a home, ascending. The others are simulated: no other node answers without one.
     """
 
     clients: list[int]
