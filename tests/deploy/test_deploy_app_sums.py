@@ -101,13 +101,7 @@ def asks_sum(message: Message) -> bool:
 def with_noise_of(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let devices draw the noise of a simulation, so that both can be compared."""
     real = Device.at
-
-    class Seeded(Device):
-        @classmethod
-        def at(cls, home: Path, _: Streams | None = None) -> Device:
-            return real(home, streams)
-
-    monkeypatch.setattr(guard_module, "Device", Seeded)
+    monkeypatch.setattr(guard_module.Device, "at", lambda home: real(home, streams))
 
 
 def erased(grid: Nodes) -> bool:
@@ -409,7 +403,8 @@ class Chaos(Nodes):
 @pytest.mark.sampled
 def test_memories_agree_on_a_network_that_fails(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever did not count, and all clients of a void round, are as if they had never been asked."""
-    privacy, rounds = Privacy(epsilon=50.0, trust="aggregator", least_survivors=3), 12
+    privacy, rounds = Privacy(epsilon=50.0, trust="aggregator", least_survivors=3), 8
+    voids = 0
     for seed in range(int(os.environ.get("FEDPRIV_CHAOS", "1"))):
         given = {"privacy": privacy, "num_clients": CLIENTS, "max_failures": 1.0}
         counted: dict[int, set[int]] = {}
@@ -423,7 +418,8 @@ def test_memories_agree_on_a_network_that_fails(method: str, tmp_path: Path, mon
             patched.setattr(Attendance, "count", noted(counted))
             start(strategy, grid, rounds=rounds)
         assert set(counted) == set(range(1, rounds + 1))
-        assert 0 < sum(map(bool, counted.values())) < rounds
+        assert any(counted.values())
+        voids += sum(not clients for clients in counted.values())
         again = METHODS[method](**given, seed=seed)
         made = InProcessGrid(app, CLIENTS)
         made.hook = lambda i, m, counted=counted: not round_of(m) or i in counted[round_of(m)]
@@ -438,6 +434,7 @@ def test_memories_agree_on_a_network_that_fails(method: str, tmp_path: Path, mon
         for message in grid.masked:
             sent.setdefault((message.client, message.facts.round), set()).add(message.to_bytes())
         assert {len(one) for one in sent.values()} == {1}
+    assert voids
 
 
 def noted(counted: dict[int, set[int]]) -> Any:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from deploy_names import HOST
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import ErrorCode
@@ -35,6 +36,7 @@ from fedpriv.cli import main
 from fedpriv.deploy.checks import WrongServerError
 from fedpriv.deploy.setup import supernode as node
 from fedpriv.deploy.setup import texts as deploy_texts
+from fedpriv.deploy.setup.provision import Deployment, init_deployment
 from fedpriv.errors import UserError
 from fedpriv.flower import companion
 from fedpriv.flower.bundle import app_files, app_hash
@@ -455,6 +457,16 @@ def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, sta
     }
     assert os.environ["FLWR_HOME"] == str(folder / "flower")
     assert (folder / "flower").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_helper_is_started_with_a_bundle_that_it_made_itself(tmp_path, started):
+    init_deployment(tmp_path / "d", Deployment(host=HOST, nodes=2, helpers=1, trust="aggregator"))
+    with pytest.raises(SystemExit) as end:
+        main(["deploy", "node", str(tmp_path / "d" / "helper-0")])
+    assert end.value.code == 0
+    ((_, accepted, own),) = started
+    assert accepted == {app_hash()} == {own.hash_str}
+    assert own.content == GOOD
 
 
 def refused(folder, capsys):

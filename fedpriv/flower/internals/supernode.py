@@ -5,7 +5,8 @@ takes the place of Flower's check of signatures: `_pull_and_store_message` answe
 INVALID_FAB before storing any of it. A refused bundle reaches Flower empty, so that there is no code to run even if
 Flower omits the check. `tests/deploy/test_deploy_node.py` fails if Flower changes any of this.
 
-A helper of secure aggregation takes part in runs of any app, and never asks for their bundles: it runs one that it made itself.
+A helper of secure aggregation takes part in runs of any app, and never asks for their bundles: it runs one of its
+own making.
 """
 
 import hashlib
