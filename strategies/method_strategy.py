@@ -39,7 +39,7 @@ from fedpriv.flower.messages import (
     refused,
 )
 from fedpriv.flower.privacy_terms import promised
-from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
+from fedpriv.flower.server.attendance import Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement, warnings_of
 from fedpriv.flower.server.faults import message_fault, norm_limit
 from fedpriv.flower.server.metrics import average_metrics, metrics_of_app, total_of_answers
@@ -467,19 +467,8 @@ class MethodStrategy(Strategy):
         return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
 
     def _new_attendance(self, rounds: int) -> Attendance:
-        server, plan, limit = self.agreement.server, self.plan, self._max_failures
-        secret = plan is not None and plan.private and plan.amplification
-        if secret and limit is not None and self._randomness == "system":
-            expected = "None because epsilon relies on secret cohorts"
-            remedy = "Omit it, or choose another cohort: a run that ends for lack of answers shows who was away"
-            raise UserError("max_failures", expected, limit, remedy)
-        return Attendance(
-            population=len(self._nodes),
-            rounds=rounds,
-            max_failures=MAX_FAILURES if limit is None and not secret else limit,
-            secret=secret,
-            lost_memory=server.method.lost_memory,
-        )
+        server, seeded = self.agreement.server, self._randomness == "seeded"
+        return Attendance.of(server, self.plan, len(self._nodes), rounds, self._max_failures, seeded=seeded)
 
     def _log_messages(self, server_round: int) -> None:
         total = self.total

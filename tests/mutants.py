@@ -1942,7 +1942,7 @@ MUTANTS = [
     ),
     Mutant(
         "drop-in: a run of secret cohorts ends if half of a cohort fails",
-        "strategies/method_strategy.py",
+        "fedpriv/flower/server/attendance.py",
         "            max_failures=MAX_FAILURES if limit is None and not secret else limit,",
         "            max_failures=MAX_FAILURES if limit is None else limit,",
         FAILURES,

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from fedpriv.errors import UserError
 from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import LostMemory
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.rounds import ServerRules
 
 __all__ = ["MAX_FAILURES", "Attendance", "believed_losses"]
 
@@ -62,6 +64,43 @@ class Attendance:
     failed: dict[int, str] = field(default_factory=dict)
     remedy: str = ""
     voids: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        server: ServerRules,
+        plan: PrivacyPlan | None,
+        population: int,
+        rounds: int,
+        limit: float | None,
+        *,
+        seeded: bool,
+    ) -> "Attendance":
+        """Return the record of a run before its first round.
+
+        Args:
+            server: The server's half of the agreement.
+            plan: The privacy plan.
+            population: Number of clients.
+            rounds: Number of rounds.
+            limit: Largest share of a round's clients that may fail; None for the default.
+            seeded: True if cohorts follow from a seed, and are no secret.
+
+        Raises:
+            UserError: If a limit would reveal secret cohorts.
+        """
+        secret = plan is not None and plan.private and plan.amplification
+        if secret and limit is not None and not seeded:
+            expected = "None because epsilon relies on secret cohorts"
+            remedy = "Omit it, or choose another cohort: a run that ends for lack of answers shows who was away"
+            raise UserError("max_failures", expected, limit, remedy)
+        return cls(
+            population=population,
+            rounds=rounds,
+            max_failures=MAX_FAILURES if limit is None and not secret else limit,
+            secret=secret,
+            lost_memory=server.method.lost_memory,
+        )
 
     def asked(self, cohort: Iterable[int]) -> list[int]:
         """Return the clients of a cohort that are asked."""
