@@ -59,6 +59,7 @@ __all__ = [
     "finish_round",
     "integer_sums",
     "make_agreement",
+    "most_messages",
     "record_bound",
     "signal_to_noise",
     "skip_round",
@@ -430,6 +431,11 @@ def capacity_of(sampling: Sampling) -> int:
     """Return a safe maximum of messages per round: sixteen standard deviations above the expected number."""
     expected = sampling.expected_size
     return math.ceil(expected + 16.0 * math.sqrt(expected) + 16.0)
+
+
+def most_messages(sampling: Sampling) -> int:
+    """Return the largest number of messages of sampled clients in a sum under secure aggregation."""
+    return sampling.cohort_size or min(capacity_of(sampling), sampling.population)
 
 
 def client_round(

@@ -116,7 +116,12 @@ class Network:
                 raise UserError("SuperNodes", expected, len(self.nodes), remedy)
             time.sleep(_POLL_SECONDS)
 
-    def wait_for_helpers(self, pinned: Iterable[bytes], seconds: float) -> None:
+    def wait_for_helpers(
+        self,
+        pinned: Iterable[bytes],
+        seconds: float,
+        remedy: str = "Start the helper, and continue with --resume",
+    ) -> None:
         """Wait until all helpers are connected: without one of them, clients would be charged for a void turn.
 
         Raises:
@@ -125,7 +130,6 @@ class Network:
         wanted, end = {one.hex() for one in pinned}, time.monotonic() + seconds
         while missing := sorted(wanted - set(self.helpers.values())):
             if time.monotonic() > end:
-                remedy = "Start the helper, and continue with --resume"
                 got = f"silence of {', '.join(name[:16] for name in missing)}"
                 raise UserError("helpers", f"a node of each helper within {seconds:g} s", got, remedy)
             time.sleep(_POLL_SECONDS)

@@ -55,7 +55,7 @@ from fedpriv.privacy import (
 )
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
-from fedpriv.rounds import capacity_of, record_bound
+from fedpriv.rounds import most_messages, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
@@ -484,8 +484,9 @@ class Config:
     def _aggregation(self, sampling: Sampling, size: int | None) -> Aggregation | None:
         if not self.sums_securely or size is None:
             return None
-        most = sampling.cohort_size or min(capacity_of(sampling), sampling.population)
-        return (self.aggregation or AggregationChoice()).of(sampling, most, message_size(self.method, size))
+        return (self.aggregation or AggregationChoice()).of(
+            sampling, most_messages(sampling), message_size(self.method, size)
+        )
 
     def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
         if privacy.unit != "example":

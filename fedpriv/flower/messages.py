@@ -181,10 +181,9 @@ class ModelArrays:
         Raises:
             UserError: If the method needs it and the message lacks it, the reverse, or it has another length.
         """
-        record = content.array_records.get(SHARED)
+        record, remedy = content.array_records.get(SHARED), "Use one version of fedpriv on both sides"
         if (record is not None) != method.needs_shared:
             expected = "a second vector" if method.needs_shared else "the model alone"
-            remedy = "Use one version of fedpriv on both sides"
             got = ", ".join(content) or "an empty message"
             raise UserError("message", f"{expected} for {method_name(method)}", got, remedy)
         if record is None:
@@ -465,26 +464,32 @@ class NodeInfo:
     Args:
         client: Client id; None if it has none.
         helper: Public identity key of a helper of secure aggregation, in hexadecimal digits; empty for other nodes.
+        guarded: True if it has a home with a policy; a client without one only answers in simulations.
     """
 
     client: int | None
     helper: str = ""
+    guarded: bool = False
 
     def to_content(self) -> RecordDict:
         """Return the content of an answer."""
         known: dict[str, int | str] = {} if self.client is None else {"client": self.client}
-        return RecordDict({FEDPRIV: ConfigRecord({**known, **({"helper": self.helper} if self.helper else {})})})
+        known |= {"helper": self.helper} if self.helper else {}
+        known |= {"guarded": True} if self.guarded else {}
+        return RecordDict({FEDPRIV: ConfigRecord({**known})})
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, Any]) -> "NodeInfo":
-        """Read it from a node's configuration (`partition-id`, `fedpriv-helper`).
+        """Read it from a node's configuration (`partition-id`, `fedpriv-helper`, `fedpriv-home`).
 
         Raises:
             UserError: If the id is not a whole number.
         """
-        client = node_config.get("partition-id")
+        client, home = node_config.get("partition-id"), node_config.get("fedpriv-home")
         try:
-            return cls(None if client is None else int(client), str(node_config.get("fedpriv-helper", "")))
+            return cls(
+                None if client is None else int(client), str(node_config.get("fedpriv-helper", "")), guarded=bool(home)
+            )
         except ValueError:
             raise UserError(
                 "--node-config partition-id", "a whole number", repr(client), "Set it to a number from 0"
@@ -497,7 +502,11 @@ class NodeInfo:
         if record is None or _ASK in record:
             return None
         client, helper = record.get("client"), record.get("helper", "")
-        return cls(client if type(client) is int else None, helper if isinstance(helper, str) else "")
+        return cls(
+            client if type(client) is int else None,
+            helper if isinstance(helper, str) else "",
+            guarded=record.get("guarded") is True,
+        )
 
 
 def ask_node_info() -> RecordDict:

@@ -242,7 +242,7 @@ def privacy_statement(
         *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if simulated.clock else []),
         _fill(_mechanism(plan) if plan.record is None else _mechanism_of_records(plan, plan.record)),
         *([] if plan.record is None else [_fill(_whole_clients(plan))]),
-        *_about_sums(plan, deployed=deployed),
+        *_about_sums(plan, masked=deployed or app is not None),
         *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed, examples=plan.record is not None),
@@ -254,7 +254,7 @@ def privacy_statement(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
+def _about_sums(plan: PrivacyPlan, *, masked: bool) -> list[str]:
     """Return paragraphs on secure aggregation: its numbers, its adversaries, and whether it is simulated."""
     terms, sums = plan.aggregation, plan.sums
     if terms is None or sums is None:
@@ -284,7 +284,7 @@ def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
         least=terms.least_survivors,
         limit=sums.limit * sums.step,
     )
-    how = _DEPLOYED_SUMS.format(helpers=named) if deployed else _SIMULATED_SUMS
+    how = _DEPLOYED_SUMS.format(helpers=named) if masked else _SIMULATED_SUMS
     return [_fill(aggregation), _fill(adversaries), _fill(how)]
 
 

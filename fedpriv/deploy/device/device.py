@@ -137,7 +137,7 @@ class Device:
         shared: Tensor | None,
     ) -> Tensor:
         plan = self._check(instructions, terms, model, shared)
-        masks = masks_of(self.policy, self.folder.parent, instructions, terms, model, plan, shared)
+        masks = masks_of(self.policy, self.folder.parent, instructions, terms, model, plan, shared, settings)
         request = _digest(instructions, terms, model, settings, shared)
         memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
         make_private_folder(self.folder)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, MetricRecord
@@ -41,12 +42,12 @@ def main(grid: Grid, context: Context) -> None:
             clip_norm=first, adaptive=AdaptiveBound(rate=0.2, share=share), privacy=privacy, num_clients=clients, seed=1
         )
 
-    def record(round: int, arrays: ArrayRecord) -> MetricRecord | None:
+    def record(round: int, _: ArrayRecord) -> MetricRecord | None:
         if round:
             bounds.append(float(strategy.clipping_norm if RULE == "flower" else strategy.state.side_bound))
         return None
 
     start = ArrayRecord({"model": Array(np.zeros(SIZE, dtype=np.float32))})
     strategy.start(grid, start, num_rounds=int(config["rounds"]), evaluate_fn=record)
-    with open(str(config["out"]), "w", newline="", encoding="utf-8") as file:
+    with Path(str(config["out"])).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["round", "bound"], *enumerate(bounds)])
