@@ -42,7 +42,7 @@ from fedpriv.flower.messages import (
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
-from fedpriv.methods import own_signal_of
+from fedpriv.methods import own_signal_of, owns_steps
 
 __all__ = ["private_mod"]
 
@@ -119,7 +119,7 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
 
 def _refuse_corrections(instructions: ClientInstructions) -> None:
     """Raise UserError for a method with its own local steps: those of an app are inside its train function."""
-    if instructions.method.corrects_steps:
+    if owns_steps(instructions.method):
         expected, got = "a method that leaves local steps alone", f"{method_name(instructions.method)}, which does not"
         raise UserError("method", expected, got, "Choose another, or run the experiment with fedpriv's own ClientApp")
 

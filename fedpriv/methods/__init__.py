@@ -16,6 +16,7 @@ from fedpriv.methods.base import (
     feedback_of,
     has_memory,
     own_signal_of,
+    owns_steps,
     server_step,
 )
 from fedpriv.methods.clip21 import Clip21
@@ -26,6 +27,7 @@ from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.dp_scaffold import DPScaffold
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
+from fedpriv.methods.fedspeed import FedSpeed
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 
@@ -44,6 +46,7 @@ __all__ = [
     "DiceSGD",
     "ExampleRule",
     "FedAlphaNormEC",
+    "FedSpeed",
     "Gradients",
     "LostMemory",
     "Method",
@@ -59,5 +62,6 @@ __all__ = [
     "has_memory",
     "optimized",
     "own_signal_of",
+    "owns_steps",
     "server_step",
 ]

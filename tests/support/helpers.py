@@ -23,6 +23,7 @@ from fedpriv.methods import (
     DPFedAvg,
     DPScaffold,
     FedAlphaNormEC,
+    FedSpeed,
     Method,
     NormalizedSGD,
     PrivateSpiderBoost,
@@ -77,6 +78,7 @@ EXAMPLES: dict[str, Method] = {
         clip_norm=0.5, smoothness=20.0, period=4, restart_weight=1.5, server_lr=0.2
     ),
     "dice-sgd": DiceSGD(clip_norm=0.3, feedback_clip=0.2, gradient_cap=1.0, server_lr=0.5),
+    "fedspeed": FedSpeed(clip_norm=0.5, prox=0.2, server_lr=0.5),
 }
 """Name of the method, as in the table of all, and what sets this example apart. Every method needs one."""
 
