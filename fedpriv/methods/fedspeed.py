@@ -22,8 +22,8 @@ x - (s + h_i) with the new h_i, and sends
 | K, eta_l | the table `[local]` | client |
 | 1 (or the server's step) | `server_lr` | server |
 
-The sum s + h_i depends on the client's data of all rounds. So it is the sum that is clipped, not s alone, and a message
-is never longer than the clip, whatever h_i is. h_i never leaves the client. At the solution, s is zero and h_i is the
+The sum s + h_i depends on the client's data in all rounds, so it is clipped as a whole: clipping s alone would leave
+h_i without a bound. h_i never leaves the client. At the solution, s is zero and h_i is the
 client's gradient times lambda: unlike Clip21, a clip shorter than that moves the solution, as in DP-FedAvg. A larger
 `prox` makes messages shorter.
 
