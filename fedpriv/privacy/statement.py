@@ -383,7 +383,8 @@ _ROUTES = {
     "{stddev:.6g} per coordinate is added to {noised} ({multiplier:.6g} times the sensitivity), in {rounds} {turns}.",
     "steps": "In a round, the local steps of a client use {steps} sums of bounded gradients. Gaussian noise of "
     "standard deviation {stddev:.6g} per coordinate is added to each, before the division: {multiplier:.6g} times the "
-    "sensitivity {sensitivity:g} of the sum. Everything after that, including the message, is computed from the noised sums.",
+    "sensitivity {sensitivity:g} of the sum. Everything after that, including the message, is computed from the "
+    "noised sums.",
 }
 
 _RESTARTS = (

@@ -228,14 +228,16 @@ class LocalEpochs:
         return self.epochs * examples
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """Return the batches of all passes: consecutive pieces of the order of examples in each pass."""
+        """Return the batches of all passes: consecutive pieces of the order of examples in each pass.
+
+        With `by-loss` they are those of `fixed`, for counts that may not depend on losses; clients use `by_loss`.
+        """
         size = self.batch_size
-        if self.order == "by-loss":
-            raise ValueError(f"the batches of {self} follow from losses: use by_loss")
         if size is None or size >= examples:
             return [None] * self.epochs
         fixed = np.arange(examples)
-        orders = (fixed if self.order == "fixed" else rng.permutation(examples) for _ in range(self.epochs))
+        drawn = self.order == "reshuffled"
+        orders = (rng.permutation(examples) if drawn else fixed for _ in range(self.epochs))
         return [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
 
     def by_loss(self, losses: np.ndarray, round: int) -> Batches:
@@ -496,9 +498,8 @@ def make_signal(
     if work.client_lr is None:
         return gradient(model, batches[0])
     local = LocalSGD(work, model if clipped is None else model.double(), offset, prox)
-    gradients = 2 if changes_of(work)[1] > 0.0 else 1
-    uses, steps = (1, len(batches) // gradients) if isinstance(work, DPSGD) else (gradients, len(batches))
-    queries = (batch for batch in batches for _ in range(uses))
+    steps = work.steps if isinstance(work, DPSGD) else len(batches)
+    queries = (batch for batch in batches for _ in range(uses_of_batch(work)))
     for _ in range(steps):
         local.step(lambda at: gradient(at, next(queries)))
     return local.signal(steps)
@@ -563,6 +564,11 @@ def _refuse_unaccounted(work: LocalWork, terms: ExampleTerms) -> None:
 def changes_of(work: LocalWork) -> tuple[float, float]:
     """Return `prox` and `ascent` of local work; zeros for works that do not have them."""
     return (work.prox, work.ascent) if isinstance(work, LocalSteps | LocalEpochs | DPSGD) else (0.0, 0.0)
+
+
+def uses_of_batch(work: LocalWork) -> int:
+    """Return the number of gradients that a client computes on each of its batches: 2 for ascents on the same batch."""
+    return 2 if changes_of(work)[1] > 0.0 and not isinstance(work, DPSGD) else 1
 
 
 def _directions(gradients: Tensor) -> Tensor:

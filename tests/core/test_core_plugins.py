@@ -186,7 +186,7 @@ def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path)
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"
         "    def batches(self, examples, rng): ...\n"
     )
-    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*, step_offset, step_prox, got"):
+    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*, step_prox, got"):
         METHODS.resolve(f"{path}:Half", "method.name")
     with pytest.raises(UserError, match="with batch_size, client_lr, signal, walked, got"):
         LOCAL_WORKS.resolve(f"{path}:Half", "local.work")
