@@ -76,7 +76,7 @@ def reference(experiment: Experiment, local: dict[str, Any], method: dict[str, A
             )
             source, at, gradients = people.streams.source(Purpose.LOCAL_WORK, k, client), model, []
             for _ in range(local.get("steps", 1)):
-                rate, place = local.get("rate", 1.0), at
+                rate, place, slope = local.get("rate", 1.0), at, at
                 for last in (True,) if "ascent" not in local else (False, True):
                     chosen = source.uniform(len(labels)) < rate if rate < 1.0 else np.ones(len(labels), dtype=bool)
                     total = clipped(rows_of(place, inputs[chosen], labels[chosen]), 0.7).sum(axis=0)
