@@ -251,7 +251,7 @@ class Broadcast(NamedTuple):
 
     def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
         """Return the vector that is added to the gradient of each local step, `[..., params]`; None for none."""
-        return None if self.shared is None else method.step_offset(state, self.shared)
+        return method.step_offset(state, self.shared)
 
     @property
     def address(self) -> int:

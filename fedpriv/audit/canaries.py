@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines import Population, VectorizedEngine
-from fedpriv.methods import ClientState, feedback_of, side_values_of
+from fedpriv.methods import ClientState, FedSpeed, feedback_of, side_values_of
 from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
@@ -33,6 +33,8 @@ _DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(7)
 # One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only. One in ten
 # keeps its sign, because random signs cancel in the last model.
 _SHARE = 0.1
+# A push that was halved so often is below the rounding of float32.
+_HALVINGS = 30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -202,7 +204,8 @@ class CanaryPopulation(Population):
     ) -> Tensor:
         """See `Population.signal`; independent of the model and of the state.
 
-        If the client averages its signals, the average is the push: signals make up for those of earlier rounds.
+        If the client averages its signals or sums them up (`fedspeed`), the average, or the sum that it sends, is the
+        push: signals make up for those of earlier rounds.
         """
         candidate = int(self.canaries.planted[client - self.first])
         push, rule = self.canaries.push(candidate, round), feedback_of(self.rules.method)
@@ -210,9 +213,18 @@ class CanaryPopulation(Population):
             before = np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])
             past = self.canaries.push(candidate, int(before[-1]) + 1) if len(before) else torch.zeros_like(push)
             push = (push - (1.0 - rule.weight) * past) / rule.weight
+        elif isinstance(self.rules.method, FedSpeed):
+            push = 0.5 * (push - self._moves(candidate, round))
         exact = model.dtype if self.rules.examples is None else torch.float64
         signal, side = push.to(model.device, exact) * self.scale, side_values_of(self.rules.method)
         return signal if side is None else torch.cat([signal, signal.new_zeros(side.given)])
+
+    def _moves(self, candidate: int, round: int) -> Tensor:
+        """Return h_i before `round`, in units of the scale: each round, h_i becomes (push + h_i) / 2."""
+        moves = torch.zeros(self.canaries.directions.shape[1])
+        for before in np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])[-_HALVINGS:].tolist():
+            moves = 0.5 * (moves + self.canaries.push(candidate, before + 1))
+        return moves
 
 
 class VectorizedCanaries(VectorizedEngine):

@@ -73,7 +73,7 @@ class MaskedRounds:
             UserError: If the run has no secure aggregation, has no noise, or has another number of helpers.
         """
         if plan is None or plan.aggregation is None:
-            trust = "none" if plan is None else f'privacy.trust = "{plan.trust}"'
+            trust = "a run without privacy" if plan is None else f'privacy.trust = "{plan.trust}"'
             remedy = 'Set trust="aggregator" in Privacy, or remove helpers'
             raise UserError("helpers", 'none unless privacy.trust = "aggregator"', trust, remedy)
         network = Network(grid, len(nodes.clients), dict(enumerate(nodes.clients)), dict(nodes.helpers))
@@ -178,7 +178,7 @@ def refuse_other_nodes(nodes: Nodes, plan: PrivacyPlan | None, parties: HelperLi
     """
     if parties is None:
         if plan is not None and plan.aggregation is not None and nodes.guarded:
-            got = f"none, although {_named(nodes.guarded)} have a home and a policy: this is no simulation"
+            got = f"an empty list, although {_named(nodes.guarded)} have a home and a policy: this is no simulation"
             remedy = "Give the strategy helpers=..., the keys that the helpers' operators read out"
             raise UserError("helpers", "the identity keys of the helpers", got, remedy)
         return

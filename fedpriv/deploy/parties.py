@@ -62,7 +62,7 @@ def named_helpers(given: HelperNames) -> HelperList:
         keys = given.split(",") if isinstance(given, str) else given
         found = HelperList(tuple(_key(str(key).strip(), where) for key in keys if key))
     if not found.pinned or len(set(found.pinned)) != len(found.pinned):
-        got = "one of them twice" if found.pinned else "none"
+        got = "one of them twice" if found.pinned else "an empty list"
         remedy = "Give the identity keys that the helpers' operators read out, or the folder admin of a deployment"
         raise UserError(where, "the identity key of each helper", got, remedy)
     return found

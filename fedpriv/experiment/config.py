@@ -59,7 +59,7 @@ from fedpriv.rounds import most_messages, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
-from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
+from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalEpochs, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
 from fedpriv.tasks.per_client import PerClient
 
@@ -90,6 +90,9 @@ _NAMES = {
     "devices": ("kind",),
     "schedule": ("kind",),
 }
+
+# Choices of clients by loss, under the names that one would try; see `fedpriv.tasks.curricula`.
+_BY_LOSS = ("by-loss", "loss", "highest-loss", "lowest-loss", "power-of-choice", "curriculum")
 
 # Replaces an unknown population, so that the keys of the cohort can be checked early.
 _UNKNOWN_POPULATION = 10**9
@@ -509,7 +512,7 @@ class Config:
             examples=privacy.examples or fewest or 1,
             declared=privacy.examples is not None,
             rate=getattr(self.local, "rate", 1.0),
-            steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
+            steps=self.local.queries if isinstance(self.local, DPSGD) else 0,
         )
 
 
@@ -670,7 +673,13 @@ def check_config(config: Config) -> None:
 
 
 def _check_corrections(config: Config) -> None:
-    """Raise UserError if a method that corrects local steps could not (without their mean gradient), or has a clock."""
+    """Raise UserError if a method that corrects local steps could not, or would get another signal than it needs."""
+    if config.method.step_prox > 0.0 and config.local.signal != "pseudo-gradient":
+        if config.local.signal is None:
+            expected, got = f"local steps with {config.method_name}", repr(LOCAL_WORKS.name_of(config.local))
+            raise UserError("local.work", expected, got, 'Choose "local-steps" or "local-epochs"')
+        expected = f'"pseudo-gradient" with {config.method_name}: it sums up the moves of the model'
+        raise UserError("local.signal", expected, f'"{config.local.signal}"', "Remove the key")
     if config.method.corrects_steps and config.local.signal not in (None, "gradient-mean"):
         expected = f'"gradient-mean" with {config.method_name}: corrections are as long as one gradient'
         raise UserError("local.signal", expected, f'"{config.local.signal}"', 'Set it to "gradient-mean"')
@@ -734,6 +743,10 @@ def _check_unit(config: Config) -> None:
         remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
         expected = f"at least {bound:g}, the longest gradient of an example"
         raise UserError("method.max_norm", expected, method.max_norm, remedy)
+    if examples and isinstance(config.local, LocalEpochs) and config.local.order == "by-loss":
+        expected = 'no order by loss with privacy.unit = "example": one record could change every batch'
+        remedy = 'Use dp-sgd for local steps, or set privacy.unit to "client"'
+        raise UserError("local.order", expected, '"by-loss"', remedy)
     if examples and work not in (FullGradient, PoissonGradient, DPSGD):
         name = LOCAL_WORKS.name_of(config.local)
         remedy = (
@@ -883,6 +896,10 @@ def _read_test(given: object, dataset: type[DatasetSource], partition: object) -
 def _read_cohort(table: Table, clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
+    if name in _BY_LOSS:
+        expected = "a draw that depends on no data: a choice by loss reveals losses, and its cohorts hide no client"
+        remedy = 'Choose "poisson"; local.order = "by-loss" orders the examples of each client'
+        raise UserError("cohort.sampling", expected, repr(name), remedy)
     kind = SAMPLINGS.resolve(name, "cohort.sampling")
     refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)

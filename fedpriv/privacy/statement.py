@@ -381,9 +381,10 @@ _ROUTES = {
     "{multiplier:.6g} times that sensitivity.",
     "fresh": "One example moves a message by at most {sensitivity:g}. Gaussian noise of standard deviation "
     "{stddev:.6g} per coordinate is added to {noised} ({multiplier:.6g} times the sensitivity), in {rounds} {turns}.",
-    "steps": "In each of {steps} local steps, Gaussian noise of standard deviation {stddev:.6g} per coordinate is "
-    "added to the sum of bounded gradients, before the division: {multiplier:.6g} times the sensitivity "
-    "{sensitivity:g} of the sum. Everything after that, including the message, is computed from the noised sums.",
+    "steps": "In a round, the local steps of a client use {steps} sums of bounded gradients. Gaussian noise of "
+    "standard deviation {stddev:.6g} per coordinate is added to each, before the division: {multiplier:.6g} times the "
+    "sensitivity {sensitivity:g} of the sum. Everything after that, including the message, is computed from the "
+    "noised sums.",
 }
 
 _RESTARTS = (

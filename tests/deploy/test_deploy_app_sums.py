@@ -162,7 +162,7 @@ def test_the_server_sees_masks_and_the_statement_says_what_protects(tmp_path: Pa
 
 
 def test_clients_sign_all_that_their_app_may_read(tmp_path: Path) -> None:
-    """A server that tells one client another learning rate, or other frozen arrays, gets no sum with that client."""
+    """A server that sends one client another learning rate, or other frozen arrays, gets no sum with that client."""
 
     def other_rate(message: Message) -> None:
         message.content.config_records[CONFIG]["lr"] = 0.5
@@ -298,14 +298,17 @@ def test_a_wrong_signature_voids_a_round_unless_the_server_knows_the_keys(tmp_pa
 REFUSALS = {
     "no helpers are named": (
         {"helpers": None},
-        "helpers: expected the identity keys of the helpers, got none, although clients 0, 1, 2, 3 and 1",
+        "helpers: expected the identity keys of the helpers, got an empty list, although clients 0, 1, 2, 3 and 1",
     ),
     "a seed": ({"seed": 3}, "seed: expected None with helpers, got 3"),
     "another trust": (
         {"privacy": Privacy(epsilon=8.0, trust="local")},
         'helpers: expected none unless privacy.trust = "aggregator", got privacy.trust = "local"',
     ),
-    "no privacy": ({"privacy": None}, 'helpers: expected none unless privacy.trust = "aggregator", got none'),
+    "no privacy": (
+        {"privacy": None},
+        'helpers: expected none unless privacy.trust = "aggregator", got a run without privacy',
+    ),
     "no noise": (
         {"privacy": Privacy(noise_multiplier=0.0, trust="aggregator")},
         "privacy.noise_multiplier: expected noise with secure aggregation",

@@ -82,6 +82,8 @@ def tables_of() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
             if name in NOT_NUMBERS:
                 continue
             config = BASE | {table: {key: name, **REQUIRED.get(table, {}).get(name, {})}}
+            if name == "fedspeed":
+                config |= {"local": {"work": "local-steps", **REQUIRED["local"]["local-steps"]}}
             if table == "schedule":
                 config |= {"method": {"name": "dp-fedavg"}, "devices": {"kind": "same", **REQUIRED["devices"]["same"]}}
             yield table, name, kind, config

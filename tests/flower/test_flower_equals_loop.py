@@ -152,11 +152,17 @@ def test_flower_gives_the_loops_model_to_the_bit(method, cohort, privacy, tmp_pa
         {"work": "minibatch-gradient", "batch_size": 8},
         {"work": "local-steps", "steps": 3, "client_lr": 0.1, "batch_size": 8},
         {"work": "local-epochs", "epochs": 2, "client_lr": 0.1, "batch_size": 8, "signal": "gradient-mean"},
+        {"work": "local-epochs", "epochs": 1, "client_lr": 0.1, "batch_size": 8, "order": "by-loss", "ascent": 0.1},
     ],
-    ids=lambda table: table["work"],
+    ids=lambda table: table.get("order", table["work"]),
 )
 def test_flower_gives_the_loops_model_whatever_the_local_work(local, tmp_path):
     assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[1], local), tmp_path)
+
+
+def test_flower_gives_the_loops_model_if_memories_change_local_steps(tmp_path):
+    local = {"work": "local-steps", "steps": 2, "client_lr": 0.1, "batch_size": 8}
+    assert_same(make_experiment({"name": "fedspeed"}, COHORTS[1], PROMISES[1], local), tmp_path)
 
 
 @pytest.mark.parametrize("trust", ["central", "local"])

@@ -176,7 +176,7 @@ def test_a_client_that_fails_in_a_void_round_does_not_end_the_run(caplog: pytest
             "helpers: expected clients with a home, a policy and keys, got clients",
         ),
         ({"privacy": Privacy(epsilon=8.0), "helpers": [KEY]}, "helpers: expected clients with a home"),
-        ({"privacy": SUMS, "helpers": []}, "helpers: expected the identity key of each helper, got none"),
+        ({"privacy": SUMS, "helpers": []}, "helpers: expected the identity key of each helper, got an empty list"),
         ({"privacy": SUMS, "helpers": [KEY, KEY]}, "got one of them twice"),
         ({"privacy": SUMS, "helpers": "ab"}, "helpers: expected an identity key, 64 digits of 0-9a-f, got 'ab'"),
         ({"privacy": SUMS, "helpers": "/nowhere/admin"}, "/nowhere/admin/helpers: expected the identity key of each"),

@@ -1,4 +1,4 @@
-"""Side values: their bound, their arithmetic against a reference of its own, and the refusals."""
+"""Side values: their bound, their arithmetic against an independent reference, and the refusals."""
 
 import math
 from dataclasses import dataclass, replace
@@ -190,7 +190,7 @@ def test_the_bound_reaches_the_median_in_fifty_rounds(inner: Method, first: floa
 
 
 def test_a_round_in_which_nothing_is_finite_or_nobody_came_takes_the_ordinary_way() -> None:
-    """Not moving the bound would tell, without noise, that the round was special."""
+    """A bound that did not move would reveal such a round without noise."""
     method = side(DPFedAvg(clip_norm=2.0), AdaptiveBound())
     server = method.init_server(torch.zeros(3))
     broken, _ = method.client_rule(method.init_client(3), torch.full((4, 3), math.nan), None, 1)

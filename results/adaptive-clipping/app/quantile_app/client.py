@@ -16,7 +16,7 @@ app = ClientApp(mods=[adaptiveclipping_mod if RULE == "flower" else private_mod]
 
 
 def update_of(client: int) -> np.ndarray:
-    """Return the update of a client, `[SIZE]`: a direction of its own, and a length of median 1 over all clients."""
+    """Return the update of a client, `[SIZE]`: a random direction, and a length of median 1 over all clients."""
     rng = np.random.default_rng(client)
     direction = rng.standard_normal(SIZE)
     length = np.exp(0.5 * np.random.default_rng(10_000 + client).standard_normal())
