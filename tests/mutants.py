@@ -552,9 +552,9 @@ MUTANTS = [
     ),
     Mutant(
         "the same cohort each round",
-        ROUNDS,
-        "rules.streams.source(Purpose.COHORT, round)",
-        "rules.streams.source(Purpose.COHORT, 1)",
+        SAMPLING,
+        "self.cohort(streams.source(Purpose.COHORT, round))",
+        "self.cohort(streams.source(Purpose.COHORT, 1))",
         CORE,
     ),
     Mutant(
@@ -654,8 +654,8 @@ MUTANTS = [
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        "min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)",
-        "min(noise_multiplier * releases.sensitivity**2, MAX_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity / releases.column, MAX_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity**2 / releases.column, MAX_HIDING_NOISE)",
         PRIVACY,
     ),
     Mutant(

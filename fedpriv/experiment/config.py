@@ -96,8 +96,8 @@ TABLES += ("aggregation", "augment", "devices", "schedule", "deployment", "sourc
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
-NOISE_TABLES += ("aggregation", "devices", "schedule", "sources", "task", "noise")
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
+NOISE_TABLES += ("aggregation", "devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -650,7 +650,7 @@ def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
 
 
 def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
-    """Return the table `[noise]`; None for independent rounds, which is what a config without it has."""
+    """Return the table `[noise]`; None for independent rounds, as without it."""
     found = read_table(NoiseChoice, given["noise"], "noise") if "noise" in given else None
     return None if found is None or found.kind == "independent" else found
 

@@ -4,7 +4,7 @@ Let C be the lower-triangular Toeplitz matrix with first column c, c_0 = 1. Matr
 Rush, Smith and Thakurta 2022; Choquette-Choo et al. 2023 for bands) releases the sums s of K rounds with the noise
 C^-1 z, z independent Gaussian. It is a function of C s + z, one Gaussian mechanism.
 
-What is computed. With w_j = r_j - s_j the noise of an earlier release r_j, round k releases
+With w_j = r_j - s_j the noise of an earlier release r_j, round k releases
 
     r_k = s_k - sum_{j >= 1} c_j w_{k-j} + z_k,    rounded to a grid, exactly.
 
@@ -17,7 +17,7 @@ In float64, that value has rounding errors, which may differ between neighbors. 
 at most `SLACK` of a message's bound, except with a probability below 1e-60. Plans charge that share, and
 `Correlated.init` refuses a model for which it might not suffice.
 
-The past noise is a secret: whoever has it can take it off the releases.
+The past noise is a secret: an adversary who has it can take it off the releases.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
@@ -72,7 +72,7 @@ def squared_sensitivity(coefficients: tuple[float, ...], rounds: int, separation
 
 
 def row_norms(coefficients: tuple[float, ...], workload: np.ndarray) -> np.ndarray:
-    """Return the norm of every row of A C^-1, float64 `[rounds]`: deviations of what A computes from the releases.
+    """Return the norm of every row of A C^-1, float64 `[rounds]`: deviations of the noise on sums that A forms from releases.
 
     Args:
         coefficients: c.
@@ -115,7 +115,7 @@ class Correlated:
         spread = float(row_norms(self.coefficients, np.eye(1, max(self.rounds, 1))[0])[-1]) * self.stddev
         longest = self.messages * self.bound + _TAIL * sum(self.coefficients) * spread * math.sqrt(size)
         if 2.0 * (bands + 1) * _UNIT * math.sqrt(self.rounds) * longest > SLACK * self.bound:
-            expected = f"a model and noise whose rounding the plan covers, with {bands} bands"
+            expected = f"a model and noise with a rounding that the plan covers, with {bands} bands"
             remedy = "Use fewer bands, or a smaller model or cohort"
             raise UserError("noise.bands", expected, f"{size:,} parameters", remedy)
         return EarlierNoise(torch.zeros(bands - 1, size, dtype=torch.float64))

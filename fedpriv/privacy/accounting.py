@@ -123,8 +123,9 @@ class Releases:
     @property
     def credits_sampling(self) -> bool:
         """True if epsilon may rely on secret cohorts; otherwise it follows from one exact mu."""
-        hidden = self.trust.hides_cohorts and (self.noise is None or self.noise.hidden)
-        return hidden and self.sampling.amplifies(client_memory=self.client_memory)
+        if self.noise is not None and not self.noise.hidden:
+            return False
+        return self.trust.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
 
     @property
     def column(self) -> float:

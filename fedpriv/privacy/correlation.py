@@ -2,7 +2,7 @@
 
 The charge is exact: all rounds together are one Gaussian mechanism on C s (`fedpriv.mechanisms.correlated`), where s
 are the sums of messages, for any adaptive choice of these. A client's message is bounded by B in every round, for
-whatever it remembers. So clients' memories change nothing here.
+every memory. So clients' memories change nothing here.
 
 With coins (kind `cyclic-banded`): let C have at most b bands, and let every client have one turn in b rounds. Cut
 the run into windows of b rounds that begin with a client's turn. One message changes C s only within its window, by
@@ -63,7 +63,7 @@ class NoiseMatrix(Protocol):
         ...
 
     def applied(self, patterns: np.ndarray) -> np.ndarray:
-        """Return C times the rows of `[clients, rounds]`: what fresh noise of a plan's deviation hides of them."""
+        """Return C times the rows of `[clients, rounds]`: the values that fresh noise hides of them."""
         ...
 
     def mechanism(self, stddev: float, bound: float, messages: int) -> Mechanism:
@@ -149,14 +149,14 @@ class Banded:
         one = moved * self.column
         if self.hidden:
             bound = (
-                f"A message moves what the fresh noise hides by at most {one:g}, all of it before the client's next "
+                f"A message moves the values under the fresh noise by at most {one:g}, all of it before the client's next "
                 f"turn, of which there are at most {turns}; each is charged as one release of a client that a secret "
                 "coin hides."
             )
         else:
             whole = moved * math.sqrt(self.charge(rounds, sampling))
             bound = (
-                f"One message moves what the fresh noise hides by at most {one:g}, and all messages of a client, at "
+                f"One message moves the values under the fresh noise by at most {one:g}, and all messages of a client, at "
                 f"least {sampling.separation} rounds apart and at most {turns}, by at most {whole:g} (Euclidean norm): "
                 "all rounds are charged as one release of that sensitivity."
             )

@@ -204,7 +204,7 @@ def test_rounding_that_the_plan_does_not_cover_is_refused() -> None:
     longest = SLACK * 1e-3 / (2 * 3 * 2.0**-53 * 1000) - 1.0
     size = (longest / (20 * 1.5 * spread * many.stddev)) ** 2
     assert many.init(int(0.999 * size)).noise_earlier.shape[1] > 1000
-    with pytest.raises(UserError, match=r"noise\.bands: expected a model and noise whose rounding"):
+    with pytest.raises(UserError, match=r"noise\.bands: expected a model and noise with a rounding"):
         many.init(int(1.001 * size))
 
 
