@@ -72,7 +72,7 @@ def squared_sensitivity(coefficients: tuple[float, ...], rounds: int, separation
 
 
 def row_norms(coefficients: tuple[float, ...], workload: np.ndarray) -> np.ndarray:
-    """Return the norm of every row of A C^-1, float64 `[rounds]`: deviations of the noise on sums that A forms from releases.
+    """Return the norm of every row of A C^-1, float64 `[rounds]`: the noise on sums that A forms from releases.
 
     Args:
         coefficients: c.

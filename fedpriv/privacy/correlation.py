@@ -149,16 +149,16 @@ class Banded:
         one = moved * self.column
         if self.hidden:
             bound = (
-                f"A message moves the values under the fresh noise by at most {one:g}, all of it before the client's next "
-                f"turn, of which there are at most {turns}; each is charged as one release of a client that a secret "
-                "coin hides."
+                f"A message moves the values under the fresh noise by at most {one:g}, all of it before the client's "
+                f"next turn, of which there are at most {turns}; each is charged as one release of a client that a "
+                "secret coin hides."
             )
         else:
             whole = moved * math.sqrt(self.charge(rounds, sampling))
             bound = (
-                f"One message moves the values under the fresh noise by at most {one:g}, and all messages of a client, at "
-                f"least {sampling.separation} rounds apart and at most {turns}, by at most {whole:g} (Euclidean norm): "
-                "all rounds are charged as one release of that sensitivity."
+                f"One message moves the values under the fresh noise by at most {one:g}, and all messages of a client, "
+                f"at least {sampling.separation} rounds apart and at most {turns}, by at most {whole:g} (Euclidean "
+                "norm): all rounds are charged as one release of that sensitivity."
             )
         return (
             f"Noise is correlated over rounds (banded matrix factorization, {len(self.coefficients)} bands). In each "
