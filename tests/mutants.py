@@ -2739,8 +2739,8 @@ MUTANTS = [
     Mutant(
         "correlated: earlier noise is added, not taken back",
         CORRELATED,
-        "shifted.sub_(earlier, alpha=share)",
-        "shifted.add_(earlier, alpha=share)",
+        "shifted.sub_(earlier * share)",
+        "shifted.add_(earlier * share)",
         OF_CORRELATED,
     ),
     Mutant(
@@ -2760,9 +2760,9 @@ MUTANTS = [
     Mutant(
         "correlated: past noise in float32",
         CORRELATED,
-        "torch.zeros(bands - 1, size, dtype=torch.float64)",
-        "torch.zeros(bands - 1, size, dtype=torch.float32)",
-        OF_TURNS,
+        "drawn = (released - total)[None]",
+        "drawn = (released - total).float()[None]",
+        OF_CORRELATED,
     ),
     Mutant(
         "correlated: rounds beyond the matrix",

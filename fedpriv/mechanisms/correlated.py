@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.checks import refuse_beyond_memory
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.base import NoState
 from fedpriv.mechanisms.noise import release_sum
@@ -109,7 +110,8 @@ class Correlated:
         """Return no earlier noise.
 
         Raises:
-            UserError: If rounding in float64 could move values by more than the plan charges.
+            UserError: If rounding in float64 could move values by more than the plan charges, or the noise does not fit
+                in memory.
         """
         bands = len(self.coefficients)
         spread = float(row_norms(self.coefficients, np.eye(1, max(self.rounds, 1))[0])[-1]) * self.stddev
@@ -118,6 +120,8 @@ class Correlated:
             expected = f"a model and noise with a rounding that the plan covers, with {bands} bands"
             remedy = "Use fewer bands, or a smaller model or cohort"
             raise UserError("noise.bands", expected, f"{size:,} parameters", remedy)
+        remedy = f"Use fewer bands: the server keeps {bands - 1} vectors of {size:,} numbers"
+        refuse_beyond_memory("noise.bands", 8 * bands * size, remedy)
         return EarlierNoise(torch.zeros(bands - 1, size, dtype=torch.float64))
 
     def noise(self, state: EarlierNoise, total: Tensor, streams: Streams, round: int) -> tuple[Tensor, EarlierNoise]:
@@ -130,7 +134,7 @@ class Correlated:
             raise ValueError(f"the noise is accounted for {self.rounds} rounds, not for round {round}")
         shifted = total.clone()
         for share, earlier in zip(self.coefficients[1:], state.noise_earlier, strict=True):
-            shifted.sub_(earlier, alpha=share)
+            shifted.sub_(earlier * share)
         released = release_sum(streams, self.stddev, shifted, round)
         drawn = (released - total)[None]
         return released, EarlierNoise(torch.cat([drawn, state.noise_earlier])[: len(state.noise_earlier)])

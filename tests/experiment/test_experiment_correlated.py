@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from fedpriv.cli import main
 from fedpriv.engines import LoopEngine
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
-from fedpriv.experiment.config import Config, load_config, parse_config
+from fedpriv.experiment.config import Config, PrivacyChoice, load_config, parse_config
+from fedpriv.experiment.in_python import Experiment
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.watching import StopRun
 from fedpriv.flower.privacy_terms import PrivacyTerms, promised
 from fedpriv.flower.run_config import RunConfig
 from fedpriv.mechanisms.coefficients import optimal_coefficients
 from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
-from fedpriv.privacy import Everyone, Separated, privacy_statement
+from fedpriv.methods import DPFedAvg
+from fedpriv.privacy import Everyone, NoiseChoice, Separated, privacy_statement
 from fedpriv.rounds import begin_round, finish_round
 from fedpriv.streams import Purpose
 
@@ -132,6 +135,26 @@ def test_a_table_of_independent_noise_is_no_table() -> None:
     assert config().digest != without.digest
     assert config().noise_id != without.noise_id
     assert parse_config(config().tables) == config()
+
+
+def test_an_experiment_in_python_is_that_of_the_file() -> None:
+    rng = np.random.default_rng(0)
+    clients = [(rng.standard_normal((4, 3), dtype=np.float32), rng.integers(2, size=4)) for _ in range(6)]
+    made = Experiment(
+        model=torch.nn.Linear(3, 2),
+        data=clients,
+        method=DPFedAvg(clip_norm=1.0),
+        rounds=ROUNDS,
+        privacy=PrivacyChoice(epsilon=8.0),
+        cohort=Separated(6, 3),
+        noise=NoiseChoice(kind="banded"),
+    )
+    assert made.config.tables["noise"] == {"kind": "banded"}
+    assert made.config.tables["cohort"] == {"sampling": "separated", "min_separation": 3}
+    plan, file = made.plan(), config(method={"name": "dp-fedavg", "clip_norm": 1.0}).plan(Separated(6, 3))
+    assert plan is not None
+    assert plan == file
+    assert replace(made, noise=NoiseChoice(kind="independent")).config.noise is None
 
 
 def test_the_noise_follows_the_methods_damping() -> None:

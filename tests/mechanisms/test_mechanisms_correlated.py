@@ -208,6 +208,12 @@ def test_rounding_that_the_plan_does_not_cover_is_refused() -> None:
         many.init(int(1.001 * size))
 
 
+def test_noise_beyond_the_memory_is_refused_before_it_is_allocated() -> None:
+    noise = Correlated(stddev=1e-3, coefficients=(1.0, 0.5), rounds=12, bound=1.0, messages=9)
+    with pytest.raises(UserError, match=r"noise\.bands: expected an object that fits in memory"):
+        noise.init(10**12)
+
+
 def test_fading_noise_falls_as_its_memory_does_and_says_what_it_hides() -> None:
     noise = Fading(stddev=0.5, damping=0.2, rounds=6)
     zeros = torch.zeros(30_000).double()

@@ -12,8 +12,8 @@ from scipy import stats
 from support.helpers import FALSE_ALARM
 
 from fedpriv.errors import UserError
-from fedpriv.mechanisms.coefficients import optimal_coefficients
-from fedpriv.mechanisms.correlated import SLACK, Correlated
+from fedpriv.mechanisms.coefficients import optimal_coefficients, workload
+from fedpriv.mechanisms.correlated import SLACK, Correlated, row_norms
 from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.privacy import Everyone, NoiseChoice, Poisson, PrivacyPlan, Separated, correlated, make_plan, read_plan
 from fedpriv.privacy.accounting import GAUSSIAN
@@ -152,6 +152,27 @@ def test_coins_cost_a_poisson_round_for_each_turn_with_the_norm_of_a_column() ->
     event, _ = made.releases.event(3.0)
     assert event.event.noise_multiplier == pytest.approx(3.0 / column)  # type: ignore[attr-defined]
     assert event.sampling_probability == 0.2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("damping", "sampling", "kind", "error"),
+    [
+        (0.0, Separated(1000, 20), "banded", 6.20),
+        (0.0, Separated(1000, 5, 0.05), "cyclic-banded", 5.63),
+        (0.1, Separated(1000, 20), "banded", 3.50),
+        (0.1, Separated(1000, 5, 0.05), "cyclic-banded", 2.37),
+        (0.1, Poisson(1000, 0.05), "independent", 2.11),
+    ],
+)
+def test_the_error_of_a_memory_at_equal_epsilon_is_that_of_another_implementation(
+    damping: float, sampling: Any, kind: Any, error: float
+) -> None:
+    """100 rounds, epsilon 4, root mean square over the rounds; a prototype with dp-accounting."""
+    noise = NoiseChoice(kind=kind).of(sampling, 100, damping)
+    made = plan(noise, sampling, rounds=100, l2_bound=1.0, epsilon=4.0, noise_multiplier=None)
+    coefficients = noise.coefficients if isinstance(noise, Banded) else (1.0,)
+    rows = row_norms(coefficients, workload(damping, 100))
+    assert made.noise_stddev * math.sqrt(np.square(rows).mean()) == pytest.approx(error, rel=5e-3)
 
 
 def hockey_stick(
