@@ -213,6 +213,17 @@ def test_the_sensitivity_of_one_message_where_all_of_a_client_belong_is_found_gu
     assert findings.scores[0].lower > 1.4 * findings.scores[1].lower
 
 
+def test_a_claim_about_correlated_noise_counts_the_rounds_that_a_message_reaches() -> None:
+    """The last turn of a run reaches fewer rounds, by which the claim is a little lower."""
+    findings, record = quick_audit(CYCLIC, canaries=60)
+    plan = quick_experiment(CYCLIC).plan
+    assert plan is not None
+    assert plan.noise is not None
+    turns = record["participations"]["mean"] ** 0.5
+    assert plan.noise.column > 1.12
+    assert findings.score_claimed == pytest.approx(plan.noise.column * turns / plan.noise_multiplier, rel=0.04)
+
+
 @pytest.mark.parametrize("plan", [BANDED, CYCLIC], ids=["banded", "cyclic-banded"])
 def test_noise_that_takes_back_more_than_is_charged_is_found_guilty(
     plan: Changes, monkeypatch: pytest.MonkeyPatch
