@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import dp_accounting as dpa
 import numpy as np
 import pytest
 from scipy import stats
@@ -173,6 +174,16 @@ def test_the_error_of_a_memory_at_equal_epsilon_is_that_of_another_implementatio
     coefficients = noise.coefficients if isinstance(noise, Banded) else (1.0,)
     rows = row_norms(coefficients, workload(damping, 100))
     assert made.noise_stddev * math.sqrt(np.square(rows).mean()) == pytest.approx(error, rel=5e-3)
+
+
+@pytest.mark.parametrize("adjacency", ["add-or-remove", "replace"])
+def test_coins_cost_what_dp_accounting_says_of_windows(adjacency: str) -> None:
+    made = plan(banded(hidden=True), COINS, adjacency=adjacency, noise_multiplier=2.0)
+    event, relation = made.releases.event(2.0)
+    accountant = dpa.pld.PLDAccountant(relation, value_discretization_interval=1e-3)
+    theirs = accountant.compose(dpa.SelfComposedDpEvent(event, 5)).get_epsilon(DELTA)
+    assert made.epsilon == pytest.approx(theirs, rel=0.01)
+    assert made.epsilon_after(4) < made.epsilon_after(5) <= made.epsilon_after(8) < made.epsilon_after(9)
 
 
 def hockey_stick(
