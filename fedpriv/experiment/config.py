@@ -710,7 +710,7 @@ def _check_sums(config: Config) -> None:
 
 
 def _check_turns(config: Config) -> None:
-    """Raise UserError for clients that take turns, or correlated noise, where they are not offered."""
+    """Raise UserError if clients that take turns, or correlated noise, do not fit the rest of a config."""
     apart = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION).separation > 1
     if not apart and config.noise is None:
         return
@@ -725,7 +725,7 @@ def _check_turns(config: Config) -> None:
         why = (
             "a client's own noise cannot return" if trust_of(config.privacy.trust).shows_messages else "clients change"
         )
-        expected = f'no such value with privacy.trust = "{config.privacy.trust}", where {why} from round to round'
+        expected = f'no such value with privacy.trust = "{config.privacy.trust}": {why} from round to round'
         raise UserError(key, expected, got, 'Set privacy.trust to "central", or remove it')
     if config.privacy is not None and config.privacy.unit == "example":
         raise UserError(key, 'no such value with privacy.unit = "example", for now', got, remedy)

@@ -416,7 +416,7 @@ class PrivacyPlan:
             raise UserError("[schedule]", "no such table with secure aggregation", "a schedule", remedy)
 
     def _check_turns(self) -> None:
-        """Raise UserError for correlated noise, or clients that take turns, where they are not offered."""
+        """Raise UserError if correlated noise, or clients that take turns, do not fit the plan."""
         apart = self.sampling.separation > 1
         if self.noise is None and not apart:
             return

@@ -104,7 +104,7 @@ def _vector(folder: Path) -> torch.Tensor:
 
 
 def test_a_run_equals_an_independent_reference_in_float64() -> None:
-    """Sums from the engine; noise, memory and model again from the definitions, with C as a matrix of its own."""
+    """Sums from the engine; noise, memory and model again from the definitions, with another loop."""
     made = config(method={"name": "dp-fedavg", "clip_norm": 0.5, "server_lr": 2.0})
     experiment = assemble(made)
     plan = experiment.plan

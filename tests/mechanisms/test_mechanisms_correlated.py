@@ -127,7 +127,7 @@ def test_no_matrix_beats_the_bound_under_full_participation(c: tuple[float, ...]
 
 
 def test_the_noise_times_the_matrix_is_fresh_noise() -> None:
-    """C w = z, to the rounding of releases; z is what one round alone would draw."""
+    """C w = z, to the rounding of releases; z is the noise of one round alone."""
     c, rounds = optimal_coefficients(0.0, 12, 4, 4), 12
     released, states = played(mechanism(c), totals := sums(rounds))
     noise = (released - totals).numpy()
