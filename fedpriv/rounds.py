@@ -40,7 +40,7 @@ from fedpriv.methods import (
 )
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.privacy.records import ExampleTerms, RecordBound
-from fedpriv.streams import Purpose, Streams
+from fedpriv.streams import Streams
 from fedpriv.tasks.local_work import ClippedGradients
 from fedpriv.vectors import joined, norm, parted
 
@@ -340,6 +340,8 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
         raise UserError("local.work", '"dp-sgd" with privacy.trust = "local"', f'trust "{plan.trust}"', remedy)
     sums = None if plan is None else integer_sums(plan)
     mechanism: Mechanism = Gaussian(server_stddev) if sums is None else NoServerNoise()
+    if plan is not None and plan.noise is not None:
+        mechanism = plan.noise.mechanism(server_stddev, method.bounded.l2_bound, capacity_of(sampling))
     return Agreement(
         ServerRules(method=method, sampling=sampling, mechanism=mechanism, streams=streams),
         ClientRules(
@@ -421,7 +423,7 @@ def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) ->
 
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:
     """Return the server's broadcast in `round`."""
-    cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
+    cohort = rules.sampling.drawn(rules.streams, round)
     counting = round - rules.voids(state)
     capacity, shared = capacity_of(rules.sampling), rules.shared(state)
     return Broadcast(counting, state.model, cohort, capacity, turn=round, shared=shared)

@@ -31,6 +31,7 @@ from fedpriv.flower.messages import (
     FEDPRIV,
     TERMS,
     ClientInstructions,
+    MessageFormat,
     ModelArrays,
     RunTerms,
     method_name,
@@ -397,7 +398,7 @@ class MethodStrategy(Strategy):
     def _message(self, client: int, content: RecordDict) -> Tensor:
         """Return a client's message; raise UserError if no honest client may send it."""
         rules, size = self.agreement.client, self._layout.layout.size
-        message = self._layout.received(content, rules)
+        message = self._layout.received(content, MessageFormat.of(rules))
         fault = message_fault(message, rules, size)
         if fault:
             expected = f"l2 norm of at most {norm_limit(rules, size):g}"

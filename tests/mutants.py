@@ -94,6 +94,10 @@ SECURE = "fedpriv/secure"
 SECURE_MASKS, SECURE_ROUND = "tests/secure/test_secure_masks.py", "tests/secure/test_secure_round.py"
 SECURE_ATTACKS, SECURE_RECORD = "tests/secure/test_secure_attacks.py", "tests/secure/test_secure_record.py"
 
+CORRELATED, CORRELATION = "fedpriv/mechanisms/correlated.py", "fedpriv/privacy/correlation.py"
+OF_CORRELATED = "tests/mechanisms/test_mechanisms_correlated.py"
+OF_CORRELATION, OF_TURNS = "tests/privacy/test_privacy_correlation.py", "tests/experiment/test_experiment_correlated.py"
+
 MUTANTS = [
     Mutant(
         "examples: a memory's sensitivity forgets that both data sets move",
@@ -552,9 +556,9 @@ MUTANTS = [
     ),
     Mutant(
         "the same cohort each round",
-        ROUNDS,
-        "rules.streams.source(Purpose.COHORT, round)",
-        "rules.streams.source(Purpose.COHORT, 1)",
+        SAMPLING,
+        "self.cohort(streams.source(Purpose.COHORT, round))",
+        "self.cohort(streams.source(Purpose.COHORT, 1))",
         CORE,
     ),
     Mutant(
@@ -654,8 +658,8 @@ MUTANTS = [
     Mutant(
         "Poisson replace in the wrong units",
         ACCOUNTING,
-        "min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)",
-        "min(noise_multiplier * releases.sensitivity**2, MAX_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity / releases.column, MAX_HIDING_NOISE)",
+        "min(noise_multiplier * releases.sensitivity**2 / releases.column, MAX_HIDING_NOISE)",
         PRIVACY,
     ),
     Mutant(
@@ -3025,6 +3029,195 @@ MUTANTS = [
         "return uses_of_batch(work) * sum(",
         "return sum(",
         "tests/tasks/test_tasks_local_changes.py",
+    ),
+    Mutant(
+        "correlated: the sensitivity of one message for all of a client",
+        CORRELATED,
+        "pulses[::separation] = 1.0",
+        "pulses[:1] = 1.0",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: earlier noise is added, not taken back",
+        CORRELATED,
+        "shifted.sub_(earlier * share)",
+        "shifted.add_(earlier * share)",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: the sum is remembered with the noise",
+        CORRELATED,
+        "drawn = (released - total)[None]",
+        "drawn = released[None]",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: the oldest noise is kept, not the newest",
+        CORRELATED,
+        "torch.cat([drawn, state.noise_earlier])",
+        "torch.cat([state.noise_earlier, drawn])",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: past noise in float32",
+        CORRELATED,
+        "drawn = (released - total)[None]",
+        "drawn = (released - total).float()[None]",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: rounds beyond the matrix",
+        CORRELATED,
+        "if not 1 <= round <= self.rounds:",
+        "if round < 1:",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: the rounding of earlier noise is not checked",
+        CORRELATED,
+        "math.sqrt(self.rounds) * longest > SLACK * self.bound",
+        "math.sqrt(self.rounds) * longest < 0.0",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: fading noise grows",
+        CORRELATED,
+        "(1.0 - damping) ** (-0.5 * more)",
+        "(1.0 - damping) ** (0.5 * more)",
+        OF_CORRELATED,
+    ),
+    Mutant(
+        "correlated: the rounding of earlier noise is not charged",
+        CORRELATION,
+        "return SLACK if len(self.coefficients) > 1 else 0.0",
+        "return 0.0",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: windows overlap the next turn",
+        CORRELATION,
+        "if self.hidden and len(self.coefficients) > sampling.separation:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: coins are credited to noise that is charged without",
+        CORRELATION,
+        "if hidden != (sampling.hiding_prob < 1.0):",
+        "if hidden and sampling.hiding_prob == 1.0:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: a schedule of noise with random cohorts",
+        CORRELATION,
+        "if sampling.hiding_prob < 1.0 or sampling.separation > 1:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: under full participation",
+        CORRELATION,
+        "if apart < 2:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: one window costs one message",
+        ACCOUNTING,
+        "return 1.0 if self.noise is None else self.noise.column",
+        "return 1.0",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: rounds are counted for turns that last longer",
+        ACCOUNTING,
+        "return math.ceil(rounds / self.sampling.separation)",
+        "return rounds // self.sampling.separation",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: charged as independent noise",
+        ACCOUNTING,
+        "if self.noise is not None:\n            return self.noise.charge",
+        "if False:\n            return self.noise.charge",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: drawn as independent noise",
+        ROUNDS,
+        "if plan is not None and plan.noise is not None:",
+        "if False:",
+        OF_TURNS,
+    ),
+    Mutant(
+        "correlated: noise that no local message can have",
+        "fedpriv/privacy/plan.py",
+        "if not trust_of(self.trust).trusts_server:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: a plan for more rounds than its matrix",
+        "fedpriv/privacy/plan.py",
+        "if self.rounds > self.noise.rounds:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "correlated: the noise does not know the method's damping",
+        "fedpriv/experiment/config.py",
+        "return 0.0 if rule is None or rule.beta is None else rule.damping",
+        "return 0.0",
+        OF_TURNS,
+    ),
+    Mutant(
+        "turns: late clients count in the turns of others",
+        "fedpriv/experiment/config.py",
+        'expected = "no such value with [devices]: late clients would count outside of their turns"',
+        "return",
+        OF_TURNS,
+    ),
+    Mutant(
+        "turns: a client more moves others to other groups",
+        SAMPLING,
+        "uniform(population) * groups)",
+        "uniform(population)[::-1] * groups)",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "turns: groups by coins that are drawn each round",
+        SAMPLING,
+        "== (round - 1) % self.separation)",
+        "== 0)",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "turns: coins of the whole run for those of a turn",
+        SAMPLING,
+        "return 1.0 if self.probability is None else min(self.probability * self.min_separation, 1.0)",
+        "return 1.0 if self.probability is None else self.probability",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "turns: more coins than turns",
+        SAMPLING,
+        "if self.probability * self.min_separation > 1.0:",
+        "if False:",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "turns: half the turns are free",
+        SAMPLING,
+        "return float(math.ceil(rounds / self.min_separation))",
+        "return float(rounds // (2 * self.min_separation))",
+        OF_CORRELATION,
+    ),
+    Mutant(
+        "audit: correlated noise is judged as independent",
+        "fedpriv/audit/verdict.py",
+        "roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)",
+        "roots = np.linalg.norm(canaries.patterns, axis=1)",
+        AUDITED,
     ),
 ]
 

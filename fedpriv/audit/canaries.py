@@ -29,7 +29,7 @@ __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries"
 
 # Separates the auditor's addresses from all draws of an experiment (`fedpriv.streams.Purpose`).
 _AUDIT = 0x61756469
-_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(7)
+_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN, _GROUPS = range(8)
 # One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only. One in ten
 # keeps its sign, because random signs cancel in the last model.
 _SHARE = 0.1
@@ -117,7 +117,15 @@ class Canaries:
 
 
 def draw_canaries(
-    *, seed: int, count: int, size: int, rounds: int, sampling_prob: float, replace: bool, local: bool
+    *,
+    seed: int,
+    count: int,
+    size: int,
+    rounds: int,
+    sampling_prob: float,
+    replace: bool,
+    local: bool,
+    separation: int = 1,
 ) -> Canaries:
     """Return the candidates of an audit.
 
@@ -126,9 +134,10 @@ def draw_canaries(
         count: Approximate number of canaries that take part; it depends on the coins.
         size: Number of parameters.
         rounds: Number of rounds.
-        sampling_prob: Probability that a canary takes part in a round.
+        sampling_prob: Probability that a canary takes part in a round in which it may.
         replace: True if adjacency is replace.
         local: True if the auditor sees messages one by one, as under local trust.
+        separation: Rounds from one turn of a canary to its next; each is in a random group.
     """
     steady = max(round(_SHARE * count), 2)
     along = min(steady, size)
@@ -140,6 +149,8 @@ def draw_canaries(
     signs = _random_signs(generator(seed, _SIGNS), drawn)
     signs[isotropic + along :] = 1
     present = np.ones(drawn, bool) if everyone else generator(seed, _COHORTS).random(drawn) < sampling_prob
+    if separation > 1:
+        present &= np.arange(rounds) % separation == generator(seed, _GROUPS).integers(separation, size=(drawn[0], 1))
     return Canaries(
         seed=seed,
         directions=torch.from_numpy(_unit_rows(generator(seed, _DIRECTIONS), isotropic, size)),

@@ -29,6 +29,7 @@ from fedpriv.flower.messages import (
     CONFIG,
     FEDPRIV,
     TERMS,
+    MessageFormat,
     ModelArrays,
     NodeInfo,
     ask_node_info,
@@ -368,7 +369,7 @@ def run_turns(
         book.keep(coordinator.heads)
 
     def received(content: RecordDict) -> Tensor:
-        return arrays.received(content, coordinator.client)
+        return arrays.received(content, MessageFormat.of(coordinator.client))
 
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:

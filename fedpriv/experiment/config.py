@@ -30,6 +30,7 @@ from fedpriv.methods import (
     PrivateMetrics,
     ServerOptimized,
     bare,
+    feedback_of,
     has_memory,
     message_size,
     optimized,
@@ -44,11 +45,13 @@ from fedpriv.privacy import (
     Aggregation,
     AggregationChoice,
     DataFacts,
+    NoiseChoice,
     PrivacyPlan,
     Sampling,
     TrustName,
     UnitName,
     adjacency_of,
+    correlated,
     make_plan,
     trust_of,
     unit_of,
@@ -99,10 +102,11 @@ _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("adaptive", "aggregation", "augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
+TABLES += ("noise",)
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
 NOISE_TABLES += ("adaptive", "aggregation", "devices", "schedule", "sources", "task")
 
 
@@ -264,6 +268,7 @@ class Config:
     task: TaskKind = field(default_factory=Classification)
     evaluation: PerClient | None = None
     aggregation: AggregationChoice | None = None
+    noise: NoiseChoice | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -280,6 +285,7 @@ class Config:
             data["test"] = self.data.test
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
+        noise = {} if self.noise is None else {"noise": write_table(self.noise)}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
@@ -306,6 +312,7 @@ class Config:
             **server,
             **privacy,
             **aggregation,
+            **noise,
             "training": write_table(self.training),
             **clock,
             **({} if self.evaluation is None else {"evaluation": write_table(self.evaluation)}),
@@ -407,6 +414,7 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
+        self.check_drawn_apart("in a deployment")
         self.check_only_sampled_answer()
         if own_signal_of(self.method) is not None:
             remedy = "Simulate it, or choose dp-gd"
@@ -421,6 +429,19 @@ class Config:
             raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
+
+    def check_drawn_apart(self, where: str) -> None:
+        """Raise UserError for clients that take turns, or correlated noise, which only simulations in process offer.
+
+        Args:
+            where: The place that does not offer them, in words.
+        """
+        expected = f"no such value {where}, for now: devices do not yet count the rounds between their answers"
+        remedy = "Simulate it with --engine loop, vectorized or ray, or remove it"
+        if self.noise is not None:
+            raise UserError("[noise]", expected, "a table", remedy)
+        if self.cohort.sampling == "separated":
+            raise UserError("cohort.sampling", expected, '"separated"', remedy)
 
     def check_unclocked(self) -> None:
         """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
@@ -474,7 +495,7 @@ class Config:
             raise ValueError(f"{self.rule} is not accounted by {sampling.name}")
         if self.privacy is None:
             return None
-        return make_plan(
+        plan = make_plan(
             sampling=sampling,
             rounds=self.training.rounds,
             l2_bound=self.method.bounded.l2_bound,
@@ -483,6 +504,14 @@ class Config:
             trust=self._aggregation(sampling, size) or self.privacy.trust,
             **{field: getattr(self.privacy, field) for field in _PLANNED},
         )
+        matrix = None if self.noise is None else self.noise.of(sampling, self.training.rounds, self.noise_damping)
+        return plan if matrix is None else correlated(plan, matrix, self.privacy.epsilon)
+
+    @property
+    def noise_damping(self) -> float:
+        """The share of the server's memory that is forgotten each round: the sums over rounds that the noise suits."""
+        rule = feedback_of(self.method)
+        return 0.0 if rule is None or rule.beta is None else rule.damping
 
     def _aggregation(self, sampling: Sampling, size: int | None) -> Aggregation | None:
         if not self.sums_securely or size is None:
@@ -636,6 +665,7 @@ def parse_config(tables: Table) -> Config:
         task=task,
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
         aggregation=_read_aggregation(given),
+        noise=_read_noise(given),
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
@@ -650,10 +680,17 @@ def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
     return None if table is None else read_table(AggregationChoice, table, "aggregation")
 
 
+def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
+    """Return the table `[noise]`; None for independent rounds, as without it."""
+    found = read_table(NoiseChoice, given["noise"], "noise") if "noise" in given else None
+    return None if found is None or found.kind == "independent" else found
+
+
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
     _check_side_values(config)
     _check_sums(config)
+    _check_turns(config)
     _check_schedule(config)
     _check_unit(config)
     _check_presence(config)
@@ -715,6 +752,31 @@ def _check_sums(config: Config) -> None:
     if config.devices is not None:
         expected = 'no such table with privacy.trust = "aggregator", for now'
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
+
+
+def _check_turns(config: Config) -> None:
+    """Raise UserError if clients that take turns, or correlated noise, do not fit the rest of a config."""
+    apart = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION).separation > 1
+    if not apart and config.noise is None:
+        return
+    key, got = ("cohort.sampling", f'"{config.cohort.sampling}"') if apart else ("[noise]", "a table")
+    remedy = "Remove one of the two"
+    if config.noise is not None and config.privacy is None:
+        raise UserError("[noise]", "no such table without [privacy]", "a table", "Remove it, or add [privacy]")
+    if config.devices is not None:
+        expected = "no such value with [devices]: late clients would count outside of their turns"
+        raise UserError(key, expected, got, remedy)
+    if config.privacy is not None and not trust_of(config.privacy.trust).trusts_server:
+        why = (
+            "a client's own noise cannot return" if trust_of(config.privacy.trust).shows_messages else "clients change"
+        )
+        expected = f'no such value with privacy.trust = "{config.privacy.trust}": {why} from round to round'
+        raise UserError(key, expected, got, 'Set privacy.trust to "central", or remove it')
+    if config.privacy is not None and config.privacy.unit == "example":
+        raise UserError(key, 'no such value with privacy.unit = "example", for now', got, remedy)
+    if config.noise is not None:
+        sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
+        config.noise.of(sampling, config.training.rounds, config.noise_damping)
 
 
 def _check_evaluation(config: Config) -> None:

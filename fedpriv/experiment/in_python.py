@@ -33,7 +33,7 @@ from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
 from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
 from fedpriv.plugins import MEMORY
-from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, PrivacyPlan, Sampling, trust_of
+from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, NoiseChoice, PrivacyPlan, Sampling, trust_of
 from fedpriv.privacy.released import Whose
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
@@ -70,6 +70,7 @@ class Experiment:
         adaptive: How the bound of messages follows a quantile: `fedpriv.methods.AdaptiveBound()`; None if it is fixed.
         privacy: The privacy guarantee; None for a run without privacy.
         aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
+        noise: The noise over rounds, such as `fedpriv.privacy.NoiseChoice(kind="banded")`; None for independent rounds.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
@@ -114,6 +115,7 @@ class Experiment:
     seed: int = 0
     evaluate_every: int = 1
     name: str = "experiment"
+    noise: NoiseChoice | None = None
 
     @cached_property
     def config(self) -> Config:
@@ -143,6 +145,7 @@ class Experiment:
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
             evaluation=self.evaluation,
+            noise=None if self.noise is not None and self.noise.kind == "independent" else self.noise,
         )
         check_config(config)
         return config

@@ -87,7 +87,7 @@ OUTPUTS = (
     Output(
         "checkpoint.safetensors",
         Kind.OWNER,
-        "until the run ends, with the clients' memories, who took part, and a checksum of the data",
+        "until the run ends, with the clients' memories, past noise, who took part, and a checksum of the data",
     ),
     Output("diagnostics.jsonl", Kind.OWNER, "norms, counts and speed, round by round", left=True),
     Output("diagnostics.json", Kind.OWNER, "totals, how clients differ, and a checksum of the data", left=True),

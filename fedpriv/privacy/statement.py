@@ -360,6 +360,13 @@ def _cohorts(plan: PrivacyPlan) -> str:
 
 def _mechanism(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
+    if plan.noise is not None:
+        return (
+            f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves a sum of messages by at "
+            f"most {plan.l2_sensitivity:g}. "
+            f"{plan.noise.how(plan.noise_stddev, plan.l2_sensitivity, sampling, plan.rounds)} {_grid(plan)} Sums are "
+            f"divided by {sampling.divisor}."
+        )
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it, or a sum of messages, "
         f"by at most {plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "

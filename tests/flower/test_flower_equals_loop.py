@@ -202,7 +202,7 @@ def test_flower_gives_the_loops_model_and_side_values(method: dict, privacy: dic
     state, total = run_loop(experiment)
     assert_same(experiment, tmp_path)
     assert len(total.sum) == len(state.model) + (1 if privacy is None else 3)
-    assert float(state.side_bound) != 1.0
+    assert float(state._asdict()["side_bound"]) != 1.0
 
 
 @pytest.mark.parametrize("shift", ["rotation", "noise", "style"])
