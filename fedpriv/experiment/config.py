@@ -360,7 +360,8 @@ class Config:
     @property
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
-        return replace(self.data.facts, scores=self.task.scores)
+        side = side_values_of(self.method)
+        return replace(self.data.facts, scores=self.task.scores, reported=() if side is None else side.reported)
 
     @property
     def digest(self) -> str:

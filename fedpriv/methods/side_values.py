@@ -257,6 +257,12 @@ class SideValues:
         """The number of values after the signal: the client's metrics."""
         return 0 if self.metrics is None else len(self.metrics.names)
 
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The side values in words, for the privacy statement."""
+        bit = () if self.adaptive is None else ("whether its message was shortened",)
+        return bit + (() if self.metrics is None else tuple(f"its {name}" for name in self.metrics.names))
+
     def shared_size(self, size: int) -> int:
         """Return the length of the vector that clients receive beside a model of `size`; 0 for none."""
         return (size if self.method.needs_shared else 0) + (self.adaptive is not None)

@@ -149,12 +149,14 @@ class DataFacts:
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
         scores: Names of the scores, without `test_` or `validation_`.
+        reported: The values that clients send within their noised messages, in words; see `fedpriv.methods.SideValues`.
     """
 
     clients: Literal["natural", "simulated", "resampled"]
     test: Whose = "public"
     validation: Whose | None = None
     scores: tuple[str, ...] = ("accuracy", "loss")
+    reported: tuple[str, ...] = ()
 
     @property
     def not_covered(self) -> tuple[str, ...]:

@@ -83,6 +83,10 @@ _HELD_OUT_OF_CLIENTS = (
     "does NOT cover the validation scores ({scores})."
 )
 
+_REPORTED = (
+    "In its message, and under the same bound and noise, every client also sends: {values}. The noisy means of these "
+    "values, and the bounds that follow from them, are released in rounds.jsonl; the epsilon above covers them."
+)
 _HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
 
 _TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and choices based on them"
@@ -303,6 +307,8 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
         ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
         ending = ending.replace("are protected together", "are protected one by one") if examples else ending
         paragraphs.append(_HELD_OUT.format(whose=_WHOSE[data.validation]) + ending)
+    if data.reported:
+        paragraphs.append(_REPORTED.format(values=", ".join(data.reported)))
     return [_fill(paragraph) for paragraph in paragraphs]
 
 

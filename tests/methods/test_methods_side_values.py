@@ -35,7 +35,7 @@ from fedpriv.methods import (
 )
 from fedpriv.methods.memoryless import Memoryless
 from fedpriv.methods.server_optimizers import Momentum
-from fedpriv.privacy import Poisson
+from fedpriv.privacy import Poisson, privacy_statement
 
 METRICS = PrivateMetrics(share=0.1, max_loss=4.0)
 MARGIN = 1.0 - 2.0**-20
@@ -323,6 +323,20 @@ TABLES: dict[str, Any] = {
     "method": {"name": "dp-fedavg"},
     "training": {"rounds": 2},
 }
+
+
+def test_the_statement_names_the_values_that_clients_send() -> None:
+    full = {"adaptive": {}, "privacy": {"epsilon": 8.0, "metrics_share": 0.1}}
+    said = [
+        " ".join(
+            privacy_statement(
+                config.plan(Poisson(8, 0.5)), method="dp-fedavg", randomness="seeded", data=config.facts
+            ).split()
+        )
+        for config in (parse_config({**TABLES, **full}), parse_config({**TABLES, "privacy": {"epsilon": 8.0}}))
+    ]
+    assert "every client also sends: whether its message was shortened, its loss, its accuracy." in said[0]
+    assert "every client also sends" not in said[1]
 
 
 def test_a_config_is_read_again_as_it_was_written() -> None:
