@@ -483,7 +483,8 @@ def apply_client_rule(
     """
     rule = _checked_client_rule if _is_own(method) else type(method).client_rule
     message, state = rule(method, state, signal, release, round)
-    if message.shape != signal.shape and not _is_part(method, message, signal):
+    alike = message.shape == signal.shape and side_values_of(method) is None
+    if not alike and not _is_part(method, message, signal):
         raise ValueError(f"{method}: a message of shape {list(message.shape)} for a signal of {list(signal.shape)}")
     return message, state
 

@@ -2607,7 +2607,7 @@ MUTANTS = [
         "fedpriv/engines/in_place.py",
         "center.clone().contiguous()",
         "torch.zeros_like(center)",
-        "tests/engines/test_engines_equal.py",
+        "tests/engines/test_engines_in_place.py",
     ),
     Mutant(
         "centered-clip: a device bounds around zero",

@@ -145,7 +145,8 @@ def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | 
     stores = [StateStore(method, size, memory=memory) for _ in range(2)]
     for number in (1, 2, 4, 7):
         signals = signals_of(kind, rng, clients, size)
-        broadcast = Broadcast(number, torch.zeros(size), np.arange(clients))
+        shared = torch.linspace(-0.1, 0.1, size) if method.needs_shared else None
+        broadcast = Broadcast(number, torch.zeros(size), np.arange(clients), shared=shared)
         steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, False)]
         for step, store in zip(steps, stores, strict=True):
             for client, following in zip(range(clients), [*range(1, clients), None], strict=True):

@@ -36,6 +36,8 @@ from fedpriv.methods import (
 from fedpriv.methods.memoryless import Memoryless
 from fedpriv.methods.server_optimizers import Momentum
 from fedpriv.privacy import Poisson, privacy_statement
+from fedpriv.rounds import ClientRules, client_round
+from fedpriv.streams import SeededStreams
 
 METRICS = PrivateMetrics(share=0.1, max_loss=4.0)
 MARGIN = 1.0 - 2.0**-20
@@ -269,6 +271,15 @@ def test_private_metrics_are_those_of_the_clients() -> None:
     other = models_of(made, VectorizedEngine, rounds=2)
     for one, twin in zip(models_of(made, rounds=2), other, strict=True):
         assert float((one - twin).abs().max()) <= 1e-6
+
+
+def test_a_message_without_its_side_values_is_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sum, it would be broadcast or shifted."""
+    method = side(DPFedAvg(), AdaptiveBound())
+    rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(1))
+    monkeypatch.setattr(SideValues, "join", lambda self, message, values: message)
+    with pytest.raises(ValueError, match=r"a message of shape \[3\] for a signal of \[3\]"):
+        client_round(rules, 0, method.init_client(3), torch.ones(3), 1)
 
 
 class Own(Memoryless):
