@@ -1,6 +1,6 @@
 """The interface of methods: a pure client rule and a pure server rule that act on the last axis."""
 
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fedpriv.vectors import ServerState, State, norm
 
 __all__ = [
     "METHODS",
+    "AroundMethod",
     "ClientState",
     "ClientStateT",
     "ExampleRule",
@@ -241,6 +242,46 @@ class PlainMethod:
     def step_offset(self, state: Any, shared: Tensor | None) -> Tensor | None:
         """Return None: local steps are those of the local work."""
         return None
+
+
+class AroundMethod(Generic[ClientStateT]):
+    """Defaults of a method around another: clients keep the same state and steps, and nothing else differs."""
+
+    method: Method[ClientStateT]
+
+    @property
+    def server_lr(self) -> float:
+        """The method's."""
+        return self.method.server_lr
+
+    @property
+    def needs_gradient_scale(self) -> bool:
+        """The method's."""
+        return self.method.needs_gradient_scale
+
+    @property
+    def needs_client_noise(self) -> bool:
+        """The method's."""
+        return self.method.needs_client_noise
+
+    @property
+    def corrects_steps(self) -> bool:
+        """The method's."""
+        return self.method.corrects_steps
+
+    @property
+    def step_prox(self) -> float:
+        """The method's."""
+        return self.method.step_prox
+
+    @property
+    def lost_memory(self) -> LostMemory:
+        """The method's; state that is added around it holds only released values, and is reset with the server's."""
+        return self.method.lost_memory
+
+    def init_client(self, size: int) -> ClientStateT:
+        """Return the method's state."""
+        return self.method.init_client(size)
 
 
 class Gradients(Protocol):

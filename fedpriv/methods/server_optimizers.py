@@ -29,7 +29,7 @@ step is near gamma m / (its standard deviation), for any data. Unlike in the pap
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from typing_extensions import TypeVar
 from fedpriv.bounding import Bounded
 from fedpriv.checks import real_within, require_fraction
 from fedpriv.feedback import Feedback, Release
-from fedpriv.methods.base import ClientStateT, LostMemory, Method, Row, ServerState
+from fedpriv.methods.base import AroundMethod, ClientStateT, Method, Row, ServerState
 from fedpriv.plugins import Registry
 from fedpriv.vectors import State, joined, parted, rebuilt
 
@@ -218,7 +218,7 @@ SERVER_OPTIMIZERS: Registry[ServerOptimizer] = Registry(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerOptimized(Generic[ClientStateT]):
+class ServerOptimized(AroundMethod[ClientStateT]):
     """A method with a server optimizer: the server transforms the method's direction; clients are unaffected.
 
     Its server state is the method's state followed by the optimizer's.
@@ -244,48 +244,14 @@ class ServerOptimized(Generic[ClientStateT]):
         return self.method.feedback
 
     @property
-    def server_lr(self) -> float:
-        """The method's."""
-        return self.method.server_lr
-
-    @property
-    def needs_gradient_scale(self) -> bool:
-        """The method's."""
-        return self.method.needs_gradient_scale
-
-    @property
     def bounded(self) -> Bounded:
         """The method's."""
         return self.method.bounded
 
     @property
-    def needs_client_noise(self) -> bool:
-        """The method's."""
-        return self.method.needs_client_noise
-
-    @property
     def needs_shared(self) -> bool:
         """The method's."""
         return self.method.needs_shared
-
-    @property
-    def corrects_steps(self) -> bool:
-        """The method's."""
-        return self.method.corrects_steps
-
-    @property
-    def step_prox(self) -> float:
-        """The method's."""
-        return self.method.step_prox
-
-    @property
-    def lost_memory(self) -> LostMemory:
-        """The method's. The optimizer's memory holds only released values, and is reset with the server's."""
-        return self.method.lost_memory
-
-    def init_client(self, size: int) -> ClientStateT:
-        """Return the method's state."""
-        return self.method.init_client(size)
 
     def init_server(self, model: Tensor) -> ServerState:
         """Return the method's state followed by the optimizer's zeros."""

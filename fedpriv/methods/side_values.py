@@ -46,7 +46,7 @@ from fedpriv.bounding import Bounded, Clip, SmoothedNormalization
 from fedpriv.checks import real_within
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, RoundedRelease
-from fedpriv.methods.base import ClientState, LostMemory, Method, Row, ServerState, own_signal_of
+from fedpriv.methods.base import AroundMethod, ClientState, Method, Row, ServerState, own_signal_of
 from fedpriv.vectors import joined, norm, parted
 
 __all__ = [
@@ -159,7 +159,7 @@ class _HasBound(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideValues:
+class SideValues(AroundMethod[ClientState]):
     """A method that sends side values with its messages; clients run it as well.
 
     A signal is `[..., params]`, followed by the client's metrics if `metrics` is given; a message is `[..., params]`,
@@ -208,44 +208,14 @@ class SideValues:
         return _UnitBall(inner=self.method.bounded)
 
     @property
-    def server_lr(self) -> float:
-        """The method's."""
-        return self.method.server_lr
-
-    @property
     def feedback(self) -> Feedback | None:
         """None: engines run `client_rule`."""
         return None
 
     @property
-    def needs_gradient_scale(self) -> bool:
-        """The method's."""
-        return self.method.needs_gradient_scale
-
-    @property
-    def needs_client_noise(self) -> bool:
-        """The method's."""
-        return self.method.needs_client_noise
-
-    @property
     def needs_shared(self) -> bool:
         """True if the bound adapts, or the method needs a vector."""
         return self.adaptive is not None or self.method.needs_shared
-
-    @property
-    def corrects_steps(self) -> bool:
-        """The method's."""
-        return self.method.corrects_steps
-
-    @property
-    def step_prox(self) -> float:
-        """The method's."""
-        return self.method.step_prox
-
-    @property
-    def lost_memory(self) -> LostMemory:
-        """The method's."""
-        return self.method.lost_memory
 
     @property
     def count(self) -> int:
@@ -266,10 +236,6 @@ class SideValues:
     def shared_size(self, size: int) -> int:
         """Return the length of the vector that clients receive beside a model of `size`; 0 for none."""
         return (size if self.method.needs_shared else 0) + (self.adaptive is not None)
-
-    def init_client(self, size: int) -> ClientState:
-        """Return the method's state."""
-        return self.method.init_client(size)
 
     def init_server(self, model: Tensor) -> ServerState:
         """Return the method's state, the configured bound, and NaN for the values of no round."""

@@ -277,7 +277,7 @@ def test_a_message_without_its_side_values_is_not_summed(monkeypatch: pytest.Mon
     """In the sum, it would be broadcast or shifted."""
     method = side(DPFedAvg(), AdaptiveBound())
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(1))
-    monkeypatch.setattr(SideValues, "join", lambda self, message, values: message)
+    monkeypatch.setattr(SideValues, "join", lambda _, message, __: message)
     with pytest.raises(ValueError, match=r"a message of shape \[3\] for a signal of \[3\]"):
         client_round(rules, 0, method.init_client(3), torch.ones(3), 1)
 
