@@ -31,6 +31,7 @@ from fedpriv.experiment.dry_run import Findings, try_experiment
 from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
+from fedpriv.mechanisms.controllers import Controller
 from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, PrivacyPlan, Sampling, trust_of
@@ -70,6 +71,8 @@ class Experiment:
         adaptive: How the bound of messages follows a quantile: `fedpriv.methods.AdaptiveBound()`; None if it is fixed.
         privacy: The privacy guarantee; None for a run without privacy.
         aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
+        controller: Chooses the noise of each round within `privacy.epsilon`, the budget, as
+            `fedpriv.mechanisms.controllers.LinearDecay()` does; None for constant noise.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
@@ -100,6 +103,7 @@ class Experiment:
     adaptive: AdaptiveBound | None = None
     privacy: PrivacyChoice | None = None
     aggregation: AggregationChoice | None = None
+    controller: Controller | None = None
     task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
     augment: Augmentation | None = None
@@ -140,6 +144,7 @@ class Experiment:
             method=self._method(task),
             privacy=self.privacy,
             aggregation=self._sums(),
+            controller=self.controller,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
             evaluation=self.evaluation,

@@ -43,6 +43,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             unit=table.get("unit", "client"),
             record=RecordBound.read(table["record"]) if "record" in table else None,
             aggregation=Aggregation(**table["aggregation"]) if "aggregation" in table else None,
+            filtered=table.get("filtered", False),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore the file, or move the run to another folder"
