@@ -159,7 +159,7 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         )
     if config.controller is not None:
         remedy = "Remove [controller] with -s controller=: constant noise spends the same budget"
-        expected = "no such table in an audit, whose scores weigh all rounds alike"
+        expected = "no such table in an audit: its scores weigh all rounds alike"
         raise UserError("[controller]", expected, "a controller", remedy)
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="

@@ -1,7 +1,7 @@
 """A privacy filter: noise that a controller chooses round by round, within a budget fixed before the run.
 
 Let mu_k be the sensitivity of round k over the deviation of its noise, chosen as any function of earlier releases. The
-filter lets round k begin only if mu_1^2 + ... + mu_k^2 <= mu^2, whatever the controller does. All releases together are
+filter lets round k begin only if mu_1^2 + ... + mu_k^2 <= mu^2, for every controller. All releases together are
 then mu-Gaussian-DP, as if one Gaussian mechanism of that mu had been run. This is fully adaptive composition: Smith and
 Thakurta 2022, arXiv 2210.17520; Koskela, Tobaben and Honkela 2023. In terms of zCDP, the costs rho_k = mu_k^2 / 2 may
 add up to rho = mu^2 / 2 (Feldman and Zrnic 2021; Whitehouse, Ramdas, Rogers and Wu 2023); the conversion to epsilon by

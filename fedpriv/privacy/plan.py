@@ -448,7 +448,7 @@ class PrivacyPlan:
         return releases.bound(self.noise_multiplier, self._charged(rounds), max(self.rounds, rounds))
 
     def under_filter(self, epsilon: float | None) -> "PrivacyPlan":
-        """Return the plan of a run with a controller, whose budget is this plan's noise in each of its rounds.
+        """Return the plan of a run with a controller. Its budget is this plan's noise in each of the rounds.
 
         Args:
             epsilon: The budget, to which the noise is calibrated; None keeps the noise multiplier.

@@ -383,13 +383,13 @@ _FILTERED = (
     "Mechanism: a message has l2 norm at most {bound:g}, so one client moves a sum of messages by at most "
     "{sensitivity:g}. Gaussian noise is added to the sum. A controller chooses the noise of each round, and sees "
     "nothing but earlier noised sums and public numbers. A privacy filter charges each round before it begins, and "
-    "ends the run before the sum of the squares of sensitivity over standard deviation exceeds the square of "
-    "mu = {mu:.6g} (rho = {rho:.6g} in terms of zCDP). So the promise holds for any controller; it is fixed before the run and stays "
-    "the same if the run ends early. There are at most {rounds} rounds: constant noise of {multiplier:.6g} times the "
-    "sensitivity would allow all of them. No amplification by sampling is claimed. Noise is sampled exactly, and every "
-    "noised number is released as a multiple of a power of two that follows from the noise of its round. So the "
-    "promise holds for the bits that a computer releases, and sampling the noise adds nothing to epsilon or delta. "
-    "Sums are divided by {divisor}."
+    "ends the run before the sum of the squares of sensitivity over standard deviation exceeds the square of mu = "
+    "{mu:.6g} (rho = {rho:.6g} in terms of zCDP). So the promise holds for any controller; it is fixed before the run"
+    " and stays the same if the run ends early. There are at most {rounds} rounds: constant noise of {multiplier:.6g}"
+    " times the sensitivity would allow all of them. No amplification by sampling is claimed. Noise is sampled "
+    "exactly, and every noised number is released as a multiple of a power of two that follows from the noise of its "
+    "round. So the promise holds for the bits that a computer releases, and sampling the noise adds nothing to "
+    "epsilon or delta. Sums are divided by {divisor}."
 )
 
 _ROUTES = {
