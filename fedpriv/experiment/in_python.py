@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, cast
@@ -118,6 +118,11 @@ class Experiment:
     seed: int = 0
     evaluate_every: int = 1
     name: str = "experiment"
+
+    def __repr__(self) -> str:
+        """Return the parts that were given, without model and data."""
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}
+        return f"Experiment({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
 
     @cached_property
     def config(self) -> Config:
