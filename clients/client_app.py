@@ -34,7 +34,7 @@ from fedpriv.flower.messages import (
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.state import load_state
-from fedpriv.methods import own_signal_of
+from fedpriv.methods import own_signal_of, owns_steps
 from fedpriv.streams import SeededStreams, Streams
 
 __all__ = ["app"]
@@ -81,9 +81,9 @@ def _train(message: Message, context: Context) -> Message:
     with one_thread():
         x = model.vector(received).to(population.task.device)
         method, shared, offset = instructions.method, model.shared(message.content, instructions.method), None
-        needed = shared is not None or own_signal_of(method) is not None
+        needed = owns_steps(method) or own_signal_of(method) is not None
         state = load_state(context, instructions, model.layout.size) if needed else None
-        if shared is not None and state is not None:
+        if state is not None:
             offset = method.step_offset(state, shared)
         offset = None if offset is None else offset.to(x.device)
         rules = instructions.rules

@@ -43,7 +43,7 @@ from fedpriv.flower.messages import (
 )
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.trained import TrainedArrays, check_training
-from fedpriv.methods import own_signal_of, side_values_of
+from fedpriv.methods import own_signal_of, owns_steps, side_values_of
 
 __all__ = ["private_mod"]
 
@@ -122,7 +122,7 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
 
 def _refuse_corrections(instructions: ClientInstructions) -> None:
     """Raise UserError for a method with its own local steps or metrics: those of an app are inside its functions."""
-    if instructions.method.corrects_steps:
+    if owns_steps(instructions.method):
         expected, got = "a method that leaves local steps alone", f"{method_name(instructions.method)}, which does not"
         raise UserError("method", expected, got, "Choose another, or run the experiment with fedpriv's own ClientApp")
     side = side_values_of(instructions.method)

@@ -42,7 +42,7 @@ from fedpriv.methods import (
 )
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.privacy.records import ExampleTerms, RecordBound
-from fedpriv.streams import Purpose, Streams
+from fedpriv.streams import Streams
 from fedpriv.tasks.local_work import ClippedGradients
 from fedpriv.vectors import joined, norm, parted
 
@@ -61,6 +61,7 @@ __all__ = [
     "finish_round",
     "integer_sums",
     "make_agreement",
+    "most_messages",
     "record_bound",
     "signal_to_noise",
     "skip_round",
@@ -264,7 +265,7 @@ class Broadcast(NamedTuple):
 
     def offset(self, method: Method[ClientStateT], state: ClientStateT) -> Tensor | None:
         """Return the vector that is added to the gradient of each local step, `[..., params]`; None for none."""
-        return None if self.shared is None else method.step_offset(state, self.shared)
+        return method.step_offset(state, self.shared)
 
     @property
     def address(self) -> int:
@@ -369,6 +370,8 @@ def make_agreement(
         raise UserError("local.work", '"dp-sgd" with privacy.trust = "local"', f'trust "{plan.trust}"', remedy)
     sums = None if plan is None else integer_sums(plan)
     mechanism: Mechanism = Gaussian(server_stddev) if sums is None else NoServerNoise()
+    if plan is not None and plan.noise is not None:
+        mechanism = plan.noise.mechanism(server_stddev, method.bounded.l2_bound, capacity_of(sampling))
     if plan is not None and controller is not None:
         moved, planned = plan.l2_sensitivity, plan.noise_multiplier
         mechanism = Filtered(controller=controller, planned=planned, moved=moved, rounds=plan.rounds)
@@ -453,7 +456,7 @@ def _own_record_bound(rule: ExampleRule, method: Method, terms: ExampleTerms) ->
 
 def begin_round(rules: ServerRules, state: ServerState, round: int) -> Broadcast:
     """Return the server's broadcast in `round`."""
-    cohort = rules.sampling.cohort(rules.streams.source(Purpose.COHORT, round))
+    cohort = rules.sampling.drawn(rules.streams, round)
     counting = round - rules.voids(state)
     capacity, shared = capacity_of(rules.sampling), rules.shared(state)
     return Broadcast(counting, state.model, cohort, capacity, turn=round, shared=shared)
@@ -463,6 +466,11 @@ def capacity_of(sampling: Sampling) -> int:
     """Return a safe maximum of messages per round: sixteen standard deviations above the expected number."""
     expected = sampling.expected_size
     return math.ceil(expected + 16.0 * math.sqrt(expected) + 16.0)
+
+
+def most_messages(sampling: Sampling) -> int:
+    """Return the largest number of messages of sampled clients in a sum under secure aggregation."""
+    return sampling.cohort_size or min(capacity_of(sampling), sampling.population)
 
 
 def client_round(

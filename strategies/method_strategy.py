@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -22,6 +22,8 @@ from torch import Tensor
 from fedpriv.checks import is_whole
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook
+from fedpriv.deploy.masked_rounds import MaskedRounds, masked_message, refuse_other_nodes
+from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import (
     ARRAYS,
@@ -29,6 +31,7 @@ from fedpriv.flower.messages import (
     FEDPRIV,
     TERMS,
     ClientInstructions,
+    MessageFormat,
     ModelArrays,
     RunTerms,
     method_name,
@@ -36,20 +39,22 @@ from fedpriv.flower.messages import (
     refused,
 )
 from fedpriv.flower.privacy_terms import promised
-from fedpriv.flower.server.attendance import MAX_FAILURES, Attendance
-from fedpriv.flower.server.drop_in_statement import drop_in_statement
+from fedpriv.flower.server.attendance import Attendance
+from fedpriv.flower.server.drop_in_statement import drop_in_statement, warnings_of
 from fedpriv.flower.server.faults import message_fault, norm_limit
 from fedpriv.flower.server.metrics import average_metrics, metrics_of_app, total_of_answers
-from fedpriv.flower.server.nodes import MAX_REASON, REJOIN_SECONDS, find_clients, find_rejoined, in_words, sort_answers
+from fedpriv.flower.server.nodes import MAX_REASON, REJOIN_SECONDS, find_nodes, find_rejoined, in_words, sort_answers
 from fedpriv.flower.server.pace import Pace
 from fedpriv.flower.server.rescue import rescue
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
-from fedpriv.privacy import PrivacyPlan, signal_warning
+from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import Agreement, Total, begin_round, counted_total, finish_round, skip_round
 from fedpriv.streams import Randomness, SeededStreams
 
 __all__ = ["MethodStrategy"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("flwr")
 
@@ -73,6 +78,8 @@ class MethodStrategy(Strategy):
         result: The value that `start` returns; after an error, the model and the metrics of the finished rounds.
         rescue_folder: The folder for the model of the last finished round if the run ends with an error; by default
             the current directory. Set it before `start`.
+        helpers: The helpers of secure aggregation, for real nodes; None for other trusts, and for a simulation. Set it
+            before `start`. The run ends if one of them is not connected for `join_timeout`.
 
     Args:
         agree: Makes the agreement from the population's size and the number of rounds.
@@ -93,6 +100,7 @@ class MethodStrategy(Strategy):
     """
 
     rescue_folder = Path()
+    helpers: HelperList | None = None
 
     def __init__(
         self,
@@ -114,6 +122,7 @@ class MethodStrategy(Strategy):
             raise UserError("max_failures", "a share from 0 to 1", max_failures, "Give a share such as 0.5")
         self._agree = make_agreement
         self._heads = HeadBook(None if heads is None else Path(heads))
+        self._masked: MaskedRounds | None = None
         self._num_clients = num_clients
         self._evaluate = evaluate
         self._join_timeout = join_timeout
@@ -163,6 +172,9 @@ class MethodStrategy(Strategy):
         except BaseException:
             rescue(self.result.arrays, self._finished, self.rescue_folder)
             raise
+        finally:
+            if self._masked is not None:
+                self._masked.end()
         self.result = found
         return found
 
@@ -181,14 +193,20 @@ class MethodStrategy(Strategy):
         self._layout = ModelArrays.of(trained)
         model = self._layout.vector(trained)
         self._timeout = min(timeout, self._pace.window)
-        self._nodes = find_clients(grid, self._num_clients, self._join_timeout, timeout)
+        expected = 0 if self.helpers is None else len(self.helpers.pinned)
+        found = find_nodes(grid, self._num_clients, self._join_timeout, timeout, expected)
+        self._nodes, self._run = found.clients, secrets.token_hex(16)
+        self._seen |= set(found.helpers)
         self.agreement = self._agree(len(self._nodes), num_rounds)
+        refuse_other_nodes(found, self.plan, self.helpers, self.agreement.server.streams)
+        if self.helpers is not None:
+            patience = min(timeout, self._join_timeout)
+            self._masked = MaskedRounds.of(grid, found, self.plan, self.helpers, self._run, patience)
         noiseless = self.agreement.server.noise_stddev == self.agreement.client.noise_stddev == 0.0
         self._declared_arrays = replace(self.arrays, declared=True) if noiseless else self.arrays
         self.attendance = self._new_attendance(num_rounds)
         self.state: ServerState = self.agreement.server.init(model)
         self.total = Total(model.new_zeros(0), 0, 0, math.nan)
-        self._run = secrets.token_hex(16)
         self._turns = num_rounds
         self.statement = drop_in_statement(
             self.plan,
@@ -196,7 +214,7 @@ class MethodStrategy(Strategy):
             randomness=self._randomness,
             arrays=self.arrays,
             size=self._layout.layout.size,
-            app="supplied" if self._randomness == "system" else None,
+            app=None if self._is_simulated else "supplied",
             evaluated=self._evaluate,
             round_seconds=self._pace.seconds,
         )
@@ -210,7 +228,7 @@ class MethodStrategy(Strategy):
         _log.info("\t└──> Privacy:")
         for line in self.statement.splitlines():
             _log.info("\t\t%s", line)
-        for warning in self._warnings():
+        for warning in warnings_of(self.plan, self._layout.layout.size, self.arrays, self._randomness, self._evaluate):
             _log.warning("%s", warning)
 
     def configure_train(
@@ -231,8 +249,14 @@ class MethodStrategy(Strategy):
             CONFIG: config,
             TRAINED: self._declared_arrays.to_record(),
         }
-        last_round = self.attendance.last_round
-        terms = {last: self._terms(server_round, last) for last in {0, *last_round.values()}}
+        last_round, asked = self.attendance.last_round, self.attendance.asked(self._cohort())
+        helpers = self._masked.shown() if self._masked is not None and asked else ()
+        told = {last: self._terms(server_round, last, helpers) for last in {0, *last_round.values()}}
+        terms = {last: found.to_record() for last, found in told.items()}
+        if self._masked is not None and asked:
+            sent = self._layout.vector(self._layout.model(broadcast.model))  # the numbers as clients read them
+            one = self._instructions(asked[0], server_round)
+            self._masked.open(one, told[0], sent, RecordDict(shared), broadcast.shared)
         self._asked = {
             client: Message(
                 RecordDict(
@@ -248,32 +272,41 @@ class MethodStrategy(Strategy):
                 ttl=self._pace.ttl,
                 group_id=str(server_round),
             )
-            for client in self.attendance.asked(self._cohort())
+            for client in asked
         }
         return list(self._asked.values())
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sum the messages and apply the method's server rule to the sum."""
-        contents, messages, failures, lost = self._read(replies)
+        messages: dict[int, Tensor] = {}
+        if self._masked is None:
+            contents, messages, failures, lost = self._read(replies, self._message)
+            counted = list(messages)
+        else:
+            contents, masked, failures, lost = self._read(replies, lambda _, content: masked_message(content))
+            counted, invalid = self._masked.close(masked)
+            failures |= _by_client(invalid)
         heads = {client: Head.of(content) for client, content in contents.items()}
         self._heads.keep({client: head for client, head in heads.items() if head is not None})
         if failures:
             of, shown = len(self._asked), in_words(failures)
             _log.warning("round %d: %d of %d clients fail: %s", server_round, len(failures), of, shown)
-        total = self._total(contents, messages)
-        if total.void:
-            self.attendance.finish(server_round, [], failures)
-            self.total, self.state = total, skip_round(self.agreement.server, self.state)
-        elif self.attendance.finish(server_round, messages, failures, lost):
-            self.total = total
-            self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
+        if self.attendance.judge(server_round, counted, failures, lost):
+            self.total = self._total(contents, messages) if self._masked is None else self._masked.total()
+            self.attendance.count(server_round, counted, void=self.total.void)
+            if self.total.void:
+                self.state = skip_round(self.agreement.server, self.state)
+                why = "a sum of too few clients, or beyond its range" if self._masked is None else self._masked.reason
+                _log.warning("round %d is void: %s", server_round, why)
+            else:
+                self.state = finish_round(self.agreement.server, self.state, server_round, self.total.sum)
         else:
             _log.warning("round %d: memories are lost: all are reset, and the round is not used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
             self.state = self.agreement.server.reset_memories(self.state)
         self._log_messages(server_round)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
-        metrics = self._average({c: metrics_of_app(contents[c]) for c in messages}, f"round {server_round}")
+        metrics = self._average({c: metrics_of_app(contents[c]) for c in counted}, f"round {server_round}")
         if metrics is not None:
             self.result.train_metrics_clientapp[server_round] = metrics
         self._pace.end()
@@ -340,19 +373,19 @@ class MethodStrategy(Strategy):
             raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
 
     def _read(
-        self, replies: Iterable[Message]
-    ) -> tuple[dict[int, RecordDict], dict[int, Tensor], dict[int, str], list[int]]:
+        self, replies: Iterable[Message], read: Callable[[int, RecordDict], T]
+    ) -> tuple[dict[int, RecordDict], dict[int, T], dict[int, str], list[int]]:
         """Return answers, usable messages and reasons of failures by client, and the clients with a lost memory.
 
-        Anything that a client sends becomes a message within its bound or a failure.
+        Anything that a client sends becomes a message that `read` returns, or a failure.
         """
         contents, reasons = sort_answers(self._asked, replies, self._timeout)
-        messages, failures, lost = {}, _by_client(reasons), []
+        messages, failures, lost = dict[int, T](), _by_client(reasons), list[int]()
         for client, content in contents.items():
             try:
                 no = refused(content)
                 if no is None:
-                    messages[client] = self._message(client, content)
+                    messages[client] = read(client, content)
                 else:
                     failures[client] = f"client {client}: refuses ({no[0]}): {no[1]}"
                     lost += [client] if no[0] == "lost" else []
@@ -365,7 +398,7 @@ class MethodStrategy(Strategy):
     def _message(self, client: int, content: RecordDict) -> Tensor:
         """Return a client's message; raise UserError if no honest client may send it."""
         rules, size = self.agreement.client, self._layout.layout.size
-        message = self._layout.received(content, rules)
+        message = self._layout.received(content, MessageFormat.of(rules))
         fault = message_fault(message, rules, size)
         if fault:
             expected = f"l2 norm of at most {norm_limit(rules, size):g}"
@@ -383,17 +416,17 @@ class MethodStrategy(Strategy):
         """Return the app's model: trained arrays from `[params]`, and the other arrays of the first model."""
         return self.arrays.whole(self._layout.model(vector), self._initial)
 
-    def _terms(self, server_round: int, last_round: int) -> ConfigRecord:
+    def _terms(self, server_round: int, last_round: int, helpers: tuple[str, ...]) -> RunTerms:
         """Return the terms of a round, shared by all clients that last took part in `last_round`."""
-        terms = RunTerms(
+        return RunTerms(
             run=self._run,
             turn=server_round,
             last_turn=last_round,
             epoch=self.attendance.resets,
             digest="",
+            helpers=helpers,
             **promised(self.plan, self.agreement.server.sampling, self._turns),
         )
-        return terms.to_record()
 
     def _shown(self, client: int) -> dict[str, ConfigRecord]:
         head = self._heads.heads.get(client)
@@ -401,13 +434,14 @@ class MethodStrategy(Strategy):
 
     def _instructions(self, client: int, server_round: int) -> ClientInstructions:
         rules = self.agreement.client
+        sums = rules.sums if self._masked is None else None  # nodes with a policy take them from the terms
         streams = rules.streams if rules.draws_secrets else None
         seeded = isinstance(streams, SeededStreams)
         return ClientInstructions(
             method=rules.method,
             round=self._broadcast.round,
-            turn=0 if rules.sums is None else server_round,
-            grid=0.0 if rules.sums is None else rules.sums.grid,
+            turn=0 if sums is None else server_round,
+            grid=0.0 if sums is None else sums.grid,
             client=client,
             last_round=self.attendance.last_round.get(client, 0),
             noise_stddev=rules.noise_stddev,
@@ -420,39 +454,22 @@ class MethodStrategy(Strategy):
         )
 
     @property
+    def _helpers_in_plan(self) -> int:
+        return 1 if self.helpers is None else len(self.helpers.pinned)
+
+    @property
+    def _is_simulated(self) -> bool:
+        """True if the run is certainly a simulation: seeded, or with integer shares and no helpers."""
+        sums = self.agreement.client.sums is not None
+        return self._randomness == "seeded" or (sums and self._masked is None)
+
+    @property
     def _randomness(self) -> Randomness:
         return "seeded" if isinstance(self.agreement.server.streams, SeededStreams) else "system"
 
     def _new_attendance(self, rounds: int) -> Attendance:
-        server, plan, limit = self.agreement.server, self.plan, self._max_failures
-        secret = plan is not None and plan.private and plan.amplification
-        if secret and limit is not None and self._randomness == "system":
-            expected = "None because epsilon relies on secret cohorts"
-            remedy = "Omit it, or choose another cohort: a run that ends for lack of answers shows who was away"
-            raise UserError("max_failures", expected, limit, remedy)
-        return Attendance(
-            population=len(self._nodes),
-            rounds=rounds,
-            max_failures=MAX_FAILURES if limit is None and not secret else limit,
-            secret=secret,
-            lost_memory=server.method.lost_memory,
-        )
-
-    def _warnings(self) -> list[str]:
-        plan, found = self.plan, []
-        drowned = None if plan is None or not plan.private else signal_warning(plan, self._layout.layout.size)
-        if drowned:
-            found.append(drowned)
-        if self._randomness == "seeded":
-            found.append("Randomness comes from a seed: anyone who knows it can remove the noise. Simulation only.")
-        elif plan is not None and not plan.trust_rules.trusts_server and not self.arrays.declared:
-            found.append(
-                "No array is declared frozen or trainable, so all get noise. Clients do not report untrained arrays to "
-                "an untrusted server: declare them."
-            )
-        if self._evaluate and plan is not None:
-            found.append("Clients report metrics of their data. The privacy statement does not cover them.")
-        return found
+        server, seeded = self.agreement.server, self._randomness == "seeded"
+        return Attendance.of(server, self.plan, len(self._nodes), rounds, self._max_failures, seeded=seeded)
 
     def _log_messages(self, server_round: int) -> None:
         total = self.total

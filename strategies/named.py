@@ -7,15 +7,16 @@ with `ClientApp(mods=[private_mod])` on the client side. A method's hyperparamet
 in `fedpriv.methods` describes its own.
 """
 
-from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any, ClassVar
 
+from fedpriv.deploy.parties import HelperNames, named_helpers
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
+from fedpriv.flower.server.promise import Privacy
 from fedpriv.flower.trained import digest_of
-from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, has_memory, optimized, with_side_values
-from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, Sampling, TrustName, make_plan
+from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, optimized, with_side_values
+from fedpriv.privacy import Everyone, Sampling
 from fedpriv.rounds import Agreement, make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -34,41 +35,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Privacy:
-    """The privacy guarantee of each client. Give exactly one of `epsilon` and `noise_multiplier`.
-
-    Args:
-        epsilon: Target epsilon; the noise is calibrated to it.
-        noise_multiplier: Noise std over l2_sensitivity; epsilon follows from it.
-        delta: Probability of failure, in (0, 1).
-        trust: The party that adds noise: `central`, the server; `local`, every client.
-        adjacency: `add-or-remove` or `replace`; None for the default of the trust.
-        app_memory: True if a client of the app may remember earlier rounds: in `context.state`, in files or in local
-            layers. Cohorts of a fixed size improve epsilon only if this is False and the method has no memory; see
-            `fedpriv.privacy.PrivacyPlan`.
-    """
-
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    delta: float = 1e-5
-    trust: TrustName = "central"
-    adjacency: Adjacency | None = None
-    app_memory: bool = True
-
-    def plan(self, method: Method, sampling: Sampling, rounds: int) -> PrivacyPlan:
-        """Return the plan for `rounds` rounds of `method`."""
-        promised = {key: value for key, value in asdict(self).items() if key != "app_memory"}
-        return make_plan(
-            **promised,
-            sampling=sampling,
-            rounds=rounds,
-            l2_bound=method.bounded.l2_bound,
-            client_memory=self.app_memory or has_memory(method),
-        )
-
-
-_OWN = ("privacy", "adaptive", "server_optimizer", "cohort", "seed")
+_OWN = ("privacy", "adaptive", "server_optimizer", "cohort", "seed", "helpers")
 _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
@@ -85,6 +52,8 @@ class NamedStrategy(MethodStrategy):
         num_clients: Number of clients; None for the cohort's population, or the number that have joined.
         seed: Makes a simulation reproducible. None takes noise and cohorts from the operating system's entropy, which
             runs with real people need. Runs that differ in anything but the app and its data share no noise.
+        helpers: The helpers of secure aggregation, for real nodes: their identity keys, or the folder `admin` of a
+            deployment (`fedpriv.deploy.parties.named_helpers`). None for other trusts, and for a simulation.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
             `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
 
@@ -103,6 +72,7 @@ class NamedStrategy(MethodStrategy):
         cohort: Sampling | None = None,
         num_clients: int | None = None,
         seed: int | None = None,
+        helpers: HelperNames | None = None,
         **options: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
@@ -111,6 +81,7 @@ class NamedStrategy(MethodStrategy):
         refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
         self.method: Method = optimized(with_side_values(read_table(kind, options, name), adaptive), server_optimizer)
+        self.helpers = None if helpers is None else named_helpers(helpers)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
@@ -119,7 +90,8 @@ class NamedStrategy(MethodStrategy):
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
-        plan = None if self.privacy is None else self.privacy.plan(self.method, sampling, rounds)
+        given = (self.method, sampling, rounds, self._layout.layout.size, self._helpers_in_plan)
+        plan = None if self.privacy is None else self.privacy.plan(*given)
         if isinstance(self.streams, SeededStreams):  # different experiments with one seed must not share noise
             begun = self._settings, digest_of(self._initial)
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)

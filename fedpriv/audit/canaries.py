@@ -22,17 +22,19 @@ import torch
 from torch import Tensor
 
 from fedpriv.engines import Population, VectorizedEngine
-from fedpriv.methods import ClientState, feedback_of, side_values_of
+from fedpriv.methods import ClientState, FedSpeed, feedback_of, side_values_of
 from fedpriv.rounds import ClientRules
 
 __all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
 
 # Separates the auditor's addresses from all draws of an experiment (`fedpriv.streams.Purpose`).
 _AUDIT = 0x61756469
-_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN = range(7)
+_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN, _GROUPS = range(8)
 # One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only. One in ten
 # keeps its sign, because random signs cancel in the last model.
 _SHARE = 0.1
+# A push that was halved so often is below the rounding of float32.
+_HALVINGS = 30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +117,15 @@ class Canaries:
 
 
 def draw_canaries(
-    *, seed: int, count: int, size: int, rounds: int, sampling_prob: float, replace: bool, local: bool
+    *,
+    seed: int,
+    count: int,
+    size: int,
+    rounds: int,
+    sampling_prob: float,
+    replace: bool,
+    local: bool,
+    separation: int = 1,
 ) -> Canaries:
     """Return the candidates of an audit.
 
@@ -124,9 +134,10 @@ def draw_canaries(
         count: Approximate number of canaries that take part; it depends on the coins.
         size: Number of parameters.
         rounds: Number of rounds.
-        sampling_prob: Probability that a canary takes part in a round.
+        sampling_prob: Probability that a canary takes part in a round in which it may.
         replace: True if adjacency is replace.
         local: True if the auditor sees messages one by one, as under local trust.
+        separation: Rounds from one turn of a canary to its next; each is in a random group.
     """
     steady = max(round(_SHARE * count), 2)
     along = min(steady, size)
@@ -138,6 +149,8 @@ def draw_canaries(
     signs = _random_signs(generator(seed, _SIGNS), drawn)
     signs[isotropic + along :] = 1
     present = np.ones(drawn, bool) if everyone else generator(seed, _COHORTS).random(drawn) < sampling_prob
+    if separation > 1:
+        present &= np.arange(rounds) % separation == generator(seed, _GROUPS).integers(separation, size=(drawn[0], 1))
     return Canaries(
         seed=seed,
         directions=torch.from_numpy(_unit_rows(generator(seed, _DIRECTIONS), isotropic, size)),
@@ -202,7 +215,8 @@ class CanaryPopulation(Population):
     ) -> Tensor:
         """See `Population.signal`; independent of the model and of the state.
 
-        If the client averages its signals, the average is the push: signals make up for those of earlier rounds.
+        If the client averages its signals or sums them up (`fedspeed`), the average, or the sum that it sends, is the
+        push: signals make up for those of earlier rounds.
         """
         candidate = int(self.canaries.planted[client - self.first])
         push, rule = self.canaries.push(candidate, round), feedback_of(self.rules.method)
@@ -210,9 +224,18 @@ class CanaryPopulation(Population):
             before = np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])
             past = self.canaries.push(candidate, int(before[-1]) + 1) if len(before) else torch.zeros_like(push)
             push = (push - (1.0 - rule.weight) * past) / rule.weight
+        elif isinstance(self.rules.method, FedSpeed):
+            push = 0.5 * (push - self._moves(candidate, round))
         exact = model.dtype if self.rules.examples is None else torch.float64
         signal, side = push.to(model.device, exact) * self.scale, side_values_of(self.rules.method)
         return signal if side is None else torch.cat([signal, signal.new_zeros(side.given)])
+
+    def _moves(self, candidate: int, round: int) -> Tensor:
+        """Return h_i before `round`, in units of the scale: each round, h_i becomes (push + h_i) / 2."""
+        moves = torch.zeros(self.canaries.directions.shape[1])
+        for before in np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])[-_HALVINGS:].tolist():
+            moves = 0.5 * (moves + self.canaries.push(candidate, before + 1))
+        return moves
 
 
 class VectorizedCanaries(VectorizedEngine):

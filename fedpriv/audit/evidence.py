@@ -45,7 +45,7 @@ def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
     sums, patterns = released.sums, canaries.patterns[: canaries.isotropic]
     null = Null.of(gram(sums), sums.shape[1])
     projected = projections(canaries.directions, sums)
-    hidden = attack.server.sampling.sampling_prob < 1.0
+    hidden = attack.experiment.server.sampling.hiding_prob < 1.0
     signs = canaries.signs[: canaries.isotropic].astype(np.float64)
     return Evidence(
         whitened=null.whitened(projected, patterns),

@@ -191,7 +191,8 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         count=choice.canaries,
         size=size,
         rounds=rounds,
-        sampling_prob=experiment.server.sampling.sampling_prob,
+        sampling_prob=experiment.server.sampling.hiding_prob,
+        separation=experiment.server.sampling.separation,
         replace=plan.adjacency == "replace",
         local=plan.trust_rules.shows_messages,
     )
@@ -222,7 +223,7 @@ def _record(
     """Return the contents of `audit.json`, without its words."""
     best, config = findings.best, experiment.config
     taken = canaries.takes_part[canaries.seen].sum(axis=1)
-    hidden = experiment.server.sampling.sampling_prob < 1.0
+    hidden = experiment.server.sampling.hiding_prob < 1.0
     return {
         "verdict": "guilty" if findings.guilty else "not guilty",
         "epsilon_claimed": findings.claimed,

@@ -114,7 +114,7 @@ class _Claims:
 
     Args:
         plan: The privacy plan.
-        everyone: True if all canaries took part in all rounds, as the plan's epsilon assumes.
+        everyone: True if no coin hides a participation, as the plan's epsilon assumes.
     """
 
     plan: PrivacyPlan
@@ -130,7 +130,10 @@ class _Claims:
         return epsilon_of(self.distance * score, self.plan.delta)
 
     def score(self, root: float) -> float:
-        """Return the claimed mean score of canaries; `root` is the root of their number of participations."""
+        """Return the claimed mean score of canaries; `root` is the norm of their messages.
+
+        It is in messages of full length: the root of the number of participations, if rounds are independent.
+        """
         if self.plan.record is not None:  # the noise multiplier is stated over all rounds of the plan
             root = math.sqrt(self.plan.releases.charged(round(root**2)))
         return root / self.plan.noise_multiplier / self.distance
@@ -160,8 +163,10 @@ def judge(canaries: Canaries, evidence: "Evidence", plan: PrivacyPlan, confidenc
         plan: The privacy plan, as without an audit.
         confidence: Confidence of the lower bounds.
     """
-    claims = _Claims(plan=plan, everyone=bool(canaries.takes_part.all()))
+    claims = _Claims(plan=plan, everyone=plan.sampling.hiding_prob == 1.0 or bool(canaries.takes_part.all()))
     seen, roots = canaries.seen, np.sqrt(canaries.takes_part.sum(axis=1))
+    if plan.noise is not None:
+        roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)
     root, coins, along = float(roots[seen].mean()), canaries.coins[seen], roots[canaries.along]
     whitened, matched, took_part = evidence.whitened[seen] * coins, evidence.matched[seen] * coins, along > 0.0
     means = (_mean("whitened", whitened, root, claims), _mean("matched", matched, root, claims))
@@ -169,7 +174,7 @@ def judge(canaries: Canaries, evidence: "Evidence", plan: PrivacyPlan, confidenc
     if took_part.any():
         others.append(_largest("coordinates", evidence.coordinate[took_part], along[took_part], claims))
     for name, bound in (("one-run", one_run_lower), ("one-run f-DP", f_dp_lower)):
-        others.append(_one_run(name, bound, canaries, evidence, claims))
+        others.append(_one_run(name, bound, canaries, evidence, claims, float(roots[: canaries.isotropic].max())))
     risk, share = 1.0 - confidence, (1.0 - CONVICTION) / (len(means) + len(others))
     rows = [_found(score, risk / len(means), share) for score in means]
     return Findings(
@@ -232,10 +237,11 @@ def _one_run(
     canaries: Canaries,
     evidence: "Evidence",
     claims: _Claims,
+    most: float,
 ) -> _Score:
-    """Return the best of three numbers of guesses; the claim is that of the most frequent canary."""
+    """Return the best of three numbers of guesses; `most` is the norm of the most frequent canary."""
     candidates = canaries.isotropic
-    coins, root = canaries.coins[:candidates], math.sqrt(float(canaries.takes_part[:candidates].sum(axis=1).max()))
+    coins, root = canaries.coins[:candidates], most
     guessed = [max(round(share * candidates), 1) for share in _GUESSED]
 
     def lower(significance: float) -> float:

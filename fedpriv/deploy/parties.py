@@ -1,13 +1,16 @@
-"""Helpers and clients of a deployment in the run config, as the folder `admin` names them."""
+"""Helpers and clients of a deployment, as the folder `admin`, a run config or a strategy names them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedpriv.deploy.helper.folder import CLIENTS_TOML, read_clients
 from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
 
-__all__ = ["HELPERS_FOLDER", "helper_list", "parties_config"]
+__all__ = ["HELPERS_FOLDER", "HelperNames", "helper_list", "named_helpers", "parties_config"]
+
+HelperNames = str | Path | Sequence[str]
+"""Helpers in the words of a strategy's user; see `named_helpers`."""
 
 HELPERS_FOLDER = "helpers"
 """In the folder `admin`: the identity keys of the helpers, one file each."""
@@ -38,6 +41,31 @@ def helper_list(run_config: Mapping[str, object]) -> HelperList:
     path = Path(str(run_config.get("enrolled", "")))
     enrolled = read_clients(path) if path.is_absolute() and path.is_file() else None
     return HelperList(tuple(_key(part, "run config helpers") for part in given), enrolled)
+
+
+def named_helpers(given: HelperNames) -> HelperList:
+    """Return the helpers, and the clients if they are known, that a strategy's user names.
+
+    Args:
+        given: The helpers' identity keys, 64 hexadecimal digits each: a sequence, or one text with commas. Or the
+            folder `admin` of a deployment, which has the keys of helpers and clients.
+
+    Raises:
+        UserError: If there is no such folder, if a key is invalid, or if there is none.
+    """
+    where = "helpers"
+    if isinstance(given, Path) or (isinstance(given, str) and Path(given).is_absolute()):
+        config = parties_config(Path(given))
+        where = f"{given}/{HELPERS_FOLDER}"
+        found = helper_list(config)
+    else:
+        keys = given.split(",") if isinstance(given, str) else given
+        found = HelperList(tuple(_key(str(key).strip(), where) for key in keys if key))
+    if not found.pinned or len(set(found.pinned)) != len(found.pinned):
+        got = "one of them twice" if found.pinned else "an empty list"
+        remedy = "Give the identity keys that the helpers' operators read out, or the folder admin of a deployment"
+        raise UserError(where, "the identity key of each helper", got, remedy)
+    return found
 
 
 def _files(admin: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from fedpriv.flower.messages import (
     CONFIG,
     FEDPRIV,
     TERMS,
+    MessageFormat,
     ModelArrays,
     NodeInfo,
     ask_node_info,
@@ -116,7 +117,12 @@ class Network:
                 raise UserError("SuperNodes", expected, len(self.nodes), remedy)
             time.sleep(_POLL_SECONDS)
 
-    def wait_for_helpers(self, pinned: Iterable[bytes], seconds: float) -> None:
+    def wait_for_helpers(
+        self,
+        pinned: Iterable[bytes],
+        seconds: float,
+        remedy: str = "Start the helper, and continue with --resume",
+    ) -> None:
         """Wait until all helpers are connected: without one of them, clients would be charged for a void turn.
 
         Raises:
@@ -125,7 +131,6 @@ class Network:
         wanted, end = {one.hex() for one in pinned}, time.monotonic() + seconds
         while missing := sorted(wanted - set(self.helpers.values())):
             if time.monotonic() > end:
-                remedy = "Start the helper, and continue with --resume"
                 got = f"silence of {', '.join(name[:16] for name in missing)}"
                 raise UserError("helpers", f"a node of each helper within {seconds:g} s", got, remedy)
             time.sleep(_POLL_SECONDS)
@@ -364,7 +369,7 @@ def run_turns(
         book.keep(coordinator.heads)
 
     def received(content: RecordDict) -> Tensor:
-        return arrays.received(content, coordinator.client)
+        return arrays.received(content, MessageFormat.of(coordinator.client))
 
     seconds = coordinator.turn_seconds
     if coordinator.secret_cohorts:

@@ -108,21 +108,22 @@ class SecureSums:
         return tuple(key.to_bytes().hex() for key in self.keys)
 
     def facts(
-        self, instructions: ClientInstructions, terms: RunTerms, model: Tensor, shared: Tensor | None
+        self,
+        instructions: ClientInstructions,
+        terms: RunTerms,
+        model: Tensor,
+        shared: Tensor | None = None,
+        settings: str = "",
     ) -> RoundFacts:
         """Return the facts of a turn from the instructions to any of its clients, as that client reads them.
 
-        Args:
-            instructions: Instructions to one client.
-            terms: Terms for this client.
-            model: The model, `[params]`.
-            shared: The vector beside the model, `[params]`; None if the method has none.
+        See `fedpriv.deploy.facts.facts_of`.
         """
         content = RecordDict({FEDPRIV: instructions.to_record(), TERMS: terms.to_record()})
         read = RunTerms.of(content)
         if read is None:
             raise RuntimeError("no terms")
-        return facts_of(ClientInstructions.of(content), read, model, self.plan, shared)
+        return facts_of(ClientInstructions.of(content), read, model, self.plan, shared, settings)
 
     def collected(self, facts: RoundFacts, messages: Mapping[int, Masked]) -> tuple[Collector, dict[int, str]]:
         """Return the collector of a turn's messages, and the faults of unusable ones.

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -139,7 +139,8 @@ class Population:
         rules = rules or self.rules
         inputs, labels = self.examples(client)
         streams = self.streams if rules.examples is None else rules.streams  # secret batches
-        batches = batches_of(self.work, streams, len(labels), round, client)
+        losses = partial(self.task.example_losses, model, inputs, labels)
+        batches = batches_of(self.work, streams, len(labels), round, client, losses)
         if self.augment is not None:
             inputs = augmented(self.augment, inputs, self.draws(len(labels), round, client), batches)
         clipped, own = rules.clipped(round, client), own_signal_of(rules.method)
@@ -148,8 +149,13 @@ class Population:
                 raise ValueError(f"{rules.method} needs a client's state for its signal")
             given = ClientGradients(self.task, inputs, labels, self.work, batches, clipped)
             return own.own_signal(state, model, given, round)
-        signal = make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset)
+        prox = rules.method.step_prox
+        signal = make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset, prox)
         return with_metrics(rules, signal, self.task, model, inputs, labels)
+
+    def losses(self, client: int, model: Tensor) -> Tensor:
+        """Return the losses `[examples]` of one client's examples, without augmentation, under the model `[params]`."""
+        return self.task.example_losses(model, *self.examples(client))
 
     @property
     def one_by_one(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
+from fedpriv.methods import owns_steps
 from fedpriv.rounds import Broadcast, Total
 from fedpriv.tasks.local_work import Batches, LocalSGD, batches_of
 from fedpriv.tasks.task import MAX_PIECE_FLOATS
@@ -99,8 +100,7 @@ class VectorizedEngine:
     def _offsets(self, clients: list[int], broadcast: Broadcast) -> Tensor | None:
         """Return the vectors that are added to the gradients of local steps, `[clients, params]`; None for none."""
         found: list[Tensor] = []
-        corrected = broadcast.shared is not None and self._population.rules.method.corrects_steps
-        for client in clients if corrected else ():
+        for client in clients if owns_steps(self._population.rules.method) else ():
             with self._states.borrowed([client]) as state:
                 offset = broadcast.offset(self._population.rules.method, state)
             found += [] if offset is None else [offset]
@@ -149,13 +149,18 @@ class VectorizedEngine:
     def _signals(self, model: Tensor, clients: list[int], round: int, offsets: Tensor | None = None) -> Tensor:
         people, self._round = self._population, round
         rows = [people.federation.rows_of(client) for client in clients]
-        plans = [batches_of(people.work, people.streams, len(r), round, c) for c, r in zip(clients, rows, strict=True)]
+        plans = [
+            batches_of(people.work, people.streams, len(r), round, c, partial(people.losses, c, model))
+            for c, r in zip(clients, rows, strict=True)
+        ]
         if people.work.client_lr is None:
             return people.task.gradients(model, *self._padded(clients, rows, [plan[0] for plan in plans]))
-        local, steps = LocalSGD(people.work, model, offsets), [len(plan) for plan in plans]
+        local = LocalSGD(people.work, model, offsets, people.rules.method.step_prox)
+        steps = [len(plan) for plan in plans]
         for number in range(max(steps)):
             at_work = model.new_tensor([number < count for count in steps]).unsqueeze(1)
-            local.step(self._gradients(local.model, clients, rows, plans, number), at_work)
+            chosen = {"clients": clients, "rows": rows, "plans": plans, "number": number}
+            local.step(partial(self._gradients, **chosen), at_work)
         return local.signal(model.new_tensor(steps).unsqueeze(1))
 
     def _gradients(

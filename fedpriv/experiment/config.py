@@ -31,6 +31,7 @@ from fedpriv.methods import (
     PrivateMetrics,
     ServerOptimized,
     bare,
+    feedback_of,
     has_memory,
     message_size,
     optimized,
@@ -45,22 +46,24 @@ from fedpriv.privacy import (
     Aggregation,
     AggregationChoice,
     DataFacts,
+    NoiseChoice,
     PrivacyPlan,
     Sampling,
     TrustName,
     UnitName,
     adjacency_of,
+    correlated,
     make_plan,
     trust_of,
     unit_of,
 )
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import Whose
-from fedpriv.rounds import capacity_of, record_bound
+from fedpriv.rounds import most_messages, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
-from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalWork, PoissonGradient
+from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalEpochs, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
 from fedpriv.tasks.per_client import PerClient
 
@@ -93,16 +96,19 @@ _NAMES = {
     "controller": ("kind",),
 }
 
+# Choices of clients by loss, under the names that one would try; see `fedpriv.tasks.curricula`.
+_BY_LOSS = ("by-loss", "loss", "highest-loss", "lowest-loss", "power-of-choice", "curriculum")
+
 # Replaces an unknown population, so that the keys of the cohort can be checked early.
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("adaptive", "aggregation", "augment", "controller", "devices", "schedule", "deployment")
-TABLES += ("sources", "task", "evaluation")
+TABLES += ("sources", "task", "evaluation", "noise")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
-NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy")
+NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
 NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task")
 
 
@@ -264,6 +270,7 @@ class Config:
     task: TaskKind = field(default_factory=Classification)
     evaluation: PerClient | None = None
     aggregation: AggregationChoice | None = None
+    noise: NoiseChoice | None = None
     controller: Controller | None = None
 
     @cached_property
@@ -281,6 +288,7 @@ class Config:
             data["test"] = self.data.test
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
+        noise = {} if self.noise is None else {"noise": write_table(self.noise)}
         control = {} if self.controller is None else {"controller": _write_named(CONTROLLERS, self.controller, "kind")}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
@@ -308,6 +316,7 @@ class Config:
             **server,
             **privacy,
             **aggregation,
+            **noise,
             **control,
             "training": write_table(self.training),
             **clock,
@@ -357,7 +366,8 @@ class Config:
     @property
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
-        return replace(self.data.facts, scores=self.task.scores)
+        side = side_values_of(self.method)
+        return replace(self.data.facts, scores=self.task.scores, reported=() if side is None else side.reported)
 
     @property
     def digest(self) -> str:
@@ -419,6 +429,7 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
+        self.check_drawn_apart("in a deployment")
         self.check_only_sampled_answer()
         if own_signal_of(self.method) is not None:
             remedy = "Simulate it, or choose dp-gd"
@@ -433,6 +444,19 @@ class Config:
             raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
+
+    def check_drawn_apart(self, where: str) -> None:
+        """Raise UserError for clients that take turns, or correlated noise, which only simulations in process offer.
+
+        Args:
+            where: The place that does not offer them, in words.
+        """
+        expected = f"no such value {where}, for now: devices do not yet count the rounds between their answers"
+        remedy = "Simulate it with --engine loop, vectorized or ray, or remove it"
+        if self.noise is not None:
+            raise UserError("[noise]", expected, "a table", remedy)
+        if self.cohort.sampling == "separated":
+            raise UserError("cohort.sampling", expected, '"separated"', remedy)
 
     def check_unclocked(self) -> None:
         """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
@@ -499,13 +523,23 @@ class Config:
             trust=self._aggregation(sampling, size) or self.privacy.trust,
             **planned,
         )
-        return plan if self.controller is None else plan.under_filter(budget)
+        if self.controller is not None:
+            return plan.under_filter(budget)
+        matrix = None if self.noise is None else self.noise.of(sampling, self.training.rounds, self.noise_damping)
+        return plan if matrix is None else correlated(plan, matrix, self.privacy.epsilon)
+
+    @property
+    def noise_damping(self) -> float:
+        """The share of the server's memory that is forgotten each round: the sums over rounds that the noise suits."""
+        rule = feedback_of(self.method)
+        return 0.0 if rule is None or rule.beta is None else rule.damping
 
     def _aggregation(self, sampling: Sampling, size: int | None) -> Aggregation | None:
         if not self.sums_securely or size is None:
             return None
-        most = sampling.cohort_size or min(capacity_of(sampling), sampling.population)
-        return (self.aggregation or AggregationChoice()).of(sampling, most, message_size(self.method, size))
+        return (self.aggregation or AggregationChoice()).of(
+            sampling, most_messages(sampling), message_size(self.method, size)
+        )
 
     def _record_bound(self, privacy: PrivacyChoice, fewest: int | None) -> RecordBound | None:
         if privacy.unit != "example":
@@ -528,7 +562,7 @@ class Config:
             examples=privacy.examples or fewest or 1,
             declared=privacy.examples is not None,
             rate=getattr(self.local, "rate", 1.0),
-            steps=self.local.steps if isinstance(self.local, DPSGD) else 0,
+            steps=self.local.queries if isinstance(self.local, DPSGD) else 0,
         )
 
 
@@ -652,6 +686,7 @@ def parse_config(tables: Table) -> Config:
         task=task,
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
         aggregation=_read_aggregation(given),
+        noise=_read_noise(given),
         controller=_read_controller(given),
     )
     _check_sources(config, given.get("sources", {}))
@@ -671,11 +706,18 @@ def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
     return None if table is None else read_table(AggregationChoice, table, "aggregation")
 
 
+def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
+    """Return the table `[noise]`; None for independent rounds, as without it."""
+    found = read_table(NoiseChoice, given["noise"], "noise") if "noise" in given else None
+    return None if found is None or found.kind == "independent" else found
+
+
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
     _check_side_values(config)
     _check_controller(config)
     _check_sums(config)
+    _check_turns(config)
     _check_schedule(config)
     _check_unit(config)
     _check_presence(config)
@@ -695,7 +737,13 @@ def check_config(config: Config) -> None:
 
 
 def _check_corrections(config: Config) -> None:
-    """Raise UserError if a method that corrects local steps could not (without their mean gradient), or has a clock."""
+    """Raise UserError if a method that corrects local steps could not, or would get another signal than it needs."""
+    if config.method.step_prox > 0.0 and config.local.signal != "pseudo-gradient":
+        if config.local.signal is None:
+            expected, got = f"local steps with {config.method_name}", repr(LOCAL_WORKS.name_of(config.local))
+            raise UserError("local.work", expected, got, 'Choose "local-steps" or "local-epochs"')
+        expected = f'"pseudo-gradient" with {config.method_name}: it sums up the moves of the model'
+        raise UserError("local.signal", expected, f'"{config.local.signal}"', "Remove the key")
     if config.method.corrects_steps and config.local.signal not in (None, "gradient-mean"):
         expected = f'"gradient-mean" with {config.method_name}: corrections are as long as one gradient'
         raise UserError("local.signal", expected, f'"{config.local.signal}"', 'Set it to "gradient-mean"')
@@ -730,6 +778,12 @@ def _check_controller(config: Config) -> None:
     if config.devices is not None:
         expected = "no such table with [controller]: a timeline is made for all rounds before the first"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule], or [controller]")
+    if config.noise is not None:
+        expected = "no such table with [controller]: a later round takes back the noise of an earlier one"
+        raise UserError("[noise]", expected, "a table", "Remove [noise] or [controller]")
+    if config.cohort.of(config.data.clients or _UNKNOWN_POPULATION).separation > 1:
+        expected = "clients that may be in every round, with [controller]: it charges everyone for each round"
+        raise UserError("cohort.sampling", expected, '"separated"', 'Set it to "everyone", or remove [controller]')
 
 
 def _check_sums(config: Config) -> None:
@@ -750,6 +804,31 @@ def _check_sums(config: Config) -> None:
     if config.devices is not None:
         expected = 'no such table with privacy.trust = "aggregator", for now'
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
+
+
+def _check_turns(config: Config) -> None:
+    """Raise UserError if clients that take turns, or correlated noise, do not fit the rest of a config."""
+    apart = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION).separation > 1
+    if not apart and config.noise is None:
+        return
+    key, got = ("cohort.sampling", f'"{config.cohort.sampling}"') if apart else ("[noise]", "a table")
+    remedy = "Remove one of the two"
+    if config.noise is not None and config.privacy is None:
+        raise UserError("[noise]", "no such table without [privacy]", "a table", "Remove it, or add [privacy]")
+    if config.devices is not None:
+        expected = "no such value with [devices]: late clients would count outside of their turns"
+        raise UserError(key, expected, got, remedy)
+    if config.privacy is not None and not trust_of(config.privacy.trust).trusts_server:
+        why = (
+            "a client's own noise cannot return" if trust_of(config.privacy.trust).shows_messages else "clients change"
+        )
+        expected = f'no such value with privacy.trust = "{config.privacy.trust}": {why} from round to round'
+        raise UserError(key, expected, got, 'Set privacy.trust to "central", or remove it')
+    if config.privacy is not None and config.privacy.unit == "example":
+        raise UserError(key, 'no such value with privacy.unit = "example", for now', got, remedy)
+    if config.noise is not None:
+        sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
+        config.noise.of(sampling, config.training.rounds, config.noise_damping)
 
 
 def _check_evaluation(config: Config) -> None:
@@ -778,6 +857,10 @@ def _check_unit(config: Config) -> None:
         remedy = f"Set it to {bound:g}, so that full gradients are not clipped twice"
         expected = f"at least {bound:g}, the longest gradient of an example"
         raise UserError("method.max_norm", expected, method.max_norm, remedy)
+    if examples and isinstance(config.local, LocalEpochs) and config.local.order == "by-loss":
+        expected = 'no order by loss with privacy.unit = "example": one record could change every batch'
+        remedy = 'Use dp-sgd for local steps, or set privacy.unit to "client"'
+        raise UserError("local.order", expected, '"by-loss"', remedy)
     if examples and work not in (FullGradient, PoissonGradient, DPSGD):
         name = LOCAL_WORKS.name_of(config.local)
         remedy = (
@@ -927,6 +1010,10 @@ def _read_test(given: object, dataset: type[DatasetSource], partition: object) -
 def _read_cohort(table: Table, clients: int | None) -> CohortChoice:
     options = dict(table)
     name = options.pop("sampling", "everyone")
+    if name in _BY_LOSS:
+        expected = "a draw that depends on no data: a choice by loss reveals losses, and its cohorts hide no client"
+        remedy = 'Choose "poisson"; local.order = "by-loss" orders the examples of each client'
+        raise UserError("cohort.sampling", expected, repr(name), remedy)
     kind = SAMPLINGS.resolve(name, "cohort.sampling")
     refuse_unknown(options, field_names(kind, ("population",)), "cohort", _left_over("cohort", "sampling", name))
     sampling = read_table(kind, options, "cohort", population=clients or _UNKNOWN_POPULATION)

@@ -8,6 +8,7 @@ from fedpriv.data.heterogeneity import evenly_chosen, gradient_metrics, size_met
 from fedpriv.data.partitions import mean_total_variation
 from fedpriv.engines import Population, one_thread
 from fedpriv.experiment.config import Config
+from fedpriv.experiment.timing import gradient_examples
 
 __all__ = ["measure_heterogeneity"]
 
@@ -85,8 +86,7 @@ def _allowed_examples(config: Config, population: Population) -> float:
     """Return the maximum number of example gradients to compute."""
     federation, task = population.federation, population.task
     few = federation.sizes[evenly_chosen(federation.population, _MAX_CLIENTS)].tolist()
-    unused = np.random.default_rng(0)
-    used = [sum(n if b is None else len(b) for b in population.work.batches(n, unused)) for n in few]
+    used = [gradient_examples(population.work, n) for n in few]
     round_examples = config.cohort.of(federation.population).expected_size * float(np.mean(used))
     # A backward pass costs twice a forward pass.
     free = _FREE_OPERATIONS / (3 * task.operations(torch.zeros(1, *federation.dataset.input_shape)))

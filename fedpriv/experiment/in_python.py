@@ -34,7 +34,7 @@ from fedpriv.experiment.watching import Watcher
 from fedpriv.mechanisms.controllers import Controller
 from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
 from fedpriv.plugins import MEMORY
-from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, PrivacyPlan, Sampling, trust_of
+from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, NoiseChoice, PrivacyPlan, Sampling, trust_of
 from fedpriv.privacy.released import Whose
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
@@ -71,6 +71,7 @@ class Experiment:
         adaptive: How the bound of messages follows a quantile: `fedpriv.methods.AdaptiveBound()`; None if it is fixed.
         privacy: The privacy guarantee; None for a run without privacy.
         aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
+        noise: The noise over rounds, such as `fedpriv.privacy.NoiseChoice(kind="banded")`; None for independent rounds.
         controller: Chooses the noise of each round within `privacy.epsilon`, the budget, as
             `fedpriv.mechanisms.controllers.LinearDecay()` does; None for constant noise.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
@@ -118,6 +119,7 @@ class Experiment:
     seed: int = 0
     evaluate_every: int = 1
     name: str = "experiment"
+    noise: NoiseChoice | None = None
 
     def __repr__(self) -> str:
         """Return the parts that were given, without model and data."""
@@ -153,6 +155,7 @@ class Experiment:
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
             evaluation=self.evaluation,
+            noise=None if self.noise is not None and self.noise.kind == "independent" else self.noise,
         )
         check_config(config)
         return config

@@ -1,5 +1,7 @@
 """Records a run round by round, both on the engines here and on Flower."""
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -236,6 +238,8 @@ class Recorder:
         if self.experiment.timeline is not None:
             data += f", timeline {self.experiment.timeline.fingerprint}"
         drawn = ", one draw of clients' noise a round" if self._fused else ""
+        if plan is not None and plan.noise is not None:
+            drawn += f", matrix {hashlib.sha256(json.dumps(plan.noise.as_dict()).encode()).hexdigest()[:16]}"
         return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
 
     @property

@@ -17,7 +17,7 @@ from fedpriv.methods import has_memory
 from fedpriv.privacy import Everyone, Sampling, trust_of
 from fedpriv.rounds import Broadcast, ServerRules, Total, capacity_of
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import LocalWork
+from fedpriv.tasks.local_work import LocalWork, uses_of_batch
 
 if TYPE_CHECKING:
     from fedpriv.engines import Engine
@@ -77,7 +77,7 @@ def make_timeline(config: Config, federation: Holders, parameters: int) -> Timel
 def gradient_examples(work: LocalWork, examples: int) -> int:
     """Return the number of example gradients that a client with `examples` computes in one participation."""
     batches = work.batches(examples, np.random.default_rng(0))
-    return sum(examples if batch is None else len(batch) for batch in batches)
+    return uses_of_batch(work) * sum(examples if batch is None else len(batch) for batch in batches)
 
 
 def clock_is_public(config: Config) -> bool:

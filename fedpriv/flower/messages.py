@@ -130,24 +130,22 @@ class ModelArrays:
         tensors = {name: torch.from_numpy(array.numpy()).to(dtype) for name, array in record.items()}
         return self.layout.flatten(tensors)
 
-    def received(self, content: RecordDict, rules: ClientRules) -> Tensor:
+    def received(self, content: RecordDict, form: "MessageFormat") -> Tensor:
         """Return the message in an untrusted answer: `[params]`, and side values if the method has some.
 
         It is float32, or float64 if the number format of the agreement is.
 
         Args:
             content: The answer.
-            rules: The clients' half of the agreement.
+            form: The number format of the agreement.
 
         Raises:
             UserError: If the scale, names, shapes, number formats or lengths are not those of a message in this layout.
         """
         record, facts = content.array_records[ARRAYS], content.config_records.get(FEDPRIV, ConfigRecord())
-        form = MessageFormat.of(rules)
         if facts.get(_SCALE) != form.scale:
             raise _no_message(f"numbers in units of {facts.get(_SCALE)!r}, but the plan has {form.scale!r}")
-        beside = message_size(rules.method, 0)
-        entries = (*self.layout.entries, *([(_SIDE_VALUES, (beside,))] if beside else []))
+        entries = (*self.layout.entries, *([(_SIDE_VALUES, (form.beside,))] if form.beside else []))
         if list(record) != [name for name, _ in entries]:
             raise _no_message(f"{len(record)} arrays with other names")
         for (name, shape), array in zip(entries, record.values(), strict=True):
@@ -181,10 +179,9 @@ class ModelArrays:
         Raises:
             UserError: If the method needs it and the message lacks it, the reverse, or it has another length.
         """
-        record = content.array_records.get(SHARED)
+        record, remedy = content.array_records.get(SHARED), "Use one version of fedpriv on both sides"
         if (record is not None) != method.needs_shared:
             expected = "a second vector" if method.needs_shared else "the model alone"
-            remedy = "Use one version of fedpriv on both sides"
             got = ", ".join(content) or "an empty message"
             raise UserError("message", f"{expected} for {method_name(method)}", got, remedy)
         if record is None:
@@ -239,10 +236,12 @@ class MessageFormat:
     Args:
         dtype: Name of the number format of all arrays.
         scale: Value of one unit of an integer array; None for float32.
+        beside: Number of side values after the parameters.
     """
 
     dtype: str = "float32"
     scale: float | None = None
+    beside: int = 0
 
     @classmethod
     def of(cls, rules: ClientRules) -> "MessageFormat":
@@ -253,13 +252,14 @@ class MessageFormat:
         too small for any privacy, the levels may exceed 24 bits. The format is then float32, which rounds a message
         that is already released.
         """
+        beside = message_size(rules.method, 0)
         if rules.sums is not None or (rules.examples is not None and rules.noise_stddev == 0.0):
-            return cls(dtype="float64")
+            return cls(dtype="float64", beside=beside)
         grid = rules.release_grid
         largest = math.inf if grid is None else rules.message_limit / grid
         fitting = (name for name in ("int8", "int16", "int32") if largest <= min(np.iinfo(name).max, _MAX_EXACT))
         dtype = next(fitting, None)
-        return cls() if dtype is None else cls(dtype=dtype, scale=grid)
+        return cls(beside=beside) if dtype is None else cls(dtype=dtype, scale=grid, beside=beside)
 
     @property
     def numpy(self) -> np.dtype:
@@ -465,26 +465,32 @@ class NodeInfo:
     Args:
         client: Client id; None if it has none.
         helper: Public identity key of a helper of secure aggregation, in hexadecimal digits; empty for other nodes.
+        guarded: True if it has a home with a policy; a client without one only answers in simulations.
     """
 
     client: int | None
     helper: str = ""
+    guarded: bool = False
 
     def to_content(self) -> RecordDict:
         """Return the content of an answer."""
         known: dict[str, int | str] = {} if self.client is None else {"client": self.client}
-        return RecordDict({FEDPRIV: ConfigRecord({**known, **({"helper": self.helper} if self.helper else {})})})
+        known |= {"helper": self.helper} if self.helper else {}
+        known |= {"guarded": True} if self.guarded else {}
+        return RecordDict({FEDPRIV: ConfigRecord({**known})})
 
     @classmethod
     def of_node(cls, node_config: Mapping[str, Any]) -> "NodeInfo":
-        """Read it from a node's configuration (`partition-id`, `fedpriv-helper`).
+        """Read it from a node's configuration (`partition-id`, `fedpriv-helper`, `fedpriv-home`).
 
         Raises:
             UserError: If the id is not a whole number.
         """
-        client = node_config.get("partition-id")
+        client, home = node_config.get("partition-id"), node_config.get("fedpriv-home")
         try:
-            return cls(None if client is None else int(client), str(node_config.get("fedpriv-helper", "")))
+            return cls(
+                None if client is None else int(client), str(node_config.get("fedpriv-helper", "")), guarded=bool(home)
+            )
         except ValueError:
             raise UserError(
                 "--node-config partition-id", "a whole number", repr(client), "Set it to a number from 0"
@@ -497,7 +503,11 @@ class NodeInfo:
         if record is None or _ASK in record:
             return None
         client, helper = record.get("client"), record.get("helper", "")
-        return cls(client if type(client) is int else None, helper if isinstance(helper, str) else "")
+        return cls(
+            client if type(client) is int else None,
+            helper if isinstance(helper, str) else "",
+            guarded=record.get("guarded") is True,
+        )
 
 
 def ask_node_info() -> RecordDict:

@@ -10,6 +10,7 @@ from fedpriv.privacy import (
     Aggregation,
     PrivacyPlan,
     Sampling,
+    Separated,
     Trust,
     adjacency_of,
     trust_name,
@@ -98,8 +99,9 @@ class PrivacyTerms:
         Raises:
             UserError: If there is no such plan.
         """
-        if self.sampling not in SAMPLINGS:
-            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
+        offered = [name for name in SAMPLINGS if name != Separated.name]
+        if self.sampling not in offered:
+            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, offered))
         cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
         return PrivacyPlan(
             trust=trust_name(self.trust),
@@ -130,6 +132,9 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
     if plan is not None and plan.aggregation is not None and plan.aggregation.everyone_answers:
         expected, remedy = "false with Flower, for now: its servers ask the sampled clients", "Remove it"
         raise UserError("aggregation.everyone_answers", expected, "true", remedy)
+    if sampling.separation > 1 or (plan is not None and plan.noise is not None):
+        expected = "clients that may be in every round, and independent noise: terms do not name others yet"
+        raise UserError("cohort.sampling", expected, f'"{sampling.name}"', "Simulate it, or remove it and [noise]")
     facts: dict[str, Any] = {"trust": NO_PROMISE, "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
     if plan is not None:
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}

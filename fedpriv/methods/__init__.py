@@ -16,6 +16,7 @@ from fedpriv.methods.base import (
     feedback_of,
     has_memory,
     own_signal_of,
+    owns_steps,
     server_step,
 )
 from fedpriv.methods.centered_clip import CenteredClip
@@ -27,6 +28,7 @@ from fedpriv.methods.dp_fedavg import DPFedAvg
 from fedpriv.methods.dp_gd import DPGD
 from fedpriv.methods.dp_scaffold import DPScaffold
 from fedpriv.methods.fed_alpha_normec import FedAlphaNormEC
+from fedpriv.methods.fedspeed import FedSpeed
 from fedpriv.methods.normalized_sgd import NormalizedSGD
 from fedpriv.methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimized, ServerOptimizer, optimized
 from fedpriv.methods.side_values import (
@@ -56,6 +58,7 @@ __all__ = [
     "DiceSGD",
     "ExampleRule",
     "FedAlphaNormEC",
+    "FedSpeed",
     "Gradients",
     "LostMemory",
     "Method",
@@ -75,6 +78,7 @@ __all__ = [
     "message_size",
     "optimized",
     "own_signal_of",
+    "owns_steps",
     "server_step",
     "side_values_of",
     "with_side_values",

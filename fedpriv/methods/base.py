@@ -28,6 +28,7 @@ __all__ = [
     "feedback_of",
     "has_memory",
     "own_signal_of",
+    "owns_steps",
     "server_step",
 ]
 
@@ -105,6 +106,14 @@ class Method(Protocol[ClientStateT, ServerStateT]):
         ...
 
     @property
+    def step_prox(self) -> float:
+        """The factor of x_t - x_0, their move so far, that clients add to the gradient of each local step; 0 for none.
+
+        Above 0, clients also add `step_offset`, without a vector of the server unless `corrects_steps`.
+        """
+        ...
+
+    @property
     def lost_memory(self) -> LostMemory:
         """The action of a deployment if a client has lost its state.
 
@@ -130,20 +139,20 @@ class Method(Protocol[ClientStateT, ServerStateT]):
         ...
 
     def in_round(self, shared: Tensor) -> "Method[ClientStateT]":
-        """Return the method whose client rule clients follow in a round, from the vector that `shared` returned.
+        """Return the method of clients in a round, from the vector that `shared` returned.
 
         Its messages have the same `bounded.l2_bound`.
         """
         ...
 
-    def step_offset(self, state: ClientStateT, shared: Tensor) -> Tensor | None:
+    def step_offset(self, state: ClientStateT, shared: Tensor | None) -> Tensor | None:
         """Return the vector `[..., params]` that a client adds to the gradient of each local step; None for none.
 
         The signal is still the mean (or the sum) of the gradients without it.
 
         Args:
             state: The client's state before the round.
-            shared: The vector that the server's `shared` returned, `[params]`.
+            shared: The vector that the server's `shared` returned, `[params]`; None if it returned none.
         """
         ...
 
@@ -216,6 +225,11 @@ class PlainMethod:
         """False."""
         return False
 
+    @property
+    def step_prox(self) -> float:
+        """0: local steps are those of the local work."""
+        return 0.0
+
     def shared(self, state: Any) -> Tensor | None:
         """Return None: clients receive the model alone."""
         return None
@@ -224,7 +238,7 @@ class PlainMethod:
         """Return the method itself."""
         return self
 
-    def step_offset(self, state: Any, shared: Tensor) -> Tensor | None:
+    def step_offset(self, state: Any, shared: Tensor | None) -> Tensor | None:
         """Return None: local steps are those of the local work."""
         return None
 
@@ -311,6 +325,11 @@ def own_signal_of(method: Method) -> OwnSignal | None:
     return method if isinstance(method, OwnSignal) else None
 
 
+def owns_steps(method: Method) -> bool:
+    """Return True if clients change their local steps by the method: only fedpriv's own training can do that."""
+    return method.corrects_steps or method.step_prox > 0.0
+
+
 def server_step(
     method: Method[Any, ServerStateT], state: ServerStateT, mean_message: Tensor, sampling_prob: float
 ) -> ServerStateT:
@@ -341,6 +360,7 @@ METHODS: Registry[Method] = Registry(
         "diff2": "fedpriv.methods.difference_estimators:DIFF2",
         "private-spiderboost": "fedpriv.methods.difference_estimators:PrivateSpiderBoost",
         "dice-sgd": "fedpriv.methods.dice_sgd:DiceSGD",
+        "fedspeed": "fedpriv.methods.fedspeed:FedSpeed",
     },
     protocol=Method,
     group="fedpriv.methods",

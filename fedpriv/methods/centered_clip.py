@@ -50,7 +50,7 @@ class CenteredClip(PlainMethod):
 
     Args:
         bound: The map: `clip`, or `normalize` for N_alpha.
-        clip_norm: C, the maximum length of a message; 1 with `normalize`, whose messages are shorter than 1.
+        clip_norm: C, the maximum length of a message; 1 with `normalize`, as its messages are shorter than 1.
         alpha: Smoothing of `normalize`; 1 with `clip`, which has none.
         beta: The share of the mean message that the memory takes. With `clip` and without noise, beta = 1 moves it to
             the mean of the signals that are within C.

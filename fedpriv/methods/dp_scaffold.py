@@ -68,9 +68,9 @@ class DPScaffold(Clip21):
         """Return c."""
         return state.memory
 
-    def step_offset(self, state: ClientMemory, shared: Tensor) -> Tensor:
+    def step_offset(self, state: ClientMemory, shared: Tensor | None) -> Tensor | None:
         """Return c - c_i."""
-        return shared.to(state.memory) - state.memory
+        return None if shared is None else shared.to(state.memory) - state.memory
 
     def server_rule(
         self, state: ServerMemory, mean_message: Tensor, sampling_prob: float

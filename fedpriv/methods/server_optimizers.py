@@ -274,6 +274,11 @@ class ServerOptimized(Generic[ClientStateT]):
         return self.method.corrects_steps
 
     @property
+    def step_prox(self) -> float:
+        """The method's."""
+        return self.method.step_prox
+
+    @property
     def lost_memory(self) -> LostMemory:
         """The method's. The optimizer's memory holds only released values, and is reset with the server's."""
         return self.method.lost_memory
@@ -294,7 +299,7 @@ class ServerOptimized(Generic[ClientStateT]):
         """Return the method's, without the optimizer."""
         return self.method.in_round(shared)
 
-    def step_offset(self, state: ClientStateT, shared: Tensor) -> Tensor | None:
+    def step_offset(self, state: ClientStateT, shared: Tensor | None) -> Tensor | None:
         """Return the method's."""
         return self.method.step_offset(state, shared)
 

@@ -12,8 +12,8 @@ the lengths of signals (of residuals, for methods with memory):
 For N_alpha, C is alpha: at the median, half of the messages are longer than 1/2. Then beta follows as kappa alpha, with
 kappa the quotient of the configured beta and alpha, so that residuals still shrink at the same rate.
 
-**Private metrics.** Clients add the loss of the received model on their own examples, capped, and its accuracy. Nobody
-but the client learns them without noise.
+**Private metrics.** Clients add the loss of the received model on their own examples, capped, and its accuracy. They
+leave the client, or its server, only with noise.
 
 A message m with bound B and the values s in [-1, 1] are sent as one vector of length at most 1,
 
@@ -160,7 +160,7 @@ class _HasBound(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SideValues:
-    """A method whose messages are sent with side values; clients run it as well.
+    """A method that sends side values with its messages; clients run it as well.
 
     A signal is `[..., params]`, followed by the client's metrics if `metrics` is given; a message is `[..., params]`,
     followed by the side values.
@@ -238,6 +238,11 @@ class SideValues:
         return self.method.corrects_steps
 
     @property
+    def step_prox(self) -> float:
+        """The method's."""
+        return self.method.step_prox
+
+    @property
     def lost_memory(self) -> LostMemory:
         """The method's."""
         return self.method.lost_memory
@@ -251,6 +256,12 @@ class SideValues:
     def given(self) -> int:
         """The number of values after the signal: the client's metrics."""
         return 0 if self.metrics is None else len(self.metrics.names)
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The side values in words, for the privacy statement."""
+        bit = () if self.adaptive is None else ("whether its message was shortened",)
+        return bit + (() if self.metrics is None else tuple(f"its {name}" for name in self.metrics.names))
 
     def shared_size(self, size: int) -> int:
         """Return the length of the vector that clients receive beside a model of `size`; 0 for none."""
@@ -283,8 +294,10 @@ class SideValues:
             method = _with_bound(method, float(shared[-1]))
         return replace(self, method=method.in_round(shared[:size]) if size else method)
 
-    def step_offset(self, state: ClientState, shared: Tensor) -> Tensor | None:
+    def step_offset(self, state: ClientState, shared: Tensor | None) -> Tensor | None:
         """Return the method's."""
+        if shared is None or not self.method.needs_shared:
+            return self.method.step_offset(state, None)
         return self.method.step_offset(state, shared[: len(shared) - (self.adaptive is not None)])
 
     def client_rule(

@@ -1,11 +1,12 @@
 """Privacy plans, the accounting behind them, and the statement of a run's guarantee."""
 
 from fedpriv.privacy.aggregation import Aggregation, AggregationChoice
-from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, make_plan
+from fedpriv.privacy.correlation import NoiseChoice, NoiseMatrix
+from fedpriv.privacy.plan import ADJACENCIES, NOT_PROMISED, REPLACE_FACTOR, PrivacyPlan, correlated, make_plan
 from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
-from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled
+from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled, Separated
 from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
 from fedpriv.privacy.trust import (
     TRUSTS,
@@ -39,11 +40,14 @@ __all__ = [
     "ExampleTerms",
     "FixedSize",
     "Local",
+    "NoiseChoice",
+    "NoiseMatrix",
     "Poisson",
     "PrivacyPlan",
     "RecordBound",
     "Sampling",
     "Scheduled",
+    "Separated",
     "Shares",
     "Simulated",
     "Trust",
@@ -52,6 +56,7 @@ __all__ = [
     "UnitName",
     "adjacency_of",
     "by_reliance",
+    "correlated",
     "delta_warning",
     "make_plan",
     "noise_against_signal",

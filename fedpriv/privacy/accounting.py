@@ -38,6 +38,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
+from fedpriv.privacy.correlation import NoiseMatrix
 from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Sampling, gaussian_event
@@ -104,6 +105,7 @@ class Releases:
         client_memory: True if clients remember earlier rounds. No amplification is then claimed for fixed-size
             cohorts: one client's participation affects which others take part, the others' memories record that, and
             their later messages reveal it. (Poisson cohorts are safe: participations are independent.)
+        noise: The matrix of correlated noise; None for independent rounds.
     """
 
     trust: Trust
@@ -111,6 +113,7 @@ class Releases:
     sampling: Sampling
     delta: float
     client_memory: bool = True
+    noise: NoiseMatrix | None = None
 
     @property
     def sensitivity(self) -> float:
@@ -120,7 +123,18 @@ class Releases:
     @property
     def credits_sampling(self) -> bool:
         """True if epsilon may rely on secret cohorts; otherwise it follows from one exact mu."""
+        if self.noise is not None and not self.noise.hidden:
+            return False
         return self.trust.hides_cohorts and self.sampling.amplifies(client_memory=self.client_memory)
+
+    @property
+    def column(self) -> float:
+        """How far a message of norm 1 moves the values that noise hides: 1, or the norm of a column of the matrix."""
+        return 1.0 if self.noise is None else self.noise.column
+
+    def turns(self, rounds: int) -> int:
+        """Return the number of coins that hide a client in the first `rounds` rounds."""
+        return math.ceil(rounds / self.sampling.separation)
 
     @property
     def pairs(self) -> tuple[Direction, ...]:
@@ -133,6 +147,8 @@ class Releases:
 
     def charged(self, rounds: int) -> float:
         """Return the charge of the first `rounds` rounds to the client charged most, in messages of full weight."""
+        if self.noise is not None:
+            return self.noise.charge(rounds, self.sampling)
         return self.sampling.charge(rounds, each_message=self.trust.shows_messages)
 
     def epsilon(self, noise_multiplier: float, rounds: int, horizon: int | None = None) -> float:
@@ -193,7 +209,8 @@ class Releases:
             raise UserError("privacy.epsilon", "a target that the accountant can resolve", epsilon, remedy)
         if not self.pairs:
             return enough
-        fewer = noise_by_moments(self.pairs, self.sensitivity, self.delta, epsilon, rounds, enough)
+        unit = self.sensitivity / self.column
+        fewer = noise_by_moments(self.pairs, unit, self.delta, epsilon, self.turns(rounds), enough)
         factor = 1.05
         enough = fewer if within(fewer) >= 1.0 else enough
         while within(enough / factor) >= 1.0:
@@ -201,7 +218,9 @@ class Releases:
         return narrow(within, enough / factor, enough)
 
     def event(self, noise_multiplier: float) -> "tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]":
-        """Return one round as dp-accounting's event and neighboring relation, in the units of the table above.
+        """Return one turn as dp-accounting's event and neighboring relation, in the units of the table above.
+
+        A turn is a round, or as many rounds as `Separated` clients wait: see `turns`.
 
         Useful to check the accountant independently; reports of a run do not use it. If the adversary sees the
         cohorts, there is no sampling event.
@@ -211,7 +230,7 @@ class Releases:
         """
         if not self.trust.hides_cohorts:
             return gaussian_event(noise_multiplier)
-        return self.sampling.event(noise_multiplier, replace=self.adjacency == "replace")
+        return self.sampling.event(noise_multiplier / self.column, replace=self.adjacency == "replace")
 
     def _check_target(self, epsilon: float, rounds: int) -> None:
         hidden = self.trust.hides_cohorts and self.sampling.draws_cohorts
@@ -237,9 +256,10 @@ def _tightest_bound(releases: Releases, noise_multiplier: float, rounds: int, ho
     whole = Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
     if whole.epsilon == 0.0 or not releases.pairs:
         return whole
+    rounds, horizon = releases.turns(rounds), releases.turns(horizon)
     if rounds * sampling.hiding_prob <= delta:  # an upper bound on the probability that the client ever takes part
         return Bound(0.0, PLD, True)
-    noise = min(noise_multiplier * releases.sensitivity, MAX_HIDING_NOISE)
+    noise = min(noise_multiplier * releases.sensitivity / releases.column, MAX_HIDING_NOISE)
     if noise * MAX_SHIFT < 1.0:
         return whole
     sampled = sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)

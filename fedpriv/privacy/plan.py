@@ -14,6 +14,7 @@ from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.aggregation import Aggregation, SumGrid
+from fedpriv.privacy.correlation import NoiseMatrix
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import HiddenAggregator, Shares, Trust, TrustName, trust_of
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from fedpriv.privacy.accounting import Bound, Releases
     from fedpriv.privacy.records import RecordBound, RecordReleases
 
-__all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "make_plan"]
+__all__ = ["ADJACENCIES", "DELTAS", "NOT_PROMISED", "REPLACE_FACTOR", "PrivacyPlan", "correlated", "make_plan"]
 
 # Replacing a message moves a sum by at most the diameter of the ball that contains it.
 REPLACE_FACTOR = 2.0
@@ -59,6 +60,8 @@ class PrivacyPlan:
         unit: The unit of protection: `client`, or `example` for a single record of a client.
         record: How far one record moves the releases; None unless `unit` is `example`.
         aggregation: The numbers of secure aggregation; None unless `trust` is `aggregator`.
+        noise: The matrix of noise that is correlated over rounds; None for independent rounds. Its fresh noise then has
+            the deviation `noise_stddev`.
         filtered: True if a controller chooses the noise of each round, within the budget of `rounds` rounds with
             `noise_multiplier` (`fedpriv.mechanisms.filtered`). Sampling is then not credited.
 
@@ -79,11 +82,13 @@ class PrivacyPlan:
     unit: UnitName = "client"
     record: "RecordBound | None" = None
     aggregation: Aggregation | None = None
+    noise: NoiseMatrix | None = None
     filtered: bool = False
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         self._check_aggregation()
+        self._check_turns()
         self._check_filter()
         if (self.unit == "example") != (self.record is not None):
             raise ValueError(f"unit {self.unit!r} with the record bound {self.record}")
@@ -128,6 +133,7 @@ class PrivacyPlan:
             sampling=Everyone(self.sampling.population) if self.filtered else self.sampling,
             delta=self.delta,
             client_memory=self.client_memory,
+            noise=self.noise,
         )
 
     @property
@@ -335,6 +341,7 @@ class PrivacyPlan:
             "client_memory": self.client_memory,
             **({} if self.record is None else {"record": self.record.as_dict()}),
             **self._of_aggregation(),
+            **({} if self.noise is None else {"noise": self.noise.as_dict()}),
             **({"filtered": True} if self.filtered else {}),
             "promises": self.promises(thorough=thorough),
             "gaussian_dp_mu": _finite(self.gaussian_dp_mu),
@@ -425,8 +432,30 @@ class PrivacyPlan:
             remedy = "Remove [schedule]: weights would change integers, and no round could be declared void"
             raise UserError("[schedule]", "no such table with secure aggregation", "a schedule", remedy)
 
+    def _check_turns(self) -> None:
+        """Raise UserError if correlated noise, or clients that take turns, do not fit the plan."""
+        apart = self.sampling.separation > 1
+        if self.noise is None and not apart:
+            return
+        key, got = ("[noise]", "a table") if self.noise is not None else ("cohort.sampling", f'"{self.sampling.name}"')
+        if not trust_of(self.trust).trusts_server:
+            remedy = 'Set privacy.trust = "central", or remove the table or the sampling'
+            expected = f'no such value with privacy.trust = "{self.trust}"'
+            if self.noise is not None:
+                expected += ": the noise of one round would have to return in the next, and clients change"
+            raise UserError(key, expected, got, remedy)
+        if self.unit == "example":
+            remedy = 'Set privacy.unit = "client", or remove the table or the sampling'
+            raise UserError(key, 'no such value with privacy.unit = "example", for now', got, remedy)
+        if self.noise is not None:
+            self.noise.check(self.sampling)
+            if self.rounds > self.noise.rounds:
+                expected = f"at most {self.noise.rounds}, for which the noise is accounted"
+                raise UserError("training.rounds", expected, self.rounds, "Make a plan for all rounds")
+
     def _check_filter(self) -> None:
         offered = self.trust_rules.trusts_server and self.record is None and self.sampling.draws_cohorts
+        offered = offered and self.noise is None and self.sampling.separation == 1
         if self.filtered and not offered:
             raise ValueError(f"no filter is offered for trust {self.trust}, unit {self.unit}, {self.sampling.name}")
 
@@ -463,6 +492,18 @@ class PrivacyPlan:
             remedy = "Set privacy.epsilon, the budget, or remove [controller]"
             raise UserError("privacy.noise_multiplier", "above 0 with [controller]", 0.0, remedy)
         return found
+
+
+def correlated(plan: PrivacyPlan, noise: NoiseMatrix, epsilon: float | None) -> PrivacyPlan:
+    """Return a plan with correlated noise, calibrated to `epsilon`; None keeps the noise multiplier.
+
+    Raises:
+        UserError: If the noise does not suit the plan, or epsilon is out of range.
+    """
+    found = replace(plan, noise=noise)
+    if epsilon is None:
+        return found
+    return replace(found, noise_multiplier=found.releases.calibrate(_check_epsilon(epsilon), plan.rounds))
 
 
 def make_plan(

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.aggregation import Aggregation
+from fedpriv.privacy.correlation import read_matrix
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.sampling import read_sampling
@@ -43,6 +44,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             unit=table.get("unit", "client"),
             record=RecordBound.read(table["record"]) if "record" in table else None,
             aggregation=Aggregation(**table["aggregation"]) if "aggregation" in table else None,
+            noise=read_matrix(table["noise"]) if "noise" in table else None,
             filtered=table.get("filtered", False),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

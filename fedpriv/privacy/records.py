@@ -100,7 +100,8 @@ class ExampleTerms:
         declared: True if all clients divide by `examples`, a public number. Otherwise each divides by its own number of
             examples, which is then public.
         rate: Probability with which each example is in a batch; 1 for full gradients.
-        steps: Local steps in which the noise is added to the sum (`dp-sgd`); 0 if it is added to the message.
+        steps: Sums of gradients to which noise is added in the local steps of a round (`dp-sgd`: one for each step, or
+            two with `ascent`); 0 if noise is added to the message.
 
     Raises:
         UserError: If a number is out of range.

@@ -87,7 +87,7 @@ OUTPUTS = (
     Output(
         "checkpoint.safetensors",
         Kind.OWNER,
-        "until the run ends, with the clients' memories, who took part, and a checksum of the data",
+        "until the run ends, with the clients' memories, past noise, who took part, and a checksum of the data",
     ),
     Output("diagnostics.jsonl", Kind.OWNER, "norms, counts and speed, round by round", left=True),
     Output("diagnostics.json", Kind.OWNER, "totals, how clients differ, and a checksum of the data", left=True),
@@ -150,12 +150,14 @@ class DataFacts:
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
         scores: Names of the scores, without `test_` or `validation_`.
+        reported: The values that clients send within their noised messages, in words; see `fedpriv.methods.SideValues`.
     """
 
     clients: Literal["natural", "simulated", "resampled"]
     test: Whose = "public"
     validation: Whose | None = None
     scores: tuple[str, ...] = ("accuracy", "loss")
+    reported: tuple[str, ...] = ()
 
     @property
     def not_covered(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
+from functools import lru_cache
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -20,7 +21,7 @@ from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.trust import Trust
 from fedpriv.privacy.unit import ADJACENCIES, Adjacency
-from fedpriv.streams import Source
+from fedpriv.streams import Purpose, Source, Streams
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent, NeighboringRelation
@@ -32,12 +33,15 @@ __all__ = [
     "Poisson",
     "Sampling",
     "Scheduled",
+    "Separated",
     "gaussian_event",
     "read_sampling",
 ]
 
 MAX_POPULATION = 10**12
 """More than all people, and far below the size at which a running sum of gaps between client ids could overflow."""
+
+MAX_SEPARATION = 10**6
 
 BLOCK = 2**16
 """Maximum gaps per draw, so that a cohort of millions does not need all of them in memory twice."""
@@ -107,8 +111,17 @@ class Sampling(Protocol):
         """The divisor of sums in words, for the statement."""
         ...
 
+    @property
+    def separation(self) -> int:
+        """The fewest rounds from one message of a client to its next: 1 if it may be in consecutive rounds."""
+        ...
+
     def cohort(self, source: Source) -> np.ndarray:
         """Return the client ids of one round, ascending int64, `[cohort]`."""
+        ...
+
+    def drawn(self, streams: Streams, round: int) -> np.ndarray:
+        """Return the client ids of a round (from 1), ascending int64, `[cohort]`."""
         ...
 
     def charge(self, rounds: int, *, each_message: bool) -> float:
@@ -194,6 +207,15 @@ class _Drawn:
     def divisor(self: Sampling) -> str:
         """See `Sampling.divisor`."""
         return f"the expected cohort size, {self.expected_size:g}, never by the actual one"
+
+    @property
+    def separation(self) -> int:
+        """1: a client may be in consecutive rounds."""
+        return 1
+
+    def drawn(self: Sampling, streams: Streams, round: int) -> np.ndarray:
+        """See `Sampling.drawn`."""
+        return self.cohort(streams.source(Purpose.COHORT, round))
 
     def charge(self, rounds: int, *, each_message: bool) -> float:
         """Return one release per round: a client may be in all of them."""
@@ -534,6 +556,11 @@ class Scheduled:
         return 0
 
     @property
+    def separation(self) -> int:
+        """1: a client may count in consecutive steps."""
+        return 1
+
+    @property
     def how(self) -> str:
         """See `Sampling.how`."""
         return _SCHEMES[self.scheme]
@@ -616,18 +643,147 @@ class Scheduled:
         """
         raise ValueError("the timeline decides who counts; no cohort is drawn")
 
+    def drawn(self, streams: Streams, round: int) -> np.ndarray:
+        """Raise an error; see `cohort`."""
+        return self.cohort(streams.source(Purpose.COHORT, round))
 
-SAMPLINGS: Registry[Everyone | Poisson | FixedSize] = Registry(
+
+@dataclass(frozen=True)
+class Separated(_Drawn):
+    """Every client is in one of b groups, and may take part only in every b-th round.
+
+    Group g (from 0) has its turn in rounds g + 1, g + 1 + b, ... Each client's group is drawn independently of all
+    others, and is public. In a turn, all of the group take part, or each independently with a secret coin.
+
+    Args:
+        population: Number of clients n, at least 1.
+        min_separation: b, from 1: the rounds from one turn of a client to its next.
+        probability: Probability q that a client takes part in a given round, at most 1 / b; None for 1 / b, with which
+            all of a group take part.
+
+    Raises:
+        UserError: If a field is out of its range.
+
+    Formal guarantees:
+        If the source's bits are uniform and independent, the coins of a turn are as those of `Poisson`, of exactly the
+        probability `hiding_prob`. They are independent of the groups. In b consecutive rounds a client takes part at
+        most once.
+    """
+
+    population: int
+    min_separation: int
+    probability: float | None = None
+    name: ClassVar[str] = "separated"
+    most: ClassVar[str] = "Epsilon is that of a client that takes part in every turn of its group."
+
+    def __post_init__(self) -> None:
+        _check_population(self.population)
+        if not is_whole(self.min_separation, 1, MAX_SEPARATION):
+            expected = f"a whole number of rounds from 1 to {MAX_SEPARATION:,}"
+            remedy = "Set the rounds from one turn of a client to its next"
+            raise UserError("cohort.min_separation", expected, repr(self.min_separation), remedy)
+        if self.probability is None:
+            return
+        _check_probability(self.probability)
+        if self.probability * self.min_separation > 1.0:
+            expected = f"at most 1 / min_separation = {1.0 / self.min_separation:g}"
+            remedy = "Lower it or min_separation: a client has only every so many rounds"
+            raise UserError("cohort.probability", expected, self.probability, remedy)
+
+    @property
+    def sampling_prob(self) -> float:
+        """Probability that a given client takes part in a given round: q."""
+        return 1.0 / self.min_separation if self.probability is None else float(self.probability)
+
+    @property
+    def hiding_prob(self) -> float:
+        """Probability that a client takes part in a turn of its group: q b, the exact probability of the draws."""
+        return 1.0 if self.probability is None else min(self.probability * self.min_separation, 1.0)
+
+    @property
+    def expected_size(self) -> float:
+        """Expected number of clients in a round: q n, the divisor of sums of messages."""
+        return self.sampling_prob * self.population
+
+    @property
+    def separation(self) -> int:
+        """b."""
+        return self.min_separation
+
+    @property
+    def how(self) -> str:
+        """See `Sampling.how`."""
+        who = "all of it take part"
+        if self.hiding_prob < 1.0:
+            who = f"each of its clients takes part independently with probability {self.hiding_prob:g}"
+        return (
+            f"each is in one of {self.min_separation} groups, drawn at random and public; each group has its turn in "
+            f"every {self.min_separation}th round, in which {who}"
+        )
+
+    def charge(self, rounds: int, *, each_message: bool) -> float:
+        """Return one release per turn of a group."""
+        return float(math.ceil(rounds / self.min_separation))
+
+    def amplifies(self, *, client_memory: bool) -> bool:
+        """Return True if coins decide who of a group takes part; see `Poisson.amplifies`."""
+        return self.hiding_prob < 1.0
+
+    def event(self, noise_multiplier: float, *, replace: bool) -> "tuple[DpEvent, NeighboringRelation]":
+        """See `Sampling.event`; of b rounds, in which a client has one turn."""
+        if self.hiding_prob == 1.0:
+            return gaussian_event(noise_multiplier)
+        return Poisson(self.population, self.hiding_prob).event(noise_multiplier, replace=replace)
+
+    def as_dict(self) -> dict[str, object]:
+        """See `Sampling.as_dict`."""
+        return {**_record(self), "min_separation": self.min_separation, "probability": self.probability}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> "Separated":
+        """Return the sampling that wrote the record."""
+        return cls(record["population"], record["min_separation"], record["probability"])
+
+    def cohort(self, source: Source) -> np.ndarray:
+        """Raise an error: a cohort depends on the round, too; see `drawn`.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a cohort of groups depends on the number of the round")
+
+    def drawn(self, streams: Streams, round: int) -> np.ndarray:
+        """Return the client ids of a round, ascending int64, `[cohort]`."""
+        group = np.flatnonzero(_groups(streams, self.population, self.min_separation) == (round - 1) % self.separation)
+        if self.hiding_prob == 1.0 or not len(group):
+            return group
+        coins = Poisson(len(group), self.hiding_prob)
+        return group[coins.cohort(streams.source(Purpose.COHORT, round))]
+
+
+@lru_cache(maxsize=4)
+def _groups(streams: Streams, population: int, groups: int) -> np.ndarray:
+    """Return each client's group, int64 `[population]`; its draw depends on no other client.
+
+    Groups are public, so that nothing relies on their probabilities, which are equal to within 2^-53.
+    """
+    found = np.floor(streams.source(Purpose.COHORT).uniform(population) * groups).astype(np.int64)
+    found.setflags(write=False)
+    return found
+
+
+SAMPLINGS: Registry[Everyone | Poisson | FixedSize | Separated] = Registry(
     "sampling",
     {
         "everyone": Everyone,
         "poisson": Poisson,
         "fixed": FixedSize,
+        "separated": Separated,
     },
 )
 
 
-_RECORDED = {kind.name: kind for kind in (Everyone, Poisson, FixedSize, Scheduled)}
+_RECORDED = {kind.name: kind for kind in (Everyone, Poisson, FixedSize, Separated, Scheduled)}
 
 
 def read_sampling(record: Mapping[str, Any], rounds: int) -> Sampling:

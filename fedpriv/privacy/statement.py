@@ -83,6 +83,10 @@ _HELD_OUT_OF_CLIENTS = (
     "does NOT cover the validation scores ({scores})."
 )
 
+_REPORTED = (
+    "In its message, and under the same bound and noise, every client also sends: {values}. The noisy means of these "
+    "values, and the bounds that follow from them, are released in rounds.jsonl; the epsilon above covers them."
+)
 _HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
 
 _TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and choices based on them"
@@ -242,7 +246,7 @@ def privacy_statement(
         *([_fill(_CLOCK + (_IN_TIME if plan.sampling.draws_cohorts else ""))] if simulated.clock else []),
         _fill(_mechanism(plan) if plan.record is None else _mechanism_of_records(plan, plan.record)),
         *([] if plan.record is None else [_fill(_whole_clients(plan))]),
-        *_about_sums(plan, deployed=deployed),
+        *_about_sums(plan, masked=deployed or app is not None),
         *([_fill(_FUSED)] if simulated.fused and trust.clients_add_noise else []),
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed, examples=plan.record is not None),
@@ -254,7 +258,7 @@ def privacy_statement(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
+def _about_sums(plan: PrivacyPlan, *, masked: bool) -> list[str]:
     """Return paragraphs on secure aggregation: its numbers, its adversaries, and whether it is simulated."""
     terms, sums = plan.aggregation, plan.sums
     if terms is None or sums is None:
@@ -284,7 +288,7 @@ def _about_sums(plan: PrivacyPlan, *, deployed: bool) -> list[str]:
         least=terms.least_survivors,
         limit=sums.limit * sums.step,
     )
-    how = _DEPLOYED_SUMS.format(helpers=named) if deployed else _SIMULATED_SUMS
+    how = _DEPLOYED_SUMS.format(helpers=named) if masked else _SIMULATED_SUMS
     return [_fill(aggregation), _fill(adversaries), _fill(how)]
 
 
@@ -303,6 +307,8 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
         ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
         ending = ending.replace("are protected together", "are protected one by one") if examples else ending
         paragraphs.append(_HELD_OUT.format(whose=_WHOSE[data.validation]) + ending)
+    if data.reported:
+        paragraphs.append(_REPORTED.format(values=", ".join(data.reported)))
     return [_fill(paragraph) for paragraph in paragraphs]
 
 
@@ -360,6 +366,13 @@ def _cohorts(plan: PrivacyPlan) -> str:
 
 def _mechanism(plan: PrivacyPlan) -> str:
     sampling = plan.sampling
+    if plan.noise is not None:
+        return (
+            f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves a sum of messages by at "
+            f"most {plan.l2_sensitivity:g}. "
+            f"{plan.noise.how(plan.noise_stddev, plan.l2_sensitivity, sampling, plan.rounds)} {_grid(plan)} Sums are "
+            f"divided by {sampling.divisor}."
+        )
     if plan.filtered:
         return _FILTERED.format(
             bound=plan.l2_bound,
@@ -404,9 +417,10 @@ _ROUTES = {
     "{multiplier:.6g} times that sensitivity.",
     "fresh": "One example moves a message by at most {sensitivity:g}. Gaussian noise of standard deviation "
     "{stddev:.6g} per coordinate is added to {noised} ({multiplier:.6g} times the sensitivity), in {rounds} {turns}.",
-    "steps": "In each of {steps} local steps, Gaussian noise of standard deviation {stddev:.6g} per coordinate is "
-    "added to the sum of bounded gradients, before the division: {multiplier:.6g} times the sensitivity "
-    "{sensitivity:g} of the sum. Everything after that, including the message, is computed from the noised sums.",
+    "steps": "In a round, the local steps of a client use {steps} sums of bounded gradients. Gaussian noise of "
+    "standard deviation {stddev:.6g} per coordinate is added to each, before the division: {multiplier:.6g} times the "
+    "sensitivity {sensitivity:g} of the sum. Everything after that, including the message, is computed from the "
+    "noised sums.",
 }
 
 _RESTARTS = (

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fedpriv.bounding import Clip
+from fedpriv.bounding import Clip, row_norms
 from fedpriv.checks import positive_int, require_representable
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import StepNoise
 from fedpriv.plugins import Registry
 from fedpriv.privacy.records import ExampleTerms
 from fedpriv.streams import Purpose, SeededSource, Streams
+from fedpriv.tasks.curricula import Pacing, by_loss, check_pacing, share_of
 from fedpriv.tasks.task import Task
 
 __all__ = [
@@ -39,6 +41,7 @@ MAX_EPOCHS = 10_000
 Batches = list[np.ndarray | None]
 Signal = Literal["pseudo-gradient", "gradient-sum", "gradient-mean"]
 _FORMERLY = {"formerly": {"move": "pseudo-gradient"}}
+_LATER = {"absent_by_default": True}
 
 
 class LocalWork(Protocol):
@@ -50,6 +53,14 @@ class LocalWork(Protocol):
     * `pseudo-gradient`: x_0 - x_T;
     * `gradient-sum`: (x_0 - x_T) / client_lr, the sum of the gradients of its steps;
     * `gradient-mean`: (x_0 - x_T) / (client_lr T), their mean, as long as one gradient however many steps there are.
+
+    Our works with steps also take `prox` (mu of FedProx, arXiv 1812.06127) and `ascent` (rho of FedSAM, arXiv
+    2206.02618, and DP-FedSAM, arXiv 2303.11242). With them, a step's gradient is
+
+        grad_t = grad F(x_t + ascent g / ||g||) + prox (x_t - x_0),     g = grad F(x_t),
+
+    with F the mean loss of the step's examples, the same in both gradients; 0 switches each of them off. The methods
+    are `dp-fedavg` with this local work.
     """
 
     @property
@@ -139,12 +150,16 @@ class LocalSteps:
         client_lr: Length of each.
         batch_size: Examples of each step, drawn without replacement; None for all.
         signal: See `LocalWork`. Resolved configs omit `pseudo-gradient`, the only kind of older versions.
+        prox: See `LocalWork`.
+        ascent: See `LocalWork`.
     """
 
     steps: int
     client_lr: float
     batch_size: int | None = None
-    signal: Signal = field(default="pseudo-gradient", metadata={**_FORMERLY, "absent_by_default": True})
+    signal: Signal = field(default="pseudo-gradient", metadata={**_FORMERLY, **_LATER})
+    prox: float = field(default=0.0, metadata=_LATER)
+    ascent: float = field(default=0.0, metadata=_LATER)
 
     def __post_init__(self) -> None:
         _require_count("local.steps", self.steps, MAX_STEPS)
@@ -152,6 +167,7 @@ class LocalSteps:
         if self.batch_size is not None:
             _require_count("local.batch_size", self.batch_size)
         _require_signal(self.signal)
+        _require_changes(self.prox, self.ascent)
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
         """Return the examples of all steps; see `LocalWork.walked`."""
@@ -173,37 +189,61 @@ class LocalEpochs:
         epochs: Number of passes, at most `MAX_EPOCHS`.
         client_lr: Length of each step.
         batch_size: Examples of each step; the last step of a pass may have fewer; None for all.
-        order: `fixed`, the order of the data in every pass and round; or `reshuffled`, drawn for each pass.
+        order: `fixed`, the order of the data in every pass and round; `reshuffled`, drawn for each pass; or `by-loss`,
+            from the smallest to the largest loss that the examples have under the round's model.
         signal: See `LocalWork`.
+        prox: See `LocalWork`.
+        ascent: See `LocalWork`.
+        pacing: Only with `by-loss`: a client begins with the examples of smallest loss, and their share grows to all;
+            see `fedpriv.tasks.curricula`. None for all examples in every round.
+        pacing_start: The share in the first round, above 0 and at most 1; with `pacing`.
+        pacing_rounds: The number of rounds before all examples are used; with `pacing`.
     """
 
     epochs: int
     client_lr: float
     batch_size: int | None = None
-    order: Literal["fixed", "reshuffled"] = "reshuffled"
+    order: Literal["fixed", "reshuffled", "by-loss"] = "reshuffled"
     signal: Signal = field(default="pseudo-gradient", metadata=_FORMERLY)
+    prox: float = field(default=0.0, metadata=_LATER)
+    ascent: float = field(default=0.0, metadata=_LATER)
+    pacing: Pacing | None = None
+    pacing_start: float | None = None
+    pacing_rounds: int | None = None
 
     def __post_init__(self) -> None:
         _require_count("local.epochs", self.epochs, MAX_EPOCHS)
         require_representable("local.client_lr", self.client_lr)
         if self.batch_size is not None:
             _require_count("local.batch_size", self.batch_size)
-        if self.order not in ("fixed", "reshuffled"):
-            raise UserError("local.order", '"fixed" or "reshuffled"', repr(self.order), "Choose one of the two")
+        if self.order not in ("fixed", "reshuffled", "by-loss"):
+            expected = '"fixed" or "reshuffled" or "by-loss"'
+            raise UserError("local.order", expected, repr(self.order), "Choose one of the three")
         _require_signal(self.signal)
+        _require_changes(self.prox, self.ascent)
+        check_pacing(self.pacing, self.pacing_start, self.pacing_rounds, ordered=self.order == "by-loss")
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
-        """Return all examples of every pass; see `LocalWork.walked`."""
+        """Return all examples of every pass, an upper bound with `pacing`; see `LocalWork.walked`."""
         return self.epochs * examples
 
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
-        """Return the batches of all passes: consecutive pieces of the order of examples in each pass."""
+        """Return the batches of all passes: consecutive pieces of the order of examples in each pass.
+
+        With `by-loss` they are those of `fixed`, for counts that may not depend on losses; clients use `by_loss`.
+        """
         size = self.batch_size
         if size is None or size >= examples:
             return [None] * self.epochs
         fixed = np.arange(examples)
-        orders = (fixed if self.order == "fixed" else rng.permutation(examples) for _ in range(self.epochs))
+        drawn = self.order == "reshuffled"
+        orders = (rng.permutation(examples) if drawn else fixed for _ in range(self.epochs))
         return [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
+
+    def by_loss(self, losses: np.ndarray, round: int) -> Batches:
+        """Return the batches of all passes with `order = "by-loss"`, from the losses `[examples]` of the examples."""
+        share = share_of(self.pacing, self.pacing_start, self.pacing_rounds, round)
+        return by_loss(losses, share, self.batch_size) * self.epochs
 
 
 class _PoissonBatches:
@@ -222,10 +262,11 @@ class _PoissonBatches:
 
     def drawn(self, examples: int, uniform: Callable[[int], np.ndarray]) -> Batches:
         """Return the batch of each step from uniform numbers in [0, 1)."""
-        return [np.flatnonzero(uniform(examples) < self.rate) for _ in range(self._steps)]
+        return [np.flatnonzero(uniform(examples) < self.rate) for _ in range(self.queries)]
 
     @property
-    def _steps(self) -> int:
+    def queries(self) -> int:
+        """Number of batches, and of sums of gradients, in a round."""
         return 1
 
 
@@ -259,26 +300,33 @@ class DPSGD(_PoissonBatches):
         steps: Number of local steps, at most `MAX_STEPS`.
         client_lr: Length of each.
         signal: See `LocalWork`.
+        prox: See `LocalWork`.
+        ascent: See `LocalWork`. The two gradients of a step have independent batches and noise here, and each of them
+            is accounted for: a step costs as much as two.
     """
 
     rate: float
     steps: int
     client_lr: float
     signal: Signal = field(default="pseudo-gradient", metadata=_FORMERLY)
+    prox: float = field(default=0.0, metadata=_LATER)
+    ascent: float = field(default=0.0, metadata=_LATER)
 
     def __post_init__(self) -> None:
         _require_rate(self.rate)
         _require_count("local.steps", self.steps, MAX_STEPS)
         require_representable("local.client_lr", self.client_lr)
         _require_signal(self.signal)
+        _require_changes(self.prox, self.ascent)
 
     def walked(self, examples: np.ndarray) -> np.ndarray:
         """Return the expected examples of all steps; see `LocalWork.walked`."""
-        return self.steps * np.ceil(examples * self.rate).astype(np.int64)
+        return self.queries * np.ceil(examples * self.rate).astype(np.int64)
 
     @property
-    def _steps(self) -> int:
-        return self.steps
+    def queries(self) -> int:
+        """Number of noised sums of gradients in a round: one for each step, or two with `ascent`."""
+        return 2 * self.steps if self.ascent > 0.0 else self.steps
 
 
 LOCAL_WORKS: Registry[LocalWork] = Registry(
@@ -306,11 +354,25 @@ def batches_of(
     examples: int,
     round: int,
     client: int,
+    losses: Callable[[], Tensor] | None = None,
 ) -> Batches:
     """Return the examples of each of the client's steps in this round, the same in every engine.
 
-    `streams` may be those of the operating system only for `poisson-gradient` and `dp-sgd`, whose batches are secret.
+    With `ascent`, `dp-sgd` has two batches for each step.
+
+    Args:
+        work: See `LocalWork`.
+        streams: Source of the draws; those of the operating system only for `poisson-gradient` and `dp-sgd`, whose
+            batches are secret.
+        examples: Number of the client's examples.
+        round: The round, from 1.
+        client: Id of the client.
+        losses: Returns the losses `[examples]` of its examples under the round's model; called only for `by-loss`.
     """
+    if isinstance(work, LocalEpochs) and work.order == "by-loss":
+        if losses is None:
+            raise ValueError(f"{work} needs the losses of the examples")
+        return work.by_loss(losses().double().cpu().numpy(), round)
     if isinstance(work, _PoissonBatches):
         return work.drawn(examples, streams.source(Purpose.LOCAL_WORK, round, client).uniform)
     if work.batch_size is None or work.batch_size >= examples:
@@ -348,28 +410,38 @@ class LocalSGD:
         start: x_0, `[params]`.
         offset: Added to the gradient of each step, but not to the signal's sum of gradients, `[params]` or
             `[clients, params]`; None for none.
+        prox: Added to the `prox` of the local work.
 
     Attributes:
         model: The local model `[params]`; `[clients, params]` for several clients after the first step.
     """
 
-    def __init__(self, work: LocalWork, start: Tensor, offset: Tensor | None = None) -> None:
+    def __init__(self, work: LocalWork, start: Tensor, offset: Tensor | None = None, prox: float = 0.0) -> None:
         if work.client_lr is None:
             raise ValueError(f"{work} takes no steps")
+        own, self._ascent = changes_of(work)
+        self._prox = own + prox
         self._lr = work.client_lr
         self._kind = work.signal
         self._offset = offset
         self._start = self.model = start
         self._sum: Tensor | None = None
 
-    def step(self, gradient: Tensor, at_work: Tensor | None = None) -> None:
-        """Take a step against `gradient`, `[params]` or `[clients, params]`; zero for a client that has finished.
+    def step(self, gradient_at: Callable[[Tensor], Tensor], at_work: Tensor | None = None) -> None:
+        """Take a step against the gradient.
 
         Args:
-            gradient: The gradient of each client.
+            gradient_at: Returns the gradient of each client, `[params]` or `[clients, params]`, at their models; zero
+                for a client that has finished. Called once, or twice with `ascent`.
             at_work: 1 for clients that take this step and 0 for those that have finished, `[clients, 1]`; None if all
                 take it.
         """
+        gradient = gradient_at(self.model)
+        if self._ascent > 0.0:
+            gradient = gradient_at(self.model + self._ascent * _directions(gradient))
+        if self._prox > 0.0:
+            pull = self._prox * (self.model - self._start)
+            gradient = gradient + (pull if at_work is None else pull * at_work)
         direction = gradient
         if self._offset is not None:
             direction = gradient + (self._offset if at_work is None else self._offset * at_work)
@@ -397,6 +469,7 @@ def make_signal(
     batches: Batches,
     clipped: ClippedGradients | None = None,
     offset: Tensor | None = None,
+    prox: float = 0.0,
 ) -> Tensor:
     """Return one client's signal `[params]`; batched engines are tested against this reference.
 
@@ -409,6 +482,7 @@ def make_signal(
         batches: See `LocalWork.batches`; at least one.
         clipped: Bounds the gradient of every example, and makes the signal float64; None for plain means.
         offset: Added to the gradient of each local step, `[params]`; see `Method.step_offset`. None for none.
+        prox: See `Method.step_prox`.
     """
     if clipped is not None:
         _refuse_unaccounted(work, clipped.terms)
@@ -423,10 +497,12 @@ def make_signal(
 
     if work.client_lr is None:
         return gradient(model, batches[0])
-    steps = LocalSGD(work, model if clipped is None else model.double(), offset)
-    for batch in batches:
-        steps.step(gradient(steps.model, batch))
-    return steps.signal(len(batches))
+    local = LocalSGD(work, model if clipped is None else model.double(), offset, prox)
+    steps = work.steps if isinstance(work, DPSGD) else len(batches)
+    queries = (batch for batch in batches for _ in range(uses_of_batch(work)))
+    for _ in range(steps):
+        local.step(lambda at: gradient(at, next(queries)))
+    return local.signal(steps)
 
 
 @dataclass(frozen=True)
@@ -479,10 +555,27 @@ class ClientGradients:
 
 def _refuse_unaccounted(work: LocalWork, terms: ExampleTerms) -> None:
     """Raise ValueError unless the batches and steps of `work` are those that the terms account for."""
-    steps = work.steps if isinstance(work, DPSGD) else 0
+    steps = work.queries if isinstance(work, DPSGD) else 0
     rate = work.rate if isinstance(work, DPSGD | PoissonGradient) else 1.0
     if not isinstance(work, DPSGD | PoissonGradient | FullGradient) or (rate, steps) != (terms.rate, terms.steps):
         raise ValueError(f"{work} is not the work that {terms} accounts for")
+
+
+def changes_of(work: LocalWork) -> tuple[float, float]:
+    """Return `prox` and `ascent` of local work; zeros for works that do not have them."""
+    return (work.prox, work.ascent) if isinstance(work, LocalSteps | LocalEpochs | DPSGD) else (0.0, 0.0)
+
+
+def uses_of_batch(work: LocalWork) -> int:
+    """Return the number of gradients that a client computes on each of its batches: 2 for ascents on the same batch."""
+    return 2 if changes_of(work)[1] > 0.0 and not isinstance(work, DPSGD) else 1
+
+
+def _directions(gradients: Tensor) -> Tensor:
+    """Return g / ||g|| of each row `[..., params]`; zero if g is zero."""
+    exact = gradients.double()
+    lengths = row_norms(exact)
+    return torch.where(lengths > 0.0, exact / lengths, 0.0).to(gradients.dtype)
 
 
 def _select(inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> tuple[Tensor, Tensor]:
@@ -504,6 +597,12 @@ def _require_count(key: str, value: int, maximum: int | None = None) -> None:
 def _require_rate(rate: float) -> None:
     if not 1e-6 <= rate <= 1.0:
         raise UserError("local.rate", "a probability from 1e-6 to 1", rate, "Give the share of examples in a batch")
+
+
+def _require_changes(prox: float, ascent: float) -> None:
+    for key, value in (("prox", prox), ("ascent", ascent)):
+        if value != 0.0:
+            require_representable(f"local.{key}", value)
 
 
 def _require_signal(kind: str) -> None:

@@ -96,6 +96,13 @@ class Task:
         """Return the weighted sum of the examples' losses; `weights` `[examples]` of 1/m each give the mean."""
         return (self.losses(self.logits(model, inputs), labels) * weights).sum()
 
+    def example_losses(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each example under the model `[params]`, `[examples]`."""
+        self._load(model)
+        with torch.no_grad():
+            pieces = _pieces(_width(inputs, 1), inputs, labels) if len(labels) else ()
+            return torch.cat([labels.new_zeros(0), *(self.losses(self._forward(x), y) for x, y in pieces)])
+
     def gradient(self, model: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return the gradient `[params]` of the mean loss over the examples; zero if there are none."""
         if len(labels) == 0:

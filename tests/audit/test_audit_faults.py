@@ -1,6 +1,7 @@
 """Audits find the product guilty with injected faults, and not guilty without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from audit_cases import (
 )
 from torch import Tensor
 
+import fedpriv.privacy.correlation
 from fedpriv.audit.statistics import epsilon_of, largest_lower, mean_lower
 from fedpriv.errors import UserError
+from fedpriv.mechanisms.base import Mechanism
 from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.methods import SideValues
+from fedpriv.privacy.correlation import Banded
 from fedpriv.streams import Streams
 
 CENTRAL: Changes = {"privacy": PRIVACY}
@@ -41,6 +45,13 @@ SIDE_VALUES: Changes = {"adaptive": {"share": 0.2}, "privacy": {**PRIVACY, "metr
 POISSON: Changes = {"cohort": {"sampling": "poisson", "probability": 0.5}}
 FIXED: Changes = {"cohort": {"sampling": "fixed", "size": 4}}
 
+SEPARATED: Changes = {"cohort": {"sampling": "separated", "min_separation": 5}}
+BANDED: Changes = {**SEPARATED, "noise": {"kind": "banded"}}
+CYCLIC: Changes = {
+    "cohort": {"sampling": "separated", "min_separation": 3, "probability": 0.25},
+    "noise": {"kind": "cyclic-banded"},
+}
+
 RIGHT: dict[str, Changes] = {
     "central, fading memory": CENTRAL,
     "central, no memory": MEMORYLESS,
@@ -59,6 +70,11 @@ RIGHT: dict[str, Changes] = {
     "central, public memory": {"method": {"name": "centered-clip", "clip_norm": 0.5}},
     "central, side values": FULL_MEMORY | SIDE_VALUES,
     "local, side values": MEMORYLESS | {"adaptive": {}} | LOCAL,
+    "central, turns": SEPARATED | MEMORYLESS,
+    "central, banded": BANDED,
+    "central, banded, no memory, replace": BANDED | MEMORYLESS | REPLACE,
+    "central, cyclic-banded": CYCLIC,
+    "central, geometric schedule": {"noise": {"kind": "geometric-schedule"}},
     "central, small epsilon": {"privacy": {**PRIVACY, "epsilon": 0.5}},
 }
 SHORT: Changes = {"training": {"rounds": 12}}
@@ -195,6 +211,52 @@ def test_replace_that_is_counted_as_add_or_remove_is_found_guilty(
 ) -> None:
     monkeypatch.setattr("fedpriv.privacy.plan.REPLACE_FACTOR", 1.0)
     assert quick_audit(SHORT | plan, canaries=80)[1]["verdict"] == "guilty"
+
+
+def test_the_sensitivity_of_one_message_where_all_of_a_client_belong_is_found_guilty_by_the_whitened_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client has six turns: the noise is sqrt(6) times too small. Weights that ignore correlation see less of it."""
+
+    def of_one(coefficients: tuple[float, ...], rounds: int, separation: int) -> float:  # noqa: ARG001
+        return sum(c * c for c in coefficients)
+
+    assert quick_audit(BANDED | MEMORYLESS, canaries=100)[1]["verdict"] == "not guilty"
+    monkeypatch.setattr("fedpriv.privacy.correlation.squared_sensitivity", of_one)
+    findings, record = quick_audit(BANDED | MEMORYLESS, canaries=100)
+    assert record["verdict"] == "guilty"
+    assert record["epsilon_claimed"] == pytest.approx(8.0, rel=0.01)
+    assert findings.best.name == "whitened"
+    assert findings.scores[0].lower > 1.4 * findings.scores[1].lower
+
+
+def test_a_claim_about_correlated_noise_counts_the_rounds_that_a_message_reaches() -> None:
+    """The last turn of a run reaches fewer rounds, by which the claim is a little lower."""
+    findings, record = quick_audit(CYCLIC, canaries=60)
+    plan = quick_experiment(CYCLIC).plan
+    assert plan is not None
+    assert plan.noise is not None
+    turns = record["participations"]["mean"] ** 0.5
+    assert plan.noise.column > 1.12
+    assert findings.score_claimed == pytest.approx(plan.noise.column * turns / plan.noise_multiplier, rel=0.04)
+
+
+@pytest.mark.parametrize("plan", [BANDED, CYCLIC], ids=["banded", "cyclic-banded"])
+def test_noise_that_takes_back_more_than_is_charged_is_found_guilty(
+    plan: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all coefficients at 1, sums over five rounds have the noise of one."""
+    made = fedpriv.privacy.correlation.Banded.mechanism
+
+    def all_back(self: Banded, stddev: float, bound: float, messages: int) -> Mechanism:
+        return made(replace(self, coefficients=(1.0,) * 5), stddev, bound, messages)
+
+    def not_charged(self: Banded, patterns: np.ndarray) -> np.ndarray:
+        return patterns * self.column
+
+    monkeypatch.setattr(Banded, "mechanism", all_back)
+    monkeypatch.setattr(Banded, "applied", not_charged)
+    assert quick_audit(LONG | plan, canaries=200)[1]["verdict"] == "guilty"
 
 
 def test_noise_forgotten_by_one_client_is_found_by_the_largest_score_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from support.own_classes import OWN, own_config
 
 import strategies
 from fedpriv import load_config, plugins
+from fedpriv.cli.methods_table import methods_table
 from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
@@ -21,7 +22,6 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import method_name
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.methods.dp_fedavg import DPFedAvg as Defined
-from fedpriv.methods.table import methods_table
 from fedpriv.plugins import Registry
 from fedpriv.privacy import SAMPLINGS
 from fedpriv.privacy.trust import TRUSTS
@@ -116,10 +116,10 @@ def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_defa
     kinds = (getattr(strategies, name) for name in strategies.__all__)
     named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.methods.table"
+    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.cli.methods_table"
     # An app's updates are not gradients of examples, which are all that four of them compute with, and only the app
-    # itself could correct its local steps for dp-scaffold.
-    assert named == set(METHODS) - {"dp-gd", "diff2", "private-spiderboost", "dice-sgd", "dp-scaffold"}
+    # itself could change its local steps for dp-scaffold and fedspeed.
+    assert named == set(METHODS) - {"dp-gd", "diff2", "private-spiderboost", "dice-sgd", "dp-scaffold", "fedspeed"}
     assert set(METHODS) == {row.split("`")[1] for row in methods_table().splitlines()[2:]}
     assert write_default_policy(tmp_path)
     assert set(load_policy(tmp_path / POLICY_FILE).accepts.methods) == set(METHODS)
@@ -186,7 +186,7 @@ def test_a_class_that_lacks_what_its_kind_has_is_refused_by_name(tmp_path: Path)
         "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Half:\n    server_lr: float\n"
         "    def batches(self, examples, rng): ...\n"
     )
-    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*, step_offset, got"):
+    with pytest.raises(UserError, match=r"^method\.name: expected a method with bounded, .*, step_prox, got"):
         METHODS.resolve(f"{path}:Half", "method.name")
     with pytest.raises(UserError, match="with batch_size, client_lr, signal, walked, got"):
         LOCAL_WORKS.resolve(f"{path}:Half", "local.work")

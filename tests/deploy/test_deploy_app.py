@@ -120,9 +120,18 @@ def test_a_deployment_is_the_loop_to_the_bit(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
 
 
-def test_a_deployment_that_corrects_local_steps_is_the_loop_to_the_bit(seeded: dict[str, Any], tmp_path: Path) -> None:
-    steps = 'steps = 3\nclient_lr = 0.1\nbatch_size = 20\nsignal = "gradient-mean"'
-    toml = config("clip21", work="local-steps", batch=steps, rounds=3).replace('"clip21"', '"dp-scaffold"')
+@pytest.mark.parametrize(
+    ("method", "work", "keys"),
+    [
+        ("dp-scaffold", "local-steps", 'steps = 3\nbatch_size = 20\nsignal = "gradient-mean"'),
+        ("fedspeed", "local-epochs", 'epochs = 1\nbatch_size = 100\norder = "by-loss"\nascent = 0.1'),
+    ],
+)
+def test_a_deployment_that_corrects_local_steps_is_the_loop_to_the_bit(
+    method: str, work: str, keys: str, seeded: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = f"client_lr = 0.1\n{keys}"
+    toml = config("clip21", work=work, batch=steps, rounds=3).replace('"clip21"', f'"{method}"')
     run_server(DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", epsilon=1e6), toml, tmp_path / "out", **seeded)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == bits_of_loop(toml, tmp_path)
 

@@ -13,14 +13,18 @@ from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.ledger import Ledger, account_of, spent, surely_within
 from fedpriv.deploy.device.own_data import own_signal
 from fedpriv.deploy.device.policy import Accepts, Limits, OwnData, Policy, load_policy
+from fedpriv.engines import one_thread
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
-from fedpriv.methods import DPGD, AlphaNormEC, Clip21, DPScaffold, Method
+from fedpriv.methods import DPGD, AlphaNormEC, Clip21, DPScaffold, FedSpeed, Method
 from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, TrustName, UnitName, make_plan
 from fedpriv.rounds import record_bound
+from fedpriv.tasks.local_work import make_signal
+from fedpriv.tasks.models import Softmax
+from fedpriv.tasks.task import Task
 
 SIZE, ROUNDS = 5, 9
 EVERYONE = Everyone(4)
@@ -353,3 +357,28 @@ def test_a_devices_local_steps_take_the_offset(own: bool, tmp_path: Path) -> Non
     )
     assert torch.equal(plain, zero)
     assert float((far - plain).norm()) > 1e-3
+
+
+def test_a_device_with_its_own_file_draws_its_steps_back_and_orders_them_by_loss(tmp_path: Path) -> None:
+    method, device = FedSpeed(prox=2.0), device_of(tmp_path, epsilon=100.0)
+    keys = "work = 'local-epochs'\nepochs = 2\nclient_lr = 0.5\nbatch_size = 6\norder = 'by-loss'"
+    toml = RUN.replace('"{method}"', '"fedspeed"\nprox = 2.0')
+    run = RunConfig(config_toml=f"{toml}[local]\n{keys}")
+    device = replace(device, policy=replace(device.policy, data=OwnData(own="own.npz")))
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.random((20, 1, 8, 8), dtype=np.float32), rng.integers(10, size=20)
+    (tmp_path / "home").mkdir()
+    np.savez(tmp_path / "home" / "own.npz", inputs=inputs, labels=labels, classes=10)
+    model, offset = torch.linspace(-1.0, 1.0, 650), torch.linspace(1.0, -1.0, 650)
+    config = run.load()
+    instructions = ClientInstructions(method=method, round=1, client=0, noise_stddev=0.0)
+    terms = replace(asked(DPGD(), plan_of(DPGD()))[1], digest=config.digest)
+    found = own_signal(device, run, instructions, terms, model, offset)
+    task = Task(Softmax().build((1, 8, 8), 10, 0))
+    given = torch.from_numpy(inputs), torch.from_numpy(labels)
+    losses = torch.nn.functional.cross_entropy(task.logits(model, given[0]), given[1], reduction="none")
+    order = torch.argsort(losses, stable=True).numpy()
+    batches: list[np.ndarray | None] = [np.sort(order[start : start + 6]) for start in range(0, 20, 6)] * 2
+    with one_thread():
+        wanted = make_signal(task, model, *given, config.local, batches, offset=offset, prox=2.0)
+    assert torch.equal(found, wanted)

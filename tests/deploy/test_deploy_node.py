@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from deploy_names import HOST
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import ErrorCode
@@ -35,12 +36,13 @@ from fedpriv.cli import main
 from fedpriv.deploy.checks import WrongServerError
 from fedpriv.deploy.setup import supernode as node
 from fedpriv.deploy.setup import texts as deploy_texts
+from fedpriv.deploy.setup.provision import Deployment, init_deployment
 from fedpriv.errors import UserError
 from fedpriv.flower import companion
 from fedpriv.flower.bundle import app_files, app_hash
 from fedpriv.flower.internals import supernode as supernode_internals
 from fedpriv.flower.internals.app import inside_a_run
-from fedpriv.flower.internals.supernode import accepting_only, run_flower, why_refused
+from fedpriv.flower.internals.supernode import accepting_only, own_bundle, run_flower, why_refused
 
 RUN = 7
 NODE = 42
@@ -67,7 +69,7 @@ def ask():
     return message
 
 
-def pull(fab, run, accepted):
+def pull(fab, run, accepted, own=None):
     """Return the state after one message of a run with bundle `fab`, and the error replies."""
     factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
     state, store, message = factory.state(), factory.objectstore_factory.store(), ask()
@@ -75,7 +77,12 @@ def pull(fab, run, accepted):
     objects = get_all_nested_objects(message)
     tree = get_object_tree(message)
     confirmed = []
-    with accepting_only(accepted):
+
+    def get_fab(*_):
+        assert fab is not None, "the run's own bundle was requested"
+        return fab
+
+    with accepting_only(accepted, own):
         # Called as `start_client_internal` does: by the module's name, with keywords only.
         supernode._pull_and_store_message(
             state=state,
@@ -83,7 +90,7 @@ def pull(fab, run, accepted):
             node_config={},
             receive=lambda: (message, tree),
             get_run=lambda _: run,
-            get_fab=lambda *_: fab,
+            get_fab=get_fab,
             pull_object=lambda _, object_id: objects[object_id].deflate(),
             confirm_message_received=lambda _, message_id: confirmed.append(message_id),
             trusted_entities=None,
@@ -132,6 +139,27 @@ def test_an_app_that_the_operator_lists_is_run():
     assert not why_refused(Fab(digest(OTHER), OTHER, {}), run, {app_hash(), digest(OTHER)})
     _, errors, _ = pull(Fab(digest(OTHER), OTHER, {}), run, {app_hash(), digest(OTHER)})
     assert not errors
+
+
+def test_a_helper_takes_part_in_the_run_of_any_app_and_never_asks_for_its_bundle():
+    run = make_run(OTHER, fab_id="me/app", fab_version="3.0", override_config={"helpers": "mine"})
+    state, errors, confirmed = pull(None, run, {app_hash()}, own_bundle(app_files()))
+    assert (errors, len(confirmed)) == ([], 1)
+    kept = state.get_run(RUN)
+    assert kept is not None
+    assert (kept.fab_hash, kept.fab_id, kept.fab_version) == (app_hash(), "fedpriv/fedpriv-run", __version__)
+    fab, context = state.get_fab(app_hash()), state.get_run_series_context(run.series_id)
+    assert fab is not None
+    assert fab.content == GOOD
+    assert context is not None
+    assert not context.run_config["helpers"]
+
+
+def test_a_helper_is_no_agent():
+    with inside_a_run(RUN, NODE):
+        run = make_run(OTHER, primary_task_type=TaskType.AGENT_APP)
+        _, errors, _ = pull(None, run, {app_hash()}, own_bundle(app_files()))
+    assert errors == [ErrorCode.INVALID_FAB]
 
 
 def test_a_refused_app_reaches_flower_empty(monkeypatch):
@@ -413,8 +441,9 @@ def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, sta
     with pytest.raises(SystemExit) as end:
         main(["deploy", "node", str(folder)])
     assert end.value.code == 0
-    ((options, accepted),) = started
+    ((options, accepted, own),) = started
     assert accepted == {app_hash(), app}
+    assert own is None
     given = dict(zip(options[::2], options[1::2], strict=True))
     config = tomllib.loads((folder / "flower" / "node-config.toml").read_text())
     assert config == {"partition-id": 1, "num-partitions": 2, "fedpriv-home": str(folder), "device": "cuda:0"}
@@ -428,6 +457,16 @@ def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, sta
     }
     assert os.environ["FLWR_HOME"] == str(folder / "flower")
     assert (folder / "flower").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_helper_is_started_with_a_bundle_that_it_made_itself(tmp_path, started):
+    init_deployment(tmp_path / "d", Deployment(host=HOST, nodes=2, helpers=1, trust="aggregator"))
+    with pytest.raises(SystemExit) as end:
+        main(["deploy", "node", str(tmp_path / "d" / "helper-0")])
+    assert end.value.code == 0
+    ((_, accepted, own),) = started
+    assert accepted == {app_hash()} == {own.hash_str}
+    assert own.content == GOOD
 
 
 def refused(folder, capsys):

@@ -14,6 +14,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
 from fedpriv.methods import DPFedAvg, DPScaffold, Method
+from fedpriv.privacy import privacy_statement
 from fedpriv.rounds import begin_round, client_round, finish_round, make_agreement
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.local_work import DPSGD, LocalSteps, LocalWork, PoissonGradient, batches_of, make_signal
@@ -27,6 +28,8 @@ NORMEC["server_normalization"] = False
 CLIP21 = {"name": "clip21", "clip_norm": 0.3, "server_lr": 1.0}
 PLAIN = {"name": "dp-gd", "server_lr": 2.0}
 SCAFFOLD = {"name": "dp-scaffold", "clip_norm": 0.3, "server_lr": 1.0}
+SAM = {**STEPS, "steps": 2, "ascent": 0.4, "prox": 0.5}
+SPEED = {"name": "fedspeed", "clip_norm": 0.5, "prox": 0.5, "server_lr": 1.0}
 SGD2M = {"name": "clip21-sgd2m", "clip_norm": 0.3, "weight": 0.4, "beta": 0.5, "server_lr": 1.0}
 
 
@@ -73,10 +76,13 @@ def reference(experiment: Experiment, local: dict[str, Any], method: dict[str, A
             )
             source, at, gradients = people.streams.source(Purpose.LOCAL_WORK, k, client), model, []
             for _ in range(local.get("steps", 1)):
-                rate = local.get("rate", 1.0)
-                chosen = source.uniform(len(labels)) < rate if rate < 1.0 else np.ones(len(labels), dtype=bool)
-                total = clipped(rows_of(at, inputs[chosen], labels[chosen]), 0.7).sum(axis=0)
-                gradients.append(total / (rate * len(labels)))
+                rate, place, slope = local.get("rate", 1.0), at, at
+                for last in (True,) if "ascent" not in local else (False, True):
+                    chosen = source.uniform(len(labels)) < rate if rate < 1.0 else np.ones(len(labels), dtype=bool)
+                    total = clipped(rows_of(place, inputs[chosen], labels[chosen]), 0.7).sum(axis=0)
+                    slope = total / (rate * len(labels))
+                    place = place if last else at + local["ascent"] * slope / np.linalg.norm(slope)
+                gradients.append(slope + local.get("prox", 0.0) * (at - model))
                 correction = mean_memory - memories[client] if corrects else 0.0
                 at = at - local.get("client_lr", 0.0) * (gradients[-1] + correction)
             weight = method.get("weight", 1.0)
@@ -110,11 +116,40 @@ def test_every_route_is_its_reference_in_numpy(method: dict[str, Any], local: di
     assert not np.allclose(expected[-1], experiment.initial_model.numpy(), atol=1e-2)
 
 
+@pytest.mark.parametrize("local", [STEPS, SAM], ids=["plain", "uphill"])
 @pytest.mark.parametrize("method", [PLAIN, SCAFFOLD])
-def test_dp_sgd_is_its_reference_up_to_a_little_noise(method: dict[str, Any]) -> None:
-    experiment = made(method, STEPS, noise_multiplier=1e-6)
-    for ours, theirs in zip(models_of(experiment), reference(experiment, STEPS, method), strict=True):
+def test_dp_sgd_is_its_reference_up_to_a_little_noise(method: dict[str, Any], local: dict[str, Any]) -> None:
+    experiment = made(method, local, noise_multiplier=1e-6)
+    for ours, theirs in zip(models_of(experiment), reference(experiment, local, method), strict=True):
         assert np.allclose(ours.numpy(), theirs, rtol=0.0, atol=1e-5)
+
+
+def test_a_step_uphill_costs_as_much_as_two_and_draws_noise_and_batch_for_each_gradient() -> None:
+    plans = [made(PLAIN, local, noise_multiplier=1.0).plan for local in (SAM, {**STEPS, "steps": 4})]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].record == plans[1].record
+    assert plans[0].epsilon == plans[1].epsilon > made(PLAIN, {**STEPS, "steps": 2}, noise_multiplier=1.0).plan.epsilon  # type: ignore[union-attr]
+    assert "use 4 sums of bounded" in " ".join(privacy_statement(plans[0], method="dp-gd", randomness="seeded").split())
+    experiment = made(PLAIN, SAM, noise_multiplier=1.0)
+    work, people = experiment.config.local, experiment.population
+    batches = batches_of(work, people.rules.streams, 100, 1, 0)
+    assert len({tuple(batch.tolist()) for batch in batches if batch is not None}) == 4
+    given = people.task, experiment.initial_model, *people.examples(0)
+    level = dataclasses.replace(work, ascent=0.0)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="is not the work that"):
+        make_signal(*given, level, batches[:2], people.rules.clipped(1, 0))
+
+
+def test_fedspeed_runs_on_noised_steps_alone() -> None:
+    local = {"work": "dp-sgd", "rate": 0.3, "steps": 2, "client_lr": 0.5, "ascent": 0.3}
+    experiment = made(SPEED, local, noise_multiplier=0.5)
+    for one, other in zip(models_of(experiment), models_of(experiment, VectorizedEngine), strict=True):
+        assert torch.equal(one, other)
+    plans = [experiment.plan, made(PLAIN, local, noise_multiplier=0.5).plan]
+    assert plans[0] is not None
+    assert plans[1] is not None
+    assert plans[0].epsilon == plans[1].epsilon
 
 
 def models_under(method: Method, experiment: Experiment, rounds: int) -> list[torch.Tensor]:
@@ -302,6 +337,13 @@ def test_a_plan_for_another_memory_is_refused() -> None:
         ("dp-sgd for local steps", PLAIN, {"work": "local-epochs", "epochs": 1, "client_lr": 0.1}, {}),
         ("poisson-gradient", PLAIN, {"work": "minibatch-gradient", "batch_size": 4}, {}),
         ('"full-gradient"', CLIP21, POISSON, {}),
+        (
+            "local.order: expected no order by loss",
+            PLAIN,
+            {"work": "local-epochs", "epochs": 1, "client_lr": 0.1, "order": "by-loss"},
+            {},
+        ),
+        ("local steps with fedspeed", SPEED, FULL, {}),
         ('privacy.trust = "local"', PLAIN, STEPS, {"trust": "central"}),
         ("privacy.unit", PLAIN, STEPS, {"unit": "client", "example_clip": None}),
         ("privacy.example_clip", PLAIN, FULL, {"unit": "client"}),

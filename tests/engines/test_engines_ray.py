@@ -42,7 +42,7 @@ from fedpriv.methods import ServerState
 from fedpriv.privacy import AggregationChoice, Everyone, FixedSize, Poisson
 from fedpriv.rounds import Broadcast, Total, begin_round, finish_round, skip_round
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import LocalSteps, MinibatchGradient
+from fedpriv.tasks.local_work import LocalEpochs, LocalSteps, MinibatchGradient
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -122,6 +122,12 @@ CASES = {
     "control variates": setting(
         EXAMPLES["dp-scaffold"],
         work=LocalSteps(steps=3, client_lr=0.1, batch_size=20, signal="gradient-mean"),
+        trust="central",
+        sampling=Poisson(CLIENTS, 0.5),
+    ),
+    "moves": setting(
+        EXAMPLES["fedspeed"],
+        work=LocalEpochs(epochs=1, client_lr=0.1, batch_size=20, order="by-loss", ascent=0.1),
         trust="central",
         sampling=Poisson(CLIENTS, 0.5),
     ),

@@ -117,6 +117,34 @@ def test_dp_scaffold_takes_mean_gradients_of_local_steps_or_one_gradient_and_no_
         load_config(QUICKSTART.with_name("devices-sync.toml"), scaffold)
 
 
+def test_fedspeed_takes_the_moves_of_local_steps():
+    speed = ["method=", "method.name=fedspeed"]
+    steps = [*speed, "local.work=local-steps", "local.steps=2", "local.client_lr=0.1"]
+    for kind in ("gradient-mean", "gradient-sum"):
+        with pytest.raises(UserError, match=r'^local\.signal: expected "pseudo-gradient" with fedspeed'):
+            load_config(QUICKSTART, [*steps, f"local.signal={kind}"])
+    with pytest.raises(UserError, match=r"^local\.work: expected local steps with fedspeed, got 'full-gradient'"):
+        load_config(QUICKSTART, speed)
+    load_config(QUICKSTART, steps)
+
+
+def test_changes_of_local_steps_are_keys_that_older_configs_lack():
+    steps = ["local.work=local-epochs", "local.epochs=2", "local.client_lr=0.1"]
+    plain = load_config(QUICKSTART, steps)
+    assert set(plain.tables["local"]) == {"work", "epochs", "client_lr", "order", "signal"}
+    for setting in ("local.prox=0.1", "local.ascent=0.1", "local.order=by-loss"):
+        changed = load_config(QUICKSTART, [*steps, setting])
+        assert changed.digest != plain.digest
+        assert parse_config(changed.tables) == changed
+    assert load_config(QUICKSTART, [*steps, "local.prox=0.0", "local.ascent=0.0"]).digest == plain.digest
+
+
+@pytest.mark.parametrize("name", ["by-loss", "power-of-choice"])
+def test_choosing_clients_by_their_loss_is_refused_with_the_reason(name: str):
+    with pytest.raises(UserError, match=r"^cohort\.sampling: expected a draw that depends on no data: .*losses"):
+        load_config(QUICKSTART, [f"cohort.sampling={name}"])
+
+
 def test_one_client_may_be_reset_only_where_what_it_lost_fades():
     load_config(QUICKSTART, ["method.damping=0.1", "deployment.lost_memory=reset-one"])
     with pytest.raises(UserError, match=r'^deployment\.lost_memory: .*got "reset-one"\. Choose "reset-all"'):

@@ -84,6 +84,8 @@ def tables_of() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
             if name in NOT_NUMBERS:
                 continue
             config = BASE | {table: {key: name, **REQUIRED.get(table, {}).get(name, {})}}
+            if name == "fedspeed":
+                config |= {"local": {"work": "local-steps", **REQUIRED["local"]["local-steps"]}}
             if table == "controller":
                 config |= {"privacy": {"noise_multiplier": 1.0}}
             if table == "schedule":

@@ -193,11 +193,13 @@ def test_controllers_are_part_of_the_experiment() -> None:
             ["devices.kind=same", *(f"devices.{key}=10.0" for key in ("speed", "download", "upload"))],
             r"\[devices\]: expected no such table with",
         ),
+        (["noise.kind=banded"], r"\[noise\]: expected no such table with \[controller\]"),
+        (["cohort.sampling=separated", "cohort.min_separation=4"], r"cohort.sampling: expected clients that may be in"),
         (["controller.kind=decay"], r"controller.kind: expected a known name"),
         (["controller.ratio=1.5"], r"controller.ratio: expected a number from 0.01 to 1"),
         (["controller.most=1.5"], r"controller.most"),
     ],
-    ids=["local", "aggregator", "example", "not-private", "clock", "name", "number", "key"],
+    ids=["local", "aggregator", "example", "not-private", "clock", "noise", "turns", "name", "number", "key"],
 )
 def test_what_has_no_filter_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -14,7 +14,7 @@ from torch import nn
 from clients import private_mod
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, asks_node_info
-from fedpriv.methods import DIFF2, AdaptiveBound, DPScaffold
+from fedpriv.methods import DIFF2, AdaptiveBound, DPScaffold, FedSpeed
 from fedpriv.methods import AlphaNormEC as AlphaNormECRules
 from fedpriv.methods import DPFedAvg as DPFedAvgRules
 from fedpriv.methods.server_optimizers import Adam
@@ -474,9 +474,10 @@ def test_cohorts_of_a_fixed_size_count_only_for_apps_that_are_known_to_remember_
     assert drawn[0].epsilon == drawn[1].epsilon < charged.epsilon
 
 
-def test_an_app_whose_local_steps_nobody_can_correct_takes_part_in_no_run_that_corrects_them():
+@pytest.mark.parametrize(("method", "name"), [(DPScaffold(), "dp-scaffold"), (FedSpeed(), "fedspeed")])
+def test_an_app_whose_local_steps_nobody_can_correct_takes_part_in_no_run_that_corrects_them(method, name):
     def agreed(population, rounds):  # noqa: ARG001
-        return make_agreement(DPScaffold(), Everyone(population), None, SeededStreams(1))
+        return make_agreement(method, Everyone(population), None, SeededStreams(1))
 
-    with pytest.raises(ValueError, match="a method that leaves local steps alone, got dp-scaffold"):
+    with pytest.raises(ValueError, match=f"a method that leaves local steps alone, got {name}"):
         start(MethodStrategy(agreed, num_clients=2), InProcessGrid(app, 2))

@@ -462,9 +462,10 @@ def test_a_lost_memory_in_a_secret_cohort_does_not_show():
 
 def test_a_run_all_of_whose_clients_are_left_out_ends():
     attendance = Attendance(population=1, rounds=5, max_failures=None, secret=True, lost_memory="reset-all")
-    assert attendance.finish(1, [0], {})
+    assert attendance.judge(1, [0], {})
+    attendance.count(1, [0])
     with pytest.raises(UserError, match="clients: expected memories of earlier rounds, got lost memories on all"):
-        attendance.finish(2, [], {0: "client 0: lost"}, [0])
+        attendance.judge(2, [], {0: "client 0: lost"}, [0])
 
 
 def test_a_node_that_comes_back_under_another_id_is_recognized():

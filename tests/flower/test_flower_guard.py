@@ -344,7 +344,7 @@ def test_a_home_is_an_absolute_path(untouched: ClientApp, caplog: pytest.LogCapt
 def test_the_default_policy_is_written_once_for_the_operator_to_read(home: Path) -> None:
     with inside_a_run():
         answer = app(Message(ask_node_info(), 7, "train"), context(home))
-    assert NodeInfo.of_answer(answer.content) == NodeInfo(0)
+    assert NodeInfo.of_answer(answer.content) == NodeInfo(0, guarded=True)
     path = home / POLICY_FILE
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     policy = Device.at(home).policy

@@ -123,9 +123,9 @@ def test_a_round_that_takes_longer_than_its_time_is_said(clock, caplog, monkeypa
     strategy = DPFedAvg(num_clients=CLIENTS, seed=4, privacy=CENTRAL, cohort=SECRET, round_seconds=SECONDS)
     read = strategy._read
 
-    def slowly(replies):
+    def slowly(*given):
         clock.now += 30.0
-        return read(replies)
+        return read(*given)
 
     monkeypatch.setattr(strategy, "_read", slowly)
     with inside_a_run(), caplog.at_level(logging.WARNING, "flwr"):

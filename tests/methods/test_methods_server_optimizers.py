@@ -116,7 +116,8 @@ def test_clients_notice_nothing(method: Method, kind: type) -> None:
     )
     assert feedback_of(wrapped) == feedback_of(method)
     assert own_signal_of(wrapped) is own_signal_of(method)
-    assert (own_signal_of(method) is None) == (feedback_of(method) is not None)
+    assert method.step_prox > 0.0 or (own_signal_of(method) is None) == (feedback_of(method) is not None)
+    assert wrapped.step_prox == method.step_prox
     assert has_memory(wrapped) == has_memory(method)
     assert type(wrapped.init_client(3)) is type(method.init_client(3))
     server, client, _ = make_agreement(wrapped, Poisson(10, 0.5), None, SeededStreams(1))

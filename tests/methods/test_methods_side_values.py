@@ -1,4 +1,4 @@
-"""Side values: their bound, their arithmetic against a reference of its own, and the refusals."""
+"""Side values: their bound, their arithmetic against an independent reference, and the refusals."""
 
 import math
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from fedpriv.methods import (
 )
 from fedpriv.methods.memoryless import Memoryless
 from fedpriv.methods.server_optimizers import Momentum
-from fedpriv.privacy import Poisson
+from fedpriv.privacy import Poisson, privacy_statement
 
 METRICS = PrivateMetrics(share=0.1, max_loss=4.0)
 MARGIN = 1.0 - 2.0**-20
@@ -190,7 +190,7 @@ def test_the_bound_reaches_the_median_in_fifty_rounds(inner: Method, first: floa
 
 
 def test_a_round_in_which_nothing_is_finite_or_nobody_came_takes_the_ordinary_way() -> None:
-    """Not moving the bound would tell, without noise, that the round was special."""
+    """A bound that did not move would reveal such a round without noise."""
     method = side(DPFedAvg(clip_norm=2.0), AdaptiveBound())
     server = method.init_server(torch.zeros(3))
     broken, _ = method.client_rule(method.init_client(3), torch.full((4, 3), math.nan), None, 1)
@@ -323,6 +323,20 @@ TABLES: dict[str, Any] = {
     "method": {"name": "dp-fedavg"},
     "training": {"rounds": 2},
 }
+
+
+def test_the_statement_names_the_values_that_clients_send() -> None:
+    full = {"adaptive": {}, "privacy": {"epsilon": 8.0, "metrics_share": 0.1}}
+    said = [
+        " ".join(
+            privacy_statement(
+                config.plan(Poisson(8, 0.5)), method="dp-fedavg", randomness="seeded", data=config.facts
+            ).split()
+        )
+        for config in (parse_config({**TABLES, **full}), parse_config({**TABLES, "privacy": {"epsilon": 8.0}}))
+    ]
+    assert "every client also sends: whether its message was shortened, its loss, its accuracy." in said[0]
+    assert "every client also sends" not in said[1]
 
 
 def test_a_config_is_read_again_as_it_was_written() -> None:

@@ -36,6 +36,7 @@ from fedpriv.methods import (
     Clip21SGD2M,
     DPFedAvg,
     DPScaffold,
+    FedSpeed,
     Method,
     NormalizedSGD,
     server_step,
@@ -456,15 +457,14 @@ class TestDrift:
     CENTERS = torch.tensor([[3.0], [-1.0], [2.0]], dtype=torch.float64)
     WORK = LocalSteps(steps=5, client_lr=0.1, signal="gradient-mean")
 
-    def last(self, method: Method, rounds: int = 400) -> float:
+    def last(self, method: Method, rounds: int = 400, work: LocalSteps = WORK) -> float:
         server, clients = method.init_server(start()), fresh_clients(method, 3, 1)
         for k in range(1, rounds + 1):
-            shared = method.shared(server)
-            offset = None if shared is None else method.step_offset(clients, shared)
-            local = LocalSGD(self.WORK, server.model, offset)
-            for _ in range(self.WORK.steps):
-                local.step(self.CURVES * (local.model - self.CENTERS))
-            messages, clients = method.client_rule(clients, local.signal(self.WORK.steps), None, k)
+            offset = method.step_offset(clients, method.shared(server))
+            local = LocalSGD(work, server.model, offset, method.step_prox)
+            for _ in range(work.steps):
+                local.step(lambda at: self.CURVES * (at - self.CENTERS))
+            messages, clients = method.client_rule(clients, local.signal(work.steps), None, k)
             server = server_step(method, server, messages.mean(dim=0), 1.0)
         return float(server.model)
 
@@ -476,6 +476,15 @@ class TestDrift:
         assert self.last(DPFedAvg(clip_norm=100.0, server_lr=0.3)) == pytest.approx(drift, abs=1e-9)
         for clip_norm in (0.1, 100.0):  # a tight clip only delays it
             assert self.last(DPScaffold(clip_norm=clip_norm, server_lr=0.3)) == pytest.approx(optimum, abs=1e-9)
+
+    @pytest.mark.parametrize("steps", [1, 5, 50])
+    def test_fedspeed_reaches_the_optimum_unless_its_clip_is_shorter_than_gradients_there(self, steps: int) -> None:
+        """At the optimum, h_i is the gradient over prox, up to 3.7 for these clients."""
+        optimum = float((self.CURVES * self.CENTERS).sum() / self.CURVES.sum())
+        work = LocalSteps(steps=steps, client_lr=0.1)
+        found = [self.last(FedSpeed(clip_norm=clip, prox=0.7), 1500, work) for clip in (100.0, 0.5)]
+        assert found[0] == pytest.approx(optimum, abs=1e-9)
+        assert abs(found[1] - optimum) > 0.05
 
 
 class TestAveragedSignals:

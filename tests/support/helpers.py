@@ -25,6 +25,7 @@ from fedpriv.methods import (
     DPFedAvg,
     DPScaffold,
     FedAlphaNormEC,
+    FedSpeed,
     Method,
     NormalizedSGD,
     PrivateSpiderBoost,
@@ -84,6 +85,7 @@ EXAMPLES: dict[str, Method] = {
     "centered-clip normalized, with server momentum": optimized(
         CenteredClip(bound="normalize", alpha=0.5, server_lr=0.1), Momentum(momentum=0.5)
     ),
+    "fedspeed": FedSpeed(clip_norm=0.5, prox=0.2, server_lr=0.5),
 }
 """Name of the method, as in the table of all, and the difference of this example. Every method needs one."""
 

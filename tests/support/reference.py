@@ -184,6 +184,58 @@ def scaffold(
     return models
 
 
+def local_steps(
+    gradient: Callable[[Array, Array | None], Array],
+    x: Array,
+    batches: Sequence[Array | None],
+    *,
+    lr: float,
+    prox: float = 0.0,
+    ascent: float = 0.0,
+    correction: Array | float = 0.0,
+) -> tuple[Array, list[Array]]:
+    """The model after local steps from x, and the gradients of the steps with their proximal part.
+
+    `gradient(y, batch)` is the gradient of the batch's mean loss. A step is taken against that at y + ascent g / ||g||,
+    g the gradient at y, plus prox (y - x) and the correction.
+    """
+    y, taken = x, []
+    for batch in batches:
+        g = gradient(y, batch)
+        if ascent > 0.0:
+            g = gradient(y + ascent * g / np.sqrt(np.sum(g * g)), batch)
+        taken.append(g + prox * (y - x))
+        y = y - lr * (taken[-1] + correction)
+    return y, taken
+
+
+def fedspeed(
+    gradient: Callable[[Array, int, Array | None], Array],
+    batches: Callable[[int], Sequence[Array | None]],
+    start: Array,
+    rounds: Rounds,
+    *,
+    radius: float,
+    lam: float,
+    rho: float,
+    lr: float,
+    gamma: float,
+) -> list[Array]:
+    """The models of FedSpeed in the letters of its paper, with clipped changes of the model at the server."""
+    x, g_hat = start.copy(), [np.zeros_like(start) for _ in range(rounds.clients)]
+    models = [x]
+    for k in range(rounds.count):
+        total = np.zeros_like(start)
+        for i in rounds.cohort(k):
+            own = lambda y, batch, i=i: gradient(y, i, batch)  # noqa: E731
+            y, _ = local_steps(own, x, batches(i), lr=lr, prox=1.0 / lam, ascent=rho, correction=-g_hat[i])
+            g_hat[i] = g_hat[i] - (y - x) / lam
+            total += clip(y - lam * g_hat[i] - x, radius) + rounds.noise(k, i)
+        x = x + gamma * total / (rounds.prob * rounds.clients)
+        models.append(x)
+    return models
+
+
 def memoryless(
     gradients: Gradients,
     start: Array,

@@ -137,7 +137,7 @@ class Device:
         shared: Tensor | None,
     ) -> Tensor:
         plan = self._check(instructions, terms, model, shared)
-        masks = masks_of(self.policy, self.folder.parent, instructions, terms, model, plan, shared)
+        masks = masks_of(self.policy, self.folder.parent, instructions, terms, model, plan, shared, settings)
         request = _digest(instructions, terms, model, settings, shared)
         memory, ledger = MemoryFile(self.folder, terms.run, instructions.client), Ledger(self.folder)
         make_private_folder(self.folder)
@@ -155,7 +155,7 @@ class Device:
             self._afford(past, entry)
             with one_thread():
                 exact = torch.float32 if instructions.example_terms is None else torch.float64
-                offset = None if shared is None else instructions.method.step_offset(state, shared)
+                offset = instructions.method.step_offset(state, shared)
                 signal = (make_signal() if offset is None else make_signal(offset)).to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)

@@ -16,7 +16,6 @@ at no cost and as often as it asks. Under local trust, an app that fails thus co
 message is pure noise, the client pays for it, and only the client's own log mentions the failure.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -32,10 +31,9 @@ from torch import Tensor
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.device.policy import write_default_policy
+from fedpriv.deploy.facts import settings_digest
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import (
-    FEDPRIV,
-    TERMS,
     ClientInstructions,
     MessageFormat,
     ModelArrays,
@@ -94,7 +92,7 @@ class Guard:
             remedy = "Check the partition-id of the nodes"
             raise Refusal("model", "instructions", f"client {self.client}", instructions.client, remedy)
         self.device.policy.check_app()
-        shown, settings = Head.of(message.content), _settings(message.content)
+        shown, settings = Head.of(message.content), settings_digest(message.content)
         signal = partial(_signal_or_nothing, make_signal, instructions, start) if terms.against_server else make_signal
         answer = self.device.answer(instructions, terms, start, signal, shown, settings, shared)
         return answer_content(self.device, instructions, model, answer)
@@ -206,12 +204,3 @@ def _signal_or_nothing(make_signal: Callable[[], Tensor], instructions: ClientIn
         words = "client %d: its app failed (%s). The server is not informed: the client sends pure noise."
         _log.error(words, instructions.client, no, exc_info=no.__cause__)
         return torch.full_like(start, math.nan)
-
-
-def _settings(content: RecordDict) -> str:
-    """Return a digest of everything in a message that an app may read, except the model and the instructions."""
-    hashed = hashlib.sha256()
-    for name, record in sorted(content.items()):
-        if name not in (FEDPRIV, TERMS, HEAD) and name not in content.array_records:
-            hashed.update(repr((name, sorted(record.items()))).encode())
-    return hashed.hexdigest()

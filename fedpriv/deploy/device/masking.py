@@ -58,6 +58,7 @@ def masks_of(
     model: Tensor,
     plan: PrivacyPlan | None,
     shared: Tensor | None = None,
+    settings: str = "",
 ) -> Masks | None:
     """Return the masks for the message of some instructions that the policy accepts; None for other trusts.
 
@@ -69,6 +70,7 @@ def masks_of(
         model: The model, `[params]`.
         plan: Plan of the terms; None without privacy.
         shared: The vector beside the model, `[params]`; None if the method has none.
+        settings: Digest of everything else in the message that an app may read; see `facts_of`.
 
     Raises:
         Refusal: If the helpers are not those that the policy pins.
@@ -84,5 +86,5 @@ def masks_of(
         remedy = "Compare [aggregation] helpers in this client's policy with the helpers' operators"
         expected = "one signed key from each helper that the policy pins"
         raise Refusal("policy", "helpers", expected, f"different ones ({error})", remedy) from None
-    facts = facts_of(instructions, terms, model, plan, shared)
+    facts = facts_of(instructions, terms, model, plan, shared, settings)
     return Masks(facts, instructions.client, read_signing_key(home / SIGNING_FILE), helpers, pinned)

@@ -1,6 +1,7 @@
 """Training data of a device: its own file, or its part of the experiment's data set."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +118,16 @@ def _signal_of_file(
     check_task(config, module, shape, labels[:1], classes)
     task = Task(module, run.device, kind=config.task)
     streams = SeededStreams(config.seed) if rules.examples is None else rules.streams
-    batches = batches_of(config.local, streams, len(labels), *address)
-    if config.augment is not None:
-        draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), *address)
-        inputs = augmented(config.augment, inputs, draws, batches)
     at = model.to(task.device)
     given = inputs.to(task.device), labels.to(task.device)
+    losses = partial(task.example_losses, at, *given)
+    batches = batches_of(config.local, streams, len(labels), *address, losses)
+    if config.augment is not None:
+        draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), *address)
+        given = augmented(config.augment, inputs, draws, batches).to(task.device), given[1]
     beside = None if offset is None else offset.to(task.device)
-    signal = make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside)
+    prox = rules.method.step_prox
+    signal = make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside, prox)
     return with_metrics(rules, signal, task, at, *given).cpu()
 
 

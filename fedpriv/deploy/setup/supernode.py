@@ -1,7 +1,8 @@
 """`fedpriv deploy node`: run one node of a deployment, a client or a helper; it executes only its own installed code.
 
 The node is Flower's SuperNode, in this process. It checks the server's certificate against the deployment's CA, and
-authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content.
+authenticates with its key. It runs `clients.client_app` and refuses bundles with any other content, except those that
+`accepted-apps` lists. A helper runs `clients.client_app` in every run, and never receives the run's bundle.
 """
 
 import os
@@ -18,7 +19,7 @@ from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_fol
 from fedpriv.deploy.helper.folder import HELPER_TOML, HelperSettings, check_helper_folder
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, write_atomically
-from fedpriv.flower.bundle import app_hash
+from fedpriv.flower.bundle import app_files, app_hash
 from fedpriv.flower.companion import LOCK
 
 __all__ = ["flower_home", "held_alone", "run_node"]
@@ -47,7 +48,7 @@ def run_node(bundle: Path) -> int:
     with held_alone(home):
         config = home / "node-config.toml"
         write_atomically(config, tomli_w.dumps(settings.node_config(bundle)))
-        from fedpriv.flower.internals.supernode import run_supernode
+        from fedpriv.flower.internals.supernode import own_bundle, run_supernode
 
         options = [
             *("--superlink", settings.superlink),
@@ -57,7 +58,7 @@ def run_node(bundle: Path) -> int:
             *("--host", "127.0.0.1", "--port", str(settings.runtime_port or _free_port())),
         ]
         accepted = settings.accepted_apps if isinstance(settings, NodeSettings) else ()
-        return run_supernode(options, {app_hash(), *accepted})
+        return run_supernode(options, {app_hash(), *accepted}, own_bundle(app_files()) if helps else None)
 
 
 def flower_home(folder: Path) -> Path:

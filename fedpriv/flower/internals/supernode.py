@@ -4,6 +4,9 @@ A SuperNode runs any bundle of code that the server sends. Here it accepts only 
 takes the place of Flower's check of signatures: `_pull_and_store_message` answers any other bundle with the error
 INVALID_FAB before storing any of it. A refused bundle reaches Flower empty, so that there is no code to run even if
 Flower omits the check. `tests/deploy/test_deploy_node.py` fails if Flower changes any of this.
+
+A helper of secure aggregation takes part in runs of any app, and never asks for their bundles: it runs one of its
+own making.
 """
 
 import hashlib
@@ -15,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import ERROR, WARN
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,16 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fedpriv.errors import UserError
 from fedpriv.flower.companion import LOCK, starting_companions
 
-__all__ = ["QUIET", "accepting_only", "accompanied", "bundle_hash", "run_flower", "run_supernode", "why_refused"]
+__all__ = [
+    "QUIET",
+    "accepting_only",
+    "accompanied",
+    "bundle_hash",
+    "own_bundle",
+    "run_flower",
+    "run_supernode",
+    "why_refused",
+]
 
 QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -70,6 +82,12 @@ def bundle_hash(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(build_fab_from_files(dict(files))[0]).hexdigest()
 
 
+def own_bundle(files: Mapping[str, bytes]) -> Fab:
+    """Return the bundle that `flwr run` builds from an app; see `bundle_hash`."""
+    content = build_fab_from_files(dict(files))[0]
+    return Fab(hashlib.sha256(content).hexdigest(), content, {})
+
+
 def why_refused(fab: Fab, run: Run | None, accepted: Collection[str]) -> str:
     """Return the reason why a bundle must not run on this node; empty if it may.
 
@@ -91,14 +109,15 @@ def why_refused(fab: Fab, run: Run | None, accepted: Collection[str]) -> str:
 
 
 @contextmanager
-def accepting_only(accepted: Collection[str]) -> Iterator[None]:
+def accepting_only(accepted: Collection[str], own: Fab | None = None) -> Iterator[None]:
     """Make this process's SuperNode refuse all bundles except the accepted ones.
 
     Args:
         accepted: SHA-256 hashes of the accepted bundles.
+        own: Bundle to run in every run, in place of the run's bundle; None to run accepted ones.
     """
     pull, verify = supernode._pull_and_store_message, supernode._verify_fab
-    supernode._pull_and_store_message = _judging(pull, accepted)
+    supernode._pull_and_store_message = _judging(pull, accepted, own)
     supernode._verify_fab = lambda fab, _: hashlib.sha256(fab.content).hexdigest() in accepted
     try:
         yield
@@ -106,19 +125,20 @@ def accepting_only(accepted: Collection[str]) -> Iterator[None]:
         supernode._pull_and_store_message, supernode._verify_fab = pull, verify
 
 
-def _judging(pull: Callable[..., int | None], accepted: Collection[str]) -> Callable[..., int | None]:
-    """Return a `_pull_and_store_message` that receives bundles only after they were checked."""
+def _judging(pull: Callable[..., int | None], accepted: Collection[str], own: Fab | None) -> Callable[..., int | None]:
+    """Return a `_pull_and_store_message` that receives bundles only after they were checked; see `accepting_only`."""
 
     def pull_and_judge(**arguments: Any) -> int | None:
         get_run, get_fab = arguments["get_run"], arguments["get_fab"]
         runs: dict[int, Run] = {}
 
         def remembered(run_id: int) -> Run:
-            runs[run_id] = get_run(run_id)
+            run = get_run(run_id)
+            runs[run_id] = run if own is None else _renamed(run, own)
             return runs[run_id]
 
         def judged(fab_hash: str, run_id: int) -> Fab:
-            fab = get_fab(fab_hash, run_id)
+            fab = get_fab(fab_hash, run_id) if own is None else own
             reason = why_refused(fab, runs.get(run_id), accepted)
             if reason:
                 log(ERROR, "This node refuses the app of run %s: %s.", run_id, reason)
@@ -130,12 +150,19 @@ def _judging(pull: Callable[..., int | None], accepted: Collection[str]) -> Call
     return pull_and_judge
 
 
-def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
+def _renamed(run: Run, own: Fab) -> Run:
+    """Return a run as one of another bundle, without settings."""
+    fab_id, version = get_metadata_from_config(get_fab_config(own.content))
+    return replace(run, fab_id=fab_id, fab_version=version, fab_hash=own.hash_str, override_config={})
+
+
+def run_supernode(options: Sequence[str], accepted: Collection[str], own: Fab | None = None) -> int:
     """Run Flower's SuperNode in this process until it ends.
 
     Args:
         options: Command-line options of `flower-supernode`.
         accepted: SHA-256 hashes of the bundles that may run.
+        own: See `accepting_only`.
 
     Returns:
         Exit code of the SuperNode.
@@ -144,7 +171,7 @@ def run_supernode(options: Sequence[str], accepted: Collection[str]) -> int:
         UserError: If the server rejects this node, from the start or later.
     """
     watch = _Watch()
-    with accepting_only(accepted), accompanied(supernode, watch.started), watch, _patient(), _listening() as heard:
+    with accepting_only(accepted, own), accompanied(supernode, watch.started), watch, _patient(), _listening() as heard:
         try:
             code = run_flower("flower-supernode", _supernode, options)
         except httpx.HTTPStatusError as error:

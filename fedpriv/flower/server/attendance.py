@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from fedpriv.errors import UserError
 from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import LostMemory
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.rounds import ServerRules
 
 __all__ = ["MAX_FAILURES", "Attendance", "believed_losses"]
 
@@ -41,6 +43,7 @@ class Attendance:
         lost_memory: Rule for a client that has lost its memory; see `Method.lost_memory`.
         last_round: Last round in which each client's message counted.
         left_out: Clients that are no longer asked, because they lost their memories.
+        voids: Number of void rounds under secure aggregation.
         losses: Number of times that each client reported a lost memory.
         resets: Number of times that all memories were reset.
         counted: Number of messages that counted.
@@ -60,19 +63,57 @@ class Attendance:
     counted: int = 0
     failed: dict[int, str] = field(default_factory=dict)
     remedy: str = ""
+    voids: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        server: ServerRules,
+        plan: PrivacyPlan | None,
+        population: int,
+        rounds: int,
+        limit: float | None,
+        *,
+        seeded: bool,
+    ) -> "Attendance":
+        """Return the record of a run before its first round.
+
+        Args:
+            server: The server's half of the agreement.
+            plan: The privacy plan.
+            population: Number of clients.
+            rounds: Number of rounds.
+            limit: Largest share of a round's clients that may fail; None for the default.
+            seeded: True if cohorts follow from a seed, and are no secret.
+
+        Raises:
+            UserError: If a limit would reveal secret cohorts.
+        """
+        secret = plan is not None and plan.private and plan.amplification
+        if secret and limit is not None and not seeded:
+            expected = "None because epsilon relies on secret cohorts"
+            remedy = "Omit it, or choose another cohort: a run that ends for lack of answers shows who was away"
+            raise UserError("max_failures", expected, limit, remedy)
+        return cls(
+            population=population,
+            rounds=rounds,
+            max_failures=MAX_FAILURES if limit is None and not secret else limit,
+            secret=secret,
+            lost_memory=server.method.lost_memory,
+        )
 
     def asked(self, cohort: Iterable[int]) -> list[int]:
         """Return the clients of a cohort that are asked."""
         return [client for client in cohort if client not in self.left_out]
 
-    def finish(
+    def judge(
         self,
         round: int,
         counted: Collection[int],
         failures: Mapping[int, str],
         lost: Collection[int] = (),
     ) -> bool:
-        """Record a round, and return whether its messages are used; otherwise all memories are reset.
+        """Record the answers of a round, and return whether its messages are used; otherwise all memories are reset.
 
         Args:
             round: Number of the round.
@@ -87,15 +128,24 @@ class Attendance:
         if self.max_failures != 0.0 and self._reset_by(lost):
             return False
         self._refuse_too_many(round, counted, failures)
+        return True
+
+    def count(self, round: int, counted: Collection[int], *, void: bool = False) -> None:
+        """Record the clients that count in a round, after `judge`; none if the round is void."""
+        if void:
+            self.voids += 1
+            return
         self.last_round |= dict.fromkeys(counted, round)
         self.counted += len(counted)
-        return True
 
     def refuse_nothing(self) -> None:
         """Raise a `UserError` if no message counted in the whole run."""
         if self.counted == 0 and self.rounds > 0:
             got = f"0 messages in {self.rounds} rounds"
-            got += f"; the first failures: {in_words(self.failed)}" if self.failed else "; no client was asked"
+            if self.failed:
+                got += f"; the first failures: {in_words(self.failed)}"
+            else:
+                got += f"; {self.voids} rounds are void" if self.voids else "; no client was asked"
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)
 

@@ -1,13 +1,13 @@
-"""Privacy statement of a run of a user's app, including its arrays, failures and timing."""
+"""Privacy statement of a run of a user's app, including its arrays, failures and timing, and its warnings."""
 
 import textwrap
 from typing import Literal
 
 from fedpriv.flower.trained import TrainedArrays
-from fedpriv.privacy import PrivacyPlan, privacy_statement
+from fedpriv.privacy import PrivacyPlan, privacy_statement, signal_warning
 from fedpriv.streams import Randomness
 
-__all__ = ["drop_in_statement"]
+__all__ = ["drop_in_statement", "warnings_of"]
 
 _COVERED = (
     "Arrays: a client's message is its update of {trained}. Noise is added to these numbers ({size:,}) and to no "
@@ -74,6 +74,26 @@ def drop_in_statement(
         timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None else _EQUALLY_LONG.format(seconds=round_seconds)
         paragraphs.append(timed)
     return statement + "".join("\n" + textwrap.fill(text, width=100) + "\n" for text in paragraphs)
+
+
+def warnings_of(
+    plan: PrivacyPlan | None, size: int, arrays: TrainedArrays, randomness: Randomness, evaluated: bool
+) -> list[str]:
+    """Return warnings about a run; see `drop_in_statement`."""
+    found = []
+    drowned = None if plan is None or not plan.private else signal_warning(plan, size)
+    if drowned:
+        found.append(drowned)
+    if randomness == "seeded":
+        found.append("Randomness comes from a seed: anyone who knows it can remove the noise. Simulation only.")
+    elif plan is not None and not plan.trust_rules.trusts_server and not arrays.declared:
+        found.append(
+            "No array is declared frozen or trainable, so all get noise. Clients do not report untrained arrays to "
+            "an untrusted server: declare them."
+        )
+    if evaluated and plan is not None:
+        found.append("Clients report metrics of their data. The privacy statement does not cover them.")
+    return found
 
 
 def _trained(arrays: TrainedArrays) -> str:

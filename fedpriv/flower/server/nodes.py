@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -11,7 +12,7 @@ from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
 from fedpriv.flower.messages import NodeInfo, ask_node_info, printable
 
-__all__ = ["MAX_REASON", "REJOIN_SECONDS", "find_clients", "find_rejoined", "in_words", "sort_answers"]
+__all__ = ["MAX_REASON", "REJOIN_SECONDS", "Nodes", "find_nodes", "find_rejoined", "in_words", "sort_answers"]
 
 _log = logging.getLogger("flwr")
 
@@ -29,23 +30,39 @@ _MAX_LISTED = 3
 _MAX_KEYS = 10
 
 
-def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout: float) -> list[int]:
-    """Return the node of each client, indexed by client id.
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Nodes of a run.
 
-    Each node reports its `partition-id`, which becomes its client id. If no node has one, clients are numbered by
-    ascending node id (node ids are random, so such a run cannot be reproduced).
+    Args:
+        clients: Node of each client, indexed by client id.
+        helpers: Identity key of each node that names itself a helper of secure aggregation, in hexadecimal digits.
+        guarded: Clients on nodes with a home, ascending. The others are simulated: no other node answers without one.
+    """
+
+    clients: list[int]
+    helpers: dict[int, str]
+    guarded: list[int]
+
+
+def find_nodes(grid: Grid, expected: int | None, join_timeout: float, timeout: float, helpers: int = 0) -> Nodes:
+    """Return the nodes of a run.
+
+    Each node of a client reports its `partition-id`, which becomes its client id. If no node has one, clients are
+    numbered by ascending node id (node ids are random, so such a run cannot be reproduced).
 
     Args:
         grid: Connection to the nodes.
-        expected: Number of clients; None for the number of nodes.
+        expected: Number of clients; None for the number of nodes without helpers.
         join_timeout: Seconds to wait for nodes to join.
         timeout: Seconds to wait for their answers.
+        helpers: Number of helpers' nodes.
 
     Raises:
         UserError: If there are fewer or more nodes, if a node does not answer or has no `private_mod`, or if the ids
             are not 0 to n - 1. No privacy is spent in that case.
     """
-    nodes = _joined(grid, expected, join_timeout)
+    nodes = _joined(grid, expected, join_timeout, helpers)
     asked = {node: Message(ask_node_info(), node, MessageType.TRAIN) for node in nodes}
     contents, failures = sort_answers(asked, grid.send_and_receive(list(asked.values()), timeout=timeout), timeout)
     if failures:
@@ -55,7 +72,13 @@ def find_clients(grid: Grid, expected: int | None, join_timeout: float, timeout:
             in_words({node: f"node {node}: {reason}" for node, reason in failures.items()}, "node"),
             "Fix these clients and start the run again",
         )
-    return _numbered(nodes, [_introduced(contents[node], f"node {node}").client for node in nodes])
+    found = {node: _introduced(contents[node], f"node {node}") for node in nodes}
+    named = {node: info.helper for node, info in found.items() if info.helper}
+    others = [node for node in nodes if node not in named]
+    if not others:
+        raise UserError("Flower nodes", "nodes of clients", "helpers alone", "Start the clients' nodes")
+    clients = _numbered(others, [found[node].client for node in others])
+    return Nodes(clients=clients, helpers=named, guarded=[i for i, node in enumerate(clients) if found[node].guarded])
 
 
 def find_rejoined(grid: Grid, nodes: Sequence[int], seen: set[int], seconds: float = REJOIN_SECONDS) -> list[int]:
@@ -137,10 +160,11 @@ def in_words(failures: Mapping[int, str], who: str = "client") -> str:
     return "; ".join(lines) + (f" (and {more} more)" if more else "")
 
 
-def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
+def _joined(grid: Grid, clients: int | None, timeout: float, helpers: int) -> list[int]:
     """Return the node ids, ascending, once all have joined."""
     if getattr(grid, "all_are_there", False):  # `fedpriv.flower.apps.grid.AppGrid`
-        return _right_number(list(grid.get_node_ids()), expected, "", f"Start it with --clients {expected}")
+        return _right_number(list(grid.get_node_ids()), clients, "", f"Start it with --clients {clients}")
+    expected = None if clients is None else clients + helpers
     began = changed = time.monotonic()
     nodes: set[int] = set()
     while time.monotonic() - began < timeout and not (expected is not None and len(nodes) >= expected):
@@ -155,14 +179,17 @@ def _joined(grid: Grid, expected: int | None, timeout: float) -> list[int]:
         f'In simulation use flwr run --federation-config "num-supernodes={expected or 10} '
         f'client-resources-num-cpus=1"; otherwise start as many SuperNodes as there are clients'
     )
-    return _right_number(nodes, expected, f" after {time.monotonic() - began:.0f} s", remedy)
+    if helpers:
+        remedy = "Start the nodes of all clients and helpers; a simulation has no helpers: remove helpers"
+    return _right_number(nodes, expected, f" after {time.monotonic() - began:.0f} s", remedy, helpers)
 
 
-def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remedy: str) -> list[int]:
+def _right_number(nodes: Iterable[int], expected: int | None, waited: str, remedy: str, helpers: int = 0) -> list[int]:
     found = sorted(nodes)
     if not found or (expected is not None and len(found) != expected):
-        wanted = "at least one" if expected is None else f"{expected}, one for each client"
-        remedy += f", or give the strategy num_clients={len(found)}" if found else ""
+        each = "one for each client and helper" if helpers else "one for each client"
+        wanted = "at least one" if expected is None else f"{expected}, {each}"
+        remedy += f", or give the strategy num_clients={len(found) - helpers}" if len(found) > helpers else ""
         raise UserError("Flower nodes", wanted, f"{len(found)}{waited}", remedy)
     return found
 

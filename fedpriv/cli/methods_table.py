@@ -1,4 +1,4 @@
-"""The table of methods in the README: `python -m fedpriv.methods.table` prints it."""
+"""The table of methods in the README: `python -m fedpriv.cli.methods_table` prints it."""
 
 from fedpriv.methods.base import METHODS, Row
 
