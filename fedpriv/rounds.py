@@ -21,6 +21,8 @@ from fedpriv.aggregation.exact import ExactSum, grid_step
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release, RoundedRelease
 from fedpriv.mechanisms.base import Mechanism, MechanismState
+from fedpriv.mechanisms.controllers import Controller
+from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian, StepNoise, max_level, release_message, release_rows
 from fedpriv.mechanisms.shares import IntegerSums, NoServerNoise, Voids
@@ -202,6 +204,18 @@ class ServerRules:
         noise = self.parts(state)[1]
         return int(noise.voids) if isinstance(noise, Voids) else 0
 
+    def filtered(self, state: ServerState) -> FilterState | None:
+        """Return what the privacy filter has spent and charges next; None without one."""
+        noise = self.parts(state)[1]
+        return noise if isinstance(noise, FilterState) else None
+
+    def last_stddev(self, state: ServerState) -> float:
+        """Return the standard deviation of the server's noise on the last sum; 0 for none."""
+        spent = self.filtered(state)
+        if spent is None or not isinstance(self.mechanism, Filtered):
+            return self.noise_stddev
+        return self.mechanism.multiplier(int(spent.filter_last)) * self.mechanism.moved
+
     def parts(self, state: ServerState) -> tuple[ServerState, MechanismState]:
         """Return the state of the method with its optimizer, and that of the mechanism.
 
@@ -304,14 +318,30 @@ class Total(NamedTuple):
     void: bool = False
 
 
-def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None, streams: Streams) -> Agreement:
+def make_agreement(
+    method: Method,
+    sampling: Sampling,
+    plan: PrivacyPlan | None,
+    streams: Streams,
+    controller: Controller | None = None,
+) -> Agreement:
     """Return the agreement of server and clients; the plan's trust decides which of them adds the noise.
+
+    Args:
+        method: The method.
+        sampling: The sampling of clients.
+        plan: The privacy plan; None for no guarantee.
+        streams: Source of cohorts and noise.
+        controller: Chooses each round's noise if the plan is filtered; otherwise None.
 
     Raises:
         UserError: If the method needs noise at the client and the plan puts it at the server, or remembers noise that
             only the sum may contain.
-        ValueError: If the plan was made for another bound, sampling, client memory or client rule.
+        ValueError: If the plan was made for another bound, sampling, client memory or client rule, or if there is a
+            controller without a filter, or the reverse.
     """
+    if (plan is not None and plan.filtered) != (controller is not None):
+        raise ValueError(f"a controller needs a plan with a filter, and the reverse: {controller}, {plan}")
     server_stddev = client_stddev = 0.0
     if plan is not None:
         if plan.l2_bound != method.bounded.l2_bound or plan.sampling != sampling:
@@ -342,6 +372,9 @@ def make_agreement(method: Method, sampling: Sampling, plan: PrivacyPlan | None,
     mechanism: Mechanism = Gaussian(server_stddev) if sums is None else NoServerNoise()
     if plan is not None and plan.noise is not None:
         mechanism = plan.noise.mechanism(server_stddev, method.bounded.l2_bound, capacity_of(sampling))
+    if plan is not None and controller is not None:
+        moved, planned = plan.l2_sensitivity, plan.noise_multiplier
+        mechanism = Filtered(controller=controller, planned=planned, moved=moved, rounds=plan.rounds)
     return Agreement(
         ServerRules(method=method, sampling=sampling, mechanism=mechanism, streams=streams),
         ClientRules(

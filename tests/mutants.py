@@ -93,6 +93,8 @@ TASKED, SCORED = "tests/tasks/test_tasks_kinds.py", "tests/experiment/test_exper
 SECURE = "fedpriv/secure"
 SECURE_MASKS, SECURE_ROUND = "tests/secure/test_secure_masks.py", "tests/secure/test_secure_round.py"
 SECURE_ATTACKS, SECURE_RECORD = "tests/secure/test_secure_attacks.py", "tests/secure/test_secure_record.py"
+FILTER = "tests/mechanisms/test_mechanisms_filtered.py"
+FILTERED_RUNS = "tests/experiment/test_experiment_filtered.py"
 
 CORRELATED, CORRELATION = "fedpriv/mechanisms/correlated.py", "fedpriv/privacy/correlation.py"
 OF_CORRELATED = "tests/mechanisms/test_mechanisms_correlated.py"
@@ -3316,6 +3318,139 @@ MUTANTS = [
         "roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)",
         "roots = np.linalg.norm(canaries.patterns, axis=1)",
         AUDITED,
+    ),
+    Mutant(
+        "filter: what was spent before is forgotten",
+        "fedpriv/mechanisms/filtered.py",
+        "int(state.filter_next), int(state.filter_spent) + int(state.filter_next)",
+        "int(state.filter_next), int(state.filter_next)",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a round is charged half of its cost",
+        "fedpriv/mechanisms/filtered.py",
+        "UNITS / (self.rounds * units)",
+        "UNITS / (2.0 * self.rounds * units)",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a round that costs more than the rest begins",
+        "fedpriv/mechanisms/filtered.py",
+        (
+            "        if wanted <= left:\n"
+            "            return wanted\n"
+            "        return left if wanted - left <= 1 + wanted * _CLOSE else 0"
+        ),
+        "        return min(wanted, left)",
+        FILTER,
+    ),
+    Mutant(
+        "filter: rounding ends a run a round early",
+        "fedpriv/mechanisms/filtered.py",
+        "return left if wanted - left <= 1 + wanted * _CLOSE else 0",
+        "return 0",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a deviation is rounded down",
+        "fedpriv/mechanisms/filtered.py",
+        "_UP = 1.0 + 2.0**-48",
+        "_UP = 1.0 - 2.0**-48",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a controller sees the sum without noise",
+        "fedpriv/mechanisms/filtered.py",
+        "ratio=_norm(noised) / expected",
+        "ratio=_norm(total) / expected",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a stopped filter releases",
+        "fedpriv/mechanisms/filtered.py",
+        "        if not 0 < units <= spent <= UNITS:",
+        "        if not 0 < units:",
+        FILTER,
+    ),
+    Mutant(
+        "filter: sampling is credited",
+        "fedpriv/privacy/plan.py",
+        "sampling=Everyone(self.sampling.population) if self.filtered else self.sampling,",
+        "sampling=self.sampling,",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a run that ends early is promised less",
+        "fedpriv/privacy/plan.py",
+        "return self.rounds if self.filtered and rounds > 0 else rounds",
+        "return rounds",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a recorded plan forgets its filter",
+        "fedpriv/privacy/reading.py",
+        'filtered=table.get("filtered", False)',
+        "filtered=False",
+        FILTER,
+    ),
+    Mutant(
+        "filter: any noise that a controller returns is taken",
+        "fedpriv/mechanisms/filtered.py",
+        "if not is_real(asked, self.planned / MAX_FACTOR, self.planned * MAX_FACTOR):",
+        "if asked is None:",
+        FILTER,
+    ),
+    Mutant(
+        "filter: a run goes on after it has stopped",
+        "fedpriv/experiment/run.py",
+        ("        if spent is not None and spent.stopped:\n            break"),
+        ("        if spent is not None and number < 0:\n            break"),
+        FILTERED_RUNS,
+    ),
+    Mutant(
+        "filter: the last model of a run that ends early has no scores",
+        "fedpriv/experiment/recorder.py",
+        "looks = last or self.experiment",
+        "looks = self.experiment",
+        FILTERED_RUNS,
+    ),
+    Mutant(
+        "filter: experiments that differ in their controller share noise",
+        "fedpriv/experiment/config.py",
+        'NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices",',
+        'NOISE_TABLES += ("adaptive", "aggregation", "devices",',
+        FILTERED_RUNS,
+    ),
+    Mutant(
+        "filter: clients that add noise get a controller of the server",
+        "fedpriv/experiment/config.py",
+        (
+            "    if not trust_of(config.privacy.trust).trusts_server:\n"
+            '        expected = \'privacy.trust = "central": clients'
+        ),
+        ('    if config.seed < 0:\n        expected = \'privacy.trust = "central": clients'),
+        FILTERED_RUNS,
+    ),
+    Mutant(
+        "filter: Flower runs all rounds of a run with a controller",
+        "fedpriv/experiment/config.py",
+        ('        if self.controller is not None:\n            expected = "no such table with Flower'),
+        ('        if self.seed < 0:\n            expected = "no such table with Flower'),
+        FILTERED_RUNS,
+    ),
+    Mutant(
+        "filter: the signal-to-noise rule takes noise for signal",
+        "fedpriv/mechanisms/controllers.py",
+        "math.sqrt(max(seen.ratio**2 - 1.0, 0.0))",
+        "seen.ratio",
+        FILTER,
+    ),
+    Mutant(
+        "filter: noise decays without regard to the budget",
+        "fedpriv/mechanisms/controllers.py",
+        " * _scale(self.ratio, seen.rounds)",
+        "",
+        FILTER,
     ),
 ]
 

@@ -157,6 +157,10 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError(
             "method.name", "a method with one gradient as its signal, in an audit", config.method_name, remedy
         )
+    if config.controller is not None:
+        remedy = "Remove [controller] with -s controller=: constant noise spends the same budget"
+        expected = "no such table in an audit: its scores weigh all rounds alike"
+        raise UserError("[controller]", expected, "a controller", remedy)
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)

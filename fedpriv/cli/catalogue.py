@@ -28,6 +28,7 @@ GROUPS = {
     "fedpriv.tasks": "tasks",
     "fedpriv.local_works": "local",
     "fedpriv.devices": "devices",
+    "fedpriv.controllers": "controllers",
 }
 """The groups of entry points by which packages add names."""
 
@@ -62,6 +63,7 @@ def described() -> dict[str, Entries]:
     from fedpriv.data.partitions import PARTITIONS
     from fedpriv.data.shifts import SHIFTS
     from fedpriv.experiment.execution import ENGINES
+    from fedpriv.mechanisms.controllers import CONTROLLERS
     from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
     from fedpriv.privacy import SAMPLINGS
     from fedpriv.tasks.kinds import TASKS
@@ -81,6 +83,7 @@ def described() -> dict[str, Entries]:
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),
         "devices": _describe(DEVICES),
         "schedules": _describe(SCHEDULES),
+        "controllers": _describe(CONTROLLERS),
         "engines": {name: {"about": about, "keys": {}} for name, about in ENGINES.items()},
     }
 

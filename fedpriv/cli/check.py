@@ -40,8 +40,8 @@ def check(
     if found.epsilon is None:
         print("privacy     none")
     else:
-        rounds = experiment.training.rounds
-        print(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {rounds:,} rounds")
+        rounds, most = experiment.training.rounds, "" if experiment.controller is None else "at most "
+        print(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {most}{rounds:,} rounds")
     for key, source in found.sources.items():
         print(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
     for warning in found.warnings:

@@ -35,7 +35,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     """Print the privacy statement of an experiment, or its plan as JSON; draw the trade-off curve to `plot`."""
     sampling = sampling_of(experiment, data_root)
     plan = plan_of(experiment, sampling, data_root)
-    make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed), experiment.controller)
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off

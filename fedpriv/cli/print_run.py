@@ -25,6 +25,9 @@ def print_summary(summary: Record, directory: Path) -> None:
     score, validated = (summary.get(f"{on}_{metric.name}") for on in ("test", "validation"))
     if summary["private"]:
         promise = f"{rounded_up(summary['epsilon'])} at delta = {summary['delta']:g}, {summary['adjacency']} adjacency"
+        if "epsilon_spent" in summary:
+            done = f"{summary['rounds']:,} of at most {summary['rounds_planned']:,} rounds"
+            promise += f"\nspent       {rounded_up(summary['epsilon_spent'])} of it in {done}"
         promise += f"\nadversary   {summary['adversary']}"
     else:
         promise = "none: this run is not private"

@@ -89,7 +89,7 @@ class Experiment:
         size = self.population.task.layout.size
         plan = config.plan(sampling, fewest_examples(config, federation), size)
         streams = config.streams
-        agreed = make_agreement(config.method, sampling, plan, streams)
+        agreed = make_agreement(config.method, sampling, plan, streams, config.controller)
         population = replace(self.population, rules=agreed.client, streams=streams)
         return replace(self, config=config, population=population, server=agreed.server, plan=plan, timeline=timeline)
 
@@ -180,7 +180,7 @@ def assemble(
     sampling = sampling_under(config, federation.population, timeline)
     plan = config.plan(sampling, fewest_examples(config, federation), task.layout.size)
     streams = config.streams
-    agreed = make_agreement(config.method, sampling, plan, streams)
+    agreed = make_agreement(config.method, sampling, plan, streams, config.controller)
     population = Population(
         rules=agreed.client,
         task=task,

@@ -21,6 +21,7 @@ from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
+from fedpriv.mechanisms.controllers import CONTROLLERS, Controller
 from fedpriv.methods import (
     DPGD,
     METHODS,
@@ -92,6 +93,7 @@ _NAMES = {
     "server": ("optimizer",),
     "devices": ("kind",),
     "schedule": ("kind",),
+    "controller": ("kind",),
 }
 
 # Choices of clients by loss, under the names that one would try; see `fedpriv.tasks.curricula`.
@@ -101,13 +103,13 @@ _BY_LOSS = ("by-loss", "loss", "highest-loss", "lowest-loss", "power-of-choice",
 _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
-TABLES += ("adaptive", "aggregation", "augment", "devices", "schedule", "deployment", "sources", "task", "evaluation")
-TABLES += ("noise",)
+TABLES += ("adaptive", "aggregation", "augment", "controller", "devices", "schedule", "deployment")
+TABLES += ("sources", "task", "evaluation", "noise")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
-NOISE_TABLES += ("adaptive", "aggregation", "devices", "schedule", "sources", "task")
+NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +271,7 @@ class Config:
     evaluation: PerClient | None = None
     aggregation: AggregationChoice | None = None
     noise: NoiseChoice | None = None
+    controller: Controller | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -286,6 +289,7 @@ class Config:
         privacy = {} if self.privacy is None else {"privacy": write_table(self.privacy)}
         aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
         noise = {} if self.noise is None else {"noise": write_table(self.noise)}
+        control = {} if self.controller is None else {"controller": _write_named(CONTROLLERS, self.controller, "kind")}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
@@ -313,6 +317,7 @@ class Config:
             **privacy,
             **aggregation,
             **noise,
+            **control,
             "training": write_table(self.training),
             **clock,
             **({} if self.evaluation is None else {"evaluation": write_table(self.evaluation)}),
@@ -338,6 +343,7 @@ class Config:
             "method.name": bare(self.method),
             "server.optimizer": optimizer,
             "devices.kind": self.devices,
+            "controller.kind": self.controller,
         }
         found = {key: source_of(type(instance)) for key, instance in named.items() if instance is not None}
         return {key: source for key, source in found.items() if source is not None}
@@ -401,7 +407,15 @@ class Config:
         return tomli_w.dumps(self.tables)
 
     def check_only_sampled_answer(self) -> None:
-        """Raise UserError if clients that are not sampled answer as well, for which Flower's servers do not ask yet."""
+        """Raise UserError for what Flower's servers do not offer yet: answers without training, and fewer rounds.
+
+        Raises:
+            UserError: If clients that are not sampled answer as well, or a controller may end the run early.
+        """
+        if self.controller is not None:
+            expected = "no such table with Flower and in deployments, for now: their number of rounds is fixed"
+            remedy = "Remove it, or simulate it with --engine loop, vectorized or ray"
+            raise UserError("[controller]", expected, "a controller", remedy)
         if self.aggregation is not None and self.aggregation.everyone_answers:
             expected = "false with Flower, for now: its servers draw the cohorts"
             remedy = "Remove it, or simulate it with --engine loop, vectorized or ray"
@@ -496,6 +510,10 @@ class Config:
             raise ValueError(f"{self.rule} is not accounted by {sampling.name}")
         if self.privacy is None:
             return None
+        planned = {field: getattr(self.privacy, field) for field in _PLANNED}
+        budget = planned["epsilon"] if planned["noise_multiplier"] is None else None
+        if self.controller is not None and budget is not None:
+            planned |= {"epsilon": None, "noise_multiplier": 1.0}  # the filter calibrates, without sampling
         plan = make_plan(
             sampling=sampling,
             rounds=self.training.rounds,
@@ -503,8 +521,10 @@ class Config:
             client_memory=has_memory(self.method),
             record=self._record_bound(self.privacy, fewest),
             trust=self._aggregation(sampling, size) or self.privacy.trust,
-            **{field: getattr(self.privacy, field) for field in _PLANNED},
+            **planned,
         )
+        if self.controller is not None:
+            return plan.under_filter(budget)
         matrix = None if self.noise is None else self.noise.of(sampling, self.training.rounds, self.noise_damping)
         return plan if matrix is None else correlated(plan, matrix, self.privacy.epsilon)
 
@@ -667,10 +687,15 @@ def parse_config(tables: Table) -> Config:
         evaluation=read_table(PerClient, given["evaluation"], "evaluation") if "evaluation" in given else None,
         aggregation=_read_aggregation(given),
         noise=_read_noise(given),
+        controller=_read_controller(given),
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
     return config
+
+
+def _read_controller(given: Mapping[str, Table]) -> Controller | None:
+    return _read_named(CONTROLLERS, given["controller"], "controller", "kind") if "controller" in given else None
 
 
 def _read_aggregation(given: Mapping[str, Table]) -> AggregationChoice | None:
@@ -690,6 +715,7 @@ def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
     _check_side_values(config)
+    _check_controller(config)
     _check_sums(config)
     _check_turns(config)
     _check_schedule(config)
@@ -733,6 +759,31 @@ def _check_side_values(config: Config) -> None:
         where = "[adaptive]" if side.adaptive is not None else "privacy.metrics_share"
         expected = 'privacy.unit = "client": one example may decide a client\'s count, however many examples it has'
         raise UserError(where, expected, '"example"', f"Remove {where}, or change the unit")
+
+
+def _check_controller(config: Config) -> None:
+    """Raise UserError for settings under which no filter is offered."""
+    if config.controller is None:
+        return
+    if config.privacy is None:
+        remedy = "Add [privacy] with an epsilon, the budget, or remove [controller]"
+        raise UserError("[controller]", "a [privacy] table with a budget", "a run without privacy", remedy)
+    if not trust_of(config.privacy.trust).trusts_server:
+        expected = 'privacy.trust = "central": clients that add noise would each need a filter of their own'
+        remedy = 'Remove [controller], or set privacy.trust = "central"'
+        raise UserError("[controller]", expected, f'"{config.privacy.trust}"', remedy)
+    if config.privacy.unit == "example":
+        expected = 'privacy.unit = "client": noise on one record is stated for all rounds together'
+        raise UserError("[controller]", expected, '"example"', "Remove [controller], or change the unit")
+    if config.devices is not None:
+        expected = "no such table with [controller]: a timeline is made for all rounds before the first"
+        raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule], or [controller]")
+    if config.noise is not None:
+        expected = "no such table with [controller]: a later round takes back the noise of an earlier one"
+        raise UserError("[noise]", expected, "a table", "Remove [noise] or [controller]")
+    if config.cohort.of(config.data.clients or _UNKNOWN_POPULATION).separation > 1:
+        expected = "clients that may be in every round, with [controller]: it charges everyone for each round"
+        raise UserError("cohort.sampling", expected, '"separated"', 'Set it to "everyone", or remove [controller]')
 
 
 def _check_sums(config: Config) -> None:

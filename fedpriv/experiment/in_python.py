@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, cast
@@ -31,6 +31,7 @@ from fedpriv.experiment.dry_run import Findings, try_experiment
 from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.schema import write_table
 from fedpriv.experiment.watching import Watcher
+from fedpriv.mechanisms.controllers import Controller
 from fedpriv.methods import AdaptiveBound, Method, ServerOptimized, optimized, with_side_values
 from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, NoiseChoice, PrivacyPlan, Sampling, trust_of
@@ -71,6 +72,8 @@ class Experiment:
         privacy: The privacy guarantee; None for a run without privacy.
         aggregation: The numbers of secure aggregation, if `privacy.trust` is `aggregator`; None for the defaults.
         noise: The noise over rounds, such as `fedpriv.privacy.NoiseChoice(kind="banded")`; None for independent rounds.
+        controller: Chooses the noise of each round within `privacy.epsilon`, the budget, as
+            `fedpriv.mechanisms.controllers.LinearDecay()` does; None for constant noise.
         task: The losses and the metrics, such as `fedpriv.tasks.kinds.Regression(loss="huber")`; or a function
             `loss(outputs, labels)` that returns the loss of each example, see `fedpriv.tasks.own_task.own_loss`. None
             for classification.
@@ -101,6 +104,7 @@ class Experiment:
     adaptive: AdaptiveBound | None = None
     privacy: PrivacyChoice | None = None
     aggregation: AggregationChoice | None = None
+    controller: Controller | None = None
     task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     local: LocalWork | None = None
     augment: Augmentation | None = None
@@ -116,6 +120,11 @@ class Experiment:
     evaluate_every: int = 1
     name: str = "experiment"
     noise: NoiseChoice | None = None
+
+    def __repr__(self) -> str:
+        """Return the parts that were given, without model and data."""
+        given = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}
+        return f"Experiment({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
 
     @cached_property
     def config(self) -> Config:
@@ -142,6 +151,7 @@ class Experiment:
             method=self._method(task),
             privacy=self.privacy,
             aggregation=self._sums(),
+            controller=self.controller,
             training=Training(rounds=self.rounds, evaluate_every=self.evaluate_every),
             task=task,
             evaluation=self.evaluation,

@@ -22,6 +22,7 @@ from fedpriv.experiment.pictures.curves import plot_curves
 from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
+from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.methods import ServerState, side_values_of
 from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
 from fedpriv.rounds import Total, begin_round, signal_to_noise
@@ -39,6 +40,13 @@ One trial of a tuning
 
   The epsilon above is that of this one run, regardless of its result. If this run was selected from several by its
   score, the selection costs more: tuning.json of the sweep states the guarantee in that case.
+"""
+
+_SPENT = """
+Spent at the end of the run
+
+  {rounds} of at most {rounds_planned} rounds, which used epsilon = {rounded} of the budget. The promise above is the
+  whole budget and does not shrink: releases decided how much of it was used.
 """
 
 # In a checkpoint, the prefix of a model that some client still works on; its number follows.
@@ -78,6 +86,16 @@ class Recorder:
         size = experiment.population.task.layout.size
         if plan is not None and (drowned := signal_warning(plan, size)):
             _log.warning("%s", drowned)
+        self._write_promise()
+        self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
+        if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
+            measured = measure_heterogeneity(experiment.config, experiment.population)
+            self.directory.write_json(HETEROGENEITY_FILE, measured)
+        self._round_began = time.monotonic()
+
+    def _write_promise(self, spent: Record | None = None) -> None:
+        """Write the promise as numbers and as a statement; at the end, with what a run under a filter has spent."""
+        experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(
             plan,
             method=experiment.config.method_name,
@@ -87,23 +105,29 @@ class Recorder:
             data=experiment.config.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
-            size=size,
+            size=experiment.population.task.layout.size,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
             statement += _OF_A_TUNING
+        if spent is not None:
+            statement += _SPENT.format(rounded=rounded_up(spent["epsilon_spent"]), **spent)
         promise = _no_promise() if plan is None else plan.as_dict()
-        self.directory.write_json("privacy.json", {**promise, "statement": statement})
+        used = {} if spent is None else {"spent": spent}
+        self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)
-        self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
-        if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
-            measured = measure_heterogeneity(experiment.config, experiment.population)
-            self.directory.write_json(HETEROGENEITY_FILE, measured)
-        self._round_began = time.monotonic()
+
+    def _spent(self, state: ServerState, rounds: int) -> Record | None:
+        """Return the part of its budget that a run under a filter has spent, and its rounds; None for other runs."""
+        spent, plan = self.experiment.server.filtered(state), self.experiment.plan
+        if spent is None or plan is None:
+            return None
+        planned = self.experiment.config.training.rounds
+        return {"rounds": rounds, "rounds_planned": planned, "epsilon_spent": plan.epsilon_of_share(spent.share)}
 
     def initial(self, model: Tensor, round: int = 0) -> None:
         """Record the model before the first round, or after a round that a crash left without a row."""
-        released = {"round": round, **self._promise(round), **self._evaluation(model, round)}
+        released = {"round": round, **self._promise(round, None), **self._evaluation(model, round)}
         self._record({**released, **self._clock(round, released=True)}, {"round": round})
 
     def replayed(self, last_round: int, taken: Mapping[int, int] | None = None) -> None:
@@ -145,8 +169,9 @@ class Recorder:
             self._taken = Counter(taken)
         elif self._keeps_ledger:
             self._count(round)
-        evaluation = self._evaluation(state.model, round)
-        released = {"round": round, **self._promise(round), **evaluation, **self._clock(round, released=True)}
+        spent = self.experiment.server.filtered(state)
+        evaluation = self._evaluation(state.model, round, last=spent is not None and spent.stopped)
+        released = {"round": round, **self._promise(round, spent), **evaluation, **self._clock(round, released=True)}
         if self.experiment.population.rules.sums is not None:
             released["void"] = total.void
         if (side := side_values_of(self.experiment.config.method)) is not None:
@@ -178,6 +203,9 @@ class Recorder:
         clients = self._evaluate_clients(state.model)
         self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})
         summary = self._summary(rounds[-1], rows)
+        if (spent := self._spent(state, rounds[-1]["round"])) is not None:
+            self._write_promise(spent)
+            summary |= spent
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
@@ -256,12 +284,16 @@ class Recorder:
             return round % self.checkpoint_every == 0
         return time.monotonic() - self._saved_at >= self.checkpoint_seconds
 
-    def _promise(self, round: int) -> dict[str, object]:
-        plan = self.experiment.plan
-        return {"epsilon": None if plan is None else plan.epsilon_after(round)}
+    def _promise(self, round: int, spent: FilterState | None) -> dict[str, object]:
+        """Return epsilon after a round, and the noise of the round if a controller chose it."""
+        plan, mechanism = self.experiment.plan, self.experiment.server.mechanism
+        if plan is None or spent is None or not isinstance(mechanism, Filtered):
+            return {"epsilon": None if plan is None else plan.epsilon_after(round)}
+        multiplier = mechanism.multiplier(int(spent.filter_last))
+        return {"epsilon": plan.epsilon_of_share(spent.share), "noise_multiplier": multiplier}
 
-    def _evaluation(self, model: Tensor, round: int) -> dict[str, object]:
-        looks = self.experiment.config.training.evaluates(round)
+    def _evaluation(self, model: Tensor, round: int, *, last: bool = False) -> dict[str, object]:
+        looks = last or self.experiment.config.training.evaluates(round)
         names = self.experiment.config.task.scores
         found: Mapping[str, float | None] = self.experiment.evaluate(model) if looks else {}
         row = {f"test_{name}": found.get(name) for name in names}
@@ -283,7 +315,7 @@ class Recorder:
             "signal_norm": total.signal_norm,
             "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
             "signal_to_noise": signal_to_noise(
-                total, self.experiment.server.noise_stddev, population.rules.noise_stddev * self._weight(round)
+                total, self.experiment.server.last_stddev(state), population.rules.noise_stddev * self._weight(round)
             ),
             "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
             "seconds": seconds,

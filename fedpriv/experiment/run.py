@@ -75,6 +75,9 @@ def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: 
     if start == 0 and not directory.rows("rounds.jsonl"):
         recorder.initial(state.model)
     for number in range(start + 1, experiment.config.training.rounds + 1):
+        spent = experiment.server.filtered(state)
+        if spent is not None and spent.stopped:
+            break
         if versions is None:
             total = engine.sum_messages(begin_round(experiment.server, state, number))
         else:

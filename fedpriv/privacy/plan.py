@@ -62,6 +62,8 @@ class PrivacyPlan:
         aggregation: The numbers of secure aggregation; None unless `trust` is `aggregator`.
         noise: The matrix of noise that is correlated over rounds; None for independent rounds. Its fresh noise then has
             the deviation `noise_stddev`.
+        filtered: True if a controller chooses the noise of each round, within the budget of `rounds` rounds with
+            `noise_multiplier` (`fedpriv.mechanisms.filtered`). Sampling is then not credited.
 
     Formal guarantee: let every message have norm at most `l2_bound`, and let noise of `noise_stddev` per coordinate be
     added to the sum (trust central), to every message (trust local), or to the sum in shares (trust aggregator, see
@@ -81,11 +83,13 @@ class PrivacyPlan:
     record: "RecordBound | None" = None
     aggregation: Aggregation | None = None
     noise: NoiseMatrix | None = None
+    filtered: bool = False
 
     def __post_init__(self) -> None:
         _check_names(self.trust, self.adjacency, self.unit)
         self._check_aggregation()
         self._check_turns()
+        self._check_filter()
         if (self.unit == "example") != (self.record is not None):
             raise ValueError(f"unit {self.unit!r} with the record bound {self.record}")
         if self.record is None:
@@ -126,7 +130,7 @@ class PrivacyPlan:
         return Releases(
             trust=self.trust_rules,
             adjacency=self.adjacency,
-            sampling=self.sampling,
+            sampling=Everyone(self.sampling.population) if self.filtered else self.sampling,
             delta=self.delta,
             client_memory=self.client_memory,
             noise=self.noise,
@@ -169,12 +173,14 @@ class PrivacyPlan:
 
     @property
     def release_grid(self) -> float | None:
-        """G: all releases are multiples of it (`fedpriv.mechanisms.noise`); None without noise.
+        """G: all releases are multiples of it (`fedpriv.mechanisms.noise`); None without noise, or if it changes.
 
         The noise is sampled exactly, so the sampler adds nothing to epsilon or delta.
         """
         if self.sums is not None:
             return self.sums.step
+        if self.filtered:
+            return None
         return release_grid(self.noise_stddev) if self.noise_stddev > 0.0 else None
 
     @property
@@ -208,10 +214,20 @@ class PrivacyPlan:
         With central trust, every client has spent it; with local trust, a client that took part in all rounds has. If
         a timeline decides who counts, it is the epsilon of the client that has spent the most so far; with local
         trust, that is the client that has sent the most messages. Messages in transit count when they arrive, and at
-        the end of the last round.
+        the end of the last round. With a filter, the whole budget may be spent in any round, and is charged in the
+        first.
         """
         _check_numbers(rounds, self.delta, self.l2_bound)
         return self._bound(rounds).epsilon
+
+    def epsilon_of_share(self, share: float) -> float:
+        """Return the epsilon of a share of the budget, from 0 to 1; with a filter.
+
+        It says what a run has used so far. The promise is the whole budget, because releases decide what is used.
+        """
+        if share == 0.0:
+            return 0.0
+        return self.releases.bound(self.noise_multiplier / math.sqrt(share), self.rounds).epsilon
 
     def epsilon_of_participations(self, count: int) -> float:
         """Return the epsilon spent by a client that sent `count` messages; for local trust.
@@ -232,7 +248,7 @@ class PrivacyPlan:
         _check_numbers(rounds, self.delta, self.l2_bound)
         if self._credits_sampling:
             return None
-        releases = self.releases.charged(rounds)
+        releases = self.releases.charged(self._charged(rounds))
         return Gaussian(self.noise_multiplier).event(moved=1.0, rounds=releases)
 
     @property
@@ -326,6 +342,7 @@ class PrivacyPlan:
             **({} if self.record is None else {"record": self.record.as_dict()}),
             **self._of_aggregation(),
             **({} if self.noise is None else {"noise": self.noise.as_dict()}),
+            **({"filtered": True} if self.filtered else {}),
             "promises": self.promises(thorough=thorough),
             "gaussian_dp_mu": _finite(self.gaussian_dp_mu),
             "zcdp_rho": _finite(self.zcdp_rho),
@@ -436,6 +453,15 @@ class PrivacyPlan:
                 expected = f"at most {self.noise.rounds}, for which the noise is accounted"
                 raise UserError("training.rounds", expected, self.rounds, "Make a plan for all rounds")
 
+    def _check_filter(self) -> None:
+        offered = self.trust_rules.trusts_server and self.record is None and self.sampling.draws_cohorts
+        offered = offered and self.noise is None and self.sampling.separation == 1
+        if self.filtered and not offered:
+            raise ValueError(f"no filter is offered for trust {self.trust}, unit {self.unit}, {self.sampling.name}")
+
+    def _charged(self, rounds: int) -> int:
+        return self.rounds if self.filtered and rounds > 0 else rounds
+
     def _promise(self) -> dict[str, Any]:
         return {
             "unit": self.unit,
@@ -448,7 +474,24 @@ class PrivacyPlan:
 
     def _bound(self, rounds: int, sampling: Sampling | None = None) -> "Bound":
         releases = self.releases if sampling is None else replace(self.releases, sampling=sampling)
-        return releases.bound(self.noise_multiplier, rounds, max(self.rounds, rounds))
+        return releases.bound(self.noise_multiplier, self._charged(rounds), max(self.rounds, rounds))
+
+    def under_filter(self, epsilon: float | None) -> "PrivacyPlan":
+        """Return the plan of a run with a controller. Its budget is this plan's noise in each of the rounds.
+
+        Args:
+            epsilon: The budget, to which the noise is calibrated; None keeps the noise multiplier.
+
+        Raises:
+            UserError: If no filter is offered for such a plan, or there is no noise.
+        """
+        found = replace(self, filtered=True)
+        if epsilon is not None:
+            found = replace(found, noise_multiplier=found.releases.calibrate(_check_epsilon(epsilon), self.rounds))
+        if found.noise_multiplier == 0.0:
+            remedy = "Set privacy.epsilon, the budget, or remove [controller]"
+            raise UserError("privacy.noise_multiplier", "above 0 with [controller]", 0.0, remedy)
+        return found
 
 
 def correlated(plan: PrivacyPlan, noise: NoiseMatrix, epsilon: float | None) -> PrivacyPlan:

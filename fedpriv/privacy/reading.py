@@ -45,6 +45,7 @@ def read_plan(table: Mapping[str, Any], where: str) -> PrivacyPlan | None:
             record=RecordBound.read(table["record"]) if "record" in table else None,
             aggregation=Aggregation(**table["aggregation"]) if "aggregation" in table else None,
             noise=read_matrix(table["noise"]) if "noise" in table else None,
+            filtered=table.get("filtered", False),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         remedy = "Restore the file, or move the run to another folder"

@@ -111,6 +111,7 @@ VALUES = {
     **dict.fromkeys((f"{on}_{score}" for on in ("test", "validation") for score in SCORES), Kind.RELEASED),
     "metrics": Kind.RELEASED,
     "void": Kind.RELEASED,
+    **dict.fromkeys(("epsilon_spent", "rounds_planned"), Kind.RELEASED),
     **dict.fromkeys(("simulated_seconds", "bytes_down", "bytes_up", "counted"), Kind.RELEASED),
     **dict.fromkeys(("seconds", "clients_per_second", "execution"), Kind.TIMING),
 }

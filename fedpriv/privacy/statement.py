@@ -251,7 +251,7 @@ def privacy_statement(
         *([_fill(f"Use: {drowned}")] if size and (drowned := signal_warning(plan, size)) else []),
         *_about_data(data, deployed=deployed, examples=plan.record is not None),
         *([_fill(secret)] if deployed and randomness == "system" else []),
-        f"Accountant: {plan.accountant}; composition over rounds is adaptive.",
+        f"Accountant: {plan.accountant}; composition over rounds is {'fully ' if plan.filtered else ''}adaptive.",
         _listed("Not covered", not_covered),
         *([_listed(_FILES, _recorded(data, deployed=deployed))] if recorded else []),
     ]
@@ -373,6 +373,16 @@ def _mechanism(plan: PrivacyPlan) -> str:
             f"{plan.noise.how(plan.noise_stddev, plan.l2_sensitivity, sampling, plan.rounds)} {_grid(plan)} Sums are "
             f"divided by {sampling.divisor}."
         )
+    if plan.filtered:
+        return _FILTERED.format(
+            bound=plan.l2_bound,
+            sensitivity=plan.l2_sensitivity,
+            rounds=plan.rounds,
+            mu=plan.gaussian_dp_mu,
+            rho=plan.zcdp_rho,
+            multiplier=plan.noise_multiplier,
+            divisor=sampling.divisor,
+        )
     return (
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it, or a sum of messages, "
         f"by at most {plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
@@ -381,6 +391,19 @@ def _mechanism(plan: PrivacyPlan) -> str:
         f"{sampling.divisor}."
     )
 
+
+_FILTERED = (
+    "Mechanism: a message has l2 norm at most {bound:g}, so one client moves a sum of messages by at most "
+    "{sensitivity:g}. Gaussian noise is added to the sum. A controller chooses the noise of each round, and sees "
+    "nothing but earlier noised sums and public numbers. A privacy filter charges each round before it begins, and "
+    "ends the run before the sum of the squares of sensitivity over standard deviation exceeds the square of mu = "
+    "{mu:.6g} (rho = {rho:.6g} in terms of zCDP). So the promise holds for any controller; it is fixed before the run"
+    " and stays the same if the run ends early. There are at most {rounds} rounds: constant noise of {multiplier:.6g}"
+    " times the sensitivity would allow all of them. No amplification by sampling is claimed. Noise is sampled "
+    "exactly, and every noised number is released as a multiple of a power of two that follows from the noise of its "
+    "round. So the promise holds for the bits that a computer releases, and sampling the noise adds nothing to "
+    "epsilon or delta. Sums are divided by {divisor}."
+)
 
 _ROUTES = {
     "memory": "Clients remember their messages without noise, so an example of one round also changes later messages. "

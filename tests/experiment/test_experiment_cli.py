@@ -17,6 +17,7 @@ from fedpriv.data.augment import AUGMENTATIONS
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
 from fedpriv.data.shifts import SHIFTS
+from fedpriv.mechanisms.controllers import CONTROLLERS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
 from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.local_work import LOCAL_WORKS
@@ -180,7 +181,7 @@ def test_names_that_packages_add_are_listed_without_importing_them(monkeypatch):
 
 def test_every_kind_that_packages_can_add_to_is_listed():
     registries = (METHODS, SERVER_OPTIMIZERS, DATASETS, PARTITIONS, SHIFTS, MODELS, TASKS, LOCAL_WORKS, DEVICES)
-    registries += (AUGMENTATIONS,)
+    registries += (AUGMENTATIONS, CONTROLLERS)
     assert set(catalogue.GROUPS) == {registry.group for registry in registries}
 
 

@@ -23,6 +23,7 @@ from fedpriv.experiment.config import PrivacyChoice, Training, parse_config
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.execution import Execution, start_engine
 from fedpriv.experiment.timing import Versions
+from fedpriv.mechanisms.controllers import CONTROLLERS
 from fedpriv.methods import METHODS, SERVER_OPTIMIZERS, DPFedAvg
 from fedpriv.privacy import SAMPLINGS, Everyone, Poisson, make_plan
 from fedpriv.rounds import begin_round, finish_round, make_agreement
@@ -71,6 +72,7 @@ KEYS = {
     "augment": ("name", AUGMENTATIONS),
     "devices": ("kind", DEVICES),
     "schedule": ("kind", SCHEDULES),
+    "controller": ("kind", CONTROLLERS),
 }
 NOT_NUMBERS = {"trace"}  # devices of a file
 
@@ -84,6 +86,8 @@ def tables_of() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
             config = BASE | {table: {key: name, **REQUIRED.get(table, {}).get(name, {})}}
             if name == "fedspeed":
                 config |= {"local": {"work": "local-steps", **REQUIRED["local"]["local-steps"]}}
+            if table == "controller":
+                config |= {"privacy": {"noise_multiplier": 1.0}}
             if table == "schedule":
                 config |= {"method": {"name": "dp-fedavg"}, "devices": {"kind": "same", **REQUIRED["devices"]["same"]}}
             yield table, name, kind, config
@@ -128,9 +132,12 @@ def first_rounds(tables: dict[str, Any], federation: Holders) -> torch.Tensor:
     if experiment.plan is not None:
         assert experiment.plan.as_dict()["delta"] > 0.0
     engine, _ = start_engine(experiment, Execution(engine="vectorized"))
-    state = config.method.init_server(experiment.initial_model)
+    state = experiment.server.init(experiment.initial_model)
     versions = None if experiment.timeline is None else Versions(experiment.timeline, {0: state.model})
     for number in range(1, min(config.training.rounds, 2) + 1):
+        spent = experiment.server.filtered(state)
+        if spent is not None and spent.stopped:
+            break
         if versions is None:
             total = engine.sum_messages(begin_round(experiment.server, state, number))
         else:
