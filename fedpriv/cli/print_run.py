@@ -6,6 +6,7 @@ from pathlib import Path
 from fedpriv.cli.app import picture
 from fedpriv.errors import UserError
 from fedpriv.experiment.learned import learned_nothing, warnings_of
+from fedpriv.experiment.progress import pace
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record
@@ -21,6 +22,7 @@ def print_summary(summary: Record, directory: Path) -> None:
         summary: See `fedpriv.run_experiment`.
         directory: The run directory.
     """
+    speed = pace(summary["clients_per_second"])
     metric, loss = recorded_metrics(summary)[0], summary["test_loss"]
     score, validated = (summary.get(f"{on}_{metric.name}") for on in ("test", "validation"))
     if summary["private"]:
@@ -36,7 +38,7 @@ def print_summary(summary: Record, directory: Path) -> None:
         f"{_mark(summary, f'test_{metric.name}')}\n"
         f"epsilon     {promise}\n"
         f"{_clock_line(summary, directory)}"
-        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
+        f"speed       {', '.join(filter(None, (speed, f'engine {_engine_line(summary)}')))}\n"
         f"picture     {picture(directory / 'curves.png')}\n"
         f"statement   {directory / 'privacy.txt'}"
     )

@@ -70,9 +70,7 @@ def run(
     ] = None,
     deploy: Annotated[
         str | None,
-        typer.Option(
-            metavar="CONNECTION", help="Run on real devices: the folder admin of a deployment, or a Flower connection."
-        ),
+        typer.Option(metavar="CONNECTION", help="Run on real devices: folder of a deployment, or a Flower connection."),
     ] = None,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,

@@ -10,7 +10,16 @@ from fedpriv.experiment.learned import Complaints
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record
 
-__all__ = ["RoundProgress"]
+__all__ = ["RoundProgress", "pace"]
+
+
+def pace(clients_per_second: float) -> str:
+    """Return a speed as text: clients per second, or the seconds of a client if that is slow; empty for no client."""
+    if clients_per_second <= 0.0:
+        return ""
+    slow = clients_per_second < 1.0
+    number = 1.0 / clients_per_second if slow else clients_per_second
+    return f"{number:.{0 if number >= 10.0 else 1}f} {'s/client' if slow else 'clients/s'}"
 
 
 class RoundProgress:
@@ -61,11 +70,11 @@ class RoundProgress:
             *((f"{key.removeprefix('test_')} {{:.3f}}", key) for key in scores),
             ("eps {}", "epsilon"),
             ("clock {:.0f} s", "simulated_seconds"),
-            ("{:.0f} clients/s", "clients_per_second"),
         )
         unprotected = self._latest.get("not_covered", ())
-        return " ".join(
+        parts = [
             form.format(shown[key]) + (" (not covered)" if key in unprotected else "")
             for form, key in metrics
             if key in shown
-        )
+        ]
+        return " ".join(filter(None, (*parts, pace(shown.get("clients_per_second", 0.0)))))
