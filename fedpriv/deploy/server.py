@@ -321,7 +321,7 @@ def take_up(
         state=experiment.server.init(experiment.initial_model),
         sums=sums,
     )
-    saved = directory.checkpoint.read(config.digest, recorder.promise)
+    saved = directory.saved(config.digest, recorder.promise)
     if saved is not None:
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
@@ -358,7 +358,7 @@ def run_turns(
     coordinator.heads = newer_heads(coordinator.heads, book.heads)
 
     def save() -> None:
-        directory.checkpoint.write(
+        directory.save(
             coordinator.digest, recorder.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
         book.keep(coordinator.heads)

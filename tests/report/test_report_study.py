@@ -40,6 +40,7 @@ def record(
     told = {"method": "dp-fedavg", "population": 20, "rounds": 1, "test_accuracy": 0.5, "test_loss": 1.0}
     directory.write_json("privacy.json", promise)
     directory.write_json("summary.json", {**told, **promise, **(summary or {})})
+    directory.append("rounds.jsonl", {"round": 0, "test_accuracy": 0.1, "test_loss": 2.0, "epsilon": 0.0})
     directory.append("rounds.jsonl", {"round": 1, "test_accuracy": 0.5, "test_loss": 1.0, "epsilon": 7.99})
     return folder
 
