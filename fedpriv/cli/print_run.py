@@ -1,9 +1,9 @@
 """Output of `fedpriv run`."""
 
-import sys
 from pathlib import Path
 
 from fedpriv.cli.app import picture
+from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError
 from fedpriv.experiment.learned import learned_nothing, warnings_of
 from fedpriv.experiment.progress import pace
@@ -32,8 +32,8 @@ def print_summary(summary: Record, directory: Path) -> None:
         promise = "none: this run is not private"
     if validated is not None:
         unprotected = _mark(summary, f"validation_{metric.name}")
-        print(f"validation  {validated:.4f} on the held-out examples, to choose by{unprotected}")
-    print(
+        say(f"validation  {validated:.4f} on the held-out examples, to choose by{unprotected}")
+    say(
         f"{metric.name:11} {_number(score)} on the test set (loss {_number(loss)})"
         f"{_mark(summary, f'test_{metric.name}')}\n"
         f"epsilon     {promise}\n"
@@ -56,7 +56,7 @@ def print_warnings(directory: Path) -> None:
         remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
         raise UserError("the run", "updates of finite numbers", "only NaN or infinity", remedy)
     for warning in warnings:
-        print(f"warning     {warning}", file=sys.stderr)
+        say(f"warning     {warning}", error=True)
 
 
 def _number(value: float | None) -> str:

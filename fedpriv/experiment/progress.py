@@ -56,7 +56,8 @@ class RoundProgress:
         self._progress.start()
         complaint = self._complaints(diagnostics)
         if complaint:
-            self._progress.console.print(f"warning     {complaint}", style="yellow", highlight=False, soft_wrap=True)
+            whole = not self._progress.console.is_terminal  # terminals break lines within words
+            self._progress.console.print(f"warning     {complaint}", style="yellow", highlight=False, soft_wrap=whole)
         self._latest |= {key: value for key, value in {**diagnostics, **released}.items() if value is not None}
         self._progress.update(self._task, completed=released["round"], description=self._description())
 
