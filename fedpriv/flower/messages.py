@@ -181,10 +181,9 @@ class ModelArrays:
         Raises:
             UserError: If the method needs it and the message lacks it, the reverse, or it has another length.
         """
-        record = content.array_records.get(SHARED)
+        record, remedy = content.array_records.get(SHARED), "Use one version of fedpriv on both sides"
         if (record is not None) != method.needs_shared:
             expected = "a second vector" if method.needs_shared else "the model alone"
-            remedy = "Use one version of fedpriv on both sides"
             got = ", ".join(content) or "an empty message"
             raise UserError("message", f"{expected} for {method_name(method)}", got, remedy)
         if record is None:
