@@ -30,6 +30,7 @@ from torch import Tensor
 from fedpriv.deploy.device.guard import Guard, content_of, guard_of
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import refusal, send_message
+from fedpriv.flower.legacy import trained_by
 from fedpriv.flower.messages import (
     ARRAYS,
     FEDPRIV,
@@ -101,7 +102,7 @@ def _train(message: Message, context: Context, call_next: ClientAppCallable, gua
     metrics: dict[str, Any] = {}
 
     def make_signal() -> Tensor:
-        content = content_of(call_next(message, context))
+        content = content_of(trained_by(call_next, message, context))
         metrics.update(content.metric_records)
         returned = _only_model(content, "answer of the train function")
         signal = start - model.vector(arrays.part(returned))

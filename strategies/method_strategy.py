@@ -25,6 +25,7 @@ from fedpriv.deploy.heads import HeadBook
 from fedpriv.deploy.masked_rounds import MaskedRounds, masked_message, refuse_other_nodes
 from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
+from fedpriv.flower.legacy import NotLegacy
 from fedpriv.flower.messages import (
     ARRAYS,
     CONFIG,
@@ -62,7 +63,7 @@ _log = logging.getLogger("flwr")
 _ROUND = "server-round"
 
 
-class MethodStrategy(Strategy):
+class MethodStrategy(NotLegacy, Strategy):
     """A strategy that runs a method under an agreement.
 
     A client that fails or sends an unusable message counts with a message of zero. The sum of a round's messages is
@@ -232,11 +233,7 @@ class MethodStrategy(Strategy):
             _log.warning("%s", warning)
 
     def configure_train(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        grid: Grid,
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message to each client of the round's cohort, in the order of their ids."""
         self._pace.begin()
@@ -326,11 +323,7 @@ class MethodStrategy(Strategy):
         return counted_total(total, self.agreement.client.sums, len(messages))
 
     def configure_evaluate(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        grid: Grid,
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message to every client if federated evaluation is on; otherwise none."""
         if not self._evaluate:

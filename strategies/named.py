@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from fedpriv.deploy.parties import HelperNames, named_helpers
 from fedpriv.errors import UserError
-from fedpriv.experiment.schema import field_names, read_table, refuse_unknown
+from fedpriv.experiment.schema import field_names, read_table
+from fedpriv.flower.server.arguments import refuse_arguments
 from fedpriv.flower.server.promise import Privacy
 from fedpriv.flower.trained import digest_of
 from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, optimized, with_side_values
@@ -78,15 +79,14 @@ class NamedStrategy(MethodStrategy):
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Omit it")
         kind, name = METHODS[self.method_name], type(self).__name__
-        refuse_unknown(options, [*field_names(kind), *_OWN, *_NETWORK], name)
+        refuse_arguments(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
         self.method: Method = optimized(with_side_values(read_table(kind, options, name), adaptive), server_optimizer)
         self.helpers = None if helpers is None else named_helpers(helpers)
         self.privacy = privacy
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
-        expected = num_clients if cohort is None else cohort.population
-        super().__init__(self._make, num_clients=expected, **network)
+        super().__init__(self._make, num_clients=num_clients if cohort is None else cohort.population, **network)
 
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)

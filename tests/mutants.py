@@ -1015,8 +1015,8 @@ MUTANTS = [
     Mutant(
         "a checkpoint that is off by one round",
         "fedpriv/experiment/recorder.py",
-        "checkpoint.write(digest, self.promise, round, server, client_states())",
-        "checkpoint.write(digest, self.promise, round - 1, server, client_states())",
+        "directory.save(digest, self.promise, round, server, client_states())",
+        "directory.save(digest, self.promise, round - 1, server, client_states())",
         EXPERIMENT,
     ),
     Mutant(

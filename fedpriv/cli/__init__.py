@@ -1,10 +1,9 @@
 """Command line `fedpriv COMMAND`; each module defines some of the commands."""
 
-import sys
-
 import click
 
 from fedpriv.cli.app import app
+from fedpriv.cli.terminal import log_to_terminal, say
 from fedpriv.errors import UserError
 
 from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data  # isort: skip
@@ -17,6 +16,7 @@ _COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A `UserError` becomes one line on stderr and exit code 2."""
+    log_to_terminal()
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into this exit code
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()))
     except (KeyboardInterrupt, click.Abort):
-        print("fedpriv: stopped. Add --resume to continue a run from its last checkpoint.", file=sys.stderr)
+        say("fedpriv: stopped. Add --resume to continue a run from its last checkpoint.", error=True)
         raise SystemExit(130) from None
     except OSError as error:
         where = error.filename or "file system"
@@ -36,5 +36,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(line: str) -> None:
-    print(f"fedpriv: {line}", file=sys.stderr)
+    say(f"fedpriv: {line}", error=True)
     raise SystemExit(2) from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+from fedpriv.cli.terminal import PAGE, say
 
 if TYPE_CHECKING:
     from fedpriv.audit.run import Against
@@ -51,7 +52,7 @@ def audit(
             experiment, directory, choice, data_root=data_root, watch=lambda number: progress({"round": number}, {})
         )
     level = f"{100 * found['confidence']:g} %"
-    print(
+    say(
         f"verdict     {found['verdict']}\n"
         f"claimed     epsilon {rounded_up(found['epsilon_claimed'])} at delta = {found['delta']:g}, "
         f"{found['adjacency']} adjacency\n"
@@ -59,6 +60,7 @@ def audit(
         f"{found['epsilon_estimate']:.2f}\n"
         f"adversary   {found['adversary']}\n"
         f"picture     {directory / PICTURE_FILE}\n"
-        f"record      {directory / AUDIT_FILE}\n\n{textwrap.fill(found['words'], width=100)}"
+        f"record      {directory / AUDIT_FILE}\n"
     )
+    say(textwrap.fill(found["words"], width=PAGE), paragraphs=True)
     raise typer.Exit(1 if found["verdict"] == "guilty" else 0)

@@ -1,12 +1,12 @@
 """The command `fedpriv check`."""
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
 
 from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+from fedpriv.cli.terminal import say
 
 _PREDICTED = {
     "classes": "labels",
@@ -33,18 +33,18 @@ def check(
     shape = " x ".join(map(str, found.input_shape)) or "one number"
     numbers = dict.fromkeys(f"{number:,}" for number in (found.fewest, found.most) if number is not None)
     held = f", {' to '.join(numbers)} examples each" if numbers else ""
-    print(f"data        {found.examples:,} examples to train on, {found.test_examples:,} to test on; inputs {shape}")
-    print(f"clients     {found.clients:,}{held}; {found.classes:,} {_PREDICTED[experiment.task.labels]}")
-    print(f"model       {found.parameters:,} trainable parameters, first loss {found.loss:.4g}")
-    print(f"client      one computed its signal, of length {found.signal_norm:.4g}")
+    say(f"data        {found.examples:,} examples to train on, {found.test_examples:,} to test on; inputs {shape}")
+    say(f"clients     {found.clients:,}{held}; {found.classes:,} {_PREDICTED[experiment.task.labels]}")
+    say(f"model       {found.parameters:,} trainable parameters, first loss {found.loss:.4g}")
+    say(f"client      one computed its signal, of length {found.signal_norm:.4g}")
     if found.epsilon is None:
-        print("privacy     none")
+        say("privacy     none")
     else:
         rounds, most = experiment.training.rounds, "" if experiment.controller is None else "at most "
-        print(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {most}{rounds:,} rounds")
+        say(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {most}{rounds:,} rounds")
     for key, source in found.sources.items():
-        print(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
+        say(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
     for warning in found.warnings:
-        print(f"warning     {warning}", file=sys.stderr)
+        say(f"warning     {warning}", error=True)
     again = ["fedpriv", "run", str(config), *(part for setting in settings or () for part in ("-s", setting))]
-    print(f"next        {shlex.join(again)}")
+    say(f"next        {shlex.join(again)}")

@@ -1,18 +1,12 @@
 """The commands `fedpriv data` and `fedpriv list`."""
 
-import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fedpriv.cli.app import DataRoot, Settings, app, picture
-from fedpriv.errors import has_extra
-
-if TYPE_CHECKING:
-    from fedpriv.data.federation import Holders
-    from fedpriv.experiment.config import Config
+from fedpriv.cli.app import DataRoot, Settings, app
 
 
 @app.command()
@@ -24,14 +18,16 @@ def data(
     all_gradients: Annotated[
         bool, typer.Option("--all-gradients", help="Compare the gradients of up to 200 clients at any cost.")
     ] = False,
+    clients: Annotated[bool, typer.Option("--clients", help="Also print the table of all clients.")] = False,
 ) -> None:
-    """Show each client's data as a table and a picture, and how much clients differ.
+    """Show how many examples clients hold, a picture of their labels, and how much clients differ.
 
     With several configs, show only how much clients differ, side by side.
     """
     from rich.console import Console
     from rich.table import Table
 
+    from fedpriv.cli.print_data import show_clients
     from fedpriv.data.heterogeneity import metrics_of
     from fedpriv.experiment.build import assemble_clients
     from fedpriv.experiment.config import load_config
@@ -43,7 +39,9 @@ def data(
         population = assemble_clients(experiment, data_root=data_root)
         columns[str(path)] = metrics_of(measure_heterogeneity(experiment, population, bounded=not all_gradients))
         if len(configs) == 1:
-            _show_clients(experiment, population.federation, out or Path("runs") / f"{experiment.name}-data")
+            show_clients(
+                experiment, population.federation, out or Path("runs") / f"{experiment.name}-data", whole=clients
+            )
     shown = Table(box=None, padding=(0, 2, 0, 0))
     shown.add_column("", no_wrap=True)
     for name in columns:
@@ -51,22 +49,6 @@ def data(
     for key in dict.fromkeys(key for measures in columns.values() for key in measures):
         shown.add_row(key, *("" if key not in measures else f"{measures[key]:.6g}" for measures in columns.values()))
     Console().print(shown)
-
-
-def _show_clients(experiment: "Config", federation: "Holders", directory: Path) -> None:
-    from fedpriv.data.federation import plot_who_holds_what, who_holds_what
-    from fedpriv.files import write_atomically
-    from fedpriv.privacy.released import OWNER_ONLY
-
-    directory.mkdir(parents=True, exist_ok=True)
-    table = who_holds_what(federation)
-    write_atomically(directory / "clients.csv", table.to_csv(index=False), OWNER_ONLY)
-    if has_extra("report"):
-        drawn = io.BytesIO()
-        plot_who_holds_what(federation, drawn, partition=experiment.tables["data"]["partition"])
-        write_atomically(directory / "clients.png", drawn.getvalue(), OWNER_ONLY)
-    print(table.to_string(index=False, max_rows=24))
-    print(f"\ntable    {directory / 'clients.csv'}\npicture  {picture(directory / 'clients.png')}\n")
 
 
 @app.command(name="list")

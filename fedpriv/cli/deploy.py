@@ -1,12 +1,12 @@
 """The commands `fedpriv deploy ...`: set up deployments and run their processes."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedpriv.cli.app import app
+from fedpriv.cli.terminal import say
 from fedpriv.errors import require_extra
 
 deploy = typer.Typer(help="Set up, check and run a server and nodes on separate machines.", no_args_is_help=True)
@@ -44,9 +44,7 @@ def init(
     deployment = make_deployment(host=host, port=port, nodes=nodes, helpers=helpers, **policy)
     init_deployment(folder, deployment, days)
     made = f"{nodes} nodes and {helpers} helpers" if helpers else f"and {nodes} nodes"
-    print(
-        f"made        server, admin, ca{',' if helpers else ''} {made} in {folder}\nnext        {folder / 'README.md'}"
-    )
+    say(f"made        server, admin, ca{',' if helpers else ''} {made} in {folder}\nnext        {folder / 'README.md'}")
 
 
 @deploy.command()
@@ -57,7 +55,7 @@ def add(
     from fedpriv.deploy.setup.provision import add_nodes
 
     added = add_nodes(folder, nodes)
-    print(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+    say(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
 
 
 @deploy.command()
@@ -67,9 +65,9 @@ def register(folder: DeployDir = Path()) -> None:
 
     lines, faults = register_nodes(folder)
     for line in lines:
-        print(line)
+        say(line)
     for line in faults:
-        print(line, file=sys.stderr)
+        say(line, error=True)
     if faults:
         raise typer.Exit(2)
 
@@ -82,9 +80,12 @@ def remove(
     """Remove a node permanently. DIR is the folder of the deployment, or admin in it; by default the current one."""
     from fedpriv.deploy.setup.keys import remove_node
 
-    print(remove_node(name, folder))
-    print("A run in progress continues without it. Its messages are missing, the number of clients stays as planned,")
-    print("and each turn that asks it lasts until the deadline.")
+    say(remove_node(name, folder))
+    say(
+        "A run in progress continues without it. Its messages are missing, the number of clients stays as planned,\n"
+        "and each turn that asks it lasts until the deadline.",
+        paragraphs=True,
+    )
 
 
 @deploy.command()
@@ -99,7 +100,7 @@ def renew(
     from fedpriv.deploy.setup.provision import renew_certificate
 
     renew_certificate(folder, days, host)
-    print(
+    say(
         f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server and restart it"
     )
 
@@ -141,7 +142,8 @@ def ledger(
 
     device = Device.at(bundle)
     limits = device.policy.limits
-    print(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency, device.policy.accepts.unit))
+    unit = device.policy.accepts.unit
+    say(account_of(device.folder, limits.epsilon, limits.delta, limits.adjacency, unit))
 
 
 @deploy.command()

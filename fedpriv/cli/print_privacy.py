@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, plan_of, sampling_of
 from fedpriv.experiment.config import Config
@@ -58,9 +59,9 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             data=experiment.facts,
             recorded=True,
         )
-        print(statement)
+        say(statement, paragraphs=True)
         if plot is not None:
-            print(f"picture     {plot}")
+            say(f"picture     {plot}")
 
 
 def print_spent(folder: Path, *, as_json: bool) -> None:

@@ -1,11 +1,12 @@
 """Output of `fedpriv run`."""
 
-import sys
 from pathlib import Path
 
 from fedpriv.cli.app import picture
+from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError
 from fedpriv.experiment.learned import learned_nothing, warnings_of
+from fedpriv.experiment.progress import pace
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record
@@ -21,6 +22,7 @@ def print_summary(summary: Record, directory: Path) -> None:
         summary: See `fedpriv.run_experiment`.
         directory: The run directory.
     """
+    speed = pace(summary["clients_per_second"])
     metric, loss = recorded_metrics(summary)[0], summary["test_loss"]
     score, validated = (summary.get(f"{on}_{metric.name}") for on in ("test", "validation"))
     if summary["private"]:
@@ -33,13 +35,13 @@ def print_summary(summary: Record, directory: Path) -> None:
         promise = "none: this run is not private"
     if validated is not None:
         unprotected = _mark(summary, f"validation_{metric.name}")
-        print(f"validation  {validated:.4f} on the held-out examples, to choose by{unprotected}")
-    print(
+        say(f"validation  {validated:.4f} on the held-out examples, to choose by{unprotected}")
+    say(
         f"{metric.name:11} {_number(score)} on the test set (loss {_number(loss)})"
         f"{_mark(summary, f'test_{metric.name}')}\n"
         f"epsilon     {promise}\n"
         f"{_clock_line(summary, directory)}"
-        f"speed       {summary['clients_per_second']:.0f} clients/s, engine {_engine_line(summary)}\n"
+        f"speed       {', '.join(filter(None, (speed, f'engine {_engine_line(summary)}')))}\n"
         f"picture     {picture(directory / 'curves.png')}\n"
         f"statement   {directory / 'privacy.txt'}"
     )
@@ -57,7 +59,7 @@ def print_warnings(directory: Path) -> None:
         remedy = f"{warnings[0].removesuffix('.')}. Its records are in {directory}"
         raise UserError("the run", "updates of finite numbers", "only NaN or infinity", remedy)
     for warning in warnings:
-        print(f"warning     {warning}", file=sys.stderr)
+        say(f"warning     {warning}", error=True)
 
 
 def _number(value: float | None) -> str:

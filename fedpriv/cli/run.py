@@ -9,6 +9,7 @@ import typer
 
 from fedpriv.checks import one_of
 from fedpriv.cli.app import ConfigFile, DataRoot, LogDiagnostics, Logs, Settings, app
+from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError, require_extra
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def new(
     from fedpriv.experiment.starter import write_starter
 
     path = write_starter(name, source)
-    print(f"made        {path}\nnext        fedpriv run {shlex.quote(str(path))}")
+    say(f"made        {path}\nnext        fedpriv run {shlex.quote(str(path))}")
 
 
 @app.command()
@@ -70,9 +71,7 @@ def run(
     ] = None,
     deploy: Annotated[
         str | None,
-        typer.Option(
-            metavar="CONNECTION", help="Run on real devices: the folder admin of a deployment, or a Flower connection."
-        ),
+        typer.Option(metavar="CONNECTION", help="Run on real devices: folder of a deployment, or a Flower connection."),
     ] = None,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,
@@ -125,7 +124,7 @@ def run(
             deploy=None if deploy is None else _connection(deploy, seeded=test_seeded),
         )
     if summary is None:
-        print(f"done        the run directory is on the server: {directory.resolve()}")
+        say(f"done        the run directory is on the server: {directory.resolve()}")
     else:
         print_summary(summary, directory)
         print_warnings(directory)

@@ -1,6 +1,7 @@
 """The commands `fedpriv sweep`, `compare` and `report`."""
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,9 +11,13 @@ import typer
 
 from fedpriv.checks import one_of
 from fedpriv.cli.app import DataRoot, LogDiagnostics, Logs, app
+from fedpriv.cli.terminal import say
 from fedpriv.errors import require_extra
 
 __all__ = ["trial_warnings"]
+
+# Maximum number of lines about the best settings: one for each promise and problem.
+_BEST = 8
 
 
 @app.command()
@@ -46,17 +51,19 @@ def sweep(
     from fedpriv.sweeps.files import CHOSEN, TRIALS
     from fedpriv.sweeps.live import SweepTable
     from fedpriv.sweeps.run import SweepState, run_sweep
-    from fedpriv.sweeps.table import other_trials
+    from fedpriv.sweeps.table import Best, other_trials
     from fedpriv.sweeps.trial import Tracking, TrialExecution
     from fedpriv.sweeps.tuning import about_tuning
 
     plan = load_sweep(file)
     folder = out or Path("runs") / plan.name
     complaints: dict[str, list[str]] = {}
+    best: list[Best] = []
     with SweepTable() as table:
 
         def watch(state: SweepState) -> None:
             complaints.update(state.complaints)
+            best[:] = state.best
             table(state)
 
         trials = run_sweep(
@@ -80,25 +87,29 @@ def sweep(
         )
     failed = trials[trials["status"] == "failed"]
     for name, reason in list(zip(failed["trial"], failed["reason"], strict=True))[:5]:
-        print(f"failed      {name or 'no experiment'}: {reason}")
+        say(f"failed      {name or 'no experiment'}: {reason}")
     for name, lines in list(complaints.items())[:5]:
-        print(f"not logged  {name}: {lines[-1]}")
+        say(f"not logged  {name}: {lines[-1]}")
     for line in islice(trial_warnings(folder / TRIALS, trials["trial"]), 5):
-        print(line)
+        say(line)
     stopped = list(trials["status"]).count("stopped")
     counts = f"{list(trials['status']).count('done')} done, {len(failed)} failed"
     counts += f", {stopped} stopped early" if stopped else ""
     others = other_trials(trials, folder / TRIALS)
     if others:
         noun = "trial" if others == 1 else "trials"
-        print(f"others      {others} {noun} not in {file}; kept in {folder / TRIALS}, left out of the table")
-    print(
+        say(f"others      {others} {noun} not in {file}; kept in {folder / TRIALS}, left out of the table")
+    say(
         f"trials      {len(trials)}: {counts}\n"
         f"table       {folder / 'trials.csv'}\nresults     fedpriv.load_results({str(folder)!r})"
     )
+    for one in best[:_BEST]:
+        say(f"best        {one}")
+    if plan.tuning is None and best:
+        say(f"report      fedpriv report {shlex.quote(str(folder))}")
     if plan.tuning is not None:
         for sentence in about_tuning(json.loads((folder / CHOSEN).read_bytes())):
-            print(f"tuning      {sentence}")
+            say(f"tuning      {sentence}")
     if len(failed) == len(trials):
         raise typer.Exit(2)
 
@@ -108,23 +119,20 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Run directories.", show_default=False)],
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
-    """Compare finished runs side by side: how their configs differ, and their results."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Compare finished runs: how their configs differ, and their results."""
+    from fedpriv.cli.print_compare import print_comparison
     from fedpriv.experiment.results import compare_runs
 
     table = compare_runs(runs)
     if as_csv:
         print(table.to_csv(), end="")
         return
-    console = Console()
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("", *table.columns):
-        shown.add_column(name, overflow="fold")
-    for name, row in table.iterrows():
-        shown.add_row(str(name), *("" if value is None or value != value else str(value) for value in row))
-    console.print(shown)
+    print_comparison(
+        {
+            str(run): {str(key): "" if value is None or value != value else str(value) for key, value in column.items()}
+            for run, column in table.items()
+        }
+    )
 
 
 @app.command()
@@ -146,7 +154,7 @@ def report(
     from fedpriv.report.write import write_report
 
     page = write_report(folder, out, select=select)
-    print(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
+    say(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
 
 
 def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:

@@ -41,6 +41,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import believed_losses
 from fedpriv.flower.server.faults import message_fault
+from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import (
@@ -58,7 +59,7 @@ from fedpriv.streams import SeededStreams
 
 __all__ = ["Coordinator", "Outcome"]
 
-Happened = Literal["applied", "too few", "reset", "void"]
+Happened = Literal["applied", "too few", "reset", "void", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +72,10 @@ class Outcome:
         counted: Clients with a message in the sum.
         refused: Kind and reason by client.
         invalid: Fault of the message by client.
-        happened: `applied`, `too few`, `reset`, or `void`: the sum could not be unmasked, or left its range.
+        happened: `applied`, `too few`, `reset`, or `void`: the sum could not be unmasked, or left its range;
+            `stopped`: the turn ended the run, and resumption asks the same again.
         total: The sum, and metrics about it.
-        reason: Reason of a void turn.
+        reason: Reason of a turn that is void or stopped.
     """
 
     turn: int
@@ -146,6 +148,9 @@ class Coordinator:
             remedy = "Set it to 1, or choose another sampling: a round that fails reveals who was absent"
             expected = "1 if epsilon requires secret cohorts"
             raise UserError("deployment.min_participants", expected, self.choice.min_participants, remedy)
+        if self.secret_cohorts and self.choice.absent == "leave-out":
+            expected, remedy = '"wait" if epsilon requires secret cohorts', "Omit it: a short turn shows who was asked"
+            raise UserError("deployment.absent", expected, '"leave-out"', remedy)
         if self.secret_cohorts and self.choice.lost_memory in ("reset-all", "stop"):
             expected = "another rule if epsilon requires secret cohorts"
             remedy = 'Set it to "leave-out" or remove it: a visible reaction to a lost memory reveals who was asked'
@@ -441,8 +446,10 @@ class Coordinator:
 
     def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
         expected = f"at least {self.least_messages} valid messages"
-        reasons = [f"client {i} refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())]
-        got = f"{len(valid)}" + (f" ({'; '.join(reasons[:2])})" if reasons else "")
+        reasons = {i: f"client {i}: refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())}
+        lacking = [client for client in self.asked() if client not in valid and client not in refusals]
+        reasons |= {client: f"client {client}: has no usable answer" for client in lacking}
+        got = f"{len(valid)}" + (f" ({in_words(reasons)})" if reasons else "")
         remedy = "Fix the clients and continue with --resume, or change [deployment]"
         return UserError(f"turn {self._broadcast.address}", expected, got, remedy)
 

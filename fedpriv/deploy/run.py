@@ -50,12 +50,17 @@ class Connection:
 
     @classmethod
     def of(cls, given: str) -> "Connection":
-        """Read it from the folder `admin` of a deployment, or by its name from $FLWR_HOME/config.toml.
+        """Read it from a deployment's folder, from `admin` in it, or by its name from $FLWR_HOME/config.toml.
 
         Raises:
             UserError: If there is no such connection, or if it is not encrypted.
         """
         folder = Path(given).expanduser()
+        if (folder / "admin" / "config.toml").is_file():
+            folder /= "admin"
+        elif folder.is_dir() and not (folder / "config.toml").is_file():
+            remedy = "Give the folder that `fedpriv deploy init` made, or admin in it"
+            raise UserError("--deploy", "the folder of a deployment", f"{folder} without a config.toml", remedy)
         home = folder.resolve() if folder.is_dir() else Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
         superlink = read_config_file(home / "config.toml").get("superlink", {})
         tables = superlink if isinstance(superlink, dict) else {}
@@ -63,7 +68,7 @@ class Connection:
         found = tables.get(name)
         if not isinstance(found, dict) or "address" not in found:
             known = ", ".join(key for key, value in tables.items() if isinstance(value, dict)) or "none"
-            remedy = f"Give the folder admin of a deployment, or a connection of {home / 'config.toml'}: {known}"
+            remedy = f"Give the folder of a deployment, admin in it, or a connection of {home / 'config.toml'}: {known}"
             raise UserError("--deploy", "a connection with an address", repr(given), remedy)
         if found.get("insecure"):
             remedy = "Set up TLS with fedpriv deploy init, or use --engine flower for a simulation"

@@ -3,11 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -38,6 +40,7 @@ from fedpriv.flower.messages import (
     refused,
 )
 from fedpriv.flower.refusals import Refusal
+from fedpriv.rounds import Total
 from fedpriv.secure import Masked
 from fedpriv.streams import SystemStreams
 from fedpriv.tables import Record
@@ -54,6 +57,10 @@ _POLL_SECONDS = 0.2
 _RETRY_SECONDS = 5.0
 _QUESTION_SECONDS = 30.0
 _END_SECONDS = 30.0
+# A node asks for work every three seconds.
+_SETTLING_SECONDS = 8.0
+# Maximum number of clients in a line.
+_MAX_NAMED = 20
 
 # Fixed time, after the deadline of a turn with a secret cohort, for reading and summing its answers.
 _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
@@ -70,11 +77,16 @@ class Network:
     Args:
         grid: Connection to the nodes.
         population: Maximum number of clients.
+        nodes: The connected nodes by client id.
+        seen: The clients that have been connected.
+        leave_out: Whether a turn ends without waiting for clients that have never been connected.
     """
 
     grid: Grid
     population: int
     nodes: dict[int, int] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    leave_out: bool = False
     helpers: dict[int, str] = field(default_factory=dict)
     _asked_at: dict[int, float] = field(default_factory=dict)
     _questions: dict[str, int] = field(default_factory=dict)
@@ -117,6 +129,15 @@ class Network:
                 raise UserError("SuperNodes", expected, len(self.nodes), remedy)
             time.sleep(_POLL_SECONDS)
 
+    def settle(self) -> None:
+        """Wait until all clients are connected, or none has connected for some seconds."""
+        end, known = time.monotonic() + _SETTLING_SECONDS, len(self.nodes)
+        while len(self.nodes) < self.population and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+            self.meet()
+            if len(self.nodes) > known:
+                end, known = time.monotonic() + _SETTLING_SECONDS, len(self.nodes)
+
     def wait_for_helpers(
         self,
         pinned: Iterable[bytes],
@@ -157,7 +178,7 @@ class Network:
         asked: dict[str, int] = {}
         answers: dict[int, Message | str] = {}
         send_at = dict.fromkeys(contents, 0.0)
-        while len(answers) < len(contents) and (left := end - time.monotonic()) > 0.0:
+        while self._awaited(contents, answers) and (left := end - time.monotonic()) > 0.0:
             self.meet()
             now = time.monotonic()
             due = [c for c in contents if c not in answers and c in self.nodes and send_at[c] <= now]
@@ -178,6 +199,10 @@ class Network:
             waiting = {message_id: client for message_id, client in waiting.items() if client not in answers}
             time.sleep(_POLL_SECONDS)
         return answers
+
+    def _awaited(self, contents: Mapping[int, RecordDict], answers: Mapping[int, Message | str]) -> bool:
+        """Return whether an answer of some client is still waited for."""
+        return any(c not in answers and (c in self.seen or not self.leave_out) for c in contents)
 
     def ask_helpers(
         self,
@@ -273,6 +298,7 @@ class Network:
             _log.warning("node %d: client %d is already connected: ignored", node, found.client)
         else:
             self.nodes[found.client] = node
+            self.seen.add(found.client)
 
 
 def refuse_full_disk(path: Path, experiment: Experiment) -> None:
@@ -326,7 +352,7 @@ def take_up(
         state=experiment.server.init(experiment.initial_model),
         sums=sums,
     )
-    saved = directory.checkpoint.read(config.digest, recorder.promise)
+    saved = directory.saved(config.digest, recorder.promise)
     if saved is not None:
         _, server, tensors = saved
         coordinator.restore(type(coordinator.state)(**server), tensors)
@@ -356,14 +382,16 @@ def run_turns(
         UserError: If clients are missing at the start, or a turn stops the run; --resume continues it.
     """
     choice = experiment.config.deployment or DeploymentChoice()
-    network = Network(grid, experiment.population.federation.population)
+    network = Network(grid, experiment.population.federation.population, leave_out=choice.absent == "leave-out")
     network.wait_for(max(choice.min_participants, coordinator.least_messages), choice.join_timeout)
+    network.settle()
+    _warn_of_absent(network, coordinator)
 
     book = HeadBook.of_deployment(directory.path)
     coordinator.heads = newer_heads(coordinator.heads, book.heads)
 
     def save() -> None:
-        directory.checkpoint.write(
+        directory.save(
             coordinator.digest, recorder.promise, coordinator.turn, coordinator.state._asdict(), coordinator.save()
         )
         book.keep(coordinator.heads)
@@ -382,9 +410,10 @@ def run_turns(
             save()
             answers = _exchanged(network, coordinator, arrays)
             replies, refusals, failed = _read(answers.items(), received)
-            outcome = coordinator.finish(replies, refusals, _heads(answers))
+            with _noted(directory, network, coordinator, set(replies), refusals, failed):
+                outcome = coordinator.finish(replies, refusals, _heads(answers))
         else:
-            outcome, failed = _secure_turn(network, coordinator, arrays, choice.join_timeout, save)
+            outcome, failed = _secure_turn(network, coordinator, arrays, choice.join_timeout, save, directory)
         save()
         if coordinator.secret_cohorts:
             # The times of the model and of the next turn must not depend on who answers or on the time of the sum.
@@ -399,8 +428,60 @@ def run_turns(
     return recorder.finish(coordinator.state)
 
 
+def _warn_of_absent(network: Network, coordinator: Coordinator) -> None:
+    absent = [client for client in range(network.population) if client not in network.nodes]
+    if not absent:
+        return
+    names = ", ".join(f"{client} (node-{client})" for client in absent[:_MAX_NAMED])
+    more = f" and {len(absent) - _MAX_NAMED} more" if len(absent) > _MAX_NAMED else ""
+    cost, remedy = f"a turn that asks one of them lasts {coordinator.turn_seconds:g} s", ""
+    if coordinator.secret_cohorts:
+        cost = "their messages count as zero"
+    elif network.leave_out:
+        cost = "turns do not wait for them"
+    else:
+        remedy = ', or set deployment.absent = "leave-out" to go on without them'
+    everyone = f"To wait for all at the start, set deployment.min_participants = {network.population}{remedy}"
+    everyone = "" if coordinator.secret_cohorts else f". {everyone}"
+    _log.warning("not connected: clients %s%s; %s%s", names, more, cost, everyone)
+
+
+@contextmanager
+def _noted(
+    directory: RunDirectory,
+    network: Network,
+    coordinator: Coordinator,
+    usable: set[int],
+    refusals: Mapping[int, tuple[str, str]],
+    failed: dict[int, str],
+) -> Iterator[None]:
+    """Write a turn's row also if the turn stops the run; resumption asks the same again, and replaces the row."""
+    asked, turn = coordinator.asked(), coordinator.turn + 1
+    try:
+        yield
+    except UserError as error:
+        outcome = Outcome(
+            turn=turn,
+            happened="stopped",
+            asked=asked,
+            counted=[],
+            refused=dict(refusals),
+            invalid={},
+            total=Total(torch.zeros(0), 0, 0, math.nan),
+            reason=str(error),
+            _unused=tuple(usable),
+        )
+        directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        raise
+
+
 def _secure_turn(
-    network: Network, coordinator: Coordinator, arrays: ModelArrays, patience: float, save: Callable[[], None]
+    network: Network,
+    coordinator: Coordinator,
+    arrays: ModelArrays,
+    patience: float,
+    save: Callable[[], None],
+    directory: RunDirectory,
 ) -> tuple[Outcome, dict[int, str]]:
     """Run a turn under secure aggregation, or its rest; return its outcome, and failures by client.
 
@@ -410,6 +491,7 @@ def _secure_turn(
         arrays: Layout of the model.
         patience: Seconds to wait for helpers that are not connected, before any client is asked.
         save: Writes a checkpoint.
+        directory: The run directory.
 
     Raises:
         UserError: If a helper is missing before the turn; nothing was charged.
@@ -425,7 +507,8 @@ def _secure_turn(
         save()
         answers = _exchanged(network, coordinator, arrays)
         messages, refusals, failed = _read(answers.items(), lambda content: Masked.from_bytes(masked_of(content)))
-        outcome = coordinator.close(messages, refusals, _heads(answers))
+        with _noted(directory, network, coordinator, set(messages), refusals, failed):
+            outcome = coordinator.close(messages, refusals, _heads(answers))
         if outcome is None:
             save()  # a server that forgot U could ask only about another one, which helpers refuse
     closed = coordinator.closed

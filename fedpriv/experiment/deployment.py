@@ -34,6 +34,8 @@ class DeploymentChoice:
             the lost part forever. reset-all: reset all memories. leave-out: stop asking that client. stop: end the run.
             reset-all and stop are refused if cohorts are secret.
         join_timeout: Seconds to wait at the start for `min_participants` clients.
+        absent: wait: a turn lasts until its deadline if it asks a client that has never connected. leave-out: it ends
+            when all others have answered; the client is asked as soon as it connects. Refused if cohorts are secret.
     """
 
     deadline: float | None = None
@@ -41,6 +43,7 @@ class DeploymentChoice:
     too_few: Literal["skip", "stop"] = "skip"
     lost_memory: LostMemoryRule = field(default="method", metadata={"formerly": _FORMERLY})
     join_timeout: float = 300.0
+    absent: Literal["wait", "leave-out"] = field(default="wait", metadata={"absent_by_default": True})
 
     def __post_init__(self) -> None:
         for key in ("deadline", "join_timeout"):

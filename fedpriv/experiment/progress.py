@@ -10,7 +10,16 @@ from fedpriv.experiment.learned import Complaints
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record
 
-__all__ = ["RoundProgress"]
+__all__ = ["RoundProgress", "pace"]
+
+
+def pace(clients_per_second: float) -> str:
+    """Return a speed as text: clients per second, or the seconds of a client if that is slow; empty for no client."""
+    if clients_per_second <= 0.0:
+        return ""
+    slow = clients_per_second < 1.0
+    number = 1.0 / clients_per_second if slow else clients_per_second
+    return f"{number:.{0 if number >= 10.0 else 1}f} {'s/client' if slow else 'clients/s'}"
 
 
 class RoundProgress:
@@ -47,7 +56,8 @@ class RoundProgress:
         self._progress.start()
         complaint = self._complaints(diagnostics)
         if complaint:
-            self._progress.console.print(f"warning     {complaint}", style="yellow", highlight=False, soft_wrap=True)
+            whole = not self._progress.console.is_terminal  # terminals break lines within words
+            self._progress.console.print(f"warning     {complaint}", style="yellow", highlight=False, soft_wrap=whole)
         self._latest |= {key: value for key, value in {**diagnostics, **released}.items() if value is not None}
         self._progress.update(self._task, completed=released["round"], description=self._description())
 
@@ -61,11 +71,11 @@ class RoundProgress:
             *((f"{key.removeprefix('test_')} {{:.3f}}", key) for key in scores),
             ("eps {}", "epsilon"),
             ("clock {:.0f} s", "simulated_seconds"),
-            ("{:.0f} clients/s", "clients_per_second"),
         )
         unprotected = self._latest.get("not_covered", ())
-        return " ".join(
+        parts = [
             form.format(shown[key]) + (" (not covered)" if key in unprotected else "")
             for form, key in metrics
             if key in shown
-        )
+        ]
+        return " ".join(filter(None, (*parts, pace(shown.get("clients_per_second", 0.0)))))

@@ -182,10 +182,9 @@ class Recorder:
         except StopRun as stop:
             stopped = stop
         if client_states is not None and (stopped is not None or self._checkpoint_due(round)):
-            self.directory.sync("rounds.jsonl", "diagnostics.jsonl")
             digest, server = self.experiment.config.digest, state._asdict()
             server |= {f"{OLDER}{number}": model for number, model in (older or {}).items()}
-            self.directory.checkpoint.write(digest, self.promise, round, server, client_states())
+            self.directory.save(digest, self.promise, round, server, client_states())
             self._saved_at = time.monotonic()
         if stopped is not None:
             raise stopped

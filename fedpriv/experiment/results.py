@@ -1,9 +1,11 @@
 """Read runs back as tidy tables."""
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError, safe_open
@@ -13,6 +15,7 @@ from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import CLIENTS_FILE, HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
+from fedpriv.tables import Record
 from fedpriv.vectors import Layout
 
 __all__ = ["compare_runs", "load_model", "load_results"]
@@ -28,18 +31,38 @@ def load_results(path: Path | str) -> pd.DataFrame:
         Columns `run` (the directory's path relative to `path`), every key of the config as `table.key` (such as
         `privacy.trust`), `engine`, the values of `heterogeneity.json` as `heterogeneity.label_tv` and so on, those of
         `[evaluation]` as `clients.accuracy.worst_decile` and so on, and the columns of `rounds.jsonl` and
-        `diagnostics.jsonl`; missing values are NaN. `not_covered` lists the scores that a run's epsilon does not cover,
-        separated by commas.
+        `diagnostics.jsonl`. Missing values are NaN; numbers are then float64. Lists are text, separated by commas, such
+        as `not_covered`, the scores that a run's epsilon does not cover.
 
     Raises:
-        UserError: If there is no run.
+        UserError: If there is no run, or if a run's file is damaged or lacks rows.
     """
     root = Path(path)
     directories = sorted(file.parent for file in root.rglob("config.toml") if (file.parent / "rounds.jsonl").exists())
     if not directories:
         expected = "a run directory, or a folder of run directories"
         raise UserError(str(root), expected, "a folder without runs", "Create one with: fedpriv run CONFIG")
-    return pd.concat([_one_run(folder, root) for folder in directories], ignore_index=True)
+    rows = [row for folder in directories for row in _one_run(folder, root)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pd.DataFrame({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[object]) -> "pd.Series[Any]":
+    """Return a column: of float64 if it holds numbers and some are missing; other missing values are NaN.
+
+    A column without any value has numbers: what a run does not compute, such as the epsilon of one without privacy.
+    """
+    there = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in there):
+        return pd.Series(values, dtype=None if len(there) == len(values) else "float64")
+    return pd.Series([math.nan if value is None else _hashable(value) for value in values])
+
+
+def _hashable(value: object) -> object:
+    """Return lists as text, separated by commas, and tables as JSON, by which rows can be grouped."""
+    if isinstance(value, list) and not any(isinstance(item, list | dict) for item in value):
+        return ", ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def load_model(path: Path | str) -> dict[str, Tensor]:
@@ -111,23 +134,27 @@ def _shown(key: str, value: object) -> object:
     return float(rounded_up(value) if key == "epsilon" else f"{value:.6g}")
 
 
-def _one_run(folder: Path, root: Path) -> pd.DataFrame:
+def _one_run(folder: Path, root: Path) -> list[Record]:
     directory = RunDirectory(folder)
-    released = pd.DataFrame(directory.rows("rounds.jsonl"))
-    if "not_covered" in released:
-        released["not_covered"] = released["not_covered"].map(", ".join)
-    diagnostics = pd.DataFrame(directory.rows("diagnostics.jsonl"), columns=_columns(directory))
-    table = released.merge(diagnostics, on="round", how="left")
+    released = directory.rows("rounds.jsonl")
+    diagnostics = {row["round"]: row for row in directory.rows("diagnostics.jsonl")}
     config = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
     summary = directory.read_json("summary.json") or {}
+    _require_all_rounds(directory, [row["round"] for row in released], summary.get("rounds"))
     measured = metrics_of(directory.read_json(HETEROGENEITY_FILE) or {})
-    clients_differ = {f"heterogeneity.{key}": value for key, value in measured.items()}
+    clients_differ: Record = {f"heterogeneity.{key}": value for key, value in measured.items()}
     found = (directory.read_json(CLIENTS_FILE) or {}).get("distribution", {})
     clients_differ |= {f"clients.{key}.{name}": value for key, row in found.items() for name, value in row.items()}
     constants = {"run": str(folder.relative_to(root)), "engine": summary.get("engine"), **config, **clients_differ}
-    return pd.DataFrame({key: [value] * len(table) for key, value in constants.items()}).join(table)
+    return [{**constants, **row, **diagnostics.get(row["round"], {})} for row in released]
 
 
-def _columns(directory: RunDirectory) -> list[str]:
-    rows = directory.rows("diagnostics.jsonl")
-    return list(rows[0]) if rows else ["round"]
+def _require_all_rounds(directory: RunDirectory, found: list[int], rounds: int | None) -> None:
+    """Raise UserError unless there is a row for every round: to the last recorded one, or to `rounds` if not None."""
+    wanted = range((found[-1] if rounds is None else rounds) + 1) if found or rounds is not None else range(0)
+    if found != list(wanted):
+        lacking = sorted(set(wanted) - set(found))
+        got = f"rows without round {lacking[0]}" if lacking else f"{len(found)} rows, in another order"
+        remedy = "Restore the file from a copy, or move the run out of the folder"
+        expected = f"one row for each round from 0 to {wanted[-1]}, in order"
+        raise UserError(str(directory.file("rounds.jsonl")), expected, got, remedy)

@@ -102,7 +102,7 @@ def _take_up(
     """
     last, state = 0, experiment.server.init(experiment.initial_model)
     older: dict[int, Tensor] = {}
-    saved = directory.checkpoint.read(experiment.config.digest, promise)
+    saved = directory.saved(experiment.config.digest, promise)
     if saved is not None:
         last, server, client = saved
         engine.restore(client)

@@ -1,5 +1,6 @@
 """The run directory: the files that a run writes, and how to read them back."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,13 +85,30 @@ _SAFETENSORS_TYPES = {
 }
 
 
+# The last tensor of a checkpoint: the SHA-256 of all bytes before it.
+_SEAL = "~sha256"
+_SEAL_BYTES = 32
+_CHUNK = 1 << 20
+
+
+def _sealed(pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Yield a file's pieces, with the SHA-256 of the others in place of the last one."""
+    found, held = hashlib.sha256(), next(pieces)
+    for piece in pieces:
+        found.update(held)
+        yield held
+        held = piece
+    yield found.digest()
+
+
 class Checkpoint:
     """One file with everything needed to resume a run: the server's state, the clients' states, the round.
 
-    Tensors are named `server.FIELD` and `client.FIELD`; round and digest are in the file's metadata.
+    Tensors are named `server.FIELD` and `client.FIELD`; round, digest and the checksums of the recorded rows are in the
+    file's metadata. The file ends with a checksum of its bytes.
     """
 
-    VERSION = "1"
+    VERSION = "2"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,12 +120,25 @@ class Checkpoint:
         round: int,
         server: dict[str, Tensor],
         client: dict[str, Tensor],
+        rows: "dict[str, RowsSum] | None" = None,
     ) -> None:
-        """Replace the checkpoint by the state after `round`; `promise` must stay the same until the end of the run."""
+        """Replace the checkpoint by the state after `round`; `promise` must stay the same until the end of the run.
+
+        Args:
+            digest: The experiment.
+            promise: Its data and privacy terms.
+            round: The last finished round.
+            server: The server's state.
+            client: The clients' states.
+            rows: The checksums of the files of rows, by name.
+        """
         tensors = {f"server.{k}": v for k, v in server.items()} | {f"client.{k}": v for k, v in client.items()}
+        sums = {name: (rows.length, rows.hexdigest) for name, rows in (rows or {}).items()}
         metadata = {"version": self.VERSION, "digest": digest, "promise": promise, "round": str(round)}
+        metadata["rows"] = json.dumps(sums)
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_pieces_atomically(self.path, safetensors_pieces(contiguous, metadata), mode_of(self.path.name))
+        contiguous[_SEAL] = torch.zeros(_SEAL_BYTES, dtype=torch.uint8)
+        write_pieces_atomically(self.path, _sealed(safetensors_pieces(contiguous, metadata)), mode_of(self.path.name))
 
     def round(self) -> int | None:
         """Return the round of the checkpoint, without reading its tensors; None if there is no checkpoint.
@@ -133,14 +164,15 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
+        remedy = "Restore the file from a copy, or start again with a new --out"
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                str(self.path), "an undamaged checkpoint", str(error), "Start again with a new --out"
-            ) from None
+            raise UserError(str(self.path), "an undamaged checkpoint", str(error), remedy) from None
+        if metadata.get("version") == self.VERSION and not self._whole():
+            raise UserError(str(self.path), "an undamaged checkpoint", "bytes that differ from its checksum", remedy)
         if metadata.get("version") != self.VERSION or metadata.get("digest") != digest:
             raise UserError(str(self.path), "this experiment's checkpoint", str(metadata), "Choose another --out")
         if metadata.get("promise") != promise:
@@ -151,6 +183,43 @@ class Checkpoint:
             raise UserError(str(self.path), f"the same privacy terms and data {expected}", got, remedy)
         parts = {side: _part(tensors, side) for side in ("server.", "client.")}
         return int(metadata["round"]), parts["server."], parts["client."]
+
+    def rows(self) -> dict[str, tuple[int, str]]:
+        """Return length (bytes) and SHA-256 of each file of rows when the checkpoint was written, by name."""
+        with safe_open(str(self.path), framework="pt") as file:
+            return json.loads((file.metadata() or {})["rows"])
+
+    def _whole(self) -> bool:
+        """Return whether the file ends with the checksum of its other bytes."""
+        with self.path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size - _SEAL_BYTES
+            return _digest_of(file, length).digest() == file.read()
+
+
+class RowsSum:
+    """The length (bytes) and the SHA-256 of a file of rows, kept up to date as rows are appended."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.length, self._sum = len(content), hashlib.sha256(content)
+
+    def add(self, line: bytes) -> None:
+        """Add an appended line."""
+        self.length += len(line)
+        self._sum.update(line)
+
+    @property
+    def hexdigest(self) -> str:
+        """The SHA-256 so far."""
+        return self._sum.hexdigest()
+
+
+def _digest_of(file: BinaryIO, length: int) -> "hashlib._Hash":
+    """Return the SHA-256 of the next `length` bytes of a file, or of all if there are fewer."""
+    found = hashlib.sha256()
+    while length > 0 and (piece := file.read(min(_CHUNK, length))):
+        found.update(piece)
+        length -= len(piece)
+    return found
 
 
 def _part(tensors: dict[str, Tensor], side: str) -> dict[str, Tensor]:
@@ -198,6 +267,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = Checkpoint(path / "checkpoint.safetensors")
+        self._sums: dict[str, RowsSum] = {}
 
     def file(self, name: str) -> Path:
         """Return the path of one of the run's files."""
@@ -294,8 +364,13 @@ class RunDirectory:
 
     def append(self, name: str, row: Table) -> None:
         """Append one row to a JSON-lines file."""
+        line = (json.dumps(jsonable(row)) + "\n").encode()
         with open_to_append(self.file(name), mode_of(name)) as file:
-            file.write((json.dumps(jsonable(row)) + "\n").encode())
+            known = self._sums.get(name)
+            if known is None or known.length != os.fstat(file.fileno()).st_size:
+                known = self._sums[name] = RowsSum(self.file(name).read_bytes())
+            file.write(line)
+        known.add(line)
 
     def rows(self, name: str) -> list[Record]:
         """Return the complete rows of a JSON-lines file. Skips a torn last line; raises UserError for a damaged one."""
@@ -307,14 +382,33 @@ class RunDirectory:
             raise UserError(str(path), "rows with a round", "a row without one", "Start again with a new --out")
         return rows
 
-    def sync(self, *names: str) -> None:
-        """Sync files to disk."""
-        for name in names:
+    def save(self, digest: str, promise: str, round: int, server: dict[str, Tensor], client: dict[str, Tensor]) -> None:
+        """Write the checkpoint, with the checksums of the rows before it; see `Checkpoint.write`."""
+        for name in self._sums:
             with self.file(name).open("rb") as file:
                 os.fsync(file.fileno())
+        self.checkpoint.write(digest, promise, round, server, client, self._sums)
+
+    def saved(self, digest: str, promise: str) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
+        """Return what `Checkpoint.read` returns, if the rows before the checkpoint are there, unchanged.
+
+        Raises:
+            UserError: If the checkpoint is damaged or does not fit, or if rows are missing or were changed.
+        """
+        found = self.checkpoint.read(digest, promise)
+        for name, (length, wanted) in ({} if found is None else self.checkpoint.rows()).items():
+            path = self.file(name)
+            content = path.read_bytes()[:length] if path.exists() else b""
+            if RowsSum(content).hexdigest != wanted:
+                got = "a missing file" if not path.exists() else "rows that are missing or were changed"
+                remedy = "Restore the file from a copy, or start again with a new --out"
+                raise UserError(str(path), "the rows before the checkpoint", got, remedy)
+        return found
 
     def keep_rows(self, name: str, last_round: int) -> list[Record]:
         """Drop the rows of rounds after `last_round` and return the remaining ones."""
         kept = [row for row in self.rows(name) if row["round"] <= last_round]
-        self.write_text(name, "".join(json.dumps(row) + "\n" for row in kept))
+        content = "".join(json.dumps(row) + "\n" for row in kept)
+        self.write_text(name, content)
+        self._sums[name] = RowsSum(content.encode())
         return kept

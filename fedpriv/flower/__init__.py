@@ -17,6 +17,8 @@ from fedpriv.errors import require_extra
 
 if TYPE_CHECKING:
     from clients import private_mod
+    from fedpriv.flower.legacy import legacy_mod
+    from fedpriv.flower.legacy_server import PrivateServer
     from strategies import (
         Agreement,
         AlphaNormEC,
@@ -42,9 +44,14 @@ __all__ = [
     "MethodStrategy",
     "NormalizedSGD",
     "Privacy",
+    "PrivateServer",
     "frozen_arrays",
+    "legacy_mod",
     "private_mod",
 ]
+
+
+_LEGACY = {"PrivateServer": "fedpriv.flower.legacy_server", "legacy_mod": "fedpriv.flower.legacy"}
 
 
 def __getattr__(name: str) -> Any:
@@ -52,6 +59,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_extra(f"from {__name__} import {name}", "flower", ["flwr"])
+    if name in _LEGACY:
+        return getattr(importlib.import_module(_LEGACY[name]), name)
     return getattr(_ours("clients" if name == "private_mod" else "strategies"), name)
 
 

@@ -169,7 +169,8 @@ def _released(directory: RunDirectory, rows: Sequence[Record]) -> int:
     file = directory.file("rounds.jsonl")
     if rows and not file.read_bytes().endswith(b"\n"):
         recorded += 1
-    turns = max((row["round"] for row in directory.rows(_PARTICIPATION)), default=0)
+    taken = (row["round"] for row in directory.rows(_PARTICIPATION) if row.get("happened") != "stopped")
+    turns = max(taken, default=0)
     return max(recorded, turns, directory.checkpoint.round() or 0)
 
 

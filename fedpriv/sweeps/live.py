@@ -15,6 +15,8 @@ __all__ = ["SweepTable"]
 
 # Maximum number of running trials in the table.
 _SHOWN = 12
+# Maximum number of lines about the best settings.
+_LEADERS = 3
 # Seconds between two lines of progress, if the output is a file instead of a terminal.
 _PAUSE = 30.0
 
@@ -47,6 +49,8 @@ class SweepTable:
         now = time.monotonic()
         if not self._live.console.is_terminal and now - self._wrote_at >= _PAUSE:
             self._live.console.print(_progress(state))
+            for best in state.best[:_LEADERS]:
+                self._live.console.print(Text(f"best so far: {best}"))
             self._wrote_at = now
 
     def _render(self, state: SweepState) -> Group:
@@ -55,7 +59,7 @@ class SweepTable:
             table.add_row(Text(name), Text(label))
         bar = Table.grid()
         bar.add_row(ProgressBar(total=max(state.total, 1), completed=state.ended, width=40))
-        return Group(bar, _progress(state), table)
+        return Group(bar, _progress(state), *(Text(f"best so far: {best}") for best in state.best[:_LEADERS]), table)
 
 
 def _progress(state: SweepState) -> Text:

@@ -27,7 +27,7 @@ from fedpriv.sweeps.config import Sweep, Trial
 from fedpriv.sweeps.files import CHOSEN, DRAWN, FAILURE, GROUPS, STOPPED, TRIALS, status_of
 from fedpriv.sweeps.jobs import Began, Ended, Job
 from fedpriv.sweeps.stopping import group_of
-from fedpriv.sweeps.table import TrialsTable, label
+from fedpriv.sweeps.table import Best, TrialsTable, label
 from fedpriv.sweeps.trial import DiskTrouble, Manner, Tracking, TrialExecution, run_trial
 from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials, score_of, scored_on
 from fedpriv.sweeps.tuning_score import noised_scores, streams_of
@@ -52,6 +52,7 @@ class SweepState:
         before: Number of these three kinds at the start of this session.
         running: Labels of running trials, by name.
         complaints: Complaints of trackers, by name of the trial.
+        best: The best settings so far; empty in a tuning, whose trials stay secret.
         began: Start of this session, on the monotonic clock (seconds).
     """
 
@@ -62,6 +63,7 @@ class SweepState:
     before: int = 0
     running: dict[str, str] = field(default_factory=dict)
     complaints: dict[str, list[str]] = field(default_factory=dict)
+    best: list[Best] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -142,6 +144,7 @@ def run_sweep(
         for status in table.statuses():
             state.count(status)
         state.before = state.ended
+        state.best = [] if sweep.tuning is not None else table.best()
         manner = Manner(
             options={"engine": execution.engine, "device": execution.device, "data_root": root},
             threads=execution.threads,
@@ -155,6 +158,8 @@ def run_sweep(
                 for happened in happenings:
                     if happened is not None:
                         _note(happened, state, table, left)
+                        if sweep.tuning is None and happened[1] == "done":
+                            state.best = table.best()
                     if watch is not None:
                         watch(state)
                     table.write_now_and_then()
@@ -164,6 +169,8 @@ def run_sweep(
                     table.changed(name)
                 table.write()
             raise
+        if watch is not None:
+            watch(state)
         written = table.write()
         if sweep.tuning is not None and plan is not None:
             chosen = _select(sweep.tuning, plan, trials, written, folder, execution.device, root)

@@ -1,7 +1,8 @@
 """The table of a sweep's trials, `trials.csv`, built from their folders."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -13,22 +14,86 @@ from fedpriv.sweeps.config import Trial
 from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
 from fedpriv.tables import Record
 
-__all__ = ["TrialsTable", "label", "other_trials"]
+__all__ = ["Best", "TrialsTable", "best_settings", "label", "other_trials"]
 
 _METRICS = ("epsilon", "rounds", "population", "parameters", "seconds")
+# The tables of a config whose values make the promise and the problem. Settings compete within one of each.
+_PROBLEM = ("privacy", "data", "task", "devices")
 # Writing takes about this share of the time at most, for any number of trials.
 _SHARE = 0.01
 
 
 def label(trial: Trial) -> str:
     """Return a short label with a trial's changes."""
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in flat_tables(trial.changes).items())
+    return _values(flat_tables(trial.changes))
 
 
 def other_trials(table: pd.DataFrame, trials: Path) -> int:
     """Return the number of trial folders that are not, or no longer, in the table."""
     names = set(table["trial"])
     return sum(folder.name not in names for folder in trials.iterdir())
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best setting of a sweep, among those with one promise and one problem.
+
+    Args:
+        within: The values of the axes that make the promise and the problem; empty if the sweep has one of each.
+        setting: The values of the other axes, without the seed.
+        score: The name of the score.
+        value: Its mean over the seeds that are done.
+        seeds: Their number.
+        covered: False if the promise does not cover the score.
+    """
+
+    within: str
+    setting: str
+    score: str
+    value: float
+    seeds: int
+    covered: bool
+
+    def __str__(self) -> str:
+        within = f" ({self.within})" if self.within else ""
+        mean = f", mean of {self.seeds} seeds" if self.seeds > 1 else ""
+        unprotected = "" if self.covered else "; NOT covered by epsilon"
+        return f"{self.setting or 'the only setting'}{within}: {self.score} {self.value:.4g}{mean}{unprotected}"
+
+
+def best_settings(rows: Mapping[str, Record], trials: Mapping[str, Trial]) -> list[Best]:
+    """Return the best setting for each promise and problem of a sweep, by the mean score over seeds.
+
+    The score is that of the held-out examples if there are some, otherwise that of the test set.
+
+    Args:
+        rows: Rows of the table, by the trial's name; only finished trials count.
+        trials: Trials by name.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    about: dict[str, tuple[str, bool, bool]] = {}
+    for name, row in rows.items():
+        config, changes = trials[name].config, flat_tables(trials[name].changes)
+        score = f"{'test' if config.data.validation is None else 'validation'}_{config.task.selects.name}"
+        if row["status"] != "done" or row.get(score) is None:
+            continue
+        common = {key: value for key, value in changes.items() if key.partition(".")[0] in _PROBLEM}
+        within = _values(common)
+        setting = _values({key: value for key, value in changes.items() if key not in common and key != "seed"})
+        found.setdefault(within, {}).setdefault(setting, []).append(row[score])
+        covered = score not in row.get("not_covered", "").split(", ")
+        about[within] = (score, config.task.selects.better == "higher", covered)
+    best = []
+    for within, settings in found.items():
+        score, higher, covered = about[within]
+        means = {setting: sum(values) / len(values) for setting, values in settings.items()}
+        setting = (max if higher else min)(means, key=means.__getitem__)
+        best.append(Best(within, setting, score, means[setting], len(settings[setting]), covered))
+    return best
+
+
+def _values(changes: Mapping[str, object]) -> str:
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
 
 
 class TrialsTable:
@@ -62,6 +127,10 @@ class TrialsTable:
         """Yield the status of each trial."""
         for row in (*self._rows.values(), *self._refused):
             yield row["status"]
+
+    def best(self) -> list[Best]:
+        """Return the best setting so far for each promise and problem."""
+        return best_settings(self._rows, self._named)
 
     def changed(self, name: str) -> None:
         """Reread the row of a trial that has ended."""

@@ -158,5 +158,5 @@ def test_who_holds_what_is_shown_without_a_picture(
     with pytest.raises(SystemExit) as stopped:
         main(["data", "own.toml", "--out", "found"])
     assert stopped.value.code == 0
-    assert "picture  none: install 'fedpriv[report]' to draw it" in capsys.readouterr().out
+    assert "picture     none: install 'fedpriv[report]' to draw it" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "found").iterdir()] == ["clients.csv"]

@@ -1,6 +1,7 @@
 """Server and client apps together, message by message: exact results, counting, resumption, foreign answers."""
 
 import json
+import logging
 import os
 import shutil
 import tomllib
@@ -252,6 +253,9 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
     grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local", hook=hook)
     with pytest.raises(UserError, match="turn 3: expected at least 4 valid messages, got 3"):
         run_server(grid, toml, tmp_path / "out", **seeded)
+    stopped = rows(tmp_path / "out")[-1]
+    assert (stopped["round"], stopped["happened"], stopped["late"], stopped["counted"]) == (3, "stopped", [2], [])
+    assert "client 2: has no usable answer" in stopped["reason"]
     away[0] = False
     with pytest.raises(UserError, match="Add --resume"):
         run_server(grid, toml, tmp_path / "out", **seeded)
@@ -262,6 +266,35 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
     for node in range(4):
         lines = (tmp_path / "nodes" / f"node-{node}" / "state" / "ledger.jsonl").read_text().splitlines()
         assert [json.loads(line)["turn"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("absent", ["wait", "leave-out"])
+def test_clients_that_never_connected_are_named_and_left_out_on_demand(
+    absent: str, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="local")
+    away, ids = grid.order[2], grid.get_node_ids
+    monkeypatch.setattr(grid, "get_node_ids", lambda: [node for node in ids() if node != away])
+    began = clock.now
+    rules = "" if absent == "wait" else f'absent = "{absent}"'
+    run_server(grid, config(rounds=2, deadline=500.0, rules=rules), tmp_path / "out")
+    assert "not connected: clients 2 (node-2); " in caplog.text
+    if absent == "wait":
+        assert 'set deployment.absent = "leave-out" to go on without them' in caplog.text
+        assert clock.now - began >= 1000.0
+    else:
+        assert "turns do not wait for them" in caplog.text
+        assert clock.now - began < 100.0
+    assert [row["counted"] for row in rows(tmp_path / "out")] == [[0, 1, 3]] * 2
+    assert [row["gone"] for row in rows(tmp_path / "out")] == [[2]] * 2
+
+
+def test_turns_of_secret_cohorts_leave_nobody_out(tmp_path: Path) -> None:
+    grid = DeploymentGrid(tmp_path / "nodes", 4, {}, trust="central")
+    toml = config(trust="central", cohort='sampling = "poisson"\nprobability = 0.6', rules='absent = "leave-out"')
+    with pytest.raises(UserError, match=r'deployment\.absent: expected "wait" if epsilon requires secret cohorts'):
+        run_server(grid, toml, tmp_path / "out")
 
 
 class ServerDied(BaseException):

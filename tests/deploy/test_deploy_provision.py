@@ -19,6 +19,7 @@ from flwr.cli.supernode.register import try_load_public_key
 from fedpriv.cli import main
 from fedpriv.deploy.device.folder import NodeSettings
 from fedpriv.deploy.device.policy import load_policy
+from fedpriv.deploy.run import Connection
 from fedpriv.deploy.setup.certificates import Authority, Pair
 from fedpriv.deploy.setup.check import check_folder
 from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment, renew_certificate
@@ -103,6 +104,13 @@ def test_a_host_may_be_an_address(tmp_path, host, address):
     greets(strict(folder / "ca" / "ca.crt"), folder / "server" / "server.pem", folder / "server" / "server.key", host)
     assert NodeSettings.read(folder / "node-0" / "node.toml").superlink == address
     assert all(finding.state == "ok" for found in check_folder(folder, connect=False).values() for finding in found)
+
+
+def test_a_run_takes_the_folder_that_check_takes(made, tmp_path):
+    assert Connection.of(str(made)) == Connection.of(str(made / "admin"))
+    assert Connection.of(str(made)).home == (made / "admin").resolve()
+    with pytest.raises(UserError, match=r"--deploy: expected the folder of a deployment, got .*Give the folder that"):
+        Connection.of(str(tmp_path))
 
 
 def test_node_keys_are_those_that_flower_takes(made):

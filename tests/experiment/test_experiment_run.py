@@ -26,7 +26,7 @@ from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import EngineName
 from fedpriv.experiment.run import run_experiment
-from fedpriv.experiment.run_directory import FILES, RunDirectory
+from fedpriv.experiment.run_directory import FILES, Checkpoint, RunDirectory
 from fedpriv.files import write_atomically
 from fedpriv.privacy.accounting import Releases
 from fedpriv.rounds import begin_round, finish_round
@@ -209,6 +209,69 @@ def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"checkpoint\.safetensors"):
         run_experiment(small(), tmp_path, resume=True)
+
+
+def flip_a_byte(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [-1, -40, 100])
+def test_a_byte_of_a_checkpoint_that_changed_is_noticed(tmp_path: Path, place: int):
+    path = tmp_path / "checkpoint.safetensors"
+    states = {"a": torch.arange(12.0)}
+    Checkpoint(path).write("digest", "promise", 3, states, states)
+    assert Checkpoint(path).read("digest", "promise") is not None
+    flip_a_byte(path, place)
+    with pytest.raises(UserError, match="expected an undamaged checkpoint"):
+        Checkpoint(path).read("digest", "promise")
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "diagnostics.jsonl"])
+@pytest.mark.parametrize("damage", ["file", "row", "digit"])
+def test_rows_that_a_run_lost_are_noticed_when_it_is_resumed(tmp_path: Path, name: str, damage: str):
+    directory = RunDirectory(tmp_path)
+    for number in range(3):
+        directory.append(name, {"round": number, "seconds": 1.5})
+    directory.save("digest", "promise", 2, {}, {})
+    directory.append(name, {"round": 3, "seconds": 1.5})
+    again = RunDirectory(tmp_path)
+    assert again.saved("digest", "promise") is not None
+    again.keep_rows(name, 2)
+    assert again.saved("digest", "promise") is not None
+    path, lines = tmp_path / name, (tmp_path / name).read_text().splitlines(keepends=True)
+    changed = {"row": lines[0] + lines[2], "digit": "".join(lines).replace("1.5", "7.5")}
+    path.unlink() if damage == "file" else path.write_text(changed[damage])
+    with pytest.raises(UserError, match=rf"{name}: expected the rows before the checkpoint"):
+        again.saved("digest", "promise")
+
+
+@pytest.mark.parametrize("lost", [0, 3, 12])
+def test_a_finished_run_that_lost_a_row_is_not_read(tmp_path: Path, lost: int):
+    run_experiment(small(), tmp_path)
+    rows = (tmp_path / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rounds.jsonl").write_text("".join(rows[:lost] + rows[lost + 1 :]))
+    with pytest.raises(UserError, match=f"for each round from 0 to 12, in order, got rows without round {lost}"):
+        fedpriv.load_results(tmp_path)
+
+
+def test_numbers_of_results_are_numbers_and_cells_can_be_grouped(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("fedpriv.experiment.recorder.plot_curves", lambda *_, **__: None)
+    private = small("training.rounds=2", "training.evaluate_every=2", 'task.metrics=["accuracy", "f1"]')
+    run_experiment(private, tmp_path / "private")
+    run_experiment(small("training.rounds=1", "privacy="), tmp_path / "plain")
+    table = fedpriv.load_results(tmp_path)
+    for key in ("epsilon", "signal_to_noise", "test_f1", "test_loss", "privacy.epsilon"):
+        assert table[key].dtype == np.float64, key
+    assert table["round"].dtype == np.int64
+    assert np.isfinite(table["epsilon"]).tolist() == [False, False, True, True, True]
+    assert table.groupby("task.metrics")["epsilon"].max().to_dict() == {"accuracy, f1": table["epsilon"].max()}
+    for name in table.columns.tolist():
+        table.groupby(name).size()
+    plain = fedpriv.load_results(tmp_path / "plain")
+    assert plain["epsilon"].dtype == np.float64
+    assert plain["epsilon"].isna().all()
 
 
 def test_the_same_experiment_twice_gives_the_same_bits(tmp_path: Path):

@@ -10,7 +10,7 @@ from support.report_runs import CENTRAL, DEVICES, fedavg, run_trial
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
-from fedpriv.experiment.progress import RoundProgress
+from fedpriv.experiment.progress import RoundProgress, pace
 from fedpriv.experiment.results import compare_runs
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import rounded_up
@@ -40,6 +40,7 @@ def record(
     told = {"method": "dp-fedavg", "population": 20, "rounds": 1, "test_accuracy": 0.5, "test_loss": 1.0}
     directory.write_json("privacy.json", promise)
     directory.write_json("summary.json", {**told, **promise, **(summary or {})})
+    directory.append("rounds.jsonl", {"round": 0, "test_accuracy": 0.1, "test_loss": 2.0, "epsilon": 0.0})
     directory.append("rounds.jsonl", {"round": 1, "test_accuracy": 0.5, "test_loss": 1.0, "epsilon": 7.99})
     return folder
 
@@ -152,10 +153,25 @@ def test_people_are_never_shown_a_smaller_epsilon(tmp_path: Path) -> None:
         assert shown._description() == words
     shown.__exit__(None, None, None)
     without = RoundProgress(3)
-    without({"round": 1, "epsilon": None}, {})
+    without({"round": 1, "epsilon": None}, {"clients_per_second": 0.0})
     assert without._description() == ""
     without.__exit__(None, None, None)
     assert list(compare_runs([record(tmp_path / "b", plan={"epsilon": None})]).loc["epsilon"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (0.0, ""),
+        (0.003, "333 s/client"),
+        (1 / 30.33, "30 s/client"),
+        (0.4, "2.5 s/client"),
+        (1.0, "1.0 clients/s"),
+        (12345.6, "12346 clients/s"),
+    ],
+)
+def test_a_slow_run_has_a_speed_and_none_has_no_zero(rate: float, words: str) -> None:
+    assert pace(rate) == words
 
 
 def test_the_report_marks_every_figure_that_only_a_simulation_has(tmp_path: Path) -> None:

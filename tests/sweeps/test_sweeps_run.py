@@ -24,10 +24,11 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.results import compare_runs
 from fedpriv.files import write_pieces_atomically
 from fedpriv.sweeps import local_jobs, ray_jobs
-from fedpriv.sweeps.config import Axis, load_sweep
+from fedpriv.sweeps.config import Axis, Trial, load_sweep
 from fedpriv.sweeps.jobs import Ended, Job, JobDied
 from fedpriv.sweeps.live import SweepTable
 from fedpriv.sweeps.run import SweepState, run_sweep
+from fedpriv.sweeps.table import Best, best_settings
 from fedpriv.sweeps.trial import Tracking, TrialExecution
 
 SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
@@ -479,10 +480,41 @@ def test_the_live_table_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -
     with SweepTable() as table:
         state = SweepState(total=10, done=2, failed=1, stopped=1, before=0, began=time.monotonic() - 40.0)
         state.running["abc"] = "seed=1 beta=0.1"
+        state.best = [Best("", "beta=0.1", "test_accuracy", 0.5, 3, covered=True)]
         table(state)
     shown = capsys.readouterr().err
     assert "4 of 10 trials: 2 done, 1 failed, 1 stopped early, 1 min 00 s left" in shown
+    assert "best so far: beta=0.1: test_accuracy 0.5, mean of 3 seeds" in shown
     assert "beta=0.1" in shown
+
+
+def trial_row(score: float | None, status: str = "done", **changes: Any) -> tuple[Trial, dict[str, Any]]:
+    tables = {"data": {"name": "digits", "clients": 12}, "model": {"name": "softmax"}, "training": {"rounds": 1}}
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    seed = flat.get("seed", 1)
+    trial = Trial(changes=flat, tables={**tables, "name": "x", "seed": seed, "method": {"name": "dp-fedavg"}})
+    return trial, {"status": status, "test_accuracy": score}
+
+
+def test_the_best_setting_has_the_best_mean_within_its_promise() -> None:
+    pairs = [
+        trial_row(0.9, method__server_lr=0.1, privacy__epsilon=8.0, seed=1),
+        trial_row(0.1, method__server_lr=0.1, privacy__epsilon=8.0, seed=2),
+        trial_row(0.6, method__server_lr=0.5, privacy__epsilon=8.0, seed=1),
+        trial_row(0.7, method__server_lr=0.5, privacy__epsilon=8.0, seed=2),
+        trial_row(0.95, method__server_lr=0.1, privacy__epsilon=100.0, seed=1),
+        trial_row(0.99, "stopped", method__server_lr=0.9, privacy__epsilon=8.0, seed=1),
+        trial_row(None, method__server_lr=0.7, privacy__epsilon=8.0, seed=1),
+    ]
+    trials = {str(i): trial for i, (trial, _) in enumerate(pairs)}
+    rows = {str(i): row for i, (_, row) in enumerate(pairs)}
+    assert [str(best) for best in best_settings(rows, trials)] == [
+        "server_lr=0.5 (epsilon=8.0): test_accuracy 0.65, mean of 2 seeds",
+        "server_lr=0.1 (epsilon=100.0): test_accuracy 0.95",
+    ]
+    marked = [{**row, "not_covered": "test_loss, test_accuracy"} for _, row in pairs]
+    best = best_settings({str(i): row for i, row in enumerate(marked)}, trials)[0]
+    assert str(best).endswith("mean of 2 seeds; NOT covered by epsilon")
 
 
 def test_a_sweep_whose_output_is_a_file_writes_a_line_from_time_to_time(

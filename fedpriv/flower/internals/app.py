@@ -10,11 +10,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp.client_app import ClientAppException
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -29,7 +30,9 @@ __all__ = [
     "empty_run",
     "error_of_exception",
     "error_reply",
+    "grid_behind",
     "inside_a_run",
+    "joins_at_once",
     "number_message",
     "reason_in_short",
     "unavailable_reply",
@@ -46,6 +49,17 @@ def empty_run(run_id: int) -> Run:
     run = Run.create_empty(run_id)
     run.primary_task_id = _TASK_ID
     return run
+
+
+def grid_behind(client: Any) -> Grid:
+    """Return the grid over which Flower's older server reaches a client, a `GridClientProxy`."""
+    grid: Grid = client.grid
+    return grid
+
+
+def joins_at_once(grid: Grid) -> bool:
+    """Return whether a grid is that of Flower's simulation, whose nodes all join as it begins."""
+    return type(grid).__name__ == "InMemoryGrid"
 
 
 @contextmanager

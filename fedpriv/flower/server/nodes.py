@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
+from fedpriv.flower.internals.app import joins_at_once
 from fedpriv.flower.messages import NodeInfo, ask_node_info, printable
 
 __all__ = ["MAX_REASON", "REJOIN_SECONDS", "Nodes", "find_nodes", "find_rejoined", "in_words", "sort_answers"]
@@ -19,7 +20,8 @@ _log = logging.getLogger("flwr")
 MAX_REASON = 600
 """Maximum number of characters shown of a client's error."""
 
-# Nodes join one after the other. Without an expected number, all have joined if none came for so long.
+# Nodes join one after the other. Without an expected number, and in Flower's simulation, all have joined if none came
+# for so long.
 _SETTLED_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
@@ -165,13 +167,14 @@ def _joined(grid: Grid, clients: int | None, timeout: float, helpers: int) -> li
     if getattr(grid, "all_are_there", False):  # `fedpriv.flower.apps.grid.AppGrid`
         return _right_number(list(grid.get_node_ids()), clients, "", f"Start it with --clients {clients}")
     expected = None if clients is None else clients + helpers
+    settles = expected is None or joins_at_once(grid)
     began = changed = time.monotonic()
     nodes: set[int] = set()
     while time.monotonic() - began < timeout and not (expected is not None and len(nodes) >= expected):
         found = set(grid.get_node_ids())
         if found != nodes:
             nodes, changed = found, time.monotonic()
-        elif expected is None and nodes and time.monotonic() - changed >= _SETTLED_SECONDS:
+        elif settles and nodes and time.monotonic() - changed >= _SETTLED_SECONDS:
             break
         else:
             time.sleep(_POLL_SECONDS)
