@@ -76,7 +76,7 @@ class MaskedRounds:
             trust = "a run without privacy" if plan is None else f'privacy.trust = "{plan.trust}"'
             remedy = 'Set trust="aggregator" in Privacy, or remove helpers'
             raise UserError("helpers", 'none unless privacy.trust = "aggregator"', trust, remedy)
-        network = Network(grid, len(nodes.clients), dict(enumerate(nodes.clients)), dict(nodes.helpers))
+        network = Network(grid, len(nodes.clients), dict(enumerate(nodes.clients)), helpers=dict(nodes.helpers))
         return cls(SecureSums(plan, parties), run, network, patience)
 
     @property
