@@ -336,6 +336,8 @@ class Policy:
             moved = bound * reach
             moved = moved if plan.record is None else plan.record.sensitivity(self.limits.adjacency, 1)
             multiplier = (instructions.noise_stddev or instructions.step_stddev) / moved
+        if plan.noise is not None:
+            multiplier /= plan.noise.column
         least = max(self.limits.min_noise_multiplier, _MIN_NOISE_MULTIPLIER)
         if not multiplier >= least:
             floor = f"at least {least:g}"
