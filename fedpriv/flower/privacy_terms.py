@@ -188,7 +188,7 @@ def _matrix(text: str, rounds: int) -> NoiseMatrix:
         numbers = isinstance(bands, list) and len(bands) <= _MAX_BANDS and all(map(is_real, bands))
         if numbers and is_whole(record["rounds"], rounds, rounds) and is_real(record["damping"], 0.0, 1.0):
             return read_matrix(record)
-        got = "other numbers"
+        got = "numbers that are not of such a matrix"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         got = type(error).__name__
     raise UserError("noise", expected, got, remedy)

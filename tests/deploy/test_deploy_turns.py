@@ -97,7 +97,7 @@ def test_with_secret_noise_groups_are_those_of_the_seed_after_a_restart(tmp_path
     def hook(partition: int, message: Message) -> bool:
         terms = message.content.config_records.get(TERMS)
         if terms is not None:
-            asked[living[0]].setdefault(terms["turn"], set()).add(partition)
+            asked[living[0]].setdefault(int(str(terms["turn"])), set()).add(partition)
             if terms["turn"] == 3 and not living[0]:
                 deployment_groups_forgotten()
                 raise ServerDied
@@ -138,7 +138,7 @@ def test_a_turn_without_a_release_keeps_its_row() -> None:
     plan = plan_of(sampling)
     server, client, _ = make_agreement(METHOD, sampling, plan, streams)
     assert plan.noise is not None
-    c: list[float] = plan.noise.as_dict()["coefficients"]  # type: ignore[assignment]
+    c: Any = plan.noise.as_dict()["coefficients"]
     coordinator = Coordinator(
         server=server,
         client=client,
@@ -159,7 +159,8 @@ def test_a_turn_without_a_release_keeps_its_row() -> None:
         assert outcome.happened == ("too few" if turn in silent else "applied")
         if turn not in silent:
             total = torch.stack([messages[i].double() for i in used]).sum(0)
-            taken = sum((c[j] * past[turn - j] for j in range(1, len(c)) if turn - j in past), torch.zeros(SIZE))
+            back = [c[j] * past[turn - j] for j in range(1, len(c)) if turn - j in past]
+            taken = torch.stack([torch.zeros(SIZE).double(), *back]).sum(0)
             released = release_sum(streams, plan.noise_stddev, total - taken, turn)
             past[turn] = released - total
             model = model - released.float() / sampling.expected_size
@@ -170,9 +171,9 @@ def test_a_turn_without_a_release_keeps_its_row() -> None:
 
 
 def test_no_choice_of_turns_without_a_release_costs_more_than_the_plan() -> None:
-    """All sets of released turns, and the worst messages of a client; without rows of their own, some would."""
+    """All sets of released turns, and the worst messages of a client; if turns without a release had no rows, some would."""
     turns, apart, c = 7, 3, np.array([1.0, 0.6, 0.5])
-    matrix = sum(np.diag(np.full(turns - j, c[j]), -j) for j in range(3))
+    matrix = np.sum([np.diag(np.full(turns - j, c[j]), -j) for j in range(3)], axis=0)
     pulses = np.zeros((apart, turns))
     for first in range(apart):
         pulses[first, first::apart] = 1.0
