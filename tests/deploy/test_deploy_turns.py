@@ -171,7 +171,7 @@ def test_a_turn_without_a_release_keeps_its_row() -> None:
 
 
 def test_no_choice_of_turns_without_a_release_costs_more_than_the_plan() -> None:
-    """All sets of released turns, and the worst messages of a client; if turns without a release had no rows, some would."""
+    """All sets of released turns, and a client's worst messages; if turns without a release had no rows, some would."""
     turns, apart, c = 7, 3, np.array([1.0, 0.6, 0.5])
     matrix = np.sum([np.diag(np.full(turns - j, c[j]), -j) for j in range(3)], axis=0)
     pulses = np.zeros((apart, turns))
