@@ -229,7 +229,7 @@ WRONG_TERMS: dict[str, dict[str, Any]] = {
     "deep": {"noise": "[" * 100_000},
     "another kind": {"noise": '{"kind": "magic", "rounds": 8, "damping": 0.0}'},
     "fewer rounds": {"noise": '{"kind": "banded", "rounds": 7, "damping": 0.0, "coefficients": [1.0]}'},
-    "more rounds": {"noise": '{"kind": "geometric-schedule", "rounds": 9, "damping": 0.5}'},
+    "more rounds": {"noise": '{"kind": "banded", "rounds": 9, "damping": 0.0, "coefficients": [1.0]}'},
     "a share above one": {"noise": '{"kind": "geometric-schedule", "rounds": 8, "damping": 1.5}'},
     "no first": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": []}'},
     "a small first": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": [0.5]}'},
