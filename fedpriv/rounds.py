@@ -22,6 +22,7 @@ from fedpriv.errors import UserError
 from fedpriv.feedback import Release, RoundedRelease
 from fedpriv.mechanisms.base import Mechanism, MechanismState
 from fedpriv.mechanisms.controllers import Controller
+from fedpriv.mechanisms.correlated import EarlierNoise
 from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian, StepNoise, max_level, release_message, release_rows
@@ -667,9 +668,12 @@ def finish_round(rules: ServerRules, state: ServerState, round: int, total: Tens
 
 
 def skip_round(rules: ServerRules, state: ServerState) -> ServerState:
-    """Return the server's state after a void round: nothing changes, and the round does not count."""
+    """Return the server's state after a round of which nothing is released: model and memories stay.
+
+    A void round of secure aggregation does not count; one of correlated noise keeps its row.
+    """
     own, noise = rules.parts(state)
-    return joined(own, Voids(noise.voids + 1)) if isinstance(noise, Voids) else state
+    return joined(own, noise.skipped()) if isinstance(noise, Voids | EarlierNoise) else state
 
 
 def signal_to_noise(total: Total, server_stddev: float, client_stddev: float) -> float | None:

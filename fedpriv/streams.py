@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SCORE_NOISE = 12
     STEP_NOISE = 13
     AUGMENTATION = 14
+    GROUP = 15
 
 
 class Words(Protocol):
@@ -189,8 +190,19 @@ class SystemSource:
 
 @dataclass(frozen=True)
 class SystemStreams:
-    """Secret streams for deployment: the address is ignored, and no draw can be repeated."""
+    """Secret streams for deployment: the address is ignored, and no draw can be repeated.
 
-    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SystemSource:
+    The groups of clients that take turns are an exception. They are public, and have to be the same in all rounds, also
+    after a server restarts: in other groups, a client's next turn could come too early.
+
+    Args:
+        public: Seed of the draw of groups.
+    """
+
+    public: int = 0
+
+    def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> Source:
         """See `Streams.source`."""
+        if purpose is Purpose.GROUP:
+            return SeededStreams(self.public).source(purpose, round, client)
         return SystemSource()

@@ -300,7 +300,7 @@ class MethodStrategy(NotLegacy, Strategy):
         else:
             _log.warning("round %d: memories are lost: all are reset, and the round is not used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
-            self.state = self.agreement.server.reset_memories(self.state)
+            self.state = skip_round(self.agreement.server, self.agreement.server.reset_memories(self.state))
         self._log_messages(server_round)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
         metrics = self._average({c: metrics_of_app(contents[c]) for c in counted}, f"round {server_round}")

@@ -14,10 +14,10 @@ from fedpriv.deploy.parties import HelperNames, named_helpers
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.flower.server.arguments import refuse_arguments
-from fedpriv.flower.server.promise import Privacy
+from fedpriv.flower.server.promise import Privacy, refuse_unused
 from fedpriv.flower.trained import digest_of
 from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, optimized, with_side_values
-from fedpriv.privacy import Everyone, Sampling
+from fedpriv.privacy import Everyone, NoiseChoice, Sampling
 from fedpriv.rounds import Agreement, make_agreement
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-_OWN = ("privacy", "adaptive", "server_optimizer", "cohort", "seed", "helpers")
+_OWN = ("privacy", "noise", "adaptive", "server_optimizer", "cohort", "seed", "helpers")
 _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
@@ -45,6 +45,7 @@ class NamedStrategy(MethodStrategy):
 
     Args:
         privacy: The privacy guarantee; None for a run without privacy, which its log states.
+        noise: The noise over rounds, such as `NoiseChoice(kind="banded")` of `fedpriv.privacy`; None for independent.
         adaptive: How the bound of messages follows a quantile: `AdaptiveBound()` of `fedpriv.methods`; None for a
             fixed bound.
         server_optimizer: Transforms the method's direction on the server, such as `Adam()` of
@@ -68,6 +69,7 @@ class NamedStrategy(MethodStrategy):
         self,
         *,
         privacy: Privacy | None = None,
+        noise: NoiseChoice | None = None,
         adaptive: AdaptiveBound | None = None,
         server_optimizer: ServerOptimizer | None = None,
         cohort: Sampling | None = None,
@@ -83,7 +85,8 @@ class NamedStrategy(MethodStrategy):
         network = {key: options.pop(key) for key in _NETWORK if key in options}
         self.method: Method = optimized(with_side_values(read_table(kind, options, name), adaptive), server_optimizer)
         self.helpers = None if helpers is None else named_helpers(helpers)
-        self.privacy = privacy
+        refuse_unused(noise, privacy)
+        self.privacy, self.noise = privacy, noise
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         super().__init__(self._make, num_clients=num_clients if cohort is None else cohort.population, **network)
@@ -91,7 +94,7 @@ class NamedStrategy(MethodStrategy):
     def _make(self, population: int, rounds: int) -> Agreement:
         sampling = self.cohort or Everyone(population)
         given = (self.method, sampling, rounds, self._layout.layout.size, self._helpers_in_plan)
-        plan = None if self.privacy is None else self.privacy.plan(*given)
+        plan = None if self.privacy is None else self.privacy.plan(*given, self.noise)
         if isinstance(self.streams, SeededStreams):  # different experiments with one seed must not share noise
             begun = self._settings, digest_of(self._initial)
             done = (self.method, sampling, plan, rounds, self.arrays.trained, *begun)

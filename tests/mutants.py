@@ -99,6 +99,7 @@ FILTERED_RUNS = "tests/experiment/test_experiment_filtered.py"
 CORRELATED, CORRELATION = "fedpriv/mechanisms/correlated.py", "fedpriv/privacy/correlation.py"
 OF_CORRELATED = "tests/mechanisms/test_mechanisms_correlated.py"
 OF_CORRELATION, OF_TURNS = "tests/privacy/test_privacy_correlation.py", "tests/experiment/test_experiment_correlated.py"
+IN_TURNS, TURNS_OF_APPS = "tests/deploy/test_deploy_turns.py", "tests/flower/test_flower_correlated.py"
 
 MUTANTS = [
     Mutant(
@@ -2264,8 +2265,8 @@ MUTANTS = [
     Mutant(
         "aggregator: the server chooses the adjacency that a ledger charges",
         "fedpriv/deploy/device/ledger.py",
-        'return whole.under_replace() if adjacency == "replace" and not plan.trust_rules.trusts_server else whole',
-        "return whole",
+        "own = plan.noise is not None or not plan.trust_rules.trusts_server",
+        "own = plan.noise is not None",
         "tests/deploy/test_deploy_sums.py",
     ),
     Mutant(
@@ -3266,7 +3267,7 @@ MUTANTS = [
     Mutant(
         "correlated: the noise does not know the method's damping",
         "fedpriv/experiment/config.py",
-        "return 0.0 if rule is None or rule.beta is None else rule.damping",
+        "return damping_of(self.method)",
         "return 0.0",
         OF_TURNS,
     ),
@@ -3451,6 +3452,102 @@ MUTANTS = [
         " * _scale(self.ratio, seen.rounds)",
         "",
         FILTER,
+        "turns: one without a release takes back noise again",
+        "fedpriv/mechanisms/correlated.py",
+        "return EarlierNoise(torch.cat([none, self.noise_earlier])[: len(self.noise_earlier)])",
+        "return self",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: one without a release has no row",
+        "fedpriv/rounds.py",
+        "isinstance(noise, Voids | EarlierNoise)",
+        "isinstance(noise, Voids)",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: a reset of all memories has no row",
+        "strategies/method_strategy.py",
+        "self.state = skip_round(self.agreement.server, self.agreement.server.reset_memories(self.state))",
+        "self.state = self.agreement.server.reset_memories(self.state)",
+        TURNS_OF_APPS,
+    ),
+    Mutant(
+        "turns: an app's noise is independent",
+        "fedpriv/flower/server/promise.py",
+        "return plan if matrix is None else correlated(plan, matrix, self.epsilon)",
+        "return plan",
+        TURNS_OF_APPS,
+    ),
+    Mutant(
+        "turns: groups change if a server restarts",
+        "fedpriv/streams.py",
+        "if purpose is Purpose.GROUP:",
+        "if False:",
+        "tests/core/test_core_streams.py",
+    ),
+    Mutant(
+        "turns: a device does not count the turns between its answers",
+        "fedpriv/deploy/device/device.py",
+        "if entry.turn < other.turn + entry.separation:",
+        "if entry.turn <= other.turn:",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: a device answers again for another client",
+        "fedpriv/deploy/device/device.py",
+        'if other.client != entry.client:\n            expected = f"client',
+        'if False:\n            expected = f"client',
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: a device lets a run change its matrix",
+        "fedpriv/deploy/device/device.py",
+        "together = other.in_turns or entry.in_turns",
+        "together = False",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: a device charges under the server's adjacency",
+        "fedpriv/deploy/device/ledger.py",
+        "own = plan.noise is not None or not plan",
+        "own = not plan",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: a device's floor sees one row of the matrix",
+        "fedpriv/deploy/device/policy.py",
+        "multiplier /= plan.noise.column",
+        "multiplier /= 1.0",
+        IN_TURNS,
+    ),
+    Mutant(
+        "turns: terms with a gap that no cohort has",
+        "fedpriv/flower/privacy_terms.py",
+        "if sampling.separation != self.separation:",
+        "if False:",
+        OF_TURNS,
+    ),
+    Mutant(
+        "turns: terms with a matrix for other turns",
+        "fedpriv/flower/privacy_terms.py",
+        'is_whole(record["rounds"], rounds, rounds)',
+        'is_whole(record["rounds"])',
+        OF_TURNS,
+    ),
+    Mutant(
+        "turns: terms lose the matrix",
+        "fedpriv/flower/privacy_terms.py",
+        "noise=self.matrix,",
+        "noise=None,",
+        OF_TURNS,
+    ),
+    Mutant(
+        "turns: a coefficient that is no number",
+        "fedpriv/privacy/correlation.py",
+        "not all(a >= b for",
+        "any(a < b for",
+        OF_CORRELATION,
     ),
 ]
 

@@ -7,9 +7,10 @@
     (save)                                                  before anything else is sent or published
 
 A turn is one broadcast. If enough clients answer, the turn counts as a round of the method; otherwise none of its
-messages are used. In both cases it is spent: the plan's number of rounds is a number of turns. `save` and `restore`
-make a crash between any two lines harmless. An unfinished turn restarts with the same cohort and the same model, so
-that clients repeat their earlier answers. A turn's noise is drawn again only if no part of it has been seen.
+messages are used. In both cases it is spent: the plan's number of rounds is a number of turns, and each turn is a row
+of the matrix of correlated noise (see `fedpriv.mechanisms.correlated`). `save` and `restore` make a crash between any
+two lines harmless. An unfinished turn restarts with the same cohort and the same model, so that clients repeat their
+earlier answers. A turn's noise is drawn again only if no part of it has been seen.
 
 Under secure aggregation, a turn ends in two steps. `close` fixes U, the clients in the sum. Only the saved U leads to
 questions to the helpers: a server that forgot it could ask about another U, which every helper refuses.

@@ -306,7 +306,7 @@ def refuse_full_disk(path: Path, experiment: Experiment) -> None:
     model = experiment.initial_model
     state = experiment.server.init(model)
     # A checkpoint is written beside the former one; the first model and the last one stay.
-    wanted = 4 * (2 * sum(part.numel() for part in state) + 2 * model.numel())
+    wanted = 2 * sum(part.numel() * part.element_size() for part in state) + 8 * model.numel()
     (space,) = check_space(path, 0.0, "", least=wanted)
     if space.state == "wrong":
         expected, remedy = f"room for checkpoints and models, {wanted:,} bytes", "Free some, or choose another --out"
@@ -314,8 +314,11 @@ def refuse_full_disk(path: Path, experiment: Experiment) -> None:
 
 
 def with_secret_streams(experiment: Experiment) -> Experiment:
-    """Return the experiment with cohorts and noise from the operating system; batches still follow from the seed."""
-    streams = SystemStreams()
+    """Return the experiment with cohorts and noise from the operating system.
+
+    Batches, and the groups of clients that take turns, still follow from the seed.
+    """
+    streams = SystemStreams(experiment.config.seed)
     rules = replace(experiment.population.rules, streams=streams)
     population = replace(experiment.population, rules=rules)
     return replace(experiment, server=replace(experiment.server, streams=streams), population=population)

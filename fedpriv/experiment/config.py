@@ -31,7 +31,7 @@ from fedpriv.methods import (
     PrivateMetrics,
     ServerOptimized,
     bare,
-    feedback_of,
+    damping_of,
     has_memory,
     message_size,
     optimized,
@@ -429,7 +429,6 @@ class Config:
                 `[devices]`, or protects examples without naming the number that sums are divided by.
         """
         self.check_unclocked()
-        self.check_drawn_apart("in a deployment")
         self.check_only_sampled_answer()
         if own_signal_of(self.method) is not None:
             remedy = "Simulate it, or choose dp-gd"
@@ -444,19 +443,6 @@ class Config:
             raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
-
-    def check_drawn_apart(self, where: str) -> None:
-        """Raise UserError for clients that take turns, or correlated noise, which only simulations in process offer.
-
-        Args:
-            where: The place that does not offer them, in words.
-        """
-        expected = f"no such value {where}, for now: devices do not yet count the rounds between their answers"
-        remedy = "Simulate it with --engine loop, vectorized or ray, or remove it"
-        if self.noise is not None:
-            raise UserError("[noise]", expected, "a table", remedy)
-        if self.cohort.sampling == "separated":
-            raise UserError("cohort.sampling", expected, '"separated"', remedy)
 
     def check_unclocked(self) -> None:
         """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
@@ -531,8 +517,7 @@ class Config:
     @property
     def noise_damping(self) -> float:
         """The share of the server's memory that is forgotten each round: the sums over rounds that the noise suits."""
-        rule = feedback_of(self.method)
-        return 0.0 if rule is None or rule.beta is None else rule.damping
+        return damping_of(self.method)
 
     def _aggregation(self, sampling: Sampling, size: int | None) -> Aggregation | None:
         if not self.sums_securely or size is None:

@@ -78,7 +78,6 @@ def run_with_flower(
     require_extra("--engine flower", "flower")
     config.check_unclocked()
     config.check_only_sampled_answer()
-    config.check_drawn_apart("with Flower")
     out = Path(out).resolve()
     population = assemble(config, device=device, data_root=data_root).population.federation.population
     directory = RunDirectory(out)

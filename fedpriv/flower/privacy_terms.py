@@ -1,28 +1,33 @@
 """Privacy terms of a deployment, as sent to a client and stored in the client's ledger."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from typing import Any
 
+from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError, nearest
 from fedpriv.privacy import (
     SAMPLINGS,
     TRUSTS,
     Aggregation,
+    NoiseMatrix,
     PrivacyPlan,
     Sampling,
-    Separated,
     Trust,
     adjacency_of,
     trust_name,
     trust_of,
     unit_name,
 )
+from fedpriv.privacy.correlation import read_matrix
 from fedpriv.privacy.records import RecordBound
 
 __all__ = ["NO_PROMISE", "PrivacyTerms", "promised"]
 
 NO_PROMISE = "none"
 """Trust of a run without a privacy guarantee."""
+
+_MAX_BANDS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class PrivacyTerms:
         unit: See `PrivacyPlan`.
         record: How far one record moves the releases, as text (`RecordBound.as_text`); empty for the unit `client`.
         aggregation: The numbers of secure aggregation, as text (`Aggregation.as_text`); empty for other trusts.
+        separation: The fewest turns from one message of a client to its next, which the client enforces.
+        noise: The matrix of noise that is correlated over turns, as text (JSON); empty for independent turns.
     """
 
     trust: str
@@ -59,6 +66,8 @@ class PrivacyTerms:
     unit: str = "client"
     record: str = ""
     aggregation: str = ""
+    separation: int = field(default=1, metadata={"absent_by_default": True})
+    noise: str = field(default="", metadata={"absent_by_default": True})
 
     @property
     def record_bound(self) -> RecordBound | None:
@@ -77,6 +86,20 @@ class PrivacyTerms:
             UserError: If the text is not a record of them.
         """
         return Aggregation.of_text(self.aggregation) if self.aggregation else None
+
+    @property
+    def matrix(self) -> NoiseMatrix | None:
+        """The matrix of correlated noise; None for independent turns.
+
+        Raises:
+            UserError: If the text is not a matrix for all turns.
+        """
+        return _matrix(self.noise, self.rounds) if self.noise else None
+
+    @property
+    def in_turns(self) -> bool:
+        """True if the guarantee relies on the turns in which a client answers, or on noise of earlier turns."""
+        return self.separation > 1 or bool(self.noise)
 
     @property
     def trust_rules(self) -> Trust | None:
@@ -99,14 +122,19 @@ class PrivacyTerms:
         Raises:
             UserError: If there is no such plan.
         """
-        offered = [name for name in SAMPLINGS if name != Separated.name]
-        if self.sampling not in offered:
-            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, offered))
+        if self.sampling not in SAMPLINGS:
+            raise UserError("sampling", "a known name", repr(self.sampling), nearest(self.sampling, SAMPLINGS))
         cohorts = {"population": self.population, "sampling_prob": self.probability, "size": self.cohort_size}
+        whole = self.separation > 0 and self.probability == 1.0 / self.separation
+        cohorts |= {"min_separation": self.separation, "probability": None if whole else self.probability}
+        sampling = SAMPLINGS[self.sampling].recorded(cohorts)
+        if sampling.separation != self.separation:
+            expected = f"{sampling.separation} with {self.sampling}"
+            raise UserError("separation", expected, self.separation, "Ask the server's operator")
         return PrivacyPlan(
             trust=trust_name(self.trust),
             adjacency=adjacency_of(self.adjacency),
-            sampling=SAMPLINGS[self.sampling].recorded(cohorts),
+            sampling=sampling,
             rounds=self.rounds,
             delta=self.delta,
             l2_bound=l2_bound,
@@ -115,6 +143,7 @@ class PrivacyTerms:
             unit=unit_name(self.unit),
             record=self.record_bound,
             aggregation=self.sums,
+            noise=self.matrix,
         )
 
 
@@ -132,15 +161,13 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
     if plan is not None and plan.aggregation is not None and plan.aggregation.everyone_answers:
         expected, remedy = "false with Flower, for now: its servers ask the sampled clients", "Remove it"
         raise UserError("aggregation.everyone_answers", expected, "true", remedy)
-    if sampling.separation > 1 or (plan is not None and plan.noise is not None):
-        expected = "clients that may be in every round, and independent noise: terms do not name others yet"
-        raise UserError("cohort.sampling", expected, f'"{sampling.name}"', "Simulate it, or remove it and [noise]")
     facts: dict[str, Any] = {"trust": NO_PROMISE, "adjacency": "add-or-remove", "delta": 0.0, "noise_multiplier": 0.0}
     if plan is not None:
         facts = {name: getattr(plan, name) for name in (*facts, "client_memory", "unit")}
         facts["trust"] = plan.trust if plan.private else NO_PROMISE
         facts["record"] = "" if plan.record is None else plan.record.as_text()
         facts["aggregation"] = "" if plan.aggregation is None else plan.aggregation.as_text()
+        facts["noise"] = "" if plan.noise is None else json.dumps(plan.noise.as_dict())
     return {
         **facts,
         "rounds": rounds,
@@ -148,4 +175,20 @@ def promised(plan: PrivacyPlan | None, sampling: Sampling, rounds: int) -> dict[
         "population": sampling.population,
         "probability": sampling.sampling_prob,
         "cohort_size": sampling.cohort_size,
+        "separation": sampling.separation,
     }
+
+
+def _matrix(text: str, rounds: int) -> NoiseMatrix:
+    """Return the matrix in an untrusted text; raise UserError unless it is one for `rounds` turns."""
+    expected, remedy = f"a matrix of noise for {rounds:,} turns", "Use one version of fedpriv on both sides"
+    try:
+        record = json.loads(text)
+        bands = record.get("coefficients", [])
+        numbers = isinstance(bands, list) and len(bands) <= _MAX_BANDS and all(map(is_real, bands))
+        if numbers and is_whole(record["rounds"], rounds, rounds) and is_real(record["damping"], 0.0, 1.0):
+            return read_matrix(record)
+        got = "numbers that are not of such a matrix"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        got = type(error).__name__
+    raise UserError("noise", expected, got, remedy)

@@ -65,7 +65,6 @@ class RunConfig:
             UserError: If Flower cannot run the experiment.
         """
         config.check_unclocked()
-        config.check_drawn_apart("with Flower")
         return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
 
     def assemble_clients(self, config: Config, check_size: Callable[[int], None] | None = None) -> Population:

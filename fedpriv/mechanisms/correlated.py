@@ -18,6 +18,15 @@ at most `SLACK` of a message's bound, except with a probability below 1e-60. Pla
 `Correlated.init` refuses a model for which it might not suffice.
 
 The past noise is a secret: an adversary who has it can take it off the releases.
+
+A round of which nothing is released keeps its row of C, with w_k = 0: there is no noise in it to take back. Let R be
+the other rounds, and say that s_k = 0 for all others, since none of their messages are used. Then the releases are a
+function of C_R s + z_R, where C_R has the rows of R alone. For any two neighbors, C_R moves s by at most as much as C
+does: rows are left out, and a vector without some of its coordinates is no longer. R may depend on earlier releases
+and on anything that is public or the same for neighbors, such as who answered where cohorts are no secret: the bound
+holds for every path of the run, and fresh noise in R is independent of it. It must not depend on messages otherwise.
+Without a row of their own, such rounds would shorten the gap between a client's messages: a client with a message in
+rounds k and k + b would have rows b - 1 apart, whose columns overlap.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
@@ -86,6 +95,11 @@ class EarlierNoise(NamedTuple):
     """The noise of the last rounds, the newest first, float64 `[bands - 1, params]`; zero before the first round."""
 
     noise_earlier: Tensor
+
+    def skipped(self) -> "EarlierNoise":
+        """Return the state after a round of which nothing is released: a row without noise; see the module."""
+        none = torch.zeros_like(self.noise_earlier[:1])
+        return EarlierNoise(torch.cat([none, self.noise_earlier])[: len(self.noise_earlier)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,10 @@ class Voids(NamedTuple):
 
     voids: Tensor
 
+    def skipped(self) -> "Voids":
+        """Return the number after another void round."""
+        return Voids(self.voids + 1)
+
 
 @dataclass(frozen=True)
 class NoServerNoise:

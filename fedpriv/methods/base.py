@@ -408,6 +408,12 @@ METHODS: Registry[Method] = Registry(
 )
 
 
+def damping_of(method: Method) -> float:
+    """Return the share of the server's memory that is forgotten each round; 0 without memory, or if it is unknown."""
+    rule = feedback_of(method)
+    return 0.0 if rule is None or rule.beta is None else rule.damping
+
+
 def feedback_of(method: Method) -> Feedback | None:
     """Return the method's client rule as parameters, or None if its property `feedback` does not describe it.
 

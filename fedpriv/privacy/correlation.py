@@ -110,7 +110,7 @@ class Banded:
 
     def __post_init__(self) -> None:
         c = self.coefficients
-        if not c or c[0] != 1.0 or c[-1] < 0.0 or any(a < b for a, b in pairwise(c)):
+        if not c or c[0] != 1.0 or not c[-1] >= 0.0 or not all(a >= b for a, b in pairwise(c)):
             raise ValueError(f"coefficients begin with 1, are not negative and never increase: {c}")
 
     @property

@@ -763,11 +763,11 @@ class Separated(_Drawn):
 
 @lru_cache(maxsize=4)
 def _groups(streams: Streams, population: int, groups: int) -> np.ndarray:
-    """Return each client's group, int64 `[population]`; its draw depends on no other client.
+    """Return each client's group, int64 `[population]`; its draw depends on no other client, and never on the round.
 
     Groups are public, so that nothing relies on their probabilities, which are equal to within 2^-53.
     """
-    found = np.floor(streams.source(Purpose.COHORT).uniform(population) * groups).astype(np.int64)
+    found = np.floor(streams.source(Purpose.GROUP).uniform(population) * groups).astype(np.int64)
     found.setflags(write=False)
     return found
 

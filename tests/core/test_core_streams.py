@@ -99,6 +99,16 @@ def test_system_streams_never_give_the_same_numbers_twice() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_groups_of_clients_stay_in_system_streams_and_nothing_else_does() -> None:
+    """A server that restarts in the middle of a run has the groups of before."""
+    for purpose in Purpose:
+        first, again = (draws(SystemStreams(4).source(purpose)) for _ in range(2))
+        assert (first == again) == (purpose is Purpose.GROUP)
+    groups = draws(SystemStreams(4).source(Purpose.GROUP))
+    assert groups == draws(SeededStreams(4).source(Purpose.GROUP))
+    assert groups != draws(SystemStreams(5).source(Purpose.GROUP))
+
+
 def test_purposes_keep_the_numbers_that_seeded_results_rest_on() -> None:
     assert [purpose.name for purpose in sorted(Purpose)][:7] == [
         "MODEL",
@@ -242,6 +252,7 @@ def test_seeded_numbers_stay_what_they_are() -> None:
         Purpose.SCORE_NOISE: 0.27219797,
         Purpose.STEP_NOISE: 0.43484891,
         Purpose.AUGMENTATION: 0.02492210,
+        Purpose.GROUP: 0.72090985,
     }
     assert known.keys() == set(Purpose)
     for purpose, number in known.items():

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.methods import has_memory, server_step
-from fedpriv.privacy import Aggregation, Poisson, make_plan
+from fedpriv.privacy import Aggregation, NoiseChoice, Poisson, Sampling, Separated, correlated, make_plan
 from fedpriv.rounds import make_agreement
 from fedpriv.secure import Closed, Helper, Masked
 from fedpriv.streams import Purpose, Streams
@@ -151,7 +152,7 @@ def unrounded_noise() -> Iterator[None]:
         IntegerSums.noised = shares  # type: ignore[method-assign]
 
 
-@dataclass
+@dataclass(eq=False)
 class Draws(Streams):
     """Source of new noise at every draw, as in a deployment, with a record of the turn and client of each draw."""
 
@@ -192,6 +193,7 @@ class World:
         choice: Rules of the deployment.
         faults: Probabilities of faults.
         budget: Epsilon of the clients' policies.
+        apart: Turns between two answers of a client, with banded noise; 0 for Poisson cohorts and independent noise.
     """
 
     folder: Path
@@ -202,11 +204,12 @@ class World:
     choice: DeploymentChoice = field(default_factory=DeploymentChoice)
     faults: Faults = field(default_factory=Faults)
     budget: float = 1e9
+    apart: int = 0
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         self.draws = Draws(np.random.default_rng(self.seed + 10**6))
-        sampling = Poisson(CLIENTS, 0.8)
+        sampling: Sampling = Separated(CLIENTS, self.apart) if self.apart else Poisson(CLIENTS, 0.8)
         plan = None
         if self.trust != "none":
             numbers = Aggregation(helpers=1, least_survivors=2, colluders=0, most=CLIENTS, size=SIZE)
@@ -219,6 +222,10 @@ class World:
                 noise_multiplier=1.0,
                 client_memory=has_memory(self.method),
             )
+        if self.apart and plan is not None:
+            matrix = NoiseChoice(kind="banded").of(sampling, self.turns, 0.0)
+            assert matrix is not None
+            plan = correlated(plan, matrix, None)
         self.server_rules, self.client_rules, _ = make_agreement(self.method, sampling, plan, self.draws)
         self.plan = plan
         self.helper = self._new_helper()
@@ -372,6 +379,8 @@ class World:
             assert len(listed) <= self.server.asked_times[client], "the server claims less than was sent"
             if self.trust != "none":
                 assert spent(entries, 1e-5, "replace") <= self.budget
+            gaps = [later - sooner for sooner, later in pairwise(sorted(listed))]
+            assert all(gap >= max(self.apart, 1) for gap in gaps), "answers closer than the plan says"
         if self.trust == "aggregator":
             assert self.server_rules.voids(self.server.state) == self.server.turn - self.server.applied
         if has_memory(self.method) and self.exact:
@@ -416,7 +425,9 @@ class World:
         if outcome.happened != "applied":
             return
         noise = torch.zeros(SIZE)
-        if self.trust == "central":
+        if self.apart:  # as released: with what is taken back of earlier turns
+            noise += self.server.state._asdict()["noise_earlier"][0]
+        elif self.trust == "central":
             noise += self.server_rules.noise_stddev * torch.from_numpy(self.draws.made[outcome.turn, -1][-1])
         if self.trust in ("local", "aggregator") and not self.method.needs_client_noise:
             for client in outcome.counted:

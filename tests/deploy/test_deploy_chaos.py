@@ -28,6 +28,18 @@ def test_memories_agree_and_nothing_is_noised_twice(name: str, trust: AcceptedTr
         World(tmp_path / str(seed), METHODS[name], trust, seed).run()
 
 
+@pytest.mark.parametrize("name", ["dp-fedavg", "clip21"])
+@pytest.mark.parametrize("apart", [2, 3])
+@pytest.mark.sampled
+def test_memories_agree_with_noise_that_returns_and_answers_are_far_enough_apart(
+    name: str, apart: int, tmp_path: Path
+) -> None:
+    for seed in SEEDS:
+        world = World(tmp_path / str(seed), METHODS[name], "central", seed, apart=apart)
+        world.run()
+        assert {"applied", "too few"} <= {outcome.happened for outcome in world.outcomes}
+
+
 def test_sent_memories_agree(tmp_path: Path) -> None:
     for seed in SEEDS:
         World(tmp_path / str(seed), SENT, "local", seed).run()

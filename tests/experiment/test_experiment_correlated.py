@@ -20,7 +20,6 @@ from fedpriv.experiment.in_python import Experiment
 from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.watching import StopRun
 from fedpriv.flower.privacy_terms import PrivacyTerms, promised
-from fedpriv.flower.run_config import RunConfig
 from fedpriv.mechanisms.coefficients import optimal_coefficients
 from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
 from fedpriv.methods import DPFedAvg
@@ -203,21 +202,61 @@ def test_what_is_not_offered_is_refused_with_the_reason(case: str) -> None:
         config(**changes)
 
 
-def test_flower_and_deployments_refuse_it() -> None:
-    for made, key in ((config(), r"\[noise\]"), (config(noise=None), r"cohort\.sampling")):
-        with pytest.raises(UserError, match=f"{key}: expected no such value in a deployment"):
-            made.check_deployable()
-        with pytest.raises(UserError, match=f"{key}: expected no such value with Flower"):
-            RunConfig(config_toml=made.to_toml()).assemble(made)
-        with pytest.raises(UserError, match=r"cohort\.sampling: .*terms do not name others yet"):
-            promised(made.plan(Separated(12, 3)), Separated(12, 3), ROUNDS)
-    config(noise=None, cohort=None).check_drawn_apart("here")
+SAMPLED = {
+    "banded": Separated(12, 3),
+    "cyclic-banded": Separated(12, 3, 0.2),
+    "geometric-schedule": Everyone(12),
+    "independent, in turns": Separated(12, 3),
+}
 
 
-def test_terms_with_turns_are_refused_by_a_client() -> None:
-    facts = {"trust": "central", "adjacency": "replace", "delta": 1e-5, "noise_multiplier": 1.0, "rounds": 3}
-    terms = PrivacyTerms(**facts, sampling="separated", population=9, probability=0.5, cohort_size=0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="sampling: expected a known name"):
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_say_what_the_plan_says(kind: str) -> None:
+    """A client computes the server's epsilon from the terms, for any bound of messages."""
+    made = config(**KINDS[kind])
+    made.check_deployable()
+    plan = made.plan(SAMPLED[kind])
+    assert plan is not None
+    terms = PrivacyTerms(**promised(plan, plan.sampling, ROUNDS))
+    assert terms.plan(plan.l2_bound) == plan
+    assert terms.in_turns
+    assert replace(terms, separation=1, noise="").in_turns is False
+
+
+WRONG_TERMS: dict[str, dict[str, Any]] = {
+    "no JSON": {"noise": "{"},
+    "a list": {"noise": "[]"},
+    "deep": {"noise": "[" * 100_000},
+    "another kind": {"noise": '{"kind": "magic", "rounds": 8, "damping": 0.0}'},
+    "fewer rounds": {"noise": '{"kind": "banded", "rounds": 7, "damping": 0.0, "coefficients": [1.0]}'},
+    "more rounds": {"noise": '{"kind": "banded", "rounds": 9, "damping": 0.0, "coefficients": [1.0]}'},
+    "a share above one": {"noise": '{"kind": "geometric-schedule", "rounds": 8, "damping": 1.5}'},
+    "no first": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": []}'},
+    "a small first": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": [0.5]}'},
+    "rising": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": [1.0, 0.2, 0.3]}'},
+    "negative": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": [1.0, -0.2]}'},
+    "no number": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": [1.0, NaN]}'},
+    "words": {"noise": '{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": "1"}'},
+    "huge": {
+        "noise": f'{{"kind": "banded", "rounds": 8, "damping": 0.0, "coefficients": {json.dumps([1.0] * 10_001)}}}'
+    },
+    "windows that overlap": {
+        "noise": '{"kind": "cyclic-banded", "rounds": 8, "damping": 0.0, "coefficients": [1.0, 0.5, 0.5, 0.5]}'
+    },
+    "no gap": {"separation": 0},
+    "a gap that is not counted": {"sampling": "everyone", "probability": 1.0},
+    "too many coins": {"probability": 0.5},
+    "an unknown sampling": {"sampling": "balls"},
+    "another trust": {"trust": "local"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TERMS)
+def test_terms_that_are_none_are_refused(case: str) -> None:
+    plan = config().plan(Separated(12, 3))
+    assert plan is not None
+    terms = replace(PrivacyTerms(**promised(plan, plan.sampling, ROUNDS)), **WRONG_TERMS[case])
+    with pytest.raises(UserError):
         terms.plan(1.0)
 
 

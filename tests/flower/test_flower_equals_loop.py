@@ -32,7 +32,12 @@ PROMISES = [{"trust": "central", "epsilon": 8.0}, {"trust": "local", "epsilon": 
 
 
 def make_experiment(
-    method: dict, cohort: dict, privacy: dict | None, local: dict | None = None, server: dict | None = None
+    method: dict,
+    cohort: dict,
+    privacy: dict | None,
+    local: dict | None = None,
+    server: dict | None = None,
+    noise: dict | None = None,
 ) -> Experiment:
     tables = {
         "name": "small",
@@ -44,13 +49,14 @@ def make_experiment(
         "method": method,
         "training": {"rounds": ROUNDS},
         **({} if server is None else {"server": server}),
+        **({} if noise is None else {"noise": noise}),
     }
     return assemble(parse_config(tables if privacy is None else {**tables, "privacy": privacy}))
 
 
 def run_loop(experiment: Experiment) -> tuple[ServerState, Total]:
     engine = LoopEngine(experiment.population)
-    state, total = experiment.config.method.init_server(experiment.initial_model), None
+    state, total = experiment.server.init(experiment.initial_model), None
     for k in range(1, ROUNDS + 1):
         total = engine.sum_messages(begin_round(experiment.server, state, k))
         state = finish_round(experiment.server, state, k, total.sum)
@@ -218,6 +224,28 @@ def test_flowers_clients_see_the_shifted_inputs_of_the_loops(shift, tmp_path):
 def test_flower_gives_the_loops_model_whatever_the_server_makes_of_the_direction(optimizer, tmp_path):
     server = {"optimizer": optimizer}
     assert_same(make_experiment({"name": "clip21"}, COHORTS[1], PROMISES[0], server=server), tmp_path)
+
+
+TURNS: dict = {"sampling": "separated", "min_separation": 2}
+CORRELATED: dict[str, tuple[dict, dict | None]] = {
+    "banded": (TURNS, {"kind": "banded"}),
+    "side values": (TURNS, {"kind": "banded"}),
+    "cyclic-banded": ({**TURNS, "probability": 0.3}, {"kind": "cyclic-banded", "bands": 2}),
+    "geometric": (COHORTS[0], {"kind": "geometric-schedule"}),
+    "in turns": (TURNS, None),
+}
+
+
+@pytest.mark.parametrize("kind", CORRELATED)
+def test_flower_gives_the_loops_model_with_noise_that_returns(kind: str, tmp_path: Path) -> None:
+    method, (cohort, noise) = {"name": "alpha-normec", "server_normalization": False, "damping": 0.2}, CORRELATED[kind]
+    experiment = make_experiment(method, cohort, {"epsilon": 8.0}, BATCHES, noise=noise)
+    if kind == "side values":
+        experiment = assemble(parse_config({**experiment.config.tables, "adaptive": {"rate": 0.5}}))
+    assert_same(experiment, tmp_path)
+    past = run_loop(experiment)[0]._asdict().get("noise_earlier")
+    assert (past is not None) == (noise is not None and "banded" in noise["kind"])
+    assert past is None or float(past.abs().mean()) > 0.01
 
 
 def test_a_client_of_another_experiment_is_told_apart(tmp_path):

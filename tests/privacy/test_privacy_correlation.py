@@ -339,3 +339,9 @@ def test_a_table_that_cannot_be_is_refused(
         NoiseChoice(**choice).of(sampling, 18, damping)
     assert str(caught.value).startswith(f"{key}: expected ")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("c", [(), (0.5,), (1.0, 1.5), (1.0, -0.1), (1.0, math.nan), (1.0, math.nan, 0.5)])
+def test_coefficients_without_a_proof_are_refused(c: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="never increase"):
+        Banded(coefficients=c, rounds=4)

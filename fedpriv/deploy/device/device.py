@@ -152,6 +152,7 @@ class Device:
             settled = _settled(instructions, terms, record)
             state = _state(instructions, settled, len(model))
             _refuse_released(past, entry)
+            _refuse_early(past, entry)
             self._afford(past, entry)
             with one_thread():
                 exact = torch.float32 if instructions.example_terms is None else torch.float64
@@ -275,19 +276,44 @@ def _refuse_released(past: list[Entry], entry: Entry) -> None:
 
 
 def _refuse_changed(past: list[Entry], entry: Entry) -> None:
-    """Raise a `Refusal` if the terms of a run change: a memory without noise is accounted under those of all its turns.
+    """Raise a `Refusal` if the terms of a run change although its turns are accounted together, not one by one.
 
-    A memory that differs by one example under other terms, or hardly any noise in the turn that shows the difference,
-    would reveal more than the sum of the turns' own costs.
+    For single examples: a memory that differs by one example under other terms, or hardly any noise in the turn that
+    shows the difference, would reveal more than the sum of the turns' own costs. For correlated noise, and clients that
+    take turns: the charge is that of one matrix, and of messages a stated number of turns apart.
     """
     names = (*(field.name for field in fields(PrivacyTerms)), "method", "l2_bound", "noise_stddev")
     for other in past:
-        if (other.run, other.client) != (entry.run, entry.client) or not (other.record or entry.record):
+        together = other.in_turns or entry.in_turns
+        same = other.run == entry.run and (together or other.client == entry.client)
+        if not same or not (together or other.record or entry.record):
             continue
         changed = [name for name in names if getattr(other, name) != getattr(entry, name)]
         if changed:
             expected, got = f"the terms of turn {other.turn} of this run", f"a different {changed[0]}"
             raise Refusal("policy", "terms", expected, got, "Start a new run")
+
+
+def _refuse_early(past: list[Entry], entry: Entry) -> None:
+    """Raise a `Refusal` if a run's last messages are not as many turns before this one as its terms say.
+
+    Formal guarantee: in the first K turns of a run with the separation b, the ledger has at most ceil(K / b) messages,
+    any two of them at least b turns apart, whatever the server asks: no message is sent before its line is in the
+    ledger, and the terms of a run do not change (`_refuse_changed`). Resets, resumptions and lost memories change no
+    line, and another client id is refused in the same run. A run of another name is another run, and charged in full.
+
+    The server is trusted with the noise, and with the truth of the number of the turn, the name of the run and the
+    matrix, as with every promise of trust central.
+    """
+    for other in past:
+        if other.run != entry.run or not (other.in_turns or entry.in_turns):
+            continue
+        if other.client != entry.client:
+            expected = f"client {other.client}, as in turn {other.turn}: two ids would be charged as one client"
+            raise Refusal("policy", "client", expected, entry.client, "Ask the server's operator")
+        if entry.turn < other.turn + entry.separation:
+            expected = f"a turn from {other.turn + entry.separation}: answers are {entry.separation} turns apart"
+            raise Refusal("policy", "turn", expected, entry.turn, "Ask each client in its own turns only")
 
 
 def _settled(instructions: ClientInstructions, terms: RunTerms, record: Record) -> Record:

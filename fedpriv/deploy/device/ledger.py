@@ -205,8 +205,8 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: Un
     Args:
         entries: Releases.
         delta: Delta of all releases together.
-        adjacency: Adjacency for the client's own noise and for secure aggregation. Central runs count under the
-            adjacency of their guarantee; if that is add-or-remove for any run, the sum is for add-or-remove, too.
+        adjacency: Adjacency for the client's own noise, secure aggregation and correlated noise. Other central runs
+            count under the adjacency of their guarantee; if that is add-or-remove for any run, so is the sum.
         unit: The unit whose privacy is spent. A run that protects clients protects their examples by its epsilon under
             `replace`: one example more or less also changes a message that is present.
     """
@@ -275,13 +275,15 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
 def _plan_of(entry: Entry, unit: UnitName, adjacency: Adjacency) -> PrivacyPlan:
     """Return the plan of a run that is charged as a whole, for one `unit`.
 
-    A server that is not trusted does not choose the adjacency: the same noise is charged under that of the policy.
+    A server that is not trusted does not choose the adjacency: the same noise is charged under that of the policy. So
+    is correlated noise.
     """
     plan = entry.plan(entry.l2_bound)
     if unit == "example":
         return plan.under_replace() if plan.record is None else plan
     whole = plan.of_clients() or replace(plan, noise_multiplier=0.0)
-    return whole.under_replace() if adjacency == "replace" and not plan.trust_rules.trusts_server else whole
+    own = plan.noise is not None or not plan.trust_rules.trusts_server
+    return whole.under_replace() if adjacency == "replace" and own else whole
 
 
 def _spent_locally(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: UnitName) -> float:

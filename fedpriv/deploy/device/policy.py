@@ -65,7 +65,7 @@ delta = $delta
 min_noise_multiplier = 0.3  # minimum of noise over l2 sensitivity in a single release
 max_l2_bound = 100.0        # longest message
 max_rounds = 100000         # longest run
-# Adjacency for this client's own noise and for the minimum above; "add-or-remove" is half as strict.
+# Adjacency for this client's own noise, correlated noise and the minimum above; "add-or-remove" is half as strict.
 adjacency = "replace"
 
 [aggregation]
@@ -154,7 +154,8 @@ class Limits:
         min_noise_multiplier: Minimum of noise over l2 sensitivity in a single release.
         max_l2_bound: Maximum bound of a message.
         max_rounds: Maximum number of rounds of a run.
-        adjacency: Adjacency for this client's own noise and for `min_noise_multiplier`; see `PrivacyPlan`.
+        adjacency: Adjacency for this client's own noise, correlated noise and `min_noise_multiplier`; see
+            `PrivacyPlan`.
     """
 
     epsilon: float
@@ -336,6 +337,8 @@ class Policy:
             moved = bound * reach
             moved = moved if plan.record is None else plan.record.sensitivity(self.limits.adjacency, 1)
             multiplier = (instructions.noise_stddev or instructions.step_stddev) / moved
+        if plan.noise is not None:
+            multiplier /= plan.noise.column
         least = max(self.limits.min_noise_multiplier, _MIN_NOISE_MULTIPLIER)
         if not multiplier >= least:
             floor = f"at least {least:g}"

@@ -3,20 +3,28 @@
 from dataclasses import dataclass
 
 from fedpriv.errors import UserError
-from fedpriv.methods import Method, has_memory, message_size
+from fedpriv.methods import Method, damping_of, has_memory, message_size
 from fedpriv.privacy import (
     Adjacency,
     Aggregation,
     AggregationChoice,
+    NoiseChoice,
     PrivacyPlan,
     Sampling,
     TrustName,
+    correlated,
     make_plan,
     trust_of,
 )
 from fedpriv.rounds import most_messages
 
-__all__ = ["Privacy"]
+__all__ = ["Privacy", "refuse_unused"]
+
+
+def refuse_unused(noise: NoiseChoice | None, privacy: "Privacy | None") -> None:
+    """Raise UserError for a kind of noise in a run without privacy, which has no noise."""
+    if noise is not None and privacy is None:
+        raise UserError("noise", "None without privacy", noise.kind, "Remove it, or give the strategy privacy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,13 @@ class Privacy:
     colluders: int = 0
 
     def plan(
-        self, method: Method, sampling: Sampling, rounds: int, size: int | None = None, helpers: int = 1
+        self,
+        method: Method,
+        sampling: Sampling,
+        rounds: int,
+        size: int | None = None,
+        helpers: int = 1,
+        noise: NoiseChoice | None = None,
     ) -> PrivacyPlan:
         """Return the plan for `rounds` rounds of `method`.
 
@@ -59,11 +73,12 @@ class Privacy:
             rounds: Number of rounds.
             size: Number of trained parameters; needed for `aggregator` only.
             helpers: Number of helpers of secure aggregation.
+            noise: The noise over rounds; None for independent rounds.
 
         Raises:
             UserError: If there is no such plan.
         """
-        return make_plan(
+        plan = make_plan(
             epsilon=self.epsilon,
             noise_multiplier=self.noise_multiplier,
             delta=self.delta,
@@ -74,6 +89,8 @@ class Privacy:
             l2_bound=method.bounded.l2_bound,
             client_memory=self.app_memory or has_memory(method),
         )
+        matrix = None if noise is None else noise.of(sampling, rounds, damping_of(method))
+        return plan if matrix is None else correlated(plan, matrix, self.epsilon)
 
     def _aggregation(self, method: Method, sampling: Sampling, size: int | None, helpers: int) -> Aggregation | None:
         secure = trust_of(self.trust).secure_sums
