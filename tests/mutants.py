@@ -2556,8 +2556,8 @@ MUTANTS = [
     Mutant(
         "side values: accounted for single examples",
         "fedpriv/experiment/config.py",
-        'side is not None and config.privacy is not None and config.privacy.unit == "example"',
-        "False",
+        "        refuse_for_examples(config.method)",
+        "        pass",
         "tests/methods/test_methods_side_values.py",
     ),
     Mutant(
@@ -3316,6 +3316,13 @@ MUTANTS = [
         "roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)",
         "roots = np.linalg.norm(canaries.patterns, axis=1)",
         AUDITED,
+    ),
+    Mutant(
+        "side values: a server asks a device for metrics beside noised steps",
+        "fedpriv/rounds.py",
+        "    refuse_for_examples(method)\n",
+        "",
+        "tests/deploy/test_deploy_examples.py",
     ),
 ]
 

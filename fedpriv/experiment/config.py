@@ -35,6 +35,7 @@ from fedpriv.methods import (
     message_size,
     optimized,
     own_signal_of,
+    refuse_for_examples,
     side_values_of,
     with_side_values,
 )
@@ -689,7 +690,8 @@ def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
 
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
-    _check_side_values(config)
+    if config.privacy is not None and config.privacy.unit == "example":
+        refuse_for_examples(config.method)
     _check_sums(config)
     _check_turns(config)
     _check_schedule(config)
@@ -724,15 +726,6 @@ def _check_corrections(config: Config) -> None:
     if config.method.needs_shared and config.devices is not None:
         expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
-
-
-def _check_side_values(config: Config) -> None:
-    """Raise UserError for side values of single examples: one example may change each of them completely."""
-    side = side_values_of(config.method)
-    if side is not None and config.privacy is not None and config.privacy.unit == "example":
-        where = "[adaptive]" if side.adaptive is not None else "privacy.metrics_share"
-        expected = 'privacy.unit = "client": one example may decide a client\'s count, however many examples it has'
-        raise UserError(where, expected, '"example"', f"Remove {where}, or change the unit")
 
 
 def _check_sums(config: Config) -> None:
