@@ -690,8 +690,7 @@ def _read_noise(given: Mapping[str, Table]) -> NoiseChoice | None:
 
 def check_config(config: Config) -> None:
     """Raise UserError if parts of an experiment do not fit each other."""
-    if config.privacy is not None and config.privacy.unit == "example":
-        refuse_for_examples(config.method)
+    _check_side_values(config)
     _check_sums(config)
     _check_turns(config)
     _check_schedule(config)
@@ -726,6 +725,16 @@ def _check_corrections(config: Config) -> None:
     if config.method.needs_shared and config.devices is not None:
         expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
+
+
+def _check_side_values(config: Config) -> None:
+    """Raise UserError for side values of single examples, or that the tables, and so the digest, do not name."""
+    if config.privacy is not None and config.privacy.unit == "example":
+        refuse_for_examples(config.method)
+    side, named = side_values_of(config.method), config.privacy and config.privacy.metrics(config.task)
+    if side is not None and side.metrics != named:
+        expected, remedy = "private metrics as privacy.metrics_share names them", "Set it, and give the method alone"
+        raise UserError("method", expected, f"{side.metrics} in the method", remedy)
 
 
 def _check_sums(config: Config) -> None:
