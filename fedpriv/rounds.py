@@ -38,6 +38,7 @@ from fedpriv.methods import (
     has_memory,
     message_size,
     own_signal_of,
+    refuse_for_examples,
     server_step,
     side_values_of,
 )
@@ -406,6 +407,7 @@ def record_bound(method: Method, terms: ExampleTerms) -> RecordBound:
     Raises:
         UserError: If the method's client rule or its bounded map is not one that can be accounted for.
     """
+    refuse_for_examples(method)
     if (own := own_signal_of(method)) is not None:
         return _own_record_bound(own.example_rule, method, terms)
     bounded, rule = method.bounded, feedback_of(method)

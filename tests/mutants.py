@@ -2559,8 +2559,8 @@ MUTANTS = [
     Mutant(
         "side values: accounted for single examples",
         "fedpriv/experiment/config.py",
-        'side is not None and config.privacy is not None and config.privacy.unit == "example"',
-        "False",
+        "        refuse_for_examples(config.method)",
+        "        pass",
         "tests/methods/test_methods_side_values.py",
     ),
     Mutant(
@@ -3548,6 +3548,11 @@ MUTANTS = [
         "not all(a >= b for",
         "any(a < b for",
         OF_CORRELATION,
+        "side values: a server asks a device for metrics beside noised steps",
+        "fedpriv/rounds.py",
+        "    refuse_for_examples(method)\n",
+        "",
+        "tests/deploy/test_deploy_examples.py",
     ),
 ]
 

@@ -36,6 +36,7 @@ from fedpriv.methods import (
     message_size,
     optimized,
     own_signal_of,
+    refuse_for_examples,
     side_values_of,
     with_side_values,
 )
@@ -738,12 +739,13 @@ def _check_corrections(config: Config) -> None:
 
 
 def _check_side_values(config: Config) -> None:
-    """Raise UserError for side values of single examples: one example may change each of them completely."""
-    side = side_values_of(config.method)
-    if side is not None and config.privacy is not None and config.privacy.unit == "example":
-        where = "[adaptive]" if side.adaptive is not None else "privacy.metrics_share"
-        expected = 'privacy.unit = "client": one example may decide a client\'s count, however many examples it has'
-        raise UserError(where, expected, '"example"', f"Remove {where}, or change the unit")
+    """Raise UserError for side values of single examples, or that the tables, and so the digest, do not name."""
+    if config.privacy is not None and config.privacy.unit == "example":
+        refuse_for_examples(config.method)
+    side, named = side_values_of(config.method), config.privacy and config.privacy.metrics(config.task)
+    if side is not None and side.metrics != named:
+        expected, remedy = "private metrics as privacy.metrics_share names them", "Set it, and give the method alone"
+        raise UserError("method", expected, f"{side.metrics} in the method", remedy)
 
 
 def _check_controller(config: Config) -> None:

@@ -38,6 +38,7 @@ from fedpriv.methods.side_values import (
     SideValues,
     bare,
     message_size,
+    refuse_for_examples,
     side_values_of,
     with_side_values,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "optimized",
     "own_signal_of",
     "owns_steps",
+    "refuse_for_examples",
     "server_step",
     "side_values_of",
     "with_side_values",

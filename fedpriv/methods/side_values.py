@@ -56,6 +56,7 @@ __all__ = [
     "SideValues",
     "bare",
     "message_size",
+    "refuse_for_examples",
     "side_values_of",
     "with_side_values",
 ]
@@ -411,6 +412,18 @@ def bare(method: Method) -> Method:
     """Return the method that has a name and hyperparameters, without server optimizer and side values."""
     side = side_values_of(method)
     return method.client_part if side is None else side.method
+
+
+def refuse_for_examples(method: Method) -> None:
+    """Raise UserError for side values if the unit of privacy is one example, which may change each of them completely.
+
+    With noise on local steps (`dp-sgd`), messages get none, and metrics would leave the client without any.
+    """
+    side = side_values_of(method)
+    if side is not None:
+        where = "[adaptive]" if side.adaptive is not None else "privacy.metrics_share"
+        expected = 'privacy.unit = "client": one example may decide all of a client\'s side values'
+        raise UserError(where, expected, '"example"', f"Remove {where}, or change the unit")
 
 
 def message_size(method: Method, size: int) -> int:

@@ -35,6 +35,9 @@ NOISE_KINDS: tuple[NoiseKind, ...] = get_args(NoiseKind)
 
 _NAMED: Mapping[str, bool] = {"named": True}
 
+_MAX_FADING = 1e9
+"""The most by which noise may fade over a run."""
+
 
 class NoiseMatrix(Protocol):
     """The matrix C of a plan's noise; a frozen dataclass."""
@@ -301,6 +304,10 @@ class NoiseChoice:
         if not damping > 0.0:
             expected = 'above 0 with noise.kind = "geometric-schedule": the noise fades as the memory does'
             raise UserError("method.damping", expected, damping, "Set it, or remove [noise]")
+        if not (rounds - 1) * -0.5 * math.log1p(-damping) < math.log(_MAX_FADING):
+            most = math.ceil(-2.0 * math.log(_MAX_FADING) / math.log1p(-damping))
+            expected = f"at most {most:,} with this damping: the first rounds would have noise alone"
+            raise UserError("training.rounds", expected, f"{rounds:,}", "Lower it or method.damping")
         found = FadingNoise(damping=damping, rounds=max(rounds, 1))
         found.check(sampling)
         return found

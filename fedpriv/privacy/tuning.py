@@ -231,7 +231,7 @@ def _curve_of_training(plan: PrivacyPlan) -> RenyiCurve:
     if plan.noise_multiplier <= 0.0:
         return RenyiCurve(_ORDERS, np.full_like(_ORDERS, math.inf))
     rho = 0.5 * plan.releases.charged(plan.rounds) / plan.noise_multiplier**2
-    hidden = plan.sampling.by_coins and plan.trust_rules.hides_cohorts
+    hidden = plan.sampling.by_coins and plan.trust_rules.hides_cohorts and plan.noise is None
     if not (hidden and plan.adjacency == "add-or-remove"):
         return RenyiCurve(_ORDERS, _ORDERS * rho * _UP)
     import dp_accounting as dpa  # takes a second

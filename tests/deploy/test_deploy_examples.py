@@ -19,7 +19,18 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
-from fedpriv.methods import DPGD, AlphaNormEC, Clip21, DPScaffold, FedSpeed, Method
+from fedpriv.methods import (
+    DPGD,
+    AdaptiveBound,
+    AlphaNormEC,
+    Clip21,
+    DPFedAvg,
+    DPScaffold,
+    FedSpeed,
+    Method,
+    PrivateMetrics,
+    SideValues,
+)
 from fedpriv.privacy import Everyone, ExampleTerms, PrivacyPlan, TrustName, UnitName, make_plan
 from fedpriv.rounds import record_bound
 from fedpriv.tasks.local_work import make_signal
@@ -142,6 +153,28 @@ def test_instructions_that_promise_more_than_they_do_are_refused(
     instructions, terms = asked(method, plan)
     with pytest.raises(Refusal, match=line):
         send(device_of(tmp_path), replace(instructions, **change), terms)
+
+
+@pytest.mark.parametrize("work", [{}, {"rate": 0.1, "steps": 3}], ids=["message", "steps"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SideValues(method=DPFedAvg(), metrics=PrivateMetrics(share=0.1, max_loss=4.0)),
+        SideValues(method=DPFedAvg(), adaptive=AdaptiveBound()),
+    ],
+    ids=["metrics", "adaptive"],
+)
+def test_side_values_of_single_examples_are_refused(method: SideValues, work: dict[str, Any], tmp_path: Path) -> None:
+    """With noise on local steps, messages get none: a client's loss would leave it as it is."""
+    plan = plan_of(DPFedAvg(), **work)
+    instructions, terms = asked(DPFedAvg(), plan)
+    device = device_of(tmp_path, epsilon=100.0)
+    shared = torch.ones(1) if method.needs_shared else None
+    signal = torch.cat([torch.zeros(SIZE), torch.tensor([1.7, 0.3])[: method.given]]).double()
+    with pytest.raises(Refusal, match="client"):
+        device.answer(replace(instructions, method=method), terms, torch.zeros(SIZE), lambda: signal, shared=shared)
+    with pytest.raises(UserError, match=r'unit = "client"'):
+        record_bound(method, ExampleTerms(clip=1.0, examples=200, **work))
 
 
 def test_a_server_must_name_the_number_that_sums_are_divided_by(tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from fedpriv.data.datasets import Digits
 from fedpriv.data.partitions import Dirichlet
 from fedpriv.data.tables import Columns, arrays_of
 from fedpriv.errors import UserError
-from fedpriv.methods import AlphaNormEC, DPFedAvg, FedAlphaNormEC
+from fedpriv.methods import AlphaNormEC, DPFedAvg, FedAlphaNormEC, PrivateMetrics, SideValues
 from fedpriv.privacy import Poisson
 from fedpriv.tasks.local_work import LocalSteps
 from fedpriv.tasks.models import Mlp
+
+METRICS = PrivateMetrics(share=0.1, max_loss=4.0)
+"""Named by the method alone: no table of an experiment would tell."""
 
 
 def clients(number=6, examples=20):
@@ -213,6 +216,7 @@ def test_a_table_that_does_not_fit_is_one_line(changes, line):
         ({"cohort": 10}, "^cohort: expected an object such as"),
         ({"rounds": -1}, r"^training\.rounds"),
         ({"privacy": fedpriv.Privacy(epsilon=-1.0)}, r"^privacy\.epsilon"),
+        ({"method": SideValues(method=DPFedAvg(), metrics=METRICS)}, "^method: expected private metrics as privacy"),
         ({"method": FedAlphaNormEC(), "local": LocalSteps(steps=2, client_lr=0.1)}, r"^local\.signal"),
     ],
 )

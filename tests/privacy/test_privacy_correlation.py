@@ -329,6 +329,7 @@ def test_the_workload_is_the_methods_and_bands_are_the_turns_by_default() -> Non
         ("cohort.probability", "no value", {"kind": "banded"}, COINS, 0.0),
         ("cohort.probability", "below 1 / min_separation", {"kind": "cyclic-banded"}, GROUPS, 0.0),
         ("method.damping", "above 0", {"kind": "geometric-schedule"}, Everyone(9), 0.0),
+        ("training.rounds", "at most", {"kind": "geometric-schedule"}, Everyone(9), 0.99),
         ("cohort.sampling", "everyone", {"kind": "geometric-schedule"}, Poisson(9, 0.5), 0.1),
     ],
 )

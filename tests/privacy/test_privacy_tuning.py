@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy import special
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Everyone, Poisson, make_plan
+from fedpriv.privacy.correlation import Banded
 from fedpriv.privacy.tuning import (
     NegativeBinomialTrials,
     PoissonTrials,
@@ -207,3 +209,12 @@ def test_hidden_cohorts_lower_the_cost_of_tuning() -> None:
 def test_a_distribution_that_is_none_is_refused(make: Callable[[], object], where: str) -> None:
     with pytest.raises(UserError, match=where):
         make()
+
+
+def test_windows_of_correlated_noise_that_overlap_get_no_credit_for_coins() -> None:
+    noise = Banded(coefficients=(1.0, 0.9, 0.8), rounds=10)
+    plan = make_plan(
+        trust="central", sampling=Poisson(100, 0.1), rounds=10, delta=1e-5, l2_bound=1.0, noise_multiplier=1.0
+    )
+    found, charge = curve_of(replace(plan, noise=noise)), noise.charge(10, plan.sampling)
+    assert np.all(found.epsilons >= 0.5 * charge * found.orders)
