@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import assemble_clients, plan_of, sampling_of
+from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
 from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
+from fedpriv.privacy.own_sizes import of_sizes, sizes_in_words
 from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
 
@@ -36,6 +37,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     sampling = sampling_of(experiment, data_root)
     plan = plan_of(experiment, sampling, data_root)
     make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed))
+    by_client = of_sizes(plan, make_federation(experiment, data_root).sizes) if experiment.needs_sizes else {}
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off
@@ -47,6 +49,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
         found = absent if plan is None else plan.as_dict(thorough=True)
         if plan is not None and plan.private and size is not None:
             found |= noise_against_signal(plan, size).as_dict()
+        found |= by_client
         print(json.dumps(jsonable(found), indent=2))
     else:
         statement = privacy_statement(
@@ -58,7 +61,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             data=experiment.facts,
             recorded=True,
         )
-        print(statement)
+        print(statement + sizes_in_words(by_client))
         if plot is not None:
             print(f"picture     {plot}")
 

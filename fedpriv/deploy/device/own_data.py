@@ -133,7 +133,8 @@ def _signal_of_file(
         return own.own_signal(
             state, at, ClientGradients(task, *given, config.local, batches, clipped), address[0]
         ).cpu()
-    signal = make_signal(task, at, *given, config.local, batches, clipped, beside, rules.method.step_prox)
+    prox = rules.method.step_prox
+    signal = make_signal(task, at, *given, config.local, batches, clipped, beside, prox)
     return with_metrics(rules, signal, task, at, *given).cpu()
 
 
