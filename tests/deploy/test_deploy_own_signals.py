@@ -110,7 +110,7 @@ def test_messages_of_protected_examples_are_added_with_all_their_bits() -> None:
     agreement = make_agreement(method, EVERYONE, plan_of(method, "central"), SeededStreams(0))
     state = agreement.server.init(torch.zeros(SIZE))
     made = Coordinator(*agreement, choice=DeploymentChoice(), turns=ROUNDS, digest="d", state=state)
-    message = torch.full((SIZE,), 0.5 + 2.0**-35).double()
+    message = torch.full((SIZE,), 0.5 + 2.0**-35, dtype=torch.float64)
     made.begin()
     assert torch.equal(made.finish({0: message, 3: message}, {}).total.sum, 2.0 * message)
 
