@@ -109,7 +109,7 @@ def _deployed(message: Message, context: Context, home: Path) -> Message:
             instructions,
             terms,
             vector,
-            lambda offset=None: own_signal(device, run, instructions, terms, vector, offset),
+            lambda offset=None, state=None: own_signal(device, run, instructions, terms, vector, offset, state),
             shown,
             shared=_shared_of(message, model, instructions),
         )

@@ -108,7 +108,9 @@ class Attack:
         rounds = 1 + np.flatnonzero(self.canaries.takes_part[self.canaries.planted[position]])
         alone = np.array([self.first_canary + position], dtype=np.int64)
         model, capacity = self.experiment.initial_model, capacity_of(self.server.sampling)
-        sums = (self.planted.sum_messages(Broadcast(k, model, alone, capacity)).sum for k in rounds.tolist())
+        other = model + 1.0 if self.experiment.population.needs_states else model  # differences need a moving model
+        at = (model, other)
+        sums = (self.planted.sum_messages(Broadcast(k, at[k % 2], alone, capacity)).sum for k in rounds.tolist())
         sent = [sum_[: len(model)] for sum_ in sums]
         return torch.stack(sent) if sent else model.new_zeros(0, len(model), dtype=torch.float64)
 
@@ -161,7 +163,6 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: LocalEngine
         engine: `loop`, `vectorized`, or `auto`, which measures the real clients.
     """
     people, sampling = experiment.population, experiment.server.sampling
-    examples = people.rules.examples
     # In a secure sum, the real clients' shares are the whole noise: canaries add none.
     in_sums = people.rules.sums is not None and not canaries.absent_send
     rules = replace(people.rules, noise_stddev=0.0) if in_sums else people.rules
@@ -175,7 +176,7 @@ def start_attack(experiment: Experiment, canaries: Canaries, engine: LocalEngine
         streams=people.streams,
         canaries=canaries,
         first=sampling.population,
-        scale=signal_scale(people.rules, size, rounds) if examples is None else examples.alone,
+        scale=signal_scale(people.rules, size, rounds),
     )
     clients = make_engine(engine, experiment)
     try:

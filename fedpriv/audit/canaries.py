@@ -14,22 +14,25 @@ need.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.audit.gradients import CanaryGradients, canary_examples
 from fedpriv.engines import Population, VectorizedEngine
 from fedpriv.methods import ClientState, FedSpeed, feedback_of, side_values_of
 from fedpriv.rounds import ClientRules
+from fedpriv.tasks.task import Task
 
-__all__ = ["Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
+__all__ = ["BATCHES", "Canaries", "CanaryPopulation", "VectorizedCanaries", "draw_canaries", "signal_scale"]
 
 # Separates the auditor's addresses from all draws of an experiment (`fedpriv.streams.Purpose`).
 _AUDIT = 0x61756469
-_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN, _GROUPS = range(8)
+_DIRECTIONS, _COORDINATES, _STEADY, _SIGNS, _COINS, _COHORTS, _UNSEEN, _GROUPS, BATCHES = range(9)
 # One canary in ten pushes along a single coordinate, because noise may be missing in some coordinates only. One in ten
 # keeps its sign, because random signs cancel in the last model.
 _SHARE = 0.1
@@ -51,6 +54,11 @@ class Canaries:
         coins: 0 or 1 (add-or-remove), or -1 or 1 (replace), int8 `[candidates]`; 1 for coordinates and
             steady canaries.
         absent_send: True if candidates with coin 0 send a zero message (trust local: the message is pure noise).
+        weights: Length of a candidate's push in the message of a round, over the longest that one unit of privacy may
+            have; float64 `[candidates, rounds]`. None for 1 everywhere.
+        charged: Number of noised sums of a round that a candidate is charged for, `[candidates, rounds]`; None for the
+            squares of its lengths.
+        batched: True if secret batches decide in which rounds a candidate pushes.
     """
 
     seed: int
@@ -61,6 +69,9 @@ class Canaries:
     takes_part: np.ndarray
     coins: np.ndarray
     absent_send: bool
+    weights: np.ndarray | None = None
+    charged: np.ndarray | None = None
+    batched: bool = False
 
     @property
     def isotropic(self) -> int:
@@ -80,13 +91,20 @@ class Canaries:
     @cached_property
     def seen(self) -> np.ndarray:
         """The candidates along random directions that took part in some round with a message, ascending int64."""
-        took_part = self.takes_part[: self.isotropic].any(axis=1)
+        took_part = (self.patterns[: self.isotropic] != 0.0).any(axis=1)
         return np.flatnonzero((self.coins[: self.isotropic] != 0) & took_part)
 
     @cached_property
     def patterns(self) -> np.ndarray:
-        """Signs in the rounds of a candidate, 0 in other rounds; float64 `[candidates, rounds]`."""
-        return self.signs * self.takes_part.astype(np.float64)
+        """Signs and lengths in the rounds of a candidate, 0 in other rounds; float64 `[candidates, rounds]`."""
+        found = self.signs * self.takes_part.astype(np.float64)
+        return found if self.weights is None else found * self.weights
+
+    @property
+    def roots(self) -> np.ndarray:
+        """Root of the number of releases that each candidate is charged for, float64 `[candidates]`."""
+        charged = self.patterns**2 if self.charged is None else self.takes_part * self.charged
+        return np.sqrt(charged.sum(axis=1))
 
     def cohort(self, round: int) -> np.ndarray:
         """Return the indices into `planted` of the canaries in `round` (from 1), ascending int64."""
@@ -196,13 +214,17 @@ class CanaryPopulation(Population):
     Args:
         canaries: The canaries.
         first: The id of the first of `canaries.planted`.
-        scale: Length of a signal; see `signal_scale`. For the unit `example`, the part of one example: a canary client
-            then stands for a client with a single canary, whose other examples have no gradients.
+        scale: Length of a signal; see `signal_scale`. Canary examples and methods with their own signal have gradients
+            instead: see `fedpriv.audit.gradients`.
     """
 
     canaries: Canaries
     first: int
     scale: float
+
+    def examples(self, client: int) -> tuple[Tensor, Tensor]:
+        """See `Population.examples`."""
+        return canary_examples(self.rules.examples)
 
     def signal(
         self,
@@ -220,14 +242,16 @@ class CanaryPopulation(Population):
         """
         candidate = int(self.canaries.planted[client - self.first])
         push, rule = self.canaries.push(candidate, round), feedback_of(self.rules.method)
-        if rule is not None and rule.weight is not None and self.rules.examples is None:
+        if self.rules.examples is not None or self.needs_states:
+            planted = replace(self, task=cast(Task, CanaryGradients(push.to(model.device), model)))
+            return Population.signal(planted, client, model, round, rules, offset, state)
+        if rule is not None and rule.weight is not None:
             before = np.flatnonzero(self.canaries.takes_part[candidate, : round - 1])
             past = self.canaries.push(candidate, int(before[-1]) + 1) if len(before) else torch.zeros_like(push)
             push = (push - (1.0 - rule.weight) * past) / rule.weight
         elif isinstance(self.rules.method, FedSpeed):
             push = 0.5 * (push - self._moves(candidate, round))
-        exact = model.dtype if self.rules.examples is None else torch.float64
-        signal, side = push.to(model.device, exact) * self.scale, side_values_of(self.rules.method)
+        signal, side = push.to(model.device, model.dtype) * self.scale, side_values_of(self.rules.method)
         return signal if side is None else torch.cat([signal, signal.new_zeros(side.given)])
 
     def _moves(self, candidate: int, round: int) -> Tensor:

@@ -45,7 +45,7 @@ def attack_central(attack: Attack, watch: Callable[[int], None]) -> Evidence:
     sums, patterns = released.sums, canaries.patterns[: canaries.isotropic]
     null = Null.of(gram(sums), sums.shape[1])
     projected = projections(canaries.directions, sums)
-    hidden = attack.experiment.server.sampling.hiding_prob < 1.0
+    hidden = canaries.batched or attack.experiment.server.sampling.hiding_prob < 1.0
     signs = canaries.signs[: canaries.isotropic].astype(np.float64)
     return Evidence(
         whitened=null.whitened(projected, patterns),
@@ -107,7 +107,7 @@ def _unseen_scores(
     if present is not None:
         patterns = signs[:, present]
     else:
-        patterns = signs * canaries.takes_part[np.arange(count) % len(canaries.coins)]
+        patterns = signs * np.abs(canaries.patterns[np.arange(count) % len(canaries.coins)])
     return null.whitened(projections(directions, releases), patterns)
 
 

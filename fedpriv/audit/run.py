@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from fedpriv.audit.attack import bytes_needed, start_attack
 from fedpriv.audit.canaries import Canaries, draw_canaries
 from fedpriv.audit.evidence import attack_central, attack_local
+from fedpriv.audit.records import with_weights
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.checks import whole_from, whole_within
@@ -19,11 +20,10 @@ from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.run_directory import RunDirectory, jsonable
 from fedpriv.files import write_atomically
-from fedpriv.methods import own_signal_of
-from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy import PrivacyPlan, trust_of
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.tables import Record
-from fedpriv.tasks.local_work import LOCAL_WORKS, FullGradient
+from fedpriv.tasks.local_work import DPSGD
 from fedpriv.version import __version__
 
 __all__ = ["AUDIT_FILE", "PICTURE_FILE", "Against", "AuditChoice", "audit_experiment", "run_audit"]
@@ -148,19 +148,17 @@ def _refuse_what_is_not_offered(config: Config) -> None:
         raise UserError(
             "training.rounds", "at least 1 in an audit", config.training.rounds, "Set training.rounds to 1 or more"
         )
-    if config.privacy.unit == "example" and type(config.local) is not FullGradient:
-        remedy = "Audit the same plan with -s local= -s local.work=full-gradient"
-        got = repr(LOCAL_WORKS.name_of(config.local))
-        raise UserError("local.work", '"full-gradient" in an audit with unit = "example"', got, remedy)
-    if own_signal_of(config.method) is not None:
-        remedy = "Audit the same plan with another method, such as dp-gd"
-        raise UserError(
-            "method.name", "a method with one gradient as its signal, in an audit", config.method_name, remedy
-        )
     if config.controller is not None:
         remedy = "Remove [controller] with -s controller=: constant noise spends the same budget"
         expected = "no such table in an audit: its scores weigh all rounds alike"
         raise UserError("[controller]", expected, "a controller", remedy)
+    if isinstance(config.local, DPSGD) and not trust_of(config.privacy.trust).shows_messages:
+        expected = '"local" in an audit of "dp-sgd": in a sum, the noise of all clients\' steps hides the canaries'
+        remedy = "Audit the same plan with -s privacy.trust=local"
+        raise UserError("privacy.trust", expected, repr(config.privacy.trust), remedy)
+    if isinstance(config.local, DPSGD) and config.local.ascent > 0.0:
+        expected = "0 in an audit: the first gradient of a step is in no message"
+        raise UserError("local.ascent", expected, config.local.ascent, "Audit the same plan with -s local.ascent=0")
     if config.devices is not None:
         remedy = "Remove [devices] and [schedule] with -s devices= -s schedule="
         raise UserError("[devices]", "no [devices] table in an audit", "a virtual clock", remedy)
@@ -186,7 +184,7 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
     if needed > room:
         remedy = "Lower --canaries, training.rounds or the model's size"
         raise UserError("--canaries", f"an attack within {room / 1e9:.1f} GB", f"{needed / 1e9:.1f} GB", remedy)
-    canaries = draw_canaries(
+    drawn = draw_canaries(
         seed=choice.seed,
         count=choice.canaries,
         size=size,
@@ -196,6 +194,7 @@ def _draw(experiment: Experiment, plan: PrivacyPlan, choice: AuditChoice) -> Can
         replace=plan.adjacency == "replace",
         local=plan.trust_rules.shows_messages,
     )
+    canaries = with_weights(drawn, experiment)
     if len(canaries.seen) < _MIN_SEEN:
         expected = f"at least {_MIN_SEEN} canaries that take part in some round"
         raise UserError("--canaries", expected, len(canaries.seen), "Raise --canaries or training.rounds")
@@ -206,7 +205,7 @@ def _crowding(experiment: Experiment, plan: PrivacyPlan, canaries: Canaries) -> 
     """Return the variance that other canaries add to a score, over the noise's; 0 if messages are seen one by one."""
     if plan.trust_rules.shows_messages:
         return 0.0
-    longest = plan.l2_bound if plan.record is None else plan.record.terms.alone
+    longest = plan.l2_bound if plan.record is None else plan.record.alone()
     bound = longest / plan.noise_stddev
     sampled = experiment.server.sampling.sampling_prob * len(canaries.planted)
     return sampled * bound**2 / experiment.population.task.layout.size
@@ -235,7 +234,7 @@ def _record(
         "unit": plan.unit,
         "against": choice.against,
         "adversary": _ALL_HELPERS if choice.against == "all-helpers" else plan.adversary,
-        "claim": claim_of(hidden, plan.unit),
+        "claim": claim_of(hidden, plan),
         "knowledge": knowledge_of(plan, hidden),
         "epsilon_promised": plan.epsilon,
         "trust": config.privacy and config.privacy.trust,

@@ -134,13 +134,21 @@ class _Claims:
 
         It is in messages of full length: the root of the number of participations, if rounds are independent.
         """
-        if self.plan.record is not None:  # the noise multiplier is stated over all rounds of the plan
-            root = math.sqrt(self.plan.releases.charged(round(root**2)))
-        return root / self.plan.noise_multiplier / self.distance
+        plan, record = self.plan, self.plan.record
+        unit = plan.noise_multiplier * self.distance
+        if record is None or record.route != "memory":
+            return root / unit
+        # The noise multiplier is stated over all rounds of the plan.
+        if record.feedback_clip is None:
+            return math.sqrt(plan.releases.charged(round(root**2))) / unit
+        return min(root * record.terms.alone / plan.noise_stddev, math.sqrt(plan.releases.charged(plan.rounds)) / unit)
 
     def claimed(self, root: float) -> float:
         """Return the claimed epsilon of such canaries, without amplification by sampling."""
-        return self.plan.epsilon if self.everyone else self.epsilon(self.score(root))
+        record = self.plan.record
+        own = record is not None and record.feedback_clip is not None
+        found = self.epsilon(self.score(root)) if own or not self.everyone else self.plan.epsilon
+        return min(found, self.plan.epsilon) if self.everyone else found
 
 
 class _Score(NamedTuple):
@@ -163,15 +171,16 @@ def judge(canaries: Canaries, evidence: "Evidence", plan: PrivacyPlan, confidenc
         plan: The privacy plan, as without an audit.
         confidence: Confidence of the lower bounds.
     """
-    claims = _Claims(plan=plan, everyone=plan.sampling.hiding_prob == 1.0 or bool(canaries.takes_part.all()))
-    seen, roots = canaries.seen, np.sqrt(canaries.takes_part.sum(axis=1))
+    everyone = plan.sampling.hiding_prob == 1.0 or bool(canaries.takes_part.all())
+    claims = _Claims(plan=plan, everyone=everyone and not canaries.batched)
+    seen, roots = canaries.seen, canaries.roots
     if plan.noise is not None:
         roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)
     root, coins, along = float(roots[seen].mean()), canaries.coins[seen], roots[canaries.along]
     whitened, matched, took_part = evidence.whitened[seen] * coins, evidence.matched[seen] * coins, along > 0.0
     means = (_mean("whitened", whitened, root, claims), _mean("matched", matched, root, claims))
     others = [_largest("largest", whitened, roots[seen], claims)]
-    if took_part.any():
+    if took_part.any() and (plan.record is None or plan.record.feedback_clip is None):  # signs are not independent
         others.append(_largest("coordinates", evidence.coordinate[took_part], along[took_part], claims))
     for name, bound in (("one-run", one_run_lower), ("one-run f-DP", f_dp_lower)):
         others.append(_one_run(name, bound, canaries, evidence, claims, float(roots[: canaries.isotropic].max())))

@@ -8,13 +8,18 @@ __all__ = ["claim_of", "in_words", "knowledge_of"]
 _CANARIES = {"client": "canary clients", "example": "canary examples, each of another client without other examples,"}
 
 
-def claim_of(hidden: bool, unit: str) -> str:
+def claim_of(hidden: bool, plan: PrivacyPlan) -> str:
     """Return the epsilon under attack, as a clause.
 
     Args:
         hidden: True if only some clients take part in a round.
-        unit: The unit of privacy.
+        plan: The privacy plan.
     """
+    unit, record = plan.unit, plan.record
+    if record is not None and record.feedback_clip is not None:
+        return "epsilon of these canaries' own pushes under the plan's noise, which is below the plan's"
+    if record is not None and record.terms.rate < 1.0:
+        return "epsilon of an example in the batches that used it, without amplification: cohorts and batches are known"
     if hidden and unit == "example":
         return "epsilon of an example in its client's participations: the cohorts are known"
     if hidden:
@@ -30,6 +35,7 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
         hidden: See `claim_of`.
     """
     known = "the direction and the signs of every canary" + (" and the cohort of every round" if hidden else "")
+    known += " and all batches" if plan.record is not None and plan.record.terms.rate < 1.0 else ""
     return f"sees {plan.trust_rules.seen}; knows {known}; does not know the noise"
 
 
@@ -66,8 +72,8 @@ def in_words(record: Record) -> str:
     unaware = (
         ""
         if hidden is None
-        else f" Without knowing the cohorts, epsilon is estimated at {hidden['epsilon_estimate']:.2f}, to be "
-        f"compared with the promised {rounded_up(record['epsilon_promised'])}."
+        else f" Without knowing who was in which round, epsilon is estimated at {hidden['epsilon_estimate']:.2f}, to "
+        f"be compared with the promised {rounded_up(record['epsilon_promised'])}."
     )
     crowded = " So many canaries hide each other: fewer would be more visible." if record["crowded"] else ""
     return f"{attacked} {lower} {verdict} {final}{unaware}{crowded}"

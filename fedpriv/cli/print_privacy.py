@@ -11,10 +11,11 @@ from rich.table import Table
 
 from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import assemble_clients, plan_of, sampling_of
+from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
 from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
+from fedpriv.privacy.own_sizes import of_sizes, sizes_in_words
 from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
 
@@ -37,6 +38,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     sampling = sampling_of(experiment, data_root)
     plan = plan_of(experiment, sampling, data_root)
     make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed), experiment.controller)
+    by_client = of_sizes(plan, make_federation(experiment, data_root).sizes) if experiment.needs_sizes else {}
     size = None if plan is None else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off
@@ -48,6 +50,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
         found = absent if plan is None else plan.as_dict(thorough=True)
         if plan is not None and plan.private and size is not None:
             found |= noise_against_signal(plan, size).as_dict()
+        found |= by_client
         print(json.dumps(jsonable(found), indent=2))
     else:
         statement = privacy_statement(
@@ -59,7 +62,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             data=experiment.facts,
             recorded=True,
         )
-        say(statement, paragraphs=True)
+        say(statement + sizes_in_words(by_client), paragraphs=True)
         if plot is not None:
             say(f"picture     {plot}")
 

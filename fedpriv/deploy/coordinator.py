@@ -467,7 +467,7 @@ class Coordinator:
     def _sum(self, broadcast: Broadcast, replies: Mapping[int, Tensor], counted: list[int]) -> Total:
         summed = broadcast.empty_sum(self.client)
         for client in counted:
-            summed.add(replies[client].float())
+            summed.add(replies[client])
         return Total(summed.value, len(counted), 0, math.nan)
 
 

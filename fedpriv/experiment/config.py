@@ -431,9 +431,13 @@ class Config:
         """
         self.check_unclocked()
         self.check_only_sampled_answer()
-        if own_signal_of(self.method) is not None:
-            remedy = "Simulate it, or choose dp-gd"
-            raise UserError("method.name", "a method that deployments offer", repr(self.method_name), remedy)
+        own, trust = own_signal_of(self.method), None if self.privacy is None else trust_of(self.privacy.trust)
+        weight = 1.0 if own is None else own.example_rule.restart_weight
+        if weight != 1.0 and trust is not None and trust.shows_messages:
+            expected = (
+                "1 in a deployment with local trust: a turn that does not count would show a dearer restart again"
+            )
+            raise UserError("method.restart_weight", expected, weight, "Set it to 1")
         if self.needs_sizes:
             remedy = "Set it: devices do not report their numbers of examples"
             raise UserError("privacy.examples", "a public number in a deployment", "a missing key", remedy)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fedpriv.checks import at_least_one
 from fedpriv.errors import UserError
-from fedpriv.methods import Method
+from fedpriv.methods import Method, own_signal_of
 
 __all__ = ["DeploymentChoice"]
 
@@ -70,3 +70,8 @@ class DeploymentChoice:
             expected = "another rule, because this method's memory does not fade"
             remedy = 'Choose "reset-all", or set method.damping: the server would keep the lost part forever'
             raise UserError("deployment.lost_memory", expected, '"reset-one"', remedy)
+        own = own_signal_of(method)
+        if self.lost_memory == "reset-all" and own is not None and own.needs_everyone:
+            expected = "another rule, because every client counts the rounds to the next restart"
+            remedy = 'Choose "reset-one": the next restart makes up for a lost model'
+            raise UserError("deployment.lost_memory", expected, '"reset-all"', remedy)

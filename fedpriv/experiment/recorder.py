@@ -19,12 +19,19 @@ from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.pictures.curves import plot_curves
-from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
+from fedpriv.experiment.run_directory import (
+    CLIENTS_FILE,
+    DIAGNOSTICS_FILE,
+    HETEROGENEITY_FILE,
+    LEDGERS_FILE,
+    RunDirectory,
+)
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.methods import ServerState, side_values_of
 from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
+from fedpriv.privacy.own_sizes import ledgers_of, of_sizes, sizes_in_words
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
 from fedpriv.tables import Record, Table
@@ -113,6 +120,10 @@ class Recorder:
         if spent is not None:
             statement += _SPENT.format(rounded=rounded_up(spent["epsilon_spent"]), **spent)
         promise = _no_promise() if plan is None else plan.as_dict()
+        if experiment.config.needs_sizes:
+            by_client = of_sizes(plan, experiment.population.federation.sizes)
+            promise |= by_client
+            statement += sizes_in_words(by_client)
         used = {} if spent is None else {"spent": spent}
         self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)
@@ -201,6 +212,10 @@ class Recorder:
         rows = self.directory.rows("diagnostics.jsonl")
         clients = self._evaluate_clients(state.model)
         self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})
+        plan = self.experiment.plan
+        if plan is not None and self._keeps_ledger and self.experiment.config.needs_sizes:
+            sizes = np.asarray(self.experiment.population.federation.sizes).tolist()
+            self.directory.write_json(LEDGERS_FILE, {"clients": ledgers_of(plan, sizes, self._counts.tolist())})
         summary = self._summary(rounds[-1], rows)
         if (spent := self._spent(state, rounds[-1]["round"])) is not None:
             self._write_promise(spent)
@@ -391,12 +406,18 @@ class Recorder:
         row = clock_row(timeline.step(rounds) if rounds else None)
         return {key: value for key, value in row.items() if key != "counted"}
 
-    def _ledger(self) -> dict[str, object]:
-        """Return the epsilon that single clients actually spent, by how often each took part."""
-        plan = self.experiment.plan
+    @property
+    def _counts(self) -> np.ndarray:
+        """How often each client took part, int64 `[clients]`."""
         counts = np.zeros(self.experiment.population.federation.population, dtype=np.int64)
         for client, times in self._taken.items():
             counts[client] = times
+        return counts
+
+    def _ledger(self) -> dict[str, object]:
+        """Return the epsilon that single clients actually spent, by how often each took part."""
+        plan = self.experiment.plan
+        counts = self._counts
         counts_of = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
         return {
             who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}

@@ -39,6 +39,7 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 
 HETEROGENEITY_FILE = "heterogeneity.json"
 CLIENTS_FILE = "clients.json"
+LEDGERS_FILE = "ledgers.json"
 """Measures of how much the clients of a simulated run differ."""
 
 

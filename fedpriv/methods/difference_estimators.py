@@ -25,8 +25,8 @@ SpiderBoost does not clip, but assumes gradients of at most L0 that change by at
 clipping changes nothing if the assumption holds, and the guarantee does not depend on it.
 
 Ours: `restart_weight` = w sends w m_i at restarts. Their noise is then 1 / w as large, and they cost w^2 times as much.
-A client without the last round's model (its memory was lost) sends zero, with noise, until the next restart. If the
-model did not move, rho = 0 and v stays.
+A client without the last round's model (it missed that round, or lost its memory) sends zero, with noise; v lacks its
+difference until the next restart. If the model did not move, rho = 0 and v stays.
 """
 
 import math

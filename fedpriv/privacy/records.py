@@ -303,10 +303,14 @@ class RecordBound:
             expected = "1 unless everyone takes part: a client might take part in the dearer rounds alone"
             raise UserError("method.restart_weight", expected, self.restart_weight, "Set it to 1")
 
+    def most_examples(self, rounds: int) -> float:
+        """Return the most examples of a client for which memories round by less than their slack."""
+        longest = self.l2_bound if self.feedback_clip is None else max(self.l2_bound, self.terms.bound)
+        return _MAX_RECORDED * self.terms.bound / (max(rounds, 1) * longest)
+
     def check_rounds(self, rounds: int) -> None:
         """Raise UserError if memories could round away the part of one record."""
-        longest = self.l2_bound if self.feedback_clip is None else max(self.l2_bound, self.terms.bound)
-        if self.terms.examples * max(rounds, 1) * longest / self.terms.bound > _MAX_RECORDED:
+        if self.terms.examples > self.most_examples(rounds):
             expected = f"rounds times examples times bound over example_clip of at most {_MAX_RECORDED:g}"
             remedy = "Use fewer rounds, or a smaller bound of messages"
             raise UserError("training.rounds", expected, f"{rounds:,} rounds", remedy)

@@ -94,6 +94,9 @@ OUTPUTS = (
     Output("heterogeneity.json", Kind.OWNER, "how clients differ", "simulation", left=True),
     Output("participation.jsonl", Kind.OWNER, "who was asked, who answered and how", "deployment"),
     Output("clients.json", Kind.OWNER, "scores of single clients, in runs without privacy alone", "simulation"),
+    Output(
+        "ledgers.json", Kind.OWNER, "what single clients' records spent, if clients divide by own sizes", "simulation"
+    ),
     Output("flower.log", Kind.OWNER, "the output of Flower's processes", "simulation"),
     Output("failure.json", Kind.OWNER, "why a trial of a sweep failed", "sweep"),
 )

@@ -38,7 +38,7 @@ from fedpriv.files import make_private_folder, only_one
 from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
-from fedpriv.methods import ClientState, has_memory, message_size, own_signal_of
+from fedpriv.methods import ClientState, Method, has_memory, message_size, own_signal_of
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import client_round, integer_sums
 from fedpriv.streams import Streams, SystemStreams
@@ -92,7 +92,8 @@ class Device:
             terms: State of the run, and the server's privacy terms.
             model: x, `[params]`.
             make_signal: Returns the message without privacy, `[params]`; called only if a new message is needed. If the
-                method corrects local steps, the vector `[params]` to add to their gradients is its argument.
+                method corrects local steps, the vector `[params]` to add to their gradients is its argument; if it has
+                its own signal (`OwnSignal`), the client's state is the argument `state`.
             shown: Head of this client's ledger from the server; None if the server sends none, like servers before
                 heads existed. Then only the client's own files bear witness to the length of the ledger.
             settings: Digest of any other input of the signal.
@@ -156,8 +157,7 @@ class Device:
             self._afford(past, entry)
             with one_thread():
                 exact = torch.float32 if instructions.example_terms is None else torch.float64
-                offset = instructions.method.step_offset(state, shared)
-                signal = (make_signal() if offset is None else make_signal(offset)).to(exact).reshape(-1)
+                signal = _signal(instructions.method, state, shared, make_signal).to(exact).reshape(-1)
                 if not bool(torch.isfinite(signal).all()):
                     _log.warning("client %d: its update is not finite and counts as zero", instructions.client)
                 message, after = self._make(instructions, terms, state, signal, plan, shared)
@@ -184,10 +184,6 @@ class Device:
         ):
             got = f"turn {terms.turn} of {terms.rounds} after turn {terms.last_turn}"
             raise Refusal("model", "turn", "consecutive turns", got, "Ask the server's operator")
-        if own_signal_of(instructions.method) is not None:
-            remedy = "Ask the server's operator for another method, such as dp-gd"
-            got = method_name(instructions.method)
-            raise Refusal("model", "method", "a method that deployments offer", got, remedy)
         plan = self.policy.check(instructions, terms, message_size(instructions.method, model.numel()))
         if not all(bool(torch.isfinite(sent).all()) for sent in (model, shared) if sent is not None):
             raise Refusal(
@@ -240,6 +236,14 @@ class Device:
             rules, instructions.client, state, signal.cpu(), instructions.round, turn=terms.turn, shared=shared
         )
         return message.contiguous(), after
+
+
+def _signal(method: Method, state: ClientState, shared: Tensor | None, make_signal: Callable[..., Tensor]) -> Tensor:
+    """Return the signal of a client with this state; see `Device.answer`."""
+    if own_signal_of(method) is not None:
+        return make_signal(state=state)
+    offset = method.step_offset(state, shared)
+    return make_signal() if offset is None else make_signal(offset)
 
 
 def _in_epoch(record: Record | None, terms: RunTerms) -> Record:

@@ -20,6 +20,7 @@ from fedpriv.errors import UserError
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, Local, PrivacyPlan, UnitName, rounded_up
+from fedpriv.privacy.records import RecordBound
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
 
@@ -335,8 +336,21 @@ def _gaussian(ratios: Sequence[float], delta: float) -> float:
 
 
 def _ratios(entries: Sequence[Entry], adjacency: Adjacency, unit: UnitName) -> list[float]:
-    """Return sensitivity over standard deviation of each release; infinite if it promises nothing for the unit."""
-    return [_moved(entry, adjacency, unit) / entry.noise_stddev for entry in entries]
+    """Return sensitivity over standard deviation of each release; infinite if it promises nothing for the unit.
+
+    A memory of the parts that clipping cut off costs more than its releases one by one: it has one ratio for each run.
+    """
+    found: list[float] = []
+    together: dict[tuple[str, int, str, float], list[Entry]] = {}
+    for entry in entries:
+        record = entry.record_bound
+        if unit == "example" and record is not None and record.feedback_clip is not None:
+            together.setdefault((entry.run, entry.client, entry.record, entry.noise_stddev), []).append(entry)
+        else:
+            found.append(_moved(entry, adjacency, unit) / entry.noise_stddev)
+    for (*_, text, stddev), part in together.items():
+        found.append(RecordBound.read(text).sensitivity(adjacency, len(part)) / stddev)
+    return found
 
 
 def _moved(entry: Entry, adjacency: Adjacency, unit: UnitName) -> float:

@@ -20,10 +20,11 @@ from fedpriv.experiment.config import Config
 from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.run_config import RunConfig
+from fedpriv.methods import ClientState, own_signal_of
 from fedpriv.plugins import only_known
 from fedpriv.rounds import ClientRules
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import batches_of, make_signal
+from fedpriv.tasks.local_work import ClientGradients, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["own_signal", "read_own_data"]
@@ -38,10 +39,9 @@ def own_signal(
     terms: RunTerms,
     model: Tensor,
     offset: Tensor | None = None,
+    state: ClientState | None = None,
 ) -> Tensor:
-    """Return the client's message without privacy, `[params]`, on the CPU.
-
-    `offset` is added to the gradient of each local step; see `Broadcast.offset`.
+    """Return the client's message without privacy, `[params]`, on the CPU; see `Population.signal` for its arguments.
 
     Raises:
         Refusal: If the experiment differs from the one in the terms, or the policy does not accept it.
@@ -57,12 +57,15 @@ def own_signal(
     if instructions.examples and device.policy.limits.adjacency == "add-or-remove":
         config.check_positions()
     # Under secure aggregation a void turn is tried again, as in simulations: with the same batches, and fresh noise.
-    number = instructions.round if terms.aggregation else terms.turn
+    # A method with its own signal counts rounds, too: its restarts and memories follow those that counted.
+    by_round = terms.aggregation or own_signal_of(instructions.method) is not None
+    number = instructions.round if by_round else terms.turn
     with one_thread():
         if device.policy.data.own:
             path = device.folder.parent / Path(device.policy.data.own).expanduser()
             rules = _rules(device, instructions)
-            return _signal_of_file(path, run, config, rules, (number, instructions.client), model, offset)
+            given = (model, offset, state)
+            return _signal_of_file(path, run, config, rules, (number, instructions.client), given)
         # The server wrote the config: check the size of its model before allocating anything for it.
         population = run.assemble_clients(config, check_size=lambda size: _refuse_other_size(size, model))
         if not instructions.client < population.federation.population:
@@ -71,7 +74,7 @@ def own_signal(
             raise Refusal("model", "instructions", expected, instructions.client, remedy)
         rules, at = _rules(device, instructions), model.to(population.task.device)
         beside = None if offset is None else offset.to(at.device)
-        return population.signal(instructions.client, at, number, rules, beside).cpu()
+        return population.signal(instructions.client, at, number, rules, beside, state).cpu()
 
 
 def read_own_data(path: Path) -> tuple[Tensor, Tensor, int]:
@@ -105,9 +108,9 @@ def _signal_of_file(
     config: Config,
     rules: ClientRules,
     address: tuple[int, int],
-    model: Tensor,
-    offset: Tensor | None = None,
+    received: tuple[Tensor, Tensor | None, ClientState | None],
 ) -> Tensor:
+    model, offset, state = received
     check_device(run.device)
     with labels_as(config.task.labels):
         inputs, labels, classes = read_own_data(path)
@@ -125,9 +128,13 @@ def _signal_of_file(
     if config.augment is not None:
         draws = draws_of(config.augment, SeededStreams(config.seed), len(labels), *address)
         given = augmented(config.augment, inputs, draws, batches).to(task.device), given[1]
-    beside = None if offset is None else offset.to(task.device)
+    clipped, beside = rules.clipped(*address), None if offset is None else offset.to(task.device)
+    if state is not None and (own := own_signal_of(rules.method)) is not None:
+        return own.own_signal(
+            state, at, ClientGradients(task, *given, config.local, batches, clipped), address[0]
+        ).cpu()
     prox = rules.method.step_prox
-    signal = make_signal(task, at, *given, config.local, batches, rules.clipped(*address), beside, prox)
+    signal = make_signal(task, at, *given, config.local, batches, clipped, beside, prox)
     return with_metrics(rules, signal, task, at, *given).cpu()
 
 

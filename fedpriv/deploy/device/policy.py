@@ -17,7 +17,7 @@ from fedpriv.flower.privacy_terms import NO_PROMISE
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import METHODS, has_memory
 from fedpriv.plugins import is_reference, whole_reference
-from fedpriv.privacy import REPLACE_FACTOR, UNITS, PrivacyPlan, TrustName, UnitName, by_reliance
+from fedpriv.privacy import REPLACE_FACTOR, UNITS, Adjacency, PrivacyPlan, TrustName, UnitName, by_reliance
 from fedpriv.rounds import record_bound
 from fedpriv.tables import Table
 from fedpriv.tasks.kinds import TASKS
@@ -327,7 +327,7 @@ class Policy:
         if terms.unit == "example" and self.accepts.unit != "example":
             raise _no("accepts.unit", "runs that protect clients", "a run that protects single examples")
         plan = _plan(instructions, terms)
-        _check_examples(instructions, plan)
+        _check_examples(instructions, plan, self.limits.adjacency)
         multiplier = plan.noise_multiplier
         reach = REPLACE_FACTOR if self.limits.adjacency == "replace" else 1.0
         if plan.sums is not None:
@@ -409,7 +409,7 @@ def _plan(instructions: ClientInstructions, terms: RunTerms) -> PrivacyPlan:
         ) from None
 
 
-def _check_examples(instructions: ClientInstructions, plan: PrivacyPlan) -> None:
+def _check_examples(instructions: ClientInstructions, plan: PrivacyPlan, adjacency: Adjacency) -> None:
     """Raise a `Refusal` unless gradients are bounded and noised as the terms promise for single examples."""
     asked, record = instructions.example_terms, plan.record
     if asked != (None if record is None else record.terms):
@@ -422,6 +422,10 @@ def _check_examples(instructions: ClientInstructions, plan: PrivacyPlan) -> None
         raise _no("examples", "a public number of examples in the terms (privacy.examples)", "terms without it")
     if record != record_bound(instructions.method, record.terms):
         raise _no("record", "the sensitivity of this method", plan.record)
+    if plan.trust_rules.charges_participations and record.restart_weight != 1.0:
+        raise _no("method.restart_weight", "1, so that all messages cost the same", record.restart_weight)
+    if record.period is not None and adjacency != "replace":
+        raise _no("limits.adjacency", "a method with a proof for add-or-remove", method_name(instructions.method))
     needed = plan.noise_stddev if record.route == "steps" else 0.0
     if not abs(instructions.step_stddev - needed) <= _TOLERANCE * needed:
         raise _no("noise", f"a deviation of {needed:g} on every step, as in the terms", f"{instructions.step_stddev:g}")
