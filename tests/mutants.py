@@ -3557,6 +3557,8 @@ MUTANTS = [
         "    refuse_for_examples(method)\n",
         "",
         "tests/deploy/test_deploy_examples.py",
+    ),
+    Mutant(
         "own signals: a ledger charges a residual release by release",
         "fedpriv/deploy/device/ledger.py",
         'if unit == "example" and record is not None and record.feedback_clip is not None:',
