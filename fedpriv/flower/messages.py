@@ -359,6 +359,11 @@ class ClientInstructions:
                 f"the records {', '.join(content)}" if content else "an empty message",
                 "Use a strategy of fedpriv's `strategies` in the ServerApp",
             )
+        known = {"method", *_PLAIN}
+        for key in record:  # an app may read the record, and no digest of the order covers other keys
+            if key not in known and not key.startswith((_METHOD, _ADAPTIVE, _METRICS)):
+                remedy = "Use one version of fedpriv on both sides"
+                raise UserError("message", "instructions of this version", f"the key {key[:40]!r}", remedy)
         method = read_table(METHODS.known(record["method"], "method"), _after(_METHOD, record), "method")
         adaptive, metrics = _after(_ADAPTIVE, record), _after(_METRICS, record)
         method = with_side_values(

@@ -9,6 +9,7 @@ import torch
 from flower_in_process import RUN_ID, InProcessGrid, inside_a_run
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from support.helpers import WITH_SIDE_VALUES
 
 from fedpriv.errors import UserError
 from fedpriv.flower.answers import send_message
@@ -26,7 +27,7 @@ from fedpriv.flower.messages import (
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.state import keep_state, load_state
 from fedpriv.mechanisms.gaussian import release_grid
-from fedpriv.methods import METHODS, AlphaNormEC, Clip21, DPFedAvg
+from fedpriv.methods import METHODS, AdaptiveBound, AlphaNormEC, Clip21, DPFedAvg, PrivateMetrics, with_side_values
 from fedpriv.rounds import ClientRules, client_round
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -58,6 +59,21 @@ def test_an_order_of_another_version_is_refused():
     record["method.momentum"] = 0.9
     with pytest.raises(ValueError, match=r"method.momentum: expected a known key"):
         ClientInstructions.of(RecordDict({FEDPRIV: record}))
+    record = ClientInstructions(method=AlphaNormEC(), round=1, client=0).to_record()
+    record["learning-rate"] = 0.9  # an app may read it, and clients under secure aggregation would not sign it
+    with pytest.raises(
+        ValueError, match=r"message: expected instructions of this version, got the key 'learning-rate'"
+    ):
+        ClientInstructions.of(RecordDict({FEDPRIV: record}))
+
+
+@pytest.mark.parametrize("name", WITH_SIDE_VALUES)
+def test_an_order_with_side_values_arrives_as_it_was_sent(name):
+    method = with_side_values(
+        WITH_SIDE_VALUES[name].client_part.method, AdaptiveBound(share=0.1), PrivateMetrics(share=0.1, max_loss=3.0)
+    )
+    instructions = ClientInstructions(method=method, round=3, client=2)
+    assert ClientInstructions.of(sent(RecordDict({FEDPRIV: instructions.to_record()}))) == instructions
 
 
 def test_a_model_arrives_to_the_bit_in_its_own_number_formats():
