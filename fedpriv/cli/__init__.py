@@ -7,12 +7,12 @@ import click
 from fedpriv.cli.app import app
 from fedpriv.errors import UserError
 
-from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data  # isort: skip
+from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data, trained  # isort: skip
 
 __all__ = ["app", "main"]
 
 # `--help` lists the commands in the order of these imports.
-_COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data)
+_COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data, trained)
 
 
 def main(arguments: list[str] | None = None) -> None:

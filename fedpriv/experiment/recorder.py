@@ -19,7 +19,14 @@ from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
 from fedpriv.experiment.pictures.curves import plot_curves
-from fedpriv.experiment.run_directory import CLIENTS_FILE, DIAGNOSTICS_FILE, HETEROGENEITY_FILE, RunDirectory
+from fedpriv.experiment.run_directory import (
+    CLIENTS_FILE,
+    DIAGNOSTICS_FILE,
+    FACTS_FILE,
+    HETEROGENEITY_FILE,
+    RunDirectory,
+    model_facts,
+)
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.methods import ServerState, side_values_of
@@ -95,6 +102,7 @@ class Recorder:
         promise = _no_promise() if plan is None else plan.as_dict()
         self.directory.write_json("privacy.json", {**promise, "statement": statement})
         self.directory.write_text("privacy.txt", statement)
+        self.directory.write_json(FACTS_FILE, self._facts())
         self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
         if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
             measured = measure_heterogeneity(experiment.config, experiment.population)
@@ -181,6 +189,10 @@ class Recorder:
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
+
+    def _facts(self) -> dict[str, object]:
+        config, dataset = self.experiment.config, self.experiment.population.federation.dataset
+        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes))
 
     def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
         """Write the scores of single clients if the experiment asks for them, and return their distribution."""
