@@ -51,6 +51,7 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_per_example.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
+TRAINED = "tests/trained/test_trained_run.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
 GUARD, LEDGER, PROMISE = (
     "tests/flower/test_flower_guard.py",
@@ -3316,6 +3317,69 @@ MUTANTS = [
         "roots = np.linalg.norm(plan.noise.applied(canaries.patterns), axis=1)",
         "roots = np.linalg.norm(canaries.patterns, axis=1)",
         AUDITED,
+    ),
+    Mutant(
+        "a loaded module has its first weights",
+        "fedpriv/trained/module.py",
+        "            parameter.copy_(weights[name])",
+        "            parameter.copy_(parameter)",
+        TRAINED,
+    ),
+    Mutant(
+        "a loaded module is in training mode",
+        "fedpriv/trained/module.py",
+        "made.eval(), tables, facts",
+        "made.train(), tables, facts",
+        TRAINED,
+    ),
+    Mutant(
+        "frozen weights of another module are taken for those of the run",
+        "fedpriv/trained/module.py",
+        'recorded.get("sha256") == weights_digest(module)',
+        "bool(recorded)",
+        TRAINED,
+    ),
+    Mutant(
+        "a model card omits the adversary",
+        "fedpriv/trained/card.py",
+        '        "adversary": promise["adversary"],\n',
+        "",
+        TRAINED,
+    ),
+    Mutant(
+        "a model card names another epsilon",
+        "fedpriv/trained/card.py",
+        'rounded_up(promise["epsilon"])',
+        'rounded_up(promise["epsilon"] / 2)',
+        TRAINED,
+    ),
+    Mutant(
+        "a model card covers scores on clients' own examples",
+        "fedpriv/trained/card.py",
+        'if key in summary.get("not_covered", ()):',
+        "if False:",
+        TRAINED,
+    ),
+    Mutant(
+        "a model card of a run without privacy has an epsilon",
+        "fedpriv/trained/card.py",
+        '    if not promise["private"]:\n        return "## Privacy',
+        '    if False:\n        return "## Privacy',
+        TRAINED,
+    ),
+    Mutant(
+        "inputs to predict are not scaled",
+        "fedpriv/trained/inputs.py",
+        "    if not prepared:\n",
+        "    if prepared:\n",
+        TRAINED,
+    ),
+    Mutant(
+        "names of labels that one client may bring alone are released",
+        "fedpriv/data/user_files.py",
+        "    return None if labels is None else tuple(",
+        '    return ("found", "in", "data") if labels is None else tuple(',
+        TRAINED,
     ),
 ]
 

@@ -90,7 +90,7 @@ def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root
     """Return a finished run with its trained module; see `load_module`."""
     folder = Path(path)
     if not (folder / "config.toml").is_file():
-        got = "a folder without config.toml" if folder.is_dir() else "no such folder"
+        got = "a folder without config.toml" if folder.is_dir() else "a path without a folder"
         raise UserError(str(folder), "the folder of a finished run", got, "Create one with: fedpriv run CONFIG")
     weights, tables = load_model(folder), read_config_file(folder / "config.toml")
     table = _part(tables, "model")
@@ -116,7 +116,7 @@ def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root
 def _part(tables: Table, name: str) -> Table:
     found = tables.get(name)
     if not isinstance(found, Mapping):
-        raise UserError("config.toml", f"a table [{name}]", "none", "Restore the run's config.toml")
+        raise UserError("config.toml", f"a table [{name}]", "a missing table", "Restore the run's config.toml")
     return found
 
 
@@ -199,4 +199,4 @@ def _refuse_other_start(module: nn.Module, folder: Path) -> None:
     if all(torch.equal(first[name], parameter.detach().cpu()) for name, parameter in trainable(module).items()):
         return
     remedy = "Use the versions of the run, or call fedpriv.load_module(RUN, module=...) with its module"
-    raise UserError("model.name", "the first weights of the run", "other ones from the same seed", remedy)
+    raise UserError("model.name", "the first weights of the run", "different weights from the same seed", remedy)

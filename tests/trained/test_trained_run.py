@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from torch import Tensor, nn
 
 import fedpriv
 from fedpriv.cli import main
+from fedpriv.data.dataset import DATASETS, declared_by
+from fedpriv.data.datasets import Digits
+from fedpriv.data.user_files import Csv, ImageFolder, Npz
 from fedpriv.errors import UserError
 from fedpriv.experiment.results import load_model
+from fedpriv.experiment.run_directory import model_facts
 from fedpriv.methods import DPFedAvg
 from fedpriv.privacy import rounded_up
 from fedpriv.tasks.task import Task
@@ -184,6 +189,29 @@ def test_model_json_holds_what_is_declared_and_nothing_else(folder: Path, table:
     rows = json.loads((table / "run" / "model.json").read_text())
     assert rows["class_names"] == ["no", "some or much"]
     assert rows["inputs"]["columns"]["numeric"] == {"age": [40.0, 10.0]}
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion-mnist", "mnist-by-writer", "cifar10"])
+def test_the_built_in_images_declare_ten_names_and_their_constants(name: str) -> None:
+    declared = declared_by(DATASETS[name]())
+    assert len(set(declared.class_names or ())) == 10
+    assert len(declared.mean) == len(declared.std) == {"digits": 0, "cifar10": 3}.get(name, 1)
+
+
+def test_digits_are_scaled_as_their_loader_does(folder: Path, tmp_path: Path) -> None:
+    facts = model_facts(Digits(), dataset := Digits().load(None), 10)
+    np.save(tmp_path / "raw.npy", dataset.test_inputs.numpy() * 16)
+    trained = replace(load_trained(folder / "run"), facts=facts)
+    assert torch.equal(read_inputs(trained, tmp_path / "raw.npy"), dataset.test_inputs)
+    assert facts["class_names"] == list("0123456789")
+
+
+def test_names_of_labels_are_declared_or_absent() -> None:
+    columns: Any = {"file": "x", "target": "y", "numeric": {"x": (0.0, 1.0)}}
+    for source in (ImageFolder(file="x"), Csv(**columns), Npz(file="x"), object()):
+        assert declared_by(source).class_names is None
+    for source in (ImageFolder(file="x", labels=["a", "b"]), Csv(**columns, labels=["a", "b"])):
+        assert declared_by(source).class_names == ("a", "b")
 
 
 def test_what_a_clients_data_decide_is_not_in_model_json(tmp_path: Path) -> None:
@@ -427,7 +455,7 @@ def test_a_model_of_transformers_is_saved_as_one(tmp_path: Path) -> None:
     ids = torch.arange(9)[None]
     with torch.no_grad():
         expected = fedpriv.load_module(run, module=net).inner(input_ids=ids).logits  # pyright: ignore
-        assert torch.equal(again(input_ids=ids).logits, expected)
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
     assert "differential-privacy" in (written.parent / "README.md").read_text()
 
 
