@@ -51,7 +51,7 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_per_example.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
-TRAINED = "tests/trained/test_trained_run.py"
+AFTER_TRAINING = "tests/trained/test_trained_run.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
 GUARD, LEDGER, PROMISE = (
     "tests/flower/test_flower_guard.py",
@@ -3323,63 +3323,63 @@ MUTANTS = [
         "fedpriv/trained/module.py",
         "            parameter.copy_(weights[name])",
         "            parameter.copy_(parameter)",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "a loaded module is in training mode",
         "fedpriv/trained/module.py",
         "made.eval(), tables, facts",
         "made.train(), tables, facts",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "frozen weights of another module are taken for those of the run",
         "fedpriv/trained/module.py",
         'recorded.get("sha256") == weights_digest(module)',
         "bool(recorded)",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "a model card omits the adversary",
         "fedpriv/trained/card.py",
         '        "adversary": promise["adversary"],\n',
         "",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "a model card names another epsilon",
         "fedpriv/trained/card.py",
         'rounded_up(promise["epsilon"])',
         'rounded_up(promise["epsilon"] / 2)',
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "a model card covers scores on clients' own examples",
         "fedpriv/trained/card.py",
         'if key in summary.get("not_covered", ()):',
         "if False:",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "a model card of a run without privacy has an epsilon",
         "fedpriv/trained/card.py",
         '    if not promise["private"]:\n        return "## Privacy',
         '    if False:\n        return "## Privacy',
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "inputs to predict are not scaled",
         "fedpriv/trained/inputs.py",
         "    if not prepared:\n",
         "    if prepared:\n",
-        TRAINED,
+        AFTER_TRAINING,
     ),
     Mutant(
         "names of labels that one client may bring alone are released",
         "fedpriv/data/user_files.py",
         "    return None if labels is None else tuple(",
         '    return ("found", "in", "data") if labels is None else tuple(',
-        TRAINED,
+        AFTER_TRAINING,
     ),
 ]
 
