@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 
 from fedpriv.errors import UserError
+from fedpriv.plugins import bare_reference
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record, Table
 from fedpriv.trained.module import Trained
@@ -83,7 +84,8 @@ def _inputs(constants: Record) -> str:
 
 def _data(trained: Trained, summary: Record) -> str:
     data = trained.tables["data"]
-    words = f"`{data['name']}`, divided among {summary['population']:,} clients (partition `{data['partition']}`)."
+    name, clients = bare_reference(data["name"]), f"{summary['population']:,} clients"
+    words = f"`{name}`, divided among {clients} (partition `{bare_reference(data['partition'])}`)."
     return f"## Data\n\n{words} No client's data are in this folder.\n"
 
 
@@ -146,7 +148,7 @@ def _limits(promise: Record) -> str:
 def _settings(table: Table) -> str:
     """Return a table's name with its other keys, as `name(key=value)`."""
     others = ", ".join(f"{key}={_shown(value)}" for key, value in table.items() if key != "name")
-    name = str(table["name"]).rpartition("/")[2]
+    name = bare_reference(table["name"])
     return f"`{name}({others})`" if others else f"`{name}`"
 
 

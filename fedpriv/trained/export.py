@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpriv.checks import one_of
 from fedpriv.errors import UserError, require_extra
+from fedpriv.experiment.config import with_bare_names
 from fedpriv.files import write_atomically
 from fedpriv.trained.card import model_card
 from fedpriv.trained.module import Trained, load_trained
@@ -152,7 +153,7 @@ def _as_hf(trained: Trained) -> _Written:
         config = {
             "architectures": [type(trained.module).__name__],
             "library_name": "pytorch",
-            "model": dict(trained.tables["model"]),
+            "model": with_bare_names(trained.tables)["model"],
             **trained.facts,
         }
         return {**content, "config.json": (json.dumps(config, indent=2) + "\n").encode()}, main, how

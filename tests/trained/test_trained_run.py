@@ -359,6 +359,7 @@ def test_frozen_weights_are_those_of_the_run_or_refused(tmp_path: Path) -> None:
     run = trained_in(tmp_path, config, own=OWN_CLASSES, body=FROZEN)
     trained = load_trained(run)
     found = evaluate(trained)
+    assert "`own.py:Stripes`" in model_card(trained, "model.pt", "code")
     assert found["loss"] == json.loads((run / "summary.json").read_text())["test_loss"]
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("seed = 3", "seed = 4"))
@@ -470,4 +471,5 @@ def test_the_front_matter_is_what_hubs_read(folder: Path, tmp_path: Path) -> Non
     }
     config = json.loads((written.parent / "config.json").read_text())
     assert config["architectures"] == ["Net"]
-    assert config["model"]["width"] == 6
+    assert config["model"] == {"name": "net.py:Net", "width": 6}
+    assert not any(str(folder).encode() in path.read_bytes() for path in written.parent.iterdir())
