@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from fedpriv.report.write import write_report
     from fedpriv.runners import run_experiment
     from fedpriv.tracking.trackers import track
+    from fedpriv.trained.export import export_model
+    from fedpriv.trained.module import load_module
 
 __all__ = [
     "Experiment",
     "Privacy",
+    "export_model",
     "load_config",
     "load_model",
+    "load_module",
     "load_results",
     "run_experiment",
     "track",
@@ -30,8 +34,10 @@ __all__ = [
 _HOMES = {
     "Experiment": "fedpriv.experiment.in_python",
     "Privacy": "fedpriv.experiment.config",
+    "export_model": "fedpriv.trained.export",
     "load_config": "fedpriv.experiment.config",
     "load_model": "fedpriv.experiment.results",
+    "load_module": "fedpriv.trained.module",
     "load_results": "fedpriv.experiment.results",
     "run_experiment": "fedpriv.runners",
     "track": "fedpriv.tracking.trackers",

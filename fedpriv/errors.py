@@ -16,6 +16,7 @@ EXTRAS = {
     "vision": ("torchvision",),
     "datasets": ("flwr_datasets",),
     "adapters": ("transformers", "peft"),
+    "onnx": ("onnx", "onnxscript"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),

@@ -51,6 +51,7 @@ RAY, GRID = "tests/engines/test_engines_ray.py", "tests/flower/test_flower_grid.
 PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_per_example.py"
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
+AFTER_TRAINING = "tests/trained/test_trained_run.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
 GUARD, LEDGER, PROMISE = (
     "tests/flower/test_flower_guard.py",
@@ -3627,6 +3628,67 @@ MUTANTS = [
         "return replace(found, noise_multiplier=min(plan.noise_stddev / found.l2_sensitivity, MAX_NOISE))",
         "return found",
         "tests/experiment/test_experiment_own_sizes.py",
+        "a loaded module has its first weights",
+        "fedpriv/trained/module.py",
+        "            parameter.copy_(weights[name])",
+        "            parameter.copy_(parameter)",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "a loaded module is in training mode",
+        "fedpriv/trained/module.py",
+        "made.eval(), tables, facts",
+        "made.train(), tables, facts",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "frozen weights of another module are taken for those of the run",
+        "fedpriv/trained/module.py",
+        'recorded.get("sha256") == weights_digest(module)',
+        "bool(recorded)",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "a model card omits the adversary",
+        "fedpriv/trained/card.py",
+        '        "adversary": promise["adversary"],\n',
+        "",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "a model card names another epsilon",
+        "fedpriv/trained/card.py",
+        'rounded_up(promise["epsilon"])',
+        'rounded_up(promise["epsilon"] / 2)',
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "a model card covers scores on clients' own examples",
+        "fedpriv/trained/card.py",
+        'if key in summary.get("not_covered", ()):',
+        "if False:",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "a model card of a run without privacy has an epsilon",
+        "fedpriv/trained/card.py",
+        '    if not promise["private"]:\n        return "## Privacy',
+        '    if False:\n        return "## Privacy',
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "inputs to predict are not scaled",
+        "fedpriv/trained/inputs.py",
+        "    if not prepared:\n",
+        "    if prepared:\n",
+        AFTER_TRAINING,
+    ),
+    Mutant(
+        "names of labels that one client may bring alone are released",
+        "fedpriv/data/user_files.py",
+        "    return None if labels is None else tuple(",
+        '    return ("found", "in", "data") if labels is None else tuple(',
+        AFTER_TRAINING,
     ),
 ]
 

@@ -12,8 +12,9 @@ from fedpriv.data.labels import LabelKind, fault_of
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.released import Whose
+from fedpriv.tables import Table
 
-__all__ = ["DATASETS", "Dataset", "DatasetSource", "HeldOut"]
+__all__ = ["DATASETS", "Dataset", "DatasetSource", "Declared", "HeldOut", "declared_by"]
 
 
 class HeldOut(NamedTuple):
@@ -122,11 +123,39 @@ class Dataset:
         return UserError(f"dataset {self.name}", expected, got, "Correct the arrays of the data set")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Declared:
+    """The public constants of a data set: none is computed from its examples, so a run may release them.
+
+    Prepared inputs are (input / scale - mean) / std. `mean` and `std` have one number per channel, or per feature.
+
+    Args:
+        class_names: Names of the labels 0, 1, ...; None if none are declared.
+        scale: Divisor of all inputs.
+        mean: Subtracted after that; empty for zeros.
+        std: Divides after that; empty for ones.
+        columns: The columns of a table, in place of these numbers: the keys `numeric`, `categories`, `missing`, `fill`,
+            `target` and `labels` of `[data]`. None for arrays.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    columns: Table | None = None
+
+
+def declared_by(source: object) -> Declared:
+    """Return the `declared` constants of the settings of a data set; without that attribute, none."""
+    found = getattr(source, "declared", None)
+    return found if isinstance(found, Declared) else Declared()
+
+
 class DatasetSource(Protocol):
     """Settings that locate a data set; read from the table `[data]`.
 
     `natural` is True if it has natural clients. `test` names the default test examples of experiments: see
-    `validation.evaluated_on`.
+    `validation.evaluated_on`. An attribute `declared` may hold its public constants: see `Declared`.
     """
 
     natural: ClassVar[bool]

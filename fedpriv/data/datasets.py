@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedpriv.checks import positive_int, real_within, refuse_beyond_memory
-from fedpriv.data.dataset import Dataset
+from fedpriv.data.dataset import Dataset, Declared
 from fedpriv.data.files import default_data_root, locate, read_cifar_batch, read_digits, read_idx, read_libsvm
 from fedpriv.data.natural_files import (
     ALPHABET,
@@ -50,6 +50,21 @@ IDX_FILES = (
 WRITER_FILE = "qmnist-train-labels-idx2-int"
 # Inputs and labels of a split.
 Examples = tuple[np.ndarray, np.ndarray]
+_DIGITS = tuple(map(str, range(10)))
+# The names are those of the authors, in the order of the labels.
+_CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
@@ -62,6 +77,7 @@ class Digits:
 
     natural: ClassVar[bool] = False
     test: ClassVar[Whose] = "public"
+    declared: ClassVar[Declared] = Declared(class_names=_DIGITS, scale=16.0)
 
     def load(self, data_root: Path | None) -> Dataset:
         """Load the digits from the file in scikit-learn; see `DatasetSource.load`."""
@@ -104,13 +120,15 @@ class Mnist(_ImageSource):
     to document recognition, 1998.
     """
 
+    declared: ClassVar[Declared] = Declared(class_names=_DIGITS, scale=255.0, mean=(0.1307,), std=(0.3081,))
+
     def load(self, data_root: Path | None) -> Dataset:
         """Load `MNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
 
         Raises:
             UserError: If files are missing and cannot be downloaded, or are damaged.
         """
-        return _idx_images("mnist", data_root or default_data_root(), "MNIST", 0.1307, 0.3081, self._taken)
+        return _idx_images("mnist", data_root or default_data_root(), "MNIST", self.declared, self._taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +138,8 @@ class FashionMnist(_ImageSource):
     Mean 0.2860, deviation 0.3530. Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747.
     """
 
+    declared: ClassVar[Declared] = Declared(class_names=_CLOTHES, scale=255.0, mean=(0.2860,), std=(0.3530,))
+
     def load(self, data_root: Path | None) -> Dataset:
         """Load `FashionMNIST/raw/*ubyte`, plain or .gz; see `DatasetSource.load`.
 
@@ -127,7 +147,7 @@ class FashionMnist(_ImageSource):
             UserError: If files are missing and cannot be downloaded, or are damaged.
         """
         root = data_root or default_data_root()
-        return _idx_images("fashion-mnist", root, "FashionMNIST", 0.2860, 0.3530, self._taken)
+        return _idx_images("fashion-mnist", root, "FashionMNIST", self.declared, self._taken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +161,7 @@ class MnistByWriter:
 
     natural: ClassVar[bool] = True
     test: ClassVar[Whose] = "public"
+    declared: ClassVar[Declared] = Declared(class_names=_DIGITS, scale=255.0, mean=(0.1307,), std=(0.3081,))
 
     def load(self, data_root: Path | None) -> Dataset:
         """Load `MNIST/raw/*ubyte` and `QMNIST/raw/qmnist-train-labels-idx2-int`; see `DatasetSource.load`.
@@ -150,7 +171,7 @@ class MnistByWriter:
         """
         root = data_root or default_data_root()
         [path] = locate(root, "QMNIST/raw", [WRITER_FILE], "QMNIST")
-        images = _idx_images("mnist-by-writer", root, "MNIST", 0.1307, 0.3081)
+        images = _idx_images("mnist-by-writer", root, "MNIST", self.declared)
         facts = read_idx(path)
         if facts.shape != (images.examples, 8) or (facts[:, 0] != images.train_labels.numpy()).any():
             expected = f"{images.examples} rows of 8 facts, each with the label of its MNIST image"
@@ -167,6 +188,10 @@ class Cifar10(_ImageSource):
     Multiple Layers of Features from Tiny Images, 2009.
     """
 
+    declared: ClassVar[Declared] = Declared(
+        class_names=_CIFAR10, scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    )
+
     def load(self, data_root: Path | None) -> Dataset:
         """Load `cifar-10-batches-py/data_batch_1` to `5` and `test_batch`; see `DatasetSource.load`.
 
@@ -176,9 +201,8 @@ class Cifar10(_ImageSource):
         root = data_root or default_data_root()
         paths = locate(root, "cifar-10-batches-py", CIFAR10_FILES, "CIFAR10")
         images, labels = zip(*map(read_cifar_batch, paths), strict=True)
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         parts = self._taken((np.concatenate(images[:-1]), np.concatenate(labels[:-1])), (images[-1], labels[-1]))
-        train, test = ((_normalized(pixels, mean, std), labels) for pixels, labels in parts)
+        train, test = ((_normalized(pixels, self.declared.mean, self.declared.std), labels) for pixels, labels in parts)
         return _dataset("cifar10", train, test, 10)
 
 
@@ -196,6 +220,7 @@ class HeartDisease:
 
     natural: ClassVar[bool] = True
     test: ClassVar[Whose] = "within"
+    declared: ClassVar[Declared] = Declared(class_names=("healthy", "heart disease"))
 
     def load(self, data_root: Path | None) -> Dataset:
         """Load `heart_disease/processed.*.data`; see `DatasetSource.load`.
@@ -238,6 +263,7 @@ class TinyShakespeare:
 
     natural: ClassVar[bool] = True
     test: ClassVar[Whose] = "clients"
+    declared: ClassVar[Declared] = Declared(class_names=tuple(ALPHABET))
     context: int = 5
     speaker_examples: int = 200
 
@@ -374,13 +400,12 @@ def _idx_images(
     name: str,
     data_root: Path,
     folder: str,
-    mean: float,
-    std: float,
+    declared: Declared,
     taken: Callable[[Examples, Examples], tuple[Examples, Examples]] = _all,
 ) -> Dataset:
     paths = locate(data_root, f"{folder}/raw", IDX_FILES, source=folder)
     parts = taken(_idx_examples(paths[0], paths[1]), _idx_examples(paths[2], paths[3]))
-    normalized = [(_normalized(images, (mean,), (std,)), labels) for images, labels in parts]
+    normalized = [(_normalized(images, declared.mean, declared.std), labels) for images, labels in parts]
     return _dataset(name, normalized[0], normalized[1], 10)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fedpriv.checks import refuse_beyond_memory
-from fedpriv.data.dataset import Dataset
+from fedpriv.data.dataset import Dataset, Declared
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
 from fedpriv.data.labels import expected_labels
 from fedpriv.data.mapped import MappedInputs
@@ -149,29 +149,62 @@ class _Table(_Files):
         """Return the place in the file of one row of a column, for errors."""
         return f"row {column.index[row]}"
 
-    def _read(self, path: Path) -> dict[str, object]:
-        frame = self._frame(path, self.columns)
+    @property
+    def declared(self) -> Declared:
+        """The columns and the names of the labels; see `Declared`."""
+        keys = ("numeric", "categories", "missing", "fill", "target", "labels")
+        columns = {key: getattr(self, key) for key in keys}
+        return Declared(class_names=_names(self.labels), columns=columns)
+
+    def read_inputs(self, path: Path) -> np.ndarray:
+        """Return the inputs of all rows of a table, float32 `[rows, features]`; needs neither labels nor clients.
+
+        Args:
+            path: A table with the declared columns of numbers and categories.
+
+        Raises:
+            UserError: If the file is damaged, or has unexpected contents.
+        """
+        frame = self._frame(path, None)
+        self._require_columns(path, frame, [*self.numeric, *self.categories])
+        return self._inputs(path, frame)
+
+    def read_labels(self, path: Path) -> np.ndarray:
+        """Return the label of each row of a table; see `read_inputs`."""
+        frame = self._frame(path, None)
+        self._require_columns(path, frame, [self.target])
+        return self._numbered(path, frame[self.target])
+
+    def _require_columns(self, path: Path, frame: "pd.DataFrame", wanted: Sequence[str]) -> None:
         twice = sorted(set(map(str, frame.columns[frame.columns.duplicated()])))
         if twice:
             raise UserError(str(path), "columns with different names", f"{twice[0]!r} twice", "Rename one of them")
-        wanted = [*self.numeric, *self.categories, self.target, *([] if self.client is None else [self.client])]
         for name in wanted:
             if name not in frame.columns:
                 remedy = nearest(name, list(map(str, frame.columns)))
                 raise UserError(str(path), f"a column {name!r}", f"{', '.join(map(str, frame.columns))}"[:200], remedy)
-        everyone = None
-        if self.client is not None and self.drop_missing:  # a client is one even if none of its rows is complete
-            column = frame[self.client]
-            everyone = self._ids_of_clients(path, column[~self._absent(column)])
-        if self.drop_missing:
-            frame = frame[~np.any([self._absent(frame[name]) for name in wanted], axis=0)]
+
+    def _inputs(self, path: Path, frame: "pd.DataFrame") -> np.ndarray:
+        """Return the scaled columns of numbers and those of categories, float32 `[rows, features]`."""
         if frame.empty:
             raise UserError(str(path), "at least one row", "an empty table", "Choose another file")
         width = len(self.numeric) + sum(map(len, self.categories.values()))
         refuse_beyond_memory("data.file", 4 * len(frame) * width, "Declare fewer columns, or use fewer rows")
         parts = [self._scaled(path, frame[name], name) for name in self.numeric]
         parts += [self._one_hot(path, frame[name], name) for name in self.categories]
-        made: dict[str, object] = {"inputs": np.concatenate(parts, axis=1)}
+        return np.concatenate(parts, axis=1)
+
+    def _read(self, path: Path) -> dict[str, object]:
+        frame = self._frame(path, self.columns)
+        wanted = [*self.numeric, *self.categories, self.target, *([] if self.client is None else [self.client])]
+        self._require_columns(path, frame, wanted)
+        everyone = None
+        if self.client is not None and self.drop_missing:  # a client is one even if none of its rows is complete
+            column = frame[self.client]
+            everyone = self._ids_of_clients(path, column[~self._absent(column)])
+        if self.drop_missing:
+            frame = frame[~np.any([self._absent(frame[name]) for name in wanted], axis=0)]
+        made: dict[str, object] = {"inputs": self._inputs(path, frame)}
         made["labels"] = self._numbered(path, frame[self.target])
         if self.labels is not None:
             made["classes"] = max(len(self.labels), 2)
@@ -356,6 +389,11 @@ class Npz(_Files):
         _require_scale(self.scale)
         _check_channels(self.mean, self.std)
 
+    @property
+    def declared(self) -> Declared:
+        """The constants of the inputs; see `Declared`."""
+        return Declared(scale=self.scale, mean=tuple(self.mean or ()), std=tuple(self.std or ()))
+
     def _read(self, path: Path) -> dict[str, object]:
         found = read_arrays(path)
         for key in ("inputs", "test_inputs"):
@@ -406,6 +444,11 @@ class Npy:
     def __post_init__(self) -> None:
         _require_scale(self.scale)
         _check_channels(self.mean, self.std)
+
+    @property
+    def declared(self) -> Declared:
+        """The constants of the inputs; see `Declared`."""
+        return Declared(scale=self.scale, mean=tuple(self.mean or ()), std=tuple(self.std or ()))
 
     def load(self, data_root: Path | None) -> Dataset:
         """Map the inputs and read the other files; see `DatasetSource.load`.
@@ -501,6 +544,11 @@ class ImageFolder(_Files):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_channels(self.mean, self.std)
+
+    @property
+    def declared(self) -> Declared:
+        """The constants of the inputs and the names of the labels, if listed; see `Declared`."""
+        return Declared(class_names=_names(self.labels), scale=255.0, mean=tuple(self.mean), std=tuple(self.std))
 
     def _read(self, path: Path) -> dict[str, object]:
         require_extra("data.name = 'image-folder'", "data", ["PIL"])
@@ -620,6 +668,11 @@ def _places(column: "Column", places: Mapping[str, int]) -> np.ndarray:
 
 def _listed(texts: str | Sequence[str]) -> Iterable[str]:
     return [texts] if isinstance(texts, str) else texts
+
+
+def _names(labels: Sequence[str | list[str]] | None) -> tuple[str, ...] | None:
+    """Return one name of each declared label."""
+    return None if labels is None else tuple(" or ".join(_listed(texts)) for texts in labels)
 
 
 def _damaged(path: Path, expected: str, error: Exception) -> UserError:

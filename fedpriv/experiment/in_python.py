@@ -44,7 +44,7 @@ from fedpriv.tasks.own import OwnModule
 from fedpriv.tasks.own_task import own_loss
 from fedpriv.tasks.per_client import PerClient
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "weights_digest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,14 +279,19 @@ def _model_source(model: object) -> ModelSource:
 def _module_source(module: nn.Module) -> ModelSource:
     """Return the settings of a model that begins with the weights of a module."""
     held, name = copy.deepcopy(module), type(module).__name__
-    weights = hashlib.sha256(name.encode())
-    for key, value in held.state_dict().items():
-        weights.update(f"{key} {value.dtype} {list(value.shape)} ".encode())
-        weights.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     facts = {
         "called": staticmethod(lambda: copy.deepcopy(held)),
         "asked": (),
         "reference": f"{MEMORY}:{name}",
-        "source": {"module": MEMORY, "sha256": weights.hexdigest()},
+        "source": {"module": MEMORY, "sha256": weights_digest(held)},
     }
     return dataclass(frozen=True, kw_only=True)(type(name, (OwnModule,), facts))()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return a SHA-256 of a module's class name and of all its weights and buffers."""
+    weights = hashlib.sha256(type(module).__name__.encode())
+    for key, value in module.state_dict().items():
+        weights.update(f"{key} {value.dtype} {list(value.shape)} ".encode())
+        weights.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return weights.hexdigest()

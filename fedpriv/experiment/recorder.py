@@ -22,9 +22,11 @@ from fedpriv.experiment.pictures.curves import plot_curves
 from fedpriv.experiment.run_directory import (
     CLIENTS_FILE,
     DIAGNOSTICS_FILE,
+    FACTS_FILE,
     HETEROGENEITY_FILE,
     LEDGERS_FILE,
     RunDirectory,
+    model_facts,
 )
 from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
@@ -94,6 +96,7 @@ class Recorder:
         if plan is not None and (drowned := signal_warning(plan, size)):
             _log.warning("%s", drowned)
         self._write_promise()
+        self.directory.write_json(FACTS_FILE, self._facts())
         self.directory.write_model("initial.safetensors", experiment.initial_model, self._layout)
         if not self.deployed and not self.directory.file(HETEROGENEITY_FILE).exists():
             measured = measure_heterogeneity(experiment.config, experiment.population)
@@ -223,6 +226,10 @@ class Recorder:
         self.directory.write_json("summary.json", summary)
         self.directory.checkpoint.path.unlink(missing_ok=True)
         return summary
+
+    def _facts(self) -> dict[str, object]:
+        config, dataset = self.experiment.config, self.experiment.population.federation.dataset
+        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes))
 
     def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
         """Write the scores of single clients if the experiment asks for them, and return their distribution."""

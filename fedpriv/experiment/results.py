@@ -65,16 +65,19 @@ def _hashable(value: object) -> object:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def load_model(path: Path | str) -> dict[str, Tensor]:
+def load_model(path: Path | str, name: str = "model.safetensors") -> dict[str, Tensor]:
     """Return the final model of a run as named tensors, ready for `module.load_state_dict`.
+
+    `fedpriv.load_module` returns the module itself.
 
     Args:
         path: A run directory.
+        name: The file; `initial.safetensors` is the first model.
 
     Raises:
         UserError: If the run is not finished.
     """
-    file = Path(path) / "model.safetensors"
+    file = Path(path) / name
     try:
         with safe_open(str(file), framework="pt") as content:
             entries = json.loads(content.metadata()["layout"])

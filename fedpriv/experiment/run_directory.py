@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from fedpriv.data.dataset import Dataset, declared_by
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.plugins import bare_reference
@@ -28,6 +29,7 @@ __all__ = [
     "RunDirectory",
     "flat_tables",
     "jsonable",
+    "model_facts",
     "safetensors_pieces",
 ]
 
@@ -36,6 +38,9 @@ FILES = tuple(output.name for output in OUTPUTS if output.left)
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 """The totals of a finished run that are not released, and a checksum of its data."""
+
+FACTS_FILE = "model.json"
+"""The shapes of a model's inputs and outputs, and what the data set declares; see `model_facts`."""
 
 HETEROGENEITY_FILE = "heterogeneity.json"
 CLIENTS_FILE = "clients.json"
@@ -61,6 +66,33 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     for name in names:
         flat = tensors[name].reshape(-1)
         yield flat.view(torch.uint8).numpy().data if len(flat) else b""
+
+
+def model_facts(source: object, dataset: Dataset, outputs: int) -> dict[str, object]:
+    """Return the content of `model.json`.
+
+    The shape of inputs and the number of labels are those of the agreement, which `model.safetensors` shows, too. All
+    else is declared by the settings of the data set: nothing is computed from examples.
+
+    Args:
+        source: The settings of the data set.
+        dataset: The data set.
+        outputs: Width of the model's outputs.
+    """
+    declared = declared_by(source)
+    names, named = declared.class_names, dataset.kind in ("classes", "flags")
+    return {
+        "input_shape": list(dataset.input_shape),
+        "classes": dataset.classes,
+        "outputs": outputs,
+        "class_names": list(names) if names is not None and named and len(names) == dataset.classes else None,
+        "inputs": {
+            "scale": declared.scale,
+            "mean": list(declared.mean),
+            "std": list(declared.std),
+            "columns": declared.columns,
+        },
+    }
 
 
 def jsonable(value: object) -> object:

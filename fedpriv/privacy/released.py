@@ -54,6 +54,12 @@ OUTPUTS = (
     Output("initial.safetensors", Kind.RELEASED, "the first model", left=True),
     Output("model.safetensors", Kind.RELEASED, "the last model", left=True),
     Output(
+        "model.json",
+        Kind.RELEASED,
+        "the shapes of inputs and outputs, and the declared names of classes and constants of inputs",
+        left=True,
+    ),
+    Output(
         "rounds.jsonl",
         Kind.RELEASED,
         "epsilon and the scores of the model, round by round, and the virtual clock unless it shows who took part",
