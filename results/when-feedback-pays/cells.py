@@ -1,6 +1,6 @@
 """The cells of the map and the families of methods, as listed before the first run.
 
-A cell is a problem: data, population, spread of labels, cohort, promise. In every cell every family is tuned in one way:
+A cell is a problem: data, population, spread of labels, cohort, promise. Every family is tuned in the same way in each:
 on a grid of two hyperparameters, the server's step and one other. `config` returns the tables of a trial.
 """
 
@@ -51,7 +51,7 @@ class Cell:
         model: A name of MODELS.
         rounds: The number of rounds.
         trust: Who adds the noise.
-        unit: What is protected.
+        unit: The protected data.
         options: Further keys of the data set.
     """
 
@@ -206,7 +206,7 @@ class Family:
 
 
 _CLIPS = (0.03, 0.1, 0.3, 1.0, 3.0)
-_BETAS = (0.01, 0.1, 1.0)
+_BETAS = (0.003, 0.03, 0.3, 1.0)
 REFERENCE = "momentum"
 FAMILIES = {
     family.name: family
@@ -238,11 +238,11 @@ def families(cell: Cell) -> list[Family]:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the middle of the steps depends on.
+    """The numbers that determine the middle of the steps.
 
     Args:
         size: The number of parameters, d.
-        noise: The expected length of the noise on the mean message, where a message has at most length 1.
+        noise: The expected length of the noise on the mean message, if a message has at most length 1.
     """
 
     size: int

@@ -1,6 +1,6 @@
 """When does feedback pay under privacy? A map over data, populations, skew and promises, made in short sittings.
 
-    python results/when-feedback-pays/make.py --work FOLDER --data-root DATA --minutes 30   # go on; as often as needed
+    python results/when-feedback-pays/make.py --work FOLDER --data-root DATA --minutes 30   # as often as needed
     python results/when-feedback-pays/make.py --work FOLDER --status                        # done, and CPU time left
     python results/when-feedback-pays/make.py --work FOLDER --page                          # tables, figures, page.md
 
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._known: dict[Path, Result] = {}
 
     def facts(self, cell: Cell) -> Facts | None:
         """Return the facts about a cell; None if they were not measured."""
@@ -77,7 +79,11 @@ class Store:
 
     def get(self, cell: Cell, trial: Trial, facts: Facts) -> Result | None:
         """Return the result of a trial; None if it is not finished."""
-        return _read(self._file(cell, trial, facts))
+        file = self._file(cell, trial, facts)
+        found = self._known.get(file) or _read(file)
+        if found is not None:
+            self._known[file] = found
+        return found
 
     def keep(self, cell: Cell, trial: Trial, facts: Facts, result: Result) -> None:
         """Save the result of a trial."""
@@ -92,9 +98,14 @@ class Store:
         return self.folder / cell.name
 
     def _file(self, cell: Cell, trial: Trial, facts: Facts) -> Path:
-        tables = config(cell, trial.family, trial.at, trial.seed, facts)
-        text = json.dumps(tables, sort_keys=True).replace(f"{HERE}/", "")
-        return self._folder(cell) / f"trial-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        return self._folder(cell) / _file_name(cell, trial, facts)
+
+
+@cache
+def _file_name(cell: Cell, trial: Trial, facts: Facts) -> str:
+    tables = config(cell, trial.family, trial.at, trial.seed, facts)
+    text = json.dumps(tables, sort_keys=True).replace(f"{HERE}/", "")
+    return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 def _read(file: Path) -> Any:
@@ -179,7 +190,7 @@ def top_two(cell: Cell, judged: dict[str, dict[int, Result]]) -> list[str]:
 
 
 class Stage:
-    """Where a cell stands: the settings tried, the best of each family, the judged seeds, and the next trial."""
+    """The state of a cell: the settings tried, the best of each family, the judged seeds, and the next trial."""
 
     def __init__(self, store: Store, cell: Cell, facts: Facts) -> None:
         self.tuned: dict[str, dict[At, Result]] = {}
@@ -315,7 +326,7 @@ def go_on(store: Store, runner: Runner, cells: list[Cell], until: float) -> Iter
 
 
 def stages(store: Store, cells: list[Cell]) -> dict[str, tuple[Stage | None, Facts | None]]:
-    """Return where each cell stands."""
+    """Return the state of each cell."""
     found = {cell.name: store.facts(cell) for cell in cells}
     return {
         cell.name: (None if (facts := found[cell.name]) is None else Stage(store, cell, facts), found[cell.name])
@@ -343,7 +354,7 @@ def print_status(store: Store, cells: list[Cell]) -> None:
 
 
 def main() -> None:
-    """Go on, or say how far the map is, or write the page."""
+    """Run trials, or say how far the map is, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="finished trials; outside git")
     parser.add_argument("--data-root", type=Path, default=Path("data"))

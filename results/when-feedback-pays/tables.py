@@ -54,7 +54,7 @@ def gain(cell: Cell, ours: dict[int, float], theirs: dict[int, float]) -> Gain:
 
 @dataclass(frozen=True)
 class Judged:
-    """The scores of a complete cell by family and seed, and what a user knows before a run."""
+    """The scores of a complete cell by family and seed, and the numbers that a user knows before a run."""
 
     cell: Cell
     facts: Facts
@@ -75,7 +75,7 @@ class Judged:
         return gain(self.cell, self.scores[family], self.scores[other])
 
     def used(self, family: str) -> str:
-        """Return a family, or the reference where the family does not apply."""
+        """Return a family, or the reference if the family does not apply."""
         return family if family in self.scores else REFERENCE
 
     def hit(self, family: str) -> bool:
@@ -90,7 +90,7 @@ class Judged:
 
     @property
     def features(self) -> dict[str, float]:
-        """What a rule may look at: public numbers, known before a run."""
+        """The numbers that a rule may look at: public, and known before a run."""
         expected = self.cell.clients * self.cell.share
         return {
             "noise": self.facts.noise,
@@ -104,7 +104,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Rule:
-    """`low` where a feature is below a limit, otherwise `high`."""
+    """`low` if a feature is below a limit, otherwise `high`."""
 
     feature: str
     limit: float
@@ -176,7 +176,9 @@ def ends_table(found: dict[str, tuple[Any, Facts | None]]) -> pd.DataFrame:
     """Return for each tuned family how far its ranges were extended, and whether the best is still at an end."""
     rows = []
     for name, (stage, _) in found.items():
-        for family, at in ({} if stage is None else stage.chosen).items():
+        if stage is None:
+            continue
+        for family, at in stage.chosen.items():
             tried = stage.tuned[family]
             steps = [one[1] for one in tried if one[0] == at[0]]
             still = at[1] in (min(steps), max(steps))
