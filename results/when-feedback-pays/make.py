@@ -44,7 +44,7 @@ JUDGES = (1, 2, 3, 4, 5)
 MORE_JUDGES = (6, 7, 8, 9, 10)
 EXTENSIONS = 4
 # Expected settings beyond the first 8, and CPU seconds of a trial of which nothing is known, for estimates.
-USUAL_EXTENSIONS, USUAL_SECONDS = 2.5, 2.0
+USUAL_EXTENSIONS, USUAL_SECONDS = 2.5, 1.1
 
 SETTINGS = ("method", "server", "adaptive", "noise", "cohort")
 
