@@ -1,6 +1,5 @@
 """Tables, figures, the rule and the page of the map, from the cells that are complete."""
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -25,6 +24,9 @@ PLAIN = "no memory"
 # An error of hours counts as this share of an accuracy: 12.3, the error of the constant 40, is 1.
 HOURS = 12.3
 CONFIDENCE = 0.95
+# Cells for a rule, and marks on an axis of points.
+ENOUGH = 12
+TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
 COLOURS = ("#332288", "#88CCEE", "#117733", "#CC6677", "#AA4499", "#999933")
 
 
@@ -167,8 +169,9 @@ def trials_table(found: dict[str, tuple[Any, Facts | None]]) -> pd.DataFrame:
             for family, each in group.items():
                 for one in each.values():
                     kept = {key: one[key] for key in ("seed", "validation", "test", "epsilon", "cpu")}
-                    setting = json.dumps(one["setting"], sort_keys=True)
-                    rows.append({"cell": name, "family": family, "kind": kind, **kept, "setting": setting})
+                    value = FAMILIES[family].values[one["at"][0]]
+                    step = one["setting"]["method"]["server_lr"]
+                    rows.append({"cell": name, "family": family, "kind": kind, "value": value, "step": step, **kept})
     return pd.DataFrame(rows)
 
 
@@ -280,7 +283,7 @@ def rule_text(found: list[Judged]) -> str:
     if rows:
         rows.append(["all", "", f"{hits[0]} of {hits[2]}", f"{hits[1]} of {hits[2]}"])
         rows.append(["mean points behind the best", "", *(f"{100 * one / hits[2]:.2f}" for one in behind)])
-    whole = f"\nFitted on all complete cells: **{fitted(found)}**.\n" if found else ""
+    whole = f"\nFitted on all complete cells: **{fitted(found)}**.\n"
     return markdown(["left out", "rule fitted on the others", "its hits", f"always {REFERENCE}"], rows) + whole
 
 
@@ -304,11 +307,12 @@ def draw(found: list[Judged], file: Path) -> None:
             panel.errorbar(at, scale * ahead.mean, scale * ahead.half, color=colour, marker=marker, ms=4, lw=1)
         panel.set(title=name, xscale="log")
         panel.set_yscale("symlog", linthresh=1.0)
-    for data, colour in colours.items():
-        panels[0].plot([], [], "o", color=colour, ms=4, label=data)
-    panels[0].legend(fontsize=7)
+        panel.set_yticks(TICKS, [f"{tick:+g}" if tick else "0" for tick in TICKS])
+        panel.set(xlim=(2e-3, 5.0), ylim=(-1.5 * max(TICKS), 1.5 * max(TICKS)))
+    shown = [panels[0].plot([], [], "o", color=colour, ms=4, label=data)[0] for data, colour in colours.items()]
+    figure.legend(handles=shown, loc="outside right upper", fontsize=8)
     figure.supxlabel("noise: length of the noise on the mean message, over the bound (x: no noise)")
-    figure.supylabel(f"points of accuracy gained over {REFERENCE} (hours: percent of the error of a constant)")
+    figure.supylabel(f"points gained over {REFERENCE}")
     figure.savefig(file, dpi=130)
 
 
@@ -329,5 +333,6 @@ def write_page(found: dict[str, tuple[Any, Facts | None]], page: Path = PAGE) ->
     if complete:
         fill("gains", gains_text(complete), page)
         fill("signs", signs_text(complete), page)
+    if len(complete) >= ENOUGH:
         fill("rule", rule_text(complete), page)
     print(f"{page}: {len(complete)} of {len(CELLS)} cells")

@@ -48,7 +48,13 @@ class Counted:
         away = abs(trial.at[0] - self.best[0]) + abs(trial.at[1] - self.best[1])
         score = 0.9 - 0.01 * away + 0.001 * (trial.seed % 3) + 0.002 * (trial.family.name == "momentum")
         told = {"validation": score, "validation_loss": 1 - score, "test": score, "test_loss": 1 - score}
-        return {"family": trial.family.name, "at": trial.at, "seed": trial.seed, "setting": {}, "cpu": 0.5} | {
+        return {
+            "family": trial.family.name,
+            "at": trial.at,
+            "seed": trial.seed,
+            "setting": {"method": {"server_lr": 1.0}},
+            "cpu": 0.5,
+        } | {
             "epsilon": None,
             "seconds": 0.5,
             **told,
