@@ -1,216 +1,381 @@
-"""When does error feedback pay under privacy? A map over population, heterogeneity and epsilon, on MNIST.
+"""When does feedback pay under privacy? A map over data, populations, skew and promises, made in short sittings.
 
-    python results/when-feedback-pays/make.py [--data-root DIR] [--jobs 2] [--runs runs/when-feedback-pays]
+    python results/when-feedback-pays/make.py --work FOLDER --data-root DATA --minutes 30   # as often as needed
+    python results/when-feedback-pays/make.py --work FOLDER --status                        # done, and CPU time left
+    python results/when-feedback-pays/make.py --work FOLDER --page                          # tables, figures, page.md
 
-Every cell of the map is a population (10 to 10,000 clients that share 20,000 images), a spread of labels (alike, or
-two shards a client) and a client-level epsilon for released models (none, 8; 2 in one cell; delta 1e-5).
-In every cell three families of methods are tuned with as many settings each (8 or 10): without memory (clipping and
-smoothed normalization), the published feedback (alpha-NormEC), and damped feedback (ours). The best of each, by
-validation images, is then trained with two other seeds and judged on test images. In one cell, of 1,000 clients, the
-clients add the noise (trust local), and sent memory joins.
+cells.py lists the cells and the families. In a cell, every family is tuned on seed 0: 8 settings, steps and the other
+hyperparameter in a grid; while the best by validation is at an end of a range, the range is extended there, by at most
+4 settings. The best of each is judged with seeds 1 to 5, and the two with the best validation there with 6 to 10, too.
 
-Trials are run directories of two sweeps (tuning, then judging), which resume. Writes tuned.csv,
-judged.csv, map.csv and map.png here, and the page's table.
+FOLDER keeps a JSON file for each finished trial, under the hash of its config. It may be killed at any time.
 """
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from fedpriv.data.datasets import Mnist
-from fedpriv.experiment.results import load_model
-from fedpriv.sweeps.config import Axis, Sweep
-from fedpriv.sweeps.run import run_sweep
-
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+sys.path[:0] = [str(HERE.parents[0] / "benchmarks"), str(HERE)]
 
-from page import fill  # noqa: E402
-from page import table as markdown  # noqa: E402
+from cells import (  # noqa: E402
+    CELLS,
+    REFERENCE,
+    STEPS,
+    WORST_ERROR,
+    Cell,
+    Facts,
+    Family,
+    config,
+    families,
+)
 
-POPULATIONS = (10, 100, 1000, 10_000)
-SPREADS: dict[str, dict[str, Any]] = {"alike": {"partition": "iid"}, "two shards": {"partition": "shards"}}
-PRIVACY: dict[str, dict[str, Any]] = {
-    "none": {"trust": "central", "noise_multiplier": 0.0},
-    "central, 8": {"trust": "central", "epsilon": 8.0, "delta": 1e-5},
-    "central, 2": {"trust": "central", "epsilon": 2.0, "delta": 1e-5},
-}
-LOCAL: dict[str, dict[str, Any]] = {"local, 8": {"trust": "local", "epsilon": 8.0, "delta": 1e-5}}
-SEEDS = (1, 2)
-BASE: dict[str, Any] = {
-    "name": "when-feedback-pays",
-    "seed": 0,
-    "data": {"name": "mnist", "train_examples": 20_000},
-    "model": {"name": "softmax"},
-    "local": {"work": "full-gradient"},
-    "cohort": {"sampling": "everyone"},
-    "training": {"rounds": 60, "evaluate_every": 60},
-}
+TUNING_SEED = 0
+JUDGES = (1, 2, 3, 4, 5)
+MORE_JUDGES = (6, 7, 8, 9, 10)
+EXTENSIONS = 4
+# Expected settings beyond the first 8, and CPU seconds of a trial of which nothing is known, for estimates.
+USUAL_EXTENSIONS, USUAL_SECONDS = 2.5, 1.1
 
+SETTINGS = ("method", "server", "adaptive", "noise", "cohort")
 
-def families(trust: str, steps: tuple[float, ...]) -> dict[str, list[dict[str, Any]]]:
-    """Return as many settings of each family. A step is the longest move of the model by one round."""
-    plain: dict[str, Any] = {"name": "alpha-normec", "server_normalization": False}
-    without = [{"name": "dp-fedavg", "clip_norm": 1.0}, {"name": "normalized-sgd", "alpha": 1.0}]
-    published = [{**plain, "alpha": 1.0, "beta": beta} for beta in (0.1, 1.0)]
-    cured = [{**plain, "alpha": 1.0, "beta": beta, "damping": 0.1} for beta in (0.3, 1.0)]
-    found = {"without memory": without, "published feedback": published, "damped feedback": cured}
-    if trust == "local":
-        found["sent feedback"] = [{**plain, "alpha": 1.0, "beta": beta, "memory": "sent"} for beta in (0.1, 1.0)]
-    return {name: [{**method, "server_lr": s} for method in methods for s in steps] for name, methods in found.items()}
+At = tuple[int, int]
+Result = dict[str, Any]
 
 
-def steps(population: int, privacy: str) -> tuple[float, ...]:
-    """Return the steps to try in a cell: longer ones if many messages cancel, shorter ones under much noise."""
-    if population == 10_000:
-        return (0.1, 0.3, 1.0, 3.0) if privacy == "none" else (0.1, 0.3, 1.0, 3.0, 10.0)
-    shortest = (0.01,) if population <= 100 and privacy != "none" else ()
-    return (*shortest, 0.03, 0.1, 0.3, 1.0)
+@dataclass(frozen=True)
+class Trial:
+    """A setting of a family in a cell, with a seed."""
+
+    family: Family
+    at: At
+    seed: int
 
 
-def cells() -> list[tuple[int, str, str]]:
-    """Population, spread and privacy of every cell."""
-    central = [(n, spread, name) for name in ("none", "central, 8") for spread in SPREADS for n in POPULATIONS]
-    central.remove((10_000, "alike", "central, 8"))
-    return central + [(1000, "two shards", name) for name in ("central, 2", *LOCAL)]
+class Store:
+    """The finished trials of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Path, Result] = {}
+
+    def facts(self, cell: Cell) -> Facts | None:
+        """Return the facts about a cell; None if they were not measured."""
+        found = _read(self._folder(cell) / "facts.json")
+        return None if found is None else Facts(**found)
+
+    def keep_facts(self, cell: Cell, facts: Facts) -> None:
+        """Save the facts about a cell."""
+        _write(self._folder(cell) / "facts.json", asdict(facts))
+
+    def get(self, cell: Cell, trial: Trial, facts: Facts) -> Result | None:
+        """Return the result of a trial; None if it is not finished."""
+        file = self._file(cell, trial, facts)
+        found = self._known.get(file) or _read(file)
+        if found is not None:
+            self._known[file] = found
+        return found
+
+    def keep(self, cell: Cell, trial: Trial, facts: Facts, result: Result) -> None:
+        """Save the result of a trial."""
+        _write(self._file(cell, trial, facts), result)
+
+    def seconds(self, cell: Cell) -> list[float]:
+        """Return the CPU seconds of each finished trial of a cell."""
+        found = (_read(file) for file in self._folder(cell).glob("trial-*.json"))
+        return [result["cpu"] for result in found if result is not None]
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.folder / cell.name
+
+    def _file(self, cell: Cell, trial: Trial, facts: Facts) -> Path:
+        return self._folder(cell) / _file_name(cell, trial, facts)
 
 
-def changes(cell: tuple[int, str, str], method: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return a trial's changes of BASE."""
-    population, spread, privacy = cell
-    data = {**BASE["data"], "clients": population, **SPREADS[spread]}
-    return {"data": data, "privacy": {**PRIVACY, **LOCAL}[privacy], "method": method, "seed": seed}
+@cache
+def _file_name(cell: Cell, trial: Trial, facts: Facts) -> str:
+    tables = config(cell, trial.family, trial.at, trial.seed, facts)
+    text = json.dumps(tables, sort_keys=True).replace(f"{HERE}/", "")
+    return f"trial-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
-def run(name: str, trials: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Path]:
-    """Run the missing trials; return each one's run directory, by its changes as JSON."""
-    keys = tuple(trials[0])
-    axis = Axis(key=keys, values=tuple([trial[key] for key in keys] for trial in trials))
-    sweep = Sweep(name=name, base=BASE, axes=(axis,))
-    out = options.runs / name
-    run_sweep(sweep, out, jobs=options.jobs, data_root=options.data_root, resume=True, retry=True, watch=print_state)
-    return {json.dumps(trial.changes, sort_keys=True): out / "trials" / trial.name for trial in sweep.trials()}
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def print_state(state: Any) -> None:
-    """Print one line whenever another ten trials have ended."""
-    ended = state.done + state.failed
-    if ended % 10 == 0 and ended != getattr(print_state, "last", None):
-        print_state.last = ended  # pyright: ignore[reportFunctionMemberAccess]
-        print(f"{ended} of {state.total}, {state.failed} failed", flush=True)
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(unfinished, file)  # noqa: PTH105
 
 
-class Judge:
-    """Accuracy on the odd (validation) and on the even-numbered (test) images of MNIST's test set."""
+def score(cell: Cell, found: dict[str, float]) -> float:
+    """Return the score of a cell's metric, with a bound for models that diverged."""
+    value = found[cell.metric]
+    if cell.metric == "rmse":
+        return min(value, WORST_ERROR) if math.isfinite(value) else WORST_ERROR
+    return value if math.isfinite(value) else 0.0
 
-    def __init__(self, data_root: Path | None) -> None:
-        dataset = Mnist(train_examples=1).load(data_root)
-        self.inputs, self.labels = dataset.test_inputs.flatten(1), dataset.test_labels
 
-    def __call__(self, folder: Path) -> dict[str, float]:
-        """Return both accuracies of the model of a run."""
-        weight, bias = load_model(folder).values()
-        right = ((self.inputs @ weight.T + bias).argmax(dim=1) == self.labels).double()
-        summary = json.loads((folder / "summary.json").read_text())
+def first_settings(family: Family) -> list[At]:
+    """Return the 8 settings that are tried first."""
+    return [(value, step) for value in (family.first, family.first + 1) for step in range(STEPS)]
+
+
+def best_of(cell: Cell, tuned: dict[At, Result]) -> At:
+    """Return the setting with the best validation score; of equal ones, that with the lowest validation loss."""
+
+    def rank(at: At) -> tuple[float, float]:
+        loss = tuned[at]["validation_loss"]
+        return cell.sign * tuned[at]["validation"], -loss if math.isfinite(loss) else -math.inf
+
+    return max(tuned, key=rank)
+
+
+def extension(cell: Cell, family: Family, tuned: dict[At, Result]) -> At | None:
+    """Return the next setting beyond an end of a range at which the best setting is; None if there is none.
+
+    The range of steps comes first. Values of the other hyperparameter end with the family's list.
+    """
+    if len(tuned) >= len(first_settings(family)) + EXTENSIONS:
+        return None
+    value, step = best_of(cell, tuned)
+    steps = [at[1] for at in tuned if at[0] == value]
+    for beyond, end in ((step + 1, max(steps)), (step - 1, min(steps))):
+        if step == end:
+            return value, beyond
+    values = [at[0] for at in tuned if at[1] == step]
+    for beyond, end in ((value + 1, max(values)), (value - 1, min(values))):
+        if value == end and not family.fixed and 0 <= beyond < len(family.values):
+            return beyond, step
+    return None
+
+
+def tuned_so_far(store: Store, cell: Cell, family: Family, facts: Facts) -> tuple[dict[At, Result], At | None]:
+    """Return the finished settings of a family, in order, and the next one to try; None if it is tuned."""
+    tuned: dict[At, Result] = {}
+    for at in first_settings(family):
+        result = store.get(cell, Trial(family, at, TUNING_SEED), facts)
+        if result is None:
+            return tuned, at
+        tuned[at] = result
+    while (at := extension(cell, family, tuned)) is not None:
+        result = store.get(cell, Trial(family, at, TUNING_SEED), facts)
+        if result is None:
+            return tuned, at
+        tuned[at] = result
+    return tuned, None
+
+
+def top_two(cell: Cell, judged: dict[str, dict[int, Result]]) -> list[str]:
+    """Return the two families with the best mean validation score over the first judging seeds."""
+
+    def mean(name: str) -> float:
+        return cell.sign * sum(judged[name][seed]["validation"] for seed in JUDGES)
+
+    return sorted(judged, key=mean, reverse=True)[:2]
+
+
+class Stage:
+    """The state of a cell: the settings tried, the best of each family, the judged seeds, and the next trial."""
+
+    def __init__(self, store: Store, cell: Cell, facts: Facts) -> None:
+        self.tuned: dict[str, dict[At, Result]] = {}
+        self.chosen: dict[str, At] = {}
+        self.judged: dict[str, dict[int, Result]] = {}
+        self.next: Trial | None = None
+        for family in families(cell):
+            self.tuned[family.name], at = tuned_so_far(store, cell, family, facts)
+            if at is not None:
+                self.next = Trial(family, at, TUNING_SEED)
+                return
+            self.chosen[family.name] = best_of(cell, self.tuned[family.name])
+        self.judged = {name: {} for name in self.chosen}
+        names = {family.name: family for family in families(cell)}
+        self._judge(store, cell, facts, list(names.values()), JUDGES)
+        if self.next is None:
+            self._judge(store, cell, facts, [names[name] for name in top_two(cell, self.judged)], MORE_JUDGES)
+
+    def _judge(self, store: Store, cell: Cell, facts: Facts, found: list[Family], seeds: tuple[int, ...]) -> None:
+        for seed in seeds:
+            for family in found:
+                trial = Trial(family, self.chosen[family.name], seed)
+                result = store.get(cell, trial, facts)
+                if result is None:
+                    self.next = trial
+                    return
+                self.judged[family.name][seed] = result
+
+    @property
+    def done(self) -> int:
+        """The number of finished trials."""
+        return sum(len(each) for group in (self.tuned, self.judged) for each in group.values())
+
+
+def expected_trials(cell: Cell, stage: Stage | None) -> float:
+    """Return how many more trials a cell takes, about."""
+    found = families(cell)
+    if stage is not None and stage.next is None:
+        return 0.0
+    if stage is not None and stage.chosen and len(stage.chosen) == len(found):
+        tuning = 0.0
+    else:
+        tuned = {} if stage is None else stage.tuned
+        tuning = sum(
+            max(8 + USUAL_EXTENSIONS - len(tuned.get(one.name, {})), 1.0)
+            for one in found
+            if stage is None or one.name not in stage.chosen
+        )
+    judged = 0 if stage is None else sum(map(len, stage.judged.values()))
+    return tuning + len(found) * len(JUDGES) + 2 * len(MORE_JUDGES) - judged
+
+
+class Runner:
+    """Runs trials in this process, on one thread, and keeps the data of one cell and seed."""
+
+    def __init__(self, data_root: Path) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.data_root = data_root
+        self._held: tuple[str, Any] = ("", None)
+
+    def _assemble(self, tables: dict[str, Any]) -> Any:
+        from fedpriv import load_config
+        from fedpriv.experiment.build import assemble, make_federation
+
+        parsed = load_config(tables)
+        key = json.dumps([tables["data"], tables["seed"]], sort_keys=True)
+        if self._held[0] != key:
+            self._held = key, make_federation(parsed, self.data_root)
+        return assemble(parsed, federation=self._held[1])
+
+    def facts(self, cell: Cell) -> Facts:
+        """Measure the facts about a cell: build it with clipping at 1, and read its plan."""
+        family = next(family for family in families(cell) if family.name == REFERENCE)
+        at = family.values.index(1.0), 0
+        built = self._assemble(config(cell, family, at, TUNING_SEED, Facts(size=1, noise=0.0)))
+        size, plan = built.population.task.layout.size, built.plan
+        if plan is None:
+            return Facts(size=size, noise=0.0)
+        expected = cell.clients * cell.share
+        among = math.sqrt(expected) if cell.trust == "local" else 1.0
+        return Facts(size=size, noise=plan.noise_stddev * among * math.sqrt(size) / expected)
+
+    def run(self, cell: Cell, trial: Trial, facts: Facts) -> Result:
+        """Train, and return the scores of the last model, and the time that it took."""
+        from fedpriv.experiment.execution import Execution, start_engine
+        from fedpriv.rounds import begin_round, finish_round, skip_round
+
+        began, cpu = time.monotonic(), time.process_time()
+        tables = config(cell, trial.family, trial.at, trial.seed, facts)
+        built = self._assemble(tables)
+        engine, _ = start_engine(built, Execution(engine="vectorized").completed(None, begun=False))
+        try:
+            state = built.server.init(built.initial_model)
+            for number in range(1, cell.rounds + 1):
+                total = engine.sum_messages(begin_round(built.server, state, number))
+                if total.void:
+                    state = skip_round(built.server, state)
+                else:
+                    state = finish_round(built.server, state, number, total.sum)
+        finally:
+            engine.close()
+        tested, validated = built.evaluate(state.model), built.validate(state.model)
         return {
-            "validation": right[1::2].mean().item(),
-            "test": right[::2].mean().item(),
-            "seconds": summary["seconds"],
+            "family": trial.family.name,
+            "at": trial.at,
+            "seed": trial.seed,
+            "setting": {key: tables[key] for key in SETTINGS if key in tables},
+            "validation": score(cell, validated),
+            "validation_loss": validated["loss"],
+            "test": score(cell, tested),
+            "test_loss": tested["loss"],
+            "epsilon": None if built.plan is None else built.plan.epsilon,
+            "cpu": time.process_time() - cpu,
+            "seconds": time.monotonic() - began,
         }
 
 
-def table(
-    trials: list[dict[str, Any]], found: dict[str, Path], judge: Judge, labels: list[dict[str, Any]]
-) -> pd.DataFrame:
-    """Return a row for each trial."""
-    rows = []
-    for trial, label in zip(trials, labels, strict=True):
-        folder = found[json.dumps(trial, sort_keys=True)]
-        method = json.dumps(trial["method"], sort_keys=True)
-        rows.append({**label, "method": method, "seed": trial["seed"], **judge(folder)})
-    return pd.DataFrame(rows)
+def go_on(store: Store, runner: Runner, cells: list[Cell], until: float) -> Iterator[tuple[Cell, Trial, Result]]:
+    """Run the missing trials, cell after cell, until a time of `time.monotonic`; no trial begins after it."""
+    for cell in cells:
+        if time.monotonic() >= until:
+            return
+        facts = store.facts(cell)
+        if facts is None:
+            facts = runner.facts(cell)
+            store.keep_facts(cell, facts)
+        while time.monotonic() < until and (trial := Stage(store, cell, facts).next) is not None:
+            result = runner.run(cell, trial, facts)
+            store.keep(cell, trial, facts, result)
+            yield cell, trial, result
+
+
+def stages(store: Store, cells: list[Cell]) -> dict[str, tuple[Stage | None, Facts | None]]:
+    """Return the state of each cell."""
+    found = {cell.name: store.facts(cell) for cell in cells}
+    return {
+        cell.name: (None if (facts := found[cell.name]) is None else Stage(store, cell, facts), found[cell.name])
+        for cell in cells
+    }
+
+
+def print_status(store: Store, cells: list[Cell]) -> None:
+    """Print the number of finished trials and cells, and the estimated CPU time of the rest."""
+    done, complete, spent, left = 0, 0, 0.0, 0.0
+    for cell in cells:
+        facts = store.facts(cell)
+        stage = None if facts is None else Stage(store, cell, facts)
+        seconds = store.seconds(cell)
+        each = sum(seconds) / len(seconds) if seconds else USUAL_SECONDS
+        more = expected_trials(cell, stage)
+        done += 0 if stage is None else stage.done
+        complete += stage is not None and stage.next is None
+        spent += sum(seconds)
+        left += more * each
+        if stage is not None:
+            print(f"{cell.name:45s} {stage.done:4d} done, about {more:4.0f} left, {each:5.2f} s each")
+    print(f"{complete} of {len(cells)} cells complete, {done} trials done in {spent / 3600:.2f} h of CPU time")
+    print(f"about {left / 3600:.2f} h left ({USUAL_SECONDS:g} s for a trial of a cell without any)")
 
 
 def main() -> None:
-    """Tune, judge, write."""
+    """Run trials, or say how far the map is, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, default=None)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=Path("runs/when-feedback-pays"))
+    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="finished trials; outside git")
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after this time")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cells with this in their name")
+    parser.add_argument("--status", action="store_true")
+    parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
-    judge = Judge(options.data_root)
-    trials, labels = [], []
-    for cell in cells():
-        for family, methods in families(cell[2].split(",")[0], steps(cell[0], cell[2])).items():
-            trials += [changes(cell, method, 0) for method in methods]
-            label = dict(zip(("population", "spread", "privacy"), cell, strict=True))
-            labels += [{**label, "family": family}] * len(methods)
-    tuned = table(trials, run("tuning", trials, options), judge, labels)
-    tuned.to_csv(HERE / "tuned.csv", index=False, float_format="%.4g")
-    best = tuned.loc[tuned.groupby(["population", "spread", "privacy", "family"], sort=False)["validation"].idxmax()]
-    trials, labels = [], []
-    for row in best.to_dict("records"):
-        cell = (row["population"], row["spread"], row["privacy"])
-        trials += [changes(cell, json.loads(row["method"]), seed) for seed in SEEDS]
-        labels += [{key: row[key] for key in ("population", "spread", "privacy", "family")}] * len(SEEDS)
-    judged = table(trials, run("judging", trials, options), judge, labels)
-    judged.to_csv(HERE / "judged.csv", index=False, float_format="%.4g")
-    drawn = map_of(judged)
-    drawn.to_csv(HERE / "map.csv", index=False, float_format="%.4g")
-    draw(drawn)
-    fill("map", page_table(drawn), HERE / "README.md")
+    until = time.monotonic() + 60.0 * options.minutes
+    store = Store(options.work)
+    cells = [cell for cell in CELLS if options.only in cell.name]
+    if options.status:
+        print_status(store, cells)
+    elif options.page:
+        from tables import write_page
 
-
-KEYS = ["privacy", "spread", "population"]
-
-
-def map_of(judged: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each cell: mean test accuracy of each family, and the gain of feedback, best and damped."""
-    means = judged.groupby([*KEYS, "family"], sort=False)["test"].agg(["mean", "std"]).unstack()
-    found = means["mean"].copy()
-    with_memory = [name for name in found if name.endswith("feedback")]
-    without = found["without memory"]
-    found["gain, published"] = found["published feedback"] - without
-    found["gain, best"] = found[with_memory].max(axis=1) - without
-    found["best feedback"] = found[with_memory].idxmax(axis=1)
-    found["largest std"] = means["std"].max(axis=1)
-    return found.reset_index()
-
-
-def page_table(drawn: pd.DataFrame) -> str:
-    """Return the map as Markdown."""
-    families = ["without memory", "published feedback", "damped feedback", "sent feedback"]
-    head = ["privacy", "labels", "clients", *families, "gain, published", "gain, best"]
-    rows = []
-    for row in drawn.to_dict("records"):
-        means = ["" if pd.isna(row[name]) else f"{row[name]:.3f}" for name in families]
-        gains = [f"{row[name]:+.3f}" for name in ("gain, published", "gain, best")]
-        rows.append([row["privacy"], row["spread"], f"{row['population']:,}", *means, *gains])
-    return markdown(head, rows)
-
-
-def draw(drawn: pd.DataFrame) -> None:
-    """Gain of the published feedback (left) and of the best one (right) over population."""
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    colours = {"none": "#117733", "central, 8": "#332288", "central, 2": "#CC6677", "local, 8": "#999933"}
-    for panel, column in zip(panels, ("gain, published", "gain, best"), strict=True):
-        panel.axhline(0.0, color="black", linewidth=0.8)
-        for (privacy, spread), part in drawn.groupby(["privacy", "spread"], sort=False):
-            line = {"linestyle": "-" if spread == "two shards" else "--", "color": colours[str(privacy)]}
-            panel.plot(part["population"], part[column], marker="o", label=f"{privacy}, {spread}", **line)
-        title = "published feedback" if column == "gain, published" else "best feedback, cures included"
-        panel.set(xscale="log", xlabel="clients", title=title)
-    panels[0].set_ylabel("test accuracy gained over no memory")
-    panels[1].legend(fontsize=7, handlelength=4, title="epsilon, labels", title_fontsize=7)
-    figure.savefig(HERE / "map.png", dpi=150)
+        write_page(stages(store, CELLS))
+    else:
+        for cell, trial, result in go_on(store, Runner(options.data_root), cells, until):
+            line = f"{cell.name} {trial.family.name} {trial.at} seed {trial.seed}"
+            print(f"{line}: {cell.metric} {result['test']:.4f}, {result['cpu']:.2f} s", flush=True)
 
 
 if __name__ == "__main__":
