@@ -3628,6 +3628,8 @@ MUTANTS = [
         "return replace(found, noise_multiplier=min(plan.noise_stddev / found.l2_sensitivity, MAX_NOISE))",
         "return found",
         "tests/experiment/test_experiment_own_sizes.py",
+    ),
+    Mutant(
         "a loaded module has its first weights",
         "fedpriv/trained/module.py",
         "            parameter.copy_(weights[name])",

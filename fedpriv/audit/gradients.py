@@ -1,6 +1,6 @@
 """Gradients of canary clients.
 
-A canary client has a single canary example, whose gradient is the auditor's push, longer than any bound. Its other
+A canary client has a single canary example, with the auditor's push as its gradient, longer than any bound. Its other
 examples have no gradients. All else is the client's own code: batches, bounds, divisors, noise on local steps, signals.
 """
 

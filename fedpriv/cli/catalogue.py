@@ -1,7 +1,7 @@
 """All names for configs, as `fedpriv list` shows them.
 
 To read them from the classes would import torch. So `python -m fedpriv.cli.catalogue` writes `catalogue.json`, and a
-test compares this file with the classes.
+test compares this file with the classes. It also prints the README's table of methods.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from fedpriv.native import about_compiled, native_library
 
-__all__ = ["catalogue", "described"]
+__all__ = ["catalogue", "described", "methods_table"]
 
 PACKAGE = Path(__file__).parents[1]
 FILE = Path(__file__).with_suffix(".json")
@@ -109,5 +109,18 @@ def _first_line(kind: type) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0]
 
 
+def methods_table() -> str:
+    """Return a Markdown table with a row for each method of fedpriv."""
+    from fedpriv.methods.base import METHODS, Row
+
+    heads = Row(message="message of client i", memory="memory", server="server", source="source")
+    rows = {"`method.name`": heads, **{f"`{name}`": kind.row for name, kind in METHODS.items()}}
+    head, *lines = (
+        f"| {' | '.join((name, *(cell.replace('|', chr(92) + '|') for cell in row)))} |" for name, row in rows.items()
+    )
+    return "\n".join((head, "|---" * (len(heads) + 1) + "|", *lines))
+
+
 if __name__ == "__main__":
     FILE.write_text(json.dumps(described(), indent=1) + "\n", encoding="utf-8")
+    print(methods_table())

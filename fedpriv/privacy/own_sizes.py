@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
+from fedpriv.privacy.statement import rounded_up
 
 __all__ = ["ledgers_of", "of_sizes", "plan_for", "sizes_in_words"]
 
@@ -53,7 +54,7 @@ def sizes_in_words(found: dict[str, Any]) -> str:
     if not found:
         return ""
     rows = [found["clients"][who] for who in ("min", "median", "max")]
-    told = [f"{row['epsilon']:.3g} ({row['examples']} examples)" for row in rows]
+    told = [f"{rounded_up(row['epsilon'])} ({row['examples']} examples)" for row in rows]
     return (
         f"\nby client   epsilon of a record follows from its client's public number of examples: {told[0]} at least, "
         f"{told[1]} in the median, {told[2]} at most, which is the epsilon above\n"

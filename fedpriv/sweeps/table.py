@@ -17,7 +17,7 @@ from fedpriv.tables import Record
 __all__ = ["Best", "TrialsTable", "best_settings", "label", "other_trials"]
 
 _METRICS = ("epsilon", "rounds", "population", "parameters", "seconds")
-# The tables of a config whose values make the promise and the problem. Settings compete within one of each.
+# The tables of a config that make the promise and the problem. Settings compete within one of each.
 _PROBLEM = ("privacy", "data", "task", "devices")
 # Writing takes about this share of the time at most, for any number of trials.
 _SHARE = 0.01

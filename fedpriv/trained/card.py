@@ -136,11 +136,11 @@ def _limits(promise: Record) -> str:
         limits += [
             "Epsilon is about the adversary above. It says nothing about anyone who sees more.",
             "Hyperparameters chosen on clients' data are not covered.",
-            "In a simulation the noise follows from a seed, and whoever knows it can subtract the noise: see below.",
+            "In a simulation the noise follows from a seed, and anyone with it can subtract the noise: see below.",
         ]
     limits += [
         "The scores are of the test examples above, and may differ for other people or other times.",
-        "Nobody has checked this model for fairness, safety or a particular use.",
+        "This model has not been checked for fairness, safety or a particular use.",
     ]
     return "## Limits\n\n" + "".join(f"* {limit}\n" for limit in limits)
 

@@ -149,7 +149,7 @@ def _facts(folder: Path, tables: Table, data_root: Path | None) -> Record:
             dataset = source.load(data_root)
     except UserError as error:
         remedy = "Give --data-root, or export it with the version and data of the run"
-        got = f"a run of an older version, whose data cannot be loaded: {error}"
+        got = f"a run of an older version, with data that cannot be loaded: {error}"
         raise UserError(str(folder / FACTS_FILE), "the shape of inputs", got, remedy) from None
     return model_facts(source, dataset, task.width(dataset.classes))
 

@@ -11,7 +11,7 @@ from support.own_classes import OWN, own_config
 
 import strategies
 from fedpriv import load_config, plugins
-from fedpriv.cli.methods_table import methods_table
+from fedpriv.cli.catalogue import methods_table
 from fedpriv.clock import SCHEDULES
 from fedpriv.data.dataset import DATASETS
 from fedpriv.data.partitions import PARTITIONS
@@ -116,7 +116,7 @@ def test_every_method_has_a_strategy_a_row_in_the_readme_and_a_place_in_the_defa
     kinds = (getattr(strategies, name) for name in strategies.__all__)
     named = {kind.method_name for kind in kinds if hasattr(kind, "method_name")}
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.cli.methods_table"
+    assert readme.split("## Methods\n\n")[1].split("\n\n")[0] == methods_table(), "python -m fedpriv.cli.catalogue"
     # An app's updates are not gradients of examples, which are all that four of them compute with, and only the app
     # itself could change its local steps for dp-scaffold and fedspeed.
     assert named == set(METHODS) - {"dp-gd", "diff2", "private-spiderboost", "dice-sgd", "dp-scaffold", "fedspeed"}

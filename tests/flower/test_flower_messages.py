@@ -27,7 +27,16 @@ from fedpriv.flower.messages import (
 from fedpriv.flower.refusals import Refusal
 from fedpriv.flower.state import keep_state, load_state
 from fedpriv.mechanisms.gaussian import release_grid
-from fedpriv.methods import METHODS, AdaptiveBound, AlphaNormEC, Clip21, DPFedAvg, PrivateMetrics, with_side_values
+from fedpriv.methods import (
+    METHODS,
+    AdaptiveBound,
+    AlphaNormEC,
+    Clip21,
+    DPFedAvg,
+    PrivateMetrics,
+    bare,
+    with_side_values,
+)
 from fedpriv.rounds import ClientRules, client_round
 from fedpriv.streams import SeededStreams, SystemStreams
 
@@ -70,7 +79,7 @@ def test_an_order_of_another_version_is_refused():
 @pytest.mark.parametrize("name", WITH_SIDE_VALUES)
 def test_an_order_with_side_values_arrives_as_it_was_sent(name):
     method = with_side_values(
-        WITH_SIDE_VALUES[name].client_part.method, AdaptiveBound(share=0.1), PrivateMetrics(share=0.1, max_loss=3.0)
+        bare(WITH_SIDE_VALUES[name]), AdaptiveBound(share=0.1), PrivateMetrics(share=0.1, max_loss=3.0)
     )
     instructions = ClientInstructions(method=method, round=3, client=2)
     assert ClientInstructions.of(sent(RecordDict({FEDPRIV: instructions.to_record()}))) == instructions

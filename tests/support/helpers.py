@@ -99,7 +99,7 @@ WITH_SIDE_VALUES: dict[str, Method] = {
     ),
     "clip21 with an adaptive bound": with_side_values(Clip21(clip_norm=0.5, server_lr=0.2), AdaptiveBound(share=0.1)),
 }
-"""Methods whose messages are longer than their signals, and shorter than 1."""
+"""Methods with messages that are longer than their signals, and shorter than 1."""
 
 LINEAR = {
     name: method

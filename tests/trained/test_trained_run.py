@@ -79,7 +79,7 @@ def write_arrays(folder: Path) -> None:
 
 
 def copied(folder: Path, target: Path) -> Path:
-    """Return a copy of a run whose config names the copy of its model."""
+    """Return a copy of a run with a config that names the copy of its model."""
     shutil.copytree(folder, target)
     config = target / "run" / "config.toml"
     config.write_text(config.read_text().replace(str(folder), str(target)))

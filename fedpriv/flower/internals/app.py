@@ -58,7 +58,7 @@ def grid_behind(client: Any) -> Grid:
 
 
 def joins_at_once(grid: Grid) -> bool:
-    """Return whether a grid is that of Flower's simulation, whose nodes all join as it begins."""
+    """Return whether a grid is that of Flower's simulation, in which all nodes join at the start."""
     return type(grid).__name__ == "InMemoryGrid"
 
 
