@@ -18,7 +18,7 @@ from fedpriv.deploy.device.policy import Accepts, Limits, Policy, load_policy
 from fedpriv.errors import UserError
 from fedpriv.flower.messages import ClientInstructions, RunTerms, refusal_record, refused
 from fedpriv.flower.refusals import KINDS, Refusal
-from fedpriv.methods import AlphaNormEC, Clip21, DiceSGD, DPFedAvg
+from fedpriv.methods import AlphaNormEC, Clip21, DPFedAvg
 from fedpriv.privacy import Everyone, make_plan
 from fedpriv.streams import SystemStreams
 
@@ -79,7 +79,6 @@ STRANGERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]]
     ("a bare message", {}, {"noise_stddev": 0.0}, {"trust": "central"}, "accepts.trust: expected local, got 'central'"),
     ("nothing promised", {"trust": "central"}, {"noise_stddev": 0.0}, {"trust": "none"}, "accepts.trust"),
     ("another method", {"methods": ("clip21",)}, {}, {}, "accepts.methods: expected clip21"),
-    ("a method with its own signal", {}, {"method": DiceSGD()}, {}, "method: expected a method that deployments offer"),
     ("another model's size", {"max_parameters": 4}, {}, {}, "accepts.max_parameters: expected at most 4, got 5"),
     ("norms of bare signals", {}, {"diagnostics": True}, {}, "diagnostics: expected requests for messages only"),
     (

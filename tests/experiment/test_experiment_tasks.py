@@ -203,7 +203,7 @@ def test_a_device_learns_numbers_of_a_file_of_its_own(tmp_path: Path) -> None:
     config = with_clients(tmp_path, task=task, evaluation=None)
     inputs, labels = torch.from_numpy(drawn(20, 3)), torch.arange(20.0) / 2
     rules = ClientRules(method=config.method, noise_stddev=0.0, streams=SeededStreams(1))
-    facts: list[Any] = [SimpleNamespace(device="cpu"), config, rules, (1, 3), torch.zeros(4)]
+    facts: list[Any] = [SimpleNamespace(device="cpu"), config, rules, (1, 3), (torch.zeros(4), None, None)]
     np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels, classes=1)
     signal = _signal_of_file(tmp_path / "mine.npz", *facts)
     slope = (1.0 - labels) / 20

@@ -299,7 +299,7 @@ def test_a_tracker_that_breaks_is_said_and_ends_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("fedpriv.tracking.tensorboard.Tracker.row", broken)
         assert finished(config, out, "tensorboard")["rounds"] == ROUNDS
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if "The noise on the mean message" not in line]
     assert calls == [0, 0], "one more try, at the end"
     assert len(said) == 2
     assert all(line.startswith("fedpriv: --log tensorboard: no way to the store. Rows are kept") for line in said)
