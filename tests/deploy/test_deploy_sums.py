@@ -144,6 +144,7 @@ def ledger_of(folder: Path, client: int) -> list[Any]:
 
 @pytest.mark.parametrize("cohort", ['sampling = "everyone"', 'sampling = "poisson"\nprobability = 0.6'])
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled
 def test_a_deployment_is_the_loop_to_the_bit(method: str, cohort: str, tmp_path: Path) -> None:
     """Turns with too few clients are void on both sides, and address noise alike."""
     toml = config(method, cohort=cohort, rounds=6, helpers=2)

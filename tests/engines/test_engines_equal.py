@@ -107,6 +107,7 @@ def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: Trus
 
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.sampled
 def test_every_method_with_every_local_work_is_the_loop_up_to_rounding(name: str, work: str) -> None:
     """Run three rounds of ragged clients, in chunks of clients with different numbers of steps."""
     made = setting(EXAMPLES[name], work=WORKS[work], sampling=COHORTS["poisson"])
@@ -383,6 +384,7 @@ def test_nan_in_one_clients_data_is_counted_and_leaves_the_others_alone(make: Ma
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("model", ["softmax", "cnn"])
 @pytest.mark.parametrize("cohort", [[0], [0, 1, 2], [2]])
+@pytest.mark.sampled
 def test_a_client_without_examples_sends_a_bounded_message(
     make: MakeEngine, work: str, model: str, cohort: list[int]
 ) -> None:

@@ -36,6 +36,7 @@ def signals_of(kind: str, rng: np.random.Generator, clients: int, size: int = SI
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.sampled
 def test_in_place_is_the_client_rule(name: str, rows: int, noise: float, kind: str) -> None:
     """Run five rounds; some clients skip some. One client is equal to the bit, several at once up to rounding."""
     method = EXAMPLES[name]
@@ -72,6 +73,7 @@ def by_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["several at once", "alone", "in C", "by its own rule"])
 @pytest.mark.parametrize("name", WITH_MEMORY)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 3e38])
+@pytest.mark.sampled
 def test_a_client_whose_memory_is_not_finite_is_counted(
     name: str, how: str, poison: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +139,7 @@ native = pytest.mark.skipif(feedback_in_c() is None, reason="no C compiler")
 @pytest.mark.parametrize(("memory", "size"), [(None, 300), (None, 1030), (3 * 5000, 1030)])
 @pytest.mark.parametrize("kind", ["ordinary", "awkward"])
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.sampled
 def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | None, size: int) -> None:
     """Compare messages, memories and counts of rounds with gaps, to the bit; in general, a norm's last bit differs."""
     method, clients = EXAMPLES[name], 6

@@ -76,6 +76,7 @@ SUMMED = [
 
 @pytest.mark.parametrize("side", [False, True], ids=["plain", "side values"])
 @pytest.mark.parametrize("method", SUMMED)
+@pytest.mark.sampled
 def test_simulated_secure_aggregation_is_the_loops_to_the_bit(method: dict, side: bool, tmp_path: Path) -> None:
     """Rounds with too few clients are void: nobody is asked, and the next round has the same batches."""
     experiment = make_experiment(method, {"sampling": "poisson", "probability": 0.5}, SUMS, BATCHES)
@@ -198,6 +199,7 @@ SIDE_VALUES = [{"name": "alpha-normec", "memory": "sent"}, {"name": "centered-cl
 
 @pytest.mark.parametrize("privacy", [{"trust": "local", "epsilon": 50.0}, {"epsilon": 8.0}, None])
 @pytest.mark.parametrize("method", SIDE_VALUES)
+@pytest.mark.sampled
 def test_flower_gives_the_loops_model_and_side_values(method: dict, privacy: dict | None, tmp_path: Path) -> None:
     """The bound goes to clients beside the model, or beside the memory, and metrics come back with the messages."""
     if method.get("memory") == "sent" and (privacy is None or "trust" not in privacy):
