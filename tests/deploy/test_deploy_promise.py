@@ -66,7 +66,7 @@ def plan(**changes: Any) -> PrivacyPlan:
 def test_every_field_of_a_plan_is_in_the_test_below() -> None:
     """A new field of the plan must be sent to clients, too: add it to `PrivacyTerms`, and here.
 
-    Aggregation, correlated noise and turns have tests of their own; deployments refuse plans under a filter.
+    Other files test aggregation, correlated noise and turns; deployments refuse plans under a filter.
     """
     assert {*OTHER, "aggregation", "noise", "filtered"} == {field.name for field in dataclasses.fields(PrivacyPlan)}
     assert {"everyone", "poisson", "fixed", "separated"} == set(SAMPLINGS)
