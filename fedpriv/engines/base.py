@@ -137,7 +137,7 @@ class Population:
             state: The client's state; needed by methods with their own signal.
         """
         rules = rules or self.rules
-        inputs, labels = self.examples(client)
+        inputs, labels = plain = self.examples(client)
         streams = self.streams if rules.examples is None else rules.streams  # secret batches
         losses = partial(self.task.example_losses, model, inputs, labels)
         batches = batches_of(self.work, streams, len(labels), round, client, losses)
@@ -151,7 +151,7 @@ class Population:
             return own.own_signal(state, model, given, round)
         prox = rules.method.step_prox
         signal = make_signal(self.task, model, inputs, labels, self.work, batches, clipped, offset, prox)
-        return with_metrics(rules, signal, self.task, model, inputs, labels)
+        return with_metrics(rules, signal, self.task, model, *plain)
 
     def losses(self, client: int, model: Tensor) -> Tensor:
         """Return the losses `[examples]` of one client's examples, without augmentation, under the model `[params]`."""
@@ -200,7 +200,10 @@ class Population:
 def with_metrics(
     rules: ClientRules, signal: Tensor, task: Task, model: Tensor, inputs: Tensor, labels: Tensor
 ) -> Tensor:
-    """Return a client's signal `[params]`, followed by its metrics at the model if the method has private metrics."""
+    """Return a client's signal `[params]`, followed by its metrics at the model if the method has private metrics.
+
+    The metrics are those of its examples as they are, without augmentation.
+    """
     side = side_values_of(rules.method)
     if side is None or side.metrics is None:
         return signal

@@ -219,7 +219,8 @@ class PrivacyChoice:
         """Return the metrics that clients report with noise; None for none."""
         if self.metrics_share is None:
             return None
-        most, named = self.metrics_max_loss or 5.0, any(each.name == "accuracy" for each in task.measured)
+        most = 5.0 if self.metrics_max_loss is None else self.metrics_max_loss
+        named = any(each.name == "accuracy" for each in task.measured)
         return PrivateMetrics(share=self.metrics_share, max_loss=most, accuracy=named)
 
     @property
@@ -738,7 +739,7 @@ def _check_corrections(config: Config) -> None:
         expected = f'"gradient-mean" with {config.method_name}: corrections are as long as one gradient'
         raise UserError("local.signal", expected, f'"{config.local.signal}"', 'Set it to "gradient-mean"')
     if config.method.needs_shared and config.devices is not None:
-        expected = f"no such table with {config.method_name}, which sends two vectors: the clock counts one"
+        expected = f"no such table with {config.method_name}: the clock counts the model, and this server sends more"
         raise UserError("[devices]", expected, "a virtual clock", "Remove [devices] and [schedule]")
 
 

@@ -50,7 +50,7 @@ def load_results(path: Path | str) -> pd.DataFrame:
 def _column(values: list[object]) -> "pd.Series[Any]":
     """Return a column: of float64 if it holds numbers and some are missing; other missing values are NaN.
 
-    A column without any value has numbers: what a run does not compute, such as the epsilon of one without privacy.
+    A column of a value that no run has, such as epsilon without privacy, is a column of numbers, all NaN.
     """
     there = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in there):

@@ -171,17 +171,17 @@ def test_clients_sign_all_that_their_app_may_read(tmp_path: Path) -> None:
         record = message.content.array_records[ARRAYS]
         record["out.bias"] = Array(record["out.bias"].numpy() + 1.0)
 
-    for number, lie in enumerate((other_rate, other_arrays)):
+    for number, changed in enumerate((other_rate, other_arrays)):
         copies = []
 
-        def hook(place: int, message: Message, lie: Any = lie, copies: list[int] = copies) -> bool:
+        def hook(place: int, message: Message, changed: Any = changed, copies: list[int] = copies) -> bool:
             if place == 1 and round_of(message):
                 other = message.content
                 message.__dict__["_content"] = type(other)({**other})
                 copies.append(1)
                 for name in (CONFIG, ARRAYS):
                     message.content[name] = type(other[name])({**other[name]})  # type: ignore[arg-type]
-                lie(message)
+                changed(message)
             return True
 
         grid = Nodes(tmp_path / str(number), hook=hook)

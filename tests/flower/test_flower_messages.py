@@ -117,7 +117,7 @@ def test_a_noised_message_arrives_to_the_bit_in_half_the_bytes():
 
 
 def test_a_message_in_other_units_than_the_plans_is_refused():
-    """The client has another version or is dishonest: the server multiplies only by the scale of its own plan."""
+    """The client has another version or is dishonest: the server multiplies by the scale of its plan alone."""
     form = MessageFormat(dtype="int16", scale=0.25)
     arrays = ModelArrays.of(ArrayRecord({"a": Array(np.zeros(3, np.float32))}))
     good = arrays.message(torch.tensor([0.25, -1.0, 2.0]), form)

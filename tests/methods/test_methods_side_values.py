@@ -13,6 +13,7 @@ from support.helpers import EXAMPLES, WITH_SIDE_VALUES, adding, fresh_clients
 from torch import Tensor
 
 from fedpriv.bounding import Clip
+from fedpriv.data.augment import ImageVariants
 from fedpriv.engines.loop import LoopEngine
 from fedpriv.engines.vectorized import VectorizedEngine
 from fedpriv.errors import UserError
@@ -282,6 +283,16 @@ def test_a_message_without_its_side_values_is_not_summed(monkeypatch: pytest.Mon
         client_round(rules, 0, method.init_client(3), torch.ones(3), 1)
 
 
+def test_private_metrics_are_of_the_examples_without_augmentation() -> None:
+    made = setting(with_side_values(DPFedAvg(), None, METRICS))
+    people = replace(made.population, augment=ImageVariants(rotate=180.0))
+    model = torch.randn(len(made.initial_model), generator=torch.Generator().manual_seed(2))
+    plain = people.task.evaluate(model, *people.examples(1))
+    for round in range(1, 5):
+        signal = people.signal(1, model, round)
+        assert signal[-2:].tolist() == pytest.approx([plain["loss"], plain["accuracy"]], rel=1e-5)
+
+
 class Own(Memoryless):
     server_lr = 1.0
 
@@ -309,6 +320,10 @@ def test_methods_without_such_a_bound_are_refused(inner: Method) -> None:
         (
             {"adaptive": {"share": 0.6}, "privacy": {"epsilon": 8.0, "metrics_share": 0.5}},
             r"^privacy\.metrics_share: expected shares of at most 0\.9",
+        ),
+        (
+            {"privacy": {"epsilon": 8.0, "metrics_share": 0.1, "metrics_max_loss": 0.0}},
+            r"^privacy\.metrics_max_loss: expected a number from 1e-06 to 1e\+06, got 0\.0",
         ),
         ({"privacy": {"epsilon": 8.0, "metrics_max_loss": 3.0}}, r"^privacy\.metrics_max_loss: expected no value"),
         (

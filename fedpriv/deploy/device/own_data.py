@@ -122,7 +122,7 @@ def _signal_of_file(
     task = Task(module, run.device, kind=config.task)
     streams = SeededStreams(config.seed) if rules.examples is None else rules.streams
     at = model.to(task.device)
-    given = inputs.to(task.device), labels.to(task.device)
+    given = plain = inputs.to(task.device), labels.to(task.device)
     losses = partial(task.example_losses, at, *given)
     batches = batches_of(config.local, streams, len(labels), *address, losses)
     if config.augment is not None:
@@ -135,7 +135,7 @@ def _signal_of_file(
         ).cpu()
     prox = rules.method.step_prox
     signal = make_signal(task, at, *given, config.local, batches, clipped, beside, prox)
-    return with_metrics(rules, signal, task, at, *given).cpu()
+    return with_metrics(rules, signal, task, at, *plain).cpu()
 
 
 def _rules(device: Device, instructions: ClientInstructions) -> ClientRules:

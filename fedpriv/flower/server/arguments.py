@@ -55,7 +55,7 @@ def refuse_arguments(given: Mapping[str, object], known: list[str], name: str) -
 
     Args:
         given: Arguments by name.
-        known: Names of its own.
+        known: Names of the arguments that the strategy takes.
         name: Name of the strategy.
     """
     for key in given:
