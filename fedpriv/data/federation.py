@@ -125,6 +125,11 @@ class Federation:
         return np.bincount(cells, minlength=self.population * classes).reshape(-1, classes)
 
 
+# Drawing the rows of a client takes longer than the gradient of a small model.
+_recent_rows = lru_cache(maxsize=2**16)(Resampled.rows_of)
+_MAX_KEPT_EXAMPLES = 64
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResampledFederation:
     """Clients that draw their examples with replacement; needs no memory per client.
@@ -158,7 +163,8 @@ class ResampledFederation:
             IndexError: If there is no such client.
         """
         _check_client(client, self.population)
-        return self.partition.rows_of(client, self.dataset.examples, self.seed)
+        draw = _recent_rows if self.partition.examples <= _MAX_KEPT_EXAMPLES else Resampled.rows_of
+        return draw(self.partition, client, self.dataset.examples, self.seed)
 
     def label_counts(self) -> np.ndarray:
         """Return the number of examples of each label at each client, int64 `[clients, classes]`."""
