@@ -230,25 +230,42 @@ def interval(values: pd.Series, digits: int = 3, sign: str = "") -> str:
 
 
 def methods_table(best: pd.DataFrame, data: str) -> str:
-    """Methods on the clients together and on pooled data: accuracy, and the paired difference to a reference."""
+    """Methods on the clients together and on pooled data: accuracy, and the paired differences to three references."""
     rows = []
-    part = best[(best["data"] == data) & best["holders"].isin([TOGETHER, POOLED])]
+    part = best[best["data"] == data]
     for epsilon in (0.0, 3.0, 1.0):
         under = part[part["epsilon"] == epsilon]
-        plain = under["method"].isin([REFERENCE, "gradient descent"])
-        first = under[(under["holders"] == TOGETHER) & plain]
-        reference = first.set_index("seed")["test_accuracy"]
-        for (holders, method), found in under.groupby(["holders", "method"], sort=False):
+        plain = under[under["method"] == (REFERENCE if epsilon else "gradient descent")]
+        reference = plain[plain["holders"] == TOGETHER].set_index("seed")["test_accuracy"]
+        pooled = under[under["holders"] == POOLED].set_index("seed")["test_accuracy"]
+        silos = _alone(under, data)
+        both = under[under["holders"].isin([TOGETHER, POOLED])]
+        for (holders, method), found in both.groupby(["holders", "method"], sort=False):
             own = found.set_index("seed")["test_accuracy"]
-            gain = (own - reference).dropna()
             name = f"{method.split(',')[0]} on pooled data" if holders == POOLED else method
-            ahead = "" if (own.index.equals(reference.index) and (gain == 0).all()) else interval(gain, sign="+")
             setting = ", ".join(f"{key} {value:g}" for key, value in json.loads(found["setting"].iloc[0]).items())
-            row = (f"{epsilon:g}" if epsilon else "none", name, interval(own), ahead, interval(found["test_auc"]))
-            rows.append((*row, interval(found["test_worst"], 2), setting, len(found)))
+            row = (f"{epsilon:g}" if epsilon else "none", name, interval(own))
+            row += (_gain(own, reference), _gain(_mean_client(found), silos), _gain(own, pooled))
+            rows.append((*row, interval(found["test_auc"]), interval(found["test_worst"], 2), setting))
     rows.sort(key=lambda row: (["none", "3", "1"].index(row[0]), -float(row[2].split()[0])))
-    head = ("epsilon", "method", "test accuracy", "against the reference", "AUC", "worst client", "chosen", "splits")
-    return table(head, rows)
+    head = ("epsilon", "method", "test accuracy", "against dp-gd", "against alone", "against pooled", "AUC")
+    return table((*head, "worst client", "chosen"), rows)
+
+
+def _gain(own: pd.Series, reference: pd.Series) -> str:
+    gain = (own - reference).dropna()
+    same = own.index.equals(reference.index) and bool((gain == 0).all())
+    return "" if same or gain.empty else interval(gain, sign="+")
+
+
+def _alone(under: pd.DataFrame, data: str) -> pd.Series:
+    """Return the mean over clients of the accuracy of each client's own model on its own test rows."""
+    each = [_of_client(under[under["holders"] == who], place) for place, who in enumerate(alone(data))]
+    return pd.concat(each, axis=1, join="inner").astype(float).mean(axis=1)
+
+
+def _mean_client(found: pd.DataFrame) -> pd.Series:
+    return found.set_index("seed")["test_each"].map(lambda each: float(np.mean(json.loads(each))))
 
 
 def hospitals_table(best: pd.DataFrame) -> str:
@@ -287,7 +304,7 @@ def draw(best: pd.DataFrame, path: Path) -> None:
     part = part[part["epsilon"] > 0]
     names = part["method"].where(part["holders"] == TOGETHER, "dp-gd on pooled data")
     order = part.assign(name=names).groupby("name")["test_accuracy"].mean().sort_values().index
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 1.0 + 0.24 * len(order)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for shift, color, epsilon in ((0.12, "#332288", 3.0), (-0.12, "#CC6677", 1.0)):

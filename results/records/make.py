@@ -10,6 +10,7 @@ finished, so that a fresh checkout runs only what is missing. `CELLS` and `METHO
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -74,6 +75,11 @@ class Trial(NamedTuple):
     def key(self) -> tuple[object, ...]:
         """The columns that identify it in trials.csv."""
         return self[:4]
+
+    @property
+    def file(self) -> str:
+        """Its name in the work folder."""
+        return re.sub("[^A-Za-z0-9.]+", "-", f"{self.cell} {self.method} {self.setting:g} {self.seed}")
 
 
 def trials(cell: str, seed: int) -> Iterator[Trial]:
@@ -146,7 +152,7 @@ def run_missing(data_root: Path | None, seconds: float, work: Path) -> bool:
                     federations[seed] = make_federation(config, data_root)
                 row = run(trial, config, federations[seed], data_root)
                 done.add(trial.key)
-                (work / f"{len(done):04d}.json").write_text(json.dumps(row))
+                (work / f"{trial.file}.json").write_text(json.dumps(row))
     return True
 
 
@@ -239,7 +245,9 @@ def draw(best: pd.DataFrame, path: Path) -> None:
             values = best[(best["cell"] == cell) & (best["method"] == name)]["test_accuracy"].to_numpy()
             at = place + (number - 3.5) * 0.09
             label = name if place == 0 else None
-            axes.bar(at, values.mean() if len(values) else 0.0, 0.08, color=color, alpha=1.0 if filled else 0.5, label=label)
+            axes.bar(
+                at, values.mean() if len(values) else 0.0, 0.08, color=color, alpha=1.0 if filled else 0.5, label=label
+            )
             axes.plot(np.full(len(values), at), values, "k.", markersize=3)
     ceiling = best[best["cell"] == NONE].groupby("method")["test_accuracy"].mean()
     for name, style in ((AVERAGING, "-"), (DESCENT + MOMENTUM, "--")):
