@@ -57,9 +57,14 @@ METHODS: dict[str, tuple[dict[str, object], tuple[float, ...]]] = {
         {"name": "alpha-normec", "alpha": 1.0, "beta": 0.3, "server_normalization": True},
         (0.06, 0.3, 1.5),
     ),
+    "alpha-NormEC, plain step": (
+        {"name": "alpha-normec", "alpha": 1.0, "beta": 0.3, "server_normalization": False},
+        STEPS,
+    ),
 }
 DESCENT, AVERAGING = "gradient descent", "federated averaging"
 MOMENTUM = " with momentum"
+NO_MOMENTUM = (AVERAGING, "alpha-NormEC, plain step")
 
 
 class Trial(NamedTuple):
@@ -86,7 +91,7 @@ def trials(cell: str, seed: int) -> Iterator[Trial]:
     """Return the trials of one cell on one seed."""
     common = (f"seed={seed}", f'data.name="{HERE}/data.py:small_cifar10"', f'model.name="{HERE}/model.py:SmallCnn"')
     for name, momentum in ((name, momentum) for name in methods(cell) for momentum in (0.0, 0.9)):
-        if name == AVERAGING and momentum:
+        if name in NO_MOMENTUM and momentum:
             continue
         options, steps = METHODS["dp-gd"] if cell == NONE else METHODS[name]
         steps = (0.03, 0.1, 0.3) if name == AVERAGING else (0.1, 0.3, 1.0) if cell == NONE else steps
@@ -103,6 +108,12 @@ def trials(cell: str, seed: int) -> Iterator[Trial]:
 def methods(cell: str) -> tuple[str, ...]:
     """Return the methods of a cell, without momentum."""
     return (DESCENT, AVERAGING) if cell == NONE else tuple(METHODS)
+
+
+def variants() -> list[str]:
+    """Return the methods with privacy, with and without momentum."""
+    every = [name + suffix for name in METHODS for suffix in ("", MOMENTUM)]
+    return [name for name in every if name.removesuffix(MOMENTUM) not in NO_MOMENTUM or MOMENTUM not in name]
 
 
 def run(trial: Trial, config: Config, federation: Federation, data_root: Path | None) -> dict[str, Any]:
@@ -173,7 +184,7 @@ def accuracy_table(best: pd.DataFrame) -> str:
     """A row for each method: mean test accuracy in each cell, and the deviation over seeds."""
     cells = [cell for cell in CELLS if cell != NONE and (best["cell"] == cell).any()]
     rows = []
-    for method in (name + suffix for name in METHODS for suffix in ("", MOMENTUM)):
+    for method in variants():
         rows.append((method, *(_cell(best, cell, method) for cell in cells)))
     return table(("method", *cells), rows)
 
@@ -237,13 +248,12 @@ def draw(best: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colors = ("#332288", "#DDCC77", "#CC6677", "#44AA99")
-    names = [name + suffix for name in METHODS for suffix in ("", MOMENTUM)]
-    for number, name in enumerate(names):
-        color, filled = colors[number // 2], bool(number % 2)
+    colors = dict(zip(METHODS, ("#332288", "#DDCC77", "#CC6677", "#44AA99", "#88CCEE"), strict=True))
+    for number, name in enumerate(variants()):
+        color, filled = colors[name.removesuffix(MOMENTUM)], name.endswith(MOMENTUM)
         for place, cell in enumerate(cells):
             values = best[(best["cell"] == cell) & (best["method"] == name)]["test_accuracy"].to_numpy()
-            at = place + (number - 3.5) * 0.09
+            at = place + (number - 4) * 0.09
             label = name if place == 0 else None
             axes.bar(
                 at, values.mean() if len(values) else 0.0, 0.08, color=color, alpha=1.0 if filled else 0.5, label=label
