@@ -20,6 +20,7 @@ from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
 from fedpriv.deploy.helper.messages import ACTION
 from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
+from fedpriv.deploy.operate.tally import Counts, Tally
 from fedpriv.deploy.sums import HelperList, SecureSums
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
@@ -80,6 +81,7 @@ class Network:
         nodes: The connected nodes by client id.
         seen: The clients that have been connected.
         leave_out: Whether a turn ends without waiting for clients that have never been connected.
+        tally: Counter of the run's messages for metrics; None for none.
     """
 
     grid: Grid
@@ -88,6 +90,7 @@ class Network:
     seen: set[int] = field(default_factory=set)
     leave_out: bool = False
     helpers: dict[int, str] = field(default_factory=dict)
+    tally: Tally | None = None
     _asked_at: dict[int, float] = field(default_factory=dict)
     _questions: dict[str, int] = field(default_factory=dict)
 
@@ -257,6 +260,8 @@ class Network:
         """Send messages, and return the keys of those that Flower accepted, by their message ids."""
         if not messages:
             return {}
+        if self.tally is not None:
+            self.tally.sent(message.content for message in messages.values())
         ids = list(self.grid.push_messages(list(messages.values())))
         if not ids:
             remedy = "Choose a smaller model: the messages may be too large"
@@ -274,6 +279,8 @@ class Network:
             found = list(self.grid.pull_messages(list(waiting)))
         except Exception:
             return [pair for message_id in waiting for pair in self._pull_one(message_id)]
+        if self.tally is not None:
+            self.tally.received(answer.content for answer in found if answer.has_content())
         by_id = {answer.metadata.reply_to_message_id: answer for answer in found}
         return [(message_id, answer) for message_id, answer in by_id.items() if message_id in waiting]
 
@@ -389,6 +396,7 @@ def run_turns(
     network.wait_for(max(choice.min_participants, coordinator.least_messages), choice.join_timeout)
     network.settle()
     _warn_of_absent(network, coordinator)
+    network.tally = _tally_of(coordinator, directory)
 
     book = HeadBook.of_deployment(directory.path)
     coordinator.heads = newer_heads(coordinator.heads, book.heads)
@@ -422,6 +430,7 @@ def run_turns(
             # The times of the model and of the next turn must not depend on who answers or on the time of the sum.
             _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _count(network, coordinator, outcome, failed, time.monotonic() - began)
         _report(outcome, failed)
         recorder.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
     if coordinator.sums is not None:
@@ -429,6 +438,39 @@ def run_turns(
         for identity, why in sorted(missing.items()):
             _log.warning("helper %s has not erased its key for the run: %s", identity[:16], why)
     return recorder.finish(coordinator.state)
+
+
+def _tally_of(coordinator: Coordinator, directory: RunDirectory) -> Tally:
+    """Return the counter of a run's messages for metrics."""
+    plan = coordinator.plan
+    epsilon = plan.epsilon if plan is not None and plan.private else None
+    counts = Counts(run=directory.path.name, id=coordinator.run[:12], turns=coordinator.turns, epsilon=epsilon)
+    tally = Tally.of_run(counts, coordinator.secret_cohorts)
+    tally.counts.epsilon_left = _epsilon_left(coordinator)
+    tally.save()
+    return tally
+
+
+def _epsilon_left(coordinator: Coordinator) -> float | None:
+    plan = coordinator.plan
+    if plan is None or not plan.private:
+        return None
+    return max(plan.epsilon - (plan.epsilon_after(coordinator.turn) if coordinator.turn else 0.0), 0.0)
+
+
+def _count(
+    network: Network, coordinator: Coordinator, outcome: Outcome, failed: Mapping[int, str], seconds: float
+) -> None:
+    if network.tally is None:
+        return
+    answered = len(outcome.asked) - len(outcome.silent) - len(outcome.refused) - len(outcome.invalid)
+    messages = {
+        "answers": answered,
+        "unusable": len(outcome.invalid) + len(failed),
+        "missing": sum(client not in failed for client in outcome.silent),
+        "refusals": [kind for kind, _ in outcome.refused.values()],
+    }
+    network.tally.turn(outcome.happened, seconds, _epsilon_left(coordinator), messages)
 
 
 def _warn_of_absent(network: Network, coordinator: Coordinator) -> None:
@@ -459,7 +501,7 @@ def _noted(
     failed: dict[int, str],
 ) -> Iterator[None]:
     """Write a turn's row also if the turn stops the run; resumption asks the same again, and replaces the row."""
-    asked, turn = coordinator.asked(), coordinator.turn + 1
+    asked, turn, began = coordinator.asked(), coordinator.turn + 1, time.monotonic()
     try:
         yield
     except UserError as error:
@@ -475,6 +517,7 @@ def _noted(
             _unused=tuple(usable),
         )
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _count(network, coordinator, outcome, failed, time.monotonic() - began)
         raise
 
 

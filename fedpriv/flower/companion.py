@@ -27,10 +27,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["LOCK", "companion_of", "end_with", "starting_companions"]
+__all__ = ["ALIVE", "LOCK", "companion_of", "end_with", "starting_companions"]
 
 LOCK = "lock"
 """Name of the file, in the folder of Flower's files, that a node or server locks while it runs."""
+
+ALIVE = "alive"
+"""Name of the file, in the same folder, that a node touches when the server has answered it."""
 
 _CLIENT_APP = "flwr-clientapp"
 _FORKING = "fork-client-apps"
