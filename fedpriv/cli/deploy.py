@@ -19,6 +19,12 @@ def _for_all_of_deploy() -> None:
 
 
 DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
+LogFormat = Annotated[str, typer.Option(help="Format of the log: text, or json with one object for each event.")]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, help="Port of Prometheus metrics; 0 for a free one.", show_default="no metrics"),
+]
+MetricsHost = Annotated[str, typer.Option(help="Address of this machine at which metrics are served.")]
 Days = Annotated[int, typer.Option(help="Validity of the server's certificate, in days.")]
 
 
@@ -125,10 +131,15 @@ def check(
 @deploy.command()
 def node(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="Folder of the node.", show_default=False)],
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
     """Run a node. It runs its own installed fedpriv, follows its own policy and executes no code from a server."""
+    from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.supernode import run_node
 
+    operate(bundle, log_format, metrics_port, metrics_host)
     raise typer.Exit(run_node(bundle))
 
 
@@ -149,8 +160,13 @@ def ledger(
 @deploy.command()
 def server(
     folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="Folder of the server.", show_default=False)],
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
     """Run the server of a deployment."""
+    from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.superlink import run_server
 
+    operate(folder, log_format, metrics_port, metrics_host)
     raise typer.Exit(run_server(folder))

@@ -6,7 +6,8 @@ detected. An incomplete last line after a crash is no release, because a message
 and on disk.
 
 A line may also be a charge: an epsilon that releases missing from a restored copy may have cost
-(`fedpriv deploy restore --charge`). It is part of the chain of hashes, so that it can be removed no more than a release.
+(`fedpriv deploy restore --charge`). It is part of the chain of hashes, so that its removal is noticed like that of a
+release.
 """
 
 import hashlib
@@ -92,7 +93,7 @@ class Ledger:
 
     @property
     def charged(self) -> float:
-        """Epsilon charged for releases that are missing, after the lines were read; infinite if all of the budget is."""
+        """Epsilon charged for missing releases, after the lines were read; infinite if the whole budget is charged."""
         return math.fsum(self._charges)
 
     def share(self, delta: float) -> float:

@@ -21,7 +21,7 @@ _DAY_SECONDS = 86_400.0
 _CALL_SECONDS = 10.0
 
 _REMEDIES = {
-    "server": "Run `fedpriv deploy renew DIR` next to ca/, copy server.pem and server.key to the server, and restart it",
+    "server": "Run `fedpriv deploy renew DIR` next to ca/, copy server.pem and server.key, and restart the server",
     "ca": "Create a new deployment: nodes trust this CA alone",
 }
 

@@ -2,8 +2,8 @@
 
     python -P json_lines.py SOURCE NAME < OUTPUT
 
-It reads the output of all processes of a server or node from one pipe. Records of Flower's log and of uvicorn begin with
-a level; lines that continue a record, and tracebacks, are part of its message. Any other line is an event of level
+It reads the output of all processes of a server or node from one pipe. Records of Flower's log and of uvicorn begin
+with a level; lines that continue a record, and tracebacks, are part of its message. Any other line is an event of level
 `info`, or `warning` if fedpriv printed it. Times are those of arrival, in UTC.
 
 The program is run by its path and imports nothing but the standard library. It ends with the last writer of the pipe,
