@@ -53,6 +53,8 @@ BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "
 
 AFTER_TRAINING = "tests/trained/test_trained_run.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+ROTATED, RESTORED = "tests/deploy/test_deploy_rotation.py", "tests/deploy/test_deploy_backup.py"
+OPERATED = "tests/deploy/test_deploy_operation.py"
 GUARD, LEDGER, PROMISE = (
     "tests/flower/test_flower_guard.py",
     "tests/deploy/test_deploy_ledger.py",
@@ -1358,6 +1360,41 @@ MUTANTS = [
         "        except (ValueError, InvalidSignature):\n            return False\n",
         "        except (ValueError, InvalidSignature):\n            pass\n",
         LEDGER,
+    ),
+    Mutant(
+        "ledger: a new node key begins a new history",
+        "fedpriv/deploy/operate/rotation.py",
+        "    if head is None or head.key != before.key:\n",
+        "    if head is None:\n",
+        ROTATED,
+    ),
+    Mutant(
+        "ledger: a handover without releases is accepted",
+        "fedpriv/deploy/operate/rotation.py",
+        "    before, head = known.get(handover.client), handover.ledger_head\n    if before is None:\n",
+        "    before, head = known.get(handover.client), handover.ledger_head\n    if before is None or head is None:\n",
+        ROTATED,
+    ),
+    Mutant(
+        "ledger: an older copy is restored without proof",
+        "fedpriv/deploy/operate/backup.py",
+        "    if charge is None and not _is_newest(ledger, part, folder, heads):\n",
+        "    if charge is None and not (_is_newest(ledger, part, folder, heads) or True):\n",
+        RESTORED,
+    ),
+    Mutant(
+        "ledger: a charge for missing releases costs nothing",
+        "fedpriv/deploy/device/device.py",
+        "            epsilon = spent(releases, delta, limits.adjacency, unit) + ledger.charged\n",
+        "            epsilon = spent(releases, delta, limits.adjacency, unit)\n",
+        RESTORED,
+    ),
+    Mutant(
+        "metrics: counts of messages are shown if cohorts are secret",
+        "fedpriv/deploy/operate/tally.py",
+        "        if not self.secret:\n",
+        "        if True:\n",
+        OPERATED,
     ),
     Mutant(
         "ledger: a server that is restored forgets heads",

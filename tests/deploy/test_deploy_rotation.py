@@ -122,7 +122,7 @@ def test_a_key_hands_over_only_if_it_has_signed_and_was_not_removed(deployment: 
 def test_a_ledger_that_is_gone_or_damaged_is_not_handed_over(deployment: Path) -> None:
     node = released(deployment)
     shutil.rmtree(node / "state")
-    with pytest.raises(UserError, match="expected the ledger whose heads ledger.key has signed"):
+    with pytest.raises(UserError, match=r"expected the ledger whose heads ledger.key has signed"):
         begin_rotation(node)
     assert not (node / "rotation").exists()
     with pytest.raises(UserError, match="expected an open rotation"):

@@ -47,13 +47,15 @@ class Events:
     _at: str = ""
     _lines: list[str] = field(default_factory=list)
     _in_traceback: bool = False
+    _in_record: bool = False
 
     def lines(self, text: str) -> Iterator[str]:
         """Take one line of output, without its line break; yield the event before it, if the line begins a new one."""
         line = _COLORS.sub("", text).rstrip()
         record = _RECORD.fullmatch(line)
         continues = self._in_traceback or line[:1] in (" ", "\t") or not line
-        if self._lines and record is None and (continues or line.startswith(_TRACEBACK)):
+        continues |= self._in_record and line.startswith(_TRACEBACK)
+        if self._lines and record is None and continues:
             self._in_traceback |= line.startswith(_TRACEBACK)
             self._lines.append(line)
             return
@@ -65,7 +67,7 @@ class Events:
             self._level, self._in_traceback = "error", True
         elif line.startswith(_OWN):
             self._level, line = "warning", line.removeprefix(_OWN)
-        self._lines = [line]
+        self._lines, self._in_record = [line], record is not None
 
     def end(self) -> Iterator[str]:
         """Yield the open event, unless it is empty, as a line of JSON."""
