@@ -229,7 +229,7 @@ def accepted(arguments: list[str]) -> dict[str, Any]:
     program, *rest = arguments
     assert program == "fedpriv"
     command: Any = typer.main.get_command(app)
-    context = None
+    context, name = None, program
     while hasattr(command, "commands"):
         name, *rest = rest
         command = command.commands[name]
@@ -258,7 +258,7 @@ def test_the_compose_files_name_parties_commands_and_checks_that_exist(composed:
         assert service["image"].split(":")[0] == ("fedpriv-superlink" if name == "server" else f"fedpriv-{name[:-2]}")
         assert "FEDPRIV_USER" in service["user"]
         assert service["healthcheck"]["test"] == ["CMD", *check]
-        assert accepted(check) == {"folder": Path(entry[3])}
+        assert accepted(check) == {"folder": entry[3]}
         assert check[-1] == entry[3]
         ignored = (folder / ".dockerignore").read_text().splitlines()
         assert [line for line in ignored if not line.startswith("#")] == ["*", "!fedpriv-*.whl"]
@@ -288,9 +288,9 @@ def test_the_entry_points_of_the_images_run_report_and_are_healthy(tmp_path: Pat
                 process = subprocess.Popen(command, env=party.environment, stdout=log, stderr=subprocess.STDOUT)
             started[name] = (process, port)
             if name == "server":
-                wait_until(party._listens, 120.0, party.log(name))
+                wait_until(party._listens, 300.0, party.log(name))
                 party.register()
-        wait_until(lambda: healthy(party.folder / "node-0"), 120.0, party.log("node-0"))
+        wait_until(lambda: healthy(party.folder / "node-0"), 300.0, party.log("node-0"))
         assert "the server answers at 127.0.0.1" in health(party.folder / "server")
         for name, (_, port) in started.items():
             assert 'fedpriv_certificate_end_timestamp_seconds{certificate="server"}' in shown(port)
