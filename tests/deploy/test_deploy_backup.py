@@ -95,7 +95,7 @@ def test_heads_of_another_key_or_of_no_client_prove_nothing(node: Path, tmp_path
 
 
 def test_after_a_charge_of_all_nothing_more_is_released(node: Path) -> None:
-    """Whatever the copy lacks was within the budget, so all of the budget covers it."""
+    """All missing releases were within the budget, so the whole budget covers them."""
     shutil.rmtree(node)
     main_code(["deploy", "restore", str(node.parent / "copy.tar"), str(node), "--charge", "all"])
     assert math.isinf(charged(node))

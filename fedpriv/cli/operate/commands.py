@@ -92,7 +92,7 @@ def restore(
         ),
     ] = None,
 ) -> None:
-    """Restore a copy. That of a node needs proof that its ledger is the newest, or a charge for what it may lack."""
+    """Restore a copy. That of a node needs proof that its ledger is the newest, or a charge for missing releases."""
     from fedpriv.deploy.operate.backup import restore
 
     say(restore(file, folder, heads, _charge(charge)))
@@ -106,5 +106,5 @@ def _charge(text: str | None) -> float | None:
     except ValueError:
         value = math.nan
     if math.isnan(value) or (math.isinf(value) and text != "all"):
-        raise UserError("--charge", "a number above 0, or all", repr(text), "Give what was spent since, at most")
+        raise UserError("--charge", "a number above 0, or all", repr(text), "Give the maximum spent since the copy")
     return value

@@ -2,7 +2,7 @@
 
 A copy of a ledger is safe only as long as it is the newest. An older one lacks the releases since, and would let the
 client spend their budget twice. The client notices by the signed head that the server sends with its next instructions,
-but not if the server shows none, as after a loss of its own. `restore` therefore demands a proof or a charge:
+but not if the server shows none, because it lost them too. `restore` therefore demands a proof or a charge:
 
 | evidence | condition |
 |---|---|
@@ -89,7 +89,7 @@ def back_up(folder: Path, file: Path) -> str:
 
 
 def restore(file: Path, folder: Path, heads: Path | None = None, charge: float | None = None) -> str:
-    """Restore the copy of a server's, a node's or a helper's folder. What was in the folder is moved aside.
+    """Restore the copy of a server's, a node's or a helper's folder. The folder's previous content is moved aside.
 
     Args:
         file: File from `back_up`.
@@ -105,7 +105,7 @@ def restore(file: Path, folder: Path, heads: Path | None = None, charge: float |
     """
     folder = folder.resolve()
     if charge is not None and not charge > 0.0:
-        raise UserError("--charge", "a number above 0, or all", charge, "Give what was spent since the copy, at most")
+        raise UserError("--charge", "a number above 0, or all", charge, "Give the maximum spent since the copy")
     if folder.exists():
         _refuse_running(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +134,9 @@ def _settle(kind: str, part: Path, folder: Path, heads: Path | None, charge: flo
         return ", without its answers: it makes new keys for runs, and an open turn is void"
     ledger = _intact(part)
     if charge is None and not _is_newest(ledger, part, folder, heads):
-        expected = "proof that the ledger of the copy is the newest, or a charge for what it may lack"
+        expected = "proof that the ledger of the copy is the newest, or a charge for missing releases"
         remedy = (
-            "Give --heads client-heads.json of the server, --charge EPSILON for what was spent since at most, "
+            "Give --heads client-heads.json of the server, --charge EPSILON, the maximum spent since, "
             "or --charge all to spend the whole budget"
         )
         raise UserError(str(folder), expected, f"a copy with {ledger.lines} lines, and no proof", remedy)

@@ -1,6 +1,6 @@
 """Prometheus metrics of a server, a node or a helper, for `--metrics-port`.
 
-Nothing private is shown: no client's data, and no value without noise. A node shows what its budget has left only if it
+Nothing private is shown: no client's data, and no value without noise. A node shows the rest of its budget only if it
 accepts no other trust than `local`: under other trusts a change could show that it took part in a secret cohort.
 """
 
@@ -39,7 +39,7 @@ class NodeBudget:
 
 
 def node_budgets(folder: Path) -> list[NodeBudget]:
-    """Return the budgets of a node's policy. What is left is computed from the ledger: terms alone, and no data.
+    """Return the budgets of a node's policy. The rest is computed from the terms in the ledger, never from data.
 
     Raises:
         UserError: If the policy or the ledger cannot be read.

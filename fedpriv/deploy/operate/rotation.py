@@ -172,7 +172,7 @@ def accept_handover(path: Path, folder: Path) -> str:
 
 
 def refuse_unproven(name: str, handover: Handover, known: dict[int, Head]) -> None:
-    """Raise a `UserError` unless the ledger of a handover is the one whose head the server knows, or goes beyond it.
+    """Raise a `UserError` unless a handover's ledger agrees with the head that the server knows, or extends it.
 
     Args:
         name: Name of the node.
@@ -236,7 +236,7 @@ def _ledger_of(folder: Path) -> tuple[int, Head | None]:
     if not ledger.lines:
         if (folder / KEY_FILE).exists():
             remedy = "Restore it: fedpriv deploy restore, or lower the budget as README says"
-            raise UserError(str(state), "the ledger whose heads ledger.key has signed", "no ledger", remedy)
+            raise UserError(str(state), "the ledger with the heads that ledger.key has signed", "no ledger", remedy)
         return client, None
     return client, LedgerKey.at(folder).sign(ledger.lines, ledger.last_hash)
 

@@ -1,6 +1,6 @@
 """Counts of a run for its server's metrics, kept in a file that the server reads.
 
-A run is a process of its own. It writes its counts, after each turn, into the folder `metrics` of $FLWR_HOME, where
+Each run is a separate process. It writes its counts, after each turn, into the folder `metrics` of $FLWR_HOME, where
 `fedpriv deploy server --metrics-port` finds them. All counts concern messages; none is computed from a client's data or
 from a value without noise. If epsilon relies on secret cohorts, the numbers of answers, refusals and bytes would show
 who takes part: they are then left out.
