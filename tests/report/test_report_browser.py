@@ -191,7 +191,7 @@ def test_pointing_at_a_curve_highlights_it_and_shows_its_values(browser: Any, pa
     assert len(near) == 1
     curve = next(c for c in data(browser)["curves"] if str(c["setting"]) == near[0])
     shown = one(browser, "#readout").text
-    assert f"test accuracy {100 * curve['values']['test_accuracy'][-1]:.1f} %" in shown
+    assert f"test accuracy {100 * curve['values']['test_accuracy'][-1]:.2f} %" in shown
     assert f"round {curve['values']['round'][-1]}" in shown
     ActionChains(browser).move_to_element(one(browser, "#curves h2")).perform()
     until(browser, lambda: not many(browser, "#chart .curve.near"))

@@ -102,7 +102,7 @@ def test_means_on_the_page_are_those_of_the_records(study_folder: Path, page: Pa
     mine = best[(best["privacy"] == "not private") & (best["method"] == "alpha-normec")].iloc[0]
     assert mine["test_accuracy_mean"] == pytest.approx(means.max(), abs=1e-7)
     assert (mine["method.alpha"], mine["method.beta"]) == means.idxmax()
-    assert f"{100 * means.max():.1f} ±" in page.read_text(encoding="utf-8")
+    assert f"{100 * means.max():.2f} ±" in page.read_text(encoding="utf-8")
 
 
 def test_epsilon_is_never_shown_smaller_than_it_is(study_folder: Path, page: Path) -> None:
