@@ -50,7 +50,8 @@ def _finding(title: str, rows: Sequence[Row], metric: Metric, judge: Judge) -> s
     by = f" by {judge} {metric.label}"
     same = first["seeds"] == rows[1]["seeds"]
     text += f"{name} is best{by}, with a test {metric.label} of {scores[0]}{'' if same else _seeds(first)}; "
-    return f"{text}next is {rows[1]['method']} with {scores[1]}{_seeds(rows[1], same)}. {_certainty(first, rows[1], column)}"
+    text += f"next is {rows[1]['method']} with {scores[1]}{_seeds(rows[1], same)}. "
+    return text + _certainty(first, rows[1], column)
 
 
 def _seeds(row: Row, each: bool = False) -> str:
