@@ -123,9 +123,9 @@ def draw(made: pd.DataFrame, path: Path) -> None:
                 index="alpha", columns="beta", values="mean", aggfunc="max"
             )
             _heat(panel, grid, low, high)
-            panel.set_title(f"{method}; {privacy}", fontsize=9)
+            panel.set_title(f"{method}\n{privacy}", fontsize=9)
         _dots(panels[row, 2], best(under))
-        panels[row, 2].set_title(f"best setting of each method; {privacy}", fontsize=9)
+        panels[row, 2].set_title(f"best setting of each method\n{privacy}", fontsize=9)
     low = min(axes.get_xlim()[0] for axes in panels[:, 2])
     high = max(axes.get_xlim()[1] for axes in panels[:, 2])
     for axes in panels[:, 2]:
@@ -154,7 +154,7 @@ def _dots(panel: Axes, rows: pd.DataFrame) -> None:
     panel.tick_params(axis="y", labelsize=8)
     panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     panel.grid(axis="x", alpha=0.3)
-    panel.set_xlabel("test accuracy: mean and standard deviation of three seeds")
+    panel.set_xlabel("test accuracy, with standard deviation")
 
 
 def in_words(rows: pd.DataFrame) -> pd.DataFrame:
