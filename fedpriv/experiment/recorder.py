@@ -210,7 +210,11 @@ class Recorder:
         rounds = self.directory.rows("rounds.jsonl")
         if has_extra("report"):  # otherwise the command line suggests the extra
             plot_curves(
-                rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
+                rounds,
+                self.directory.file("curves.png"),
+                title=self._title(),
+                task=self.experiment.config.task,
+                classes=self.experiment.population.federation.dataset.classes,
             )
         rows = self.directory.rows("diagnostics.jsonl")
         clients = self._evaluate_clients(state.model)
