@@ -903,6 +903,11 @@ def _check_schedule(config: Config) -> None:
     if config.devices is None and config.rule != Synchronous():
         remedy = "Add [devices] with the speed of clients, or remove [schedule]"
         raise UserError("[devices]", "this table with [schedule]", "a missing table", remedy)
+    if config.privacy is not None and config.rule.shows_messages:
+        trust, schedule = config.privacy.trust, SCHEDULES.name_of(config.rule)
+        if not trust_of(trust).shows_messages:
+            expected = f'"local" with schedule.kind = "{schedule}": the next client sees each message'
+            raise UserError("privacy.trust", expected, f'"{trust}"', 'Set it to "local"')
     sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
     config.rule.check(sampling, memory=has_memory(config.method))
 
