@@ -26,10 +26,10 @@ from fedpriv.streams import SeededStreams
 
 HERE = Path(__file__).parent
 DELTA, SEEDS, GROUPS = 1e-6, range(1, 6), 8
-BASE = {"n": 400_000, "k": 4, "d": 32, "epsilon": 4.0}
+BASE = {"n": 400_000, "k": 4, "d": 16, "epsilon": 4.0}
 SWEPT = {
     "n": [100_000, 200_000, 400_000, 800_000],
-    "k": [1, 2, 4, 8, 16],
+    "k": [1, 2, 4, 8],
     "d": [8, 16, 32, 64],
     "epsilon": [1.0, 2.0, 4.0, 8.0],
 }
