@@ -65,7 +65,7 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
-WALKED = "tests/clock/test_clock_token.py"
+WALKED, SPARSE = "tests/clock/test_clock_token.py", "tests/methods/test_methods_sparse.py"
 CLOCKED = "tests/clock/test_clock_run.py"
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
@@ -313,6 +313,27 @@ MUTANTS = [
         "-repellence * np.log(visits)",
         "repellence * np.log(visits)",
         WALKED,
+    ),
+    Mutant(
+        "moments whose sum has the noise of one user",
+        "fedpriv/methods/sparse/moments.py",
+        "plan.shares.client, total, 1, len(inputs))",
+        "plan.shares.client, total, 1, 1)",
+        SPARSE,
+    ),
+    Mutant(
+        "moments whose scales ignore the target",
+        "fedpriv/methods/sparse/moments.py",
+        "(squares * (squares + y.square()))",
+        "(squares * squares)",
+        SPARSE,
+    ),
+    Mutant(
+        "a threshold that keeps the smallest",
+        "fedpriv/methods/sparse/threshold.py",
+        "descending=True",
+        "descending=False",
+        SPARSE,
     ),
     Mutant(
         "a timeline that a removed client would change",

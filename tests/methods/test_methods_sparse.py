@@ -161,6 +161,16 @@ def test_the_simulated_mean_is_that_of_the_messages_and_its_noise_that_of_all_us
     assert abs(float(scaled.mean())) < 4.0 / (60 * 27) ** 0.5
 
 
+def test_the_simulated_sum_is_that_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "fedpriv.methods.sparse.moments.release_clients_sum"
+    monkeypatch.setattr(place, lambda streams, stddev, total, *counts: total)
+    inputs, targets, _ = problem(50)
+    inputs[3, 2] = float("nan")
+    method = SparseMoments(clip_norm=5.0)
+    found = method.simulate(inputs, targets, method.plan(50, epsilon=4.0, delta=1e-6), SeededStreams(1))
+    assert torch.allclose(found, method.messages(inputs, targets).double().mean(dim=0), atol=1e-5)
+
+
 def test_every_user_adds_its_own_noise_once() -> None:
     inputs, targets, _ = problem(120)
     method = SparseMoments(sparsity=2, clip_norm=2.0)
