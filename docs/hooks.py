@@ -20,7 +20,7 @@ _INLINE = re.compile(r"(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])")
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Add `results/*/README.md`, and those one folder below, with their pictures and tables, CONTRIBUTING.md and CHANGELOG.md."""
+    """Add the pages of `results/` with their pictures and tables, CONTRIBUTING.md and CHANGELOG.md."""
     pages = [*(ROOT / "results").glob("*/README.md"), *(ROOT / "results").glob("analytics/*/README.md")]
     for page in sorted(pages):
         for path in sorted(page.parent.iterdir()):
