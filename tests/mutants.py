@@ -67,6 +67,7 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
+WALKED, SPARSE = "tests/clock/test_clock_token.py", "tests/methods/test_methods_sparse.py"
 CLOCKED = "tests/clock/test_clock_run.py"
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
@@ -300,6 +301,41 @@ MUTANTS = [
         "return self.sampling.charge(rounds, each_message=self.trust.shows_messages)",
         "return float(rounds)",
         CHARGED,
+    ),
+    Mutant(
+        "a token that a trusted server protects, without one",
+        "fedpriv/clock/token_walk.py",
+        '        """True: the next client sees the model before and after a step."""\n        return True',
+        '        """True: the next client sees the model before and after a step."""\n        return False',
+        WALKED,
+    ),
+    Mutant(
+        "a token that repels unvisited clients",
+        "fedpriv/clock/token_walk.py",
+        "-repellence * np.log(visits)",
+        "repellence * np.log(visits)",
+        WALKED,
+    ),
+    Mutant(
+        "moments whose sum has the noise of one user",
+        "fedpriv/methods/sparse/moments.py",
+        "plan.shares.client, total, 1, len(inputs))",
+        "plan.shares.client, total, 1, 1)",
+        SPARSE,
+    ),
+    Mutant(
+        "moments whose scales ignore the target",
+        "fedpriv/methods/sparse/moments.py",
+        "(squares * (squares + y.square()))",
+        "(squares * squares)",
+        SPARSE,
+    ),
+    Mutant(
+        "a threshold that keeps the smallest",
+        "fedpriv/methods/sparse/threshold.py",
+        "descending=True",
+        "descending=False",
+        SPARSE,
     ),
     Mutant(
         "a timeline that a removed client would change",

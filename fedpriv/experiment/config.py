@@ -432,6 +432,7 @@ class Config:
         """
         self.check_unclocked()
         self.check_only_sampled_answer()
+        self._check_turns_of_devices()
         own, trust = own_signal_of(self.method), None if self.privacy is None else trust_of(self.privacy.trust)
         weight = 1.0 if own is None else own.example_rule.restart_weight
         if weight != 1.0 and trust is not None and trust.shows_messages:
@@ -449,6 +450,12 @@ class Config:
             raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
+
+    def _check_turns_of_devices(self) -> None:
+        apart = self.cohort.of(self.data.clients or _UNKNOWN_POPULATION).separation > 1
+        if apart and self.privacy is not None and trust_of(self.privacy.trust).shows_messages:
+            expected = f'no such value in a deployment with privacy.trust = "{self.privacy.trust}", for now'
+            raise UserError("cohort.sampling", expected, f'"{self.cohort.sampling}"', 'Set it to "everyone"')
 
     def check_unclocked(self) -> None:
         """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
@@ -810,10 +817,10 @@ def _check_turns(config: Config) -> None:
     if config.devices is not None:
         expected = "no such value with [devices]: late clients would count outside of their turns"
         raise UserError(key, expected, got, remedy)
-    if config.privacy is not None and not trust_of(config.privacy.trust).trusts_server:
-        why = (
-            "a client's own noise cannot return" if trust_of(config.privacy.trust).shows_messages else "clients change"
-        )
+    trust = None if config.privacy is None else trust_of(config.privacy.trust)
+    own_noise = config.noise is None and trust is not None and trust.shows_messages
+    if config.privacy is not None and trust is not None and not trust.trusts_server and not own_noise:
+        why = "a client's own noise cannot return" if trust.shows_messages else "clients change"
         expected = f'no such value with privacy.trust = "{config.privacy.trust}": {why} from round to round'
         raise UserError(key, expected, got, 'Set privacy.trust to "central", or remove it')
     if config.privacy is not None and config.privacy.unit == "example":
@@ -903,6 +910,11 @@ def _check_schedule(config: Config) -> None:
     if config.devices is None and config.rule != Synchronous():
         remedy = "Add [devices] with the speed of clients, or remove [schedule]"
         raise UserError("[devices]", "this table with [schedule]", "a missing table", remedy)
+    if config.privacy is not None and config.rule.shows_messages:
+        trust, schedule = config.privacy.trust, SCHEDULES.name_of(config.rule)
+        if not trust_of(trust).shows_messages:
+            expected = f'"local" with schedule.kind = "{schedule}": the next client sees each message'
+            raise UserError("privacy.trust", expected, f'"{trust}"', 'Set it to "local"')
     sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
     config.rule.check(sampling, memory=has_memory(config.method))
 

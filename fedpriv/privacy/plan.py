@@ -438,7 +438,8 @@ class PrivacyPlan:
         if self.noise is None and not apart:
             return
         key, got = ("[noise]", "a table") if self.noise is not None else ("cohort.sampling", f'"{self.sampling.name}"')
-        if not trust_of(self.trust).trusts_server:
+        trust = trust_of(self.trust)
+        if not trust.trusts_server and not (self.noise is None and trust.shows_messages):
             remedy = 'Set privacy.trust = "central", or remove the table or the sampling'
             expected = f'no such value with privacy.trust = "{self.trust}"'
             if self.noise is not None:
