@@ -47,7 +47,16 @@ from fedpriv.tables import Record, Table
 from fedpriv.tasks.per_client import ClientExamples, evaluate_clients
 from fedpriv.vectors import Layout
 
-__all__ = ["OLDER", "Recorder", "RunFacts", "diagnostics_row", "ledger_of", "no_promise", "summary_of", "terms_in_words"]
+__all__ = [
+    "OLDER",
+    "Recorder",
+    "RunFacts",
+    "diagnostics_row",
+    "ledger_of",
+    "no_promise",
+    "summary_of",
+    "terms_in_words",
+]
 
 _log = logging.getLogger("fedpriv")
 
@@ -471,7 +480,7 @@ def summary_of(
         **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
         **more,
         **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
-        **({} if counts is None or plan is None else {"ledger": ledger_of(plan, counts)}),
+        **({} if counts is None or plan is None else {"ledger": _ledger_of(plan, counts)}),
         "seconds": seconds,
         "clients_per_second": messages / seconds if seconds else 0.0,
     }
@@ -519,7 +528,7 @@ def terms_in_words(plan: PrivacyPlan | None, drawn: str = "") -> str:
     return f", noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
 
 
-def ledger_of(plan: PrivacyPlan, counts: np.ndarray) -> dict[str, object]:
+def _ledger_of(plan: PrivacyPlan, counts: np.ndarray) -> dict[str, object]:
     """Return the epsilon that single clients actually spent, by how often each took part, int64 `[clients]`."""
     counts_of = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedpriv.errors import require_extra
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
+from fedpriv.tasks.metrics import Metric
 
 __all__ = ["plot_curves"]
 
@@ -15,7 +16,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73")
 _WARNING = "#B00020"
 
 
-def plot_curves(rows: Sequence[Record], path: Path, title: str, task: TaskKind | None = None) -> None:
+def plot_curves(
+    rows: Sequence[Record], path: Path, title: str, task: TaskKind | None = None, metric: Metric | None = None
+) -> None:
     """Write the first metric, loss and epsilon over rounds as one PNG.
 
     Args:
@@ -23,6 +26,7 @@ def plot_curves(rows: Sequence[Record], path: Path, title: str, task: TaskKind |
         path: The file to write.
         title: The title above the panels.
         task: The task, which has the metric; None for classification.
+        metric: The metric of the first panel; None for the task's.
 
     Raises:
         UserError: If the plotting packages are not installed.
@@ -37,7 +41,7 @@ def plot_curves(rows: Sequence[Record], path: Path, title: str, task: TaskKind |
     figure.suptitle(title, parse_math=False)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
     task = task or Classification()
-    metric, unit = task.selects, f" ({task.loss_unit})" if task.loss_unit else ""
+    metric, unit = metric or task.selects, f" ({task.loss_unit})" if task.loss_unit else ""
     usual = metric.name == "accuracy"
     panels = [
         (f"test_{metric.name}", f"test {metric.label}" + ("" if usual else f", {metric.better} is better")),
@@ -45,12 +49,13 @@ def plot_curves(rows: Sequence[Record], path: Path, title: str, task: TaskKind |
         ("epsilon", "epsilon spent"),
     ]
     for axes, (key, label), color in zip(figure.subplots(1, 3), panels, COLORS, strict=True):
-        points = [(row["round"], row[key]) for row in rows if row[key] is not None]
+        points = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not points:
             what = "not private" if key == "epsilon" else "not finite"
+            what = what if any(key in row for row in rows) else "not evaluated"
             axes.text(0.5, 0.5, what, ha="center", transform=axes.transAxes)
             axes.set(xticks=[], yticks=[])
             continue
