@@ -52,7 +52,6 @@ __all__ = [
     "Recorder",
     "RunFacts",
     "diagnostics_row",
-    "ledger_of",
     "no_promise",
     "summary_of",
     "terms_in_words",

@@ -45,11 +45,11 @@ def start(
     hook: Callable[[int, Message], bool] = lambda *_: True,
     rounds: int = ROUNDS,
     look: Any = evaluated,
+    scale: float = 1.0,
     **options: Any,
 ) -> tuple[Any, InProcessGrid]:
-    torch.manual_seed(0)
     grid = InProcessGrid(app, CLIENTS, hook=hook)
-    arrays = ArrayRecord(initial_net().state_dict())
+    arrays = ArrayRecord({**initial_net().state_dict(), "scale": torch.tensor(scale)})
     with inside_a_run():
         given = {"train_config": LR, "evaluate_fn": look, **options}
         return strategy.start(grid, arrays, num_rounds=rounds, timeout=5.0, **given), grid
@@ -138,7 +138,7 @@ def test_a_round_that_was_cut_off_is_charged_and_never_asked_again(tmp_path: Pat
     assert json.loads((tmp_path / "summary.json").read_text())["epsilon"] == strategy.plan.epsilon  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("noise", [None, NoiseChoice(kind="banded")], ids=["independent", "correlated"])
+@pytest.mark.parametrize("noise", [None, pytest.param(NoiseChoice(kind="banded"), marks=pytest.mark.slow)])
 def test_a_run_that_ends_between_rounds_is_resumed_to_the_bit(tmp_path: Path, noise: NoiseChoice | None) -> None:
     more: dict[str, Any] = {"noise": noise, "cohort": Separated(CLIENTS, 2)} if noise else {}
     whole, resumed = strategy_in(tmp_path / "a", seed=3, **more), strategy_in(tmp_path / "b", seed=3, **more)
@@ -174,25 +174,27 @@ def test_memories_that_ended_with_the_process_are_reset_on_both_sides(
 
 def test_a_run_that_differs_or_lost_its_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        start(strategy_in(tmp_path), look=killed_after(2))
+        start(strategy_in(tmp_path, seed=3), look=killed_after(2))
     kept = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     for options, line in (
-        ({"clip_norm": 0.4}, r"a different experiment \(method.clip_norm is 0.3 there and 0.4 here\)"),
-        ({"privacy": Privacy(epsilon=9.0)}, r"privacy.epsilon is 8.0 there and 9.0 here"),
-        ({"evaluate": True}, r"training.evaluate is False there and True here"),
+        ({"clip_norm": 0.4}, r"a different experiment \(method\.clip_norm is 0.3 there and 0.4 here\)"),
+        ({"privacy": Privacy(epsilon=9.0)}, r"privacy\.epsilon is 8.0 there and 9.0 here"),
+        ({"evaluate": True}, r"training\.evaluate is False there and True here"),
     ):
         with pytest.raises(UserError, match=line):
-            start(strategy_in(tmp_path, **options))
+            start(strategy_in(tmp_path, seed=3, **options))
     with pytest.raises(UserError, match=r"local\.lr is 0.1 there and 0.2 here"):
-        start(strategy_in(tmp_path), train_config=ConfigRecord({"lr": 0.2}))
-    with pytest.raises(UserError, match="training.rounds is 4 there and 9 here"):
-        start(strategy_in(tmp_path), rounds=9)
-    with pytest.raises(UserError, match="names and shapes of arrays: expected those of the run"):
-        start(strategy_in(tmp_path, frozen="scale"))
+        start(strategy_in(tmp_path, seed=3), train_config=ConfigRecord({"lr": 0.2}))
+    with pytest.raises(UserError, match=r"training\.rounds is 4 there and 9 here"):
+        start(strategy_in(tmp_path, seed=3), rounds=9)
+    with pytest.raises(UserError, match=r"model\.parameters is 22 there and 21 here"):
+        start(strategy_in(tmp_path, seed=3, frozen="scale"))
+    with pytest.raises(UserError, match="first model of a seeded run: expected that of the run that was started"):
+        start(strategy_in(tmp_path, seed=3), scale=2.0)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == kept
     (tmp_path / "checkpoint.safetensors").unlink()
     with pytest.raises(UserError, match="got rows up to round 1, and no checkpoint"):
-        start(strategy_in(tmp_path))
+        start(strategy_in(tmp_path, seed=3))
 
 
 def test_an_older_checkpoint_than_the_rows_would_spend_twice_and_is_refused(tmp_path: Path) -> None:

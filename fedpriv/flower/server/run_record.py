@@ -170,8 +170,8 @@ class RunRecord:
             raise UserError(str(self.path), "a folder without a finished run", "a finished run", "Choose another out")
         self._promise = "data of the app" + terms_in_words(strategy.agreement.plan)
         self._same = {
-            "names and shapes of arrays": digest_of_tables({"arrays": list(map(repr, run.layout.entries))}),
-            "fixed arrays": digest_of(ArrayRecord({name: run.initial[name] for name in strategy.arrays.fixed})),
+            "list of arrays": digest_of_tables({"arrays": list(map(repr, run.layout.entries))}),
+            "content of fixed arrays": digest_of(ArrayRecord({name: run.initial[name] for name in strategy.arrays.fixed})),
             "first model of a seeded run": digest_of(run.initial) if self._is_seeded(strategy) else "",
         }
         self._run_id = run.run
@@ -263,7 +263,7 @@ class RunRecord:
         facts = json.loads(saved[2][_FACTS].numpy().tobytes())
         for what, digest in self._same.items():
             if facts["same"][what] != digest:
-                raise UserError(f"{self.path}: {what}", "those of the run that was started", "others", _REMEDY)
+                raise UserError(f"{self.path}: {what}", "that of the run that was started", "another", _REMEDY)
         strategy.state, self._run_id = type(strategy.state)(**saved[1]), facts["run"]
         strategy.attendance.restore(facts["attendance"])
         self.done = last
