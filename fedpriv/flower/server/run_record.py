@@ -171,7 +171,9 @@ class RunRecord:
         self._promise = "data of the app" + terms_in_words(strategy.agreement.plan)
         self._same = {
             "list of arrays": digest_of_tables({"arrays": list(map(repr, run.layout.entries))}),
-            "content of fixed arrays": digest_of(ArrayRecord({name: run.initial[name] for name in strategy.arrays.fixed})),
+            "content of fixed arrays": digest_of(
+                ArrayRecord({name: run.initial[name] for name in strategy.arrays.fixed})
+            ),
             "first model of a seeded run": digest_of(run.initial) if self._is_seeded(strategy) else "",
         }
         self._run_id = run.run
