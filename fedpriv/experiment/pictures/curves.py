@@ -26,7 +26,7 @@ def plot_curves(
         path: The file to write.
         title: The title above the panels.
         task: The task, which has the metric; None for classification.
-        metric: The metric of the first panel; None for the task's.
+        metric: The metric of the first panel; None for the task's, and its unit of the loss.
 
     Raises:
         UserError: If the plotting packages are not installed.
@@ -41,7 +41,8 @@ def plot_curves(
     figure.suptitle(title, parse_math=False)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
     task = task or Classification()
-    metric, unit = metric or task.selects, f" ({task.loss_unit})" if task.loss_unit else ""
+    unit = f" ({task.loss_unit})" if task.loss_unit and metric is None else ""
+    metric = metric or task.selects
     usual = metric.name == "accuracy"
     panels = [
         (f"test_{metric.name}", f"test {metric.label}" + ("" if usual else f", {metric.better} is better")),
