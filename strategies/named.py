@@ -8,7 +8,6 @@ in `fedpriv.methods` describes its own.
 """
 
 from inspect import signature
-from pathlib import Path
 from typing import Any, ClassVar
 
 from fedpriv.deploy.parties import HelperNames, named_helpers
@@ -16,7 +15,6 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.flower.server.arguments import refuse_arguments
 from fedpriv.flower.server.promise import Privacy, refuse_unused
-from fedpriv.flower.server.run_record import RunFolder
 from fedpriv.flower.trained import digest_of
 from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, optimized, with_side_values
 from fedpriv.privacy import Everyone, NoiseChoice, Sampling
@@ -58,9 +56,9 @@ class NamedStrategy(MethodStrategy):
             runs with real people need. Runs that differ in anything but the app and its data share no noise.
         helpers: The helpers of secure aggregation, for real nodes: their identity keys, or the folder `admin` of a
             deployment (`fedpriv.deploy.parties.named_helpers`). None for other trusts, and for a simulation.
-        out: The run directory, or a `RunFolder` with trackers; None for none. An unfinished run in it is resumed.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
-            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
+            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`; and `out`, the run directory or a
+            `RunFolder`, whose unfinished run is resumed.
 
     Raises:
         UserError: If an option is unknown or out of range.
@@ -79,18 +77,18 @@ class NamedStrategy(MethodStrategy):
         num_clients: int | None = None,
         seed: int | None = None,
         helpers: HelperNames | None = None,
-        out: RunFolder | Path | str | None = None,
         **options: Any,
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Omit it")
+        self.out = options.pop("out", None)
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_arguments(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}
         self.method: Method = optimized(with_side_values(read_table(kind, options, name), adaptive), server_optimizer)
         self.helpers = None if helpers is None else named_helpers(helpers)
         refuse_unused(noise, privacy)
-        self.privacy, self.noise, self.out = privacy, noise, out
+        self.privacy, self.noise = privacy, noise
         self.cohort = cohort
         self.streams = SystemStreams() if seed is None else SeededStreams(seed)
         super().__init__(self._make, num_clients=num_clients if cohort is None else cohort.population, **network)
