@@ -265,7 +265,9 @@ class RunRecord:
         facts = json.loads(saved[2][_FACTS].numpy().tobytes())
         for what, digest in self._same.items():
             if facts["same"][what] != digest:
-                raise UserError(f"{self.path}: {what}", "that of the run that was started", "another", _REMEDY)
+                raise UserError(
+                    f"{self.path}: {what}", "that of the run that was started", f"digest {digest[:12]}", _REMEDY
+                )
         strategy.state, self._run_id = type(strategy.state)(**saved[1]), facts["run"]
         strategy.attendance.restore(facts["attendance"])
         self.done = last
