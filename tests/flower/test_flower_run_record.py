@@ -193,7 +193,7 @@ def test_a_run_that_differs_or_lost_its_checkpoint_is_not_resumed(tmp_path: Path
         start(strategy_in(tmp_path, seed=3), scale=2.0)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == kept
     (tmp_path / "checkpoint.safetensors").unlink()
-    with pytest.raises(UserError, match="got rows up to round 1, and no checkpoint"):
+    with pytest.raises(UserError, match="got rows up to round 1, and a missing checkpoint"):
         start(strategy_in(tmp_path, seed=3))
 
 

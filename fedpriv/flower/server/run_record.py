@@ -254,7 +254,9 @@ class RunRecord:
         recorded = max((row["round"] for row in self._directory.rows("rounds.jsonl")), default=0)
         last = 0 if saved is None else saved[0]
         if recorded > last:
-            got = f"rows up to round {recorded}, and " + (f"a checkpoint of round {last}" if saved else "no checkpoint")
+            got = f"rows up to round {recorded}, and " + (
+                f"a checkpoint of round {last}" if saved else "a missing checkpoint"
+            )
             remedy = "Restore it, because its rounds are paid for, or choose another out"
             raise UserError(str(self._directory.checkpoint.path), "the newest checkpoint", got, remedy)
         for name in ("rounds.jsonl", "diagnostics.jsonl"):
