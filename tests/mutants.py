@@ -3765,6 +3765,27 @@ MUTANTS = [
         '    return ("found", "in", "data") if labels is None else tuple(',
         AFTER_TRAINING,
     ),
+    Mutant(
+        "a strategy's open round not saved before clients are asked",
+        "fedpriv/flower/server/run_record.py",
+        "            self._save(round, strategy, opened=True)\n",
+        "            pass\n",
+        "tests/flower/test_flower_run_record.py",
+    ),
+    Mutant(
+        "a strategy resumed from an older checkpoint than its rows",
+        "fedpriv/flower/server/run_record.py",
+        "        if recorded > last:\n",
+        "        if recorded > last and saved is None:\n",
+        "tests/flower/test_flower_run_record.py",
+    ),
+    Mutant(
+        "a resumed strategy keeps the memory that its clients lost",
+        "fedpriv/flower/server/run_record.py",
+        "        self._reset_memories(strategy)\n",
+        "",
+        "tests/flower/test_flower_run_record.py",
+    ),
 ]
 
 

@@ -71,7 +71,9 @@ from fedpriv.tasks.per_client import PerClient
 __all__ = [
     "Config",
     "check_config",
+    "digest_of_tables",
     "load_config",
+    "method_tables",
     "parse_config",
     "read_config_file",
     "read_config_text",
@@ -298,12 +300,6 @@ class Config:
         augment = {} if self.augment is None else {"augment": _write_named(AUGMENTATIONS, self.augment, "name")}
         # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
         task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
-        server = {}
-        if isinstance(self.method, ServerOptimized):
-            optimizer = self.method.optimizer
-            server = {"server": {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}}
-        side = side_values_of(self.method)
-        adaptive = {"adaptive": write_table(side.adaptive)} if side is not None and side.adaptive is not None else {}
         return {
             "name": self.name,
             "seed": self.seed,
@@ -313,9 +309,7 @@ class Config:
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(bare(self.method))},
-            **adaptive,
-            **server,
+            **method_tables(self.method),
             **privacy,
             **aggregation,
             **noise,
@@ -377,7 +371,7 @@ class Config:
 
         For a class in a file, the content of the file matters and its folder does not.
         """
-        return _hash({name: table for name, table in self._identity.items() if name != "deployment"})
+        return digest_of_tables({name: table for name, table in self._identity.items() if name != "deployment"})
 
     @property
     def noise_id(self) -> str:
@@ -387,7 +381,7 @@ class Config:
         no noise. Equal experiments keep equal bits.
         """
         tables = {name: table for name, table in self._identity.items() if name in NOISE_TABLES}
-        return _hash({**tables, "rounds": self.training.rounds})
+        return digest_of_tables({**tables, "rounds": self.training.rounds})
 
     @property
     def _identity(self) -> dict[str, object]:
@@ -564,7 +558,20 @@ class Config:
         )
 
 
-def _hash(tables: Table) -> str:
+def method_tables(method: Method) -> Record:
+    """Return the tables `[method]`, `[adaptive]` and `[server]` of a method."""
+    tables: Record = {"method": {"name": METHODS.name_of(bare(method)), **write_table(bare(method))}}
+    side = side_values_of(method)
+    if side is not None and side.adaptive is not None:
+        tables["adaptive"] = write_table(side.adaptive)
+    if isinstance(method, ServerOptimized):
+        optimizer = method.optimizer
+        tables["server"] = {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}
+    return tables
+
+
+def digest_of_tables(tables: Table) -> str:
+    """Return the SHA-256 of tables, in hexadecimal; the order of keys does not matter."""
     canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import delta_warning, signal_warning
 
-__all__ = ["Simulated", "privacy_statement", "rounded_up"]
+__all__ = ["Simulated", "files_in_words", "privacy_statement", "rounded_up"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added, and nothing is promised about any client's data, against any adversary."""
@@ -253,7 +253,7 @@ def privacy_statement(
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is {'fully ' if plan.filtered else ''}adaptive.",
         _listed("Not covered", not_covered),
-        *([_listed(_FILES, _recorded(data, deployed=deployed))] if recorded else []),
+        *([_listed(_FILES, _recorded(data, outputs_of(deployed=deployed)))] if recorded else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -318,10 +318,15 @@ def _scored_items(data: DataFacts | None) -> list[str]:
     return [*([_TESTED_ITEM] if data.test == "within" else []), *([_HELD_OUT_ITEM] if data.validation else [])]
 
 
-def _recorded(data: DataFacts | None, *, deployed: bool) -> list[str]:
-    """Return every file that a run writes, with its release status and content."""
-    listed = [_recorded_file(output) for output in outputs_of(deployed=deployed)]
-    last = sum(output.kind is not Kind.OWNER for output in outputs_of(deployed=deployed))
+def files_in_words(names: Collection[str]) -> str:
+    """Return a paragraph on the files that a run of an app writes, with their release status and content."""
+    return _listed(_FILES, _recorded(None, [one for one in outputs_of(deployed=False) if one.name in names]))
+
+
+def _recorded(data: DataFacts | None, outputs: Sequence[Output]) -> list[str]:
+    """Return the files that a run writes, with their release status and content; the released ones come first."""
+    listed = [_recorded_file(output) for output in outputs]
+    last = sum(output.kind is not Kind.OWNER for output in outputs)
     unprotected = ["released, not covered: seconds, clients_per_second and execution in summary.json: timings"]
     if data is not None and data.not_covered:
         where = "rounds.jsonl, summary.json, curves.png and trackers, if not_covered names them"

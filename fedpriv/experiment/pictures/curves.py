@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fedpriv.errors import require_extra
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
+from fedpriv.tasks.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,12 @@ _CHANCE = "#666666"
 
 
 def plot_curves(
-    rows: Sequence[Record], path: Path, title: str, task: TaskKind | None = None, classes: int | None = None
+    rows: Sequence[Record],
+    path: Path,
+    title: str,
+    task: TaskKind | None = None,
+    classes: int | None = None,
+    metric: Metric | None = None,
 ) -> None:
     """Write the first metric, loss and epsilon over rounds as one PNG.
 
@@ -33,6 +39,7 @@ def plot_curves(
         title: The title above the panels.
         task: The task, which has the metric; None for classification.
         classes: The number of labels, for a line at the accuracy of uniform guesses; None for no line.
+        metric: The metric of the first panel; None for the task's, and its unit of the loss.
 
     Raises:
         UserError: If the plotting packages are not installed.
@@ -47,7 +54,8 @@ def plot_curves(
     figure.suptitle(title, parse_math=False)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.8, bottom=0.14, wspace=0.27)  # layout engines draw twice
     task = task or Classification()
-    metric, unit = task.selects, f" ({task.loss_unit})" if task.loss_unit else ""
+    unit = f" ({task.loss_unit})" if task.loss_unit and metric is None else ""
+    metric = metric or task.selects
     usual = metric.name == "accuracy"
     panels = [
         (f"test_{metric.name}", f"test {metric.label}" + ("" if usual else f", {metric.better} is better")),
@@ -55,12 +63,13 @@ def plot_curves(
         ("epsilon", "epsilon spent"),
     ]
     for axes, (key, label), color in zip(figure.subplots(1, 3), panels, COLORS, strict=True):
-        points = [(row["round"], row[key]) for row in rows if row[key] is not None]
+        points = [(row["round"], row[key]) for row in rows if row.get(key) is not None]
         axes.set(xlabel="round", title=label)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if not points:
             what = "not private" if key == "epsilon" else "not finite"
+            what = what if any(key in row for row in rows) else "not evaluated"
             axes.text(0.5, 0.5, what, ha="center", transform=axes.transAxes)
             axes.set(xticks=[], yticks=[])
             continue
