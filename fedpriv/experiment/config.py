@@ -14,11 +14,12 @@ import tomli_w
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
-from fedpriv.data.dataset import DATASETS, DatasetSource
+from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
 from fedpriv.mechanisms.controllers import CONTROLLERS, Controller
@@ -653,6 +654,8 @@ def parse_config(tables: Table) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
     if "base" in tables and "data" not in tables:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
+    if "analysis" in tables:
+        tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedpriv.engines import one_thread
 from fedpriv.errors import has_extra
+from fedpriv.experiment.analyses.answers import ANALYSIS_FILE, answers_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
@@ -208,10 +209,13 @@ class Recorder:
         """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        if has_extra("report"):  # otherwise the command line suggests the extra
+        if has_extra("report") and self.experiment.config.task.scores:  # otherwise the command line suggests the extra
             plot_curves(
                 rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
             )
+        answers = answers_of(self.experiment, state.model)
+        if answers is not None:
+            self.directory.write_json(ANALYSIS_FILE, answers)
         rows = self.directory.rows("diagnostics.jsonl")
         clients = self._evaluate_clients(state.model)
         self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})

@@ -65,6 +65,7 @@ OUTPUTS = (
         "epsilon and the scores of the model, round by round, and the virtual clock unless it shows who took part",
         left=True,
     ),
+    Output("analysis.json", Kind.RELEASED, "the answers of an analysis, with standard errors of the noise"),
     Output("curves.png", Kind.RELEASED, "the same as a picture", left=True),
     Output("summary.json", Kind.RELEASED, "the promise and the last scores; of its timings see below", left=True),
     Output("engine.json", Kind.TIMING, "how the run was executed, and how long a client took if measured", left=True),

@@ -325,6 +325,7 @@ TASKS: Registry[TaskKind] = Registry(
         "regression": Regression,
         "multi-label": MultiLabel,
         "next-token": NextToken,
+        "statistics": "fedpriv.analytics.statistics:StatisticsTask",
     },
     protocol=TaskKind,
     group="fedpriv.tasks",
