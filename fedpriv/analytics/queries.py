@@ -92,15 +92,30 @@ class Query(Protocol):
 
     Attributes:
         kind: Its name in `[analysis]`.
-        name: The name of the answer.
-        share: Its share of the squared noise multiplier.
         rounds: Rounds that it takes. All are of one round; a query that refines its candidates has more.
     """
 
     kind: ClassVar[str]
     rounds: ClassVar[int]
-    name: str
-    share: float | None
+
+    @property
+    def name(self) -> str:
+        """The name of the answer."""
+        ...
+
+    @property
+    def share(self) -> float | None:
+        """Its share of the squared noise multiplier; None for an equal part of what the other queries leave."""
+        ...
+
+    def key(self, name: str) -> str:
+        """Return the name of a key in configs, for errors."""
+        ...
+
+    @property
+    def about(self) -> str:
+        """The question in words, for the privacy statement."""
+        ...
 
     def size(self, labels: int) -> int:
         """Return the length of phi, from the number of labels."""
@@ -148,6 +163,11 @@ class Count(_Asked):
 
     kind: ClassVar[str] = "count"
 
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return "the number of records"
+
     def size(self, labels: int) -> int:
         """Return 1."""
         return 1
@@ -171,6 +191,11 @@ class Labels(_Asked):
     """The histogram of the labels."""
 
     kind: ClassVar[str] = "labels"
+
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return "the histogram of labels"
 
     def size(self, labels: int) -> int:
         """Return the number of labels."""
@@ -201,6 +226,11 @@ class Categories(_Asked):
     kind: ClassVar[str] = "categories"
     column: str | int = 0
     categories: int | None = None
+
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return f"the histogram of {self.categories} categories"
 
     def size(self, labels: int) -> int:
         """Return the number of categories."""
@@ -284,6 +314,11 @@ class Histogram(_OfColumn):
     kind: ClassVar[str] = "histogram"
     bins: int = 10
 
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return f"a histogram of {self.bins} bins from {self.low:g} to {self.high:g}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.bins <= MAX_BINS:
@@ -319,6 +354,11 @@ class Quantiles(_OfColumn):
     kind: ClassVar[str] = "quantiles"
     at: tuple[float, ...] = (0.25, 0.5, 0.75)
     levels: int = 8
+
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return f"quantiles from {self.low:g} to {self.high:g}, by a tree of {self.levels} levels"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -385,6 +425,11 @@ class Moments(_Asked):
     scales: tuple[float, ...] = ()
     names: tuple[str, ...] = field(default=())
     counted: bool = False
+
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return f"mean and variance of {len(self.columns)} columns"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -480,9 +525,7 @@ class Moments(_Asked):
         }
 
 
-KINDS: dict[str, type[Query]] = {
-    kind.kind: kind for kind in (Count, Labels, Histogram, Categories, Moments, Quantiles)
-}
+KINDS: dict[str, type[Query]] = {kind.kind: kind for kind in (Count, Labels, Histogram, Categories, Moments, Quantiles)}
 """The queries by the name of their kind."""
 
 
@@ -550,4 +593,6 @@ def _check_range(query: _Asked, low: float | None, high: float | None) -> None:
         remedy = "Declare a public range, from knowledge or from a histogram of a wide range: a bound needs one"
         raise UserError(key, "the range of the values", "an absent key", remedy)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(query.key("high"), f"finite numbers with low below high, not {low:g}", high, "Correct the range")
+        raise UserError(
+            query.key("high"), f"finite numbers with low below high, not {low:g}", high, "Correct the range"
+        )

@@ -51,6 +51,21 @@ class Statistics:
         """Rounds that the queries take."""
         return max(query.rounds for query in self.asked)
 
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The queries in words, for the privacy statement."""
+        return tuple(f"{query.name} ({query.about})" for query in self.asked)
+
+    @property
+    def weight(self) -> str:
+        """How clients are weighed; a sentence."""
+        if self.records is None:
+            return "A client's vector is the mean over its records, so every client counts as one, however many it has."
+        return (
+            f"A client's vector is the sum over its records divided by {self.records:,}, and at most of length 1: "
+            "of a client with more records than that, some may not count."
+        )
+
     def parameters(self, input_shape: tuple[int, ...], classes: int) -> int:
         """Return the length of the vector; see `ModelSource.parameters`. `classes` is `StatisticsTask.width`."""
         size = self._ends(classes - 1)[-1]
@@ -128,7 +143,7 @@ class StatisticsTask(TaskKind):
 
     def __post_init__(self) -> None:
         if self.labels not in ("classes", "numbers"):
-            raise UserError("analysis.labels", '"classes" or "numbers"', repr(self.labels), "Change the key")
+            raise UserError("analysis.label_kind", '"classes" or "numbers"', repr(self.labels), "Change the key")
         super().__post_init__()
 
     @property

@@ -39,7 +39,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     plan = plan_of(experiment, sampling, data_root)
     make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed), experiment.controller)
     by_client = of_sizes(plan, make_federation(experiment, data_root).sizes) if experiment.needs_sizes else {}
-    size = None if plan is None else _size_of(experiment, data_root)
+    size = None if plan is None or not experiment.learns else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off
 
@@ -55,7 +55,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     else:
         statement = privacy_statement(
             plan,
-            method=experiment.method_name,
+            method=experiment.title,
             randomness="seeded",
             size=size,
             simulated=Simulated(clock=experiment.devices is not None),

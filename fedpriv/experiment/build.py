@@ -73,7 +73,7 @@ class Experiment:
 
         See `Task.evaluate`.
         """
-        if not self.config.task.scores:
+        if not self.config.learns:
             return {}
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
@@ -81,7 +81,7 @@ class Experiment:
     def validate(self, model: Tensor) -> dict[str, float] | None:
         """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
-        if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.task.scores:
+        if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.learns:
             return None
         return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import tomli_w
 
+from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
@@ -370,7 +371,21 @@ class Config:
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
         side = side_values_of(self.method)
-        return replace(self.data.facts, scores=self.task.scores, reported=() if side is None else side.reported)
+        reported = () if side is None else side.reported
+        facts = replace(self.data.facts, scores=self.task.scores, reported=reported)
+        if not isinstance(self.model, Statistics):
+            return facts
+        return replace(facts, asked=self.model.questions, weight=self.model.weight)
+
+    @property
+    def learns(self) -> bool:
+        """False for an analysis, which trains no model."""
+        return not isinstance(self.model, Statistics)
+
+    @property
+    def title(self) -> str:
+        """The subject of the privacy statement: the method's name, or an analysis."""
+        return self.method_name if self.learns else "an analysis"
 
     @property
     def digest(self) -> str:

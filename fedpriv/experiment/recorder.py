@@ -94,7 +94,7 @@ class Recorder:
         """Write everything known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         size = experiment.population.task.layout.size
-        if plan is not None and (drowned := signal_warning(plan, size)):
+        if plan is not None and experiment.config.learns and (drowned := signal_warning(plan, size)):
             _log.warning("%s", drowned)
         self._write_promise()
         self.directory.write_json(FACTS_FILE, self._facts())
@@ -109,14 +109,14 @@ class Recorder:
         experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(
             plan,
-            method=experiment.config.method_name,
+            method=experiment.config.title,
             randomness=self.randomness,
             deployed=self.deployed,
             simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
             data=experiment.config.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
-            size=experiment.population.task.layout.size,
+            size=experiment.population.task.layout.size if experiment.config.learns else None,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -209,7 +209,7 @@ class Recorder:
         """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        if has_extra("report") and self.experiment.config.task.scores:  # otherwise the command line suggests the extra
+        if has_extra("report") and self.experiment.config.learns:  # otherwise the command line suggests the extra
             plot_curves(
                 rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
             )

@@ -160,6 +160,8 @@ class DataFacts:
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
         scores: Names of the scores, without `test_` or `validation_`.
+        asked: The questions of an analysis, in words; empty for a training.
+        weight: How an analysis weighs clients; a sentence.
         reported: The values that clients send within their noised messages, in words; see `fedpriv.methods.SideValues`.
     """
 
@@ -168,6 +170,8 @@ class DataFacts:
     validation: Whose | None = None
     scores: tuple[str, ...] = ("accuracy", "loss")
     reported: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
+    weight: str = ""
 
     @property
     def not_covered(self) -> tuple[str, ...]:

@@ -87,6 +87,11 @@ _REPORTED = (
     "In its message, and under the same bound and noise, every client also sends: {values}. The noisy means of these "
     "values, and the bounds that follow from them, are released in rounds.jsonl; the epsilon above covers them."
 )
+_ASKED = (
+    "Analysis: the released model is the vector of noised answers to these questions: {questions}. {weight} The "
+    "epsilon above covers all answers together, and everything computed from them. No model is trained, and nothing "
+    "is scored on test examples."
+)
 _HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
 
 _TESTED_ITEM = "the test scores, which are computed on protected clients' own examples, and choices based on them"
@@ -301,8 +306,11 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
     if data is None:
         return []
     paragraphs = [] if deployed else [(_CLIENTS_OF_EXAMPLES if examples else _CLIENTS)[data.clients]]
-    paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
-    if data.validation is not None:
+    if data.asked:
+        paragraphs.append(_ASKED.format(questions="; ".join(data.asked), weight=data.weight))
+    else:
+        paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
+    if data.validation is not None and data.scores:
         scores = ", ".join(f"validation_{score}" for score in data.scores)
         ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
         ending = ending.replace("are protected together", "are protected one by one") if examples else ending
@@ -313,7 +321,7 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
 
 
 def _scored_items(data: DataFacts | None) -> list[str]:
-    if data is None:
+    if data is None or not data.scores:
         return []
     return [*([_TESTED_ITEM] if data.test == "within" else []), *([_HELD_OUT_ITEM] if data.validation else [])]
 

@@ -330,6 +330,7 @@ TASKS: Registry[TaskKind] = Registry(
     protocol=TaskKind,
     group="fedpriv.tasks",
     wrap="fedpriv.tasks.own_task:OwnTask",
+    hidden=("statistics",),
 )
 
 

@@ -357,6 +357,7 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
     },
     protocol=LocalWork,
     group="fedpriv.local_works",
+    hidden=("record-sum",),
 )
 
 

@@ -16,7 +16,7 @@ __all__ = ["as_experiment", "columns_of"]
 # Tables that decide about a training, and keys of [privacy] that an analysis sets.
 _SET = ("model", "task", "local", "method", "server", "adaptive", "training", "evaluation", "augment", "noise")
 _SET += ("controller", "devices", "schedule")
-_OWN = ("labels", "records")
+_OWN = ("label_kind", "records")
 _PRIVACY = ("example_clip", "example_normalization", "examples", "metrics_share", "metrics_max_loss")
 
 
@@ -25,7 +25,7 @@ def as_experiment(tables: Table, declared: Declared) -> dict[str, object]:
 
     Args:
         tables: A config with the table `[analysis]`: a table for each query, named as its answer, and the keys
-            `labels` (the kind of the data set's labels) and `records`. With `records = M`, a client's vector is the sum
+            `label_kind` (the kind of the data set's labels) and `records`. With `records = M`, a client's vector is the sum
             over its records divided by M, shortened to norm 1; otherwise it is the mean over its records, and every
             client counts as one.
         declared: The constants of the data set, for names of columns and raw units.
@@ -49,9 +49,9 @@ def as_experiment(tables: Table, declared: Declared) -> dict[str, object]:
             remedy = "Set analysis.records, the most records of a client that count"
             raise UserError(query.key("kind"), "analysis.records with a count", "an absent key", remedy)
     model = Statistics(queries=[{"kind": query.kind, **write_table(query)} for query in queries], records=records)
-    kind = str(given.get("labels", "classes"))
+    kind = str(given.get("label_kind", "classes"))
     if kind != "classes" and any(query.kind == "labels" for query in queries):
-        raise UserError("analysis.labels", '"classes" with a histogram of labels', repr(kind), "Remove that query")
+        raise UserError("analysis.label_kind", '"classes" with a histogram of labels', repr(kind), "Remove that query")
     kept = {name: table for name, table in tables.items() if name != "analysis"}
     if "privacy" in kept:
         kept["privacy"] = _privacy(kept["privacy"], records)
