@@ -14,7 +14,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
-from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up, with_analyses
 from fedpriv.privacy.own_sizes import of_sizes, sizes_in_words
 from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
@@ -44,13 +44,15 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off
 
         plot_trade_off(plan, plot, experiment.name)
+    choice = experiment.privacy
+    together, paragraph = with_analyses(plan, choice and choice.analyses, choice and choice.analyses_mu)
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
         absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
         found = absent if plan is None else plan.as_dict(thorough=True)
         if plan is not None and plan.private and size is not None:
             found |= noise_against_signal(plan, size).as_dict()
-        found |= by_client
+        found |= by_client | together
         print(json.dumps(jsonable(found), indent=2))
     else:
         statement = privacy_statement(
@@ -62,7 +64,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             data=experiment.facts,
             recorded=True,
         )
-        say(statement + sizes_in_words(by_client), paragraphs=True)
+        say(statement + sizes_in_words(by_client) + paragraph, paragraphs=True)
         if plot is not None:
             say(f"picture     {plot}")
 

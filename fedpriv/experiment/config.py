@@ -20,6 +20,7 @@ from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.analyses.constants import standardized
 from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
@@ -179,6 +180,8 @@ class PrivacyChoice:
             reported with noise; see `fedpriv.methods.side_values`. None for no such report.
         metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
+        analyses: Names of the analyses of the same clients whose answers the run uses; `data.standardize` sets them.
+        analyses_mu: Together they are one Gaussian mechanism with this mu, under the run's adjacency.
 
     Raises:
         UserError: If a value is out of range; the plan checks the other values.
@@ -196,8 +199,11 @@ class PrivacyChoice:
     metrics_share: float | None = None
     metrics_max_loss: float | None = None
     draw: int | None = None
+    analyses: list[str] | None = None
+    analyses_mu: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_analyses()
         trust_of(self.trust)
         if self.adjacency is not None:
             adjacency_of(self.adjacency)
@@ -216,6 +222,13 @@ class PrivacyChoice:
             raise UserError("privacy.metrics_max_loss", "no value without metrics_share", self.metrics_max_loss, remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    def _check_analyses(self) -> None:
+        if (self.analyses is None) != (self.analyses_mu is None):
+            got = "one of the two"
+            raise UserError("privacy.analyses_mu", "both this key and analyses, or none", got, "Use data.standardize")
+        if self.analyses_mu is not None and not 0.0 < self.analyses_mu <= 1e6:
+            raise UserError("privacy.analyses_mu", "above 0, at most 1e6", self.analyses_mu, "Use data.standardize")
 
     def metrics(self, task: TaskKind) -> PrivateMetrics | None:
         """Return the metrics that clients report with noise; None for none."""
@@ -589,7 +602,7 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
         UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
+    return parse_config(standardized(with_whole_paths(apply_settings(tables, settings), Path.cwd())))
 
 
 def read_config_file(path: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.methods import ServerState, side_values_of
-from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
+from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning, with_analyses
 from fedpriv.privacy.own_sizes import ledgers_of, of_sizes, sizes_in_words
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
@@ -128,6 +128,9 @@ class Recorder:
             by_client = of_sizes(plan, experiment.population.federation.sizes)
             promise |= by_client
             statement += sizes_in_words(by_client)
+        if choice is not None:
+            together, paragraph = with_analyses(plan, choice.analyses, choice.analyses_mu)
+            promise, statement = promise | together, statement + paragraph
         used = {} if spent is None else {"spent": spent}
         self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)

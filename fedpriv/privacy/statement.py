@@ -12,8 +12,9 @@ from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import delta_warning, signal_warning
+from fedpriv.tables import Record
 
-__all__ = ["Simulated", "privacy_statement", "rounded_up"]
+__all__ = ["Simulated", "privacy_statement", "rounded_up", "with_analyses"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added, and nothing is promised about any client's data, against any adversary."""
@@ -197,6 +198,34 @@ class Simulated:
 
     clock: bool = False
     fused: bool = False
+
+
+_COMPOSED = (
+    "Before it, the same clients answered {analyses}, whose results this run used. Together, against the adversary "
+    "above: epsilon = {epsilon} at delta = {delta:g} ({composition}). This is the promise to quote; the one at the top "
+    "covers this run alone. Sampling is not credited to the analyses."
+)
+
+
+def with_analyses(plan: PrivacyPlan | None, analyses: Sequence[str] | None, mu: float | None) -> tuple[Record, str]:
+    """Return the guarantee of a run together with the analyses that it used, for JSON and as a paragraph.
+
+    Args:
+        plan: The run's plan.
+        analyses: Names of the analyses; None for none.
+        mu: See `PrivacyPlan.with_analyses`.
+
+    Returns:
+        An empty table and text if there are no analyses, or the run has no guarantee.
+    """
+    if plan is None or not plan.private or analyses is None or mu is None:
+        return {}, ""
+    epsilon, delta, composition = plan.with_analyses(mu)
+    table = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon, "delta": delta, "composition": composition}
+    facts = {"epsilon": rounded_up(epsilon), "delta": delta, "composition": composition}
+    text = _COMPOSED.format(analyses=" and ".join(analyses), **facts)
+    promise = {**table, "adversary": plan.adversary, "adjacency": plan.adjacency, "unit": plan.unit}
+    return {"with_analyses": promise}, f"\n{_fill(text)}\n"
 
 
 def privacy_statement(

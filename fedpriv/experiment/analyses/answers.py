@@ -5,14 +5,13 @@ import math
 from torch import Tensor
 
 from fedpriv.analytics.statistics import Statistics
+from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
 from fedpriv.experiment.build import Experiment
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.tables import Record
 
 __all__ = ["ANALYSIS_FILE", "answers_of", "noise_on_mean"]
-
-ANALYSIS_FILE = "analysis.json"
 
 
 def noise_on_mean(plan: PrivacyPlan | None) -> float:

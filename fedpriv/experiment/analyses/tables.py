@@ -25,9 +25,9 @@ def as_experiment(tables: Table, declared: Declared) -> dict[str, object]:
 
     Args:
         tables: A config with the table `[analysis]`: a table for each query, named as its answer, and the keys
-            `label_kind` (the kind of the data set's labels) and `records`. With `records = M`, a client's vector is the sum
-            over its records divided by M, shortened to norm 1; otherwise it is the mean over its records, and every
-            client counts as one.
+            `label_kind` (the kind of the data set's labels) and `records`. With `records = M`, a client's vector is
+            the sum over its records divided by M, shortened to norm 1; otherwise it is the mean over its records, and
+            every client counts as one.
         declared: The constants of the data set, for names of columns and raw units.
 
     Raises:
