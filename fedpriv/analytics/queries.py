@@ -253,7 +253,7 @@ class Categories(_Asked):
     def entries(self, inputs: Tensor) -> Entries:
         """See `Query.entries`."""
         flat, start = _flat(self, inputs), int(self.column)
-        values = torch.nan_to_num(flat[:, start : start + self.size(0)]).clamp(0.0, 1.0)
+        values = flat[:, start : start + self.size(0)].clamp(0.0, 1.0)
         if values.shape[1] != self.size(0):
             raise _missing(self, "column", start + self.size(0) - 1, flat.shape[1])
         return Entries(torch.arange(self.size(0), device=flat.device).expand(values.shape), values)
@@ -297,7 +297,7 @@ class _OfColumn(_Asked):
             raise _missing(self, "column", place, flat.shape[1])
         column = Column(place, self.shift, self.scale)
         low, high = column.prepared(cast(float, self.low)), column.prepared(cast(float, self.high))
-        return torch.nan_to_num((flat[:, place] - low) / (high - low)).clamp(0.0, 1.0)
+        return ((flat[:, place] - low) / (high - low)).clamp(0.0, 1.0)
 
     def _edges(self, bins: int) -> np.ndarray:
         return np.linspace(cast(float, self.low), cast(float, self.high), bins + 1)
@@ -480,7 +480,8 @@ class Moments(_Asked):
 
     def entries(self, inputs: Tensor) -> Entries:
         """See `Query.entries`: first all u, then all u^2 - 1/2. Of images, means over the pixels of a channel."""
-        values = torch.nan_to_num(inputs.float()).flatten(2) if inputs.dim() > 2 else _flat(self, inputs)[:, :, None]
+        images = inputs.dim() > 2
+        values = torch.nan_to_num(inputs.float()).flatten(2) if images else _flat(self, inputs)[:, :, None]
         places = [int(place) for place in self.columns]
         if max(places) >= values.shape[1]:
             raise _missing(self, "columns", max(places), values.shape[1])
@@ -568,7 +569,7 @@ def _flat(query: _Asked, inputs: Tensor) -> Tensor:
         expected = "a data set of columns"
         got = f"inputs of shape {list(inputs.shape[1:])}"
         raise UserError(f"analysis.{query.name}", expected, got, 'Images have kind = "moments" and "labels" alone')
-    return inputs.float()
+    return torch.nan_to_num(inputs.float())
 
 
 def _missing(query: _Asked, key: str, place: int, columns: int) -> UserError:
