@@ -501,6 +501,7 @@ class Moments(_Asked):
     def answer(self, seen: Seen) -> Record:
         """See `Query.answer`. Standard errors of variances, and of ratios, are those of the linear part (delta method).
 
+        A standard deviation is at least the root of the variance's standard error, so that inputs may be divided by it.
         The noise on the mean makes its square too large by the noise's variance, which the variance gets back.
         """
         number = len(self.columns)
@@ -515,7 +516,7 @@ class Moments(_Asked):
         mean_error = half * stddev * np.sqrt(1.0 + ratio * first**2)
         moved = ratio * (2.0 * first**2 - (second - 0.5)) ** 2
         variance_error = half**2 * np.sqrt(stddev**2 * (1.0 + 4.0 * first**2 + moved) + 2.0 * stddev**4)
-        std = np.sqrt(np.maximum(variance, (1e-3 * half) ** 2))
+        std = np.sqrt(np.maximum(np.maximum(variance, variance_error), (1e-6 * half) ** 2))
         return {
             "columns": list(self.names or map(str, self.columns)),
             "mean": (middle + half * first).tolist(),

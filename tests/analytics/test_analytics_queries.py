@@ -56,11 +56,11 @@ def model_of(*queries: Query, records: int | None = None) -> Statistics:
     return Statistics(queries=[{"kind": query.kind, **write_table(query)} for query in queries], records=records)
 
 
-def records(number: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+def records(number: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
     """Records with every label, and with values at, near and far beyond the ends of the range."""
     draw = np.random.default_rng(3)
     inputs = draw.normal(0.0, 2.0, (number, WIDTH))
-    inputs[:40] = draw.choice([-1.0, 2.0, 1e30, -1e30, 0.5, math.nan], (40, WIDTH))
+    inputs[:20] = draw.choice([-1.0, 2.0, 1e30, -1e30, 0.5, math.nan], (20, WIDTH))
     inputs[0], inputs[1] = 1e30, -1e30
     inputs[:, 3:] = np.eye(2)[draw.integers(0, 2, number)]
     return torch.from_numpy(inputs).float(), torch.from_numpy(np.arange(number) % LABELS)
@@ -99,8 +99,8 @@ def test_the_sum_of_gradients_of_single_examples_is_that_of_their_vectors() -> N
     model, kind = model_of(*QUERIES), StatisticsTask()
     task = Task(model.build((WIDTH,), kind.width(LABELS), 0), "cpu", kind=kind)
     inputs, labels = records()
-    found = task.clipped_sum(task.initial_model(), inputs[:60], labels[:60], Clip(clip_norm=1.0))
-    torch.testing.assert_close(-found, vectors(model)[:60].double().sum(dim=0), rtol=1e-5, atol=1e-5)
+    found = task.clipped_sum(task.initial_model(), inputs, labels, Clip(clip_norm=1.0))
+    torch.testing.assert_close(-found, vectors(model).double().sum(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_without_noise_answers_are_those_of_the_records() -> None:

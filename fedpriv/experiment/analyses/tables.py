@@ -99,7 +99,8 @@ def _read_queries(tables: Table) -> list[Query]:
         raise UserError("[analysis]", "at least one query", "an empty table", remedy)
     found: list[Query] = []
     for name, table in tables.items():
-        where = f"analysis.{folder_name('analysis', name)}"
+        folder_name("analysis", name)
+        where = f"analysis.{name}"
         if not isinstance(table, Mapping):
             remedy = f"Write [{where}] and its keys below; other keys are {' and '.join(_OWN)}"
             raise UserError(where, "a table with a query", repr(table), remedy)
