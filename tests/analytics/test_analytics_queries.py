@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +32,8 @@ from fedpriv.privacy import Everyone, Poisson, TrustName, make_plan
 from fedpriv.tasks.task import Task
 
 LABELS, WIDTH = 4, 5
-RANGE = {"low": -1.0, "high": 2.0}
-QUERIES: list[Query] = [
+RANGE: dict[str, Any] = {"low": -1.0, "high": 2.0}
+QUERIES: Sequence[Query] = [
     Count(name="count"),
     Labels(name="labels"),
     Histogram(name="histogram", column=0, bins=6, **RANGE),

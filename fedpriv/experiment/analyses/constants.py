@@ -40,7 +40,9 @@ def standardized(tables: Table) -> dict[str, object]:
 def _read(path: Path) -> Record:
     try:
         found: Record = json.loads(path.read_text(encoding="utf-8"))
-        found["answers"], found["name"], found["mu"]
+        missing = {"answers", "name", "mu", "unit", "trust", "adjacency"} - set(found)
+        if missing:
+            raise KeyError(min(missing))
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "Run fedpriv analyze first, and give its run directory"
         raise UserError(
