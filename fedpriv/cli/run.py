@@ -91,6 +91,8 @@ def run(
     from fedpriv.tracking.trackers import track, watched_by
 
     experiment = load_config(config, settings or ())
+    if not experiment.learns:
+        raise UserError("[analysis]", "a config that trains a model", "this table", "Use fedpriv analyze")
     directory = out or Path("runs") / experiment.name
     engine_name = one_of("--engine", engine, ENGINE_NAMES)
     execution = Execution(

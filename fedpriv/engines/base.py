@@ -19,7 +19,7 @@ from fedpriv.engines.states import StateStore
 from fedpriv.methods import ClientState, own_signal_of, side_values_of
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, batches_of, make_signal
+from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, RecordSum, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread", "with_metrics"]
@@ -162,7 +162,7 @@ class Population:
         """True if the signals of several clients cannot be computed at once."""
         side = side_values_of(self.rules.method)
         own = self.needs_states or self.rules.examples is not None or (side is not None and side.given > 0)
-        return own or isinstance(self.work, PoissonGradient)
+        return own or isinstance(self.work, PoissonGradient | RecordSum)
 
     @property
     def needs_states(self) -> bool:

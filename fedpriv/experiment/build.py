@@ -69,14 +69,19 @@ class Experiment:
         return Agreement(self.server, self.population.rules, self.plan)
 
     def evaluate(self, model: Tensor) -> dict[str, float]:
-        """Return the loss and the metrics of a model `[params]` on test examples; see `Task.evaluate`."""
+        """Return the loss and the metrics of a model `[params]` on test examples; empty for an analysis.
+
+        See `Task.evaluate`.
+        """
+        if not self.config.learns:
+            return {}
         dataset = self.population.federation.dataset
         return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
 
     def validate(self, model: Tensor) -> dict[str, float] | None:
         """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
-        if dataset.validation_inputs is None or dataset.validation_labels is None:
+        if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.learns:
             return None
         return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
 

@@ -11,14 +11,17 @@ from typing import TypeVar
 
 import tomli_w
 
+from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
-from fedpriv.data.dataset import DATASETS, DatasetSource
+from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.analyses.constants import standardized
+from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
 from fedpriv.mechanisms.controllers import CONTROLLERS, Controller
@@ -179,6 +182,8 @@ class PrivacyChoice:
             reported with noise; see `fedpriv.methods.side_values`. None for no such report.
         metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
+        analyses: Names of the analyses of the same clients whose answers the run uses; `data.standardize` sets them.
+        analyses_mu: Together they are one Gaussian mechanism with this mu, under the run's adjacency.
 
     Raises:
         UserError: If a value is out of range; the plan checks the other values.
@@ -196,8 +201,11 @@ class PrivacyChoice:
     metrics_share: float | None = None
     metrics_max_loss: float | None = None
     draw: int | None = None
+    analyses: list[str] | None = None
+    analyses_mu: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_analyses()
         trust_of(self.trust)
         if self.adjacency is not None:
             adjacency_of(self.adjacency)
@@ -216,6 +224,13 @@ class PrivacyChoice:
             raise UserError("privacy.metrics_max_loss", "no value without metrics_share", self.metrics_max_loss, remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    def _check_analyses(self) -> None:
+        if (self.analyses is None) != (self.analyses_mu is None):
+            got = "one of the two"
+            raise UserError("privacy.analyses_mu", "both this key and analyses, or none", got, "Use data.standardize")
+        if self.analyses_mu is not None and not 0.0 < self.analyses_mu <= 1e6:
+            raise UserError("privacy.analyses_mu", "above 0, at most 1e6", self.analyses_mu, "Use data.standardize")
 
     def metrics(self, task: TaskKind) -> PrivateMetrics | None:
         """Return the metrics that clients report with noise; None for none."""
@@ -363,7 +378,21 @@ class Config:
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
         side = side_values_of(self.method)
-        return replace(self.data.facts, scores=self.task.scores, reported=() if side is None else side.reported)
+        reported = () if side is None else side.reported
+        facts = replace(self.data.facts, scores=self.task.scores, reported=reported)
+        if not isinstance(self.model, Statistics):
+            return facts
+        return replace(facts, asked=self.model.questions, weight=self.model.weight)
+
+    @property
+    def learns(self) -> bool:
+        """False for an analysis, which trains no model."""
+        return not isinstance(self.model, Statistics)
+
+    @property
+    def title(self) -> str:
+        """The subject of the privacy statement: the method's name, or an analysis."""
+        return self.method_name if self.learns else "an analysis"
 
     @property
     def digest(self) -> str:
@@ -587,7 +616,7 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
         UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
+    return parse_config(standardized(with_whole_paths(apply_settings(tables, settings), Path.cwd())))
 
 
 def read_config_file(path: Path) -> dict[str, object]:
@@ -667,6 +696,8 @@ def parse_config(tables: Table) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
     if "base" in tables and "data" not in tables:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
+    if "analysis" in tables:
+        tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")

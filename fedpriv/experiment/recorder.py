@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedpriv.engines import one_thread
 from fedpriv.errors import has_extra
+from fedpriv.experiment.analyses.answers import ANALYSIS_FILE, answers_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
@@ -39,6 +40,7 @@ from fedpriv.privacy import (
     privacy_statement,
     rounded_up,
     signal_warning,
+    with_analyses,
 )
 from fedpriv.privacy.own_sizes import ledgers_of, of_sizes, sizes_in_words
 from fedpriv.rounds import Total, begin_round, signal_to_noise
@@ -137,7 +139,7 @@ class Recorder:
         """Write everything known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         size = experiment.population.task.layout.size
-        if plan is not None and (drowned := signal_warning(plan, size)):
+        if plan is not None and experiment.config.learns and (drowned := signal_warning(plan, size)):
             _log.warning("%s", drowned)
         self._write_promise()
         self.directory.write_json(FACTS_FILE, self._facts())
@@ -152,14 +154,14 @@ class Recorder:
         experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(
             plan,
-            method=experiment.config.method_name,
+            method=experiment.config.title,
             randomness=self.randomness,
             deployed=self.deployed,
             simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
             data=experiment.config.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
-            size=experiment.population.task.layout.size,
+            size=experiment.population.task.layout.size if experiment.config.learns else None,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
@@ -171,6 +173,9 @@ class Recorder:
             by_client = of_sizes(plan, experiment.population.federation.sizes)
             promise |= by_client
             statement += sizes_in_words(by_client)
+        if choice is not None:
+            together, paragraph = with_analyses(plan, choice.analyses, choice.analyses_mu)
+            promise, statement = promise | together, statement + paragraph
         used = {} if spent is None else {"spent": spent}
         self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)
@@ -252,7 +257,7 @@ class Recorder:
         """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        if has_extra("report"):  # otherwise the command line suggests the extra
+        if has_extra("report") and self.experiment.config.learns:  # otherwise the command line suggests the extra
             plot_curves(
                 rounds,
                 self.directory.file("curves.png"),
@@ -260,6 +265,9 @@ class Recorder:
                 task=self.experiment.config.task,
                 classes=self.experiment.population.federation.dataset.classes,
             )
+        answers = answers_of(self.experiment, state.model)
+        if answers is not None:
+            self.directory.write_json(ANALYSIS_FILE, answers)
         rows = self.directory.rows("diagnostics.jsonl")
         clients = self._evaluate_clients(state.model)
         self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})

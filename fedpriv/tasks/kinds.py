@@ -330,10 +330,12 @@ TASKS: Registry[TaskKind] = Registry(
         "regression": Regression,
         "multi-label": MultiLabel,
         "next-token": NextToken,
+        "statistics": "fedpriv.analytics.statistics:StatisticsTask",
     },
     protocol=TaskKind,
     group="fedpriv.tasks",
     wrap="fedpriv.tasks.own_task:OwnTask",
+    hidden=("statistics",),
 )
 
 
