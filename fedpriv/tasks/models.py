@@ -186,7 +186,15 @@ class C4Cnn(_Made):
 
 MODELS: Registry[ModelSource] = Registry(
     "model",
-    {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20, "c4-cnn": C4Cnn},
+    {
+        "softmax": Softmax,
+        "mlp": Mlp,
+        "cnn": Cnn,
+        "resnet20": ResNet20,
+        "c4-cnn": C4Cnn,
+        "text-encoder": "fedpriv.tasks.adapters.pretrained:TextEncoder",
+        "timm": "fedpriv.tasks.adapters.pretrained:ImageBody",
+    },
     protocol=ModelSource,
     group="fedpriv.models",
     wrap="fedpriv.tasks.own:OwnModule",
