@@ -17,6 +17,7 @@ EXTRAS = {
     "vision": ("torchvision",),
     "datasets": ("flwr_datasets",),
     "adapters": ("transformers", "peft"),
+    "timm": ("timm",),
     "onnx": ("onnx", "onnxscript"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),

@@ -43,6 +43,7 @@ from fedpriv.methods import (
     side_values_of,
     with_side_values,
 )
+from fedpriv.methods.server_optimizers import Momentum
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import (
     SAMPLINGS,
@@ -66,6 +67,7 @@ from fedpriv.privacy.released import Whose
 from fedpriv.rounds import most_messages, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
+from fedpriv.tasks.adapters import ADAPTERS, Adapter
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalEpochs, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
@@ -100,6 +102,7 @@ _NAMES = {
     "devices": ("kind",),
     "schedule": ("kind",),
     "controller": ("kind",),
+    "adapter": ("kind",),
 }
 
 # Choices of clients by loss, under the names that one would try; see `fedpriv.tasks.curricula`.
@@ -110,12 +113,12 @@ _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("adaptive", "aggregation", "augment", "controller", "devices", "schedule", "deployment")
-TABLES += ("sources", "task", "evaluation", "noise")
+TABLES += ("sources", "task", "evaluation", "noise", "adapter")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
-NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task")
+NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +294,7 @@ class Config:
     aggregation: AggregationChoice | None = None
     noise: NoiseChoice | None = None
     controller: Controller | None = None
+    adapter: Adapter | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -309,6 +313,7 @@ class Config:
         aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
         noise = {} if self.noise is None else {"noise": write_table(self.noise)}
         control = {} if self.controller is None else {"controller": _write_named(CONTROLLERS, self.controller, "kind")}
+        adapter = {} if self.adapter is None else {"adapter": _write_named(ADAPTERS, self.adapter, "kind")}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
@@ -321,6 +326,7 @@ class Config:
             "data": data,
             **augment,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
+            **adapter,
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
@@ -724,6 +730,7 @@ def parse_config(tables: Table) -> Config:
         aggregation=_read_aggregation(given),
         noise=_read_noise(given),
         controller=_read_controller(given),
+        adapter=_read_named(ADAPTERS, given["adapter"], "adapter", "kind") if "adapter" in given else None,
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
@@ -757,6 +764,7 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     _check_unit(config)
     _check_presence(config)
+    _check_adapter(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "pseudo-gradient":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
@@ -931,6 +939,16 @@ def _check_presence(config: Config) -> None:
         raise UserError("cohort.sampling", f'"everyone" {expected}', repr(config.cohort.sampling), remedy)
     if config.devices is not None:
         raise UserError("[devices]", f"no such table {expected}", "a virtual clock", "Remove [devices] and [schedule]")
+
+
+def _check_adapter(config: Config) -> None:
+    """Raise UserError for a server optimizer that depends on coordinates that FedSVD changes."""
+    optimizer = config.method.optimizer if isinstance(config.method, ServerOptimized) else None
+    if config.adapter is None or not config.adapter.rotates or optimizer is None or type(optimizer) is Momentum:
+        return
+    expected = f'no optimizer but "momentum" with adapter.kind = "{ADAPTERS.name_of(config.adapter)}"'
+    remedy = 'Remove [server], or set adapter.kind = "ffa-lora"'
+    raise UserError("server.optimizer", expected, repr(SERVER_OPTIMIZERS.name_of(optimizer)), remedy)
 
 
 def _check_sources(config: Config, recorded: Table) -> None:

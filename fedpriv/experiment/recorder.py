@@ -285,7 +285,8 @@ class Recorder:
 
     def _facts(self) -> dict[str, object]:
         config, dataset = self.experiment.config, self.experiment.population.federation.dataset
-        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes))
+        frozen = self.experiment.population.task.frozen_digest
+        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes), frozen)
 
     def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
         """Write the scores of single clients if the experiment asks for them, and return their distribution."""

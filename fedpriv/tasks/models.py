@@ -193,6 +193,8 @@ MODELS: Registry[ModelSource] = Registry(
         "resnet20": ResNet20,
         "c4-cnn": C4Cnn,
         "statistics": "fedpriv.analytics.statistics:Statistics",
+        "text-encoder": "fedpriv.tasks.adapters.pretrained:TextEncoder",
+        "timm": "fedpriv.tasks.adapters.pretrained:ImageBody",
     },
     protocol=ModelSource,
     group="fedpriv.models",
