@@ -4,7 +4,6 @@ The server's half runs on the SuperLink's machine, which also has the run direct
 as they are recorded; on other machines, Flower's log is shown.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
 from fedpriv.flower.bundle import write_app
+from fedpriv.flower.internals.control import KnownRun, administering
 from fedpriv.flower.launch import RecordedRounds, failure_in
 from fedpriv.tables import Record
 
@@ -84,7 +84,7 @@ class _FlowerRun:
     folder: Path
     log: Path
     _process: subprocess.Popen[bytes] | None = None
-    _known: set[str] = field(default_factory=set)
+    _known: set[int] = field(default_factory=set)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ class _FlowerRun:
         Raises:
             UserError: If the SuperLink does not answer.
         """
-        self._known = {str(run["run-id"]) for run in self._runs()}
+        self._known = {run.id for run in self._runs()}
         write_app(self.folder / "app")
         changes = self.folder / "changes.toml"
         changes.write_text(tomli_w.dumps(run_config), encoding="utf-8")
@@ -116,9 +116,9 @@ class _FlowerRun:
                 stderr=subprocess.STDOUT,
             )
 
-    def row(self) -> dict[str, object]:
-        """Return Flower's description of this run; empty if Flower does not know the run."""
-        return next((run for run in self._runs() if str(run["run-id"]) not in self._known), {})
+    def known(self) -> KnownRun | None:
+        """Return Flower's description of this run; None if Flower does not know the run."""
+        return next((run for run in self._runs() if run.id not in self._known), None)
 
     def alive(self) -> bool:
         """Return whether the run may still be in progress."""
@@ -127,31 +127,19 @@ class _FlowerRun:
     def stop(self) -> None:
         """End the run, also on the server."""
         with suppress(UserError):  # a server that is gone must not hide the reason for the end
-            if self.alive() and (row := self.row()):
-                self._flwr(["stop", str(row["run-id"]), self.connection.name])
+            if self.alive() and (run := self.known()) is not None:
+                self._flwr(["stop", str(run.id), self.connection.name])
         if self._process is not None:
             self._process.terminate()
             self._process.wait(timeout=10.0)
 
-    def _runs(self) -> list[dict[str, object]]:
-        text = self._flwr(["ls", self.connection.name, "--format", "json"])
+    def _runs(self) -> list[KnownRun]:
         try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = {
-                "success": False,
-                "error-message": text.strip().splitlines()[-1] if text.strip() else "an empty line",
-            }
-        if not answer.get("success", True):
-            reason = " ".join(str(answer.get("error-message", "")).split())[:200]
+            with administering(self.connection.home, self.connection.name) as server:
+                return server.runs()
+        except UserError as error:
             remedy = f"Start it, and run: fedpriv deploy check {self.connection.home}"
-            raise UserError(
-                f"SuperLink {self.connection.address}",
-                "an answer",
-                reason.rstrip(".") or "a failure without a reason",
-                remedy,
-            )
-        return answer.get("runs", [])
+            raise UserError(f"SuperLink {self.connection.address}", "an answer", f"({error})", remedy) from None
 
     def _flwr(self, arguments: Sequence[str]) -> str:
         try:
@@ -228,9 +216,9 @@ def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watch
         else:
             shown = _print_log(run.log, shown)
         time.sleep(_POLL_SECONDS)
-    row = run.row()
-    if report.exists() or not str(row.get("status", "")).startswith("finished:completed"):
-        raise failure_in(report, run.log, str(row.get("status-details", "")))
+    known = run.known()
+    if report.exists() or known is None or not known.status.startswith("finished:completed"):
+        raise failure_in(report, run.log, "" if known is None else known.details)
     rounds.show()
     return directory.read_json("summary.json")
 

@@ -175,10 +175,10 @@ def test_a_heartbeat_that_the_server_refuses_is_one_line_and_other_failures_of_t
 # Holds the lock and starts three programs, one of them without output; the one that forks is killed after the first.
 FORKER = """
 import fcntl, os, signal, subprocess, sys, time
-from fedpriv.flower.companion import ForkedClientApps
+from fedpriv.flower.companion import ForkedApps
 lock = open(sys.argv[1], "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
-apps, program = ForkedClientApps(sys.argv[1]), ["flwr-clientapp", "--help"]
+apps, program = ForkedApps(sys.argv[1]), ["flwr-clientapp", "--help"]
 apps.start(program)
 apps.start(program, stdout=subprocess.DEVNULL)
 apps.start(program)
