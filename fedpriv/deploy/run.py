@@ -4,6 +4,7 @@ The server's half runs on the SuperLink's machine, which also has the run direct
 as they are recorded; on other machines, Flower's log is shown.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import tomli_w
 
-from fedpriv.deploy.parties import parties_config
+from fedpriv.deploy.parties import clients_in_words, parties_config
+from fedpriv.deploy.setup.membership import registered_by_name
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import Config, read_config_file
+from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
 from fedpriv.flower.bundle import write_app
@@ -28,7 +31,9 @@ from fedpriv.tables import Record
 
 __all__ = ["Connection", "run_deployed"]
 
+_log = logging.getLogger("fedpriv")
 _POLL_SECONDS = 0.2
+_WAITED_FOR = 'a round that asks them lasts until its deadline, unless deployment.absent = "leave-out"'
 _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 
@@ -41,12 +46,14 @@ class Connection:
         name: Name of the connection in it.
         address: Host and port.
         seeded: For tests: cohorts and noise follow the config's seed, if server and nodes allow that.
+        wait: The first turn waits for all clients.
     """
 
     home: Path
     name: str
     address: str
     seeded: bool = False
+    wait: bool = False
 
     @classmethod
     def of(cls, given: str) -> "Connection":
@@ -190,6 +197,7 @@ def run_deployed(
         if directory.file("digest.txt").exists() and not resume:
             remedy = "Add --resume to continue the run, or choose another --out"
             raise UserError(str(out), "a folder without a run", "a run in progress or finished", remedy)
+        _warn_of_missing(config, way)
         run.start(
             {
                 "config-toml": config.to_toml(),
@@ -197,6 +205,7 @@ def run_deployed(
                 "device": device,
                 "data-root": str(data_root.resolve()) if data_root else "",
                 "resume": resume,
+                "wait": way.wait,
                 "failure-report": str(report),
                 "test-seeded": way.seeded,
                 **parties_config(way.home),
@@ -206,6 +215,25 @@ def run_deployed(
             return _follow(run, directory, report, watch)
         finally:
             run.stop()
+
+
+def _warn_of_missing(config: Config, way: Connection) -> None:
+    """Name the clients that cannot answer: their keys are not registered, or their nodes are not connected."""
+    clients = config.data.clients
+    try:
+        found = registered_by_name(way.home, clients or 0)
+    except UserError:  # not the folder of a deployment; the server names absent clients in its log
+        return
+    unknown = [int(name.rpartition("-")[2]) for name, state in found.items() if state == "not registered"]
+    away = [int(name.rpartition("-")[2]) for name, state in found.items() if state not in ("not registered", "online")]
+    if unknown:
+        _log.warning("not registered with the server: %s. Run admin/register.sh", clients_in_words(unknown))
+    if away:
+        _log.warning("not connected: %s", clients_in_words(away))
+    if unknown or away:
+        choice = config.deployment or DeploymentChoice()
+        others = "rounds do not wait for them" if choice.absent == "leave-out" else _WAITED_FOR
+        _log.warning(*(("waiting for them",) if way.wait else ("%s; add --wait to begin with all clients", others)))
 
 
 def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> Record | None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -22,8 +23,10 @@ from cryptography.hazmat.primitives.serialization import (
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.cli.run_utils import format_runs
 from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
+from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
 
@@ -39,12 +42,12 @@ class KnownNode:
     Args:
         id: Number that the SuperLink assigned to it.
         status: registered, online, offline or unregistered.
-        seen: Time of its last sign of life, or of the end of its patience; empty if it never connected.
+        seen: Time of its last sign of life, in seconds since 1970; None if it never connected.
     """
 
     id: int
     status: str
-    seen: str = ""
+    seen: float | None = None
 
     @property
     def welcome(self) -> bool:
@@ -81,7 +84,9 @@ class Administrator:
         with _in_one_line():
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
         in_order = sorted(found, key=lambda node: node.registered_at)
-        return {_openssh(bytes(node.public_key)): KnownNode(node.node_id, node.status) for node in in_order}
+        return {
+            _openssh(bytes(node.public_key)): KnownNode(node.node_id, node.status, _seen(node)) for node in in_order
+        }
 
     def runs(self) -> list[KnownRun]:
         """Return every run in the records of the SuperLink."""
@@ -132,6 +137,16 @@ def _in_one_line() -> Iterator[None]:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
         raise UserError("the server", "it to accept the request", reason.strip().rstrip("."), remedy) from None
+
+
+def _seen(node: NodeInfo) -> float | None:
+    """Return when a node was last heard. Until two heartbeats are missing, the SuperLink considers it online."""
+    if not node.last_activated_at:
+        return None
+    ended = datetime.fromisoformat(node.last_deactivated_at).timestamp() if node.last_deactivated_at else 0.0
+    began = datetime.fromisoformat(node.last_activated_at).timestamp()
+    beat = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+    return max(ended, began, beat if node.status == NodeStatus.ONLINE or not ended else 0.0)
 
 
 def _openssh(pem: bytes) -> bytes:
