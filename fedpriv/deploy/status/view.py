@@ -123,8 +123,9 @@ def view_of(folder: Path, run: Path | None = None, *, connect: bool = True) -> D
         )
     root = _root(folder)
     found = known_runs(root / "server" / "flower") if (root / "server" / "flower").is_dir() else []
-    paths = list(dict.fromkeys([*found, *([] if run is None else [run.resolve()])]))
-    runs = [_run_view(path, now) for path in paths if read_seen(path) is not None]
+    if run is not None and run.resolve() not in found:
+        found.append(run.resolve())
+    runs = [_run_view(path, now) for path in found if read_seen(path) is not None]
     runs.sort(key=lambda one: one.written)
     chosen = run.resolve() if run is not None else next((Path(one.path) for one in reversed(runs)), None)
     address, certificate = _address(root), root / "admin" / "ca.crt"
