@@ -73,7 +73,7 @@ def part_in_words(clients: list[int], runs: list[RunView]) -> list[str]:
 
 
 def registered_by_name(admin: Path, clients: int) -> dict[str, str]:
-    """Return the server's word for each client's node: online, offline, registered, or "not registered".
+    """Return the server's status of each client's node: online, offline, registered, or "not registered".
 
     Args:
         admin: Folder `admin` of the deployment.

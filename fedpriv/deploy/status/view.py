@@ -164,7 +164,7 @@ def _address(root: Path) -> str:
 
 
 def _asked(root: Path, address: str, certificate: Path) -> tuple[str, dict[str, tuple[str, float | None]]]:
-    """Return the server's state in words, and states and times of nodes by name if it tells them."""
+    """Return the server's state in words, and states and times of nodes by name if it reports them."""
     try:
         host, port = split_address(address, "address")
         call_server(host, port, certificate)
@@ -260,7 +260,7 @@ def _nodes(
 
 
 def _of_run(name: str, seen: SeenNodes | None, rows: Sequence[Record], run: Path | None, now: float) -> NodeView:
-    """Return what a run's files say about a node."""
+    """Return the state and the rounds of a node according to a run's files."""
     number = name.rpartition("-")[2]
     if seen is None or run is None or not name.startswith("node-") or not number.isdigit():
         return NodeView(name=name, state="unknown")
