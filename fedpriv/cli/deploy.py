@@ -55,13 +55,17 @@ def init(
 
 @deploy.command()
 def add(
-    folder: DeployDir, nodes: Annotated[int, typer.Option(help="Number of nodes to add.", show_default=False)]
+    folder: DeployDir,
+    nodes: Annotated[int, typer.Option(help="Number of nodes to add.")] = 1,
+    register: Annotated[
+        bool, typer.Option("--register/--no-register", help="Register their keys, if the server answers.")
+    ] = True,
 ) -> None:
-    """Create the folders of additional nodes."""
-    from fedpriv.deploy.setup.provision import add_nodes
+    """Add nodes, also while the server runs: make their folders, and register their keys. Others need no change."""
+    from fedpriv.deploy.setup.membership import join_nodes
 
-    added = add_nodes(folder, nodes)
-    say(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+    for line in join_nodes(folder, nodes, register=register):
+        say(line)
 
 
 @deploy.command()
@@ -126,6 +130,38 @@ def check(
 
     if not print_findings(check_folder(folder, connect)):
         raise typer.Exit(2)
+
+
+StatusDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="Folder of a deployment, server or admin in it, or a run directory.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@deploy.command()
+def status(
+    folder: StatusDir,
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory whose rounds are shown.", show_default="the newest")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the server, its certificates, the runs, and each node's rounds, refusals and budget."""
+    from fedpriv.deploy.status.show import show_status
+
+    show_status(folder, run, watch=watch, as_json=as_json)
+
+
+@deploy.command("list")
+def list_nodes(folder: StatusDir, as_json: AsJson = False) -> None:
+    """List the nodes by name, with state and time of the last connection."""
+    from fedpriv.deploy.status.show import show_list
+
+    show_list(folder, as_json=as_json)
 
 
 @deploy.command()

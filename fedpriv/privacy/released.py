@@ -100,6 +100,7 @@ OUTPUTS = (
     Output("diagnostics.json", Kind.OWNER, "totals, how clients differ, and a checksum of the data", left=True),
     Output("heterogeneity.json", Kind.OWNER, "how clients differ", "simulation", left=True),
     Output("participation.jsonl", Kind.OWNER, "who was asked, who answered and how", "deployment"),
+    Output("nodes.json", Kind.OWNER, "which clients are connected, and when each last was", "deployment"),
     Output("clients.json", Kind.OWNER, "scores of single clients, in runs without privacy alone", "simulation"),
     Output(
         "ledgers.json", Kind.OWNER, "what single clients' records spent, if clients divide by own sizes", "simulation"

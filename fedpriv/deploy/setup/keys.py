@@ -12,7 +12,7 @@ from fedpriv.deploy.setup.provision import seal_again
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.errors import UserError
 from fedpriv.files import write_atomically
-from fedpriv.flower.internals.superlink import KnownNode, administering
+from fedpriv.flower.internals.control import KnownNode, administering
 
 __all__ = ["Comparison", "compared", "register_nodes", "remove_node", "replace_key"]
 
