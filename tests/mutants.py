@@ -353,14 +353,14 @@ MUTANTS = [
     ),
     Mutant(
         "moments whose sum has the noise of one user",
-        "fedpriv/methods/sparse/moments.py",
+        "fedpriv/analytics/moments.py",
         "plan.shares.client, total, 1, len(inputs))",
         "plan.shares.client, total, 1, 1)",
         SPARSE,
     ),
     Mutant(
         "moments whose scales ignore the target",
-        "fedpriv/methods/sparse/moments.py",
+        "fedpriv/analytics/moments.py",
         "(squares * (squares + y.square()))",
         "(squares * squares)",
         SPARSE,

@@ -8,4 +8,10 @@ vectors of all queries, and the loss -<x, phi(r)>. Its gradient does not depend 
 The released model therefore *is* the noised statistic. Bounds, noise, plans, engines, ledgers and policies are those of
 training; nothing here draws noise or accounts for it. `queries` has phi and reads the answers from x; `statistics` is
 the model and its loss.
+
+`moments` is another one-round question, of linear regression with few parameters.
 """
+
+from fedpriv.analytics.moments import SparseMoments
+
+__all__ = ["SparseMoments"]

@@ -43,7 +43,7 @@ from fedpriv.methods.side_values import (
     side_values_of,
     with_side_values,
 )
-from fedpriv.methods.sparse import PrivateIHT, SparseMoments
+from fedpriv.methods.sparse import PrivateIHT
 
 __all__ = [
     "DIFF2",
@@ -78,7 +78,6 @@ __all__ = [
     "ServerState",
     "ServerStateT",
     "SideValues",
-    "SparseMoments",
     "bare",
     "damping_of",
     "feedback_of",

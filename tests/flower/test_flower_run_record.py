@@ -105,8 +105,8 @@ def test_a_strategy_fills_a_run_directory_that_every_reader_of_runs_takes(tmp_pa
     net.load_state_dict(load_model(out))
     assert torch.equal(torch.cat([part.reshape(-1) for part in net.state_dict().values()]), strategy.state.model)
     compared = compare_runs([tmp_path / "one", out])
-    assert compared.loc["method.clip_norm"].tolist() == [0.3, 0.6]
-    assert compared.loc["method"].tolist() == ["dp-fedavg", "dp-fedavg"]
+    assert list(compared.loc["method.clip_norm"]) == [0.3, 0.6]
+    assert list(compared.loc["method"]) == ["dp-fedavg", "dp-fedavg"]
     found = load_results(tmp_path)
     assert len(found) == 2 * (ROUNDS + 1)
     assert pd.api.types.is_float_dtype(found["test_loss"])

@@ -11,7 +11,8 @@ from dp_accounting.pld import PLDAccountant
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config
-from fedpriv.methods import DPFedAvg, PrivateIHT, SparseMoments, optimized, server_step
+from fedpriv.analytics import SparseMoments
+from fedpriv.methods import DPFedAvg, PrivateIHT, optimized, server_step
 from fedpriv.methods.server_optimizers import Momentum
 from fedpriv.methods.sparse import hard_threshold
 from fedpriv.privacy import Everyone, Separated, make_plan
@@ -162,7 +163,7 @@ def test_the_simulated_mean_is_that_of_the_messages_and_its_noise_that_of_all_us
 
 
 def test_the_simulated_sum_is_that_of_the_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpriv.methods.sparse.moments.release_clients_sum", lambda *given: given[2])
+    monkeypatch.setattr("fedpriv.analytics.moments.release_clients_sum", lambda *given: given[2])
     inputs, targets, _ = problem(50)
     inputs[3, 2] = float("nan")
     method = SparseMoments(clip_norm=5.0)

@@ -1,4 +1,4 @@
-"""Sparse linear regression under local privacy: sequential (`PrivateIHT`) and non-interactive (`SparseMoments`).
+"""Sparse linear regression under local privacy: sequential here, non-interactive in `fedpriv.analytics.moments`.
 
 After Zhu, Ding, Aggarwal, Xu, Wang 2023, "Improved Analysis of Sparse Linear Regression in Local Differential Privacy
 Model", arXiv 2310.07367, of which only the abstract was read. It states, for n users, d parameters of which k are not
@@ -13,8 +13,7 @@ Ours: both algorithms in detail. They bound l2 norms and add Gaussian noise, wit
 for (epsilon, delta); the paper's orders are those of its own algorithms.
 """
 
-from fedpriv.methods.sparse.moments import SparseMoments
 from fedpriv.methods.sparse.private_iht import PrivateIHT
 from fedpriv.methods.sparse.threshold import hard_threshold
 
-__all__ = ["PrivateIHT", "SparseMoments", "hard_threshold"]
+__all__ = ["PrivateIHT", "hard_threshold"]
