@@ -300,25 +300,35 @@ def _of_client(found: pd.DataFrame, client: int) -> pd.Series:
 def draw(best: pd.DataFrame, path: Path) -> None:
     """Draw the test accuracy of all methods on heart disease, with intervals."""
     part = best[(best["data"] == "heart") & best["holders"].isin([TOGETHER, POOLED])]
-    ceiling = part[(part["method"] == "gradient descent") & (part["holders"] == TOGETHER)]["test_accuracy"].mean()
+    free = part[(part["method"] == "gradient descent") & (part["holders"] == TOGETHER)]["test_accuracy"]
     part = part[part["epsilon"] > 0]
     names = part["method"].where(part["holders"] == TOGETHER, "dp-gd on pooled data")
     order = part.assign(name=names).groupby("name")["test_accuracy"].mean().sort_values().index
-    figure = Figure(figsize=(8, 1.0 + 0.24 * len(order)), layout="constrained")
+    figure = Figure(figsize=(8.4, 1.4 + 0.24 * len(order)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for shift, color, epsilon in ((0.12, "#332288", 3.0), (-0.12, "#CC6677", 1.0)):
         for place, name in enumerate(order):
             values = part[(names == name) & (part["epsilon"] == epsilon)]["test_accuracy"]
-            spread = student.ppf(0.975, max(len(values) - 1, 1)) * values.std() / np.sqrt(max(len(values), 1))
+            spread = half_width(values)
             label = f"epsilon {epsilon:g} for a record" if place == 0 else None
             axes.errorbar(values.mean(), place + shift, xerr=spread, fmt="o", color=color, capsize=3, label=label)
-    axes.axvline(ceiling, color="#117733", linestyle="--", linewidth=1, label="without privacy")
+    ends = free.mean() - half_width(free), free.mean() + half_width(free)
+    axes.axvspan(*ends, color="#117733", alpha=0.12, linewidth=0)
+    axes.axvline(free.mean(), color="#117733", linestyle="--", linewidth=1, label="without privacy")
     axes.axvline(0.553, color="#888888", linestyle=":", linewidth=1, label="always the larger label")
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel("test accuracy, mean and 95 % interval over splits")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=110)
+    counts = sorted(part.groupby([names, "epsilon"]).size().unique())
+    axes.set_xlabel("test accuracy on heart disease")
+    axes.set_title(f"Mean and 95 % interval over {' or '.join(map(str, counts))} splits of the records", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def half_width(values: pd.Series) -> float:
+    """Return half of the 95 % interval of a mean over splits."""
+    return float(student.ppf(0.975, max(len(values) - 1, 1)) * values.std() / np.sqrt(max(len(values), 1)))
 
 
 def write_tables() -> None:

@@ -95,6 +95,21 @@ def test_a_bound_that_holds_no_state_is_refused() -> None:
         pass
 
 
+@pytest.mark.parametrize("size", [SIZE, 3000])
+def test_clients_in_any_order_and_over_several_pieces_of_memory(size: int) -> None:
+    """Short rows are copied by an index, long ones row by row."""
+    rng, store, wanted = np.random.default_rng(6), StateStore(AlphaNormEC(), size), np.zeros(60)
+    for step in range(1, 30):
+        clients = rng.choice(2 * step + 1, size=min(step, 25), replace=False)
+        with store.borrowed(clients.tolist()) as state:
+            assert state.memory.shape == (len(clients), size)
+            assert (state.memory == torch.from_numpy(wanted[clients]).unsqueeze(1)).all()
+            wanted[clients] = 100 * clients + step
+            state.memory.copy_(torch.from_numpy(wanted[clients]).unsqueeze(1).expand(-1, size))
+    saved = store.save()
+    assert saved["memory"][:, 0].tolist() == wanted[saved["clients"]].tolist()
+
+
 def test_a_method_without_memory_needs_no_room() -> None:
     store = StateStore(DPFedAvg(), SIZE, memory=0)
     with store.borrowed([3, 1]) as state:
