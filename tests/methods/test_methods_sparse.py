@@ -9,9 +9,9 @@ import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
 
+from fedpriv.analytics import SparseMoments
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, parse_config
-from fedpriv.analytics import SparseMoments
 from fedpriv.methods import DPFedAvg, PrivateIHT, optimized, server_step
 from fedpriv.methods.server_optimizers import Momentum
 from fedpriv.methods.sparse import hard_threshold

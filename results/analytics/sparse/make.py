@@ -20,8 +20,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.analytics import SparseMoments
+from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import PrivateIHT, server_step
 from fedpriv.privacy import Separated, make_plan
 from fedpriv.streams import SeededStreams
