@@ -20,8 +20,9 @@ _INLINE = re.compile(r"(?<![\\\w$])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])")
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    """Add `results/*/README.md` with their pictures and tables, CONTRIBUTING.md and CHANGELOG.md."""
-    for page in sorted((ROOT / "results").glob("*/README.md")):
+    """Add the pages of `results/` with their pictures and tables, CONTRIBUTING.md and CHANGELOG.md."""
+    pages = [*(ROOT / "results").glob("*/README.md"), *(ROOT / "results").glob("analytics/*/README.md")]
+    for page in sorted(pages):
         for path in sorted(page.parent.iterdir()):
             if path.suffix in SHOWN and (path.suffix != ".md" or path == page):
                 name = path.relative_to(ROOT).as_posix()

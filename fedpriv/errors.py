@@ -9,6 +9,7 @@ __all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "require_e
 EXTRAS = {
     "flower": ("flwr", "ray"),
     "deploy": ("flwr",),
+    "metrics": ("prometheus_client",),
     "ray": ("ray",),
     "report": ("matplotlib", "jinja2"),
     "data": ("sklearn", "PIL"),
@@ -16,6 +17,7 @@ EXTRAS = {
     "vision": ("torchvision",),
     "datasets": ("flwr_datasets",),
     "adapters": ("transformers", "peft"),
+    "timm": ("timm",),
     "onnx": ("onnx", "onnxscript"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow",),

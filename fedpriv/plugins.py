@@ -76,6 +76,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         wrap: Location of an adapter, `"package.module:Class"`. Its method `of(found, where, name)` returns a
             dataclass of this kind for an imported function or a class that is not a dataclass, or raises UserError.
             None to refuse these.
+        hidden: Built-in names that resolve and are not listed: other tables of a config write them.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         protocol: type | None = None,
         group: str | None = None,
         wrap: str | None = None,
+        hidden: Collection[str] = (),
     ) -> None:
+        self._hidden = frozenset(hidden)
         self.kind = kind
         self.group = group
         self._wrap = wrap
@@ -112,7 +115,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return name in self._known or name in self._referred or name in self._entry_points
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._known
+        yield from (name for name in self._known if name not in self._hidden)
         yield from (name for name in self._entry_points if name not in self._known)
 
     def __len__(self) -> int:

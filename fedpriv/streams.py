@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     STEP_NOISE = 13
     AUGMENTATION = 14
     GROUP = 15
+    GRAPH = 16
+    WALK = 17
 
 
 class Words(Protocol):

@@ -36,20 +36,29 @@ from fedpriv.flower.messages import (
     ModelArrays,
     RunTerms,
     method_name,
-    printable,
     refused,
 )
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement, warnings_of
 from fedpriv.flower.server.faults import message_fault, norm_limit
-from fedpriv.flower.server.metrics import average_metrics, metrics_of_app, total_of_answers
-from fedpriv.flower.server.nodes import MAX_REASON, REJOIN_SECONDS, find_nodes, find_rejoined, in_words, sort_answers
+from fedpriv.flower.server.metrics import average_metrics, metrics_of_app, total_of_answers, warn_of_total
+from fedpriv.flower.server.nodes import (
+    REJOIN_SECONDS,
+    by_client,
+    find_nodes,
+    find_rejoined,
+    in_words,
+    read_answers,
+    sort_answers,
+)
 from fedpriv.flower.server.pace import Pace
+from fedpriv.flower.server.promise import Privacy
 from fedpriv.flower.server.rescue import rescue
+from fedpriv.flower.server.run_record import AppRun, RunFolder, RunRecord, opened
 from fedpriv.flower.trained import TRAINED, Patterns, TrainedArrays
 from fedpriv.methods import ServerState
-from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy import NoiseChoice, PrivacyPlan
 from fedpriv.rounds import Agreement, Total, begin_round, counted_total, finish_round, skip_round
 from fedpriv.streams import Randomness, SeededStreams
 
@@ -81,6 +90,9 @@ class MethodStrategy(NotLegacy, Strategy):
             the current directory. Set it before `start`.
         helpers: The helpers of secure aggregation, for real nodes; None for other trusts, and for a simulation. Set it
             before `start`. The run ends if one of them is not connected for `join_timeout`.
+        out: The run directory; None for none. Set it before `start`, which resumes the unfinished run in it. See
+            `fedpriv.flower.server.run_record`.
+        privacy: The requested privacy, for the record of the run; `noise` likewise.
 
     Args:
         agree: Makes the agreement from the population's size and the number of rounds.
@@ -102,6 +114,10 @@ class MethodStrategy(NotLegacy, Strategy):
 
     rescue_folder = Path()
     helpers: HelperList | None = None
+    out: RunFolder | Path | str | None = None
+    privacy: Privacy | None = None
+    noise: NoiseChoice | None = None
+    _record: RunRecord | None = None
 
     def __init__(
         self,
@@ -135,7 +151,7 @@ class MethodStrategy(NotLegacy, Strategy):
         self._nodes: list[int] = []
         self._seen: set[int] = set()
         self._asked: dict[int, Message] = {}
-        self._finished = self._messages = self._non_finite = 0
+        self._finished = 0
         self.result = Result()
 
     @property
@@ -163,19 +179,23 @@ class MethodStrategy(NotLegacy, Strategy):
                 or if no client's message counted in the whole run.
         """
         self._settings = sorted((key, value) for key, value in (train_config or {}).items() if key != _ROUND)
-        self.prepare(grid, initial_arrays, num_rounds, timeout)
-        try:
-            paced = self._pace.on(grid)
-            found = super().start(
-                paced, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-            )
-            self.refuse_nothing_learned()
-        except BaseException:
-            rescue(self.result.arrays, self._finished, self.rescue_folder)
-            raise
-        finally:
-            if self._masked is not None:
-                self._masked.end()
+        with opened(self.out) as self._record:
+            self.prepare(grid, initial_arrays, num_rounds, timeout)
+            record, watch = self._record, evaluate_fn
+            if record is not None:
+                self.rescue_folder, watch = record.path, record.evaluating(self, evaluate_fn)
+            try:
+                paced = self._pace.on(grid)
+                found = super().start(paced, initial_arrays, num_rounds, timeout, train_config, evaluate_config, watch)
+                self.refuse_nothing_learned()
+                if record is not None:
+                    record.finish(self)
+            except BaseException:
+                rescue(self.result.arrays, self._finished, self.rescue_folder)
+                raise
+            finally:
+                if self._masked is not None:
+                    self._masked.end()
         self.result = found
         return found
 
@@ -218,7 +238,19 @@ class MethodStrategy(NotLegacy, Strategy):
             app=None if self._is_simulated else "supplied",
             evaluated=self._evaluate,
             round_seconds=self._pace.seconds,
+            recorded=self._record is not None,
         )
+        if self._record is not None:
+            run = AppRun(
+                run=self._run,
+                rounds=num_rounds,
+                settings=dict(self._settings),
+                terms={"evaluate": self._evaluate, "round_seconds": self._pace.seconds or 0.0},
+                initial=initial_arrays,
+                layout=self._layout.layout,
+                remembered=len(found.guarded) == len(found.clients),
+            )
+            self._run = self._record.begin(self, run)
 
     def summary(self) -> None:
         """Log the participants, the privacy statement and warnings."""
@@ -236,6 +268,8 @@ class MethodStrategy(NotLegacy, Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message to each client of the round's cohort, in the order of their ids."""
+        if self._record is not None and self._record.replays(server_round):
+            return []
         self._pace.begin()
         self._nodes = find_rejoined(grid, self._nodes, self._seen, min(REJOIN_SECONDS, 0.25 * self._pace.window))
         broadcast = self._broadcast = begin_round(self.agreement.server, self.state, server_round)
@@ -247,6 +281,8 @@ class MethodStrategy(NotLegacy, Strategy):
             TRAINED: self._declared_arrays.to_record(),
         }
         last_round, asked = self.attendance.last_round, self.attendance.asked(self._cohort())
+        if self._record is not None:
+            self._record.open(server_round, self)
         helpers = self._masked.shown() if self._masked is not None and asked else ()
         told = {last: self._terms(server_round, last, helpers) for last in {0, *last_round.values()}}
         terms = {last: found.to_record() for last, found in told.items()}
@@ -275,14 +311,19 @@ class MethodStrategy(NotLegacy, Strategy):
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord | None]:
         """Sum the messages and apply the method's server rule to the sum."""
+        if self._record is not None and self._record.replays(server_round):
+            self._finished, self.result.arrays = server_round, self._model(self.state.model)
+            return self.result.arrays, None
         messages: dict[int, Tensor] = {}
         if self._masked is None:
-            contents, messages, failures, lost = self._read(replies, self._message)
+            contents, messages, failures, lost = read_answers(self._asked, replies, self._timeout, self._message)
             counted = list(messages)
         else:
-            contents, masked, failures, lost = self._read(replies, lambda _, content: masked_message(content))
+            contents, masked, failures, lost = read_answers(
+                self._asked, replies, self._timeout, lambda _, content: masked_message(content)
+            )
             counted, invalid = self._masked.close(masked)
-            failures |= _by_client(invalid)
+            failures |= by_client(invalid)
         heads = {client: Head.of(content) for client, content in contents.items()}
         self._heads.keep({client: head for client, head in heads.items() if head is not None})
         if failures:
@@ -301,7 +342,10 @@ class MethodStrategy(NotLegacy, Strategy):
             _log.warning("round %d: memories are lost: all are reset, and the round is not used", server_round)
             self.total = Total(torch.zeros_like(self.state.model, dtype=torch.float64), 0, 0, math.nan)
             self.state = skip_round(self.agreement.server, self.agreement.server.reset_memories(self.state))
-        self._log_messages(server_round)
+        self.attendance.note(self.total)
+        warn_of_total(server_round, self.total)
+        if self._record is not None:
+            self._record.close(server_round, self)
         self._finished, self.result.arrays = server_round, self._model(self.state.model)
         metrics = self._average({c: metrics_of_app(contents[c]) for c in counted}, f"round {server_round}")
         if metrics is not None:
@@ -326,7 +370,7 @@ class MethodStrategy(NotLegacy, Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message to every client if federated evaluation is on; otherwise none."""
-        if not self._evaluate:
+        if not self._evaluates(server_round):
             return []
         self._pace.begin()
         config[_ROUND] = server_round
@@ -342,12 +386,12 @@ class MethodStrategy(NotLegacy, Strategy):
 
         See `fedpriv.flower.server.metrics`.
         """
-        if not self._evaluate:
+        if not self._evaluates(server_round):
             return None
         event = f"evaluation after round {server_round}"
         contents, reasons = sort_answers(self._asked, replies, self._timeout)
         refusals = {client: no[1] for client, content in contents.items() if (no := refused(content)) is not None}
-        failures = _by_client({**reasons, **refusals})
+        failures = by_client({**reasons, **refusals})
         if failures:
             _log.warning("%s: %d of %d clients fail: %s", event, len(failures), len(self._asked), in_words(failures))
         metrics = self._average({client: contents[client] for client in contents if client not in refusals}, event)
@@ -358,35 +402,12 @@ class MethodStrategy(NotLegacy, Strategy):
         self._pace.end()
         return metrics
 
+    def _evaluates(self, server_round: int) -> bool:
+        return self._evaluate and not (self._record is not None and self._record.replays(server_round))
+
     def refuse_nothing_learned(self) -> None:
         """Raise UserError if no message of the whole run counted, or if no message is known to be finite."""
         self.attendance.refuse_nothing()
-        if 0 < self._messages == self._non_finite:
-            got = f"{self._messages} updates that are not finite and count as zero"
-            raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
-
-    def _read(
-        self, replies: Iterable[Message], read: Callable[[int, RecordDict], T]
-    ) -> tuple[dict[int, RecordDict], dict[int, T], dict[int, str], list[int]]:
-        """Return answers, usable messages and reasons of failures by client, and the clients with a lost memory.
-
-        Anything that a client sends becomes a message that `read` returns, or a failure.
-        """
-        contents, reasons = sort_answers(self._asked, replies, self._timeout)
-        messages, failures, lost = dict[int, T](), _by_client(reasons), list[int]()
-        for client, content in contents.items():
-            try:
-                no = refused(content)
-                if no is None:
-                    messages[client] = read(client, content)
-                else:
-                    failures[client] = f"client {client}: refuses ({no[0]}): {no[1]}"
-                    lost += [client] if no[0] == "lost" else []
-            except UserError as error:
-                failures[client] = printable(error, MAX_REASON)
-            except Exception as error:
-                failures[client] = f"client {client}: an answer that cannot be read ({type(error).__name__})"
-        return contents, messages, failures, lost
 
     def _message(self, client: int, content: RecordDict) -> Tensor:
         """Return a client's message; raise UserError if no honest client may send it."""
@@ -402,7 +423,7 @@ class MethodStrategy(NotLegacy, Strategy):
     def _average(self, contents: dict[int, RecordDict], event: str) -> MetricRecord | None:
         metrics, left_out = average_metrics(contents)
         if left_out:
-            _log.warning("%s: %s", event, in_words(_by_client(left_out)))
+            _log.warning("%s: %s", event, in_words(by_client(left_out)))
         return metrics
 
     def _model(self, vector: Tensor) -> ArrayRecord:
@@ -463,18 +484,3 @@ class MethodStrategy(NotLegacy, Strategy):
     def _new_attendance(self, rounds: int) -> Attendance:
         server, seeded = self.agreement.server, self._randomness == "seeded"
         return Attendance.of(server, self.plan, len(self._nodes), rounds, self._max_failures, seeded=seeded)
-
-    def _log_messages(self, server_round: int) -> None:
-        total = self.total
-        self._messages += total.messages
-        self._non_finite += total.non_finite
-        if total.non_finite:
-            updates = "1 update was" if total.non_finite == 1 else f"{total.non_finite} updates were"
-            words = "round %d: %s not finite, out of %d; each counts as zero"
-            _log.warning(words, server_round, updates, total.messages)
-        if total.signal_norm == 0.0 and server_round == 1:
-            _log.warning("round 1: all updates are zero. Does the train function return the model that it trained?")
-
-
-def _by_client(reasons: dict[int, str]) -> dict[int, str]:
-    return {client: f"client {client}: {reason}" for client, reason in reasons.items()}

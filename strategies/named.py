@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-_OWN = ("privacy", "noise", "adaptive", "server_optimizer", "cohort", "seed", "helpers")
+_OWN = ("privacy", "noise", "adaptive", "server_optimizer", "cohort", "seed", "helpers", "out")
 _NETWORK = [name for name, given in signature(MethodStrategy).parameters.items() if given.kind is given.KEYWORD_ONLY]
 
 
@@ -57,7 +57,8 @@ class NamedStrategy(MethodStrategy):
         helpers: The helpers of secure aggregation, for real nodes: their identity keys, or the folder `admin` of a
             deployment (`fedpriv.deploy.parties.named_helpers`). None for other trusts, and for a simulation.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
-            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`.
+            `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`; and `out`, the run directory or a
+            `RunFolder`, whose unfinished run is resumed.
 
     Raises:
         UserError: If an option is unknown or out of range.
@@ -80,6 +81,7 @@ class NamedStrategy(MethodStrategy):
     ) -> None:
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Omit it")
+        self.out = options.pop("out", None)
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_arguments(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}

@@ -38,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
 
     The run config has the keys of `RunConfig`, and keys set by the launcher: `claimed` if the run directory already
     belongs to this run; `failure-report`, a file for the error line of a failed run; `deployed` if clients are devices
-    with local memories; `resume` if the run directory may hold a part of this run; `helpers` and `enrolled`, see
+    with local memories; `resume` if the run directory may hold a part of this run; `wait` if the first turn waits for
+    all clients; `helpers` and `enrolled`, see
     `helper_list`; and `test-seeded`, for tests alone.
     """
     try:
@@ -100,7 +101,8 @@ def _run_deployed(grid: Grid, context: Context) -> None:
         coordinator = take_up(experiment, directory, recorder, helper_list(context.run_config))
         _log.info("%s", directory.file("privacy.txt").read_text(encoding="utf-8"))
         arrays = ModelArrays.of(ArrayRecord({ARRAYS: experiment.initial_model}))
-        run_turns(grid, experiment, coordinator, arrays, recorder, directory)
+        wait = bool(context.run_config.get("wait", False))
+        run_turns(grid, experiment, coordinator, arrays, recorder, directory, wait_for_all=wait)
     _log.info("The run is in %s", directory.path)
 
 

@@ -53,6 +53,8 @@ BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "
 
 AFTER_TRAINING = "tests/trained/test_trained_run.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
+ROTATED, RESTORED = "tests/deploy/test_deploy_rotation.py", "tests/deploy/test_deploy_backup.py"
+OPERATED = "tests/deploy/test_deploy_operation.py"
 GUARD, LEDGER, PROMISE = (
     "tests/flower/test_flower_guard.py",
     "tests/deploy/test_deploy_ledger.py",
@@ -65,6 +67,7 @@ COORDINATOR, APPS = "tests/deploy/test_deploy_coordinator.py", "tests/deploy/tes
 
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
+WALKED, SPARSE = "tests/clock/test_clock_token.py", "tests/methods/test_methods_sparse.py"
 CLOCKED = "tests/clock/test_clock_run.py"
 SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
@@ -244,6 +247,41 @@ MUTANTS = [
         "tests/tasks/test_tasks_metrics.py",
     ),
     Mutant(
+        "analyses: a training forgets what they cost",
+        "fedpriv/privacy/plan.py",
+        "gaussian_epsilon(math.hypot(own, mu), self.delta)",
+        "gaussian_epsilon(own, self.delta)",
+        "tests/analytics",
+    ),
+    Mutant(
+        "analyses: sampled rounds forget what they cost",
+        "fedpriv/privacy/accounting.py",
+        "Composition([(sampled, turns), (before, 1)])",
+        "Composition([(sampled, turns)])",
+        "tests/analytics",
+    ),
+    Mutant(
+        "analyses: a replaced client costs as much as an added one",
+        "fedpriv/experiment/analyses/constants.py",
+        "(REPLACE_FACTOR if dearer else 1.0)",
+        "1.0",
+        "tests/analytics",
+    ),
+    Mutant(
+        "analyses: values beyond the range move a mean",
+        "fedpriv/analytics/queries.py",
+        "- 1.0).clamp(-1.0, 1.0)",
+        "- 1.0)",
+        "tests/analytics",
+    ),
+    Mutant(
+        "analyses: noise of clients counts once",
+        "fedpriv/experiment/analyses/answers.py",
+        "variance(server) + clients * variance(client)",
+        "variance(server) + variance(client)",
+        "tests/analytics",
+    ),
+    Mutant(
         "a policy that names tasks accepts others",
         "fedpriv/deploy/device/policy.py",
         "TASKS.name_of(config.task), self.accepts.tasks)",
@@ -298,6 +336,41 @@ MUTANTS = [
         "return self.sampling.charge(rounds, each_message=self.trust.shows_messages)",
         "return float(rounds)",
         CHARGED,
+    ),
+    Mutant(
+        "a token that a trusted server protects, without one",
+        "fedpriv/clock/token_walk.py",
+        '        """True: the next client sees the model before and after a step."""\n        return True',
+        '        """True: the next client sees the model before and after a step."""\n        return False',
+        WALKED,
+    ),
+    Mutant(
+        "a token that repels unvisited clients",
+        "fedpriv/clock/token_walk.py",
+        "-repellence * np.log(visits)",
+        "repellence * np.log(visits)",
+        WALKED,
+    ),
+    Mutant(
+        "moments whose sum has the noise of one user",
+        "fedpriv/analytics/moments.py",
+        "plan.shares.client, total, 1, len(inputs))",
+        "plan.shares.client, total, 1, 1)",
+        SPARSE,
+    ),
+    Mutant(
+        "moments whose scales ignore the target",
+        "fedpriv/analytics/moments.py",
+        "(squares * (squares + y.square()))",
+        "(squares * squares)",
+        SPARSE,
+    ),
+    Mutant(
+        "a threshold that keeps the smallest",
+        "fedpriv/methods/sparse/threshold.py",
+        "descending=True",
+        "descending=False",
+        SPARSE,
     ),
     Mutant(
         "a timeline that a removed client would change",
@@ -1358,6 +1431,41 @@ MUTANTS = [
         "        except (ValueError, InvalidSignature):\n            return False\n",
         "        except (ValueError, InvalidSignature):\n            pass\n",
         LEDGER,
+    ),
+    Mutant(
+        "ledger: a new node key begins a new history",
+        "fedpriv/deploy/operate/rotation.py",
+        "    if head is None or head.key != before.key:\n",
+        "    if head is None:\n",
+        ROTATED,
+    ),
+    Mutant(
+        "ledger: a handover without releases is accepted",
+        "fedpriv/deploy/operate/rotation.py",
+        "    before, head = known.get(handover.client), handover.ledger_head\n    if before is None:\n",
+        "    before, head = known.get(handover.client), handover.ledger_head\n    if before is None or head is None:\n",
+        ROTATED,
+    ),
+    Mutant(
+        "ledger: an older copy is restored without proof",
+        "fedpriv/deploy/operate/backup.py",
+        "    if charge is None and not _is_newest(ledger, part, folder, heads):\n",
+        "    if charge is None and not (_is_newest(ledger, part, folder, heads) or True):\n",
+        RESTORED,
+    ),
+    Mutant(
+        "ledger: a charge for missing releases costs nothing",
+        "fedpriv/deploy/device/device.py",
+        "            epsilon = spent(releases, delta, limits.adjacency, unit) + ledger.charged\n",
+        "            epsilon = spent(releases, delta, limits.adjacency, unit)\n",
+        RESTORED,
+    ),
+    Mutant(
+        "metrics: counts of messages are shown if cohorts are secret",
+        "fedpriv/deploy/operate/tally.py",
+        "        if not self.secret:\n",
+        "        if True:\n",
+        OPERATED,
     ),
     Mutant(
         "ledger: a server that is restored forgets heads",
@@ -3691,6 +3799,27 @@ MUTANTS = [
         "    return None if labels is None else tuple(",
         '    return ("found", "in", "data") if labels is None else tuple(',
         AFTER_TRAINING,
+    ),
+    Mutant(
+        "a strategy's open round not saved before clients are asked",
+        "fedpriv/flower/server/run_record.py",
+        "            self._save(round, strategy, opened=True)\n",
+        "            pass\n",
+        "tests/flower/test_flower_run_record.py",
+    ),
+    Mutant(
+        "a strategy resumed from an older checkpoint than its rows",
+        "fedpriv/flower/server/run_record.py",
+        "        if recorded > last:\n",
+        "        if recorded > last and saved is None:\n",
+        "tests/flower/test_flower_run_record.py",
+    ),
+    Mutant(
+        "a resumed strategy keeps the memory that its clients lost",
+        "fedpriv/flower/server/run_record.py",
+        "        self._reset_memories(strategy)\n",
+        "",
+        "tests/flower/test_flower_run_record.py",
     ),
 ]
 

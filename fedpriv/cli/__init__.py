@@ -6,12 +6,13 @@ from fedpriv.cli.app import app
 from fedpriv.cli.terminal import log_to_terminal, say
 from fedpriv.errors import UserError
 
-from fedpriv.cli import run, check, sweep, audit, flower, deploy, privacy, data, trained  # isort: skip
+from fedpriv.cli import run, analyses, check, sweep, audit, flower, deploy, privacy, data, trained  # isort: skip
+from fedpriv.cli.operate import commands  # isort: skip
 
 __all__ = ["app", "main"]
 
 # `--help` lists the commands in the order of these imports.
-_COMMANDS = (run, check, sweep, audit, flower, deploy, privacy, data, trained)
+_COMMANDS = (run, analyses, check, sweep, audit, flower, deploy, commands, privacy, data, trained)
 
 
 def main(arguments: list[str] | None = None) -> None:

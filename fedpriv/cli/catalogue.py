@@ -66,6 +66,7 @@ def described() -> dict[str, Entries]:
     from fedpriv.mechanisms.controllers import CONTROLLERS
     from fedpriv.methods import METHODS, SERVER_OPTIMIZERS
     from fedpriv.privacy import SAMPLINGS
+    from fedpriv.tasks.adapters import ADAPTERS
     from fedpriv.tasks.kinds import TASKS
     from fedpriv.tasks.local_work import LOCAL_WORKS
     from fedpriv.tasks.models import MODELS
@@ -78,6 +79,7 @@ def described() -> dict[str, Entries]:
         "shifts": _describe(SHIFTS),
         "augment": _describe(AUGMENTATIONS),
         "models": _describe(MODELS),
+        "adapters": _describe(ADAPTERS),
         "tasks": _describe(TASKS),
         "local": _describe(LOCAL_WORKS),
         "cohorts": _describe(SAMPLINGS, hidden=("population",)),

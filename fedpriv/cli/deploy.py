@@ -19,6 +19,12 @@ def _for_all_of_deploy() -> None:
 
 
 DeployDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the deployment.", show_default=False)]
+LogFormat = Annotated[str, typer.Option(help="Format of the log: text, or json with one object for each event.")]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(min=0, max=65535, help="Port of Prometheus metrics; 0 for a free one.", show_default="no metrics"),
+]
+MetricsHost = Annotated[str, typer.Option(help="Address of this machine at which metrics are served.")]
 Days = Annotated[int, typer.Option(help="Validity of the server's certificate, in days.")]
 
 
@@ -49,13 +55,17 @@ def init(
 
 @deploy.command()
 def add(
-    folder: DeployDir, nodes: Annotated[int, typer.Option(help="Number of nodes to add.", show_default=False)]
+    folder: DeployDir,
+    nodes: Annotated[int, typer.Option(help="Number of nodes to add.")] = 1,
+    register: Annotated[
+        bool, typer.Option("--register/--no-register", help="Register their keys, if the server answers.")
+    ] = True,
 ) -> None:
-    """Create the folders of additional nodes."""
-    from fedpriv.deploy.setup.provision import add_nodes
+    """Add nodes, also while the server runs: make their folders, and register their keys. Others need no change."""
+    from fedpriv.deploy.setup.membership import join_nodes
 
-    added = add_nodes(folder, nodes)
-    say(f"made        {', '.join(added)} in {folder}\nnext        admin/register.sh; see {folder / 'README.md'}")
+    for line in join_nodes(folder, nodes, register=register):
+        say(line)
 
 
 @deploy.command()
@@ -122,13 +132,50 @@ def check(
         raise typer.Exit(2)
 
 
+StatusDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="Folder of a deployment, server or admin in it, or a run directory.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@deploy.command()
+def status(
+    folder: StatusDir,
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory whose rounds are shown.", show_default="the newest")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the server, its certificates, the runs, and each node's rounds, refusals and budget."""
+    from fedpriv.deploy.status.show import show_status
+
+    show_status(folder, run, watch=watch, as_json=as_json)
+
+
+@deploy.command("list")
+def list_nodes(folder: StatusDir, as_json: AsJson = False) -> None:
+    """List the nodes by name, with state and time of the last connection."""
+    from fedpriv.deploy.status.show import show_list
+
+    show_list(folder, as_json=as_json)
+
+
 @deploy.command()
 def node(
     bundle: Annotated[Path, typer.Argument(metavar="NODE_DIR", help="Folder of the node.", show_default=False)],
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
     """Run a node. It runs its own installed fedpriv, follows its own policy and executes no code from a server."""
+    from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.supernode import run_node
 
+    operate(bundle, log_format, metrics_port, metrics_host)
     raise typer.Exit(run_node(bundle))
 
 
@@ -149,8 +196,13 @@ def ledger(
 @deploy.command()
 def server(
     folder: Annotated[Path, typer.Argument(metavar="SERVER_DIR", help="Folder of the server.", show_default=False)],
+    log_format: LogFormat = "text",
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
     """Run the server of a deployment."""
+    from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.superlink import run_server
 
+    operate(folder, log_format, metrics_port, metrics_host)
     raise typer.Exit(run_server(folder))

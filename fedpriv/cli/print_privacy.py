@@ -14,7 +14,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
-from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up
+from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up, with_analyses
 from fedpriv.privacy.own_sizes import of_sizes, sizes_in_words
 from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
@@ -39,30 +39,32 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
     plan = plan_of(experiment, sampling, data_root)
     make_agreement(experiment.method, sampling, plan, SeededStreams(experiment.seed), experiment.controller)
     by_client = of_sizes(plan, make_federation(experiment, data_root).sizes) if experiment.needs_sizes else {}
-    size = None if plan is None else _size_of(experiment, data_root)
+    size = None if plan is None or not experiment.learns else _size_of(experiment, data_root)
     if plot is not None:
         from fedpriv.experiment.pictures.tradeoff import plot_trade_off
 
         plot_trade_off(plan, plot, experiment.name)
+    choice = experiment.privacy
+    together, paragraph = with_analyses(plan, choice and choice.analyses, choice and choice.analyses_mu)
     if as_json:
         absent = {"private": False, "epsilon": None, "delta": None, "noise_multiplier": None, "noise_stddev": 0.0}
         absent |= {**dict.fromkeys(("l2_sensitivity", "trust", "adjacency", "accountant")), **NOT_PROMISED}
         found = absent if plan is None else plan.as_dict(thorough=True)
         if plan is not None and plan.private and size is not None:
             found |= noise_against_signal(plan, size).as_dict()
-        found |= by_client
+        found |= by_client | together
         print(json.dumps(jsonable(found), indent=2))
     else:
         statement = privacy_statement(
             plan,
-            method=experiment.method_name,
+            method=experiment.title,
             randomness="seeded",
             size=size,
             simulated=Simulated(clock=experiment.devices is not None),
             data=experiment.facts,
             recorded=True,
         )
-        say(statement + sizes_in_words(by_client), paragraphs=True)
+        say(statement + sizes_in_words(by_client) + paragraph, paragraphs=True)
         if plot is not None:
             say(f"picture     {plot}")
 

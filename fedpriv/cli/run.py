@@ -73,6 +73,9 @@ def run(
         str | None,
         typer.Option(metavar="CONNECTION", help="Run on real devices: folder of a deployment, or a Flower connection."),
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --deploy: wait at the start until all clients are connected.")
+    ] = False,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,
     checkpoint_every: Annotated[
@@ -91,6 +94,8 @@ def run(
     from fedpriv.tracking.trackers import track, watched_by
 
     experiment = load_config(config, settings or ())
+    if not experiment.learns:
+        raise UserError("[analysis]", "a config that trains a model", "this table", "Use fedpriv analyze")
     directory = out or Path("runs") / experiment.name
     engine_name = one_of("--engine", engine, ENGINE_NAMES)
     execution = Execution(
@@ -105,6 +110,8 @@ def run(
         channels_last=channels_last,
         precision=None if precision is None else one_of("--precision", precision, PRECISIONS),
     )
+    if wait and deploy is None:
+        raise UserError("--wait", "a run with --deploy", "a run without it", "Drop --wait, or add --deploy DIR")
     if log and deploy is not None:
         raise UserError("--log", "a run on this machine", "--deploy", "Drop one of the two options")
     with (
@@ -121,7 +128,7 @@ def run(
             watch=watched_by(progress, sent),
             checkpoint_every=checkpoint_every,
             execution=execution,
-            deploy=None if deploy is None else _connection(deploy, seeded=test_seeded),
+            deploy=None if deploy is None else _connection(deploy, wait, seeded=test_seeded),
         )
     if summary is None:
         say(f"done        the run directory is on the server: {directory.resolve()}")
@@ -130,8 +137,8 @@ def run(
         print_warnings(directory)
 
 
-def _connection(given: str, *, seeded: bool) -> "Connection":
+def _connection(given: str, wait: bool, *, seeded: bool) -> "Connection":
     require_extra("--deploy", "deploy")
     from fedpriv.deploy.run import Connection
 
-    return replace(Connection.of(given), seeded=seeded)
+    return replace(Connection.of(given), wait=wait, seeded=seeded)

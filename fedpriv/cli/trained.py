@@ -18,7 +18,7 @@ Prepared = Annotated[bool, typer.Option("--prepared", help="The inputs in the fi
 @app.command()
 def export(
     run: Run,
-    to: Annotated[str, typer.Option(help="state-dict, safetensors, torch-export, onnx or hf.")],
+    to: Annotated[str, typer.Option(help="state-dict, safetensors, torch-export, onnx, hf or peft.")],
     out: Annotated[Path | None, typer.Option(help="A new or empty folder.", show_default="RUN-FORMAT")] = None,
     data_root: DataRoot = None,
 ) -> None:

@@ -4,6 +4,7 @@ from fedpriv.clock.participation import Clock
 from fedpriv.clock.profiles import DEVICES, Devices, Fleet, Profile
 from fedpriv.clock.schedules import SCHEDULES, FedBuff, FedFix, Schedule, Synchronous
 from fedpriv.clock.timeline import Group, Step, Timeline
+from fedpriv.clock.token_walk import Token
 
 __all__ = [
     "DEVICES",
@@ -19,4 +20,5 @@ __all__ = [
     "Step",
     "Synchronous",
     "Timeline",
+    "Token",
 ]

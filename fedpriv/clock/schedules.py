@@ -36,7 +36,7 @@ from fedpriv.plugins import Registry
 from fedpriv.privacy import Everyone, FixedSize, Sampling
 from fedpriv.streams import Purpose
 
-__all__ = ["SCHEDULES", "FedBuff", "FedFix", "Schedule", "Synchronous"]
+__all__ = ["SCHEDULES", "FedBuff", "FedFix", "Schedule", "Synchronous", "check_everyone"]
 
 
 class Schedule(Protocol):
@@ -45,6 +45,11 @@ class Schedule(Protocol):
     @property
     def draws_cohorts(self) -> bool:
         """True if cohorts are drawn and accounted as in `[cohort]`; otherwise the timeline is (`Scheduled`)."""
+        ...
+
+    @property
+    def shows_messages(self) -> bool:
+        """True if other clients see each message, so that only noise of its own client protects it."""
         ...
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:
@@ -113,6 +118,11 @@ class Synchronous:
     def draws_cohorts(self) -> bool:
         """See `Schedule.draws_cohorts`."""
         return self.over_select == 1.0
+
+    @property
+    def shows_messages(self) -> bool:
+        """False: messages go to the server."""
+        return False
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:
         """See `Schedule.check`."""
@@ -218,9 +228,14 @@ class FedBuff:
         """False: the timeline is accounted."""
         return False
 
+    @property
+    def shows_messages(self) -> bool:
+        """False: messages go to the server."""
+        return False
+
     def check(self, sampling: Sampling, *, memory: bool) -> None:
         """See `Schedule.check`."""
-        _check_everyone("fedbuff", sampling)
+        check_everyone("fedbuff", sampling)
         for key in ("buffer_size", "concurrency"):
             if getattr(self, key) > sampling.population:
                 expected = f"at most {sampling.population}, the number of clients"
@@ -272,9 +287,14 @@ class FedFix:
         """False: the timeline is accounted."""
         return False
 
+    @property
+    def shows_messages(self) -> bool:
+        """False: messages go to the server."""
+        return False
+
     def check(self, sampling: Sampling, *, memory: bool) -> None:
         """See `Schedule.check`."""
-        _check_everyone("fedfix", sampling)
+        check_everyone("fedfix", sampling)
 
     def timeline(self, clock: Clock, sampling: Sampling, steps: int, *, memory: bool, hidden: bool) -> Timeline:
         """See `Schedule.timeline`."""
@@ -337,6 +357,7 @@ SCHEDULES: Registry[Schedule] = Registry(
         "synchronous": Synchronous,
         "fedbuff": FedBuff,
         "fedfix": FedFix,
+        "token": "fedpriv.clock.token_walk:Token",
     },
 )
 
@@ -444,7 +465,8 @@ def _check_seconds(key: str, value: float) -> None:
         )
 
 
-def _check_everyone(schedule: str, sampling: Sampling) -> None:
+def check_everyone(schedule: str, sampling: Sampling) -> None:
+    """Raise UserError if the sampling draws cohorts although the schedule selects the clients."""
     if sampling.name != Everyone.name:
         remedy = "Remove [cohort], because the schedule selects the clients"
         got = f'"{sampling.name}"'

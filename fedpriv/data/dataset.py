@@ -182,6 +182,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         "npz": "fedpriv.data.user_files:Npz",
         "npy": "fedpriv.data.user_files:Npy",
         "leaf": "fedpriv.data.user_files:Leaf",
+        "text": "fedpriv.data.text.tokens:Texts",
         "image-folder": "fedpriv.data.user_files:ImageFolder",
     },
     protocol=DatasetSource,

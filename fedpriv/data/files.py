@@ -25,6 +25,7 @@ __all__ = [
     "REPLACE",
     "content_of",
     "default_data_root",
+    "local_path",
     "locate",
     "read_cifar_batch",
     "read_digits",
@@ -40,6 +41,30 @@ IDX_TYPES = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 def default_data_root() -> Path:
     """Return the data folder: the environment variable FEDPRIV_DATA, or `data` in the working directory."""
     return Path(os.environ.get(DATA_ROOT_VARIABLE) or "data").expanduser()
+
+
+def local_path(key: str, folder: str, package: str | None) -> Path:
+    """Return an existing file or folder.
+
+    Args:
+        key: The key that names it, for errors.
+        folder: A path; from the package's folder if there is one.
+        package: Import name of an installed package; None for none.
+
+    Raises:
+        UserError: If the package or the path does not exist.
+    """
+    root = Path()
+    if package is not None:
+        found = importlib.util.find_spec(package) if package.isidentifier() else None
+        if found is None or not found.submodule_search_locations:
+            got, remedy = repr(package), "Install it, or give a path without a package"
+            raise UserError(key.rpartition(".")[0] + ".package", "an installed package", got, remedy)
+        root = Path(next(iter(found.submodule_search_locations)))
+    path = root / Path(folder).expanduser()
+    if not path.exists():
+        raise UserError(key, "an existing path", str(path), "Correct it: nothing is downloaded")
+    return path
 
 
 def locate(data_root: Path, folder: str, names: Sequence[str], source: str | None) -> list[Path]:

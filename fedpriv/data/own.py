@@ -23,7 +23,7 @@ __all__ = ["RESERVED", "OwnData", "dataset_of", "labelled_arrays"]
 
 _KEY = "data.name"
 # Keys of [data] that do not belong to the data set.
-RESERVED = ("name", "clients", "partition", "shift", "validation", "test")
+RESERVED = ("name", "clients", "partition", "shift", "validation", "test", "standardize")
 _ARRAYS = ("inputs", "labels", "client_ids", "test_inputs", "test_labels", "classes", "clients")
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fedpriv.deploy.device.heads import Head
 from fedpriv.deploy.heads import newer_heads
+from fedpriv.deploy.parties import client_in_words, reasons_in_words
 from fedpriv.deploy.sums import ClosedTurn, SecureSums
 from fedpriv.errors import UserError
 from fedpriv.experiment.deployment import DeploymentChoice, LostMemoryRule
@@ -42,7 +43,6 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms
 from fedpriv.flower.privacy_terms import promised
 from fedpriv.flower.server.attendance import believed_losses
 from fedpriv.flower.server.faults import message_fault
-from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import ServerState
 from fedpriv.privacy import PrivacyPlan
 from fedpriv.rounds import (
@@ -447,10 +447,10 @@ class Coordinator:
 
     def _too_few(self, valid: list[int], refusals: Mapping[int, tuple[str, str]]) -> UserError:
         expected = f"at least {self.least_messages} valid messages"
-        reasons = {i: f"client {i}: refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())}
+        reasons = {i: f"refuses: {why.rstrip('.')}" for i, (_, why) in sorted(refusals.items())}
         lacking = [client for client in self.asked() if client not in valid and client not in refusals]
-        reasons |= {client: f"client {client}: has no usable answer" for client in lacking}
-        got = f"{len(valid)}" + (f" ({in_words(reasons)})" if reasons else "")
+        reasons |= dict.fromkeys(lacking, "no usable answer")
+        got = f"{len(valid)}" + (f" ({reasons_in_words(reasons)})" if reasons else "")
         remedy = "Fix the clients and continue with --resume, or change [deployment]"
         return UserError(f"turn {self._broadcast.address}", expected, got, remedy)
 
@@ -472,6 +472,6 @@ class Coordinator:
 
 
 def _stopped(lost: list[int]) -> UserError:
-    where = ", ".join(f"client {i}" for i in lost[:3])
+    where = ", ".join(map(client_in_words, lost[:3]))
     remedy = 'Restore its state folder, or set deployment.lost_memory = "leave-out" or "reset-all"'
     return UserError(where, "its memory of earlier turns", "a lost memory", remedy)

@@ -7,13 +7,50 @@ from fedpriv.deploy.helper.folder import CLIENTS_TOML, read_clients
 from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
 
-__all__ = ["HELPERS_FOLDER", "HelperNames", "helper_list", "named_helpers", "parties_config"]
+__all__ = [
+    "HELPERS_FOLDER",
+    "HelperNames",
+    "client_in_words",
+    "clients_in_words",
+    "helper_list",
+    "named_helpers",
+    "parties_config",
+    "reasons_in_words",
+]
 
 HelperNames = str | Path | Sequence[str]
 """Helpers in the words of a strategy's user; see `named_helpers`."""
 
 HELPERS_FOLDER = "helpers"
 """In the folder `admin`: the identity keys of the helpers, one file each."""
+
+
+# Maximum number of clients in a line.
+_MAX_NAMED = 20
+
+
+def client_in_words(client: int) -> str:
+    """Return the number of a client, and the name of its node."""
+    return f"client {client} (node-{client})"
+
+
+def clients_in_words(clients: Sequence[int]) -> str:
+    """Return the numbers of the first clients, and the names of their nodes, and how many more there are."""
+    named = ", ".join(f"{client} (node-{client})" for client in clients[:_MAX_NAMED])
+    more = f" and {len(clients) - _MAX_NAMED} more" if len(clients) > _MAX_NAMED else ""
+    return f"client{'s' if len(clients) > 1 else ''} {named}{more}"
+
+
+def reasons_in_words(reasons: Mapping[int, str]) -> str:
+    """Return all reasons in one line, each once, after the clients and nodes that it concerns.
+
+    Args:
+        reasons: Reason by client.
+    """
+    alike: dict[str, list[int]] = {}
+    for client, reason in reasons.items():
+        alike.setdefault(reason, []).append(client)
+    return "; ".join(f"{clients_in_words(clients)}: {reason}" for reason, clients in alike.items())
 
 
 def parties_config(admin: Path) -> dict[str, object]:

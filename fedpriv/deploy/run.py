@@ -4,7 +4,7 @@ The server's half runs on the SuperLink's machine, which also has the run direct
 as they are recorded; on other machines, Flower's log is shown.
 """
 
-import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,18 +17,23 @@ from pathlib import Path
 
 import tomli_w
 
-from fedpriv.deploy.parties import parties_config
+from fedpriv.deploy.parties import clients_in_words, parties_config
+from fedpriv.deploy.setup.membership import registered_by_name
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import Config, read_config_file
+from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
 from fedpriv.flower.bundle import write_app
+from fedpriv.flower.internals.control import KnownRun, administering
 from fedpriv.flower.launch import RecordedRounds, failure_in
 from fedpriv.tables import Record
 
 __all__ = ["Connection", "run_deployed"]
 
+_log = logging.getLogger("fedpriv")
 _POLL_SECONDS = 0.2
+_WAITED_FOR = 'a round that asks them lasts until its deadline, unless deployment.absent = "leave-out"'
 _FLWR = [sys.executable, "-c", "from flwr.cli.app import app; app()"]
 
 
@@ -41,12 +46,14 @@ class Connection:
         name: Name of the connection in it.
         address: Host and port.
         seeded: For tests: cohorts and noise follow the config's seed, if server and nodes allow that.
+        wait: The first turn waits for all clients.
     """
 
     home: Path
     name: str
     address: str
     seeded: bool = False
+    wait: bool = False
 
     @classmethod
     def of(cls, given: str) -> "Connection":
@@ -84,7 +91,7 @@ class _FlowerRun:
     folder: Path
     log: Path
     _process: subprocess.Popen[bytes] | None = None
-    _known: set[str] = field(default_factory=set)
+    _known: set[int] = field(default_factory=set)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,7 +108,7 @@ class _FlowerRun:
         Raises:
             UserError: If the SuperLink does not answer.
         """
-        self._known = {str(run["run-id"]) for run in self._runs()}
+        self._known = {run.id for run in self._runs()}
         write_app(self.folder / "app")
         changes = self.folder / "changes.toml"
         changes.write_text(tomli_w.dumps(run_config), encoding="utf-8")
@@ -116,9 +123,9 @@ class _FlowerRun:
                 stderr=subprocess.STDOUT,
             )
 
-    def row(self) -> dict[str, object]:
-        """Return Flower's description of this run; empty if Flower does not know the run."""
-        return next((run for run in self._runs() if str(run["run-id"]) not in self._known), {})
+    def known(self) -> KnownRun | None:
+        """Return Flower's description of this run; None if Flower does not know the run."""
+        return next((run for run in self._runs() if run.id not in self._known), None)
 
     def alive(self) -> bool:
         """Return whether the run may still be in progress."""
@@ -127,31 +134,19 @@ class _FlowerRun:
     def stop(self) -> None:
         """End the run, also on the server."""
         with suppress(UserError):  # a server that is gone must not hide the reason for the end
-            if self.alive() and (row := self.row()):
-                self._flwr(["stop", str(row["run-id"]), self.connection.name])
+            if self.alive() and (run := self.known()) is not None:
+                self._flwr(["stop", str(run.id), self.connection.name])
         if self._process is not None:
             self._process.terminate()
             self._process.wait(timeout=10.0)
 
-    def _runs(self) -> list[dict[str, object]]:
-        text = self._flwr(["ls", self.connection.name, "--format", "json"])
+    def _runs(self) -> list[KnownRun]:
         try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = {
-                "success": False,
-                "error-message": text.strip().splitlines()[-1] if text.strip() else "an empty line",
-            }
-        if not answer.get("success", True):
-            reason = " ".join(str(answer.get("error-message", "")).split())[:200]
+            with administering(self.connection.home, self.connection.name) as server:
+                return server.runs()
+        except UserError as error:
             remedy = f"Start it, and run: fedpriv deploy check {self.connection.home}"
-            raise UserError(
-                f"SuperLink {self.connection.address}",
-                "an answer",
-                reason.rstrip(".") or "a failure without a reason",
-                remedy,
-            )
-        return answer.get("runs", [])
+            raise UserError(f"SuperLink {self.connection.address}", "an answer", f"({error})", remedy) from None
 
     def _flwr(self, arguments: Sequence[str]) -> str:
         try:
@@ -202,6 +197,7 @@ def run_deployed(
         if directory.file("digest.txt").exists() and not resume:
             remedy = "Add --resume to continue the run, or choose another --out"
             raise UserError(str(out), "a folder without a run", "a run in progress or finished", remedy)
+        _warn_of_missing(config, way)
         run.start(
             {
                 "config-toml": config.to_toml(),
@@ -209,6 +205,7 @@ def run_deployed(
                 "device": device,
                 "data-root": str(data_root.resolve()) if data_root else "",
                 "resume": resume,
+                "wait": way.wait,
                 "failure-report": str(report),
                 "test-seeded": way.seeded,
                 **parties_config(way.home),
@@ -220,6 +217,25 @@ def run_deployed(
             run.stop()
 
 
+def _warn_of_missing(config: Config, way: Connection) -> None:
+    """Name the clients that cannot answer: their keys are not registered, or their nodes are not connected."""
+    clients = config.data.clients
+    try:
+        found = registered_by_name(way.home, clients or 0)
+    except UserError:  # not the folder of a deployment; the server names absent clients in its log
+        return
+    unknown = [int(name.rpartition("-")[2]) for name, state in found.items() if state == "not registered"]
+    away = [int(name.rpartition("-")[2]) for name, state in found.items() if state not in ("not registered", "online")]
+    if unknown:
+        _log.warning("not registered with the server: %s. Run admin/register.sh", clients_in_words(unknown))
+    if away:
+        _log.warning("not connected: %s", clients_in_words(away))
+    if unknown or away:
+        choice = config.deployment or DeploymentChoice()
+        others = "rounds do not wait for them" if choice.absent == "leave-out" else _WAITED_FOR
+        _log.warning(*(("waiting for them",) if way.wait else ("%s; add --wait to begin with all clients", others)))
+
+
 def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watcher | None) -> Record | None:
     rounds, shown = RecordedRounds(directory, watch), 0
     while run.alive():
@@ -228,9 +244,9 @@ def _follow(run: _FlowerRun, directory: RunDirectory, report: Path, watch: Watch
         else:
             shown = _print_log(run.log, shown)
         time.sleep(_POLL_SECONDS)
-    row = run.row()
-    if report.exists() or not str(row.get("status", "")).startswith("finished:completed"):
-        raise failure_in(report, run.log, str(row.get("status-details", "")))
+    known = run.known()
+    if report.exists() or known is None or not known.status.startswith("finished:completed"):
+        raise failure_in(report, run.log, "" if known is None else known.details)
     rounds.show()
     return directory.read_json("summary.json")
 

@@ -20,6 +20,9 @@ from fedpriv.deploy.device.heads import HEAD, Head
 from fedpriv.deploy.heads import HeadBook, newer_heads
 from fedpriv.deploy.helper.messages import ACTION
 from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
+from fedpriv.deploy.operate.tally import Counts, Tally
+from fedpriv.deploy.parties import client_in_words, clients_in_words
+from fedpriv.deploy.status.record import StatusWriter, note_run
 from fedpriv.deploy.sums import HelperList, SecureSums
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
@@ -59,8 +62,7 @@ _QUESTION_SECONDS = 30.0
 _END_SECONDS = 30.0
 # A node asks for work every three seconds.
 _SETTLING_SECONDS = 8.0
-# Maximum number of clients in a line.
-_MAX_NAMED = 20
+_SAY_SECONDS = 30.0
 
 # Fixed time, after the deadline of a turn with a secret cohort, for reading and summing its answers.
 _SUMMING_SHARE, _SUMMING_SECONDS = 0.05, 1.0
@@ -80,6 +82,9 @@ class Network:
         nodes: The connected nodes by client id.
         seen: The clients that have been connected.
         leave_out: Whether a turn ends without waiting for clients that have never been connected.
+        tally: Counter of the run's messages for metrics; None for none.
+        helpers: Identity keys of connected helpers by node.
+        met: Called after each look at the connected nodes.
     """
 
     grid: Grid
@@ -88,6 +93,8 @@ class Network:
     seen: set[int] = field(default_factory=set)
     leave_out: bool = False
     helpers: dict[int, str] = field(default_factory=dict)
+    tally: Tally | None = None
+    met: Callable[[], None] = lambda: None
     _asked_at: dict[int, float] = field(default_factory=dict)
     _questions: dict[str, int] = field(default_factory=dict)
 
@@ -111,6 +118,7 @@ class Network:
                 _log.warning("node %d: %s", node, answer)
             else:
                 self._note_node(node, answer)
+        self.met()
 
     def wait_for(self, clients: int, seconds: float) -> None:
         """Wait until at least `clients` clients are connected.
@@ -124,10 +132,26 @@ class Network:
             if len(self.nodes) >= clients:
                 return
             if time.monotonic() > end:
-                remedy = "Start more nodes, or lower deployment.min_participants"
+                remedy = "Start these nodes, add --wait to wait for them, or lower deployment.min_participants"
                 expected = f"at least {clients} of {self.population} clients within {seconds:g} s"
-                raise UserError("SuperNodes", expected, len(self.nodes), remedy)
+                got = f"{len(self.nodes)}, without {clients_in_words(self.absent)}"
+                raise UserError("SuperNodes", expected, got, remedy)
             time.sleep(_POLL_SECONDS)
+
+    def wait_for_all(self) -> None:
+        """Wait until all clients are connected, and name those that are missing from time to time."""
+        said_at = -math.inf
+        while len(self.nodes) < self.population:
+            self.meet()
+            if self.absent and time.monotonic() - said_at > _SAY_SECONDS:
+                said_at = time.monotonic()
+                _log.warning("waiting for %s", clients_in_words(self.absent))
+            time.sleep(_POLL_SECONDS)
+
+    @property
+    def absent(self) -> list[int]:
+        """Clients that are not connected."""
+        return [client for client in range(self.population) if client not in self.nodes]
 
     def settle(self) -> None:
         """Wait until all clients are connected, or none has connected for some seconds."""
@@ -257,6 +281,8 @@ class Network:
         """Send messages, and return the keys of those that Flower accepted, by their message ids."""
         if not messages:
             return {}
+        if self.tally is not None:
+            self.tally.sent(message.content for message in messages.values())
         ids = list(self.grid.push_messages(list(messages.values())))
         if not ids:
             remedy = "Choose a smaller model: the messages may be too large"
@@ -274,6 +300,8 @@ class Network:
             found = list(self.grid.pull_messages(list(waiting)))
         except Exception:
             return [pair for message_id in waiting for pair in self._pull_one(message_id)]
+        if self.tally is not None:
+            self.tally.received(answer.content for answer in found if answer.has_content())
         by_id = {answer.metadata.reply_to_message_id: answer for answer in found}
         return [(message_id, answer) for message_id, answer in by_id.items() if message_id in waiting]
 
@@ -378,17 +406,35 @@ def run_turns(
     arrays: ModelArrays,
     recorder: Recorder,
     directory: RunDirectory,
+    *,
+    wait_for_all: bool = False,
 ) -> Record:
     """Run the remaining turns, and return the summary.
+
+    Args:
+        grid: Connection to the nodes.
+        experiment: The experiment.
+        coordinator: The run.
+        arrays: Layout of the model.
+        recorder: Writer of the run's records.
+        directory: The run directory.
+        wait_for_all: Begin once all clients are connected, however long that takes.
 
     Raises:
         UserError: If clients are missing at the start, or a turn stops the run; --resume continues it.
     """
     choice = experiment.config.deployment or DeploymentChoice()
-    network = Network(grid, experiment.population.federation.population, leave_out=choice.absent == "leave-out")
+    population = experiment.population.federation.population
+    network = Network(grid, population, leave_out=choice.absent == "leave-out")
+    status = StatusWriter(directory, experiment.config.name, population, coordinator.turns)
+    network.met = lambda: status.note(coordinator.turn, network.nodes, network.helpers)
+    note_run(directory.path)
+    if wait_for_all:
+        network.wait_for_all()
     network.wait_for(max(choice.min_participants, coordinator.least_messages), choice.join_timeout)
     network.settle()
     _warn_of_absent(network, coordinator)
+    network.tally = _tally_of(coordinator, directory)
 
     book = HeadBook.of_deployment(directory.path)
     coordinator.heads = newer_heads(coordinator.heads, book.heads)
@@ -422,6 +468,8 @@ def run_turns(
             # The times of the model and of the next turn must not depend on who answers or on the time of the sum.
             _sleep_until(began + seconds * (1.0 + _SUMMING_SHARE) + _SUMMING_SECONDS)
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _count(network, coordinator, outcome, failed, time.monotonic() - began)
+        status.note(coordinator.turn, network.nodes, network.helpers, now=True)
         _report(outcome, failed)
         recorder.after_round(outcome.turn, coordinator.state, outcome.total, None, coordinator.asked_times)
     if coordinator.sums is not None:
@@ -431,12 +479,42 @@ def run_turns(
     return recorder.finish(coordinator.state)
 
 
-def _warn_of_absent(network: Network, coordinator: Coordinator) -> None:
-    absent = [client for client in range(network.population) if client not in network.nodes]
-    if not absent:
+def _tally_of(coordinator: Coordinator, directory: RunDirectory) -> Tally:
+    """Return the counter of a run's messages for metrics."""
+    plan = coordinator.plan
+    epsilon = plan.epsilon if plan is not None and plan.private else None
+    counts = Counts(run=directory.path.name, id=coordinator.run[:12], turns=coordinator.turns, epsilon=epsilon)
+    tally = Tally.of_run(counts, coordinator.secret_cohorts)
+    tally.counts.epsilon_left = _epsilon_left(coordinator)
+    tally.save()
+    return tally
+
+
+def _epsilon_left(coordinator: Coordinator) -> float | None:
+    plan = coordinator.plan
+    if plan is None or not plan.private:
+        return None
+    return max(plan.epsilon - (plan.epsilon_after(coordinator.turn) if coordinator.turn else 0.0), 0.0)
+
+
+def _count(
+    network: Network, coordinator: Coordinator, outcome: Outcome, failed: Mapping[int, str], seconds: float
+) -> None:
+    if network.tally is None:
         return
-    names = ", ".join(f"{client} (node-{client})" for client in absent[:_MAX_NAMED])
-    more = f" and {len(absent) - _MAX_NAMED} more" if len(absent) > _MAX_NAMED else ""
+    answered = len(outcome.asked) - len(outcome.silent) - len(outcome.refused) - len(outcome.invalid)
+    messages = {
+        "answers": answered,
+        "unusable": len(outcome.invalid) + len(failed),
+        "missing": sum(client not in failed for client in outcome.silent),
+        "refusals": [kind for kind, _ in outcome.refused.values()],
+    }
+    network.tally.turn(outcome.happened, seconds, _epsilon_left(coordinator), messages)
+
+
+def _warn_of_absent(network: Network, coordinator: Coordinator) -> None:
+    if not network.absent:
+        return
     cost, remedy = f"a turn that asks one of them lasts {coordinator.turn_seconds:g} s", ""
     if coordinator.secret_cohorts:
         cost = "their messages count as zero"
@@ -444,9 +522,8 @@ def _warn_of_absent(network: Network, coordinator: Coordinator) -> None:
         cost = "turns do not wait for them"
     else:
         remedy = ', or set deployment.absent = "leave-out" to go on without them'
-    everyone = f"To wait for all at the start, set deployment.min_participants = {network.population}{remedy}"
-    everyone = "" if coordinator.secret_cohorts else f". {everyone}"
-    _log.warning("not connected: clients %s%s; %s%s", names, more, cost, everyone)
+    everyone = f"To wait for all at the start, add --wait{remedy}"
+    _log.warning("not connected: %s; %s. %s", clients_in_words(network.absent), cost, everyone)
 
 
 @contextmanager
@@ -459,7 +536,7 @@ def _noted(
     failed: dict[int, str],
 ) -> Iterator[None]:
     """Write a turn's row also if the turn stops the run; resumption asks the same again, and replaces the row."""
-    asked, turn = coordinator.asked(), coordinator.turn + 1
+    asked, turn, began = coordinator.asked(), coordinator.turn + 1, time.monotonic()
     try:
         yield
     except UserError as error:
@@ -475,6 +552,7 @@ def _noted(
             _unused=tuple(usable),
         )
         directory.append(PARTICIPATION, _row(outcome, failed, set(network.nodes)))
+        _count(network, coordinator, outcome, failed, time.monotonic() - began)
         raise
 
 
@@ -615,8 +693,8 @@ def _report(outcome: Outcome, failed: dict[int, str]) -> None:
         why = f" ({outcome.reason})" if outcome.reason else ""
         _log.warning("turn %d: %s%s; its messages are not used", outcome.turn, outcome.happened, why)
     for client, (kind, why) in outcome.refused.items():
-        _log.warning("turn %d: client %d refuses (%s): %s", outcome.turn, client, kind, why)
+        _log.warning("turn %d: %s refuses (%s): %s", outcome.turn, client_in_words(client), kind, why)
     for client, why in {**outcome.invalid, **failed}.items():
-        _log.warning("turn %d: client %d: %s", outcome.turn, client, why)
+        _log.warning("turn %d: %s: %s", outcome.turn, client_in_words(client), why)
     if outcome.silent:
-        _log.warning("turn %d: no answer in time from clients %s", outcome.turn, outcome.silent[:20])
+        _log.warning("turn %d: no answer in time from %s", outcome.turn, clients_in_words(outcome.silent))

@@ -19,7 +19,8 @@ from fedpriv.engines.states import StateStore
 from fedpriv.methods import ClientState, own_signal_of, side_values_of
 from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, batches_of, make_signal
+from fedpriv.tasks.adapters.kept import KeptActivations
+from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, RecordSum, batches_of, make_signal
 from fedpriv.tasks.task import Task
 
 __all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread", "with_metrics"]
@@ -105,8 +106,20 @@ class Population:
         at = torch.from_numpy(rows).to(self.task.device)
         return chosen_rows(self.inputs, rows), self.labels[at]
 
+    @cached_property
+    def _kept(self) -> KeptActivations:
+        return KeptActivations(self.task)
+
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
-        """Return inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device."""
+        """Return inputs `[examples, *input_shape]` and labels `[examples]` of one client, on the task's device.
+
+        If lower layers are frozen and inputs are not augmented, the layers' activations take the place of the inputs;
+        see `Task.lower`.
+        """
+        inputs, labels = self._examples(client)
+        return (inputs if self.augment is not None else self._kept.of(client, inputs)), labels
+
+    def _examples(self, client: int) -> tuple[Tensor, Tensor]:
         if self._in_client_order is None or not isinstance(self.federation, Federation):
             rows = torch.from_numpy(self.federation.rows_of(client)).to(self.task.device)
             return self.inputs[rows], self.labels[rows]
@@ -162,7 +175,7 @@ class Population:
         """True if the signals of several clients cannot be computed at once."""
         side = side_values_of(self.rules.method)
         own = self.needs_states or self.rules.examples is not None or (side is not None and side.given > 0)
-        return own or isinstance(self.work, PoissonGradient)
+        return own or isinstance(self.work, PoissonGradient | RecordSum) or self.task.kept_floats > 0
 
     @property
     def needs_states(self) -> bool:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,11 @@ from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.privacy import PrivacyPlan, Sampling
 from fedpriv.rounds import Agreement, ClientRules, ServerRules, make_agreement
 from fedpriv.streams import Purpose, SeededStreams
+from fedpriv.tasks.adapters.kept import MAX_KEPT_FLOATS
 from fedpriv.tasks.kinds import check_losses
 from fedpriv.tasks.own import OwnModule
 from fedpriv.tasks.task import Precision, Task
+from fedpriv.vectors import trainable
 
 __all__ = [
     "Experiment",
@@ -69,14 +72,25 @@ class Experiment:
         return Agreement(self.server, self.population.rules, self.plan)
 
     def evaluate(self, model: Tensor) -> dict[str, float]:
-        """Return the loss and the metrics of a model `[params]` on test examples; see `Task.evaluate`."""
+        """Return the loss and the metrics of a model `[params]` on test examples; empty for an analysis.
+
+        See `Task.evaluate`.
+        """
+        if not self.config.learns:
+            return {}
         dataset = self.population.federation.dataset
-        return self.population.task.evaluate(model, dataset.test_inputs, dataset.test_labels)
+        return self.population.task.evaluate(model, self._test_inputs, dataset.test_labels)
+
+    @cached_property
+    def _test_inputs(self) -> Tensor:
+        """The test inputs, or their activations if these never change; see `Task.lower`."""
+        inputs, task = self.population.federation.dataset.test_inputs, self.population.task
+        return task.lower(inputs) if len(inputs) * task.kept_floats <= MAX_KEPT_FLOATS else inputs
 
     def validate(self, model: Tensor) -> dict[str, float] | None:
         """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
-        if dataset.validation_inputs is None or dataset.validation_labels is None:
+        if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.learns:
             return None
         return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
 
@@ -283,11 +297,20 @@ _BYTES_A_PARAMETER = 24
 
 
 def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int) -> int:
-    """Return the number of parameters of the config's model for an input shape, without building the model.
+    """Return the number of trained parameters of the config's model for an input shape.
+
+    Unless it has adapters, the model is not built.
 
     Raises:
         UserError: If the model is invalid or too large to count.
     """
+    if config.adapter is not None:
+        return sum(part.numel() for part in trainable(build_module(config, input_shape, classes, 0)).values())
+    return _count_of_model(config, input_shape, classes)
+
+
+def _count_of_model(config: Config, input_shape: tuple[int, ...], classes: int) -> int:
+    """Return the number of parameters of the config's model, without adapters."""
     try:
         return config.model.parameters(input_shape, config.task.width(classes))
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
@@ -296,11 +319,12 @@ def count_parameters(config: Config, input_shape: tuple[int, ...], classes: int)
 
 def build_module(config: Config, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
     """Build the config's model for an input shape; raise UserError if it does not fit in memory."""
-    count = count_parameters(config, input_shape, classes)
+    count = _count_of_model(config, input_shape, classes)
     remedy = f"Make the model smaller: a run holds several copies of its {count:,} parameters"
     refuse_beyond_memory("[model]", _BYTES_A_PARAMETER * count, remedy)
     try:
-        return config.model.build(input_shape, config.task.width(classes), seed)
+        module = config.model.build(input_shape, config.task.width(classes), seed)
+        return module if config.adapter is None else config.adapter.adapted(module, input_shape, seed)
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
         raise _too_large(error) from None
 

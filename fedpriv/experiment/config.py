@@ -11,14 +11,17 @@ from typing import TypeVar
 
 import tomli_w
 
+from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
-from fedpriv.data.dataset import DATASETS, DatasetSource
+from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
 from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
+from fedpriv.experiment.analyses.constants import standardized
+from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
 from fedpriv.mechanisms.controllers import CONTROLLERS, Controller
@@ -40,6 +43,7 @@ from fedpriv.methods import (
     side_values_of,
     with_side_values,
 )
+from fedpriv.methods.server_optimizers import Momentum
 from fedpriv.plugins import Registry, bare_reference, source_of, whole_reference
 from fedpriv.privacy import (
     SAMPLINGS,
@@ -63,6 +67,7 @@ from fedpriv.privacy.released import Whose
 from fedpriv.rounds import most_messages, record_bound
 from fedpriv.streams import SeededStreams
 from fedpriv.tables import Record, Table
+from fedpriv.tasks.adapters import ADAPTERS, Adapter
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.local_work import DPSGD, LOCAL_WORKS, FullGradient, LocalEpochs, LocalWork, PoissonGradient
 from fedpriv.tasks.models import MODELS, ModelSource
@@ -71,7 +76,9 @@ from fedpriv.tasks.per_client import PerClient
 __all__ = [
     "Config",
     "check_config",
+    "digest_of_tables",
     "load_config",
+    "method_tables",
     "parse_config",
     "read_config_file",
     "read_config_text",
@@ -95,6 +102,7 @@ _NAMES = {
     "devices": ("kind",),
     "schedule": ("kind",),
     "controller": ("kind",),
+    "adapter": ("kind",),
 }
 
 # Choices of clients by loss, under the names that one would try; see `fedpriv.tasks.curricula`.
@@ -105,12 +113,12 @@ _UNKNOWN_POPULATION = 10**9
 
 TABLES = ("data", "model", "local", "cohort", "method", "server", "privacy", "training")
 TABLES += ("adaptive", "aggregation", "augment", "controller", "devices", "schedule", "deployment")
-TABLES += ("sources", "task", "evaluation", "noise")
+TABLES += ("sources", "task", "evaluation", "noise", "adapter")
 
 # Tables that change clients' messages or the noise on them. Experiments that differ in one of them, or in the number of
 # rounds, have independent noise. The name, the times of evaluation and the deployment change neither.
 NOISE_TABLES = ("data", "augment", "model", "local", "cohort", "method", "server", "privacy", "noise")
-NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task")
+NOISE_TABLES += ("adaptive", "aggregation", "controller", "devices", "schedule", "sources", "task", "adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +185,8 @@ class PrivacyChoice:
             reported with noise; see `fedpriv.methods.side_values`. None for no such report.
         metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
+        analyses: Names of the analyses of the same clients whose answers the run uses; `data.standardize` sets them.
+        analyses_mu: Together they are one Gaussian mechanism with this mu, under the run's adjacency.
 
     Raises:
         UserError: If a value is out of range; the plan checks the other values.
@@ -194,8 +204,11 @@ class PrivacyChoice:
     metrics_share: float | None = None
     metrics_max_loss: float | None = None
     draw: int | None = None
+    analyses: list[str] | None = None
+    analyses_mu: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_analyses()
         trust_of(self.trust)
         if self.adjacency is not None:
             adjacency_of(self.adjacency)
@@ -214,6 +227,13 @@ class PrivacyChoice:
             raise UserError("privacy.metrics_max_loss", "no value without metrics_share", self.metrics_max_loss, remedy)
         if self.draw is not None:
             whole_from("privacy.draw", self.draw, 0, "Remove it: a tuning sets it")
+
+    def _check_analyses(self) -> None:
+        if (self.analyses is None) != (self.analyses_mu is None):
+            got = "one of the two"
+            raise UserError("privacy.analyses_mu", "both this key and analyses, or none", got, "Use data.standardize")
+        if self.analyses_mu is not None and not 0.0 < self.analyses_mu <= 1e6:
+            raise UserError("privacy.analyses_mu", "above 0, at most 1e6", self.analyses_mu, "Use data.standardize")
 
     def metrics(self, task: TaskKind) -> PrivateMetrics | None:
         """Return the metrics that clients report with noise; None for none."""
@@ -274,6 +294,7 @@ class Config:
     aggregation: AggregationChoice | None = None
     noise: NoiseChoice | None = None
     controller: Controller | None = None
+    adapter: Adapter | None = None
 
     @cached_property
     def tables(self) -> Record:
@@ -292,30 +313,24 @@ class Config:
         aggregation = {} if self.aggregation is None else {"aggregation": write_table(self.aggregation)}
         noise = {} if self.noise is None else {"noise": write_table(self.noise)}
         control = {} if self.controller is None else {"controller": _write_named(CONTROLLERS, self.controller, "kind")}
+        adapter = {} if self.adapter is None else {"adapter": _write_named(ADAPTERS, self.adapter, "kind")}
         deployment = {} if self.deployment is None else {"deployment": write_table(self.deployment)}
         clock = {} if self.devices is None else {"devices": _write_named(DEVICES, self.devices, "kind")}
         clock |= {} if self.schedule is None else {"schedule": _write_named(SCHEDULES, self.schedule, "kind")}
         augment = {} if self.augment is None else {"augment": _write_named(AUGMENTATIONS, self.augment, "name")}
         # Older versions had plain classification alone; omitting the table keeps the digest of their experiments.
         task = {} if self.task == Classification() else {"task": _write_named(TASKS, self.task, "name")}
-        server = {}
-        if isinstance(self.method, ServerOptimized):
-            optimizer = self.method.optimizer
-            server = {"server": {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}}
-        side = side_values_of(self.method)
-        adaptive = {"adaptive": write_table(side.adaptive)} if side is not None and side.adaptive is not None else {}
         return {
             "name": self.name,
             "seed": self.seed,
             "data": data,
             **augment,
             "model": {"name": MODELS.name_of(self.model), **write_table(self.model)},
+            **adapter,
             **task,
             "local": {"work": LOCAL_WORKS.name_of(self.local), **write_table(self.local)},
             "cohort": {"sampling": self.cohort.sampling, **self.cohort.options},
-            "method": {"name": self.method_name, **write_table(bare(self.method))},
-            **adaptive,
-            **server,
+            **method_tables(self.method),
             **privacy,
             **aggregation,
             **noise,
@@ -369,7 +384,21 @@ class Config:
     def facts(self) -> DataFacts:
         """The uses of clients' examples, for the privacy statement."""
         side = side_values_of(self.method)
-        return replace(self.data.facts, scores=self.task.scores, reported=() if side is None else side.reported)
+        reported = () if side is None else side.reported
+        facts = replace(self.data.facts, scores=self.task.scores, reported=reported)
+        if not isinstance(self.model, Statistics):
+            return facts
+        return replace(facts, asked=self.model.questions, weight=self.model.weight)
+
+    @property
+    def learns(self) -> bool:
+        """False for an analysis, which trains no model."""
+        return not isinstance(self.model, Statistics)
+
+    @property
+    def title(self) -> str:
+        """The subject of the privacy statement: the method's name, or an analysis."""
+        return self.method_name if self.learns else "an analysis"
 
     @property
     def digest(self) -> str:
@@ -377,7 +406,7 @@ class Config:
 
         For a class in a file, the content of the file matters and its folder does not.
         """
-        return _hash({name: table for name, table in self._identity.items() if name != "deployment"})
+        return digest_of_tables({name: table for name, table in self._identity.items() if name != "deployment"})
 
     @property
     def noise_id(self) -> str:
@@ -387,7 +416,7 @@ class Config:
         no noise. Equal experiments keep equal bits.
         """
         tables = {name: table for name, table in self._identity.items() if name in NOISE_TABLES}
-        return _hash({**tables, "rounds": self.training.rounds})
+        return digest_of_tables({**tables, "rounds": self.training.rounds})
 
     @property
     def _identity(self) -> dict[str, object]:
@@ -432,6 +461,7 @@ class Config:
         """
         self.check_unclocked()
         self.check_only_sampled_answer()
+        self._check_turns_of_devices()
         own, trust = own_signal_of(self.method), None if self.privacy is None else trust_of(self.privacy.trust)
         weight = 1.0 if own is None else own.example_rule.restart_weight
         if weight != 1.0 and trust is not None and trust.shows_messages:
@@ -449,6 +479,12 @@ class Config:
             raise UserError("[evaluation]", "no such table in a deployment", "scores of single clients", "Remove it")
         if self.data.shift is not None:
             raise UserError("data.shift", "no value in a deployment", repr(SHIFTS.name_of(self.data.shift)), remedy)
+
+    def _check_turns_of_devices(self) -> None:
+        apart = self.cohort.of(self.data.clients or _UNKNOWN_POPULATION).separation > 1
+        if apart and self.privacy is not None and trust_of(self.privacy.trust).shows_messages:
+            expected = f'no such value in a deployment with privacy.trust = "{self.privacy.trust}", for now'
+            raise UserError("cohort.sampling", expected, f'"{self.cohort.sampling}"', 'Set it to "everyone"')
 
     def check_unclocked(self) -> None:
         """Raise UserError if the experiment has a virtual clock; real devices and Flower cannot keep one.
@@ -557,7 +593,20 @@ class Config:
         )
 
 
-def _hash(tables: Table) -> str:
+def method_tables(method: Method) -> Record:
+    """Return the tables `[method]`, `[adaptive]` and `[server]` of a method."""
+    tables: Record = {"method": {"name": METHODS.name_of(bare(method)), **write_table(bare(method))}}
+    side = side_values_of(method)
+    if side is not None and side.adaptive is not None:
+        tables["adaptive"] = write_table(side.adaptive)
+    if isinstance(method, ServerOptimized):
+        optimizer = method.optimizer
+        tables["server"] = {"optimizer": SERVER_OPTIMIZERS.name_of(optimizer), **write_table(optimizer)}
+    return tables
+
+
+def digest_of_tables(tables: Table) -> str:
+    """Return the SHA-256 of tables, in hexadecimal; the order of keys does not matter."""
     canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -573,7 +622,7 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
         UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(with_whole_paths(apply_settings(tables, settings), Path.cwd()))
+    return parse_config(standardized(with_whole_paths(apply_settings(tables, settings), Path.cwd())))
 
 
 def read_config_file(path: Path) -> dict[str, object]:
@@ -653,6 +702,8 @@ def parse_config(tables: Table) -> Config:
     """Return the experiment that TOML tables describe; see `load_config` for errors."""
     if "base" in tables and "data" not in tables:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
+    if "analysis" in tables:
+        tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
     refuse_unknown(tables, ["name", "seed", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
@@ -679,6 +730,7 @@ def parse_config(tables: Table) -> Config:
         aggregation=_read_aggregation(given),
         noise=_read_noise(given),
         controller=_read_controller(given),
+        adapter=_read_named(ADAPTERS, given["adapter"], "adapter", "kind") if "adapter" in given else None,
     )
     _check_sources(config, given.get("sources", {}))
     check_config(config)
@@ -712,6 +764,7 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     _check_unit(config)
     _check_presence(config)
+    _check_adapter(config)
     if config.method.client_part.needs_gradient_scale and config.local.signal == "pseudo-gradient":
         expected = f'"gradient-sum" or "gradient-mean" with {config.method_name}, which divides by client_lr'
         raise UserError(
@@ -810,10 +863,10 @@ def _check_turns(config: Config) -> None:
     if config.devices is not None:
         expected = "no such value with [devices]: late clients would count outside of their turns"
         raise UserError(key, expected, got, remedy)
-    if config.privacy is not None and not trust_of(config.privacy.trust).trusts_server:
-        why = (
-            "a client's own noise cannot return" if trust_of(config.privacy.trust).shows_messages else "clients change"
-        )
+    trust = None if config.privacy is None else trust_of(config.privacy.trust)
+    own_noise = config.noise is None and trust is not None and trust.shows_messages
+    if config.privacy is not None and trust is not None and not trust.trusts_server and not own_noise:
+        why = "a client's own noise cannot return" if trust.shows_messages else "clients change"
         expected = f'no such value with privacy.trust = "{config.privacy.trust}": {why} from round to round'
         raise UserError(key, expected, got, 'Set privacy.trust to "central", or remove it')
     if config.privacy is not None and config.privacy.unit == "example":
@@ -888,6 +941,16 @@ def _check_presence(config: Config) -> None:
         raise UserError("[devices]", f"no such table {expected}", "a virtual clock", "Remove [devices] and [schedule]")
 
 
+def _check_adapter(config: Config) -> None:
+    """Raise UserError for a server optimizer that depends on coordinates that FedSVD changes."""
+    optimizer = config.method.optimizer if isinstance(config.method, ServerOptimized) else None
+    if config.adapter is None or not config.adapter.rotates or optimizer is None or type(optimizer) is Momentum:
+        return
+    expected = f'no optimizer but "momentum" with adapter.kind = "{ADAPTERS.name_of(config.adapter)}"'
+    remedy = 'Remove [server], or set adapter.kind = "ffa-lora"'
+    raise UserError("server.optimizer", expected, repr(SERVER_OPTIMIZERS.name_of(optimizer)), remedy)
+
+
 def _check_sources(config: Config, recorded: Table) -> None:
     """Raise UserError if the source of a class differs from the source that a run recorded in its `config.toml`."""
     for key, source in config.sources.items():
@@ -903,6 +966,11 @@ def _check_schedule(config: Config) -> None:
     if config.devices is None and config.rule != Synchronous():
         remedy = "Add [devices] with the speed of clients, or remove [schedule]"
         raise UserError("[devices]", "this table with [schedule]", "a missing table", remedy)
+    if config.privacy is not None and config.rule.shows_messages:
+        trust, schedule = config.privacy.trust, SCHEDULES.name_of(config.rule)
+        if not trust_of(trust).shows_messages:
+            expected = f'"local" with schedule.kind = "{schedule}": the next client sees each message'
+            raise UserError("privacy.trust", expected, f'"{trust}"', 'Set it to "local"')
     sampling = config.cohort.of(config.data.clients or _UNKNOWN_POPULATION)
     config.rule.check(sampling, memory=has_memory(config.method))
 

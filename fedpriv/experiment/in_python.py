@@ -37,6 +37,7 @@ from fedpriv.plugins import MEMORY
 from fedpriv.privacy import SAMPLINGS, AggregationChoice, Everyone, NoiseChoice, PrivacyPlan, Sampling, trust_of
 from fedpriv.privacy.released import Whose
 from fedpriv.tables import Record
+from fedpriv.tasks.adapters import Adapter
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
@@ -92,6 +93,8 @@ class Experiment:
         seed: The seed of all randomness.
         evaluate_every: Rounds from one evaluation to the next.
         name: The name of the experiment.
+        adapter: The parts of the model that are trained, such as `fedpriv.tasks.adapters.Lora(targets=["query"])`; None
+            for all that have `requires_grad`.
 
     Raises:
         UserError: If a part is missing or does not fit, raised when the part is first needed.
@@ -120,6 +123,7 @@ class Experiment:
     evaluate_every: int = 1
     name: str = "experiment"
     noise: NoiseChoice | None = None
+    adapter: Adapter | None = None
 
     def __repr__(self) -> str:
         """Return the parts that were given, without model and data."""
@@ -156,6 +160,7 @@ class Experiment:
             task=task,
             evaluation=self.evaluation,
             noise=None if self.noise is not None and self.noise.kind == "independent" else self.noise,
+            adapter=self.adapter,
         )
         check_config(config)
         return config

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedpriv.engines import one_thread
 from fedpriv.errors import has_extra
+from fedpriv.experiment.analyses.answers import ANALYSIS_FILE, answers_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.heterogeneity import measure_heterogeneity
 from fedpriv.experiment.learned import warnings_of
@@ -32,7 +33,15 @@ from fedpriv.experiment.timing import clock_is_public, clock_row, lateness_row
 from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.mechanisms.filtered import Filtered, FilterState
 from fedpriv.methods import ServerState, side_values_of
-from fedpriv.privacy import NOT_PROMISED, Simulated, privacy_statement, rounded_up, signal_warning
+from fedpriv.privacy import (
+    NOT_PROMISED,
+    PrivacyPlan,
+    Simulated,
+    privacy_statement,
+    rounded_up,
+    signal_warning,
+    with_analyses,
+)
 from fedpriv.privacy.own_sizes import ledgers_of, of_sizes, sizes_in_words
 from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
@@ -40,7 +49,15 @@ from fedpriv.tables import Record, Table
 from fedpriv.tasks.per_client import ClientExamples, evaluate_clients
 from fedpriv.vectors import Layout
 
-__all__ = ["OLDER", "Recorder"]
+__all__ = [
+    "OLDER",
+    "Recorder",
+    "RunFacts",
+    "diagnostics_row",
+    "no_promise",
+    "summary_of",
+    "terms_in_words",
+]
 
 _log = logging.getLogger("fedpriv")
 
@@ -60,6 +77,35 @@ Spent at the end of the run
 
 # In a checkpoint, the prefix of a model that some client still works on; its number follows.
 OLDER = "model-after-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """The facts of a run that its summary repeats.
+
+    Args:
+        name: The run's name.
+        method: The method's name.
+        digest: Digest of the experiment.
+        seed: The seed, or the number of a repetition.
+        rounds: The planned number of rounds.
+        population: The number of clients.
+        expected_cohort: The expected number of clients in a round.
+        parameters: The number of trained parameters.
+        plan: The privacy plan; None for a run without privacy.
+        ran: The execution of the run; contains at least `engine`.
+    """
+
+    name: str
+    method: str
+    digest: str
+    seed: int
+    rounds: int
+    population: int
+    expected_cohort: float
+    parameters: int
+    plan: PrivacyPlan | None
+    ran: Table
 
 
 @dataclass
@@ -93,7 +139,7 @@ class Recorder:
         """Write everything known before the first round."""
         experiment, plan = self.experiment, self.experiment.plan
         size = experiment.population.task.layout.size
-        if plan is not None and (drowned := signal_warning(plan, size)):
+        if plan is not None and experiment.config.learns and (drowned := signal_warning(plan, size)):
             _log.warning("%s", drowned)
         self._write_promise()
         self.directory.write_json(FACTS_FILE, self._facts())
@@ -108,25 +154,28 @@ class Recorder:
         experiment, plan = self.experiment, self.experiment.plan
         statement = privacy_statement(
             plan,
-            method=experiment.config.method_name,
+            method=experiment.config.title,
             randomness=self.randomness,
             deployed=self.deployed,
             simulated=Simulated(clock=experiment.timeline is not None, fused=self._fused),
             data=experiment.config.facts,
             recorded=True,
             app="fixed" if self.deployed else None,
-            size=experiment.population.task.layout.size,
+            size=experiment.population.task.layout.size if experiment.config.learns else None,
         )
         choice = experiment.config.privacy
         if choice is not None and choice.draw is not None:
             statement += _OF_A_TUNING
         if spent is not None:
             statement += _SPENT.format(rounded=rounded_up(spent["epsilon_spent"]), **spent)
-        promise = _no_promise() if plan is None else plan.as_dict()
+        promise = no_promise() if plan is None else plan.as_dict()
         if experiment.config.needs_sizes:
             by_client = of_sizes(plan, experiment.population.federation.sizes)
             promise |= by_client
             statement += sizes_in_words(by_client)
+        if choice is not None:
+            together, paragraph = with_analyses(plan, choice.analyses, choice.analyses_mu)
+            promise, statement = promise | together, statement + paragraph
         used = {} if spent is None else {"spent": spent}
         self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)
@@ -208,10 +257,17 @@ class Recorder:
         """Write the final model, the plot if possible and, last of all, the summary; return the summary."""
         self.directory.write_model("model.safetensors", state.model, self._layout)
         rounds = self.directory.rows("rounds.jsonl")
-        if has_extra("report"):  # otherwise the command line suggests the extra
+        if has_extra("report") and self.experiment.config.learns:  # otherwise the command line suggests the extra
             plot_curves(
-                rounds, self.directory.file("curves.png"), title=self._title(), task=self.experiment.config.task
+                rounds,
+                self.directory.file("curves.png"),
+                title=self._title(),
+                task=self.experiment.config.task,
+                classes=self.experiment.population.federation.dataset.classes,
             )
+        answers = answers_of(self.experiment, state.model)
+        if answers is not None:
+            self.directory.write_json(ANALYSIS_FILE, answers)
         rows = self.directory.rows("diagnostics.jsonl")
         clients = self._evaluate_clients(state.model)
         self.directory.write_json(DIAGNOSTICS_FILE, {**self._diagnostics(rows), **clients})
@@ -229,7 +285,8 @@ class Recorder:
 
     def _facts(self) -> dict[str, object]:
         config, dataset = self.experiment.config, self.experiment.population.federation.dataset
-        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes))
+        frozen = self.experiment.population.task.frozen_digest
+        return model_facts(config.data.dataset, dataset, config.task.width(dataset.classes), frozen)
 
     def _evaluate_clients(self, model: Tensor) -> dict[str, object]:
         """Write the scores of single clients if the experiment asks for them, and return their distribution."""
@@ -258,10 +315,7 @@ class Recorder:
             data += f", {self.ran['precision']}"
         if self.experiment.timeline is not None:
             data += f", timeline {self.experiment.timeline.fingerprint}"
-        drawn = ", one draw of clients' noise a round" if self._fused else ""
-        if plan is not None and plan.noise is not None:
-            drawn += f", matrix {hashlib.sha256(json.dumps(plan.noise.as_dict()).encode()).hexdigest()[:16]}"
-        return data if plan is None else f"{data}, noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
+        return data + terms_in_words(plan, ", one draw of clients' noise a round" if self._fused else "")
 
     @property
     def _fused(self) -> bool:
@@ -325,25 +379,15 @@ class Recorder:
 
     def _diagnose(self, round: int, state: ServerState, total: Total, seconds: float) -> dict[str, object]:
         population = self.experiment.population
-        if self.deployed and self.experiment.plan is not None:  # record nothing about a noiseless sum
-            rate = total.messages / max(seconds, 1e-9)
-            plain = {"round": round, "cohort_size": total.messages, "non_finite": 0, "seconds": seconds}
-            return {**plain, "clients_per_second": rate}
-        return {
-            "round": round,
-            "cohort_size": total.messages,
-            "non_finite": total.non_finite,
-            "signal_norm": total.signal_norm,
-            "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
-            "signal_to_noise": signal_to_noise(
-                total, self.experiment.server.last_stddev(state), population.rules.noise_stddev * self._weight(round)
-            ),
-            "model_norm": float(torch.linalg.vector_norm(state.model, dtype=torch.float64)),
-            "seconds": seconds,
-            "clients_per_second": total.messages / max(seconds, 1e-9),
-            **({} if population.rules.sums is None else {"void": total.void}),
-            **self._clock(round, released=False),
-        }
+        plan = self.experiment.plan
+        bare = self.deployed and plan is not None
+        client_stddev = population.rules.noise_stddev * self._weight(round)
+        noise = None if bare else signal_to_noise(total, self.experiment.server.last_stddev(state), client_stddev)
+        row = diagnostics_row(round, state.model, total, seconds, noise=noise, bare=bare)
+        if bare:
+            return row
+        void = {} if population.rules.sums is None else {"void": total.void}
+        return {**row, **void, **self._clock(round, released=False)}
 
     def _weight(self, round: int) -> float:
         """Return the root mean square of the weights of a round's messages."""
@@ -367,33 +411,23 @@ class Recorder:
         return f"{config.name}: {config.method_name}, {promise}"
 
     def _summary(self, last: Record, diagnostics: list[Record]) -> dict[str, object]:
-        config, plan = self.experiment.config, self.experiment.plan
-        seconds = sum(row["seconds"] for row in diagnostics)
-        expected = self.experiment.server.sampling.expected_size
-        # For a private run, use the expected number of messages: the actual number may show who took part.
-        messages = sum(row["cohort_size"] if plan is None else expected for row in diagnostics)
-        promise = _no_promise() if plan is None else plan.as_dict()
-        keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
-        return {
-            "name": config.name,
-            "method": config.method_name,
-            "engine": self.ran["engine"],
-            "execution": self.ran,
-            "digest": config.digest,
-            "seed": config.seed,
-            "rounds": config.training.rounds,
-            "population": self.experiment.population.federation.population,
-            "expected_cohort": expected,
-            "parameters": self.experiment.population.task.layout.size,
-            **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
-            **({} if config.task.usual else {"metrics": {one.name: one.better for one in config.task.measured}}),
-            **self._marks,
-            **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
-            **({"ledger": self._ledger()} if self._keeps_ledger else {}),
-            "seconds": seconds,
-            "clients_per_second": messages / seconds if seconds else 0.0,
-            **self._clock_at_the_end(released=True),
-        }
+        config = self.experiment.config
+        facts = RunFacts(
+            name=config.name,
+            method=config.method_name,
+            digest=config.digest,
+            seed=config.seed,
+            rounds=config.training.rounds,
+            population=self.experiment.population.federation.population,
+            expected_cohort=self.experiment.server.sampling.expected_size,
+            parameters=self.experiment.population.task.layout.size,
+            plan=self.experiment.plan,
+            ran=self.ran,
+        )
+        measured = {} if config.task.usual else {"metrics": {one.name: one.better for one in config.task.measured}}
+        counts = self._counts if self._keeps_ledger else None
+        summary = summary_of(facts, last, diagnostics, {**measured, **self._marks}, counts)
+        return {**summary, **self._clock_at_the_end(released=True)}
 
     def _diagnostics(self, rows: list[Record]) -> dict[str, object]:
         """Return the totals that accompany the summary and are not released."""
@@ -421,18 +455,102 @@ class Recorder:
             counts[client] = times
         return counts
 
-    def _ledger(self) -> dict[str, object]:
-        """Return the epsilon that single clients actually spent, by how often each took part."""
-        plan = self.experiment.plan
-        counts = self._counts
-        counts_of = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
-        return {
-            who: {"participations": int(times), "epsilon": plan and plan.epsilon_of_participations(int(times))}
-            for who, times in counts_of.items()
-        }
+
+def summary_of(
+    facts: RunFacts,
+    last: Record,
+    diagnostics: list[Record],
+    more: Table,
+    counts: np.ndarray | None = None,
+) -> dict[str, object]:
+    """Return the summary of a finished run.
+
+    Args:
+        facts: The facts that it repeats.
+        last: The last row of `rounds.jsonl`.
+        diagnostics: The rows of `diagnostics.jsonl`.
+        more: Further values, after the scores.
+        counts: How often each client took part, int64 `[clients]`; None without a ledger.
+    """
+    plan = facts.plan
+    seconds = sum(row["seconds"] for row in diagnostics)
+    # For a private run, use the expected number of messages: the actual number may show who took part.
+    messages = sum(row["cohort_size"] if plan is None else facts.expected_cohort for row in diagnostics)
+    promise = no_promise() if plan is None else plan.as_dict()
+    keys = ("private", "epsilon", "delta", "noise_multiplier", "noise_stddev", "l2_sensitivity")
+    return {
+        "name": facts.name,
+        "method": facts.method,
+        "engine": facts.ran["engine"],
+        "execution": facts.ran,
+        "digest": facts.digest,
+        "seed": facts.seed,
+        "rounds": facts.rounds,
+        "population": facts.population,
+        "expected_cohort": facts.expected_cohort,
+        "parameters": facts.parameters,
+        **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
+        **more,
+        **{key: promise[key] for key in (*keys, "trust", "adjacency", "accountant", "adversary")},
+        **({} if counts is None or plan is None else {"ledger": _ledger_of(plan, counts)}),
+        "seconds": seconds,
+        "clients_per_second": messages / seconds if seconds else 0.0,
+    }
 
 
-def _no_promise() -> dict[str, object]:
+def diagnostics_row(
+    round: int, model: Tensor, total: Total, seconds: float, *, noise: float | None, bare: bool
+) -> dict[str, object]:
+    """Return a round's row of `diagnostics.jsonl`.
+
+    Args:
+        round: The number of the round.
+        model: The model after it, `[params]`.
+        total: The sum of its messages.
+        seconds: Its duration.
+        noise: The signal-to-noise ratio; None if it is unknown.
+        bare: True to record nothing about the noiseless sum.
+    """
+    speed = {"seconds": seconds, "clients_per_second": total.messages / max(seconds, 1e-9)}
+    if bare:
+        return {"round": round, "cohort_size": total.messages, "non_finite": 0, **speed}
+    return {
+        "round": round,
+        "cohort_size": total.messages,
+        "non_finite": total.non_finite,
+        "signal_norm": total.signal_norm,
+        "sum_norm": float(torch.linalg.vector_norm(total.sum, dtype=torch.float64)),
+        "signal_to_noise": noise,
+        "model_norm": float(torch.linalg.vector_norm(model, dtype=torch.float64)),
+        **speed,
+    }
+
+
+def terms_in_words(plan: PrivacyPlan | None, drawn: str = "") -> str:
+    """Return the privacy terms that all rounds of a run must share, for its checkpoint; empty without privacy.
+
+    Args:
+        plan: The privacy plan.
+        drawn: How noise is drawn, if not for each client.
+    """
+    if plan is None:
+        return ""
+    if plan.noise is not None:
+        drawn += f", matrix {hashlib.sha256(json.dumps(plan.noise.as_dict()).encode()).hexdigest()[:16]}"
+    return f", noise {plan.noise_stddev!r}, {plan.accountant}{drawn}"
+
+
+def _ledger_of(plan: PrivacyPlan, counts: np.ndarray) -> dict[str, object]:
+    """Return the epsilon that single clients actually spent, by how often each took part, int64 `[clients]`."""
+    counts_of = {"most": counts.max(), "median": math.ceil(np.median(counts)), "least": counts.min()}
+    return {
+        who: {"participations": int(times), "epsilon": plan.epsilon_of_participations(int(times))}
+        for who, times in counts_of.items()
+    }
+
+
+def no_promise() -> dict[str, object]:
+    """Return the values of a privacy plan for a run without privacy."""
     keys = ("epsilon", "delta", "noise_multiplier", "l2_sensitivity", "trust", "adjacency", "accountant")
     absent = {"private": False, "noise_stddev": 0.0, "adversary": "none: not private"}
     return {**dict.fromkeys(keys), **absent, **NOT_PROMISED}

@@ -68,7 +68,7 @@ def safetensors_pieces(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         yield flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 
-def model_facts(source: object, dataset: Dataset, outputs: int) -> dict[str, object]:
+def model_facts(source: object, dataset: Dataset, outputs: int, frozen: str | None = None) -> dict[str, object]:
     """Return the content of `model.json`.
 
     The shape of inputs and the number of labels are those of the agreement, which `model.safetensors` shows, too. All
@@ -78,6 +78,7 @@ def model_facts(source: object, dataset: Dataset, outputs: int) -> dict[str, obj
         source: The settings of the data set.
         dataset: The data set.
         outputs: Width of the model's outputs.
+        frozen: A SHA-256 of the weights that are not trained, which the run does not store; None for none.
     """
     declared = declared_by(source)
     names, named = declared.class_names, dataset.kind in ("classes", "flags")
@@ -92,6 +93,7 @@ def model_facts(source: object, dataset: Dataset, outputs: int) -> dict[str, obj
             "std": list(declared.std),
             "columns": declared.columns,
         },
+        **({} if frozen is None else {"frozen_sha256": frozen}),
     }
 
 

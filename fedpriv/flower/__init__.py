@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clients import private_mod
     from fedpriv.flower.legacy import legacy_mod
     from fedpriv.flower.legacy_server import PrivateServer
+    from fedpriv.flower.server.run_record import RunFolder
     from strategies import (
         Agreement,
         AlphaNormEC,
@@ -45,13 +46,18 @@ __all__ = [
     "NormalizedSGD",
     "Privacy",
     "PrivateServer",
+    "RunFolder",
     "frozen_arrays",
     "legacy_mod",
     "private_mod",
 ]
 
 
-_LEGACY = {"PrivateServer": "fedpriv.flower.legacy_server", "legacy_mod": "fedpriv.flower.legacy"}
+_ELSEWHERE = {
+    "PrivateServer": "fedpriv.flower.legacy_server",
+    "RunFolder": "fedpriv.flower.server.run_record",
+    "legacy_mod": "fedpriv.flower.legacy",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,8 +65,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_extra(f"from {__name__} import {name}", "flower", ["flwr"])
-    if name in _LEGACY:
-        return getattr(importlib.import_module(_LEGACY[name]), name)
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     return getattr(_ours("clients" if name == "private_mod" else "strategies"), name)
 
 

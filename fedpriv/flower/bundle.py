@@ -26,6 +26,7 @@ _DEPLOYED: dict[str, object] = {
     "deployed": True,
     "resume": False,
     "claimed": False,
+    "wait": False,
     "failure-report": "",
     "helpers": "",
     "enrolled": "",

@@ -8,8 +8,9 @@ and miss the answer while they wait for a server that is gone.
 
 The program is run by its path and imports nothing from fedpriv: the app that it loads may have packages of those names.
 
-Flower starts a process for every message to a ClientApp, and each would import PyTorch and Flower again. On Linux, the
-first of them is therefore started by a process that imports them once and then forks for every message.
+Flower starts a process for every message to a ClientApp, and for every run's ServerApp, and each would import PyTorch
+and Flower again. On Linux, they are therefore forked by a process that imports both once. If the node or server names
+the program in the environment (`PREPARED`), that process starts with it; otherwise, with the first message.
 """
 
 import contextlib
@@ -27,10 +28,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["LOCK", "companion_of", "end_with", "starting_companions"]
+__all__ = ["ALIVE", "LOCK", "PREPARED", "companion_of", "end_with", "starting_companions"]
 
 LOCK = "lock"
 """Name of the file, in the folder of Flower's files, that a node or server locks while it runs."""
+
+ALIVE = "alive"
+"""Name of the file, in the same folder, that a node touches when the server has answered it."""
+PREPARED = "FEDPRIV_PREPARED"
+"""Environment variable: the program to fork, then modules that it may import before its app is known."""
 
 _CLIENT_APP = "flwr-clientapp"
 _FORKING = "fork-client-apps"
@@ -59,16 +65,26 @@ def starting_companions(
     return SimpleNamespace(**{**vars(subprocess), "Popen": start})
 
 
-class ForkedClientApps:
-    """Starts ClientApp processes of Flower by forking one that has imported PyTorch and Flower.
+class ForkedApps:
+    """Starts processes of Flower's apps by forking one that has imported PyTorch and Flower.
 
     Args:
         lock: See `companion_of`.
+        program: Program of the processes.
+        modules: Modules that the first process imports, too.
     """
 
-    def __init__(self, lock: str) -> None:
+    def __init__(self, lock: str, program: str = _CLIENT_APP, modules: Sequence[str] = ()) -> None:
+        self.program = program
         self._lock = lock
+        self._modules = modules
         self._parent: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Start the process that imports and forks, unless it runs."""
+        if self._parent is None:
+            parent = companion_of(self._lock, [_FORKING, self.program, *self._modules])
+            self._parent = subprocess.Popen(parent, stdin=subprocess.PIPE, bufsize=0)
 
     def start(self, command: Sequence[str], **options: Any) -> None:
         """Start a process that runs `command` and ends by itself; only the absence of output is an option."""
@@ -80,17 +96,22 @@ class ForkedClientApps:
             self._send(request)
 
     def _send(self, request: str) -> None:
-        if self._parent is None:
-            parent = companion_of(self._lock, [_FORKING])
-            self._parent = subprocess.Popen(parent, stdin=subprocess.PIPE, bufsize=0)
+        self.prepare()
+        assert self._parent is not None
         assert self._parent.stdin is not None
         self._parent.stdin.write(f"{request}\n".encode())
 
 
-def fork_client_apps(lock: str) -> None:
-    """Fork a process for each line of the standard input; return in each of them, and exit at the end of the input."""
-    _entry(_CLIENT_APP)
-    for name in ("torch", "scipy.special", "pydantic"):
+def fork_apps(lock: str, program: str = _CLIENT_APP, *modules: str) -> None:
+    """Fork a process for each line of the standard input; return in each of them, and exit at the end of the input.
+
+    Args:
+        lock: See `companion_of`.
+        program: Program of the processes, which is imported.
+        modules: Other modules to import, if they are installed.
+    """
+    _entry(program)
+    for name in ("torch", "scipy.special", "pydantic", *modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the node, too, which closes the input
@@ -124,8 +145,8 @@ def end_with(lock: str) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run one of Flower's programs in this process, or fork processes for ClientApps."""
     lock, *command = arguments
-    if command == [_FORKING]:
-        fork_client_apps(lock)
+    if command[0] == _FORKING:
+        fork_apps(lock, *command[1:])
     run(lock, command)
 
 
@@ -154,10 +175,13 @@ def _for_superexec(lock: str) -> Any:
     companions = starting_companions(lock)
     if sys.platform != "linux":
         return companions
-    forked, others = ForkedClientApps(lock), companions.Popen
+    program, *modules = os.environ.get(PREPARED, "").split() or [_CLIENT_APP]
+    forked, others = ForkedApps(lock, program, modules), companions.Popen
+    if PREPARED in os.environ:
+        forked.prepare()
 
     def start(command: Sequence[str], **options: Any) -> Any:
-        return (forked.start if command[0] == _CLIENT_APP else others)(command, **options)
+        return (forked.start if command[0] == forked.program else others)(command, **options)
 
     return SimpleNamespace(**{**vars(companions), "Popen": start})
 

@@ -5,6 +5,7 @@ from fedpriv.methods.base import (
     METHODS,
     ClientState,
     ClientStateT,
+    Constrained,
     ExampleRule,
     Gradients,
     LostMemory,
@@ -42,6 +43,7 @@ from fedpriv.methods.side_values import (
     side_values_of,
     with_side_values,
 )
+from fedpriv.methods.sparse import PrivateIHT
 
 __all__ = [
     "DIFF2",
@@ -55,6 +57,7 @@ __all__ = [
     "ClientStateT",
     "Clip21",
     "Clip21SGD2M",
+    "Constrained",
     "DPFedAvg",
     "DPScaffold",
     "DiceSGD",
@@ -67,6 +70,7 @@ __all__ = [
     "NormalizedSGD",
     "OwnSignal",
     "PlainMethod",
+    "PrivateIHT",
     "PrivateMetrics",
     "PrivateSpiderBoost",
     "ServerOptimized",

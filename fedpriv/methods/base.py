@@ -16,6 +16,7 @@ __all__ = [
     "AroundMethod",
     "ClientState",
     "ClientStateT",
+    "Constrained",
     "ExampleRule",
     "Gradients",
     "LostMemory",
@@ -360,6 +361,16 @@ class OwnSignal(Protocol):
         ...
 
 
+@runtime_checkable
+class Constrained(Protocol):
+    """A method with a server step that ends in a set of models, which the step along another direction would leave."""
+
+    @property
+    def steps_into(self) -> str:
+        """The set, in words that follow a preposition."""
+        ...
+
+
 def own_signal_of(method: Method) -> OwnSignal | None:
     """Return the method that clients run if it makes its own signal, otherwise None."""
     method = method.client_part
@@ -402,6 +413,7 @@ METHODS: Registry[Method] = Registry(
         "private-spiderboost": "fedpriv.methods.difference_estimators:PrivateSpiderBoost",
         "dice-sgd": "fedpriv.methods.dice_sgd:DiceSGD",
         "fedspeed": "fedpriv.methods.fedspeed:FedSpeed",
+        "private-iht": "fedpriv.methods.sparse.private_iht:PrivateIHT",
     },
     protocol=Method,
     group="fedpriv.methods",

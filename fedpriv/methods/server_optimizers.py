@@ -37,8 +37,9 @@ from typing_extensions import TypeVar
 
 from fedpriv.bounding import Bounded
 from fedpriv.checks import real_within, require_fraction
+from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release
-from fedpriv.methods.base import AroundMethod, ClientStateT, Method, Row, ServerState
+from fedpriv.methods.base import AroundMethod, ClientStateT, Constrained, Method, Row, ServerState
 from fedpriv.plugins import Registry
 from fedpriv.vectors import State, joined, parted, rebuilt
 
@@ -232,6 +233,14 @@ class ServerOptimized(AroundMethod[ClientStateT]):
 
     method: Method[ClientStateT]
     optimizer: ServerOptimizer
+
+    def __post_init__(self) -> None:
+        inner = self.method.client_part
+        if isinstance(inner, Constrained):
+            expected = f"no such table with a method that steps into {inner.steps_into}"
+            raise UserError(
+                "[server]", expected, type(self.optimizer).__name__, "Remove [server]: its steps leave them"
+            )
 
     @property
     def client_part(self) -> Method[ClientStateT]:

@@ -7,7 +7,7 @@ from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled, Separated
-from fedpriv.privacy.statement import Simulated, privacy_statement, rounded_up
+from fedpriv.privacy.statement import Simulated, files_in_words, privacy_statement, rounded_up, with_analyses
 from fedpriv.privacy.trust import (
     TRUSTS,
     Aggregator,
@@ -58,6 +58,7 @@ __all__ = [
     "by_reliance",
     "correlated",
     "delta_warning",
+    "files_in_words",
     "make_plan",
     "noise_against_signal",
     "privacy_statement",
@@ -68,4 +69,5 @@ __all__ = [
     "trust_of",
     "unit_name",
     "unit_of",
+    "with_analyses",
 ]

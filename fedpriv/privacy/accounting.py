@@ -176,6 +176,32 @@ class Releases:
         """Return the smallest proven bound with its accountant; arguments and guarantees are those of `epsilon`."""
         return _tightest_bound(self, noise_multiplier, rounds, horizon or rounds)
 
+    def epsilon_after(self, mu: float, noise_multiplier: float, rounds: int) -> float:
+        """Return epsilon of the rounds together with earlier releases that are one Gaussian mechanism with `mu`.
+
+        Args:
+            mu: Sensitivity over standard deviation of the earlier releases, under the same adjacency; at least 0.
+            noise_multiplier: See `epsilon`.
+            rounds: See `epsilon`.
+
+        Formal guarantees:
+            An upper bound under adaptive composition. It is exact if no sampling is credited. Otherwise the losses of
+            the sampled rounds and of the Gaussian are added on one grid.
+        """
+        if rounds and noise_multiplier == 0.0:
+            return math.inf
+        shift = math.sqrt(self.charged(rounds)) / noise_multiplier if rounds else 0.0
+        whole = gaussian_epsilon(min(math.hypot(shift, mu), MAX_SHIFT), self.delta)
+        noise = min(noise_multiplier * self.sensitivity / self.column, MAX_HIDING_NOISE)
+        if not self.pairs or rounds == 0 or noise * MAX_SHIFT < 1.0:
+            return whole
+        turns, earlier, found = self.turns(rounds), Half(1.0, 1.0, 1.0), 0.0
+        for sampled in _losses(self.pairs, noise, turns, self.delta)[0]:
+            cut = _negligible(self.delta, turns + 1)
+            before = losses_of_one_round(earlier, earlier, 1.0 / max(mu, 1e-6), cut, sampled.interval)
+            found = max(found, Composition([(sampled, turns), (before, 1)]).epsilon(self.delta))
+        return min(whole, found)
+
     def calibrate(self, epsilon: float, rounds: int) -> float:
         """Return the smallest noise multiplier that spends at most `epsilon`, to within 0.1 % of epsilon.
 

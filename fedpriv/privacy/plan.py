@@ -6,7 +6,7 @@ No other code combines a bound, a noise multiplier and an epsilon.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
@@ -15,7 +15,7 @@ from fedpriv.mechanisms.noise import Gaussian
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.aggregation import Aggregation, SumGrid
 from fedpriv.privacy.correlation import NoiseMatrix
-from fedpriv.privacy.gaussian import MAX_NOISE
+from fedpriv.privacy.gaussian import MAX_NOISE, gaussian_epsilon
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import HiddenAggregator, Shares, Trust, TrustName, trust_of
 from fedpriv.privacy.unit import ADJACENCIES, Adjacency, UnitName, adjacency_of, unit_of
@@ -40,6 +40,14 @@ DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-10, 1e-12)
 
 NOT_PROMISED: dict[str, Any] = {"promises": [], "gaussian_dp_mu": None, "zcdp_rho": None, "epsilons": {}}
 """The entries of `PrivacyPlan.as_dict` that list guarantees, for a run without any."""
+
+
+class Composed(NamedTuple):
+    """A guarantee of a run and the analyses before it, taken together: epsilon, delta and how they were composed."""
+
+    epsilon: float
+    delta: float
+    composition: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +283,24 @@ class PrivacyPlan:
             found[delta] = least
         return dict(reversed(found.items()))
 
+    def with_analyses(self, mu: float) -> "Composed":
+        """Return the guarantee of all rounds together with analyses before them; see `Composed`.
+
+        Args:
+            mu: The analyses are together one Gaussian mechanism with this mu, under the plan's adjacency.
+        """
+        from fedpriv.privacy.accounting import Releases
+
+        own = self.gaussian_dp_mu
+        if own is not None:
+            return Composed(gaussian_epsilon(math.hypot(own, mu), self.delta), self.delta, "exact, as one Gaussian")
+        if isinstance(self.releases, Releases):
+            found = self.releases.epsilon_after(mu, self.noise_multiplier, self._charged(self.rounds))
+            return Composed(found, self.delta, "privacy losses of the rounds and of one Gaussian, added up")
+        half = replace(self, delta=self.delta / 2.0)
+        basic = half.epsilon + gaussian_epsilon(mu, half.delta)
+        return Composed(basic, self.delta, "basic composition, half of delta each")
+
     def under_replace(self) -> "PrivacyPlan":
         """Return the same mechanism as a plan for `replace`: the same noise over twice the sensitivity."""
         if self.adjacency == "replace":
@@ -438,7 +464,8 @@ class PrivacyPlan:
         if self.noise is None and not apart:
             return
         key, got = ("[noise]", "a table") if self.noise is not None else ("cohort.sampling", f'"{self.sampling.name}"')
-        if not trust_of(self.trust).trusts_server:
+        trust = trust_of(self.trust)
+        if not trust.trusts_server and not (self.noise is None and trust.shows_messages):
             remedy = 'Set privacy.trust = "central", or remove the table or the sampling'
             expected = f'no such value with privacy.trust = "{self.trust}"'
             if self.noise is not None:

@@ -65,6 +65,7 @@ OUTPUTS = (
         "epsilon and the scores of the model, round by round, and the virtual clock unless it shows who took part",
         left=True,
     ),
+    Output("analysis.json", Kind.RELEASED, "the answers of an analysis, with standard errors of the noise"),
     Output("curves.png", Kind.RELEASED, "the same as a picture", left=True),
     Output("summary.json", Kind.RELEASED, "the promise and the last scores; of its timings see below", left=True),
     Output("engine.json", Kind.TIMING, "how the run was executed, and how long a client took if measured", left=True),
@@ -99,6 +100,7 @@ OUTPUTS = (
     Output("diagnostics.json", Kind.OWNER, "totals, how clients differ, and a checksum of the data", left=True),
     Output("heterogeneity.json", Kind.OWNER, "how clients differ", "simulation", left=True),
     Output("participation.jsonl", Kind.OWNER, "who was asked, who answered and how", "deployment"),
+    Output("nodes.json", Kind.OWNER, "which clients are connected, and when each last was", "deployment"),
     Output("clients.json", Kind.OWNER, "scores of single clients, in runs without privacy alone", "simulation"),
     Output(
         "ledgers.json", Kind.OWNER, "what single clients' records spent, if clients divide by own sizes", "simulation"
@@ -159,6 +161,8 @@ class DataFacts:
         test: Origin of the test examples.
         validation: Origin of the validation examples; None if there are none.
         scores: Names of the scores, without `test_` or `validation_`.
+        asked: The questions of an analysis, in words; empty for a training.
+        weight: How an analysis weighs clients; a sentence.
         reported: The values that clients send within their noised messages, in words; see `fedpriv.methods.SideValues`.
     """
 
@@ -167,6 +171,8 @@ class DataFacts:
     validation: Whose | None = None
     scores: tuple[str, ...] = ("accuracy", "loss")
     reported: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
+    weight: str = ""
 
     @property
     def not_covered(self) -> tuple[str, ...]:

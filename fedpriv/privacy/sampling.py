@@ -50,6 +50,7 @@ _SCHEMES = {
     "over-selection": "each round asks more clients than it has places, and the first to answer count",
     "fedbuff": "the server takes a step whenever its buffer of messages is full (FedBuff)",
     "fedfix": "the server takes a step at fixed times, with the messages that have arrived by then (FedFix)",
+    "token": "the model travels along a graph of clients, and the next client sees each message (token walk)",
 }
 
 
@@ -502,7 +503,7 @@ class Scheduled:
     Args:
         population: Number of clients n, at least 1.
         expected_size: The public divisor of a step's weighted sum.
-        scheme: The origin of the timeline: `over-selection`, `fedbuff` or `fedfix`.
+        scheme: The origin of the timeline: `over-selection`, `fedbuff`, `fedfix` or `token`.
         squares: After each step, the largest sum of squared weights of one client's messages so far.
         sent: After each step, the largest number of messages that one client has sent, including messages that the
             server did not use.
@@ -633,7 +634,7 @@ class Scheduled:
 
     def more_clients(self, count: int) -> str:
         """See `Sampling.more_clients`; a larger population alone does not suffice."""
-        return "more clients at a time"
+        return "more clients at a time" if self.expected_size > 1.0 else "fewer steps for each client"
 
     def cohort(self, source: Source) -> np.ndarray:
         """Raise an error: no cohort is drawn.

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +12,9 @@ from fedpriv.privacy.records import RecordBound
 from fedpriv.privacy.released import DataFacts, Kind, Output, outputs_of
 from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import delta_warning, signal_warning
+from fedpriv.tables import Record
 
-__all__ = ["Simulated", "privacy_statement", "rounded_up"]
+__all__ = ["Simulated", "files_in_words", "privacy_statement", "rounded_up", "with_analyses"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added, and nothing is promised about any client's data, against any adversary."""
@@ -86,6 +87,11 @@ _HELD_OUT_OF_CLIENTS = (
 _REPORTED = (
     "In its message, and under the same bound and noise, every client also sends: {values}. The noisy means of these "
     "values, and the bounds that follow from them, are released in rounds.jsonl; the epsilon above covers them."
+)
+_ASKED = (
+    "Analysis: the released model is the vector of noised answers to these questions: {questions}. {weight} The "
+    "epsilon above covers all answers together, and everything computed from them. No model is trained, and nothing "
+    "is scored on test examples."
 )
 _HELD_OUT_ITEM = "the examples held out for validation, and choices based on them"
 
@@ -194,6 +200,34 @@ class Simulated:
     fused: bool = False
 
 
+_COMPOSED = (
+    "Before it, the same clients answered {analyses}, whose results this run used. Together, against the adversary "
+    "above: epsilon = {epsilon} at delta = {delta:g} ({composition}). This is the promise to quote; the one at the top "
+    "covers this run alone. Sampling is not credited to the analyses."
+)
+
+
+def with_analyses(plan: PrivacyPlan | None, analyses: Sequence[str] | None, mu: float | None) -> tuple[Record, str]:
+    """Return the guarantee of a run together with the analyses that it used, for JSON and as a paragraph.
+
+    Args:
+        plan: The run's plan.
+        analyses: Names of the analyses; None for none.
+        mu: See `PrivacyPlan.with_analyses`.
+
+    Returns:
+        An empty table and text if there are no analyses, or the run has no guarantee.
+    """
+    if plan is None or not plan.private or analyses is None or mu is None:
+        return {}, ""
+    epsilon, delta, composition = plan.with_analyses(mu)
+    table = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon, "delta": delta, "composition": composition}
+    facts = {"epsilon": rounded_up(epsilon), "delta": delta, "composition": composition}
+    text = _COMPOSED.format(analyses=" and ".join(analyses), **facts)
+    promise = {**table, "adversary": plan.adversary, "adjacency": plan.adjacency, "unit": plan.unit}
+    return {"with_analyses": promise}, f"\n{_fill(text)}\n"
+
+
 def privacy_statement(
     plan: PrivacyPlan | None,
     *,
@@ -253,7 +287,7 @@ def privacy_statement(
         *([_fill(secret)] if deployed and randomness == "system" else []),
         f"Accountant: {plan.accountant}; composition over rounds is {'fully ' if plan.filtered else ''}adaptive.",
         _listed("Not covered", not_covered),
-        *([_listed(_FILES, _recorded(data, deployed=deployed))] if recorded else []),
+        *([_listed(_FILES, _recorded(data, outputs_of(deployed=deployed)))] if recorded else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -301,8 +335,11 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
     if data is None:
         return []
     paragraphs = [] if deployed else [(_CLIENTS_OF_EXAMPLES if examples else _CLIENTS)[data.clients]]
-    paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
-    if data.validation is not None:
+    if data.asked:
+        paragraphs.append(_ASKED.format(questions="; ".join(data.asked), weight=data.weight))
+    else:
+        paragraphs.append(_TESTED[data.test].format(scores=", ".join(f"test_{score}" for score in data.scores)))
+    if data.validation is not None and data.scores:
         scores = ", ".join(f"validation_{score}" for score in data.scores)
         ending = _HELD_OUT_OF_CLIENTS.format(scores=scores) if data.validation == "within" else ""
         ending = ending.replace("are protected together", "are protected one by one") if examples else ending
@@ -313,15 +350,20 @@ def _about_data(data: DataFacts | None, *, deployed: bool, examples: bool) -> li
 
 
 def _scored_items(data: DataFacts | None) -> list[str]:
-    if data is None:
+    if data is None or not data.scores:
         return []
     return [*([_TESTED_ITEM] if data.test == "within" else []), *([_HELD_OUT_ITEM] if data.validation else [])]
 
 
-def _recorded(data: DataFacts | None, *, deployed: bool) -> list[str]:
-    """Return every file that a run writes, with its release status and content."""
-    listed = [_recorded_file(output) for output in outputs_of(deployed=deployed)]
-    last = sum(output.kind is not Kind.OWNER for output in outputs_of(deployed=deployed))
+def files_in_words(names: Collection[str]) -> str:
+    """Return a paragraph on the files that a run of an app writes, with their release status and content."""
+    return _listed(_FILES, _recorded(None, [one for one in outputs_of(deployed=False) if one.name in names]))
+
+
+def _recorded(data: DataFacts | None, outputs: Sequence[Output]) -> list[str]:
+    """Return the files that a run writes, with their release status and content; the released ones come first."""
+    listed = [_recorded_file(output) for output in outputs]
+    last = sum(output.kind is not Kind.OWNER for output in outputs)
     unprotected = ["released, not covered: seconds, clients_per_second and execution in summary.json: timings"]
     if data is not None and data.not_covered:
         where = "rounds.jsonl, summary.json, curves.png and trackers, if not_covered names them"

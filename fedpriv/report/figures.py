@@ -18,14 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from fedpriv.data.federation import PALETTE
 from fedpriv.report.analysis import HeatMap, Quantity
 from fedpriv.tasks.metrics import Metric
 
 __all__ = ["Look", "draw_against", "draw_best", "draw_curves", "draw_heat_map", "looks", "save_figure"]
 
-# The palette, with the colors most visible on white first.
-COLORS = tuple(PALETTE[i] for i in (0, 6, 3, 8, 4, 2, 7, 1, 5, 9))
+# The first ones differ most, also for color-blind readers. The page has lighter ones on dark ground.
+COLORS = ("#0072b2", "#d55e00", "#0a4d2a", "#cc79a7", "#332288", "#8f8f1f", "#6b1f3a", "#4f9a92", "#7d7d7d", "#b08f1e")
 DASHES = ("", "6 3", "2 2", "8 2 2 2", "12 4", "4 1 1 1 1 1")
 MARKERS = "osD^vP"
 _INK, _LINE, _HEAT = "#1a1b1c", "#d0d1d2", "BuGn"
@@ -113,13 +112,18 @@ def draw_against(
     texts = [] if pd.api.types.is_numeric_dtype(finite["x"]) else sorted(finite["x"].astype(str).unique())
     with _styled():
         figure, axes = _figure(2.7)
-        for name, rows in finite.groupby("series", sort=True):
+        for name in chosen:
+            rows = finite[finite["series"] == name]
+            if rows.empty:
+                continue
             x = [texts.index(str(v)) for v in rows["x"]] if texts else rows["x"].to_numpy(dtype=float)
             line = look[str(name)].line
             spread = np.clip(np.stack([rows[name_of] - rows["low"], rows["high"] - rows[name_of]]), 0.0, None)
             line |= {"drawstyle": "steps-post"} if quantity.cost else {}
             axes.errorbar(x, rows[name_of], spread, label=str(name), ms=4, lw=1.5, elinewidth=1, **line)
-        for name, rows in table[table["x"] == np.inf].groupby("series", sort=True):
+        free = table[table["x"] == np.inf]
+        for name in (name for name in chosen if name in set(free["series"])):
+            rows = free[free["series"] == name]
             line = {**look[str(name)].line, "marker": None, "linestyle": (0, (1.0, 1.5))}
             axes.axhline(rows[name_of].iloc[0], label=f"{name}, not private", lw=1.2, **line)
         _set_x(axes, finite["x"], texts, quantity)
@@ -134,7 +138,8 @@ def draw_curves(table: pd.DataFrame, look: Mapping[str, Look], label: str, metri
     """Draw the test metric over rounds, per series: columns `series`, `round`, `test_METRIC`, `low`, `high`."""
     with _styled():
         figure, axes = _figure(2.7)
-        for name, rows in table.groupby("series", sort=True):
+        for name in (name for name in look if name in set(table["series"])):  # in order of merit
+            rows = table[table["series"] == name]
             line = {**look[str(name)].line, "marker": None}
             axes.plot(rows["round"], rows[f"test_{metric.name}"], label=str(name), lw=1.5, **line)
             axes.fill_between(rows["round"], rows["low"], rows["high"], color=line["color"], alpha=0.12, lw=0)
@@ -203,7 +208,7 @@ def _for_page(svg: str, name: str) -> str:
     head = f'<svg {names} {box[0]} aria-hidden="true">'
     inner = re.sub(r"^<svg[^>]*>", head, inner)
     colors = {_INK: "var(--ink)", _LINE: "var(--line)"}
-    colors |= {color.lower(): f"var(--c{number})" for number, color in enumerate(COLORS)}
+    colors |= {color: f"var(--c{number})" for number, color in enumerate(COLORS)}
     for color, variable in colors.items():
         inner = inner.replace(color, variable)
     return inner

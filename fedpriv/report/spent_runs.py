@@ -21,6 +21,9 @@ __all__ = ["Run", "finite", "name_of", "read_run"]
 # The rounds of real devices, one row each; only deployments have this file.
 _PARTICIPATION = "participation.jsonl"
 
+# Keys of [data] that scale the clients' examples, and that an analysis of the same clients may have set.
+_CONSTANTS = ("numeric", "mean", "std")
+
 State = Literal["finished", "stopped", "unfinished", "tuning"]
 """The state of a run, or `tuning` for a tuning that counts as one run."""
 
@@ -128,10 +131,12 @@ def read_run(path: Path, root: Path) -> Run:
 def clients_of(config: Record, *, deployed: bool) -> dict[str, object]:
     """Return values that identify a run's clients.
 
-    Simulated clients are determined by the whole table `[data]` and the seed. Natural clients of a data set, and real
-    devices, are the same for every seed and every other value of the table: runs on some of them are charged to all.
+    Simulated clients are determined by the seed and the table `[data]`, without constants that scale inputs. Natural
+    clients of a data set, and real devices, are the same for every seed and every other value of the table: runs on
+    some of them are charged to all.
     """
-    data = {**config["data"], "name": bare_reference(config["data"]["name"])}
+    data = {key: value for key, value in config["data"].items() if key not in _CONSTANTS}
+    data["name"] = bare_reference(config["data"]["name"])
     if deployed:
         return {"name": data["name"], "clients": "of a deployment"}
     if data["partition"] == "natural":

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import pandas as pd
 
-from fedpriv.clock import SCHEDULES, FedBuff, FedFix
+from fedpriv.clock import SCHEDULES, FedBuff, FedFix, Token
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.results import load_results
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
@@ -371,6 +371,8 @@ def epsilon_of(row: Row) -> str:
 def _cohort_size(row: Row) -> float:
     """Return the expected cohort size of an older run without a record; NaN if its config does not define it."""
     schedule = SCHEDULES.get(str(row.get("schedule.kind")))
+    if schedule is Token:
+        return 1.0
     if schedule in (FedBuff, FedFix):
         return float(row["schedule.buffer_size"] if schedule is FedBuff else row["population"])
     kind = SAMPLINGS.get(str(row.get("cohort.sampling")))

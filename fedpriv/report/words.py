@@ -224,8 +224,8 @@ def listed(values: Iterable[Any], maximum: int) -> str:
 
 
 def percent(value: float) -> str:
-    """Return a share in percent, with one decimal."""
-    return f"{100.0 * value:.1f}"
+    """Return a share in percent, with two decimals."""
+    return f"{100.0 * value:.2f}"
 
 
 def plus_minus(mean: float, std: float, metric: Metric = METRICS["accuracy"]) -> str:

@@ -36,6 +36,8 @@ from fedpriv.report.analysis import (
     thinned,
 )
 from fedpriv.report.figures import DASHES, looks
+from fedpriv.report.finding import findings, title_of
+from fedpriv.report.places import Run, runs_of
 from fedpriv.report.study import (
     HYPERPARAMETERS,
     Row,
@@ -104,6 +106,15 @@ class _Shown:
     left_out: int = 0
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """All settings as a table, with the number and the runs of each."""
+
+    table: _Shown
+    numbers: list[int]
+    runs: list[list[Run]]
+
+
 def write_report(path: Path | str, out: Path | str | None = None, *, select: str | None = None) -> Path:
     """Write `report.html`, `figures/` and `tables/` for the runs below a folder; equal runs give equal bytes.
 
@@ -121,12 +132,20 @@ def write_report(path: Path | str, out: Path | str | None = None, *, select: str
         UserError: If there is no finished run, a file is damaged, `select` is unavailable, or `out` is not writable.
     """
     on, metric = _selection(select)
-    return report_on(load_study(path, metric), Path(path) / "report" if out is None else Path(out), select=on)
+    folder = Path(path) / "report" if out is None else Path(out)
+    return report_on(load_study(path, metric), folder, select=on, root=Path(path))
 
 
-def report_on(study: Study, folder: Path, *, select: str | None = None) -> Path:
-    """Write a report on a loaded study; `select` is `test`, `validation` or None. See `write_report`."""
-    report = _Report(study, judge_of(study, select), folder)
+def report_on(study: Study, folder: Path, *, select: str | None = None, root: Path | None = None) -> Path:
+    """Write a report on a loaded study, see `write_report`.
+
+    Args:
+        study: The study.
+        folder: The destination.
+        select: `test`, `validation` or None.
+        root: The folder of the runs; the page links to them if it lies inside. None for no links.
+    """
+    report = _Report(study, judge_of(study, select), folder, root)
     _clear(folder)
     page = report.page()
     for name, table in report.tables.items():
@@ -160,8 +179,9 @@ def _clear(folder: Path) -> None:
 class _Report:
     """The contents of the page, built step by step from one study."""
 
-    def __init__(self, study: Study, judge: Judge, folder: Path) -> None:
+    def __init__(self, study: Study, judge: Judge, folder: Path, root: Path | None) -> None:
         self.study, self.figures = study, folder / "figures"
+        self.runs = runs_of(study, root, folder)
         self.judge: Judge = judge
         self.metric = study.metric
         self.tested, self.validated = f"test_{study.metric.name}", f"validation_{study.metric.name}"
@@ -190,6 +210,8 @@ class _Report:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         content = {
             "name": self.study.name,
+            "title": title_of(self.study),
+            "findings": findings(self.best, self._titles(self.best), self.metric, self.judge),
             "subtitle": words.about_trials(self.study),
             "tiles": self._tiles(),
             "axes": self._axes(),
@@ -201,6 +223,7 @@ class _Report:
             "curves_svg": self._draw_curves(),
             "near": self._near(),
             "judged_by": f"Settings are judged by {self.judge} {self.metric.label}, the mean over seeds.",
+            "judged": f"{self.judge} {self.metric.label}",
             "metric": self.metric.label,
             "a_metric": words.with_article(self.metric),
             "map_unit": " in %" if self.metric.bounded else "",
@@ -302,10 +325,11 @@ class _Report:
                         "words": f"test {self.metric.label} {told[-2]}{unit}, {told[-1]}{unit}",
                     },
                     "color": self.look[row["series"]].color,
+                    "setting": int(row["setting"]),
                 }
             )
         ends = f"{words.shown(low, self.metric)} to {words.shown(high, self.metric)}{unit}"
-        columns = [*first, (ends, ""), *then]
+        columns = [*first, (ends, ""), *then, ("setting", "n")]
         self.tables["best"] = _numbers(self._marked(self._told(best, extra=("tried",))))
         names = _joined(best, self._apart("method", "privacy", "problem"))
         drawn = report_figures.draw_best(best, names, self.look, self.labels[self.tested], self.metric)
@@ -505,9 +529,20 @@ class _Report:
             made.append((place, {"title": title, "text": text.strip(), "runs": runs}))
         return [one for _, one in sorted(made, key=lambda pair: pair[0])]
 
-    def _all_settings(self) -> _Shown:
-        order = ["problem", "privacy", "method", "score"]
-        ordered = self.settings.sort_values(order, ascending=[True, True, True, False], kind="stable")
+    def _by_merit(self) -> pd.DataFrame:
+        """Return the settings by problem and guarantee, weaker guarantees first; the best first within each."""
+        placed = self.settings.assign(place=[self._place(promise) for promise in self.settings["privacy"]])
+        ascending = [True, True, False, True]
+        return placed.sort_values(["problem", "place", "score", "setting"], ascending=ascending, kind="stable")
+
+    def _told_first(self, ordered: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows of the page, in order: the best of each method, and as many of the others as fit."""
+        best = ordered["setting"].isin(list(self.best["setting"]))
+        others = ordered[~best].head(max(MAX_ROWS - int(best.sum()), 0)).index
+        return ordered[best | ordered.index.isin(others)]
+
+    def _all_settings(self) -> _Settings:
+        ordered = self._by_merit()
         self.tables["settings"] = _numbers(self._marked(self._told(ordered)))
         groups = [
             name for name in ("problem", "privacy", "method") if name in self._apart("method", "privacy", "problem")
@@ -519,7 +554,8 @@ class _Report:
         columns += [_Column(tested, "n"), _Column("min to max", "n"), _Column("test loss", "n")]
         columns += [_Column("epsilon", "n")]
         rows = []
-        for row in ordered.head(MAX_ROWS).to_dict("records"):
+        told = self._told_first(ordered)
+        for row in told.to_dict("records"):
             cells = [
                 str(row["setting"]),
                 *(row[name] for name in groups),
@@ -533,7 +569,9 @@ class _Report:
                 words.number(row["test_loss_mean"]),
             ]
             rows.append([*cells, words.epsilon_delta(row)[0]])
-        return _Shown(columns, rows, max(len(ordered) - MAX_ROWS, 0))
+        numbers = [int(number) for number in told["setting"]]
+        table = _Shown(columns, rows, len(ordered) - len(told))
+        return _Settings(table, numbers, [self.runs[number] for number in numbers])
 
     def _failed(self) -> _Shown:
         failed = self.study.trials[self.study.trials["status"] == "failed"].reset_index(drop=True)

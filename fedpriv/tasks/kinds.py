@@ -81,6 +81,11 @@ class TaskKind:
         """Names of all numbers of an evaluation: the metrics, then `loss`."""
         return (*(metric.name for metric in self.measured), "loss")
 
+    def chance(self, classes: int) -> float | None:
+        """Return the expected accuracy of uniform guesses among labels; None for other labels or metrics."""
+        one_of_them = self.labels in ("classes", "tokens")
+        return 1.0 / classes if one_of_them and self.selects is METRICS["accuracy"] else None
+
     @property
     def plain(self) -> bool:
         """True for the plain cross entropy of classification, which has a closed form of its slope."""
@@ -325,10 +330,12 @@ TASKS: Registry[TaskKind] = Registry(
         "regression": Regression,
         "multi-label": MultiLabel,
         "next-token": NextToken,
+        "statistics": "fedpriv.analytics.statistics:StatisticsTask",
     },
     protocol=TaskKind,
     group="fedpriv.tasks",
     wrap="fedpriv.tasks.own_task:OwnTask",
+    hidden=("statistics",),
 )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "LocalWork",
     "MinibatchGradient",
     "PoissonGradient",
+    "RecordSum",
     "make_signal",
 ]
 
@@ -117,6 +118,20 @@ class FullGradient(_OneGradient):
     def batches(self, examples: int, rng: np.random.Generator) -> Batches:
         """Return one step on all examples."""
         return [None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSum(FullGradient):
+    """The sum of the gradients of all examples over a public number, for analyses that count records.
+
+    Args:
+        records: M, the number that sums are divided by.
+    """
+
+    records: int
+
+    def __post_init__(self) -> None:
+        _require_count("local.records", self.records)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +348,7 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
     "local work",
     {
         "full-gradient": FullGradient,
+        "record-sum": RecordSum,
         "minibatch-gradient": MinibatchGradient,
         "local-steps": LocalSteps,
         "local-epochs": LocalEpochs,
@@ -341,6 +357,7 @@ LOCAL_WORKS: Registry[LocalWork] = Registry(
     },
     protocol=LocalWork,
     group="fedpriv.local_works",
+    hidden=("record-sum",),
 )
 
 
@@ -493,7 +510,7 @@ def make_signal(
         mean = task.gradient(at, *_select(inputs, labels, batch))
         if isinstance(work, _PoissonBatches) and batch is not None and len(labels):
             mean *= len(batch) / (work.rate * len(labels))
-        return mean
+        return mean * (len(labels) / work.records) if isinstance(work, RecordSum) else mean
 
     if work.client_lr is None:
         return gradient(model, batches[0])

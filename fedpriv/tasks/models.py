@@ -186,10 +186,20 @@ class C4Cnn(_Made):
 
 MODELS: Registry[ModelSource] = Registry(
     "model",
-    {"softmax": Softmax, "mlp": Mlp, "cnn": Cnn, "resnet20": ResNet20, "c4-cnn": C4Cnn},
+    {
+        "softmax": Softmax,
+        "mlp": Mlp,
+        "cnn": Cnn,
+        "resnet20": ResNet20,
+        "c4-cnn": C4Cnn,
+        "statistics": "fedpriv.analytics.statistics:Statistics",
+        "text-encoder": "fedpriv.tasks.adapters.pretrained:TextEncoder",
+        "timm": "fedpriv.tasks.adapters.pretrained:ImageBody",
+    },
     protocol=ModelSource,
     group="fedpriv.models",
     wrap="fedpriv.tasks.own:OwnModule",
+    hidden=("statistics",),
 )
 
 

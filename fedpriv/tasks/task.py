@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from math import prod
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 from fedpriv.bounding import Bounded, Clip
 from fedpriv.checks import one_of
+from fedpriv.tasks.adapters.staged import AdaptedModule, frozen_digest
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import meter_of
@@ -132,6 +133,27 @@ class Task:
             return forward()
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return forward().float()
+
+    @property
+    def kept_floats(self) -> int:
+        """Number of floats of one example's activations that never change, which `lower` returns; 0 for none."""
+        return self._module.kept_floats if isinstance(self._module, AdaptedModule) else 0
+
+    @property
+    def frozen_digest(self) -> str | None:
+        """A SHA-256 of the weights that are not trained; None if there are none."""
+        return frozen_digest(self._module)
+
+    def lower(self, inputs: Tensor) -> Tensor:
+        """Return the activations `[examples, ...]` below the first trained parameter, which may replace the inputs.
+
+        Inputs `[examples, *input_shape]` are returned as they are if there are none.
+        """
+        module = self._module
+        if not isinstance(module, AdaptedModule) or self.kept_floats == 0 or not len(inputs):
+            return inputs
+        pieces = _pieces(max(_width(inputs, 1), self.kept_floats), inputs)
+        return torch.cat([self._in_precision(partial(module.lower, x.to(self.device))) for (x,) in pieces])
 
     def _load(self, model: Tensor) -> None:
         """Make the module's parameters views of `model`, so that nothing is copied."""

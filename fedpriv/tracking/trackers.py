@@ -21,7 +21,18 @@ from fedpriv.experiment.watching import StopRun, Watcher
 from fedpriv.privacy.released import VALUES, Kind
 from fedpriv.tables import Record, Table
 
-__all__ = ["TRACKERS", "Ended", "RunLog", "Taken", "Tracked", "Tracker", "check_trackers", "track", "watched_by"]
+__all__ = [
+    "TRACKERS",
+    "Ended",
+    "RunLog",
+    "Taken",
+    "Tracked",
+    "Tracker",
+    "check_trackers",
+    "run_log",
+    "track",
+    "watched_by",
+]
 
 Ended = Literal["finished", "stopped", "failed", "killed"]
 """How a run ended."""
@@ -144,7 +155,18 @@ def track(
     scores = tuple(f"test_{score}" for score in config.task.scores)
     common = {"parameters": parameters, "not_covered": config.not_covered, "diagnostics": sent, **called}
     common |= {"scores": scores}
-    return RunLog([_Sender(key, Tracked(store=store, **common)) for key, store in stores.items()], Path(out))
+    return run_log(stores, lambda store: Tracked(store=store, **common), Path(out))
+
+
+def run_log(stores: Mapping[str, str], facts: Callable[[str], Tracked], out: Path) -> "RunLog":
+    """Return the context of a run whose facts are given; see `track`.
+
+    Args:
+        stores: The result of `check_trackers`.
+        facts: Returns the facts about the run for a store.
+        out: The run directory.
+    """
+    return RunLog([_Sender(key, facts(store)) for key, store in stores.items()], out)
 
 
 def watched_by(*watchers: Watcher) -> Watcher:

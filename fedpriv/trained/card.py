@@ -65,6 +65,9 @@ def _model(trained: Trained, summary: Record, file: str, how: str) -> str:
         f"It maps float32 inputs `[{shape}]` to outputs of width {trained.facts['outputs']}.",
         _inputs(trained.facts["inputs"]),
     ]
+    if "adapter" in trained.tables:
+        kind = _settings({"name": trained.tables["adapter"]["kind"], **trained.tables["adapter"]}, ("kind",))
+        lines.insert(1, f"They are adapters, {kind}; all other weights are those of the model before.")
     if trained.class_names is not None:
         lines.append(f"The outputs stand for: {', '.join(map(repr, trained.class_names))}.")
     return "## Model\n\n" + "\n".join(lines) + f"\n\n```python\n{how.strip()}\n```\n"
@@ -145,9 +148,9 @@ def _limits(promise: Record) -> str:
     return "## Limits\n\n" + "".join(f"* {limit}\n" for limit in limits)
 
 
-def _settings(table: Table) -> str:
+def _settings(table: Table, hidden: tuple[str, ...] = ()) -> str:
     """Return a table's name with its other keys, as `name(key=value)`."""
-    others = ", ".join(f"{key}={_shown(value)}" for key, value in table.items() if key != "name")
+    others = ", ".join(f"{key}={_shown(value)}" for key, value in table.items() if key not in ("name", *hidden))
     name = bare_reference(table["name"])
     return f"`{name}({others})`" if others else f"`{name}`"
 

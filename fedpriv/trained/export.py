@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -18,16 +20,18 @@ from fedpriv.checks import one_of
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import with_bare_names
 from fedpriv.files import write_atomically
+from fedpriv.tasks.adapters import AdaptedModule, Lora, adapter_tensors, lora_layers, merged
 from fedpriv.trained.card import model_card
-from fedpriv.trained.module import Trained, load_trained
+from fedpriv.trained.module import Trained, adapter_of, load_trained
+from fedpriv.vectors import trainable
 
 __all__ = ["FORMATS", "Format", "export_model", "is_plain", "transformers_part"]
 
 T = TypeVar("T")
 
-Format = Literal["state-dict", "safetensors", "torch-export", "onnx", "hf"]
+Format = Literal["state-dict", "safetensors", "torch-export", "onnx", "hf", "peft"]
 """`state-dict` and `safetensors` hold the weights; `torch-export` and `onnx` the whole model, without its Python code;
-`hf` is a folder for the Hugging Face Hub."""
+`hf` is a folder for the Hugging Face Hub; `peft` holds the adapters alone. All others have adapters merged."""
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
@@ -65,6 +69,8 @@ def export_model(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("--out", "a new or empty folder", str(folder), "Choose another --out, or remove it")
     trained = load_trained(run, module=module, data_root=data_root)
+    if to != "peft" and isinstance(trained.module, AdaptedModule):
+        trained = replace(trained, module=merged(trained.module))
     files, main, how = _WRITERS[to](trained)
     files[_CARD] = model_card(trained, main, how).encode()
     files[_FACTS] = (json.dumps(trained.facts, indent=2) + "\n").encode()
@@ -164,10 +170,32 @@ def _as_hf(trained: Trained) -> _Written:
     return found, "model.safetensors", f'net = transformers.{name}.from_pretrained("this folder")'
 
 
+def _as_peft(trained: Trained) -> _Written:
+    adapter, adapted = adapter_of(trained.tables), trained.module
+    if not isinstance(adapter, Lora) or not isinstance(adapted, AdaptedModule):
+        raise UserError("--to peft", "a run with low-rank adapters", "a run without them", "Choose another --to")
+    from peft import LoraConfig
+
+    inner, main = cast(nn.Module, adapted.inner), "adapter_model.safetensors"
+    tensors = adapter_tensors(inner, svd=adapter.rotates)
+    names = "|".join(map(re.escape, lora_layers(inner)))
+    whole = sorted({name.rpartition(".")[0] for name in trainable(inner) if ".lora_" not in name})
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=cast(int, adapter.alpha), target_modules=names, modules_to_save=whole or None
+    )
+    with tempfile.TemporaryDirectory() as place:
+        config.save_pretrained(place)
+        written = (Path(place) / "adapter_config.json").read_bytes()
+    content = safetensors_bytes(tensors, metadata={"format": "pt"})
+    how = 'net = peft.PeftModel.from_pretrained(net, "this folder")  # net: the model that was adapted'
+    return {main: content, "adapter_config.json": written}, main, how
+
+
 _WRITERS: dict[Format, Callable[[Trained], _Written]] = {
     "state-dict": _as_state_dict,
     "safetensors": _as_safetensors,
     "torch-export": _as_torch_export,
     "onnx": _as_onnx,
     "hf": _as_hf,
+    "peft": _as_peft,
 }

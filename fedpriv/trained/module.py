@@ -21,6 +21,7 @@ from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.plugins import MEMORY, source_of
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tables import Record, Table
+from fedpriv.tasks.adapters import ADAPTERS, Adapter, frozen_digest, merged
 from fedpriv.tasks.kinds import TASKS, Classification, TaskKind
 from fedpriv.tasks.models import MODELS
 from fedpriv.vectors import Layout, trainable
@@ -69,7 +70,9 @@ class Trained:
         return RunDirectory(self.path).read_json(name) or {}
 
 
-def load_module(path: Path | str, *, module: nn.Module | None = None, data_root: Path | None = None) -> nn.Module:
+def load_module(
+    path: Path | str, *, module: nn.Module | None = None, data_root: Path | None = None, merge: bool = False
+) -> nn.Module:
     """Return the trained module of a finished run, in evaluation mode, on the CPU.
 
         net = fedpriv.load_module("runs/quickstart")
@@ -79,11 +82,13 @@ def load_module(path: Path | str, *, module: nn.Module | None = None, data_root:
         path: The run directory.
         module: The module of the run, if the run was made in Python with a model in memory. A copy gets the weights.
         data_root: The folder of the data sets; used for runs of older versions alone, which have no `model.json`.
+        merge: Return the model that was adapted, with the adapters added to its weights, instead of the adapted one.
 
     Raises:
         UserError: If the run is not finished, its model cannot be built again, or the module has other parameters.
     """
-    return load_trained(path, module=module, data_root=data_root).module
+    made = load_trained(path, module=module, data_root=data_root).module
+    return merged(made) if merge else made
 
 
 def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root: Path | None = None) -> Trained:
@@ -104,7 +109,12 @@ def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root
     else:
         made = copy.deepcopy(module).cpu()
         _refuse_other_frozen(made, _recorded(tables))
+        made = _adapted(made, tables, facts)
     _refuse_other_layout(made, weights)
+    recorded = facts.get("frozen_sha256")
+    if recorded is not None and frozen_digest(made) != recorded:
+        remedy = "Restore the files or the versions of the run: it stores the trained weights alone"
+        raise UserError("model", "the frozen weights of the run", "a model with other frozen weights", remedy)
     if module is None and _has_frozen(made):
         _refuse_other_start(made, folder)
     with torch.no_grad():
@@ -164,8 +174,27 @@ def _built(tables: Table, table: Table, facts: Record) -> nn.Module:
         got = f"sha256 {source.get('sha256', 'unknown')[:12]}"
         raise UserError(f"model {table['name']}", f"the source of the run, sha256 {str(recorded)[:12]}", got, remedy)
     settings = read_table(kind, {key: value for key, value in table.items() if key != "name"}, "model")
-    seed = int(SeededStreams(cast(int, tables["seed"])).source(Purpose.MODEL).rng.integers(2**31))
-    return settings.build(tuple(facts["input_shape"]), facts["outputs"], seed)
+    return _adapted(settings.build(tuple(facts["input_shape"]), facts["outputs"], _seed(tables)), tables, facts)
+
+
+def _adapted(module: nn.Module, tables: Table, facts: Record) -> nn.Module:
+    """Return the model with the first adapters of the run; the model itself for a run without adapters."""
+    adapter = adapter_of(tables)
+    return module if adapter is None else adapter.adapted(module, tuple(facts["input_shape"]), _seed(tables))
+
+
+def adapter_of(tables: Table) -> Adapter | None:
+    """Return the settings of a run's adapters; None for none."""
+    if "adapter" not in tables:
+        return None
+    table = _part(tables, "adapter")
+    kind = ADAPTERS.resolve(table.get("kind"), "adapter.kind")
+    return read_table(kind, {key: value for key, value in table.items() if key != "kind"}, "adapter")
+
+
+def _seed(tables: Table) -> int:
+    """Return the seed of a run's first weights."""
+    return int(SeededStreams(cast(int, tables["seed"])).source(Purpose.MODEL).rng.integers(2**31))
 
 
 def _has_frozen(module: nn.Module) -> bool:

@@ -13,16 +13,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from ours import ConstantTask, build
 from page import fill, table
@@ -235,7 +236,7 @@ STYLES = ("-", "--", ":", "-.")
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Draw seconds and memory over cohort, population and parameters."""
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    figure = Figure(figsize=(12.5, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3, sharex="col", sharey="row")
     titles = {
@@ -243,71 +244,53 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         "population": "population (cohort 100, 100,000 parameters)",
         "parameters": "parameters (100 clients, all of them)",
     }
-    ends = {}
     for column, (sweep, title) in enumerate(titles.items()):
         part = frame[frame["sweep"] == sweep]
-        ends[grid[0][column]] = _curves(grid[0][column], part, sweep, "seconds", 1.0)
-        ends[grid[1][column]] = _curves(grid[1][column], part, sweep, "peak_bytes", 1e-6)
+        _curves(grid[0][column], part, sweep, "seconds", 1.0)
+        _curves(grid[1][column], part, sweep, "peak_bytes", 1e-6)
         grid[1][column].set_xlabel(title)
-    ends[grid[0][2]].append(_floor(grid[0][2], frame[frame["sweep"] == "parameters"]))
-    for axes, labels in ends.items():
-        _label(axes, labels)
+    _floor(grid[0][2], frame[frame["sweep"] == "parameters"])
+    _legend(figure, frame)
     grid[0][0].set_ylabel("seconds per round")
     grid[1][0].set_ylabel("peak memory (MB)")
     grid[1][0].yaxis.set_major_locator(LogLocator(10.0, subs=(1.0, 2.0, 5.0)))
     grid[1][0].yaxis.set_major_formatter("{x:,.0f}")
-    figure.suptitle("Cost of a round if clients compute nothing; engine, workers at the end of each curve")
+    figure.suptitle(f"Cost of a round if clients compute nothing: the median of {ROUNDS} rounds, and peak memory")
     figure.savefig(path, dpi=120)
 
 
-class End(NamedTuple):
-    """End of a curve, and its label."""
-
-    y: float
-    label: str
-    colour: str
-
-
-def _curves(axes: Any, frame: pd.DataFrame, x: str, y: str, unit: float) -> list[End]:
-    ends, lines = [], list(dict.fromkeys(zip(frame["engine"], frame["workers"], strict=True)))
+def _curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, unit: float) -> None:
     for (method, engine, workers), part in frame.groupby(["method", "engine", "workers"], sort=False):
         part = part.dropna(subset=[y]).sort_values(x)
-        if part.empty:
-            continue
-        style = STYLES[lines.index((engine, workers)) % len(STYLES)]
+        style = _styles(frame)[engine, workers]
         axes.plot(part[x], unit * part[y], color=COLOURS[method], linestyle=style, marker="o", markersize=3)
-        ends.append(End(unit * float(part[y].iloc[-1]), f"{method}, {engine}, {workers}", COLOURS[method]))
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    return ends
 
 
-def _floor(axes: Any, frame: pd.DataFrame) -> End:
-    """Return the time of one `a += b` for every message."""
+def _styles(frame: pd.DataFrame) -> dict[tuple[str, int], str]:
+    lines = dict.fromkeys(zip(frame["engine"], frame["workers"], strict=True))
+    return {line: STYLES[number % len(STYLES)] for number, line in enumerate(lines)}
+
+
+def _floor(axes: Axes, frame: pd.DataFrame) -> None:
+    """Draw the time of one `a += b` for every message."""
     sizes = np.array(sorted(frame["parameters"].unique()), dtype=float)
     seconds = 100 * TRIAD_BYTES * sizes / frame["bandwidth"].iloc[0]
     axes.plot(sizes, seconds, color="#888888", linewidth=1)
-    return End(seconds[-1], "one a += b a message", "#666666")
 
 
-def _label(axes: Any, ends: Sequence[End]) -> None:
-    """Write the labels beside the ends, a line's height apart."""
-    low, high = np.log(axes.get_ylim())
-    height, at = 0.06, -1.0
-    for end in sorted(ends):
-        at = max((np.log(end.y) - low) / (high - low), at + height)
-        axes.annotate(
-            end.label,
-            (1.01, at),
-            xycoords="axes fraction",
-            color=end.colour,
-            fontsize=8,
-            va="center",
-            annotation_clip=False,
-        )
+def _legend(figure: Figure, frame: pd.DataFrame) -> None:
+    """Name the colors of methods and the dashes of engines, once for all panels."""
+    keys = [Line2D([], [], color=color, linewidth=3, label=method) for method, color in COLOURS.items()]
+    for (engine, workers), style in _styles(frame).items():
+        name = f"{engine}, {workers} worker{'s' if workers > 1 else ''}"
+        keys.append(Line2D([], [], color="#444444", linestyle=style, marker="o", markersize=3, label=name))
+    keys.append(Line2D([], [], color="#888888", linewidth=1, label="one a += b for each message"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
 
 
 def main() -> None:

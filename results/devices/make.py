@@ -1,10 +1,10 @@
 """Time to an accuracy on unequal devices, in rounds, with FedBuff and with FedFix, with and without privacy.
 
-    python results/devices/make.py [--jobs 2] [--runs runs/devices]
+    python results/devices/make.py [--jobs 2] [--runs runs/devices] [--draw]
 
 Runs the missing trials of sim_configs/sweeps/devices.toml, and writes trials.csv (a row a trial), times.csv (a row a
 cell: the better of the two steps by mean time, then by final accuracy, over three seeds), figure.png and the tables of
-README.md. Seconds are those of the virtual clock.
+README.md. Seconds are those of the virtual clock. `--draw` only draws figure.png again, from trials.csv.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.sweeps.config import load_sweep
@@ -91,31 +93,49 @@ def markdown(best: pd.DataFrame, privacy: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(best: pd.DataFrame) -> None:
-    """Draw seconds to the accuracy over speed spread; a cross on top if some seeds did not reach it."""
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+def draw(best: pd.DataFrame, found: pd.DataFrame) -> None:
+    """Draw seconds to the accuracy over speed spread, with the range over seeds; crosses where seeds missed it."""
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    colours = dict(zip(SCHEDULES.values(), ("#332288", "#88CCEE", "#CC6677", "#117733"), strict=True))
-    top = best["seconds_to_target"].max() * 2.0
+    top = float(best["seconds_to_target"].max()) * 3.0
     for across, privacy in zip(panels, ("none", "epsilon 8"), strict=True):
         for panel, dropout in zip(across, (0.0, 0.3), strict=True):
             part = best[(best["privacy"] == privacy) & (best["dropout"] == dropout)]
-            for (schedule, method), line in part.groupby(["schedule", "method"], sort=False):
-                style = "-" if method == METHODS["dp-fedavg"] else "--"
-                name, colour = f"{schedule}, {method}", colours[str(schedule)]
-                panel.plot(line["speed_spread"], line["seconds_to_target"], style, marker="o", color=colour, label=name)
-                never = line[line["seconds_to_target"].isna()]
-                shift = 0.03 * (list(colours).index(str(schedule)) + 4 * (style == "--")) - 0.1
-                panel.plot(never["speed_spread"] + shift, [top] * len(never), "x", color=colour)
-            panel.set_yscale("log")
-            panel.set_title(f"privacy: {privacy}; {dropout:.0%} drop out", fontsize=9)
+            _draw_panel(panel, part, found, top)
+            panel.set_title(f"privacy: {privacy}; {dropout:.0%} drop out", fontsize=10)
     for panel in panels[1]:
         panel.set_xlabel("speed spread (standard deviation of the logarithm)")
     for across in panels:
         across[0].set_ylabel(f"simulated seconds to accuracy {TARGET:g}")
-    panels[0, 1].legend(fontsize=6.5, handlelength=4)
+    keys = [Line2D([], [], color=color, linewidth=3, label=name) for name, color in COLORS.items()]
+    keys += [Line2D([], [], color="#444444", linestyle=style, marker="o", label=name) for name, style in STYLES.items()]
+    keys.append(Line2D([], [], color="#444444", linestyle="", marker="x", label="not reached by all three seeds"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Mean and range over three seeds; markers are moved sideways so that they do not hide each other")
     figure.savefig(HERE / "figure.png", dpi=150)
+
+
+COLORS = dict(zip(SCHEDULES.values(), ("#332288", "#56B4E9", "#CC6677", "#117733"), strict=True))
+STYLES = dict(zip(METHODS.values(), ("-", "--"), strict=True))
+
+
+def _draw_panel(panel: Axes, part: pd.DataFrame, found: pd.DataFrame, top: float) -> None:
+    lines = [(schedule, method) for schedule in COLORS for method in STYLES]
+    for number, (schedule, method) in enumerate(lines):
+        line = part[(part["schedule"] == schedule) & (part["method"] == method)].sort_values("speed_spread")
+        times = line.merge(found, on=[*CELL, "server_lr"], suffixes=("", "_seed"))
+        times = times.groupby("speed_spread")["seconds_to_target_seed"].agg(["min", "max"]).loc[line["speed_spread"]]
+        x, y = line["speed_spread"].to_numpy() + 0.025 * (number - 3.5), line["seconds_to_target"].to_numpy()
+        spread = np.clip(np.stack([y - times["min"].to_numpy(), times["max"].to_numpy() - y]), 0.0, None)
+        look = {"color": COLORS[schedule], "linestyle": STYLES[method], "markersize": 4, "capsize": 2}
+        panel.errorbar(x, y, np.where(np.isnan(y), np.nan, spread), marker="o", **look)
+        panel.plot(x[np.isnan(y)], np.full(np.isnan(y).sum(), top), "x", color=COLORS[schedule])
+    panel.axhline(top / 1.6, color="#bbbbbb", linewidth=0.8)
+    panel.set_xticks(sorted(part["speed_spread"].unique()))
+    panel.set_yscale("log")
+    panel.set_ylim(top=1.5 * top)
+    panel.grid(axis="y", alpha=0.3)
 
 
 def main() -> None:
@@ -123,7 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/devices"))
+    parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
+    if options.draw:
+        found = pd.read_csv(HERE / "trials.csv", keep_default_na=False, na_values=[""])
+        draw(cells(found), found)
+        return
     sweep = load_sweep(HERE.parents[1] / "sim_configs" / "sweeps" / "devices.toml")
     run_sweep(sweep, options.runs, jobs=options.jobs, resume=True)
     folders = sorted((options.runs / "trials").iterdir())
@@ -134,7 +159,7 @@ def main() -> None:
     best.to_csv(HERE / "times.csv", index=False, float_format="%.4g")
     for privacy in ("none", "epsilon 8"):
         fill(privacy, markdown(best, privacy), HERE / "README.md")
-    draw(best)
+    draw(best, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make the table and the plot of this folder: private federated learning on MNIST, one client per writer.
 
-    python results/mnist-by-writer/make.py [--data-root DIR] [--jobs N]
+    python results/mnist-by-writer/make.py [--data-root DIR] [--jobs N] [--draw]
 
 For each model, privacy setting and method, every point of the grid below is trained with seed 0 and judged on the
 odd-numbered test images; the best point is trained again with seeds 1, 2 and 3 and judged on the even-numbered ones.
@@ -251,6 +251,9 @@ COLOURS = {
 }
 
 
+CHANCE = 0.1
+
+
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Accuracy by setting and method: one panel a problem, and one for local trust, which is far below."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
@@ -262,12 +265,15 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     panels = figure.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         _draw_panel(axes, table[panel == name], name)
+    panels[0].set_ylabel("test accuracy")
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(
-        "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and deviation of 3 seeds"
+        "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and standard deviation of 3 seeds\n"
+        "SN: server normalization; sent: the memory adds up the noised messages. The panels have different ranges.",
+        fontsize=11,
     )
     figure.savefig(path, dpi=120)
 
@@ -279,7 +285,11 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
         if len(rows):
             at = [settings.index(setting) + (index - 3.5) * 0.1 for setting in rows.index]
             axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
-    axes.set(title=title, ylabel="test accuracy")
+    if axes.get_ylim()[0] < 2 * CHANCE:
+        axes.axhline(CHANCE, color="#666666", linestyle=":", linewidth=1, label="chance")
+    for place in range(1, len(settings)):
+        axes.axvline(place - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
+    axes.set(title=title)
     axes.set_xticks(range(len(settings)), [setting.replace(", ", "\n") for setting in settings])
     axes.grid(axis="y", alpha=0.3)
 
@@ -303,7 +313,11 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="softmax or cnn")
+    parser.add_argument("--draw", action="store_true", help="only draw figure.png again, from table.csv")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(pd.read_csv(HERE / "table.csv"), HERE / "figure.png")
+        return
     cells = [cell for cell in CELLS if arguments.only in (None, cell[0])]
     kept = HERE.parents[1] / "runs" / "mnist-by-writer-trials.csv"
     kept.parent.mkdir(exist_ok=True)

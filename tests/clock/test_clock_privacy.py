@@ -232,7 +232,12 @@ def test_the_statement_names_the_scheme_and_claims_nothing_for_chance(name: str,
     text = " ".join(
         privacy_statement(plan, method="a method", randomness="seeded", simulated=Simulated(clock=True)).split()
     )
-    words = {"over-selection": "the first to answer count", "fedbuff": "FedBuff", "fedfix": "FedFix"}
+    words = {
+        "over-selection": "the first to answer count",
+        "fedbuff": "FedBuff",
+        "fedfix": "FedFix",
+        "token": "along a graph",
+    }
     assert words[timeline(name).scheme] in text
     for part in ("no amplification by sampling", "participation is visible", "numbers of examples", "public"):
         assert part in text
@@ -261,6 +266,6 @@ def test_a_timeline_is_an_address_and_its_account_cannot_be_faulty() -> None:
 
 
 def test_all_schedules_are_looked_at() -> None:
-    assert {timeline(name).scheme for name in FREE} == {"over-selection", "fedbuff", "fedfix"}
+    assert {timeline(name).scheme for name in FREE} == {"over-selection", "fedbuff", "fedfix", "token"}
     assert all(SCHEDULES[name][0].draws_cohorts == (name not in FREE) for name in SCHEDULES)
     assert sampling_of("everyone", 3) == Everyone(3)

@@ -77,7 +77,7 @@ def lines_of(package: str, ours: list[Requirement]) -> list[str]:
 def test_it_holds_packages_types_c_page_templates_and_the_shipped_experiments(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    templates = {".md", ".service", ".sh", ""}
+    templates = {".md", ".service", ".sh", ".yaml", ""}
     suffixes = {".py", ".c", ".json", ".typed", ".html", ".css", ".js", ".toml", ".csv", *templates}
     paths = [path for part in PARTS for path in (ROOT / part).rglob("*") if "__pycache__" not in path.parts]
     files = {path for path in paths if path.is_file()}

@@ -255,7 +255,7 @@ def test_a_stopped_run_says_why_and_goes_on_with_the_same_turn(seeded: dict[str,
         run_server(grid, toml, tmp_path / "out", **seeded)
     stopped = rows(tmp_path / "out")[-1]
     assert (stopped["round"], stopped["happened"], stopped["late"], stopped["counted"]) == (3, "stopped", [2], [])
-    assert "client 2: has no usable answer" in stopped["reason"]
+    assert "client 2 (node-2): no usable answer" in stopped["reason"]
     away[0] = False
     with pytest.raises(UserError, match="Add --resume"):
         run_server(grid, toml, tmp_path / "out", **seeded)
@@ -279,7 +279,7 @@ def test_clients_that_never_connected_are_named_and_left_out_on_demand(
     began = clock.now
     rules = "" if absent == "wait" else f'absent = "{absent}"'
     run_server(grid, config(rounds=2, deadline=500.0, rules=rules), tmp_path / "out")
-    assert "not connected: clients 2 (node-2); " in caplog.text
+    assert "not connected: client 2 (node-2); " in caplog.text
     if absent == "wait":
         assert 'set deployment.absent = "leave-out" to go on without them' in caplog.text
         assert clock.now - began >= 1000.0

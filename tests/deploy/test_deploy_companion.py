@@ -124,6 +124,21 @@ def test_what_runs_an_app_is_a_companion_too(monkeypatch: pytest.MonkeyPatch) ->
     assert [command[3:5] for command in commands] == [["/the/lock", "flwr-clientapp"]]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not forked")
+@pytest.mark.parametrize("named", [None, "flwr-clientapp clients.client_app", "flwr-serverapp"])
+def test_apps_are_imported_before_their_first_message_if_the_node_names_them(
+    named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise every client of the first round would wait for these imports."""
+    commands = started(monkeypatch)
+    if named is None:
+        monkeypatch.delenv(companion.PREPARED, raising=False)
+    else:
+        monkeypatch.setenv(companion.PREPARED, named)
+    companion._for_superexec("/the/lock")
+    assert [command[4:] for command in commands] == ([] if named is None else [["fork-client-apps", *named.split()]])
+
+
 def test_a_companion_leaves_the_names_of_packages_to_the_app(tmp_path: Path) -> None:
     """An accepted app may have packages with fedpriv's names, or with the names of files next to the companion."""
     lock = tmp_path / "lock"
@@ -175,10 +190,10 @@ def test_a_heartbeat_that_the_server_refuses_is_one_line_and_other_failures_of_t
 # Holds the lock and starts three programs, one of them without output; the one that forks is killed after the first.
 FORKER = """
 import fcntl, os, signal, subprocess, sys, time
-from fedpriv.flower.companion import ForkedClientApps
+from fedpriv.flower.companion import ForkedApps
 lock = open(sys.argv[1], "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
-apps, program = ForkedClientApps(sys.argv[1]), ["flwr-clientapp", "--help"]
+apps, program = ForkedApps(sys.argv[1]), ["flwr-clientapp", "--help"]
 apps.start(program)
 apps.start(program, stdout=subprocess.DEVNULL)
 apps.start(program)

@@ -425,7 +425,7 @@ def test_a_node_calls_nobody_else(monkeypatch):
 @pytest.fixture
 def started(monkeypatch):
     """Return the arguments of the SuperNode instead of starting it; the environment is restored."""
-    for name in ("FLWR_HOME", "PATH", *supernode_internals.QUIET):
+    for name in ("FLWR_HOME", "PATH", "FEDPRIV_PREPARED", *supernode_internals.QUIET):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     calls = []
     monkeypatch.setattr(supernode_internals, "run_supernode", lambda *given: calls.append(given) or 0)
@@ -444,6 +444,7 @@ def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, sta
     ((options, accepted, own),) = started
     assert accepted == {app_hash(), app}
     assert own is None
+    assert os.environ["FEDPRIV_PREPARED"] == "flwr-clientapp"  # the accepted app may have packages of fedpriv's names
     given = dict(zip(options[::2], options[1::2], strict=True))
     config = tomllib.loads((folder / "flower" / "node-config.toml").read_text())
     assert config == {"partition-id": 1, "num-partitions": 2, "fedpriv-home": str(folder), "device": "cuda:0"}

@@ -156,7 +156,7 @@ def test_the_image_holds_the_versions_that_the_folder_asks_for(made, name):
     wheel = f"fedpriv-{wanted['fedpriv']}-py3-none-any.whl"
     assert f"COPY {wheel} /tmp/\n" in text
     _, installed, *pins = second.split()
-    assert shlex.split(installed) == [f"/tmp/{wheel}[deploy,data,report]"]
+    assert shlex.split(installed) == [f"/tmp/{wheel}[deploy,data,report,metrics]"]
     assert pins == [f"flwr=={wanted['flwr']}", f"torch=={wanted['torch']}"]
     assert not re.search(r"\$(?!PWD|\(id)", text)
 
@@ -260,6 +260,8 @@ def test_every_template_is_a_file_of_the_package_and_filled_in(made):
     written = {
         "config.toml": "admin/config.toml",
         "Dockerfile": "server/Dockerfile",
+        "compose.yaml": "node-0/compose.yaml",
+        "dockerignore": "node-1/.dockerignore",
         "node.toml": "node-0/node.toml",
         "README.md": "README.md",
         "register.sh": "admin/register.sh",

@@ -89,7 +89,7 @@ def test_flower_is_left_as_it_was():
 
 @pytest.fixture
 def started(monkeypatch):
-    for name in ("FLWR_HOME", "PATH"):
+    for name in ("FLWR_HOME", "PATH", "FEDPRIV_PREPARED"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     calls = []
     monkeypatch.setattr(superlink_internals, "run_superlink", lambda *given: calls.append(given) or 0)
@@ -111,6 +111,7 @@ def test_the_server_is_started_with_tls_and_node_keys(deployment, started):
     )
     assert given.database == str(deployment / "server" / "flower" / "superlink.db")
     assert set(networks) == {"127.0.0.1", "::1", "0.0.0.0"}
+    assert os.environ["FEDPRIV_PREPARED"] == "flwr-serverapp"  # an app of a user may have packages of fedpriv's names
 
 
 def test_a_server_folder_that_fails_a_check_is_not_run(deployment, started, capsys):

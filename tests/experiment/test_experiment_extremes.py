@@ -58,7 +58,7 @@ REQUIRED: dict[str, dict[str, dict[str, Any]]] = {
         "uniform": {"speed": [50.0, 90.0], "download": [1e5, 1e6], "upload": [1e5, 1e6]},
     },
     "augment": {"images": {"flip": True}},
-    "schedule": {"fedbuff": {"buffer_size": 2, "concurrency": 3}, "fedfix": {"window": 10.0}},
+    "schedule": {"fedbuff": {"buffer_size": 2, "concurrency": 3}, "fedfix": {"window": 10.0}, "token": {}},
 }
 """Required keys besides the name, by table and name."""
 

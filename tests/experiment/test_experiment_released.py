@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ from fedpriv.privacy import Everyone, privacy_statement
 from fedpriv.privacy.released import OUTPUTS, OWNER_ONLY, VALUES, Kind, mode_of
 from fedpriv.sweeps.config import load_sweep
 from fedpriv.sweeps.run import run_sweep
+from fedpriv.tasks.kinds import Classification, NextToken, Regression, TaskKind
 from fedpriv.tracking.trackers import track
 
 __all__ = ["in_process"]
@@ -358,6 +360,24 @@ def test_a_picture_marks_a_score_that_no_promise_covers(tmp_path: Path, monkeypa
     plot_curves([{**row, "not_covered": ["test_accuracy", "test_loss"]}], tmp_path / "b.png", title="")
     assert not any("not covered" in title for title in titles[0])
     assert ["not covered" in title for title in titles[1]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("task", "chance"),
+    [(Classification(), 0.25), (Classification(metrics=("auroc",)), None), (Regression(), None), (NextToken(), 0.25)],
+)
+def test_a_picture_shows_the_accuracy_of_guesses_where_accuracy_is_drawn(
+    task: TaskKind, chance: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"round": 1, "test_loss": 1.0, f"test_{task.selects.name}": 0.5, "epsilon": 1.0}
+    plot_curves([row], tmp_path / "a.png", title="", task=task, classes=4)
+    first, *others = drawn[0].axes
+    levels = [float(np.atleast_1d(line.get_ydata())[0]) for line in first.lines if line.get_linestyle() == ":"]
+    assert levels == ([] if chance is None else [chance])
+    assert [text.get_text() for text in first.texts] == ([] if chance is None else ["uniform guess: 0.25"])
+    assert not any(axes.texts for axes in others)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedpriv.errors import UserError
 from fedpriv.flower.messages import asks_node_info
 from fedpriv.flower.server import pace
 from fedpriv.privacy import Everyone, Poisson
-from strategies import AlphaNormEC, DPFedAvg, Privacy
+from strategies import AlphaNormEC, DPFedAvg, Privacy, method_strategy
 
 CENTRAL = Privacy(noise_multiplier=1.0)
 SECRET = Poisson(CLIENTS, 0.5)
@@ -121,13 +121,13 @@ def test_evaluation_by_clients_lasts_its_time_too(clock):
 
 def test_a_round_that_takes_longer_than_its_time_is_said(clock, caplog, monkeypatch):
     strategy = DPFedAvg(num_clients=CLIENTS, seed=4, privacy=CENTRAL, cohort=SECRET, round_seconds=SECONDS)
-    read = strategy._read
+    read = method_strategy.read_answers
 
     def slowly(*given):
         clock.now += 30.0
         return read(*given)
 
-    monkeypatch.setattr(strategy, "_read", slowly)
+    monkeypatch.setattr(method_strategy, "read_answers", slowly)
     with inside_a_run(), caplog.at_level(logging.WARNING, "flwr"):
         strategy.start(
             ClockedGrid(clock, [40.0] * CLIENTS),

@@ -1,11 +1,16 @@
 """The report's page in a real browser: no messages, complete at every width, with working controls."""
 
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.report_runs import LONG, wide_study
+
+from fedpriv.report.write import report_on
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -151,6 +156,62 @@ def test_nothing_is_cut_off_and_all_can_be_read(browser: Any, page: Path, width:
     assert browser.execute_script(CONTRASTS) == []
 
 
+def test_a_large_study_with_long_names_is_whole_and_readable(browser: Any, tmp_path: Path) -> None:
+    """Four methods, 48 trials, at three widths."""
+    page = report_on(wide_study(), tmp_path)
+    for width in (390, 768, 1440):
+        show(browser, page, width)
+        across = browser.execute_script("return document.documentElement.scrollWidth")
+        assert across <= width
+        assert browser.execute_script(CUT_OFF) == []
+        hidden = browser.execute_script(
+            "const box = document.querySelector('#best .scroll'); return box.scrollWidth > box.clientWidth + 1"
+        )
+        cue = one(browser, "#best .cue")
+        assert cue.is_displayed() == hidden == (width < 1000)
+        assert not hidden or "scroll sideways" in cue.text
+        assert len(many(browser, "#chart .end")) == 8
+    names = [node.text for node in many(browser, "#best tbody td:first-child")]
+    assert names == [*LONG[::-1], *LONG[::-1]]
+    assert [name in node.text for name, node in zip(names, many(browser, "#legend button"), strict=False)] == [True] * 8
+    ends = [node.text for node in many(browser, "#chart .end")]
+    values = [float(text.split(" %")[0]) for text in ends]
+    assert sorted(values)[-1] == pytest.approx(90.2, abs=0.3)
+    assert all(re.match(r"\d\d\.\d\d % \S", text) for text in ends)
+    places = sorted(node.location["y"] for node in many(browser, "#chart .end"))
+    assert all(after - before >= 10 for before, after in itertools.pairwise(places))
+
+
+def test_the_vertical_range_can_be_chosen_and_a_setting_leads_to_its_runs(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    show(browser, report_on(wide_study(), tmp_path))
+    drawn, whole = (lambda: one(browser, "#chart").text), one(browser, "#chart").text
+    one(browser, "#y-low").send_keys("85")
+    assert len(many(browser, "#chart .end")) == 1
+    one(browser, "#whole").click()
+    assert drawn() == whole
+    one(browser, "#zoom").click()
+    assert 30 < float(one(browser, "#y-low").get_attribute("value")) < 60
+    assert drawn() != whole
+    choose(browser, "#y-axis", "test_loss")
+    assert one(browser, "#y-low").get_attribute("value") == ""
+    choose(browser, "#y-axis", "test_accuracy")
+    chart = one(browser, "#chart")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    drag = ActionChains(browser).move_to_element_with_offset(chart, 0, -60).click_and_hold()
+    drag.move_by_offset(0, 80).release().perform()
+    low, high = (float(one(browser, f"#y-{end}").get_attribute("value")) for end in ("low", "high"))
+    assert 20 < low < high < 100
+    ActionChains(browser).double_click(chart).perform()
+    assert drawn() == whole
+    link = one(browser, "#best tbody a")
+    browser.execute_script("arguments[0].click()", link)
+    runs = until(browser, lambda: [node for node in many(browser, "tr:target li") if node.is_displayed()])
+    assert len(runs) == 3
+    assert re.match(r"seed 0: 90\.\d\d %, \w{12}", runs[0].text)
+
+
 def test_the_check_for_what_is_cut_off_finds_it(browser: Any, page: Path) -> None:
     show(browser, page, 360)
     browser.execute_script("document.querySelector('h1').style.width = '500px'")
@@ -191,7 +252,7 @@ def test_pointing_at_a_curve_highlights_it_and_shows_its_values(browser: Any, pa
     assert len(near) == 1
     curve = next(c for c in data(browser)["curves"] if str(c["setting"]) == near[0])
     shown = one(browser, "#readout").text
-    assert f"test accuracy {100 * curve['values']['test_accuracy'][-1]:.1f} %" in shown
+    assert f"test accuracy {100 * curve['values']['test_accuracy'][-1]:.2f} %" in shown
     assert f"round {curve['values']['round'][-1]}" in shown
     ActionChains(browser).move_to_element(one(browser, "#curves h2")).perform()
     until(browser, lambda: not many(browser, "#chart .curve.near"))

@@ -2,21 +2,24 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from support.report_runs import CENTRAL, HOSTILE, fedavg, run_trial
+from support.report_runs import CENTRAL, HOSTILE, LONG, fedavg, large_study, run_trial, wide_study
 
 from fedpriv import load_results, write_report
 from fedpriv.cli import main
 from fedpriv.errors import UserError
-from fedpriv.report.study import Study, load_study
+from fedpriv.report.figures import COLORS
+from fedpriv.report.study import load_study
 from fedpriv.report.write import MAX_CURVES, MAX_POINTS, report_on
 
 pytestmark = pytest.mark.xdist_group("report")
@@ -102,7 +105,7 @@ def test_means_on_the_page_are_those_of_the_records(study_folder: Path, page: Pa
     mine = best[(best["privacy"] == "not private") & (best["method"] == "alpha-normec")].iloc[0]
     assert mine["test_accuracy_mean"] == pytest.approx(means.max(), abs=1e-7)
     assert (mine["method.alpha"], mine["method.beta"]) == means.idxmax()
-    assert f"{100 * means.max():.1f} ±" in page.read_text(encoding="utf-8")
+    assert f"{100 * means.max():.2f} ±" in page.read_text(encoding="utf-8")
 
 
 def test_epsilon_is_never_shown_smaller_than_it_is(study_folder: Path, page: Path) -> None:
@@ -119,6 +122,42 @@ def test_each_statement_stands_there_once_with_its_trials(study_folder: Path, pa
     assert sorted(run for runs in study.statements.values() for run in runs) == sorted(study.runs["run"])
     assert len(study.statements) < len(study.runs) / 2
     assert text.count("Privacy statement for ") == len(study.statements)
+
+
+def test_the_page_says_what_came_out_and_how_sure_it_is(tmp_path: Path) -> None:
+    study = wide_study()
+    text = report_on(study, tmp_path / "apart").read_text(encoding="utf-8")
+    assert "<h1>4 methods on digits</h1>" in text
+    first, second = re.findall(r'<p class="finding">(.*?)</p>', text)
+    best = f"{LONG[3]} (server_lr="
+    assert first.startswith(f"Not private: {best}")
+    assert second.startswith(f"Central trust, ε ≤ 8: {best}")
+    assert re.search(rf"next is {LONG[2]} with 80\.\d\d ± 0\.\d\d % \(means of 3 seeds\)", first)
+    assert first.endswith("Their ranges over seeds do not overlap.")
+    study.runs["test_accuracy"] = 0.5 + 0.1 * (study.runs["seed"] + 0.01 * study.runs["setting"])
+    text = report_on(study, tmp_path / "alike").read_text(encoding="utf-8")
+    assert "overlap: the order may be chance." in re.findall(r'<p class="finding">(.*?)</p>', text)[0]
+
+
+def test_the_first_colors_differ_on_both_grounds() -> None:
+    """Distances in CIELAB; 2.3 is just noticeable."""
+    css = (files("fedpriv.report") / "page" / "report.css").read_text(encoding="utf-8")
+    found = re.findall(r"--c(\d): (#\w{6});", css)
+    light, dark = ([color for _, color in found[i : i + 10]] for i in (0, 10))
+    assert tuple(light) == COLORS
+    for colors in (light, dark):
+        for count, least in ((4, 45.0), (8, 30.0)):
+            pairs = itertools.combinations([lab(color) for color in colors[:count]], 2)
+            assert min(float(np.linalg.norm(one - other)) for one, other in pairs) > least
+
+
+def lab(color: str) -> np.ndarray:
+    """Return a color in CIELAB, under daylight."""
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    matrix = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(matrix @ linear / np.array([0.9505, 1.0, 1.089]))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def test_a_figure_is_there_where_its_quantity_varies(page: Path, tmp_path: Path) -> None:
@@ -146,6 +185,13 @@ def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Pa
         run_trial(tmp_path, fedavg(server_lr), rounds=1, data={"validation": 0.2})
     validated = write_report(tmp_path)
     text = validated.read_text(encoding="utf-8")
+    links = [value for key, value in Elements(validated).named if key == "href" and value[0] not in "#d"]
+    found = {(validated.parent / link).resolve() for link in links}
+    assert found == {folder.resolve() for folder in (tmp_path / "trials").iterdir()}
+    assert "<h1>dp-fedavg on digits</h1>" in text
+    assert re.search(
+        r'<p class="finding">dp-fedavg \(server_lr=\S+\) has a test accuracy of \d+\.\d\d % \(one seed\)', text
+    )
     assert "highest validation accuracy after the last round" in text
     assert "Tuning is not free" not in text
     assert "No run here is private" in text
@@ -154,35 +200,6 @@ def test_the_page_says_what_chose_and_what_tuning_costs(page: Path, tmp_path: Pa
     assert best["validation_accuracy_mean"].tolist() == [table["validation_accuracy_mean"].max()]
     asked = write_report(tmp_path, select="test").read_text(encoding="utf-8")
     assert "because that was requested. The selection looked at the test data" in asked
-
-
-def large_study(trials: int, rounds: int) -> Study:
-    """Return a study like that of a sweep over three hyperparameters, five seeds and two guarantees."""
-    rng = np.random.default_rng(0)
-    number = np.arange(trials)
-    setting = number // 5
-    runs = pd.DataFrame({"run": [f"{n:012x}" for n in number], "setting": setting + 1, "seed": number % 5, "name": "n"})
-    runs["method"] = runs["method.name"] = np.where(setting % 2, "alpha-normec", "dp-fedavg")
-    for key, size, skip in (("method.alpha", 10, 2), ("method.beta", 10, 20), ("method.server_lr", 4, 200)):
-        runs[key] = 0.1 * (setting // skip % size + 1)
-    runs["private"], runs["problem"], runs["delta"], runs["trust"] = setting % 4 > 1, "", 1e-5, "central"
-    runs["privacy.epsilon"] = runs["epsilon"] = np.where(runs["private"], 8.0, np.nan)
-    runs["privacy"] = np.where(runs["private"], "central trust, ε ≤ 8", "not private")
-    runs["adjacency"], runs["adversary"], runs["accountant"] = "replace", "anyone", "PLD"
-    runs["data.name"], runs["model.name"], runs["population"], runs["rounds"] = "digits", "cnn", 100, rounds
-    runs["cohort_size"] = 100.0
-    absent = ("validation_accuracy", "validation_loss", "simulated_seconds", "bytes_up", "bytes_down", "bytes")
-    frame = pd.DataFrame(
-        {"run": np.repeat(runs["run"], rounds), "setting": np.repeat(runs["setting"], rounds)}
-        | {"round": np.tile(np.arange(1, rounds + 1), trials), "epsilon": np.repeat(runs["epsilon"], rounds)}
-    )
-    frame["test_accuracy"], frame["test_loss"] = rng.random(len(frame)), rng.random(len(frame))
-    runs["test_accuracy"], runs["test_loss"] = rng.random(trials), rng.random(trials)
-    for key in absent:
-        runs[key] = frame[key] = np.nan
-    told = runs.filter(regex=r"\.|^seed$").assign(trial=runs["run"], status="done", reason="")
-    statements = {"Privacy statement for all\n": tuple(runs["run"])}
-    return Study(name="large", trials=told, runs=runs, rounds=frame.reset_index(drop=True), statements=statements)
 
 
 @pytest.mark.slow

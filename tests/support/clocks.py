@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpriv.clock import Clock, Devices, FedBuff, FedFix, Fleet, Schedule, Synchronous, Timeline
+from fedpriv.clock import Clock, Devices, FedBuff, FedFix, Fleet, Schedule, Synchronous, Timeline, Token
 from fedpriv.clock.profiles import LogNormal, Profile, Trace
 from fedpriv.privacy import Everyone, FixedSize, Sampling
 from fedpriv.streams import SeededStreams
@@ -23,6 +23,7 @@ SCHEDULES: dict[str, tuple[Schedule, str]] = {
     "fedbuff that weighs little": (FedBuff(buffer_size=3, concurrency=12, staleness_exponent=1.5), "everyone"),
     "asynchronous": (FedBuff(buffer_size=1, concurrency=6), "everyone"),
     "fedfix": (FedFix(window=3.0), "everyone"),
+    "token": (Token(graph="grid", repellence=3.0), "everyone"),
 }
 """By name: the rule, and the cohorts under it."""
 

@@ -28,6 +28,7 @@ from fedpriv.methods import (
     FedSpeed,
     Method,
     NormalizedSGD,
+    PrivateIHT,
     PrivateSpiderBoost,
     optimized,
     server_step,
@@ -86,6 +87,7 @@ EXAMPLES: dict[str, Method] = {
         CenteredClip(bound="normalize", alpha=0.5, server_lr=0.1), Momentum(momentum=0.5)
     ),
     "fedspeed": FedSpeed(clip_norm=0.5, prox=0.2, server_lr=0.5),
+    "private-iht": PrivateIHT(sparsity=3, clip_norm=0.5, step_size=0.5),
 }
 """Name of the method, as in the table of all, and the difference of this example. Every method needs one."""
 
@@ -104,7 +106,7 @@ WITH_SIDE_VALUES: dict[str, Method] = {
 LINEAR = {
     name: method
     for name, method in EXAMPLES.items()
-    if not isinstance(method, DIFF2)
+    if not isinstance(method, DIFF2 | PrivateIHT)
     and (not isinstance(method, ServerOptimized) or isinstance(method.optimizer, Momentum))
 }
 """Those with a linear server rule, except for the direction of a normalized step: adaptive steps are not, nor are

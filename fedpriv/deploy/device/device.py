@@ -154,7 +154,7 @@ class Device:
             state = _state(instructions, settled, len(model))
             _refuse_released(past, entry)
             _refuse_early(past, entry)
-            self._afford(past, entry)
+            self._afford(ledger, past, entry)
             with one_thread():
                 exact = torch.float32 if instructions.example_terms is None else torch.float64
                 signal = _signal(instructions.method, state, shared, make_signal).to(exact).reshape(-1)
@@ -206,16 +206,18 @@ class Device:
         else:
             _log.warning("the server sends a head of this client's ledger with another key's signature: ignored")
 
-    def _afford(self, past: list[Entry], entry: Entry) -> None:
+    def _afford(self, ledger: Ledger, past: list[Entry], entry: Entry) -> None:
         limits = self.policy.limits
         if entry.trust_rules is None:  # accepted by the policy
             return
         # A release without a guarantee has infinite epsilon, unless the client's operator still accepts such releases.
         releases = [*(e for e in past if e.trust_rules is not None or not self.policy.accepts.unpromised), entry]
+        delta = ledger.share(limits.delta)
         for unit, budget in self.policy.budgets.items():
-            if surely_within(releases, budget, limits.delta, limits.adjacency, unit):
+            left = budget - ledger.charged
+            if left > 0.0 and surely_within(releases, left, delta, limits.adjacency, unit):
                 continue
-            epsilon = spent(releases, limits.delta, limits.adjacency, unit)
+            epsilon = spent(releases, delta, limits.adjacency, unit) + ledger.charged
             if not epsilon <= budget:
                 expected = f"at most {budget:g} at delta = {limits.delta:g} for one {unit}, over all runs"
                 remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"

@@ -4,6 +4,10 @@ The ledger has one JSON line for each release, with the hash of the previous lin
 lines and the hash of the last line, and so does each memory: while any of these files exists, lost or changed lines are
 detected. An incomplete last line after a crash is no release, because a message is sent only after its line is complete
 and on disk.
+
+A line may also be a charge: an epsilon that releases missing from a restored copy may have cost
+(`fedpriv deploy restore --charge`). It is part of the chain of hashes, so that its removal is noticed like that of a
+release.
 """
 
 import hashlib
@@ -28,6 +32,7 @@ LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
 LOCK_FILE = "lock"
 _FIRST = "0" * 64
+_ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +89,20 @@ class Ledger:
         self._head = folder / HEAD_FILE
         self._hashes = [_FIRST]
         self._length = 0
+        self._charges: list[float] = []
+
+    @property
+    def charged(self) -> float:
+        """Epsilon charged for missing releases, after the lines were read; infinite if the whole budget is charged."""
+        return math.fsum(self._charges)
+
+    def share(self, delta: float) -> float:
+        """Return the part of a delta that is left for the recorded releases: half of it beside a charge."""
+        return delta / 2.0 if self._charges else delta
 
     @property
     def lines(self) -> int:
-        """Number of releases, after they were read."""
+        """Number of releases and charges, after they were read."""
         return len(self._hashes) - 1
 
     @property
@@ -101,11 +116,12 @@ class Ledger:
         Raises:
             UserError: If a line is missing or was changed, so that the spent budget is unknown.
         """
-        self._hashes, self._length = [_FIRST], 0
+        self._hashes, self._length, self._charges = [_FIRST], 0, []
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # an incomplete line was never sent
         self._length = len(whole)
-        found = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        read = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
+        found = [entry for entry in read if entry is not None]
         noted = self.noted()
         if noted is not None:
             self.refuse_without(*noted)
@@ -139,6 +155,23 @@ class Ledger:
         line = json.dumps({**asdict(entry), "time": time.time(), "before": self.last_hash}).encode()
         return Draft(line, self.lines + 1)
 
+    def charge(self, epsilon: float, reason: str) -> None:
+        """Charge an epsilon for releases that are missing in the ledger; it is on disk when this returns.
+
+        Args:
+            epsilon: Epsilon of all missing releases together, at half of the policy's delta; infinite for the whole
+                budget.
+            reason: Reason, in words.
+
+        Raises:
+            UserError: If the ledger is damaged, or the disk is full.
+        """
+        self.entries()
+        value = epsilon if math.isfinite(epsilon) else _ALL
+        row = {"charge": value, "reason": reason, "time": time.time(), "before": self.last_hash}
+        self.append(Draft(json.dumps(row).encode(), self.lines + 1))
+        self._charges.append(epsilon)
+
     def append(self, draft: Draft) -> None:
         """Write the last drafted line; it is on disk when this returns.
 
@@ -156,11 +189,15 @@ class Ledger:
     def _has(self, lines: int, digest: str) -> bool:
         return 0 < lines <= self.lines and self._hashes[lines] == digest
 
-    def _read(self, number: int, line: bytes) -> Entry:
+    def _read(self, number: int, line: bytes) -> Entry | None:
+        """Return the release in a line; None for a charge."""
         try:
             row = json.loads(line)
             before, _ = row.pop("before"), row.pop("time")
-            entry = Entry(**row)
+            charge = row.get("charge")
+            entry = Entry(**row) if charge is None else None
+            if charge is not None:
+                self._charges.append(math.inf if charge == _ALL else max(float(charge), 0.0))
         except (ValueError, KeyError, AttributeError, TypeError):
             raise self._damaged(number) from None
         if before != self.last_hash:
@@ -248,8 +285,9 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
             entries = ledger.entries()
             for path, number, digest in remembered_ledgers(folder):
                 ledger.refuse_without(number, digest, f" according to {path}")
+            charged, delta_left = ledger.charged, ledger.share(delta)
     else:
-        entries = []
+        entries, charged, delta_left = [], 0.0, delta
     lines = []
     for run in dict.fromkeys(entry.run for entry in entries):
         part = [entry for entry in entries if entry.run == run]
@@ -268,7 +306,9 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
     adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary
-    all_runs = in_words(spent(entries, delta, adjacency, unit))
+    all_runs = in_words(spent(entries, delta_left, adjacency, unit) + charged)
+    if charged:
+        lines.append(f"charged     epsilon {in_words(charged)} for releases that a restored copy lacked")
     total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency, for one {unit}"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 

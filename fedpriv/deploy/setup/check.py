@@ -203,7 +203,7 @@ def _connection(folder: Path) -> str:
 def _check_registered(folder: Path) -> list[Finding]:
     """Check that the server knows every key in `nodes/`, and no removed key."""
     from fedpriv.deploy.setup.keys import compared
-    from fedpriv.flower.internals.superlink import administering
+    from fedpriv.flower.internals.control import administering
 
     roster = Roster.read(folder)
     try:

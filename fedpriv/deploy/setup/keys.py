@@ -12,9 +12,9 @@ from fedpriv.deploy.setup.provision import seal_again
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.errors import UserError
 from fedpriv.files import write_atomically
-from fedpriv.flower.internals.superlink import KnownNode, administering
+from fedpriv.flower.internals.control import KnownNode, administering
 
-__all__ = ["Comparison", "compared", "register_nodes", "remove_node"]
+__all__ = ["Comparison", "compared", "register_nodes", "remove_node", "replace_key"]
 
 _NEW_KEY = "A removed key is never accepted again: put a new key of the node there, or run: fedpriv deploy remove"
 
@@ -116,6 +116,29 @@ def remove_node(name: str, folder: Path) -> str:
     if node is None:
         return f"{name}: removed; its key was never registered with the server"
     return f"{name}: removed" if node.welcome else f"{name}: already removed"
+
+
+def replace_key(roster: Roster, name: str, old: bytes, new: bytes) -> None:
+    """Register the new key of a node with the server, and remove the old one, in steps that may be repeated.
+
+    Args:
+        roster: Keys of the deployment.
+        name: Name of the node.
+        old: Key to remove.
+        new: Key to register.
+
+    Raises:
+        UserError: If the server does not carry it out.
+    """
+    _update_connection(roster.folder)
+    with administering(roster.folder, CONNECTION) as server:
+        known = server.nodes()
+        if new not in known:
+            server.register(new, name)
+        if old in known and known[old].welcome:
+            server.unregister(known[old])
+    roster.replace(name, old, new)
+    seal_again(roster.folder.parent)
 
 
 def _update_connection(admin: Path) -> None:

@@ -16,11 +16,14 @@ from fedpriv.deploy.device.policy import POLICY_FILE
 from fedpriv.deploy.helper.folder import CLIENTS_TOML, HELPER_TOML, IDENTITY_FILE, SIGNING_FILE, make_signing_key
 from fedpriv.deploy.parties import HELPERS_FOLDER
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key, refuse_host
+from fedpriv.deploy.setup.compose import COMPOSE, metrics_port, whole_compose
 from fedpriv.deploy.setup.roster import Roster
 from fedpriv.deploy.setup.superlink import SERVER_TOML
 from fedpriv.deploy.setup.texts import (
     ADMIN_CONFIG,
+    COMPOSE_TEXT,
     DOCKERFILE,
+    DOCKERIGNORE,
     HELPER_TOML_TEXT,
     NODE_TOML_TEXT,
     POLICY,
@@ -301,6 +304,9 @@ def _write_programs(folder: Path, start: str, unit: str, command: str, home: str
     names = {"unit": unit, "command": command, "home": home, "what": command, "options": options, "wheel": wheel}
     _write(folder / f"{unit}.service", SERVICE.substitute(names))
     _write(folder / "Dockerfile", DOCKERFILE.substitute(names, **made))
+    _write(folder / ".dockerignore", DOCKERIGNORE.substitute())
+    service = {"name": folder.name, "metrics_port": metrics_port(folder.name), "fedpriv": made["fedpriv"]}
+    _write(folder / COMPOSE, COMPOSE_TEXT.substitute(names, **service))
     _write(folder / VERSIONS, tomli_w.dumps(made))
 
 
@@ -316,6 +322,7 @@ _CHANGING = (
     "server.key",
     "server.pem",
     "config.toml",
+    COMPOSE,
     HELPER_TOML,
     CLIENTS_TOML,
     IDENTITY_FILE,
@@ -344,6 +351,7 @@ def _seal(folder: Path, deployment: Deployment) -> None:
     kept = _sealed(folder)
     lines = {**{kind: kept[kind] for kind in kinds if kind in kept}, **digests}
     _write(folder / BUNDLES, "".join(f"{lines[k]}  {k}/{MANIFEST}\n" for k in kinds if k in lines))
+    _write(folder / COMPOSE, whole_compose(kind for kind in kinds if (folder / kind / COMPOSE).is_file()))
     certificate = folder / "server" / "server.pem"
     until = f"{load_certificate(certificate).not_valid_after_utc:%Y-%m-%d}" if certificate.exists() else "its expiry"
     values = {"address": deployment.address, "host": deployment.host, "port": deployment.port}

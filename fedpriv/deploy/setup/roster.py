@@ -71,11 +71,20 @@ class Roster:
         """Record that a node is removed, and delete its key from the keys to register."""
         key = self.key_of(name)
         if key not in self.removed:
-            path = self.folder / REMOVED
-            before = path.read_bytes() if path.exists() else b""
-            write_atomically(path, before + key + f" {name} {datetime.date.today().isoformat()}\n".encode())
+            self._note_removed(name, key)
         if name in self.keys:
             (self.folder / "nodes" / f"{name}.pub").unlink(missing_ok=True)
+
+    def replace(self, name: str, old: bytes, new: bytes) -> None:
+        """Record the new key of a node, and the old one as removed; may be repeated after a crash."""
+        write_atomically(self.folder / "nodes" / f"{name}.pub", new + b"\n", 0o644)
+        if old not in self.removed:
+            self._note_removed(name, old)
+
+    def _note_removed(self, name: str, key: bytes) -> None:
+        path = self.folder / REMOVED
+        before = path.read_bytes() if path.exists() else b""
+        write_atomically(path, before + key + f" {name} {datetime.date.today().isoformat()}\n".encode())
 
 
 def key_in(line: bytes) -> bytes:

@@ -7,7 +7,9 @@ from fedpriv.deploy.device.policy import POLICY_TEXT as POLICY
 
 __all__ = [
     "ADMIN_CONFIG",
+    "COMPOSE_TEXT",
     "DOCKERFILE",
+    "DOCKERIGNORE",
     "HELPER_TOML_TEXT",
     "NODE_TOML_TEXT",
     "POLICY",
@@ -24,7 +26,9 @@ def _template(name: str) -> Template:
 
 
 ADMIN_CONFIG = _template("config.toml")
+COMPOSE_TEXT = _template("compose.yaml")
 DOCKERFILE = _template("Dockerfile")
+DOCKERIGNORE = _template("dockerignore")
 HELPER_TOML_TEXT = _template("helper.toml")
 NODE_TOML_TEXT = _template("node.toml")
 README = _template("README.md")

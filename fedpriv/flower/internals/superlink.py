@@ -8,34 +8,17 @@ changes any of this.
 """
 
 import importlib
-import io
 import ipaddress
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-import click
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-    load_ssh_public_key,
-)
 from fastapi import FastAPI
-from flwr.cli.flower_config import read_superlink_connection
-from flwr.cli.utils import flwr_cli_exc_handler, init_http_client_from_connection
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
-from flwr.supercore.constant import NodeStatus
-from flwr.supercore.control import ControlHttpClient
 from flwr.superlink import main
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedpriv.errors import UserError
+from fedpriv.flower.internals.control import Administrator, KnownNode, administering
 from fedpriv.flower.internals.supernode import accompanied, run_flower
 
 __all__ = ["Administrator", "KnownNode", "OnlyFor", "administering", "guarded", "run_superlink"]
@@ -105,85 +88,3 @@ def run_superlink(options: Sequence[str], networks: Sequence[str]) -> int:
     """
     with guarded(networks), accompanied(_PROGRAM):
         return run_flower("flower-superlink", _PROGRAM.flower_superlink, options)
-
-
-@dataclass(frozen=True)
-class KnownNode:
-    """Node in the records of a SuperLink.
-
-    Args:
-        id: Number that the SuperLink assigned to it.
-        status: registered, online, offline or unregistered.
-    """
-
-    id: int
-    status: str
-
-    @property
-    def welcome(self) -> bool:
-        """True if the SuperLink accepts the node. It never accepts an unregistered key again."""
-        return self.status != NodeStatus.UNREGISTERED
-
-
-class Administrator:
-    """Administrator's connection to a SuperLink. Keys are public keys in OpenSSH's format, without comments.
-
-    Each method raises a `UserError` if the SuperLink does not carry out the request.
-    """
-
-    def __init__(self, client: ControlHttpClient) -> None:
-        self._client = client
-
-    def nodes(self) -> dict[bytes, KnownNode]:
-        """Return every node, past and present, in the records of the SuperLink, by its key."""
-        with _in_one_line():
-            found = self._client.ListNodes(ListNodesRequest()).nodes_info
-        in_order = sorted(found, key=lambda node: node.registered_at)
-        return {_openssh(bytes(node.public_key)): KnownNode(node.node_id, node.status) for node in in_order}
-
-    def register(self, key: bytes, name: str) -> None:
-        """Register the key of a node with the SuperLink."""
-        with _in_one_line():
-            pem = load_ssh_public_key(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-            self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
-
-    def unregister(self, node: KnownNode) -> None:
-        """Make the SuperLink reject a node permanently."""
-        with _in_one_line():
-            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
-
-
-@contextmanager
-def administering(admin: Path, connection: str) -> Iterator[Administrator]:
-    """Open a connection to a SuperLink for the block.
-
-    Args:
-        admin: Folder with Flower's `config.toml`.
-        connection: Name of a connection in it.
-
-    Raises:
-        UserError: If there is no such connection.
-    """
-    os.environ["FLWR_HOME"] = str(admin)
-    with _in_one_line():
-        client = init_http_client_from_connection(read_superlink_connection(connection))
-    try:
-        yield Administrator(client)
-    finally:
-        client.close()
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Turn Flower's exceptions into a `UserError`, and suppress its output."""
-    try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler():
-            yield
-    except (click.ClickException, OSError, RuntimeError, ValueError, UnsupportedAlgorithm) as error:
-        reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
-        raise UserError("the server", "it to accept the request", reason.strip().rstrip("."), remedy) from None
-
-
-def _openssh(pem: bytes) -> bytes:
-    return load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from logging import ERROR, WARN
 from pathlib import Path
@@ -39,7 +39,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedpriv.errors import UserError
-from fedpriv.flower.companion import LOCK, starting_companions
+from fedpriv.flower.companion import ALIVE, LOCK, starting_companions
 
 __all__ = [
     "QUIET",
@@ -323,6 +323,7 @@ def _listening() -> Iterator[_Heard]:
         try:
             answer = ask(self, **arguments)
             heard.taken = heard.taken or isinstance(request, ActivateNodeRequest)
+            _touch_alive()
             return answer
         except httpx.HTTPStatusError as error:
             refused = error.response.status_code == httpx.codes.UNAUTHORIZED
@@ -347,6 +348,14 @@ def _listening() -> Iterator[_Heard]:
         yield heard
     finally:
         FleetHttpClient._unary_unary, FleetHttpClient.SendNodeHeartbeat = ask, beat
+
+
+def _touch_alive() -> None:
+    """Record, for health checks, that the server has answered this node."""
+    home = os.environ.get("FLWR_HOME")
+    if home:
+        with suppress(OSError):  # a full disk must not end the node
+            Path(home, ALIVE).touch()
 
 
 def _code(answer: httpx.Response) -> int | None:

@@ -15,12 +15,15 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from fedpriv.errors import UserError
 from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import LostMemory
 from fedpriv.privacy import PrivacyPlan
-from fedpriv.rounds import ServerRules
+from fedpriv.rounds import ServerRules, Total
 
 __all__ = ["MAX_FAILURES", "Attendance", "believed_losses"]
 
@@ -48,6 +51,9 @@ class Attendance:
         resets: Number of times that all memories were reset.
         counted: Number of messages that counted.
         failed: First failure of each client.
+        asked_times: How often each client was asked.
+        messages: Number of messages in sums, as far as clients report it.
+        non_finite: Number of these that were not finite.
         remedy: Remedy for too many failures; empty for the remedy for users of a strategy.
     """
 
@@ -64,6 +70,9 @@ class Attendance:
     failed: dict[int, str] = field(default_factory=dict)
     remedy: str = ""
     voids: int = 0
+    asked_times: Counter[int] = field(default_factory=Counter)
+    messages: int = 0
+    non_finite: int = 0
 
     @classmethod
     def of(
@@ -103,8 +112,27 @@ class Attendance:
         )
 
     def asked(self, cohort: Iterable[int]) -> list[int]:
-        """Return the clients of a cohort that are asked."""
-        return [client for client in cohort if client not in self.left_out]
+        """Return the clients of a cohort that are asked, and count them."""
+        found = [client for client in cohort if client not in self.left_out]
+        self.asked_times.update(found)
+        return found
+
+    def times_asked(self) -> np.ndarray:
+        """Return how often each client was asked, int64 `[clients]`."""
+        return np.array([self.asked_times[client] for client in range(self.population)], dtype=np.int64)
+
+    def save(self) -> dict[str, object]:
+        """Return the record of the rounds so far, as values that JSON can represent."""
+        counts = {name: _texts(getattr(self, name)) for name in _BY_CLIENT}
+        return {**counts, "left_out": sorted(self.left_out), **{name: getattr(self, name) for name in _TOTALS}}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `save` returned."""
+        self.last_round, self.failed = _by_client(saved["last_round"]), _by_client(saved["failed"])
+        self.losses, self.asked_times = Counter(_by_client(saved["losses"])), Counter(_by_client(saved["asked_times"]))
+        self.left_out = set(saved["left_out"])
+        for name in _TOTALS:
+            setattr(self, name, saved[name])
 
     def judge(
         self,
@@ -138,8 +166,13 @@ class Attendance:
         self.last_round |= dict.fromkeys(counted, round)
         self.counted += len(counted)
 
+    def note(self, total: Total) -> None:
+        """Record the messages of a round's sum."""
+        self.messages += total.messages
+        self.non_finite += total.non_finite
+
     def refuse_nothing(self) -> None:
-        """Raise a `UserError` if no message counted in the whole run."""
+        """Raise a `UserError` if no message of the whole run counted, or none is known to be finite."""
         if self.counted == 0 and self.rounds > 0:
             got = f"0 messages in {self.rounds} rounds"
             if self.failed:
@@ -148,6 +181,9 @@ class Attendance:
                 got += f"; {self.voids} rounds are void" if self.voids else "; no client was asked"
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)
+        if 0 < self.messages == self.non_finite:
+            got = f"{self.messages} updates that are not finite and count as zero"
+            raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
 
     def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
         asked = len(counted) + len(failures)
@@ -182,6 +218,18 @@ class Attendance:
             self.resets += 1
             self.last_round = {}
         return bool(believed)
+
+
+_BY_CLIENT = ("last_round", "failed", "losses", "asked_times")
+_TOTALS = ("resets", "counted", "voids", "messages", "non_finite")
+
+
+def _texts(by_client: Mapping[int, object]) -> dict[str, object]:
+    return {str(client): value for client, value in by_client.items()}
+
+
+def _by_client(saved: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(client): value for client, value in saved.items()}
 
 
 def believed_losses(lost: Iterable[int], losses: Mapping[int, int], resets: int, rounds: int) -> list[int]:

@@ -4,10 +4,10 @@ import textwrap
 from typing import Literal
 
 from fedpriv.flower.trained import TrainedArrays
-from fedpriv.privacy import PrivacyPlan, privacy_statement, signal_warning
+from fedpriv.privacy import PrivacyPlan, files_in_words, privacy_statement, signal_warning
 from fedpriv.streams import Randomness
 
-__all__ = ["drop_in_statement", "warnings_of"]
+__all__ = ["RECORDED", "drop_in_statement", "warnings_of"]
 
 _COVERED = (
     "Arrays: a client's message is its update of {trained}. Noise is added to these numbers ({size:,}) and to no "
@@ -40,6 +40,14 @@ _AS_LONG_AS_ANSWERS_TAKE = (
 )
 
 
+RECORDED = (
+    *("config.toml", "digest.txt", ".lock", "privacy.json", "privacy.txt", "initial.safetensors", "model.safetensors"),
+    *("rounds.jsonl", "curves.png", "summary.json", "mlflow.json", "wandb.json", "tensorboard", "wandb"),
+    *("checkpoint.safetensors", "diagnostics.jsonl", "diagnostics.json"),
+)
+"""The files that a strategy writes in its run directory."""
+
+
 def drop_in_statement(
     plan: PrivacyPlan | None,
     *,
@@ -50,6 +58,7 @@ def drop_in_statement(
     app: Literal["fixed", "supplied"] | None = None,
     evaluated: bool = False,
     round_seconds: float | None = None,
+    recorded: bool = False,
 ) -> str:
     """Return the statement of a run.
 
@@ -62,6 +71,7 @@ def drop_in_statement(
         app: See `privacy_statement`.
         evaluated: See `privacy_statement`.
         round_seconds: Duration of every round in seconds; None if a round ends with its last answer.
+        recorded: True if the run writes a run directory; the statement then lists its files.
     """
     statement = privacy_statement(plan, method=method, randomness=randomness, app=app, evaluated=evaluated)
     if plan is None or not plan.private:
@@ -73,7 +83,8 @@ def drop_in_statement(
     if plan.amplification:
         timed = _AS_LONG_AS_ANSWERS_TAKE if round_seconds is None else _EQUALLY_LONG.format(seconds=round_seconds)
         paragraphs.append(timed)
-    return statement + "".join("\n" + textwrap.fill(text, width=100) + "\n" for text in paragraphs)
+    texts = [textwrap.fill(text, width=100) for text in paragraphs]
+    return statement + "".join(f"\n{text}\n" for text in (*texts, *([files_in_words(RECORDED)] if recorded else [])))
 
 
 def warnings_of(

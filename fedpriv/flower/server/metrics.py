@@ -11,6 +11,7 @@
 Every omission is reported.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -20,7 +21,9 @@ from torch import Tensor
 from fedpriv.flower.messages import DIAGNOSTICS
 from fedpriv.rounds import Total
 
-__all__ = ["WEIGHT", "average_metrics", "metrics_of_app", "total_of_answers"]
+__all__ = ["WEIGHT", "average_metrics", "metrics_of_app", "total_of_answers", "warn_of_total"]
+
+_log = logging.getLogger("flwr")
 
 WEIGHT = "num-examples"
 
@@ -107,6 +110,16 @@ def total_of_answers(summed: Tensor, answers: list[RecordDict]) -> Total:
     finite = [norm for norm in norms if math.isfinite(norm)]
     mean = math.fsum(finite) / len(finite) if finite else math.nan
     return Total(summed, len(answers), len(norms) - len(finite), mean)
+
+
+def warn_of_total(round: int, total: Total) -> None:
+    """Log warnings about a round's updates that are not finite, or all zero."""
+    if total.non_finite:
+        updates = "1 update was" if total.non_finite == 1 else f"{total.non_finite} updates were"
+        words = "round %d: %s not finite, out of %d; each counts as zero"
+        _log.warning(words, round, updates, total.messages)
+    if total.signal_norm == 0.0 and round == 1:
+        _log.warning("round 1: all updates are zero. Does the train function return the model that it trained?")
 
 
 def metrics_of_app(content: RecordDict) -> RecordDict:

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -11,9 +12,21 @@ from flwr.serverapp import Grid
 from fedpriv.errors import UserError
 from fedpriv.flower.client_errors import reason_in_short
 from fedpriv.flower.internals.app import joins_at_once
-from fedpriv.flower.messages import NodeInfo, ask_node_info, printable
+from fedpriv.flower.messages import NodeInfo, ask_node_info, printable, refused
 
-__all__ = ["MAX_REASON", "REJOIN_SECONDS", "Nodes", "find_nodes", "find_rejoined", "in_words", "sort_answers"]
+__all__ = [
+    "MAX_REASON",
+    "REJOIN_SECONDS",
+    "Nodes",
+    "by_client",
+    "find_nodes",
+    "find_rejoined",
+    "in_words",
+    "read_answers",
+    "sort_answers",
+]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("flwr")
 
@@ -142,6 +155,44 @@ def sort_answers(
         else:
             contents[key] = answer.content
     return contents, failures
+
+
+def read_answers(
+    asked: Mapping[int, Message],
+    answers: Iterable[Message],
+    timeout: float,
+    read: Callable[[int, RecordDict], T],
+) -> tuple[dict[int, RecordDict], dict[int, T], dict[int, str], list[int]]:
+    """Return answers, usable messages and reasons of failures by client, and the clients with a lost memory.
+
+    Anything that a client sends becomes a message that `read` returns, or a failure.
+
+    Args:
+        asked: Messages that were sent, by client.
+        answers: Messages that came back.
+        timeout: Time waited, in seconds, for the reasons.
+        read: Returns the message in a client's answer.
+    """
+    contents, reasons = sort_answers(asked, answers, timeout)
+    messages, failures, lost = dict[int, T](), by_client(reasons), list[int]()
+    for client, content in contents.items():
+        try:
+            no = refused(content)
+            if no is None:
+                messages[client] = read(client, content)
+            else:
+                failures[client] = f"client {client}: refuses ({no[0]}): {no[1]}"
+                lost += [client] if no[0] == "lost" else []
+        except UserError as error:
+            failures[client] = printable(error, MAX_REASON)
+        except Exception as error:
+            failures[client] = f"client {client}: an answer that cannot be read ({type(error).__name__})"
+    return contents, messages, failures, lost
+
+
+def by_client(reasons: Mapping[int, str]) -> dict[int, str]:
+    """Return reasons that begin with their client."""
+    return {client: f"client {client}: {reason}" for client, reason in reasons.items()}
 
 
 def in_words(failures: Mapping[int, str], who: str = "client") -> str:

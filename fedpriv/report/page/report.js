@@ -33,6 +33,36 @@
     button.addEventListener("click", () => save(`${button.dataset.table}.csv`, data.tables[button.dataset.table]));
   }
 
+  // Runs: a link to a setting opens its runs.
+  const openRuns = () => {
+    const row = location.hash.startsWith("#setting-") ? byId(location.hash.slice(1)) : null;
+    if (row) row.querySelector("details").open = true;
+  };
+  addEventListener("hashchange", openRuns);
+  openRuns();
+
+  // Tables that scroll say so.
+  const cues = [...document.querySelectorAll(".scroll")].map((box) => {
+    const cue = element("p", null, "");
+    cue.className = "cue small soft";
+    box.after(cue);
+    return [box, cue];
+  });
+  const showCues = () => {
+    for (const [box, cue] of cues) {
+      const more = [];
+      if (box.scrollWidth > box.clientWidth + 1) more.push("columns: scroll sideways →");
+      if (box.scrollHeight > box.clientHeight + 1) more.push("rows: scroll down ↓");
+      cue.textContent = more.length ? `More ${more.join("; more ")}` : "";
+      cue.hidden = !more.length;
+    }
+  };
+  const sizes = new ResizeObserver(showCues);
+  for (const [box] of cues) {
+    sizes.observe(box);
+    sizes.observe(box.firstElementChild);
+  }
+
   // Robustness.
   const near = byId("near");
   const showNear = () => {
@@ -68,10 +98,14 @@
   const yAxis = byId("y-axis");
   const which = byId("which");
   const words = byId("words");
+  const low = byId("y-low");
+  const high = byId("y-high");
   const hidden = new Set();
-  const HINT = "Point at a curve, or focus the chart and use the arrow keys, to read its values.";
+  const HINT = "Point at a curve, or focus the chart and use the arrow keys, to read its values. Drag up or down to zoom, double-click for the whole range.";
   let shown = [];
   let place = null; // { curve, point }
+  let frame = null; // the drawn range
+  let start = null; // the height at which a range began to be drawn with the mouse
 
   const isShare = (key) => data.shares.includes(key);
   const scaled = (value, size, unit) => {
@@ -82,7 +116,7 @@
   const units = { bytes: "B", simulated_seconds: "s" };
   const format = (key, value, size = value) => {
     if (value === null || value === undefined) return "–";
-    if (isShare(key)) return `${(100 * value).toFixed(1)} %`;
+    if (isShare(key)) return `${(100 * value).toFixed(2)} %`;
     if (key in units) return scaled(value, size, units[key]);
     return String(Number(value.toPrecision(4)));
   };
@@ -108,6 +142,64 @@
     return data.curves.filter((c) => (which.value === "all" || c.best) && !hidden.has(c.series) && named(c));
   };
 
+  // The range of the vertical axis: the numbers in the two fields, in percent for shares; without one, the whole range.
+  const scale = () => (isShare(yAxis.value) ? 100 : 1);
+  const bounded = (least, most) => {
+    const [from, to] = [low, high].map((field) => (field.value === "" ? NaN : Number(field.value) / scale()));
+    const range = [Number.isFinite(from) ? from : least, Number.isFinite(to) ? to : most];
+    return range[0] < range[1] ? range : [least, most];
+  };
+  const setRange = (from, to) => {
+    low.value = from === null ? "" : Number((scale() * from).toPrecision(4));
+    high.value = to === null ? "" : Number((scale() * to).toPrecision(4));
+    draw();
+  };
+  const zoomToEnds = () => {
+    const last = shown.flatMap((item) => item.points.slice(-Math.max(Math.ceil(item.points.length / 4), 1)).map((p) => p.y));
+    if (!last.length) return;
+    const [from, to] = [Math.min(...last), Math.max(...last)];
+    const margin = 0.05 * (to - from || Math.abs(to) || 1);
+    setRange(from - margin, to + margin);
+  };
+
+  // Names and values at the ends of curves, a line's height apart.
+  const MOST_ENDS = 12;
+  const endLabels = (width) => {
+    if (shown.length > MOST_ENDS) return [];
+    const labels = shown.map((item) => {
+      const value = format(yAxis.value, item.points.at(-1).y);
+      const name = data.series[item.curve.series].name || item.curve.name;
+      const most = width < 1000 ? 26 : 44;
+      const short = name.length > most ? `${name.slice(0, most - 1)}…` : name;
+      const text = make("text", { class: "end" }, chart, width < 640 ? value : `${value} ${short}`);
+      return { item, text, value };
+    });
+    for (const label of labels) {
+      if (label.text.getComputedTextLength() > 0.3 * width) label.text.textContent = label.value;
+      label.width = label.text.getComputedTextLength();
+    }
+    return labels;
+  };
+  const placeEnds = (labels, box, inside) => {
+    const LINE = 14;
+    const placed = labels.filter(({ item }) => inside(item.points.at(-1))).sort((a, b) => a.item.points.at(-1).py - b.item.points.at(-1).py);
+    for (const label of labels) if (!placed.includes(label)) label.text.remove();
+    let at = -Infinity;
+    for (const label of placed) label.y = at = Math.max(label.item.points.at(-1).py, at + LINE, box.top + 4);
+    at = box.bottom;
+    for (const label of [...placed].reverse()) {
+      label.y = Math.min(label.y, at);
+      at = label.y - LINE;
+    }
+    for (const { item, text, y } of placed) {
+      const end = item.points.at(-1);
+      const color = `stroke: var(--c${data.series[item.curve.series].color})`;
+      make("path", { d: `M${end.px + 2} ${end.py}L${box.right + 6} ${y}H${box.right + 12}`, fill: "none", style: color }, chart);
+      text.setAttribute("x", box.right + 15);
+      text.setAttribute("y", y + 4);
+    }
+  };
+
   const draw = () => {
     const width = Math.max(Math.floor(byId("chart-box").clientWidth), 240);
     const height = Math.round(Math.min(Math.max(0.5 * width, 250), 440));
@@ -118,19 +210,23 @@
     const all = shown.flatMap((item) => item.points);
     if (!all.length) {
       make("text", { x: 12, y: 30 }, chart, "Nothing to show: choose other curves or another axis.");
-      place = null;
+      [place, frame] = [null, null];
       tell();
       table();
       return;
     }
     const least = (key) => all.reduce((least_, p) => Math.min(least_, p[key]), Infinity);
     const most = (key) => all.reduce((most_, p) => Math.max(most_, p[key]), -Infinity);
-    const box = { left: 54, right: width - 14, top: 10, bottom: height - 40 };
+    const labels = endLabels(width);
+    const right = labels.reduce((most_, label) => Math.max(most_, label.width + 18), 14);
+    const box = { left: 58, right: width - right, top: 10, bottom: height - 40 };
     const span = (low, high) => (high > low ? [low, high] : [low - 0.5, high + 0.5]);
     const [x0, x1] = span(least("x"), most("x"));
     let [y0, y1] = span(least("y"), most("y"));
     const margin = 0.04 * (y1 - y0);
     [y0, y1] = isShare(yAxis.value) ? [Math.max(y0 - margin, 0), Math.min(y1 + margin, 1)] : [y0 - margin, y1 + margin];
+    [y0, y1] = bounded(y0, y1);
+    const inside = (point) => point.y >= y0 && point.y <= y1;
     const px = (x) => box.left + ((x - x0) / (x1 - x0)) * (box.right - box.left);
     const py = (y) => box.bottom - ((y - y0) / (y1 - y0)) * (box.bottom - box.top);
 
@@ -148,12 +244,14 @@
     make("text", { x: (box.left + box.right) / 2, y: height - 5, "text-anchor": "middle" }, chart, label);
     make("path", { class: "rule", d: `M${box.left} ${box.bottom}H${box.right}` }, chart);
 
-    if (yAxis.value === data.main && shown.length <= 6) {
+    make("rect", { x: box.left, y: box.top, width: box.right - box.left + 3, height: box.bottom - box.top }, make("clipPath", { id: "inside" }, chart));
+    const lines = make("g", { "clip-path": "url(#inside)" }, chart);
+    if (yAxis.value === data.main && shown.length <= 8) {
       for (const { curve, points: own } of shown) {
         const up = own.map((p) => `${px(p.x)} ${py(Math.min(curve.values.high[p.at], y1))}`);
         const down = own.map((p) => `${px(p.x)} ${py(Math.max(curve.values.low[p.at], y0))}`).reverse();
         const { color } = data.series[curve.series];
-        make("path", { class: "band", d: `M${up.join("L")}L${down.join("L")}Z`, style: `fill: var(--c${color})` }, chart);
+        make("path", { class: "band", d: `M${up.join("L")}L${down.join("L")}Z`, style: `fill: var(--c${color})` }, lines);
       }
     }
     for (const item of shown) {
@@ -165,9 +263,11 @@
         style: `stroke: var(--c${color})`,
         "stroke-dasharray": data.dashes[dash],
         "data-setting": item.curve.setting,
-      }, chart);
-      if (item.points.length === 1) make("circle", { cx: item.points[0].px, cy: item.points[0].py, r: 4, style: `fill: var(--c${color})` }, chart);
+      }, lines);
+      if (item.points.length === 1) make("circle", { cx: item.points[0].px, cy: item.points[0].py, r: 4, style: `fill: var(--c${color})` }, lines);
     }
+    placeEnds(labels, box, inside);
+    frame = { top: box.top, bottom: box.bottom, left: box.left, right: box.right, inside, value: (y) => y1 - ((y - box.top) / (box.bottom - box.top)) * (y1 - y0) };
     place = null;
     tell();
     table();
@@ -198,18 +298,27 @@
       const value = values[option.value]?.[point.at];
       if (option.value !== "round" && value !== null && value !== undefined) parts.push(`${option.textContent} ${format(option.value, value)}`);
     }
-    readout.textContent = `${[name, curve.name].filter(Boolean).join(": ")}. ${parts.join(", ")}.`;
+    readout.textContent = `${[name, curve.name].filter(Boolean).join(": ")} (setting ${curve.setting}). ${parts.join(", ")}.`;
   };
 
+  const at = (event) => {
+    const page = chart.getBoundingClientRect();
+    const size = chart.viewBox.baseVal.width / page.width;
+    return [(event.clientX - page.left) * size, (event.clientY - page.top) * size];
+  };
+  const within = (y) => Math.min(Math.max(y, frame.top), frame.bottom);
   const nearest = (event) => {
-    const frame = chart.getBoundingClientRect();
-    const size = chart.viewBox.baseVal.width / frame.width;
-    const x = (event.clientX - frame.left) * size;
-    const y = (event.clientY - frame.top) * size;
+    if (frame && start !== null) {
+      chart.querySelector(".zone")?.remove();
+      const ends = [start, within(at(event)[1])].sort((a, b) => a - b);
+      make("rect", { class: "zone", x: frame.left, width: frame.right - frame.left, y: ends[0], height: ends[1] - ends[0] }, chart);
+    }
+    const [x, y] = at(event);
     let best = Infinity;
     place = null;
     for (const item of shown) {
       for (const point of item.points) {
+        if (!frame.inside(point)) continue;
         const far = (point.px - x) ** 2 + (point.py - y) ** 2;
         if (far < best) [best, place] = [far, { item, point }];
       }
@@ -217,8 +326,22 @@
     tell();
   };
   chart.addEventListener("pointermove", nearest);
-  chart.addEventListener("pointerdown", nearest);
-  chart.addEventListener("pointerleave", () => { place = null; tell(); });
+  chart.addEventListener("pointerdown", (event) => {
+    start = frame && event.pointerType === "mouse" ? within(at(event)[1]) : null;
+    nearest(event);
+  });
+  chart.addEventListener("pointerup", (event) => {
+    const ends = start === null ? [] : [start, within(at(event)[1])].sort((a, b) => a - b);
+    start = null;
+    chart.querySelector(".zone")?.remove();
+    if (ends.length && ends[1] - ends[0] > 12) setRange(frame.value(ends[1]), frame.value(ends[0]));
+  });
+  chart.addEventListener("dblclick", () => setRange(null, null));
+  chart.addEventListener("pointerleave", () => {
+    [place, start] = [null, null];
+    chart.querySelector(".zone")?.remove();
+    tell();
+  });
   chart.addEventListener("keydown", (event) => {
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -1e9], End: [0, 1e9] };
     if (event.key === "Escape") place = null;
@@ -291,8 +414,11 @@
     buttons.forEach((button, number) => button.setAttribute("aria-pressed", String(!hidden.has(number))));
     draw();
   };
-  for (const control of [xAxis, yAxis, which]) control.addEventListener("change", draw);
-  words.addEventListener("input", draw);
+  for (const control of [xAxis, which]) control.addEventListener("change", draw);
+  yAxis.addEventListener("change", () => setRange(null, null));
+  for (const field of [words, low, high]) field.addEventListener("input", draw);
+  byId("zoom").addEventListener("click", zoomToEnds);
+  byId("whole").addEventListener("click", () => setRange(null, null));
   let last = 0;
   new ResizeObserver(() => {
     const width = byId("chart-box").clientWidth;

@@ -1,0 +1,1 @@
+"""Commands `fedpriv deploy ...` of a deployment in operation."""

@@ -1,0 +1,92 @@
+"""`fedpriv deploy add`: add nodes to a deployment whose server may be running, and say when they take part."""
+
+from pathlib import Path
+
+from fedpriv.deploy.parties import HELPERS_FOLDER
+from fedpriv.deploy.setup.keys import register_nodes
+from fedpriv.deploy.setup.provision import add_nodes
+from fedpriv.deploy.setup.roster import CONNECTION, Roster
+from fedpriv.deploy.status.view import RunView, view_of
+from fedpriv.errors import UserError
+from fedpriv.flower.internals.control import administering
+
+__all__ = ["join_nodes", "part_in_words", "registered_by_name"]
+
+
+def join_nodes(folder: Path, count: int, *, register: bool = True) -> list[str]:
+    """Add nodes to a deployment, without a change to the other nodes.
+
+    Args:
+        folder: Folder of the deployment, created by `fedpriv deploy init`.
+        count: Number of nodes.
+        register: Register their keys with the server, if it answers.
+
+    Returns:
+        Lines about the new nodes, their registration, and when they take part.
+
+    Raises:
+        UserError: If `folder` is not a deployment's folder; then nothing has changed.
+    """
+    added = add_nodes(folder, count)
+    lines = [f"made        {', '.join(added)} in {folder}"]
+    registered: list[str] = []
+    if register:
+        try:
+            said, faults = register_nodes(folder)
+            registered = [name for name in added if f"{name}: registered" in said]
+            lines += [f"registered  {', '.join(registered)}"] if registered else []
+            lines += [f"fault       {line}" for line in faults]
+        except UserError as error:
+            lines.append(f"later       {error}")
+    if set(added) - set(registered):
+        lines.append(f"next        admin/register.sh; see {folder / 'README.md'}")
+    lines.append("next        copy each folder to its client's machine, and run start-node.sh there")
+    if any((folder / "admin" / HELPERS_FOLDER).glob("*.pub")):
+        lines.append("helpers     add the new lines of admin/clients.toml to clients.toml of each helper")
+    runs = view_of(folder, connect=False).runs
+    clients = [int(name.rpartition("-")[2]) for name in added]
+    return [*lines, *(f"takes part  {line}" for line in part_in_words(clients, runs))]
+
+
+def part_in_words(clients: list[int], runs: list[RunView]) -> list[str]:
+    """Return when new clients take part: one line for each unfinished run, and one for later runs.
+
+    A plan is for a number of clients. One with a smaller number may connect at any time; others are not in the plan,
+    because noise and epsilon of the run were computed without them.
+
+    Args:
+        clients: Numbers of the new clients.
+        runs: The runs of the server.
+    """
+    lines = []
+    for run in runs:
+        inside = [client for client in clients if client < run.clients]
+        if run.state == "finished":
+            continue
+        if inside:
+            names = ", ".join(f"node-{client}" for client in inside)
+            lines.append(f"{names}: at once in {run.name}, whose plan has {run.clients} clients")
+        if len(inside) < len(clients):
+            names = ", ".join(f"node-{client}" for client in clients if client >= run.clients)
+            lines.append(f"{names}: not in {run.name}, whose plan has {run.clients} clients and does not change")
+    return [*lines, f"in the next run with clients = {max(clients) + 1} or more in [data]"]
+
+
+def registered_by_name(admin: Path, clients: int) -> dict[str, str]:
+    """Return the server's status of each client's node: online, offline, registered, or "not registered".
+
+    Args:
+        admin: Folder `admin` of the deployment.
+        clients: Number of clients.
+
+    Raises:
+        UserError: If there is no such folder, or if the server does not answer.
+    """
+    roster = Roster.read(admin)
+    with administering(roster.folder, CONNECTION) as server:
+        known = server.nodes()
+    names = [f"node-{client}" for client in range(clients)]
+    keys = {name: roster.keys.get(name) for name in names}
+    return {
+        name: known[key].status if key is not None and key in known else "not registered" for name, key in keys.items()
+    }

@@ -1,0 +1,84 @@
+"""Tables of a deployment's view for terminals, and the same as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedpriv.deploy.status.view import DeploymentView, NodeView
+
+__all__ = ["as_json", "list_table", "status_table"]
+
+_STYLES = {"online": "green", "offline": "yellow", "absent": "red", "not registered": "red", "stopped": "red"}
+
+
+def as_json(view: DeploymentView) -> str:
+    """Return a view as one JSON object. Times are seconds since 1970; null is an unknown time."""
+    return json.dumps(dataclasses.asdict(view), indent=2)
+
+
+def list_table(view: DeploymentView) -> RenderableType:
+    """Return the nodes of a view by name, with state and last connection, below the server's state."""
+    table = _table("node", "state", "last seen")
+    for node in view.nodes:
+        table.add_row(node.name, _state(node.state), _ago(node.last_seen, view.now))
+    return Group(Text(f"server      {view.server}"), table)
+
+
+def status_table(view: DeploymentView) -> RenderableType:
+    """Return everything in a view."""
+    lines = [f"server      {view.server}"]
+    ends = ", ".join(f"{what} until {end}" for what, end in view.certificates.items())
+    lines += [f"certificate {ends}"] if ends else []
+    for run in view.runs:
+        failed = f", {run.failed} not used" if run.failed else ""
+        mark = "shown" if run.path == view.shown and len(view.runs) > 1 else ""
+        rounds = f"round {run.turn} of {run.turns}{failed}"
+        age = f", last written {_ago(run.written, view.now)}" if run.state != "finished" else ""
+        lines.append(f"run         {run.name}: {run.state}, {rounds}{age}{f' ({mark})' if mark else ''}; {run.path}")
+    if not view.runs:
+        lines.append("run         none")
+    table = _table("node", "state", "last seen", "counted", "missed", "refused", "budget left")
+    for node in view.nodes:
+        table.add_row(
+            node.name,
+            _state(node.state),
+            _ago(node.last_seen, view.now),
+            f"{node.counted}/{node.asked}",
+            str(node.missed),
+            _refusals(node.refused),
+            _budget(node),
+        )
+    return Group(Text("\n".join(lines)), table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def _refusals(refused: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in refused.items()) or "0"
+
+
+def _budget(node: NodeView) -> Text:
+    return Text(node.budget, style="red" if node.budget == "used up" or node.budget.startswith("0 of") else "")
+
+
+def _ago(moment: float | None, now: float) -> str:
+    if moment is None:
+        return "unknown"
+    seconds = max(now - moment, 0.0)
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2.0 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago" if seconds >= 10.0 else "now"

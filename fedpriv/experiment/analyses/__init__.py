@@ -1,0 +1,1 @@
+"""Analyses as experiments: the table `[analysis]`, the answers of a run, and constants for a training."""

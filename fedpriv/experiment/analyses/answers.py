@@ -1,0 +1,90 @@
+"""The answers of an analysis, with standard errors of the noise and the cost of each."""
+
+import math
+
+from torch import Tensor
+
+from fedpriv.analytics.statistics import Statistics
+from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.build import Experiment
+from fedpriv.mechanisms.gaussian import release_grid
+from fedpriv.privacy import PrivacyPlan
+from fedpriv.tables import Record
+
+__all__ = ["ANALYSIS_FILE", "answers_of", "noise_on_mean"]
+
+
+def noise_on_mean(plan: PrivacyPlan | None) -> float:
+    """Return the standard deviation of the noise on each number of the mean message; 0 without a plan.
+
+    With the server's noise of deviation s and clients' noise of deviation c on n expected messages, on the grids G and
+    g, it is sqrt(s^2 + G^2 / 12 + n (c^2 + g^2 / 12)) / n. The second and fourth terms are those of rounding.
+    """
+    if plan is None:
+        return 0.0
+    server, client = plan.shares
+    clients = plan.sampling.expected_size
+
+    def variance(stddev: float) -> float:
+        if stddev == 0.0:
+            return 0.0
+        grid = release_grid(stddev) if plan.sums is None else plan.sums.step
+        return stddev**2 + grid**2 / 12.0
+
+    return math.sqrt(variance(server) + clients * variance(client)) / clients
+
+
+def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
+    """Return the answers for `analysis.json`; None unless the experiment is an analysis.
+
+    Args:
+        experiment: The experiment.
+        vector: The released model, `[params]`.
+    """
+    config, plan = experiment.config, experiment.plan
+    model = config.model
+    if not isinstance(model, Statistics):
+        return None
+    labels = config.task.width(experiment.population.federation.dataset.classes) - 1
+    clients = experiment.server.sampling.population
+    seen = model.seen(vector.double().cpu().numpy(), labels, noise_on_mean(plan), clients)
+    shares = model.shares()
+    answers = {
+        query.name: {"kind": query.kind, **query.answer(seen[query.name]), **_cost(plan, shares[query.name])}
+        for query in model.asked
+    }
+    return {
+        "name": config.name,
+        "digest": config.digest,
+        "clients": clients,
+        "weight": "every client counts as one" if model.records is None else "records",
+        "records": model.records,
+        **_promise(plan),
+        "answers": answers,
+    }
+
+
+def _promise(plan: PrivacyPlan | None) -> Record:
+    """Return the promise to all answers together, and the noise multiplier for compositions."""
+    if plan is None:
+        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "mu")
+        return {"private": False, "adversary": "none: not private", **dict.fromkeys(absent)}
+    multiplier = plan.noise_multiplier
+    return {
+        "private": plan.private,
+        "epsilon": plan.epsilon if math.isfinite(plan.epsilon) else None,
+        "delta": plan.delta,
+        "adversary": plan.adversary,
+        "unit": plan.unit,
+        "trust": plan.trust,
+        "adjacency": plan.adjacency,
+        "mu": math.sqrt(plan.releases.charged(plan.rounds)) / multiplier if multiplier > 0.0 else None,
+    }
+
+
+def _cost(plan: PrivacyPlan | None, share: float) -> Record:
+    """Return the epsilon of one answer alone. The answers together cost less than the sum."""
+    if plan is None or plan.noise_multiplier == 0.0 or share == 0.0:
+        return {"share": share, "epsilon_alone": None}
+    alone = plan.releases.bound(plan.noise_multiplier / math.sqrt(share), plan.rounds)
+    return {"share": share, "epsilon_alone": alone.epsilon if math.isfinite(alone.epsilon) else None}

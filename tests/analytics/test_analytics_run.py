@@ -1,0 +1,277 @@
+"""Analyses as experiments: configs, runs on every engine, the command, and constants for a training."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedpriv import load_config
+from fedpriv.cli import main
+from fedpriv.errors import UserError
+from fedpriv.experiment.run import run_experiment
+from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan
+from fedpriv.privacy.gaussian import gaussian_epsilon
+from fedpriv.report.spent import spent_below
+
+CLIENTS = 12
+RANGE = {"low": 0.0, "high": 10.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two columns of 12 clients with different numbers of records."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(2)
+    owners = np.repeat(np.arange(CLIENTS), 2 + np.arange(CLIENTS))
+    rows = [f"{o},{draw.normal(4, 1):.3f},{draw.normal(6, 2):.3f},{draw.choice(['u', 'v'])},{o % 3}" for o in owners]
+    (folder / "table.csv").write_text("\n".join(["who,a,b,c,y", *rows]) + "\n")
+    return folder
+
+
+def tables(**change: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "name": "asked",
+        "seed": 4,
+        "data": {
+            "name": "csv",
+            "file": "table.csv",
+            "target": "y",
+            "client": "who",
+            "partition": "natural",
+            "test": "within",
+            "numeric": {"a": [5.0, 2.0], "b": [0.0, 1.0]},
+            "categories": {"c": ["u", "v"]},
+        },
+        "analysis": {
+            "scale": {"kind": "moments", "columns": ["a", "b"], **RANGE},
+            "middle": {"kind": "quantiles", "column": "b", "levels": 4, **RANGE},
+            "kinds": {"kind": "categories", "column": "c"},
+            "labels": {"kind": "labels"},
+        },
+        "privacy": {"noise_multiplier": 1.0},
+    }
+    for key, value in change.items():
+        made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def answers(config: dict[str, Any], data: Path, out: Path, engine: Any = "loop") -> dict[str, Any]:
+    run_experiment(load_config(config), out, engine=engine, data_root=data)
+    return json.loads((out / "analysis.json").read_text())
+
+
+def training(folder: Path, **privacy: Any) -> dict[str, Any]:
+    rest = {"model": {"name": "softmax"}, "method": {"name": "dp-fedavg", "clip_norm": 1.0}}
+    rest |= {"training": {"rounds": 3}, "privacy": {"noise_multiplier": 2.0, **privacy}}
+    return {**tables(data={"standardize": str(folder)}), **rest, "name": "trained"} | {"analysis": None}
+
+
+def without_none(made: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def test_a_resolved_analysis_is_an_ordinary_experiment() -> None:
+    config = load_config(tables())
+    assert load_config(config.tables).digest == config.digest
+    assert config.method_name == "dp-gd"
+    assert config.training.rounds == 1
+    assert not config.learns
+    example = load_config(tables(privacy={"unit": "example"}, analysis={"records": 9}))
+    assert example.privacy is not None
+    assert (example.privacy.example_clip, example.privacy.examples) == (1.0, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"analysis": {"x": {"kind": "moments", "columns": ["a"]}}}, r"analysis\.x\.low: expected the range"),
+        ({"analysis": {"x": {"kind": "quantiles", "column": "a", "low": 1.0}}}, r"analysis\.x\.high"),
+        ({"analysis": {"x": {"kind": "moments", "columns": ["aa"], **RANGE}}}, r"analysis\.x\.columns: .*Did you mean"),
+        ({"analysis": {"x": {"kind": "moment"}}}, r"analysis\.x\.kind: expected one of count"),
+        ({"analysis": {"x": {"kind": "count"}}}, r"analysis\.x\.kind: expected analysis\.records"),
+        ({"analysis": {"x": {"kind": "labels", "bins": 3}}}, r"analysis\.x\.bins: expected a known key"),
+        ({"analysis": {"x": 3}}, r"analysis\.x: expected a table with a query"),
+        ({"model": {"name": "softmax"}}, r"\[model\]: expected no such table beside \[analysis\]"),
+        ({"privacy": {"examples": 3}}, r"privacy\.examples: expected no such key"),
+        ({"analysis": {"records": 0}}, r"analysis\.records"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(tables(**change))
+
+
+def test_engines_agree_and_answers_are_those_of_the_training_examples(data: Path, tmp_path: Path) -> None:
+    config = tables(privacy={"noise_multiplier": 1e-3})
+    found = answers(config, data, tmp_path / "loop")
+    assert found == answers(config, data, tmp_path / "vectorized", "vectorized")
+    population = load_config(config)
+    assert found["clients"] == CLIENTS
+    assert found["answers"]["scale"]["mean"] == pytest.approx([4.0, 6.0], abs=0.5)  # raw units
+    assert sum(found["answers"]["kinds"]["value"]) == pytest.approx(1.0, abs=1e-2)
+    assert found["mu"] == pytest.approx(1e3)
+    statement = (tmp_path / "loop" / "privacy.txt").read_text()
+    assert "Privacy statement for an analysis" in statement
+    assert "scale (mean and variance of 2 columns)" in " ".join(statement.split())
+    assert "test_loss" not in (tmp_path / "loop" / "rounds.jsonl").read_text()  # nothing without noise is released
+    assert population.not_covered == ()
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"trust": "local"},
+        {"trust": "aggregator"},
+        {"trust": "local", "unit": "example"},
+        {"unit": "example"},
+        {},
+    ],
+    ids=str,
+)
+def test_counts_of_records_add_up_under_every_trust_and_unit(
+    privacy: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    asked = {"analysis": {"records": 40, "number": {"kind": "count"}}}
+    found = answers(tables(**asked, privacy={**privacy, "noise_multiplier": 1e-4}), data, tmp_path)
+    train = sum(math.ceil(size * 0.8) for size in range(2, 2 + CLIENTS))
+    number = found["answers"]["number"]
+    assert number["value"] == pytest.approx(sum(found["answers"]["labels"]["value"]), abs=2.0)
+    assert abs(number["value"] - train) <= 0.1 * train
+    assert 0.0 < number["standard_error"] < 2.0
+
+
+def test_a_client_with_more_records_than_the_bound_counts_as_the_bound(data: Path, tmp_path: Path) -> None:
+    config = tables(privacy={"noise_multiplier": 1e-4})
+    config["analysis"] = {"records": 1, "number": {"kind": "count"}}
+    found = answers(config, data, tmp_path)
+    assert found["answers"]["number"]["value"] == pytest.approx(CLIENTS, abs=0.01)
+
+
+def test_the_costs_of_single_answers_compose_to_that_of_all(data: Path, tmp_path: Path) -> None:
+    found = answers(tables(), data, tmp_path)
+    costs = [answer["epsilon_alone"] for answer in found["answers"].values()]
+    shares = [answer["share"] for answer in found["answers"].values()]
+    assert math.fsum(shares) == pytest.approx(1.0)
+    assert costs == pytest.approx([gaussian_epsilon(math.sqrt(share), 1e-5) for share in shares])
+    assert max(costs) < found["epsilon"] < math.fsum(costs)
+    assert found["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 1e-5))
+
+
+def test_a_training_takes_its_constants_and_adds_up_both_costs(data: Path, tmp_path: Path) -> None:
+    found = answers(tables(), data, tmp_path / "runs" / "asked")
+    config = load_config(without_none(training(tmp_path / "runs" / "asked")))
+    assert config.tables["data"]["numeric"] == {
+        name: (mean, std)
+        for name, mean, std in zip(*(found["answers"]["scale"][key] for key in ("columns", "mean", "std")), strict=True)
+    }
+    assert load_config(config.tables).digest == config.digest  # the folder is not needed again
+    run_experiment(config, tmp_path / "runs" / "trained", engine="loop", data_root=data)
+    record = json.loads((tmp_path / "runs" / "trained" / "privacy.json").read_text())
+    together = math.sqrt(1.0 + 3.0 / 4.0)
+    assert record["with_analyses"]["epsilon"] == pytest.approx(gaussian_epsilon(together, 1e-5))
+    assert record["with_analyses"]["adversary"] == record["adversary"]
+    assert "the analysis asked" in " ".join(record["statement"].split())
+    (group,) = spent_below(tmp_path / "runs")  # the same clients, although the constants differ
+    assert group.total.epsilon == pytest.approx(record["with_analyses"]["epsilon"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "factor"),
+    [
+        ({}, {}, 1.0),
+        ({"adjacency": "replace"}, {}, 1.0),
+        ({}, {"adjacency": "replace"}, 2.0),
+        ({"trust": "local"}, {}, 1.0),
+        ({}, {"trust": "local"}, None),
+        ({"unit": "example"}, {}, None),
+        ({}, {"unit": "example", "example_clip": 1.0}, 2.0),
+    ],
+    ids=str,
+)
+def test_the_cost_is_counted_in_the_units_of_the_training_or_refused(
+    asked: dict[str, Any], trained: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    config = load_config(tables(privacy=asked))
+    plan = {"unit": "client", "trust": "central", "adjacency": "add-or-remove", **asked}
+    moments = {"kind": "moments", "columns": ["a"], "mean": [4.0], "std": [1.0]}
+    content = {"name": config.name, "mu": 0.5, **plan, "answers": {"scale": moments}}
+    (tmp_path / "analysis.json").write_text(json.dumps(content))
+    made = without_none(training(tmp_path, **trained))
+    if trained.get("unit") == "example":
+        made["method"] = {"name": "dp-gd"}
+    if factor is None:
+        with pytest.raises(UserError, match=r"data\.standardize"):
+            load_config(made)
+        return
+    read = load_config(made).privacy
+    assert read is not None
+    assert read.analyses_mu == 0.5 * factor
+
+
+def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Run fedpriv analyze first"):
+        load_config(without_none(training(tmp_path)))
+
+
+@pytest.mark.parametrize("adjacency", ["add-or-remove", "replace"])
+def test_sampled_rounds_after_an_analysis_cost_what_dp_accounting_composes(adjacency: Any) -> None:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    mu, rounds = 0.4, 30
+    plan = make_plan(
+        trust="central",
+        adjacency=adjacency,
+        sampling=Poisson(1000, 0.1),
+        rounds=rounds,
+        delta=1e-5,
+        l2_bound=1.0,
+        noise_multiplier=1.2,
+    )
+    event, relation = plan.releases.event(plan.noise_multiplier)  # type: ignore[union-attr]
+    by_hand = PLDAccountant(relation, value_discretization_interval=1e-3)
+    by_hand.compose(event, rounds)
+    # Under replace, dp-accounting's unit of noise is the bound, and a replaced message moves a sum by 2.
+    unit = dp_accounting.GaussianDpEvent((2.0 if adjacency == "replace" else 1.0) / mu)
+    if adjacency == "replace":
+        unit = dp_accounting.PoissonSampledDpEvent(1.0, unit)
+    by_hand.compose(unit)
+    found = plan.with_analyses(mu)
+    assert found.epsilon == pytest.approx(by_hand.get_epsilon(1e-5), rel=2e-3)
+    assert max(plan.epsilon, gaussian_epsilon(mu, 1e-5)) < found.epsilon
+    assert found.epsilon < plan.epsilon + gaussian_epsilon(mu, 1e-5)
+
+
+def test_rounds_without_sampling_after_an_analysis_are_one_gaussian() -> None:
+    plan: PrivacyPlan = make_plan(
+        trust="local", sampling=Everyone(9), rounds=4, delta=1e-6, l2_bound=1.0, noise_multiplier=4.0
+    )
+    assert plan.with_analyses(1.5).epsilon == pytest.approx(gaussian_epsilon(math.hypot(0.5, 1.5), 1e-6))
+
+
+def test_the_command_prints_answers_and_refuses_a_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tomli_w
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ask.toml").write_text(tomli_w.dumps(tables()))
+    common = ["--data-root", str(data), "--engine", "loop"]
+    with pytest.raises(SystemExit) as ended:
+        main(["analyze", "ask.toml", *common])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "quantile 0.5" in printed
+    assert "adversary" in printed
+    with pytest.raises(SystemExit):
+        main(["analyze", "ask.toml", *common, "--resume", "--json"])
+    assert json.loads(capsys.readouterr().out)["answers"]["scale"]["kind"] == "moments"
+    trained = {**tables(), "model": {"name": "softmax"}, "method": {"name": "dp-gd"}, "training": {"rounds": 1}}
+    del trained["analysis"]
+    (tmp_path / "train.toml").write_text(tomli_w.dumps(trained))
+    with pytest.raises(SystemExit) as refused:
+        main(["analyze", "train.toml", *common])
+    assert refused.value.code == 2
+    assert "train with fedpriv run" in capsys.readouterr().err
