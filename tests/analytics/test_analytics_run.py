@@ -211,7 +211,7 @@ def test_the_cost_is_counted_in_the_units_of_the_training_or_refused(
 
 
 def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run fedpriv analyze first"):
+    with pytest.raises(UserError, match=r"No such file or directory\. Run fedpriv analyze first"):
         load_config(without_none(training(tmp_path)))
 
 
@@ -268,6 +268,13 @@ def test_the_command_prints_answers_and_refuses_a_training(
     with pytest.raises(SystemExit):
         main(["analyze", "ask.toml", *common, "--resume", "--json"])
     assert json.loads(capsys.readouterr().out)["answers"]["scale"]["kind"] == "moments"
+    with pytest.raises(SystemExit):
+        main(["check", "ask.toml", "--data-root", str(data)])
+    assert "fedpriv analyze ask.toml" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as unreported:
+        main(["report", "runs/asked"])
+    assert unreported.value.code == 2
+    assert "analyses alone" in capsys.readouterr().err
     trained = {**tables(), "model": {"name": "softmax"}, "method": {"name": "dp-gd"}, "training": {"rounds": 1}}
     del trained["analysis"]
     (tmp_path / "train.toml").write_text(tomli_w.dumps(trained))
