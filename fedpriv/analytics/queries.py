@@ -556,7 +556,7 @@ def vector_scales(queries: Sequence[Query]) -> list[float]:
     given = math.fsum(query.share or 0.0 for query in queries)
     open_ = sum(query.share is None for query in queries)
     if given > 1.0 + 1e-9 or (open_ and given > 1.0 - 1e-9):
-        raise UserError("analysis.share", "shares of at most 1 in total", f"{given:g}", "Lower some of them")
+        raise UserError("analysis.NAME.share", "shares of at most 1 in total", f"{given:g}", "Lower some of them")
     rest = (1.0 - given) / open_ if open_ else 0.0
     return [math.sqrt(rest if query.share is None else query.share) / query.norm() for query in queries]
 
