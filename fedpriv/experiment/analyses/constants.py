@@ -44,9 +44,10 @@ def _read(path: Path) -> Record:
         if missing:
             raise KeyError(min(missing))
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
         remedy = "Run fedpriv analyze first, and give its run directory"
         raise UserError(
-            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {error}", remedy
+            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {reason}", remedy
         ) from None
     return found
 
