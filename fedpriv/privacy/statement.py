@@ -222,8 +222,10 @@ def with_analyses(plan: PrivacyPlan | None, analyses: Sequence[str] | None, mu: 
     if plan is None or not plan.private or analyses is None or mu is None:
         return {}, ""
     epsilon, delta, composition = plan.with_analyses(mu)
-    table = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon, "delta": delta, "composition": composition}
-    facts = {"epsilon": rounded_up(epsilon), "delta": delta, "composition": composition}
+    finite = math.isfinite(epsilon)
+    table: Record = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon if finite else None, "delta": delta}
+    table["composition"] = composition
+    facts = {"epsilon": rounded_up(epsilon) if finite else "infinite", "delta": delta, "composition": composition}
     text = _COMPOSED.format(analyses=" and ".join(analyses), **facts)
     promise = {**table, "adversary": plan.adversary, "adjacency": plan.adjacency, "unit": plan.unit}
     return {"with_analyses": promise}, _fill(text)
