@@ -20,6 +20,7 @@ from fedpriv.deploy.operate.rotation import HANDOVER, Handover, accept_handover,
 from fedpriv.deploy.setup.keys import register_nodes, remove_node
 from fedpriv.deploy.setup.roster import Roster
 from fedpriv.errors import UserError
+from fedpriv.flower.companion import ALIVE
 from fedpriv.flower.refusals import Refusal
 
 __all__ = ["deployment", "served"]
@@ -65,16 +66,43 @@ def test_a_rotated_client_goes_on_with_its_ledger_and_its_budget(deployment: Pat
     assert (known(deployment, "node-0"), roster.removed) == ("registered", {old: "node-0"})
     assert register_nodes(deployment)[1] == []
     assert Ledger(node / "state").noted() == lines
+    (node / "flower" / ALIVE).touch()  # as a node does when the server answers
+    main_code(["deploy", "rotate", "finish", str(node)])
     assert not (node / "rotation").exists()
     budget(node)
     ask(device_of(node), *turn(3, 2))
     assert len(Ledger(node / "state").entries()) == 3
 
 
-def main_code(arguments: list[str]) -> None:
+def main_code(arguments: list[str], code: int = 0) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    assert end.value.code == 0
+    assert end.value.code == code
+
+
+def test_the_old_key_is_kept_until_the_server_has_answered_the_new_one(
+    deployment: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server may be down when its administrator accepts the new key, which is then registered nowhere."""
+    node, rotation = deployment / "node-0", deployment / "node-0" / "rotation"
+    (node / "flower").mkdir(exist_ok=True)
+    (node / "flower" / ALIVE).touch()  # of a connection with the old key
+    old = (node / "node.key").read_bytes()
+    begin_rotation(node)
+    main_code(["deploy", "rotate", "finish", str(node)])
+    for _ in range(2):
+        capsys.readouterr()
+        main_code(["deploy", "rotate", "finish", str(node)], 2)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "expected a connection with the new key" in said
+        assert "--force" in said
+    assert (rotation / "old-node.key").read_bytes() == old != (node / "node.key").read_bytes()
+    with pytest.raises(UserError, match=r"rotate finish \S+node-0\.$"):  # no word of removing the old key
+        begin_rotation(node)
+    Handover.read(rotation / HANDOVER)
+    main_code(["deploy", "rotate", "finish", str(node), "--force"])
+    assert not rotation.exists()
 
 
 @pytest.mark.parametrize("how", ["no ledger", "another ledger", "an older ledger", "another client"])

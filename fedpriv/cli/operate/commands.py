@@ -41,7 +41,8 @@ def key(folder: NodeDir) -> None:
     file = begin_rotation(folder)
     say(
         f"made        {file}\nnext        send it to the server's administrator for fedpriv deploy rotate accept\n"
-        f"then        stop the node, run fedpriv deploy rotate finish {folder}, and start it"
+        f"then        stop the node, run fedpriv deploy rotate finish {folder}, and start it\n"
+        "at last     once it is connected, run finish again; it deletes the old key"
     )
 
 
@@ -57,11 +58,16 @@ def accept(
 
 
 @rotate.command()
-def finish(folder: NodeDir) -> None:
-    """Put the new key in the place of the old one; the node must be stopped."""
+def finish(
+    folder: NodeDir,
+    force: Annotated[
+        bool, typer.Option("--force", help="Delete the old key even if the server has not accepted the new one.")
+    ] = False,
+) -> None:
+    """Put the new key of a stopped node in use. Run again once it has connected, to delete the old key."""
     from fedpriv.deploy.operate.rotation import finish_rotation
 
-    say(finish_rotation(folder))
+    say(finish_rotation(folder, force=force))
 
 
 @deploy.command()

@@ -2,7 +2,8 @@
 
     fedpriv deploy rotate key NODE_DIR          a new key, beside the one in use, and a handover
     fedpriv deploy rotate accept FILE DIR       the server registers the new key and removes the old one
-    fedpriv deploy rotate finish NODE_DIR       the new key takes the place of the old one
+    fedpriv deploy rotate finish NODE_DIR       the new key takes the place of the old one, which is kept
+    fedpriv deploy rotate finish NODE_DIR       once the node has connected with it: the old key is deleted
 
 A handover is signed with the old key. It names the new key, the client, and the signed head of the client's ledger.
 The budget belongs to the client, not to its key: policy, ledger and `ledger.key` stay, and the server keeps heads by
@@ -34,12 +35,17 @@ from fedpriv.deploy.setup.roster import Roster, key_in
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import read_table
 from fedpriv.files import make_private_folder, replace_durably
+from fedpriv.flower.companion import ALIVE
 
 __all__ = ["HANDOVER", "Handover", "accept_handover", "begin_rotation", "finish_rotation", "refuse_unproven"]
 
 HANDOVER = "handover.json"
 ROTATION = "rotation"
-"""Folder, in that of a node, of the new key until it takes its place."""
+"""Folder, in that of a node, of the new key and, once that is in use, of the old one, until the rotation ends."""
+
+_KEYS = ("node.pub", "node.key")
+_OLD = "old-"
+"""Prefix, in that folder, of the files of the old key."""
 
 _HASH = hashes.SHA384()
 _ASK = "Ask the node's operator for a new one: fedpriv deploy rotate key NODE_DIR"
@@ -121,7 +127,9 @@ def begin_rotation(folder: Path) -> Path:
     folder = folder.resolve()
     place = folder / ROTATION
     if place.exists():
-        remedy = f"Run fedpriv deploy rotate finish {folder}, or remove {place} to start again"
+        remedy = f"Run fedpriv deploy rotate finish {folder}"
+        if not (place / f"{_OLD}node.key").exists():
+            remedy += f", or remove {place} to start again"
         raise UserError(str(folder), "no open rotation", f"one in {place}", remedy)
     key_pair(folder)
     old = load_ssh_private_key((folder / "node.key").read_bytes(), None)
@@ -196,32 +204,60 @@ def refuse_unproven(name: str, handover: Handover, known: dict[int, Head]) -> No
         raise UserError(name, f"a ledger with at least {before.lines} releases", got, remedy)
 
 
-def finish_rotation(folder: Path) -> str:
-    """Put the new key of a node in the place of the old one; return a line about it.
+def finish_rotation(folder: Path, *, force: bool = False) -> str:
+    """Put the new key of a node in the place of the old one, or end the rotation; return a line about it.
+
+    The old key and the handover are kept until the node has connected with the new key; then a second call deletes
+    them.
+
+    Args:
+        folder: Folder of the node; it must be stopped until the new key is in use.
+        force: Delete the old key and the handover even if the server has not accepted the new key.
 
     Raises:
-        UserError: If no rotation is open, or the node runs.
+        UserError: If no rotation is open, the node runs with the old key, or it has not connected with the new one.
     """
-    from fedpriv.deploy.setup.supernode import flower_home, held_alone
-
     folder = folder.resolve()
     place = folder / ROTATION
     if not (place / HANDOVER).is_file():
         remedy = f"Run fedpriv deploy rotate key {folder} first"
         raise UserError(str(folder), "an open rotation", "none", remedy)
+    used = all((folder / name).read_bytes() == (place / name).read_bytes() for name in _KEYS)
+    if not used:
+        _use_new_key(folder, place)
+    elif not force and not (folder / "flower" / ALIVE).is_file():
+        remedy = f"Start the node once the server has accepted {place / HANDOVER}, or add --force to delete the old key"
+        raise UserError(str(folder), "a connection with the new key", "none yet", remedy)
+    if not used and not force:
+        return (
+            "the new key is in use, and the old one kept. Start the node; it connects once the server has run fedpriv "
+            "deploy rotate accept. Then run this command again: it deletes the old key"
+        )
+    key_pair(folder)
+    shutil.rmtree(place)
+    return "the rotation has ended: the old key and the handover are deleted"
+
+
+def _use_new_key(folder: Path, place: Path) -> None:
+    """Keep the old key of a stopped node in the folder of the rotation, and put the new one in its place."""
+    from fedpriv.deploy.setup.supernode import flower_home, held_alone
+
     before = os.environ.get("FLWR_HOME")
     try:
-        with held_alone(flower_home(folder)):
-            for name in ("node.key", "node.pub"):  # each step may be repeated
+        home = flower_home(folder)
+        with held_alone(home):  # each step may be repeated
+            if not (place / f"{_OLD}node.key").exists():
+                for name in _KEYS:
+                    replace_durably(place / f"{_OLD}{name}", (folder / name).read_bytes())
+            (home / ALIVE).unlink(missing_ok=True)  # from now on, it says that the server has answered the new key
+            for name in _KEYS:
                 replace_durably(folder / name, (place / name).read_bytes())
             (folder / "node.pub").chmod(0o644)
             key_pair(folder)
-            shutil.rmtree(place)
     finally:
         os.environ.pop("FLWR_HOME", None)
         if before is not None:
             os.environ["FLWR_HOME"] = before
-    return "the new key is in use. Start the node; it connects once the server has run fedpriv deploy rotate accept"
 
 
 def _ledger_of(folder: Path) -> tuple[int, Head | None]:
